@@ -1,0 +1,1 @@
+"""Everything between a corpus and a trained, tracked GPT. Imports run downward: pipelines -> orchestrator -> model."""

@@ -1,0 +1,10 @@
+"""The line between a user's mistake and ours, and the exit statuses of a driver."""
+
+EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_AGAIN, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
+
+
+class UserError(ValueError):
+    """Something that the user can mend: the message quotes the value and says what to do.
+
+    A pipeline prints it as one line and ends with status 2; any other exception is ours and keeps its traceback.
+    """

@@ -1,0 +1,1 @@
+"""Commands: argv -> configuration -> one call -> a table."""

@@ -57,6 +57,7 @@ class Model(Section):
     n_embd: Int = Field(768, ge=1, description="width of the residual stream")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability, 0–1; 0 for pretraining")
     bias: bool = Field(False, description="biases in Linear and LayerNorm, as GPT-2 has them")
+    activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="gelu_tanh is what OpenAI's GPT-2 weights expect")
     pad_vocab_to: Int = Field(128, ge=1, description="vocab_size is the tokenizer's n_vocab rounded up to a multiple of this")
 
 
@@ -149,7 +150,8 @@ class Experiment(Section):
 
     def gpt_config(self, n_vocab: int) -> GPTConfig:
         m = self.model
-        return GPTConfig(m.block_size, self.vocab_size(n_vocab), m.n_layer, m.n_head, m.n_embd, m.dropout, m.bias)
+        return GPTConfig(m.block_size, self.vocab_size(n_vocab), m.n_layer, m.n_head, m.n_embd, m.dropout,
+                         m.bias, m.activation)
 
     def flat(self) -> dict[str, Any]:
         """`{"section.field": value}` of every field, in the order of this file."""

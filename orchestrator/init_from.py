@@ -1,0 +1,115 @@
+"""Where a run's first weights come from: `train.init_from`.
+
+Eats an experiment and the real vocabulary size; yields a GPT of exactly the experiment's shape on the CPU: random, or
+OpenAI's GPT-2 or another Hugging Face folder, or a nanoGPT `ckpt.pt`, or a run or checkpoint of ours.
+"""
+
+import json
+import os
+import urllib.request
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from model import weights
+from model.gpt import GPT, GPTConfig
+from orchestrator import checkpoint
+from orchestrator.config import Experiment
+from orchestrator.errors import UserError
+
+HUB = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
+Source = tuple[GPTConfig, dict[str, torch.Tensor]]
+
+
+def initial_model(experiment: Experiment, n_vocab: int) -> GPT:
+    """A GPT of the experiment's shape with the weights that `train.init_from` names.
+
+    A longer context is cropped and vocabulary rows are padded or cut; every other difference of shape is refused.
+    """
+    wanted, source = experiment.gpt_config(n_vocab), experiment.train.init_from
+    if source == "scratch":
+        torch.manual_seed(experiment.train.seed)
+        return GPT(wanted)
+    config, state = _read(source)
+    fits = replace(config, vocab_size=wanted.vocab_size, dropout=wanted.dropout)
+    if fits.block_size > wanted.block_size:
+        fits = replace(fits, block_size=wanted.block_size)
+        state["transformer.wpe.weight"] = state["transformer.wpe.weight"][: wanted.block_size].clone()
+    differences = [f"model.{k}={v} there and {asdict(wanted)[k]} here" for k, v in asdict(fits).items()
+                   if v != asdict(wanted)[k]]
+    if differences:
+        raise UserError(f"train.init_from: {source} has another shape: {'; '.join(differences)}")
+    model = GPT(wanted)
+    model.load_state_dict(weights.pad_vocab(state, wanted.vocab_size))
+    return model
+
+
+def checkpoint_of(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or the latest valid one of a run's folder."""
+    if (path / checkpoint.MANIFEST).is_file():
+        checkpoint.verify(path)
+        return path
+    found = checkpoint.latest_valid(path / "checkpoints")
+    if found is None:
+        raise UserError(f"{path}: neither a checkpoint nor a run with one; give <storage>/<name> or a folder "
+                        f"step-… below its checkpoints/")
+    return found
+
+
+def _read(source: str) -> Source:
+    path = Path(source).expanduser()
+    try:
+        if source in weights.GPT2_SIZES:
+            return _read_hugging_face(_download(source))
+        if path.is_file():
+            return _read_nanogpt(path)
+        if (path / "config.json").is_file():
+            return _read_hugging_face(path)
+    except (KeyError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"train.init_from: {source}: {error}") from None
+    if not path.exists():
+        raise UserError(f"train.init_from: '{source}' does not exist; use scratch, one of {', '.join(weights.GPT2_SIZES)}"
+                        f", a Hugging Face folder, a nanoGPT ckpt.pt, or a run or checkpoint folder")
+    found = checkpoint_of(path)
+    config = GPTConfig(**json.loads((found / "model.json").read_text("utf-8")))
+    return config, checkpoint.load_tensors(found, "model")
+
+
+def _read_hugging_face(folder: Path) -> Source:
+    config = weights.config_from_huggingface(json.loads((folder / "config.json").read_text("utf-8")))
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        raise UserError(f"train.init_from: {folder} has no model.safetensors; save it with safe_serialization=True")
+    return config, weights.from_huggingface(load_file(file))
+
+
+def _read_nanogpt(file: Path) -> Source:
+    # The one place that unpickles, on explicit request, and only tensors and plain values.
+    try:
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+        arguments = stored["model_args"]
+    except Exception as error:
+        raise UserError(f"train.init_from: {file} is no nanoGPT checkpoint that loads with weights_only "
+                        f"({error.__class__.__name__})") from None
+    return GPTConfig(**arguments), weights.from_nanogpt(stored["model"])
+
+
+def _download(name: str) -> Path:
+    """OpenAI's weights, from the network once and from the cache ever after."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "espalier" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("config.json", "model.safetensors"):
+        if not (folder / file).is_file():
+            url = HUB.format(name=name, file=file)
+            part = folder / f".{file}.{os.getpid()}"
+            try:
+                urllib.request.urlretrieve(url, part)
+            except OSError as error:
+                raise UserError(f"train.init_from: {name} is not in {folder} and {url} cannot be reached ({error}); "
+                                f"put config.json and model.safetensors there") from None
+            os.replace(part, folder / file)
+    return folder

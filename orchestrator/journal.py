@@ -1,0 +1,67 @@
+"""The metric journal: `metrics.jsonl` in a run's folder, the truth about its curve.
+
+One line per logged step, `{"step": 10, "timestamp": 1764012345678, "train/loss": 3.21, …}`: `step` counts updates done,
+`timestamp` is in milliseconds and fixed here for ever, so that sending a line twice changes nothing. Rank 0 appends;
+everyone else reads. A resumed run moves the lines after its checkpoint's step aside, into `metrics.aside-<n>.jsonl`.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+FILE = "metrics.jsonl"
+
+
+class Journal:
+    """Appends to `run_dir/metrics.jsonl`; a line is either whole or not there."""
+
+    def __init__(self, run_dir: Path):
+        self.path = Path(run_dir) / FILE
+
+    def append(self, step: int, metrics: dict[str, float]) -> dict[str, Any]:
+        """Write one line with one system call; returns the record as readers will see it."""
+        record = {"step": step, "timestamp": time.time_ns() // 1_000_000, **metrics}
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(json.dumps(record).encode() + b"\n")
+        return record
+
+    def rewind(self, step: int) -> int:
+        """Move every line after `step` aside, and drop a torn last line; returns how many lines moved."""
+        lines = _whole_lines(self.path)
+        keep = [line for line in lines if json.loads(line)["step"] <= step]
+        aside = lines[len(keep):]
+        if aside:
+            number = len(aside_files(self.path.parent))
+            _write(self.path.with_name(f"metrics.aside-{number:04d}.jsonl"), aside)
+        if self.path.exists():
+            _write(self.path, keep)
+        return len(aside)
+
+
+def read(run_dir: Path) -> list[dict[str, Any]]:
+    """The run's surviving history, one record per logged step, in order."""
+    return [json.loads(line) for line in _whole_lines(Path(run_dir) / FILE)]
+
+
+def aside_files(run_dir: Path) -> list[Path]:
+    """Files of lines that resumes moved aside, oldest first."""
+    return sorted(Path(run_dir).glob("metrics.aside-*.jsonl"))
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    return data.split(b"\n")[:-1]  # what follows the last newline is empty or torn
+
+
+def _write(path: Path, lines: list[bytes]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(b"".join(line + b"\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,93 @@
+"""The state of a run: weights, moments, the step and a few numbers; built fresh, saved whole, restored to the last bit."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from model import optim
+from model.gpt import GPT, GPTConfig
+from orchestrator import checkpoint
+from orchestrator.config import Experiment
+from orchestrator.gradients import Gradients
+from orchestrator.meter import Meter
+from orchestrator.numerics import Worker, fingerprint
+from orchestrator.tokens import Manifest
+
+
+@dataclass
+class TrainState:
+    """`step` counts updates done. `model` is the plain module; `forward` is what the loop calls (maybe compiled)."""
+
+    model: GPT
+    forward: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    gradients: Gradients
+    meter: Meter
+    step: int = 0
+    best_val_loss: float | None = None
+
+
+def build(experiment: Experiment, model: GPT, worker: Worker) -> TrainState:
+    """A fresh state around `model`, moved to the worker's device."""
+    model = model.to(worker.device).train()
+    o = experiment.optim
+    optimizer = optim.adamw(model, max_lr=experiment.schedule.max_lr, beta1=o.beta1, beta2=o.beta2,
+                            weight_decay=o.weight_decay)
+    scaler = torch.amp.GradScaler(torch.device(worker.device).type, enabled=experiment.train.dtype == "float16")
+    gradients = Gradients(list(model.parameters()), experiment.micro_batches, experiment.slots, worker.rank,
+                          worker.world_size)
+    forward = torch.compile(model) if experiment.train.compile else model
+    return TrainState(model, forward, optimizer, scaler, gradients, Meter())
+
+
+def save(state: TrainState, experiment: Experiment, directory: Path, dataset: Manifest, worker: Worker,
+         metrics: dict[str, float]) -> Path:
+    """Commit the state as a checkpoint that also says what it is: experiment, model shape, tokenizer, fingerprints."""
+    numbers = {"step": state.step, "best_val_loss": state.best_val_loss, "open_losses": state.meter.losses,
+               "scaler": state.scaler.state_dict()}
+    texts = {
+        "experiment.yaml": experiment.to_yaml(),
+        "model.json": json.dumps(asdict(state.model.config), indent=1),
+        "state.json": json.dumps(numbers, indent=1),
+        "tokenizer.json": (dataset.directory / "tokenizer.json").read_text("utf-8"),
+    }
+    facts = {
+        "generation": worker.attempt,
+        "metrics": metrics,
+        "fingerprints": {"data": dataset.digest, "numerics": fingerprint(experiment, worker)},
+    }
+    tensors = {"model": dict(state.model.state_dict()), "optimizer": _moments(state)}
+    return checkpoint.save(directory, state.step, tensors, texts, facts)
+
+
+def restore(state: TrainState, path: Path) -> None:
+    """Fill `state` from a verified checkpoint of the same experiment."""
+    numbers = json.loads((path / "state.json").read_text("utf-8"))
+    state.model.load_state_dict(checkpoint.load_tensors(path, "model"))
+    device = next(state.model.parameters()).device
+    moments = checkpoint.load_tensors(path, "optimizer", device)
+    parameters = dict(state.model.named_parameters())
+    for key, value in moments.items():
+        name, _, moment = key.rpartition("/")
+        state.optimizer.state[parameters[name]][moment] = value
+    state.step, state.best_val_loss = numbers["step"], numbers["best_val_loss"]
+    state.meter.losses = numbers["open_losses"]
+    if numbers["scaler"]:
+        state.scaler.load_state_dict(numbers["scaler"])
+
+
+def _moments(state: TrainState) -> dict[str, torch.Tensor]:
+    return {f"{name}/{key}": value for name, parameter in state.model.named_parameters()
+            for key, value in state.optimizer.state.get(parameter, {}).items()}
+
+
+def load_model(path: Path) -> GPT:
+    """The model of a verified checkpoint, on the CPU, in evaluation mode."""
+    config = GPTConfig(**json.loads((path / "model.json").read_text("utf-8")))
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict(checkpoint.load_tensors(path, "model"), assign=True)
+    return model.eval()

@@ -1,0 +1,247 @@
+"""The training loop. Knows no Ray: runs the same under Ray Train, torchrun or pytest.
+
+Eats an experiment, a run's folder, a dataset's folder and this process's place among the workers; yields checkpoints,
+lines in the journal and samples of text in the run's folder. Every draw is keyed by (seed, step, micro-batch) and the
+order of samples is a function of the step, so the whole state of a run is weights, moments and a few numbers.
+
+Legend: B sequences per micro-batch, T tokens per sequence, M micro-batches per step over all workers.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.flops import mfu
+from model.generate import generate
+from model.schedule import learning_rate
+from orchestrator import checkpoint, state
+from orchestrator.batches import Batches, Prefetcher, TokenStream, eval_batches
+from orchestrator.config import Experiment
+from orchestrator.evaluation import EvalSet
+from orchestrator.init_from import initial_model
+from orchestrator.journal import Journal
+from orchestrator.meter import memory_metrics
+from orchestrator.numerics import Worker, autocast, device_name, keyed_seed, prepare_process
+from orchestrator.tokenizer import load_tokenizer
+from orchestrator.tokens import load_manifest
+
+SAMPLE_PROMPT, SAMPLE_TOKENS = 16, 64  # of the text that every evaluation writes: tokens of val, then of the model
+
+
+def train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker = Worker()) -> int:  # noqa: B008
+    """Train from the latest valid checkpoint, or from nothing, to `train.max_steps`.
+
+    Every worker calls it with the same arguments and its own `worker`; where there are several, torch.distributed is
+    initialised. Only rank 0 writes.
+
+    Returns:
+        The number of updates done: below max_steps only if the run stopped itself, which `stopped.json` explains.
+    """
+    prepare_process(experiment, worker)
+    run = _Run(experiment, Path(run_dir), Path(data_dir), worker)
+    s, schedule = run.state, experiment.lr_schedule()
+    if s.step == 0:
+        run.start_journal()
+    with contextlib.closing(run.prefetch()) as batches:
+        while s.step < experiment.train.max_steps:
+            lr = learning_rate(schedule, s.step)
+            for slot in s.gradients.my_slots():
+                s.gradients.begin_slot()
+                for m in slot:
+                    s.meter.lap("rest")
+                    inputs, targets = next(batches)  # (B, T) each
+                    s.meter.lap("data")
+                    run.forward_backward(m, inputs, targets)
+                    s.meter.lap("compute")
+                s.gradients.end_slot()
+            losses, grad_norm = run.reduce()
+            if not run.all_finite(losses, grad_norm):
+                break
+            run.update(lr)
+            s.step += 1
+            s.meter.add(losses)
+            s.meter.lap("compute")
+            run.after_step(lr, grad_norm)
+    return s.step
+
+
+class _Run:
+    """What `train` holds: the data, the state, and the folder that it writes to."""
+
+    def __init__(self, experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker):
+        self.experiment, self.run_dir, self.worker = experiment, run_dir, worker
+        self.device, self.autocast = torch.device(worker.device), autocast(experiment, worker.device)
+        self.dataset, self.tokenizer = load_manifest(data_dir), load_tokenizer(experiment.data.tokenizer, data_dir)
+        t, m = experiment.train, experiment.model
+        self.streams = {split: TokenStream(data_dir, split) for split in ("train", "val")}
+        self.batches = Batches(self.streams["train"], m.block_size, t.global_batch_size, t.micro_batch_size, t.seed)
+        self.journal = Journal(run_dir)
+        self.state = self._restore()
+        self.eval_sets = self._eval_sets() if t.eval_interval else {}
+
+    def _restore(self) -> state.TrainState:
+        found = checkpoint.latest_valid(self.run_dir / "checkpoints") if self.worker.is_main else None
+        step = self._agree(int(found.name.removeprefix("step-")) if found else -1)
+        if self.worker.is_main:
+            self.journal.rewind(step)
+        if step < 0:
+            model = initial_model(self.experiment, self.tokenizer.n_vocab)
+            return state.build(self.experiment, model, self.worker)
+        path = checkpoint.path_of(self.run_dir / "checkpoints", step)
+        if not self.worker.is_main:
+            checkpoint.verify(path)
+        s = state.build(self.experiment, state.load_model(path), self.worker)
+        state.restore(s, path)
+        return s
+
+    def _agree(self, number: int) -> int:
+        """Rank 0's number, on every worker."""
+        if self.worker.world_size == 1:
+            return number
+        shared = torch.tensor([number], dtype=torch.int64, device=self.device)
+        dist.broadcast(shared, src=0)
+        return int(shared.item())
+
+    def _eval_sets(self) -> dict[str, EvalSet]:
+        """The fixed stretch of val, and as many tokens of train."""
+        e, lengths = self.experiment, self.tokenizer.byte_lengths
+        limit = min(e.train.eval_tokens or self.streams["val"].tokens, self.streams["val"].tokens)
+        return {split: EvalSet(eval_batches(stream, e.model.block_size, e.train.micro_batch_size,
+                                            min(limit, stream.tokens)), lengths)
+                for split, stream in self.streams.items()}
+
+    def prefetch(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This worker's micro-batches from the current step on, read and pinned in the background."""
+        def fetch(item: tuple[int, int]) -> tuple[Tensor, Tensor]:
+            arrays = (torch.from_numpy(a) for a in self.batches.micro_batch(*item))
+            return tuple(a.pin_memory() if self.device.type == "cuda" else a for a in arrays)
+
+        mine = [m for slot in self.state.gradients.my_slots() for m in slot]
+        items = ((step, m) for step in range(self.state.step, self.experiment.train.max_steps) for m in mine)
+        prefetcher = Prefetcher(fetch, items)
+        try:
+            for inputs, targets in prefetcher:
+                yield inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+        finally:
+            prefetcher.close()
+
+    def forward_backward(self, m: int, inputs: Tensor, targets: Tensor) -> None:
+        """Add the gradient of micro-batch m of this step."""
+        s = self.state
+        if self.experiment.model.dropout:
+            torch.manual_seed(keyed_seed(self.experiment.train.seed, s.step, m))
+        with self.autocast:
+            _, loss = s.forward(inputs, targets)
+        s.gradients.record_loss(m, loss)
+        s.scaler.scale(loss).backward()
+
+    def reduce(self) -> tuple[list[float], float]:
+        """The step's M losses and the norm of its gradient before clipping: the same bits on every worker."""
+        s = self.state
+        losses = s.gradients.reduce()
+        if s.scaler.is_enabled():
+            s.scaler.unscale_(s.optimizer)
+        *values, norm = torch.cat((losses, s.gradients.norm().view(1))).tolist()  # the step's only wait for the GPU
+        return values, norm
+
+    def all_finite(self, losses: list[float], grad_norm: float) -> bool:
+        """False, with `stopped.json` written, where the update must not be applied."""
+        bad = [m for m, loss in enumerate(losses) if not math.isfinite(loss)]
+        # An infinite gradient is how a float16 scaler learns its scale: it skips that update by itself.
+        if not bad and (self.state.scaler.is_enabled() or math.isfinite(grad_norm)):
+            return True
+        step, size = self.state.step, self.experiment.train.micro_batch_size
+        offsets = self.batches.offsets(step)
+        windows = {m: [int(o) for o in offsets[m * size : (m + 1) * size]] for m in bad or range(len(losses))}
+        what = "loss" if bad else "gradient norm"
+        reason = (f"step {step + 1}: the {what} is not finite; the update was not applied. Micro-batches and the "
+                  f"offsets of their windows in train: {windows}. Lower schedule.max_lr or look at that text.")
+        if self.worker.is_main:
+            facts = {"reason": reason, "step": step, "windows": windows}
+            (self.run_dir / "stopped.json").write_text(json.dumps(facts, indent=1), "utf-8")
+        return False
+
+    def update(self, lr: float) -> None:
+        s, limit = self.state, self.experiment.optim.max_grad_norm
+        if limit:
+            s.gradients.clip(limit)
+        for group in s.optimizer.param_groups:
+            group["lr"] = lr
+        s.scaler.step(s.optimizer)
+        s.scaler.update()
+
+    def start_journal(self) -> None:
+        """Step 0: the evaluation before training."""
+        if self.eval_sets:
+            self._append(self._evaluate())
+
+    def after_step(self, lr: float, grad_norm: float) -> None:
+        """Log, evaluate and checkpoint where they are due; the line is in the journal before the checkpoint is."""
+        s, t = self.state, self.experiment.train
+
+        def due(interval: int | None) -> bool:
+            return s.step == t.max_steps or bool(interval) and s.step % interval == 0
+
+        metrics: dict[str, float] = {}
+        if due(t.log_interval):
+            s.meter.lap("rest")
+            metrics |= self._training_metrics(lr, grad_norm)
+        if t.eval_interval and due(t.eval_interval):
+            s.meter.lap("rest")
+            metrics |= self._evaluate()
+            s.meter.lap("evaluation")
+        if metrics:
+            self._append(metrics)
+        if due(t.checkpoint_interval):
+            s.meter.lap("rest")
+            self._checkpoint({k: v for k, v in metrics.items() if k.startswith("val/")})
+            s.meter.lap("checkpoint")
+
+    def _training_metrics(self, lr: float, grad_norm: float) -> dict[str, float]:
+        s, e, w = self.state, self.experiment, self.worker
+        metrics = s.meter.flush(e.tokens_per_step)
+        metrics |= {"train/tokens": s.step * e.tokens_per_step, "train/epoch": self.batches.epoch(s.step),
+                    "optim/lr": lr, "optim/grad_norm": grad_norm, "run/attempt": w.attempt}
+        if s.scaler.is_enabled():
+            metrics["optim/loss_scale"] = s.scaler.get_scale()
+        utilisation = mfu(metrics.get("perf/tokens_per_sec", 0.0), s.model.config,
+                          device_name(w.device), e.train.dtype, w.world_size)
+        return metrics | ({} if utilisation is None else {"perf/mfu": utilisation}) | memory_metrics(w.device)
+
+    def _evaluate(self) -> dict[str, float]:
+        s, w = self.state, self.worker
+        results = {split: eval_set.evaluate(s.forward, self.device, self.autocast, w.rank, w.world_size)
+                   for split, eval_set in self.eval_sets.items()}
+        val = results["val"]
+        s.best_val_loss = val.loss if s.best_val_loss is None else min(s.best_val_loss, val.loss)
+        if w.is_main:
+            self._write_sample()
+        return {"val/loss": val.loss, "val/bits_per_byte": val.bits_per_byte, "val/best_loss": s.best_val_loss,
+                "train/eval_loss": results["train"].loss}
+
+    def _write_sample(self) -> None:
+        """What the model makes of the first tokens of val, drawn with a seed of its own for each step."""
+        s, folder = self.state, self.run_dir / "samples"
+        prompt = self.streams["val"].read(0, min(SAMPLE_PROMPT, self.streams["val"].tokens))
+        tokens = torch.from_numpy(prompt.astype("int64"))[None].to(self.device)  # (1, SAMPLE_PROMPT)
+        with self.autocast:
+            drawn = generate(s.model, tokens, SAMPLE_TOKENS, top_k=50, n_vocab=self.tokenizer.n_vocab,
+                             seed=keyed_seed(self.experiment.train.seed, s.step))
+        folder.mkdir(exist_ok=True)
+        (folder / f"step-{s.step:08d}.txt").write_text(self.tokenizer.decode(drawn[0].tolist()), "utf-8")
+
+    def _append(self, metrics: dict[str, float]) -> None:
+        if self.worker.is_main:
+            self.journal.append(self.state.step, metrics)
+
+    def _checkpoint(self, metrics: dict[str, float]) -> None:
+        if self.worker.is_main:
+            folder = self.run_dir / "checkpoints"
+            state.save(self.state, self.experiment, folder, self.dataset, self.worker, metrics)
+            checkpoint.prune(folder, self.experiment.train.keep)

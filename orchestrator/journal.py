@@ -45,6 +45,31 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _whole_lines(Path(run_dir) / FILE)]
 
 
+class Tail:
+    """Follows a growing journal without reading it again; `poll` returns the records that are new since the last one.
+
+    A resume replaces the file: then everything that survived comes once more, and the caller tells by timestamps.
+    """
+
+    def __init__(self, run_dir: Path):
+        self.path, self.inode, self.offset = Path(run_dir) / FILE, None, 0
+
+    def poll(self) -> list[dict[str, Any]]:
+        try:
+            with open(self.path, "rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self.inode:
+                    self.inode, self.offset = inode, 0
+                file.seek(self.offset)
+                whole, _, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        if not whole:
+            return []
+        self.offset += len(whole) + 1
+        return [json.loads(line) for line in whole.split(b"\n")]
+
+
 def aside_files(run_dir: Path) -> list[Path]:
     """Files of lines that resumes moved aside, oldest first."""
     return sorted(Path(run_dir).glob("metrics.aside-*.jsonl"))

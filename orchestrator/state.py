@@ -1,5 +1,6 @@
 """The state of a run: weights, moments, the step and a few numbers; built fresh, saved whole, restored to the last bit."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def save(state: TrainState, experiment: Experiment, directory: Path, dataset: Ma
     facts = {
         "generation": worker.attempt,
         "metrics": metrics,
-        "fingerprints": {"data": dataset.digest, "numerics": fingerprint(experiment, worker)},
+        "fingerprints": {"data": data_identity(dataset), "numerics": fingerprint(experiment, worker)},
     }
     tensors = {"model": dict(state.model.state_dict()), "optimizer": _moments(state)}
     return checkpoint.save(directory, state.step, tensors, texts, facts)
@@ -77,6 +78,12 @@ def restore(state: TrainState, path: Path) -> None:
     state.meter.losses = numbers["open_losses"]
     if numbers["scaler"]:
         state.scaler.load_state_dict(numbers["scaler"])
+
+
+def data_identity(dataset: Manifest) -> str:
+    """SHA-256 of what the trainer sees of a dataset: its tokenizer and its token streams, wherever they lie."""
+    streams = {name: split.stream_sha256 for name, split in dataset.splits.items()}
+    return hashlib.sha256(json.dumps([dataset.tokenizer, streams], sort_keys=True).encode()).hexdigest()
 
 
 def _moments(state: TrainState) -> dict[str, torch.Tensor]:

@@ -1,0 +1,36 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STORAGE ?= runs
+
+.PHONY: install quickstart test lint ui submit clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(VENV)/installed
+
+quickstart: install          ## corpus to trained, tracked GPT in a few minutes on two CPU cores
+	$(BIN)/python pipelines/train.py configs/quickstart.yaml
+
+test: install                ## everything, with a real Ray, a real MLflow and real kills
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+
+ui: install                  ## MLflow's pages for the runs in $(STORAGE), on loopback
+	$(BIN)/python pipelines/ui.py $(STORAGE)
+
+# A job's copy of this folder has no repository: the commit is taken here and travels with the job.
+EXPERIMENT ?= configs/quickstart.yaml
+submit: install              ## make submit EXPERIMENT=… ARGS='section.field=value …', to the cluster of $$RAY_API_SERVER_ADDRESS
+	$(BIN)/ray job submit --working-dir . --runtime-env-json \
+	  "{\"env_vars\": {\"ESPALIER_GIT_COMMIT\": \"$$(git rev-parse HEAD)\", \"ESPALIER_GIT_DIRTY\": \"$$(test -z "$$(git status --porcelain)" && echo 0 || echo 1)\"}}" \
+	  -- pipelines/train.py $(EXPERIMENT) $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

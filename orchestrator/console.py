@@ -1,0 +1,83 @@
+"""What a person sees while a run goes on: one steady line per logged step, read from the run's journal.
+
+The driver follows the file as the tracking sender does, so that what is printed is what was recorded.
+"""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+from orchestrator import journal
+
+
+class Console:
+    """Prints the lines that appear in `run_dir/metrics.jsonl` from now on; `with Console(…):` around the run."""
+
+    def __init__(self, run_dir: Path, max_steps: int, tokens_per_step: int, interval_s: float = 0.3):
+        self.max_steps, self.tokens_per_step = max_steps, tokens_per_step
+        self.interval_s, self.done = interval_s, threading.Event()
+        self.tail = journal.Tail(run_dir)
+        self.shown = max((r["timestamp"] for r in self.tail.poll()), default=0)
+        self.thread = threading.Thread(target=self._follow, name="console", daemon=True)
+
+    def __enter__(self) -> "Console":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.done.set()
+        self.thread.join(timeout=5)
+
+    def _follow(self) -> None:
+        ended = False
+        while not ended:
+            ended = self.done.wait(self.interval_s)  # after the end, one last look
+            for record in self.tail.poll():
+                # By time, not by step: a resumed attempt makes some steps again, and they are worth seeing.
+                if record["timestamp"] > self.shown:
+                    self.shown = record["timestamp"]
+                    print(format_record(record, self.max_steps, self.tokens_per_step), flush=True)
+
+
+def format_record(record: dict[str, Any], max_steps: int, tokens_per_step: int) -> str:
+    """`step 100/2,000 | loss 2.3456 | lr 1.0e-03 | 25,600 tok/s | MFU 41 % | ETA 1m32s | val 2.41 …`."""
+    step, speed = record["step"], record.get("perf/tokens_per_sec")
+    parts = [f"step {step:>{len(f'{max_steps:,}')},}/{max_steps:,}"]
+    if "train/loss" in record:
+        parts += [f"loss {record['train/loss']:.4f}", f"lr {record['optim/lr']:.2e}"]
+    if speed:
+        parts.append(f"{speed:,.0f} tok/s")
+    if "perf/mfu" in record:
+        parts.append(f"MFU {record['perf/mfu']:.1%}")
+    if speed:
+        parts.append(f"ETA {duration((max_steps - step) * tokens_per_step / speed)}")
+    if "val/loss" in record:
+        parts.append(f"val loss {record['val/loss']:.4f}, {record['val/bits_per_byte']:.4f} bits/byte")
+    return " | ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """`58s`, `4m10s`, `3h05m`, `2d04h`."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 86400}d{s % 86400 // 3600:02d}h"
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Two aligned columns; None is left out."""
+    rows = {k: v for k, v in rows.items() if v is not None}
+    width = max(map(len, rows), default=0)
+    return "\n".join(f"  {key:<{width}}  {value}" for key, value in rows.items())
+
+
+def number(value: Any) -> str:
+    """Integers with separators, floats with four decimals, the rest as it is."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -1,0 +1,183 @@
+"""The main job: an experiment in; tokens, a trained and tracked run, a summary and an exit status out.
+
+Everything that must outlive this process is in the run's folder before it is needed, so that running the same command
+again goes on, whatever happened to the first one.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from orchestrator import launch, runs
+from orchestrator.config import Experiment
+from orchestrator.console import Console, duration, number, table
+from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
+from orchestrator.plan import model_facts
+from orchestrator.provenance import redact, source_facts, source_tags
+from orchestrator.tokens import Manifest, dataset_dir, load_manifest, prepare
+from orchestrator.tracking import Tracker, replay, resolve_uri
+
+SOURCES = Path(__file__).resolve().parent.parent
+EXIT_WAIT_S = 60  # for a tracking server, at most
+
+
+class Terminated(BaseException):
+    """SIGTERM: a job was stopped or a machine is wanted back."""
+
+
+def run(experiment: Experiment) -> int:
+    """Prepare, train, track, summarise; returns the exit status of the driver."""
+    storage = runs.storage_root(experiment)
+    run_dir, data_dir = storage / experiment.name, dataset_dir(experiment.data, storage)
+    if _is_finished(run_dir, experiment, data_dir):
+        return _show_again(run_dir, experiment, storage)
+    try:
+        with _signals():
+            return _run(experiment, storage, run_dir, data_dir)
+    except runs.HeldError as error:
+        print(f"{error}; run this again when it has ended", file=sys.stderr)
+        return EXIT_AGAIN
+    except Terminated:
+        print("terminated before training began; run the same command again", file=sys.stderr)
+        return EXIT_AGAIN
+
+
+def _run(experiment: Experiment, storage: Path, run_dir: Path, data_dir: Path) -> int:
+    print("starting Ray …", flush=True)
+    launch.connect()
+    _install_sigterm()  # ray.init replaces what was there
+    _check_storage(experiment)
+    layout = launch.layout(experiment, launch.recorded_layout(run_dir))
+    dataset = prepare(experiment.data, data_dir)
+    with runs.held(run_dir):
+        step = runs.check_resumable(run_dir, experiment, dataset)
+        facts = _facts(experiment, dataset)
+        attempt = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "from_step": step,
+                   "layout": asdict(layout), **{k: v for k, v in experiment.flat().items() if k.startswith(runs.FREE)}}
+        runs.open_attempt(run_dir, experiment, facts, redact(attempt))
+        tracker = Tracker(run_dir, resolve_uri(experiment, storage), experiment.tracking.experiment)
+        tracker.start()
+        return _train(experiment, run_dir, data_dir, layout, tracker, step)
+
+
+def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch.Layout, tracker: Tracker, step: int) -> int:
+    """From the first worker to the last line of the summary."""
+    device = "GPU" if layout.use_gpu else f"{layout.cpus_per_worker} CPU(s)"
+    print(f"{'resuming' if step else 'training'} {experiment.name} from step {step:,} of {experiment.train.max_steps:,} "
+          f"in {run_dir} on {layout.num_workers} worker(s) with {device} each", flush=True)
+    started, status, code, reason = time.monotonic(), "FAILED", EXIT_FAILED, ""
+    try:
+        with Console(run_dir, experiment.train.max_steps, experiment.tokens_per_step):
+            launch.fit(experiment, run_dir, data_dir, layout)
+        stopped = runs.read_json(run_dir / "stopped.json")
+        if stopped:
+            code, reason = EXIT_USER if stopped.get("user") else EXIT_FAILED, stopped["reason"]
+        else:
+            status, code = "FINISHED", EXIT_DONE
+    except KeyboardInterrupt:
+        status, code = "KILLED", EXIT_INTERRUPTED
+    except (Terminated, SystemExit):
+        status, code = "KILLED", EXIT_AGAIN
+    except Exception as error:
+        traces = [f.read_text("utf-8") for f in sorted(run_dir.glob("failure-rank*.txt"))]
+        reason = "\n".join(traces) or f"{error.__class__.__name__}: {error}"
+    # A job that is stopped has 3 s before SIGKILL: hashing the weights is for a run that is done.
+    summary = runs.summarise(run_dir, status, experiment.tokens_per_step, tracker.run_id, time.monotonic() - started)
+    sent = tracker.finish(status, deadline_s=2 if code == EXIT_AGAIN else EXIT_WAIT_S)
+    if reason:
+        print(f"error: {reason}" if code == EXIT_USER else reason, file=sys.stderr)
+    _print_summary(run_dir, summary, tracker.url)
+    if not sent:
+        print(f"the tracking server did not take everything; send the rest with\n  "
+              f"pipelines/replay_metrics.py {run_dir}", flush=True)
+    return code
+
+
+def _facts(experiment: Experiment, dataset: Manifest) -> dict[str, Any]:
+    """What the tracking server is told: every field and what follows from it, the dataset, the sources."""
+    derived = model_facts(experiment, dataset.tokenizer["n_vocab"])
+    params = {**experiment.flat(), **{f"derived.{k}": v for k, v in derived.items()},
+              "derived.tokens_per_step": experiment.tokens_per_step, "derived.reduction_slots": experiment.slots}
+    splits = {f"{name}_tokens": split.tokens for name, split in dataset.splits.items()}
+    sources = source_facts(SOURCES)
+    return {
+        "params": redact({k: v for k, v in params.items() if v is not None}),
+        "tags": redact(source_tags(sources, ray_job_id=_ray_job_id())),
+        "dataset": {"name": dataset.tokenizer["name"] + " tokens", "digest": dataset.digest,
+                    "source": str(dataset.directory), **splits},
+    }
+
+
+def _ray_job_id() -> str | None:
+    import ray
+
+    return os.environ.get("RAY_JOB_ID") or ray.get_runtime_context().get_job_id()
+
+
+def _check_storage(experiment: Experiment) -> None:
+    """Several nodes must see one folder, and a relative path is another one on each."""
+    import ray
+
+    text = experiment.storage or os.environ.get("ESPALIER_STORAGE") or "runs"
+    nodes = sum(n["Alive"] for n in ray.nodes())
+    if nodes > 1 and not Path(text).expanduser().is_absolute():
+        raise UserError(f"storage: '{text}' is relative and the cluster has {nodes} nodes; set storage=… or "
+                        f"ESPALIER_STORAGE to an absolute path that all of them share")
+
+
+# ---- a run that is done ----
+def _is_finished(run_dir: Path, experiment: Experiment, data_dir: Path) -> bool:
+    summary = runs.read_json(run_dir / "summary.json") or {}
+    if summary.get("status") != "FINISHED" or summary.get("step") != experiment.train.max_steps:
+        return False
+    if not (data_dir / "manifest.json").exists():
+        return False
+    return runs.check_resumable(run_dir, experiment, load_manifest(data_dir)) == experiment.train.max_steps
+
+
+def _show_again(run_dir: Path, experiment: Experiment, storage: Path) -> int:
+    print(f"{experiment.name} is finished; a larger train.max_steps goes on, a new name starts afresh")
+    _print_summary(run_dir, runs.read_json(run_dir / "summary.json"), None)
+    if not replay(run_dir, resolve_uri(experiment, storage), experiment.tracking.experiment, EXIT_WAIT_S):
+        print("the tracking server did not take everything; run this again when it is there")
+    return EXIT_DONE
+
+
+def _print_summary(run_dir: Path, summary: dict[str, Any], url: str | None) -> None:
+    """Where everything is, how good it is, and what to type next."""
+    shown = {k: number(v) for k, v in summary.items() if v is not None and k not in ("wall_s",)}
+    print(f"\n{run_dir.name}\n" + table({**shown, "wall time": duration(summary["wall_s"]), "folder": run_dir, "MLflow": url}))
+    samples = sorted((run_dir / "samples").glob("*.txt"))
+    if samples and summary["status"] == "FINISHED":
+        print("\nsample (the first tokens are the prompt, from val):\n" + samples[-1].read_text("utf-8").strip())
+    if summary["status"] != "FINISHED":
+        print("\nnext: the same command again goes on from the last checkpoint", flush=True)
+        return
+    print(f"\nnext:\n  pipelines/sample.py {run_dir} --prompt '…'\n  pipelines/evaluate.py {run_dir}\n"
+          f"  pipelines/ui.py {run_dir.parent}", flush=True)
+
+
+# ---- signals ----
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    _install_sigterm()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _install_sigterm() -> None:
+    def terminate(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the orderly end short
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)

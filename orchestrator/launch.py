@@ -1,0 +1,188 @@
+"""Ray Train around the training loop: finds the cluster, decides the workers, and keeps them running to the end.
+
+Eats an experiment and the folders of its run and its tokens; yields a run that ended or an error that says why not.
+Ray restarts dead workers; where they go on is ours to say (`latest_valid()`), and Ray is handed no checkpoint. Its
+words are translated here, once: world_rank is our rank, ScalingConfig's worker is our worker.
+"""
+
+import json
+import logging
+import os
+import shutil
+import traceback
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator import checkpoint
+from orchestrator.config import Experiment, parse_experiment
+from orchestrator.errors import UserError
+from orchestrator.numerics import Worker
+from orchestrator.runs import read_json, write_text
+from orchestrator.training import train
+
+PATIENCE = 3  # attempts in a row that may end where they began, before a fault is taken for a bug
+COLLECTIVE_TIMEOUT_S = 1800
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # no call to the network that nobody asked for
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray's 2 s are the latency of every report and of the end
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a run takes of the cluster: `num_workers` processes with `cpus_per_worker` CPUs, and one GPU each or none."""
+
+    num_workers: int
+    cpus_per_worker: int
+    use_gpu: bool
+
+
+def connect() -> None:
+    """Join the cluster of $RAY_ADDRESS (`ray job submit` sets it), or start one on this machine for this process."""
+    import ray
+
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    quiet = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        ray.init(address="local", include_dashboard=False, **quiet)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def layout(experiment: Experiment, recorded: Layout | None = None) -> Layout:
+    """Resolve `compute` against the connected cluster.
+
+    Args:
+        recorded: an earlier attempt's layout; its CPUs per worker belong to the numerics, so they are kept.
+
+    Raises:
+        UserError: asked for more than there is, and the cluster does not grow.
+    """
+    import ray
+
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    return resolve_layout(experiment, [(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes], recorded,
+                          grows=bool(os.environ.get("ESPALIER_AUTOSCALING")))
+
+
+def resolve_layout(experiment: Experiment, nodes: list[tuple[int, int]], recorded: Layout | None = None,
+                   grows: bool = False) -> Layout:
+    """`layout` as a pure function of `nodes`, a list of (CPUs, GPUs)."""
+    c = experiment.compute
+    cpus, gpus = sum(n[0] for n in nodes), sum(n[1] for n in nodes)
+    use_gpu = gpus > 0 if c.use_gpu == "auto" else c.use_gpu
+    workers = c.num_workers
+    if workers == "auto":
+        devices = gpus if use_gpu else 1
+        workers = max(w for w in range(1, max(devices, 1) + 1) if experiment.slots % w == 0)
+        if workers < devices:
+            print(f"{devices - workers} of {devices} GPUs stay idle: the {experiment.slots} reduction slots of "
+                  f"{experiment.micro_batches} micro-batches have no divisor nearer to {devices}; a smaller "
+                  f"train.micro_batch_size (now {experiment.train.micro_batch_size}) or another train.reduction_slots "
+                  f"would use them", flush=True)
+    per_worker = c.cpus_per_worker
+    if per_worker == "auto":
+        whole_node = max((n[0] for n in nodes), default=0) or 1
+        per_worker = recorded.cpus_per_worker if recorded else whole_node if workers == 1 and not use_gpu else 1
+        if recorded and _places(nodes, per_worker, use_gpu) < workers:
+            per_worker = whole_node if workers == 1 else 1
+    asked = Layout(workers, per_worker, use_gpu)
+    if _places(nodes, per_worker, use_gpu) < workers and not grows:
+        gpu = " and 1 GPU" if use_gpu else ""
+        raise UserError(f"compute: asked for {workers} worker(s) with {per_worker} CPU(s){gpu} each, found {cpus} CPU(s) "
+                        f"and {gpus} GPU(s) on {len(nodes)} node(s); lower compute.num_workers or "
+                        f"compute.cpus_per_worker" + (", or set compute.use_gpu=false" if use_gpu and not gpus else ""))
+    return asked
+
+
+def _places(nodes: list[tuple[int, int]], cpus: int, use_gpu: bool) -> int:
+    """How many workers fit; a worker lies on one node."""
+    return sum(min(n[0] // cpus, n[1]) if use_gpu else n[0] // cpus for n in nodes)
+
+
+def fit(experiment: Experiment, run_dir: Path, data_dir: Path, asked: Layout) -> None:
+    """Train to the end on Ray Train, restarting dead workers for as long as restarts get anywhere.
+
+    Returns when the workers are done, also where the run stopped itself (see `stopped.json`). Raises Ray's error where
+    they could not be run.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    launch = uuid.uuid4().hex[:8]
+    scratch = run_dir / ".ray"  # Ray's own snapshot of the run: a convenience of this attempt, never the truth
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"experiment": experiment.model_dump(), "run_dir": str(run_dir), "data_dir": str(data_dir),
+                           "cpus": asked.cpus_per_worker, "launch": launch},
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(num_workers=asked.num_workers, use_gpu=asked.use_gpu,
+                                     resources_per_worker={"CPU": asked.cpus_per_worker, **({"GPU": 1} if asked.use_gpu else {})}),
+        run_config=RunConfig(name=launch, storage_path=str(scratch), failure_config=FailureConfig(max_failures=-1),
+                             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(asked.cpus_per_worker)}}),
+    )
+    try:
+        trainer.fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What each of Ray's workers runs."""
+    import ray.train
+    import ray.train.torch
+
+    context, run_dir = ray.train.get_context(), Path(config["run_dir"])
+    if (run_dir / "stopped.json").exists():
+        return  # an earlier attempt of this launch found that going on is of no use
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    attempt = _begin_attempt(run_dir, config["launch"], world_size) if rank == 0 else 0
+    worker = Worker(rank, world_size, str(ray.train.torch.get_device()), config["cpus"], attempt)
+    try:
+        train(parse_experiment(config["experiment"], "experiment"), run_dir, Path(config["data_dir"]), worker)
+    except Exception as error:
+        _record_failure(run_dir, rank, error)
+        raise
+
+
+def _begin_attempt(run_dir: Path, launch: str, world_size: int) -> int:
+    """Note in `attempts.jsonl` where this attempt begins; returns its number, counted from 1 over the whole run.
+
+    Where too many attempts of this launch began at one step, end the run instead: restarts get nowhere.
+    """
+    file = run_dir / "attempts.jsonl"
+    earlier = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    step = max(checkpoint.steps(run_dir / "checkpoints"), default=0)
+    if [a["step"] for a in earlier if a["launch"] == launch][-PATIENCE:] == [step] * PATIENCE:
+        last = "\n".join(f.read_text("utf-8") for f in sorted(run_dir.glob("failure-rank*.txt")))
+        reason = f"{PATIENCE} attempts in a row failed between step {step} and the next checkpoint"
+        _stop(run_dir, f"{reason}; the last one:\n{last}" if last else f"{reason}: workers died without a word", False)
+        raise RuntimeError(reason)
+    with open(file, "a", encoding="utf-8") as out:
+        out.write(json.dumps({"launch": launch, "step": step, "workers": world_size, "pid": os.getpid()}) + "\n")
+    return len(earlier) + 1
+
+
+def _record_failure(run_dir: Path, rank: int, error: Exception) -> None:
+    """Keep the traceback where the driver finds it, and end the run where it is the user's to mend."""
+    write_text(run_dir / f"failure-rank{rank}.txt", "".join(traceback.format_exception(error)))
+    if isinstance(error, UserError):
+        _stop(run_dir, str(error), True)
+
+
+def _stop(run_dir: Path, reason: str, user: bool) -> None:
+    write_text(run_dir / "stopped.json", json.dumps({"reason": reason, "user": user}, indent=1))
+
+
+def recorded_layout(run_dir: Path) -> Layout | None:
+    """The layout of the run's last attempt."""
+    attempts = (read_json(run_dir / "run.json") or {}).get("attempts") or []
+    stored = attempts[-1].get("layout") if attempts else None
+    return Layout(**stored) if stored else None

@@ -1,0 +1,172 @@
+"""A run's folder, `<storage>/<name>/`: what the driver writes there, and whether an experiment may go on in it.
+
+    experiment.yaml  the resolved experiment        run.json       who, on what, from which sources, attempt by attempt
+    metrics.jsonl    the journal                    summary.json   how it ended
+    checkpoints/     step-…                         samples/       text at every evaluation
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from model.schedule import learning_rate
+from orchestrator import checkpoint, journal
+from orchestrator.config import Experiment, parse_experiment, read_yaml
+from orchestrator.errors import UserError
+from orchestrator.state import data_identity
+from orchestrator.tokens import Manifest
+
+# Fields that may change under the same name; every other one is what the run is.
+FREE = ("name", "storage", "data.dir", "train.max_steps", "train.log_interval", "train.eval_interval",
+        "train.checkpoint_interval", "train.keep", "compute.", "tracking.")
+
+
+class HeldError(RuntimeError):
+    """Another process writes to this run."""
+
+
+def storage_root(experiment: Experiment) -> Path:
+    """The absolute folder of runs and data.
+
+    Inside a Ray job the current directory is a throw-away copy, so a relative storage moves to the home directory.
+    """
+    text = experiment.storage or os.environ.get("ESPALIER_STORAGE") or "runs"
+    path = Path(text).expanduser()
+    if path.is_absolute():
+        return path
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return Path("~/espalier").expanduser() / ("" if text == "runs" else text)
+    return path.absolute()
+
+
+@contextlib.contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Be the run's only writer; raises HeldError, naming the holder, where another process is."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise HeldError(f"{run_dir}: held by {file.read().strip() or 'another process'}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def check_resumable(run_dir: Path, experiment: Experiment, dataset: Manifest, warn=print) -> int:
+    """The step from which `experiment` would go on in this folder; 0 where nothing was committed yet.
+
+    Raises:
+        UserError: shows every identity field that differs from the run's, and the ways out.
+    """
+    found = checkpoint.latest_valid(run_dir / "checkpoints", warn)
+    if found is None:
+        return 0
+    stored = stored_experiment(found)
+    manifest = checkpoint.read_manifest(found)
+    differences = identity_differences(stored, experiment, manifest["step"])
+    if manifest["fingerprints"]["data"] != data_identity(dataset):
+        differences.append(f"data: the tokens in {dataset.directory} are not those that the run was trained on")
+    if differences:
+        raise UserError("\n".join([f"{run_dir} was begun with another experiment:",
+                                   *(f"  {line}" for line in differences),
+                                   "  give it a new name (name=…), or change these back"]))
+    return manifest["step"]
+
+
+def identity_differences(stored: Experiment, wanted: Experiment, step: int) -> list[str]:
+    """One line per identity field that differs; `step` updates were made under `stored`."""
+    old, new = ({k: v for k, v in e.flat().items() if not k.startswith(FREE)} for e in (stored, wanted))
+    for flat, e in ((old, stored), (new, wanted)):
+        flat["train.reduction_slots"] = e.slots  # null and the number that it means are the same
+        for key in ("data.corpus", "data.text_field"):
+            flat.pop(key)  # a corpus may move: its tokens are compared instead
+    lines = [f"{key}: {old[key]!r} there, {new[key]!r} here" for key in old if old[key] != new[key]]
+    before, after = stored.train.max_steps, wanted.train.max_steps
+    if after < step:
+        lines.append(f"train.max_steps: {after} here, but {step} steps are done")
+    elif not lines and before != after:
+        schedules = stored.lr_schedule(), wanted.lr_schedule()
+        changed = next((n for n in range(step) if learning_rate(schedules[0], n) != learning_rate(schedules[1], n)), None)
+        if changed is not None:
+            lines.append(f"train.max_steps: {before} there, {after} here, which changes the learning rate of step "
+                         f"{changed + 1}, already made; set schedule.decay_steps={before} or use a new name")
+    return lines
+
+
+def stored_experiment(folder: Path) -> Experiment:
+    """The resolved experiment that travels with a run or a checkpoint."""
+    path = folder / "experiment.yaml"
+    try:
+        return parse_experiment(read_yaml(path.read_text("utf-8"), str(path)), str(path))
+    except OSError:
+        raise UserError(f"{folder}: holds no experiment.yaml; give a run's folder or a checkpoint") from None
+
+
+def open_attempt(run_dir: Path, experiment: Experiment, facts: dict[str, Any], attempt: dict[str, Any]) -> None:
+    """Write experiment.yaml and run.json for this attempt.
+
+    Args:
+        facts: "params", "tags" and "dataset" for the tracking server.
+        attempt: what this attempt runs on; appended to the earlier ones.
+    """
+    known = read_json(run_dir / "run.json") or {"key": uuid.uuid4().hex, "attempts": []}
+    run = {"name": experiment.name, "key": known["key"], **facts, "attempts": [*known["attempts"], attempt]}
+    write_text(run_dir / "experiment.yaml", experiment.to_yaml())
+    write_text(run_dir / "run.json", json.dumps(run, indent=1))
+    for stale in (run_dir / "summary.json", run_dir / "stopped.json", *run_dir.glob("failure-rank*.txt")):
+        stale.unlink(missing_ok=True)
+
+
+def summarise(run_dir: Path, status: str, tokens_per_step: int, mlflow_run_id: str | None, wall_s: float) -> dict[str, Any]:
+    """Write and return summary.json, out of the journal and the checkpoints; only a finished run's weights are hashed."""
+    records = journal.read(run_dir)
+    folder = run_dir / "checkpoints"
+    step = max(checkpoint.steps(folder), default=0)
+    found = checkpoint.path_of(folder, step) if step else None
+    hashed = found if status == "FINISHED" else None
+    timed = [r["perf/step_time_s"] for r in records if "perf/step_time_s" in r]
+    timed = timed[1:] or timed  # the first window holds the warm-up
+    summary = {
+        "status": status,
+        "step": step,
+        "tokens": step * tokens_per_step,
+        "train_loss": _last(records, "train/loss"),
+        "val_loss": _last(records, "val/loss"),
+        "val_bits_per_byte": _last(records, "val/bits_per_byte"),
+        "best_val_loss": _last(records, "val/best_loss"),
+        "checkpoint": str(found) if found else None,
+        "weights_sha256": checkpoint.weights_sha256(checkpoint.load_tensors(hashed, "model")) if hashed else None,
+        "mlflow_run_id": mlflow_run_id,
+        "wall_s": round(wall_s, 1),
+        "tokens_per_sec": round(tokens_per_step * len(timed) / sum(timed), 1) if timed else None,
+    }
+    write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
+    return summary
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, or None where it is absent."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step: readers see the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
+
+
+def _last(records: list[dict[str, Any]], key: str) -> float | None:
+    return next((r[key] for r in reversed(records) if key in r), None)

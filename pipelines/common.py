@@ -1,0 +1,60 @@
+"""What every command shares: its arguments, its help, and how it ends (see `orchestrator.errors` for the statuses)."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator.config import Experiment, field_docs, load_experiment
+from orchestrator.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
+
+DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+
+
+def guarded(main: Callable[[list[str]], int]) -> None:
+    """Run `main(argv)` and exit: a user's mistake is one line (or one per mistake) and status 2, Ctrl-C is 130."""
+    try:
+        status = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = EXIT_USER
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = EXIT_INTERRUPTED
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+def experiment_command(doc: str, run: Callable[[Experiment], int], *, dry_run: Callable[[Experiment], int] | None = None) -> None:
+    """`[EXPERIMENT.yaml] [section.field=value …] [--dry-run]`, without a file the quickstart."""
+    def main(argv: list[str]) -> int:
+        if {"-h", "--help"} & set(argv):
+            print(help_text(doc, dry_run is not None))
+            return 0
+        flags = {a for a in argv if a.startswith("-")}
+        unknown = flags - ({"--dry-run"} if dry_run else set())
+        if unknown:
+            raise UserError(f"{sorted(unknown)[0]}: no such option; --help lists what there is")
+        words = [a for a in argv if a not in flags]
+        experiment = load_experiment(*split_words(words))
+        return dry_run(experiment) if "--dry-run" in flags else run(experiment)
+
+    guarded(main)
+
+
+def split_words(words: list[str]) -> tuple[Path, list[str]]:
+    """The experiment's path, in front, and the overrides."""
+    files = [w for w in words if "=" not in w]
+    if len(files) > 1:
+        raise UserError(f"'{files[1]}': one experiment at a time; overrides are section.field=value")
+    return Path(files[0]) if files else DEFAULT, [w for w in words if "=" in w]
+
+
+def help_text(doc: str, dry: bool) -> str:
+    """The command's description and every field with its type and default."""
+    lines = [doc.strip(), "", "usage: [EXPERIMENT.yaml] [section.field=value …]" + (" [--dry-run]" if dry else ""), "",
+             "fields (type; default):"]
+    for key, field in field_docs().items():
+        default = "null" if field["default"] is None else str(field["default"]).lower() if isinstance(
+            field["default"], bool) else field["default"]
+        lines += [f"  {key}  ({field['type']}; {default})", f"      {field['description']}"]
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""What tests share: one real Ray head for the whole session, started as a cluster's head is, with a token."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
+os.environ["RAY_AUTH_MODE"] = "token"  # Ray reads these when it is imported
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ.pop("RAY_ADDRESS", None)
+os.environ.pop("ESPALIER_STORAGE", None)
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+@pytest.fixture(scope="session")
+def ray_head(tmp_path_factory):
+    """`ray start --head --block` with four logical CPUs and token authentication; `.env` is a client's environment."""
+    base = Path("/tmp") / f"espalier-{os.getpid()}"  # short: sockets live below it, and their paths may have 107 bytes
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    port, dashboard, agent, client = (_free_port() for _ in range(4))
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=4",
+               f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+               f"--ray-client-server-port={client}", "--object-store-memory=200000000", f"--temp-dir={base}"]
+    log = (tmp_path_factory.mktemp("head") / "head.log").open("w+")
+    head = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    client_env = {**env, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    try:
+        _wait_for(dashboard, head, log)
+        yield SimpleNamespace(env=client_env, dashboard=f"http://127.0.0.1:{dashboard}", pid=head.pid)
+    finally:
+        head.send_signal(signal.SIGTERM)
+        try:
+            head.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+        subprocess.run(["rm", "-rf", str(base)], check=False)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(ray_head):
+    """This process, connected to the session's head."""
+    import ray
+
+    ray.init(address=ray_head.env["RAY_ADDRESS"], log_to_driver=False, logging_level="WARNING")
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def shakespeare() -> Path:
+    """tinyshakespeare.txt, where the machine has it."""
+    folder = os.environ.get("ESPALIER_TEST_DATA")
+    if not folder or not (Path(folder) / "tinyshakespeare.txt").is_file():
+        pytest.skip("ESPALIER_TEST_DATA holds no tinyshakespeare.txt")
+    return Path(folder) / "tinyshakespeare.txt"
+
+
+@pytest.fixture(scope="session")
+def gpt2_ranks() -> str:
+    """A TIKTOKEN_CACHE_DIR that has GPT-2's ranks."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("TIKTOKEN_CACHE_DIR is not set: GPT-2's ranks would be downloaded")
+    return folder
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _wait_for(port: int, head: subprocess.Popen, log) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and head.poll() is None:
+        with socket.socket() as s:
+            s.settimeout(1)
+            if s.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    log.seek(0)
+    pytest.fail(f"the Ray head did not start:\n{log.read()[-3000:]}")

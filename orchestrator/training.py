@@ -28,6 +28,7 @@ from orchestrator.init_from import initial_model
 from orchestrator.journal import Journal
 from orchestrator.meter import memory_metrics
 from orchestrator.numerics import Worker, autocast, device_name, keyed_seed, prepare_process
+from orchestrator.step import Step
 from orchestrator.tokenizer import load_tokenizer
 from orchestrator.tokens import load_manifest
 
@@ -45,28 +46,17 @@ def train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker 
     """
     prepare_process(experiment, worker)
     run = _Run(experiment, Path(run_dir), Path(data_dir), worker)
-    s, schedule = run.state, experiment.lr_schedule()
+    s, step, schedule = run.state, Step(experiment, run.state), experiment.lr_schedule()
     if s.step == 0:
         run.start_journal()
     with contextlib.closing(run.prefetch()) as batches:
         while s.step < experiment.train.max_steps:
             lr = learning_rate(schedule, s.step)
-            for slot in s.gradients.my_slots():
-                s.gradients.begin_slot()
-                for m in slot:
-                    s.meter.lap("rest")
-                    inputs, targets = next(batches)  # (B, T) each
-                    s.meter.lap("data")
-                    run.forward_backward(m, inputs, targets)
-                    s.meter.lap("compute")
-                s.gradients.end_slot()
-            losses, grad_norm = run.reduce()
+            losses, grad_norm = step.gradient(batches)
             if not run.all_finite(losses, grad_norm):
                 break
-            run.update(lr)
-            s.step += 1
+            step.update(lr)
             s.meter.add(losses)
-            s.meter.lap("compute")
             run.after_step(lr, grad_norm)
     return s.step
 
@@ -131,25 +121,6 @@ class _Run:
         finally:
             prefetcher.close()
 
-    def forward_backward(self, m: int, inputs: Tensor, targets: Tensor) -> None:
-        """Add the gradient of micro-batch m of this step."""
-        s = self.state
-        if self.experiment.model.dropout:
-            torch.manual_seed(keyed_seed(self.experiment.train.seed, s.step, m))
-        with self.autocast:
-            _, loss = s.forward(inputs, targets)
-        s.gradients.record_loss(m, loss)
-        s.scaler.scale(loss).backward()
-
-    def reduce(self) -> tuple[list[float], float]:
-        """The step's M losses and the norm of its gradient before clipping: the same bits on every worker."""
-        s = self.state
-        losses = s.gradients.reduce()
-        if s.scaler.is_enabled():
-            s.scaler.unscale_(s.optimizer)
-        *values, norm = torch.cat((losses, s.gradients.norm().view(1))).tolist()  # the step's only wait for the GPU
-        return values, norm
-
     def all_finite(self, losses: list[float], grad_norm: float) -> bool:
         """False, with `stopped.json` written, where the update must not be applied."""
         bad = [m for m, loss in enumerate(losses) if not math.isfinite(loss)]
@@ -166,15 +137,6 @@ class _Run:
             facts = {"reason": reason, "step": step, "windows": windows}
             (self.run_dir / "stopped.json").write_text(json.dumps(facts, indent=1), "utf-8")
         return False
-
-    def update(self, lr: float) -> None:
-        s, limit = self.state, self.experiment.optim.max_grad_norm
-        if limit:
-            s.gradients.clip(limit)
-        for group in s.optimizer.param_groups:
-            group["lr"] = lr
-        s.scaler.step(s.optimizer)
-        s.scaler.update()
 
     def start_journal(self) -> None:
         """Step 0: the evaluation before training."""

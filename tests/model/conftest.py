@@ -1,0 +1,31 @@
+"""What the tests of the model share: one thread, and a small model whose every tensor matters."""
+
+import pytest
+import torch
+
+from model.gpt import GPT, GPTConfig
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More threads than free cores stall each other; the models here are too small to gain from any."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small_gpt():
+    """A maker of small models, in eval mode, with no tensor left at the zeros and ones of its initialisation."""
+
+    def make(**overrides) -> GPT:
+        torch.manual_seed(1)
+        shape = {"block_size": 16, "vocab_size": 61, "n_layer": 3, "n_head": 4, "n_embd": 32}
+        model = GPT(GPTConfig(**{**shape, **overrides}))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.15 * torch.randn_like(parameter))
+        return model.eval()
+
+    return make

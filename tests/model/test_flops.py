@@ -1,0 +1,95 @@
+"""FLOPs: nanoGPT's formula, torch's own count of what is really computed, and a table that never guesses."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.flops import flops_per_token, mfu, parameter_count, peak_flops
+from model.gpt import GPT, GPTConfig
+
+GPT2_124M = GPTConfig(bias=False)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 8), st.integers(1, 40), st.integers(1, 99), st.booleans())
+def test_the_count_without_a_model_is_the_models(n_layer, n_head, head_size, block_size, vocab_size, bias):
+    config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_head * head_size, bias=bias)
+    with torch.device("meta"):
+        model = GPT(config)
+    assert parameter_count(config) == model.num_parameters()
+    assert parameter_count(config, positions=False) == model.num_parameters(positions=False)
+
+
+def test_known_number_of_gpt2():
+    heads_times_their_size = 12 * 64
+    assert flops_per_token(GPT2_124M) == 6 * 123_587_328 + 12 * 12 * heads_times_their_size * 1024 == 854_770_176
+
+
+def test_torch_counts_the_same_products():
+    config = GPTConfig(block_size=64, vocab_size=512, n_layer=3, n_head=4, n_embd=64, bias=False)
+    model = GPT(config)
+    tokens = torch.zeros(2, config.block_size, dtype=torch.long)
+    # Unfused attention: the fused kernel's backward computes the scores again, which is no useful work.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(tokens, tokens)[1].backward()
+    # The counter sees matrix products only; our N has the LayerNorms' few weights too.
+    assert counter.get_total_flops() / tokens.numel() == pytest.approx(flops_per_token(config), rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tera"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "bfloat16", 312),
+        ("A100-SXM4-80GB", "float32", 156),
+        ("NVIDIA A100 80GB PCIe", "float16", 312),
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989.5),
+        ("NVIDIA H100 PCIe", "bfloat16", 756.5),
+        ("NVIDIA H200", "bfloat16", 989.5),
+        ("NVIDIA L4", "bfloat16", 121),
+        ("NVIDIA L40S", "bfloat16", 362),
+        ("Tesla T4", "float16", 65),
+        ("Tesla V100-SXM2-16GB", "float32", 15.7),
+        ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
+    ],
+)
+def test_peaks_under_the_names_that_drivers_give(name, dtype, tera):
+    assert peak_flops(name, dtype) == pytest.approx(tera * 1e12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cpu",
+        "",
+        "NVIDIA L40",
+        "NVIDIA A10",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 3090 Ti",
+    ],
+)
+def test_an_unknown_device_has_no_peak_and_no_mfu(name):
+    assert peak_flops(name, "bfloat16") is None
+    assert mfu(1e5, GPT2_124M, name, "bfloat16") is None
+
+
+@pytest.mark.parametrize("name", ["Tesla T4", "Tesla V100-SXM2-32GB"])
+def test_a_unit_that_a_chip_lacks_has_no_peak(name):
+    assert peak_flops(name, "bfloat16") is None
+    assert peak_flops(name, "float16") > peak_flops(name, "float32")
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(ValueError, match="'bf16'"):
+        peak_flops("NVIDIA H200", "bf16")
+
+
+def test_mfu_of_nanogpts_published_run():
+    # 600,000 steps of 491,520 tokens in about four days on eight A100: nanoGPT's README.
+    tokens_per_sec = 600_000 * 491_520 / (4 * 24 * 3600)
+    share = mfu(tokens_per_sec, GPT2_124M, "NVIDIA A100-SXM4-40GB", "bfloat16", world_size=8)
+    assert share == pytest.approx(0.29, abs=0.005)
+    assert share == pytest.approx(mfu(tokens_per_sec / 8, GPT2_124M, "NVIDIA A100-SXM4-40GB", "bfloat16"))

@@ -1,0 +1,72 @@
+"""The optimizer: what decays, and that a step is AdamW's to the formula."""
+
+import pytest
+import torch
+
+from model.gpt import GPT, GPTConfig
+from model.optim import adamw, decay_summary, parameter_groups
+
+
+def test_known_numbers_of_gpt2():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(bias=False))
+    assert decay_summary(model) == (50, 124_354_560, 25, 19_200)
+
+
+def test_every_parameter_is_in_one_group_under_its_name(small_gpt):
+    model = small_gpt()
+    decayed, kept = parameter_groups(model, 0.1)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    grouped = {name: p for group in (decayed, kept) for name, p in zip(group["names"], group["params"], strict=True)}
+    assert len(grouped) == len(decayed["names"]) + len(kept["names"])
+    assert {name: id(p) for name, p in grouped.items()} == {name: id(p) for name, p in model.named_parameters()}
+    assert all(name.endswith(("bias", "ln_1.weight", "ln_2.weight", "ln_f.weight")) for name in kept["names"])
+    assert {"transformer.wte.weight", "transformer.wpe.weight"} <= set(decayed["names"])
+
+
+def test_frozen_parameters_are_left_out(small_gpt):
+    model = small_gpt()
+    model.transformer.wpe.weight.requires_grad_(False)
+    names = [name for group in parameter_groups(model, 0.1) for name in group["names"]]
+    assert len(names) == len(list(model.parameters())) - 1
+    assert "transformer.wpe.weight" not in names
+
+
+def test_steps_equal_the_formula(small_gpt):
+    model = small_gpt()
+    lr, beta1, beta2, decay, eps = 1e-2, 0.9, 0.95, 0.1, 1e-8
+    optimizer = adamw(model, max_lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay)
+    expected = {name: p.detach().double() for name, p in model.named_parameters()}
+    first = {name: torch.zeros_like(p) for name, p in expected.items()}
+    second = {name: torch.zeros_like(p) for name, p in expected.items()}
+    tokens = torch.arange(32).view(2, 16)
+    for t in (1, 2, 3):
+        optimizer.zero_grad()
+        model(tokens, tokens)[1].backward()
+        for name, p in model.named_parameters():
+            gradient = p.grad.double()
+            first[name] = beta1 * first[name] + (1 - beta1) * gradient
+            second[name] = beta2 * second[name] + (1 - beta2) * gradient**2
+            update = (first[name] / (1 - beta1**t)) / ((second[name] / (1 - beta2**t)).sqrt() + eps)
+            shrunk = expected[name] * (1 - lr * decay) if p.dim() >= 2 else expected[name]
+            expected[name] = shrunk - lr * update
+        optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.double(), expected[name], atol=1e-5, rtol=1e-5)
+
+
+def test_groups_survive_a_round_trip_of_the_optimizers_state(small_gpt):
+    model = small_gpt()
+    settings = {"max_lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
+    optimizer = adamw(model, **settings)
+    tokens = torch.arange(16).view(1, 16)
+    model(tokens, tokens)[1].backward()
+    optimizer.step()
+    restored = adamw(model, **settings)
+    restored.load_state_dict(optimizer.state_dict())
+    assert [group["names"] for group in restored.param_groups] == [group["names"] for group in optimizer.param_groups]
+
+
+def test_a_negative_decay_is_refused(small_gpt):
+    with pytest.raises(ValueError, match="weight_decay.*-0.1"):
+        parameter_groups(small_gpt(), -0.1)

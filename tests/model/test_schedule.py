@@ -1,0 +1,177 @@
+"""Schedules: tables worked out by hand, nanoGPT's formula, torch's schedulers, and properties of every kind."""
+
+import doctest
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.optim import lr_scheduler
+
+import model.schedule
+from model.schedule import DECAY_SHAPES, KINDS, Schedule, learning_rate
+
+# kind and shape -> rates at steps 0..11 and 99 for max_lr 1, floor 0.2, 3 steps of warmup, the end at 11;
+# wsd decays over the last 4 of 11 steps (0.35 * 11 = 3.85), so from step 7.
+HALF = math.sqrt(0.5)
+WARMUP = [0.25, 0.5, 0.75]
+TABLES = {
+    ("linear", "linear"): [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2],
+    ("cosine", "linear"): [
+        0.6 + 0.4 * c
+        for c in (1, math.cos(math.pi / 8), HALF, math.sin(math.pi / 8), 0)
+        + (-math.sin(math.pi / 8), -HALF, -math.cos(math.pi / 8), -1)
+    ],
+    ("wsd", "linear"): [1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2],
+    ("wsd", "cosine"): [1.0, 1.0, 1.0, 1.0, 1.0, 0.6 + 0.4 * HALF, 0.6, 0.6 - 0.4 * HALF, 0.2],
+    ("wsd", "1-sqrt"): [1.0, 1.0, 1.0, 1.0, 1.0, 0.6, 1 - 0.8 * HALF, 1 - 0.4 * math.sqrt(3), 0.2],
+    ("constant", "linear"): [1.0] * 9,
+}
+
+
+@st.composite
+def schedules(draw) -> Schedule:
+    kind = draw(st.sampled_from(KINDS))
+    decay_steps = draw(st.integers(1, 300))
+    fraction = draw(st.floats(0, 1)) if kind == "wsd" else 0.2
+    stable = decay_steps - round(fraction * decay_steps) if kind == "wsd" else decay_steps
+    return Schedule(
+        kind,
+        draw(st.floats(1e-8, 10)),
+        min_lr_ratio=draw(st.floats(0, 1)),
+        warmup_steps=draw(st.integers(0, stable)),
+        decay_steps=decay_steps,
+        decay_fraction=fraction,
+        decay_shape=draw(st.sampled_from(sorted(DECAY_SHAPES))),
+    )
+
+
+def torch_rates(scheduler_of, max_lr: float, steps: int) -> list[float]:
+    """What a torch scheduler, made by scheduler_of(optimizer), uses in each of `steps` updates."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=max_lr)
+    scheduler = scheduler_of(optimizer)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def our_rates(schedule: Schedule, steps: int) -> list[float]:
+    return [learning_rate(schedule, step) for step in range(steps)]
+
+
+@pytest.mark.parametrize(("kind", "shape"), TABLES)
+def test_tables(kind, shape):
+    schedule = Schedule(kind, 1.0, 0.2, warmup_steps=3, decay_steps=11, decay_fraction=0.35, decay_shape=shape)
+    expected = WARMUP + TABLES[kind, shape]
+    assert our_rates(schedule, 12) == pytest.approx(expected, rel=1e-12)
+    assert learning_rate(schedule, 99) == pytest.approx(expected[-1], rel=1e-12)
+
+
+def test_every_kind_and_shape_has_a_table():
+    assert {kind for kind, _ in TABLES} == set(KINDS)
+    assert {shape for kind, shape in TABLES if kind == "wsd"} == set(DECAY_SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("warmup_iters", "lr_decay_iters", "ratio"), [(2000, 600_000, 0.1), (100, 2000, 0.1), (0, 50, 0)]
+)
+def test_cosine_equals_nanogpts_get_lr_to_the_last_bit(warmup_iters, lr_decay_iters, ratio):
+    top = 6e-4
+    bottom = top * ratio
+
+    def get_lr(it: int) -> float:
+        if it < warmup_iters:
+            return top * (it + 1) / (warmup_iters + 1)
+        if it > lr_decay_iters:
+            return bottom
+        done = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
+        return bottom + 0.5 * (1.0 + math.cos(math.pi * done)) * (top - bottom)
+
+    schedule = Schedule("cosine", top, ratio, warmup_steps=warmup_iters, decay_steps=lr_decay_iters)
+    for step in {*range(0, lr_decay_iters + 20, max(1, lr_decay_iters // 997)), warmup_iters, lr_decay_iters}:
+        assert learning_rate(schedule, step) == get_lr(step)
+
+
+def test_cosine_equals_torchs():
+    expected = torch_rates(lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=50, eta_min=3e-5), 3e-4, 51)
+    assert our_rates(Schedule("cosine", 3e-4, 0.1, decay_steps=50), 51) == pytest.approx(expected, rel=1e-9)
+
+
+def test_linear_equals_torchs():
+    expected = torch_rates(lambda o: lr_scheduler.LinearLR(o, 1.0, 0.1, total_iters=50), 3e-4, 60)
+    assert our_rates(Schedule("linear", 3e-4, 0.1, decay_steps=50), 60) == pytest.approx(expected, rel=1e-9)
+
+
+def test_constant_with_warmup_equals_torchs():
+    expected = torch_rates(lambda o: lr_scheduler.LinearLR(o, 1 / 11, 1.0, total_iters=10), 3e-4, 30)
+    schedule = Schedule("constant", 3e-4, warmup_steps=10, decay_steps=30)
+    assert our_rates(schedule, 30) == pytest.approx(expected, rel=1e-9)
+
+
+def test_wsd_equals_three_of_torchs_in_a_row():
+    def chain(optimizer):
+        warmup = lr_scheduler.LinearLR(optimizer, 1 / 11, 1.0, total_iters=10)
+        stable = lr_scheduler.ConstantLR(optimizer, 1.0)
+        decay = lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=20)
+        return lr_scheduler.SequentialLR(optimizer, [warmup, stable, decay], milestones=[10, 80])
+
+    schedule = Schedule("wsd", 3e-4, 0.05, warmup_steps=10, decay_steps=100, decay_fraction=0.2)
+    assert our_rates(schedule, 110) == pytest.approx(torch_rates(chain, 3e-4, 110), rel=1e-9)
+
+
+@given(schedules())
+def test_rates_rise_to_the_peak_and_fall_to_the_floor(schedule):
+    rates = our_rates(schedule, schedule.decay_steps + 5)
+    rise, fall = rates[: schedule.warmup_steps], rates[schedule.warmup_steps :]
+    near = schedule.max_lr * 1e-12
+    floor = schedule.max_lr * (1 if schedule.kind == "constant" else schedule.min_lr_ratio)
+    assert all(0 < a < b for a, b in zip(rise, rise[1:], strict=False))
+    assert all(a >= b - near for a, b in zip(fall, fall[1:], strict=False))
+    assert max(rates) <= schedule.max_lr + near
+    assert fall[-5:] == [pytest.approx(floor)] * 5
+    if schedule.warmup_steps < schedule.decay_steps:
+        assert fall[0] == pytest.approx(schedule.max_lr) or schedule.decay_fraction == 1
+
+
+@given(st.integers(20, 500), st.integers(1, 500), st.sampled_from(sorted(DECAY_SHAPES)))
+def test_wsd_runs_of_any_length_share_all_steps_before_their_decay(length, more, shape):
+    short = Schedule("wsd", 3e-4, warmup_steps=5, decay_steps=length, decay_shape=shape)
+    long = Schedule("wsd", 3e-4, warmup_steps=5, decay_steps=length + more, decay_shape=shape)
+    shared = length - round(0.2 * length)
+    assert our_rates(short, shared) == our_rates(long, shared)
+
+
+def test_the_examples_in_the_docstrings():
+    results = doctest.testmod(model.schedule)
+    assert results.attempted >= 2 * len(KINDS)
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"kind": "cosin"}, "'cosin'"),
+        ({"decay_shape": "sqrt"}, "'sqrt'"),
+        ({"max_lr": -1e-3}, "max_lr.*-0.001"),
+        ({"max_lr": math.nan}, "max_lr.*nan"),
+        ({"max_lr": math.inf}, "max_lr.*inf"),
+        ({"min_lr_ratio": 1.5}, "min_lr_ratio.*1.5"),
+        ({"decay_fraction": -0.1}, "decay_fraction.*-0.1"),
+        ({"warmup_steps": -1}, "warmup_steps.*-1"),
+        ({"decay_steps": 0}, "decay_steps.* 0"),
+        ({"warmup_steps": 101}, "warmup_steps=101.*decay_steps=100"),
+        ({"kind": "wsd", "warmup_steps": 81}, "warmup_steps=81.*step 80"),
+    ],
+)
+def test_impossible_schedules_are_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        Schedule(**{"kind": "cosine", "max_lr": 1e-3, "decay_steps": 100, **wrong})
+
+
+def test_a_negative_step_is_refused():
+    with pytest.raises(ValueError, match="-1"):
+        learning_rate(Schedule("constant", 1.0, decay_steps=1), -1)

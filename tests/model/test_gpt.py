@@ -200,6 +200,16 @@ def test_the_loss_is_float32_under_autocast(small_gpt):
     assert mean.item() == pytest.approx(exact.item(), rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_of_a_model_in_half_precision_is_float32(small_gpt, dtype):
+    model = small_gpt().to(dtype)
+    tokens = some_tokens(model)
+    logits, loss = model(tokens, tokens)
+    from_its_logits = -logits.double().log_softmax(-1).gather(-1, tokens[..., None]).mean()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(from_its_logits.item(), abs=1e-5)
+
+
 def test_compiles_as_one_graph_to_the_same_loss(small_gpt):
     model = small_gpt()
     tokens = some_tokens(model)

@@ -19,9 +19,10 @@ from orchestrator import launch, runs
 from orchestrator.config import Experiment
 from orchestrator.console import Console, duration, number, table
 from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
+from orchestrator.manifest import Manifest, load_manifest
 from orchestrator.plan import model_facts
 from orchestrator.provenance import redact, source_facts, source_tags
-from orchestrator.tokens import Manifest, dataset_dir, load_manifest, prepare
+from orchestrator.tokens import dataset_dir, prepare
 from orchestrator.tracking import Tracker, replay, resolve_uri
 
 SOURCES = Path(__file__).resolve().parent.parent

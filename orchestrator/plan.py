@@ -13,8 +13,9 @@ from model.flops import flops_per_token
 from model.gpt import GPT
 from orchestrator.config import Experiment
 from orchestrator.errors import UserError
+from orchestrator.manifest import load_manifest
 from orchestrator.runs import storage_root
-from orchestrator.tokens import dataset_dir, estimate, load_manifest
+from orchestrator.tokens import dataset_dir, estimate
 
 
 def model_facts(experiment: Experiment, n_vocab: int) -> dict[str, Any]:

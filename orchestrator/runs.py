@@ -19,8 +19,8 @@ from model.schedule import learning_rate
 from orchestrator import checkpoint, journal
 from orchestrator.config import Experiment, parse_experiment, read_yaml
 from orchestrator.errors import UserError
+from orchestrator.manifest import Manifest
 from orchestrator.state import data_identity
-from orchestrator.tokens import Manifest
 
 # Fields that may change under the same name; every other one is what the run is.
 FREE = ("name", "storage", "data.dir", "train.max_steps", "train.log_interval", "train.eval_interval",

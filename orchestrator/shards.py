@@ -5,6 +5,9 @@ One column `tokens` of fixed_size_binary[W tokens], W = 1,024, little-endian uin
 is its last `rows · row_bytes` bytes, and rows are one continuous stream of which only the last one is padded.
 """
 
+import hashlib
+import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator.errors import UserError
+from orchestrator.manifest import ROW_TOKENS
 
-ROW_TOKENS = 1024
 ROW_GROUP_ROWS = 32768  # 64 MiB of uint16
 SHARD_ROWS = 131072  # 256 MiB of uint16
 
@@ -59,6 +62,29 @@ def map_shard(path: Path) -> list[np.ndarray]:
         # A plain ndarray over the mapping: slicing np.memmap itself costs twice as much per window.
         payloads.append(np.frombuffer(raw, dtype=dtype, count=size // dtype.itemsize, offset=end - size))
     return payloads
+
+
+def verify_shard(path: Path, sha256: str) -> None:
+    """Compare a shard with its hash, once per node: a stamp in the temporary folder remembers path, size and time.
+
+    Raises:
+        UserError: names the shard that is missing or changed.
+    """
+    try:
+        stat = path.stat()
+        key = hashlib.sha256(f"{path.resolve()}/{stat.st_size}/{stat.st_mtime_ns}/{sha256}".encode()).hexdigest()
+        stamp = Path(tempfile.gettempdir()) / f"espalier-verified-{os.getuid()}" / key
+        if stamp.exists():
+            return
+        with open(path, "rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise UserError(f"{path}: the shard is missing; prepare the tokens again") from None
+    if actual != sha256:
+        raise UserError(f"{path}: the shard is not what was written (SHA-256 differs); delete its folder and prepare the "
+                        f"tokens again")
+    stamp.parent.mkdir(mode=0o700, exist_ok=True)
+    stamp.touch()
 
 
 def as_lists(table: pa.Table) -> pa.Table:

@@ -4,7 +4,6 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,11 +12,9 @@ from model.gpt import GPT, GPTConfig
 from orchestrator import checkpoint
 from orchestrator.config import Experiment
 from orchestrator.gradients import Gradients
+from orchestrator.manifest import Manifest
 from orchestrator.meter import Meter
 from orchestrator.numerics import Worker, fingerprint
-
-if TYPE_CHECKING:
-    from orchestrator.tokens import Manifest
 
 
 @dataclass
@@ -47,7 +44,7 @@ def build(experiment: Experiment, model: GPT, worker: Worker) -> TrainState:
     return TrainState(model, forward, optimizer, scaler, gradients, Meter())
 
 
-def save(state: TrainState, experiment: Experiment, directory: Path, dataset: "Manifest", worker: Worker,
+def save(state: TrainState, experiment: Experiment, directory: Path, dataset: Manifest, worker: Worker,
          metrics: dict[str, float]) -> Path:
     """Commit the state as a checkpoint that also says what it is: experiment, model shape, tokenizer, fingerprints."""
     numbers = {"step": state.step, "best_val_loss": state.best_val_loss, "open_losses": state.meter.losses,
@@ -83,7 +80,7 @@ def restore(state: TrainState, path: Path) -> None:
         state.scaler.load_state_dict(numbers["scaler"])
 
 
-def data_identity(dataset: "Manifest") -> str:
+def data_identity(dataset: Manifest) -> str:
     """SHA-256 of what the trainer sees of a dataset: its tokenizer and its token streams, wherever they lie."""
     streams = {name: split.stream_sha256 for name, split in dataset.splits.items()}
     return hashlib.sha256(json.dumps([dataset.tokenizer, streams], sort_keys=True).encode()).hexdigest()

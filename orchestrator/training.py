@@ -26,11 +26,11 @@ from orchestrator.config import Experiment
 from orchestrator.evaluation import EvalSet
 from orchestrator.init_from import initial_model
 from orchestrator.journal import Journal
+from orchestrator.manifest import load_manifest
 from orchestrator.meter import memory_metrics
 from orchestrator.numerics import Worker, autocast, device_name, keyed_seed, prepare_process
 from orchestrator.step import Step
 from orchestrator.tokenizer import load_tokenizer
-from orchestrator.tokens import load_manifest
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = 16, 64  # of the text that every evaluation writes: tokens of val, then of the model
 

@@ -1,4 +1,4 @@
-"""Everything that a user can set: one frozen, validated `Experiment` out of a YAML file and `section.field=value` words.
+"""Everything that a user can set: one frozen `Experiment` out of a YAML file and `section.field=value` words.
 
 Every field has a default, a type and a unit. Unknown keys, wrong values and fields that contradict each other end in a
 `UserError` before anything is touched. What follows from the fields by arithmetic is a property here and set nowhere.
@@ -24,9 +24,11 @@ def _integral(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Int = Annotated[int, BeforeValidator(_integral)]
+# 2^53: beyond it a float is no exact number of anything, and torch takes no seed above 2^63.
+Int = Annotated[int, BeforeValidator(_integral), Field(le=2**53)]
 Steps = Annotated[Int, Field(ge=1)]
 Interval = Annotated[Steps | None, Field()]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -36,12 +38,12 @@ class Section(BaseModel):
 class Data(Section):
     """Where the text comes from and how it becomes tokens."""
 
-    corpus: str | list[str] = Field("builtin:stdlib", description=(
+    corpus: Text | Annotated[list[Text], Field(min_length=1)] = Field("builtin:stdlib", description=(
         "text to train on: files, globs or directories (.txt, .md, .py …, .jsonl, .parquet), https://…#sha256=HEX, or "
         "builtin:stdlib (the running Python's own library); one or a list"))
-    dir: str | None = Field(None, description="folder of the token shards; null: <storage>/data/<fingerprint>")
-    text_field: str = Field("text", description="field of JSON lines or column of Parquet that holds the text")
-    tokenizer: str = Field("gpt2", description="any tiktoken encoding (gpt2, cl100k_base, o200k_base …), byte or char")
+    dir: Text | None = Field(None, description="folder of the token shards; null: <storage>/data/<fingerprint>")
+    text_field: Text = Field("text", description="field of JSON lines or column of Parquet that holds the text")
+    tokenizer: Text = Field("gpt2", description="any tiktoken encoding (gpt2, cl100k_base, o200k_base …), byte or char")
     split: Literal["tail", "hash"] = Field("tail", description=(
         "which part is val: the last characters of the corpus, or documents by the hash of their content"))
     val_fraction: float = Field(0.1, gt=0, lt=1, description="share of the corpus that is val, 0–1")
@@ -57,8 +59,10 @@ class Model(Section):
     n_embd: Int = Field(768, ge=1, description="width of the residual stream")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability, 0–1; 0 for pretraining")
     bias: bool = Field(False, description="biases in Linear and LayerNorm, as GPT-2 has them")
-    activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="gelu_tanh is what OpenAI's GPT-2 weights expect")
-    pad_vocab_to: Int = Field(128, ge=1, description="vocab_size is the tokenizer's n_vocab rounded up to a multiple of this")
+    activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description=(
+        "gelu_tanh is what OpenAI's GPT-2 weights expect"))
+    pad_vocab_to: Int = Field(128, ge=1, description=(
+        "vocab_size is the tokenizer's n_vocab rounded up to a multiple of this"))
 
 
 class Optim(Section):
@@ -93,7 +97,7 @@ class Train(Section):
     eval_tokens: Annotated[Int, Field(ge=2)] | None = Field(None, description="first N tokens of val; null: all of it")
     checkpoint_interval: Interval = Field(250, description="steps between two checkpoints (also at the end); null: off")
     keep: Steps = Field(2, description="latest checkpoints that stay, beside the best one")
-    init_from: str = Field("scratch", description=(
+    init_from: Text = Field("scratch", description=(
         "scratch, gpt2|gpt2-medium|gpt2-large|gpt2-xl, a Hugging Face folder, a nanoGPT ckpt.pt, a run or checkpoint"))
 
 
@@ -104,8 +108,8 @@ class Compute(Section):
 
 
 class Tracking(Section):
-    uri: str | None = Field(None, description="MLflow; null: $MLFLOW_TRACKING_URI, else sqlite under storage")
-    experiment: str = Field("espalier", min_length=1, description="name of the MLflow experiment")
+    uri: Text | None = Field(None, description="MLflow; null: $MLFLOW_TRACKING_URI, else sqlite under storage")
+    experiment: Text = Field("espalier", description="name of the MLflow experiment")
 
 
 class Experiment(Section):
@@ -113,7 +117,8 @@ class Experiment(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$")] = Field(
         "quickstart", description="of the run and its folder; null or absent: the file's name")
-    storage: str | None = Field(None, description="folder of runs and data, shared by all nodes; null: $ESPALIER_STORAGE, else runs")
+    storage: Text | None = Field(None, description=(
+        "folder of runs and data, shared by all nodes; null: $ESPALIER_STORAGE, else runs"))
     data: Data = Data()
     model: Model = Model()
     optim: Optim = Optim()
@@ -140,8 +145,8 @@ class Experiment(Section):
 
     def lr_schedule(self) -> Schedule:
         s = self.schedule
-        return Schedule(s.kind, s.max_lr, s.min_lr_ratio, s.warmup_steps, s.decay_steps or self.train.max_steps,
-                        s.decay_fraction, s.decay_shape)
+        return Schedule(s.kind, s.max_lr, s.min_lr_ratio, s.warmup_steps, decay_fraction=s.decay_fraction,
+                        decay_shape=s.decay_shape, decay_steps=s.decay_steps or self.train.max_steps)
 
     def vocab_size(self, n_vocab: int) -> int:
         """Rows of the embedding: the tokenizer's `n_vocab`, rounded up."""
@@ -161,7 +166,8 @@ class Experiment(Section):
         return rows
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        """What `parse_experiment(read_yaml(…))` reads back as an equal experiment."""
+        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     # ---- fields that must agree ----
     @model_validator(mode="after")
@@ -172,7 +178,7 @@ class Experiment(Section):
         if self.model.n_embd % self.model.n_head:
             problems.append(f"model.n_head: {self.model.n_head} does not divide model.n_embd={self.model.n_embd}")
         if self.data.append_eot and self.data.tokenizer == "char":
-            problems.append("data.append_eot: the char tokenizer has no end-of-text token; use byte or a tiktoken encoding")
+            problems.append("data.append_eot: the char tokenizer has no end-of-text token; use byte or a tiktoken one")
         if self.tracking.uri and not re.match(r"^(https?|sqlite|postgresql|mysql)[+a-z0-9]*://?.", self.tracking.uri):
             problems.append(f"tracking.uri: '{self.tracking.uri}' is none of http(s)://…, sqlite:///…, postgresql://…")
         if problems:
@@ -183,7 +189,8 @@ class Experiment(Section):
 def _batch_problems(e: Experiment) -> list[str]:
     t, workers = e.train, e.compute.num_workers
     if t.global_batch_size % t.micro_batch_size:
-        return [f"train.global_batch_size: {t.global_batch_size} is no multiple of train.micro_batch_size={t.micro_batch_size}"]
+        return [f"train.global_batch_size: {t.global_batch_size} is no multiple of "
+                f"train.micro_batch_size={t.micro_batch_size}"]
     if t.reduction_slots and (t.reduction_slots & (t.reduction_slots - 1) or e.micro_batches % t.reduction_slots):
         return [f"train.reduction_slots: {t.reduction_slots} must be a power of two that divides the {e.micro_batches} "
                 f"micro-batches of a step ({t.global_batch_size} / {t.micro_batch_size})"]
@@ -198,7 +205,8 @@ def _schedule_problems(e: Experiment) -> list[str]:
     s, problems = e.schedule, []
     end, label = (s.decay_steps, "schedule.decay_steps") if s.decay_steps else (e.train.max_steps, "train.max_steps")
     if s.warmup_steps >= e.train.max_steps:
-        problems.append(f"schedule.warmup_steps: {s.warmup_steps} is not shorter than train.max_steps={e.train.max_steps}")
+        problems.append(f"schedule.warmup_steps: {s.warmup_steps} is not shorter than "
+                        f"train.max_steps={e.train.max_steps}")
     elif s.kind != "constant" and s.warmup_steps >= end:
         problems.append(f"schedule.warmup_steps: {s.warmup_steps} is not shorter than {label}={end}")
     elif s.kind == "wsd" and s.warmup_steps > end - round(s.decay_fraction * end):
@@ -209,7 +217,16 @@ def _schedule_problems(e: Experiment) -> list[str]:
 
 # ---- reading ----
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without its traps: a key given twice is an error and `6e-4` is a number."""
+    """YAML 1.1 without its traps: a key given twice is an error, `6e-4` is a number, 010 is not 8, 1:30 is not 90.
+
+    An alias (`*name`) is refused: no experiment needs one, and ten lines of them make more values than memory holds.
+    """
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
@@ -219,7 +236,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would read as numbers: a run may be called 1e5."""
+
+
+def _plain_numbers(cls: type) -> None:
+    """Base 60 and octal leave the rules for integers and floats; exponents without a point or a sign come in."""
+    cls.yaml_implicit_resolvers = {
+        first: [(tag, rule) for tag, rule in rules if not tag.endswith((":int", ":float"))]
+        for first, rules in cls.yaml_implicit_resolvers.items()}
+    whole = r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F][\da-fA-F_]*)"
+    broken = r"[-+]?((\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)"
+    cls.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"^({whole})$"), list("-+0123456789"))
+    cls.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^({broken})$"), list("-+.0123456789"))
+
+
+_plain_numbers(_Loader)
+_plain_numbers(_Dumper)
 
 
 def read_yaml(text: str, where: str) -> Any:
@@ -229,7 +262,10 @@ def read_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{where}{place}: not YAML: {problem}") from None
+    except (ValueError, RecursionError) as error:  # a day 2024-99-99; ten thousand brackets
+        raise UserError(f"{where}: not YAML: {error}") from None
 
 
 def load_experiment(path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()) -> Experiment:
@@ -243,13 +279,16 @@ def load_experiment(path: str | os.PathLike | None, overrides: list[str] | tuple
         try:
             text = Path(path).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read as an experiment ({error.__class__.__name__}); give the path of a YAML file") from None
+            raise UserError(f"{path}: cannot be read as an experiment ({error.__class__.__name__}); give the path of a "
+                            f"YAML file") from None
         tree = read_yaml(text, str(path)) or {}
         if not isinstance(tree, dict):
             raise UserError(f"{path}: holds no sections (data:, model:, train: …)")
-        tree["name"] = tree.get("name") or Path(path).stem
     for word in overrides:
         _apply(tree, word)
+    tree = {key: value for key, value in tree.items() if value is not None}  # `train:` with every line commented out
+    if path is not None:
+        tree.setdefault("name", Path(path).stem)
     return parse_experiment(tree, str(path or "command line"))
 
 
@@ -258,8 +297,8 @@ def parse_experiment(tree: dict[str, Any], where: str) -> Experiment:
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
-        lines = [line for e in error.errors() for line in _explain(e).split("\n")]
-        raise UserError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+        lines = [line for field in _by_field(error).values() for line in _explain(field[0], field).split("\n")]
+        raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
 def _apply(tree: dict[str, Any], word: str) -> None:
@@ -267,35 +306,63 @@ def _apply(tree: dict[str, Any], word: str) -> None:
     if not equals:
         raise UserError(f"'{word}': expected section.field=value, for example train.max_steps=100")
     *sections, field = key.split(".")
+    if not all((field, *sections)):
+        raise UserError(f"'{word}': '{key}' names no field; expected section.field=value")
     for section in sections:
         if tree.get(section) is None:
             tree[section] = {}
         tree = tree[section]
         if not isinstance(tree, dict):
             raise UserError(f"'{word}': {section} is no section")
-    tree[field] = read_yaml(text, f"'{word}'")
+    tree[field] = read_yaml(text, f"'{word[:80]}'")
 
 
-def _explain(error: dict[str, Any]) -> str:
-    # A union reports one error per member with the member's name in `loc`: the field is what the schema knows.
-    path = [str(p) for p in error["loc"]]
-    known = field_docs()
-    key = ".".join(path[:2]) if ".".join(path[:2]) in known else path[0] if path else ""
-    if error["type"] == "extra_forbidden":
-        key = ".".join(path)
-        near = difflib.get_close_matches(key, [*known, *Experiment.model_fields], 1, 0.5)
-        near = near or difflib.get_close_matches(path[-1], [k.split(".")[-1] for k in known], 1, 0.5)
-        return f"{key}: no such field" + (f"; did you mean {near[0]}?" if near else "; --help lists them all")
+def _by_field(error: ValidationError) -> dict[str, list[dict[str, Any]]]:
+    """Errors grouped by field: a union reports one per member, with the member's name in `loc`."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for e in error.errors():
+        found.setdefault(_field_of(e), []).append(e)
+    return found
+
+
+def _field_of(error: dict[str, Any]) -> str:
+    path, known = [str(p) for p in error["loc"]], field_docs()
+    if error["type"] in ("extra_forbidden", "invalid_key"):
+        return ".".join(p for p in path if p != "[key]")
+    return ".".join(path[:2]) if ".".join(path[:2]) in known else path[0] if path else ""
+
+
+def _explain(error: dict[str, Any], members: list[dict[str, Any]]) -> str:
+    key, known = _field_of(error), field_docs()
+    if error["type"] in ("extra_forbidden", "invalid_key"):
+        near = _nearest(key)
+        return f"{key}: no such field" + (f"; did you mean {near}?" if near else "; --help lists them all")
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     if key not in known:
-        return f"{key}: {error['input']!r} is no section with fields"
-    return f"{key}: {json.dumps(error['input'], ensure_ascii=False, default=str)} is not {known[key]['type']}{_bounds(error)}"
+        return f"{key}: {_shown(error['input'])} is no section with fields"
+    return f"{key}: {_shown(error['input'])} is not {known[key]['type']}{max(map(_bounds, members), key=len)}"
+
+
+def _nearest(key: str) -> str | None:
+    """The field that an unknown key most likely means: one of its section, of the top, or of any section."""
+    section, _, field = key.rpartition(".")
+    for names in ([k for k in field_docs() if k.rpartition(".")[0] == section], Experiment.model_fields, field_docs()):
+        by_leaf = {name.split(".")[-1]: name for name in names}
+        if near := difflib.get_close_matches(field, by_leaf, 1):
+            return by_leaf[near[0]]
+    return None
+
+
+def _shown(value: Any) -> str:
+    """The value as one short line."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 120 else f"{text[:117]}…"
 
 
 def _bounds(error: dict[str, Any]) -> str:
     ctx = error.get("ctx") or {}
-    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "of length at least"}
     parts = [f"{words[k]} {ctx[k]}" for k in words if k in ctx]
     return f" {' and '.join(parts)}" if parts else f" matching {ctx['pattern']}" if "pattern" in ctx else ""
 

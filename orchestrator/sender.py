@@ -1,0 +1,87 @@
+"""A thread that repeats one idempotent attempt until it succeeds, so that nobody else ever waits for a server.
+
+Eats an attempt (a function that sends whatever is missing, or raises); yields a log line per outage and, at the end,
+whether all was sent. What the attempt says twice must mean the same as said once.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from orchestrator.provenance import redact_text
+
+POLL_S = 2.0
+PAUSES_S = (1.0, 30.0)  # first and longest pause while a server is away; at the end never longer than the first
+log = logging.getLogger(__name__)
+
+
+class RefusedError(Exception):
+    """The server is there and says no: sending again would change nothing."""
+
+
+class GivenUpError(Exception):
+    """The deadline has passed; nobody waits for this attempt any longer."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The last attempt's order: send everything, then set this status (None: leave it as it is)."""
+
+    status: str | None
+
+
+class Sender:
+    """`attempt(ending)` in a daemon thread, every `POLL_S` seconds; `ending` is None until `finish`."""
+
+    def __init__(self, attempt: Callable[[Ending | None], None], what: str):
+        self.attempt, self.what = attempt, what
+        self.ending: Ending | None = None
+        self.complete = False
+        self.given_up, self._wake, self._ended = threading.Event(), threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="tracking", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def finish(self, ending: Ending, deadline_s: float) -> bool:
+        """Send the rest; True if all of it was accepted within `deadline_s` seconds."""
+        self.ending = ending
+        self._wake.set()
+        self._ended.wait(deadline_s)
+        self.given_up.set()
+        return self.complete
+
+    def _loop(self) -> None:
+        pause, away = 0.0, False
+        while not self.given_up.is_set():
+            ending = self.ending  # before the attempt: all that was written until the end goes with it
+            try:
+                self.attempt(ending)
+            except GivenUpError:
+                break
+            except RefusedError as error:
+                log.warning("%s: refused, and not sent any more: %s. It is kept; pipelines/replay_metrics.py sends it",
+                            self.what, _line(error))
+                break
+            except Exception as error:
+                if not away:
+                    log.warning("%s: not reached, trying on: %s", self.what, _line(error))
+                pause = min(2 * pause if away else PAUSES_S[0], PAUSES_S[0 if self.ending else 1])
+                away = True
+            else:
+                if ending is not None:
+                    self.complete = True
+                    break
+                if away:
+                    log.warning("%s: reached again", self.what)
+                away, pause = False, POLL_S
+            self._wake.wait(pause)
+            self._wake.clear()
+        self._ended.set()
+
+
+def _line(error: Exception) -> str:
+    """One readable line of an error, without secrets: MLflow puts the whole URI into its messages."""
+    text = redact_text(f"{type(error).__name__}: {error}".replace("\n", " "))
+    return text if len(text) <= 300 else text[:299] + "…"

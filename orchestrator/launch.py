@@ -45,6 +45,8 @@ def connect() -> None:
     """Join the cluster of $RAY_ADDRESS (`ray job submit` sets it), or start one on this machine for this process."""
     import ray
 
+    if ray.is_initialized():
+        return
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     quiet = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}

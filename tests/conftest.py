@@ -1,6 +1,7 @@
 """What tests share: one real Ray head for the whole session, started as a cluster's head is, with a token."""
 
 import os
+import random
 import secrets
 import signal
 import socket
@@ -55,6 +56,28 @@ def ray_cluster(ray_head):
     ray.init(address=ray_head.env["RAY_ADDRESS"], log_to_driver=False, logging_level="WARNING")
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory) -> Path:
+    """60 kB of sentences from a small grammar, so that a small model has something to learn."""
+    draw = random.Random(0)
+    words = ["the cat", "a dog", "one bird", "sees", "hears", "follows", "the moon", "a river", "no one", "and", "or", "but"]
+    text = " ".join(draw.choice(words) + draw.choice(["", "", "", ",", ".\n"]) for _ in range(8000))
+    file = tmp_path_factory.mktemp("corpus") / "tiny.txt"
+    file.write_text(text, "utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tiny_corpus, tmp_path_factory, ray_cluster) -> Path:
+    """`tiny_corpus` as characters, prepared by Ray Data."""
+    from orchestrator.config import load_experiment
+    from orchestrator.tokens import prepare
+
+    directory = tmp_path_factory.mktemp("tokens") / "tiny"
+    prepare(load_experiment(None, [f"data.corpus={tiny_corpus}", "data.tokenizer=char"]).data, directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,17 @@
+"""One worker of a training run without Ray: `train_rank.py JSON`, as torchrun would start it."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from orchestrator.config import load_experiment
+from orchestrator.numerics import Worker
+from orchestrator.training import train
+
+job = json.loads(sys.argv[1])
+if job["world_size"] > 1:
+    dist.init_process_group("gloo", init_method=f"file://{job['store']}", rank=job["rank"], world_size=job["world_size"])
+train(load_experiment(None, job["overrides"]), Path(job["run_dir"]), Path(job["data_dir"]),
+      Worker(job["rank"], job["world_size"], "cpu", cpus=1))

@@ -1,0 +1,156 @@
+"""`pipelines/train.py` as a person runs it, on a real cluster: real workers, real kills, one run to the last bit."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator import checkpoint, journal
+
+REPO = Path(__file__).resolve().parent.parent.parent
+STEPS = 60
+
+
+def command(storage: Path, corpus: Path, *overrides: str) -> list[str]:
+    """A run of a minute's fraction on two workers, with enough steps to be killed in."""
+    return [sys.executable, str(REPO / "pipelines" / "train.py"), str(REPO / "configs" / "quickstart.yaml"),
+            f"storage={storage}", f"data.corpus={corpus}", "data.tokenizer=char", "name=small", "model.n_layer=2",
+            "model.n_head=2", "model.n_embd=64", "model.block_size=64", "model.dropout=0.1", "model.pad_vocab_to=1",
+            "train.micro_batch_size=4", "train.global_batch_size=16", f"train.max_steps={STEPS}", "train.log_interval=5",
+            "schedule.warmup_steps=10", "train.eval_interval=30", "train.checkpoint_interval=10", "train.eval_tokens=2000",
+            "compute.cpus_per_worker=1", *overrides]
+
+
+def run(ray_head, storage: Path, corpus: Path, *overrides: str, status: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(command(storage, corpus, *overrides), env=ray_head.env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def curve(run_dir: Path) -> list[dict]:
+    return [{k: v for k, v in r.items() if k == "step" or k.startswith(("train/", "val/", "optim/"))}
+            for r in journal.read(run_dir)]
+
+
+def summary(run_dir: Path) -> dict:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def golden(ray_head, tiny_corpus, tmp_path_factory) -> tuple[Path, str]:
+    """One worker, never killed: its folder and what it printed."""
+    storage = tmp_path_factory.mktemp("golden")
+    return storage / "small", run(ray_head, storage, tiny_corpus, "compute.num_workers=1").stdout
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while max(checkpoint.steps(run_dir / "checkpoints"), default=0) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.02)
+
+
+def test_the_end_says_where_everything_is_and_what_comes_next(golden):
+    run_dir, text = golden
+    facts = summary(run_dir)
+    assert facts["status"] == "FINISHED"
+    assert facts["step"] == STEPS
+    assert facts["tokens"] == STEPS * 16 * 64
+    assert facts["train_loss"] < 2.5
+    assert facts["val_loss"] == facts["best_val_loss"] == curve(run_dir)[-1]["val/loss"]
+    assert facts["val_bits_per_byte"] == pytest.approx(facts["val_loss"] / 0.6931471805599453)  # one byte a character
+    assert Path(facts["checkpoint"]) == checkpoint.latest_valid(run_dir / "checkpoints")
+    weights = checkpoint.load_tensors(Path(facts["checkpoint"]), "model")
+    assert facts["weights_sha256"] == checkpoint.weights_sha256(weights)
+    for words in (f"step {STEPS}/{STEPS} | loss", "tok/s", "ETA", "val loss", f"pipelines/sample.py {run_dir}", "sample"):
+        assert words in text
+
+
+def test_the_run_is_one_finished_run_in_mlflow_with_every_point_once(golden):
+    run_dir, _ = golden
+    with sqlite3.connect(run_dir.parent / "mlflow" / "mlflow.db") as db:
+        runs = db.execute("select run_uuid, status from runs").fetchall()
+        points = db.execute("select step, value from metrics where key = 'train/loss' order by step").fetchall()
+    assert runs == [(summary(run_dir)["mlflow_run_id"], "FINISHED")]
+    assert points == [(r["step"], r["train/loss"]) for r in curve(run_dir) if "train/loss" in r]
+
+
+def test_a_dead_worker_is_restarted_and_two_workers_equal_one(golden, ray_head, tiny_corpus, tmp_path):
+    process = subprocess.Popen(command(tmp_path, tiny_corpus, "compute.num_workers=2"), env=ray_head.env,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path / "small", 10, process)
+    attempts = [json.loads(line) for line in (tmp_path / "small" / "attempts.jsonl").read_text().splitlines()]
+    os.kill(attempts[-1]["pid"], signal.SIGKILL)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, out + err
+    assert len((tmp_path / "small" / "attempts.jsonl").read_text().splitlines()) == 2, "nothing was restarted"
+    assert curve(tmp_path / "small") == curve(golden[0])
+    assert summary(tmp_path / "small")["weights_sha256"] == summary(golden[0])["weights_sha256"]
+
+
+def test_a_killed_driver_and_the_same_command_again_equal_never_killed(golden, ray_head, tiny_corpus, tmp_path):
+    process = subprocess.Popen(command(tmp_path, tiny_corpus), env=ray_head.env, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    wait_for_step(tmp_path / "small", 20, process)
+    process.kill()
+    process.wait(30)
+    assert not (tmp_path / "small" / "summary.json").exists(), "the run ended before it could be killed"
+    again = run(ray_head, tmp_path, tiny_corpus)
+    assert "resuming small from step" in again.stdout
+    assert curve(tmp_path / "small") == curve(golden[0])
+    assert summary(tmp_path / "small")["weights_sha256"] == summary(golden[0])["weights_sha256"]
+    with sqlite3.connect(tmp_path / "mlflow" / "mlflow.db") as db:
+        assert db.execute("select status from runs").fetchall() == [("FINISHED",)]
+        points = db.execute("select step, count(*) from metrics where key = 'train/loss' group by step").fetchall()
+    assert points == [(r["step"], 1) for r in curve(golden[0]) if "train/loss" in r]
+
+
+def test_ctrl_c_ends_as_killed_with_130_and_a_valid_checkpoint(ray_head, tiny_corpus, tmp_path):
+    process = subprocess.Popen(command(tmp_path, tiny_corpus), env=ray_head.env, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path / "small", 10, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, out + err
+    assert summary(tmp_path / "small")["status"] == "KILLED"
+    assert checkpoint.latest_valid(tmp_path / "small" / "checkpoints") is not None
+
+
+def test_a_finished_run_prints_its_summary_again_and_another_experiment_is_refused(golden, ray_head, tiny_corpus):
+    run_dir, _ = golden
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    again = run(ray_head, run_dir.parent, tiny_corpus, "compute.num_workers=1")
+    assert "is finished" in again.stdout
+    assert summary(run_dir)["weights_sha256"] in again.stdout
+    refused = run(ray_head, run_dir.parent, tiny_corpus, "schedule.max_lr=1e-3", status=2)
+    assert "schedule.max_lr: 0.002 there, 0.001 here" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("train.max_step=3", "did you mean train.max_steps"),
+    ("schedule.warmup_steps=100", "schedule.warmup_steps: 100 is not shorter than train.max_steps=60"),
+    ("data.corpus=/no/such/file", "/no/such/file"),
+    ("compute.num_workers=4 compute.cpus_per_worker=64", "found 4 CPU(s)"),
+])
+def test_a_mistake_is_one_line_with_status_2_and_nothing_written(ray_head, tiny_corpus, tmp_path, override, words):
+    done = run(ray_head, tmp_path / "storage", tiny_corpus, *override.split(), status=2)
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "storage").exists()
+
+
+def test_the_dry_run_counts_and_writes_nothing(tmp_path, tiny_corpus):
+    words = [*command(tmp_path / "storage", tiny_corpus), "--dry-run"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    for text in ("16 sequences per step / 4 per micro-batch = 4 micro-batches", "1,024 tokens per step", "parameters"):
+        assert text in done.stdout
+    assert not (tmp_path / "storage").exists()

@@ -8,6 +8,7 @@ parent fsynced. Nothing is unpickled. safetensors has no checksum of its own: a 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ from orchestrator.errors import UserError
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"^step-(\d{8,})$")
+_ASIDE = ".aside"
+_PART = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")  # a name in the folder, never a way out of it
 
 
 def path_of(directory: Path, step: int) -> Path:
@@ -53,13 +56,10 @@ def save(directory: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]]
             _fsync(temporary / name)
         manifest = {"format": FORMAT, "step": step, "parts": parts, **facts}
         manifest["sha256"] = _digest(manifest)
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
+        (temporary / MANIFEST).write_text(_text(manifest), "utf-8")
         _fsync(temporary / MANIFEST)
         _fsync(temporary)
-        if final.exists():
-            _remove(final)
-        os.rename(temporary, final)
-        _fsync(Path(directory))
+        _replace(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -73,11 +73,15 @@ def verify(path: Path) -> dict[str, Any]:
         UserError: names the part that is missing or changed.
     """
     manifest = read_manifest(path)
+    named = _NAME.match(path.name)
+    if named and int(named[1]) != manifest["step"]:
+        raise UserError(f"{path}: holds step {manifest['step']}, whatever its name says; give it back its name")
     for name, part in manifest["parts"].items():
         if not (path / name).is_file():
             raise UserError(f"{path / name}: missing; the checkpoint is not whole, use another")
         if (path / name).stat().st_size != part["size"]:
-            raise UserError(f"{path / name}: {(path / name).stat().st_size} bytes, written were {part['size']}; use another")
+            raise UserError(f"{path / name}: {(path / name).stat().st_size} bytes, written were {part['size']}; "
+                            f"use another")
     actual = _hash_parts([path / name for name in manifest["parts"]])
     for name, part in manifest["parts"].items():
         if actual[name] != part:
@@ -88,9 +92,12 @@ def verify(path: Path) -> dict[str, Any]:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, itself verified; the parts are not."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-        stored = manifest.pop("sha256")
-        whole = stored == _digest(manifest) and manifest["format"] == FORMAT
+        text = (path / MANIFEST).read_bytes().decode()
+        manifest = json.loads(text)
+        # Its text, not only its content: 1e-05 may not become 1E-05.
+        unchanged = text == _text(manifest) and manifest.pop("sha256") == _digest(manifest)
+        whole = unchanged and manifest["format"] == FORMAT and all(
+            _PART.match(name) and part.keys() == {"size", "sha256"} for name, part in manifest["parts"].items())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         whole = False
     if not whole:
@@ -106,6 +113,7 @@ def steps(directory: Path) -> list[int]:
 
 def latest_valid(directory: Path, warn=print) -> Path | None:
     """The newest checkpoint whose every byte is as written, or None; `warn` is told of each one that is passed over."""
+    _put_back(Path(directory))
     for step in reversed(steps(directory)):
         path = path_of(directory, step)
         try:
@@ -128,7 +136,7 @@ def best(directory: Path) -> int | None:
     for step in steps(directory):
         with contextlib.suppress(UserError):
             loss = read_manifest(path_of(directory, step)).get("metrics", {}).get("val/loss")
-            scored += [(loss, step)] if loss is not None else []
+            scored += [(loss, step)] if loss is not None and math.isfinite(loss) else []
     return min(scored)[1] if scored else None
 
 
@@ -151,11 +159,41 @@ def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _replace(temporary: Path, final: Path) -> None:
+    """Give a whole checkpoint its name. One that bears it already steps aside until then, and `_put_back` finds it."""
+    aside = final.with_name(f".{final.name}{_ASIDE}")
+    replaces = final.exists()
+    if replaces:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(final, aside)
+    try:
+        os.rename(temporary, final)
+    except BaseException:
+        _put_back(final.parent)
+        raise
+    _fsync(final.parent)
+    if replaces:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_back(directory: Path) -> None:
+    """Undo the first half of a replacement whose writer was killed before the second."""
+    for aside in directory.glob(f".step-*{_ASIDE}"):
+        final = aside.with_name(aside.name[1:].removesuffix(_ASIDE))
+        if not final.exists():
+            with contextlib.suppress(OSError):  # a folder that may only be read
+                os.rename(aside, final)
+
+
 def _remove(path: Path) -> None:
     # Renamed away first: a half-removed folder must not carry a checkpoint's name.
     doomed = path.with_name(f".{path.name}.removed-{uuid.uuid4().hex[:8]}")
     os.rename(path, doomed)
     shutil.rmtree(doomed)
+
+
+def _text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=1)
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ class Console:
         self.max_steps, self.tokens_per_step = max_steps, tokens_per_step
         self.interval_s, self.done = interval_s, threading.Event()
         self.tail = journal.Tail(run_dir)
-        self.shown = max((r["timestamp"] for r in self.tail.poll()), default=0)
+        self.seen = {_identity(record) for record in self.tail.poll()}
         self.thread = threading.Thread(target=self._follow, name="console", daemon=True)
 
     def __enter__(self) -> "Console":
@@ -34,10 +34,15 @@ class Console:
         while not ended:
             ended = self.done.wait(self.interval_s)  # after the end, one last look
             for record in self.tail.poll():
-                # By time, not by step: a resumed attempt makes some steps again, and they are worth seeing.
-                if record["timestamp"] > self.shown:
-                    self.shown = record["timestamp"]
+                if _identity(record) not in self.seen:
+                    self.seen.add(_identity(record))
                     print(format_record(record, self.max_steps, self.tokens_per_step), flush=True)
+
+
+def _identity(record: dict[str, Any]) -> tuple[int, int]:
+    # With the time: a resumed attempt makes some steps again, and they are worth seeing. Not by it alone: two lines may
+    # share a millisecond, and clocks of two nodes differ.
+    return record["step"], record["timestamp"]
 
 
 def format_record(record: dict[str, Any], max_steps: int, tokens_per_step: int) -> str:

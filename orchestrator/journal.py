@@ -5,6 +5,7 @@ One line per logged step, `{"step": 10, "timestamp": 1764012345678, "train/loss"
 everyone else reads. A resumed run moves the lines after its checkpoint's step aside, into `metrics.aside-<n>.jsonl`.
 """
 
+import errno
 import json
 import os
 import time
@@ -23,17 +24,22 @@ class Journal:
     def append(self, step: int, metrics: dict[str, float]) -> dict[str, Any]:
         """Write one line with one system call; returns the record as readers will see it."""
         record = {"step": step, "timestamp": time.time_ns() // 1_000_000, **metrics}
+        line = json.dumps(record).encode() + b"\n"
         with open(self.path, "ab", buffering=0) as file:
-            file.write(json.dumps(record).encode() + b"\n")
+            start = file.seek(0, os.SEEK_END)
+            if file.write(line) != len(line):  # a full disk takes what fits: the next line must not be glued to it
+                file.truncate(start)
+                raise OSError(errno.ENOSPC, "no room for a line of the journal", str(self.path))
         return record
 
     def rewind(self, step: int) -> int:
         """Move every line after `step` aside, and drop a torn last line; returns how many lines moved."""
         lines = _whole_lines(self.path)
         keep = [line for line in lines if json.loads(line)["step"] <= step]
-        aside = lines[len(keep):]
+        aside = [line for line in lines if json.loads(line)["step"] > step]
         if aside:
-            number = len(aside_files(self.path.parent))
+            taken = [int(path.stem.rpartition("-")[2]) for path in aside_files(self.path.parent)]
+            number = max(taken, default=-1) + 1
             _write(self.path.with_name(f"metrics.aside-{number:04d}.jsonl"), aside)
         if self.path.exists():
             _write(self.path, keep)
@@ -52,22 +58,27 @@ class Tail:
     """
 
     def __init__(self, run_dir: Path):
-        self.path, self.inode, self.offset = Path(run_dir) / FILE, None, 0
+        self.path, self.file, self.inode, self.offset = Path(run_dir) / FILE, None, None, 0
 
     def poll(self) -> list[dict[str, Any]]:
-        try:
-            with open(self.path, "rb") as file:
-                inode = os.fstat(file.fileno()).st_ino
-                if inode != self.inode:
-                    self.inode, self.offset = inode, 0
-                file.seek(self.offset)
-                whole, _, _ = file.read().rpartition(b"\n")
-        except FileNotFoundError:
+        if not self._open():
             return []
+        self.file.seek(self.offset)
+        whole, _, _ = self.file.read().rpartition(b"\n")
         if not whole:
             return []
         self.offset += len(whole) + 1
         return [json.loads(line) for line in whole.split(b"\n")]
+
+    def _open(self) -> bool:
+        """Whether `self.file` is what the path means now. Kept open: a file system gives a freed inode away again."""
+        try:
+            if os.stat(self.path).st_ino != self.inode:
+                file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed when it is replaced or forgotten
+                self.file, self.inode, self.offset = file, os.fstat(file.fileno()).st_ino, 0
+        except FileNotFoundError:
+            return False
+        return True
 
 
 def aside_files(run_dir: Path) -> list[Path]:

@@ -16,10 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.documents import documents_of
 from orchestrator.errors import UserError
 from orchestrator.manifest import load_manifest
 from orchestrator.shards import map_shard, verify_shard
 
+__all__ = ["Batches", "EvalBatches", "Prefetcher", "TokenStream", "documents_of", "eval_batches", "permute", "sample_offset",
+           "windows_per_epoch"]
 ROUNDS = 4  # of the Feistel network: a pseudo-random permutation from four on (Luby and Rackoff, 1988)
 
 

@@ -1,0 +1,423 @@
+"""A checkpoint is whole or not there: what is written comes back, what was changed is refused, whoever dies when."""
+
+import builtins
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator import checkpoint
+from orchestrator.errors import UserError
+
+# Every file-system call that a commit makes; safetensors writes its file below Python.
+CALLS = [(os, name) for name in ["mkdir", "rename", "open", "fsync", "close", "scandir", "unlink", "rmdir", "stat"]]
+CALLS += [(builtins, "open"), (checkpoint, "save_file"), (Path, "write_text")]
+
+
+class Dead(BaseException):
+    """The process was killed: nothing that comes later happens."""
+
+
+def tensors(seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    model = {"wte": torch.randn(5, 3, generator=generator), "ln": torch.randn(3, generator=generator)}
+    return {
+        "model": model,
+        "optimizer": {"wte/exp_avg": torch.randn(5, 3, generator=generator), "wte/step": torch.tensor(7.0)},
+    }
+
+
+def commit(directory: Path, step: int, seed: int | None = None, loss: float | None = None) -> Path:
+    texts = {"state.json": json.dumps({"step": step}), "experiment.yaml": f"name: schön\nseed: {seed}\n"}
+    return checkpoint.save(
+        directory,
+        step,
+        tensors(step if seed is None else seed),
+        texts,
+        {"metrics": {} if loss is None else {"val/loss": loss}, "fingerprints": {"data": "1e-05"}},
+    )
+
+
+def holds(path: Path, seed: int) -> bool:
+    return all(
+        torch.equal(value, checkpoint.load_tensors(path, group)[name])
+        for group, values in tensors(seed).items()
+        for name, value in values.items()
+    )
+
+
+def raw(tensor: torch.Tensor) -> list[int]:
+    return tensor.contiguous().view(-1).view(torch.uint8).tolist()
+
+
+def hidden(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir() if p.name.startswith("."))
+
+
+def flipped(content: bytes, at: int, bit: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ (1 << bit)]) + content[at + 1 :]
+
+
+# ---- round trip ----
+def test_what_is_saved_verifies_and_comes_back_bit_for_bit(tmp_path):
+    odd = {
+        "nan": torch.tensor([float("nan"), float("inf"), -0.0]),
+        "none": torch.zeros(0, 3),
+        "half": torch.ones(2).bfloat16(),
+        "view": torch.arange(12.0).view(3, 4).t(),
+        "whole": torch.tensor(2**53 + 1),
+    }
+    path = checkpoint.save(
+        tmp_path / "new" / "checkpoints", 3, {"model": odd, "optimizer": {}}, {"a.json": "ä"}, {"x": [1]}
+    )
+    manifest = checkpoint.verify(path)
+    assert path == checkpoint.path_of(tmp_path / "new" / "checkpoints", 3)
+    assert (manifest["step"], manifest["x"]) == (3, [1])
+    assert set(manifest["parts"]) == {"model.safetensors", "optimizer.safetensors", "a.json"}
+    assert (path / "a.json").read_text("utf-8") == "ä"
+    loaded = checkpoint.load_tensors(path, "model")
+    assert set(loaded) == set(odd)
+    for name, value in odd.items():
+        assert loaded[name].dtype == value.dtype
+        assert loaded[name].shape == value.shape
+        assert raw(loaded[name]) == raw(value)
+    assert checkpoint.load_tensors(path, "optimizer") == {}
+
+
+def test_a_commit_leaves_nothing_beside_the_checkpoint(tmp_path):
+    commit(tmp_path, 1)
+    commit(tmp_path, 1, seed=5)
+    assert os.listdir(tmp_path) == ["step-00000001"]
+    assert holds(tmp_path / "step-00000001", 5)
+
+
+def test_the_hash_of_weights_is_over_sorted_names_and_float32_bytes():
+    weights = {"b": torch.tensor([1.5, -2.0]), "a": torch.tensor([[0.5]])}
+    expected = hashlib.sha256(b"a" + b"\x00\x00\x00\x3f" + b"b" + b"\x00\x00\xc0\x3f\x00\x00\x00\xc0").hexdigest()
+    assert checkpoint.weights_sha256(weights) == expected
+    assert checkpoint.weights_sha256(dict(reversed(weights.items()))) == expected
+    assert checkpoint.weights_sha256({k: v.bfloat16() for k, v in weights.items()}) == expected
+    assert checkpoint.weights_sha256({**weights, "b": torch.tensor([1.5, 2.0])}) != expected
+
+
+# ---- what was changed is refused ----
+def test_every_changed_byte_of_every_part_is_detected(tmp_path):
+    path, draw = commit(tmp_path, 1), random.Random(3)
+    checkpoint.verify(path)
+    undetected = []
+    for part in sorted(path.iterdir()):
+        content = part.read_bytes()
+        for at in range(len(content)):
+            part.write_bytes(flipped(content, at, draw.randrange(8)))
+            with contextlib.suppress(UserError):
+                checkpoint.verify(path)
+                undetected.append((part.name, at))
+        part.write_bytes(content)
+    assert undetected == []
+    checkpoint.verify(path)
+
+
+def test_every_flipped_bit_of_the_manifest_is_detected(tmp_path):
+    path = commit(tmp_path, 1, loss=1e-05)
+    content = (path / checkpoint.MANIFEST).read_bytes()
+    assert b"1e-05" in content
+    for at in range(len(content)):
+        for bit in range(8):
+            (path / checkpoint.MANIFEST).write_bytes(flipped(content, at, bit))
+            with pytest.raises(UserError, match="MANIFEST"):
+                checkpoint.read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("\n", "\r", 1),
+        lambda text: text + "\n",
+        lambda text: text.replace(" ", "\t", 1),
+        lambda _: "",
+        lambda _: "[]",
+        lambda _: "null",
+        lambda text: text[:-1],
+        lambda text: text.replace("1e-05", "1E-05", 1),
+    ],
+)
+def test_a_manifest_that_only_means_the_same_is_refused_too(tmp_path, change):
+    path = commit(tmp_path, 1, loss=1e-05)
+    text = (path / checkpoint.MANIFEST).read_text("utf-8")
+    (path / checkpoint.MANIFEST).write_text(change(text), "utf-8")
+    with pytest.raises(UserError, match="MANIFEST"):
+        checkpoint.verify(path)
+
+
+def test_a_truncated_a_longer_and_a_missing_part_are_named(tmp_path):
+    path = commit(tmp_path, 1)
+    for part in [p for p in sorted(path.iterdir()) if p.name != checkpoint.MANIFEST]:
+        content = part.read_bytes()
+        for wrong in (b"", content[:-1], content[: len(content) // 2], content + b"\0"):
+            part.write_bytes(wrong)
+            with pytest.raises(UserError, match=part.name):
+                checkpoint.verify(path)
+        part.unlink()
+        with pytest.raises(UserError, match=f"{part.name}: missing"):
+            checkpoint.verify(path)
+        part.write_bytes(content)
+    checkpoint.verify(path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", ".", "", "a/../../secret", "sub/part", ".hidden"])
+def test_a_manifest_whose_part_lies_elsewhere_is_refused(tmp_path, name):
+    (tmp_path / "secret").write_text("s")
+    path = commit(tmp_path / "checkpoints", 1)
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text("utf-8"))
+    manifest.pop("sha256")
+    forge(path, manifest)
+    checkpoint.verify(path)  # so that the forgery below fails for its name alone
+    manifest["parts"][name] = {"size": 1, "sha256": hashlib.sha256(b"s").hexdigest()}
+    forge(path, manifest)
+    with pytest.raises(UserError, match="MANIFEST"):
+        checkpoint.verify(path)
+
+
+@pytest.mark.parametrize("parts", [None, 3, [1], {"a": None}, {"a": {}}])
+def test_a_manifest_of_another_shape_is_refused(tmp_path, parts):
+    path = commit(tmp_path, 1)
+    (path / "a").write_text("")
+    forge(path, {"format": checkpoint.FORMAT, "step": 1, "parts": parts})
+    with pytest.raises(UserError):
+        checkpoint.verify(path)
+
+
+def forge(path: Path, manifest: dict) -> None:
+    """Write a manifest whose own checksum is right."""
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (path / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "sha256": digest}, indent=1), "utf-8")
+
+
+def test_another_format_is_refused(tmp_path):
+    path = commit(tmp_path, 1)
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text("utf-8"))
+    del manifest["sha256"]
+    forge(path, {**manifest, "format": checkpoint.FORMAT + 1})
+    with pytest.raises(UserError, match="MANIFEST"):
+        checkpoint.verify(path)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused_and_under_a_name_of_its_own_is_not(tmp_path):
+    path = commit(tmp_path, 1)
+    shutil.copytree(path, tmp_path / "step-00000002")
+    shutil.copytree(path, tmp_path / "for-a-friend")
+    with pytest.raises(UserError, match="holds step 1"):
+        checkpoint.verify(tmp_path / "step-00000002")
+    assert checkpoint.verify(tmp_path / "for-a-friend")["step"] == 1
+    assert checkpoint.latest_valid(tmp_path, warn=[].append) == path
+
+
+# ---- which one ----
+def test_the_latest_valid_one_is_taken_and_each_one_passed_over_is_told(tmp_path):
+    paths = [commit(tmp_path, step) for step in (1, 2, 3)]
+    told: list[str] = []
+    assert checkpoint.latest_valid(tmp_path, told.append) == paths[2]
+    assert told == []
+    damage(paths[2])
+    (paths[1] / "state.json").unlink()
+    assert checkpoint.latest_valid(tmp_path, told.append) == paths[0]
+    assert [str(p) in line for p, line in zip((paths[2], paths[1]), told, strict=True)] == [True, True]
+    damage(paths[0])
+    assert checkpoint.latest_valid(tmp_path, told.append) is None
+
+
+def damage(path: Path) -> None:
+    content = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(flipped(content, len(content) - 1, 0))
+
+
+def test_where_nothing_is_there_is_no_checkpoint(tmp_path):
+    assert checkpoint.latest_valid(tmp_path / "absent") is None
+    (tmp_path / "step-1").mkdir()
+    (tmp_path / "step-00000001.bak").mkdir()
+    assert checkpoint.steps(tmp_path) == []
+    assert checkpoint.latest_valid(tmp_path) is None
+    assert checkpoint.best(tmp_path) is None
+
+
+def test_steps_beyond_eight_digits_are_in_order(tmp_path):
+    for step in (100_000_000, 99_999_999):
+        commit(tmp_path, step)
+    assert checkpoint.steps(tmp_path) == [99_999_999, 100_000_000]
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ([3.0, 1.0, 2.0], 2),
+        ([1.0, 1.0, 2.0], 1),
+        ([None, None, None], None),
+        ([None, 5.0, None], 2),
+        ([float("nan"), 5.0, 6.0], 2),
+        ([5.0, float("nan"), 4.0], 3),
+        ([float("nan")] * 3, None),
+        ([float("-inf"), 5.0, 6.0], 2),
+    ],
+)
+def test_the_best_one_has_the_lowest_finite_loss_and_is_the_earliest_of_equals(tmp_path, losses, best):
+    for step, loss in enumerate(losses, 1):
+        commit(tmp_path, step, loss=loss)
+    assert checkpoint.best(tmp_path) == best
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 9])
+def test_pruning_keeps_the_latest_and_the_best_and_sweeps_what_killed_writers_left(tmp_path, keep):
+    for step, loss in enumerate([5.0, 1.0, 3.0, 2.0, 4.0], 1):
+        commit(tmp_path, step, loss=loss)
+    (tmp_path / ".step-00000009.123-abc").mkdir()
+    (tmp_path / ".step-00000009.123-abc" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "notes.txt").write_text("mine")
+    checkpoint.prune(tmp_path, keep)
+    assert checkpoint.steps(tmp_path) == sorted({2, *range(1, 6)[-keep:]})
+    assert hidden(tmp_path) == []
+    assert (tmp_path / "notes.txt").exists()
+    assert all(holds(checkpoint.path_of(tmp_path, step), step) for step in checkpoint.steps(tmp_path))
+
+
+# ---- whoever dies when ----
+class Countdown:
+    """Counts file-system calls and ends the n-th: by a kill, after which none has an effect, or a full disk, once."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, at: int | None, kill: bool):
+        self.count, self.at, self.kill, self.lock, self.depth = 0, at, kill, threading.Lock(), threading.local()
+        for owner, name in CALLS:
+            patch.setattr(owner, name, self.counted(getattr(owner, name), name))
+
+    def counted(self, real, name):
+        def call(*args, **kwargs):
+            with self.lock:
+                self.count += 1
+                n = self.count
+            if self.at is None or n < self.at or (n > self.at and not self.kill):
+                return real(*args, **kwargs)
+            if n == self.at:
+                self.half(real, name, args, kwargs)
+            raise Dead if self.kill else OSError(28, "No space left on device")
+
+        return call
+
+    @staticmethod
+    def half(real, name, args, kwargs):
+        """What a write that was cut short leaves."""
+        if name == "save_file":
+            real(*args, **kwargs)
+            os.truncate(args[1], 20)
+        elif name == "write_text":
+            args[0].write_bytes(args[1].encode()[:5])
+
+
+def interrupted(at: int | None, kill: bool, action) -> tuple[int, bool]:
+    """Run `action` with its `at`-th file-system call failing; (calls made, whether it ended early)."""
+    with pytest.MonkeyPatch.context() as patch:
+        counter = Countdown(patch, at, kill)
+        try:
+            action()
+        except (Dead, OSError):
+            return counter.count, True
+    return counter.count, False
+
+
+def calls_of(action) -> int:
+    count, early = interrupted(None, False, action)
+    assert not early
+    return count
+
+
+@pytest.mark.parametrize("kill", [True, False], ids=["killed", "disk full"])
+@pytest.mark.parametrize("same_step", [False, True])
+def test_a_commit_that_ends_at_any_call_leaves_the_old_or_the_new_one_whole(tmp_path, kill, same_step):
+    new_step = 1 if same_step else 2
+    trial = tmp_path / "count"
+    commit(trial, 1)
+    calls = calls_of(lambda: commit(trial, new_step, seed=9))
+    assert calls > 20
+    outcomes = set()
+    for at in range(1, calls + 1):
+        directory = tmp_path / str(at)
+        commit(directory, 1)
+        interrupted(at, kill, lambda directory=directory: commit(directory, new_step, seed=9))
+        found = checkpoint.latest_valid(directory, warn=pytest.fail)
+        assert found is not None, at
+        outcomes.add("new" if holds(found, 9) else "old")
+        assert holds(found, 9) or holds(found, 1)
+        for step in checkpoint.steps(directory):
+            checkpoint.verify(checkpoint.path_of(directory, step))
+        if not kill and at < calls - 12:  # the tail is cleaning up itself
+            assert hidden(directory) == [], at
+        commit(directory, new_step, seed=9)  # and the next one finds its way
+        checkpoint.prune(directory, 1)
+        assert os.listdir(directory) == [checkpoint.path_of(directory, new_step).name]
+        assert holds(checkpoint.path_of(directory, new_step), 9)
+        shutil.rmtree(directory)
+    assert outcomes == {"old", "new"}
+
+
+def test_pruning_that_is_killed_at_any_call_leaves_only_whole_checkpoints(tmp_path):
+    def fill(directory: Path) -> None:
+        for step in (1, 2, 3):
+            commit(directory, step)
+
+    fill(tmp_path / "count")
+    calls = calls_of(lambda: checkpoint.prune(tmp_path / "count", 1))
+    assert calls > 5
+    for at in range(1, calls + 1):
+        directory = tmp_path / str(at)
+        fill(directory)
+        interrupted(at, True, lambda directory=directory: checkpoint.prune(directory, 1))
+        for step in checkpoint.steps(directory):
+            checkpoint.verify(checkpoint.path_of(directory, step))
+        checkpoint.prune(directory, 1)
+        assert os.listdir(directory) == ["step-00000003"]
+
+
+def test_a_process_killed_for_real_at_any_moment_leaves_only_whole_checkpoints(tmp_path):
+    # One process imports torch; its forks commit without pause, replace some steps, and are killed.
+    script = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from orchestrator import checkpoint
+
+def write(directory, first):
+    torch.set_num_threads(1)
+    for step in range(first, 10**6):
+        for again in range(2):
+            weights = torch.full((50_000,), float(step))
+            checkpoint.save(directory, step, {"model": {"w": weights}}, {"state.json": "{}"}, {})
+        checkpoint.prune(directory, 2)
+
+directory, draw, seen = Path(sys.argv[1]), random.Random(7), 0
+for round in range(25):
+    child = os.fork()
+    if not child:
+        write(directory, seen + 1)
+    time.sleep(0.04 + 0.06 * draw.random())
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    found = checkpoint.latest_valid(directory, warn=sys.exit)
+    step = int(found.name.removeprefix("step-")) if found else 0
+    assert step >= seen, (step, seen)
+    for other in checkpoint.steps(directory):
+        checkpoint.verify(checkpoint.path_of(directory, other))
+        weights = checkpoint.load_tensors(checkpoint.path_of(directory, other), "model")["w"]
+        assert bool((weights == other).all())
+    seen = step
+print(seen)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 25

@@ -4,19 +4,19 @@ Every field has a default, a type and a unit. Unknown keys, wrong values and fie
 `UserError` before anything is touched. What follows from the fields by arithmetic is a property here and set nowhere.
 """
 
-import difflib
 import json
 import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from model.gpt import GPTConfig
 from model.schedule import Schedule
 from orchestrator.errors import UserError
+from orchestrator.plain_yaml import read_yaml, write_yaml
+from orchestrator.refusals import explain
 
 
 def _integral(value: Any) -> Any:
@@ -167,7 +167,7 @@ class Experiment(Section):
 
     def to_yaml(self) -> str:
         """What `parse_experiment(read_yaml(…))` reads back as an equal experiment."""
-        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return write_yaml(self.model_dump())
 
     # ---- fields that must agree ----
     @model_validator(mode="after")
@@ -216,58 +216,6 @@ def _schedule_problems(e: Experiment) -> list[str]:
 
 
 # ---- reading ----
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without its traps: a key given twice is an error, `6e-4` is a number, 010 is not 8, 1:30 is not 90.
-
-    An alias (`*name`) is refused: no experiment needs one, and ten lines of them make more values than memory holds.
-    """
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed", mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that `_Loader` would read as numbers: a run may be called 1e5."""
-
-
-def _plain_numbers(cls: type) -> None:
-    """Base 60 and octal leave the rules for integers and floats; exponents without a point or a sign come in."""
-    cls.yaml_implicit_resolvers = {
-        first: [(tag, rule) for tag, rule in rules if not tag.endswith((":int", ":float"))]
-        for first, rules in cls.yaml_implicit_resolvers.items()}
-    whole = r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F][\da-fA-F_]*)"
-    broken = r"[-+]?((\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)"
-    cls.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"^({whole})$"), list("-+0123456789"))
-    cls.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^({broken})$"), list("-+.0123456789"))
-
-
-_plain_numbers(_Loader)
-_plain_numbers(_Dumper)
-
-
-def read_yaml(text: str, where: str) -> Any:
-    """Parse YAML as experiments and overrides use it; `where` opens the message of a `UserError`."""
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UserError(f"{where}{place}: not YAML: {problem}") from None
-    except (ValueError, RecursionError) as error:  # a day 2024-99-99; ten thousand brackets
-        raise UserError(f"{where}: not YAML: {error}") from None
-
-
 def load_experiment(path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()) -> Experiment:
     """Read an experiment file (None: all defaults) and apply `section.field=value` words on top.
 
@@ -297,7 +245,7 @@ def parse_experiment(tree: dict[str, Any], where: str) -> Experiment:
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
-        lines = [line for field in _by_field(error).values() for line in _explain(field[0], field).split("\n")]
+        lines = explain(error.errors(), field_docs())
         raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
@@ -315,56 +263,6 @@ def _apply(tree: dict[str, Any], word: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"'{word}': {section} is no section")
     tree[field] = read_yaml(text, f"'{word[:80]}'")
-
-
-def _by_field(error: ValidationError) -> dict[str, list[dict[str, Any]]]:
-    """Errors grouped by field: a union reports one per member, with the member's name in `loc`."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for e in error.errors():
-        found.setdefault(_field_of(e), []).append(e)
-    return found
-
-
-def _field_of(error: dict[str, Any]) -> str:
-    path, known = [str(p) for p in error["loc"]], field_docs()
-    if error["type"] in ("extra_forbidden", "invalid_key"):
-        return ".".join(p for p in path if p != "[key]")
-    return ".".join(path[:2]) if ".".join(path[:2]) in known else path[0] if path else ""
-
-
-def _explain(error: dict[str, Any], members: list[dict[str, Any]]) -> str:
-    key, known = _field_of(error), field_docs()
-    if error["type"] in ("extra_forbidden", "invalid_key"):
-        near = _nearest(key)
-        return f"{key}: no such field" + (f"; did you mean {near}?" if near else "; --help lists them all")
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    if key not in known:
-        return f"{key}: {_shown(error['input'])} is no section with fields"
-    return f"{key}: {_shown(error['input'])} is not {known[key]['type']}{max(map(_bounds, members), key=len)}"
-
-
-def _nearest(key: str) -> str | None:
-    """The field that an unknown key most likely means: one of its section, of the top, or of any section."""
-    section, _, field = key.rpartition(".")
-    for names in ([k for k in field_docs() if k.rpartition(".")[0] == section], Experiment.model_fields, field_docs()):
-        by_leaf = {name.split(".")[-1]: name for name in names}
-        if near := difflib.get_close_matches(field, by_leaf, 1):
-            return by_leaf[near[0]]
-    return None
-
-
-def _shown(value: Any) -> str:
-    """The value as one short line."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 120 else f"{text[:117]}…"
-
-
-def _bounds(error: dict[str, Any]) -> str:
-    ctx = error.get("ctx") or {}
-    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "of length at least"}
-    parts = [f"{words[k]} {ctx[k]}" for k in words if k in ctx]
-    return f" {' and '.join(parts)}" if parts else f" matching {ctx['pattern']}" if "pattern" in ctx else ""
 
 
 # ---- describing ----

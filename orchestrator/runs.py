@@ -17,9 +17,10 @@ from typing import Any
 
 from model.schedule import learning_rate
 from orchestrator import checkpoint, journal
-from orchestrator.config import Experiment, parse_experiment, read_yaml
+from orchestrator.config import Experiment, parse_experiment
 from orchestrator.errors import UserError
 from orchestrator.manifest import Manifest
+from orchestrator.plain_yaml import read_yaml
 from orchestrator.state import data_identity
 
 # Fields that may change under the same name; every other one is what the run is.

@@ -9,6 +9,7 @@ from orchestrator.errors import UserError
 from orchestrator.provenance import redact_text
 
 UI_PORT = 5000
+_MODE = "workflowType=machine_learning"  # else MLflow opens its GenAI pages, which are empty here
 
 
 def store_path(storage: Path) -> Path:
@@ -22,11 +23,17 @@ def resolve_uri(experiment, storage: Path) -> str:
     Raises:
         UserError: the variable holds something that MLflow 3 does not serve.
     """
-    uri = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        return f"sqlite:///{store_path(storage)}"
+    if experiment.tracking.uri:
+        return absolute_uri(experiment.tracking.uri, "tracking.uri")
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return absolute_uri(uri, "MLFLOW_TRACKING_URI")
+    return f"sqlite:///{store_path(storage)}"
+
+
+def absolute_uri(uri: str, where: str) -> str:
+    """`uri`, valid from any directory; `where` opens the message of a `UserError`."""
     if not re.match(r"^(https?|sqlite|postgresql|mysql)[+a-z0-9]*://.", uri):
-        raise UserError(f"MLFLOW_TRACKING_URI: '{redact_text(uri)}' is none of http(s)://…, sqlite:///…, postgresql://…")
+        raise UserError(f"{where}: '{redact_text(uri)}' is none of http(s)://…, sqlite:///…, postgresql://…")
     local = local_path(uri)
     return f"sqlite:///{local}" if local else uri.rstrip("/")
 
@@ -36,10 +43,15 @@ def local_path(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
 
 
+def experiment_url(base: str, experiment_id: str) -> str:
+    """The list of an experiment's runs."""
+    return f"{base}/#/experiments/{experiment_id}/runs?{_MODE}"
+
+
 def run_url(uri: str, experiment_id: str, run_id: str) -> str:
-    """The page with the run's curves. An embedded store's page exists while `make ui` serves it."""
+    """The page with a run's curves. An embedded store's page exists while `make ui` serves it."""
     base = f"http://127.0.0.1:{UI_PORT}"
     if uri.startswith("http"):
         parts = urlsplit(uri)
         base = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
-    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}/model-metrics?workflowType=machine_learning"
+    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}/model-metrics?{_MODE}"

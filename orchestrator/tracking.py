@@ -15,6 +15,7 @@ import os
 import re
 import tempfile
 import threading
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from orchestrator.stores import local_path, resolve_uri, run_url  # noqa: F401 -
 STATE = "tracking.json"
 KEY_TAG = "espalier.run_key"
 STATUSES = ("FINISHED", "FAILED", "KILLED")
+PASSING = ("BAD_REQUEST", "ENDPOINT_NOT_FOUND")  # a server out of connections says so; a proxy whose server is starting
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # to try again is the sender's business
     "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -74,8 +76,7 @@ class Tracker:
         try:
             self._projection.send(self._reopen, ending)
         except MlflowException as error:
-            # BAD_REQUEST is also what MLflow answers when its own connection pool is exhausted: not our fault, try on.
-            if 400 <= error.get_http_status_code() < 408 and error.error_code != "BAD_REQUEST":
+            if 400 <= error.get_http_status_code() < 408 and error.error_code not in PASSING:
                 raise RefusedError(str(error)) from error
             raise
 
@@ -94,6 +95,7 @@ def _quieten() -> None:
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
 class _Projection:
@@ -156,12 +158,16 @@ class _Projection:
         if not self.state["run_id"]:
             return None
         try:
-            return self.client.get_run(self.state["run_id"])
+            return self._get_run()
         except Exception as error:
             if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
                 raise
             self.state = self._blank()  # the store was emptied: what it had is sent anew
             return None
+
+    def _get_run(self):
+        run = self.client.get_run(self.state["run_id"])
+        return _whole(run, run.info.run_id)
 
     def _found_run(self):
         """The run of an attempt that ended between creating it and remembering it."""
@@ -169,18 +175,20 @@ class _Projection:
         if experiment is None:
             local = local_path(self.uri)
             location = (local.parent / "artifacts").as_uri() if local else None
-            self.state["experiment_id"] = self.client.create_experiment(self.experiment_name, location)
+            made = self.client.create_experiment(self.experiment_name, location)
+            self.state["experiment_id"] = _whole(made, made)
             return None
         if experiment.lifecycle_stage == "deleted":
             raise RefusedError(f"the experiment '{self.experiment_name}' was deleted in MLflow: restore it there, "
                                f"or set tracking.experiment")
-        self.state["experiment_id"] = experiment.experiment_id
-        found = self.client.search_runs([experiment.experiment_id], f"tags.`{KEY_TAG}` = '{self.facts['key']}'")
-        return found[0] if found else None
+        self.state["experiment_id"] = _whole(experiment.experiment_id, experiment.experiment_id)
+        query = f"tags.`{KEY_TAG}` = '{self.facts['key']}'"
+        return _first(self.client.search_runs, [experiment.experiment_id], query)
 
     def _created_run(self):
-        return self.client.create_run(self.state["experiment_id"], self._started(), {KEY_TAG: self.facts["key"]},
-                                      self.facts.get("name"))
+        run = self.client.create_run(self.state["experiment_id"], self._started(), {KEY_TAG: self.facts["key"]},
+                                     self.facts.get("name"))
+        return _whole(run, run.info.run_id)
 
     def _started(self) -> int | None:
         """The run's first moment that anything recorded, in ms: a replay may come days later."""
@@ -278,16 +286,17 @@ class _Projection:
 
         run_id, experiment_id = self.state["run_id"], self.state["experiment_id"]
         title = re.sub(r"""[/:.%"']""", "-", f"{self.facts.get('name', 'run')}-{name}")
-        found = self.client.search_logged_models([experiment_id], f"source_run_id = '{run_id}' AND name = '{title}'")
+        query = f"source_run_id = '{run_id}' AND name = '{title}'"
         tags = {"mlflow.model.isExternal": "true", "checkpoint.sha256": digest,
                 "checkpoint.uri": str(self.run_dir.absolute() / "checkpoints" / name)}
-        model = found[0] if found else self.client.create_logged_model(
+        model = _first(self.client.search_logged_models, [experiment_id], query) or self.client.create_logged_model(
             experiment_id, title, run_id, tags, {"step": str(_step(name))}, "checkpoint")
+        _whole(model, model.model_id)
         with tempfile.TemporaryDirectory() as folder:
             get_external_mlflow_model_spec(model).save(os.path.join(folder, "MLmodel"))  # makes it registrable
             self.client.log_model_artifacts(model.model_id, folder)
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-        if model.model_id not in [o.model_id for o in self.client.get_run(run_id).outputs.model_outputs]:
+        if model.model_id not in [o.model_id for o in self._get_run().outputs.model_outputs]:
             self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, _step(name))])
         return model.model_id
 
@@ -326,6 +335,18 @@ class _Projection:
             self.client.log_figure(run_id, figures.loss_curve(records), "figures/loss.png")
             self.client.log_figure(run_id, figures.schedule_curve(figures.points(records, "optim/lr")),
                                    "figures/schedule.png")
+
+
+def _whole(answer: Any, its_id: str | None) -> Any:
+    """`answer`, unless it was cut: MLflow takes an empty body for an empty object."""
+    if not its_id:
+        raise ConnectionError("the server's answer was cut")
+    return answer
+
+
+def _first(search: Callable, *query: Any) -> Any:
+    """The first hit or None. Asked again where nothing was found: an answer that was cut reads like no hit."""
+    return next((hits[0] for _ in range(3) if (hits := search(*query))), None)
 
 
 def _step(name: str) -> int:

@@ -1,0 +1,290 @@
+"""Tracking: MLflow holds what the run's folder says, each thing once, whatever was done twice or broke in between.
+
+A real MLflow throughout; what is compared are the rows of its database.
+"""
+
+import json
+import logging
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from orchestrator.errors import UserError
+from orchestrator.journal import Journal
+from orchestrator.outbox import BATCH, Outbox, history
+from orchestrator.stores import resolve_uri, run_url
+from orchestrator.tracking import Tracker, replay
+
+EXPERIMENT = "tests"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """One embedded store for the module: its schema takes seconds to create."""
+    return tmp_path_factory.mktemp("storage") / "mlflow" / "mlflow.db"
+
+
+@pytest.fixture
+def uri(store, monkeypatch, tmp_path):
+    """The store's URI; the test runs in an empty folder, and must leave it so."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield f"sqlite:///{store}"
+    assert os.listdir(folder) == []
+
+
+def make_run(folder, key, **facts):
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "params": {"model.n_layer": 2, "schedule.kind": "cosine"},
+        "tags": {"mlflow.source.name": "pipelines/train.py"},
+        "dataset": {
+            "name": "byte tokens",
+            "digest": "d" * 64,
+            "source": "data/x",
+            "train_tokens": 900,
+            "val_tokens": 100,
+        },
+        "attempts": [{"started": "2026-01-02T03:04:05+00:00", "workers": 1}],
+        **facts,
+    }
+    (folder / "run.json").write_text(json.dumps({"name": "demo", "key": key, **facts}))
+    return folder
+
+
+@pytest.fixture
+def run_dir(tmp_path, request):
+    return make_run(tmp_path / "runs" / "demo", request.node.name)
+
+
+def log(run_dir, steps, **more):
+    for step in steps:
+        Journal(run_dir).append(step, {"train/loss": 5 - step / 1000, "optim/lr": 1e-3, **more})
+
+
+def commit(run_dir, step, content="{}"):
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "MANIFEST.json").write_text(content)
+    return folder
+
+
+def rows(store, run_id, query="SELECT key, step, value, timestamp FROM metrics WHERE run_uuid = ? ORDER BY key, step"):
+    with sqlite3.connect(store) as db:
+        return db.execute(query, (run_id,)).fetchall()
+
+
+def expected(run_dir):
+    return sorted(
+        (k, r["step"], v, r["timestamp"])
+        for r in history(run_dir)
+        for k, v in r.items()
+        if k not in ("step", "timestamp")
+    )
+
+
+def send(run_dir, uri, status="FINISHED"):
+    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    tracker.start()
+    assert tracker.finish(status, 60)
+    return tracker
+
+
+def client(uri):
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def test_projection_is_complete(run_dir, store, uri):
+    log(run_dir, range(0, 101, 10), **{"val/loss": 4.0})
+    commit(run_dir, 100)
+    (run_dir / "samples").mkdir()
+    (run_dir / "samples" / "step-00000100.txt").write_text("To be")
+    (run_dir / "summary.json").write_text('{"status": "FINISHED"}')
+    (run_dir / "experiment.yaml").write_text("name: demo\ntracking: {uri: https://me:hunter2@host}\n")
+    tracker = send(run_dir, uri)
+    run = client(uri).get_run(tracker.run_id)
+    assert (run.info.run_name, run.info.status, run.info.start_time) == ("demo", "FINISHED", 1767323045000)
+    assert run.data.params == {"model.n_layer": "2", "schedule.kind": "cosine"}
+    assert run.data.tags["mlflow.source.name"] == "pipelines/train.py"
+    assert run.data.tags["attempt.1.workers"] == "1"
+    assert [(d.dataset.name, d.dataset.digest) for d in run.inputs.dataset_inputs] == [("byte tokens", "d" * 36)]
+    assert rows(store, tracker.run_id) == expected(run_dir)
+    artifacts = store.parent / "artifacts" / tracker.run_id / "artifacts"
+    assert {p.relative_to(artifacts).as_posix() for p in artifacts.rglob("*.*")} == {
+        "experiment.yaml",
+        "summary.json",
+        "samples/step-00000100.txt",
+        "figures/loss.png",
+        "figures/schedule.png",
+    }
+    assert "hunter2" not in (artifacts / "experiment.yaml").read_text()
+    assert tracker.url.endswith(f"/runs/{tracker.run_id}/model-metrics?workflowType=machine_learning")
+
+
+def test_sent_twice_is_sent_once(run_dir, store, uri):
+    log(run_dir, range(50), **{"val/loss": 4.0})
+    commit(run_dir, 49)
+    run_id = send(run_dir, uri).run_id
+    everything = "SELECT (SELECT count(*) FROM {0}) FROM runs WHERE run_uuid = ?"
+    tables = ["metrics", "params", "tags", "inputs", "datasets", "logged_models", "logged_model_metrics", "runs"]
+    before = [rows(store, run_id, everything.format(t)) for t in tables]
+    for forget in (False, True):  # also where the memory of what was sent is lost
+        if forget:
+            (run_dir / "tracking.json").unlink()
+        assert replay(run_dir, uri, EXPERIMENT)
+        assert json.loads((run_dir / "tracking.json").read_text())["run_id"] == run_id
+        assert [rows(store, run_id, everything.format(t)) for t in tables] == before
+
+
+def test_a_resume_adds_one_point_per_step(run_dir, store, uri):
+    log(run_dir, range(0, 101, 10))
+    first = send(run_dir, uri, "KILLED")
+    log(run_dir, range(110, 131, 10))  # written, never sent, then moved aside
+    Journal(run_dir).rewind(50)
+    make_run(
+        run_dir,
+        "test_a_resume_adds_one_point_per_step",
+        attempts=[{"workers": 1}, {"workers": 2}],
+        params={"model.n_layer": 2, "schedule.kind": "wsd"},
+    )
+    second = Tracker(run_dir, uri, EXPERIMENT)
+    second.start()
+    wait_for(lambda: client(uri).get_run(first.run_id).info.status == "RUNNING")
+    log(run_dir, range(60, 201, 10))
+    assert second.finish("FINISHED", 60)
+    assert second.run_id == first.run_id
+    sent = rows(store, first.run_id)
+    assert sent == expected(run_dir)
+    assert [step for key, step, *_ in sent if key == "train/loss"] == list(range(0, 201, 10))
+    run = client(uri).get_run(first.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["schedule.kind"] == "cosine"
+    assert (run.data.tags["attempt.2.schedule.kind"], run.data.tags["attempt.2.workers"]) == ("wsd", "2")
+
+
+def test_a_resume_while_the_tracker_runs(run_dir, store, uri):
+    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    tracker.start()
+    log(run_dir, range(0, 101, 10))
+    wait_for(lambda: tracker.run_id and len(rows(store, tracker.run_id)) == 22)
+    Journal(run_dir).rewind(50)
+    log(run_dir, range(60, 121, 10))
+    assert tracker.finish("FAILED", 60)
+    assert rows(store, tracker.run_id) == expected(run_dir)
+    assert client(uri).get_run(tracker.run_id).info.status == "FAILED"
+
+
+def test_a_sender_killed_anywhere_loses_and_repeats_nothing(run_dir, store, uri):
+    log(run_dir, range(6000))
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom orchestrator.tracking import Tracker\n"
+        "Tracker(Path(sys.argv[1]), sys.argv[2], sys.argv[3]).start()\ntime.sleep(60)"
+    )
+    for sent in (0, 2500):  # before the first batch is remembered, and between two
+        child = subprocess.Popen([sys.executable, "-c", code, str(run_dir), uri, EXPERIMENT])
+        wait_for(lambda limit=sent: sent_step(run_dir) >= limit, pause=0.005)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert sent_step(run_dir) < 5999
+    assert replay(run_dir, uri, EXPERIMENT)
+    assert rows(store, json.loads((run_dir / "tracking.json").read_text())["run_id"]) == expected(run_dir)
+
+
+def test_checkpoints_are_found_by_their_loss(run_dir, uri):
+    for step, loss in ((100, 3.5), (200, 3.1), (300, 3.3)):
+        Journal(run_dir).append(step, {"val/loss": loss, "train/loss": loss})
+        commit(run_dir, step)
+    tracker = send(run_dir, uri, "KILLED")
+    mlflow, where = client(uri), json.loads((run_dir / "tracking.json").read_text())["experiment_id"]
+
+    def ranked():
+        query = f"source_run_id = '{tracker.run_id}' AND metrics.`val/loss` < 3.4"
+        return mlflow.search_logged_models([where], query, order_by=[{"field_name": "metrics.val/loss"}])
+
+    assert [m.params["step"] for m in ranked()] == ["200", "300"]
+    assert ranked()[0].tags["checkpoint.uri"] == str(run_dir / "checkpoints" / "step-00000200")
+    assert {(o.step) for o in mlflow.get_run(tracker.run_id).outputs.model_outputs} == {100, 200, 300}
+    (commit(run_dir, 200) / "MANIFEST.json").unlink()
+    commit(run_dir, 300, '{"made": "again"}')
+    assert replay(run_dir, uri, EXPERIMENT)
+    removed, again = ranked()
+    assert (removed.tags.get("checkpoint.removed"), again.tags.get("checkpoint.removed")) == ("true", "false")
+    assert again.tags["checkpoint.sha256"] != removed.tags["checkpoint.sha256"]
+
+
+def test_a_run_deleted_in_mlflow_is_left_alone_and_said_once(run_dir, uri, caplog):
+    log(run_dir, range(5))
+    tracker = send(run_dir, uri)
+    client(uri).delete_run(tracker.run_id)
+    log(run_dir, range(5, 9))
+    with caplog.at_level(logging.WARNING):
+        assert not replay(run_dir, uri, EXPERIMENT, 30)
+    assert len(caplog.records) == 1
+    assert "deleted in MLflow" in caplog.text
+
+
+def test_another_store_gets_everything(run_dir, store, uri, tmp_path):
+    log(run_dir, range(5))
+    send(run_dir, uri)
+    other = tmp_path / "other" / "mlflow.db"
+    assert replay(run_dir, f"sqlite:///{other}", EXPERIMENT)
+    assert rows(other, json.loads((run_dir / "tracking.json").read_text())["run_id"]) == expected(run_dir)
+
+
+def test_what_is_not_finite_is_not_sent(run_dir, store, uri):
+    log(run_dir, range(3), **{"optim/grad_norm": float("inf"), "val/loss": float("nan")})
+    assert {key for key, *_ in rows(store, send(run_dir, uri).run_id)} == {"train/loss", "optim/lr"}
+
+
+def test_batches_hold_whole_lines_and_leave_only_when_accepted(run_dir):
+    log(run_dir, range(1200))
+    outbox = Outbox(run_dir)
+    outbox.refresh(-1)
+    step, sent = next(outbox.batches())
+    assert (step, len(sent)) == (BATCH // 2 - 1, BATCH)
+    assert next(outbox.batches()) == (step, sent)
+    outbox.refresh(-1)
+    assert [s for s, _ in outbox.batches()] == [499, 999, 1199]
+    log(run_dir, [1200])
+    outbox.refresh(1199)
+    assert [s for s, _ in outbox.batches()] == [1200]
+
+
+def test_uris(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    experiment = SimpleNamespace(tracking=SimpleNamespace(uri=None))
+    assert resolve_uri(experiment, "runs") == f"sqlite:///{tmp_path}/runs/mlflow/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///here.db")
+    assert resolve_uri(experiment, "runs") == f"sqlite:///{tmp_path}/here.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
+    with pytest.raises(UserError, match="./mlruns"):
+        resolve_uri(experiment, "runs")
+    experiment.tracking.uri = "http://host:5000/"
+    assert resolve_uri(experiment, "runs") == "http://host:5000"
+    assert run_url("https://me:pw@host/x", "7", "r") == (
+        "https://host/x/#/experiments/7/runs/r/model-metrics?workflowType=machine_learning"
+    )
+
+
+def sent_step(run_dir):
+    try:
+        return json.loads((run_dir / "tracking.json").read_text())["sent_step"]
+    except FileNotFoundError:
+        return -1
+
+
+def wait_for(condition, seconds=30, pause=0.05):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(pause)

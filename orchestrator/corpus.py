@@ -8,12 +8,13 @@ import glob
 import hashlib
 import os
 import re
+import shutil
 import sysconfig
 import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.errors import UserError
@@ -70,11 +71,14 @@ def root_name(entry: str) -> str:
     return _absolute(_fixed_part(entry)).name
 
 
-def fetch(source: Source, progress: Callable[[int], None] = lambda done: None) -> Source:
+def fetch(source: Source, progress: Callable[[str, int, int], None] = lambda *_: None) -> Source:
     """The source on this machine, downloaded and verified if it is not cached yet.
 
     Args:
-        progress: told of bytes done.
+        progress: called with ("downloading", bytes done, bytes in all), where the server says how many.
+
+    Raises:
+        UserError: not reachable, or not what its SHA-256 says.
     """
     if source.url is None or source.size is not None:
         return source
@@ -83,11 +87,12 @@ def fetch(source: Source, progress: Callable[[int], None] = lambda done: None) -
     digest, done = hashlib.sha256(), 0
     try:
         with urllib.request.urlopen(source.url, timeout=TIMEOUT_S) as response, open(temporary, "wb") as file:
+            total = int(response.headers.get("Content-Length") or 0)
             while block := response.read(_BLOCK):
                 digest.update(block)
                 file.write(block)
                 done += len(block)
-                progress(done)
+                progress("downloading", done, total or done + 1)
         if digest.hexdigest() != source.sha256:
             raise UserError(f"{source.url}: its SHA-256 is {digest.hexdigest()}, data.corpus says {source.sha256}; "
                             f"the file has changed or the download is broken")
@@ -97,7 +102,18 @@ def fetch(source: Source, progress: Callable[[int], None] = lambda done: None) -
                         f"{source.path}, or name a local copy in data.corpus") from error
     finally:
         temporary.unlink(missing_ok=True)
-    return Source(source.name, source.path, source.kind, done, source.sha256, source.url)
+    return replace(source, size=done)
+
+
+def link(source: Source, folder: Path) -> Source:
+    """The source under a second name in `folder`, a copy where that is another file system."""
+    path = folder / source.path.name
+    path.unlink(missing_ok=True)
+    try:
+        os.link(source.path, path)
+    except OSError:
+        shutil.copyfile(source.path, path)
+    return replace(source, path=path)
 
 
 # ---- entries ----

@@ -4,7 +4,6 @@ Columns `split`, `offset` (the document's first token in its split) and `documen
 document that the split cuts has a row in both. Row groups hold one split each, so that their statistics find a token.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,27 +20,19 @@ def write_index(directory: Path, rows: dict[str, Iterable[tuple[int, str]]]) -> 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([(name, kind) for name, kind in (("split", pa.string()), ("offset", pa.int64()), ("document", pa.string()))])
+    schema = pa.schema([("split", pa.string()), ("offset", pa.int64()), ("document", pa.string())])
     temporary = directory / f".{FILE}.{os.getpid()}-{os.urandom(4).hex()}"
     try:
         with pq.ParquetWriter(temporary, schema, version="2.6", compression="zstd", store_schema=False) as writer:
             for split, entries in rows.items():
                 for group in _groups(iter(entries)):
                     offsets, names = zip(*group, strict=True)
-                    columns = [pa.array([split] * len(group), pa.string()), pa.array(offsets, pa.int64()), pa.array(names, pa.string())]
-                    writer.write_table(pa.table(columns, schema), row_group_size=GROUP_ROWS)
+                    table = pa.table([[split] * len(group), offsets, names], schema)
+                    writer.write_table(table, row_group_size=GROUP_ROWS)
         fsync(temporary)
         os.replace(temporary, directory / FILE)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def part_rows(sidecars: Iterable[tuple[Path, int]], split: str) -> Iterator[tuple[int, str]]:
-    """Rows of one split out of the sidecars of its parts, (file, first token of the part in the split) each."""
-    for path, first in sidecars:
-        for document, offset in json.loads(path.read_bytes())[split]["index"]:
-            # A file name may hold bytes that are no UTF-8; Parquet's strings may not.
-            yield first + offset, document.encode("utf-8", "replace").decode()
 
 
 def documents_of(directory: Path, split: str, offset: int, length: int) -> list[tuple[str, int]]:
@@ -56,13 +47,14 @@ def documents_of(directory: Path, split: str, offset: int, length: int) -> list[
     try:
         with pq.ParquetFile(file) as index:
             groups = _groups_at(index, split, offset, offset + length)
-            table = index.read_row_groups(groups, columns=["offset", "document"]).to_pydict() if groups else {"offset": [], "document": []}
+            table = index.read_row_groups(groups, columns=["document", "offset"]).to_pydict()
     except FileNotFoundError:
         raise UserError(f"{file}: missing; prepare the dataset again") from None
     rows = list(zip(table["document"], table["offset"], strict=True))
     # Of several documents that begin at one token, all but the last are empty.
-    ends = [next_offset for _, next_offset in rows[1:]] + [offset + length]
-    return [row for row, end in zip(rows, ends, strict=True) if row[1] < offset + length and end > offset and end > row[1]]
+    stop = offset + length
+    ends = [begins for _, begins in rows[1:]] + [stop]
+    return [row for row, end in zip(rows, ends, strict=True) if row[1] < min(end, stop) and end > offset]
 
 
 def _groups(entries: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:

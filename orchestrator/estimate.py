@@ -1,7 +1,7 @@
 """What a corpus will be as tokens, before it is prepared: nothing is written and nothing is downloaded.
 
-Eats `config.Data`; yields counts. Exact for plain text as bytes or characters; for a byte-pair encoding a few stretches of
-the corpus are encoded, where its ranks are on this machine.
+Eats `config.Data`; yields counts. Exact for plain text as bytes or characters; for a byte-pair encoding a few stretches
+of the corpus are encoded, where its ranks are on this machine.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -74,7 +74,7 @@ def _bytes_per_token(sources: list[Source], data: "Data") -> float:
 
 
 def _has_ranks(name: str) -> bool:
-    """Whether tiktoken finds the ranks of `name` without a network; it has no question for that, so its reader is muted."""
+    """Whether tiktoken finds the ranks of `name` without a network; it cannot be asked, so its reader is muted."""
     import tiktoken.load
 
     def no_network(_path: str) -> bytes:

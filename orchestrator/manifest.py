@@ -40,7 +40,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """digest: SHA-256 of the manifest file, the dataset's identity. dtype: of the ids in the shards, uint16 or uint32."""
+    """digest: SHA-256 of the manifest file, the dataset's identity. dtype: of the ids, uint16 or uint32."""
 
     directory: Path
     format_version: int
@@ -63,17 +63,19 @@ def load_manifest(directory: Path) -> Manifest:
         data = file.read_bytes()
         raw = json.loads(data)
         if raw["format_version"] != FORMAT:
-            raise UserError(f"{file}: format {raw['format_version']}, this program reads {FORMAT}; prepare it again elsewhere")
+            raise UserError(f"{file}: format {raw['format_version']}, this program reads {FORMAT}; prepare it again "
+                            f"in another data.dir")
         splits = {name: Split(s["tokens"], s["documents"], s["bytes"], s["stream_sha256"],
                               tuple(Shard(**shard) for shard in s["shards"])) for name, s in raw["splits"].items()}
         return Manifest(Path(directory), raw["format_version"], raw["tokenizer"], raw["settings"], raw["dtype"],
                         splits, raw["sources"], hashlib.sha256(data).hexdigest())
     except FileNotFoundError:
-        raise UserError(f"{directory}: no finished dataset ({FILE} is missing); run pipelines/prepare.py first") from None
+        raise UserError(f"{directory}: no finished dataset, {FILE} is missing; run pipelines/prepare.py") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file}: cannot be read as a dataset's manifest ({error}); delete the folder and prepare it again") from None
+        raise UserError(f"{file}: cannot be read as a dataset's manifest ({error}); delete the folder and prepare it "
+                        f"again") from None
 
 
 def write_manifest(directory: Path, content: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""The three jobs of a preparation, each a pure function of a file system and a small dict: scan, tokenize, assemble.
+"""The three jobs of a preparation, each a pure function of a file system and a small dict: survey, tokenize, assemble.
 
-Ray runs them anywhere and in any order (see `tokens.py`); none knows of Ray. A chunk's ids go to part files, ids of each
-split end to end, with a sidecar that is written last: `00000012.train.bin`, `00000012.val.bin`, `00000012.json`. A part
-whose sidecar and SHA-256 are right is not made again. Shards are exact slices of the parts laid end to end.
+Ray runs them anywhere and in any order (see `tokens.py`); none knows of Ray. A chunk's ids go to part files, one for
+each split, with a sidecar that is written last: `00000012.train.bin`, `00000012.val.bin`, `00000012.json`. A part whose
+sidecar and SHA-256 are right is not made again. Shards are exact slices of the parts laid end to end.
 """
 
 import functools
@@ -27,27 +27,30 @@ SPLITS = ("train", "val")
 _LONG_SPACE = re.compile(r"\s{100000,}")
 
 
-def hash_sources(job: dict[str, Any]) -> dict[str, Any]:
-    """SHA-256 of whole files. `{"sources": [[number, path], …]}` -> `{"sha256": [[number, hex], …]}`."""
-    return {"sha256": [[number, file_sha256(path)] for number, path in job["sources"]]}
+def survey(job: dict[str, Any]) -> dict[str, Any]:
+    """SHA-256 of whole files, or the characters of a chunk.
 
-
-def scan(job: dict[str, Any]) -> dict[str, Any]:
-    """Count the characters of a chunk, and collect which there are. `{"id", "spans", "text_field"}` -> counts."""
+    `{"sources": [[number, path], …]}` -> `{"bytes", "sha256": [[number, hex], …]}`;
+    `{"id", "spans", "text_field"}` -> `{"bytes", "id", "characters", "seen"}`.
+    """
+    if "sources" in job:
+        return {"bytes": sum(os.path.getsize(path) for _, path in job["sources"]),
+                "sha256": [[number, file_sha256(path)] for number, path in job["sources"]]}
     count, seen = 0, set()
     for piece in _pieces(job):
         count += len(piece.text)
         seen.update(piece.text)
-    return {"id": job["id"], "characters": count, "seen": "".join(sorted(seen))}
+    return {"bytes": sum(span["end"] - span["start"] for span in job["spans"]), "id": job["id"], "characters": count,
+            "seen": "".join(sorted(seen))}
 
 
 def tokenize(job: dict[str, Any]) -> dict[str, Any]:
     """Turn a chunk into its part files, unless they are there.
 
     Args:
-        job: `id`, `spans`, `text_field`, `tokenizer` (name, SHA-256), `directory`, `parts`, `append_eot`, and what decides
-            the split: `cut` (characters of this chunk that come before val), or `val_fraction` and `val_spans` (whether
-            a span of a text file is val, whose hash is known beforehand; None for other kinds).
+        job: `id`, `spans`, `text_field`, `tokenizer` (name, SHA-256), `directory`, `parts`, `append_eot`, and what
+            decides the split: `cut` (characters of this chunk that come before val), or `val_fraction` and `val_spans`
+            (whether a span of a text file is val, whose hash is known beforehand; None for other kinds).
 
     Returns:
         `{"id", "train": {"tokens", "bytes", "documents"}, "val": {…}}`.
@@ -65,8 +68,8 @@ def tokenize(job: dict[str, Any]) -> dict[str, Any]:
             for writer in writers.values():
                 writer.discard()
         write_atomically(Path(f"{stem}.json"), json.dumps(done).encode())
-    counts = {split: {"tokens": d["tokens"], "bytes": d["bytes"], "documents": len(d["index"])} for split, d in done.items()}
-    return {"id": job["id"], **counts}
+    return {"id": job["id"], **{split: {"tokens": d["tokens"], "bytes": d["bytes"], "documents": len(d["index"])}
+                                for split, d in done.items()}}
 
 
 def assemble(job: dict[str, Any]) -> dict[str, Any]:
@@ -102,8 +105,9 @@ def _assigned(job: dict[str, Any]) -> Iterator[tuple[str, Piece, bool]]:
     if job["cut"] is None:
         for span, val in zip(job["spans"], job["val_spans"], strict=True):
             for piece in pieces(Span(**span), job["text_field"]):
-                own = is_val(hashlib.sha256(piece.text.encode()).hexdigest(), job["val_fraction"]) if val is None else val
-                yield SPLITS[own], piece, piece.starts
+                if span["kind"] != "text":
+                    val = is_val(hashlib.sha256(piece.text.encode()).hexdigest(), job["val_fraction"])
+                yield SPLITS[val], piece, piece.starts
         return
     position = 0
     for piece in _pieces(job):

@@ -1,7 +1,7 @@
-"""Is a dataset already there, and is it the one that was asked for? Where a dataset lies follows from what it is made of.
+"""Is a dataset already there, and is it the one that was asked for? Where it lies follows from what it is made of.
 
-Eats `config.Data` and a folder; yields its manifest, or None where it is still to be made. Reads names, sizes and times of
-the corpus, and its content only where a file is newer than the dataset.
+Eats `config.Data` and a folder; yields its manifest, or None where it is still to be made. Reads names, sizes and times
+of the corpus, and its content only where a file is newer than the dataset.
 """
 
 import hashlib
@@ -56,8 +56,8 @@ def prepared(data: "Data", directory: Path) -> Manifest | None:
     differences = _setting_differences(data, manifest) + (_source_differences(sources, manifest) if sources else [])
     differences = differences or _changed_content(sources, manifest)
     if differences:
-        raise UserError(f"{directory} holds another dataset: {'; '.join(differences)}. Set another data.dir, or delete this "
-                        f"folder to prepare it anew")
+        raise UserError(f"{directory} holds another dataset: {'; '.join(differences)}. Set another data.dir, or delete "
+                        f"this folder to prepare it anew")
     missing = [s.name for split in manifest.splits.values() for s in split.shards if not (directory / s.name).is_file()]
     if missing:
         raise UserError(f"{directory}: {missing[0]} is missing; delete the folder and prepare it again")
@@ -81,11 +81,12 @@ def _source_differences(sources: list[Source], manifest: Manifest) -> list[str]:
     lost = [f"{n} was in its corpus and is not in data.corpus" for n in then if n not in set(now)]
     new = [f"{n} is in data.corpus and was not in its corpus" for n in now if n not in set(then)]
     if lost or new:
-        return [*(lost + new)[:3], *([f"and {len(lost) + len(new) - 3} more files"] if len(lost) + len(new) > 3 else [])]
+        more = len(lost) + len(new) - 3
+        return [*(lost + new)[:3], *([f"and {more} more files"] if more > 0 else [])]
     if then != now:
         return ["data.corpus has the same files in another order"]
-    return [f"{s.name} had {old['size']} bytes and has {s.size}" for s, old in zip(sources, manifest.sources, strict=True)
-            if s.size not in (None, old["size"])][:3]
+    pairs = [(s, old["size"]) for s, old in zip(sources, manifest.sources, strict=True)]
+    return [f"{s.name} had {size} bytes and has {s.size}" for s, size in pairs if s.size not in (None, size)][:3]
 
 
 def _changed_content(sources: list[Source], manifest: Manifest) -> list[str]:

@@ -1,8 +1,8 @@
 """From a stretch of a source to pieces of documents, so that a corpus can be read in any number of parts at once.
 
-Eats a `Span`, bytes [start, end) of one source; yields the pieces that *begin* in it: the text between two safe cuts, the
-JSON lines whose first byte, the Parquet row groups whose data lie there. Every piece belongs to exactly one span, so the
-pieces of all spans in order are the corpus, wherever the spans end. Text is UTF-8 and its newlines are left alone.
+Eats a `Span`, bytes [start, end) of one source; yields the pieces that *begin* in it: the text between two safe cuts,
+the JSON lines whose first byte, the Parquet row groups whose data lie there. Every piece belongs to exactly one span,
+so the pieces of all spans in order are the corpus, wherever spans end. Text is UTF-8 and its newlines are left alone.
 """
 
 import json
@@ -27,8 +27,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Piece:
-    """document: `file.txt`, `file.jsonl@<byte>` or `file.parquet#<row>`. offset: byte of the document at which the piece
-    begins. starts, ends: whether the document does so with this piece."""
+    """document: `file.txt`, `file.jsonl@<byte>` or `file.parquet#<row>`. offset: byte of the document at which the
+    piece begins. starts, ends: whether the document does so with this piece."""
 
     document: str
     text: str
@@ -123,7 +123,7 @@ def _rows(file, group: int, row: int, name: str, field: str) -> Iterator[Piece]:
             try:
                 text = value.as_py()
             except UnicodeDecodeError as error:
-                raise UserError(f"{name}: row {row}, byte {error.start} of '{field}' is not UTF-8; convert the file") from None
+                raise UserError(f"{name}: row {row}, byte {error.start} of '{field}' is not UTF-8") from None
             if not isinstance(text, str):
                 raise UserError(f"{name}: row {row} holds no text in '{field}' but {_shown(text)}")
             yield Piece(f"{name}#{row}", text)
@@ -151,8 +151,8 @@ def _decode(data: bytes, name: str, at: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{name}: byte {at + error.start} (0x{data[error.start]:02x}) is not UTF-8; convert the file, or "
-                        f"leave it out of data.corpus") from None
+        raise UserError(f"{name}: byte {at + error.start} (0x{data[error.start]:02x}) is not UTF-8; convert the file, "
+                        f"or leave it out of data.corpus") from None
 
 
 def _shown(value) -> str:

@@ -1,10 +1,11 @@
 """The layout of a token shard: an ordinary Parquet file whose payload a trainer can memory-map.
 
 One column `tokens` of fixed_size_binary[W tokens], W = 1,024, little-endian uint16 (uint32 for vocabularies above
-65,536), non-null, PLAIN, uncompressed, without statistics, one data page per row group: so the payload of a column chunk
-is its last `rows · row_bytes` bytes, and rows are one continuous stream of which only the last one is padded.
+65,536), non-null, PLAIN, uncompressed, without statistics, one data page per row group: so the payload of a column
+chunk is its last `rows · row_bytes` bytes, and rows are one continuous stream of which only the last one is padded.
 """
 
+import fcntl
 import hashlib
 import os
 import tempfile
@@ -27,14 +28,15 @@ def write_shard(path: Path, dtype: np.dtype, row_groups: Iterable[np.ndarray]) -
     width, rows = ROW_TOKENS * np.dtype(dtype).itemsize, 0
     schema = pa.schema([pa.field("tokens", pa.binary(width), nullable=False)])
     # max_rows_per_page: pyarrow's default of 20,000 would cut a row group into several pages without a word.
-    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False, write_statistics=False,
-                          data_page_version="1.0", column_encoding={"tokens": "PLAIN"},
+    with pq.ParquetWriter(path, schema, version="2.6", store_schema=False, compression="none", use_dictionary=False,
+                          write_statistics=False, data_page_version="1.0", column_encoding={"tokens": "PLAIN"},
                           data_page_size=width * ROW_GROUP_ROWS + 1, max_rows_per_page=ROW_GROUP_ROWS) as writer:
         for tokens in row_groups:
             count = len(tokens) // ROW_TOKENS
-            assert len(tokens) == count * ROW_TOKENS and 0 < count <= ROW_GROUP_ROWS
-            payload = pa.py_buffer(np.ascontiguousarray(tokens, dtype=np.dtype(dtype).newbyteorder("<")).tobytes())
-            column = pa.Array.from_buffers(pa.binary(width), count, [None, payload])
+            assert len(tokens) == count * ROW_TOKENS
+            assert 0 < count <= ROW_GROUP_ROWS
+            payload = np.ascontiguousarray(tokens, dtype=np.dtype(dtype).newbyteorder("<")).view(np.uint8)
+            column = pa.Array.from_buffers(pa.binary(width), count, [None, pa.py_buffer(payload)])
             writer.write_table(pa.Table.from_arrays([column], schema=schema), row_group_size=ROW_GROUP_ROWS)
             rows += count
     return rows
@@ -46,8 +48,11 @@ def map_shard(path: Path) -> list[np.ndarray]:
     Raises:
         UserError: the file is not laid out as `write_shard` does; nothing is guessed.
     """
-    metadata = pq.read_metadata(path)
-    width = pq.read_schema(path).field("tokens").type.byte_width
+    try:
+        metadata = pq.read_metadata(path)
+        width = metadata.schema.to_arrow_schema().field("tokens").type.byte_width
+    except (OSError, pa.ArrowException, KeyError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a token shard ({error}); prepare the tokens again") from None
     dtype = np.dtype("<u2" if width == 2 * ROW_TOKENS else "<u4")
     raw = np.memmap(path, dtype=np.uint8, mode="r")
     payloads = []
@@ -72,19 +77,23 @@ def verify_shard(path: Path, sha256: str) -> None:
     """
     try:
         stat = path.stat()
-        key = hashlib.sha256(f"{path.resolve()}/{stat.st_size}/{stat.st_mtime_ns}/{sha256}".encode()).hexdigest()
-        stamp = Path(tempfile.gettempdir()) / f"espalier-verified-{os.getuid()}" / key
-        if stamp.exists():
-            return
-        with open(path, "rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        key = f"{path.resolve()}/{stat.st_ino}/{stat.st_size}/{stat.st_mtime_ns}/{sha256}"
+        folder = Path(tempfile.gettempdir()) / f"espalier-verified-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with open(folder / hashlib.sha256(key.encode()).hexdigest(), "a+") as stamp:
+            fcntl.flock(stamp, fcntl.LOCK_EX)  # the other workers of this node wait, and find it done
+            stamp.seek(0)
+            if stamp.read() == "verified":
+                return
+            with open(path, "rb") as file:
+                actual = hashlib.file_digest(file, "sha256").hexdigest()
+            if actual == sha256:
+                stamp.write("verified")
+                return
     except FileNotFoundError:
         raise UserError(f"{path}: the shard is missing; prepare the tokens again") from None
-    if actual != sha256:
-        raise UserError(f"{path}: the shard is not what was written (SHA-256 differs); delete its folder and prepare the "
-                        f"tokens again")
-    stamp.parent.mkdir(mode=0o700, exist_ok=True)
-    stamp.touch()
+    raise UserError(f"{path}: the shard is not what was written (SHA-256 differs); delete its folder and prepare the "
+                    f"tokens again")
 
 
 def as_lists(table: pa.Table) -> pa.Table:

@@ -95,7 +95,8 @@ class _Characters(Tokenizer):
         ids = np.minimum(np.searchsorted(self.points, points), len(self.points) - 1)
         unknown = points[self.points[ids] != points]
         if unknown.size:
-            raise UserError(f"character {chr(unknown[0])!r} is not among the {self.n_vocab} of the corpus; leave it out")
+            raise UserError(f"character {chr(unknown[0])!r} is not among the {self.n_vocab} of the corpus; leave it "
+                            f"out")
         return ids.astype(self.dtype)
 
     def describe(self) -> dict[str, Any]:
@@ -138,16 +139,18 @@ def load_tokenizer(name: str, directory: Path | None = None) -> Tokenizer:
     """
     stored = _stored(directory)
     if stored and stored["name"] != name:
-        raise UserError(f"{directory}: made with tokenizer '{stored['name']}', not '{name}'; set data.tokenizer={stored['name']}")
+        raise UserError(f"{directory}: made with tokenizer '{stored['name']}', not '{name}'; set "
+                        f"data.tokenizer={stored['name']}")
     if name == "char":
         if not stored:
-            raise UserError(f"data.tokenizer: char takes its characters from a prepared corpus, and {directory} has no {FILE}")
+            raise UserError(f"data.tokenizer: char takes its characters from a prepared corpus, and {directory} has no "
+                            f"{FILE}")
         tokenizer = _Characters(stored["characters"])
     else:
         tokenizer = _named(name)
     if stored and stored["sha256"] != tokenizer.sha256:
-        raise UserError(f"{directory}: its ids were made with another '{name}' than this one (SHA-256 of ranks and pattern "
-                        f"{stored['sha256'][:12]}, here {tokenizer.sha256[:12]}; a changed version of tiktoken?)")
+        raise UserError(f"{directory}: its ids were made with another '{name}' than this one (SHA-256 of ranks and "
+                        f"pattern {stored['sha256'][:12]}, here {tokenizer.sha256[:12]}; another version of tiktoken?)")
     return tokenizer
 
 
@@ -167,7 +170,8 @@ def _named(name: str) -> Tokenizer:
     except Exception as error:  # requests' many, OSError of the cache, a wrong hash: all mean that there are no ranks
         raise UserError(f"data.tokenizer: the ranks of '{name}' are not on this machine and cannot be downloaded "
                         f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that holds them (filled by "
-                        f"tiktoken.get_encoding('{name}') where there is a network), or use data.tokenizer=byte") from error
+                        f"tiktoken.get_encoding('{name}') where there is a network), or use data.tokenizer=byte"
+                        ) from error
 
 
 def _stored(directory: Path | None) -> dict[str, Any] | None:

@@ -1,8 +1,11 @@
 """What every command shares: its arguments, its help, and how it ends (see `orchestrator.errors` for the statuses)."""
 
+import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from orchestrator.config import Experiment, field_docs, load_experiment
 from orchestrator.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
@@ -22,6 +25,33 @@ def guarded(main: Callable[[list[str]], int]) -> None:
         status = EXIT_INTERRUPTED
     sys.stdout.flush()
     sys.exit(status)
+
+
+class Options(argparse.ArgumentParser):
+    """argparse for commands with options of their own; a wrong one is a `UserError`, one line and status 2."""
+
+    def __init__(self, doc: str, **settings):
+        super().__init__(description=doc.strip(), formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists what there is")
+
+
+def at_least(least: int | float) -> Callable[[str], int | float]:
+    """For `type=` of an option: a finite number like `least` (whole where that is), and not below it."""
+    kind, limit = ("a whole number", 2**53) if isinstance(least, int) else ("a number", math.inf)
+
+    def parse(text: str) -> int | float:
+        try:
+            value = type(least)(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < limit:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {kind} of at least {least}")
+        return value
+
+    return parse
 
 
 def experiment_command(doc: str, run: Callable[[Experiment], int], *, dry_run: Callable[[Experiment], int] | None = None) -> None:

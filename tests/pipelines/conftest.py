@@ -1,0 +1,63 @@
+"""What the tests of the commands share: one small run, trained in this process, and a way to type commands."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.config import load_experiment
+from orchestrator.numerics import Worker
+from orchestrator.training import train
+
+REPO = Path(__file__).resolve().parent.parent.parent
+SMALL = ["data.tokenizer=char", "model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.block_size=32",
+         "model.pad_vocab_to=16", "train.micro_batch_size=4", "train.global_batch_size=4", "train.max_steps=12",
+         "train.log_interval=1", "train.eval_interval=4", "train.checkpoint_interval=4", "train.keep=3",
+         "schedule.max_lr=3e-3", "compute.use_gpu=false"]
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """One: more than free cores stall each other. Commands set what their run had; other tests keep their own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tiny_corpus, tiny_dataset, tmp_path_factory) -> Path:
+    """`<storage>/tiny`: 12 steps, an evaluation and a checkpoint every 4."""
+    run_dir = tmp_path_factory.mktemp("storage") / "tiny"
+    run_dir.mkdir()
+    experiment = load_experiment(None, ["name=tiny", f"data.corpus={tiny_corpus}", f"data.dir={tiny_dataset}", *SMALL])
+    before = torch.get_num_threads()
+    train(experiment, run_dir, tiny_dataset, Worker(cpus=1))
+    torch.set_num_threads(before)
+    return run_dir
+
+
+@pytest.fixture
+def damaged_run(trained_run, tmp_path) -> Path:
+    """The same run with one bit of its last checkpoint flipped."""
+    copy = tmp_path / "damaged"
+    shutil.copytree(trained_run, copy)
+    part = copy / "checkpoints" / "step-00000012" / "model.safetensors"
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def type_command():
+    """Run `pipelines/<script>` as a shell would; returns the finished process, its output as text."""
+    def run(script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, str(REPO / "pipelines" / script), *map(str, args)], text=True,
+                              capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+    return run

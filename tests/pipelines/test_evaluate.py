@@ -1,0 +1,98 @@
+"""evaluate.py measures what training measured, to the last bit, and nothing but the run's own tokens."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from orchestrator import checkpoint, journal, state
+from orchestrator.batches import TokenStream
+from orchestrator.errors import UserError
+from orchestrator.manifest import load_manifest
+from orchestrator.tokenizer import load_tokenizer
+from orchestrator.trained import open_checkpoint
+from pipelines.evaluate import main, measure
+
+
+def table_of(capsys) -> dict[str, str]:
+    """The printed table's rows by name."""
+    lines = capsys.readouterr().out.splitlines()
+    return dict(map(str.strip, line.strip().split("  ", 1)) for line in lines)
+
+
+@pytest.mark.parametrize("step", [4, 8, 12])
+def test_the_loss_is_the_logged_one(trained_run, tiny_dataset, capsys, step):
+    folder = checkpoint.path_of(trained_run / "checkpoints", step)
+    [logged] = [r for r in journal.read(trained_run) if r["step"] == step]
+    result, _ = measure(open_checkpoint(folder, "cpu"), load_manifest(tiny_dataset), "val", None)
+    assert (result.loss, result.bits_per_byte) == (logged["val/loss"], logged["val/bits_per_byte"])
+    assert main([str(folder)]) == 0
+    assert table_of(capsys)["logged then"] == f"{logged['val/loss']:.6f} (the same bits)"
+
+
+def test_the_numbers_are_those_of_the_definitions(trained_run, tiny_dataset, capsys):
+    """Window by window through the model, without any of the code that training evaluates with."""
+    folder = checkpoint.path_of(trained_run / "checkpoints", 12)
+    model, stream = state.load_model(folder), TokenStream(tiny_dataset, "val")
+    lengths = load_tokenizer("char", folder).byte_lengths
+    ids = torch.from_numpy(stream.read(0, stream.tokens).astype("int64"))
+    nats = 0.0
+    with torch.no_grad():
+        for i in range(0, len(ids) - 1, 32):
+            window = ids[i : i + 33]
+            nats += model(window[None, :-1], window[None, 1:], reduction="none")[1].double().sum().item()
+    main([str(trained_run)])
+    table, size = table_of(capsys), int(lengths[ids[1:].numpy()].sum())
+    assert table["targets"] == f"{len(ids) - 1:,} tokens, {size:,} bytes"
+    assert float(table["loss"].split()[0]) == pytest.approx(nats / (len(ids) - 1), abs=2e-6)
+    assert float(table["perplexity"]) == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)
+    assert float(table["bits per byte"]) == pytest.approx(nats / math.log(2) / size, abs=2e-6)
+
+
+def test_a_part_of_the_other_split(trained_run, capsys):
+    main([str(trained_run), "--split", "train", "--tokens", "501"])
+    table = table_of(capsys)
+    assert table["targets"].startswith("500 tokens")
+    assert table["tokens of"].startswith("train")
+    assert "logged then" not in table
+
+
+def test_a_copied_checkpoint_finds_its_tokens_where_it_is_told(trained_run, tiny_dataset, tmp_path, capsys):
+    shutil.copytree(tiny_dataset, tmp_path / "tokens")
+    shutil.copytree(trained_run / "checkpoints" / "step-00000012", tmp_path / "copied")
+    main([str(tmp_path / "copied"), f"data.dir={tmp_path / 'tokens'}"])
+    table = table_of(capsys)
+    assert str(tmp_path / "tokens") in table["tokens of"]
+    assert "the same bits" in table["logged then"]
+
+
+def test_other_tokens_are_refused(trained_run, tiny_dataset, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_dataset, other)
+    manifest = json.loads((other / "manifest.json").read_text("utf-8"))
+    manifest["splits"]["val"]["stream_sha256"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    with pytest.raises(UserError, match="not those that .* was trained on"):
+        main([str(trained_run), f"data.dir={other}"])
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["train.max_steps=5"], "an evaluation takes everything from the checkpoint but data.dir"),
+    (["more"], "'more': an evaluation takes"),
+    (["data.dir=/nowhere"], "/nowhere: no finished dataset"),
+    (["--split", "test"], "invalid choice: 'test'"),
+    (["--tokens", "1"], "'1' is not a whole number of at least 2"),
+])
+def test_a_wrong_word_is_named(trained_run, words, said):
+    with pytest.raises(UserError, match=said):
+        main([str(trained_run), *words])
+
+
+def test_as_typed(damaged_run, type_command):
+    done = type_command("evaluate.py", damaged_run)
+    assert done.returncode == 0
+    assert "(step 8)" in done.stdout
+    assert "the same bits" in done.stdout
+    assert done.stderr.count("passed over") == 1

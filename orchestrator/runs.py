@@ -53,7 +53,7 @@ def held(run_dir: Path) -> Iterator[None]:
     with open(run_dir / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):  # other errors are the file system's: no lock, no room
             file.seek(0)
             raise HeldError(f"{run_dir}: held by {file.read().strip() or 'another process'}") from None
         file.truncate(0)
@@ -90,6 +90,9 @@ def identity_differences(stored: Experiment, wanted: Experiment, step: int) -> l
         flat["train.reduction_slots"] = e.slots  # null and the number that it means are the same
         for key in ("data.corpus", "data.text_field"):
             flat.pop(key)  # a corpus may move: its tokens are compared instead
+    if stored.schedule.decay_steps != wanted.schedule.decay_steps:
+        for flat, e in ((old, stored), (new, wanted)):  # null means max_steps; saying so changes nothing
+            flat["schedule.decay_steps"] = e.schedule.decay_steps or e.train.max_steps
     lines = [f"{key}: {old[key]!r} there, {new[key]!r} here" for key in old if old[key] != new[key]]
     before, after = stored.train.max_steps, wanted.train.max_steps
     if after < step:

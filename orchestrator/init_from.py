@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from model import weights
@@ -42,7 +43,11 @@ def initial_model(experiment: Experiment, n_vocab: int) -> GPT:
     if differences:
         raise UserError(f"train.init_from: {source} has another shape: {'; '.join(differences)}")
     model = GPT(wanted)
-    model.load_state_dict(weights.pad_vocab(state, wanted.vocab_size))
+    try:
+        model.load_state_dict(weights.pad_vocab(state, wanted.vocab_size))
+    except RuntimeError as error:
+        lines = " ".join(str(error).split())
+        raise UserError(f"train.init_from: {source}: its tensors are not of the shape that it names: {lines}") from None
     return model
 
 
@@ -67,9 +72,9 @@ def _read(source: str) -> Source:
             return _read_nanogpt(path)
         if (path / "config.json").is_file():
             return _read_hugging_face(path)
-    except (KeyError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (AttributeError, KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
         raise UserError(f"train.init_from: {source}: {error}") from None
     if not path.exists():
         raise UserError(f"train.init_from: '{source}' does not exist; use scratch, one of {', '.join(weights.GPT2_SIZES)}"

@@ -1,20 +1,27 @@
-"""The outbox: which lines of a run's journal a tracking server still has to be told, each exactly once.
+"""The outbox: what a run's folder holds for a tracking server, and what of it was accepted.
 
-Eats the journal and the lines that resumes moved aside; yields rows (key, value, timestamp in ms, step) in batches. It
-knows no server: the caller keeps `sent_step`, the step up to which everything was accepted.
+Eats run.json, the journal with the lines that resumes moved aside, checkpoints/ and samples/; yields rows (key, value,
+timestamp in ms, step), redacted facts, digests and marks. It knows no server and changes nothing but `tracking.json`.
 """
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from orchestrator import journal
+from orchestrator.provenance import redact
 
 BATCH = 1000  # rows in one request: MLflow's limit
+MARKED = ("val/", "train/loss")  # beginnings of the metrics by which checkpoints are ranked
+Row = tuple[str, float, int, int]
 
 
+# ---- the curve ----
 def history(run_dir: Path) -> list[dict[str, Any]]:
     """The journal as MLflow has to see it: of each step the first line ever written, by rising step.
 
@@ -28,7 +35,7 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
     return [first[step] for step in sorted(first)]
 
 
-class Outbox:
+class Lines:
     """Lines above `sent_step`, read once each; a resume (new file, new aside) makes it read everything again."""
 
     def __init__(self, run_dir: Path):
@@ -42,8 +49,8 @@ class Outbox:
             if record["step"] > (self.waiting[-1]["step"] if self.waiting else sent_step):
                 self.waiting.append(record)
 
-    def batches(self) -> Iterator[tuple[int, list[tuple[str, float, int, int]]]]:
-        """(last step, rows up to it as (key, value, timestamp, step)); a batch leaves once the caller comes back."""
+    def batches(self) -> Iterator[tuple[int, list[Row]]]:
+        """(last step, rows up to it); a batch leaves once the caller comes back for the next."""
         while self.waiting:
             rows, count = [], 0
             for record in self.waiting:
@@ -55,7 +62,86 @@ class Outbox:
             del self.waiting[:count]
 
 
-def rows_of(record: dict[str, Any]) -> list[tuple[str, float, int, int]]:
+def rows_of(record: dict[str, Any]) -> list[Row]:
     """A line's numbers. MLflow draws inf as 1.8e308, which ruins a chart: what is not finite stays in the journal."""
     return [(key, float(value), record["timestamp"], record["step"]) for key, value in record.items()
             if key not in ("step", "timestamp") and isinstance(value, (int, float)) and math.isfinite(value)]
+
+
+def losses(run_dir: Path, step: int) -> list[Row]:
+    """The losses logged at `step`, as the very rows of the curve."""
+    return [row for record in history(run_dir) if record["step"] == step for row in rows_of(record)
+            if row[0].startswith(MARKED)]
+
+
+# ---- the rest ----
+def wanted_tags(facts: dict[str, Any], params: dict[str, str], known: dict[str, str]) -> dict[str, str]:
+    """Tags of a run, its attempts, and of parameters that differ from the `known` ones: those are for ever."""
+    attempts, tags = facts.get("attempts") or [], redact(facts.get("tags") or {})
+    for number, attempt in enumerate(attempts, 1):
+        tags |= {f"attempt.{number}.{k}": v for k, v in redact(attempt).items()}
+    tags |= {f"attempt.{len(attempts)}.{k}": v for k, v in params.items() if known.get(k, v) != v}
+    return {k: as_text(v)[:8000] for k, v in tags.items()}
+
+
+def wanted_params(facts: dict[str, Any]) -> dict[str, str]:
+    return {k: as_text(v)[:6000] for k, v in redact(facts.get("params") or {}).items()}
+
+
+def as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def started_ms(run_dir: Path, facts: dict[str, Any]) -> int | None:
+    """The run's first moment that anything recorded: a replay may come days later."""
+    if started := (facts.get("attempts") or [{}])[0].get("started"):
+        return round(datetime.fromisoformat(started).timestamp() * 1000)
+    return next((record["timestamp"] for record in journal.read(run_dir)), None)
+
+
+def ended_ms(run_dir: Path) -> int | None:
+    """When the driver wrote its summary; None where it did not."""
+    try:
+        return (run_dir / "summary.json").stat().st_mtime_ns // 1_000_000
+    except FileNotFoundError:
+        return None
+
+
+def checkpoints(run_dir: Path) -> dict[str, str]:
+    """`{"step-00000100": SHA-256 of its manifest}` of what stands there now."""
+    found = {}
+    for manifest in sorted((run_dir / "checkpoints").glob("step-*/MANIFEST.json")):
+        try:
+            found[manifest.parent.name] = hashlib.sha256(manifest.read_bytes()).hexdigest()
+        except FileNotFoundError:
+            continue  # pruned in this moment
+    return found
+
+
+def samples(run_dir: Path) -> dict[Path, str]:
+    """Files of generated text, each with a mark that changes when it is written again."""
+    files = sorted((run_dir / "samples").glob("step-*.txt"))
+    return {file: f"{stat.st_size} {stat.st_mtime_ns}" for file in files for stat in [file.stat()]}
+
+
+# ---- what was accepted ----
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's content; nothing where it is missing or torn."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def blank_state(uri: str, key: str | None, experiment: str) -> dict[str, Any]:
+    """Nothing was sent yet. `sent_step` is below step 0, the evaluation before training."""
+    return {"uri": uri, "key": key, "experiment": experiment, "experiment_id": None, "run_id": None, "sent_step": -1,
+            "checkpoints": {}, "samples": {}}
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Replace tracking.json. Not synced: if power fails, the same is sent again, which changes nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(state, indent=1), "utf-8")
+    os.replace(temporary, path)

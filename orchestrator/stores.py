@@ -1,5 +1,6 @@
 """Tracking stores: which MLflow a run is sent to, and at which address a browser finds it. Needs no mlflow."""
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -9,6 +10,11 @@ from orchestrator.errors import UserError
 from orchestrator.provenance import redact_text
 
 UI_PORT = 5000
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # to try again is the sender's business
+    "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # the sender says once what MLflow repeats with tracebacks
+}
 _MODE = "workflowType=machine_learning"  # else MLflow opens its GenAI pages, which are empty here
 
 
@@ -55,3 +61,11 @@ def run_url(uri: str, experiment_id: str, run_id: str) -> str:
         parts = urlsplit(uri)
         base = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
     return f"{base}/#/experiments/{experiment_id}/runs/{run_id}/model-metrics?{_MODE}"
+
+
+def quieten() -> None:
+    """Set MLflow's own knobs, in this process and before it is imported; what the user set stays."""
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)

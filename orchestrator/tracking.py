@@ -8,33 +8,24 @@ A `Tracker` does this in a thread beside the driver and never raises; `replay` d
 mlflow costs a second, so it happens in the thread; a driver has made its own heavy imports before it starts one.
 """
 
-import hashlib
 import json
-import logging
 import os
 import re
 import tempfile
 import threading
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator import figures, journal
-from orchestrator.outbox import Outbox, history, rows_of
+from orchestrator import figures, journal, outbox
 from orchestrator.provenance import redact, redact_text
 from orchestrator.sender import Ending, GivenUpError, RefusedError, Sender
-from orchestrator.stores import local_path, resolve_uri, run_url  # noqa: F401 - resolve_uri is for our callers
+from orchestrator.stores import local_path, quieten, resolve_uri, run_url  # noqa: F401 - resolve_uri is for our callers
 
 STATE = "tracking.json"
 KEY_TAG = "espalier.run_key"
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 PASSING = ("BAD_REQUEST", "ENDPOINT_NOT_FOUND")  # a server out of connections says so; a proxy whose server is starting
-ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # to try again is the sender's business
-    "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # the sender says once what MLflow repeats with tracebacks
-}
 
 
 class Tracker:
@@ -70,7 +61,7 @@ class Tracker:
         return self._sender.finish(Ending(status), deadline_s)
 
     def _attempt(self, ending: Ending | None) -> None:
-        _quieten()
+        quieten()
         from mlflow.exceptions import MlflowException
 
         try:
@@ -86,16 +77,8 @@ def replay(run_dir: Path, uri: str, experiment_name: str, deadline_s: float = 60
     tracker = Tracker(run_dir, uri, experiment_name)
     tracker._reopen = False
     tracker.start()
-    status = str(_read(Path(run_dir) / "summary.json").get("status")).upper()
+    status = str(outbox.read_json(Path(run_dir) / "summary.json").get("status")).upper()
     return tracker.finish(status if status in STATUSES else None, deadline_s)
-
-
-def _quieten() -> None:
-    """Set MLflow's own knobs, in this process and before it is imported; what the user set stays."""
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
 class _Projection:
@@ -103,32 +86,28 @@ class _Projection:
 
     def __init__(self, run_dir: Path, uri: str, experiment_name: str, given_up: threading.Event):
         self.run_dir, self.uri, self.experiment_name, self.given_up = run_dir, uri, experiment_name, given_up
-        self.outbox, self.client, self.run = Outbox(run_dir), None, None
-        self.facts, self.state = _read(run_dir / "run.json"), _read(run_dir / STATE)
+        self.lines, self.client, self.run, self.told = outbox.Lines(run_dir), None, None, None
+        self.facts, self.state = outbox.read_json(run_dir / "run.json"), outbox.read_json(run_dir / STATE)
         if (self.state.get("uri"), self.state.get("key")) != (redact_text(uri), self.facts.get("key")):
             self.state = self._blank()  # another server, or another run under the same name
 
     def _blank(self) -> dict[str, Any]:
-        return {"uri": redact_text(self.uri), "key": self.facts.get("key"), "run_id": None, "experiment_id": None,
-                "experiment": self.experiment_name, "sent_step": -1, "checkpoints": {}, "samples": {}}
+        return outbox.blank_state(redact_text(self.uri), self.facts.get("key"), self.experiment_name)
 
     def save(self) -> None:
-        """Replace tracking.json. Not synced: if power fails, the same is sent again, which changes nothing."""
         if self.given_up.is_set():
             raise GivenUpError
-        temporary = self.run_dir / f".{STATE}.{os.getpid()}"
-        temporary.write_text(json.dumps(self.state, indent=1), "utf-8")
-        os.replace(temporary, self.run_dir / STATE)
+        outbox.write_state(self.run_dir / STATE, self.state)
 
     def send(self, reopen: bool, ending: Ending | None) -> None:
         """Everything that is missing; curve and status first, for they are what people look at."""
         if self.run is None:
             self.attach(reopen)
-        self.send_facts()
         self.send_metrics()
+        self.send_facts()
         if ending and ending.status:
-            self.client.set_terminated(self.state["run_id"], ending.status, self._ended())
-        self.send_checkpoints(ended=ending is not None)
+            self.client.set_terminated(self.state["run_id"], ending.status, outbox.ended_ms(self.run_dir))
+        self.send_checkpoints()
         self.send_samples()
         if ending:
             self.send_documents()
@@ -138,7 +117,7 @@ class _Projection:
         """Find the run, by its id or its key, or create it; make it RUNNING again if `reopen`."""
         from mlflow import MlflowClient
 
-        self.facts = _read(self.run_dir / "run.json")
+        self.facts = outbox.read_json(self.run_dir / "run.json")
         if not self.facts.get("key"):
             raise FileNotFoundError(f"{self.run_dir / 'run.json'}: missing; it names the run")
         if local := local_path(self.uri):
@@ -186,44 +165,39 @@ class _Projection:
         return _first(self.client.search_runs, [experiment.experiment_id], query)
 
     def _created_run(self):
-        run = self.client.create_run(self.state["experiment_id"], self._started(), {KEY_TAG: self.facts["key"]},
-                                     self.facts.get("name"))
+        started, tags = outbox.started_ms(self.run_dir, self.facts), {KEY_TAG: self.facts["key"]}
+        run = self.client.create_run(self.state["experiment_id"], started, tags, self.facts.get("name"))
         return _whole(run, run.info.run_id)
 
-    def _started(self) -> int | None:
-        """The run's first moment that anything recorded, in ms: a replay may come days later."""
-        started = (self.facts.get("attempts") or [{}])[0].get("started")
-        if started:
-            return round(datetime.fromisoformat(started).timestamp() * 1000)
-        return next((record["timestamp"] for record in journal.read(self.run_dir)), None)
+    # ---- its curve ----
+    def send_metrics(self) -> None:
+        from mlflow.entities import Metric
 
-    def _ended(self) -> int | None:
-        """When the driver wrote its summary, in ms; None (now) where it did not."""
-        try:
-            return (self.run_dir / "summary.json").stat().st_mtime_ns // 1_000_000
-        except FileNotFoundError:
-            return None
+        self.lines.refresh(self.state["sent_step"])
+        for last_step, rows in self.lines.batches():
+            if rows:
+                self.client.log_batch(self.state["run_id"], metrics=[Metric(*row) for row in rows])
+            self.state["sent_step"] = last_step
+            self.save()
 
+    # ---- its facts ----
     def send_facts(self) -> None:
-        """Parameters, tags, the dataset. A parameter is for ever: what a resume changed is a tag of its attempt."""
+        """Parameters, tags and the dataset, where run.json is not what it was."""
         from mlflow.entities import Param, RunTag
 
-        facts, data = self.facts | _read(self.run_dir / "run.json"), self.run.data
-        attempts, params = facts.get("attempts") or [], redact(facts.get("params") or {})
-        params = {k: _text(v)[:6000] for k, v in params.items()}
-        tags = redact(facts.get("tags") or {})
-        for number, attempt in enumerate(attempts, 1):
-            tags |= {f"attempt.{number}.{k}": v for k, v in redact(attempt).items()}
-        tags |= {f"attempt.{len(attempts)}.{k}": v for k, v in params.items() if data.params.get(k, v) != v}
-        tags = {k: _text(v)[:8000] for k, v in tags.items()}
+        facts, data = outbox.read_json(self.run_dir / "run.json") or self.facts, self.run.data
+        if facts == self.told:
+            return
+        params = outbox.wanted_params(facts)
+        tags = {k: v for k, v in outbox.wanted_tags(facts, params, data.params).items() if data.tags.get(k) != v}
         params = {k: v for k, v in params.items() if k not in data.params}
-        tags = {k: v for k, v in tags.items() if data.tags.get(k) != v}
         if params or tags:
             self.client.log_batch(self.state["run_id"], params=[Param(*p) for p in params.items()],
                                   tags=[RunTag(*t) for t in tags.items()])
-            data.params.update(params)
-            data.tags.update(tags)
         self._send_dataset(redact(facts.get("dataset") or {}))
+        data.params.update(params)
+        data.tags.update(tags)
+        self.told = facts
 
     def _send_dataset(self, facts: dict[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -231,52 +205,32 @@ class _Projection:
         known = [(d.dataset.name, d.dataset.digest) for d in self.run.inputs.dataset_inputs]
         if not facts or (facts["name"], facts["digest"][:36]) in known:
             return
-        source = json.dumps({"uri": _text(facts.get("source", ""))})
+        source = json.dumps({"uri": outbox.as_text(facts.get("source", ""))})
         profile = {k: v for k, v in facts.items() if k not in ("name", "source")}
         dataset = Dataset(facts["name"], facts["digest"][:36], "local", source, profile=json.dumps(profile))
-        entry = DatasetInput(dataset, [InputTag("mlflow.data.context", "train")])
-        self.client.log_inputs(self.state["run_id"], [entry])
-        self.run.inputs.dataset_inputs.append(entry)
-
-    # ---- its curve ----
-    def send_metrics(self) -> None:
-        from mlflow.entities import Metric
-
-        self.outbox.refresh(self.state["sent_step"])
-        for last_step, rows in self.outbox.batches():
-            if rows:
-                self.client.log_batch(self.state["run_id"], metrics=[Metric(*row) for row in rows])
-            self.state["sent_step"] = last_step
-            self.save()
+        context = [InputTag("mlflow.data.context", "train")]
+        self.client.log_inputs(self.state["run_id"], [DatasetInput(dataset, context)])
 
     # ---- its checkpoints ----
-    def send_checkpoints(self, ended: bool) -> None:
+    def send_checkpoints(self) -> None:
         """Register new checkpoints by reference (nothing is copied), with their losses once these are sent."""
-        folders = {p.parent.name: p for p in sorted((self.run_dir / "checkpoints").glob("step-*/MANIFEST.json"))}
-        for name, manifest in folders.items():
-            try:
-                digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
-            except FileNotFoundError:
-                continue  # pruned in this moment
-            self._register(name, digest)
-            self._measure(name, ended)
-        for name, known in self.state["checkpoints"].items():
-            if name not in folders and known["sha256"]:
-                self.client.set_logged_model_tags(known["model_id"], {"checkpoint.removed": "true"})
-                known["sha256"] = None
+        found, known = outbox.checkpoints(self.run_dir), self.state["checkpoints"]
+        for name, digest in found.items():
+            if name not in known:
+                known[name] = {"model_id": self._model(name, digest), "sha256": digest, "measured": False}
                 self.save()
+            elif known[name]["sha256"] != digest:  # made again after a resume
+                self._mark(name, digest, {"checkpoint.sha256": digest, "checkpoint.removed": "false"})
+            if not known[name]["measured"] and self.state["sent_step"] >= _step(name):
+                self._measure(name)
+        for name in known:
+            if name not in found and known[name]["sha256"]:
+                self._mark(name, None, {"checkpoint.removed": "true"})
 
-    def _register(self, name: str, digest: str) -> None:
-        known = self.state["checkpoints"].get(name)
-        if known is None:
-            known = self.state["checkpoints"][name] = {"model_id": self._model(name, digest), "sha256": digest,
-                                                       "measured": False}
-        elif known["sha256"] != digest:  # made again after a resume
-            tags = {"checkpoint.sha256": digest, "checkpoint.removed": "false"}
-            self.client.set_logged_model_tags(known["model_id"], tags)
-            known["sha256"] = digest
-        else:
-            return
+    def _mark(self, name: str, digest: str | None, tags: dict[str, str]) -> None:
+        known = self.state["checkpoints"][name]
+        self.client.set_logged_model_tags(known["model_id"], tags)
+        known["sha256"] = digest
         self.save()
 
     def _model(self, name: str, digest: str) -> str:
@@ -300,26 +254,19 @@ class _Projection:
             self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, _step(name))])
         return model.model_id
 
-    def _measure(self, name: str, ended: bool) -> None:
-        """The losses of its step, as the very rows of the curve; searched by them, checkpoints can be ranked."""
+    def _measure(self, name: str) -> None:
+        """The losses of its step: searched by them, checkpoints can be ranked."""
         from mlflow.entities import Metric
 
-        known, step = self.state["checkpoints"][name], _step(name)
-        if known["measured"] or self.state["sent_step"] < step and not ended:
-            return
-        rows = [row for record in history(self.run_dir) if record["step"] == step for row in rows_of(record)
-                if row[0].startswith("val/") or row[0] == "train/loss"]
-        if rows:
-            self.client.log_batch(self.state["run_id"], metrics=[
-                Metric(*row, model_id=known["model_id"], run_id=self.state["run_id"]) for row in rows])
+        known, run_id = self.state["checkpoints"][name], self.state["run_id"]
+        if rows := outbox.losses(self.run_dir, _step(name)):
+            self.client.log_batch(run_id, metrics=[Metric(*r, model_id=known["model_id"], run_id=run_id) for r in rows])
         known["measured"] = True
         self.save()
 
     # ---- its files ----
     def send_samples(self) -> None:
-        for path in sorted((self.run_dir / "samples").glob("step-*.txt")):
-            stat = path.stat()
-            mark = f"{stat.st_size} {stat.st_mtime_ns}"
+        for path, mark in outbox.samples(self.run_dir).items():
             if self.state["samples"].get(path.name) != mark:
                 self.client.log_artifact(self.state["run_id"], str(path), "samples")
                 self.state["samples"][path.name] = mark
@@ -351,16 +298,3 @@ def _first(search: Callable, *query: Any) -> Any:
 
 def _step(name: str) -> int:
     return int(name.removeprefix("step-"))
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file's content; nothing where it is missing or torn."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -17,7 +17,7 @@ import pytest
 
 from orchestrator.errors import UserError
 from orchestrator.journal import Journal
-from orchestrator.outbox import BATCH, Outbox, history
+from orchestrator.outbox import BATCH, Lines, history
 from orchestrator.stores import resolve_uri, run_url
 from orchestrator.tracking import Tracker, replay
 
@@ -247,16 +247,16 @@ def test_what_is_not_finite_is_not_sent(run_dir, store, uri):
 
 def test_batches_hold_whole_lines_and_leave_only_when_accepted(run_dir):
     log(run_dir, range(1200))
-    outbox = Outbox(run_dir)
-    outbox.refresh(-1)
-    step, sent = next(outbox.batches())
+    lines = Lines(run_dir)
+    lines.refresh(-1)
+    step, sent = next(lines.batches())
     assert (step, len(sent)) == (BATCH // 2 - 1, BATCH)
-    assert next(outbox.batches()) == (step, sent)
-    outbox.refresh(-1)
-    assert [s for s, _ in outbox.batches()] == [499, 999, 1199]
+    assert next(lines.batches()) == (step, sent)
+    lines.refresh(-1)
+    assert [s for s, _ in lines.batches()] == [499, 999, 1199]
     log(run_dir, [1200])
-    outbox.refresh(1199)
-    assert [s for s, _ in outbox.batches()] == [1200]
+    lines.refresh(1199)
+    assert [s for s, _ in lines.batches()] == [1200]
 
 
 def test_uris(tmp_path, monkeypatch):

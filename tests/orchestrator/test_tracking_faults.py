@@ -19,16 +19,18 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.errors import UserError
 from orchestrator.journal import Journal
 from orchestrator.outbox import history
 from orchestrator.tracking import Tracker, replay
+from pipelines import replay_metrics, ui
 
 REPO = Path(__file__).resolve().parents[2]
 EXPERIMENT = "behind the gate"
 
 
 class Gate:
-    """A port in front of the server. `mode`: open, refuse, hang, cut (after 60 bytes of each answer) or an answer's status."""
+    """A port in front of the server. `mode`: open, refuse, hang, cut (each answer after 60 bytes) or a status."""
 
     def __init__(self, server_port):
         self.server_port, self.mode, self.listener, self.port, self.sockets = server_port, None, None, 0, set()
@@ -239,18 +241,13 @@ def test_the_server_is_killed_and_started_again(server, gate, run_dir):
     check(server, run_dir, "FAILED")
 
 
-def test_ui_and_replay_refuse_in_one_line(server, tmp_path):
-    def refused(script, *words):
-        done = subprocess.run(
-            [sys.executable, str(REPO / "pipelines" / script), *words], capture_output=True, text=True
-        )
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ")
-        return done.stderr
-
-    assert "holds no tracked runs" in refused("ui.py", str(tmp_path))
-    assert "cannot be had" in refused("ui.py", str(server.storage), "--port", str(server.port))
-    assert "no run there" in refused("replay_metrics.py", "nobody")
+def test_ui_and_replay_explain_what_is_wrong(server, tmp_path):
+    with pytest.raises(UserError, match="holds no tracked runs"):
+        ui.main([str(tmp_path)])
+    with pytest.raises(UserError, match="cannot be had"):
+        ui.main([str(server.storage), "--port", str(server.port)])
+    with pytest.raises(UserError, match="no run there"):
+        replay_metrics.main(["nobody"])
     first = (server.storage / "server.log").read_text().splitlines()[0]
     assert first == f"embedded: http://127.0.0.1:{server.port}/#/experiments/1/runs?workflowType=machine_learning"
 

@@ -80,9 +80,9 @@ def show_row(row: int, batch: Batch, dataset: Manifest, tokenizer: Tokenizer) ->
 def show_model(experiment: Experiment, model, tokenizer: Tokenizer, result: Forward) -> None:
     """The vocabulary, what goes in and comes out, and the loss beside that of a uniform guess."""
     rows, real, source = model.config.vocab_size, tokenizer.n_vocab, experiment.train.init_from
-    unpadded = f" (ln {real:,} = {math.log(real):.4f})" if rows != real else ""
+    padded, unpadded = (" rows (padded)", f" (ln {real:,} = {math.log(real):.4f})") if rows != real else (" rows", "")
     print(f"\nmodel ({'random weights' if source == 'scratch' else f'weights of {source}'})\n" + table({
-        "vocabulary": f"n_vocab {real:,} ids of {tokenizer.name}, padded to vocab_size {rows:,}",
+        "vocabulary": f"n_vocab {real:,} ids of {tokenizer.name}, vocab_size {rows:,}{padded}",
         "length": f"{model.config.block_size:,} tokens of context",
         "parameters": f"{model.num_parameters():,}",
         "logits with targets": f"{result.with_targets} (B, T, V): a guess at every position",

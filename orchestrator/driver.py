@@ -82,10 +82,8 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
             code, reason = EXIT_USER if stopped.get("user") else EXIT_FAILED, stopped["reason"]
         else:
             status, code = "FINISHED", EXIT_DONE
-    except KeyboardInterrupt:
-        status, code = "KILLED", EXIT_INTERRUPTED
-    except (Terminated, SystemExit):
-        status, code = "KILLED", EXIT_AGAIN
+    except (KeyboardInterrupt, SystemExit):  # Ray Train answers Ctrl-C with sys.exit(0)
+        status, code = "KILLED", EXIT_AGAIN if _was_terminated() else EXIT_INTERRUPTED
     except Exception as error:
         traces = [f.read_text("utf-8") for f in sorted(run_dir.glob("failure-rank*.txt"))]
         reason = "\n".join(traces) or f"{error.__class__.__name__}: {error}"
@@ -172,6 +170,10 @@ def _signals() -> Iterator[None]:
     _install_sigterm()
     try:
         yield
+    except KeyboardInterrupt:
+        if _was_terminated():
+            raise Terminated from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -179,6 +181,11 @@ def _signals() -> Iterator[None]:
 def _install_sigterm() -> None:
     def terminate(*_):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the orderly end short
-        raise Terminated
+        # While Ray waits it asks for signals itself and lets no other exception of a handler through.
+        raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, terminate)
+
+
+def _was_terminated() -> bool:
+    return signal.getsignal(signal.SIGTERM) == signal.SIG_IGN

@@ -1,0 +1,90 @@
+"""The experiments that people start from: each parses, bears its file's name and has the numbers that it promises."""
+
+from pathlib import Path
+
+import pytest
+
+from model.schedule import learning_rate
+from orchestrator.config import Experiment, load_experiment, parse_experiment
+from orchestrator.plain_yaml import read_yaml
+from orchestrator.plan import model_facts
+
+CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
+GPT2, BYTE, CHAR = 50257, 256, 65  # n_vocab
+
+# name: (n_vocab, tokens per step, steps, micro-batches, slots, parameters, without positions, decayed, undecayed)
+KNOWN = {
+    "quickstart": (BYTE, 1536, 1500, 1, 1, 836736, 820352, (18, 835584), (9, 1152)),
+    "shakespeare": (GPT2, 12288, 10, 1, 1, 124373760, 123587328, (50, 124354560), (25, 19200)),
+    "shakespeare-char": (CHAR, 16384, 5000, 1, 1, 10745088, 10646784, (26, 10740096), (13, 4992)),
+    "shakespeare-char-cpu": (CHAR, 768, 2000, 1, 1, 804096, 795904, (18, 802944), (9, 1152)),
+    "gpt2-124m": (GPT2, 491520, 600000, 40, 8, 124373760, 123587328, (50, 124354560), (25, 19200)),
+    "finetune-gpt2": (GPT2, 32768, 20, 32, 8, 124475904, 123689472, (50, 124354560), (98, 121344)),
+}
+
+
+def by_name(name: str) -> Experiment:
+    return load_experiment(next(path for path in CONFIGS if path.stem == name))
+
+
+def test_every_config_has_a_row_of_known_numbers():
+    assert {path.stem for path in CONFIGS} == set(KNOWN)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_config_bears_its_files_name_and_survives_being_resolved(path):
+    experiment = load_experiment(path)
+    assert experiment.name == path.stem
+    assert parse_experiment(read_yaml(experiment.to_yaml(), "again"), "again") == experiment
+    assert experiment.storage is None  # no machine's path in what people start from
+    assert experiment.data.dir is None
+    assert experiment.tracking.uri is None
+    assert path.read_text("utf-8").startswith("# ")  # says what it is
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_known_numbers_come_out(name):
+    n_vocab, tokens, steps, micro_batches, slots, total, without, decayed, kept = KNOWN[name]
+    e = by_name(name)
+    facts = model_facts(e, n_vocab)
+    assert (e.tokens_per_step, e.train.max_steps, e.micro_batches, e.slots) == (tokens, steps, micro_batches, slots)
+    assert (facts["parameters"], facts["parameters_without_positions"]) == (total, without)
+    assert (facts["decayed_tensors"], facts["decayed_parameters"]) == decayed
+    assert (facts["undecayed_tensors"], facts["undecayed_parameters"]) == kept
+    assert facts["vocab_size"] == {GPT2: 50304, BYTE: 256, CHAR: 65}[n_vocab]
+    rates = [learning_rate(e.lr_schedule(), n) for n in (0, steps // 2, steps - 1)]
+    assert all(0 < rate <= e.schedule.max_lr for rate in rates)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("quickstart", "data.corpus", "builtin:stdlib"),
+        ("quickstart", "data.tokenizer", "byte"),
+        ("shakespeare", "train.micro_batch_size", 12),
+        ("shakespeare", "model.block_size", 1024),
+        ("shakespeare", "data.tokenizer", "gpt2"),
+        ("shakespeare-char", "train.micro_batch_size", 64),
+        ("shakespeare-char", "model.dropout", 0.2),
+        ("shakespeare-char-cpu", "train.max_steps", 2000),
+        ("shakespeare-char-cpu", "schedule.warmup_steps", 100),
+        ("shakespeare-char-cpu", "optim.beta2", 0.99),
+        ("gpt2-124m", "compute.num_workers", 8),
+        ("gpt2-124m", "schedule.max_lr", 6e-4),
+        ("gpt2-124m", "schedule.warmup_steps", 2000),
+        ("finetune-gpt2", "train.init_from", "gpt2"),
+        ("finetune-gpt2", "model.activation", "gelu_tanh"),
+        ("finetune-gpt2", "schedule.max_lr", 3e-5),
+        ("finetune-gpt2", "schedule.kind", "constant"),
+    ],
+)
+def test_what_a_config_is_for_stands_in_it(name, field, value):
+    assert by_name(name).flat()[field] == value
+
+
+def test_shakespeare_is_fetched_with_the_hash_that_is_known():
+    known = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    corpora = {path.stem: load_experiment(path).data.corpus for path in CONFIGS}
+    fetched = {name for name, corpus in corpora.items() if isinstance(corpus, str) and corpus.startswith("https://")}
+    assert fetched == {"shakespeare", "shakespeare-char", "shakespeare-char-cpu", "finetune-gpt2"}
+    assert all(corpora[name].endswith(f"#sha256={known}") for name in fetched)

@@ -119,10 +119,7 @@ class _Preparation:
         return corpus.link(corpus.fetch(source, self.progress), work)
 
     def _default_chunk(self) -> int:
-        import ray
-
-        cpus = int(ray.cluster_resources().get("CPU", 1)) or 1
-        return max(1 << 20, min(32 << 20, sum(s.size for s in self.sources) // (4 * cpus)))
+        return max(1 << 20, min(32 << 20, sum(s.size for s in self.sources) // (4 * _cpus())))
 
     def _survey(self) -> tuple[list[str], list[int], str]:
         """SHA-256 of every source; characters of every chunk, and which there are, where split or tokenizer ask."""
@@ -246,6 +243,12 @@ def _ray() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _cpus() -> int:
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 0)) or 1  # a cluster that grows may have none yet
 
 
 def _map(function: Callable, items: list[dict], common: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:

@@ -47,6 +47,7 @@ def here(monkeypatch):
             yield result
 
     monkeypatch.setattr(tokens, "_map", run_shuffled)
+    monkeypatch.setattr(tokens, "_cpus", lambda: 1)
     monkeypatch.setattr(tokens, "_ray", contextlib.nullcontext)
 
 

@@ -17,7 +17,7 @@ from orchestrator import journal
 from orchestrator.provenance import redact
 
 BATCH = 1000  # rows in one request: MLflow's limit
-MARKED = ("val/", "train/loss")  # beginnings of the metrics by which checkpoints are ranked
+MARKED = ("train/loss", "val/loss", "val/bits_per_byte")  # by which checkpoints are ranked
 Row = tuple[str, float, int, int]
 
 
@@ -71,21 +71,42 @@ def rows_of(record: dict[str, Any]) -> list[Row]:
 def losses(run_dir: Path, step: int) -> list[Row]:
     """The losses logged at `step`, as the very rows of the curve."""
     return [row for record in history(run_dir) if record["step"] == step for row in rows_of(record)
-            if row[0].startswith(MARKED)]
+            if row[0] in MARKED]
 
 
 # ---- the rest ----
 def wanted_tags(facts: dict[str, Any], params: dict[str, str], known: dict[str, str]) -> dict[str, str]:
-    """Tags of a run, its attempts, and of parameters that differ from the `known` ones: those are for ever."""
+    """Tags of the run, and of each attempt what its parameters (the `known` ones are for ever) do not say already."""
     attempts, tags = facts.get("attempts") or [], redact(facts.get("tags") or {})
+    fixed = params | known
     for number, attempt in enumerate(attempts, 1):
-        tags |= {f"attempt.{number}.{k}": v for k, v in redact(attempt).items()}
-    tags |= {f"attempt.{len(attempts)}.{k}": v for k, v in params.items() if known.get(k, v) != v}
+        words = {k: as_text(v) for k, v in _flat(redact(attempt)).items()}
+        tags |= {f"attempt.{number}.{k}": v for k, v in words.items() if fixed.get(k) != v}
+    tags |= {f"attempt.{len(attempts)}.{k}": v for k, v in params.items() if fixed[k] != v}
     return {k: as_text(v)[:8000] for k, v in tags.items()}
+
+
+def _flat(facts: dict[str, Any]) -> dict[str, Any]:
+    """One level, `layout.num_workers`: MLflow filters by a tag's whole value."""
+    rows: dict[str, Any] = {}
+    for key, value in facts.items():
+        rows |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return rows
 
 
 def wanted_params(facts: dict[str, Any]) -> dict[str, str]:
     return {k: as_text(v)[:6000] for k, v in redact(facts.get("params") or {}).items()}
+
+
+def dataset(facts: dict[str, Any]) -> dict[str, str]:
+    """The run's dataset in MLflow's words, or nothing; its digest may have 36 characters."""
+    facts = redact(facts.get("dataset") or {})
+    if not facts:
+        return {}
+    profile = {k: v for k, v in facts.items() if k not in ("name", "source")}
+    schema = {"mlflow_colspec": [{"name": "tokens", "type": "binary", "required": True}]}
+    return {"name": facts["name"], "digest": facts["digest"][:36], "source_type": "local", "schema": json.dumps(schema),
+            "source": json.dumps({"uri": as_text(facts.get("source", ""))}), "profile": json.dumps(profile)}
 
 
 def as_text(value: Any) -> str:

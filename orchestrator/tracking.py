@@ -8,7 +8,6 @@ A `Tracker` does this in a thread beside the driver and never raises; `replay` d
 mlflow costs a second, so it happens in the thread; a driver has made its own heavy imports before it starts one.
 """
 
-import json
 import os
 import re
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import figures, journal, outbox
-from orchestrator.provenance import redact, redact_text
+from orchestrator.provenance import redact_text
 from orchestrator.sender import Ending, GivenUpError, RefusedError, Sender
 from orchestrator.stores import local_path, quieten, resolve_uri, run_url  # noqa: F401 - resolve_uri is for our callers
 
@@ -26,6 +25,7 @@ STATE = "tracking.json"
 KEY_TAG = "espalier.run_key"
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 PASSING = ("BAD_REQUEST", "ENDPOINT_NOT_FOUND")  # a server out of connections says so; a proxy whose server is starting
+
 
 
 class Tracker:
@@ -194,22 +194,18 @@ class _Projection:
         if params or tags:
             self.client.log_batch(self.state["run_id"], params=[Param(*p) for p in params.items()],
                                   tags=[RunTag(*t) for t in tags.items()])
-        self._send_dataset(redact(facts.get("dataset") or {}))
+        self._send_dataset(outbox.dataset(facts))
         data.params.update(params)
         data.tags.update(tags)
         self.told = facts
 
-    def _send_dataset(self, facts: dict[str, Any]) -> None:
+    def _send_dataset(self, words: dict[str, str]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         known = [(d.dataset.name, d.dataset.digest) for d in self.run.inputs.dataset_inputs]
-        if not facts or (facts["name"], facts["digest"][:36]) in known:
-            return
-        source = json.dumps({"uri": outbox.as_text(facts.get("source", ""))})
-        profile = {k: v for k, v in facts.items() if k not in ("name", "source")}
-        dataset = Dataset(facts["name"], facts["digest"][:36], "local", source, profile=json.dumps(profile))
-        context = [InputTag("mlflow.data.context", "train")]
-        self.client.log_inputs(self.state["run_id"], [DatasetInput(dataset, context)])
+        if words and (words["name"], words["digest"]) not in known:
+            entry = DatasetInput(Dataset(**words), [InputTag("mlflow.data.context", "train")])
+            self.client.log_inputs(self.state["run_id"], [entry])
 
     # ---- its checkpoints ----
     def send_checkpoints(self) -> None:
@@ -260,7 +256,10 @@ class _Projection:
 
         known, run_id = self.state["checkpoints"][name], self.state["run_id"]
         if rows := outbox.losses(self.run_dir, _step(name)):
-            self.client.log_batch(run_id, metrics=[Metric(*r, model_id=known["model_id"], run_id=run_id) for r in rows])
+            data = outbox.dataset(self.facts)
+            links = {"dataset_name": data.get("name"), "dataset_digest": data.get("digest"),
+                     "model_id": known["model_id"], "run_id": run_id}
+            self.client.log_batch(run_id, metrics=[Metric(*row, **links) for row in rows])
         known["measured"] = True
         self.save()
 

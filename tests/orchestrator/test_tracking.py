@@ -153,7 +153,7 @@ def test_a_resume_adds_one_point_per_step(run_dir, store, uri):
     make_run(
         run_dir,
         "test_a_resume_adds_one_point_per_step",
-        attempts=[{"workers": 1}, {"workers": 2}],
+        attempts=[{"workers": 1}, {"workers": 2, "layout": {"use_gpu": False}, "model.n_layer": 2}],
         params={"model.n_layer": 2, "schedule.kind": "wsd"},
     )
     second = Tracker(run_dir, uri, EXPERIMENT)
@@ -168,7 +168,8 @@ def test_a_resume_adds_one_point_per_step(run_dir, store, uri):
     run = client(uri).get_run(first.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["schedule.kind"] == "cosine"
-    assert (run.data.tags["attempt.2.schedule.kind"], run.data.tags["attempt.2.workers"]) == ("wsd", "2")
+    assert {k: v for k, v in run.data.tags.items() if k.startswith("attempt.2")} == {
+        "attempt.2.schedule.kind": "wsd", "attempt.2.workers": "2", "attempt.2.layout.use_gpu": "false"}
 
 
 def test_a_resume_while_the_tracker_runs(run_dir, store, uri):

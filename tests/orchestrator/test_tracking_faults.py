@@ -186,11 +186,11 @@ def test_a_server_that_is_away_from_the_start(server, gate, run_dir, fault, capl
     began = time.monotonic()
     tracker = Tracker(run_dir, uri, EXPERIMENT)
     tracker.start()
-    assert time.monotonic() - began < 0.1
+    assert time.monotonic() - began < 0.5  # 1 ms on an idle machine
     assert tracker.url is None
     began = time.monotonic()
     assert not tracker.finish("FINISHED", deadline_s=2)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 4
     assert len(caplog.records) == (fault != "hang"), caplog.text  # a request that hangs is not yet an answer
     (run_dir / "summary.json").write_text('{"status": "FINISHED"}')
     gate.set("open")

@@ -178,12 +178,13 @@ def encode(tokenizer: Tokenizer, piece: Piece) -> np.ndarray:
     """Ids of a piece, (tokens,).
 
     Raises:
-        UserError: tiktoken's regular expressions overflow on about 1,000,000 whitespace characters in a row.
+        UserError: about 1,000,000 whitespace characters in a row are more than tiktoken can take.
     """
     try:
         return tokenizer.encode(piece.text)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # tiktoken's, of Rust: no Exception, and importable from nowhere
+        # tiktoken's regular expressions overflow with a ValueError, or with Rust's panic: no Exception, and from no module.
+        if type(error).__name__ != "PanicException" and not (isinstance(error, ValueError) and "Regex" in str(error)):
             raise
         run = _LONG_SPACE.search(piece.text)
         where = f"{len(run[0]):,} whitespace characters in a row" if run else "a run too long for its pattern"

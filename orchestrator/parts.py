@@ -183,7 +183,7 @@ def encode(tokenizer: Tokenizer, piece: Piece) -> np.ndarray:
     try:
         return tokenizer.encode(piece.text)
     except BaseException as error:
-        # tiktoken's regular expressions overflow with a ValueError, or with Rust's panic: no Exception, and from no module.
+        # tiktoken's regular expressions overflow with a ValueError or with Rust's panic, which is no Exception.
         if type(error).__name__ != "PanicException" and not (isinstance(error, ValueError) and "Regex" in str(error)):
             raise
         run = _LONG_SPACE.search(piece.text)

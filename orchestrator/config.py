@@ -180,7 +180,8 @@ class Experiment(Section):
         if self.data.append_eot and self.data.tokenizer == "char":
             problems.append("data.append_eot: the char tokenizer has no end-of-text token; use byte or a tiktoken one")
         if self.tracking.uri and not re.match(r"^(https?|sqlite|postgresql|mysql)[+a-z0-9]*://?.", self.tracking.uri):
-            problems.append(f"tracking.uri: '{self.tracking.uri}' is none of http(s)://…, sqlite:///…, postgresql://…")
+            shown = re.sub("//.*@", "//…@", self.tracking.uri)  # a password may stand in it
+            problems.append(f"tracking.uri: '{shown}' is none of http(s)://…, sqlite:///…, postgresql://…")
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -11,14 +11,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from orchestrator import launch, runs
 from orchestrator.config import Experiment
 from orchestrator.console import Console, duration, number, table
-from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
+from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER
 from orchestrator.manifest import Manifest, load_manifest
 from orchestrator.plan import model_facts
 from orchestrator.provenance import redact, source_facts, source_tags
@@ -35,7 +35,7 @@ class Terminated(BaseException):
 
 def run(experiment: Experiment) -> int:
     """Prepare, train, track, summarise; returns the exit status of the driver."""
-    storage = runs.storage_root(experiment)
+    storage, experiment = runs.storage_root(experiment), _absolute_paths(experiment)
     run_dir, data_dir = storage / experiment.name, dataset_dir(experiment.data, storage)
     if _is_finished(run_dir, experiment, data_dir):
         return _show_again(run_dir, experiment, storage)
@@ -54,13 +54,13 @@ def _run(experiment: Experiment, storage: Path, run_dir: Path, data_dir: Path) -
     print("starting Ray …", flush=True)
     launch.connect()
     _install_sigterm()  # ray.init replaces what was there
-    _check_storage(experiment)
+    launch.check_storage(experiment.storage or os.environ.get("ESPALIER_STORAGE") or "runs")
     layout = launch.layout(experiment, launch.recorded_layout(run_dir))
     dataset = prepare(experiment.data, data_dir)
     with runs.held(run_dir):
         step = runs.check_resumable(run_dir, experiment, dataset)
         facts = _facts(experiment, dataset)
-        attempt = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "from_step": step,
+        attempt = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "from_step": step,
                    "layout": asdict(layout), **{k: v for k, v in experiment.flat().items() if k.startswith(runs.FREE)}}
         runs.open_attempt(run_dir, experiment, facts, redact(attempt))
         tracker = Tracker(run_dir, resolve_uri(experiment, storage), experiment.tracking.experiment)
@@ -108,27 +108,19 @@ def _facts(experiment: Experiment, dataset: Manifest) -> dict[str, Any]:
     sources = source_facts(SOURCES)
     return {
         "params": redact({k: v for k, v in params.items() if v is not None}),
-        "tags": redact(source_tags(sources, ray_job_id=_ray_job_id())),
+        "tags": redact(source_tags(sources, ray_job_id=launch.job_id())),
         "dataset": {"name": dataset.tokenizer["name"] + " tokens", "digest": dataset.digest,
                     "source": str(dataset.directory), **splits},
     }
 
 
-def _ray_job_id() -> str | None:
-    import ray
-
-    return os.environ.get("RAY_JOB_ID") or ray.get_runtime_context().get_job_id()
-
-
-def _check_storage(experiment: Experiment) -> None:
-    """Several nodes must see one folder, and a relative path is another one on each."""
-    import ray
-
-    text = experiment.storage or os.environ.get("ESPALIER_STORAGE") or "runs"
-    nodes = sum(n["Alive"] for n in ray.nodes())
-    if nodes > 1 and not Path(text).expanduser().is_absolute():
-        raise UserError(f"storage: '{text}' is relative and the cluster has {nodes} nodes; set storage=… or "
-                        f"ESPALIER_STORAGE to an absolute path that all of them share")
+def _absolute_paths(experiment: Experiment) -> Experiment:
+    """Workers run in another folder: a relative `train.init_from` is one of this one's."""
+    source = Path(experiment.train.init_from).expanduser()
+    if not source.exists():
+        return experiment  # scratch, a name, or a mistake that is told where it is read
+    train = experiment.train.model_copy(update={"init_from": str(source.absolute())})
+    return experiment.model_copy(update={"train": train})
 
 
 # ---- a run that is done ----

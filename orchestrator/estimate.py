@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import corpus
 from orchestrator.corpus import Source
-from orchestrator.errors import UserError
 from orchestrator.reading import Span, pieces, plan_spans
-from orchestrator.tokenizer import N_VOCAB, load_tokenizer
+from orchestrator.tokenizer import N_VOCAB, has_ranks, load_tokenizer
 
 if TYPE_CHECKING:
     from orchestrator.config import Data
@@ -61,7 +60,7 @@ def _bytes_per_token(sources: list[Source], data: "Data") -> float:
     """Bytes of the files per token of their text, from a few stretches spread evenly over the corpus."""
     if data.tokenizer not in N_VOCAB:
         load_tokenizer(data.tokenizer)  # unknown: says so
-    if data.tokenizer != "byte" and not _has_ranks(data.tokenizer):
+    if data.tokenizer != "byte" and not has_ranks(data.tokenizer):
         return BYTES_PER_TOKEN
     tokenizer, read, tokens = load_tokenizer(data.tokenizer), 0, 0
     chunks = plan_spans([s.size for s in sources], SAMPLE_BYTES)
@@ -71,23 +70,6 @@ def _bytes_per_token(sources: list[Source], data: "Data") -> float:
             for piece in pieces(_span(sources[number], start, end), data.text_field):
                 tokens += len(tokenizer.encode(piece.text)) + (data.append_eot and sources[number].kind != "text")
     return read / tokens if tokens else BYTES_PER_TOKEN
-
-
-def _has_ranks(name: str) -> bool:
-    """Whether tiktoken finds the ranks of `name` without a network; it cannot be asked, so its reader is muted."""
-    import tiktoken.load
-
-    def no_network(_path: str) -> bytes:
-        raise UserError("not on this machine")
-
-    reader, tiktoken.load.read_file = tiktoken.load.read_file, no_network
-    try:
-        load_tokenizer(name)
-        return True
-    except UserError:
-        return False
-    finally:
-        tiktoken.load.read_file = reader
 
 
 def _span(source: Source, start: int, end: int) -> Span:

@@ -20,6 +20,7 @@ from orchestrator import checkpoint
 from orchestrator.config import Experiment
 from orchestrator.errors import UserError
 
+MAX_PADDING = 1024  # vocabulary rows beyond the tokenizer's; more means another tokenizer
 HUB = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
 Source = tuple[GPTConfig, dict[str, torch.Tensor]]
 
@@ -34,6 +35,9 @@ def initial_model(experiment: Experiment, n_vocab: int) -> GPT:
         torch.manual_seed(experiment.train.seed)
         return GPT(wanted)
     config, state = _read(source)
+    if not n_vocab <= config.vocab_size <= n_vocab + MAX_PADDING:
+        raise UserError(f"train.init_from: {source} has {config.vocab_size:,} vocabulary rows, data.tokenizer="
+                        f"{experiment.data.tokenizer} has {n_vocab:,} tokens; use the tokenizer that it was trained with")
     fits = replace(config, vocab_size=wanted.vocab_size, dropout=wanted.dropout)
     if fits.block_size > wanted.block_size:
         fits = replace(fits, block_size=wanted.block_size)

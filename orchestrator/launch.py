@@ -59,6 +59,23 @@ def connect() -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
+def job_id() -> str:
+    """Ray's id of the submission, or of this driver where there is none."""
+    import ray
+
+    return os.environ.get("RAY_JOB_ID") or ray.get_runtime_context().get_job_id()
+
+
+def check_storage(storage: str) -> None:
+    """Several nodes must see one folder, and a relative path is another one on each."""
+    import ray
+
+    nodes = sum(n["Alive"] for n in ray.nodes())
+    if nodes > 1 and not Path(storage).expanduser().is_absolute():
+        raise UserError(f"storage: '{storage}' is relative and the cluster has {nodes} nodes; set storage=… or "
+                        f"ESPALIER_STORAGE to an absolute path that all of them share")
+
+
 def layout(experiment: Experiment, recorded: Layout | None = None) -> Layout:
     """Resolve `compute` against the connected cluster.
 
@@ -80,6 +97,9 @@ def resolve_layout(experiment: Experiment, nodes: list[tuple[int, int]], recorde
     """`layout` as a pure function of `nodes`, a list of (CPUs, GPUs)."""
     c = experiment.compute
     cpus, gpus = sum(n[0] for n in nodes), sum(n[1] for n in nodes)
+    if grows and c.use_gpu == "auto" and not gpus:
+        raise UserError("compute.use_gpu: the cluster grows on demand and has no GPU yet; set compute.use_gpu to true or "
+                        "false, and compute.num_workers")
     use_gpu = gpus > 0 if c.use_gpu == "auto" else c.use_gpu
     workers = c.num_workers
     if workers == "auto":
@@ -94,8 +114,10 @@ def resolve_layout(experiment: Experiment, nodes: list[tuple[int, int]], recorde
     if per_worker == "auto":
         whole_node = max((n[0] for n in nodes), default=0) or 1
         per_worker = recorded.cpus_per_worker if recorded else whole_node if workers == 1 and not use_gpu else 1
-        if recorded and _places(nodes, per_worker, use_gpu) < workers:
-            per_worker = whole_node if workers == 1 else 1
+        if recorded and _places(nodes, per_worker, use_gpu) < workers and not grows:
+            per_worker = whole_node if workers == 1 and not use_gpu else 1
+            print(f"{recorded.cpus_per_worker} CPU(s) per worker, as before, do not fit {workers} worker(s) on this "
+                  f"cluster: with {per_worker} the last bits will differ from an uninterrupted run", flush=True)
     asked = Layout(workers, per_worker, use_gpu)
     if _places(nodes, per_worker, use_gpu) < workers and not grows:
         gpu = " and 1 GPU" if use_gpu else ""

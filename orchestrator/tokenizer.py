@@ -184,3 +184,20 @@ def _stored(directory: Path | None) -> dict[str, Any] | None:
         return stored
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file}: no tokenizer of this program; prepare the dataset again") from None
+
+
+def has_ranks(name: str) -> bool:
+    """Whether tiktoken finds the ranks of `name` without a network; it cannot be asked, so its reader is muted."""
+    import tiktoken.load
+
+    def no_network(_path: str) -> bytes:
+        raise UserError("not on this machine")
+
+    reader, tiktoken.load.read_file = tiktoken.load.read_file, no_network
+    try:
+        load_tokenizer(name)
+        return True
+    except UserError:
+        return False
+    finally:
+        tiktoken.load.read_file = reader

@@ -91,7 +91,14 @@ def test_more_than_there_is_shows_asked_and_found_unless_the_cluster_grows(words
     assert found in str(caught.value)
     assert "\n" not in str(caught.value)
     assert ("compute.use_gpu=false" in str(caught.value)) == (words == ["compute.use_gpu=true"])
-    assert isinstance(resolved(words, nodes, grows=True), Layout)
+    use_gpu = f"compute.use_gpu={str('GPU each' in asked).lower()}"
+    assert isinstance(resolved([*words, use_gpu], nodes, grows=True), Layout)
+
+
+def test_a_growing_cluster_without_a_gpu_yet_is_not_taken_for_one_without_gpus():
+    with pytest.raises(UserError, match="compute.use_gpu"):
+        resolved([], [(4, 0)], grows=True)
+    assert resolved([], [(4, 1)], grows=True).use_gpu
 
 
 @pytest.mark.parametrize(

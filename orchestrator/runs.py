@@ -122,12 +122,27 @@ def open_attempt(run_dir: Path, experiment: Experiment, facts: dict[str, Any], a
         facts: "params", "tags" and "dataset" for the tracking server.
         attempt: what this attempt runs on; appended to the earlier ones.
     """
-    known = read_json(run_dir / "run.json") or {"key": uuid.uuid4().hex, "attempts": []}
+    known = read_json(run_dir / "run.json")
+    if known is None or _is_another(run_dir, experiment, facts, known):
+        known = {"key": uuid.uuid4().hex, "attempts": []}
+        for old in (*journal.aside_files(run_dir), run_dir / journal.FILE, run_dir / "attempts.jsonl"):
+            old.unlink(missing_ok=True)
     run = {"name": experiment.name, "key": known["key"], **facts, "attempts": [*known["attempts"], attempt]}
     write_text(run_dir / "experiment.yaml", experiment.to_yaml())
     write_text(run_dir / "run.json", json.dumps(run, indent=1))
     for stale in (run_dir / "summary.json", run_dir / "stopped.json", *run_dir.glob("failure-rank*.txt")):
         stale.unlink(missing_ok=True)
+
+
+def _is_another(run_dir: Path, experiment: Experiment, facts: dict[str, Any], known: dict[str, Any]) -> bool:
+    """Whether nothing was committed yet and the experiment has changed: then it starts over, as another tracked run."""
+    if checkpoint.steps(run_dir / "checkpoints"):
+        return False
+    try:
+        changed = identity_differences(stored_experiment(run_dir), experiment, 0)
+    except UserError:  # written by another version
+        return True
+    return bool(changed) or known.get("dataset") != facts.get("dataset")
 
 
 def summarise(run_dir: Path, status: str, tokens_per_step: int, mlflow_run_id: str | None, wall_s: float) -> dict[str, Any]:

@@ -290,3 +290,19 @@ def test_a_run_that_died_at_once_has_a_summary_too(tmp_path):
     summary = runs.summarise(tmp_path, "KILLED", 128, None, 0.0)
     assert (summary["status"], summary["step"], summary["tokens"]) == ("KILLED", 0, 0)
     assert {summary[k] for k in ("train_loss", "val_loss", "checkpoint", "weights_sha256", "tokens_per_sec")} == {None}
+
+
+def test_an_experiment_changed_before_its_first_checkpoint_starts_over_as_another_tracked_run(tmp_path):
+    facts = {"params": {}, "tags": {}, "dataset": {"digest": "d"}}
+
+    def begin(*words: str) -> str:
+        runs.open_attempt(tmp_path, load_experiment(None, list(words)), facts, {})
+        return runs.read_json(tmp_path / "run.json")["key"]
+
+    first = begin()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "timestamp": 1}\n')
+    assert begin("train.log_interval=3") == first
+    assert (tmp_path / "metrics.jsonl").exists()
+    assert begin("schedule.max_lr=1e-5") != first
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert len(runs.read_json(tmp_path / "run.json")["attempts"]) == 1

@@ -2,8 +2,8 @@
 """Measure a trained GPT: loss, perplexity and bits per byte over a whole split, every token of it once.
 
 It is the evaluation that training makes: on the same device, with the same dtype and threads (all are the run's unless
-you say otherwise), it gives the loss that was logged at that step, to the last bit. The tokens are those that the run
-was trained on: another dataset is refused.
+you say otherwise), it gives the loss that was logged at that step, to the last bit; of a run with train.compile=true
+the last digits differ. The tokens are those that the run was trained on: another dataset is refused.
 
   pipelines/evaluate.py quickstart
   pipelines/evaluate.py runs/quickstart --best --split train --tokens 1000000
@@ -59,7 +59,7 @@ def options() -> Options:
     parser = Options(__doc__)
     parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", help=(
         "a run's name or folder (its latest valid checkpoint), or a checkpoint's folder"))
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help=(
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value", help=(
         f"what is another here: {', '.join(FREE)}"))
     parser.add_argument("--split", choices=("val", "train"), default="val", help="what to measure it on (val)")
     parser.add_argument("--tokens", metavar="N", type=at_least(2), help="only the first N tokens of it (all)")

@@ -30,7 +30,7 @@ LIKELIEST = 5
 
 def options() -> Options:
     parser = Options(__doc__, epilog="fields of an experiment: pipelines/train.py --help")
-    parser.add_argument("words", nargs="*", metavar="EXPERIMENT.yaml | section.field=value", help=(
+    parser.add_argument("words", nargs="*", default=[], metavar="EXPERIMENT.yaml | section.field=value", help=(
         "an experiment (configs/quickstart.yaml) and what to change in it"))
     parser.add_argument("--step", metavar="N", type=at_least(0), default=0, help="updates done before this batch (0)")
     parser.add_argument("--rows", metavar="N", type=at_least(1), default=2, help="sequences of it to show (2)")

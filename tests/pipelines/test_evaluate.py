@@ -68,6 +68,14 @@ def test_a_copied_checkpoint_finds_its_tokens_where_it_is_told(trained_run, tiny
     assert "the same bits" in table["logged then"]
 
 
+def test_tokens_in_the_storage_are_known_by_their_content(trained_run, tiny_dataset, tmp_path, capsys):
+    shutil.copytree(trained_run, tmp_path / "tiny")
+    shutil.copytree(tiny_dataset, tmp_path / "data" / "wherever")
+    (tmp_path / "data" / "unfinished").mkdir()
+    main([str(tmp_path / "tiny"), "data.dir=null"])
+    assert table_of(capsys)["tokens of"] == f"val, in {tmp_path}/data/wherever"
+
+
 def test_other_tokens_are_refused(trained_run, tiny_dataset, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(tiny_dataset, other)

@@ -21,10 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from orchestrator import documents as documents_module
 from orchestrator import tokens
 from orchestrator.batches import TokenStream, documents_of
 from orchestrator.config import Data
 from orchestrator.errors import UserError
+from orchestrator.reading import plan_spans
 from orchestrator.tokenizer import load_tokenizer
 from orchestrator.tokens import dataset_dir, estimate, load_manifest, prepare
 
@@ -141,6 +143,52 @@ def test_a_cut_exactly_between_two_documents_and_one_inside(here, tmp_path):
     assert stream(tmp_path / "0.3", "val").tolist() == [121] * 10 + [256] + [122] * 20 + [256]
 
 
+@pytest.mark.parametrize("append_eot", [True, False])
+def test_every_cut_of_every_chunking_puts_every_character_and_end_where_it_belongs(tmp_path, append_eot):
+    """Exhaustive over a corpus of empty, cuttable and uncuttable documents: streams and the index of documents."""
+    texts = ["", "ab", "c d", "", "", "efghi", ""]
+    for i, text in enumerate(texts):
+        (tmp_path / str(i)).write_text(text)
+    load_tokenizer("byte").save(tmp_path)
+    for chunk_bytes in (1, 2, 3, 100):
+        for cut in range(11):
+            found = by_hand(tmp_path, texts, chunk_bytes, cut, append_eot)
+            assert found == expected_split(texts, cut, append_eot), (chunk_bytes, cut)
+
+
+def by_hand(folder: Path, texts: list[str], chunk_bytes: int, cut: int, append_eot: bool) -> dict:
+    """`parts` run over a corpus: {split: (ids, [(document, first token)])}."""
+    out = folder / f"{chunk_bytes}-{cut}"
+    out.mkdir()
+    common = {"text_field": "text", "tokenizer": ["byte", ""], "directory": str(folder), "parts": str(out),
+              "append_eot": append_eot}
+    ids, index, before = {"train": [], "val": []}, {"train": [], "val": []}, 0
+    for i, chunk in enumerate(plan_spans([len(t) for t in texts], chunk_bytes)):
+        spans = [{"path": str(folder / str(n)), "name": str(n), "kind": "text", "size": len(texts[n]), "start": a, "end": b}
+                 for n, a, b in chunk]
+        tokens.parts.tokenize({**common, "id": i, "spans": spans, "cut": cut - before})
+        before += tokens.parts.survey({**common, "id": i, "spans": spans})["characters"]
+        for split, made in json.loads((out / f"{i:08d}.json").read_bytes()).items():
+            index[split] += [(document, first + len(ids[split])) for document, first in made["index"]]
+            ids[split] += np.fromfile(out / f"{i:08d}.{split}.bin", "<u2").tolist()
+    return {split: (ids[split], index[split]) for split in ids}
+
+
+def expected_split(texts: list[str], cut: int, append_eot: bool) -> dict:
+    """Character by character: a character lies where it is, a document begins with its first character or, empty, at
+    its place, again in val where the cut is inside it, and ends with its last character or, empty, at its place."""
+    ids, index, position = {"train": [], "val": []}, {"train": [], "val": []}, 0
+    for n, text in enumerate(texts):
+        places = ["train" if position + i < cut else "val" for i in range(len(text) or 1)]
+        for split in dict.fromkeys(places):
+            index[split].append((str(n), len(ids[split])))
+            ids[split] += [ord(c) for c, place in zip(text, places, strict=False) if place == split]
+        if append_eot:
+            ids[places[-1]].append(256)
+        position += len(text)
+    return {split: (ids[split], index[split]) for split in ids}
+
+
 def test_hash_puts_each_document_where_its_content_says(here, mixed, tmp_path):
     prepare(data(mixed, split="hash"), tmp_path / "d", progress=quiet, chunk_bytes=700)
     expected = {"train": [], "val": []}
@@ -186,6 +234,20 @@ def test_every_token_knows_its_document(here, mixed, tmp_path):
         ends = [first for _, first in whole[1:]] + [len(train)]
         expected = [w for w, end in zip(whole, ends, strict=True) if w[1] < offset + 3 and end > offset]
         assert documents_of(tmp_path / "d", "train", offset, 3) == expected
+
+
+@pytest.mark.parametrize("group_rows", [1, 2, 3, 100])
+def test_documents_are_found_among_empty_ones_and_across_row_groups(tmp_path, monkeypatch, group_rows):
+    monkeypatch.setattr(documents_module, "GROUP_ROWS", group_rows)
+    lengths = [0, 3, 0, 0, 2, 1, 0, 4, 0]
+    rows = [(sum(lengths[:i]), f"d{i}") for i in range(len(lengths))]
+    documents_module.write_index(tmp_path, {"train": rows, "val": [(0, "v0"), (5, "v1")]})
+    for offset in range(10):
+        for length in range(1, 11 - offset):
+            expected = [(f"d{i}", first) for i, (first, _) in enumerate(rows)
+                        if first < offset + length and first + lengths[i] > offset and lengths[i]]
+            assert documents_of(tmp_path, "train", offset, length) == expected, (offset, length)
+    assert documents_of(tmp_path, "val", 4, 2) == [("v0", 0), ("v1", 5)]
 
 
 # ---- the same bytes, however ----
@@ -274,7 +336,8 @@ def test_a_part_that_is_torn_is_made_again(here, mixed, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="disk full"):
             prepare(data(mixed), tmp_path / "d", progress=quiet, chunk_bytes=500)
     [part, *_] = sorted((tmp_path / "d").glob(".parts/*/*.train.bin"))
-    part.write_bytes(part.read_bytes()[:-1] + b"\x00")
+    content = part.read_bytes()
+    part.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
     prepare(data(mixed), tmp_path / "d", progress=quiet, chunk_bytes=500)
     prepare(data(mixed), tmp_path / "fresh", progress=quiet)
     assert fingerprint(tmp_path / "d") == fingerprint(tmp_path / "fresh")

@@ -170,12 +170,13 @@ def _download(entry: str) -> Source:
         raise UserError(f"data.corpus: '{entry}' needs its SHA-256, so that everyone trains on the same text: "
                         f"{entry.split('#')[0]}#sha256=HEX, where `curl -L URL | sha256sum` prints HEX")
     name, sha256 = _url_name(parts), match[1].lower()
-    path = _cache() / f"{sha256[:16]}-{name}"
+    path = cache_folder() / f"{sha256[:16]}-{name}"
     size = path.stat().st_size if path.is_file() else None
     return Source(name, path, _kind(name), size, sha256, entry.split("#")[0])
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where downloads stay, on this machine."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "espalier"
 
 

@@ -136,6 +136,9 @@ class _Preparation:
                 seen.update(result["seen"])
             done += result["bytes"]
             self.progress("reading", done, total)
+        for n, source in enumerate(self.sources):
+            if source.sha256 and source.sha256 != hashes[n]:
+                raise UserError(f"{source.url}: its copy in {corpus.cache_folder()} is not what its SHA-256 says; delete it")
         return [hashes[n] for n in range(len(self.sources))], counts, "".join(seen)
 
     def _hash_groups(self) -> list[list[list[Any]]]:
@@ -201,6 +204,7 @@ class _Preparation:
         shards, done, total = [], 0, sum(job["tokens"] for job in jobs) * dtype.itemsize
         with ThreadPoolExecutor(1) as pool:  # the only sequential work runs beside the writing
             streams = {split: pool.submit(made.stream_sha256, split) for split in SPLITS}
+            self.progress("writing", 0, total)
             for shard in _map(parts.assemble, jobs):
                 shards.append(shard)
                 done += shard["tokens"] * dtype.itemsize

@@ -355,6 +355,28 @@ def test_preparing_again_does_nothing(here, mixed, tmp_path, monkeypatch):
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "d").iterdir()} == before
 
 
+def test_a_download_is_prepared_from_the_cache_and_is_not_needed_again(here, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    content = (STORY * 30).encode()
+    sha256 = hashlib.sha256(content).hexdigest()
+    cached = tmp_path / "cache" / "espalier" / f"{sha256[:16]}-input.txt"
+    cached.parent.mkdir(parents=True)
+    settings = Data(corpus=f"https://example.invalid/input.txt#sha256={sha256}", val_fraction=0.25, **BYTES)
+    cached.write_bytes(content[:-1] + b"?")
+    with pytest.raises(UserError, match="not what its SHA-256 says"):
+        prepare(settings, tmp_path / "d", progress=quiet)
+    cached.write_bytes(content)
+    made = prepare(settings, tmp_path / "d", progress=quiet)
+    assert made.sources == [{"name": "input.txt", "size": len(content), "sha256": sha256}]
+    where = dataset_dir(settings, tmp_path)
+    cached.unlink()
+    assert prepare(settings, tmp_path / "d", progress=quiet) == made
+    assert dataset_dir(settings, tmp_path) == where
+    other = settings.model_copy(update={"corpus": f"https://example.invalid/input.txt#sha256={'0' * 64}"})
+    with pytest.raises(UserError, match="has changed since then"):
+        prepare(other, tmp_path / "d", progress=quiet)
+
+
 def test_a_dataset_that_was_brought_without_its_corpus_is_used(here, mixed, tmp_path):
     first = prepare(data(mixed), tmp_path / "d", progress=quiet)
     shutil.rmtree(mixed)

@@ -82,7 +82,7 @@ def table(rows: dict[str, Any]) -> str:
 
 
 def number(value: Any) -> str:
-    """Integers and floats with separators, floats with four decimals, the rest as it is."""
+    """Integers and floats with separators, floats below 1,000 with four decimals, the rest as it is."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.0f}"

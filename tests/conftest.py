@@ -19,7 +19,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
 os.environ["RAY_AUTH_MODE"] = "token"  # Ray reads these when it is imported
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as launch.py sets it for workers: spinning threads starve each other
+os.environ["GOMP_SPINCOUNT"] = "1000"  # as launch.py sets it for workers: spinning threads starve each other
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("ESPALIER_STORAGE", None)

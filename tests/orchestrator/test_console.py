@@ -69,7 +69,7 @@ def test_a_record_is_one_steady_line(record, line):
         (1234567, "1,234,567"),
         (0, "0"),
         (1.5, "1.5000"),
-        (1234567.891, "1,234,567.8910"),
+        (1234567.891, "1,234,568"),
         ("FINISHED", "FINISHED"),
         (True, "True"),
         (None, "None"),

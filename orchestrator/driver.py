@@ -106,10 +106,12 @@ def _facts(experiment: Experiment, dataset: Manifest) -> dict[str, Any]:
               "derived.tokens_per_step": experiment.tokens_per_step, "derived.reduction_slots": experiment.slots}
     splits = {f"{name}_tokens": split.tokens for name, split in dataset.splits.items()}
     sources = source_facts(SOURCES)
+    corpus = [experiment.data.corpus] if isinstance(experiment.data.corpus, str) else experiment.data.corpus
+    named = ", ".join(entry.partition("#")[0].rstrip("/").rpartition("/")[2] for entry in corpus)
     return {
         "params": redact({k: v for k, v in params.items() if v is not None}),
         "tags": redact(source_tags(sources, ray_job_id=launch.job_id())),
-        "dataset": {"name": dataset.tokenizer["name"] + " tokens", "digest": dataset.digest,
+        "dataset": {"name": f"{named} as {dataset.tokenizer['name']}", "digest": dataset.digest,
                     "source": str(dataset.directory), **splits},
     }
 

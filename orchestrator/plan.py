@@ -33,6 +33,10 @@ def model_facts(experiment: Experiment, n_vocab: int) -> dict[str, Any]:
 def dry_run(experiment: Experiment) -> list[tuple[str, list[str]]]:
     """Sections of lines: batch arithmetic, model, data, cost."""
     tokens = _token_counts(experiment)
+    if tokens["n_vocab"] is None:
+        unknown = ["the vocabulary is the corpus's characters, so parameters and cost are known once it is here: "
+                   "run pipelines/prepare.py first"]
+        return [("batch", _batch(experiment)), ("data", _data(experiment, tokens)), ("model and cost", unknown)]
     facts = model_facts(experiment, tokens["n_vocab"])
     return [("batch", _batch(experiment)), ("model", _model(facts)), ("data", _data(experiment, tokens)),
             ("cost", _cost(experiment, facts))]
@@ -97,7 +101,8 @@ def _token_counts(e: Experiment) -> dict[str, Any]:
 
 
 def _corpus(e: Experiment) -> str:
-    return e.data.corpus if isinstance(e.data.corpus, str) else ", ".join(e.data.corpus)
+    entries = [e.data.corpus] if isinstance(e.data.corpus, str) else e.data.corpus
+    return ", ".join(entry.partition("#")[0] for entry in entries)
 
 
 def _size(n: float) -> str:

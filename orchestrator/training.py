@@ -142,6 +142,7 @@ class _Run:
         """Step 0: the evaluation before training."""
         if self.eval_sets:
             self._append(self._evaluate())
+            self.state.meter.lap("evaluation")
 
     def after_step(self, lr: float, grad_norm: float) -> None:
         """Log, evaluate and checkpoint where they are due; the line is in the journal before the checkpoint is."""

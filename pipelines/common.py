@@ -2,13 +2,14 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from orchestrator.config import Experiment, field_docs, load_experiment
-from orchestrator.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
+from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
@@ -23,6 +24,9 @@ def guarded(main: Callable[[list[str]], int]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = EXIT_INTERRUPTED
+    except BrokenPipeError:  # `… --help | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = EXIT_FAILED
     sys.stdout.flush()
     sys.exit(status)
 

@@ -97,7 +97,7 @@ def resolve_layout(experiment: Experiment, nodes: list[tuple[int, int]], recorde
     """`layout` as a pure function of `nodes`, a list of (CPUs, GPUs)."""
     c = experiment.compute
     cpus, gpus = sum(n[0] for n in nodes), sum(n[1] for n in nodes)
-    if grows and c.use_gpu == "auto" and not gpus:
+    if grows and not gpus and (c.use_gpu == "auto" or c.use_gpu and c.num_workers == "auto"):
         raise UserError("compute.use_gpu: the cluster grows on demand and has no GPU yet; set compute.use_gpu to true or "
                         "false, and compute.num_workers")
     use_gpu = gpus > 0 if c.use_gpu == "auto" else c.use_gpu

@@ -43,7 +43,7 @@ def ray_head(tmp_path_factory):
         yield SimpleNamespace(env=client_env, dashboard=f"http://127.0.0.1:{dashboard}", pid=head.pid)
     finally:
         os.killpg(head.pid, signal.SIGKILL)  # an orderly end drains for 20 s
-        subprocess.run(["pkill", "-9", "-f", str(base)], check=False)  # what it started names its folder
+        subprocess.run(["pkill", "-9", "-f", f"{base}/"], check=False)  # what it started names its folder
         shutil.rmtree(base, ignore_errors=True)
 
 
@@ -98,9 +98,15 @@ def gpt2_ranks() -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Below the range from which the system gives ports to clients: one of those may be taken again before Ray binds it."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
 
 
 def _wait_for(port: int, head: subprocess.Popen, log) -> None:

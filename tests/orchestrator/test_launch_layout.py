@@ -91,13 +91,15 @@ def test_more_than_there_is_shows_asked_and_found_unless_the_cluster_grows(words
     assert found in str(caught.value)
     assert "\n" not in str(caught.value)
     assert ("compute.use_gpu=false" in str(caught.value)) == (words == ["compute.use_gpu=true"])
-    use_gpu = f"compute.use_gpu={str('GPU each' in asked).lower()}"
-    assert isinstance(resolved([*words, use_gpu], nodes, grows=True), Layout)
+    explicit = [f"compute.use_gpu={str('GPU each' in asked).lower()}", f"compute.num_workers={asked.split()[0]}"]
+    assert isinstance(resolved([*words, *explicit], nodes, grows=True), Layout)
 
 
 def test_a_growing_cluster_without_a_gpu_yet_is_not_taken_for_one_without_gpus():
     with pytest.raises(UserError, match="compute.use_gpu"):
         resolved([], [(4, 0)], grows=True)
+    with pytest.raises(UserError, match="compute.num_workers"):
+        resolved(["compute.use_gpu=true"], [(4, 0)], grows=True)
     assert resolved([], [(4, 1)], grows=True).use_gpu
 
 

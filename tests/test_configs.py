@@ -15,7 +15,7 @@ GPT2, BYTE, CHAR = 50257, 256, 65  # n_vocab
 # A length of None is tuned to a time, not known from elsewhere.
 # name: (n_vocab, tokens per step, steps, micro-batches, slots, parameters, without positions, decayed, undecayed)
 KNOWN = {
-    "quickstart": (BYTE, 1536, None, 1, 1, 836736, 820352, (18, 835584), (9, 1152)),
+    "quickstart": (BYTE, 768, None, 1, 1, 828544, 820352, (18, 827392), (9, 1152)),
     "shakespeare": (GPT2, 12288, 10, 1, 1, 124373760, 123587328, (50, 124354560), (25, 19200)),
     "shakespeare-char": (CHAR, 16384, 5000, 1, 1, 10745088, 10646784, (26, 10740096), (13, 4992)),
     "shakespeare-char-cpu": (CHAR, 768, 2000, 1, 1, 804096, 795904, (18, 802944), (9, 1152)),

@@ -92,11 +92,12 @@ class Train(Section):
     seed: Int = Field(1337, ge=0, description="of weights, sample order and dropout")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("float32", description="of matrix products (autocast)")
     compile: bool = Field(False, description="torch.compile the model: minutes at the start, faster steps on a GPU")
-    log_interval: Interval = Field(10, description="steps between two logged losses; null: off")
+    log_interval: Interval = Field(10, description="steps between two logged losses (also at the end); null: only there")
     eval_interval: Interval = Field(250, description="steps between two evaluations (also at both ends); null: off")
     eval_tokens: Annotated[Int, Field(ge=2)] | None = Field(None, description="first N tokens of val; null: all of it")
     checkpoint_interval: Interval = Field(250, description="steps between two checkpoints (also at the end); null: off")
-    keep: Steps = Field(2, description="latest checkpoints that stay, beside the best one")
+    keep: Steps = Field(2, description=(
+        "latest checkpoints that stay, beside the best of those at whose step val was evaluated"))
     init_from: Text = Field("scratch", description=(
         "scratch, gpt2|gpt2-medium|gpt2-large|gpt2-xl, a Hugging Face folder, a nanoGPT ckpt.pt, a run or checkpoint"))
 
@@ -180,8 +181,11 @@ class Experiment(Section):
         if self.data.append_eot and self.data.tokenizer == "char":
             problems.append("data.append_eot: the char tokenizer has no end-of-text token; use byte or a tiktoken one")
         if self.tracking.uri and not re.match(r"^(https?|sqlite|postgresql|mysql)[+a-z0-9]*://?.", self.tracking.uri):
-            shown = re.sub("//.*@", "//…@", self.tracking.uri)  # a password may stand in it
+            shown = re.sub("//.*@", "//…@", self.tracking.uri)
             problems.append(f"tracking.uri: '{shown}' is none of http(s)://…, sqlite:///…, postgresql://…")
+        if self.tracking.uri and re.search(r"//[^/]*@", self.tracking.uri):
+            problems.append("tracking.uri: holds a password or a user, and the experiment travels with every checkpoint; "
+                            "set $MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
         if problems:
             raise ValueError("\n".join(problems))
         return self

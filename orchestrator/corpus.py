@@ -6,6 +6,7 @@ Eats what `data.corpus` says; yields `Source`s in an order that depends on names
 
 import glob
 import hashlib
+import http.client
 import os
 import re
 import shutil
@@ -97,7 +98,7 @@ def fetch(source: Source, progress: Callable[[str, int, int], None] = lambda *_:
             raise UserError(f"{source.url}: its SHA-256 is {digest.hexdigest()}, data.corpus says {source.sha256}; "
                             f"the file has changed or the download is broken")
         os.replace(temporary, source.path)
-    except OSError as error:  # URLError and timeouts are OSErrors
+    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         raise UserError(f"{source.url}: cannot be downloaded ({getattr(error, 'reason', error)}); put the file at "
                         f"{source.path}, or name a local copy in data.corpus") from error
     finally:

@@ -5,6 +5,7 @@ again goes on, whatever happened to the first one.
 """
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -15,11 +16,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator import launch, runs
+from orchestrator import init_from, launch, runs
 from orchestrator.config import Experiment
 from orchestrator.console import Console, duration, number, table
-from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER
+from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
 from orchestrator.manifest import Manifest, load_manifest
+from orchestrator.order import windows_per_epoch
 from orchestrator.plan import model_facts
 from orchestrator.provenance import redact, source_facts, source_tags
 from orchestrator.tokens import dataset_dir, prepare
@@ -36,12 +38,15 @@ class Terminated(BaseException):
 def run(experiment: Experiment) -> int:
     """Prepare, train, track, summarise; returns the exit status of the driver."""
     storage, experiment = runs.storage_root(experiment), _absolute_paths(experiment)
+    uri = resolve_uri(experiment, storage)
+    init_from.check(experiment)
+    _check_writable(storage)
     run_dir, data_dir = storage / experiment.name, dataset_dir(experiment.data, storage)
     if _is_finished(run_dir, experiment, data_dir):
-        return _show_again(run_dir, experiment, storage)
+        return _show_again(run_dir, experiment, uri)
     try:
         with _signals():
-            return _run(experiment, storage, run_dir, data_dir)
+            return _run(experiment, uri, run_dir, data_dir)
     except runs.HeldError as error:
         print(f"{error}; run this again when it has ended", file=sys.stderr)
         return EXIT_AGAIN
@@ -50,21 +55,22 @@ def run(experiment: Experiment) -> int:
         return EXIT_AGAIN
 
 
-def _run(experiment: Experiment, storage: Path, run_dir: Path, data_dir: Path) -> int:
+def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path) -> int:
     print("starting Ray …", flush=True)
     launch.connect()
     _install_sigterm()  # ray.init replaces what was there
     launch.check_storage(experiment.storage or os.environ.get("ESPALIER_STORAGE") or "runs")
     layout = launch.layout(experiment, launch.recorded_layout(run_dir))
     dataset = prepare(experiment.data, data_dir)
+    windows_per_epoch(dataset.splits["train"].tokens, experiment.model.block_size)
+    init_from.check_shape(experiment, dataset.tokenizer["n_vocab"])
     with runs.held(run_dir):
         step = runs.check_resumable(run_dir, experiment, dataset)
         facts = _facts(experiment, dataset)
         attempt = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "from_step": step,
                    "layout": asdict(layout), **{k: v for k, v in experiment.flat().items() if k.startswith(runs.FREE)}}
         runs.open_attempt(run_dir, experiment, facts, redact(attempt))
-        tracker = Tracker(run_dir, resolve_uri(experiment, storage), experiment.tracking.experiment)
-        tracker.start()
+        tracker = Tracker(run_dir, uri, experiment.tracking.experiment)
         return _train(experiment, run_dir, data_dir, layout, tracker, step)
 
 
@@ -75,6 +81,7 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
           f"in {run_dir} on {layout.num_workers} worker(s) with {device} each", flush=True)
     started, status, code, reason = time.monotonic(), "FAILED", EXIT_FAILED, ""
     try:
+        tracker.start()
         with Console(run_dir, experiment.train.max_steps, experiment.tokens_per_step):
             launch.fit(experiment, run_dir, data_dir, layout)
         stopped = runs.read_json(run_dir / "stopped.json")
@@ -87,9 +94,14 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
     except Exception as error:
         traces = [f.read_text("utf-8") for f in sorted(run_dir.glob("failure-rank*.txt"))]
         reason = "\n".join(traces) or f"{error.__class__.__name__}: {error}"
+    ending = EXIT_WAIT_S if code != EXIT_AGAIN else max(2.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", 3)) - 1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is left takes a bounded time and tells how the run ended
     # A job that is stopped has 3 s before SIGKILL: hashing the weights is for a run that is done.
     summary = runs.summarise(run_dir, status, experiment.tokens_per_step, tracker.run_id, time.monotonic() - started)
-    sent = tracker.finish(status, deadline_s=2 if code == EXIT_AGAIN else EXIT_WAIT_S)
+    sent = tracker.finish(status, deadline_s=min(ending, EXIT_WAIT_S))
+    if summary["mlflow_run_id"] != tracker.run_id:  # a server that was slow to answer
+        summary["mlflow_run_id"] = tracker.run_id
+        runs.write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
     if reason:
         print(f"error: {reason}" if code == EXIT_USER else reason, file=sys.stderr)
     _print_summary(run_dir, summary, tracker.url)
@@ -116,6 +128,16 @@ def _facts(experiment: Experiment, dataset: Manifest) -> dict[str, Any]:
     }
 
 
+def _check_writable(storage: Path) -> None:
+    """Refuse a storage that cannot be made or written to; makes nothing."""
+    place = storage
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "not writable" if place.is_dir() else "a file"
+        raise UserError(f"storage: {storage} cannot be written to, {place} is {why}; set storage=… or ESPALIER_STORAGE")
+
+
 def _absolute_paths(experiment: Experiment) -> Experiment:
     """Workers run in another folder: a relative `train.init_from` is one of this one's."""
     source = Path(experiment.train.init_from).expanduser()
@@ -135,10 +157,10 @@ def _is_finished(run_dir: Path, experiment: Experiment, data_dir: Path) -> bool:
     return runs.check_resumable(run_dir, experiment, load_manifest(data_dir)) == experiment.train.max_steps
 
 
-def _show_again(run_dir: Path, experiment: Experiment, storage: Path) -> int:
+def _show_again(run_dir: Path, experiment: Experiment, uri: str) -> int:
     print(f"{experiment.name} is finished; a larger train.max_steps goes on, a new name starts afresh")
     _print_summary(run_dir, runs.read_json(run_dir / "summary.json"), None)
-    if not replay(run_dir, resolve_uri(experiment, storage), experiment.tracking.experiment, EXIT_WAIT_S):
+    if not replay(run_dir, uri, experiment.tracking.experiment, EXIT_WAIT_S):
         print("the tracking server did not take everything; run this again when it is there")
     return EXIT_DONE
 
@@ -151,7 +173,8 @@ def _print_summary(run_dir: Path, summary: dict[str, Any], url: str | None) -> N
     if samples and summary["status"] == "FINISHED":
         print("\nsample (the first tokens are the prompt, from val):\n" + samples[-1].read_text("utf-8").strip())
     if summary["status"] != "FINISHED":
-        print("\nnext: the same command again goes on from the last checkpoint", flush=True)
+        if summary["checkpoint"]:
+            print("\nnext: the same command again goes on from the last checkpoint", flush=True)
         return
     print(f"\nnext:\n  pipelines/sample.py {run_dir} --prompt '…'\n  pipelines/evaluate.py {run_dir}\n"
           f"  pipelines/ui.py {run_dir.parent}", flush=True)

@@ -4,9 +4,12 @@ Eats an experiment and the real vocabulary size; yields a GPT of exactly the exp
 OpenAI's GPT-2 or another Hugging Face folder, or a nanoGPT `ckpt.pt`, or a run or checkpoint of ours.
 """
 
+import contextlib
 import json
 import os
+import shutil
 import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from orchestrator.errors import UserError
 
 MAX_PADDING = 1024  # vocabulary rows beyond the tokenizer's; more means another tokenizer
 HUB = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
-Source = tuple[GPTConfig, dict[str, torch.Tensor]]
+Source = tuple[GPTConfig, Callable[[], dict[str, torch.Tensor]]]
 
 
 def initial_model(experiment: Experiment, n_vocab: int) -> GPT:
@@ -34,25 +37,43 @@ def initial_model(experiment: Experiment, n_vocab: int) -> GPT:
     if source == "scratch":
         torch.manual_seed(experiment.train.seed)
         return GPT(wanted)
-    config, state = _read(source)
+    check_shape(experiment, n_vocab)
+    _, load = _open(source)
+    model = GPT(wanted)
+    with _explained(source):
+        tensors = load()
+        tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][: wanted.block_size].clone()
+        model.load_state_dict(weights.pad_vocab(tensors, wanted.vocab_size))
+    return model
+
+
+def check(experiment: Experiment) -> None:
+    """Refuse a `train.init_from` that leads nowhere, before anything is prepared; reads no weights."""
+    _check_exists(experiment.train.init_from)
+
+
+def _check_exists(source: str) -> None:
+    if source == "scratch" or source in weights.GPT2_SIZES or Path(source).expanduser().exists():
+        return
+    raise UserError(f"train.init_from: '{source}' does not exist; use scratch, one of {', '.join(weights.GPT2_SIZES)}"
+                    f", a Hugging Face folder, a nanoGPT ckpt.pt, or a run or checkpoint folder")
+
+
+def check_shape(experiment: Experiment, n_vocab: int) -> None:
+    """Refuse weights of another shape or vocabulary, naming every difference; reads their configuration alone."""
+    wanted, source = experiment.gpt_config(n_vocab), experiment.train.init_from
+    if source == "scratch":
+        return
+    config, _ = _open(source)
     if not n_vocab <= config.vocab_size <= n_vocab + MAX_PADDING:
         raise UserError(f"train.init_from: {source} has {config.vocab_size:,} vocabulary rows, data.tokenizer="
                         f"{experiment.data.tokenizer} has {n_vocab:,} tokens; use the tokenizer that it was trained with")
-    fits = replace(config, vocab_size=wanted.vocab_size, dropout=wanted.dropout)
-    if fits.block_size > wanted.block_size:
-        fits = replace(fits, block_size=wanted.block_size)
-        state["transformer.wpe.weight"] = state["transformer.wpe.weight"][: wanted.block_size].clone()
+    fits = replace(config, vocab_size=wanted.vocab_size, dropout=wanted.dropout,
+                   block_size=min(config.block_size, wanted.block_size))
     differences = [f"model.{k}={v} there and {asdict(wanted)[k]} here" for k, v in asdict(fits).items()
                    if v != asdict(wanted)[k]]
     if differences:
         raise UserError(f"train.init_from: {source} has another shape: {'; '.join(differences)}")
-    model = GPT(wanted)
-    try:
-        model.load_state_dict(weights.pad_vocab(state, wanted.vocab_size))
-    except RuntimeError as error:
-        lines = " ".join(str(error).split())
-        raise UserError(f"train.init_from: {source}: its tensors are not of the shape that it names: {lines}") from None
-    return model
 
 
 def checkpoint_of(path: Path) -> Path:
@@ -67,36 +88,42 @@ def checkpoint_of(path: Path) -> Path:
     return found
 
 
-def _read(source: str) -> Source:
-    path = Path(source).expanduser()
+@contextlib.contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """What is wrong with somebody's files is somebody's to mend."""
     try:
-        if source in weights.GPT2_SIZES:
-            return _read_hugging_face(_download(source))
-        if path.is_file():
-            return _read_nanogpt(path)
-        if (path / "config.json").is_file():
-            return _read_hugging_face(path)
+        yield
     except UserError:
         raise
-    except (AttributeError, KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
-        raise UserError(f"train.init_from: {source}: {error}") from None
-    if not path.exists():
-        raise UserError(f"train.init_from: '{source}' does not exist; use scratch, one of {', '.join(weights.GPT2_SIZES)}"
-                        f", a Hugging Face folder, a nanoGPT ckpt.pt, or a run or checkpoint folder")
-    found = checkpoint_of(path)
-    config = GPTConfig(**json.loads((found / "model.json").read_text("utf-8")))
-    return config, checkpoint.load_tensors(found, "model")
+    except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        raise UserError(f"train.init_from: {source}: {' '.join(str(error).split())[:400]}") from None
 
 
-def _read_hugging_face(folder: Path) -> Source:
+def _open(source: str) -> Source:
+    """The shape of the weights that `source` names, and a function that reads them."""
+    _check_exists(source)
+    path = Path(source).expanduser()
+    with _explained(source):
+        if source in weights.GPT2_SIZES:
+            return _open_hugging_face(_download(source))
+        if path.is_file():
+            return _open_nanogpt(path)
+        if (path / "config.json").is_file():
+            return _open_hugging_face(path)
+        found = checkpoint_of(path)
+        config = GPTConfig(**json.loads((found / "model.json").read_text("utf-8")))
+        return config, lambda: checkpoint.load_tensors(found, "model")
+
+
+def _open_hugging_face(folder: Path) -> Source:
     config = weights.config_from_huggingface(json.loads((folder / "config.json").read_text("utf-8")))
     file = folder / "model.safetensors"
     if not file.is_file():
         raise UserError(f"train.init_from: {folder} has no model.safetensors; save it with safe_serialization=True")
-    return config, weights.from_huggingface(load_file(file))
+    return config, lambda: weights.from_huggingface(load_file(file))
 
 
-def _read_nanogpt(file: Path) -> Source:
+def _open_nanogpt(file: Path) -> Source:
     # The one place that unpickles, on explicit request, and only tensors and plain values.
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True)
@@ -104,7 +131,7 @@ def _read_nanogpt(file: Path) -> Source:
     except Exception as error:
         raise UserError(f"train.init_from: {file} is no nanoGPT checkpoint that loads with weights_only "
                         f"({error.__class__.__name__})") from None
-    return GPTConfig(**arguments), weights.from_nanogpt(stored["model"])
+    return GPTConfig(**arguments), lambda: weights.from_nanogpt(stored["model"])
 
 
 def _download(name: str) -> Path:
@@ -116,7 +143,8 @@ def _download(name: str) -> Path:
             url = HUB.format(name=name, file=file)
             part = folder / f".{file}.{os.getpid()}"
             try:
-                urllib.request.urlretrieve(url, part)
+                with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as out:
+                    shutil.copyfileobj(response, out)
             except OSError as error:
                 raise UserError(f"train.init_from: {name} is not in {folder} and {url} cannot be reached ({error}); "
                                 f"put config.json and model.safetensors there") from None

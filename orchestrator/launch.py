@@ -5,10 +5,12 @@ Ray restarts dead workers; where they go on is ours to say (`latest_valid()`), a
 words are translated here, once: world_rank is our rank, ScalingConfig's worker is our worker.
 """
 
+import contextlib
 import json
 import logging
 import os
 import shutil
+import socket
 import traceback
 import uuid
 from dataclasses import dataclass
@@ -19,18 +21,20 @@ from orchestrator import checkpoint
 from orchestrator.config import Experiment, parse_experiment
 from orchestrator.errors import UserError
 from orchestrator.numerics import Worker
-from orchestrator.runs import read_json, write_text
+from orchestrator.runs import held, read_json, write_text
 from orchestrator.training import train
 
 PATIENCE = 3  # attempts in a row that may end where they began, before a fault is taken for a bug
 COLLECTIVE_TIMEOUT_S = 1800
+WRITER_WAIT_S = 60
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no call to the network that nobody asked for
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray's 2 s are the latency of every report and of the end
 }
 # A thread that waits for another by spinning takes the CPU from it: beside one other busy process, two threads that spin
 # for libgomp's 300,000 rounds make a step 20 times slower. 1,000 rounds cost a few percent on an idle machine, none 70 %.
-WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000")}
+WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
+PASSED_ON = ("GOMP_SPINCOUNT", "TIKTOKEN_CACHE_DIR", "XDG_CACHE_HOME")  # a node's own environment may lack them
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,24 @@ def connect() -> None:
         os.environ.setdefault(key, value)
     # Ray tells at every start that a token protects the cluster, as it should.
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        _probe(address)
         ray.init(**quiet)
     else:
         ray.init(address="local", include_dashboard=False, **quiet)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
+
+
+def _probe(address: str) -> None:
+    """Refuse an address at which nobody answers: Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "//" in address or not port.isdigit():
+        return  # auto, local, ray://…
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(f"RAY_ADDRESS: no cluster answers at {address} ({error}); start one, or unset RAY_ADDRESS to use "
+                        f"this machine alone") from None
 
 
 def job_id() -> str:
@@ -71,8 +88,9 @@ def check_storage(storage: str) -> None:
     import ray
 
     nodes = sum(n["Alive"] for n in ray.nodes())
-    if nodes > 1 and not Path(storage).expanduser().is_absolute():
-        raise UserError(f"storage: '{storage}' is relative and the cluster has {nodes} nodes; set storage=… or "
+    several = nodes > 1 or bool(os.environ.get("ESPALIER_AUTOSCALING"))
+    if several and not Path(storage).expanduser().is_absolute():
+        raise UserError(f"storage: '{storage}' is relative and the cluster has or may get several nodes; set storage=… or "
                         f"ESPALIER_STORAGE to an absolute path that all of them share")
 
 
@@ -151,7 +169,7 @@ def fit(experiment: Experiment, run_dir: Path, data_dir: Path, asked: Layout) ->
         scaling_config=ScalingConfig(num_workers=asked.num_workers, use_gpu=asked.use_gpu,
                                      resources_per_worker={"CPU": asked.cpus_per_worker, **({"GPU": 1} if asked.use_gpu else {})}),
         run_config=RunConfig(name=launch, storage_path=str(scratch), failure_config=FailureConfig(max_failures=-1),
-                             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT}),
+                             worker_runtime_env={"env_vars": worker_environment()}),
     )
     try:
         trainer.fit()
@@ -168,13 +186,15 @@ def _work(config: dict[str, Any]) -> None:
     if (run_dir / "stopped.json").exists():
         return  # an earlier attempt of this launch found that going on is of no use
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    attempt = _begin_attempt(run_dir, config["launch"], world_size) if rank == 0 else 0
-    worker = Worker(rank, world_size, str(ray.train.torch.get_device()), config["cpus"], attempt)
-    try:
-        train(parse_experiment(config["experiment"], "experiment"), run_dir, Path(config["data_dir"]), worker)
-    except Exception as error:
-        _record_failure(run_dir, rank, error)
-        raise
+    # The worker of a driver that was killed may live a little longer than it: nobody writes beside it.
+    with held(run_dir, ".writer", WRITER_WAIT_S) if rank == 0 else contextlib.nullcontext():
+        attempt = _begin_attempt(run_dir, config["launch"], world_size) if rank == 0 else 0
+        worker = Worker(rank, world_size, str(ray.train.torch.get_device()), config["cpus"], attempt)
+        try:
+            train(parse_experiment(config["experiment"], "experiment"), run_dir, Path(config["data_dir"]), worker)
+        except Exception as error:
+            _record_failure(run_dir, rank, error)
+            raise
 
 
 def _begin_attempt(run_dir: Path, launch: str, world_size: int) -> int:
@@ -204,6 +224,11 @@ def _record_failure(run_dir: Path, rank: int, error: Exception) -> None:
 
 def _stop(run_dir: Path, reason: str, user: bool) -> None:
     write_text(run_dir / "stopped.json", json.dumps({"reason": reason, "user": user}, indent=1))
+
+
+def worker_environment() -> dict[str, str]:
+    """What the driver's environment says that workers on any node must know."""
+    return WORKER_ENVIRONMENT | {key: os.environ[key] for key in PASSED_ON if key in os.environ}
 
 
 def recorded_layout(run_dir: Path) -> Layout | None:

@@ -6,6 +6,7 @@ resume; the times belong to this process alone.
 
 import math
 import resource
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -62,4 +63,5 @@ def memory_metrics(device: str) -> dict[str, float]:
     """Peak memory in GiB: what torch allocated on the GPU, or this process's resident set on a CPU."""
     if device.startswith("cuda"):
         return {"memory/max_allocated_gib": torch.cuda.max_memory_allocated(device) / 2**30}
-    return {"memory/max_resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
+    return {"memory/max_resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}

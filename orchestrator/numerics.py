@@ -5,6 +5,7 @@ Eats an experiment and a `Worker`; yields a process in a known state whatever ra
 
 import contextlib
 import hashlib
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,11 @@ def autocast(experiment: Experiment, device: str):
     if experiment.train.dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, getattr(torch, experiment.train.dtype))
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use, which on a shared machine are fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keyed_seed(seed: int, *key: int) -> int:

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,11 @@ def assemble(job: dict[str, Any]) -> dict[str, Any]:
 def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tail_cut(characters: int, val_fraction: float) -> int:
+    """`split: tail`: how many characters are train. As an exact fraction: 1 - 0.9 as a float is less than 0.1."""
+    return int((1 - Fraction(str(val_fraction))) * characters)
 
 
 def is_val(content_sha256: str, val_fraction: float) -> bool:

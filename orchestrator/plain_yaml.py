@@ -62,4 +62,5 @@ def read_yaml(text: str, where: str) -> Any:
 
 def write_yaml(tree: Any) -> str:
     """Text that `read_yaml` reads back as an equal tree."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    # Beyond ASCII as escapes: PyYAML writes some line breaks of Unicode that it then reads as spaces.
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=False)

@@ -11,9 +11,11 @@ import torch
 from model import optim
 from model.flops import flops_per_token
 from model.gpt import GPT
+from orchestrator import init_from
 from orchestrator.config import Experiment
 from orchestrator.errors import UserError
-from orchestrator.manifest import load_manifest
+from orchestrator.parts import tail_cut
+from orchestrator.prepared import prepared
 from orchestrator.runs import storage_root
 from orchestrator.tokens import dataset_dir, estimate
 
@@ -32,6 +34,7 @@ def model_facts(experiment: Experiment, n_vocab: int) -> dict[str, Any]:
 
 def dry_run(experiment: Experiment) -> list[tuple[str, list[str]]]:
     """Sections of lines: batch arithmetic, model, data, cost."""
+    init_from.check(experiment)
     tokens = _token_counts(experiment)
     if tokens["n_vocab"] is None:
         unknown = ["the vocabulary is the corpus's characters, so parameters and cost are known once it is here: "
@@ -45,7 +48,7 @@ def dry_run(experiment: Experiment) -> list[tuple[str, list[str]]]:
 def _batch(e: Experiment) -> list[str]:
     t, m, s = e.train, e.micro_batches, e.slots
     workers = [w for w in range(1, s + 1) if s % w == 0]
-    lines = [f"{t.global_batch_size} sequences per step / {t.micro_batch_size} per micro-batch = {m} micro-batches per step",
+    lines = [f"{t.global_batch_size} sequences per step / {t.micro_batch_size} per micro-batch = {m} micro-batches",
              f"{m} micro-batches in {s} reduction slots = {m // s} per slot; workers may be {', '.join(map(str, workers))}"]
     lines += [f"with {w} worker(s): {m} / {w} = {m // w} micro-batches per worker (grad_accum_steps)" for w in workers]
     return [*lines, f"{t.global_batch_size} sequences × {e.model.block_size} tokens = {e.tokens_per_step:,} tokens per step",
@@ -87,13 +90,12 @@ def _cost(e: Experiment, f: dict[str, Any]) -> list[str]:
 def _token_counts(e: Experiment) -> dict[str, Any]:
     """Counts from the manifest where there is one, else what `estimate` makes of the corpus."""
     directory = dataset_dir(e.data, storage_root(e))
-    if (directory / "manifest.json").exists():
-        manifest = load_manifest(directory)
+    if manifest := prepared(e.data, directory):
         return {"directory": directory, "exact": True, "n_vocab": manifest.tokenizer["n_vocab"],
                 **{split: manifest.splits[split].tokens for split in ("train", "val")}}
     guess = estimate(e.data)
-    total, share = guess["tokens"], e.data.val_fraction
-    val = None if total is None else round(total * share)
+    total = guess["tokens"]
+    val = None if total is None else total - tail_cut(total, e.data.val_fraction)
     # The split is made on characters or documents, so the shares of tokens are known only once they are counted.
     exact = guess["exact"] and e.data.tokenizer == "char" and e.data.split == "tail"
     return {"directory": directory, "exact": exact, "n_vocab": guess["n_vocab"], "val": val,

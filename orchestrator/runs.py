@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,15 +48,25 @@ def storage_root(experiment: Experiment) -> Path:
 
 
 @contextlib.contextmanager
-def held(run_dir: Path) -> Iterator[None]:
-    """Be the run's only writer; raises HeldError, naming the holder, where another process is."""
+def held(run_dir: Path, name: str = ".lock", wait_s: float = 0) -> Iterator[None]:
+    """Be the run's only driver (or, with another `name`, its only writing worker).
+
+    Raises:
+        HeldError: another process is, and still after `wait_s` seconds; names it.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # other errors are the file system's: no lock, no room
-            file.seek(0)
-            raise HeldError(f"{run_dir}: held by {file.read().strip() or 'another process'}") from None
+    deadline = time.monotonic() + wait_s
+    with open(run_dir / name, "a+") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):  # other errors are the file system's: no lock, no room
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
+                file.seek(0)
+                raise HeldError(f"{run_dir}: held by {file.read().strip() or 'another process'}") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

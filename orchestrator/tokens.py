@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ from orchestrator.documents import write_index
 from orchestrator.errors import UserError
 from orchestrator.estimate import estimate
 from orchestrator.manifest import ROW_TOKENS, Manifest, Shard, Split, load_manifest, write_manifest
-from orchestrator.parts import SPLITS, is_val
+from orchestrator.parts import SPLITS, is_val, tail_cut
 from orchestrator.prepared import dataset_dir, prepared, settings_of
 from orchestrator.progress import ProgressLine
 from orchestrator.reading import Span, plan_spans
@@ -171,8 +170,7 @@ class _Preparation:
 
     def _cuts(self, characters: list[int]) -> list[dict[str, Any]]:
         before = [0, *accumulate(characters)]
-        # As an exact fraction: 1 - 0.9 as a float is less than 0.1.
-        cut = int((1 - Fraction(str(self.data.val_fraction))) * before[-1])
+        cut = tail_cut(before[-1], self.data.val_fraction)
         return [{"cut": cut - b} for b in before[:-1]]
 
     def _hashed(self, hashes: list[str]) -> list[dict[str, Any]]:
@@ -280,6 +278,6 @@ def _run(function: Callable, common: dict[str, Any], cache: str | None, row: dic
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", cache)
     try:
         result = function({**common, **json.loads(row["item"])})
-    except UserError as error:
+    except (UserError, OSError) as error:
         result = {"error": str(error)}  # as a value: Ray wraps exceptions, and tries some of them again
     return {"result": json.dumps(result)}

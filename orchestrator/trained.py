@@ -6,7 +6,6 @@ beside its tokenizer and the experiment that made it. Every byte of a checkpoint
 
 import contextlib
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from orchestrator import checkpoint, state
 from orchestrator.config import Data, Experiment, Model, Train, load_experiment
 from orchestrator.errors import UserError
 from orchestrator.init_from import initial_model
-from orchestrator.numerics import Worker, prepare_process
+from orchestrator.numerics import Worker, available_cpus, prepare_process
 from orchestrator.runs import storage_root
 from orchestrator.tokenizer import load_tokenizer
 from orchestrator.tokens import Manifest, dataset_dir, load_manifest, prepare
@@ -73,7 +72,7 @@ def open_checkpoint(path: Path, device: str, overrides: list[str] | tuple[str, .
     experiment = load_experiment(path / "experiment.yaml", overrides)
     cpus = experiment.compute.cpus_per_worker
     if cpus == "auto":
-        cpus = min(manifest["fingerprints"]["numerics"]["cpus_per_worker"], os.cpu_count() or 1)
+        cpus = min(manifest["fingerprints"]["numerics"]["cpus_per_worker"], available_cpus())
     prepare_process(experiment, Worker(device=device, cpus=cpus))
     tokenizer = load_tokenizer(experiment.data.tokenizer, path)
     return Trained(state.load_model(path).to(device), tokenizer, experiment, device, path, manifest)
@@ -89,7 +88,7 @@ def open_gpt2(source: str, device: str, dtype: str) -> Trained:
     if not tokenizer.n_vocab <= config.vocab_size < tokenizer.n_vocab + 128:
         raise UserError(f"{source}: a vocabulary of {config.vocab_size:,} is not GPT-2's ({tokenizer.n_vocab:,}), so "
                         f"its tokenizer is unknown; give a run or a checkpoint")
-    prepare_process(experiment, Worker(device=device, cpus=os.cpu_count() or 1))
+    prepare_process(experiment, Worker(device=device, cpus=available_cpus()))
     model = initial_model(experiment, tokenizer.n_vocab)
     return Trained(model.eval().to(device), tokenizer, experiment, device)
 
@@ -113,7 +112,7 @@ def tokens_of(trained: Trained) -> Manifest:
     if data.dir is not None:
         found = load_manifest(dataset_dir(data, storage))
     else:
-        near = [m for folder in (storage, trained.checkpoint.parents[2]) for m in _datasets(folder / "data")]
+        near = [m for folder in (storage, *trained.checkpoint.absolute().parents[2:3]) for m in _datasets(folder / "data")]
         found = next((m for m in near if state.data_identity(m) == wanted), None)
         found = found or prepare(data, dataset_dir(data, storage))
     if state.data_identity(found) != wanted:

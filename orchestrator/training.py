@@ -56,6 +56,8 @@ def train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker 
             if not run.all_finite(losses, grad_norm):
                 break
             step.update(lr)
+            if not experiment.train.log_interval:
+                s.meter.losses.clear()  # nobody looks before the end, and the window would grow with the run
             s.meter.add(losses)
             run.after_step(lr, grad_norm)
     return s.step

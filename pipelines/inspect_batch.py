@@ -11,13 +11,12 @@ Missing tokens are prepared first.
 
 import json
 import math
-import os
 
 from orchestrator.config import Experiment, load_experiment
 from orchestrator.console import table
 from orchestrator.documents import documents_of
 from orchestrator.inspection import Batch, Forward, batch_of, first_model, forward
-from orchestrator.numerics import Worker
+from orchestrator.numerics import Worker, available_cpus
 from orchestrator.runs import storage_root
 from orchestrator.tokenizer import Tokenizer, load_tokenizer
 from orchestrator.tokens import Manifest, dataset_dir, prepare
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> int:
     for row in range(min(args.rows, len(batch.inputs))):
         show_row(row, batch, dataset, tokenizer)
     cpus = experiment.compute.cpus_per_worker
-    worker = Worker(device=device, cpus=(os.cpu_count() or 1) if cpus == "auto" else cpus)
+    worker = Worker(device=device, cpus=available_cpus() if cpus == "auto" else cpus)
     model = first_model(experiment, tokenizer.n_vocab, worker)
     result = forward(model, batch, experiment, device, tokenizer.n_vocab, LIKELIEST)
     show_model(experiment, model, tokenizer, result)

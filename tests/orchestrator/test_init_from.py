@@ -279,4 +279,4 @@ def test_what_lies_in_the_cache_is_taken_without_a_network(tmp_path, monkeypatch
 def test_names_of_safetensors_that_are_no_gpt2_are_named(tmp_path, hugging_face):
     (tmp_path / "config.json").write_text((hugging_face[0] / "config.json").read_text())
     save_file({"strange": torch.ones(2)}, tmp_path / "model.safetensors")
-    assert "strange" in refusal(wanting(tmp_path))
+    assert "strange" in refusal(wanting(tmp_path, "model.activation=gelu_tanh"))

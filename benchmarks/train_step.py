@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The training step, ours beside nanoGPT's: seconds as ratios, loss after the same steps, and what is not arithmetic.
+"""The training step, ours beside nanoGPT's: seconds as ratios, and the loss after the same steps.
 
     benchmarks/train_step.py --nanogpt PATH_OF_A_CHECKOUT [--config char|124m] [--steps 20] [--rounds 7]
 

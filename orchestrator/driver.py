@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator import init_from, launch, runs
+from orchestrator import checkpoint, init_from, launch, numerics, runs
 from orchestrator.config import Experiment
 from orchestrator.console import Console, duration, number, table
 from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
@@ -66,6 +66,7 @@ def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path) -> int
     init_from.check_shape(experiment, dataset.tokenizer["n_vocab"])
     with runs.held(run_dir):
         step = runs.check_resumable(run_dir, experiment, dataset)
+        _note_numerics(run_dir, step, experiment, layout)
         facts = _facts(experiment, dataset)
         attempt = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "from_step": step,
                    "layout": asdict(layout), **{k: v for k, v in experiment.flat().items() if k.startswith(runs.FREE)}}
@@ -109,6 +110,18 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
         print(f"the tracking server did not take everything; send the rest with\n  "
               f"pipelines/replay_metrics.py {run_dir}", flush=True)
     return code
+
+
+def _note_numerics(run_dir: Path, step: int, experiment: Experiment, layout: launch.Layout) -> None:
+    """Say where a resume cannot give the bits of a run that was never stopped."""
+    if not step:
+        return
+    stored = checkpoint.read_manifest(checkpoint.path_of(run_dir / "checkpoints", step))["fingerprints"]["numerics"]
+    now = numerics.fingerprint(experiment, numerics.Worker(cpus=layout.cpus_per_worker))
+    if layout.use_gpu:
+        now["device"] = stored["device"]  # the driver's machine need not have a GPU to name
+    for line in numerics.changes(stored, now):
+        print(f"the last bits will differ from those of a run never stopped: {line}", flush=True)
 
 
 def _facts(experiment: Experiment, dataset: Manifest) -> dict[str, Any]:

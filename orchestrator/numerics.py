@@ -75,6 +75,11 @@ def fingerprint(experiment: Experiment, worker: Worker) -> dict[str, Any]:
     }
 
 
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of two fingerprints differs, a line each: from here on the last bits may."""
+    return [f"{key}: {before.get(key)} before, {now[key]} now" for key in now if now[key] != before.get(key)]
+
+
 def device_name(device: str) -> str:
     """The GPU's name, or the processor's with the instruction set that torch found."""
     if device.startswith("cuda"):

@@ -32,6 +32,14 @@ def model_facts(experiment: Experiment, n_vocab: int) -> dict[str, Any]:
             "flops_per_token": flops_per_token(model.config)}
 
 
+def show(experiment: Experiment) -> int:
+    """Print the resolved experiment, its arithmetic and its cost; what `--dry-run` does."""
+    print(experiment.to_yaml())
+    for title, lines in dry_run(experiment):
+        print(f"{title}\n" + "\n".join(f"  {line}" for line in lines))
+    return 0
+
+
 def dry_run(experiment: Experiment) -> list[tuple[str, list[str]]]:
     """Sections of lines: batch arithmetic, model, data, cost."""
     init_from.check(experiment)

@@ -32,7 +32,9 @@ def dataset_dir(data: "Data", storage: Path) -> Path:
         UserError: the corpus is not there (its names and sizes are in the fingerprint).
     """
     if data.dir is not None:
-        return Path(os.path.abspath(os.path.expanduser(data.dir)))
+        # Inside a Ray job the current directory is a throw-away copy: there it lies below the storage.
+        base = storage if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()
+        return Path(os.path.abspath(base / os.path.expanduser(data.dir)))
     sources = [[s.name, s.sha256 or s.size] for s in corpus.resolve(data.corpus)]
     content = json.dumps([FORMAT, settings_of(data), sources], sort_keys=True)
     return Path(os.path.abspath(storage)) / "data" / hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -6,6 +6,7 @@ import time
 from orchestrator.config import Experiment
 from orchestrator.console import duration, table
 from orchestrator.errors import EXIT_DONE
+from orchestrator.plan import show
 from orchestrator.runs import storage_root
 from orchestrator.tokens import dataset_dir, prepare
 from pipelines.common import experiment_command
@@ -26,4 +27,4 @@ def main(experiment: Experiment) -> int:
 
 
 if __name__ == "__main__":
-    experiment_command(__doc__, main)
+    experiment_command(__doc__, main, dry_run=show)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from orchestrator import launch
 from orchestrator.config import load_experiment
 from orchestrator.errors import UserError
 from orchestrator.launch import Layout, resolve_layout
@@ -93,6 +94,13 @@ def test_more_than_there_is_shows_asked_and_found_unless_the_cluster_grows(words
     assert ("compute.use_gpu=false" in str(caught.value)) == (words == ["compute.use_gpu=true"])
     explicit = [f"compute.use_gpu={str('GPU each' in asked).lower()}", f"compute.num_workers={asked.split()[0]}"]
     assert isinstance(resolved([*words, *explicit], nodes, grows=True), Layout)
+
+
+def test_workers_are_told_where_the_driver_finds_its_tokenizer_and_how_to_wait(monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/somewhere")
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert launch.worker_environment()["TIKTOKEN_CACHE_DIR"] == "/somewhere"
+    assert launch.worker_environment()["GOMP_SPINCOUNT"] == "1000"
 
 
 def test_a_growing_cluster_without_a_gpu_yet_is_not_taken_for_one_without_gpus():

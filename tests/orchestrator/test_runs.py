@@ -292,6 +292,13 @@ def test_a_run_that_died_at_once_has_a_summary_too(tmp_path):
     assert {summary[k] for k in ("train_loss", "val_loss", "checkpoint", "weights_sha256", "tokens_per_sec")} == {None}
 
 
+def test_a_writer_waits_for_the_one_before_it_and_no_longer_than_it_was_told(tmp_path):
+    with runs.held(tmp_path, ".writer"), pytest.raises(runs.HeldError), runs.held(tmp_path, ".writer", wait_s=0.3):
+        pass
+    with runs.held(tmp_path), runs.held(tmp_path, ".writer", wait_s=5):
+        assert (tmp_path / ".writer").read_text() == (tmp_path / ".lock").read_text()
+
+
 def test_an_experiment_changed_before_its_first_checkpoint_starts_over_as_another_tracked_run(tmp_path):
     facts = {"params": {}, "tags": {}, "dataset": {"digest": "d"}}
 

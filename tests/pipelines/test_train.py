@@ -139,10 +139,28 @@ def test_a_finished_run_prints_its_summary_again_and_another_experiment_is_refus
     ("train.max_step=3", "did you mean train.max_steps"),
     ("schedule.warmup_steps=100", "schedule.warmup_steps: 100 is not shorter than train.max_steps=60"),
     ("data.corpus=/no/such/file", "/no/such/file"),
+    ("train.init_from=/no/such/weights", "train.init_from: '/no/such/weights' does not exist"),
+    ("tracking.uri=http://me:hunter2@host/", "set $MLFLOW_TRACKING_URI"),
     ("compute.num_workers=4 compute.cpus_per_worker=64", "found 4 CPU(s)"),
 ])
 def test_a_mistake_is_one_line_with_status_2_and_nothing_written(ray_head, tiny_corpus, tmp_path, override, words):
     done = run(ray_head, tmp_path / "storage", tiny_corpus, *override.split(), status=2)
+    assert words in done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "storage").exists()
+
+
+@pytest.mark.parametrize(("variables", "words"), [
+    ({"MLFLOW_TRACKING_URI": "file:///x"}, "MLFLOW_TRACKING_URI"),
+    ({"ESPALIER_STORAGE": "/dev/null/runs"}, "storage: /dev/null/runs cannot be written to"),
+    ({"RAY_ADDRESS": "127.0.0.1:1"}, "no cluster answers at 127.0.0.1:1"),
+])
+def test_an_environment_that_leads_nowhere_is_one_line_with_status_2(tmp_path, tiny_corpus, variables, words):
+    argv = [w for w in command(tmp_path / "storage", tiny_corpus) if not w.startswith("storage=")]
+    env = {**os.environ, "ESPALIER_STORAGE": str(tmp_path / "storage"), **variables}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stdout + done.stderr
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "storage").exists()

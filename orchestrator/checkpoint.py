@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from orchestrator.errors import UserError
+from orchestrator.manifest import fsync
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -53,12 +54,12 @@ def save(directory: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]]
             (temporary / name).write_text(text, "utf-8")
         parts = _hash_parts(sorted(temporary.iterdir()))
         for name in parts:
-            _fsync(temporary / name)
+            fsync(temporary / name)
         manifest = {"format": FORMAT, "step": step, "parts": parts, **facts}
         manifest["sha256"] = _digest(manifest)
         (temporary / MANIFEST).write_text(_text(manifest), "utf-8")
-        _fsync(temporary / MANIFEST)
-        _fsync(temporary)
+        fsync(temporary / MANIFEST)
+        fsync(temporary)
         _replace(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -171,7 +172,7 @@ def _replace(temporary: Path, final: Path) -> None:
     except BaseException:
         _put_back(final.parent)
         raise
-    _fsync(final.parent)
+    fsync(final.parent)
     if replaces:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -210,11 +211,3 @@ def _hash_part(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": digest}
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

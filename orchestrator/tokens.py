@@ -278,6 +278,6 @@ def _run(function: Callable, common: dict[str, Any], cache: str | None, row: dic
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", cache)
     try:
         result = function({**common, **json.loads(row["item"])})
-    except (UserError, OSError) as error:
+    except (UserError, PermissionError, FileNotFoundError) as error:
         result = {"error": str(error)}  # as a value: Ray wraps exceptions, and tries some of them again
     return {"result": json.dumps(result)}

@@ -9,10 +9,13 @@ import torch
 
 from orchestrator import checkpoint, journal, state
 from orchestrator.batches import TokenStream
+from orchestrator.config import load_experiment
 from orchestrator.errors import UserError
 from orchestrator.manifest import load_manifest
+from orchestrator.numerics import Worker
 from orchestrator.tokenizer import load_tokenizer
 from orchestrator.trained import open_checkpoint
+from orchestrator.training import train
 from pipelines.evaluate import main, measure
 
 
@@ -104,3 +107,15 @@ def test_as_typed(damaged_run, type_command):
     assert "(step 8)" in done.stdout
     assert "the same bits" in done.stdout
     assert done.stderr.count("passed over") == 1
+
+
+def test_a_checkpoint_named_from_its_own_folder_finds_its_tokens_beside_the_run(
+        tiny_corpus, tiny_dataset, tmp_path, monkeypatch, capsys):
+    beside, run_dir = tmp_path / "data" / "some", tmp_path / "alone"
+    shutil.copytree(tiny_dataset, beside)
+    run_dir.mkdir()
+    small = ["model.n_layer=1", "model.n_head=1", "model.n_embd=8", "model.block_size=8", "train.max_steps=2"]
+    train(load_experiment(None, [f"data.corpus={tiny_corpus}", "data.tokenizer=char", *small]), run_dir, beside, Worker())
+    monkeypatch.chdir(run_dir / "checkpoints")
+    assert main(["step-00000002"]) == 0
+    assert str(beside) in table_of(capsys)["tokens of"]

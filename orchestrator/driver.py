@@ -96,7 +96,8 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
         traces = [f.read_text("utf-8") for f in sorted(run_dir.glob("failure-rank*.txt"))]
         reason = "\n".join(traces) or f"{error.__class__.__name__}: {error}"
     ending = EXIT_WAIT_S if code != EXIT_AGAIN else max(2.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", 3)) - 1)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is left takes a bounded time and tells how the run ended
+    # What is left takes a bounded time and tells how the run ended. Not SIG_IGN: that says that a SIGTERM came.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     # A job that is stopped has 3 s before SIGKILL: hashing the weights is for a run that is done.
     summary = runs.summarise(run_dir, status, experiment.tokens_per_step, tracker.run_id, time.monotonic() - started)
     sent = tracker.finish(status, deadline_s=min(ending, EXIT_WAIT_S))

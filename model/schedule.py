@@ -48,7 +48,7 @@ class Schedule:
         if self.warmup_steps < 0 or self.decay_steps < 1:
             raise ValueError(f"need warmup_steps >= 0, decay_steps >= 1, got {self.warmup_steps}, {self.decay_steps}")
         decay_start = wsd_decay_start(self) if self.kind == "wsd" else self.decay_steps
-        if self.kind != "constant" and self.warmup_steps > decay_start:
+        if self.kind not in HORIZON_FREE and self.warmup_steps > decay_start:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} ends after step {decay_start}, where the decay must "
                 f"have begun (decay_steps={self.decay_steps}): shorten the warmup"
@@ -114,6 +114,19 @@ def constant(schedule: Schedule, step: int) -> float:
     return schedule.max_lr
 
 
+def inverse_sqrt(schedule: Schedule, step: int) -> float:
+    """max_lr sqrt((warmup_steps + 1) / (step + 1)) after warmup, never below the floor; decay_steps plays no part.
+
+    It knows no end, so runs of different lengths share every step. Source: Vaswani et al., arXiv:1706.03762, section 5.3,
+    with the peak in place of the model's width.
+
+    >>> s = Schedule("inverse_sqrt", 1.0, min_lr_ratio=0.1, warmup_steps=3, decay_steps=1)
+    >>> [inverse_sqrt(s, step) for step in (3, 15, 10**6)]
+    [1.0, 0.5, 0.1]
+    """
+    return max(schedule.max_lr * schedule.min_lr_ratio, schedule.max_lr * math.sqrt((schedule.warmup_steps + 1) / (step + 1)))
+
+
 def wsd_decay_start(schedule: Schedule) -> int:
     """The first step of wsd's decay: decay_steps less its decay_fraction, rounded to whole steps.
 
@@ -154,5 +167,7 @@ _KINDS: dict[str, Callable[[Schedule, int], float]] = {
     "linear": linear,
     "wsd": wsd,
     "constant": constant,
+    "inverse_sqrt": inverse_sqrt,
 }
+HORIZON_FREE = ("constant", "inverse_sqrt")  # decay_steps plays no part in them
 KINDS = tuple(_KINDS)

@@ -27,6 +27,7 @@ TABLES = {
     ("wsd", "cosine"): [1.0, 1.0, 1.0, 1.0, 1.0, 0.6 + 0.4 * HALF, 0.6, 0.6 - 0.4 * HALF, 0.2],
     ("wsd", "1-sqrt"): [1.0, 1.0, 1.0, 1.0, 1.0, 0.6, 1 - 0.8 * HALF, 1 - 0.4 * math.sqrt(3), 0.2],
     ("constant", "linear"): [1.0] * 9,
+    ("inverse_sqrt", "linear"): [math.sqrt(4 / (step + 1)) for step in range(3, 12)],
 }
 
 
@@ -68,7 +69,8 @@ def test_tables(kind, shape):
     schedule = Schedule(kind, 1.0, 0.2, warmup_steps=3, decay_steps=11, decay_fraction=0.35, decay_shape=shape)
     expected = WARMUP + TABLES[kind, shape]
     assert our_rates(schedule, 12) == pytest.approx(expected, rel=1e-12)
-    assert learning_rate(schedule, 99) == pytest.approx(expected[-1], rel=1e-12)
+    late = 0.2 if kind == "inverse_sqrt" else expected[-1]  # sqrt(4 / 100), which is the floor, too
+    assert learning_rate(schedule, 99) == pytest.approx(late, rel=1e-12)
 
 
 def test_every_kind_and_shape_has_a_table():
@@ -112,6 +114,20 @@ def test_constant_with_warmup_equals_torchs():
     assert our_rates(schedule, 30) == pytest.approx(expected, rel=1e-9)
 
 
+def test_inverse_sqrt_equals_a_lambda_of_torchs():
+    def scheduler_of(optimizer):  # the formula of arXiv:1706.03762 with steps counted from 1, scaled to its peak
+        return lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) ** -0.5, (n + 1) * 11**-1.5) * 11**0.5)
+
+    schedule = Schedule("inverse_sqrt", 3e-4, 0.0, warmup_steps=10, decay_steps=1)
+    assert our_rates(schedule, 300) == pytest.approx(torch_rates(scheduler_of, 3e-4, 300), rel=1e-9)
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 50))
+def test_inverse_sqrt_knows_no_end(one, other, warmup):
+    short, long = (Schedule("inverse_sqrt", 3e-4, warmup_steps=warmup, decay_steps=end) for end in (one, other))
+    assert our_rates(short, 300) == our_rates(long, 300)
+
+
 def test_wsd_equals_three_of_torchs_in_a_row():
     def chain(optimizer):
         warmup = lr_scheduler.LinearLR(optimizer, 1 / 11, 1.0, total_iters=10)
@@ -129,6 +145,9 @@ def test_rates_rise_to_the_peak_and_fall_to_the_floor(schedule):
     rise, fall = rates[: schedule.warmup_steps], rates[schedule.warmup_steps :]
     near = schedule.max_lr * 1e-12
     floor = schedule.max_lr * (1 if schedule.kind == "constant" else schedule.min_lr_ratio)
+    if schedule.kind == "inverse_sqrt":
+        assert all(rate >= floor for rate in fall)
+        rates, fall = rates[: schedule.warmup_steps + 1], fall[:1] + [floor] * 5  # it reaches the floor when it does
     assert all(0 < a < b for a, b in zip(rise, rise[1:], strict=False))
     assert all(a >= b - near for a, b in zip(fall, fall[1:], strict=False))
     assert max(rates) <= schedule.max_lr + near
@@ -164,6 +183,7 @@ def test_the_examples_in_the_docstrings():
         ({"warmup_steps": -1}, "warmup_steps.*-1"),
         ({"decay_steps": 0}, "decay_steps.* 0"),
         ({"warmup_steps": 101}, "warmup_steps=101.*decay_steps=100"),
+        ({"kind": "linear", "warmup_steps": 101}, "warmup_steps=101.*decay_steps=100"),
         ({"kind": "wsd", "warmup_steps": 81}, "warmup_steps=81.*step 80"),
     ],
 )

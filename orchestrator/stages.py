@@ -1,0 +1,259 @@
+"""The plan of a sweep: trials in, a tree of stages out. Pure: no files, no Ray, no clock.
+
+A trial is what it does at each step: a root (all that is the same at every step of a run: data, model, optimizer, batch,
+seed) and the learning rate of every step. Trials with one root whose rates agree, bit for bit, before step n make the
+same weights in their first n steps, so these are run once: a stage is a stretch of steps that the same trials share.
+The tree of stages is a trie over the steps, so the steps in it are the fewest that can be run.
+Source of the idea: Hippo, "Sharing Computations with Stage Trees", VLDB 2022.
+
+Legend: steps [start, stop) are updates counted from 0; the state after `stop` updates is the stage's end.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """`rates`: the learning rate of every update, float64 (max_steps,). `root`: what never changes within a run."""
+
+    name: str
+    root: str
+    rates: np.ndarray
+
+    @property
+    def steps(self) -> int:
+        return len(self.rates)
+
+    def key(self, step: int) -> str:
+        """Names the state after `step` updates, across trials, sweeps and processes: equal keys are equal weights."""
+        assert 0 <= step <= self.steps
+        digest = hashlib.sha256(f"{self.root}/{step}/".encode())
+        digest.update(np.ascontiguousarray(self.rates[:step], dtype="<f8").data)
+        return digest.hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps [start, stop) of every trial in `trials`; those in `ends` have no step after them."""
+
+    id: str
+    parent: str | None
+    start: int
+    stop: int
+    trials: tuple[str, ...]
+    ends: tuple[str, ...]
+
+    @property
+    def steps(self) -> int:
+        return self.stop - self.start
+
+
+def grow(trials: Iterable[Trial], cuts: Mapping[str, Collection[int]] | None = None) -> list[Stage]:
+    """The tree of the trials' stages, parents before children, in the order of the trials.
+
+    Args:
+        cuts: steps at which a trial's stages end besides where the tree branches: where a state is stored.
+    """
+    cuts, stages = cuts or {}, []
+    # A group has one root, one parent, and one rate at step `start`: it shares at least that step.
+    waiting = [(group, 0, None) for group in _apart(list(trials), 0)][::-1]
+    while waiting:
+        group, start, parent = waiting.pop()
+        stop = _end(group, start, cuts)
+        stage = Stage(group[0].key(stop), parent, start, stop, tuple(t.name for t in group),
+                      tuple(t.name for t in group if t.steps == stop))
+        stages.append(stage)
+        rest = [t for t in group if t.steps > stop]
+        waiting += [(branch, stop, stage.id) for branch in _apart(rest, stop)][::-1]
+    return stages
+
+
+def _apart(trials: list[Trial], step: int) -> list[list[Trial]]:
+    """Trials that make step `step` alike, together."""
+    groups: dict[tuple[str, bytes], list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault((trial.root, trial.rates[step].tobytes()), []).append(trial)
+    return list(groups.values())
+
+
+def _end(group: list[Trial], start: int, cuts: Mapping[str, Collection[int]]) -> int:
+    """Where the group's common stretch from `start` ends: at a trial's end, a divergence or a cut."""
+    stop = min(t.steps for t in group)
+    stop = min([stop, *(cut for t in group for cut in cuts.get(t.name, ()) if start < cut)])
+    first = group[0].rates[start:stop].view(np.int64)  # bits, not values: 0.0 and -0.0 are two rates
+    for other in group[1:]:
+        differs = np.flatnonzero(first != other.rates[start:stop].view(np.int64))
+        if len(differs):
+            stop = start + int(differs[0])
+            first = first[: stop - start]
+    return stop
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A tree, and what of it stands already.
+
+    standing: ids whose end is there as a checkpoint. finished: ids at which the trials that end there have their
+    results. dead: ids at which training diverged, so that nothing below them will ever run.
+    """
+
+    trials: tuple[Trial, ...]
+    stages: tuple[Stage, ...]
+    standing: frozenset[str] = frozenset()
+    finished: frozenset[str] = frozenset()
+    dead: frozenset[str] = frozenset()
+
+    @cached_property
+    def by_id(self) -> dict[str, Stage]:
+        return {stage.id: stage for stage in self.stages}
+
+    @cached_property
+    def children(self) -> dict[str | None, list[Stage]]:
+        found: dict[str | None, list[Stage]] = {}
+        for stage in self.stages:
+            found.setdefault(stage.parent, []).append(stage)
+        return found
+
+    @cached_property
+    def to_run(self) -> frozenset[str]:
+        """The stages without which a trial has no result: the fewest, given what stands."""
+        runs: set[str] = set()
+        lost = self.below(self.dead) | self.dead
+        for stage in reversed(self.stages):  # children before parents
+            if stage.id in lost:
+                continue
+            ending = bool(stage.ends) and stage.id not in self.finished
+            wanted = any(child.id in runs and child.id not in self.standing for child in self.children.get(stage.id, ()))
+            if ending or wanted and stage.id not in self.standing:
+                runs.add(stage.id)
+        return frozenset(runs)
+
+    def below(self, ids: Collection[str]) -> frozenset[str]:
+        """All descendants of `ids`."""
+        found: set[str] = set()
+        for stage in self.stages:
+            if stage.parent in ids or stage.parent in found:
+                found.add(stage.id)
+        return frozenset(found)
+
+    def path(self, trial: str) -> list[Stage]:
+        """The trial's stages from step 0 on."""
+        return [stage for stage in self.stages if trial in stage.trials]
+
+    def cost(self, stage: Stage) -> int:
+        """Steps that running it takes: none where its end stands and only a result is missing."""
+        return 0 if stage.id in self.standing else stage.steps
+
+    @property
+    def steps_asked(self) -> int:
+        """What the trials cost one by one."""
+        return sum(trial.steps for trial in self.trials)
+
+    @property
+    def steps_in_tree(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def steps_to_run(self) -> int:
+        return sum(self.cost(self.by_id[i]) for i in self.to_run)
+
+
+def plan(trials: Iterable[Trial], states: Mapping[str, int] | None = None, standing: Collection[str] = (),
+         finished: Collection[str] = (), dead: Collection[str] = ()) -> Plan:
+    """The tree of `trials`, cut where something is stored.
+
+    Args:
+        states: `{key: step}` of everything stored; `standing`, `finished`, `dead` say what each key is.
+    """
+    trials = tuple(trials)
+    assert len({t.name for t in trials}) == len(trials), "trials have names of their own"
+    steps = sorted(set((states or {}).values()))
+    cuts = {t.name: [s for s in steps if s <= t.steps and states.get(t.key(s)) == s] for t in trials} if states else {}
+    return Plan(trials, tuple(grow(trials, cuts)), frozenset(standing), frozenset(finished), frozenset(dead))
+
+
+WAITING, RUNNING, DONE, FAILED, DIVERGED, BLOCKED, STOPPED = (
+    "waiting", "running", "done", "failed", "diverged", "blocked", "stopped")
+_ENDED_BADLY = (FAILED, DIVERGED, STOPPED)
+
+
+class Progress:
+    """What of a plan has happened: which stages may start, which are lost, which checkpoints are still needed."""
+
+    def __init__(self, plan: Plan, held: Collection[str] = ()):
+        """`held` stages wait until `release`d, even where their parents are done."""
+        self.plan, self.held = plan, set(held)
+        self.state = {stage.id: WAITING if stage.id in plan.to_run else DONE for stage in plan.stages}
+        for stage in plan.dead:
+            self._lose(stage, DIVERGED)
+        self.remaining = self._remaining()
+
+    def _remaining(self) -> dict[str, int]:
+        """Steps of the longest path of stages to run, from each stage on."""
+        longest: dict[str, int] = {}
+        for stage in reversed(self.plan.stages):
+            below = max((longest[child.id] for child in self.plan.children.get(stage.id, ())), default=0)
+            longest[stage.id] = below + (self.plan.cost(stage) if stage.id in self.plan.to_run else 0)
+        return longest
+
+    def ready(self) -> list[Stage]:
+        """Stages that may start now, the one with the longest remaining path first."""
+        found = [s for s in self.plan.stages if self.state[s.id] == WAITING and s.id not in self.held and self._has_start(s)]
+        return sorted(found, key=lambda s: -self.remaining[s.id])  # stable: equal ones in the plan's order
+
+    def _has_start(self, stage: Stage) -> bool:
+        if stage.parent is None or stage.id in self.plan.standing:
+            return True
+        return self.state[stage.parent] == DONE
+
+    def start(self, stage: str) -> None:
+        assert self.state[stage] == WAITING
+        self.state[stage] = RUNNING
+
+    def again(self, stage: str) -> None:
+        """Its process died: it may be tried once more."""
+        assert self.state[stage] == RUNNING
+        self.state[stage] = WAITING
+
+    def end(self, stage: str, state: str = DONE) -> None:
+        """`state`: DONE, or how it ended instead; then every stage below it is BLOCKED or, after DIVERGED, that too."""
+        assert self.state[stage] == RUNNING
+        if state == DONE:
+            self.state[stage] = DONE
+        else:
+            self._lose(stage, state)
+
+    def _lose(self, stage: str, state: str) -> None:
+        assert state in _ENDED_BADLY
+        self.state[stage] = state
+        for other in self.plan.below([stage]):
+            if self.state[other] in (WAITING, DONE) and other not in self.plan.finished:
+                self.state[other] = BLOCKED if state == FAILED else state
+
+    def release(self, dropped: Collection[str] = ()) -> None:
+        """Let the held stages go, but not those through which only `dropped` trials pass."""
+        for stage in self.plan.stages:
+            if stage.id in self.held and self.state[stage.id] == WAITING and set(stage.trials) <= set(dropped):
+                self.state[stage.id] = STOPPED
+        self.held.clear()
+
+    def trial(self, name: str) -> str:
+        """A trial's state: DONE with a result, the first thing that went wrong on its path, or RUNNING or WAITING."""
+        states = [self.state[stage.id] for stage in self.plan.path(name)]
+        bad = next((s for s in states if s in (*_ENDED_BADLY, BLOCKED)), None)
+        if bad:
+            return bad
+        return states[-1] if states[-1] != WAITING or set(states) == {WAITING} else RUNNING
+
+    @property
+    def pending(self) -> list[Stage]:
+        return [s for s in self.plan.stages if self.state[s.id] in (WAITING, RUNNING)]
+
+    def needed(self) -> set[str]:
+        """Ids of the ends that a pending stage begins from or, where it only lacks a result, is itself."""
+        return {s.id if s.id in self.plan.standing else s.parent for s in self.pending} - {None}

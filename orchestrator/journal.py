@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,18 @@ class Journal:
                 raise OSError(errno.ENOSPC, "no room for a line of the journal", str(self.path))
         return record
 
-    def rewind(self, step: int) -> int:
-        """Move every line after `step` aside, and drop a torn last line; returns how many lines moved."""
-        lines = _whole_lines(self.path)
-        keep = [line for line in lines if json.loads(line)["step"] <= step]
-        aside = [line for line in lines if json.loads(line)["step"] > step]
+    def rewind(self, step: int, reduce: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None) -> int:
+        """Move every line after `step` aside, and drop a torn last line; returns how many lines moved.
+
+        Args:
+            reduce: what of the line at `step` itself stays (None: nothing); one that it changes is kept aside as it was.
+        """
+        keep, aside = [], []
+        for line in _whole_lines(self.path):
+            record = json.loads(line)
+            stays = reduce(record) if reduce and record["step"] == step else record if record["step"] <= step else None
+            keep += [line if stays == record else json.dumps(stays).encode()] if stays else []
+            aside += [line] if stays != record else []
         if aside:
             taken = [int(path.stem.rpartition("-")[2]) for path in aside_files(self.path.parent)]
             number = max(taken, default=-1) + 1
@@ -49,6 +57,16 @@ class Journal:
 def read(run_dir: Path) -> list[dict[str, Any]]:
     """The run's surviving history, one record per logged step, in order."""
     return [json.loads(line) for line in _whole_lines(Path(run_dir) / FILE)]
+
+
+def by_interval(record: dict[str, Any], log_interval: int | None, eval_interval: int | None) -> dict[str, Any] | None:
+    """What a line would hold if its run did not end there; None where nothing was due."""
+    def due(key: str) -> bool:
+        interval = eval_interval if key.startswith("val/") or key == "train/eval_loss" else log_interval
+        return bool(interval) and record["step"] % interval == 0
+
+    kept = {k: v for k, v in record.items() if k not in ("step", "timestamp") and due(k)}
+    return {"step": record["step"], "timestamp": record["timestamp"], **kept} if kept else None
 
 
 class Tail:

@@ -19,7 +19,7 @@ from orchestrator.numerics import Worker, fingerprint
 
 @dataclass
 class TrainState:
-    """`step` counts updates done. `model` is the plain module; `forward` is what the loop calls (maybe compiled)."""
+    """`step` counts updates done, `grad_norm` is the last one's. `model` is the plain module; `forward` is what the loop calls (maybe compiled)."""
 
     model: GPT
     forward: torch.nn.Module
@@ -28,6 +28,7 @@ class TrainState:
     gradients: Gradients
     meter: Meter
     step: int = 0
+    grad_norm: float = 0.0
     best_val_loss: float | None = None
 
 
@@ -47,7 +48,7 @@ def build(experiment: Experiment, model: GPT, worker: Worker) -> TrainState:
 def save(state: TrainState, experiment: Experiment, directory: Path, dataset: Manifest, worker: Worker,
          metrics: dict[str, float]) -> Path:
     """Commit the state as a checkpoint that also says what it is: experiment, model shape, tokenizer, fingerprints."""
-    numbers = {"step": state.step, "best_val_loss": state.best_val_loss, "open_losses": state.meter.losses,
+    numbers = {"step": state.step, "grad_norm": state.grad_norm, "best_val_loss": state.best_val_loss, "open_losses": state.meter.losses,
                "scaler": state.scaler.state_dict()}
     texts = {
         "experiment.yaml": experiment.to_yaml(),
@@ -74,7 +75,7 @@ def restore(state: TrainState, path: Path) -> None:
     for key, value in moments.items():
         name, _, moment = key.rpartition("/")
         state.optimizer.state[parameters[name]][moment] = value
-    state.step, state.best_val_loss = numbers["step"], numbers["best_val_loss"]
+    state.step, state.grad_norm, state.best_val_loss = (numbers[k] for k in ("step", "grad_norm", "best_val_loss"))
     state.meter.losses = numbers["open_losses"]
     if numbers["scaler"]:
         state.scaler.load_state_dict(numbers["scaler"])

@@ -151,6 +151,13 @@ def prune(directory: Path, keep: int) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def keep_only(directory: Path, step: int | None) -> None:
+    """Remove all checkpoints but the one of `step` (None: all of them)."""
+    for other in steps(directory):
+        if other != step:
+            _remove(path_of(directory, other))
+
+
 def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
     """SHA-256 over the sorted names and raw float32 bytes of a model's weights."""
     digest = hashlib.sha256()

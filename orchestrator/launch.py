@@ -46,8 +46,12 @@ class Layout:
     use_gpu: bool
 
 
-def connect() -> None:
-    """Join the cluster of $RAY_ADDRESS (`ray job submit` sets it), or start one on this machine for this process."""
+def connect(environment: dict[str, str] | None = None) -> None:
+    """Join the cluster of $RAY_ADDRESS (`ray job submit` sets it), or start one on this machine for this process.
+
+    Args:
+        environment: variables of every worker process, where whoever starts them has no other way to set them.
+    """
     import ray
 
     if ray.is_initialized():
@@ -55,7 +59,8 @@ def connect() -> None:
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     # Ray tells at every start that a token protects the cluster, as it should.
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR,
+             **({"runtime_env": {"env_vars": environment}} if environment else {})}
     if address := os.environ.get("RAY_ADDRESS"):
         _probe(address)
         ray.init(**quiet)
@@ -76,11 +81,11 @@ def _probe(address: str) -> None:
                         f"this machine alone") from None
 
 
-def job_id() -> str:
-    """Ray's id of the submission, or of this driver where there is none."""
+def job_id() -> str | None:
+    """Ray's id of the submission, or of this driver where there is none; None without Ray."""
     import ray
 
-    return os.environ.get("RAY_JOB_ID") or ray.get_runtime_context().get_job_id()
+    return os.environ.get("RAY_JOB_ID") or (ray.get_runtime_context().get_job_id() if ray.is_initialized() else None)
 
 
 def check_storage(storage: str) -> None:
@@ -92,6 +97,15 @@ def check_storage(storage: str) -> None:
     if several and not Path(storage).expanduser().is_absolute():
         raise UserError(f"storage: '{storage}' is relative and the cluster has or may get several nodes; set storage=… or "
                         f"ESPALIER_STORAGE to an absolute path that all of them share")
+
+
+def capacity(asked: Layout) -> int:
+    """How many groups of workers the connected cluster holds at a time."""
+    import ray
+
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    return _places([(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes], asked.cpus_per_worker,
+                   asked.use_gpu) // asked.num_workers
 
 
 def layout(experiment: Experiment, recorded: Layout | None = None) -> Layout:

@@ -169,10 +169,10 @@ def summarise(run_dir: Path, status: str, tokens_per_step: int, mlflow_run_id: s
         "status": status,
         "step": step,
         "tokens": step * tokens_per_step,
-        "train_loss": _last(records, "train/loss"),
-        "val_loss": _last(records, "val/loss"),
-        "val_bits_per_byte": _last(records, "val/bits_per_byte"),
-        "best_val_loss": _last(records, "val/best_loss"),
+        "train_loss": last(records, "train/loss"),
+        "val_loss": last(records, "val/loss"),
+        "val_bits_per_byte": last(records, "val/bits_per_byte"),
+        "best_val_loss": last(records, "val/best_loss"),
         "checkpoint": str(found) if found else None,
         "weights_sha256": checkpoint.weights_sha256(checkpoint.load_tensors(hashed, "model")) if hashed else None,
         "mlflow_run_id": mlflow_run_id,
@@ -198,5 +198,5 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _last(records: list[dict[str, Any]], key: str) -> float | None:
+def last(records: list[dict[str, Any]], key: str) -> float | None:
     return next((r[key] for r in reversed(records) if key in r), None)

@@ -19,11 +19,15 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """`rates`: the learning rate of every update, float64 (max_steps,). `root`: what never changes within a run."""
+    """`rates`: the learning rate of every update, float64 (max_steps,). `root`: what never changes within a run.
+
+    `asked`: False for a probe, which nobody asked for.
+    """
 
     name: str
     root: str
     rates: np.ndarray
+    asked: bool = True
 
     @property
     def steps(self) -> int:
@@ -152,7 +156,7 @@ class Plan:
     @property
     def steps_asked(self) -> int:
         """What the trials cost one by one."""
-        return sum(trial.steps for trial in self.trials)
+        return sum(trial.steps for trial in self.trials if trial.asked)
 
     @property
     def steps_in_tree(self) -> int:
@@ -229,11 +233,14 @@ class Progress:
             self._lose(stage, state)
 
     def _lose(self, stage: str, state: str) -> None:
+        """`stage` ended in `state`, and so goes what would have begun from it: not what begins from a stored state."""
         assert state in _ENDED_BADLY
-        self.state[stage] = state
-        for other in self.plan.below([stage]):
-            if self.state[other] in (WAITING, DONE) and other not in self.plan.finished:
-                self.state[other] = BLOCKED if state == FAILED else state
+        self.state[stage], lost = state, {stage}
+        for other in self.plan.stages:
+            if other.parent in lost and other.id not in self.plan.standing:
+                lost.add(other.id)
+                if self.state[other.id] in (WAITING, DONE) and other.id not in self.plan.finished:
+                    self.state[other.id] = BLOCKED if state == FAILED else state
 
     def release(self, dropped: Collection[str] = ()) -> None:
         """Let the held stages go, but not those through which only `dropped` trials pass."""

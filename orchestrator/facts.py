@@ -1,0 +1,32 @@
+"""What the tracking server is told of a run: every field and what follows from it, the dataset, the sources.
+
+Eats an experiment and its dataset; yields `params`, `tags` and `dataset` for run.json, without secrets.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from orchestrator import launch
+from orchestrator.config import Experiment
+from orchestrator.manifest import Manifest
+from orchestrator.plan import model_facts
+from orchestrator.provenance import redact, source_facts, source_tags
+
+SOURCES = Path(__file__).resolve().parent.parent
+
+
+def facts_of(experiment: Experiment, dataset: Manifest) -> dict[str, Any]:
+    """`params`, `tags` and `dataset`."""
+    derived = model_facts(experiment, dataset.tokenizer["n_vocab"])
+    params = {**experiment.flat(), **{f"derived.{k}": v for k, v in derived.items()},
+              "derived.tokens_per_step": experiment.tokens_per_step, "derived.reduction_slots": experiment.slots}
+    splits = {f"{name}_tokens": split.tokens for name, split in dataset.splits.items()}
+    sources = source_facts(SOURCES)
+    corpus = [experiment.data.corpus] if isinstance(experiment.data.corpus, str) else experiment.data.corpus
+    named = ", ".join(entry.partition("#")[0].rstrip("/").rpartition("/")[2] for entry in corpus)
+    return {
+        "params": redact({k: v for k, v in params.items() if v is not None}),
+        "tags": redact(source_tags(sources, ray_job_id=launch.job_id())),
+        "dataset": {"name": f"{named} as {dataset.tokenizer['name']}", "digest": dataset.digest,
+                    "source": str(dataset.directory), **splits},
+    }

@@ -1,0 +1,158 @@
+"""What a sweep leaves behind for people and for the tracking server, kept up to date while it runs.
+
+Eats a study and the keeper of its books; yields `run.json`, `metrics.jsonl`, `plan.txt`, `comparison.csv`, `figures/`,
+`summary.json` and `trials/<name>/` in the sweep's folder, and the last lines on the terminal.
+"""
+
+import hashlib
+import json
+import uuid
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from orchestrator import comparison, journal, runs, sweep_figures, tree_view, trials
+from orchestrator.console import duration, number, table
+from orchestrator.facts import facts_of
+from orchestrator.keeper import Keeper
+from orchestrator.provenance import redact
+from orchestrator.stages import BLOCKED, DIVERGED, DONE, FAILED, STOPPED, Stage
+from orchestrator.study import Study
+from orchestrator.trials import Candidate
+
+STATUS = {DONE: "FINISHED", FAILED: "FAILED", DIVERGED: "FAILED", BLOCKED: "FAILED", STOPPED: "KILLED"}
+
+
+class Report:
+    """`begin` once, `stage_ended` with each stage, `finish` and `show` at the end."""
+
+    def __init__(self, study: Study, books: Keeper):
+        self.study, self.books, self.folder = study, books, study.folder
+        known = runs.read_json(self.folder / "run.json") or {"key": uuid.uuid4().hex, "attempts": []}
+        self.key, self.attempts = known["key"], known["attempts"]
+        self.facts: dict[str, dict[str, Any]] = {}
+
+    def begin(self) -> None:
+        """The sweep's own papers, and the folders of the trials that have something already."""
+        study = self.study
+        attempt = {"started": _now(), "layout": asdict(study.layout), "trials": len(study.candidates)}
+        self.attempts = [*self.attempts, redact(attempt)]
+        first = next(iter(study.candidates.values()))
+        facts = facts_of(first.experiment, first.dataset)
+        varying = {key for c in study.candidates.values() for key in c.spec.fields}
+        params = {k: v for k, v in facts["params"].items() if k not in varying and not k.startswith("derived.")}
+        params |= {f"sweep.{k}": json.dumps(v) for k, v in study.sweep.settings.model_dump(by_alias=True).items() if v}
+        tags = facts["tags"] | {"sweep.trials": len(study.candidates), "sweep.steps_asked": study.plan.steps_asked,
+                                "sweep.steps_in_tree": study.plan.steps_in_tree}
+        run = {"name": study.sweep.base.name, "key": self.key, **facts, "params": params, "tags": tags, "attempts": self.attempts}
+        runs.write_text(self.folder / "sweep.yaml", study.sweep.to_yaml())
+        runs.write_text(self.folder / "run.json", json.dumps(run, indent=1))
+        runs.write_text(self.folder / "plan.txt", "\n".join(tree_view.summary(study.plan)) + "\n\n" + tree_view.text(study.plan) + "\n")
+        (self.folder / "summary.json").unlink(missing_ok=True)
+        self._figure("tree", sweep_figures.tree(study.plan))
+        for candidate in study.candidates.values():
+            self._assemble(candidate)
+
+    def stage_ended(self, stage: Stage) -> None:
+        for name in stage.trials:
+            if name in self.study.candidates:
+                self._assemble(self.study.candidates[name])
+        step = (journal.read(self.folder) or [{"step": 0}])[-1]["step"] + 1
+        best = self.study.best()
+        plan = self.study.plan
+        journal.Journal(self.folder).append(step, {
+            "sweep/steps_run": self.books.steps_run, "sweep/steps_saved": plan.steps_asked - plan.steps_to_run,
+            "sweep/trials_done": sum(self.books.progress.trial(name) == DONE for name in self.study.candidates),
+            **({f"sweep/best_{self.study.metric.rpartition('/')[2]}": best[1]} if best else {})})
+
+    def finish(self, status: str, wall_s: float) -> dict[str, Any]:
+        """The comparison of what there is, whatever ended the sweep."""
+        study, rows = self.study, self.study.rows()
+        for candidate in study.candidates.values():
+            self._assemble(candidate)
+        runs.write_text(self.folder / "comparison.csv", comparison.csv_text(rows))
+        done = {row["trial"] for row in rows if row["final"] is not None}
+        histories = {name: study.records(c) for name, c in study.candidates.items() if name in done}
+        if done:
+            self._figure("final_losses", sweep_figures.final_losses(rows))
+            self._figure("curves", sweep_figures.curves(rows, histories))
+            self._figure("parallel_coordinates", sweep_figures.parallel_coordinates(rows))
+        self.summary = self._summary(status, rows, wall_s)
+        runs.write_text(self.folder / "summary.json", json.dumps(self.summary, indent=1))
+        return self.summary
+
+    def _summary(self, status: str, rows: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
+        study, plan, best = self.study, self.study.plan, self.study.best()
+        states = [row["state"] for row in rows]
+        summary = {
+            "status": status,
+            "trials": len(rows),
+            **{state: states.count(state) for state in sorted(set(states))},
+            "steps_asked": plan.steps_asked,
+            "steps_in_tree": plan.steps_in_tree,
+            "steps_run": self.books.steps_run,
+            "stages_run": sum(self.books.progress.state[i] == DONE for i in plan.to_run),
+            "metric": study.metric,
+            "best_trial": best[0] if best else None,
+            "best_value": best[1] if best else None,
+            "best_checkpoint": None,
+            "wall_s": round(wall_s, 1),
+        }
+        if best:
+            trial = runs.read_json(self.folder / "trials" / best[0] / "summary.json")
+            summary["best_checkpoint"] = trial["checkpoint"]
+        return summary
+
+    def show(self, url: str | None) -> None:
+        """How the trials compare, where everything is, and what to type next."""
+        rows, s = self.study.rows(), self.summary
+        print("\n" + comparison.table(rows))
+        shown = {k: number(v) for k, v in s.items() if v is not None and k not in ("wall_s", "metric")}
+        print(f"\n{self.folder.name}\n" + table({**shown, "wall time": duration(s["wall_s"]), "folder": self.folder,
+                                                 "figures": self.folder / "figures", "MLflow": url}))
+        if s["status"] not in ("FINISHED", "FAILED"):
+            print("\nnext: the same command again goes on with the stages that are not done", flush=True)
+        elif s["best_trial"]:
+            best = self.folder / "trials" / s["best_trial"]
+            print(f"\nnext:\n  pipelines/sample.py {best} --prompt '…'\n  pipelines/evaluate.py {best}\n"
+                  f"  pipelines/ui.py {self.folder.parent}\nmore values in the grid, and the same command, run only what is new",
+                  flush=True)
+
+    # ---- one trial ----
+    def _assemble(self, c: Candidate) -> None:
+        stage = self.books.last_stage(c.name)
+        if stage is None and self.books.progress.trial(c.name) not in STATUS:
+            return
+        folder, state = self.folder / "trials" / c.name, self.books.progress.trial(c.name)
+        known = runs.read_json(folder / "run.json") or {}
+        facts = self._facts(c)
+        path = self.study.plan.path(c.name)
+        tags = {"sweep.name": self.folder.name, "sweep.setting": c.spec.setting, "sweep.state": state,
+                "sweep.reason": self.study.dropped.get(c.name) or self.books.reason(c.name) or "",
+                "sweep.stages": " > ".join(f"{s.id[:8]}[{s.start}:{s.stop}]" for s in path),
+                "sweep.steps_shared": sum(s.steps for s in path if len(s.trials) > 1)}
+        key = hashlib.sha256(f"{self.key}/{c.name}".encode()).hexdigest()[:32]
+        run = {"name": c.name, "key": key, "trial": c.trial.key(c.trial.steps), **facts, "tags": facts["tags"] | tags,
+               "attempts": known.get("attempts") or [{"started": _now(), "layout": asdict(self.study.layout)}]}
+        trials.assemble(folder, stage, c, run, self._trial_summary(c, state) if state in STATUS else None)
+
+    def _facts(self, c: Candidate) -> dict[str, Any]:
+        if c.name not in self.facts:
+            self.facts[c.name] = facts_of(c.experiment, c.dataset)
+        return self.facts[c.name]
+
+    def _trial_summary(self, c: Candidate, state: str) -> dict[str, Any]:
+        row = self.study.row(c)
+        results = [self.books.stored.results.get(s.id, {}) for s in self.study.plan.path(c.name)]
+        return trials.summary_of(STATUS[state], self.study.records(c), c, self.folder / "trials" / c.name,
+                                 self.books.result(c.name),
+                                 {"state": state, "reason": row["reason"], "wall_s": round(sum(r.get("seconds", 0) for r in results), 1)})
+
+    def _figure(self, name: str, figure) -> None:
+        (self.folder / "figures").mkdir(exist_ok=True)
+        figure.savefig(self.folder / "figures" / f".{name}.png")
+        (self.folder / "figures" / f".{name}.png").replace(self.folder / "figures" / f"{name}.png")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,140 @@
+"""One stage of a sweep, run in its folder `stages/<id>/`. Knows no Ray and no tree.
+
+    stage.json     what to run: experiment, rates, steps [start, stop), the checkpoint to begin from
+    metrics.jsonl, checkpoints/, samples/    as in a run's folder, for these steps alone
+    result.json    how it ended, written last: with it the stage is done and is never run again
+
+A stage is a stretch of a run (`training.Run`), so whatever interrupts it, it goes on from its own last checkpoint.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator import checkpoint, journal, rates
+from orchestrator.config import Experiment, parse_experiment
+from orchestrator.numerics import Worker, fingerprint
+from orchestrator.runs import held, read_json, stored_experiment, write_text
+from orchestrator.stages import Trial
+from orchestrator.training import Run
+
+DONE, DIVERGED = "done", "diverged"
+WRITER_WAIT_S = 60
+
+
+@dataclass(frozen=True)
+class Order:
+    """stage.json. `parent`: the folder whose lines come before this stage's; `begin`: the checkpoint, both absolute."""
+
+    id: str
+    root: str
+    start: int
+    stop: int
+    experiment: dict[str, Any]
+    rates: dict[str, Any]
+    data_dir: str
+    parent: str | None = None
+    begin: str | None = None
+    diverged_above: float | None = None
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "stage.json", json.dumps(asdict(self), indent=1))
+
+
+def read_order(folder: Path) -> Order | None:
+    stored = read_json(folder / "stage.json")
+    return Order(**stored) if stored else None
+
+
+def run_stage(folder: Path, worker: Worker) -> Iterator[dict[str, Any]]:
+    """Run the stage of `folder` to its end; yields each line of its journal, on every worker alike.
+
+    Every worker calls it, with torch.distributed initialised where there are several. Ends without a line where the
+    stage has its result. An exception leaves the folder as it is, to go on in.
+    """
+    order, started = read_order(folder), time.monotonic()
+    experiment = parse_experiment(order.experiment, f"{folder}/stage.json")
+    if has_result(folder, order, experiment):
+        return
+    # The worker of a driver that was killed may live a little longer than it: nobody writes beside it.
+    with held(folder, ".writer", WRITER_WAIT_S) if worker.is_main else contextlib.nullcontext():
+        if worker.is_main:
+            for stale in (folder / "stopped.json", folder / "result.json"):
+                stale.unlink(missing_ok=True)
+        if worker.is_main and order.start == order.stop:
+            _take_over_line(folder, order)
+        run = Run(experiment, folder, Path(order.data_dir), worker, parent=Path(order.begin) if order.begin else None,
+                  stop=order.stop, rates=rates.from_json(order.rates))
+        begun_at, limit = run.state.step, order.diverged_above
+        reason, step = None, order.stop
+        for line in run:
+            yield line
+            loss = line.get("train/loss", 0.0)
+            # An end's own line has another window than that of the trials that go on: it decides nothing.
+            if limit and loss > limit and line["step"] % (experiment.train.log_interval or order.stop) == 0:
+                reason, step = f"step {line['step']}: train/loss {loss:.4f} is above sweep.diverged_above={limit:g}", line["step"]
+                break
+        if reason is None and run.state.step < order.stop:  # the loss of the next step was not finite, on every worker
+            reason, step = "the loss or its gradient is not finite", run.state.step + 1
+        if worker.is_main:
+            stopped = read_json(folder / "stopped.json") or {}
+            facts = {"reason": stopped.get("reason", reason), "seconds": time.monotonic() - started,
+                     "steps_run": run.state.step - begun_at, "numerics": fingerprint(experiment, worker)}
+            _write_result(folder, order, experiment, step, DIVERGED if reason else DONE, facts)
+
+
+def _take_over_line(folder: Path, order: Order) -> None:
+    """Of a stage without steps, which only ends a trial where another folder's state stands: the line of its step."""
+    if not journal.read(folder):
+        for line in lines(Path(order.parent), order.stop):
+            if line["step"] == order.stop:
+                journal.Journal(folder).keep(line)
+
+
+def has_result(folder: Path, order: Order, experiment: Experiment) -> bool:
+    """Whether the stage needs no run: it is done, also as an end if it is one now, or diverged below today's limit."""
+    result = read_json(folder / "result.json")
+    if not result:
+        return False
+    if result["outcome"] == DIVERGED:
+        return result["limit"] is None or result["limit"] == order.diverged_above
+    return result["is_whole"] or order.stop < experiment.train.max_steps
+
+
+def _write_result(folder: Path, order: Order, experiment: Experiment, step: int, outcome: str, facts: dict[str, Any]) -> None:
+    """result.json, and of a stage that others only begin from, its end as the only checkpoint."""
+    is_whole = outcome == DONE and order.stop == experiment.train.max_steps
+    checkpoints = folder / "checkpoints"
+    if outcome == DONE and not is_whole:
+        checkpoint.keep_only(checkpoints, step)
+    by_loss = outcome == DIVERGED and not (folder / "stopped.json").exists()
+    weights = checkpoint.load_tensors(checkpoint.path_of(checkpoints, step), "model") if is_whole else None
+    result = {"id": order.id, "start": order.start, "stop": order.stop, "step": step, "outcome": outcome,
+              # What it proves is about the state after `step` updates, whatever stages a later plan has.
+              "key": Trial("", order.root, rates.from_json(order.rates).first(step)).key(step),
+              "is_whole": is_whole, "limit": order.diverged_above if by_loss else None,
+              "weights_sha256": checkpoint.weights_sha256(weights) if weights else None, **facts}
+    write_text(folder / "result.json", json.dumps(result, indent=1))
+
+
+def lines(folder: Path, upto: int | None = None) -> list[dict[str, Any]]:
+    """The curve from step 0 through this stage: its ancestors' lines and its own.
+
+    Args:
+        folder: of a stage, or of a run that a sweep branches off.
+        upto: the folder's own lines up to this step, as a run that goes on there has them; None: all.
+    """
+    order, own = read_order(folder), journal.read(folder)
+    if upto is not None:
+        t = (parse_experiment(order.experiment, str(folder)) if order else stored_experiment(folder)).train
+        here = [journal.by_interval(line, t.log_interval, t.eval_interval) for line in own if line["step"] == upto]
+        own = [line for line in own if line["step"] < upto] + [line for line in here if line]
+    if order is None or order.parent is None:
+        return own
+    before = lines(Path(order.parent), order.start)
+    return [line for line in before if not own or line["step"] < own[0]["step"]] + own

@@ -1,0 +1,75 @@
+"""What the tests of sweeps share: a small experiment, and a way to run its tree in this process, one stage at a time."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from orchestrator import checkpoint, journal
+from orchestrator.console import Console  # noqa: F401 - imported early: the first import of torch takes seconds
+from orchestrator.launch import Layout
+from orchestrator.manifest import load_manifest
+from orchestrator.numerics import Worker
+from orchestrator.stage_run import run_stage
+from orchestrator.training import train
+
+SMALL = ["data.tokenizer=char", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16",
+         "model.dropout=0.1", "model.pad_vocab_to=1", "train.micro_batch_size=2", "train.global_batch_size=8",
+         "train.max_steps=20", "train.log_interval=3", "train.eval_interval=5", "train.eval_tokens=400",
+         "train.checkpoint_interval=4", "schedule.max_lr=1e-2", "schedule.kind=wsd", "schedule.warmup_steps=4"]
+
+
+def exact(lines) -> list[dict]:
+    """Of a curve all that must not depend on how it was made."""
+    return [{k: v for k, v in r.items() if k.startswith(("step", "train/", "val/", "optim/"))} for r in lines]
+
+
+@pytest.fixture
+def sweeps(tiny_dataset, tmp_path):
+    """`.open(words)` plans a sweep; `.run(study)` runs it here, without Ray; `.alone(study, trial)` runs one trial by itself."""
+    from orchestrator.report import Report
+    from orchestrator.space import load_sweep
+    from orchestrator.study import Study
+
+    dataset = load_manifest(tiny_dataset)
+
+    def open_(*words: str, name: str = "sweep"):
+        sweep = load_sweep(None, [f"name={name}", f"data.dir={tiny_dataset}", *SMALL, *words])
+        (tmp_path / name).mkdir(exist_ok=True)
+        datasets = {spec.experiment.data: dataset for spec in sweep.trials}
+        return Study.open(sweep, tmp_path / name, Layout(1, 1, False), datasets)
+
+    def run(study, limit: int | None = None, fail=lambda stage: None):
+        """Up to `limit` stages; `fail(stage)` may raise in place of one. The ids of those that ran."""
+        books = study.keeper(lambda: None)
+        report, ran = Report(study, books), []
+        books.watch = report.stage_ended
+        report.begin()
+        while (limit is None or len(ran) < limit) and (stage := books.next()):
+            ran.append(stage)
+            try:
+                fail(books.plan.by_id[stage])
+                for _ in run_stage(books.stages / stage, Worker()):
+                    pass
+                books.ended(stage, died=False)
+            except RuntimeError as error:
+                (books.stages / stage / "failure-rank0.txt").write_text(f"RuntimeError: {error}")
+                books.ended(stage, died=True)
+        study.summary = report.finish("FINISHED", 1.0)
+        return ran
+
+    def alone(study, trial: str) -> dict:
+        """The trial by itself: its weights' hash and its curve."""
+        run_dir = tmp_path / f"alone-{trial}"
+        if not run_dir.exists():
+            run_dir.mkdir()
+            train(study.candidates[trial].experiment, run_dir, tiny_dataset)
+        return outcome(run_dir)
+
+    def outcome(run_dir: Path) -> dict:
+        last = checkpoint.latest_valid(run_dir / "checkpoints")
+        digest = checkpoint.weights_sha256(checkpoint.load_tensors(last, "model"))
+        parts = [(last / name).read_bytes() for name in ("optimizer.safetensors", "state.json")]
+        return {"step": last.name, "weights": digest, "parts": parts, "curve": exact(journal.read(run_dir))}
+
+    return SimpleNamespace(open=open_, run=run, alone=alone, outcome=outcome, folder=tmp_path)

@@ -4,10 +4,7 @@ Every field has a default, a type and a unit. Unknown keys, wrong values and fie
 `UserError` before anything is touched. What follows from the fields by arithmetic is a property here and set nowhere.
 """
 
-import json
 import os
-import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -15,8 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from model.gpt import GPTConfig
 from model.schedule import Schedule
 from orchestrator.errors import UserError
-from orchestrator.plain_yaml import read_yaml, write_yaml
-from orchestrator.refusals import explain
+from orchestrator.overrides import read_tree
+from orchestrator.plain_yaml import write_yaml
+from orchestrator.refusals import contradictions, explain, type_words
 
 
 def _integral(value: Any) -> Any:
@@ -74,7 +72,8 @@ class Optim(Section):
 
 
 class ScheduleSection(Section):
-    kind: Literal["cosine", "linear", "wsd", "constant"] = Field("cosine", description="shape of the learning rate")
+    kind: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = Field(
+        "cosine", description="shape of the learning rate")
     max_lr: float = Field(6e-4, gt=0, description="peak learning rate")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="floor as a share of the peak, 0–1")
     warmup_steps: Int = Field(0, ge=0, description="linear warmup, steps")
@@ -173,51 +172,42 @@ class Experiment(Section):
     # ---- fields that must agree ----
     @model_validator(mode="after")
     def _fields_agree(self) -> "Experiment":
-        problems = [*_batch_problems(self), *_schedule_problems(self)]
-        if self.name in ("data", "mlflow"):
-            problems.append(f"name: '{self.name}' is a folder of the storage itself; choose another")
-        if self.model.n_embd % self.model.n_head:
-            problems.append(f"model.n_head: {self.model.n_head} does not divide model.n_embd={self.model.n_embd}")
-        if self.data.append_eot and self.data.tokenizer == "char":
-            problems.append("data.append_eot: the char tokenizer has no end-of-text token; use byte or a tiktoken one")
-        if self.tracking.uri and not re.match(r"^(https?|sqlite|postgresql|mysql)[+a-z0-9]*://?.", self.tracking.uri):
-            shown = re.sub("//.*@", "//…@", self.tracking.uri)
-            problems.append(f"tracking.uri: '{shown}' is none of http(s)://…, sqlite:///…, postgresql://…")
-        if self.tracking.uri and re.search(r"//[^/]*@", self.tracking.uri):
-            problems.append("tracking.uri: holds a password or a user, and the experiment travels with every checkpoint; "
-                            "set $MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+        problems = contradictions(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
 
-def _batch_problems(e: Experiment) -> list[str]:
-    t, workers = e.train, e.compute.num_workers
-    if t.global_batch_size % t.micro_batch_size:
-        return [f"train.global_batch_size: {t.global_batch_size} is no multiple of "
-                f"train.micro_batch_size={t.micro_batch_size}"]
-    if t.reduction_slots and (t.reduction_slots & (t.reduction_slots - 1) or e.micro_batches % t.reduction_slots):
-        return [f"train.reduction_slots: {t.reduction_slots} must be a power of two that divides the {e.micro_batches} "
-                f"micro-batches of a step ({t.global_batch_size} / {t.micro_batch_size})"]
-    if workers != "auto" and e.slots % workers:
-        return [f"compute.num_workers: {workers} does not divide the {e.slots} reduction slots; use one of "
-                f"{[w for w in range(1, e.slots + 1) if e.slots % w == 0]}, or a smaller train.micro_batch_size "
-                f"(now {t.micro_batch_size} of {t.global_batch_size})"]
-    return []
+class SweepSection(Section):
+    """Which trials a sweep has, and when one of them is stopped. What it may say of other fields: `space.py`."""
+
+    grid: dict[Text, Annotated[list[Any], Field(min_length=1)]] = Field({}, description=(
+        "section.field: [values]; a trial for every combination of all of them"))
+    trials: dict[Text, dict[Text, Any]] = Field({}, description=(
+        "name: {section.field: value}; trials beside the grid, not combined with it"))
+    sampler: Literal["random", "optuna"] | None = Field(None, description="who draws trials from sweep.space, beside the grid")
+    num_samples: Steps | None = Field(None, description="trials to draw; growing it keeps the earlier ones")
+    space: dict[Text, Annotated[list[Any], Field(min_length=1)] | dict[str, Any]] = Field({}, description=(
+        "section.field: [choices] or {low, high, log: false, step}; what the sampler draws from, both ends included"))
+    seeds: Steps = Field(1, description="repetitions of every trial, with train.seed, train.seed + 1, …")
+    stop: Literal["none", "anneal_probe", "asha"] = Field("none", description=(
+        "none: only what diverged; anneal_probe: what a short anneal shows to be worse; asha: only for one schedule shape"))
+    probe_step: Steps | None = Field(None, description="anneal_probe: the step at which it forks")
+    probe_steps: Steps | None = Field(None, description="anneal_probe: steps in which the rate falls to zero")
+    probe_margin: float = Field(0.05, ge=0, description="anneal_probe: nats above the best probe that still go on")
+    diverged_above: float | None = Field(None, gt=0, description=(
+        "a logged train/loss above it is a diverged trial; null: only one that is no finite number"))
+    from_: Text | None = Field(None, alias="from", description=(
+        "RUN@STEP: trials branch off this run's state after STEP steps; null: all begin at step 0"))
+    keep_branches: bool = Field(True, description=(
+        "keep the checkpoints at branch points, so that the sweep can grow without running a step again; false: each goes "
+        "once no pending stage needs it"))
 
 
-def _schedule_problems(e: Experiment) -> list[str]:
-    s, problems = e.schedule, []
-    end, label = (s.decay_steps, "schedule.decay_steps") if s.decay_steps else (e.train.max_steps, "train.max_steps")
-    if s.warmup_steps >= e.train.max_steps:
-        problems.append(f"schedule.warmup_steps: {s.warmup_steps} is not shorter than "
-                        f"train.max_steps={e.train.max_steps}")
-    elif s.kind != "constant" and s.warmup_steps >= end:
-        problems.append(f"schedule.warmup_steps: {s.warmup_steps} is not shorter than {label}={end}")
-    elif s.kind == "wsd" and s.warmup_steps > end - round(s.decay_fraction * end):
-        problems.append(f"schedule.decay_fraction: {s.decay_fraction} of {label}={end} begins inside the warmup of "
-                        f"{s.warmup_steps} steps")
-    return problems
+class SweepFile(Experiment):
+    """An experiment and what of it is swept: the whole of a sweep's file."""
+
+    sweep: SweepSection = SweepSection()
 
 
 # ---- reading ----
@@ -227,70 +217,51 @@ def load_experiment(path: str | os.PathLike | None, overrides: list[str] | tuple
     Raises:
         UserError: one line per mistake, each naming the field.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            text = Path(path).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read as an experiment ({error.__class__.__name__}); give the path of a "
-                            f"YAML file") from None
-        tree = read_yaml(text, str(path)) or {}
-        if not isinstance(tree, dict):
-            raise UserError(f"{path}: holds no sections (data:, model:, train: …)")
-    for word in overrides:
-        _apply(tree, word)
-    tree = {key: value for key, value in tree.items() if value is not None}  # `train:` with every line commented out
-    if path is not None:
-        tree.setdefault("name", Path(path).stem)
-    return parse_experiment(tree, str(path or "command line"))
+    tree, where = read_tree(path, overrides)
+    if "sweep" in tree:
+        raise UserError(f"{where}: describes a sweep (sweep: …), not one run; run pipelines/sweep.py with it")
+    return parse_experiment(tree, where)
 
 
 def parse_experiment(tree: dict[str, Any], where: str) -> Experiment:
     """Validate a nested dict (a YAML file, a stored `experiment.yaml`)."""
+    return _parse(Experiment, tree, where)
+
+
+def parse_sweep(tree: dict[str, Any], where: str) -> tuple[Experiment, SweepSection]:
+    """What all trials begin from, and what is swept; its words on other fields are not looked at yet."""
+    whole = _parse(SweepFile, tree, where)
+    return Experiment.model_validate(whole.model_dump(exclude={"sweep"})), whole.sweep
+
+
+def field_value(key: str, value: Any) -> Any:
+    """`value` as the field `section.field` holds it: 6e5 steps are 600000. Raises UserError, without a place."""
+    section, _, field = key.partition(".")
+    checked = _parse(Experiment.model_fields[section].annotation, {field: value}, "", section)
+    return getattr(checked, field)
+
+
+def _parse(model: type[Section], tree: dict[str, Any], where: str, *loc: str) -> Any:
     try:
-        return Experiment.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        lines = explain(error.errors(), field_docs())
-        raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
-
-
-def _apply(tree: dict[str, Any], word: str) -> None:
-    key, equals, text = word.partition("=")
-    if not equals:
-        raise UserError(f"'{word}': expected section.field=value, for example train.max_steps=100")
-    *sections, field = key.split(".")
-    if not all((field, *sections)):
-        raise UserError(f"'{word}': '{key}' names no field; expected section.field=value")
-    for section in sections:
-        if tree.get(section) is None:
-            tree[section] = {}
-        tree = tree[section]
-        if not isinstance(tree, dict):
-            raise UserError(f"'{word}': {section} is no section")
-    tree[field] = read_yaml(text, f"'{word[:80]}'")
+        found = [{**e, "loc": (*loc, *e["loc"])} for e in error.errors()]
+        lines = explain(found, field_docs(model if issubclass(model, Experiment) else Experiment))
+        raise UserError("\n".join(f"{where}: {line}" if where else line for line in lines)) from None
 
 
 # ---- describing ----
-def _type_words(annotation: Any) -> str:
-    text = str(annotation)
-    if text.startswith("typing.Literal"):
-        return " | ".join(json.loads("[" + text[len("typing.Literal["):-1].replace("'", '"') + "]"))
-    if isinstance(annotation, type):
-        return {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false"}[annotation.__name__]
-    if hasattr(annotation, "__metadata__"):
-        return _type_words(annotation.__origin__)
-    if getattr(annotation, "__origin__", None) is list:
-        return "a list of texts"
-    parts = ["null" if a is type(None) else _type_words(a) for a in annotation.__args__]
-    return " or ".join(dict.fromkeys(parts))
-
-
-def field_docs() -> dict[str, dict[str, Any]]:
+def field_docs(whole: type[Experiment] = Experiment) -> dict[str, dict[str, Any]]:
     """`{"section.field": {"type", "default", "description"}}` of every field, for --help and error messages."""
     docs: dict[str, dict[str, Any]] = {}
-    for name, info in Experiment.model_fields.items():
+    for name, info in whole.model_fields.items():
         section = isinstance(info.annotation, type) and issubclass(info.annotation, Section)
         for key, field in (info.annotation.model_fields.items() if section else [("", info)]):
-            docs[f"{name}.{key}" if section else name] = {
-                "type": _type_words(field.annotation), "default": field.default, "description": field.description}
+            docs[f"{name}.{field.alias or key}" if section else name] = {
+                "type": type_words(field.annotation), "default": field.default, "description": field.description}
     return docs
+
+
+def sweep_docs() -> dict[str, dict[str, Any]]:
+    """`field_docs` of a sweep's file."""
+    return field_docs(SweepFile)

@@ -3,6 +3,7 @@
 Eats an experiment and its dataset; yields `params`, `tags` and `dataset` for run.json, without secrets.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def facts_of(experiment: Experiment, dataset: Manifest) -> dict[str, Any]:
     params = {**experiment.flat(), **{f"derived.{k}": v for k, v in derived.items()},
               "derived.tokens_per_step": experiment.tokens_per_step, "derived.reduction_slots": experiment.slots}
     splits = {f"{name}_tokens": split.tokens for name, split in dataset.splits.items()}
-    sources = source_facts(SOURCES)
+    sources = _sources()
     corpus = [experiment.data.corpus] if isinstance(experiment.data.corpus, str) else experiment.data.corpus
     named = ", ".join(entry.partition("#")[0].rstrip("/").rpartition("/")[2] for entry in corpus)
     return {
@@ -30,3 +31,9 @@ def facts_of(experiment: Experiment, dataset: Manifest) -> dict[str, Any]:
         "dataset": {"name": f"{named} as {dataset.tokenizer['name']}", "digest": dataset.digest,
                     "source": str(dataset.directory), **splits},
     }
+
+
+@functools.cache
+def _sources() -> dict[str, Any]:
+    """Asks git, once for all trials of a sweep."""
+    return source_facts(SOURCES)

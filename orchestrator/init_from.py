@@ -52,6 +52,15 @@ def check(experiment: Experiment) -> None:
     _check_exists(experiment.train.init_from)
 
 
+def with_absolute_path(experiment: Experiment) -> Experiment:
+    """Workers run in another folder: a relative `train.init_from` is one of this one's."""
+    source = Path(experiment.train.init_from).expanduser()
+    if not source.exists():
+        return experiment  # scratch, a name, or a mistake that is told where it is read
+    train = experiment.train.model_copy(update={"init_from": str(source.absolute())})
+    return experiment.model_copy(update={"train": train})
+
+
 def _check_exists(source: str) -> None:
     if source == "scratch" or source in weights.GPT2_SIZES or Path(source).expanduser().exists():
         return

@@ -42,7 +42,7 @@ class Keeper:
 
     # ---- what execute asks ----
     def next(self) -> str | None:
-        self._judge()
+        self.judge()
         ready = self.progress.ready()
         if not ready:
             return None
@@ -69,7 +69,7 @@ class Keeper:
             if state == DONE:
                 self.stored.states[stage] = folder, self.plan.by_id[stage].stop
         self._note_disk()
-        self._judge()
+        self.judge()
         self.tidy()
         self.watch(self.plan.by_id[stage])
 
@@ -84,7 +84,7 @@ class Keeper:
         self.reasons[stage] = traces[0].strip().splitlines()[-1] if traces else MISSING
         return FAILED
 
-    def _judge(self) -> None:
+    def judge(self) -> None:
         """Once every probe is over, drop the trials that they speak against, and let the others go on."""
         if self.progress.held and all(self.progress.trial(p) not in (WAITING, RUNNING) for p in self.probes):
             self.progress.release(self.verdict())

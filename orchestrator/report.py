@@ -47,7 +47,8 @@ class Report:
         run = {"name": study.sweep.base.name, "key": self.key, **facts, "params": params, "tags": tags, "attempts": self.attempts}
         runs.write_text(self.folder / "sweep.yaml", study.sweep.to_yaml())
         runs.write_text(self.folder / "run.json", json.dumps(run, indent=1))
-        runs.write_text(self.folder / "plan.txt", "\n".join(tree_view.summary(study.plan)) + "\n\n" + tree_view.text(study.plan) + "\n")
+        plan = [*tree_view.summary(study.plan), "", tree_view.text(study.plan), ""]
+        runs.write_text(self.folder / "plan.txt", "\n".join(plan))
         (self.folder / "summary.json").unlink(missing_ok=True)
         self._figure("tree", sweep_figures.tree(study.plan))
         for candidate in study.candidates.values():
@@ -144,9 +145,9 @@ class Report:
     def _trial_summary(self, c: Candidate, state: str) -> dict[str, Any]:
         row = self.study.row(c)
         results = [self.books.stored.results.get(s.id, {}) for s in self.study.plan.path(c.name)]
+        seconds = round(sum(r.get("seconds", 0) for r in results), 1)
         return trials.summary_of(STATUS[state], self.study.records(c), c, self.folder / "trials" / c.name,
-                                 self.books.result(c.name),
-                                 {"state": state, "reason": row["reason"], "wall_s": round(sum(r.get("seconds", 0) for r in results), 1)})
+                                 self.books.result(c.name), {"state": state, "reason": row["reason"], "wall_s": seconds})
 
     def _figure(self, name: str, figure) -> None:
         (self.folder / "figures").mkdir(exist_ok=True)

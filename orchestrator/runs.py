@@ -47,6 +47,16 @@ def storage_root(experiment: Experiment) -> Path:
     return path.absolute()
 
 
+def check_writable(storage: Path) -> None:
+    """Refuse a storage that cannot be made or written to; makes nothing."""
+    place = storage
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "not writable" if place.is_dir() else "a file"
+        raise UserError(f"storage: {storage} cannot be written to, {place} is {why}; set storage=… or ESPALIER_STORAGE")
+
+
 @contextlib.contextmanager
 def held(run_dir: Path, name: str = ".lock", wait_s: float = 0) -> Iterator[None]:
     """Be the run's only driver (or, with another `name`, its only writing worker).

@@ -19,7 +19,10 @@ from orchestrator.numerics import Worker, fingerprint
 
 @dataclass
 class TrainState:
-    """`step` counts updates done, `grad_norm` is the last one's. `model` is the plain module; `forward` is what the loop calls (maybe compiled)."""
+    """`step` counts updates done, `grad_norm` is the last one's norm before clipping.
+
+    `model` is the plain module; `forward` is what the loop calls (maybe compiled).
+    """
 
     model: GPT
     forward: torch.nn.Module
@@ -48,8 +51,8 @@ def build(experiment: Experiment, model: GPT, worker: Worker) -> TrainState:
 def save(state: TrainState, experiment: Experiment, directory: Path, dataset: Manifest, worker: Worker,
          metrics: dict[str, float]) -> Path:
     """Commit the state as a checkpoint that also says what it is: experiment, model shape, tokenizer, fingerprints."""
-    numbers = {"step": state.step, "grad_norm": state.grad_norm, "best_val_loss": state.best_val_loss, "open_losses": state.meter.losses,
-               "scaler": state.scaler.state_dict()}
+    numbers = {"step": state.step, "grad_norm": state.grad_norm, "best_val_loss": state.best_val_loss,
+               "open_losses": state.meter.losses, "scaler": state.scaler.state_dict()}
     texts = {
         "experiment.yaml": experiment.to_yaml(),
         "model.json": json.dumps(asdict(state.model.config), indent=1),

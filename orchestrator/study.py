@@ -4,10 +4,9 @@ Eats a resolved `Sweep`, its folder, its datasets and the layout of its workers;
 rows that say of every trial how it ended.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from orchestrator.launch import Layout
 from orchestrator.manifest import Manifest
 from orchestrator.rates import Rates
 from orchestrator.space import Sweep
-from orchestrator.stages import DIVERGED, DONE, FAILED, Plan
+from orchestrator.stages import DIVERGED, DONE, Plan
 from orchestrator.state import data_identity
 from orchestrator.sweep_folder import Stored
 from orchestrator.trials import Candidate
@@ -39,8 +38,11 @@ class Study:
     plan: Plan
 
     @classmethod
-    def open(cls, sweep: Sweep, folder: Path, layout: Layout, datasets: Mapping[Data, Manifest]) -> "Study":
+    def open(cls, sweep: Sweep, folder: Path, layout: Layout, datasets: Mapping[str, Manifest]) -> "Study":
         """Read what stands in `folder` and plan.
+
+        Args:
+            datasets: by `data_key` of the trials' data.
 
         Raises:
             UserError: a trial's name stands for something else there, or the run to branch off does not fit.
@@ -50,7 +52,7 @@ class Study:
         for spec in sweep.trials:
             schedule = spec.experiment.lr_schedule()
             rates = Rates(schedule, source.experiment.lr_schedule(), source.step) if source else Rates(schedule)
-            candidates[spec.name] = Candidate(spec, rates, datasets[spec.experiment.data], layout.cpus_per_worker)
+            candidates[spec.name] = Candidate(spec, rates, datasets[data_key(spec.experiment.data)], layout.cpus_per_worker)
         s, probes = sweep.settings, {}
         if s.stop == "anneal_probe":
             probes = trials.probes_of(candidates.values(), s.probe_step, s.probe_steps)
@@ -124,13 +126,18 @@ class Study:
             # A probe that failed says nothing about its trunk, one that diverged says all.
             losses[self.candidates[name].spec.setting] += [final] if final is not None else [float("inf")] if diverged else []
         means = {setting: sum(values) / len(values) for setting, values in losses.items() if values}
-        limit = min(means.values(), default=0.0) + self.sweep.settings.probe_margin
+        least, margin = min(means.values(), default=0.0), self.sweep.settings.probe_margin
         for name in self.probes:
             mean = means.get(self.candidates[name].spec.setting)
-            if mean is not None and mean > limit:
-                self.dropped[name] = (f"its probe ended at {mean:.4f}, more than sweep.probe_margin="
-                                      f"{self.sweep.settings.probe_margin:g} above the best probe's {limit - self.sweep.settings.probe_margin:.4f}")
+            if mean is not None and mean > least + margin:
+                self.dropped[name] = (f"its probe ended at {mean:.4f}, more than sweep.probe_margin={margin:g} above the best "
+                                      f"probe's {least:.4f}")
         return list(self.dropped)
+
+
+def data_key(data: Data) -> str:
+    """Equal for experiments that are trained on the same prepared tokens."""
+    return data.model_dump_json()
 
 
 def _check_names(folder: Path, candidates: Mapping[str, Candidate]) -> None:

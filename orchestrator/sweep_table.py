@@ -17,27 +17,28 @@ SHOWN = 12  # running stages at most
 
 
 class Table:
-    """`stage_ended` and `tick` are the keeper's `watch` and `tick`.
+    """`stage_ended` and `tick` are the keeper's `watch` and `tick`; `books` is the keeper, set before they are called.
 
     Args:
         best: `(trial, loss)` of the best trial so far, or None.
         seconds_per_step: of one stage, expected; the stages that have run correct it.
     """
 
-    def __init__(self, slots: int, best: Callable[[], tuple[str, float] | None], seconds_per_step: float | None, out=None):
+    def __init__(self, slots: int, best: Callable[[], tuple[str, float] | None], seconds_per_step: float | None = None, out=None):
         self.slots, self.best, self.expected = slots, best, seconds_per_step
         self.out = out or sys.stdout
         self.redraws = self.out.isatty()
-        self.drawn, self.last, self.keeper = 0, time.monotonic(), None
+        self.drawn, self.last = 0, time.monotonic()
+        self.books: Keeper | None = None
 
     def stage_ended(self, stage: Stage) -> None:
-        state = self.keeper.progress.state[stage.id]
+        state = self.books.progress.state[stage.id]
         if state == WAITING:
             what = "its process died; once more"
         elif state == DONE:
             what = " ".join(["done", *(f"| {name} has ended" for name in stage.ends)])
         else:
-            what = f"{state}: {self.keeper.reasons.get(stage.id, '')}"
+            what = f"{state}: {self.books.reasons.get(stage.id, '')}"
         self._clear()
         print(f"steps {stage.start:,}–{stage.stop:,} of {_of(stage)}: {what}", file=self.out, flush=True)
         if not self.redraws:
@@ -55,7 +56,7 @@ class Table:
 
     def status(self) -> str:
         """One line: stages, trials, steps, the best so far, when it ends."""
-        k = self.keeper
+        k = self.books
         states = [k.progress.state[i] for i in k.plan.to_run]
         names = [c.name for c in k.candidates.values() if not c.probe]
         done = sum(k.progress.trial(name) == DONE for name in names)
@@ -70,15 +71,16 @@ class Table:
     def running(self) -> list[str]:
         """A line for each stage that runs now: where it is, for how many trials."""
         lines = []
-        for stage in self.keeper.plan.stages:
-            if self.keeper.progress.state[stage.id] == RUNNING:
-                last = (journal.read(self.keeper.stages / stage.id) or [{"step": stage.start}])[-1]
+        for stage in self.books.plan.stages:
+            if self.books.progress.state[stage.id] == RUNNING:
+                last = (journal.read(self.books.stages / stage.id) or [{"step": stage.start}])[-1]
                 loss = f"loss {last['train/loss']:.4f}" if "train/loss" in last else ""
-                lines.append(f"  {stage.start:>7,}–{stage.stop:<7,} at {max(last['step'], stage.start):<7,} {loss:12} {_of(stage)}"[:119])
+                where = f"  {stage.start:>7,}–{stage.stop:<7,} at {max(last['step'], stage.start):<7,}"
+                lines.append(f"{where} {loss:12} {_of(stage)}"[:119])
         return lines[:SHOWN] + ([f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])
 
     def seconds_left(self) -> float | None:
-        k = self.keeper
+        k = self.books
         results = [r for i, r in k.stored.results.items() if i in k.plan.to_run and r["steps_run"]]
         each = sum(r["seconds"] for r in results) / sum(r["steps_run"] for r in results) if results else self.expected
         if each is None:

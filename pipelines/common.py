@@ -6,10 +6,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from orchestrator.config import Experiment, field_docs, load_experiment
+from orchestrator.config import field_docs, load_experiment
 from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
+from orchestrator.refusals import Docs
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
@@ -58,18 +59,22 @@ def at_least(least: int | float) -> Callable[[str], int | float]:
     return parse
 
 
-def experiment_command(doc: str, run: Callable[[Experiment], int], *, dry_run: Callable[[Experiment], int] | None = None) -> None:
-    """`[EXPERIMENT.yaml] [section.field=value …] [--dry-run]`, without a file the quickstart."""
+def experiment_command(doc: str, run: Callable[[Any], int], *, dry_run: Callable[[Any], int] | None = None,
+                       load: Callable[[Path, list[str]], Any] = load_experiment, docs: Callable[[], Docs] = field_docs) -> None:
+    """`[EXPERIMENT.yaml] [section.field=value …] [--dry-run]`, without a file the quickstart.
+
+    `load` makes what `run` and `dry_run` take out of the path and the words; `docs` gives the fields that `--help` lists.
+    """
     def main(argv: list[str]) -> int:
         if {"-h", "--help"} & set(argv):
-            print(help_text(doc, dry_run is not None))
+            print(help_text(doc, dry_run is not None, docs()))
             return 0
         flags = {a for a in argv if a.startswith("-")}
         unknown = flags - ({"--dry-run"} if dry_run else set())
         if unknown:
             raise UserError(f"{sorted(unknown)[0]}: no such option; --help lists what there is")
         words = [a for a in argv if a not in flags]
-        experiment = load_experiment(*split_words(words))
+        experiment = load(*split_words(words))
         return dry_run(experiment) if "--dry-run" in flags else run(experiment)
 
     guarded(main)
@@ -83,11 +88,11 @@ def split_words(words: list[str]) -> tuple[Path, list[str]]:
     return Path(files[0]) if files else DEFAULT, [w for w in words if "=" in w]
 
 
-def help_text(doc: str, dry: bool) -> str:
-    """The command's description and every field with its type and default."""
+def help_text(doc: str, dry: bool, docs: Docs | None = None) -> str:
+    """The command's description and every field (of `docs`, else of an experiment) with its type and default."""
     lines = [doc.strip(), "", "usage: [EXPERIMENT.yaml] [section.field=value …]" + (" [--dry-run]" if dry else ""), "",
              "fields (type; default):"]
-    for key, field in field_docs().items():
+    for key, field in (docs or field_docs()).items():
         default = "null" if field["default"] is None else str(field["default"]).lower() if isinstance(
             field["default"], bool) else field["default"]
         lines += [f"  {key}  ({field['type']}; {default})", f"      {field['description']}"]

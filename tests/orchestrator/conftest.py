@@ -29,14 +29,14 @@ def sweeps(tiny_dataset, tmp_path):
     """`.open(words)` plans a sweep; `.run(study)` runs it here, without Ray; `.alone(study, trial)` runs one trial by itself."""
     from orchestrator.report import Report
     from orchestrator.space import load_sweep
-    from orchestrator.study import Study
+    from orchestrator.study import Study, data_key
 
     dataset = load_manifest(tiny_dataset)
 
     def open_(*words: str, name: str = "sweep"):
         sweep = load_sweep(None, [f"name={name}", f"data.dir={tiny_dataset}", *SMALL, *words])
         (tmp_path / name).mkdir(exist_ok=True)
-        datasets = {spec.experiment.data: dataset for spec in sweep.trials}
+        datasets = {data_key(spec.experiment.data): dataset for spec in sweep.trials}
         return Study.open(sweep, tmp_path / name, Layout(1, 1, False), datasets)
 
     def run(study, limit: int | None = None, fail=lambda stage: None):

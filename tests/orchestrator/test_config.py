@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.schedule import learning_rate
-from orchestrator.config import Experiment, field_docs, load_experiment, parse_experiment, read_yaml
+from orchestrator.config import Experiment, field_docs, load_experiment, parse_experiment
 from orchestrator.errors import UserError
+from orchestrator.plain_yaml import read_yaml
 from pipelines.common import help_text, split_words
 
 PROMISED = [
@@ -134,6 +135,7 @@ DISAGREE = [
     (["schedule.warmup_steps=2000"], "schedule.warmup_steps", "2000"),
     (["schedule.warmup_steps=300", "schedule.decay_steps=300"], "schedule.warmup_steps", "300"),
     (["schedule.kind=constant", "schedule.warmup_steps=2000"], "schedule.warmup_steps", "2000"),
+    (["schedule.kind=inverse_sqrt", "schedule.warmup_steps=2000"], "schedule.warmup_steps", "2000"),
     (["schedule.kind=wsd", "schedule.warmup_steps=1601"], "schedule.decay_fraction", "0.2"),
     (["data.tokenizer=char", "data.append_eot=true"], "data.append_eot", "char"),
     (["name=data"], "name", "data"),
@@ -456,7 +458,7 @@ def test_the_schedule_is_made_of_the_fields_that_are_called_like_it():
     assert load_experiment(None, ["train.max_steps=100"]).lr_schedule().decay_steps == 100
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant", "inverse_sqrt"])
 @pytest.mark.parametrize("warmup", [0, 1, 5, 8, 9])
 @pytest.mark.parametrize("decay", ["null", 5, 8, 12])
 def test_every_schedule_that_is_accepted_can_be_computed_to_its_end(kind, warmup, decay):
@@ -469,7 +471,7 @@ def test_every_schedule_that_is_accepted_can_be_computed_to_its_end(kind, warmup
     try:
         e = load_experiment(None, words)
     except UserError:
-        assert kind != "constant"
+        assert kind not in ("constant", "inverse_sqrt")
         assert warmup > 0
         return
     assert all(0 < learning_rate(e.lr_schedule(), n) <= e.schedule.max_lr for n in range(11))
@@ -482,7 +484,7 @@ def test_help_lists_every_field_with_its_type_its_default_and_what_it_is():
     assert list(entries) == list(Experiment().flat())
     assert entries["train.max_steps"] == "an integer; 2000"
     assert entries["optim.max_grad_norm"] == "a number or null; 1.0"
-    assert entries["schedule.kind"] == "cosine | linear | wsd | constant; cosine"
+    assert entries["schedule.kind"] == "cosine | linear | wsd | constant | inverse_sqrt; cosine"
     assert entries["compute.num_workers"] == "an integer or auto; auto"
     assert entries["data.corpus"] == "text or a list of texts; builtin:stdlib"
     assert entries["data.append_eot"] == "true or false; false"

@@ -1,0 +1,150 @@
+"""The sweep: an experiment with a `sweep` section in; every trial trained, tracked and compared, and an exit status out.
+
+Everything that must outlive this process is in the sweep's folder before it is needed, so that running the same command
+again goes on, and running it with more trials runs only what is new.
+
+    sweep.yaml     the resolved sweep            stages/<id>/    stretches of steps that trials share
+    plan.txt       its tree                      trials/<name>/  one folder a trial, like a lone run's
+    comparison.csv, figures/                     summary.json    how it ended
+"""
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from orchestrator import init_from, interrupts, launch, runs, tree_view
+from orchestrator.config import Data
+from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
+from orchestrator.manifest import Manifest, load_manifest
+from orchestrator.order import windows_per_epoch
+from orchestrator.report import Report
+from orchestrator.space import Sweep
+from orchestrator.stages import DONE, STOPPED
+from orchestrator.stores import resolve_uri
+from orchestrator.study import Study, data_key
+from orchestrator.sweep_table import Table
+from orchestrator.sweep_tracking import SweepTracker, replay
+from orchestrator.tokens import dataset_dir, prepare
+
+
+def run(sweep: Sweep) -> int:
+    """Plan, run what is missing, compare; returns the exit status of the driver."""
+    storage = runs.storage_root(sweep.base)
+    folder, uri = storage / sweep.base.name, resolve_uri(sweep.base, storage)
+    sweep = replace(sweep, trials=tuple(replace(s, experiment=init_from.with_absolute_path(s.experiment)) for s in sweep.trials))
+    for spec in sweep.trials:
+        init_from.check(spec.experiment)
+    runs.check_writable(storage)
+    if (folder / "experiment.yaml").exists():
+        raise UserError(f"name: {folder} is the folder of a run; give the sweep another name (name=…)")
+    if study := _finished(sweep, storage, folder):
+        return _show_again(study, uri)
+    try:
+        with interrupts.signals():
+            return _run(sweep, storage, folder, uri)
+    except runs.HeldError as error:
+        print(f"{error}; run this again when it has ended", file=sys.stderr)
+    except interrupts.Terminated:
+        print("terminated before a stage began; run the same command again", file=sys.stderr)
+    return EXIT_AGAIN
+
+
+def _run(sweep: Sweep, storage: Path, folder: Path, uri: str) -> int:
+    print("starting Ray …", flush=True)
+    launch.connect(launch.worker_environment())
+    interrupts.install_sigterm()  # ray.init replaces what was there
+    launch.check_storage(sweep.base.storage or os.environ.get("ESPALIER_STORAGE") or "runs")
+    layout = _layout(sweep, launch.recorded_layout(folder))
+    datasets = {key: prepare(data, dataset_dir(data, storage)) for key, data in _data_of(sweep).items()}
+    _check_shapes(sweep, datasets)
+    with runs.held(folder):
+        study = Study.open(sweep, folder, layout, datasets)
+        return _execute(study, max(1, launch.capacity(layout)), SweepTracker(folder, uri, sweep.base.tracking.experiment))
+
+
+def _execute(study: Study, slots: int, tracker: SweepTracker) -> int:
+    """From the plan to the last line of the comparison."""
+    started, code = time.monotonic(), None
+    table = Table(slots, study.best)
+    books = table.books = study.keeper(table.tick)
+    report = Report(study, books)
+    books.watch = lambda stage: (report.stage_ended(stage), table.stage_ended(stage))
+    print("\n".join(tree_view.summary(study.plan)), flush=True)
+    print(f"{slots} stage(s) at a time, {study.layout.num_workers} worker(s) each, in {study.folder}", flush=True)
+    report.begin()
+    try:
+        tracker.start()
+        from orchestrator import sweep  # imports Tune
+
+        interrupts.install_sigterm()
+        sweep.execute(books, books.stages, study.layout, slots, study.asha())
+        states = {books.progress.trial(name) for name in study.candidates}
+        code = EXIT_DONE if states <= {DONE, STOPPED} else EXIT_FAILED
+    except (KeyboardInterrupt, SystemExit):
+        code = EXIT_AGAIN if interrupts.was_terminated() else EXIT_INTERRUPTED
+    interrupts.let_end()
+    status = {EXIT_DONE: "FINISHED", EXIT_FAILED: "FAILED"}.get(code, "KILLED")
+    report.finish(status, time.monotonic() - started)
+    sent = tracker.finish(status, deadline_s=interrupts.ending_s(code))
+    report.show(tracker.url)
+    if not sent:
+        print(f"the tracking server did not take everything; send the rest with\n  "
+              f"pipelines/replay_metrics.py {study.folder}", flush=True)
+    return code
+
+
+# ---- before it runs ----
+def _data_of(sweep: Sweep) -> dict[str, Data]:
+    """Each corpus and tokenizer once."""
+    return {data_key(spec.experiment.data): spec.experiment.data for spec in sweep.trials}
+
+
+def _layout(sweep: Sweep, recorded: launch.Layout | None) -> launch.Layout:
+    """One for all trials."""
+    by_slots = {spec.experiment.slots: spec.experiment for spec in sweep.trials}
+    found = {launch.layout(e, recorded) for e in by_slots.values()}
+    if len(found) > 1:
+        raise UserError(f"compute.num_workers: trials would run on {' or '.join(str(a.num_workers) for a in found)} workers; "
+                        f"set it to a number that divides the reduction slots of all: {sorted(by_slots)}")
+    return found.pop()
+
+
+def _check_shapes(sweep: Sweep, datasets: Mapping[str, Manifest]) -> None:
+    """All trials that their corpus or their first weights do not fit, at once."""
+    problems = []
+    for spec in sweep.trials:
+        e, dataset = spec.experiment, datasets[data_key(spec.experiment.data)]
+        try:
+            windows_per_epoch(dataset.splits["train"].tokens, e.model.block_size)
+            init_from.check_shape(e, dataset.tokenizer["n_vocab"])
+        except ValueError as error:
+            problems.append(f"trial {spec.name}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+# ---- a sweep that is done ----
+def _finished(sweep: Sweep, storage: Path, folder: Path) -> Study | None:
+    """The study, where it is known without a cluster that nothing is left to run."""
+    layout, manifests = launch.recorded_layout(folder), {k: dataset_dir(d, storage) for k, d in _data_of(sweep).items()}
+    if layout is None or not all((path / "manifest.json").exists() for path in manifests.values()):
+        return None
+    if (runs.read_json(folder / "summary.json") or {}).get("status") != "FINISHED":
+        return None
+    study = Study.open(sweep, folder, layout, {k: load_manifest(path) for k, path in manifests.items()})
+    books = study.keeper(lambda: None)
+    books.judge()
+    return study if not books.progress.pending else None
+
+
+def _show_again(study: Study, uri: str) -> int:
+    print(f"{study.folder.name} is finished; more values in its grid run only what is new")
+    report = Report(study, study.books)
+    report.summary = runs.read_json(study.folder / "summary.json")
+    report.show(None)
+    if not replay(study.folder, uri, study.sweep.base.tracking.experiment, interrupts.EXIT_WAIT_S):
+        print("the tracking server did not take everything; run this again when it is there")
+    return EXIT_DONE

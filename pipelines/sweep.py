@@ -1,0 +1,13 @@
+#!/usr/bin/env python3
+"""Sweep schedules, or any other field: every trial of the file's `sweep:` section, on Ray Tune, each step run once.
+
+Trials that agree up to a step, bit for bit in their learning rates, share the steps before it. Run the same command again
+and it goes on; with more values in the grid it runs only what is new."""
+
+from orchestrator.config import sweep_docs
+from orchestrator.space import load_sweep
+from orchestrator.sweep_driver import run
+from pipelines.common import experiment_command
+
+if __name__ == "__main__":
+    experiment_command(__doc__, run, load=load_sweep, docs=sweep_docs)

@@ -4,53 +4,46 @@ Everything that must outlive this process is in the run's folder before it is ne
 again goes on, whatever happened to the first one.
 """
 
-import contextlib
 import json
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator import checkpoint, init_from, launch, numerics, runs
+from orchestrator import calibrate, checkpoint, init_from, interrupts, journal, launch, numerics, plan, runs
 from orchestrator.config import Experiment
 from orchestrator.console import Console, duration, number, table
 from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
+from orchestrator.facts import facts_of
 from orchestrator.manifest import Manifest, load_manifest
 from orchestrator.order import windows_per_epoch
-from orchestrator.plan import model_facts
-from orchestrator.provenance import redact, source_facts, source_tags
+from orchestrator.provenance import redact
 from orchestrator.tokens import dataset_dir, prepare
 from orchestrator.tracking import Tracker, replay, resolve_uri
 
-SOURCES = Path(__file__).resolve().parent.parent
-EXIT_WAIT_S = 60  # for a tracking server, at most
-
-
-class Terminated(BaseException):
-    """SIGTERM: a job was stopped or a machine is wanted back."""
+CALIBRATION_S = 10.0  # at most, before a run begins
+CALIBRATION_FLOPS = 2e12  # of a micro-batch: more than that takes CPUs longer
 
 
 def run(experiment: Experiment) -> int:
     """Prepare, train, track, summarise; returns the exit status of the driver."""
-    storage, experiment = runs.storage_root(experiment), _absolute_paths(experiment)
+    storage, experiment = runs.storage_root(experiment), init_from.with_absolute_path(experiment)
     uri = resolve_uri(experiment, storage)
     init_from.check(experiment)
-    _check_writable(storage)
+    runs.check_writable(storage)
     run_dir, data_dir = storage / experiment.name, dataset_dir(experiment.data, storage)
     if _is_finished(run_dir, experiment, data_dir):
         return _show_again(run_dir, experiment, uri)
     try:
-        with _signals():
+        with interrupts.signals():
             return _run(experiment, uri, run_dir, data_dir)
     except runs.HeldError as error:
         print(f"{error}; run this again when it has ended", file=sys.stderr)
         return EXIT_AGAIN
-    except Terminated:
+    except interrupts.Terminated:
         print("terminated before training began; run the same command again", file=sys.stderr)
         return EXIT_AGAIN
 
@@ -58,7 +51,7 @@ def run(experiment: Experiment) -> int:
 def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path) -> int:
     print("starting Ray …", flush=True)
     launch.connect()
-    _install_sigterm()  # ray.init replaces what was there
+    interrupts.install_sigterm()  # ray.init replaces what was there
     launch.check_storage(experiment.storage or os.environ.get("ESPALIER_STORAGE") or "runs")
     layout = launch.layout(experiment, launch.recorded_layout(run_dir))
     dataset = prepare(experiment.data, data_dir)
@@ -67,15 +60,16 @@ def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path) -> int
     with runs.held(run_dir):
         step = runs.check_resumable(run_dir, experiment, dataset)
         _note_numerics(run_dir, step, experiment, layout)
-        facts = _facts(experiment, dataset)
+        facts, estimate = facts_of(experiment, dataset), None if step else _estimate(experiment, dataset, layout)
         attempt = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "from_step": step,
                    "layout": asdict(layout), **{k: v for k, v in experiment.flat().items() if k.startswith(runs.FREE)}}
         runs.open_attempt(run_dir, experiment, facts, redact(attempt))
         tracker = Tracker(run_dir, uri, experiment.tracking.experiment)
-        return _train(experiment, run_dir, data_dir, layout, tracker, step)
+        return _train(experiment, run_dir, data_dir, layout, tracker, step, estimate)
 
 
-def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch.Layout, tracker: Tracker, step: int) -> int:
+def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch.Layout, tracker: Tracker, step: int,
+           estimate: dict[str, float] | None) -> int:
     """From the first worker to the last line of the summary."""
     device = "GPU" if layout.use_gpu else f"{layout.cpus_per_worker} CPU(s)"
     print(f"{'resuming' if step else 'training'} {experiment.name} from step {step:,} of {experiment.train.max_steps:,} "
@@ -91,16 +85,16 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
         else:
             status, code = "FINISHED", EXIT_DONE
     except (KeyboardInterrupt, SystemExit):  # Ray Train answers Ctrl-C with sys.exit(0)
-        status, code = "KILLED", EXIT_AGAIN if _was_terminated() else EXIT_INTERRUPTED
+        status, code = "KILLED", EXIT_AGAIN if interrupts.was_terminated() else EXIT_INTERRUPTED
     except Exception as error:
         traces = [f.read_text("utf-8") for f in sorted(run_dir.glob("failure-rank*.txt"))]
         reason = "\n".join(traces) or f"{error.__class__.__name__}: {error}"
-    ending = EXIT_WAIT_S if code != EXIT_AGAIN else max(2.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", 3)) - 1)
-    # What is left takes a bounded time and tells how the run ended. Not SIG_IGN: that says that a SIGTERM came.
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    interrupts.let_end()
     # A job that is stopped has 3 s before SIGKILL: hashing the weights is for a run that is done.
     summary = runs.summarise(run_dir, status, experiment.tokens_per_step, tracker.run_id, time.monotonic() - started)
-    sent = tracker.finish(status, deadline_s=min(ending, EXIT_WAIT_S))
+    if estimate and status == "FINISHED":
+        _compare(run_dir, summary, estimate)
+    sent = tracker.finish(status, deadline_s=interrupts.ending_s(code))
     if summary["mlflow_run_id"] != tracker.run_id:  # a server that was slow to answer
         summary["mlflow_run_id"] = tracker.run_id
         runs.write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
@@ -125,40 +119,33 @@ def _note_numerics(run_dir: Path, step: int, experiment: Experiment, layout: lau
         print(f"the last bits will differ from those of a run never stopped: {line}", flush=True)
 
 
-def _facts(experiment: Experiment, dataset: Manifest) -> dict[str, Any]:
-    """What the tracking server is told: every field and what follows from it, the dataset, the sources."""
-    derived = model_facts(experiment, dataset.tokenizer["n_vocab"])
-    params = {**experiment.flat(), **{f"derived.{k}": v for k, v in derived.items()},
-              "derived.tokens_per_step": experiment.tokens_per_step, "derived.reduction_slots": experiment.slots}
-    splits = {f"{name}_tokens": split.tokens for name, split in dataset.splits.items()}
-    sources = source_facts(SOURCES)
-    corpus = [experiment.data.corpus] if isinstance(experiment.data.corpus, str) else experiment.data.corpus
-    named = ", ".join(entry.partition("#")[0].rstrip("/").rpartition("/")[2] for entry in corpus)
-    return {
-        "params": redact({k: v for k, v in params.items() if v is not None}),
-        "tags": redact(source_tags(sources, ray_job_id=launch.job_id())),
-        "dataset": {"name": f"{named} as {dataset.tokenizer['name']}", "digest": dataset.digest,
-                    "source": str(dataset.directory), **splits},
-    }
+# ---- known before, measured after ----
+def _estimate(experiment: Experiment, dataset: Manifest, layout: launch.Layout) -> dict[str, float] | None:
+    """What the whole run will cost, and say so; None where that is not known within seconds. Never the end of a run."""
+    n_vocab, tokens = dataset.tokenizer["n_vocab"], {name: split.tokens for name, split in dataset.splits.items()}
+    asked = experiment, n_vocab, layout.num_workers, layout.cpus_per_worker, layout.use_gpu
+    try:
+        micro_batch = experiment.train.micro_batch_size * experiment.model.block_size
+        flops = plan.model_facts(experiment, n_vocab)["flops_per_token"] * micro_batch
+        timing = calibrate.known(*asked)
+        if timing is None and (layout.use_gpu or flops < CALIBRATION_FLOPS):
+            timing = calibrate.measure(*asked, limit_s=CALIBRATION_S)
+        estimate = calibrate.expected(experiment, tokens["val"], tokens["train"], timing) if timing else None
+    except Exception as error:
+        print(f"no estimate of the cost: {error.__class__.__name__}: {error}", flush=True)
+        return None
+    if estimate:
+        print(f"expected: {plan.expected_line(estimate)}", flush=True)
+    return estimate
 
 
-def _check_writable(storage: Path) -> None:
-    """Refuse a storage that cannot be made or written to; makes nothing."""
-    place = storage
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        why = "not writable" if place.is_dir() else "a file"
-        raise UserError(f"storage: {storage} cannot be written to, {place} is {why}; set storage=… or ESPALIER_STORAGE")
-
-
-def _absolute_paths(experiment: Experiment) -> Experiment:
-    """Workers run in another folder: a relative `train.init_from` is one of this one's."""
-    source = Path(experiment.train.init_from).expanduser()
-    if not source.exists():
-        return experiment  # scratch, a name, or a mistake that is told where it is read
-    train = experiment.train.model_copy(update={"init_from": str(source.absolute())})
-    return experiment.model_copy(update={"train": train})
+def _compare(run_dir: Path, summary: dict[str, Any], estimate: dict[str, float]) -> None:
+    """Add to the summary what was expected and what came of it."""
+    seen = [v for r in journal.read(run_dir) for k, v in r.items() if k.startswith("memory/")]
+    measured = {"time_s": summary["wall_s"], "memory_gib": max(seen, default=None),
+                "final_disk_bytes": calibrate.folder_bytes(run_dir / "checkpoints")}
+    summary |= {"estimated": estimate, "measured": measured}
+    runs.write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
 
 
 # ---- a run that is done ----
@@ -174,15 +161,17 @@ def _is_finished(run_dir: Path, experiment: Experiment, data_dir: Path) -> bool:
 def _show_again(run_dir: Path, experiment: Experiment, uri: str) -> int:
     print(f"{experiment.name} is finished; a larger train.max_steps goes on, a new name starts afresh")
     _print_summary(run_dir, runs.read_json(run_dir / "summary.json"), None)
-    if not replay(run_dir, uri, experiment.tracking.experiment, EXIT_WAIT_S):
+    if not replay(run_dir, uri, experiment.tracking.experiment, interrupts.EXIT_WAIT_S):
         print("the tracking server did not take everything; run this again when it is there")
     return EXIT_DONE
 
 
 def _print_summary(run_dir: Path, summary: dict[str, Any], url: str | None) -> None:
     """Where everything is, how good it is, and what to type next."""
-    shown = {k: number(v) for k, v in summary.items() if v is not None and k not in ("wall_s",)}
-    print(f"\n{run_dir.name}\n" + table({**shown, "wall time": duration(summary["wall_s"]), "folder": run_dir, "MLflow": url}))
+    shown = {k: number(v) for k, v in summary.items() if v is not None and k not in ("wall_s", "estimated", "measured")}
+    cost = plan.comparison_line(summary["estimated"], summary["measured"]) if "estimated" in summary else None
+    print(f"\n{run_dir.name}\n" + table({**shown, "wall time": duration(summary["wall_s"]), "estimate": cost,
+                                         "folder": run_dir, "MLflow": url}))
     samples = sorted((run_dir / "samples").glob("*.txt"))
     if samples and summary["status"] == "FINISHED":
         print("\nsample (the first tokens are the prompt, from val):\n" + samples[-1].read_text("utf-8").strip())
@@ -192,31 +181,3 @@ def _print_summary(run_dir: Path, summary: dict[str, Any], url: str | None) -> N
         return
     print(f"\nnext:\n  pipelines/sample.py {run_dir} --prompt '…'\n  pipelines/evaluate.py {run_dir}\n"
           f"  pipelines/ui.py {run_dir.parent}", flush=True)
-
-
-# ---- signals ----
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    _install_sigterm()
-    try:
-        yield
-    except KeyboardInterrupt:
-        if _was_terminated():
-            raise Terminated from None
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _install_sigterm() -> None:
-    def terminate(*_):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the orderly end short
-        # While Ray waits it asks for signals itself and lets no other exception of a handler through.
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, terminate)
-
-
-def _was_terminated() -> bool:
-    return signal.getsignal(signal.SIGTERM) == signal.SIG_IGN

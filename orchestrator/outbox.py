@@ -1,14 +1,15 @@
 """The outbox: what a run's folder holds for a tracking server, and what of it was accepted.
 
-Eats run.json, the journal with the lines that resumes moved aside, checkpoints/ and samples/; yields rows (key, value,
-timestamp in ms, step), redacted facts, digests and marks. It knows no server and changes nothing but `tracking.json`.
+Eats run.json, the journal with the lines that resumes moved aside, checkpoints/, samples/ and documents; yields rows (key,
+value, timestamp in ms, step), redacted facts, digests and marks. It knows no server, changes nothing but `tracking.json`.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from orchestrator.provenance import redact
 
 BATCH = 1000  # rows in one request: MLflow's limit
 MARKED = ("train/loss", "val/loss", "val/bits_per_byte")  # by which checkpoints are ranked
+STATUSES = ("FINISHED", "FAILED", "KILLED")
 Row = tuple[str, float, int, int]
 
 
@@ -120,6 +122,12 @@ def started_ms(run_dir: Path, facts: dict[str, Any]) -> int | None:
     return next((record["timestamp"] for record in journal.read(run_dir)), None)
 
 
+def status(run_dir: Path) -> str | None:
+    """How summary.json says that it ended; None where it has not."""
+    word = str(read_json(run_dir / "summary.json").get("status")).upper()
+    return word if word in STATUSES else None
+
+
 def ended_ms(run_dir: Path) -> int | None:
     """When the driver wrote its summary; None where it did not."""
     try:
@@ -139,10 +147,24 @@ def checkpoints(run_dir: Path) -> dict[str, str]:
     return found
 
 
+def step_of(name: str) -> int:
+    """The step in a checkpoint's name."""
+    return int(name.removeprefix("step-"))
+
+
 def samples(run_dir: Path) -> dict[Path, str]:
     """Files of generated text, each with a mark that changes when it is written again."""
-    files = sorted((run_dir / "samples").glob("step-*.txt"))
-    return {file: f"{stat.st_size} {stat.st_mtime_ns}" for file in files for stat in [file.stat()]}
+    return marked(sorted((run_dir / "samples").glob("step-*.txt")))
+
+
+def marked(files: Iterable[Path]) -> dict[Path, str]:
+    """Those of `files` that are there (a folder counts, a dangling link does not), each with its size and time."""
+    found = {}
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            stat = file.stat()
+            found[file] = f"{stat.st_size} {stat.st_mtime_ns}"
+    return found
 
 
 # ---- what was accepted ----
@@ -158,7 +180,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def blank_state(uri: str, key: str | None, experiment: str) -> dict[str, Any]:
     """Nothing was sent yet. `sent_step` is below step 0, the evaluation before training."""
     return {"uri": uri, "key": key, "experiment": experiment, "experiment_id": None, "run_id": None, "sent_step": -1,
-            "checkpoints": {}, "samples": {}}
+            "checkpoints": {}, "samples": {}, "documents": {}}
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:

@@ -1,9 +1,12 @@
-"""The dry run: what an experiment is and costs, before anything is written, downloaded or started.
+"""The dry run: what an experiment is and costs, before anything is written, downloaded or started; and how wrong that was.
 
-Eats an experiment; yields rows of text. What is estimated is marked with ≈.
+Eats an experiment; yields rows of text. What is estimated is marked with ≈. Time and memory come from a few seconds of
+training in a process of its own (`calibrate.py`), which leaves nothing but its numbers in the user's cache.
 """
 
 import math
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +14,12 @@ import torch
 from model import optim
 from model.flops import flops_per_token
 from model.gpt import GPT
-from orchestrator import init_from
+from orchestrator import calibrate, init_from, launch
+from orchestrator.calibrate import Timing
 from orchestrator.config import Experiment
+from orchestrator.console import duration
 from orchestrator.errors import UserError
+from orchestrator.numerics import available_cpus, device_name
 from orchestrator.parts import tail_cut
 from orchestrator.prepared import prepared
 from orchestrator.runs import storage_root
@@ -41,7 +47,7 @@ def show(experiment: Experiment) -> int:
 
 
 def dry_run(experiment: Experiment) -> list[tuple[str, list[str]]]:
-    """Sections of lines: batch arithmetic, model, data, cost."""
+    """Sections of lines: batch arithmetic, model, data, cost, and what was measured of it."""
     init_from.check(experiment)
     tokens = _token_counts(experiment)
     if tokens["n_vocab"] is None:
@@ -50,7 +56,24 @@ def dry_run(experiment: Experiment) -> list[tuple[str, list[str]]]:
         return [("batch", _batch(experiment)), ("data", _data(experiment, tokens)), ("model and cost", unknown)]
     facts = model_facts(experiment, tokens["n_vocab"])
     return [("batch", _batch(experiment)), ("model", _model(facts)), ("data", _data(experiment, tokens)),
-            ("cost", _cost(experiment, facts))]
+            ("cost", _cost(experiment, facts)), ("expected", _expected(experiment, tokens))]
+
+
+def expected_line(estimate: dict[str, float]) -> str:
+    """`1m50s, 0.52 GiB per worker, 28.5 MiB of disk`, of what `calibrate.expected` gives."""
+    return (f"{duration(estimate['time_s'])}, {estimate['memory_gib']:.3g} GiB per worker, "
+            f"{_size(estimate['disk_bytes'])} of disk")
+
+
+def comparison_line(estimated: dict[str, float], measured: dict[str, float | None]) -> str:
+    """`expected 1m50s, took 1m58s (+7 %); memory …; disk …`; what was not measured is left out."""
+    def part(key: str, words: str, shown: Callable[[float], str]) -> list[str]:
+        before, after = estimated[key], measured.get(key)
+        return [f"{words.format(shown(before), shown(after))} ({after / before - 1:+.0%})"] if after is not None else []
+
+    return "; ".join([*part("time_s", "expected {}, took {}", duration),
+                      *part("memory_gib", "memory {} expected, {} seen", lambda gib: _size(gib * 2**30)),
+                      *part("final_disk_bytes", "disk at the end {} expected, {} seen", _size)])
 
 
 def _batch(e: Experiment) -> list[str]:
@@ -95,6 +118,57 @@ def _cost(e: Experiment, f: dict[str, Any]) -> list[str]:
             f"activations not counted"]
 
 
+def _expected(e: Experiment, tokens: dict[str, Any]) -> list[str]:
+    """Time, memory and disk, from steps that are really made."""
+    layout = _layout(e)
+    if layout.use_gpu and not torch.cuda.is_available():
+        return ["time and memory are unknown: the run asks for a GPU, and this machine has none to time it on"]
+    timing = calibrate.measure(e, tokens["n_vocab"], layout.num_workers, layout.cpus_per_worker, layout.use_gpu)
+    if timing is None:
+        return [f"time and memory are unknown: this machine has no room for a step, is in use, or makes none within "
+                f"{calibrate.LIMIT_S:.0f} s"]
+    estimate = calibrate.expected(e, tokens["val"] or 0, tokens["train"] or 0, timing)
+    unknown = tokens["val"] is None and e.train.eval_interval
+    memory = "allocated on each worker's GPU" if layout.use_gpu else "resident per worker"
+    return [f"≈ {duration(estimate['time_s'])}" + (", evaluations not counted: " if unknown else ": ")
+            + _parts_of_time(e, tokens, timing),
+            f"≈ {estimate['memory_gib']:.3g} GiB {memory}, activations counted",
+            f"≈ {_size(estimate['disk_bytes'])} of disk at most, {_size(estimate['final_disk_bytes'])} at the end",
+            f"timed on {device_name('cuda:0' if layout.use_gpu else 'cpu')} for {layout.num_workers} worker(s) with "
+            f"{layout.cpus_per_worker} CPU(s) each{_caveats(e, layout)}"]
+
+
+def _parts_of_time(e: Experiment, tokens: dict[str, Any], timing: Timing) -> str:
+    parts = [f"{e.train.max_steps:,} steps of {_seconds(timing.step_s)}",
+             f"{calibrate.checkpoints(e)} checkpoint(s) of {_seconds(timing.checkpoint_s)}",
+             f"{_seconds(calibrate.start_seconds(timing))} to start"]
+    if e.train.eval_interval and tokens["val"] is not None:
+        each = calibrate.evaluation_seconds(e, tokens["val"], tokens["train"], timing)
+        parts.insert(1, f"{calibrate.evaluations(e)} evaluations of {_seconds(each)}")
+    return ", ".join(parts)
+
+
+def _layout(e: Experiment) -> launch.Layout:
+    """What the run would take of this machine; where that is too much, what it asks for."""
+    cpus, gpus, c = available_cpus(), torch.cuda.device_count(), e.compute
+    try:
+        return launch.resolve_layout(e, [(cpus, gpus)])
+    except UserError:
+        workers = 1 if c.num_workers == "auto" else c.num_workers
+        use_gpu = gpus > 0 if c.use_gpu == "auto" else c.use_gpu
+        whole = cpus if workers == 1 and not use_gpu else 1
+        return launch.Layout(workers, whole if c.cpus_per_worker == "auto" else c.cpus_per_worker, use_gpu)
+
+
+def _caveats(e: Experiment, layout: launch.Layout) -> str:
+    wanted = layout.num_workers * layout.cpus_per_worker
+    known = {f"as if this machine had {wanted} CPUs": wanted > available_cpus(),
+             "traffic between workers not counted": layout.num_workers > 1,
+             "without train.compile, which makes steps shorter and the start longer": e.train.compile,
+             "not on the cluster of $RAY_ADDRESS": bool(os.environ.get("RAY_ADDRESS"))}
+    return "".join(f"; {words}" for words, holds in known.items() if holds)
+
+
 def _token_counts(e: Experiment) -> dict[str, Any]:
     """Counts from the manifest where there is one, else what `estimate` makes of the corpus."""
     directory = dataset_dir(e.data, storage_root(e))
@@ -113,6 +187,10 @@ def _token_counts(e: Experiment) -> dict[str, Any]:
 def _corpus(e: Experiment) -> str:
     entries = [e.data.corpus] if isinstance(e.data.corpus, str) else e.data.corpus
     return ", ".join(entry.partition("#")[0] for entry in entries)
+
+
+def _seconds(s: float) -> str:
+    return f"{s * 1000:.3g} ms" if s < 1 else f"{s:.2g} s" if s < 10 else duration(s)
 
 
 def _size(n: float) -> str:

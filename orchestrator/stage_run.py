@@ -103,7 +103,8 @@ def has_result(folder: Path, order: Order, experiment: Experiment) -> bool:
         return False
     if result["outcome"] == DIVERGED:
         return result["limit"] is None or result["limit"] == order.diverged_above
-    return result["is_whole"] or order.stop < experiment.train.max_steps
+    there = checkpoint.path_of(folder / "checkpoints", order.stop).is_dir()  # else it was removed, and is needed again
+    return there and (result["is_whole"] or order.stop < experiment.train.max_steps)
 
 
 def _write_result(folder: Path, order: Order, experiment: Experiment, step: int, outcome: str, facts: dict[str, Any]) -> None:

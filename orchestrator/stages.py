@@ -166,6 +166,15 @@ class Plan:
     def steps_to_run(self) -> int:
         return sum(self.cost(self.by_id[i]) for i in self.to_run)
 
+    @property
+    def steps_again(self) -> int:
+        """Of these the ones that were run before, where no checkpoint stands from which to branch off."""
+        made = {*self.standing, *self.finished, *self.dead}
+        for stage in reversed(self.stages):
+            if stage.id in made and stage.parent:
+                made.add(stage.parent)
+        return sum(self.cost(self.by_id[i]) for i in self.to_run if i in made)
+
 
 def plan(trials: Iterable[Trial], states: Mapping[str, int] | None = None, standing: Collection[str] = (),
          finished: Collection[str] = (), dead: Collection[str] = ()) -> Plan:

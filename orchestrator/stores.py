@@ -1,15 +1,22 @@
-"""Tracking stores: which MLflow a run is sent to, and at which address a browser finds it. Needs no mlflow."""
+"""Tracking stores: which MLflow a run is sent to, what its answers are worth, and at which address a browser finds it.
 
+Needs no mlflow.
+"""
+
+import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from orchestrator.errors import UserError
 from orchestrator.provenance import redact_text
 
 UI_PORT = 5000
+PARENT_TAG = "mlflow.parentRunId"  # MLflow's own name for what makes a run a child of another
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # to try again is the sender's business
     "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -56,11 +63,49 @@ def experiment_url(base: str, experiment_id: str) -> str:
 
 def run_url(uri: str, experiment_id: str, run_id: str) -> str:
     """The page with a run's curves. An embedded store's page exists while `make ui` serves it."""
-    base = f"http://127.0.0.1:{UI_PORT}"
-    if uri.startswith("http"):
-        parts = urlsplit(uri)
-        base = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
-    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}/model-metrics?{_MODE}"
+    return f"{_base(uri)}/#/experiments/{experiment_id}/runs/{run_id}/model-metrics?{_MODE}"
+
+
+def sweep_url(uri: str, experiment_id: str, run_id: str) -> str:
+    """The trials of the sweep `run_id`, ranked, beside all their curves; the experiment needs the tag of `sweep_view`."""
+    return f"{_base(uri)}/#/experiments/{experiment_id}/runs?{_MODE}&compareRunsMode=CHART&viewStateShareKey={run_id}"
+
+
+def sweep_view(run_id: str, metric: str = "val/loss") -> tuple[str, str]:
+    """(key, value) of the tag that holds the view of a sweep: ranked by the last `metric`, lowest first.
+
+    Of itself MLflow nests a sweep's trials out of sight while they are in order of time, draws the curves of ten, and no
+    address can say otherwise but one of a stored view. Its charts are filtered: about thirty would come before the loss.
+    """
+    view = {"searchFilter": f"tags.`{PARENT_TAG}` = '{run_id}'", "orderByKey": f"metrics.`{metric}`", "orderByAsc": True,
+            "runsHiddenMode": "SHOW_ALL", "chartsSearchFilter": f"^({metric}|optim/lr)$"}
+    return f"mlflow.sharedViewState.{run_id}", json.dumps(view)
+
+
+def _base(uri: str) -> str:
+    """Where a browser finds the server of `uri`, without a password."""
+    if not uri.startswith("http"):
+        return f"http://127.0.0.1:{UI_PORT}"
+    parts = urlsplit(uri)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
+
+
+# ---- answers ----
+def whole(answer: Any, its_id: str | None) -> Any:
+    """`answer`, unless it was cut: MLflow takes an empty body for an empty object."""
+    if not its_id:
+        raise ConnectionError("the server's answer was cut")
+    return answer
+
+
+def hits(search: Callable, *query: Any, **options: Any) -> Any:
+    """What `search` finds. Asked again where that is nothing: an answer that was cut reads like no hit."""
+    return next((found for _ in range(3) if (found := search(*query, **options))), [])
+
+
+def first(search: Callable, *query: Any) -> Any:
+    """The first hit or None."""
+    return next(iter(hits(search, *query)), None)
 
 
 def quieten() -> None:

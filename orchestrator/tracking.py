@@ -1,4 +1,4 @@
-"""Tracking: the projection of a run's folder into MLflow. The only user of mlflow.
+"""Tracking: the projection of a run's folder into MLflow. With sweep_tracking, the only user of mlflow.
 
 Eats what driver and rank 0 leave in the folder (run.json, journal, samples/, checkpoints/, summary.json); yields one
 MLflow run that shows it. The folder is the truth and MLflow its image: every request may be made twice and says the
@@ -8,33 +8,37 @@ A `Tracker` does this in a thread beside the driver and never raises; `replay` d
 mlflow costs a second, so it happens in the thread; a driver has made its own heavy imports before it starts one.
 """
 
+import contextlib
 import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from orchestrator import figures, journal, outbox
 from orchestrator.provenance import redact_text
 from orchestrator.sender import Ending, GivenUpError, RefusedError, Sender
-from orchestrator.stores import local_path, quieten, resolve_uri, run_url  # noqa: F401 - resolve_uri is for our callers
+from orchestrator.stores import first, local_path, quieten, resolve_uri, run_url, whole  # noqa: F401 - resolve_uri: our callers'
 
 STATE = "tracking.json"
 KEY_TAG = "espalier.run_key"
-STATUSES = ("FINISHED", "FAILED", "KILLED")
 PASSING = ("BAD_REQUEST", "ENDPOINT_NOT_FOUND")  # a server out of connections says so; a proxy whose server is starting
-
 
 
 class Tracker:
     """Keeps MLflow's image of a run up to date from a thread: no method raises or waits for a server, but `finish`."""
 
+    _page = staticmethod(run_url)
+
     def __init__(self, run_dir: Path, uri: str, experiment_name: str):
         self._sender = Sender(self._attempt, f"tracking to {redact_text(uri)}")
-        self._projection = _Projection(Path(run_dir), uri, experiment_name, self._sender.given_up)
+        self._projection = self._image(Path(run_dir), uri, experiment_name, self._sender.given_up)
         self._reopen = True
+
+    def _image(self, *where: Any) -> "Projection":
+        return Projection(*where)
 
     def start(self) -> None:
         """Begin to follow the folder, in which run.json already stands; returns at once."""
@@ -47,9 +51,9 @@ class Tracker:
 
     @property
     def url(self) -> str | None:
-        """The page of the run's curves; None while the run has no id."""
+        """The page of its curves; None while the run has no id."""
         state = self._projection.state
-        return run_url(self._projection.uri, state["experiment_id"], state["run_id"]) if state["run_id"] else None
+        return self._page(self._projection.uri, state["experiment_id"], state["run_id"]) if state["run_id"] else None
 
     def finish(self, status: str | None, deadline_s: float = 60) -> bool:
         """Send the rest and set the status; False if not all was accepted within `deadline_s` s. The caller says so.
@@ -57,34 +61,41 @@ class Tracker:
         Args:
             status: FINISHED, FAILED or KILLED; None leaves it as it is.
         """
-        assert status is None or status in STATUSES, status
+        assert status is None or status in outbox.STATUSES, status
         return self._sender.finish(Ending(status), deadline_s)
 
     def _attempt(self, ending: Ending | None) -> None:
         quieten()
-        from mlflow.exceptions import MlflowException
-
-        try:
+        with refusals():
             self._projection.send(self._reopen, ending)
-        except MlflowException as error:
-            if 400 <= error.get_http_status_code() < 408 and error.error_code not in PASSING:
-                raise RefusedError(str(error)) from error
-            raise
 
 
-def replay(run_dir: Path, uri: str, experiment_name: str, deadline_s: float = 60) -> bool:
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Tell a server that says no (`RefusedError`) from one that could not be asked."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if 400 <= error.get_http_status_code() < 408 and error.error_code not in PASSING:
+            raise RefusedError(str(error)) from error
+        raise
+
+
+def replay(run_dir: Path, uri: str, experiment_name: str, deadline_s: float = 60, kind: type[Tracker] = Tracker) -> bool:
     """Send what a run's folder holds and MLflow does not; True if all was accepted. The status is summary.json's."""
-    tracker = Tracker(run_dir, uri, experiment_name)
+    tracker = kind(run_dir, uri, experiment_name)
     tracker._reopen = False
     tracker.start()
-    status = str(outbox.read_json(Path(run_dir) / "summary.json").get("status")).upper()
-    return tracker.finish(status if status in STATUSES else None, deadline_s)
+    return tracker.finish(outbox.status(Path(run_dir)), deadline_s)
 
 
-class _Projection:
+class Projection:
     """One run's folder and its image. Every method sends what is missing, and remembers what was accepted."""
 
     def __init__(self, run_dir: Path, uri: str, experiment_name: str, given_up: threading.Event):
+        self.tags: dict[str, str] = {}  # that the run has from its first moment, besides its key
         self.run_dir, self.uri, self.experiment_name, self.given_up = run_dir, uri, experiment_name, given_up
         self.lines, self.client, self.run, self.told = outbox.Lines(run_dir), None, None, None
         self.facts, self.state = outbox.read_json(run_dir / "run.json"), outbox.read_json(run_dir / STATE)
@@ -108,7 +119,7 @@ class _Projection:
         if ending and ending.status:
             self.client.set_terminated(self.state["run_id"], ending.status, outbox.ended_ms(self.run_dir))
         self.send_checkpoints()
-        self.send_samples()
+        self.send_samples(outbox.samples(self.run_dir))
         if ending:
             self.send_documents()
 
@@ -122,7 +133,7 @@ class _Projection:
             raise FileNotFoundError(f"{self.run_dir / 'run.json'}: missing; it names the run")
         if local := local_path(self.uri):
             local.parent.mkdir(parents=True, exist_ok=True)
-        self.client = MlflowClient(tracking_uri=self.uri)
+        self.client = self.client or MlflowClient(tracking_uri=self.uri)
         run = self._known_run() or self._found_run() or self._created_run()
         if run.info.lifecycle_stage == "deleted":
             raise RefusedError(f"the run was deleted in MLflow: restore it there, or remove {self.run_dir / STATE} to "
@@ -146,7 +157,7 @@ class _Projection:
 
     def _get_run(self):
         run = self.client.get_run(self.state["run_id"])
-        return _whole(run, run.info.run_id)
+        return whole(run, run.info.run_id)
 
     def _found_run(self):
         """The run of an attempt that ended between creating it and remembering it."""
@@ -155,19 +166,19 @@ class _Projection:
             local = local_path(self.uri)
             location = (local.parent / "artifacts").as_uri() if local else None
             made = self.client.create_experiment(self.experiment_name, location)
-            self.state["experiment_id"] = _whole(made, made)
+            self.state["experiment_id"] = whole(made, made)
             return None
         if experiment.lifecycle_stage == "deleted":
             raise RefusedError(f"the experiment '{self.experiment_name}' was deleted in MLflow: restore it there, "
                                f"or set tracking.experiment")
-        self.state["experiment_id"] = _whole(experiment.experiment_id, experiment.experiment_id)
+        self.state["experiment_id"] = whole(experiment.experiment_id, experiment.experiment_id)
         query = f"tags.`{KEY_TAG}` = '{self.facts['key']}'"
-        return _first(self.client.search_runs, [experiment.experiment_id], query)
+        return first(self.client.search_runs, [experiment.experiment_id], query)
 
     def _created_run(self):
-        started, tags = outbox.started_ms(self.run_dir, self.facts), {KEY_TAG: self.facts["key"]}
+        started, tags = outbox.started_ms(self.run_dir, self.facts), {KEY_TAG: self.facts["key"], **self.tags}
         run = self.client.create_run(self.state["experiment_id"], started, tags, self.facts.get("name"))
-        return _whole(run, run.info.run_id)
+        return whole(run, run.info.run_id)
 
     # ---- its curve ----
     def send_metrics(self) -> None:
@@ -189,7 +200,8 @@ class _Projection:
         if facts == self.told:
             return
         params = outbox.wanted_params(facts)
-        tags = {k: v for k, v in outbox.wanted_tags(facts, params, data.params).items() if data.tags.get(k) != v}
+        tags = outbox.wanted_tags(facts, params, data.params) | self.tags
+        tags = {k: v for k, v in tags.items() if data.tags.get(k) != v}
         params = {k: v for k, v in params.items() if k not in data.params}
         if params or tags:
             self.client.log_batch(self.state["run_id"], params=[Param(*p) for p in params.items()],
@@ -216,8 +228,8 @@ class _Projection:
                 known[name] = {"model_id": self._model(name, digest), "sha256": digest, "measured": False}
                 self.save()
             elif known[name]["sha256"] != digest:  # made again after a resume
-                self._mark(name, digest, {"checkpoint.sha256": digest, "checkpoint.removed": "false"})
-            if not known[name]["measured"] and self.state["sent_step"] >= _step(name):
+                self._mark(name, digest, self._whereabouts(name, digest) | {"checkpoint.removed": "false"})
+            if not known[name]["measured"] and self.state["sent_step"] >= outbox.step_of(name):
                 self._measure(name)
         for name in known:
             if name not in found and known[name]["sha256"]:
@@ -229,6 +241,10 @@ class _Projection:
         known["sha256"] = digest
         self.save()
 
+    def _whereabouts(self, name: str, digest: str) -> dict[str, str]:
+        path = (self.run_dir / "checkpoints" / name).resolve()  # a trial's folder is a link to a stage's
+        return {"checkpoint.sha256": digest, "checkpoint.uri": str(path)}
+
     def _model(self, name: str, digest: str) -> str:
         """The id of MLflow's external model for one checkpoint: what `create_external_model` does, with our client."""
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
@@ -237,17 +253,16 @@ class _Projection:
         run_id, experiment_id = self.state["run_id"], self.state["experiment_id"]
         title = re.sub(r"""[/:.%"']""", "-", f"{self.facts.get('name', 'run')}-{name}")
         query = f"source_run_id = '{run_id}' AND name = '{title}'"
-        tags = {"mlflow.model.isExternal": "true", "checkpoint.sha256": digest,
-                "checkpoint.uri": str(self.run_dir.absolute() / "checkpoints" / name)}
-        model = _first(self.client.search_logged_models, [experiment_id], query) or self.client.create_logged_model(
-            experiment_id, title, run_id, tags, {"step": str(_step(name))}, "checkpoint")
-        _whole(model, model.model_id)
+        tags = {"mlflow.model.isExternal": "true", **self._whereabouts(name, digest)}
+        model = first(self.client.search_logged_models, [experiment_id], query) or self.client.create_logged_model(
+            experiment_id, title, run_id, tags, {"step": str(outbox.step_of(name))}, "checkpoint")
+        whole(model, model.model_id)
         with tempfile.TemporaryDirectory() as folder:
             get_external_mlflow_model_spec(model).save(os.path.join(folder, "MLmodel"))  # makes it registrable
             self.client.log_model_artifacts(model.model_id, folder)
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         if model.model_id not in [o.model_id for o in self._get_run().outputs.model_outputs]:
-            self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, _step(name))])
+            self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, outbox.step_of(name))])
         return model.model_id
 
     def _measure(self, name: str) -> None:
@@ -255,7 +270,7 @@ class _Projection:
         from mlflow.entities import Metric
 
         known, run_id = self.state["checkpoints"][name], self.state["run_id"]
-        if rows := outbox.losses(self.run_dir, _step(name)):
+        if rows := outbox.losses(self.run_dir, outbox.step_of(name)):
             data = outbox.dataset(self.facts)
             links = {"dataset_name": data.get("name"), "dataset_digest": data.get("digest"),
                      "model_id": known["model_id"], "run_id": run_id}
@@ -264,8 +279,8 @@ class _Projection:
         self.save()
 
     # ---- its files ----
-    def send_samples(self) -> None:
-        for path, mark in outbox.samples(self.run_dir).items():
+    def send_samples(self, found: dict[Path, str]) -> None:
+        for path, mark in found.items():
             if self.state["samples"].get(path.name) != mark:
                 self.client.log_artifact(self.state["run_id"], str(path), "samples")
                 self.state["samples"][path.name] = mark
@@ -274,26 +289,9 @@ class _Projection:
     def send_documents(self) -> None:
         """The experiment, the summary and the figures; a second time they replace the first."""
         run_id, records = self.state["run_id"], journal.read(self.run_dir)
-        for name in ("experiment.yaml", "summary.json"):
-            if (self.run_dir / name).exists():
-                self.client.log_text(run_id, redact_text((self.run_dir / name).read_text("utf-8")), name)
+        for path in outbox.marked(self.run_dir / name for name in ("experiment.yaml", "summary.json")):
+            self.client.log_text(run_id, redact_text(path.read_text("utf-8")), path.name)
         if records:
             self.client.log_figure(run_id, figures.loss_curve(records), "figures/loss.png")
-            self.client.log_figure(run_id, figures.schedule_curve(figures.points(records, "optim/lr")),
-                                   "figures/schedule.png")
-
-
-def _whole(answer: Any, its_id: str | None) -> Any:
-    """`answer`, unless it was cut: MLflow takes an empty body for an empty object."""
-    if not its_id:
-        raise ConnectionError("the server's answer was cut")
-    return answer
-
-
-def _first(search: Callable, *query: Any) -> Any:
-    """The first hit or None. Asked again where nothing was found: an answer that was cut reads like no hit."""
-    return next((hits[0] for _ in range(3) if (hits := search(*query))), None)
-
-
-def _step(name: str) -> int:
-    return int(name.removeprefix("step-"))
+            lrs = figures.points(records, "optim/lr")
+            self.client.log_figure(run_id, figures.schedule_curve(lrs), "figures/schedule.png")

@@ -4,6 +4,10 @@ import json
 
 import pytest
 
+from orchestrator import checkpoint
+from orchestrator.numerics import Worker
+from orchestrator.stage_run import run_stage
+
 MIXED = ["sweep.trials.wsd-20.schedule.kind=wsd",
          "sweep.trials.wsd-14.train.max_steps=14",
          "sweep.trials.wsd-30-cosine={schedule.decay_shape: cosine, train.max_steps: 30}",
@@ -34,3 +38,183 @@ def test_a_mixed_sweep_is_its_trials(sweeps, keep):
     assert len(ran) == len(set(ran)) == len(study.plan.stages)
     assert steps_of(study, ran) == study.plan.steps_in_tree == study.plan.steps_to_run < study.plan.steps_asked
     assert {row["state"] for row in study.rows()} == {"done"}
+
+
+def test_killed_between_any_two_stages_nothing_is_run_twice(sweeps):
+    words = MIXED[:5]
+    whole = sweeps.open(*words, name="whole")
+    sweeps.run(whole)
+    ran = []
+    while True:  # a new plan from disk before every stage, as after a kill
+        study = sweeps.open(*words)
+        if not study.plan.to_run:
+            break
+        ran += sweeps.run(study, limit=1)
+    assert len(ran) == len(set(ran)) == len(whole.plan.stages)
+    for name in study.candidates:
+        ours, theirs = (sweeps.outcome(s.folder / "trials" / name) for s in (study, whole))
+        assert ours == theirs
+
+
+def test_killed_inside_a_stage_it_goes_on_there(sweeps):
+    study = sweeps.open(*MIXED[:2])
+    books = study.keeper(lambda: None)
+    stage = books.next()
+    for line in run_stage(books.stages / stage, Worker()):
+        if line["step"] == 6:  # after the checkpoint of step 4; the lines of 5 and 6 are made again
+            break
+    study = sweeps.open(*MIXED[:2])
+    ran = sweeps.run(study)
+    assert ran[0] == stage
+    assert json.loads((study.folder / "stages" / stage / "result.json").read_text())["steps_run"] == study.plan.by_id[stage].stop - 4
+    assert_alone(sweeps, study)
+
+
+def test_a_sweep_that_grows_runs_only_what_is_new(sweeps):
+    first = sweeps.open(*MIXED[:4])
+    before = steps_of(first, sweeps.run(first))
+    study = sweeps.open(*MIXED)
+    now = steps_of(study, sweeps.run(study))
+    assert now == study.plan.steps_to_run
+    # Two of the new trials end inside a trunk at whose end alone a checkpoint stands: up to there it is made again.
+    assert before + now == study.plan.steps_in_tree + study.plan.steps_again
+    assert study.plan.steps_again == 13
+    assert_alone(sweeps, study)
+
+
+@pytest.mark.parametrize("end", [12, 13, 16])
+def test_a_trial_that_ends_where_a_trunk_stands_costs_an_evaluation(sweeps, end):
+    """wsd-20 and its longer sister branch at step 16; a constant run of that length is the trunk itself."""
+    trunk = ["sweep.trials.a.train.max_steps=20", "sweep.trials.b.train.max_steps=30"]
+    sweeps.run(sweeps.open(*trunk))
+    study = sweeps.open(*trunk, "sweep.trials.end={schedule.kind: constant, train.max_steps: 16}",
+                        f"sweep.trials.inside={{schedule.kind: constant, train.max_steps: {end}}}")
+    ran = sweeps.run(study)
+    assert sorted(study.plan.by_id[i].stop for i in ran) == sorted({16, end})
+    assert steps_of(study, ran) == study.plan.steps_to_run == study.plan.steps_again == (end if end < 16 else 0)
+    assert_alone(sweeps, study)
+
+
+def test_checkpoints_of_an_interrupted_stage_serve_a_tree_of_another_shape(sweeps):
+    """The grid is changed after a kill: the old stage is none any more, but its states are states."""
+    study = sweeps.open("sweep.trials.long.train.max_steps=30")
+    books = study.keeper(lambda: None)
+    for line in run_stage(books.stages / books.next(), Worker()):
+        if line["step"] == 20:
+            break
+    study = sweeps.open("sweep.trials.longer.train.max_steps=40")
+    ran = sweeps.run(study)
+    assert study.plan.steps_to_run == 40 - 16 == steps_of(study, ran)
+    assert_alone(sweeps, study)
+
+
+# ---- checkpoints ----
+def test_branches_go_when_nothing_pending_needs_them_and_results_stay(sweeps):
+    study = sweeps.open(*MIXED, "sweep.keep_branches=false", "train.keep=1")
+    sweeps.run(study)
+    for stage in study.plan.stages:
+        steps = checkpoint.steps(study.folder / "stages" / stage.id / "checkpoints")
+        assert (stage.stop in steps) == bool(stage.ends), stage
+        assert len(steps) <= 2  # the last one, and the best where that is another
+    again = sweeps.open(*MIXED, "sweep.keep_branches=false", "train.keep=1")
+    assert again.plan.to_run == frozenset()
+
+
+def test_a_branch_that_was_removed_is_made_again_and_counted(sweeps):
+    words = ["sweep.trials.a.train.max_steps=20", "sweep.trials.b={train.max_steps: 20, schedule.decay_shape: cosine}"]
+    sweeps.run(sweeps.open(*words, "sweep.keep_branches=false"))
+    study = sweeps.open(*words, "sweep.trials.c={train.max_steps: 20, schedule.decay_shape: 1-sqrt}")
+    assert study.plan.steps_again == 17  # at the first step of a decay every shape has its full rate
+    sweeps.run(study)
+    assert_alone(sweeps, study)
+
+
+# ---- what goes wrong ----
+def test_a_trial_that_diverges_ends_alone_with_the_bits_that_it_had(sweeps):
+    words = [*MIXED[:2], "sweep.trials.hot={schedule.max_lr: 1e38, optim.max_grad_norm: null}"]
+    study = sweeps.open(*words)
+    ran = sweeps.run(study)
+    states = {row["trial"]: row["state"] for row in study.rows()}
+    assert states == {"wsd-20": "done", "wsd-14": "done", "hot": "diverged"}
+    assert "not finite" in next(row["reason"] for row in study.rows() if row["trial"] == "hot")
+    assert_alone(sweeps, study, ["wsd-20", "wsd-14"])
+    summary = json.loads((study.folder / "trials" / "hot" / "summary.json").read_text())
+    assert summary["status"] == "FAILED" and summary["state"] == "diverged"
+    again = sweeps.open(*words)
+    assert sweeps.run(again) == [] and len(ran) == 4
+    assert {r["trial"]: r["state"] for r in again.rows()} == states
+
+
+def test_a_trunk_that_diverges_takes_its_branches_and_is_never_run_again(sweeps):
+    hot = ["sweep.trials.a={schedule.max_lr: 0.9, train.max_steps: 30}",
+           "sweep.trials.b={schedule.max_lr: 0.9, train.max_steps: 30, schedule.decay_shape: cosine}", MIXED[0]]
+    study = sweeps.open(*hot, "sweep.diverged_above=3.7")
+    sweeps.run(study)
+    losses = [r["train/loss"] for r in sweeps.alone(study, "a")["curve"] if "train/loss" in r]
+    assert max(losses) > 3.7, "the test needs a trial that gets worse"
+    assert [row["state"] for row in study.rows()] == ["diverged", "diverged", "done"]
+    assert "sweep.diverged_above=3.7" in study.rows()[0]["reason"]
+    grown = sweeps.open(*hot, "sweep.trials.c={schedule.max_lr: 0.9, train.max_steps: 40}", "sweep.diverged_above=3.7")
+    assert grown.plan.to_run == frozenset()
+    raised = sweeps.open(*hot, "sweep.diverged_above=1e9")
+    sweeps.run(raised)
+    assert {row["state"] for row in raised.rows()} == {"done"}
+    assert_alone(sweeps, raised, ["a", "b"])
+
+
+def test_an_error_ends_its_stage_and_what_follows_and_is_tried_again_next_time(sweeps):
+    def fail(stage):
+        if stage.start == 17 and "wsd-20-sqrt" in stage.trials:
+            raise RuntimeError("out of memory")
+
+    study = sweeps.open(*MIXED[:4])
+    sweeps.run(study, fail=fail)
+    assert {row["trial"]: row["state"] for row in study.rows()} == {
+        "wsd-20": "done", "wsd-14": "done", "wsd-30-cosine": "done", "wsd-20-sqrt": "failed"}
+    assert "out of memory" in study.rows()[3]["reason"]
+    study = sweeps.open(*MIXED[:4])
+    assert len(sweeps.run(study)) == 1
+    assert_alone(sweeps, study)
+
+
+def test_a_name_that_stood_for_another_experiment_is_refused(sweeps):
+    sweeps.run(sweeps.open("sweep.trials.mine.train.max_steps=10"))
+    with pytest.raises(ValueError, match="mine would not be what they were there; give the sweep a new name"):
+        sweeps.open("sweep.trials.mine.train.max_steps=10", "model.dropout=0.2")
+
+
+# ---- probes ----
+PROBED = ["sweep.grid.schedule.max_lr=[1e-2,1e-5]", "sweep.grid.schedule.decay_shape=[linear,cosine]", "train.max_steps=20",
+          "sweep.stop=anneal_probe", "sweep.probe_step=8", "sweep.probe_steps=4"]
+
+
+def test_probes_drop_what_is_worse_and_leave_the_others_their_bits(sweeps):
+    study = sweeps.open(*PROBED, "sweep.probe_margin=0.01")
+    ran = sweeps.run(study)
+    states = {row["trial"]: row["state"] for row in study.rows()}
+    assert set(states.values()) == {"done", "stopped"}
+    assert all((state == "stopped") == ("1e-05" in name) for name, state in states.items())
+    assert all("above the best probe's" in row["reason"] for row in study.rows() if row["state"] == "stopped")
+    assert_alone(sweeps, study, [name for name, state in states.items() if state == "done"])
+    # two trunks up to the probe's fork, two probes, and one trunk with its two ends
+    assert steps_of(study, ran) == 2 * 9 + 2 * 3 + (17 - 9) + 2 * 3
+    again = sweeps.open(*PROBED, "sweep.probe_margin=0.01")
+    assert sweeps.run(again) == []
+    assert {row["trial"]: row["state"] for row in again.rows()} == states
+
+
+def test_a_wide_margin_drops_nothing(sweeps):
+    study = sweeps.open(*PROBED, "sweep.probe_margin=100")
+    sweeps.run(study)
+    assert {row["state"] for row in study.rows()} == {"done"}
+    assert_alone(sweeps, study)
+
+
+def test_seeds_are_judged_together(sweeps):
+    """A setting goes on, or does not, with all of its seeds: a mean over some of them would compare with nothing."""
+    study = sweeps.open(*PROBED, "sweep.probe_margin=0.01", "sweep.seeds=2")
+    sweeps.run(study)
+    by_setting = {}
+    for row in study.rows():
+        by_setting.setdefault(row["setting"], set()).add(row["state"])
+    assert sorted(map(tuple, by_setting.values())) == [("done",), ("done",), ("stopped",), ("stopped",)]

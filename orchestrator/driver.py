@@ -16,7 +16,7 @@ from typing import Any
 from orchestrator import calibrate, checkpoint, init_from, interrupts, journal, launch, numerics, plan, runs
 from orchestrator.config import Experiment
 from orchestrator.console import Console, duration, number, table
-from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
+from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER
 from orchestrator.facts import facts_of
 from orchestrator.manifest import Manifest, load_manifest
 from orchestrator.order import windows_per_epoch

@@ -123,19 +123,17 @@ class Keeper:
         self.peak_bytes = max(self.peak_bytes, sum(p.stat().st_size for p in parts if p.is_file()))
 
     # ---- what watchers ask ----
-    def last_stage(self, trial: str) -> Path | None:
-        """The folder of the trial's last stage that has lines, done or not."""
+    def last_stage(self, trial: str) -> tuple[Path, int] | None:
+        """The folder of the trial's last stage that has lines, done or not, and the trial's step at its end."""
         found = None
         for stage in self.plan.path(trial):
-            folder = self.stored.folders.get(stage.id)
-            if folder is None and (self.stages / stage.id / "metrics.jsonl").exists():
-                folder = self.stages / stage.id
-            if folder is None and stage.id in self.stored.states:
-                folder = self.stored.states[stage.id][0]
+            folder = self.stored.folders.get(stage.id) or self.stages / stage.id
+            if not (folder / "metrics.jsonl").exists():
+                folder = self.stored.states.get(stage.id, (None, 0))[0]
             if folder is None:
                 break
-            found = folder
-        return found
+            found = folder, stage.stop
+        return found if found and found[0].parent == self.stages else None  # the run that it branches off is no stage
 
     def result(self, trial: str) -> dict[str, Any]:
         """result.json of the trial's end; nothing where it has none."""

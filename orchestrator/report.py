@@ -121,8 +121,8 @@ class Report:
 
     # ---- one trial ----
     def _assemble(self, c: Candidate) -> None:
-        stage = self.books.last_stage(c.name)
-        if stage is None and self.books.progress.trial(c.name) not in STATUS:
+        last = self.books.last_stage(c.name)
+        if last is None and self.books.progress.trial(c.name) not in STATUS:
             return
         folder, state = self.folder / "trials" / c.name, self.books.progress.trial(c.name)
         known = runs.read_json(folder / "run.json") or {}
@@ -135,7 +135,7 @@ class Report:
         key = hashlib.sha256(f"{self.key}/{c.name}".encode()).hexdigest()[:32]
         run = {"name": c.name, "key": key, "trial": c.trial.key(c.trial.steps), **facts, "tags": facts["tags"] | tags,
                "attempts": known.get("attempts") or [{"started": _now(), "layout": asdict(self.study.layout)}]}
-        trials.assemble(folder, stage, c, run, self._trial_summary(c, state) if state in STATUS else None)
+        trials.assemble(folder, last, c, run, self._trial_summary(c, state) if state in STATUS else None)
 
     def _facts(self, c: Candidate) -> dict[str, Any]:
         if c.name not in self.facts:

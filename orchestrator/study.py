@@ -103,8 +103,7 @@ class Study:
 
     def records(self, c: Candidate) -> list[dict[str, Any]]:
         """The trial's lines so far, from step 0."""
-        stage = self.books.last_stage(c.name)
-        return trials.curve(stage, c) if stage else []
+        return trials.curve(self.books.last_stage(c.name), c)
 
     def best(self) -> tuple[str, float] | None:
         """The best trial that is done, and its loss."""

@@ -81,30 +81,32 @@ def probes_of(candidates: Iterable[Candidate], step: int, steps: int) -> dict[st
 
 
 # ---- folders ----
-def assemble(folder: Path, stage: Path | None, candidate: Candidate, run: dict[str, Any], summary: dict[str, Any] | None) -> None:
-    """Make `folder` what a lone run's is as far as its stages are done; `stage` is the folder of the last of them, if any.
+def assemble(folder: Path, last: tuple[Path, int] | None, candidate: Candidate, run: dict[str, Any], summary: dict[str, Any] | None) -> None:
+    """Make `folder` what a lone run's is as far as its stages are done; `last`: the folder and end of the last of them.
 
     Args:
         run: run.json, for the tracking server. summary: None while the trial is not over.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    records = curve(stage, candidate) if stage else []
+    records = curve(last, candidate)
     _write_if_new(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     _write_if_new(folder / "experiment.yaml", candidate.experiment.to_yaml())
     _write_if_new(folder / "run.json", json.dumps(run, indent=1))
-    for name in ("checkpoints", "samples") if stage else ():
-        _link(folder / name, Path(os.path.relpath(stage / name, folder)))
+    for name in ("checkpoints", "samples") if last else ():
+        _link(folder / name, Path(os.path.relpath(last[0] / name, folder)))
     if summary:
         _write_if_new(folder / "summary.json", json.dumps(summary, indent=1))
     else:
         (folder / "summary.json").unlink(missing_ok=True)
 
 
-def curve(stage: Path, candidate: Candidate) -> list[dict[str, Any]]:
-    """The trial's lines from step 0 to the end of `stage`; an end that is another trial's leaves no trace in it."""
-    order = stage_run.read_order(stage)
-    ends_here = order.stop == candidate.experiment.train.max_steps
-    return stage_run.lines(stage, None if ends_here else order.stop)
+def curve(last: tuple[Path, int] | None, candidate: Candidate) -> list[dict[str, Any]]:
+    """The trial's lines from step 0 to the end of its last stage; an end that is another trial's leaves no trace in it."""
+    if last is None:
+        return []
+    folder, stop = last
+    ends_here = stop == candidate.experiment.train.max_steps == stage_run.read_order(folder).stop
+    return stage_run.lines(folder, None if ends_here else stop)
 
 
 def summary_of(status: str, records: list[dict[str, Any]], candidate: Candidate, folder: Path, result: dict[str, Any],

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 
 from orchestrator import checkpoint, journal
-from orchestrator.console import Console  # noqa: F401 - imported early: the first import of torch takes seconds
 from orchestrator.launch import Layout
 from orchestrator.manifest import load_manifest
 from orchestrator.numerics import Worker
@@ -72,4 +71,4 @@ def sweeps(tiny_dataset, tmp_path):
         parts = [(last / name).read_bytes() for name in ("optimizer.safetensors", "state.json")]
         return {"step": last.name, "weights": digest, "parts": parts, "curve": exact(journal.read(run_dir))}
 
-    return SimpleNamespace(open=open_, run=run, alone=alone, outcome=outcome, folder=tmp_path)
+    return SimpleNamespace(open=open_, run=run, alone=alone, outcome=outcome, folder=tmp_path, small=SMALL)

@@ -24,16 +24,17 @@ class Keeper:
     Args:
         folder: of the sweep. stored: what `scan` found. candidates: by name, probes among them.
         watch: called with each stage that has ended. verdict: called once when all probes have ended, with their final
-            losses by name; returns the names of the trials to drop.
+            losses by name; returns the names of the trials to drop. more: trials that a sampler wants to have now, when
+            nothing else is ready.
     """
 
     def __init__(self, folder: Path, plan: Plan, stored: Stored, candidates: dict[str, Candidate], *,
                  keep_branches: bool = True, diverged_above: float | None = None, probe_step: int | None = None,
                  watch: Callable[[Stage], None] = lambda stage: None, tick: Callable[[], None] = lambda: None,
-                 verdict: Callable[[], Collection[str]] = tuple):
+                 verdict: Callable[[], Collection[str]] = tuple, more: Callable[[], list[Candidate]] = list):
         self.folder, self.stages, self.plan, self.candidates = folder, folder / "stages", plan, candidates
         self.stored, self.keep_branches, self.diverged_above = stored, keep_branches, diverged_above
-        self.watch, self.tick, self.verdict = watch, tick, verdict
+        self.watch, self.tick, self.verdict, self.more = watch, tick, verdict, more
         self.probes = [c.name for c in candidates.values() if c.probe]
         held = [s.id for s in plan.stages if s.start >= probe_step and not set(s.trials) & set(self.probes)] if self.probes else ()
         self.progress = Progress(plan, held)
@@ -44,6 +45,9 @@ class Keeper:
     def next(self) -> str | None:
         self.judge()
         ready = self.progress.ready()
+        while not ready and (wanted := self.more()):
+            self._add(wanted)
+            ready = self.progress.ready()
         if not ready:
             return None
         stage = ready[0]
@@ -72,6 +76,12 @@ class Keeper:
         self.judge()
         self.tidy()
         self.watch(self.plan.by_id[stage])
+
+    def _add(self, candidates: list[Candidate]) -> None:
+        """Each begins from the longest stored prefix of its own; what runs at this moment it cannot share."""
+        self.candidates |= {c.name: c for c in candidates}
+        self.plan = self.plan.joined(self.stored.plan([c.trial for c in candidates], at_plateaus=True))
+        self.progress.extend(self.plan)
 
     # ---- decisions ----
     def _failed(self, stage: str, folder: Path) -> str:

@@ -17,7 +17,7 @@ from orchestrator.facts import facts_of
 from orchestrator.keeper import Keeper
 from orchestrator.provenance import redact
 from orchestrator.stages import BLOCKED, DIVERGED, DONE, FAILED, STOPPED, Stage
-from orchestrator.study import Study
+from orchestrator.study import Study, data_key
 from orchestrator.trials import Candidate
 
 STATUS = {DONE: "FINISHED", FAILED: "FAILED", DIVERGED: "FAILED", BLOCKED: "FAILED", STOPPED: "KILLED"}
@@ -37,22 +37,26 @@ class Report:
         study = self.study
         attempt = {"started": _now(), "layout": asdict(study.layout), "trials": len(study.candidates)}
         self.attempts = [*self.attempts, redact(attempt)]
-        first = next(iter(study.candidates.values()))
-        facts = facts_of(first.experiment, first.dataset)
+        first = next((c.experiment for c in study.candidates.values()), study.sweep.base)
+        facts = facts_of(first, study.datasets[data_key(first.data)])
         varying = {key for c in study.candidates.values() for key in c.spec.fields}
         params = {k: v for k, v in facts["params"].items() if k not in varying and not k.startswith("derived.")}
         params |= {f"sweep.{k}": json.dumps(v) for k, v in study.sweep.settings.model_dump(by_alias=True).items() if v}
-        tags = facts["tags"] | {"sweep.trials": len(study.candidates), "sweep.steps_asked": study.plan.steps_asked,
-                                "sweep.steps_in_tree": study.plan.steps_in_tree}
+        tags = facts["tags"] | {"sweep.trials": len(study.candidates), "sweep.steps_asked": self.books.plan.steps_asked,
+                                "sweep.steps_in_tree": self.books.plan.steps_in_tree}
         run = {"name": study.sweep.base.name, "key": self.key, **facts, "params": params, "tags": tags, "attempts": self.attempts}
         runs.write_text(self.folder / "sweep.yaml", study.sweep.to_yaml())
         runs.write_text(self.folder / "run.json", json.dumps(run, indent=1))
-        plan = [*tree_view.summary(study.plan), "", tree_view.text(study.plan), ""]
-        runs.write_text(self.folder / "plan.txt", "\n".join(plan))
         (self.folder / "summary.json").unlink(missing_ok=True)
-        self._figure("tree", sweep_figures.tree(study.plan))
+        self._draw_plan()
         for candidate in study.candidates.values():
             self._assemble(candidate)
+
+    def _draw_plan(self) -> None:
+        plan = self.books.plan
+        if plan.stages:  # else a sampler has not asked for any yet
+            runs.write_text(self.folder / "plan.txt", "\n".join([*tree_view.summary(plan), "", tree_view.text(plan), ""]))
+            self._figure("tree", sweep_figures.tree(plan))
 
     def stage_ended(self, stage: Stage) -> None:
         for name in stage.trials:
@@ -60,7 +64,7 @@ class Report:
                 self._assemble(self.study.candidates[name])
         step = (journal.read(self.folder) or [{"step": 0}])[-1]["step"] + 1
         best = self.study.best()
-        plan = self.study.plan
+        plan = self.books.plan
         journal.Journal(self.folder).append(step, {
             "sweep/steps_run": self.books.steps_run, "sweep/steps_saved": plan.steps_asked - plan.steps_to_run,
             "sweep/trials_done": sum(self.books.progress.trial(name) == DONE for name in self.study.candidates),
@@ -69,6 +73,7 @@ class Report:
     def finish(self, status: str, wall_s: float) -> dict[str, Any]:
         """The comparison of what there is, whatever ended the sweep."""
         study, rows = self.study, self.study.rows()
+        self._draw_plan()
         for candidate in study.candidates.values():
             self._assemble(candidate)
         runs.write_text(self.folder / "comparison.csv", comparison.csv_text(rows))
@@ -83,7 +88,7 @@ class Report:
         return self.summary
 
     def _summary(self, status: str, rows: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
-        study, plan, best = self.study, self.study.plan, self.study.best()
+        study, plan, best = self.study, self.books.plan, self.study.best()
         states = [row["state"] for row in rows]
         summary = {
             "status": status,
@@ -127,7 +132,7 @@ class Report:
         folder, state = self.folder / "trials" / c.name, self.books.progress.trial(c.name)
         known = runs.read_json(folder / "run.json") or {}
         facts = self._facts(c)
-        path = self.study.plan.path(c.name)
+        path = self.books.plan.path(c.name)
         tags = {"sweep.name": self.folder.name, "sweep.setting": c.spec.setting, "sweep.state": state,
                 "sweep.reason": self.study.dropped.get(c.name) or self.books.reason(c.name) or "",
                 "sweep.stages": " > ".join(f"{s.id[:8]}[{s.start}:{s.stop}]" for s in path),
@@ -144,7 +149,7 @@ class Report:
 
     def _trial_summary(self, c: Candidate, state: str) -> dict[str, Any]:
         row = self.study.row(c)
-        results = [self.books.stored.results.get(s.id, {}) for s in self.study.plan.path(c.name)]
+        results = [self.books.stored.results.get(s.id, {}) for s in self.books.plan.path(c.name)]
         seconds = round(sum(r.get("seconds", 0) for r in results), 1)
         return trials.summary_of(STATUS[state], self.study.records(c), c, self.folder / "trials" / c.name,
                                  self.books.result(c.name), {"state": state, "reason": row["reason"], "wall_s": seconds})

@@ -102,10 +102,16 @@ def _sampling(settings: SweepSection) -> list[str]:
         found.append(f"sweep.num_samples: {settings.num_samples} samples and no sweep.sampler; give random or optuna")
     elif settings.space and not settings.sampler:
         found.append(f"sweep.space: {', '.join(settings.space)} and no sweep.sampler; give random or optuna")
+    if settings.sampler == "optuna":
+        found += [f"sweep.space.{key}: tokens are prepared before the first trial, and what optuna will ask for is not known "
+                  f"then; vary it in sweep.grid, or use sweep.sampler: random" for key in settings.space if key.startswith("data.")]
     return found
 
 
 def _stopping(settings: SweepSection) -> list[str]:
+    if settings.sampler == "optuna" and settings.stop != "none":
+        return [f"sweep.stop: {settings.stop} compares all trials with one another, and optuna asks for one after the other; "
+                f"use none, or sweep.sampler: random"]
     if settings.stop == "anneal_probe":
         return [f"sweep.{name}: missing; sweep.stop=anneal_probe needs {what}" for name, what in (
             ("probe_step", "the step at which it forks"), ("probe_steps", "the length of a probe, in steps"))

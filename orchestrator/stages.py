@@ -11,7 +11,7 @@ Legend: steps [start, stop) are updates counted from 0; the state after `stop` u
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -32,6 +32,12 @@ class Trial:
     @property
     def steps(self) -> int:
         return len(self.rates)
+
+    def plateau(self) -> list[int]:
+        """The end of the last stretch of equal rates, where the trial goes on differently; none: nothing."""
+        equal = np.flatnonzero(np.diff(self.rates) == 0)
+        end = int(equal[-1]) + 2 if len(equal) else self.steps
+        return [end] if end < self.steps else []
 
     def key(self, step: int) -> str:
         """Names the state after `step` updates, across trials, sweeps and processes: equal keys are equal weights."""
@@ -145,6 +151,16 @@ class Plan:
                 found.add(stage.id)
         return frozenset(found)
 
+    def joined(self, other: "Plan") -> "Plan":
+        """This plan and, beside it, another's trials; a stage of both is one. Nothing that runs already is cut."""
+        mine = {stage.id: stage for stage in self.stages}
+        for stage in other.stages:
+            known = mine.get(stage.id)
+            mine[stage.id] = replace(known, trials=known.trials + stage.trials, ends=known.ends + stage.ends) if known else stage
+        new = {stage.id for stage in other.stages} - {stage.id for stage in self.stages}
+        return Plan(self.trials + other.trials, tuple(mine.values()), self.standing | other.standing & new,
+                    self.finished | other.finished & new, self.dead | other.dead & new)
+
     def path(self, trial: str) -> list[Stage]:
         """The trial's stages from step 0 on."""
         return [stage for stage in self.stages if trial in stage.trials]
@@ -177,16 +193,19 @@ class Plan:
 
 
 def plan(trials: Iterable[Trial], states: Mapping[str, int] | None = None, standing: Collection[str] = (),
-         finished: Collection[str] = (), dead: Collection[str] = ()) -> Plan:
+         finished: Collection[str] = (), dead: Collection[str] = (), at_plateaus: bool = False) -> Plan:
     """The tree of `trials`, cut where something is stored.
 
     Args:
         states: `{key: step}` of everything stored; `standing`, `finished`, `dead` say what each key is.
+        at_plateaus: cut also where a trial's rate begins to fall: trials that nobody knows yet may branch off there.
     """
-    trials = tuple(trials)
+    trials, states = tuple(trials), states or {}
     assert len({t.name for t in trials}) == len(trials), "trials have names of their own"
-    steps = sorted(set((states or {}).values()))
-    cuts = {t.name: [s for s in steps if s <= t.steps and states.get(t.key(s)) == s] for t in trials} if states else {}
+    steps = sorted(set(states.values()))
+    cuts = {t.name: [s for s in steps if s <= t.steps and states.get(t.key(s)) == s] for t in trials}
+    if at_plateaus:
+        cuts = {t.name: [*cuts[t.name], *t.plateau()] for t in trials}
     return Plan(trials, tuple(grow(trials, cuts)), frozenset(standing), frozenset(finished), frozenset(dead))
 
 
@@ -204,6 +223,16 @@ class Progress:
         self.state = {stage.id: WAITING if stage.id in plan.to_run else DONE for stage in plan.stages}
         for stage in plan.dead:
             self._lose(stage, DIVERGED)
+        self.remaining = self._remaining()
+
+    def extend(self, plan: Plan) -> None:
+        """Go on with a plan that has more stages (`Plan.joined`)."""
+        new = [stage for stage in plan.stages if stage.id not in self.state]
+        self.plan = plan
+        self.state |= {stage.id: WAITING if stage.id in plan.to_run else DONE for stage in new}
+        for stage in new:
+            if stage.id in plan.dead or self.state.get(stage.parent) in (*_ENDED_BADLY, BLOCKED):
+                self._lose(stage.id, DIVERGED if stage.id in plan.dead else self.state[stage.parent])
         self.remaining = self._remaining()
 
     def _remaining(self) -> dict[str, int]:

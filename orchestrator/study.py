@@ -5,8 +5,8 @@ rows that say of every trial how it ended.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,28 +18,31 @@ from orchestrator.keeper import Keeper
 from orchestrator.launch import Layout
 from orchestrator.manifest import Manifest
 from orchestrator.rates import Rates
-from orchestrator.space import Sweep
-from orchestrator.stages import DIVERGED, DONE, Plan
+from orchestrator.sampling import Sampler
+from orchestrator.space import Sweep, TrialSpec, sampled
+from orchestrator.stages import DIVERGED, DONE, RUNNING, WAITING
 from orchestrator.state import data_identity
-from orchestrator.sweep_folder import Stored
 from orchestrator.trials import Candidate
 
 
 @dataclass
 class Study:
-    """`candidates` by name; `probes`: the probe of each trial that has one; `metric`: what trials are compared by."""
+    """`candidates` by name; `probes`: the probe of each trial that has one; `samples`: trials of each of optuna's samples."""
 
     sweep: Sweep
     folder: Path
     layout: Layout
-    candidates: dict[str, Candidate]
-    probes: dict[str, Candidate]
-    stored: Stored
-    plan: Plan
+    datasets: Mapping[str, Manifest]
+    candidates: dict[str, Candidate] = field(default_factory=dict)
+    probes: dict[str, Candidate] = field(default_factory=dict)
+    samples: dict[int, list[str]] = field(default_factory=dict)
+    source: "Source | None" = None
+    sampler: Sampler | None = None
+    finals: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def open(cls, sweep: Sweep, folder: Path, layout: Layout, datasets: Mapping[str, Manifest]) -> "Study":
-        """Read what stands in `folder` and plan.
+        """Read what stands in `folder` and plan; writes nothing.
 
         Args:
             datasets: by `data_key` of the trials' data.
@@ -47,36 +50,78 @@ class Study:
         Raises:
             UserError: a trial's name stands for something else there, or the run to branch off does not fit.
         """
-        source = Source.of(sweep, folder.parent) if sweep.settings.from_ else None
-        candidates = {}
-        for spec in sweep.trials:
-            schedule = spec.experiment.lr_schedule()
-            rates = Rates(schedule, source.experiment.lr_schedule(), source.step) if source else Rates(schedule)
-            candidates[spec.name] = Candidate(spec, rates, datasets[data_key(spec.experiment.data)], layout.cpus_per_worker)
-        s, probes = sweep.settings, {}
+        s, self = sweep.settings, cls(sweep, folder, layout, datasets)
+        self.source = Source.of(sweep, folder.parent) if s.from_ else None
+        self._add(sweep.trials)
+        if s.sampler == "optuna":
+            self.sampler = Sampler(folder, s.space, sweep.base.train.seed)
+            for number, values in enumerate(self.sampler.earlier[: s.num_samples]):
+                self._add_sample(number, values)
+        _check_names(folder, self.candidates)
         if s.stop == "anneal_probe":
-            probes = trials.probes_of(candidates.values(), s.probe_step, s.probe_steps)
-        everyone = [c.trial for c in {**candidates, **{p.name: p for p in probes.values()}}.values()]
-        _check_names(folder, candidates)
-        stored = sweep_folder.scan(folder / "stages", everyone, s.diverged_above)
-        if source:
-            source.check(candidates.values())
-            sweep_folder.add_run(stored, source.folder, next(iter(candidates.values())).trial, source.step)
-        return cls(sweep, folder, layout, candidates, probes, stored, stored.plan(everyone))
+            self.probes = trials.probes_of(self.candidates.values(), s.probe_step, s.probe_steps)
+        everyone = [c.trial for c in self.everyone.values()]
+        self.stored = sweep_folder.scan(folder / "stages", everyone, s.diverged_above)
+        if self.source:
+            self.source.check(self.candidates.values())
+            sweep_folder.add_run(self.stored, self.source.folder, everyone[0], self.source.step)
+        self.plan = self.stored.plan(everyone, at_plateaus=s.sampler == "optuna")
+        return self
+
+    @property
+    def everyone(self) -> dict[str, Candidate]:
+        return self.candidates | {probe.name: probe for probe in self.probes.values()}
 
     @cached_property
     def metric(self) -> str:
         """Losses per token of different tokenizers do not compare; bits per byte do."""
         tokenizers = {c.experiment.data.tokenizer for c in self.candidates.values()}
-        return "val/loss" if len(tokenizers) == 1 else "val/bits_per_byte"
+        return "val/bits_per_byte" if len(tokenizers) > 1 else "val/loss"
 
-    def keeper(self, tick) -> Keeper:
-        """The books of this study; they ask it which trunks the probes speak against."""
+    def keeper(self, tick: Callable[[], None]) -> Keeper:
+        """The books of this study; they ask it for more trials, and which ones the probes speak against."""
         s = self.sweep.settings
-        everyone = self.candidates | {p.name: p for p in self.probes.values()}
-        self.books = Keeper(self.folder, self.plan, self.stored, everyone, keep_branches=s.keep_branches,
-                            diverged_above=s.diverged_above, probe_step=s.probe_step, tick=tick, verdict=self.verdict)
+        self.books = Keeper(self.folder, self.plan, self.stored, self.everyone, tick=tick, verdict=self.verdict, more=self.more,
+                            # A later sample may branch off anything.
+                            keep_branches=s.keep_branches or self.sampler is not None,
+                            diverged_above=s.diverged_above, probe_step=s.probe_step)
         return self.books
+
+    def _add(self, specs: Iterable[TrialSpec]) -> list[Candidate]:
+        found = []
+        for spec in specs:
+            schedule = spec.experiment.lr_schedule()
+            rates = Rates(schedule, self.source.experiment.lr_schedule(), self.source.step) if self.source else Rates(schedule)
+            dataset = self.datasets[data_key(spec.experiment.data)]
+            found.append(Candidate(spec, rates, dataset, self.layout.cpus_per_worker))
+        self.candidates |= {c.name: c for c in found}
+        return found
+
+    # ---- optuna's samples ----
+    def _add_sample(self, number: int, values: dict[str, Any]) -> list[Candidate]:
+        """The trials of a sample; none where its values contradict each other, which optuna cannot know."""
+        try:
+            found = self._add(sampled(self.sweep.settings, self.sweep.base.model_dump(), number, values))
+        except UserError as error:
+            print(f"sample-{number} is passed over: {error}", flush=True)
+            self.sampler.tell(number, None)
+            return []
+        self.samples[number] = [c.name for c in found]
+        return found
+
+    def more(self) -> list[Candidate]:
+        """The next sample's trials, once optuna knows how the earlier ones ended; none: there are enough."""
+        if self.sampler is None:
+            return []
+        for number, names in self.samples.items():
+            states = [self.books.progress.trial(name) for name in names]
+            if not {WAITING, RUNNING} & set(states):
+                losses = [self.final(self.candidates[name]) for name in names]
+                self.sampler.tell(number, None if None in losses else sum(losses) / len(losses))
+        while len(self.sampler.earlier) < self.sweep.settings.num_samples:
+            if found := self._add_sample(*self.sampler.ask()):
+                return found
+        return []
 
     def asha(self) -> dict[str, int] | None:
         """Arguments of Tune's scheduler: rungs at a ninth, a third and the whole of the run, or later where it evaluates."""
@@ -93,10 +138,9 @@ class Study:
 
     def row(self, c: Candidate) -> dict[str, Any]:
         records, result, state = self.records(c), self.books.result(c.name), self.books.progress.trial(c.name)
-        best = [r[self.metric] for r in records if self.metric in r]
         return {"trial": c.name, "setting": c.spec.setting, "seed": c.spec.seed, "fields": c.spec.fields,
-                "steps": c.trial.steps, "state": state, "metric": self.metric,
-                "final": best[-1] if best and state == DONE else None, "best": min(best, default=None),
+                "steps": c.trial.steps, "state": state, "metric": self.metric, "final": self.final(c),
+                "best": min((r[self.metric] for r in records if self.metric in r), default=None),
                 "val_bits_per_byte": runs.last(records, "val/bits_per_byte") if state == DONE else None,
                 "train_loss": runs.last(records, "train/loss"), "weights_sha256": result.get("weights_sha256"),
                 "reason": self.dropped.get(c.name) or self.books.reason(c.name)}
@@ -105,9 +149,15 @@ class Study:
         """The trial's lines so far, from step 0."""
         return trials.curve(self.books.last_stage(c.name), c)
 
+    def final(self, c: Candidate) -> float | None:
+        """The loss that a trial which is done ended with."""
+        if c.name not in self.finals and self.books.progress.trial(c.name) == DONE:
+            self.finals[c.name] = runs.last(self.records(c), self.metric)
+        return self.finals.get(c.name)
+
     def best(self) -> tuple[str, float] | None:
         """The best trial that is done, and its loss."""
-        done = [(row["final"], row["trial"]) for row in self.rows() if row["final"] is not None]
+        done = [(final, name) for name, c in self.candidates.items() if (final := self.final(c)) is not None]
         return min(done)[::-1] if done else None
 
     # ---- probes ----
@@ -120,7 +170,7 @@ class Study:
         """The trials not worth going on with: their probes, averaged over seeds, end above the best by more than the margin."""
         losses: dict[str, list[float]] = defaultdict(list)
         for name, probe in self.probes.items():
-            final = runs.last(self.records(probe), self.metric) if self.books.progress.trial(probe.name) == DONE else None
+            final = self.final(probe)
             diverged = self.books.progress.trial(probe.name) == DIVERGED
             # A probe that failed says nothing about its trunk, one that diverged says all.
             losses[self.candidates[name].spec.setting] += [final] if final is not None else [float("inf")] if diverged else []

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from orchestrator import init_from, interrupts, launch, runs, tree_view
-from orchestrator.config import Data
+from orchestrator.config import Data, Experiment
 from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from orchestrator.manifest import Manifest, load_manifest
 from orchestrator.order import windows_per_epoch
@@ -99,12 +99,17 @@ def _execute(study: Study, slots: int, tracker: SweepTracker) -> int:
 # ---- before it runs ----
 def _data_of(sweep: Sweep) -> dict[str, Data]:
     """Each corpus and tokenizer once."""
-    return {data_key(spec.experiment.data): spec.experiment.data for spec in sweep.trials}
+    return {data_key(e.data): e.data for e in _experiments(sweep)}
+
+
+def _experiments(sweep: Sweep) -> list[Experiment]:
+    """Those of the trials; where optuna has not asked for any yet, the one that it varies."""
+    return [spec.experiment for spec in sweep.trials] or [sweep.base]
 
 
 def _layout(sweep: Sweep, recorded: launch.Layout | None) -> launch.Layout:
     """One for all trials."""
-    by_slots = {spec.experiment.slots: spec.experiment for spec in sweep.trials}
+    by_slots = {e.slots: e for e in _experiments(sweep)}
     found = {launch.layout(e, recorded) for e in by_slots.values()}
     if len(found) > 1:
         raise UserError(f"compute.num_workers: trials would run on {' or '.join(str(a.num_workers) for a in found)} workers; "

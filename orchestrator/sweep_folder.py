@@ -22,13 +22,13 @@ class Stored:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     folders: dict[str, Path] = field(default_factory=dict)  # of the results
 
-    def plan(self, trials: Iterable[Trial]) -> Plan:
-        """The tree of `trials` with all of this in it."""
+    def plan(self, trials: Iterable[Trial], at_plateaus: bool = False) -> Plan:
+        """The tree of `trials` with all of this in it; see `stages.plan`."""
         steps = {key: step for key, (_, step) in self.states.items()}
         steps |= {key: result["step"] for key, result in self.results.items()}
         return plan(trials, steps, self.states,
                     {k for k, r in self.results.items() if r["outcome"] == stage_run.DONE and r["is_whole"]},
-                    {k for k, r in self.results.items() if r["outcome"] == stage_run.DIVERGED})
+                    {k for k, r in self.results.items() if r["outcome"] == stage_run.DIVERGED}, at_plateaus)
 
 
 def scan(stages: Path, trials: Iterable[Trial], diverged_above: float | None = None) -> Stored:

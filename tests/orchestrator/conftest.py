@@ -35,7 +35,7 @@ def sweeps(tiny_dataset, tmp_path):
     def open_(*words: str, name: str = "sweep"):
         sweep = load_sweep(None, [f"name={name}", f"data.dir={tiny_dataset}", *SMALL, *words])
         (tmp_path / name).mkdir(exist_ok=True)
-        datasets = {data_key(spec.experiment.data): dataset for spec in sweep.trials}
+        datasets = {data_key(e.data): dataset for e in [sweep.base, *(spec.experiment for spec in sweep.trials)]}
         return Study.open(sweep, tmp_path / name, Layout(1, 1, False), datasets)
 
     def run(study, limit: int | None = None, fail=lambda stage: None):

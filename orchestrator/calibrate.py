@@ -40,7 +40,7 @@ from orchestrator.training import SAMPLE_PROMPT, SAMPLE_TOKENS
 FORMAT = 1  # of the cache; a change of what is measured is a new one
 STEPS_S, EVALUATION_S = 3.0, 1.0  # how long each is timed
 RAY_GIB = 0.125  # resident in a worker of Ray beside what is measured here: 385 MiB after all imports, 257 without Ray
-STARTS = 3  # process starts from launch to the first step: Ray Train's controller, the workers, and their meeting
+STARTS = 5  # process starts that fit between a launch and the first step: of Ray's controller, then of workers, on shared CPUs
 LIMIT_S = 60.0
 SOURCES = Path(__file__).resolve().parent.parent
 
@@ -51,7 +51,7 @@ class Timing:
 
     step_s: of one update. eval_tokens_per_s: forward only, over all workers. sample_s: of the text that an evaluation
     writes. memory_gib: peak of a worker, resident on a CPU, allocated by torch on a GPU. startup_s: from the start of a
-    process to a state that can train.
+    process to where it can build a model.
     """
 
     step_s: float
@@ -118,7 +118,7 @@ def measure(experiment: Experiment, n_vocab: int, workers: int, cpus: int, use_g
         return None
     if not fresh and (timing := known(experiment, n_vocab, workers, cpus, use_gpu)):
         return timing
-    file = _cache_file(experiment, n_vocab, workers, cpus, use_gpu)
+    file = cache_file(experiment, n_vocab, workers, cpus, use_gpu)
     job = {"experiment": _share(experiment, workers).model_dump(), "n_vocab": n_vocab, "cpus": cpus,
            "device": "cuda:0" if use_gpu else "cpu", "limit_s": limit_s, "started": time.time()}
     try:
@@ -141,7 +141,7 @@ def known(experiment: Experiment, n_vocab: int, workers: int, cpus: int, use_gpu
     if use_gpu and not torch.cuda.is_available():
         return None
     try:
-        return _parse(_cache_file(experiment, n_vocab, workers, cpus, use_gpu).read_text("utf-8"))
+        return _parse(cache_file(experiment, n_vocab, workers, cpus, use_gpu).read_text("utf-8"))
     except (OSError, UnicodeDecodeError):
         return None
 
@@ -155,7 +155,7 @@ def _share(experiment: Experiment, workers: int) -> Experiment:
     return experiment.model_copy(update={"train": train, "compute": compute})
 
 
-def _cache_file(experiment: Experiment, n_vocab: int, workers: int, cpus: int, use_gpu: bool) -> Path:
+def cache_file(experiment: Experiment, n_vocab: int, workers: int, cpus: int, use_gpu: bool) -> Path:
     t = experiment.train
     key = [FORMAT, asdict(experiment.gpt_config(n_vocab)), t.micro_batch_size, t.global_batch_size, experiment.slots, t.dtype,
            experiment.optim.model_dump(), workers, cpus, device_name("cuda:0" if use_gpu else "cpu"), torch.__version__]
@@ -189,9 +189,8 @@ def _calibrate(experiment: Experiment, n_vocab: int, worker: Worker, started: fl
         if free < 0.8 * total:
             sys.exit("the GPU is in use")  # its times would be wrong, and the other's memory at risk
     prepare_process(experiment, worker)
-    model = GPT(experiment.gpt_config(n_vocab))
-    s = state.build(_first_micro_batches(experiment, 1), model, worker)
     startup_s = time.time() - started
+    s = state.build(_one_micro_batch(experiment), GPT(experiment.gpt_config(n_vocab)), worker)
     step_s, s, unused_bytes = _time_steps(experiment, s, worker, limit_s / 4)
     eval_tokens_per_s = _time_evaluation(experiment, s, worker)
     sample_s = _time_sample(experiment, s, worker, n_vocab)
@@ -200,9 +199,8 @@ def _calibrate(experiment: Experiment, n_vocab: int, worker: Worker, started: fl
     return Timing(step_s, eval_tokens_per_s, sample_s, checkpoint_s, checkpoint_bytes, memory_gib, startup_s)
 
 
-def _first_micro_batches(experiment: Experiment, count: int) -> Experiment:
-    train = experiment.train.model_copy(update={
-        "global_batch_size": count * experiment.train.micro_batch_size, "reduction_slots": 1})
+def _one_micro_batch(experiment: Experiment) -> Experiment:
+    train = experiment.train.model_copy(update={"global_batch_size": experiment.train.micro_batch_size, "reduction_slots": 1})
     return experiment.model_copy(update={"train": train})
 
 
@@ -212,12 +210,12 @@ def _time_steps(experiment: Experiment, s: state.TrainState, worker: Worker,
 
     Where a whole step would not fit `budget_s`, that of one micro-batch is timed and its gradient counted M times.
     """
-    one, m = _first_micro_batches(experiment, 1), experiment.micro_batches
+    one, m = _one_micro_batch(experiment), experiment.micro_batches
     parts = _timed_step(one, s, worker)
     if parts[0] < budget_s / 2:
         parts = _timed_step(one, s, worker)  # the first one also warmed up
     if parts[0] * m > budget_s / 2:
-        buffers = experiment.slots.bit_length() if experiment.slots > 1 else 0
+        buffers = experiment.slots.bit_length() - 1  # log2(S) partial sums beside the running slot
         return parts[0] * m + parts[1], s, buffers * s.gradients.size * 4
     if m > 1:
         s = state.build(experiment, s.model, worker)
@@ -232,10 +230,9 @@ def _time_steps(experiment: Experiment, s: state.TrainState, worker: Worker,
 def _timed_step(experiment: Experiment, s: state.TrainState, worker: Worker) -> tuple[float, float]:
     """Seconds of the gradient and of the update."""
     step, begun = Step(experiment, s), time.perf_counter()
-    losses, s.grad_norm = step.gradient(_random_batches(experiment, s))
+    _, s.grad_norm = step.gradient(_random_batches(experiment, s))
     between = time.perf_counter()
-    step.update(experiment.schedule.max_lr)
-    s.meter.add(losses)
+    step.update(0.0)  # a rate that is too high for random tokens would end in weights that no text can be drawn from
     if worker.device != "cpu":
         torch.cuda.synchronize()
     return between - begun, time.perf_counter() - between

@@ -60,7 +60,7 @@ def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path) -> int
     with runs.held(run_dir):
         step = runs.check_resumable(run_dir, experiment, dataset)
         _note_numerics(run_dir, step, experiment, layout)
-        facts, estimate = facts_of(experiment, dataset), None if step else _estimate(experiment, dataset, layout)
+        facts, estimate = facts_of(experiment, dataset), None if step else estimate_of(experiment, dataset, layout)
         attempt = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "from_step": step,
                    "layout": asdict(layout), **{k: v for k, v in experiment.flat().items() if k.startswith(runs.FREE)}}
         runs.open_attempt(run_dir, experiment, facts, redact(attempt))
@@ -120,7 +120,7 @@ def _note_numerics(run_dir: Path, step: int, experiment: Experiment, layout: lau
 
 
 # ---- known before, measured after ----
-def _estimate(experiment: Experiment, dataset: Manifest, layout: launch.Layout) -> dict[str, float] | None:
+def estimate_of(experiment: Experiment, dataset: Manifest, layout: launch.Layout) -> dict[str, float] | None:
     """What the whole run will cost, and say so; None where that is not known within seconds. Never the end of a run."""
     n_vocab, tokens = dataset.tokenizer["n_vocab"], {name: split.tokens for name, split in dataset.splits.items()}
     asked = experiment, n_vocab, layout.num_workers, layout.cpus_per_worker, layout.use_gpu

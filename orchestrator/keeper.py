@@ -60,11 +60,11 @@ class Keeper:
     def ended(self, stage: str, died: bool) -> None:
         folder = self.stages / stage
         result = read_json(folder / "result.json")
-        state = DONE if result else STOPPED
-        if died:
-            state = self._failed(stage, folder)
-        elif result and result["outcome"] == stage_run.DIVERGED:
-            state, self.reasons[stage] = DIVERGED, result["reason"]
+        if not died and result is None:
+            result = stage_run.note_stop(folder, "stopped by the scheduler")
+        state = self._failed(stage, folder) if died else result["outcome"]
+        if state in (DIVERGED, STOPPED):
+            self.reasons[stage] = result["reason"]
         if state != WAITING:
             self.progress.end(stage, state)
         if result:
@@ -157,6 +157,6 @@ class Keeper:
             if stage.id in self.reasons:
                 return self.reasons[stage.id]
             result = self.stored.results.get(stage.id)
-            if result and result["outcome"] == stage_run.DIVERGED:
+            if result and result["outcome"] != DONE:
                 return result["reason"]
         return None

@@ -104,8 +104,7 @@ def capacity(asked: Layout) -> int:
     import ray
 
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    return _places([(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes], asked.cpus_per_worker,
-                   asked.use_gpu) // asked.num_workers
+    return places([(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes], asked) // asked.num_workers
 
 
 def layout(experiment: Experiment, recorded: Layout | None = None) -> Layout:
@@ -146,12 +145,12 @@ def resolve_layout(experiment: Experiment, nodes: list[tuple[int, int]], recorde
     if per_worker == "auto":
         whole_node = max((n[0] for n in nodes), default=0) or 1
         per_worker = recorded.cpus_per_worker if recorded else whole_node if workers == 1 and not use_gpu else 1
-        if recorded and _places(nodes, per_worker, use_gpu) < workers and not grows:
+        if recorded and places(nodes, Layout(workers, per_worker, use_gpu)) < workers and not grows:
             per_worker = whole_node if workers == 1 and not use_gpu else 1
             print(f"{recorded.cpus_per_worker} CPU(s) per worker, as before, do not fit {workers} worker(s) on this "
                   f"cluster: with {per_worker} the last bits will differ from an uninterrupted run", flush=True)
     asked = Layout(workers, per_worker, use_gpu)
-    if _places(nodes, per_worker, use_gpu) < workers and not grows:
+    if places(nodes, asked) < workers and not grows:
         gpu = " and 1 GPU" if use_gpu else ""
         raise UserError(f"compute: asked for {workers} worker(s) with {per_worker} CPU(s){gpu} each, found {cpus} CPU(s) "
                         f"and {gpus} GPU(s) on {len(nodes)} node(s); lower compute.num_workers or "
@@ -159,9 +158,9 @@ def resolve_layout(experiment: Experiment, nodes: list[tuple[int, int]], recorde
     return asked
 
 
-def _places(nodes: list[tuple[int, int]], cpus: int, use_gpu: bool) -> int:
-    """How many workers fit; a worker lies on one node."""
-    return sum(min(n[0] // cpus, n[1]) if use_gpu else n[0] // cpus for n in nodes)
+def places(nodes: list[tuple[int, int]], asked: Layout) -> int:
+    """How many workers fit on `nodes`, (CPUs, GPUs) each; a worker lies on one node."""
+    return sum(min(n[0] // asked.cpus_per_worker, n[1]) if asked.use_gpu else n[0] // asked.cpus_per_worker for n in nodes)
 
 
 def fit(experiment: Experiment, run_dir: Path, data_dir: Path, asked: Layout) -> None:

@@ -49,7 +49,7 @@ def show(experiment: Experiment) -> int:
 def dry_run(experiment: Experiment) -> list[tuple[str, list[str]]]:
     """Sections of lines: batch arithmetic, model, data, cost, and what was measured of it."""
     init_from.check(experiment)
-    tokens = _token_counts(experiment)
+    tokens = token_counts(experiment)
     if tokens["n_vocab"] is None:
         unknown = ["the vocabulary is the corpus's characters, so parameters and cost are known once it is here: "
                    "run pipelines/prepare.py first"]
@@ -66,14 +66,18 @@ def expected_line(estimate: dict[str, float]) -> str:
 
 
 def comparison_line(estimated: dict[str, float], measured: dict[str, float | None]) -> str:
-    """`expected 1m50s, took 1m58s (+7 %); memory …; disk …`; what was not measured is left out."""
+    """`expected 1m50s, took 1m58s (+7 %); memory …; disk …`; what was not measured is left out.
+
+    Of the disk a run measures what is there at the end, a sweep the most that was there at a time.
+    """
     def part(key: str, words: str, shown: Callable[[float], str]) -> list[str]:
-        before, after = estimated[key], measured.get(key)
+        before, after = estimated.get(key), measured.get(key)
         return [f"{words.format(shown(before), shown(after))} ({after / before - 1:+.0%})"] if after is not None else []
 
     return "; ".join([*part("time_s", "expected {}, took {}", duration),
                       *part("memory_gib", "memory {} expected, {} seen", lambda gib: _size(gib * 2**30)),
-                      *part("final_disk_bytes", "disk at the end {} expected, {} seen", _size)])
+                      *part("final_disk_bytes", "disk at the end {} expected, {} seen", _size),
+                      *part("disk_bytes", "checkpoints at most {} expected, {} seen", _size)])
 
 
 def _batch(e: Experiment) -> list[str]:
@@ -109,8 +113,7 @@ def _data(e: Experiment, tokens: dict[str, Any]) -> list[str]:
 def _cost(e: Experiment, f: dict[str, Any]) -> list[str]:
     tokens, parameters = e.tokens_per_step * e.train.max_steps, f["parameters"]
     checkpoint = 3 * 4 * parameters  # float32 weights and AdamW's two moments
-    # W = 1 is the worst case: one buffer for the running slot and log2(S) + 1 partial sums.
-    buffers = 1 + (e.slots.bit_length() if e.slots > 1 else 0)
+    buffers = e.slots.bit_length()  # W = 1 is the worst case: the running slot and log2(S) partial sums
     return [f"{f['flops_per_token']:.4g} FLOPs per token × {tokens:,} tokens = {f['flops_per_token'] * tokens:.4g} FLOPs",
             f"checkpoint ≈ {_size(checkpoint)}; {e.train.keep} latest and the best one stay, one more while it is written: "
             f"≈ {_size(checkpoint * (e.train.keep + 2))} of disk",
@@ -120,7 +123,7 @@ def _cost(e: Experiment, f: dict[str, Any]) -> list[str]:
 
 def _expected(e: Experiment, tokens: dict[str, Any]) -> list[str]:
     """Time, memory and disk, from steps that are really made."""
-    layout = _layout(e)
+    layout = local_layout(e)
     if layout.use_gpu and not torch.cuda.is_available():
         return ["time and memory are unknown: the run asks for a GPU, and this machine has none to time it on"]
     timing = calibrate.measure(e, tokens["n_vocab"], layout.num_workers, layout.cpus_per_worker, layout.use_gpu)
@@ -148,7 +151,7 @@ def _parts_of_time(e: Experiment, tokens: dict[str, Any], timing: Timing) -> str
     return ", ".join(parts)
 
 
-def _layout(e: Experiment) -> launch.Layout:
+def local_layout(e: Experiment) -> launch.Layout:
     """What the run would take of this machine; where that is too much, what it asks for."""
     cpus, gpus, c = available_cpus(), torch.cuda.device_count(), e.compute
     try:
@@ -160,6 +163,11 @@ def _layout(e: Experiment) -> launch.Layout:
         return launch.Layout(workers, whole if c.cpus_per_worker == "auto" else c.cpus_per_worker, use_gpu)
 
 
+def local_slots(layout: launch.Layout) -> int:
+    """How many groups of workers this machine holds at a time; one, if it holds none: of a cluster nothing is known here."""
+    return max(1, launch.places([(available_cpus(), torch.cuda.device_count())], layout) // layout.num_workers)
+
+
 def _caveats(e: Experiment, layout: launch.Layout) -> str:
     wanted = layout.num_workers * layout.cpus_per_worker
     known = {f"as if this machine had {wanted} CPUs": wanted > available_cpus(),
@@ -169,7 +177,7 @@ def _caveats(e: Experiment, layout: launch.Layout) -> str:
     return "".join(f"; {words}" for words, holds in known.items() if holds)
 
 
-def _token_counts(e: Experiment) -> dict[str, Any]:
+def token_counts(e: Experiment) -> dict[str, Any]:
     """Counts from the manifest where there is one, else what `estimate` makes of the corpus."""
     directory = dataset_dir(e.data, storage_root(e))
     if manifest := prepared(e.data, directory):

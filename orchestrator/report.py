@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from orchestrator import comparison, journal, runs, sweep_figures, tree_view, trials
+from orchestrator import plan as cost_lines
 from orchestrator.console import duration, number, table
 from orchestrator.facts import facts_of
 from orchestrator.keeper import Keeper
@@ -26,8 +27,8 @@ STATUS = {DONE: "FINISHED", FAILED: "FAILED", DIVERGED: "FAILED", BLOCKED: "FAIL
 class Report:
     """`begin` once, `stage_ended` with each stage, `finish` and `show` at the end."""
 
-    def __init__(self, study: Study, books: Keeper):
-        self.study, self.books, self.folder = study, books, study.folder
+    def __init__(self, study: Study, books: Keeper, estimate: dict[str, float] | None = None):
+        self.study, self.books, self.folder, self.estimate = study, books, study.folder, estimate
         known = runs.read_json(self.folder / "run.json") or {"key": uuid.uuid4().hex, "attempts": []}
         self.key, self.attempts = known["key"], known["attempts"]
         self.facts: dict[str, dict[str, Any]] = {}
@@ -104,18 +105,27 @@ class Report:
             "best_checkpoint": None,
             "wall_s": round(wall_s, 1),
         }
+        if self.estimate and self.books.steps_run == plan.steps_to_run:
+            summary |= {"estimated": self.estimate, "measured": {
+                "time_s": summary["wall_s"], "memory_gib": self._memory_gib(), "disk_bytes": self.books.peak_bytes}}
         if best:
             trial = runs.read_json(self.folder / "trials" / best[0] / "summary.json")
             summary["best_checkpoint"] = trial["checkpoint"]
         return summary
 
+    def _memory_gib(self) -> float | None:
+        """The most that a worker took in a stage of this sweep's plan."""
+        lines = (line for i in self.books.plan.to_run for line in journal.read(self.books.stages / i))
+        return max((v for line in lines for k, v in line.items() if k.startswith("memory/")), default=None)
+
     def show(self, url: str | None) -> None:
         """How the trials compare, where everything is, and what to type next."""
         rows, s = self.study.rows(), self.summary
         print("\n" + comparison.table(rows))
-        shown = {k: number(v) for k, v in s.items() if v is not None and k not in ("wall_s", "metric")}
-        print(f"\n{self.folder.name}\n" + table({**shown, "wall time": duration(s["wall_s"]), "folder": self.folder,
-                                                 "figures": self.folder / "figures", "MLflow": url}))
+        shown = {k: number(v) for k, v in s.items() if v is not None and k not in ("wall_s", "metric", "estimated", "measured")}
+        cost = cost_lines.comparison_line(s["estimated"], s["measured"]) if "estimated" in s else None
+        places = {"folder": self.folder, "figures": self.folder / "figures", "MLflow": url}
+        print(f"\n{self.folder.name}\n" + table({**shown, "wall time": duration(s["wall_s"]), "estimate": cost, **places}))
         if s["status"] not in ("FINISHED", "FAILED"):
             print("\nnext: the same command again goes on with the stages that are not done", flush=True)
         elif s["best_trial"]:

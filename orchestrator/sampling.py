@@ -68,7 +68,7 @@ def _optuna():
 def _distribution(one: Choices | Range):
     d = _optuna().distributions
     if isinstance(one, Choices):
-        return d.CategoricalDistribution([v if isinstance(v, str | int | float | bool | None) else json.dumps(v) for v in one.values])
+        return d.CategoricalDistribution(one.values)
     if one.integer:
         return d.IntDistribution(int(one.low), int(one.high), log=one.log, step=int(one.step or 1))
     return d.FloatDistribution(one.low, one.high, log=one.log, step=one.step)

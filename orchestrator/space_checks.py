@@ -104,7 +104,7 @@ def _sampling(settings: SweepSection) -> list[str]:
         found.append(f"sweep.space: {', '.join(settings.space)} and no sweep.sampler; give random or optuna")
     if settings.sampler == "optuna":
         found += [f"sweep.space.{key}: tokens are prepared before the first trial, and what optuna will ask for is not known "
-                  f"then; vary it in sweep.grid, or use sweep.sampler: random" for key in settings.space if key.startswith("data.")]
+                  f"then; use sweep.sampler: random" for key in settings.space if key.startswith("data.")]
     return found
 
 

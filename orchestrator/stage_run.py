@@ -22,7 +22,7 @@ from orchestrator.runs import held, read_json, stored_experiment, write_text
 from orchestrator.stages import Trial
 from orchestrator.training import Run
 
-DONE, DIVERGED = "done", "diverged"
+DONE, DIVERGED, STOPPED = "done", "diverged", "stopped"
 WRITER_WAIT_S = 60
 
 
@@ -88,6 +88,17 @@ def run_stage(folder: Path, worker: Worker) -> Iterator[dict[str, Any]]:
             _write_result(folder, order, experiment, step, DIVERGED if reason else DONE, facts)
 
 
+def note_stop(folder: Path, reason: str) -> dict[str, Any]:
+    """result.json of a stage that a scheduler ended at its last line."""
+    order, own = read_order(folder), journal.read(folder)
+    step = own[-1]["step"] if own else order.start
+    result = {"id": order.id, "start": order.start, "stop": order.stop, "step": order.stop, "outcome": STOPPED, "key": order.id,
+              "is_whole": False, "limit": None, "weights_sha256": None, "reason": f"{reason} after step {step}", "seconds": 0.0,
+              "steps_run": step - order.start}
+    write_text(folder / "result.json", json.dumps(result, indent=1))
+    return result
+
+
 def _take_over_line(folder: Path, order: Order) -> None:
     """Of a stage without steps, which only ends a trial where another folder's state stands: the line of its step."""
     if not journal.read(folder):
@@ -99,7 +110,7 @@ def _take_over_line(folder: Path, order: Order) -> None:
 def has_result(folder: Path, order: Order, experiment: Experiment) -> bool:
     """Whether the stage needs no run: it is done, also as an end if it is one now, or diverged below today's limit."""
     result = read_json(folder / "result.json")
-    if not result:
+    if not result or result["outcome"] == STOPPED:
         return False
     if result["outcome"] == DIVERGED:
         return result["limit"] is None or result["limit"] == order.diverged_above

@@ -109,7 +109,8 @@ class Plan:
     """A tree, and what of it stands already.
 
     standing: ids whose end is there as a checkpoint. finished: ids at which the trials that end there have their
-    results. dead: ids at which training diverged, so that nothing below them will ever run.
+    results. dead: ids at which training diverged, so that nothing below them will ever run. stopped: ids of stages that a
+    scheduler ended early.
     """
 
     trials: tuple[Trial, ...]
@@ -117,6 +118,7 @@ class Plan:
     standing: frozenset[str] = frozenset()
     finished: frozenset[str] = frozenset()
     dead: frozenset[str] = frozenset()
+    stopped: frozenset[str] = frozenset()
 
     @cached_property
     def by_id(self) -> dict[str, Stage]:
@@ -133,7 +135,7 @@ class Plan:
     def to_run(self) -> frozenset[str]:
         """The stages without which a trial has no result: the fewest, given what stands."""
         runs: set[str] = set()
-        lost = self.below(self.dead) | self.dead
+        lost = self.below(self.dead | self.stopped) | self.dead | self.stopped
         for stage in reversed(self.stages):  # children before parents
             if stage.id in lost:
                 continue
@@ -159,7 +161,7 @@ class Plan:
             mine[stage.id] = replace(known, trials=known.trials + stage.trials, ends=known.ends + stage.ends) if known else stage
         new = {stage.id for stage in other.stages} - {stage.id for stage in self.stages}
         return Plan(self.trials + other.trials, tuple(mine.values()), self.standing | other.standing & new,
-                    self.finished | other.finished & new, self.dead | other.dead & new)
+                    self.finished | other.finished & new, self.dead | other.dead & new, self.stopped | other.stopped & new)
 
     def path(self, trial: str) -> list[Stage]:
         """The trial's stages from step 0 on."""
@@ -193,11 +195,12 @@ class Plan:
 
 
 def plan(trials: Iterable[Trial], states: Mapping[str, int] | None = None, standing: Collection[str] = (),
-         finished: Collection[str] = (), dead: Collection[str] = (), at_plateaus: bool = False) -> Plan:
+         finished: Collection[str] = (), dead: Collection[str] = (), stopped: Collection[str] = (),
+         at_plateaus: bool = False) -> Plan:
     """The tree of `trials`, cut where something is stored.
 
     Args:
-        states: `{key: step}` of everything stored; `standing`, `finished`, `dead` say what each key is.
+        states: `{key: step}` of everything stored; the others say what each key is.
         at_plateaus: cut also where a trial's rate begins to fall: trials that nobody knows yet may branch off there.
     """
     trials, states = tuple(trials), states or {}
@@ -206,7 +209,7 @@ def plan(trials: Iterable[Trial], states: Mapping[str, int] | None = None, stand
     cuts = {t.name: [s for s in steps if s <= t.steps and states.get(t.key(s)) == s] for t in trials}
     if at_plateaus:
         cuts = {t.name: [*cuts[t.name], *t.plateau()] for t in trials}
-    return Plan(trials, tuple(grow(trials, cuts)), frozenset(standing), frozenset(finished), frozenset(dead))
+    return Plan(trials, tuple(grow(trials, cuts)), frozenset(standing), frozenset(finished), frozenset(dead), frozenset(stopped))
 
 
 WAITING, RUNNING, DONE, FAILED, DIVERGED, BLOCKED, STOPPED = (
@@ -221,8 +224,9 @@ class Progress:
         """`held` stages wait until `release`d, even where their parents are done."""
         self.plan, self.held = plan, set(held)
         self.state = {stage.id: WAITING if stage.id in plan.to_run else DONE for stage in plan.stages}
-        for stage in plan.dead:
-            self._lose(stage, DIVERGED)
+        for stages, state in ((plan.dead, DIVERGED), (plan.stopped, STOPPED)):
+            for stage in stages & self.state.keys():
+                self._lose(stage, state)
         self.remaining = self._remaining()
 
     def extend(self, plan: Plan) -> None:

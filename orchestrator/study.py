@@ -61,7 +61,7 @@ class Study:
         if s.stop == "anneal_probe":
             self.probes = trials.probes_of(self.candidates.values(), s.probe_step, s.probe_steps)
         everyone = [c.trial for c in self.everyone.values()]
-        self.stored = sweep_folder.scan(folder / "stages", everyone, s.diverged_above)
+        self.stored = sweep_folder.scan(folder / "stages", everyone, s.diverged_above, s.stop == "asha")
         if self.source:
             self.source.check(self.candidates.values())
             sweep_folder.add_run(self.stored, self.source.folder, everyone[0], self.source.step)
@@ -123,13 +123,13 @@ class Study:
                 return found
         return []
 
-    def asha(self) -> dict[str, int] | None:
+    def asha(self) -> dict[str, Any] | None:
         """Arguments of Tune's scheduler: rungs at a ninth, a third and the whole of the run, or later where it evaluates."""
         if self.sweep.settings.stop != "asha":
             return None
-        longest = max(c.trial.steps for c in self.candidates.values())
-        first = max(c.experiment.train.eval_interval for c in self.candidates.values())
-        return {"max_t": longest, "grace_period": min(max(first, longest // 9), longest), "reduction_factor": 3}
+        longest, e = max(c.trial.steps for c in self.candidates.values()), self.sweep.base
+        first = min(max(e.train.eval_interval, longest // 9), longest)
+        return {"metric": self.metric, "max_t": longest, "grace_period": first, "reduction_factor": 3}
 
     # ---- what came of it ----
     def rows(self) -> list[dict[str, Any]]:

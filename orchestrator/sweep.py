@@ -9,6 +9,7 @@ others are actors in its placement group, so a stage has all of its resources or
 import contextlib
 import inspect
 import logging
+import math
 import os
 import shutil
 import traceback
@@ -33,9 +34,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # n
 from orchestrator.launch import COLLECTIVE_TIMEOUT_S, Layout  # noqa: E402
 from orchestrator.numerics import Worker  # noqa: E402
 from orchestrator.runs import write_text  # noqa: E402
-from orchestrator.stage_run import run_stage  # noqa: E402
+from orchestrator.stage_run import read_order, run_stage  # noqa: E402
 
 METRIC, TIME = "val_loss", "optimizer_step"  # of the results that a Tune scheduler sees
+DEATH_SHOWS_S = 5  # Ray notices a dead process in less
 
 
 class Work(Protocol):
@@ -51,22 +53,26 @@ class Work(Protocol):
         """Called several times a second."""
 
 
-def execute(work: Work, stages: Path, layout: Layout, slots: int, asha: dict[str, int] | None = None) -> None:
+def execute(work: Work, stages: Path, layout: Layout, slots: int, asha: dict[str, Any] | None = None,
+            reuse: bool = True) -> None:
     """Run stages until `work` has none; failed ones end nothing but themselves.
 
     Args:
         slots: how many stages the cluster holds at a time. A suggested stage is fixed, so none is suggested earlier.
-        asha: arguments of Tune's ASHAScheduler (`max_t`, `grace_period`); then a stage reports each of its evaluations.
+        asha: arguments of Tune's ASHAScheduler (`max_t`, `grace_period` …) and the `metric` of the journal that it judges by;
+            then a stage reports each of its evaluations.
+        reuse: run stage after stage in one process; False: each in a new one, which costs seconds and changes no bit.
     """
     for name in ("ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     scratch = stages.parent / ".tune"
     bundle = {"CPU": layout.cpus_per_worker, **({"GPU": 1} if layout.use_gpu else {})}
-    trainable = tune.with_parameters(StageTrainable, stages=str(stages), layout=layout, reports=bool(asha))
-    scheduler = tune.schedulers.ASHAScheduler(TIME, METRIC, "min", **asha) if asha else None
+    trainable = tune.with_parameters(StageTrainable, stages=str(stages), layout=layout, reports=asha and asha["metric"])
+    rungs = {key: value for key, value in (asha or {}).items() if key != "metric"}
+    scheduler = tune.schedulers.ASHAScheduler(TIME, METRIC, "min", **rungs) if asha else None
     tuner = tune.Tuner(
         tune.with_resources(trainable, tune.PlacementGroupFactory([bundle] * layout.num_workers)),
-        tune_config=tune.TuneConfig(search_alg=_Gate(work), num_samples=-1, max_concurrent_trials=slots, reuse_actors=True,
+        tune_config=tune.TuneConfig(search_alg=_Gate(work), num_samples=-1, max_concurrent_trials=slots, reuse_actors=reuse,
                                     scheduler=scheduler, trial_name_creator=lambda trial: trial.trial_id,
                                     trial_dirname_creator=lambda trial: trial.trial_id),
         run_config=tune.RunConfig(name=uuid.uuid4().hex[:8], storage_path=str(scratch), verbose=0, callbacks=[_Ticks(work)],
@@ -112,7 +118,7 @@ class _Ticks(tune.Callback):
 class StageTrainable(tune.Trainable):
     """Rank 0 of stage after stage; the crew of its other workers and their process group outlive a stage."""
 
-    def setup(self, config: dict[str, Any], stages: str, layout: Layout, reports: bool) -> None:
+    def setup(self, config: dict[str, Any], stages: str, layout: Layout, reports: str | None) -> None:
         self.stages, self.layout, self.reports, self.crew, self.run = Path(stages), layout, reports, None, None
         self._begin(config)
 
@@ -127,16 +133,17 @@ class StageTrainable(tune.Trainable):
             self.crew = self.crew or Crew(self.layout)
             self.run = self.run or self.crew.run(self.folder)
             for line in self.run:
-                if self.reports and "val/loss" in line and line["step"]:
-                    following = next(self.run, None)  # the last evaluation's result must not be stopped before it is written
-                    result = {TIME: line["step"], METRIC: line["val/loss"]}
-                    if following is None:
-                        return result | {"done": True}
-                    return result
+                # The last evaluation is the end: a scheduler must not stop the stage before its result is written.
+                if self.reports in line and line["step"]:
+                    self.last = {TIME: line["step"], METRIC: line[self.reports]}
+                    if line["step"] < self.stop:
+                        return self.last
         except Exception as error:
-            write_text(self.folder / "failure-rank0.txt", "".join(traceback.format_exception(error)))
+            # Where a peer died this is the echo, a closed connection; the peer has left its own word, or was killed.
+            if not (self.crew and self.crew.has_lost_a_peer()):
+                write_text(self.folder / "failure-rank0.txt", "".join(traceback.format_exception(error)))
             raise
-        return {"done": True}
+        return {**self.last, "done": True}
 
     def cleanup(self) -> None:
         self._abandon()
@@ -148,6 +155,7 @@ class StageTrainable(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self.folder, self.run = self.stages / config["stage"], None
+        self.stop, self.last = read_order(self.folder).stop, {TIME: 0, METRIC: math.inf}
 
     def _abandon(self) -> None:
         """A stage that a scheduler stopped leaves peers in the middle of a step: they go."""
@@ -163,7 +171,7 @@ class Crew:
     """The workers of one placement group: this process as rank 0, and an actor for each other rank."""
 
     def __init__(self, layout: Layout):
-        self.layout, self.peers = layout, []
+        self.layout, self.peers, self.theirs = layout, [], []
         if layout.num_workers > 1:
             self._assemble()
 
@@ -181,9 +189,21 @@ class Crew:
 
     def run(self, folder: Path):
         """The lines of the stage, while every worker runs it."""
-        theirs = [p.run.remote(str(folder)) for p in self.peers]
+        self.theirs = [p.run.remote(str(folder)) for p in self.peers]
         yield from run_stage(folder, _worker(0, self.layout))
-        ray.get(theirs)
+        ray.get(self.theirs)
+
+    def has_lost_a_peer(self) -> bool:
+        """Whether a worker of the stage that just failed is dead; one that only waits for this process is not."""
+        if not self.theirs:
+            return False
+        over, _ = ray.wait(self.theirs, num_returns=len(self.theirs), timeout=DEATH_SHOWS_S)
+        for peer in over:
+            try:
+                ray.get(peer)
+            except ray.exceptions.RayActorError:
+                return True
+        return False
 
     def disband(self) -> None:
         import torch.distributed as dist

@@ -11,11 +11,12 @@ again goes on, and running it with more trials runs only what is new.
 import os
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from orchestrator import init_from, interrupts, launch, runs, tree_view
+from orchestrator import init_from, interrupts, launch, plan, runs, sweep_plan, tree_view
 from orchestrator.config import Data, Experiment
 from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from orchestrator.manifest import Manifest, load_manifest
@@ -61,19 +62,36 @@ def _run(sweep: Sweep, storage: Path, folder: Path, uri: str) -> int:
     datasets = {key: prepare(data, dataset_dir(data, storage)) for key, data in _data_of(sweep).items()}
     _check_shapes(sweep, datasets)
     with runs.held(folder):
-        study = Study.open(sweep, folder, layout, datasets)
-        return _execute(study, max(1, launch.capacity(layout)), SweepTracker(folder, uri, sweep.base.tracking.experiment))
+        study, slots = Study.open(sweep, folder, layout, datasets), max(1, launch.capacity(layout))
+        estimate = _describe(study, slots)
+        return _execute(study, slots, SweepTracker(folder, uri, sweep.base.tracking.experiment), estimate)
 
 
-def _execute(study: Study, slots: int, tracker: SweepTracker) -> int:
+def _describe(study: Study, slots: int) -> dict[str, float] | None:
+    """Say what will be run and what it will cost; the estimate, where there is one."""
+    print("\n".join(tree_view.summary(study.plan)))
+    print(f"{slots} stage(s) at a time, {study.layout.num_workers} worker(s) each, in {study.folder}", flush=True)
+    if not study.plan.to_run:
+        return None
+    counts = {key: {"n_vocab": d.tokenizer["n_vocab"], **{name: split.tokens for name, split in d.splits.items()}}
+              for key, d in study.datasets.items()}
+    try:
+        estimate = sweep_plan.estimate_of(study, slots, counts)
+    except Exception as error:  # no estimate is worth a sweep
+        estimate = f"{error.__class__.__name__}: {error}"
+    known = isinstance(estimate, dict)
+    print(f"expected: {plan.expected_line(estimate)}" if known else f"no estimate of the cost: {estimate}", flush=True)
+    return estimate if known else None
+
+
+def _execute(study: Study, slots: int, tracker: SweepTracker, estimate: dict[str, float] | None) -> int:
     """From the plan to the last line of the comparison."""
     started, code = time.monotonic(), None
-    table = Table(slots, study.best)
+    step_s = estimate["time_s"] * slots / study.plan.steps_to_run if estimate and study.plan.steps_to_run else None
+    table = Table(slots, study.best, step_s)
     books = table.books = study.keeper(table.tick)
-    report = Report(study, books)
+    report = Report(study, books, estimate)
     books.watch = lambda stage: (report.stage_ended(stage), table.stage_ended(stage))
-    print("\n".join(tree_view.summary(study.plan)), flush=True)
-    print(f"{slots} stage(s) at a time, {study.layout.num_workers} worker(s) each, in {study.folder}", flush=True)
     report.begin()
     try:
         tracker.start()
@@ -85,6 +103,9 @@ def _execute(study: Study, slots: int, tracker: SweepTracker) -> int:
         code = EXIT_DONE if states <= {DONE, STOPPED} else EXIT_FAILED
     except (KeyboardInterrupt, SystemExit):
         code = EXIT_AGAIN if interrupts.was_terminated() else EXIT_INTERRUPTED
+    except Exception:  # not a trial's: those end in their stages
+        traceback.print_exc()
+        code = EXIT_FAILED
     interrupts.let_end()
     status = {EXIT_DONE: "FINISHED", EXIT_FAILED: "FAILED"}.get(code, "KILLED")
     report.finish(status, time.monotonic() - started)

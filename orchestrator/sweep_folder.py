@@ -28,11 +28,12 @@ class Stored:
         steps |= {key: result["step"] for key, result in self.results.items()}
         return plan(trials, steps, self.states,
                     {k for k, r in self.results.items() if r["outcome"] == stage_run.DONE and r["is_whole"]},
-                    {k for k, r in self.results.items() if r["outcome"] == stage_run.DIVERGED}, at_plateaus)
+                    *({k for k, r in self.results.items() if r["outcome"] == outcome}
+                      for outcome in (stage_run.DIVERGED, stage_run.STOPPED)), at_plateaus=at_plateaus)
 
 
-def scan(stages: Path, trials: Iterable[Trial], diverged_above: float | None = None) -> Stored:
-    """What the folder `stages/` holds for a tree of `trials`.
+def scan(stages: Path, trials: Iterable[Trial], diverged_above: float | None = None, stops: bool = False) -> Stored:
+    """What the folder `stages/` holds for a tree of `trials`; `stops`: also what a scheduler stopped stays so.
 
     A stage that was interrupted goes on in its own folder. Its checkpoints serve other stages only where today's tree has
     no such stage any more.
@@ -42,6 +43,8 @@ def scan(stages: Path, trials: Iterable[Trial], diverged_above: float | None = N
         folder = folder.parent
         order, result = stage_run.read_order(folder), read_json(folder / "result.json")
         if result and result["outcome"] == stage_run.DIVERGED and result["limit"] not in (None, diverged_above):
+            continue
+        if result and result["outcome"] == stage_run.STOPPED and not stops:
             continue
         if result:
             found.results[result["key"]], found.folders[result["key"]] = result, folder

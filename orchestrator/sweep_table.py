@@ -81,7 +81,7 @@ class Table:
 
     def seconds_left(self) -> float | None:
         k = self.books
-        results = [r for i, r in k.stored.results.items() if i in k.plan.to_run and r["steps_run"]]
+        results = [r for i, r in k.stored.results.items() if i in k.plan.to_run and r["steps_run"] and r["seconds"]]
         each = sum(r["seconds"] for r in results) / sum(r["steps_run"] for r in results) if results else self.expected
         if each is None:
             return None

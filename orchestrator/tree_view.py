@@ -167,14 +167,20 @@ def _plural(n: int, word: str) -> str:
 
 def summary(plan: Plan) -> list[str]:
     """Steps asked, to run and saved (shared between trials; stored already), the tree's size, trials that are the same."""
-    asked, tree = plan.steps_asked, plan.steps_in_tree
+    probes = sum(s.steps for s in plan.stages if not any(t.asked for t in plan.trials if t.name in s.trials))
+    asked, tree = plan.steps_asked, plan.steps_in_tree - probes
     lost = sum(plan.by_id[i].steps for i in plan.dead | plan.below(plan.dead) if i in plan.by_id)
-    shared, stored = asked - tree, tree - plan.steps_to_run - lost
-    trials, stages = len(plan.trials), len(plan.stages)
+    to_run = plan.steps_to_run
+    shared, stored = asked - tree, tree + probes - to_run - lost
+    trials, stages = sum(t.asked for t in plan.trials), len(plan.stages)
     out = [f"{trials:,} {_plural(trials, 'trial')} in {stages:,} {_plural(stages, 'stage')}; one by one they take {asked:,} steps",
-           f"to run: {plan.steps_to_run:,} steps ({_share(plan.steps_to_run, asked)})",
+           f"to run: {to_run:,} steps ({_share(to_run, asked)})",
            f"saved: {shared + stored:,} steps ({_share(shared + stored, asked)}): "
            f"{shared:,} shared between trials, {stored:,} stored already"]
+    if probes:
+        out.append(f"probes: {probes:,} steps, that nobody asked for, in the hope of saving more of the others")
+    if again := plan.steps_again:
+        out.append(f"run again: {again:,} steps that were run before and left no checkpoint to branch off")
     if lost:
         out.append(f"not run: {lost:,} steps ({_share(lost, asked)}), as training diverged at or above them")
     same = [stage for stage in plan.stages if len(stage.ends) > 1]

@@ -81,7 +81,8 @@ def probes_of(candidates: Iterable[Candidate], step: int, steps: int) -> dict[st
 
 
 # ---- folders ----
-def assemble(folder: Path, last: tuple[Path, int] | None, candidate: Candidate, run: dict[str, Any], summary: dict[str, Any] | None) -> None:
+def assemble(folder: Path, last: tuple[Path, int] | None, candidate: Candidate, run: dict[str, Any],
+             summary: dict[str, Any] | None) -> None:
     """Make `folder` what a lone run's is as far as its stages are done; `last`: the folder and end of the last of them.
 
     Args:

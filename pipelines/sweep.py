@@ -7,7 +7,8 @@ and it goes on; with more values in the grid it runs only what is new."""
 from orchestrator.config import sweep_docs
 from orchestrator.space import load_sweep
 from orchestrator.sweep_driver import run
+from orchestrator.sweep_plan import show
 from pipelines.common import experiment_command
 
 if __name__ == "__main__":
-    experiment_command(__doc__, run, load=load_sweep, docs=sweep_docs)
+    experiment_command(__doc__, run, load=load_sweep, dry_run=show, docs=sweep_docs)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import checkpoint, journal
+from orchestrator import checkpoint, journal, plan
 
 REPO = Path(__file__).resolve().parent.parent.parent
 STEPS = 60
@@ -104,6 +104,7 @@ def test_a_killed_driver_and_the_same_command_again_equal_never_killed(golden, r
     assert not (tmp_path / "small" / "summary.json").exists(), "the run ended before it could be killed"
     again = run(ray_head, tmp_path, tiny_corpus)
     assert "resuming small from step" in again.stdout
+    assert "estimated" not in summary(tmp_path / "small"), "a part of a run is compared with the whole"
     assert curve(tmp_path / "small") == curve(golden[0])
     assert summary(tmp_path / "small")["weights_sha256"] == summary(golden[0])["weights_sha256"]
     with sqlite3.connect(tmp_path / "mlflow" / "mlflow.db") as db:
@@ -172,3 +173,28 @@ def test_the_dry_run_counts_and_writes_nothing(tmp_path, tiny_corpus):
     for text in ("16 sequences per step / 4 per micro-batch = 4 micro-batches", "1,024 tokens per step", "parameters"):
         assert text in done.stdout
     assert not (tmp_path / "storage").exists()
+
+
+def cached(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in (folder / "espalier" / "calibration").iterdir()}
+
+
+def test_what_the_dry_run_expects_the_run_expects_too_and_is_compared_with(ray_head, tiny_corpus, tmp_path):
+    words = command(tmp_path / "storage", tiny_corpus, "compute.num_workers=1", "compute.use_gpu=false", "train.max_steps=40")
+    env = {**ray_head.env, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    dry = subprocess.run([*words, "--dry-run"], env=env, capture_output=True, text=True, timeout=120, check=True).stdout
+    for text in ("steps of", "evaluations of", "resident per worker", "of disk at most", "1 worker(s) with 1 CPU(s) each"):
+        assert text in dry.partition("\nexpected\n")[2]
+    assert not (tmp_path / "storage").exists()
+    before = cached(tmp_path / "cache")
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert cached(tmp_path / "cache") == before, "measured again"
+    facts = summary(tmp_path / "storage" / "small")
+    expected, seen = facts["estimated"], facts["measured"]
+    assert f"≈ {expected['memory_gib']:.3g} GiB resident" in dry
+    assert seen["time_s"] == facts["wall_s"]
+    assert seen["memory_gib"] == pytest.approx(expected["memory_gib"], rel=0.25)
+    assert seen["final_disk_bytes"] == pytest.approx(expected["final_disk_bytes"], rel=0.05)
+    assert "expected: " in done.stdout
+    assert plan.comparison_line(expected, seen) in done.stdout

@@ -16,7 +16,7 @@ from typing import Any
 from orchestrator import calibrate, checkpoint, init_from, interrupts, journal, launch, numerics, plan, runs
 from orchestrator.config import Experiment
 from orchestrator.console import Console, duration, number, table
-from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER
+from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
 from orchestrator.facts import facts_of
 from orchestrator.manifest import Manifest, load_manifest
 from orchestrator.order import windows_per_epoch
@@ -34,6 +34,8 @@ def run(experiment: Experiment) -> int:
     uri = resolve_uri(experiment, storage)
     init_from.check(experiment)
     runs.check_writable(storage)
+    if (storage / experiment.name / "sweep.yaml").exists():
+        raise UserError(f"name: {storage / experiment.name} is the folder of a sweep; give the run another name (name=…)")
     run_dir, data_dir = storage / experiment.name, dataset_dir(experiment.data, storage)
     if _is_finished(run_dir, experiment, data_dir):
         return _show_again(run_dir, experiment, uri)

@@ -16,8 +16,8 @@ from orchestrator.provenance import redact, source_facts, source_tags
 SOURCES = Path(__file__).resolve().parent.parent
 
 
-def facts_of(experiment: Experiment, dataset: Manifest) -> dict[str, Any]:
-    """`params`, `tags` and `dataset`."""
+def facts_of(experiment: Experiment, dataset: Manifest, script: str = "pipelines/train.py") -> dict[str, Any]:
+    """`params`, `tags` and `dataset` of an experiment that `script` runs."""
     derived = model_facts(experiment, dataset.tokenizer["n_vocab"])
     params = {**experiment.flat(), **{f"derived.{k}": v for k, v in derived.items()},
               "derived.tokens_per_step": experiment.tokens_per_step, "derived.reduction_slots": experiment.slots}
@@ -27,7 +27,7 @@ def facts_of(experiment: Experiment, dataset: Manifest) -> dict[str, Any]:
     named = ", ".join(entry.partition("#")[0].rstrip("/").rpartition("/")[2] for entry in corpus)
     return {
         "params": redact({k: v for k, v in params.items() if v is not None}),
-        "tags": redact(source_tags(sources, ray_job_id=launch.job_id())),
+        "tags": redact(source_tags(sources, script, ray_job_id=launch.job_id())),
         "dataset": {"name": f"{named} as {dataset.tokenizer['name']}", "digest": dataset.digest,
                     "source": str(dataset.directory), **splits},
     }

@@ -21,6 +21,7 @@ from orchestrator.stages import BLOCKED, DIVERGED, DONE, FAILED, STOPPED, Stage
 from orchestrator.study import Study, data_key
 from orchestrator.trials import Candidate
 
+SCRIPT = "pipelines/sweep.py"
 STATUS = {DONE: "FINISHED", FAILED: "FAILED", DIVERGED: "FAILED", BLOCKED: "FAILED", STOPPED: "KILLED"}
 
 
@@ -39,7 +40,7 @@ class Report:
         attempt = {"started": _now(), "layout": asdict(study.layout), "trials": len(study.candidates)}
         self.attempts = [*self.attempts, redact(attempt)]
         first = next((c.experiment for c in study.candidates.values()), study.sweep.base)
-        facts = facts_of(first, study.datasets[data_key(first.data)])
+        facts = facts_of(first, study.datasets[data_key(first.data)], SCRIPT)
         varying = {key for c in study.candidates.values() for key in c.spec.fields}
         params = {k: v for k, v in facts["params"].items() if k not in varying and not k.startswith("derived.")}
         params |= {f"sweep.{k}": json.dumps(v) for k, v in study.sweep.settings.model_dump(by_alias=True).items() if v}
@@ -144,9 +145,10 @@ class Report:
         facts = self._facts(c)
         path = self.books.plan.path(c.name)
         tags = {"sweep.name": self.folder.name, "sweep.setting": c.spec.setting, "sweep.state": state,
-                "sweep.reason": self.study.dropped.get(c.name) or self.books.reason(c.name) or "",
                 "sweep.stages": " > ".join(f"{s.id[:8]}[{s.start}:{s.stop}]" for s in path),
                 "sweep.steps_shared": sum(s.steps for s in path if len(s.trials) > 1)}
+        if reason := self.study.dropped.get(c.name) or self.books.reason(c.name):
+            tags["sweep.reason"] = reason
         key = hashlib.sha256(f"{self.key}/{c.name}".encode()).hexdigest()[:32]
         run = {"name": c.name, "key": key, "trial": c.trial.key(c.trial.steps), **facts, "tags": facts["tags"] | tags,
                "attempts": known.get("attempts") or [{"started": _now(), "layout": asdict(self.study.layout)}]}
@@ -154,7 +156,7 @@ class Report:
 
     def _facts(self, c: Candidate) -> dict[str, Any]:
         if c.name not in self.facts:
-            self.facts[c.name] = facts_of(c.experiment, c.dataset)
+            self.facts[c.name] = facts_of(c.experiment, c.dataset, SCRIPT)
         return self.facts[c.name]
 
     def _trial_summary(self, c: Candidate, state: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ A trial is what it does at each step: a root (all that is the same at every step
 seed) and the learning rate of every step. Trials with one root whose rates agree, bit for bit, before step n make the
 same weights in their first n steps, so these are run once: a stage is a stretch of steps that the same trials share.
 The tree of stages is a trie over the steps, so the steps in it are the fewest that can be run.
-Source of the idea: Hippo, "Sharing Computations with Stage Trees", VLDB 2022.
+Source of the idea: Shin et al., "Hippo: Sharing Computations in Hyper-Parameter Optimization", PVLDB 15(5), 2022.
 
 Legend: steps [start, stop) are updates counted from 0; the state after `stop` updates is the stage's end.
 """

@@ -5,11 +5,16 @@ from pathlib import Path
 import pytest
 
 from model.schedule import learning_rate
-from orchestrator.config import Experiment, load_experiment, parse_experiment
+from orchestrator.config import Experiment, load_experiment, parse_experiment, parse_sweep
 from orchestrator.plain_yaml import read_yaml
 from orchestrator.plan import model_facts
+from orchestrator.rates import Rates
+from orchestrator.space import load_sweep
+from orchestrator.stages import Trial, plan
 
-CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
+FILES = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
+SWEEPS = [path for path in FILES if path.name.startswith("sweep-")]
+CONFIGS = [path for path in FILES if path not in SWEEPS]
 GPT2, BYTE, CHAR = 50257, 257, 65  # n_vocab
 
 # A length of None is tuned to a time, not known from elsewhere.
@@ -82,6 +87,20 @@ def test_the_known_numbers_come_out(name):
 )
 def test_what_a_config_is_for_stands_in_it(name, field, value):
     assert by_name(name).flat()[field] == value
+
+
+def test_every_sweep_has_a_test_of_its_own():
+    assert [path.stem for path in SWEEPS] == ["sweep-schedules"]
+
+
+def test_the_sweep_of_schedules_runs_two_fifths_of_what_it_asks():
+    sweep = load_sweep(SWEEPS[0])
+    assert parse_sweep(read_yaml(sweep.to_yaml(), "again"), "again") == (sweep.base, sweep.settings)
+    trials = [Trial(s.name, "", Rates(s.experiment.lr_schedule()).first(s.experiment.train.max_steps)) for s in sweep.trials]
+    tree = plan(trials)
+    assert (len(trials), tree.steps_asked, tree.steps_in_tree) == (21, 15750, 6381)
+    assert sweep.base.data.corpus == "builtin:stdlib"  # no download
+    assert SWEEPS[0].read_text("utf-8").startswith("# ")
 
 
 def test_shakespeare_is_fetched_with_the_hash_that_is_known():

@@ -27,6 +27,7 @@ import numpy as np
 from sweep import PEAKS, experiment_tree, grid18, markdown, opened, parser, run_tree, start_ray
 
 from orchestrator import runs
+from orchestrator.config import SweepSection
 from orchestrator.errors import UserError
 from orchestrator.launch import Layout
 from orchestrator.stages import Trial, grow
@@ -152,18 +153,20 @@ def asha_rungs(study: Study) -> list[int]:
 def rows(grids: Mapping[int, Grid], at: Sequence[int], probe_step: int, margin: float) -> list[list[Any]]:
     """A line for each rule and seed."""
     fitted, found = next(iter(grids)), []
-    for rule in ("none", "asha", "anneal_probe"):
+    default = SweepSection.model_fields["probe_margin"].default
+    for rule, allowed in (("none", None), ("asha", None), ("anneal_probe", margin), ("anneal_probe", default)):
         for seed, grid in grids.items():
             stopped, more = {}, ()
             if rule == "asha":
                 stopped = halving(grid.curves, at, REDUCTION)
             elif rule == "anneal_probe":
-                stopped, more = dict.fromkeys(outside(grid.probes, margin), probe_step), grid.probe_trials.values()
+                stopped, more = dict.fromkeys(outside(grid.probes, allowed), probe_step), grid.probe_trials.values()
             loss, rank = regret(grid.finals, stopped)
             ran = steps_shared(grid.trials, stopped, more)
             alone, shared = sum(t.steps for t in grid.trials.values()), steps_shared(grid.trials, {})
-            note = " (margin chosen here)" if rule == "anneal_probe" and seed == fitted else ""
-            found.append([rule, f"{seed}{note}", f"{loss:.4f}", f"{rank} of {len(grid.finals)}",
+            note = " (margin chosen here)" if allowed == margin and seed == fitted else ""
+            name = rule if allowed is None else f"{rule}, margin {allowed:.2f}{' (default)' if allowed == default else ''}"
+            found.append([name, f"{seed}{note}", f"{loss:.4f}", f"{rank} of {len(grid.finals)}",
                           len(grid.finals) - len(stopped), f"{ran:,}", f"{ran / alone:.2f}", f"{ran / shared:.2f}"])
     return found
 
@@ -187,8 +190,8 @@ def report(a: Namespace, study: Study, grids: Mapping[int, Grid]) -> str:
     second = markdown(["peak", *(f"seed {seed}" for seed in grids)], correlations(grids, a.steps // 2))
     return (f"{first}\n\n{a.layers} layers × {a.width}, 12 × 64 tokens a step, {a.steps} steps. asha: rungs at "
             f"{', '.join(map(str, at))} steps, factor {REDUCTION}; a replay, with all trials meeting at each rung. anneal_probe: "
-            f"at step {probe_step}, {study.sweep.settings.probe_steps} steps long (their steps are in 'steps run'), margin "
-            f"{margin:.2f}. Steps run: every rule shares what its trials have in common.\n\n"
+            f"at step {probe_step}, {study.sweep.settings.probe_steps} steps long (their steps are in 'steps run'). "
+            f"Steps run: every rule shares what its trials have in common.\n\n"
             f"Rank correlation (Spearman) of val loss at step {a.steps // 2} and at the end, within one peak:\n\n{second}")
 
 

@@ -4,6 +4,7 @@ Eats an experiment; yields rows of text. What is estimated is marked with ≈. T
 training in a process of its own (`calibrate.py`), which leaves nothing but its numbers in the user's cache.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 
 from model import optim
 from model.flops import flops_per_token
-from model.gpt import GPT
+from model.gpt import GPT, GPTConfig
 from orchestrator import calibrate, init_from, launch
 from orchestrator.calibrate import Timing
 from orchestrator.config import Experiment
@@ -28,8 +29,13 @@ from orchestrator.tokens import dataset_dir, estimate
 
 def model_facts(experiment: Experiment, n_vocab: int) -> dict[str, Any]:
     """Parameter counts of the model, without building it: total, without positions, decayed and not."""
+    return _facts_of_shape(experiment.gpt_config(n_vocab))
+
+
+@functools.cache
+def _facts_of_shape(config: GPTConfig) -> dict[str, Any]:
     with torch.device("meta"):
-        model = GPT(experiment.gpt_config(n_vocab))
+        model = GPT(config)
     decayed_tensors, decayed, kept_tensors, kept = optim.decay_summary(model)
     return {"vocab_size": model.config.vocab_size, "parameters": model.num_parameters(),
             "parameters_without_positions": model.num_parameters(positions=False),
@@ -38,15 +44,15 @@ def model_facts(experiment: Experiment, n_vocab: int) -> dict[str, Any]:
             "flops_per_token": flops_per_token(model.config)}
 
 
-def show(experiment: Experiment) -> int:
-    """Print the resolved experiment, its arithmetic and its cost; what `--dry-run` does."""
+def show(experiment: Experiment, timed: bool = True) -> int:
+    """Print the resolved experiment, its arithmetic and its cost; what `--dry-run` does. `timed`: with seconds of training."""
     print(experiment.to_yaml())
-    for title, lines in dry_run(experiment):
+    for title, lines in dry_run(experiment, timed):
         print(f"{title}\n" + "\n".join(f"  {line}" for line in lines))
     return 0
 
 
-def dry_run(experiment: Experiment) -> list[tuple[str, list[str]]]:
+def dry_run(experiment: Experiment, timed: bool = True) -> list[tuple[str, list[str]]]:
     """Sections of lines: batch arithmetic, model, data, cost, and what was measured of it."""
     init_from.check(experiment)
     tokens = token_counts(experiment)
@@ -56,7 +62,7 @@ def dry_run(experiment: Experiment) -> list[tuple[str, list[str]]]:
         return [("batch", _batch(experiment)), ("data", _data(experiment, tokens)), ("model and cost", unknown)]
     facts = model_facts(experiment, tokens["n_vocab"])
     return [("batch", _batch(experiment)), ("model", _model(facts)), ("data", _data(experiment, tokens)),
-            ("cost", _cost(experiment, facts)), ("expected", _expected(experiment, tokens))]
+            ("cost", _cost(experiment, facts)), *([("expected", _expected(experiment, tokens))] if timed else [])]
 
 
 def expected_line(estimate: dict[str, float]) -> str:

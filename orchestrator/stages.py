@@ -41,10 +41,16 @@ class Trial:
 
     def key(self, step: int) -> str:
         """Names the state after `step` updates, across trials, sweeps and processes: equal keys are equal weights."""
-        assert 0 <= step <= self.steps
-        digest = hashlib.sha256(f"{self.root}/{step}/".encode())
-        digest.update(np.ascontiguousarray(self.rates[:step], dtype="<f8").data)
-        return digest.hexdigest()[:20]
+        return self.keys([step])[step]
+
+    def keys(self, steps: Iterable[int]) -> dict[int, str]:
+        """`key` of each of some rising steps, in one pass over the rates."""
+        digest, rates, before, found = hashlib.sha256(f"{self.root}/".encode()), self.rates.astype("<f8"), 0, {}
+        for step in steps:
+            assert before <= step <= self.steps
+            digest.update(rates[before:step].data)
+            found[step], before = digest.copy().hexdigest()[:20], step
+        return found
 
 
 @dataclass(frozen=True)
@@ -163,9 +169,17 @@ class Plan:
         return Plan(self.trials + other.trials, tuple(mine.values()), self.standing | other.standing & new,
                     self.finished | other.finished & new, self.dead | other.dead & new, self.stopped | other.stopped & new)
 
+    @cached_property
+    def _paths(self) -> dict[str, list[Stage]]:
+        found: dict[str, list[Stage]] = {}
+        for stage in self.stages:
+            for trial in stage.trials:
+                found.setdefault(trial, []).append(stage)
+        return {trial: sorted(path, key=lambda stage: stage.stop) for trial, path in found.items()}
+
     def path(self, trial: str) -> list[Stage]:
         """The trial's stages from step 0 on."""
-        return [stage for stage in self.stages if trial in stage.trials]
+        return self._paths[trial]
 
     def cost(self, stage: Stage) -> int:
         """Steps that running it takes: none where its end stands and only a result is missing."""
@@ -206,7 +220,7 @@ def plan(trials: Iterable[Trial], states: Mapping[str, int] | None = None, stand
     trials, states = tuple(trials), states or {}
     assert len({t.name for t in trials}) == len(trials), "trials have names of their own"
     steps = sorted(set(states.values()))
-    cuts = {t.name: [s for s in steps if s <= t.steps and states.get(t.key(s)) == s] for t in trials}
+    cuts = {t.name: [s for s, key in t.keys(s for s in steps if s <= t.steps).items() if key in states] for t in trials}
     if at_plateaus:
         cuts = {t.name: [*cuts[t.name], *t.plateau()] for t in trials}
     return Plan(trials, tuple(grow(trials, cuts)), frozenset(standing), frozenset(finished), frozenset(dead), frozenset(stopped))

@@ -53,14 +53,14 @@ def scan(stages: Path, trials: Iterable[Trial], diverged_above: float | None = N
         elif order.id not in todays:
             made = checkpoint.steps(folder / "checkpoints")
             of_stage = Trial("", order.root, rates.from_json(order.rates).first(max(made, default=0)))
-            found.states |= {of_stage.key(step): (folder, step) for step in made}
+            found.states |= {key: (folder, step) for step, key in of_stage.keys(made).items()}
     return found
 
 
 def add_run(found: Stored, run_dir: Path, trial: Trial, upto: int) -> list[int]:
     """Add the checkpoints of a lone run, up to step `upto`, as states of `trial`, whose first steps are the run's."""
     made = [step for step in checkpoint.steps(run_dir / "checkpoints") if step <= upto]
-    found.states |= {trial.key(step): (run_dir, step) for step in made}
+    found.states |= {key: (run_dir, step) for step, key in trial.keys(made).items()}
     return made
 
 

@@ -60,8 +60,9 @@ def at_least(least: int | float) -> Callable[[str], int | float]:
 
 
 def experiment_command(doc: str, run: Callable[[Any], int], *, dry_run: Callable[[Any], int] | None = None,
-                       load: Callable[[Path, list[str]], Any] = load_experiment, docs: Callable[[], Docs] = field_docs) -> None:
-    """`[EXPERIMENT.yaml] [section.field=value …] [--dry-run]`, without a file the quickstart.
+                       load: Callable[[Path, list[str]], Any] = load_experiment, docs: Callable[[], Docs] = field_docs,
+                       default: Path = DEFAULT) -> None:
+    """`[EXPERIMENT.yaml] [section.field=value …] [--dry-run]`, without a file `default`.
 
     `load` makes what `run` and `dry_run` take out of the path and the words; `docs` gives the fields that `--help` lists.
     """
@@ -74,18 +75,18 @@ def experiment_command(doc: str, run: Callable[[Any], int], *, dry_run: Callable
         if unknown:
             raise UserError(f"{sorted(unknown)[0]}: no such option; --help lists what there is")
         words = [a for a in argv if a not in flags]
-        experiment = load(*split_words(words))
+        experiment = load(*split_words(words, default))
         return dry_run(experiment) if "--dry-run" in flags else run(experiment)
 
     guarded(main)
 
 
-def split_words(words: list[str]) -> tuple[Path, list[str]]:
+def split_words(words: list[str], default: Path = DEFAULT) -> tuple[Path, list[str]]:
     """The experiment's path, in front, and the overrides."""
     files = [w for w in words if "=" not in w]
     if len(files) > 1:
         raise UserError(f"'{files[1]}': one experiment at a time; overrides are section.field=value")
-    return Path(files[0]) if files else DEFAULT, [w for w in words if "=" in w]
+    return Path(files[0]) if files else default, [w for w in words if "=" in w]
 
 
 def help_text(doc: str, dry: bool, docs: Docs | None = None) -> str:

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Prepare the tokens of an experiment: corpus -> Parquet token shards and a manifest. Training does it by itself."""
 
+import functools
 import time
 
 from orchestrator.config import Experiment
@@ -27,4 +28,4 @@ def main(experiment: Experiment) -> int:
 
 
 if __name__ == "__main__":
-    experiment_command(__doc__, main, dry_run=show)
+    experiment_command(__doc__, main, dry_run=functools.partial(show, timed=False))

@@ -8,7 +8,8 @@ from orchestrator.config import sweep_docs
 from orchestrator.space import load_sweep
 from orchestrator.sweep_driver import run
 from orchestrator.sweep_plan import show
-from pipelines.common import experiment_command
+from pipelines.common import DEFAULT, experiment_command
 
 if __name__ == "__main__":
-    experiment_command(__doc__, run, load=load_sweep, dry_run=show, docs=sweep_docs)
+    experiment_command(__doc__, run, load=load_sweep, dry_run=show, docs=sweep_docs,
+                       default=DEFAULT.with_name("sweep-schedules.yaml"))

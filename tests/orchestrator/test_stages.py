@@ -154,7 +154,8 @@ def test_a_sweep_that_is_done_runs_nothing(found):
 
 def test_a_result_where_a_state_stands_costs_no_step():
     trunk = trial("trunk", [1.0] * 10)
-    p = plan([trunk, trial("short", [1.0] * 6)], {trunk.key(6): 6, trunk.key(10): 10}, {trunk.key(6), trunk.key(10)}, {trunk.key(10)})
+    states = {trunk.key(6): 6, trunk.key(10): 10}
+    p = plan([trunk, trial("short", [1.0] * 6)], states, states, {trunk.key(10)})
     assert p.to_run == {trunk.key(6)}
     assert p.steps_to_run == 0
     progress = Progress(p)

@@ -7,7 +7,8 @@ import pytest
 
 from orchestrator.stages import DONE
 
-SPACE = ["sweep.sampler=optuna", "sweep.space.train.max_steps={low: 10, high: 30}", "sweep.space.schedule.decay_shape=[linear, cosine]"]
+SPACE = ["sweep.sampler=optuna", "sweep.space.train.max_steps={low: 10, high: 30}",
+         "sweep.space.schedule.decay_shape=[linear, cosine]"]
 
 
 def made(study) -> int:

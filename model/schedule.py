@@ -92,7 +92,7 @@ def wsd(schedule: Schedule, step: int) -> float:
 
     p runs from 0 at wsd_decay_start to 1 at decay_steps, a decay_fraction of decay_steps in all; shape(p) is 1 - p
     ("linear"), (1 + cos(pi p)) / 2 ("cosine") or 1 - sqrt(p) ("1-sqrt"). Runs of different lengths share every step
-    before their decay, bit for bit.
+    up to the first of their decay, which still has the peak, bit for bit.
     Source: MiniCPM, arXiv:2404.06395; 1-sqrt: Hägele et al., arXiv:2405.18392.
 
     >>> s = Schedule("wsd", 1.0, min_lr_ratio=0.0, decay_steps=100, decay_fraction=0.2)
@@ -100,7 +100,8 @@ def wsd(schedule: Schedule, step: int) -> float:
     [1.0, 1.0, 0.75, 0.5, 0.0]
     """
     start = wsd_decay_start(schedule)
-    if step < start:
+    # At the start p is 0, and the formula may miss by a bit the peak that longer runs have there.
+    if step < start or step == start < schedule.decay_steps:
         return schedule.max_lr
     return _between(schedule, DECAY_SHAPES[schedule.decay_shape](_progress(step, start, schedule.decay_steps)))
 

@@ -86,7 +86,8 @@ class Keeper:
     # ---- decisions ----
     def _failed(self, stage: str, folder: Path) -> str:
         """FAILED, or WAITING where a process died without raising anything: that is tried once more."""
-        traces = [f.read_text("utf-8") for f in sorted(folder.glob("failure-rank*.txt"))]
+        files = sorted(folder.glob("failure-rank*.txt"), key=lambda f: f.stat().st_mtime_ns)  # the others are its echo
+        traces = [f.read_text("utf-8") for f in files]
         if not traces and stage not in self.tried_again:
             self.tried_again.add(stage)
             self.progress.again(stage)
@@ -135,15 +136,14 @@ class Keeper:
     # ---- what watchers ask ----
     def last_stage(self, trial: str) -> tuple[Path, int] | None:
         """The folder of the trial's last stage that has lines, done or not, and the trial's step at its end."""
-        found = None
-        for stage in self.plan.path(trial):
+        # From its end: a stage that stands has its whole curve, whatever new branches now cut on the way to it.
+        for stage in reversed(self.plan.path(trial)):
             folder = self.stored.folders.get(stage.id) or self.stages / stage.id
             if not (folder / "metrics.jsonl").exists():
                 folder = self.stored.states.get(stage.id, (None, 0))[0]
-            if folder is None:
-                break
-            found = folder, stage.stop
-        return found if found and found[0].parent == self.stages else None  # the run that it branches off is no stage
+            if folder:
+                return (folder, stage.stop) if folder.parent == self.stages else None  # the run it branches off is no stage
+        return None
 
     def result(self, trial: str) -> dict[str, Any]:
         """result.json of the trial's end; nothing where it has none."""

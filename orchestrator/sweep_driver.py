@@ -21,11 +21,12 @@ from orchestrator.config import Data, Experiment
 from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from orchestrator.manifest import Manifest, load_manifest
 from orchestrator.order import windows_per_epoch
+from orchestrator.plan import model_facts
 from orchestrator.report import Report
 from orchestrator.space import Sweep
 from orchestrator.stages import DONE, STOPPED
 from orchestrator.stores import resolve_uri
-from orchestrator.study import Study, data_key
+from orchestrator.study import Source, Study, data_key
 from orchestrator.sweep_table import Table
 from orchestrator.sweep_tracking import SweepTracker, replay
 from orchestrator.tokens import dataset_dir, prepare
@@ -36,8 +37,7 @@ def run(sweep: Sweep) -> int:
     storage = runs.storage_root(sweep.base)
     folder, uri = storage / sweep.base.name, resolve_uri(sweep.base, storage)
     sweep = replace(sweep, trials=tuple(replace(s, experiment=init_from.with_absolute_path(s.experiment)) for s in sweep.trials))
-    for spec in sweep.trials:
-        init_from.check(spec.experiment)
+    _check_sources(sweep, storage)
     runs.check_writable(storage)
     if (folder / "experiment.yaml").exists():
         raise UserError(f"name: {folder} is the folder of a run; give the sweep another name (name=…)")
@@ -118,6 +118,20 @@ def _execute(study: Study, slots: int, tracker: SweepTracker, estimate: dict[str
 
 
 # ---- before it runs ----
+def _check_sources(sweep: Sweep, storage: Path) -> None:
+    """All trials whose first weights cannot be had, at once, and the run to branch off."""
+    problems = []
+    for spec in sweep.trials:
+        try:
+            init_from.check(spec.experiment)
+        except UserError as error:
+            problems.append(f"trial {spec.name}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+    if sweep.settings.from_:
+        Source.of(sweep, storage)
+
+
 def _data_of(sweep: Sweep) -> dict[str, Data]:
     """Each corpus and tokenizer once."""
     return {data_key(e.data): e.data for e in _experiments(sweep)}
@@ -145,7 +159,10 @@ def _check_shapes(sweep: Sweep, datasets: Mapping[str, Manifest]) -> None:
         e, dataset = spec.experiment, datasets[data_key(spec.experiment.data)]
         try:
             windows_per_epoch(dataset.splits["train"].tokens, e.model.block_size)
+            model_facts(e, dataset.tokenizer["n_vocab"])
             init_from.check_shape(e, dataset.tokenizer["n_vocab"])
+        except (RuntimeError, OverflowError):
+            problems.append(f"trial {spec.name}: a model with these sizes cannot be built; lower model.n_embd or model.n_layer")
         except ValueError as error:
             problems.append(f"trial {spec.name}: {error}")
     if problems:

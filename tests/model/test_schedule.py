@@ -156,11 +156,11 @@ def test_rates_rise_to_the_peak_and_fall_to_the_floor(schedule):
         assert fall[0] == pytest.approx(schedule.max_lr) or schedule.decay_fraction == 1
 
 
-@given(st.integers(20, 500), st.integers(1, 500), st.sampled_from(sorted(DECAY_SHAPES)))
-def test_wsd_runs_of_any_length_share_all_steps_before_their_decay(length, more, shape):
-    short = Schedule("wsd", 3e-4, warmup_steps=5, decay_steps=length, decay_shape=shape)
-    long = Schedule("wsd", 3e-4, warmup_steps=5, decay_steps=length + more, decay_shape=shape)
-    shared = length - round(0.2 * length)
+@given(st.integers(20, 500), st.integers(1, 500), st.sampled_from(sorted(DECAY_SHAPES)), st.floats(1e-6, 1))
+def test_wsd_runs_of_any_length_share_all_steps_up_to_the_first_of_their_decay(length, more, shape, peak):
+    short = Schedule("wsd", peak, warmup_steps=5, decay_steps=length, decay_shape=shape)
+    long = Schedule("wsd", peak, warmup_steps=5, decay_steps=length + more, decay_shape=shape)
+    shared = length - round(0.2 * length) + 1
     assert our_rates(short, shared) == our_rates(long, shared)
 
 

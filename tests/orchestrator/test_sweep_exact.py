@@ -13,7 +13,7 @@ MIXED = ["sweep.trials.wsd-20.schedule.kind=wsd",
          "sweep.trials.wsd-30-cosine={schedule.decay_shape: cosine, train.max_steps: 30}",
          "sweep.trials.wsd-20-sqrt.schedule.decay_shape=1-sqrt",
          "sweep.trials.constant-13={schedule.kind: constant, train.max_steps: 13}",
-         "sweep.trials.constant-16={schedule.kind: constant, train.max_steps: 16}",
+         "sweep.trials.constant-17={schedule.kind: constant, train.max_steps: 17}",
          "sweep.trials.linear.schedule.kind=linear",
          "sweep.trials.cosine.schedule.kind=cosine",
          "sweep.trials.inverse.schedule.kind=inverse_sqrt",
@@ -84,14 +84,14 @@ def test_a_sweep_that_grows_runs_only_what_is_new(sweeps):
 
 @pytest.mark.parametrize("end", [12, 13, 16])
 def test_a_trial_that_ends_where_a_trunk_stands_costs_an_evaluation(sweeps, end):
-    """wsd-20 and its longer sister branch at step 16; a constant run of that length is the trunk itself."""
+    """wsd-20 and its longer sister branch at step 17; a constant run of that length is the trunk itself."""
     trunk = ["sweep.trials.a.train.max_steps=20", "sweep.trials.b.train.max_steps=30"]
     sweeps.run(sweeps.open(*trunk))
-    study = sweeps.open(*trunk, "sweep.trials.end={schedule.kind: constant, train.max_steps: 16}",
+    study = sweeps.open(*trunk, "sweep.trials.end={schedule.kind: constant, train.max_steps: 17}",
                         f"sweep.trials.inside={{schedule.kind: constant, train.max_steps: {end}}}")
     ran = sweeps.run(study)
-    assert sorted(study.plan.by_id[i].stop for i in ran) == sorted({16, end})
-    assert steps_of(study, ran) == study.plan.steps_to_run == study.plan.steps_again == (end if end < 16 else 0)
+    assert sorted(study.plan.by_id[i].stop for i in ran) == sorted({17, end})
+    assert steps_of(study, ran) == study.plan.steps_to_run == study.plan.steps_again == (end if end < 17 else 0)
     assert_alone(sweeps, study)
 
 

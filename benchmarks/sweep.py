@@ -33,7 +33,8 @@ from orchestrator.keeper import Keeper
 from orchestrator.launch import Layout
 from orchestrator.numerics import Worker
 from orchestrator.space import Sweep, expand
-from orchestrator.stages import DIVERGED, DONE, Stage, Trial
+from orchestrator.stage_states import DIVERGED, DONE
+from orchestrator.stages import Stage, Trial
 from orchestrator.study import Study, data_key
 from orchestrator.tokens import dataset_dir, prepare
 from orchestrator.training import train

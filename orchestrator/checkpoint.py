@@ -146,7 +146,7 @@ def prune(directory: Path, keep: int) -> None:
     spared = best(directory)
     for step in steps(directory)[:-keep]:
         if step != spared:
-            _remove(path_of(directory, step))
+            remove(path_of(directory, step))
     for leftover in Path(directory).glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -155,7 +155,7 @@ def keep_only(directory: Path, step: int | None) -> None:
     """Remove all checkpoints but the one of `step` (None: all of them)."""
     for other in steps(directory):
         if other != step:
-            _remove(path_of(directory, other))
+            remove(path_of(directory, other))
 
 
 def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
@@ -193,8 +193,8 @@ def _put_back(directory: Path) -> None:
                 os.rename(aside, final)
 
 
-def _remove(path: Path) -> None:
-    # Renamed away first: a half-removed folder must not carry a checkpoint's name.
+def remove(path: Path) -> None:
+    """Remove a checkpoint. Renamed away first: a half-removed folder must not carry a checkpoint's name."""
     doomed = path.with_name(f".{path.name}.removed-{uuid.uuid4().hex[:8]}")
     os.rename(path, doomed)
     shutil.rmtree(doomed)

@@ -7,7 +7,8 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from orchestrator.stages import Plan, Progress, Stage
+from orchestrator.stage_states import Progress
+from orchestrator.stages import Plan, Stage
 
 
 @dataclass(frozen=True)

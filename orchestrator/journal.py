@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "metrics.jsonl"
+TAIL_BYTES = 8192  # a line has some hundreds
 
 
 class Journal:
@@ -60,6 +61,17 @@ class Journal:
 def read(run_dir: Path) -> list[dict[str, Any]]:
     """The run's surviving history, one record per logged step, in order."""
     return [json.loads(line) for line in _whole_lines(Path(run_dir) / FILE)]
+
+
+def last(run_dir: Path) -> dict[str, Any] | None:
+    """The last whole line, from the end of the file: whoever asks twice a second does not read it all."""
+    try:
+        with open(Path(run_dir) / FILE, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return None
+    return json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else None
 
 
 def by_interval(record: dict[str, Any], log_interval: int | None, eval_interval: int | None) -> dict[str, Any] | None:

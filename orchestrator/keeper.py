@@ -3,15 +3,18 @@
 Eats a plan and what is stored; answers to `sweep.execute` and to whoever watches. It knows folders, and no Ray.
 """
 
+import contextlib
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator import checkpoint, stage_run
+from orchestrator.config import parse_experiment
 from orchestrator.runs import read_json
 from orchestrator.stage_run import Order
-from orchestrator.stages import DIVERGED, DONE, FAILED, RUNNING, STOPPED, WAITING, Plan, Progress, Stage
+from orchestrator.stage_states import DIVERGED, DONE, FAILED, RUNNING, STOPPED, WAITING, Progress
+from orchestrator.stages import Plan, Stage
 from orchestrator.sweep_folder import Stored
 from orchestrator.trials import Candidate
 
@@ -24,7 +27,7 @@ class Keeper:
     Args:
         folder: of the sweep. stored: what `scan` found. candidates: by name, probes among them.
         watch: called with each stage that has ended. verdict: called once when all probes have ended, with their final
-            losses by name; returns the names of the trials to drop. more: trials that a sampler wants to have now, when
+            names; returns the names of the trials to drop. more: trials that a sampler wants to have now, when
             nothing else is ready.
     """
 
@@ -54,24 +57,24 @@ class Keeper:
         self._order(stage).write(self.stages / stage.id)
         for old in (self.stages / stage.id).glob("failure-rank*.txt"):
             old.unlink()
+        if not self._is_done(stage):
+            (self.stages / stage.id / "result.json").unlink(missing_ok=True)
         self.progress.start(stage.id)
         return stage.id
 
     def ended(self, stage: str, died: bool) -> None:
         folder = self.stages / stage
-        result = read_json(folder / "result.json")
+        result = read_json(folder / "result.json")  # a stage that starts removes what was there
         if not died and result is None:
             result = stage_run.note_stop(folder, "stopped by the scheduler")
-        state = self._failed(stage, folder) if died else result["outcome"]
+        state = result["outcome"] if result else self._failed(stage, folder)  # with a result it died of nothing that matters
         if state in (DIVERGED, STOPPED):
             self.reasons[stage] = result["reason"]
         if state != WAITING:
             self.progress.end(stage, state)
         if result:
             self.steps_run += result["steps_run"]
-            self.stored.results[stage], self.stored.folders[stage] = result, folder
-            if state == DONE:
-                self.stored.states[stage] = folder, self.plan.by_id[stage].stop
+            self.stored.add(stage, folder, result)
         self._note_disk()
         self.judge()
         self.tidy()
@@ -84,6 +87,12 @@ class Keeper:
         self.progress.extend(self.plan)
 
     # ---- decisions ----
+    def _is_done(self, stage: Stage) -> bool:
+        """Whether it has all that it can have, and its end stands: then a worker has nothing to do."""
+        folder = self.stages / stage.id
+        order = stage_run.read_order(folder)
+        return stage_run.has_result(folder, order, parse_experiment(order.experiment, str(folder)))
+
     def _failed(self, stage: str, folder: Path) -> str:
         """FAILED, or WAITING where a process died without raising anything: that is tried once more."""
         files = sorted(folder.glob("failure-rank*.txt"), key=lambda f: f.stat().st_mtime_ns)  # the others are its echo
@@ -119,19 +128,31 @@ class Keeper:
 
     # ---- disk ----
     def tidy(self) -> None:
-        """Without `keep_branches`, remove the checkpoints that no pending stage begins from and that are no result."""
-        if self.keep_branches:
+        """Remove checkpoints that nobody will begin from: of probes that are judged and, without `keep_branches`, all that
+        no stage to come begins from and that are no trial's result.
+        """
+        needed = {self.stored.states[key] for key in self.progress.needed() if key in self.stored.states}
+        coming = {s.id for s in self.plan.stages if self.progress.state[s.id] in (WAITING, RUNNING, FAILED)}
+        probes = set(self.probes) if not self.progress.held else set()
+        if self.keep_branches and not probes:
             return
-        needed = self.progress.needed()
-        for stage in self.plan.stages:
-            result = self.stored.results.get(stage.id)
-            if result and not result["is_whole"] and stage.id not in needed and self.progress.state[stage.id] == DONE:
-                checkpoint.keep_only(self.stages / stage.id / "checkpoints", None)
-                self.stored.states.pop(stage.id, None)
+        for folder in [p.parent for p in self.stages.glob("*/checkpoints")]:
+            stage, result = self.plan.by_id.get(folder.name), read_json(folder / "result.json") or {}
+            is_probe = stage is not None and set(stage.trials) <= probes
+            if folder.name in coming or (self.keep_branches or result.get("is_whole")) and not is_probe:
+                continue
+            for step in checkpoint.steps(folder / "checkpoints"):
+                if (folder, step) not in needed:
+                    checkpoint.remove(checkpoint.path_of(folder / "checkpoints", step))
+                    self.stored.forget(folder, step)
 
     def _note_disk(self) -> None:
-        parts = self.stages.glob("*/checkpoints/*/*")
-        self.peak_bytes = max(self.peak_bytes, sum(p.stat().st_size for p in parts if p.is_file()))
+        """Others write and rename there meanwhile: what has gone is not counted."""
+        total = 0
+        for part in self.stages.glob("*/checkpoints/*/*"):
+            with contextlib.suppress(OSError):
+                total += part.stat().st_size
+        self.peak_bytes = max(self.peak_bytes, total)
 
     # ---- what watchers ask ----
     def last_stage(self, trial: str) -> tuple[Path, int] | None:

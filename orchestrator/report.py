@@ -17,11 +17,13 @@ from orchestrator.console import duration, number, table
 from orchestrator.facts import facts_of
 from orchestrator.keeper import Keeper
 from orchestrator.provenance import redact
-from orchestrator.stages import BLOCKED, DIVERGED, DONE, FAILED, STOPPED, Stage
+from orchestrator.stage_states import BLOCKED, DIVERGED, DONE, FAILED, STOPPED
+from orchestrator.stages import Stage
 from orchestrator.study import Study, data_key
 from orchestrator.trials import Candidate
 
 SCRIPT = "pipelines/sweep.py"
+FEW = 8  # trials of a stage
 STATUS = {DONE: "FINISHED", FAILED: "FAILED", DIVERGED: "FAILED", BLOCKED: "FAILED", STOPPED: "KILLED"}
 
 
@@ -52,7 +54,11 @@ class Report:
         (self.folder / "summary.json").unlink(missing_ok=True)
         self._draw_plan()
         for candidate in study.candidates.values():
-            self._assemble(candidate)
+            if not (self.folder / "trials" / candidate.name / "summary.json").exists() or self._is_pending(candidate):
+                self._assemble(candidate)
+
+    def _is_pending(self, c: Candidate) -> bool:
+        return self.books.progress.trial(c.name) not in STATUS
 
     def _draw_plan(self) -> None:
         plan = self.books.plan
@@ -61,9 +67,11 @@ class Report:
             self._figure("tree", sweep_figures.tree(plan))
 
     def stage_ended(self, stage: Stage) -> None:
+        """Trials that are over get their folders; of a stage that few share, the others too, for their curves to be seen."""
         for name in stage.trials:
-            if name in self.study.candidates:
-                self._assemble(self.study.candidates[name])
+            c = self.study.candidates.get(name)
+            if c and (len(stage.trials) <= FEW or not self._is_pending(c)):
+                self._assemble(c)
         step = (journal.read(self.folder) or [{"step": 0}])[-1]["step"] + 1
         best = self.study.best()
         plan = self.books.plan
@@ -72,30 +80,35 @@ class Report:
             "sweep/trials_done": sum(self.books.progress.trial(name) == DONE for name in self.study.candidates),
             **({f"sweep/best_{self.study.metric.rpartition('/')[2]}": best[1]} if best else {})})
 
-    def finish(self, status: str, wall_s: float) -> dict[str, Any]:
-        """The comparison of what there is, whatever ended the sweep."""
+    def finish(self, status: str, wall_s: float, in_a_hurry: bool = False) -> dict[str, Any]:
+        """The comparison of what there is, whatever ended the sweep; `in_a_hurry`: what has to be, and no figures."""
         study, rows = self.study, self.study.rows()
-        self._draw_plan()
         for candidate in study.candidates.values():
-            self._assemble(candidate)
+            if not (self.folder / "trials" / candidate.name / "summary.json").exists() and not in_a_hurry:
+                self._assemble(candidate)
+        self.summary = self._summary(status, rows, wall_s)
+        runs.write_text(self.folder / "summary.json", json.dumps(self.summary, indent=1))
         runs.write_text(self.folder / "comparison.csv", comparison.csv_text(rows))
+        if in_a_hurry:
+            return self.summary
+        self._draw_plan()
         done = {row["trial"] for row in rows if row["final"] is not None}
         histories = {name: study.records(c) for name, c in study.candidates.items() if name in done}
         if done:
             self._figure("final_losses", sweep_figures.final_losses(rows))
             self._figure("curves", sweep_figures.curves(rows, histories))
             self._figure("parallel_coordinates", sweep_figures.parallel_coordinates(rows))
-        self.summary = self._summary(status, rows, wall_s)
-        runs.write_text(self.folder / "summary.json", json.dumps(self.summary, indent=1))
         return self.summary
 
     def _summary(self, status: str, rows: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
-        study, plan, best = self.study, self.books.plan, self.study.best()
+        study, plan, best = self.study, self.books.plan, self.study.winner(rows)
+        probes = [self.books.progress.trial(probe.name) for probe in {p.name: p for p in study.probes.values()}.values()]
         states = [row["state"] for row in rows]
         summary = {
             "status": status,
             "trials": len(rows),
             **{state: states.count(state) for state in sorted(set(states))},
+            **({"probes": len(probes), "probes_failed": len([p for p in probes if p in (FAILED, BLOCKED)])} if probes else {}),
             "steps_asked": plan.steps_asked,
             "steps_in_tree": plan.steps_in_tree,
             "steps_run": self.books.steps_run,
@@ -147,7 +160,7 @@ class Report:
         tags = {"sweep.name": self.folder.name, "sweep.setting": c.spec.setting, "sweep.state": state,
                 "sweep.stages": " > ".join(f"{s.id[:8]}[{s.start}:{s.stop}]" for s in path),
                 "sweep.steps_shared": sum(s.steps for s in path if len(s.trials) > 1)}
-        if reason := self.study.dropped.get(c.name) or self.books.reason(c.name):
+        if reason := self.study.reason(c.name):
             tags["sweep.reason"] = reason
         key = hashlib.sha256(f"{self.key}/{c.name}".encode()).hexdigest()[:32]
         run = {"name": c.name, "key": key, "trial": c.trial.key(c.trial.steps), **facts, "tags": facts["tags"] | tags,

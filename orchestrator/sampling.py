@@ -4,6 +4,7 @@ Eats `sweep.space`; yields values of fields. `samples.jsonl` in the sweep's fold
 a sweep that goes on has the samples that it had, and optuna is told their losses again.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from orchestrator.dimensions import Choices, Range, dimension
 from orchestrator.errors import UserError
+from orchestrator.manifest import fsync
+from orchestrator.runs import write_text
 
 
 class Sampler:
@@ -20,7 +23,8 @@ class Sampler:
         optuna = _optuna()
         self.file = folder / "samples.jsonl"
         self.distributions = {key: _distribution(dimension(key, words)) for key, words in space.items()}
-        lines = self.file.read_text("utf-8").splitlines() if self.file.exists() else []
+        # What follows the last newline is empty or torn: nobody has acted on it.
+        lines = self.file.read_text("utf-8").split("\n")[:-1] if self.file.exists() else []
         self.earlier: list[dict[str, Any]] = [json.loads(line) for line in lines]
         # Samples drawn after a restart must not be those drawn before it.
         self.study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed + len(self.earlier)))
@@ -33,8 +37,8 @@ class Sampler:
         values = {key: _plain(trial.params[key]) for key in self.distributions}
         self.asked[number] = trial
         self.earlier.append(values)
-        with open(self.file, "a", encoding="utf-8") as out:
-            out.write(json.dumps(values) + "\n")
+        write_text(self.file, "".join(json.dumps(v) + "\n" for v in self.earlier))
+        fsync(self.file)
         return number, values
 
     def tell(self, number: int, loss: float | None) -> None:
@@ -46,9 +50,10 @@ class Sampler:
         state = optuna.trial.TrialState.FAIL if loss is None else optuna.trial.TrialState.COMPLETE
         if number in self.asked:
             self.study.tell(self.asked[number], loss, state=state)
-        elif set(self.earlier[number]) == set(self.distributions):  # asked before a restart, of the same space
-            self.study.add_trial(optuna.trial.create_trial(state=state, value=loss, params=self.earlier[number],
-                                                           distributions=self.distributions))
+        else:
+            with contextlib.suppress(ValueError):  # asked before a restart, of a space that it does not lie in any more
+                self.study.add_trial(optuna.trial.create_trial(state=state, value=loss, params=self.earlier[number],
+                                                               distributions=self.distributions))
 
 
 def check() -> None:

@@ -121,6 +121,20 @@ def _stopping(settings: SweepSection) -> list[str]:
             if getattr(settings, name) != SweepSection.model_fields[name].default]
 
 
+def _probing(settings: SweepSection, trials: "Sequence[TrialSpec]") -> list[str]:
+    """A probe compares trunks, and a warmup or what lies before a branch is none yet."""
+    if settings.stop != "anneal_probe" or not settings.probe_step:
+        return []
+    warmup = max((t.experiment.schedule.warmup_steps for t in trials), default=0)
+    found = []
+    if settings.probe_step <= warmup:
+        found.append(f"sweep.probe_step: {settings.probe_step} lies inside a warmup of {warmup} steps, where trials are not "
+                     f"told apart yet")
+    if settings.from_ and "@" in settings.from_ and settings.probe_step <= origin(settings.from_)[1]:
+        found.append(f"sweep.probe_step: {settings.probe_step} is not behind the branch of sweep.from={settings.from_}")
+    return found
+
+
 def _origin(settings: SweepSection) -> list[str]:
     if settings.from_ is None:
         return []
@@ -148,6 +162,7 @@ def together(settings: SweepSection, trials: "Sequence[TrialSpec]") -> list[str]
     """Lines about what the trials may not be beside each other."""
     found = [f"sweep.trials: {shown(name)} names two trials; choose another name"
              for name, count in Counter(trial.name for trial in trials).items() if count > 1]
+    found += _probing(settings, trials)
     longest = max((trial.experiment.train.max_steps for trial in trials), default=math.inf)
     if settings.probe_step and settings.probe_step >= longest:
         found.append(f"sweep.probe_step: {settings.probe_step} leaves nothing to save: no trial has more than {longest} steps")

@@ -17,6 +17,7 @@ from typing import Any
 
 from orchestrator import checkpoint, journal, rates
 from orchestrator.config import Experiment, parse_experiment
+from orchestrator.errors import UserError
 from orchestrator.numerics import Worker, fingerprint
 from orchestrator.runs import held, read_json, stored_experiment, write_text
 from orchestrator.stages import Trial
@@ -42,12 +43,18 @@ class Order:
     diverged_above: float | None = None
 
     def write(self, folder: Path) -> None:
+        """Another stage's folder is named from this one: the whole sweep may be moved."""
+        stored = asdict(self)
+        if self.parent and Path(self.parent).parent == folder.parent:
+            stored["parent"] = f"../{Path(self.parent).name}"
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "stage.json", json.dumps(asdict(self), indent=1))
+        write_text(folder / "stage.json", json.dumps(stored, indent=1))
 
 
 def read_order(folder: Path) -> Order | None:
     stored = read_json(folder / "stage.json")
+    if stored and stored["parent"] and stored["parent"].startswith("../"):
+        stored["parent"] = str(folder.parent / stored["parent"][3:])
     return Order(**stored) if stored else None
 
 
@@ -114,8 +121,13 @@ def has_result(folder: Path, order: Order, experiment: Experiment) -> bool:
         return False
     if result["outcome"] == DIVERGED:
         return result["limit"] is None or result["limit"] == order.diverged_above
-    there = checkpoint.path_of(folder / "checkpoints", order.stop).is_dir()  # else it was removed, and is needed again
-    return there and (result["is_whole"] or order.stop < experiment.train.max_steps)
+    if not result["is_whole"] and order.stop == experiment.train.max_steps:
+        return False
+    try:
+        checkpoint.verify(checkpoint.path_of(folder / "checkpoints", order.stop))
+    except UserError:  # removed or damaged, and needed again
+        return False
+    return True
 
 
 def _write_result(folder: Path, order: Order, experiment: Experiment, step: int, outcome: str, facts: dict[str, Any]) -> None:

@@ -6,12 +6,12 @@ rows that say of every trial how it ended.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator import init_from, runs, sweep_folder, trials
+from orchestrator import comparison, init_from, runs, stage_run, sweep_folder, trials
 from orchestrator.config import Data
 from orchestrator.errors import UserError
 from orchestrator.keeper import Keeper
@@ -19,8 +19,9 @@ from orchestrator.launch import Layout
 from orchestrator.manifest import Manifest
 from orchestrator.rates import Rates
 from orchestrator.sampling import Sampler
+from orchestrator.sampling import check as check_optuna
 from orchestrator.space import Sweep, TrialSpec, sampled
-from orchestrator.stages import DIVERGED, DONE, RUNNING, WAITING
+from orchestrator.stage_states import DIVERGED, DONE, RUNNING, STOPPED, WAITING
 from orchestrator.state import data_identity
 from orchestrator.trials import Candidate
 
@@ -39,6 +40,7 @@ class Study:
     source: "Source | None" = None
     sampler: Sampler | None = None
     finals: dict[str, float] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)  # trials that the probes speak against, with the reason
 
     @classmethod
     def open(cls, sweep: Sweep, folder: Path, layout: Layout, datasets: Mapping[str, Manifest]) -> "Study":
@@ -66,6 +68,9 @@ class Study:
             self.source.check(self.candidates.values())
             sweep_folder.add_run(self.stored, self.source.folder, everyone[0], self.source.step)
         self.plan = self.stored.plan(everyone, at_plateaus=s.sampler == "optuna")
+        while damaged := self.stored.damaged(self.plan):
+            print("\n".join(f"not begun from: {error}" for error in damaged), flush=True)
+            self.plan = self.stored.plan(everyone, at_plateaus=s.sampler == "optuna")
         return self
 
     @property
@@ -143,7 +148,7 @@ class Study:
                 "best": min((r[self.metric] for r in records if self.metric in r), default=None),
                 "val_bits_per_byte": runs.last(records, "val/bits_per_byte") if state == DONE else None,
                 "train_loss": runs.last(records, "train/loss"), "weights_sha256": result.get("weights_sha256"),
-                "reason": self.dropped.get(c.name) or self.books.reason(c.name)}
+                "reason": self.reason(c.name)}
 
     def records(self, c: Candidate) -> list[dict[str, Any]]:
         """The trial's lines so far, from step 0."""
@@ -155,17 +160,24 @@ class Study:
             self.finals[c.name] = runs.last(self.records(c), self.metric)
         return self.finals.get(c.name)
 
+    def reason(self, trial: str) -> str | None:
+        """Why it has no result."""
+        stopped = self.books.progress.trial(trial) == STOPPED
+        return self.dropped.get(trial) if stopped and trial in self.dropped else self.books.reason(trial)
+
+    def winner(self, rows: list[dict[str, Any]]) -> tuple[str, float] | None:
+        """The best seed of the best setting: the lowest loss of all may be a lucky seed of another. None: nothing is done."""
+        first = next((setting for setting in comparison.rank(rows) if setting.rank == 1), None)
+        if first is None:
+            return self.best()
+        return min((row["final"], row["trial"]) for row in rows if row["setting"] == first.setting)[::-1]
+
     def best(self) -> tuple[str, float] | None:
-        """The best trial that is done, and its loss."""
+        """The lowest loss of a trial that is done, and whose it is."""
         done = [(final, name) for name, c in self.candidates.items() if (final := self.final(c)) is not None]
         return min(done)[::-1] if done else None
 
     # ---- probes ----
-    @cached_property
-    def dropped(self) -> dict[str, str]:
-        """Trials that the probes speak against, with the reason; settled once, by `verdict`."""
-        return {}
-
     def verdict(self) -> list[str]:
         """The trials not worth going on with: their probes, averaged over seeds, end above the best by more than the margin."""
         losses: dict[str, list[float]] = defaultdict(list)
@@ -189,15 +201,43 @@ def data_key(data: Data) -> str:
     return data.model_dump_json()
 
 
+def with_absolute_paths(sweep: Sweep) -> Sweep:
+    """Workers run in another folder."""
+    trials = tuple(replace(s, experiment=init_from.with_absolute_path(s.experiment)) for s in sweep.trials)
+    return replace(sweep, base=init_from.with_absolute_path(sweep.base), trials=trials)
+
+
+def check_sources(sweep: Sweep, storage: Path) -> None:
+    """All trials whose first weights cannot be had, at once, and the run to branch off."""
+    problems = []
+    if sweep.settings.sampler == "optuna":
+        check_optuna()
+        init_from.check(sweep.base)
+    for spec in sweep.trials:
+        try:
+            init_from.check(spec.experiment)
+        except UserError as error:
+            problems.append(f"trial {spec.name}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+    if sweep.settings.from_:
+        Source.of(sweep, storage)
+
+
 def _check_names(folder: Path, candidates: Mapping[str, Candidate]) -> None:
     """A name stands for one trial for ever: its curve is in the tracking server under it."""
     changed = [name for name, c in candidates.items()
                if (runs.read_json(folder / "trials" / name / "run.json") or {}).get("trial", c.trial.key(c.trial.steps))
                != c.trial.key(c.trial.steps)]
     if changed:
+        name = changed[0]
+        there, here = (e.flat() for e in (runs.stored_experiment(folder / "trials" / name), candidates[name].experiment))
+        lines = [f"  {name}: {k}: {there.get(k)!r} there, {here[k]!r} here" for k in here
+                 if there.get(k) != here[k] and k not in ("name", "storage") and not k.startswith(("tracking.", "train.keep"))]
+        lines = lines or [f"  {name}: the same fields with another version of torch, other tokens or CPUs per worker"]
         raise UserError(f"{folder} was begun with other experiments: {', '.join(changed[:3])}"
                         f"{f' and {len(changed) - 3} more trials' if len(changed) > 3 else ''} would not be what they were "
-                        f"there; give the sweep a new name (name=…), or change the fields back")
+                        f"there; give the sweep a new name (name=…), or change back:\n" + "\n".join(lines))
 
 
 @dataclass(frozen=True)
@@ -215,6 +255,10 @@ class Source:
         if folder is None:
             raise UserError(f"sweep.from: no run '{word}' in {storage}, nor a folder of that name")
         found = cls(folder.absolute(), int(step), runs.stored_experiment(folder))
+        order = stage_run.read_order((folder / "checkpoints").resolve().parent)
+        if order and order.rates["before"]:
+            raise UserError(f"sweep.from: '{word}' is a trial that branched off {order.rates['splice']:,} steps of another run "
+                            f"itself; branch off that one, or train it alone")
         late = [s.name for s in sweep.trials if s.experiment.train.max_steps <= found.step]
         if found.step > found.experiment.train.max_steps:
             raise UserError(f"sweep.from: '{word}' has {found.experiment.train.max_steps} steps, and none {found.step}")

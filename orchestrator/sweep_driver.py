@@ -13,7 +13,6 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from orchestrator import init_from, interrupts, launch, plan, runs, sweep_plan, tree_view
@@ -24,9 +23,9 @@ from orchestrator.order import windows_per_epoch
 from orchestrator.plan import model_facts
 from orchestrator.report import Report
 from orchestrator.space import Sweep
-from orchestrator.stages import DONE, STOPPED
+from orchestrator.stage_states import BLOCKED, DONE, FAILED, STOPPED
 from orchestrator.stores import resolve_uri
-from orchestrator.study import Source, Study, data_key
+from orchestrator.study import Study, check_sources, data_key, with_absolute_paths
 from orchestrator.sweep_table import Table
 from orchestrator.sweep_tracking import SweepTracker, replay
 from orchestrator.tokens import dataset_dir, prepare
@@ -36,8 +35,8 @@ def run(sweep: Sweep) -> int:
     """Plan, run what is missing, compare; returns the exit status of the driver."""
     storage = runs.storage_root(sweep.base)
     folder, uri = storage / sweep.base.name, resolve_uri(sweep.base, storage)
-    sweep = replace(sweep, trials=tuple(replace(s, experiment=init_from.with_absolute_path(s.experiment)) for s in sweep.trials))
-    _check_sources(sweep, storage)
+    sweep = with_absolute_paths(sweep)
+    check_sources(sweep, storage)
     runs.check_writable(storage)
     if (folder / "experiment.yaml").exists():
         raise UserError(f"name: {folder} is the folder of a run; give the sweep another name (name=…)")
@@ -61,8 +60,11 @@ def _run(sweep: Sweep, storage: Path, folder: Path, uri: str) -> int:
     layout = _layout(sweep, launch.recorded_layout(folder))
     datasets = {key: prepare(data, dataset_dir(data, storage)) for key, data in _data_of(sweep).items()}
     _check_shapes(sweep, datasets)
+    Study.open(sweep, folder, layout, datasets)  # what it refuses leaves nothing behind
     with runs.held(folder):
-        study, slots = Study.open(sweep, folder, layout, datasets), max(1, launch.capacity(layout))
+        study = Study.open(sweep, folder, layout, datasets)
+        # A cluster that grows does so for what waits: then everything that may run asks for its place.
+        slots = max(1, launch.capacity(layout), len(study.plan.to_run) if os.environ.get("ESPALIER_AUTOSCALING") else 0)
         estimate = _describe(study, slots)
         return _execute(study, slots, SweepTracker(folder, uri, sweep.base.tracking.experiment), estimate)
 
@@ -100,7 +102,8 @@ def _execute(study: Study, slots: int, tracker: SweepTracker, estimate: dict[str
         interrupts.install_sigterm()
         sweep.execute(books, books.stages, study.layout, slots, study.asha())
         states = {books.progress.trial(name) for name in study.candidates}
-        code = EXIT_DONE if states <= {DONE, STOPPED} else EXIT_FAILED
+        probes = {books.progress.trial(probe.name) for probe in study.probes.values()}
+        code = EXIT_DONE if states <= {DONE, STOPPED} and not probes & {FAILED, BLOCKED} else EXIT_FAILED
     except (KeyboardInterrupt, SystemExit):
         code = EXIT_AGAIN if interrupts.was_terminated() else EXIT_INTERRUPTED
     except Exception:  # not a trial's: those end in their stages
@@ -108,7 +111,7 @@ def _execute(study: Study, slots: int, tracker: SweepTracker, estimate: dict[str
         code = EXIT_FAILED
     interrupts.let_end()
     status = {EXIT_DONE: "FINISHED", EXIT_FAILED: "FAILED"}.get(code, "KILLED")
-    report.finish(status, time.monotonic() - started)
+    report.finish(status, time.monotonic() - started, in_a_hurry=code == EXIT_AGAIN)
     sent = tracker.finish(status, deadline_s=interrupts.ending_s(code))
     report.show(tracker.url)
     if not sent:
@@ -118,20 +121,6 @@ def _execute(study: Study, slots: int, tracker: SweepTracker, estimate: dict[str
 
 
 # ---- before it runs ----
-def _check_sources(sweep: Sweep, storage: Path) -> None:
-    """All trials whose first weights cannot be had, at once, and the run to branch off."""
-    problems = []
-    for spec in sweep.trials:
-        try:
-            init_from.check(spec.experiment)
-        except UserError as error:
-            problems.append(f"trial {spec.name}: {error}")
-    if problems:
-        raise UserError("\n".join(problems))
-    if sweep.settings.from_:
-        Source.of(sweep, storage)
-
-
 def _data_of(sweep: Sweep) -> dict[str, Data]:
     """Each corpus and tokenizer once."""
     return {data_key(e.data): e.data for e in _experiments(sweep)}
@@ -180,13 +169,16 @@ def _finished(sweep: Sweep, storage: Path, folder: Path) -> Study | None:
     study = Study.open(sweep, folder, layout, {k: load_manifest(path) for k, path in manifests.items()})
     books = study.keeper(lambda: None)
     books.judge()
-    return study if not books.progress.pending else None
+    wanted = study.sampler and len(study.sampler.earlier) < sweep.settings.num_samples
+    return study if not books.progress.pending and not wanted else None
 
 
 def _show_again(study: Study, uri: str) -> int:
     print(f"{study.folder.name} is finished; more values in its grid run only what is new")
     report = Report(study, study.books)
     report.summary = runs.read_json(study.folder / "summary.json")
+    if (best := study.winner(study.rows())) and best[0] != report.summary["best_trial"]:  # of a smaller grid
+        report.summary |= {"best_trial": best[0], "best_value": best[1], "best_checkpoint": None}
     report.show(None)
     if not replay(study.folder, uri, study.sweep.base.tracking.experiment, interrupts.EXIT_WAIT_S):
         print("the tracking server did not take everything; run this again when it is there")

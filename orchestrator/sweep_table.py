@@ -10,7 +10,8 @@ from collections.abc import Callable
 from orchestrator import journal
 from orchestrator.console import duration
 from orchestrator.keeper import Keeper
-from orchestrator.stages import DONE, RUNNING, WAITING, Stage
+from orchestrator.stage_states import DONE, RUNNING, WAITING
+from orchestrator.stages import Stage
 
 REDRAW_S, STEADY_S = 0.5, 30.0
 SHOWN = 12  # running stages at most
@@ -73,10 +74,12 @@ class Table:
         lines = []
         for stage in self.books.plan.stages:
             if self.books.progress.state[stage.id] == RUNNING:
-                last = (journal.read(self.books.stages / stage.id) or [{"step": stage.start}])[-1]
+                folder = self.books.stages / stage.id
+                last = journal.last(folder) or {"step": stage.start}
                 loss = f"loss {last['train/loss']:.4f}" if "train/loss" in last else ""
                 where = f"  {stage.start:>7,}–{stage.stop:<7,} at {max(last['step'], stage.start):<7,}"
-                lines.append(f"{where} {loss:12} {_of(stage)}"[:119])
+                what = loss if (folder / ".writer").exists() else "waiting for a worker"
+                lines.append(f"{where} {what:12} {_of(stage)}"[:119])
         return lines[:SHOWN] + ([f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])
 
     def seconds_left(self) -> float | None:

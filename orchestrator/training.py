@@ -95,12 +95,15 @@ class Run:
                 yield from self._after_step()
         if begun_at == self.stop and self.is_whole:
             yield from self._end_late()
+        if begun_at == self.stop and not self.is_own:
+            self._checkpoint({})
 
     def _restore(self, parent: Path | None) -> state.TrainState:
         folder = self.run_dir / "checkpoints"
         found = checkpoint.latest_valid(folder) if self.worker.is_main else None
         step = self._agree(int(found.name.removeprefix("step-")) if found else -1)
-        path = checkpoint.path_of(folder, step) if step >= 0 else parent
+        self.is_own = step >= 0
+        path = checkpoint.path_of(folder, step) if self.is_own else parent
         if path and (not self.worker.is_main or path == parent):
             checkpoint.verify(path)
         if path is None:

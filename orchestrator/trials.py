@@ -71,10 +71,12 @@ def probes_of(candidates: Iterable[Candidate], step: int, steps: int) -> dict[st
             continue
         trunk = c.trial.key(step)
         if trunk not in probes:
-            name = f"probe-{len(probes) + 1}"
+            name = f"probe~{len(probes) + 1}"  # no trial can have it
             train = c.experiment.train.model_copy(update={"max_steps": step + steps})
-            experiment = c.experiment.model_copy(update={"name": name, "train": train})
-            spec = replace(c.spec, name=name, setting=name, experiment=experiment)
+            # `rates` say what it does: the fields only have to agree with its length.
+            schedule = c.experiment.schedule.model_copy(update={"kind": "constant", "warmup_steps": 0, "decay_steps": None})
+            parts = {"name": name.replace("~", "-"), "train": train, "schedule": schedule}
+            spec = replace(c.spec, name=name, setting=name, experiment=c.experiment.model_copy(update=parts))
             probes[trunk] = replace(c, spec=spec, rates=replace(c.rates, anneal_at=step, anneal_steps=steps), probe=True)
         found[c.name] = probes[trunk]
     return found

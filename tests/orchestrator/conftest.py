@@ -32,8 +32,11 @@ def sweeps(tiny_dataset, tmp_path):
 
     dataset = load_manifest(tiny_dataset)
 
+    def load(*words: str, name: str = "sweep"):
+        return load_sweep(None, [f"name={name}", f"data.dir={tiny_dataset}", *SMALL, *words])
+
     def open_(*words: str, name: str = "sweep"):
-        sweep = load_sweep(None, [f"name={name}", f"data.dir={tiny_dataset}", *SMALL, *words])
+        sweep = load(*words, name=name)
         (tmp_path / name).mkdir(exist_ok=True)
         datasets = {data_key(e.data): dataset for e in [sweep.base, *(spec.experiment for spec in sweep.trials)]}
         return Study.open(sweep, tmp_path / name, Layout(1, 1, False), datasets)
@@ -71,4 +74,4 @@ def sweeps(tiny_dataset, tmp_path):
         parts = [(last / name).read_bytes() for name in ("optimizer.safetensors", "state.json")]
         return {"step": last.name, "weights": digest, "parts": parts, "curve": exact(journal.read(run_dir))}
 
-    return SimpleNamespace(open=open_, run=run, alone=alone, outcome=outcome, folder=tmp_path, small=SMALL)
+    return SimpleNamespace(load=load, open=open_, run=run, alone=alone, outcome=outcome, folder=tmp_path, small=SMALL)

@@ -156,8 +156,8 @@ def test_every_other_field_can_be_swept():
     (["sweep.grid.train.max_steps=[40, 80]"], "train.max_steps"),
     ([PEAKS, "sweep.trials.mine.schedule.decay_fraction=0.5"], "schedule.decay_fraction"),
     (["sweep.grid.schedule.warmup_steps=[0, 5]", "sweep.grid.train.max_steps=[40, 80]"], "schedule.warmup_steps, train.max_steps"),
-    (["sweep.sampler=optuna", "sweep.num_samples=2", "sweep.space.train.max_steps={low: 40, high: 80}"], "train.max_steps"),
-    (["sweep.sampler=optuna", "sweep.num_samples=2", "sweep.space.schedule.kind=[wsd, linear]"], "schedule.kind")])
+    (["sweep.sampler=random", "sweep.num_samples=2", "sweep.space.train.max_steps={low: 40, high: 80}"], "train.max_steps"),
+    (["sweep.sampler=random", "sweep.num_samples=2", "sweep.space.schedule.kind=[wsd, linear]"], "schedule.kind")])
 def test_asha_is_refused_where_curves_cross_and_the_line_names_what_to_use(words, named):
     (line,) = refusal(*words, "sweep.stop=asha")
     assert line.startswith("sweep.stop: asha")
@@ -168,7 +168,7 @@ def test_asha_is_refused_where_curves_cross_and_the_line_names_what_to_use(words
 @pytest.mark.parametrize("words", [
     [PEAKS, "sweep.seeds=2"], ["sweep.grid.model.dropout=[0, 0.1]", "sweep.grid.schedule.kind=[wsd]"],
     [PEAKS, "sweep.trials.mine.schedule.kind=cosine"],  # which all have
-    ["sweep.sampler=optuna", "sweep.num_samples=2", "sweep.space.schedule.max_lr=[1, 2]", "sweep.space.schedule.kind=[wsd]"]])
+    ["sweep.sampler=random", "sweep.num_samples=2", "sweep.space.schedule.max_lr=[1, 2]", "sweep.space.schedule.kind=[wsd]"]])
 def test_asha_may_judge_trials_of_one_schedule_shape(words):
     assert load_sweep(None, [*words, "sweep.stop=asha"]).settings.stop == "asha"
 
@@ -176,3 +176,11 @@ def test_asha_may_judge_trials_of_one_schedule_shape(words):
 def test_a_probe_is_accepted_where_a_trial_is_long_enough_for_it():
     sweep = load_sweep(None, ["sweep.grid.train.max_steps=[20, 41]", *PROBE, "sweep.probe_margin=0"])
     assert (sweep.settings.probe_step, sweep.settings.probe_steps, sweep.settings.probe_margin) == (40, 10, 0)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["sweep.probe_step=40", "schedule.warmup_steps=40"], "lies inside a warmup of 40 steps"),
+    (["sweep.probe_step=40", "sweep.from=base@40"], "is not behind the branch of sweep.from=base@40")])
+def test_a_probe_where_trunks_are_none_yet_is_refused(words, said):
+    (line,) = refusal("sweep.grid.train.max_steps=[90]", "sweep.stop=anneal_probe", "sweep.probe_steps=5", *words)
+    assert line.startswith("sweep.probe_step: 40") and said in line

@@ -218,3 +218,121 @@ def test_seeds_are_judged_together(sweeps):
     for row in study.rows():
         by_setting.setdefault(row["setting"], set()).add(row["state"])
     assert sorted(map(tuple, by_setting.values())) == [("done",), ("done",), ("stopped",), ("stopped",)]
+
+
+# ---- corners ----
+def interrupt(sweeps, upto: int, *words: str) -> None:
+    """Kill a sweep in its first stage, once it has logged step `upto`."""
+    books = sweeps.open(*words).keeper(lambda: None)
+    for line in run_stage(books.stages / books.next(), Worker()):
+        if line["step"] >= upto:
+            return
+
+
+def test_a_trial_may_end_where_an_interrupted_stage_of_another_tree_has_a_checkpoint(sweeps):
+    interrupt(sweeps, 18, "sweep.trials.long={schedule.kind: constant, train.max_steps: 30}")
+    study = sweeps.open("sweep.trials.short={schedule.kind: constant, train.max_steps: 16}")
+    assert steps_of(study, sweeps.run(study)) == 0
+    assert_alone(sweeps, study)
+
+
+def test_kept_checkpoints_inside_a_finished_stage_are_begun_from(sweeps):
+    first = ["train.keep=10", "sweep.trials.a={schedule.kind: constant, train.max_steps: 30}"]
+    sweeps.run(sweeps.open(*first))
+    study = sweeps.open(*first, "sweep.trials.b={schedule.kind: constant, train.max_steps: 26}")
+    assert steps_of(study, sweeps.run(study)) == study.plan.steps_to_run == 2  # from 24
+    assert_alone(sweeps, study)
+
+
+def test_a_failed_trial_can_be_tried_again_from_where_it_began(sweeps):
+    words = [*MIXED[:1], MIXED[3], "sweep.keep_branches=false"]
+
+    def fail(stage):
+        if stage.start == 17 and "wsd-20-sqrt" in stage.trials:
+            raise RuntimeError("out of memory")
+
+    sweeps.run(sweeps.open(*words), fail=fail)
+    study = sweeps.open(*words)
+    assert study.plan.steps_to_run == 3
+    sweeps.run(study)
+    assert_alone(sweeps, study)
+    assert checkpoint.steps(study.folder / "stages" / study.plan.stages[0].id / "checkpoints") == []
+
+
+def test_a_damaged_branch_is_made_again(sweeps, capsys):
+    sweeps.run(sweeps.open(*MIXED[:2]))
+    study = sweeps.open(*MIXED[:2])
+    trunk = study.plan.stages[0]
+    part = checkpoint.path_of(study.folder / "stages" / trunk.id / "checkpoints", trunk.stop) / "model.safetensors"
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+    study = sweeps.open(*MIXED[:2], "sweep.trials.new={train.max_steps: 14, schedule.decay_shape: cosine}")
+    assert "SHA-256 differs" in capsys.readouterr().out
+    sweeps.run(study)
+    assert_alone(sweeps, study)
+
+
+def test_a_sweep_may_be_moved(sweeps, tmp_path_factory):
+    sweeps.run(sweeps.open(*MIXED[:3]))
+    (sweeps.folder / "sweep").rename(sweeps.folder / "moved")
+    study = sweeps.open(*MIXED[:4], name="moved")
+    sweeps.run(study)
+    assert_alone(sweeps, study)
+
+
+def test_a_probe_is_nobodys_trial(sweeps):
+    """Whatever trials are called, and wherever their own decays begin."""
+    study = sweeps.open("sweep.trials.probe-1={schedule.decay_fraction: 0.75}", "sweep.trials.b.schedule.max_lr=1e-5",
+                        "sweep.stop=anneal_probe", "sweep.probe_step=8", "sweep.probe_steps=4", "sweep.probe_margin=0.01")
+    sweeps.run(study)
+    assert {row["trial"]: row["state"] for row in study.rows()} == {"probe-1": "done", "b": "stopped"}
+    assert_alone(sweeps, study, ["probe-1"])
+    ends = [checkpoint.steps(study.folder / "stages" / s.id / "checkpoints") for s in study.plan.stages if "~" in s.trials[0]]
+    assert ends and not any(ends), "what a probe leaves is no result"
+
+
+def test_probes_that_fail_decide_nothing_and_are_told(sweeps):
+    def fail(stage):
+        if all("~" in name for name in stage.trials):
+            raise RuntimeError("out of memory")
+
+    study = sweeps.open(*PROBED)
+    sweeps.run(study, fail=fail)
+    assert {row["state"] for row in study.rows()} == {"done"}
+    assert (study.summary["probes"], study.summary["probes_failed"]) == (2, 2)
+
+
+def test_a_trial_that_was_done_before_the_probes_keeps_its_result_and_no_reason(sweeps):
+    sweeps.run(sweeps.open("sweep.grid.schedule.max_lr=[1e-5]", "train.max_steps=20"))
+    study = sweeps.open("sweep.grid.schedule.max_lr=[1e-5,1e-2]", *PROBED[2:], "sweep.probe_margin=0.01")
+    sweeps.run(study)
+    assert [(row["state"], row["reason"]) for row in study.rows()] == [("done", None)] * 2
+
+
+def test_the_best_is_a_seed_of_the_best_setting(sweeps):
+    study = sweeps.open("sweep.grid.schedule.max_lr=[1e-2,3e-3]", "sweep.seeds=3", "train.max_steps=12")
+    sweeps.run(study)
+    rows = study.rows()
+    means = {s: sum(r["final"] for r in rows if r["setting"] == s) / 3 for s in {r["setting"] for r in rows}}
+    best = min(means, key=means.get)
+    name, loss = study.winner(rows)
+    assert (name, loss) == min(((r["trial"], r["final"]) for r in rows if r["setting"] == best), key=lambda x: x[1])
+    assert study.summary["best_trial"] == name
+
+
+def test_half_precision_and_null_intervals_are_exact_too(sweeps):
+    study = sweeps.open(*MIXED[:2], "train.dtype=float16", "train.log_interval=null", "train.checkpoint_interval=null")
+    sweeps.run(study)
+    assert_alone(sweeps, study)
+
+
+def test_what_is_gone_when_it_is_counted_ends_no_sweep(sweeps):
+    """Checkpoints come and go in the folders of other stages meanwhile."""
+    books = sweeps.open(*MIXED[:1]).keeper(lambda: None)
+    gone = books.stages / "other" / "checkpoints" / ".step-00000004.1-2"
+    gone.mkdir(parents=True)
+    (gone / "part").symlink_to("nowhere")
+    (gone / "whole").write_bytes(b"1234")
+    books._note_disk()
+    assert books.peak_bytes == 4

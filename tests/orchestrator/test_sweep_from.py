@@ -72,3 +72,10 @@ def test_a_schedule_that_is_not_the_runs_follows_the_runs_rates_up_to_the_branch
 def test_what_does_not_fit_is_refused(sweeps, source, words, said):
     with pytest.raises(ValueError, match=said):
         sweeps.open(*TRIALS, *words)
+
+
+def test_a_trial_that_branched_off_itself_is_refused(sweeps, source):
+    lower = "sweep.trials.lower={schedule.kind: linear, schedule.max_lr: 5e-3, train.max_steps: 24}"
+    sweeps.run(sweeps.open(lower, "sweep.from=source@12"))
+    with pytest.raises(ValueError, match="branched off 12 steps of another run itself"):
+        sweeps.open("sweep.trials.more={train.max_steps: 40}", "sweep.from=sweep/trials/lower@20", name="other")

@@ -17,7 +17,7 @@ from orchestrator.batches import Batches, TokenStream
 from orchestrator.launch import Layout
 from orchestrator.manifest import FILE, load_manifest
 from orchestrator.report import Report
-from orchestrator.stages import FAILED
+from orchestrator.stage_states import FAILED
 from orchestrator.study import Study, data_key
 
 ONE, TWO = Layout(1, 1, False), Layout(2, 1, False)
@@ -34,7 +34,7 @@ def on_ray(ray_cluster) -> Callable:
         report = Report(study, books)
         books.watch = report.stage_ended
         report.begin()
-        sweep.execute(books, books.stages, layout, slots, reuse=reuse)
+        sweep.execute(books, books.stages, layout, slots, study.asha(), reuse)
         report.finish("FINISHED", 1.0)
         assert not books.progress.pending
         return SimpleNamespace(books=books, states={row["trial"]: row["state"] for row in study.rows()},
@@ -188,3 +188,22 @@ def descendants(pid: int) -> list[int]:
         found += new
         new = [child for child, parent in parents.items() if parent in new]
     return found
+
+
+# ---- Tune's own scheduler ----
+def test_asha_stops_some_and_what_it_leaves_has_its_bits_and_stays_stopped(sweeps, on_ray):
+    words = ["sweep.grid.schedule.max_lr=[1e-2, 1e-5, 1e-6, 1e-7]", "train.max_steps=45", "sweep.stop=asha"]
+    study = sweeps.open(*words)
+    seen = on_ray(study, ONE, slots=1)
+    states = seen.states
+    assert set(states.values()) == {"done", "stopped"}
+    assert states["max_lr-0.01"] == "done"  # the first to reach every rung, and the best there
+    assert "stopped by the scheduler after step 5" in seen.reasons["max_lr-1e-07"]
+    assert_alone(sweeps, study, [name for name, state in states.items() if state == "done"])
+    again = sweeps.open(*words)
+    assert again.plan.to_run == frozenset()
+    again.keeper(lambda: None)
+    assert {row["trial"]: row["state"] for row in again.rows()} == states
+    unstopped = sweeps.open(*words[:2])
+    assert {s.trials[0] for s in unstopped.plan.stages if s.id in unstopped.plan.to_run} == {
+        name for name, state in states.items() if state == "stopped"}

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from orchestrator.stages import DONE
+from orchestrator import sweep_driver
+from orchestrator.stage_states import DONE
 
 SPACE = ["sweep.sampler=optuna", "sweep.space.train.max_steps={low: 10, high: 30}",
          "sweep.space.schedule.decay_shape=[linear, cosine]"]
@@ -85,3 +86,30 @@ def test_without_optuna_there_is_one_clear_line(sweeps, monkeypatch):
 def test_rules_that_compare_all_trials_are_refused_where_they_come_one_by_one(sweeps, stop):
     with pytest.raises(ValueError, match="sweep.stop: .*optuna"):
         sweeps.open(*SPACE, "sweep.num_samples=2", *stop)
+
+
+def test_a_diverging_trunk_is_known_to_the_next_sample(sweeps):
+    study = sweeps.open("sweep.sampler=optuna", "sweep.num_samples=4", "sweep.space.train.max_steps={low: 16, high: 30}",
+                        "schedule.max_lr=1e38", "optim.max_grad_norm=null")
+    sweeps.run(study)
+    assert {row["state"] for row in study.rows()} == {"diverged"}
+    assert len(list(study.folder.glob("stages/*/result.json"))) == 1
+
+
+def test_a_space_may_be_narrowed_and_a_torn_line_is_dropped(sweeps):
+    study = sweeps.open(*SPACE, "sweep.num_samples=2")
+    sweeps.run(study)
+    with open(study.folder / "samples.jsonl", "a") as out:
+        out.write('{"train.max')
+    study = sweeps.open(*SPACE[:1], "sweep.space.train.max_steps={low: 29, high: 30}", SPACE[2], "sweep.num_samples=3")
+    sweeps.run(study)
+    assert len(study.candidates) == 3
+    assert {row["state"] for row in study.rows()} == {"done"}
+
+
+def test_a_finished_sweep_is_not_finished_when_more_samples_are_wanted(sweeps):
+    sweeps.run(sweeps.open(*SPACE, "sweep.num_samples=2"))
+    folder = sweeps.folder / "sweep"
+    same, more = (sweeps.load(*SPACE, f"sweep.num_samples={n}") for n in (2, 3))
+    assert sweep_driver._finished(same, sweeps.folder, folder) is not None
+    assert sweep_driver._finished(more, sweeps.folder, folder) is None

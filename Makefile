@@ -26,11 +26,12 @@ ui: install                  ## MLflow's pages for the runs in $(STORAGE), on lo
 	$(BIN)/python pipelines/ui.py $(STORAGE)
 
 # A job's copy of this folder has no repository: the commit is taken here and travels with the job.
+PIPELINE ?= train
 EXPERIMENT ?= configs/quickstart.yaml
-submit: install              ## make submit EXPERIMENT=… ARGS='section.field=value …', to the cluster of $$RAY_API_SERVER_ADDRESS
+submit: install              ## make submit [PIPELINE=sweep] EXPERIMENT=… ARGS='section.field=value …', to the cluster of $$RAY_API_SERVER_ADDRESS
 	$(BIN)/ray job submit --working-dir . --runtime-env-json \
 	  "{\"env_vars\": {\"ESPALIER_GIT_COMMIT\": \"$$(git rev-parse HEAD)\", \"ESPALIER_GIT_DIRTY\": \"$$(test -z "$$(git status --porcelain)" && echo 0 || echo 1)\"}}" \
-	  -- pipelines/train.py $(EXPERIMENT) $(ARGS)
+	  -- pipelines/$(PIPELINE).py $(EXPERIMENT) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -26,8 +26,8 @@ class Keeper:
 
     Args:
         folder: of the sweep. stored: what `scan` found. candidates: by name, probes among them.
-        watch: called with each stage that has ended. verdict: called once when all probes have ended, with their final
-            names; returns the names of the trials to drop. more: trials that a sampler wants to have now, when
+        watch: called with each stage that has ended. verdict: called once when all probes have ended;
+            returns the names of the trials to drop. more: trials that a sampler wants to have now, when
             nothing else is ready.
     """
 

@@ -175,9 +175,11 @@ def test_a_table_is_markdown_and_its_columns_fit(grid):
     peaks = {name: float(name.rpartition("_")[2]) for name in grid}
     made = stopping.Grid(grid, peaks, curves, finals, dict(finals), {})
     rows = stopping.rows({1: made, 2: made}, [20, 60], 60, 0.0)
-    assert [row[:2] for row in rows] == [["none", "1"], ["none", "2"], ["asha", "1"], ["asha", "2"],
-                                         ["anneal_probe", "1 (margin chosen here)"], ["anneal_probe", "2"]]
-    assert [row[4] for row in rows] == [18, 18, 2, 2, 1, 1]
+    assert [row[:2] for row in rows] == [
+        ["none", "1"], ["none", "2"], ["asha", "1"], ["asha", "2"],
+        ["anneal_probe, margin 0.00", "1 (margin chosen here)"], ["anneal_probe, margin 0.00", "2"],
+        ["anneal_probe, margin 0.05 (default)", "1"], ["anneal_probe, margin 0.05 (default)", "2"]]
+    assert [row[4] for row in rows] == [18, 18, 2, 2, 1, 1, 1, 1]
     assert rows[0][5] == f"{bench.distinct_prefixes(grid.values()):,}"
     assert stopping.correlations({1: made}, 90) == [["0.001", "-1.00"], ["0.003", "-1.00"], ["0.01", "-1.00"]]
     lines = bench.markdown(["a", "b"], [[1, "x"], [2, "y"]]).splitlines()

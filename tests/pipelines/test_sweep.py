@@ -77,8 +77,9 @@ def run(ray_head, storage: Path, corpus: Path, *words: str, status: int = 0) -> 
 
 
 def begin(ray_head, storage: Path, corpus: Path, *words: str) -> subprocess.Popen:
+    # A shell in the background ignores Ctrl-C for all that it starts; who types it is in front.
     return subprocess.Popen(command(storage, corpus, *words), env=ray_head.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
+                            text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def wait_for(condition, process: subprocess.Popen):

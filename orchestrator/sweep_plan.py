@@ -19,6 +19,7 @@ from orchestrator.study import Study, check_sources, data_key, with_absolute_pat
 from orchestrator.tokens import dataset_dir
 from orchestrator.trials import Candidate
 
+STARTS = 2  # process starts before the first step: Tune's own, then those of the workers, side by side
 MOST_SHAPES = 6  # of models and batches to time: a sweep over more of them says that its time is not known
 
 
@@ -66,7 +67,7 @@ def estimate_of(study: Study, slots: int, counts: Mapping[str, dict]) -> dict[st
         return "this machine has no room for a step, or not the devices"
     by_name = {name: timings[_shape(c, counts[data_key(c.experiment.data)]["n_vocab"], a)] for name, c in study.everyone.items()}
     seen = forecast(study.plan, slots, _seconds(study, by_name, counts), _results(study), study.sweep.settings.keep_branches)
-    start = min(slots, len(study.plan.to_run)) * max(map(calibrate.start_seconds, timings.values()))
+    start = STARTS * max(timing.startup_s for timing in timings.values())
     return {"time_s": (start if study.plan.to_run else 0.0) + seen.seconds,
             "memory_gib": max(t.memory_gib for t in timings.values()),
             "disk_bytes": seen.checkpoints * max(t.checkpoint_bytes for t in timings.values())}

@@ -23,8 +23,14 @@ def exact(lines) -> list[dict]:
     return [{k: v for k, v in r.items() if k.startswith(("step", "train/", "val/", "optim/"))} for r in lines]
 
 
+@pytest.fixture(scope="session")
+def lone_runs() -> dict:
+    """What experiments gave by themselves, by all of their fields."""
+    return {}
+
+
 @pytest.fixture
-def sweeps(tiny_dataset, tmp_path):
+def sweeps(tiny_dataset, tmp_path, lone_runs):
     """`.open(words)` plans a sweep; `.run(study)` runs it here, without Ray; `.alone(study, trial)` runs one trial by itself."""
     from orchestrator.report import Report
     from orchestrator.space import load_sweep
@@ -45,6 +51,7 @@ def sweeps(tiny_dataset, tmp_path):
         """Up to `limit` stages; `fail(stage)` may raise in place of one. The ids of those that ran."""
         books = study.keeper(lambda: None)
         report, ran = Report(study, books), []
+        report._figure = lambda *_: None  # figures take a second each, and have tests of their own
         books.watch = report.stage_ended
         report.begin()
         while (limit is None or len(ran) < limit) and (stage := books.next()):
@@ -61,12 +68,15 @@ def sweeps(tiny_dataset, tmp_path):
         return ran
 
     def alone(study, trial: str) -> dict:
-        """The trial by itself: its weights' hash and its curve."""
-        run_dir = tmp_path / f"alone-{trial}"
-        if not run_dir.exists():
+        """The trial by itself: its weights' hash and its curve. Trained once for all tests."""
+        experiment = study.candidates[trial].experiment
+        known = experiment.model_copy(update={"name": "alone"}).model_dump_json()
+        if known not in lone_runs:
+            run_dir = tmp_path / f"alone-{trial}"
             run_dir.mkdir()
-            train(study.candidates[trial].experiment, run_dir, tiny_dataset)
-        return outcome(run_dir)
+            train(experiment, run_dir, tiny_dataset)
+            lone_runs[known] = outcome(run_dir)
+        return lone_runs[known]
 
     def outcome(run_dir: Path) -> dict:
         last = checkpoint.latest_valid(run_dir / "checkpoints")

@@ -72,7 +72,7 @@ class Report:
             c = self.study.candidates.get(name)
             if c and (len(stage.trials) <= FEW or not self._is_pending(c)):
                 self._assemble(c)
-        step = (journal.read(self.folder) or [{"step": 0}])[-1]["step"] + 1
+        step = (journal.last(self.folder) or {"step": 0})["step"] + 1
         best = self.study.best()
         plan = self.books.plan
         journal.Journal(self.folder).append(step, {
@@ -123,8 +123,8 @@ class Report:
             summary |= {"estimated": self.estimate, "measured": {
                 "time_s": summary["wall_s"], "memory_gib": self._memory_gib(), "disk_bytes": self.books.peak_bytes}}
         if best:
-            trial = runs.read_json(self.folder / "trials" / best[0] / "summary.json")
-            summary["best_checkpoint"] = trial["checkpoint"]
+            trial = runs.read_json(self.folder / "trials" / best[0] / "summary.json") or {}  # none yet where it is in a hurry
+            summary["best_checkpoint"] = trial.get("checkpoint")
         return summary
 
     def _memory_gib(self) -> float | None:

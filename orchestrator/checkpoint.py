@@ -3,31 +3,32 @@
 Eats named tensors and texts; yields a folder that is either whole or not there. Parts are written under a temporary
 name and fsynced, the manifest (size and SHA-256 of every part, and of itself) last, then the folder is renamed and its
 parent fsynced. Nothing is unpickled. safetensors has no checksum of its own: a flipped bit would load without a word.
+
+A folder has one writer. Readers may come at any moment: what they list may be pruned or replaced while they read it.
 """
 
 import contextlib
+import errno
 import hashlib
-import json
 import math
 import os
-import re
 import shutil
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from orchestrator import tensor_file
 from orchestrator.errors import UserError
+from orchestrator.integrity import FORMAT, MANIFEST, NAME, digest_of, read_manifest, text_of, verify
 from orchestrator.manifest import fsync
 
-FORMAT = 1
-MANIFEST = "MANIFEST.json"
-_NAME = re.compile(r"^step-(\d{8,})$")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+SPARE_BYTES = 1 << 20  # left to the journal and whatever else a run writes meanwhile
+_CHUNK = 4 << 20  # bytes hashed and written at a time, while they are in the processor's cache
 _ASIDE = ".aside"
-_PART = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")  # a name in the folder, never a way out of it
 
 
 def path_of(directory: Path, step: int) -> Path:
@@ -36,7 +37,7 @@ def path_of(directory: Path, step: int) -> Path:
 
 def save(directory: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, str],
          facts: dict[str, Any]) -> Path:
-    """Commit one checkpoint; returns its folder. A checkpoint of the same step is replaced.
+    """Commit one checkpoint, here and now; returns its folder. A checkpoint of the same step is replaced.
 
     Args:
         directory: the run's `checkpoints/`.
@@ -44,21 +45,32 @@ def save(directory: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]]
         texts: `{"experiment.yaml": …}`, stored as they are.
         facts: JSON values for the manifest: fingerprints, metrics.
     """
+    return commit(directory, step, parts_of(tensor_file.fill({}, tensors), texts), facts)
+
+
+def parts_of(files: dict[str, tensor_file.TensorFile], texts: dict[str, str]) -> dict[str, bytes | memoryview]:
+    """The bytes of a checkpoint's parts, by the names of their files."""
+    return {f"{name}.safetensors": file.data for name, file in files.items()} | {k: v.encode() for k, v in texts.items()}
+
+
+def commit(directory: Path, step: int, parts: dict[str, bytes | memoryview], facts: dict[str, Any]) -> Path:
+    """Make the folder of `step` out of the bytes of its parts. Leaves nothing behind where it fails, and what was there as it was.
+
+    Raises:
+        OSError: with an errno of `FULL` where there is no room, found before anything is written where the system says so.
+    """
+    directory = Path(directory)
+    _make(directory)
+    clear(directory)  # also for the room that what a killed writer left behind takes
+    _require_room(directory, sum(len(data) for data in parts.values()))
     final = path_of(directory, step)
-    temporary = Path(directory) / f".{final.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir(parents=True)
+    temporary = directory / f".{final.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
-        for name, group in tensors.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, temporary / f"{name}.safetensors")
-        for name, text in texts.items():
-            (temporary / name).write_text(text, "utf-8")
-        parts = _hash_parts(sorted(temporary.iterdir()))
-        for name in parts:
-            fsync(temporary / name)
-        manifest = {"format": FORMAT, "step": step, "parts": parts, **facts}
-        manifest["sha256"] = _digest(manifest)
-        (temporary / MANIFEST).write_text(_text(manifest), "utf-8")
-        fsync(temporary / MANIFEST)
+        os.mkdir(temporary)
+        written = {name: _write(temporary / name, data) for name, data in sorted(parts.items())}
+        manifest = {"format": FORMAT, "step": step, "parts": written, **facts}
+        manifest["sha256"] = digest_of(manifest)
+        _write(temporary / MANIFEST, text_of(manifest).encode())
         fsync(temporary)
         _replace(temporary, final)
     except BaseException:
@@ -67,62 +79,48 @@ def save(directory: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]]
     return final
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """Check every byte of a checkpoint against its manifest; returns the manifest.
-
-    Raises:
-        UserError: names the part that is missing or changed.
-    """
-    manifest = read_manifest(path)
-    named = _NAME.match(path.name)
-    if named and int(named[1]) != manifest["step"]:
-        raise UserError(f"{path}: holds step {manifest['step']}, whatever its name says; give it back its name")
-    for name, part in manifest["parts"].items():
-        if not (path / name).is_file():
-            raise UserError(f"{path / name}: missing; the checkpoint is not whole, use another")
-        if (path / name).stat().st_size != part["size"]:
-            raise UserError(f"{path / name}: {(path / name).stat().st_size} bytes, written were {part['size']}; "
-                            f"use another")
-    actual = _hash_parts([path / name for name in manifest["parts"]])
-    for name, part in manifest["parts"].items():
-        if actual[name] != part:
-            raise UserError(f"{path / name}: its content is not what was written (SHA-256 differs); use another")
-    return manifest
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, itself verified; the parts are not."""
-    try:
-        text = (path / MANIFEST).read_bytes().decode()
-        manifest = json.loads(text)
-        # Its text, not only its content: 1e-05 may not become 1E-05.
-        unchanged = text == _text(manifest) and manifest.pop("sha256") == _digest(manifest)
-        whole = unchanged and manifest["format"] == FORMAT and all(
-            _PART.match(name) and part.keys() == {"size", "sha256"} for name, part in manifest["parts"].items())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path}: no checkpoint of this program (its {MANIFEST} is missing or changed)")
-    return manifest
-
-
 def steps(directory: Path) -> list[int]:
     """Steps of the committed checkpoints in a run's `checkpoints/`, rising; verified is none of them."""
     names = os.listdir(directory) if Path(directory).is_dir() else []
-    return sorted(int(match[1]) for match in map(_NAME.match, names) if match)
+    return sorted(int(match[1]) for match in map(NAME.match, names) if match)
 
 
 def latest_valid(directory: Path, warn=print) -> Path | None:
-    """The newest checkpoint whose every byte is as written, or None; `warn` is told of each one that is passed over."""
+    """The newest checkpoint whose every byte is as written, or None; `warn` is told once of each one that is passed over."""
     _put_back(Path(directory))
-    for step in reversed(steps(directory)):
-        path = path_of(directory, step)
+    damaged: set[int] = set()
+    while True:
+        found, passed_over, moved = _first_valid(directory, damaged)
+        for inode, error in passed_over.items():
+            damaged.add(inode)
+            warn(f"passed over: {error}")
+        if not moved:
+            return found
+
+
+def _first_valid(directory: Path, known: set[int]) -> tuple[Path | None, dict[int, UserError], bool]:
+    """(the newest valid one, those before it that are not, whether the folder must be listed again).
+
+    One that vanishes while it is read was pruned or replaced by the run's writer: then there is a newer one.
+    """
+    damaged: dict[int, UserError] = {}
+    for path in (path_of(directory, step) for step in reversed(steps(directory))):
+        inode = _inode(path)
+        if inode in known:
+            continue
         try:
             verify(path)
+            return path, damaged, False
         except UserError as error:
-            warn(f"passed over: {error}")
-            continue
-        return path
+            if inode is None or _inode(path) != inode:
+                return None, damaged, True
+            damaged[inode] = error
+    return None, damaged, False
+
+
+def _inode(path: Path) -> int | None:
+    with contextlib.suppress(OSError):
+        return os.lstat(path).st_ino
     return None
 
 
@@ -133,22 +131,31 @@ def load_tensors(path: Path, name: str, device: str | torch.device = "cpu") -> d
 
 def best(directory: Path) -> int | None:
     """Step of the checkpoint with the lowest val loss at its own step (the earliest of equals), or None."""
+    return _best(directory, steps(directory))
+
+
+def _best(directory: Path, among: list[int]) -> int | None:
     scored = []
-    for step in steps(directory):
+    for step in among:
         with contextlib.suppress(UserError):
             loss = read_manifest(path_of(directory, step)).get("metrics", {}).get("val/loss")
-            scored += [(loss, step)] if loss is not None and math.isfinite(loss) else []
+            scored += [(loss, step)] if isinstance(loss, (int, float)) and math.isfinite(loss) else []
     return min(scored)[1] if scored else None
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Remove all but the latest `keep` checkpoints and the best one, and what killed writers left behind."""
-    spared = best(directory)
-    for step in steps(directory)[:-keep]:
+def prune(directory: Path, keep: int, upto: int | None = None) -> None:
+    """Remove all but the latest `keep` checkpoints and the best one, and what killed writers left behind.
+
+    Args:
+        upto: the step of the latest that this run made. Later ones are damaged, or the run would have gone on from them: they
+            do not count, and stay for whoever wants to look.
+    """
+    made = [step for step in steps(directory) if upto is None or step <= upto]
+    spared = _best(directory, made)
+    for step in made[:-keep]:
         if step != spared:
             remove(path_of(directory, step))
-    for leftover in Path(directory).glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    clear(directory)
 
 
 def keep_only(directory: Path, step: int | None) -> None:
@@ -167,21 +174,57 @@ def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _make(directory: Path) -> None:
+    """The run's `checkpoints/`; its name is on the disk before anything in it is."""
+    if not directory.is_dir():
+        os.makedirs(directory, exist_ok=True)
+        fsync(directory.parent)
+
+
+def _require_room(directory: Path, wanted: int) -> None:
+    """A torn checkpoint would take the last byte from the journal; quotas are met only where they are exceeded."""
+    room = os.statvfs(directory)
+    free = room.f_bavail * room.f_frsize
+    if room.f_blocks and free < wanted + SPARE_BYTES:  # some network file systems know no sizes
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free:,} bytes free, {wanted + SPARE_BYTES:,} needed",
+                      str(directory))
+
+
+def _write(path: Path, data: bytes | memoryview) -> dict[str, Any]:
+    """Write, hash and fsync one part; returns its entry in the manifest."""
+    digest, view = hashlib.sha256(), memoryview(data)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        for start in range(0, len(view), _CHUNK):
+            chunk = view[start : start + _CHUNK]
+            digest.update(chunk)
+            while chunk:
+                chunk = chunk[os.write(fd, chunk) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return {"size": len(view), "sha256": digest.hexdigest()}
+
+
 def _replace(temporary: Path, final: Path) -> None:
     """Give a whole checkpoint its name. One that bears it already steps aside until then, and `_put_back` finds it."""
     aside = final.with_name(f".{final.name}{_ASIDE}")
-    replaces = final.exists()
-    if replaces:
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(final, aside)
     try:
-        os.rename(temporary, final)
+        while True:
+            if final.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(final, aside)
+            try:
+                os.rename(temporary, final)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # a reader put the old one back in this moment
+                    raise
     except BaseException:
         _put_back(final.parent)
         raise
     fsync(final.parent)
-    if replaces:
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _put_back(directory: Path) -> None:
@@ -200,21 +243,8 @@ def remove(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _text(manifest: dict[str, Any]) -> str:
-    return json.dumps(manifest, indent=1)
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _hash_parts(paths: list[Path]) -> dict[str, dict[str, Any]]:
-    # hashlib releases the GIL, so parts are hashed side by side.
-    with ThreadPoolExecutor() as pool:
-        return {p.name: part for p, part in zip(paths, pool.map(_hash_part, paths), strict=True)}
-
-
-def _hash_part(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
+def clear(directory: Path) -> None:
+    """Remove what killed writers left behind. For the folder's writer alone: it would remove another's work."""
+    _put_back(directory)
+    for leftover in directory.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,7 +51,16 @@ def build(experiment: Experiment, model: GPT, worker: Worker) -> TrainState:
 
 def save(state: TrainState, experiment: Experiment, directory: Path, dataset: Manifest, worker: Worker,
          metrics: dict[str, float]) -> Path:
-    """Commit the state as a checkpoint that also says what it is: experiment, model shape, tokenizer, fingerprints."""
+    """Commit the state here and now; `snapshot` is for a writer that does it while training goes on."""
+    return checkpoint.save(directory, state.step, *snapshot(state, experiment, dataset, worker, metrics))
+
+
+def snapshot(state: TrainState, experiment: Experiment, dataset: Manifest, worker: Worker, metrics: dict[str, float],
+             ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str], dict[str, Any]]:
+    """(tensors, texts, facts) of a checkpoint that also says what it is: experiment, model shape, tokenizer, fingerprints.
+
+    The tensors are the state's own: the next step changes them.
+    """
     numbers = {"step": state.step, "grad_norm": state.grad_norm, "best_val_loss": state.best_val_loss,
                "open_losses": state.meter.losses, "scaler": state.scaler.state_dict()}
     texts = {
@@ -64,8 +74,7 @@ def save(state: TrainState, experiment: Experiment, directory: Path, dataset: Ma
         "metrics": metrics,
         "fingerprints": {"data": data_identity(dataset), "numerics": fingerprint(experiment, worker)},
     }
-    tensors = {"model": dict(state.model.state_dict()), "optimizer": _moments(state)}
-    return checkpoint.save(directory, state.step, tensors, texts, facts)
+    return {"model": dict(state.model.state_dict()), "optimizer": _moments(state)}, texts, facts
 
 
 def restore(state: TrainState, path: Path) -> None:

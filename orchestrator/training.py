@@ -22,7 +22,7 @@ from torch import Tensor
 from model.flops import mfu
 from model.generate import generate
 from model.schedule import learning_rate
-from orchestrator import checkpoint, journal, state
+from orchestrator import checkpoint, events, journal, state
 from orchestrator.batches import Batches, Prefetcher, TokenStream, eval_batches
 from orchestrator.config import Experiment
 from orchestrator.evaluation import EvalSet
@@ -33,6 +33,7 @@ from orchestrator.meter import memory_metrics
 from orchestrator.numerics import Worker, autocast, device_name, keyed_seed, prepare_process
 from orchestrator.step import Step
 from orchestrator.tokenizer import load_tokenizer
+from orchestrator.writer import Writer
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = 16, 64  # of the text that every evaluation writes: tokens of val, then of the model
 
@@ -79,6 +80,11 @@ class Run:
         self.eval_sets = self._eval_sets() if t.eval_interval else {}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        with Writer(self.run_dir / "checkpoints", self.experiment.train.keep, self.run_dir) as self.writer:
+            # However the steps end, what was saved is committed then.
+            yield from self._steps()
+
+    def _steps(self) -> Iterator[dict[str, Any]]:
         s, step = self.state, Step(self.experiment, self.state)
         begun_at = s.step
         if s.step == 0:
@@ -100,7 +106,7 @@ class Run:
 
     def _restore(self, parent: Path | None) -> state.TrainState:
         folder = self.run_dir / "checkpoints"
-        found = checkpoint.latest_valid(folder) if self.worker.is_main else None
+        found = checkpoint.latest_valid(folder, self._passed_over) if self.worker.is_main else None
         step = self._agree(int(found.name.removeprefix("step-")) if found else -1)
         self.is_own = step >= 0
         path = checkpoint.path_of(folder, step) if self.is_own else parent
@@ -114,6 +120,10 @@ class Run:
         if self.worker.is_main:
             self._rewind(s.step if path else -1)
         return s
+
+    def _passed_over(self, message: str) -> None:
+        print(message, flush=True)
+        events.note(self.run_dir, "checkpoint_damaged", message)
 
     def _rewind(self, step: int) -> None:
         """The journal as it was at the checkpoint; a line written for an end that now is none keeps what was due."""
@@ -265,6 +275,4 @@ class Run:
 
     def _checkpoint(self, metrics: dict[str, float]) -> None:
         if self.worker.is_main:
-            folder = self.run_dir / "checkpoints"
-            state.save(self.state, self.experiment, folder, self.dataset, self.worker, metrics)
-            checkpoint.prune(folder, self.experiment.train.keep)
+            self.writer.save(self.state.step, *state.snapshot(self.state, self.experiment, self.dataset, self.worker, metrics))

@@ -16,7 +16,8 @@ from orchestrator.errors import UserError
 from orchestrator.manifest import load_manifest
 from orchestrator.order import sample_offset, windows_per_epoch
 from orchestrator.prefetch import Prefetcher
-from orchestrator.shards import map_shard, verify_shard
+from orchestrator.shards import map_shard
+from orchestrator.shards import verify as verify_file
 
 __all__ = ["Batches", "EvalBatches", "Prefetcher", "TokenStream", "documents_of", "eval_batches", "sample_offset"]
 AHEAD = 4096  # positions whose offsets are computed at once: a call costs 0.1 ms, for one of them or for hundreds
@@ -41,7 +42,7 @@ class TokenStream:
         self.starts = [0]  # of the pieces, and the end; only the last piece has padding
         for shard in splits[split].shards:
             if verify:
-                verify_shard(self.directory / shard.name, shard.sha256)
+                verify_file(self.directory / shard.name, shard.sha256)
             for piece in map_shard(self.directory / shard.name):
                 self.pieces.append(piece)
                 self.starts.append(self.starts[-1] + len(piece))

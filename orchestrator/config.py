@@ -41,6 +41,8 @@ class Data(Section):
         "builtin:stdlib (the running Python's own library); one or a list"))
     dir: Text | None = Field(None, description="folder of the token shards; null: <storage>/data/<fingerprint>")
     text_field: Text = Field("text", description="field of JSON lines or column of Parquet that holds the text")
+    invalid_utf8: Literal["stop", "replace"] = Field("stop", description=(
+        "where text is not UTF-8: name the file and the byte, or put U+FFFD for each sequence that is none"))
     tokenizer: Text = Field("gpt2", description="any tiktoken encoding (gpt2, cl100k_base, o200k_base …), byte or char")
     split: Literal["tail", "hash"] = Field("tail", description=(
         "which part is val: the last characters of the corpus, or documents by the hash of their content"))

@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from orchestrator.errors import UserError
-from orchestrator.manifest import fsync
+from orchestrator.manifest import fsync, load_manifest
+from orchestrator.shards import verify
 
 FILE = "documents.parquet"
 GROUP_ROWS = 65_536
@@ -40,16 +40,21 @@ def documents_of(directory: Path, split: str, offset: int, length: int) -> list[
 
     Returns:
         (document, its first token in the split), in order; the first may begin before `offset`.
+
+    Raises:
+        UserError: the index is missing, or not what was written.
     """
+    verify(Path(directory) / FILE, load_manifest(directory).files.get(FILE, ""))
+    return find(Path(directory) / FILE, split, offset, length)
+
+
+def find(file: Path, split: str, offset: int, length: int) -> list[tuple[str, int]]:
+    """`documents_of` an index that was verified."""
     import pyarrow.parquet as pq
 
-    file = Path(directory) / FILE
-    try:
-        with pq.ParquetFile(file) as index:
-            groups = _groups_at(index, split, offset, offset + length)
-            table = index.read_row_groups(groups, columns=["document", "offset"]).to_pydict()
-    except FileNotFoundError:
-        raise UserError(f"{file}: missing; prepare the dataset again") from None
+    with pq.ParquetFile(file) as index:
+        groups = _groups_at(index, split, offset, offset + length)
+        table = index.read_row_groups(groups, columns=["document", "offset"]).to_pydict()
     rows = list(zip(table["document"], table["offset"], strict=True))
     # Of several documents that begin at one token, all but the last are empty.
     stop = offset + length

@@ -32,9 +32,9 @@ def estimate(data: "Data") -> dict[str, Any]:
     plain = all(s.kind == "text" for s in sources)
     ends = len(sources) if plain and data.append_eot else 0
     if data.tokenizer == "char":
-        count, seen = _characters(sources, data.text_field)
+        count, seen = _characters(sources, data)
         return {"bytes": size, "tokens": count, "exact": True, "n_vocab": len(seen)}
-    if data.tokenizer == "byte" and plain:
+    if data.tokenizer == "byte" and plain and data.invalid_utf8 == "stop":
         return {"bytes": size, "tokens": size + ends, "exact": True, "n_vocab": 257}
     return {"bytes": size, "tokens": round(size / _bytes_per_token(sources, data)) + ends, "exact": False,
             "n_vocab": _n_vocab(data.tokenizer)}
@@ -46,11 +46,11 @@ def _n_vocab(name: str) -> int | None:
     return N_VOCAB[name] if name in N_VOCAB else load_tokenizer(name).n_vocab
 
 
-def _characters(sources: list[Source], text_field: str) -> tuple[int, set[str]]:
+def _characters(sources: list[Source], data: "Data") -> tuple[int, set[str]]:
     count, seen = 0, set()
     for chunk in plan_spans([s.size for s in sources], CHUNK_BYTES):
         for number, start, end in chunk:
-            for piece in pieces(_span(sources[number], start, end), text_field):
+            for piece in pieces(_span(sources[number], start, end, data), data.text_field):
                 count += len(piece.text)
                 seen.update(piece.text)
     return count, seen
@@ -67,10 +67,10 @@ def _bytes_per_token(sources: list[Source], data: "Data") -> float:
     for chunk in chunks[:: max(1, len(chunks) // SAMPLES)][:SAMPLES]:
         for number, start, end in chunk:
             read += end - start
-            for piece in pieces(_span(sources[number], start, end), data.text_field):
+            for piece in pieces(_span(sources[number], start, end, data), data.text_field):
                 tokens += len(tokenizer.encode(piece.text)) + (data.append_eot and sources[number].kind != "text")
     return read / tokens if tokens else BYTES_PER_TOKEN
 
 
-def _span(source: Source, start: int, end: int) -> Span:
-    return Span(str(source.path), source.name, source.kind, source.size, start, end)
+def _span(source: Source, start: int, end: int, data: "Data") -> Span:
+    return Span(str(source.path), source.name, source.kind, source.size, start, end, data.invalid_utf8 == "replace")

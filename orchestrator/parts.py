@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.errors import UserError
-from orchestrator.manifest import ROW_TOKENS, fsync, write_atomically
+from orchestrator.manifest import ROW_TOKENS, file_sha256, fsync, write_atomically
 from orchestrator.reading import Piece, Span, pieces
 from orchestrator.shards import ROW_GROUP_ROWS, write_shard
 from orchestrator.tokenizer import Tokenizer, load_tokenizer
@@ -88,11 +88,6 @@ def assemble(job: dict[str, Any]) -> dict[str, Any]:
     finally:
         temporary.unlink(missing_ok=True)
     return {"name": path.name, "rows": rows, "tokens": job["tokens"], "sha256": sha256}
-
-
-def file_sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tail_cut(characters: int, val_fraction: float) -> int:

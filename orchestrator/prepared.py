@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import corpus
 from orchestrator.corpus import Source
 from orchestrator.errors import UserError
-from orchestrator.manifest import FILE, FORMAT, Manifest, load_manifest
-from orchestrator.parts import file_sha256
+from orchestrator.manifest import FILE, FORMAT, Manifest, file_sha256, load_manifest
 
 if TYPE_CHECKING:
     from orchestrator.config import Data
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
 
 def settings_of(data: "Data") -> dict[str, Any]:
     """What beside the corpus decides the bytes of a dataset."""
-    return {key: getattr(data, key) for key in ("append_eot", "split", "text_field", "tokenizer", "val_fraction")}
+    keys = ("append_eot", "invalid_utf8", "split", "text_field", "tokenizer", "val_fraction")
+    return {key: getattr(data, key) for key in keys}
 
 
 def dataset_dir(data: "Data", storage: Path) -> Path:

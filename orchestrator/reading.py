@@ -2,7 +2,9 @@
 
 Eats a `Span`, bytes [start, end) of one source; yields the pieces that *begin* in it: the text between two safe cuts,
 the JSON lines whose first byte, the Parquet row groups whose data lie there. Every piece belongs to exactly one span,
-so the pieces of all spans in order are the corpus, wherever spans end. Text is UTF-8 and its newlines are left alone.
+so the pieces of all spans in order are the corpus, wherever spans end. Text is UTF-8 and its newlines, a byte order mark
+and NUL are left alone; what is not UTF-8 stops, or becomes U+FFFD, one for each longest sequence that begins a character
+and does not end it, else for each byte (Unicode's recommendation, and Python's `replace`).
 """
 
 import json
@@ -15,7 +17,7 @@ from orchestrator.errors import UserError
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes [start, end) of a source (see `corpus.Source`) of `size` bytes."""
+    """Bytes [start, end) of a source (see `corpus.Source`) of `size` bytes. replace: what is not UTF-8, by U+FFFD."""
 
     path: str
     name: str
@@ -23,6 +25,7 @@ class Span:
     size: int
     start: int
     end: int
+    replace: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def _text(span: Span, _field: str) -> Iterator[Piece]:
             return file.read(n)
 
         start, end = (safe_cut(read, position, span.size) for position in (span.start, span.end))
-        text = _decode(read(start, end - start), span.name, start)
+        text = _decode(read(start, end - start), span, start)
     yield Piece(span.name, text, start, span.start == 0, span.end == span.size)
 
 
@@ -88,7 +91,7 @@ def _json_lines(span: Span, field: str) -> Iterator[Piece]:
         while (at := file.tell()) < span.end:
             line = file.readline()
             if line.strip():
-                yield Piece(f"{span.name}@{at}", _field_of_line(line, field, span.name, at))
+                yield Piece(f"{span.name}@{at}", _field_of_line(line, field, span, at))
 
 
 def _parquet(span: Span, field: str) -> Iterator[Piece]:
@@ -104,7 +107,7 @@ def _parquet(span: Span, field: str) -> Iterator[Piece]:
             for g in range(file.num_row_groups):
                 group = file.metadata.row_group(g)
                 if span.start <= _position(group) < span.end:
-                    yield from _rows(file, g, row, span.name, field)
+                    yield from _rows(file, g, row, span, field)
                 row += group.num_rows
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{span.name}: cannot be read as Parquet ({error})") from error
@@ -117,21 +120,24 @@ def _position(group) -> int:
     return column.data_page_offset if dictionary is None else min(dictionary, column.data_page_offset)
 
 
-def _rows(file, group: int, row: int, name: str, field: str) -> Iterator[Piece]:
+def _rows(file, group: int, row: int, span: Span, field: str) -> Iterator[Piece]:
     for batch in file.iter_batches(1024, row_groups=[group], columns=[field]):
         for value in batch.column(0):
             try:
                 text = value.as_py()
             except UnicodeDecodeError as error:
-                raise UserError(f"{name}: row {row}, byte {error.start} of '{field}' is not UTF-8") from None
+                if not span.replace:
+                    raise UserError(f"{span.name}: row {row}, byte {error.start} of '{field}' is not UTF-8; convert it, or "
+                                    f"set data.invalid_utf8=replace") from None
+                text = value.as_buffer().to_pybytes().decode("utf-8", "replace")
             if not isinstance(text, str):
-                raise UserError(f"{name}: row {row} holds no text in '{field}' but {_shown(text)}")
-            yield Piece(f"{name}#{row}", text)
+                raise UserError(f"{span.name}: row {row} holds no text in '{field}' but {_shown(text)}")
+            yield Piece(f"{span.name}#{row}", text)
             row += 1
 
 
-def _field_of_line(line: bytes, field: str, name: str, at: int) -> str:
-    text = _decode(line, name, at).removeprefix("\ufeff")
+def _field_of_line(line: bytes, field: str, span: Span, at: int) -> str:
+    name, text = span.name, _decode(line, span, at).removeprefix("\ufeff")
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -147,12 +153,12 @@ def _field_of_line(line: bytes, field: str, name: str, at: int) -> str:
     return record[field].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _decode(data: bytes, name: str, at: int) -> str:
+def _decode(data: bytes, span: Span, at: int) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8", "replace" if span.replace else "strict")
     except UnicodeDecodeError as error:
-        raise UserError(f"{name}: byte {at + error.start} (0x{data[error.start]:02x}) is not UTF-8; convert the file, "
-                        f"or leave it out of data.corpus") from None
+        raise UserError(f"{span.name}: byte {at + error.start} (0x{data[error.start]:02x}) is not UTF-8; convert the file, "
+                        f"leave it out of data.corpus, or set data.invalid_utf8=replace") from None
 
 
 def _shown(value) -> str:

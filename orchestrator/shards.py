@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator.errors import UserError
-from orchestrator.manifest import ROW_TOKENS
+from orchestrator.manifest import ROW_TOKENS, file_sha256
 
 ROW_GROUP_ROWS = 32768  # 64 MiB of uint16
 SHARD_ROWS = 131072  # 256 MiB of uint16
@@ -69,15 +69,16 @@ def map_shard(path: Path) -> list[np.ndarray]:
     return payloads
 
 
-def verify_shard(path: Path, sha256: str) -> None:
-    """Compare a shard with its hash, once per node: a stamp in the temporary folder remembers path, size and time.
+def verify(path: Path, sha256: str) -> None:
+    """Compare a file of a dataset with its hash, once per node: a stamp in the temporary folder remembers path, size,
+    and when content and inode were last changed (the latter nobody can set back).
 
     Raises:
-        UserError: names the shard that is missing or changed.
+        UserError: names the file that is missing or changed.
     """
     try:
         stat = path.stat()
-        key = f"{path.resolve()}/{stat.st_ino}/{stat.st_size}/{stat.st_mtime_ns}/{sha256}"
+        key = f"{path.resolve()}/{stat.st_ino}/{stat.st_size}/{stat.st_mtime_ns}/{stat.st_ctime_ns}/{sha256}"
         folder = Path(tempfile.gettempdir()) / f"espalier-verified-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         with open(folder / hashlib.sha256(key.encode()).hexdigest(), "a+") as stamp:
@@ -85,14 +86,12 @@ def verify_shard(path: Path, sha256: str) -> None:
             stamp.seek(0)
             if stamp.read() == "verified":
                 return
-            with open(path, "rb") as file:
-                actual = hashlib.file_digest(file, "sha256").hexdigest()
-            if actual == sha256:
+            if file_sha256(path) == sha256:
                 stamp.write("verified")
                 return
     except FileNotFoundError:
-        raise UserError(f"{path}: the shard is missing; prepare the tokens again") from None
-    raise UserError(f"{path}: the shard is not what was written (SHA-256 differs); delete its folder and prepare the "
+        raise UserError(f"{path}: it is missing; delete its folder and prepare the tokens again") from None
+    raise UserError(f"{path}: not what was written (SHA-256 differs); delete its folder and prepare the "
                     f"tokens again")
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from orchestrator.errors import UserError
 
 FILE = "tokenizer.json"
+MAX_BYTES = 16 << 20  # of that file: all characters of Unicode are 11 MB
 # Known without a download, for the dry run.
 N_VOCAB = {"gpt2": 50257, "r50k_base": 50257, "p50k_base": 50281, "p50k_edit": 50284, "cl100k_base": 100277,
            "o200k_base": 200019, "o200k_harmony": 201088, "byte": 257}
@@ -139,8 +140,8 @@ def load_tokenizer(name: str, directory: Path | None = None) -> Tokenizer:
     """
     stored = _stored(directory)
     if stored and stored["name"] != name:
-        raise UserError(f"{directory}: made with tokenizer '{stored['name']}', not '{name}'; set "
-                        f"data.tokenizer={stored['name']}")
+        raise UserError(f"{directory}: made with tokenizer {stored['name']!r:.60}, not '{name}'; set data.tokenizer to "
+                        f"that, or another data.dir")
     if name == "char":
         if not stored:
             raise UserError(f"data.tokenizer: char takes its characters from a prepared corpus, and {directory} has no "
@@ -149,7 +150,7 @@ def load_tokenizer(name: str, directory: Path | None = None) -> Tokenizer:
     else:
         tokenizer = _named(name)
     if stored and stored["sha256"] != tokenizer.sha256:
-        raise UserError(f"{directory}: its ids were made with another '{name}' than this one (SHA-256 of ranks and "
+        raise UserError(f"{directory / FILE}: its ids were made with another '{name}' than this one (SHA-256 of ranks and "
                         f"pattern {stored['sha256'][:12]}, here {tokenizer.sha256[:12]}; another version of tiktoken?)")
     return tokenizer
 
@@ -165,13 +166,24 @@ def _named(name: str) -> Tokenizer:
         near = difflib.get_close_matches(name, [*names, "byte", "char"], 3, 0.4)
         raise UserError(f"data.tokenizer: '{name}' is unknown; " + (f"did you mean {' or '.join(near)}?" if near else
                                                                    f"use byte, char or one of {', '.join(names)}"))
+    cached = _cached()
     try:
         return _Tiktoken(tiktoken.get_encoding(name))
     except Exception as error:  # requests' many, OSError of the cache, a wrong hash: all mean that there are no ranks
+        if damaged := sorted(cached - _cached()):
+            raise UserError(f"data.tokenizer: the ranks of '{name}' in {damaged[0]} were not what their SHA-256 says; "
+                            f"tiktoken removed the file and cannot download it again; put a good copy there, or use "
+                            f"data.tokenizer=byte") from error
         raise UserError(f"data.tokenizer: the ranks of '{name}' are not on this machine and cannot be downloaded "
                         f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that holds them (filled by "
                         f"tiktoken.get_encoding('{name}') where there is a network), or use data.tokenizer=byte"
                         ) from error
+
+
+def _cached() -> set[str]:
+    """Files of tiktoken's cache, which removes those that are not what it expects."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR")
+    return {os.path.join(folder, name) for name in os.listdir(folder)} if folder and os.path.isdir(folder) else set()
 
 
 def _stored(directory: Path | None) -> dict[str, Any] | None:
@@ -179,10 +191,11 @@ def _stored(directory: Path | None) -> dict[str, Any] | None:
     if not file or not file.is_file():
         return None
     try:
-        stored = json.loads(file.read_text("utf-8"))
-        stored["name"], stored["sha256"]  # noqa: B018 - a KeyError is a file of another kind
-        return stored
-    except (ValueError, KeyError, TypeError):
+        stored = json.loads(file.read_text("utf-8")) if file.stat().st_size <= MAX_BYTES else {}
+        kept = {key: stored[key] for key in ("name", "sha256", "characters")[: 2 + (stored["name"] == "char")]}
+        "".join(kept.values()).encode()  # texts, and such that UTF-8 has
+        return kept
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{file}: no tokenizer of this program; prepare the dataset again") from None
 
 

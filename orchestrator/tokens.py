@@ -193,7 +193,8 @@ class _Preparation:
 
     def _spans(self, chunk: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
         picked = [(self.sources[n], start, end) for n, start, end in chunk]
-        return [vars(Span(str(s.path), s.name, s.kind, s.size, start, end)) for s, start, end in picked]
+        replace = self.data.invalid_utf8 == "replace"
+        return [vars(Span(str(s.path), s.name, s.kind, s.size, start, end, replace)) for s, start, end in picked]
 
     # ---- shards ----
     def _assemble(self, made: Parts, dtype: np.dtype) -> dict[str, Any]:

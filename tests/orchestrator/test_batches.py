@@ -248,7 +248,7 @@ def test_one_changed_bit_names_its_shard_and_is_found_once_verified(dataset):
 def test_a_shard_is_verified_once_per_node(dataset, monkeypatch):
     folder = dataset(np.arange(14_500, dtype=np.uint16))
     TokenStream(folder, "train")
-    monkeypatch.setattr(shards.hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
+    monkeypatch.setattr(shards, "file_sha256", lambda *_: pytest.fail("hashed again"))
     TokenStream(folder, "train")
 
 

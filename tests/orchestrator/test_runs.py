@@ -29,6 +29,7 @@ IDENTITY = {
     "data.tokenizer": "char",
     "data.split": "hash",
     "data.val_fraction": "0.2",
+    "data.invalid_utf8": "replace",
     "data.append_eot": "true",
     "model.block_size": "512",
     "model.n_layer": "6",

@@ -15,7 +15,7 @@ import pytest
 from orchestrator import launch, sweep
 from orchestrator.batches import Batches, TokenStream
 from orchestrator.launch import Layout
-from orchestrator.manifest import FILE, load_manifest
+from orchestrator.manifest import FILE, load_manifest, write_manifest
 from orchestrator.report import Report
 from orchestrator.stage_states import FAILED
 from orchestrator.study import Study, data_key
@@ -126,7 +126,7 @@ def spoiled(dataset: Path, folder: Path, offset: int) -> Path:
     data[start + 2 * offset : start + 2 * offset + 2] = b"\xff\xff"
     place.write_bytes(data)
     shard["sha256"] = hashlib.sha256(data).hexdigest()
-    (folder / FILE).write_text(json.dumps(raw))
+    write_manifest(folder, {k: v for k, v in raw.items() if k not in ("format_version", "files", "sha256")})
     return folder
 
 

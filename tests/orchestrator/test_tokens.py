@@ -242,12 +242,13 @@ def test_documents_are_found_among_empty_ones_and_across_row_groups(tmp_path, mo
     lengths = [0, 3, 0, 0, 2, 1, 0, 4, 0]
     rows = [(sum(lengths[:i]), f"d{i}") for i in range(len(lengths))]
     documents_module.write_index(tmp_path, {"train": rows, "val": [(0, "v0"), (5, "v1")]})
+    index = tmp_path / documents_module.FILE
     for offset in range(10):
         for length in range(1, 11 - offset):
             expected = [(f"d{i}", first) for i, (first, _) in enumerate(rows)
                         if first < offset + length and first + lengths[i] > offset and lengths[i]]
-            assert documents_of(tmp_path, "train", offset, length) == expected, (offset, length)
-    assert documents_of(tmp_path, "val", 4, 2) == [("v0", 0), ("v1", 5)]
+            assert documents_module.find(index, "train", offset, length) == expected, (offset, length)
+    assert documents_module.find(index, "val", 4, 2) == [("v0", 0), ("v1", 5)]
 
 
 # ---- the same bytes, however ----

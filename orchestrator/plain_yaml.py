@@ -1,11 +1,15 @@
 """YAML as people expect it: the safe subset, without YAML 1.1's traps. Text in, plain values out, and back."""
 
 import re
+from collections.abc import Hashable
 from typing import Any
 
 import yaml
 
 from orchestrator.errors import UserError
+
+MAX_CHARACTERS = 1 << 20  # an experiment has thousands; PyYAML takes a second for every 100,000
+MAX_DIGITS = 40  # of a whole number: text of a million is a number that Python then refuses to print
 
 
 class _Loader(yaml.SafeLoader):
@@ -22,10 +26,20 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen = set()
+        for key in filter(lambda key: isinstance(key, Hashable), keys):  # others are refused below
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node):
+        if len(node.value) > MAX_DIGITS:
+            raise yaml.constructor.ConstructorError(None, None, f"a number of {len(node.value)} digits", node.start_mark)
+        return super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -49,6 +63,8 @@ _plain_numbers(_Dumper)
 
 def read_yaml(text: str, where: str) -> Any:
     """Parse YAML as experiments and overrides use it; `where` opens the message of a `UserError`."""
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{where}: {len(text):,} characters are no experiment; {MAX_CHARACTERS:,} are the most")
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:

@@ -86,10 +86,14 @@ def load_manifest(directory: Path) -> Manifest:
             raise UserError(f"{file}: not what was written (SHA-256 differs); delete the folder and prepare it again")
         splits = {name: Split(s["tokens"], s["documents"], s["bytes"], s["stream_sha256"],
                               tuple(Shard(**shard) for shard in s["shards"])) for name, s in raw["splits"].items()}
-        found = Manifest(Path(directory), raw["format_version"], raw["tokenizer"], raw["settings"], raw["dtype"],
-                         splits, raw["sources"], hashlib.sha256(data).hexdigest(), raw["files"])
-        if "tokenizer.json" in found.files:
-            _verify_small(Path(directory) / "tokenizer.json", found.files["tokenizer.json"])
+        facts, files, sources = raw["tokenizer"], raw["files"], raw["sources"]
+        if not (isinstance(facts["name"], str) and _is_count(facts["n_vocab"]) and isinstance(sources, list)
+                and raw["dtype"] in ("uint16", "uint32") and isinstance(raw["settings"], dict)):
+            raise ValueError("a field has a value of another kind")
+        found = Manifest(Path(directory), FORMAT, facts, raw["settings"], raw["dtype"], splits, sources,
+                         hashlib.sha256(data).hexdigest(), files)
+        if "tokenizer.json" in files:
+            _verify_small(Path(directory) / "tokenizer.json", files["tokenizer.json"])
         return found
     except FileNotFoundError:
         raise UserError(f"{directory}: no finished dataset, {FILE} is missing; run pipelines/prepare.py") from None

@@ -160,7 +160,7 @@ def dataset(tmp_path, monkeypatch):
             entries.append({"name": path.name, "rows": rows, "tokens": len(part), "sha256": file_sha256(path)})
         split = {"tokens": len(ids), "documents": 1, "bytes": len(ids), "stream_sha256": "", "shards": entries}
         write_manifest(tmp_path, {"dtype": ids.dtype.name, "settings": {}, "sources": [], "splits": {"train": split},
-                                  "tokenizer": {}})
+                                  "tokenizer": {"name": "byte", "n_vocab": 257}})
         return tmp_path
 
     return write

@@ -12,7 +12,8 @@ MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "sh
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 CALLS = {"os.system", "os.popen", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.full_load_all",
          "yaml.unsafe_load_all", "shutil.unpack_archive", "subprocess.getoutput", "subprocess.getstatusoutput",
-         "importlib.import_module", "numpy.load", "pandas.read_pickle", "torch.save", "torch.jit.load", "torch.package.PackageImporter",
+         "importlib.import_module", "numpy.load", "pandas.read_pickle", "torch.save", "torch.jit.load",
+         "torch.package.PackageImporter",
          "torch.hub.load"}
 TORCH_LOAD = "orchestrator/init_from.py"
 
@@ -75,7 +76,8 @@ def test_the_one_loader_of_yaml_is_a_safe_one():
 
 @pytest.mark.parametrize("planted", [
     "import pickle", "import pickle as p", "from pickle import loads", "import os, dill", "from cloudpickle import dumps",
-    "import marshal", "import shelve", "eval('1')", "exec(text)", "compile(text, 'f', 'exec')", "import builtins\nbuiltins.exec(text)",
+    "import marshal", "import shelve", "eval('1')", "exec(text)", "compile(text, 'f', 'exec')",
+    "import builtins\nbuiltins.exec(text)",
     "from builtins import eval as e\ne('1')", "__import__('os')", "import yaml\nyaml.load(text, yaml.Loader)",
     "import yaml\nyaml.load(text)", "import yaml\nyaml.unsafe_load(text)", "from yaml import full_load\nfull_load(text)",
     "import torch\ntorch.load(f)", "import torch\ntorch.load(f, weights_only=True)", "from torch import load\nload(f)",

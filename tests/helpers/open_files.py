@@ -1,0 +1,80 @@
+"""Open each file of a list as the program would; prints what became of it, and what it took. For files that attack.
+
+Eats lines `[kind, path]` of JSON on standard input; yields lines `[outcome, message, seconds, bytes]`: refused (a
+`UserError`), opened, or the name of another exception; bytes are how much the process grew at most meanwhile.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from orchestrator import checkpoint, init_from, trained
+from orchestrator.batches import TokenStream
+from orchestrator.config import load_experiment
+from orchestrator.errors import UserError
+from orchestrator.manifest import load_manifest
+from orchestrator.reading import Span, pieces
+from orchestrator.tokenizer import load_tokenizer
+
+SHAPE = ["model.block_size=16", "model.n_layer=2", "model.n_head=2", "model.n_embd=8", "model.bias=true",
+         "model.pad_vocab_to=1"]
+
+
+def open_weights(path: Path) -> None:
+    init_from.initial_model(load_experiment(None, [*SHAPE, f"train.init_from={json.dumps(str(path))}"]), 61)
+
+
+def open_latest(path: Path) -> None:
+    if checkpoint.latest_valid(path, lambda _: None) is None:
+        raise UserError("none is valid")
+
+
+def open_dataset(path: Path) -> None:
+    found = load_manifest(path)
+    load_tokenizer(found.tokenizer["name"], path)
+    for split in found.splits:
+        stream = TokenStream(path, split)
+        stream.read(0, min(stream.tokens, 100))
+
+
+def open_lines(path: Path) -> None:
+    size = path.stat().st_size
+    list(pieces(Span(str(path), path.name, "jsonl", size, 0, size), "text"))
+
+
+OPEN = {
+    "weights": open_weights,
+    "checkpoint": checkpoint.verify,
+    "latest": open_latest,
+    "trained": lambda path: trained.open_checkpoint(path, "cpu"),
+    "dataset": open_dataset,
+    "tokenizer": lambda path: load_tokenizer("char", path),
+    "lines": open_lines,
+    "experiment": lambda path: load_experiment(path, []),
+}
+
+def resident(key: str) -> int:
+    """Bytes: VmRSS now, VmHWM at most since the last reset."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)) << 10
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (8 << 30),) * 2)  # a net: what is counted are resident bytes
+    for line in sys.stdin:
+        kind, path = json.loads(line)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        begun, before = time.monotonic(), resident("VmRSS")
+        try:
+            OPEN[kind](Path(path))
+            outcome = ["opened", ""]
+        except UserError as error:
+            outcome = ["refused", str(error)]
+        except BaseException as error:
+            outcome = [type(error).__name__, str(error)[:500]]
+        print(json.dumps([*outcome, time.monotonic() - begun, resident("VmHWM") - before]), flush=True)

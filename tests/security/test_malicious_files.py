@@ -1,0 +1,303 @@
+"""Files that attack end in one clear line: nothing in them is executed, read elsewhere, or grows beyond bounds."""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from model.gpt import GPT, GPTConfig
+from orchestrator import checkpoint
+from orchestrator.manifest import write_manifest
+
+REPO = Path(__file__).resolve().parent.parent.parent
+SHAPE = GPTConfig(16, 61, 2, 2, 8, bias=True)
+SECONDS, BYTES = 20, 400 << 20  # for one file: bounded is meant, not small and fast
+
+
+class Canary:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens `{label: (kind, path)}` in a process of its own; returns `{label: (outcome, message)}`."""
+    def open_all(cases: dict[str, tuple[str, Path]]) -> dict[str, tuple[str, str]]:
+        lines = "".join(json.dumps([kind, str(path)]) + "\n" for kind, path in cases.values())
+        done = subprocess.run([sys.executable, str(REPO / "tests" / "helpers" / "open_files.py")], input=lines, text=True,
+                              capture_output=True, timeout=SECONDS * len(cases) + 60, cwd=REPO,
+                              env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"})
+        results = [json.loads(line) for line in done.stdout.splitlines()]
+        assert len(results) == len(cases), (list(cases)[len(results)], done.stderr[-2000:])  # which one ended the process
+        assert {k: r[2:] for k, r in zip(cases, results, strict=True) if r[2] > SECONDS or r[3] > BYTES} == {}
+        return {label: (r[0], r[1]) for label, r in zip(cases, results, strict=True)}
+
+    return open_all
+
+
+def refuses(results: dict[str, tuple[str, str]]) -> None:
+    """Every one was refused, in one line of bounded length."""
+    assert {label: r for label, r in results.items() if r[0] != "refused" or "\n" in r[1] or len(r[1]) > 1500} == {}
+
+
+def header(content: bytes, length: int | None = None) -> bytes:
+    """A safetensors file of nothing but a header."""
+    return struct.pack("<Q", len(content) if length is None else length) + content
+
+
+def bad_tensors(canary: Path) -> dict[str, bytes]:
+    def one(shape: list[int], *offsets: int) -> bytes:
+        return header(json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode())
+
+    good, same = save({"a": torch.ones(4)}), {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    return {
+        "a pickle": pickle.dumps(Canary(canary)),
+        "a header of 2^63 bytes": header(b"{}", 2**63),
+        "a header of 2^64-1 bytes": header(b"{}", 2**64 - 1),
+        "a header of 90 MB": header(b" " * 90_000_000),
+        "a header beyond the file": header(b"{}", 10_000),
+        "a deep header": header(b"[" * 200_000),
+        "a deep object": header(b'{"a":' * 200_000),
+        "no JSON": header(b"\xff" * 16),
+        "offsets beyond the file": one([2**40], 0, 2**42),
+        "offsets that overflow": one([2**63, 2], 0, 0),
+        "negative offsets": one([1], -4, 0),
+        "overlapping": header(json.dumps({"a": same, "b": same}).encode()) + bytes(4),
+        "cut": good[:-3], "one byte": b"\x01", "empty": b"",
+    }
+
+
+def forge(path: Path, **changes) -> None:
+    """Write a checkpoint's manifest anew, with its hash right: whoever can write one file can write the other."""
+    file = path / checkpoint.MANIFEST
+    manifest = {**json.loads(file.read_text()), **changes}
+    for name, part in manifest["parts"].items():
+        if os.path.isfile(path / name) and path in (path / name).parents:
+            data = (path / name).read_bytes()
+            part |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest.pop("sha256")
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps({**manifest, "sha256": digest}, indent=1))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """`saved(label)`: a fresh checkpoint of a small model in a folder of its own."""
+    def make(label: str) -> Path:
+        model = {"model.json": json.dumps(asdict(SHAPE))}
+        return checkpoint.save(tmp_path / label / "checkpoints", 5, {"model": dict(GPT(SHAPE).state_dict())}, model, {})
+
+    return make
+
+
+def test_the_process_that_opens_them_opens_good_ones(opened, saved, tmp_path, tiny_dataset):
+    """Else every refusal below could be for another reason."""
+    (tmp_path / "good.yaml").write_text("name: good")
+    (tmp_path / "good.jsonl").write_text('{"text": "a"}')
+    cases = {"weights": saved("good"), "checkpoint": saved("good"), "latest": saved("good").parent, "dataset": tiny_dataset,
+             "tokenizer": tiny_dataset, "experiment": tmp_path / "good.yaml", "lines": tmp_path / "good.jsonl"}
+    assert set(opened({kind: (kind, path) for kind, path in cases.items()}).values()) == {("opened", "")}
+
+
+def test_pickles_as_nanogpt_checkpoints(opened, tmp_path):
+    canary, cases = tmp_path / "canary", {}
+
+    def case(label: str, data: bytes) -> None:
+        file = tmp_path / f"{len(cases)}.pt"
+        file.write_bytes(data)
+        cases[label] = ("weights", file)
+
+    for protocol in range(6):
+        case(f"protocol {protocol}", pickle.dumps({"model": {"a": Canary(canary)}, "model_args": {}}, protocol))
+    torch.save({"model": {"a": Canary(canary)}, "model_args": {}}, tmp_path / "z.pt")
+    case("torch's zip", (tmp_path / "z.pt").read_bytes())
+    torch.save({"model": Canary(canary)}, tmp_path / "z.pt", _use_new_zipfile_serialization=False)
+    case("torch's old format", (tmp_path / "z.pt").read_bytes())
+    with zipfile.ZipFile(tmp_path / "z.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("../../canary", "out of the folder")
+        archive.writestr("archive/data.pkl", pickle.dumps(Canary(canary)))
+    case("a zip with a way out", (tmp_path / "z.pt").read_bytes())
+    with zipfile.ZipFile(tmp_path / "z.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 30))
+    case("a zip bomb", (tmp_path / "z.pt").read_bytes())
+    case("globals by name", b"cos\nmkdir\n(V" + str(canary).encode() + b"\ntR.")
+    case("a deep pickle", b"(" * 200_000 + b".")
+    case("a long of 2^31 bytes", b"\x80\x02\x8b\xff\xff\xff\x7f.")
+    torch.save({"model": {}, "model_args": {**dict.fromkeys(asdict(SHAPE), 10 ** 15)}}, tmp_path / "z.pt")
+    case("an enormous shape", (tmp_path / "z.pt").read_bytes())
+    refuses(opened(cases))
+    assert not canary.exists()
+    pickle.loads(cases["protocol 2"][1].read_bytes())  # the bait would have worked
+    assert canary.exists()
+
+
+def test_safetensors_of_others(opened, tmp_path):
+    """In a Hugging Face folder, whose configuration is right."""
+    canary, cases = tmp_path / "canary", {}
+    config = {"model_type": "gpt2", "n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2, "vocab_size": 61,
+              "activation_function": "gelu"}
+
+    def folder(label: str) -> Path:
+        made = tmp_path / str(len(cases))
+        made.mkdir()
+        (made / "config.json").write_text(json.dumps(config))
+        cases[label] = ("weights", made)
+        return made
+
+    for label, data in bad_tensors(canary).items():
+        (folder(label) / "model.safetensors").write_bytes(data)
+    for label, text in (("deep", "[" * 200_000), ("a huge number", '{"n_layer": ' + "9" * 100_000 + "}"),
+                        ("an enormous shape", json.dumps({**config, "n_layer": 10**12, "n_embd": 10**12}))):
+        made = folder(f"{label} configuration")
+        (made / "config.json").write_text(text)
+        (made / "model.safetensors").write_bytes(save({"a": torch.ones(1)}))
+    refuses(opened(cases))
+    assert not canary.exists()
+
+
+def test_checkpoints_whose_manifests_are_forged_with_the_right_hash(opened, saved, tmp_path):
+    canary, cases, number = tmp_path / "canary", {}, iter(range(1000))
+    secret = tmp_path / "secret"
+    secret.write_text("nobody's business")
+    outside = {"size": secret.stat().st_size, "sha256": hashlib.sha256(secret.read_bytes()).hexdigest()}
+
+    def case(label: str) -> Path:
+        path = saved(str(next(number)))
+        cases[label], cases[f"{label}, as the latest"] = ("checkpoint", path), ("latest", path.parent)
+        return path
+
+    for name in ("../../../secret", str(secret), "..", ".", ".hidden", "a/b", "", "nul\0", "..\\secret", "x" * 300):
+        forge(case(f"a part named {name!r:.40}"), parts={name: dict(outside)})
+    for label, data in bad_tensors(canary).items():
+        path = case(f"tensors: {label}")
+        (path / "model.safetensors").write_bytes(data)
+        forge(path)
+    for label, text in (("deep", "[" * 200_000), ("huge", '{"a": "' + "x" * 50_000_000 + '"}'), ("a huge number", "9" * 100_000),
+                        ("a list", "[]"), ("null", "null"), ("no UTF-8", "\udcff")):
+        (case(f"manifest: {label}") / checkpoint.MANIFEST).write_bytes(text.encode("utf-8", "surrogateescape"))
+    forge(case("step is a text"), step="../../x")
+    forge(case("metrics is a list"), metrics=[1])
+    path = case("a manifest that is a device")
+    (path / checkpoint.MANIFEST).unlink()
+    (path / checkpoint.MANIFEST).symlink_to("/dev/zero")
+    path = case("a part that is a device")
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors").symlink_to("/dev/zero")
+    path = case("a part that is a pipe")
+    (path / "model.safetensors").unlink()
+    os.mkfifo(path / "model.safetensors")
+    refuses(opened(cases))
+    assert not canary.exists()
+
+
+def test_datasets_and_tokenizers(opened, tiny_dataset, tmp_path):
+    cases = {}
+
+    def case(label: str, kind: str = "dataset") -> Path:
+        folder = Path(shutil.copytree(tiny_dataset, tmp_path / str(len(cases))))
+        cases[label] = (kind, folder)
+        return folder
+
+    raw = json.loads((tiny_dataset / "manifest.json").read_bytes())
+    content = {k: v for k, v in raw.items() if k not in ("files", "format_version", "sha256")}
+    for name in ("../0/train-00000.parquet", "/etc/passwd", "train-00000.parquet/../x", "\0", "x" * 5000, ["a"], None):
+        folder = case(f"a shard named {name!r:.30}")
+        shard = {**raw["splits"]["train"]["shards"][0], "name": name}
+        write_manifest(folder, {**content, "splits": {"train": {**raw["splits"]["train"], "shards": [shard]}}})
+    for label, change in (("splits is a list", {"splits": []}), ("no tokenizer", {"tokenizer": None}), ("enormous", {
+            "splits": {"train": {**raw["splits"]["train"], "tokens": 2**62}}})):
+        folder = case(label)
+        if label == "enormous":
+            change["splits"]["train"]["shards"] = raw["splits"]["train"]["shards"]
+        write_manifest(folder, {**content, **change})
+    for label, text in (("deep", "[" * 200_000), ("huge number", '{"format_version": ' + "9" * 100_000 + "}"),
+                        ("lines", json.dumps({"format_version": "a\nb" * 10_000}))):
+        (case(f"manifest: {label}") / "manifest.json").write_text(text)
+    stored = json.loads((tiny_dataset / "tokenizer.json").read_bytes())
+    for label, change in (("every field huge", dict.fromkeys(stored, "x" * 5000000)), ("a huge name", {"name": "x" * 1_000_000}),
+                          ("lines", {"name": "a\nb"}), ("characters are a list", {"characters": [["a"]]}),
+                          ("half a pair", {"characters": "\ud800"}), ("a hash that is a number", {"sha256": 3}),
+                          ("characters of 15 MB", {"characters": "ab" * 7_000_000})):
+        (case(f"tokenizer: {label}", "tokenizer") / "tokenizer.json").write_text(json.dumps({**stored, **change}))
+    (case("tokenizer: deep", "tokenizer") / "tokenizer.json").write_text("[" * 200_000)
+    refuses(opened(cases))
+
+
+def test_shards_that_are_forged_with_the_right_hash(opened, tiny_dataset, tmp_path):
+    """Whatever stands in its Parquet footer, a shard is refused or read inside its file."""
+    draw, cases = random.Random(0), {}
+    raw = json.loads((tiny_dataset / "manifest.json").read_bytes())
+    content = {k: v for k, v in raw.items() if k not in ("files", "format_version", "sha256")}
+    whole = (tiny_dataset / "val-00000.parquet").read_bytes()
+    shard = raw["splits"]["val"]["shards"][0]
+    for number in range(150):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        shutil.copy(tiny_dataset / "tokenizer.json", folder)
+        data = bytearray(whole)
+        for _ in range(1 + number % 3):
+            data[len(data) - 1 - draw.randrange(300)] = draw.choice([0, 1, 127, 128, 255, draw.randrange(256)])
+        (folder / "val-00000.parquet").write_bytes(data)
+        forged = {**shard, "sha256": hashlib.sha256(data).hexdigest()}
+        write_manifest(folder, {**content, "splits": {"val": {**raw["splits"]["val"], "shards": [forged]}}})
+        cases[str(number)] = ("dataset", folder)
+    results = opened(cases)
+    assert {k: v for k, v in results.items() if v[0] not in ("refused", "opened")} == {}
+    assert sum(v[0] == "refused" for v in results.values()) > 30
+
+
+def test_yaml_and_json_lines(opened, tmp_path):
+    canary, cases = tmp_path / "canary", {}
+    pairs = zip("abcdefgh", "bcdefghi", strict=True)
+    laugh = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in pairs)
+    documents = {
+        "a tag that calls": f"name: !!python/object/apply:os.mkdir ['{canary}']",
+        "a tag that makes": f"name: !!python/object/new:os.mkdir ['{canary}']", "a tag that imports": "name: !!python/module:os",
+        "a tag that names": "name: !!python/name:os.mkdir", "a billion laughs": laugh, "an alias": "name: &n a\ndata: {dir: *n}",
+        "an alias of itself": "a: &a [*a]", "deep lists": "a: " + "[" * 300_000, "deep mappings": "{a: " * 200_000,
+        "deep blocks": "\n".join(" " * i + "a:" for i in range(1200)), "a key twice": "name: a\nname: b",
+        "a key twice below": "train: {seed: 1, seed: 2}", "a huge number": "train: {seed: " + "9" * 500_000 + "}",
+        "a huge hexadecimal": "train: {seed: 0x" + "f" * 500_000 + "}", "a huge exponent": "train: {seed: 1e" + "9" * 400 + "}",
+        "many keys": "\n".join(f"k{i}: 1" for i in range(8_000)), "a huge text": "name: " + "x" * 90_000,
+        "too much": "# " + "x" * 3_000_000, "NUL": "name: a\0", "binary": "name: !!binary '####'", "a list as key": "? [a]\n: 1",
+        "merge": "<<: [[]]", "two documents": "name: a\n---\nname: b", "no day": "name: 2024-99-99",
+    }
+    for number, (label, text) in enumerate(documents.items()):
+        (tmp_path / f"{number}.yaml").write_text(text)
+        cases[f"YAML: {label}"] = ("experiment", tmp_path / f"{number}.yaml")
+    lines = {"deep": '{"text": ' + "[" * 200_000, "a huge number": '{"text": ' + "9" * 100_000 + "}",
+             "a deep object": '{"a":' * 200_000, "a list": "[" + "1," * 1000 + "1]"}
+    for number, (label, text) in enumerate(lines.items()):
+        (tmp_path / f"{number}.jsonl").write_text(text)
+        cases[f"JSON: {label}"] = ("lines", tmp_path / f"{number}.jsonl")
+    results = opened(cases)
+    many = "YAML: many keys"  # a mistake each
+    assert results[many][0] == "refused"
+    refuses({label: result for label, result in results.items() if label != many})
+    assert not canary.exists()
+
+
+def test_a_command_answers_in_one_line_with_status_2(tmp_path):
+    (tmp_path / "bad.yaml").write_text(f"name: !!python/object/apply:os.mkdir ['{tmp_path}/canary']")
+    done = subprocess.run([sys.executable, str(REPO / "pipelines" / "train.py"), str(tmp_path / "bad.yaml")], text=True,
+                          capture_output=True, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert "constructor for the tag" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.yaml"]

@@ -87,24 +87,23 @@ def steps(directory: Path) -> list[int]:
 
 def latest_valid(directory: Path, warn=print) -> Path | None:
     """The newest checkpoint whose every byte is as written, or None; `warn` is told once of each one that is passed over."""
-    _put_back(Path(directory))
     damaged: set[int] = set()
     while True:
-        found, passed_over, moved = _first_valid(directory, damaged)
+        _put_back(Path(directory))
+        listed = steps(directory)
+        found, passed_over, moved = _first_valid(directory, listed, damaged)
         for inode, error in passed_over.items():
             damaged.add(inode)
             warn(f"passed over: {error}")
-        if not moved:
+        # One that vanishes while it is read was pruned or replaced by the run's writer: then there is a newer one.
+        if found or (not moved and steps(directory) == listed):
             return found
 
 
-def _first_valid(directory: Path, known: set[int]) -> tuple[Path | None, dict[int, UserError], bool]:
-    """(the newest valid one, those before it that are not, whether the folder must be listed again).
-
-    One that vanishes while it is read was pruned or replaced by the run's writer: then there is a newer one.
-    """
+def _first_valid(directory: Path, listed: list[int], known: set[int]) -> tuple[Path | None, dict[int, UserError], bool]:
+    """(the newest valid one, by inode those after it that are not, whether one vanished before any was found)."""
     damaged: dict[int, UserError] = {}
-    for path in (path_of(directory, step) for step in reversed(steps(directory))):
+    for path in (path_of(directory, step) for step in reversed(listed)):
         inode = _inode(path)
         if inode in known:
             continue

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,16 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator import checkpoint
+from orchestrator import checkpoint, outbox
 from orchestrator.errors import UserError
 
-# Every file-system call that a commit makes; safetensors writes its file below Python.
-CALLS = [(os, name) for name in ["mkdir", "rename", "open", "fsync", "close", "scandir", "unlink", "rmdir", "stat"]]
-CALLS += [(builtins, "open"), (os, "write"), (os, "statvfs")]
-
-
-class Dead(BaseException):
-    """The process was killed: nothing that comes later happens."""
+# Every file-system call that a commit makes.
+CALLS = [(os, name) for name in ["mkdir", "rename", "open", "write", "fsync", "close", "scandir", "unlink", "rmdir", "stat",
+                                 "statvfs"]] + [(builtins, "open")]
+FLIPS = int(os.environ.get("ESPALIER_FLIPS", "1000"))  # random ones; more for a campaign
 
 
 def tensors(seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
@@ -221,6 +219,123 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused_and_under_a_name
     assert checkpoint.latest_valid(tmp_path, warn=[].append) == path
 
 
+def test_random_flips_and_truncations_are_detected_and_the_one_before_is_taken(tmp_path):
+    """ESPALIER_FLIPS of them: one bit, a cut, or a few bytes, in any part and in the manifest."""
+    before, path, draw = commit(tmp_path, 1), commit(tmp_path, 2), random.Random(FLIPS)
+    parts = {part: part.read_bytes() for part in sorted(path.iterdir())}
+    assert len(parts) == 5
+    weights, undetected = [len(content) for content in parts.values()], []
+    for number in range(FLIPS):
+        [part] = draw.choices(list(parts), weights) if number % 2 else [draw.choice(list(parts))]
+        content, told = parts[part], []
+        at = draw.randrange(len(content))
+        kind = draw.choice(["flip", "flip", "cut", "burst"])
+        wrong = {"flip": flipped(content, at, draw.randrange(8)), "cut": content[:at],
+                 "burst": content[:at] + bytes(b ^ 0xFF for b in content[at : at + 9]) + content[at + 9 :]}[kind]
+        part.write_bytes(wrong)
+        if checkpoint.latest_valid(tmp_path, told.append) != before or len(told) != 1 or path.name not in told[0]:
+            undetected.append((part.name, kind, at))
+        part.write_bytes(content)
+    assert undetected == []
+    assert checkpoint.latest_valid(tmp_path) == path
+
+
+# ---- what was forged is refused ----
+HEADERS = {
+    "2^63 bytes of header": (2**63).to_bytes(8, "little") + b"{}",
+    "a header longer than the file": (1000).to_bytes(8, "little") + b"{}",
+    "no header": b"\0\0",
+    "deep nesting": (200_000).to_bytes(8, "little") + b"[" * 200_000,
+    "deep nesting inside": (200_010).to_bytes(8, "little") + b'{"a":{"x":' + b"[" * 200_000,
+    "2^63 of a tensor": None,
+    "a tensor past the end": None,
+    "a tensor of too few bytes": None,
+    "an unknown dtype": None,
+}
+TENSORS = {
+    "2^63 of a tensor": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 2**63]},
+    "a tensor past the end": {"dtype": "F32", "shape": [2**20], "data_offsets": [0, 2**22]},
+    "a tensor of too few bytes": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+    "an unknown dtype": {"dtype": "P0", "shape": [1], "data_offsets": [0, 4]},
+}
+
+
+@pytest.mark.parametrize("what", HEADERS)
+def test_a_safetensors_file_with_a_forged_header_is_refused_although_its_hash_is_right(tmp_path, what):
+    before, path, told = commit(tmp_path, 1), commit(tmp_path, 2), []
+    text = json.dumps({"w": TENSORS.get(what)}).encode()
+    content = HEADERS[what] or len(text).to_bytes(8, "little") + text + bytes(4)
+    with bounded_memory():
+        (path / "model.safetensors").write_bytes(content)
+        manifest = json.loads((path / checkpoint.MANIFEST).read_text("utf-8"))
+        del manifest["sha256"]
+        manifest["parts"]["model.safetensors"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        forge(path, manifest)
+        with pytest.raises(UserError, match=r"model.safetensors: no safetensors file"):
+            checkpoint.verify(path)
+        assert checkpoint.latest_valid(tmp_path, told.append) == before
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 100_000,
+    '{"a":' * 100_000,
+    "9" * 1_000_000,
+    '{"step": 1e999999999}',
+    '"' + "x" * (1 << 20) + '"',
+    "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"),
+])
+def test_a_manifest_that_would_bring_a_reader_down_is_refused(tmp_path, text):
+    before, path, told = commit(tmp_path, 1), commit(tmp_path, 2), []
+    (path / checkpoint.MANIFEST).write_text(text, "latin-1")
+    assert checkpoint.latest_valid(tmp_path, told.append) == before
+    assert len(told) == 1 and checkpoint.MANIFEST in told[0]
+
+
+@pytest.mark.parametrize("change", [
+    {"step": None}, {"step": "2"}, {"step": 2.0}, {"step": True}, {"metrics": 3}, {"metrics": None}, {"parts": {"state.json": 1}},
+    {"parts": {"state.json": {"size": 2**63, "sha256": ""}}}, {"parts": {"state.json": {"size": "0", "sha256": None}}},
+])
+def test_a_manifest_with_a_right_hash_and_wrong_values_is_refused(tmp_path, change):
+    before, path = commit(tmp_path, 1), commit(tmp_path, 2)
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text("utf-8"))
+    del manifest["sha256"]
+    forge(path, manifest | change)
+    with pytest.raises(UserError):
+        checkpoint.verify(path)
+    checkpoint.best(tmp_path)
+    assert checkpoint.latest_valid(tmp_path, [].append) == before
+
+
+@pytest.mark.parametrize("name", ["MANIFEST.json", "state.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["giant", "pipe", "endless", "folder"])
+def test_a_part_that_is_no_plain_file_of_its_size_is_refused_unread(tmp_path, name, kind):
+    before, path = commit(tmp_path, 1), commit(tmp_path, 2)
+    (path / name).unlink()
+    if kind == "giant":  # sparse: it takes no room
+        (path / name).touch()
+        os.truncate(path / name, 1 << 40)
+    elif kind == "pipe":
+        os.mkfifo(path / name)
+    elif kind == "endless":
+        (path / name).symlink_to("/dev/zero")
+    else:
+        (path / name).mkdir()
+    with bounded_memory():
+        assert checkpoint.latest_valid(tmp_path, [].append) == before
+
+
+@contextlib.contextmanager
+def bounded_memory():
+    """Fail where more than 300 MB are allocated inside."""
+    def resident() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    before = resident()
+    yield
+    assert resident() - before < 300_000
+
+
 # ---- which one ----
 def test_the_latest_valid_one_is_taken_and_each_one_passed_over_is_told(tmp_path):
     paths = [commit(tmp_path, step) for step in (1, 2, 3)]
@@ -288,75 +403,125 @@ def test_pruning_keeps_the_latest_and_the_best_and_sweeps_what_killed_writers_le
     assert all(holds(checkpoint.path_of(tmp_path, step), step) for step in checkpoint.steps(tmp_path))
 
 
-# ---- whoever dies when ----
-class Countdown:
-    """Counts file-system calls and ends the n-th: by a kill, after which none has an effect, or a full disk, once."""
+# ---- whoever comes meanwhile ----
+def test_readers_beside_a_writer_always_find_a_whole_one_and_never_fail(tmp_path):
+    """Commits, replacements and prunes without pause; every reader gets a checkpoint that was whole when it was read."""
+    directory = tmp_path / "checkpoints"
+    commit(directory, 1)
+    ended, told = threading.Event(), []
 
-    def __init__(self, patch: pytest.MonkeyPatch, at: int | None, kill: bool):
-        self.count, self.at, self.kill, self.lock, self.depth = 0, at, kill, threading.Lock(), threading.local()
+    def write() -> None:
+        try:
+            for step in range(2, 80):
+                commit(directory, step)
+                commit(directory, step)
+                checkpoint.prune(directory, 1, step)
+        finally:
+            ended.set()
+
+    writer, latest, rounds = threading.Thread(target=write), 1, 0
+    writer.start()
+    try:
+        while not ended.is_set():
+            found = checkpoint.latest_valid(directory, told.append)
+            assert found is not None
+            latest, before, rounds = int(found.name.removeprefix("step-")), latest, rounds + 1
+            assert latest >= before - 1  # while one is replaced, the one before it may be the latest
+            assert len(outbox.checkpoints(tmp_path)) <= 2
+            checkpoint.best(directory)
+    finally:
+        writer.join()
+    assert checkpoint.steps(directory) == [79]
+    assert told == []
+    assert rounds > 20
+
+
+def test_a_vanished_checkpoint_is_no_damage_and_the_folder_is_listed_again(tmp_path, monkeypatch):
+    commit(tmp_path, 1)
+    real = checkpoint.verify
+
+    def verify(path):
+        if path.name == "step-00000001":  # pruned in this moment, as a newer one came
+            commit(tmp_path, 2)
+            checkpoint.remove(path)
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "verify", verify)
+    assert checkpoint.latest_valid(tmp_path, warn=pytest.fail) == checkpoint.path_of(tmp_path, 2)
+
+
+def test_a_dangling_link_with_a_checkpoints_name_is_passed_over(tmp_path):
+    path, told = commit(tmp_path, 1), []
+    (tmp_path / "step-00000002").symlink_to(tmp_path / "gone")
+    assert checkpoint.latest_valid(tmp_path, told.append) == path
+    assert len(told) == 1
+
+
+def test_a_reader_that_puts_the_old_one_back_does_not_stop_its_replacement(tmp_path, monkeypatch):
+    commit(tmp_path, 1)
+    real, once = os.rename, []
+
+    def rename(source, target):
+        real(source, target)
+        if str(target).endswith(".aside") and not once:
+            once.append(checkpoint.latest_valid(tmp_path, warn=pytest.fail))
+
+    monkeypatch.setattr(os, "rename", rename)
+    commit(tmp_path, 1, seed=5)
+    assert once == [checkpoint.path_of(tmp_path, 1)]
+    assert holds(once[0], 5)
+    assert os.listdir(tmp_path) == ["step-00000001"]
+
+
+# ---- whatever fails when; kills are in test_checkpoint_crash.py ----
+class Countdown:
+    """Counts file-system calls; the n-th finds a full disk."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, at: int | None):
+        self.count, self.at = 0, at
         for owner, name in CALLS:
             patch.setattr(owner, name, self.counted(getattr(owner, name), name))
 
     def counted(self, real, name):
         def call(*args, **kwargs):
-            with self.lock:
-                self.count += 1
-                n = self.count
-            if self.at is None or n < self.at or (n > self.at and not self.kill):
+            self.count += 1
+            if self.count != self.at:
                 return real(*args, **kwargs)
-            if n == self.at:
-                self.half(real, name, args, kwargs)
-            raise Dead if self.kill else OSError(28, "No space left on device")
+            if name == "write":  # what fits is taken
+                real(args[0], args[1][:5])
+            raise OSError(28, "No space left on device")
 
         return call
 
-    @staticmethod
-    def half(real, name, args, kwargs):
-        """What a write that was cut short leaves."""
-        if name == "save_file":
-            real(*args, **kwargs)
-            os.truncate(args[1], 20)
-        elif name == "write_text":
-            args[0].write_bytes(args[1].encode()[:5])
 
-
-def interrupted(at: int | None, kill: bool, action) -> tuple[int, bool]:
+def interrupted(at: int | None, action) -> tuple[int, bool]:
     """Run `action` with its `at`-th file-system call failing; (calls made, whether it ended early)."""
     with pytest.MonkeyPatch.context() as patch:
-        counter = Countdown(patch, at, kill)
+        counter = Countdown(patch, at)
         try:
             action()
-        except (Dead, OSError):
+        except OSError:
             return counter.count, True
     return counter.count, False
 
 
-def calls_of(action) -> int:
-    count, early = interrupted(None, False, action)
-    assert not early
-    return count
-
-
-@pytest.mark.parametrize("kill", [True, False], ids=["killed", "disk full"])
 @pytest.mark.parametrize("same_step", [False, True])
-def test_a_commit_that_ends_at_any_call_leaves_the_old_or_the_new_one_whole(tmp_path, kill, same_step):
+def test_a_commit_that_fails_at_any_call_leaves_the_old_or_the_new_one_and_nothing_torn(tmp_path, same_step):
     new_step = 1 if same_step else 2
-    trial = tmp_path / "count"
-    commit(trial, 1)
-    calls = calls_of(lambda: commit(trial, new_step, seed=9))
-    assert calls > 20
+    commit(tmp_path / "count", 1)
+    calls, early = interrupted(None, lambda: commit(tmp_path / "count", new_step, seed=9))
+    assert calls > 20 and not early
     outcomes = set()
     for at in range(1, calls + 1):
         directory = tmp_path / str(at)
         commit(directory, 1)
-        interrupted(at, kill, lambda directory=directory: commit(directory, new_step, seed=9))
+        interrupted(at, lambda directory=directory: commit(directory, new_step, seed=9))
         found = checkpoint.latest_valid(directory, warn=pytest.fail)
-        assert found is not None, at
         outcomes.add("new" if holds(found, 9) else "old")
         assert holds(found, 9) or holds(found, 1)
         for step in checkpoint.steps(directory):
             checkpoint.verify(checkpoint.path_of(directory, step))
-        if not kill and at < calls - 12:  # the tail is cleaning up itself
+        if at < calls - 12:  # the tail is the removal of the old one
             assert hidden(directory) == [], at
         commit(directory, new_step, seed=9)  # and the next one finds its way
         checkpoint.prune(directory, 1)
@@ -366,22 +531,28 @@ def test_a_commit_that_ends_at_any_call_leaves_the_old_or_the_new_one_whole(tmp_
     assert outcomes == {"old", "new"}
 
 
-def test_pruning_that_is_killed_at_any_call_leaves_only_whole_checkpoints(tmp_path):
-    def fill(directory: Path) -> None:
-        for step in (1, 2, 3):
-            commit(directory, step)
+def test_what_a_killed_writer_left_is_removed_before_room_is_asked_for(tmp_path, monkeypatch):
+    (tmp_path / ".step-00000009.123-abc").mkdir()
 
-    fill(tmp_path / "count")
-    calls = calls_of(lambda: checkpoint.prune(tmp_path / "count", 1))
-    assert calls > 5
-    for at in range(1, calls + 1):
-        directory = tmp_path / str(at)
-        fill(directory)
-        interrupted(at, True, lambda directory=directory: checkpoint.prune(directory, 1))
-        for step in checkpoint.steps(directory):
-            checkpoint.verify(checkpoint.path_of(directory, step))
-        checkpoint.prune(directory, 1)
-        assert os.listdir(directory) == ["step-00000003"]
+    def statvfs(path):
+        assert hidden(path) == []
+        return os.statvfs_result((4096, 4096, 100, 10, 10, 0, 0, 0, 0, 255))
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    with pytest.raises(OSError, match="40,960 bytes free, 1,04") as raised:
+        commit(tmp_path, 1)
+    assert raised.value.errno in checkpoint.FULL
+    assert os.listdir(tmp_path) == []
+
+
+def test_later_ones_that_were_passed_over_do_not_count_and_do_not_crowd_out_what_is_made(tmp_path):
+    for step, loss in [(1, 5.0), (2, 4.0), (7, 1.0), (8, 1.0)]:
+        commit(tmp_path, step, loss=loss)
+    checkpoint.prune(tmp_path, 1, upto=2)
+    assert checkpoint.steps(tmp_path) == [2, 7, 8]
+    commit(tmp_path, 3, loss=6.0)
+    checkpoint.prune(tmp_path, 1, upto=3)
+    assert checkpoint.steps(tmp_path) == [2, 3, 7, 8]  # 2 is the best of what was made
 
 
 def test_a_process_killed_for_real_at_any_moment_leaves_only_whole_checkpoints(tmp_path):
@@ -390,7 +561,7 @@ def test_a_process_killed_for_real_at_any_moment_leaves_only_whole_checkpoints(t
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from orchestrator import checkpoint
+from orchestrator import checkpoint, outbox
 
 def write(directory, first):
     torch.set_num_threads(1)

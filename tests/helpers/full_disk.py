@@ -1,0 +1,82 @@
+"""Training on a disk that fills up: `full_disk.py FOLDER DATA_DIR JSON_OVERRIDES` -> JSON; run it as `unshare --mount`.
+
+Each disk is a tmpfs of a few MB that this process alone sees. It is filled at step 6 and, where `frees`, has room again at 14:
+of bytes, so that the next checkpoint is not begun, or of files, so that the system refuses one half-way.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from orchestrator import checkpoint, events, journal
+from orchestrator.config import load_experiment
+from orchestrator.errors import UserError
+from orchestrator.numerics import Worker
+from orchestrator.training import Run, train
+
+FOLDER, DATA_DIR, OVERRIDES = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+LEFT_BYTES, LEFT_FILES = 500_000, 4
+EXPERIMENT = load_experiment(None, OVERRIDES)
+
+
+def fill_bytes(disk: Path) -> None:
+    room = os.statvfs(disk)
+    with open(disk / "filler", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_frsize - LEFT_BYTES)
+
+
+def fill_files(disk: Path) -> None:
+    for number in range(os.statvfs(disk).f_favail - LEFT_FILES):
+        (disk / f"filler-{number}").touch()
+
+
+def free(disk: Path) -> None:
+    for filler in disk.glob("filler*"):
+        filler.unlink()
+
+
+def outcome(run_dir: Path) -> dict:
+    found = checkpoint.latest_valid(run_dir / "checkpoints")
+    curve = [{k: v for k, v in r.items() if k == "step" or k.startswith(("train/", "optim/"))} for r in journal.read(run_dir)]
+    return {"step": found.name, "weights": checkpoint.weights_sha256(checkpoint.load_tensors(found, "model")), "curve": curve}
+
+
+def run(name: str, fill, frees: bool) -> dict:
+    """What became of a run whose disk was full for a while, or for ever; in the latter case also of the next start, with room."""
+    disk = FOLDER / name
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m,nr_inodes=200", "none", str(disk)], check=True)
+    run_dir, torn, error = disk / "run", [], None
+    run_dir.mkdir()
+    training = Run(EXPERIMENT, run_dir, DATA_DIR, Worker(cpus=1))
+    try:
+        for line in training:
+            if line["step"] in (6, 14):
+                with contextlib.suppress(UserError):  # what is committed, is; the test must not race with it
+                    training.writer.wait()
+            if line["step"] == 6:
+                fill(disk)
+            if line["step"] == 14:
+                torn = [p.name for p in (run_dir / "checkpoints").iterdir() if p.name != "step-00000004"]
+                if frees:
+                    free(disk)
+    except UserError as raised:
+        error = str(raised)
+    said = {"error": error, "torn": torn, "steps": checkpoint.steps(run_dir / "checkpoints"), "updates": training.state.step,
+            "events": [(e["kind"], e["step"]) for e in events.read(run_dir)]}
+    if error:
+        free(disk)
+        train(EXPERIMENT, run_dir, DATA_DIR, Worker(cpus=1))
+    return said | outcome(run_dir)
+
+
+(FOLDER / "golden").mkdir()
+train(EXPERIMENT, FOLDER / "golden", DATA_DIR, Worker(cpus=1))
+results = {"golden": outcome(FOLDER / "golden")}
+for kind, fill in (("bytes", fill_bytes), ("files", fill_files)):
+    for frees in (True, False):
+        results[f"{kind} {'for a while' if frees else 'for ever'}"] = run(f"{kind}-{frees}", fill, frees)
+print("\n" + json.dumps(results))

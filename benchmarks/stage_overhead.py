@@ -21,10 +21,11 @@ from typing import Any
 
 from sweep import experiment_tree, markdown, opened, parser, run_tree, spread, start_ray
 
-from orchestrator import journal, runs
+from orchestrator import journal
 from orchestrator.errors import UserError
 from orchestrator.launch import Layout
 from orchestrator.stages import Plan, grow
+from orchestrator.storage import storage_root
 from orchestrator.study import Study
 from pipelines.common import at_least, guarded
 
@@ -95,7 +96,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--chains {a.chains} of --workers {a.workers} need {a.chains * a.workers} CPUs, and --cpus is {a.cpus}")
     layout, costs = Layout(a.workers, 1, False), []
     start_ray(a.cpus)
-    storage = runs.storage_root(opened(chains_tree(a, CALIBRATION_STEPS), None, layout).sweep.base)  # prepares the tokens
+    storage = storage_root(opened(chains_tree(a, CALIBRATION_STEPS), None, layout).sweep.base)  # prepares the tokens
     with tempfile.TemporaryDirectory(dir=storage) as place:
         step = step_seconds(a, layout, Path(place))
     length = a.steps or max(1, round(a.seconds / step))

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from sweep import PEAKS, experiment_tree, grid18, markdown, opened, parser, run_tree, start_ray
 
-from orchestrator import runs
+from orchestrator import lease
 from orchestrator.config import SweepSection
 from orchestrator.errors import UserError
 from orchestrator.launch import Layout
@@ -206,7 +206,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--steps {a.steps}: give a multiple of {EVALUATIONS}, so that every rung is an evaluation")
     start_ray(a.cpus)
     study = study_of(a, Layout(1, 1, False))
-    with runs.held(study.folder):
+    with lease.held(study.folder):
         print(f"{study.plan.steps_to_run:,} of {study.plan.steps_in_tree:,} steps to run, in {study.folder}", flush=True)
         run_tree(study, lambda stage: print(f"{study.books.steps_run:,} steps run", end="\r", flush=True), judge=False)
     print("\n" + report(a, study, recorded(study)))

@@ -35,6 +35,7 @@ from orchestrator.numerics import Worker
 from orchestrator.space import Sweep, expand
 from orchestrator.stage_states import DIVERGED, DONE
 from orchestrator.stages import Stage, Trial
+from orchestrator.storage import storage_root
 from orchestrator.study import Study, data_key
 from orchestrator.tokens import dataset_dir, prepare
 from orchestrator.training import train
@@ -77,7 +78,7 @@ def experiment_tree(a: Namespace, name: str, section: dict[str, Any], steps: int
 def opened(tree: dict[str, Any], folder: Path | None, layout: Layout) -> Study:
     """The study of a sweep's file in `folder` (None: where `pipelines/sweep.py` has it), its tokens prepared."""
     base, settings = parse_sweep(tree, "the benchmark")
-    storage = runs.storage_root(base)
+    storage = storage_root(base)
     planned = Sweep(base, settings, expand(base.model_dump(), settings))
     dataset = prepare(base.data, dataset_dir(base.data, storage))
     return Study.open(planned, folder or storage / base.name, layout, {data_key(base.data): dataset})
@@ -222,7 +223,7 @@ def main(argv: list[str]) -> int:
     layout = Layout(1, 1, False)
     start_ray(a.cpus)
     study, rounds = opened(tree, None, layout), []  # prepares the tokens; its folder stays unmade
-    storage = runs.storage_root(study.sweep.base)
+    storage = storage_root(study.sweep.base)
     for number in range(a.rounds):
         with tempfile.TemporaryDirectory(dir=storage) as place:
             rounds.append(one_round(tree, layout, Path(place), tree_first=number % 2 == 0))

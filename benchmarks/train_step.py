@@ -38,7 +38,7 @@ class Ours:
 
     def run(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
         """One update; returns its mean loss."""
-        losses, _ = self.step.gradient(iter(batches))
+        losses = self.step.gradient(iter(batches)).losses
         self.step.update(LR)
         return sum(losses) / len(losses)
 

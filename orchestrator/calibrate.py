@@ -29,13 +29,13 @@ from model.gpt import GPT
 from orchestrator import state
 from orchestrator.config import Experiment, parse_experiment
 from orchestrator.evaluation import EvalSet
+from orchestrator.evaluator import SAMPLE_PROMPT, SAMPLE_TOKENS
 from orchestrator.launch import WORKER_ENVIRONMENT
 from orchestrator.manifest import Manifest
 from orchestrator.meter import memory_metrics
 from orchestrator.numerics import Worker, autocast, device_name, prepare_process
 from orchestrator.runs import write_text
 from orchestrator.step import Step
-from orchestrator.training import SAMPLE_PROMPT, SAMPLE_TOKENS
 
 FORMAT = 1  # of the cache; a change of what is measured is a new one
 STEPS_S, EVALUATION_S = 3.0, 1.0  # how long each is timed
@@ -230,7 +230,7 @@ def _time_steps(experiment: Experiment, s: state.TrainState, worker: Worker,
 def _timed_step(experiment: Experiment, s: state.TrainState, worker: Worker) -> tuple[float, float]:
     """Seconds of the gradient and of the update."""
     step, begun = Step(experiment, s), time.perf_counter()
-    _, s.grad_norm = step.gradient(_random_batches(experiment, s))
+    s.grad_norm = step.gradient(_random_batches(experiment, s)).norm
     between = time.perf_counter()
     step.update(0.0)  # a rate that is too high for random tokens would end in weights that no text can be drawn from
     if worker.device != "cpu":

@@ -5,16 +5,19 @@ Every field has a default, a type and a unit. Unknown keys, wrong values and fie
 """
 
 import os
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from model.gpt import GPTConfig
 from model.schedule import Schedule
 from orchestrator.errors import UserError
 from orchestrator.overrides import read_tree
 from orchestrator.plain_yaml import write_yaml
+from orchestrator.provenance import redact_addresses
 from orchestrator.refusals import contradictions, explain, type_words
+
+if TYPE_CHECKING:
+    from model.gpt import GPTConfig
 
 
 def _integral(value: Any) -> Any:
@@ -99,6 +102,11 @@ class Train(Section):
     checkpoint_interval: Interval = Field(250, description="steps between two checkpoints (also at the end); null: off")
     keep: Steps = Field(2, description=(
         "latest checkpoints that stay, beside the best of those at whose step val was evaluated"))
+    on_nonfinite: Literal["stop", "skip"] = Field("stop", description=(
+        "what a loss or gradient that is not finite does: end the run, or leave that update out and go on"))
+    allow_drift: bool = Field(False, description=(
+        "go on where the last bits cannot stay those of the run so far: another processor or GPU, number of CPUs per worker, "
+        "version of torch, compile, reduction_slots, or micro_batch_size of the same global batch"))
     init_from: Text = Field("scratch", description=(
         "scratch, gpt2|gpt2-medium|gpt2-large|gpt2-xl, a Hugging Face folder, a nanoGPT ckpt.pt, a run or checkpoint"))
 
@@ -106,6 +114,8 @@ class Train(Section):
 class Compute(Section):
     num_workers: Steps | Literal["auto"] = Field("auto", description="training processes, a divisor of the slots")
     cpus_per_worker: Steps | Literal["auto"] = Field("auto", description="CPUs, and so torch threads, of each worker")
+    hang_after_s: float = Field(30.0, gt=0, description=(
+        "seconds that a step may take, or ten times the longest one of its kind so far, before its workers count as hung"))
     use_gpu: bool | Literal["auto"] = Field("auto", description="one GPU per worker; auto: if the cluster has any")
 
 
@@ -155,7 +165,9 @@ class Experiment(Section):
         pad = self.model.pad_vocab_to
         return -(-n_vocab // pad) * pad
 
-    def gpt_config(self, n_vocab: int) -> GPTConfig:
+    def gpt_config(self, n_vocab: int) -> "GPTConfig":
+        from model.gpt import GPTConfig  # torch takes a second: who is refused need not wait for it
+
         m = self.model
         return GPTConfig(m.block_size, self.vocab_size(n_vocab), m.n_layer, m.n_head, m.n_embd, m.dropout,
                          m.bias, m.activation)
@@ -168,8 +180,8 @@ class Experiment(Section):
         return rows
 
     def to_yaml(self) -> str:
-        """What `parse_experiment(read_yaml(…))` reads back as an equal experiment."""
-        return write_yaml(self.model_dump())
+        """What `parse_experiment(read_yaml(…))` reads back as an equal experiment, but for passwords in addresses."""
+        return write_yaml(redact_addresses(self.model_dump()))
 
     # ---- fields that must agree ----
     @model_validator(mode="after")

@@ -13,7 +13,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator import calibrate, checkpoint, init_from, interrupts, journal, launch, numerics, plan, runs
+from orchestrator import (
+    calibrate,
+    checkpoint,
+    events,
+    init_from,
+    interrupts,
+    journal,
+    launch,
+    lease,
+    numerics,
+    plan,
+    runs,
+    stopping,
+    watchdog,
+    workers,
+)
 from orchestrator.config import Experiment
 from orchestrator.console import Console, duration, number, table
 from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
@@ -21,8 +36,10 @@ from orchestrator.facts import facts_of
 from orchestrator.manifest import Manifest, load_manifest
 from orchestrator.order import windows_per_epoch
 from orchestrator.provenance import redact
+from orchestrator.storage import check_writable, storage_root
 from orchestrator.tokens import dataset_dir, prepare
 from orchestrator.tracking import Tracker, replay, resolve_uri
+from orchestrator.watch import Watch
 
 CALIBRATION_S = 10.0  # at most, before a run begins
 CALIBRATION_FLOPS = 2e12  # of a micro-batch: more than that takes CPUs longer
@@ -30,10 +47,10 @@ CALIBRATION_FLOPS = 2e12  # of a micro-batch: more than that takes CPUs longer
 
 def run(experiment: Experiment) -> int:
     """Prepare, train, track, summarise; returns the exit status of the driver."""
-    storage, experiment = runs.storage_root(experiment), init_from.with_absolute_path(experiment)
+    storage, experiment = storage_root(experiment), init_from.with_absolute_path(experiment)
     uri = resolve_uri(experiment, storage)
     init_from.check(experiment)
-    runs.check_writable(storage)
+    check_writable(storage)
     if (storage / experiment.name / "sweep.yaml").exists():
         raise UserError(f"name: {storage / experiment.name} is the folder of a sweep; give the run another name (name=…)")
     run_dir, data_dir = storage / experiment.name, dataset_dir(experiment.data, storage)
@@ -42,9 +59,6 @@ def run(experiment: Experiment) -> int:
     try:
         with interrupts.signals():
             return _run(experiment, uri, run_dir, data_dir)
-    except runs.HeldError as error:
-        print(f"{error}; run this again when it has ended", file=sys.stderr)
-        return EXIT_AGAIN
     except interrupts.Terminated:
         print("terminated before training began; run the same command again", file=sys.stderr)
         return EXIT_AGAIN
@@ -59,13 +73,15 @@ def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path) -> int
     dataset = prepare(experiment.data, data_dir)
     windows_per_epoch(dataset.splits["train"].tokens, experiment.model.block_size)
     init_from.check_shape(experiment, dataset.tokenizer["n_vocab"])
-    with runs.held(run_dir):
+    with lease.held(run_dir) as vanished:
         step = runs.check_resumable(run_dir, experiment, dataset)
-        _note_numerics(run_dir, step, experiment, layout)
+        drift = _drift(run_dir, step, experiment, layout)
         facts, estimate = facts_of(experiment, dataset), None if step else estimate_of(experiment, dataset, layout)
         attempt = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "from_step": step,
-                   "layout": asdict(layout), **{k: v for k, v in experiment.flat().items() if k.startswith(runs.FREE)}}
+                   "layout": asdict(layout), **({"drift": "; ".join(drift)} if drift else {}),
+                   **{k: v for k, v in experiment.flat().items() if k.startswith(runs.FREE)}}
         runs.open_attempt(run_dir, experiment, facts, redact(attempt))
+        _note(run_dir, step, vanished, drift)
         tracker = Tracker(run_dir, uri, experiment.tracking.experiment)
         return _train(experiment, run_dir, data_dir, layout, tracker, step, estimate)
 
@@ -79,19 +95,27 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
     started, status, code, reason = time.monotonic(), "FAILED", EXIT_FAILED, ""
     try:
         tracker.start()
-        with Console(run_dir, experiment.train.max_steps, experiment.tokens_per_step):
-            launch.fit(experiment, run_dir, data_dir, layout)
+        with (Console(run_dir, experiment.train.max_steps, experiment.tokens_per_step), Watch(run_dir) as watch,
+              interrupts.asking(lambda: stopping.ask(run_dir, "SIGTERM"))):
+            workers.fit(experiment, run_dir, data_dir, layout)
         stopped = runs.read_json(run_dir / "stopped.json")
-        if stopped:
+        if stopped and stopped.get("again"):
+            status, code, reason = "KILLED", EXIT_AGAIN, f"{stopping.asked(run_dir)}: {stopped['reason']}"
+        elif stopped:
             code, reason = EXIT_USER if stopped.get("user") else EXIT_FAILED, stopped["reason"]
         else:
             status, code = "FINISHED", EXIT_DONE
     except (KeyboardInterrupt, SystemExit):  # Ray Train answers Ctrl-C with sys.exit(0)
-        status, code = "KILLED", EXIT_AGAIN if interrupts.was_terminated() else EXIT_INTERRUPTED
+        if watch.over:
+            status, code = "FINISHED", EXIT_DONE
+        else:
+            status, code = "KILLED", EXIT_AGAIN if interrupts.was_terminated() else EXIT_INTERRUPTED
     except Exception as error:
         traces = [f.read_text("utf-8") for f in sorted(run_dir.glob("failure-rank*.txt"))]
         reason = "\n".join(traces) or f"{error.__class__.__name__}: {error}"
     interrupts.let_end()
+    if hang := watchdog.report(run_dir):
+        print(hang, file=sys.stderr)
     # A job that is stopped has 3 s before SIGKILL: hashing the weights is for a run that is done.
     summary = runs.summarise(run_dir, status, experiment.tokens_per_step, tracker.run_id, time.monotonic() - started)
     if estimate and status == "FINISHED":
@@ -109,16 +133,30 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
     return code
 
 
-def _note_numerics(run_dir: Path, step: int, experiment: Experiment, layout: launch.Layout) -> None:
-    """Say where a resume cannot give the bits of a run that was never stopped."""
+def _drift(run_dir: Path, step: int, experiment: Experiment, layout: launch.Layout) -> list[str]:
+    """What keeps a resume from giving the bits of a run that was never stopped, a line each.
+
+    Raises:
+        UserError: there is such a thing, and nobody allowed it.
+    """
     if not step:
-        return
+        return []
     stored = checkpoint.read_manifest(checkpoint.path_of(run_dir / "checkpoints", step))["fingerprints"]["numerics"]
     now = numerics.fingerprint(experiment, numerics.Worker(cpus=layout.cpus_per_worker))
     if layout.use_gpu:
-        now["device"] = stored["device"]  # the driver's machine need not have a GPU to name
-    for line in numerics.changes(stored, now):
-        print(f"the last bits will differ from those of a run never stopped: {line}", flush=True)
+        now["device"] = stored["device"]  # the driver's machine need not have a GPU to name; the workers compare theirs
+    numerics.check(stored, now, experiment, run_dir)
+    return numerics.changes(stored, now)
+
+
+def _note(run_dir: Path, step: int, vanished: str, drift: list[str]) -> None:
+    """What is unusual about this start, as events and for whoever watches."""
+    if vanished:
+        message = f"{vanished} ended without freeing the run; it is taken over at step {step}"
+        print(events.note(run_dir, "taken_over", message)["message"], flush=True)
+    for line in drift:
+        message = f"the last bits will differ from those of a run never stopped: {line}"
+        print(events.note(run_dir, "drift", message, step=step)["message"], flush=True)
 
 
 # ---- known before, measured after ----

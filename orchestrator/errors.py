@@ -3,6 +3,10 @@
 EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_AGAIN, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
 
 
+class HeldError(RuntimeError):
+    """Another process writes to this run; a pipeline prints who, and ends with status 75."""
+
+
 class UserError(ValueError):
     """Something that the user can mend: the message quotes the value and says what to do.
 

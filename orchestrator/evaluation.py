@@ -5,6 +5,7 @@ window's losses are summed in float64 and the windows' sums are added in window 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,10 @@ class EvalResult:
     loss: float
     bits_per_byte: float
     tokens: int
+
+
+class AbandonedError(Exception):
+    """An evaluation that was asked to end early, on every worker at the same batch."""
 
 
 class EvalSet:
@@ -39,19 +44,27 @@ class EvalSet:
             self.bytes += int(byte_lengths[real].sum())
             self.windows = max(self.windows, int(np.max(window_ids)) + 1)
 
-    def evaluate(self, model: nn.Module, device: torch.device, autocast, rank: int = 0, world_size: int = 1) -> EvalResult:
-        """Run the model over this worker's share and gather; every worker returns the same result."""
+    def evaluate(self, model: nn.Module, device: torch.device, autocast, rank: int = 0, world_size: int = 1,
+                 go_on: Callable[[], bool] = lambda: True) -> EvalResult:
+        """Run the model over this worker's share and gather; every worker returns the same result.
+
+        Args:
+            go_on: asked before each batch, equally often on every worker and with the same answer.
+
+        Raises:
+            AbandonedError: `go_on` said no.
+        """
         sums = torch.zeros(self.windows, dtype=torch.float64, device=device)
         training = model.training
         model.eval()
-        with torch.no_grad():
-            for i in range(rank, len(self.batches), world_size):
-                inputs, targets, window_ids = self.batches[i]
-                losses = self._losses(model, inputs, targets, device, autocast)  # (B, T)
-                real = torch.from_numpy(np.asarray(window_ids) >= 0).to(device)
-                ids = torch.from_numpy(np.asarray(window_ids)).to(device)[real]
-                sums[ids] = losses.double().sum(dim=1)[real]
-        model.train(training)
+        try:
+            for first in range(0, len(self.batches), world_size):
+                if not go_on():
+                    raise AbandonedError
+                if first + rank < len(self.batches):
+                    self._add(sums, self.batches[first + rank], model, device, autocast)
+        finally:
+            model.train(training)
         if world_size > 1:
             dist.all_reduce(sums)  # every window has one owner and is zero elsewhere: exact
         loss = math.fsum(sums.tolist()) / self.tokens
@@ -59,7 +72,11 @@ class EvalSet:
         return EvalResult(loss, bits, self.tokens)
 
     @staticmethod
-    def _losses(model, inputs, targets, device, autocast) -> torch.Tensor:
-        x, y = (torch.from_numpy(a).to(device) for a in (inputs, targets))
+    @torch.no_grad()
+    def _add(sums: torch.Tensor, batch, model: nn.Module, device: torch.device, autocast) -> None:
+        """Put the sums of a batch's windows, nats, into their places in `sums`, (windows,)."""
+        inputs, targets, ids = (torch.from_numpy(np.asarray(a)).to(device) for a in batch)
         with autocast:
-            return model(x, y, reduction="none")[1]
+            losses = model(inputs, targets, reduction="none")[1]  # (B, T)
+        real = ids >= 0
+        sums[ids[real]] = losses.double().sum(dim=1)[real]

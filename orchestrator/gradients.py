@@ -5,8 +5,9 @@ A step has M micro-batches in S canonical slots (S a power of two that divides M
 with a binary counter of buffers, across workers once per step (all_to_all of W chunks, tree sum in rank order,
 all_gather: the bytes of a ring all-reduce). So the sum is the same bits on 1, 2, 4 … S workers, which DDP's is not.
 
-Legend: P numbers of parameters; a buffer is float32 (P + M + padding), the gradients followed by the M losses of the
-step's micro-batches. A loss has one owner and is zero elsewhere, so that the same additions bring it everywhere exactly.
+Legend: P numbers of parameters; a buffer is float32 (P + M + 1 + padding), the gradients followed by the M losses of the
+step's micro-batches and a vote. A loss has one owner and is zero elsewhere, so that the same additions bring it everywhere
+exactly; so does the vote, by which workers agree to stop after a step without another message.
 """
 
 import torch
@@ -32,7 +33,7 @@ class Gradients:
         self.rank, self.world_size = rank, world_size
         self.n_params = sum(p.numel() for p in params)
         # Padded to a multiple of S, not of W: the buffer must not depend on the number of workers.
-        self.size = -(-(self.n_params + micro_batches) // slots) * slots
+        self.size = -(-(self.n_params + micro_batches + 1) // slots) * slots
         self.device = params[0].device
         self.free: list[_Buffer] = []
         self.stack: list[_Buffer] = []  # sums of 2^k slots, k falling
@@ -58,6 +59,10 @@ class Gradients:
         """Let the loss of micro-batch `micro_batch` (0-dim, nats per token) travel with its gradient."""
         self.current.flat[self.n_params + micro_batch].copy_(loss.detach())
 
+    def vote(self) -> None:
+        """Let `votes` of this step be above zero on every worker."""
+        self.current.flat[self.n_params + self.micro_batches] = 1.0
+
     def end_slot(self) -> None:
         """Merge equal subtrees: like carrying in a binary counter."""
         self.stack.append(self.current)
@@ -79,6 +84,10 @@ class Gradients:
         if self.micro_batches > 1:
             total.flat[: self.n_params].div_(self.micro_batches)
         return total.flat[self.n_params : self.n_params + self.micro_batches]
+
+    def votes(self) -> Tensor:
+        """How many slots voted in the step that was reduced, 0-dim."""
+        return self.current.flat[self.n_params + self.micro_batches]
 
     def norm(self) -> Tensor:
         """Global L2 norm of the reduced gradient, 0-dim (torch.nn.utils.clip_grad_norm_ computes the same)."""

@@ -3,21 +3,28 @@
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 from orchestrator.errors import EXIT_AGAIN
 
 EXIT_WAIT_S = 60  # for a tracking server, at most
+NOTICE_S = 30.0  # that a machine gives between SIGTERM and SIGKILL, where nobody says: Kubernetes' and the spot markets'
+STOP_WAIT_S = 10.0  # for a step and its checkpoint, at most
 
 
 class Terminated(BaseException):
     """SIGTERM: a job was stopped or a machine is wanted back."""
 
 
+_since: list[float] = []  # when the first SIGTERM came
+
+
 @contextlib.contextmanager
 def signals() -> Iterator[None]:
     """SIGTERM inside arrives as KeyboardInterrupt, and leaves as `Terminated`."""
     before = signal.getsignal(signal.SIGTERM)
+    _since.clear()
     install_sigterm()
     try:
         yield
@@ -31,25 +38,57 @@ def signals() -> Iterator[None]:
 
 def install_sigterm() -> None:
     """Once more after `ray.init`, which replaces what was there."""
+    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+
+
+@contextlib.contextmanager
+def asking(ask: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM inside calls `ask`, and interrupts only what has not ended by itself some seconds later."""
     def terminate(*_):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the orderly end short
-        # While Ray waits it asks for signals itself and lets no other exception of a handler through.
-        raise KeyboardInterrupt
+        _since.append(time.monotonic())
+        ask()
+        signal.signal(signal.SIGALRM, lambda *_: _interrupt())
+        signal.setitimer(signal.ITIMER_REAL, stop_wait_s())
 
     signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _interrupt() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _since.append(time.monotonic())
+    # While Ray waits it asks for signals itself and lets no other exception of a handler through.
+    raise KeyboardInterrupt
 
 
 def was_terminated() -> bool:
-    return signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    return bool(_since)
+
+
+def notice_s() -> float:
+    """Seconds from SIGTERM to SIGKILL: `ray job stop` gives 3, or what the head was started with."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", 3))
+    return NOTICE_S
+
+
+def stop_wait_s() -> float:
+    """How much of the notice a step and its checkpoint may take; the rest is for the last words."""
+    return min(STOP_WAIT_S, max(1.5, notice_s() - 5))
 
 
 def ending_s(code: int) -> float:
-    """Seconds that the end of a driver with this exit status may take: a job that is stopped has 3 before SIGKILL."""
+    """Seconds that the end of a driver with this exit status may take."""
     if code != EXIT_AGAIN:
         return EXIT_WAIT_S
-    return min(EXIT_WAIT_S, max(2.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", 3)) - 1))
+    spent = time.monotonic() - _since[0] if _since else 0.0
+    return min(EXIT_WAIT_S, max(1.0, notice_s() - spent - 1))
 
 
 def let_end() -> None:
     """From here on SIGTERM changes nothing: what is left takes a bounded time and tells how the run ended."""
-    signal.signal(signal.SIGTERM, lambda *_: None)  # not SIG_IGN: that says that a SIGTERM came
+    signal.signal(signal.SIGTERM, lambda *_: None)

@@ -1,28 +1,18 @@
-"""Ray Train around the training loop: finds the cluster, decides the workers, and keeps them running to the end.
+"""The cluster: finds it or starts one, and decides which workers a run has on it.
 
-Eats an experiment and the folders of its run and its tokens; yields a run that ended or an error that says why not.
-Ray restarts dead workers; where they go on is ours to say (`latest_valid()`), and Ray is handed no checkpoint. Its
-words are translated here, once: world_rank is our rank, ScalingConfig's worker is our worker.
+Eats an experiment; yields a `Layout`, or an error that shows what was asked and what there is.
 """
 
-import contextlib
-import json
 import logging
 import os
-import shutil
 import socket
-import traceback
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from orchestrator import checkpoint
-from orchestrator.config import Experiment, parse_experiment
+from orchestrator.config import Experiment
 from orchestrator.errors import UserError
-from orchestrator.numerics import Worker
-from orchestrator.runs import held, read_json, write_text
-from orchestrator.training import train
+from orchestrator.provenance import keep_token_private
+from orchestrator.runs import read_json
 
 PATIENCE = 3  # attempts in a row that may end where they began, before a fault is taken for a bug
 COLLECTIVE_TIMEOUT_S = 1800
@@ -66,6 +56,7 @@ def connect(environment: dict[str, str] | None = None) -> None:
         ray.init(**quiet)
     else:
         ray.init(address="local", include_dashboard=False, **quiet)
+        keep_token_private()
     logging.getLogger("ray.train").setLevel(logging.WARNING)
 
 
@@ -161,82 +152,6 @@ def resolve_layout(experiment: Experiment, nodes: list[tuple[int, int]], recorde
 def places(nodes: list[tuple[int, int]], asked: Layout) -> int:
     """How many workers fit on `nodes`, (CPUs, GPUs) each; a worker lies on one node."""
     return sum(min(n[0] // asked.cpus_per_worker, n[1]) if asked.use_gpu else n[0] // asked.cpus_per_worker for n in nodes)
-
-
-def fit(experiment: Experiment, run_dir: Path, data_dir: Path, asked: Layout) -> None:
-    """Train to the end on Ray Train, restarting dead workers for as long as restarts get anywhere.
-
-    Returns when the workers are done, also where the run stopped itself (see `stopped.json`). Raises Ray's error where
-    they could not be run.
-    """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    launch = uuid.uuid4().hex[:8]
-    scratch = run_dir / ".ray"  # Ray's own snapshot of the run: a convenience of this attempt, never the truth
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"experiment": experiment.model_dump(), "run_dir": str(run_dir), "data_dir": str(data_dir),
-                           "cpus": asked.cpus_per_worker, "launch": launch},
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
-        scaling_config=ScalingConfig(num_workers=asked.num_workers, use_gpu=asked.use_gpu,
-                                     resources_per_worker={"CPU": asked.cpus_per_worker, **({"GPU": 1} if asked.use_gpu else {})}),
-        run_config=RunConfig(name=launch, storage_path=str(scratch), failure_config=FailureConfig(max_failures=-1),
-                             worker_runtime_env={"env_vars": worker_environment()}),
-    )
-    try:
-        trainer.fit()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _work(config: dict[str, Any]) -> None:
-    """What each of Ray's workers runs."""
-    import ray.train
-    import ray.train.torch
-
-    context, run_dir = ray.train.get_context(), Path(config["run_dir"])
-    if (run_dir / "stopped.json").exists():
-        return  # an earlier attempt of this launch found that going on is of no use
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    # The worker of a driver that was killed may live a little longer than it: nobody writes beside it.
-    with held(run_dir, ".writer", WRITER_WAIT_S) if rank == 0 else contextlib.nullcontext():
-        attempt = _begin_attempt(run_dir, config["launch"], world_size) if rank == 0 else 0
-        worker = Worker(rank, world_size, str(ray.train.torch.get_device()), config["cpus"], attempt)
-        try:
-            train(parse_experiment(config["experiment"], "experiment"), run_dir, Path(config["data_dir"]), worker)
-        except Exception as error:
-            _record_failure(run_dir, rank, error)
-            raise
-
-
-def _begin_attempt(run_dir: Path, launch: str, world_size: int) -> int:
-    """Note in `attempts.jsonl` where this attempt begins; returns its number, counted from 1 over the whole run.
-
-    Where too many attempts of this launch began at one step, end the run instead: restarts get nowhere.
-    """
-    file = run_dir / "attempts.jsonl"
-    earlier = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-    step = max(checkpoint.steps(run_dir / "checkpoints"), default=0)
-    if [a["step"] for a in earlier if a["launch"] == launch][-PATIENCE:] == [step] * PATIENCE:
-        last = "\n".join(f.read_text("utf-8") for f in sorted(run_dir.glob("failure-rank*.txt")))
-        reason = f"{PATIENCE} attempts in a row failed between step {step} and the next checkpoint"
-        _stop(run_dir, f"{reason}; the last one:\n{last}" if last else f"{reason}: workers died without a word", False)
-        raise RuntimeError(reason)
-    with open(file, "a", encoding="utf-8") as out:
-        out.write(json.dumps({"launch": launch, "step": step, "workers": world_size, "pid": os.getpid()}) + "\n")
-    return len(earlier) + 1
-
-
-def _record_failure(run_dir: Path, rank: int, error: Exception) -> None:
-    """Keep the traceback where the driver finds it, and end the run where it is the user's to mend."""
-    write_text(run_dir / f"failure-rank{rank}.txt", "".join(traceback.format_exception(error)))
-    if isinstance(error, UserError):
-        _stop(run_dir, str(error), True)
-
-
-def _stop(run_dir: Path, reason: str, user: bool) -> None:
-    write_text(run_dir / "stopped.json", json.dumps({"reason": reason, "user": user}, indent=1))
 
 
 def worker_environment() -> dict[str, str]:

@@ -42,12 +42,12 @@ class Meter:
         training = compute + data + rest
         self.productive += training
         metrics = {
-            # Micro-batch order is the order of the list, so the mean does not depend on the number of workers.
-            "train/loss": math.fsum(self.losses) / len(self.losses),
-            "train/loss_max": max(self.losses),
             "perf/checkpoint_stall_s": self.times.get("checkpoint", 0.0),
             "run/goodput": self.productive / (time.perf_counter() - self.started),
         }
+        if self.losses:  # none where the update of every step was left out
+            # Micro-batch order is the order of the list, so the mean does not depend on the number of workers.
+            metrics |= {"train/loss": math.fsum(self.losses) / len(self.losses), "train/loss_max": max(self.losses)}
         if self.steps:
             metrics |= {
                 "perf/tokens_per_sec": self.steps * tokens_per_step / training,

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from orchestrator.config import Experiment
+from orchestrator.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,15 @@ def prepare_process(experiment: Experiment, worker: Worker) -> None:
     if worker.device.startswith("cuda"):
         torch.cuda.set_device(worker.device)
         torch.cuda.reset_peak_memory_stats()
+
+
+def agree(number: int, worker: Worker) -> int:
+    """Rank 0's `number`, on every worker."""
+    if worker.world_size == 1:
+        return number
+    shared = torch.tensor([number], dtype=torch.int64, device=worker.device)
+    dist.broadcast(shared, src=0)
+    return int(shared.item())
 
 
 def autocast(experiment: Experiment, device: str):
@@ -73,6 +84,19 @@ def fingerprint(experiment: Experiment, worker: Worker) -> dict[str, Any]:
         "device": device_name(worker.device),
         "torch": torch.__version__,
     }
+
+
+def check(before: dict[str, Any], now: dict[str, Any], experiment: Experiment, where: Any) -> None:
+    """Refuse to go on with other last bits, unless `train.allow_drift` says so.
+
+    Raises:
+        UserError: shows what differs.
+    """
+    lines = changes(before, now)
+    if lines and not experiment.train.allow_drift:
+        raise UserError("\n".join([f"{where}: from here on the last bits would not be those of a run never stopped:",
+                                   *(f"  {line}" for line in lines),
+                                   "  go on where it began, set train.allow_drift=true, or use a new name (name=…)"]))
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from orchestrator.errors import UserError
 from orchestrator.numerics import available_cpus, device_name
 from orchestrator.parts import tail_cut
 from orchestrator.prepared import prepared
-from orchestrator.runs import storage_root
+from orchestrator.storage import storage_root
 from orchestrator.tokens import dataset_dir, estimate
 
 

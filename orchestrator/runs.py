@@ -5,19 +5,14 @@
     checkpoints/     step-…                         samples/       text at every evaluation
 """
 
-import contextlib
-import fcntl
 import json
 import os
-import socket
-import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from model.schedule import learning_rate
-from orchestrator import checkpoint, journal
+from orchestrator import checkpoint, events, journal, stopping
 from orchestrator.config import Experiment, parse_experiment
 from orchestrator.errors import UserError
 from orchestrator.manifest import Manifest
@@ -26,61 +21,8 @@ from orchestrator.state import data_identity
 
 # Fields that may change under the same name; every other one is what the run is.
 FREE = ("name", "storage", "data.dir", "train.max_steps", "train.log_interval", "train.eval_interval",
-        "train.checkpoint_interval", "train.keep", "compute.", "tracking.")
-
-
-class HeldError(RuntimeError):
-    """Another process writes to this run."""
-
-
-def storage_root(experiment: Experiment) -> Path:
-    """The absolute folder of runs and data.
-
-    Inside a Ray job the current directory is a throw-away copy, so a relative storage moves to the home directory.
-    """
-    text = experiment.storage or os.environ.get("ESPALIER_STORAGE") or "runs"
-    path = Path(text).expanduser()
-    if path.is_absolute():
-        return path
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        return Path("~/espalier").expanduser() / ("" if text == "runs" else text)
-    return path.absolute()
-
-
-def check_writable(storage: Path) -> None:
-    """Refuse a storage that cannot be made or written to; makes nothing."""
-    place = storage
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        why = "not writable" if place.is_dir() else "a file"
-        raise UserError(f"storage: {storage} cannot be written to, {place} is {why}; set storage=… or ESPALIER_STORAGE")
-
-
-@contextlib.contextmanager
-def held(run_dir: Path, name: str = ".lock", wait_s: float = 0) -> Iterator[None]:
-    """Be the run's only driver (or, with another `name`, its only writing worker).
-
-    Raises:
-        HeldError: another process is, and still after `wait_s` seconds; names it.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + wait_s
-    with open(run_dir / name, "a+") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except (BlockingIOError, PermissionError):  # other errors are the file system's: no lock, no room
-                if time.monotonic() < deadline:
-                    time.sleep(0.1)
-                    continue
-                file.seek(0)
-                raise HeldError(f"{run_dir}: held by {file.read().strip() or 'another process'}") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
+        "train.checkpoint_interval", "train.keep", "train.on_nonfinite", "train.allow_drift", "compute.", "tracking.")
+DRIFT = ("train.micro_batch_size", "train.reduction_slots", "train.compile")  # another order of the same additions
 
 
 def check_resumable(run_dir: Path, experiment: Experiment, dataset: Manifest, warn=print) -> int:
@@ -97,10 +39,12 @@ def check_resumable(run_dir: Path, experiment: Experiment, dataset: Manifest, wa
     differences = identity_differences(stored, experiment, manifest["step"])
     if manifest["fingerprints"]["data"] != data_identity(dataset):
         differences.append(f"data: the tokens in {dataset.directory} are not those that the run was trained on")
-    if differences:
+    drifts = all(line.startswith(DRIFT) for line in differences)
+    if differences and not (drifts and experiment.train.allow_drift):
+        way = ", or set train.allow_drift=true: from here on the last bits will be others" if drifts else ""
         raise UserError("\n".join([f"{run_dir} was begun with another experiment:",
                                    *(f"  {line}" for line in differences),
-                                   "  give it a new name (name=…), or change these back"]))
+                                   f"  give it a new name (name=…), or change these back{way}"]))
     return manifest["step"]
 
 
@@ -146,11 +90,12 @@ def open_attempt(run_dir: Path, experiment: Experiment, facts: dict[str, Any], a
     known = read_json(run_dir / "run.json")
     if known is None or _is_another(run_dir, experiment, facts, known):
         known = {"key": uuid.uuid4().hex, "attempts": []}
-        for old in (*journal.aside_files(run_dir), run_dir / journal.FILE, run_dir / "attempts.jsonl"):
+        for old in (*journal.aside_files(run_dir), run_dir / journal.FILE, run_dir / "attempts.jsonl", run_dir / events.FILE):
             old.unlink(missing_ok=True)
     run = {"name": experiment.name, "key": known["key"], **facts, "attempts": [*known["attempts"], attempt]}
     write_text(run_dir / "experiment.yaml", experiment.to_yaml())
     write_text(run_dir / "run.json", json.dumps(run, indent=1))
+    stopping.clear(run_dir)
     for stale in (run_dir / "summary.json", run_dir / "stopped.json", *run_dir.glob("failure-rank*.txt")):
         stale.unlink(missing_ok=True)
 

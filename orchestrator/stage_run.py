@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator import checkpoint, journal, rates
+from orchestrator import checkpoint, journal, lease, rates
 from orchestrator.config import Experiment, parse_experiment
 from orchestrator.errors import UserError
 from orchestrator.numerics import Worker, fingerprint
-from orchestrator.runs import held, read_json, stored_experiment, write_text
+from orchestrator.runs import read_json, stored_experiment, write_text
 from orchestrator.stages import Trial
 from orchestrator.training import Run
 
@@ -69,7 +69,7 @@ def run_stage(folder: Path, worker: Worker) -> Iterator[dict[str, Any]]:
     if has_result(folder, order, experiment):
         return
     # The worker of a driver that was killed may live a little longer than it: nobody writes beside it.
-    with held(folder, ".writer", WRITER_WAIT_S) if worker.is_main else contextlib.nullcontext():
+    with lease.held(folder, lease.WRITER, WRITER_WAIT_S) if worker.is_main else contextlib.nullcontext():
         if worker.is_main:
             for stale in (folder / "stopped.json", folder / "result.json"):
                 stale.unlink(missing_ok=True)

@@ -22,7 +22,8 @@ from orchestrator.numerics import Worker, fingerprint
 class TrainState:
     """`step` counts updates done, `grad_norm` is the last one's norm before clipping.
 
-    `model` is the plain module; `forward` is what the loop calls (maybe compiled).
+    `skipped`: updates left out because something was not finite. `line_due`: the run was asked to stop before it had
+    measured what is due at this step. `model` is the plain module; `forward` is what the loop calls (maybe compiled).
     """
 
     model: GPT
@@ -34,6 +35,8 @@ class TrainState:
     step: int = 0
     grad_norm: float = 0.0
     best_val_loss: float | None = None
+    skipped: int = 0
+    line_due: bool = False
 
 
 def build(experiment: Experiment, model: GPT, worker: Worker) -> TrainState:
@@ -62,7 +65,8 @@ def snapshot(state: TrainState, experiment: Experiment, dataset: Manifest, worke
     The tensors are the state's own: the next step changes them.
     """
     numbers = {"step": state.step, "grad_norm": state.grad_norm, "best_val_loss": state.best_val_loss,
-               "open_losses": state.meter.losses, "scaler": state.scaler.state_dict()}
+               "open_losses": state.meter.losses, "scaler": state.scaler.state_dict(), "skipped": state.skipped,
+               "line_due": state.line_due}
     texts = {
         "experiment.yaml": experiment.to_yaml(),
         "model.json": json.dumps(asdict(state.model.config), indent=1),
@@ -88,7 +92,7 @@ def restore(state: TrainState, path: Path) -> None:
         name, _, moment = key.rpartition("/")
         state.optimizer.state[parameters[name]][moment] = value
     state.step, state.grad_norm, state.best_val_loss = (numbers[k] for k in ("step", "grad_norm", "best_val_loss"))
-    state.meter.losses = numbers["open_losses"]
+    state.skipped, state.line_due, state.meter.losses = (numbers[k] for k in ("skipped", "line_due", "open_losses"))
     if numbers["scaler"]:
         state.scaler.load_state_dict(numbers["scaler"])
 

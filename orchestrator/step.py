@@ -1,11 +1,12 @@
 """One optimizer update: micro-batches in, losses, gradient norm and moved weights out. What the hardware is for.
 
-The loop, the benchmarks and later the stages of a sweep all make their updates here.
+The loop, the benchmarks and the stages of a sweep all make their updates here.
 
 Legend: B sequences per micro-batch, T tokens per sequence, M micro-batches per step over all workers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,24 +16,39 @@ from orchestrator.numerics import autocast, keyed_seed
 from orchestrator.state import TrainState
 
 
-class Step:
-    """`gradient` and then, unless something is not finite, `update`; `state.step` counts the updates."""
+@dataclass(frozen=True)
+class Gradient:
+    """What a step's gradient was: the M losses (nats per token, in micro-batch order), its norm before clipping, and
+    whether a worker asked all to stop after this step. The same bits on every worker."""
 
-    def __init__(self, experiment: Experiment, state: TrainState):
-        self.experiment, self.state = experiment, state
+    losses: list[float]
+    norm: float
+    stop: bool
+
+
+class Step:
+    """`gradient` and then `update`, or `skip` where something is not finite; `state.step` counts the steps.
+
+    Args:
+        stop: asked in every step, on rank 0 alone: whether it is to be the last.
+        beat: told when another phase begins, and the step (for a watchdog).
+    """
+
+    def __init__(self, experiment: Experiment, state: TrainState, stop: Callable[[], bool] = lambda: False,
+                 beat: Callable[[str, int], None] = lambda phase, step: None):
+        self.experiment, self.state, self.stop, self.beat = experiment, state, stop, beat
         self.autocast = autocast(experiment, str(state.gradients.device))
 
-    def gradient(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[list[float], float]:
+    def gradient(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Gradient:
         """Mean gradient over the step's M micro-batches, into every `param.grad`.
+
+        Reading what it returns is the step's only wait for the GPU.
 
         Args:
             batches: this worker's micro-batches in order, (B, T) int64 inputs and targets on its device.
-
-        Returns:
-            The M losses (nats per token, in micro-batch order) and the gradient's norm before clipping: the same bits
-            on every worker. Reading them is the step's only wait for the GPU.
         """
         s = self.state
+        self.beat("gradient", s.step)
         for slot in s.gradients.my_slots():
             s.gradients.begin_slot()
             for m in slot:
@@ -41,12 +57,16 @@ class Step:
                 s.meter.lap("data")
                 self._forward_backward(m, inputs, targets)
                 s.meter.lap("compute")
+            if self.stop():
+                s.gradients.vote()
             s.gradients.end_slot()
+        self.beat("exchange", s.step)
         losses = s.gradients.reduce()
         if s.scaler.is_enabled():
             s.scaler.unscale_(s.optimizer)
-        *values, norm = torch.cat((losses, s.gradients.norm().view(1))).tolist()
-        return values, norm
+        *values, votes, norm = torch.cat((losses, s.gradients.votes().view(1), s.gradients.norm().view(1))).tolist()
+        self.beat("update", s.step)
+        return Gradient(values, norm, votes > 0)
 
     def update(self, lr: float) -> None:
         """Clip, and let the optimizer move the weights at learning rate `lr`."""
@@ -59,6 +79,14 @@ class Step:
         s.scaler.update()
         s.step += 1
         s.meter.lap("compute")
+
+    def skip(self) -> None:
+        """Leave the update out: weights and moments stay, and the next step has the next windows."""
+        if self.state.scaler.is_enabled():
+            self.state.scaler.update()  # forgets what it unscaled
+        self.state.step += 1
+        self.state.skipped += 1
+        self.state.meter.lap("compute")
 
     def _forward_backward(self, m: int, inputs: Tensor, targets: Tensor) -> None:
         """Add the gradient of micro-batch m of this step."""

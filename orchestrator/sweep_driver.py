@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchestrator import init_from, interrupts, launch, plan, runs, sweep_plan, tree_view
+from orchestrator import init_from, interrupts, launch, lease, plan, runs, sweep_plan, tree_view
 from orchestrator.config import Data, Experiment
 from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from orchestrator.manifest import Manifest, load_manifest
@@ -24,6 +24,7 @@ from orchestrator.plan import model_facts
 from orchestrator.report import Report
 from orchestrator.space import Sweep
 from orchestrator.stage_states import BLOCKED, DONE, FAILED, STOPPED
+from orchestrator.storage import check_writable, storage_root
 from orchestrator.stores import resolve_uri
 from orchestrator.study import Study, check_sources, data_key, with_absolute_paths
 from orchestrator.sweep_table import Table
@@ -33,11 +34,11 @@ from orchestrator.tokens import dataset_dir, prepare
 
 def run(sweep: Sweep) -> int:
     """Plan, run what is missing, compare; returns the exit status of the driver."""
-    storage = runs.storage_root(sweep.base)
+    storage = storage_root(sweep.base)
     folder, uri = storage / sweep.base.name, resolve_uri(sweep.base, storage)
     sweep = with_absolute_paths(sweep)
     check_sources(sweep, storage)
-    runs.check_writable(storage)
+    check_writable(storage)
     if (folder / "experiment.yaml").exists():
         raise UserError(f"name: {folder} is the folder of a run; give the sweep another name (name=…)")
     if study := _finished(sweep, storage, folder):
@@ -45,8 +46,6 @@ def run(sweep: Sweep) -> int:
     try:
         with interrupts.signals():
             return _run(sweep, storage, folder, uri)
-    except runs.HeldError as error:
-        print(f"{error}; run this again when it has ended", file=sys.stderr)
     except interrupts.Terminated:
         print("terminated before a stage began; run the same command again", file=sys.stderr)
     return EXIT_AGAIN
@@ -61,7 +60,7 @@ def _run(sweep: Sweep, storage: Path, folder: Path, uri: str) -> int:
     datasets = {key: prepare(data, dataset_dir(data, storage)) for key, data in _data_of(sweep).items()}
     _check_shapes(sweep, datasets)
     Study.open(sweep, folder, layout, datasets)  # what it refuses leaves nothing behind
-    with runs.held(folder):
+    with lease.held(folder):
         study = Study.open(sweep, folder, layout, datasets)
         # A cluster that grows does so for what waits: then everything that may run asks for its place.
         slots = max(1, launch.capacity(layout), len(study.plan.to_run) if os.environ.get("ESPALIER_AUTOSCALING") else 0)

@@ -8,13 +8,14 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from orchestrator import calibrate, launch, plan, runs, sweep_figures, tree_view
+from orchestrator import calibrate, launch, plan, sweep_figures, tree_view
 from orchestrator.calibrate import Timing
 from orchestrator.forecast import forecast
 from orchestrator.manifest import Manifest
 from orchestrator.prepared import prepared
 from orchestrator.space import Sweep
 from orchestrator.stages import Stage
+from orchestrator.storage import storage_root
 from orchestrator.study import Study, check_sources, data_key, with_absolute_paths
 from orchestrator.tokens import dataset_dir
 from orchestrator.trials import Candidate
@@ -25,7 +26,7 @@ MOST_SHAPES = 6  # of models and batches to time: a sweep over more of them says
 
 def show(sweep: Sweep) -> int:
     """Print what `--dry-run` promises."""
-    storage, sweep = runs.storage_root(sweep.base), with_absolute_paths(sweep)
+    storage, sweep = storage_root(sweep.base), with_absolute_paths(sweep)
     check_sources(sweep, storage)
     experiments = [spec.experiment for spec in sweep.trials] or [sweep.base]
     counts = {data_key(e.data): plan.token_counts(e) for e in experiments}

@@ -20,7 +20,7 @@ from orchestrator.config import Data, Experiment, Model, Train, load_experiment
 from orchestrator.errors import UserError
 from orchestrator.init_from import initial_model
 from orchestrator.numerics import Worker, available_cpus, prepare_process
-from orchestrator.runs import storage_root
+from orchestrator.storage import storage_root
 from orchestrator.tokenizer import load_tokenizer
 from orchestrator.tokens import Manifest, dataset_dir, load_manifest, prepare
 
@@ -101,24 +101,27 @@ def is_gpt2(word: str) -> bool:
 
 
 def tokens_of(trained: Trained) -> Manifest:
-    """The dataset that a checkpoint was trained on: in `data.dir`, else known by its content wherever it lies below the
-    storage or beside the run, else prepared again from the corpus.
+    """The dataset that a checkpoint was trained on, wherever `find_tokens` finds it.
 
     Raises:
         UserError: the tokens there are others.
     """
-    data, wanted = trained.experiment.data, trained.manifest["fingerprints"]["data"]
-    storage = storage_root(trained.experiment)
-    if data.dir is not None:
-        found = load_manifest(dataset_dir(data, storage))
-    else:
-        near = [m for folder in (storage, *trained.checkpoint.absolute().parents[2:3]) for m in _datasets(folder / "data")]
-        found = next((m for m in near if state.data_identity(m) == wanted), None)
-        found = found or prepare(data, dataset_dir(data, storage))
+    wanted = trained.manifest["fingerprints"]["data"]
+    found = find_tokens(trained.experiment, wanted, *trained.checkpoint.absolute().parents[2:3])
     if state.data_identity(found) != wanted:
         raise UserError(f"data.dir: the tokens in {found.directory} are not those that {trained.checkpoint} was "
                         f"trained on; name the folder that holds them: data.dir=…")
     return found
+
+
+def find_tokens(experiment: Experiment, wanted: str, *beside: Path) -> Manifest:
+    """The dataset of an experiment: in `data.dir`, else the one of identity `wanted` wherever it lies below the storage or
+    the storages `beside`, else what its corpus gives today, which may be another."""
+    data, storage = experiment.data, storage_root(experiment)
+    if data.dir is not None:
+        return load_manifest(dataset_dir(data, storage))
+    near = (m for folder in (storage, *beside) for m in _datasets(folder / "data"))
+    return next((m for m in near if state.data_identity(m) == wanted), None) or prepare(data, dataset_dir(data, storage))
 
 
 def find_device(name: str) -> str:

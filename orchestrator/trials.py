@@ -25,7 +25,7 @@ from orchestrator.state import data_identity
 
 # Not of what a step does: where things are, how wide it runs, when a checkpoint is written, and what `Rates` says.
 OUTSIDE = ("name", "storage", "data.", "compute.", "tracking.", "schedule.", "train.max_steps", "train.keep",
-           "train.checkpoint_interval", "train.reduction_slots")
+           "train.checkpoint_interval", "train.reduction_slots", "train.allow_drift")
 
 
 @dataclass(frozen=True, eq=False)

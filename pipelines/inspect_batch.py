@@ -17,7 +17,7 @@ from orchestrator.console import table
 from orchestrator.documents import documents_of
 from orchestrator.inspection import Batch, Forward, batch_of, first_model, forward
 from orchestrator.numerics import Worker, available_cpus
-from orchestrator.runs import storage_root
+from orchestrator.storage import storage_root
 from orchestrator.tokenizer import Tokenizer, load_tokenizer
 from orchestrator.tokens import Manifest, dataset_dir, prepare
 from orchestrator.trained import find_device

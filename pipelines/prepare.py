@@ -8,7 +8,7 @@ from orchestrator.config import Experiment
 from orchestrator.console import duration, table
 from orchestrator.errors import EXIT_DONE
 from orchestrator.plan import show
-from orchestrator.runs import storage_root
+from orchestrator.storage import storage_root
 from orchestrator.tokens import dataset_dir, prepare
 from pipelines.common import experiment_command
 

@@ -4,11 +4,25 @@
 Trials that agree up to a step, bit for bit in their learning rates, share the steps before it. Run the same command again
 and it goes on; with more values in the grid it runs only what is new."""
 
+from orchestrator import lease
 from orchestrator.config import sweep_docs
-from orchestrator.space import load_sweep
-from orchestrator.sweep_driver import run
-from orchestrator.sweep_plan import show
+from orchestrator.space import Sweep, load_sweep
+from orchestrator.storage import storage_root
 from pipelines.common import DEFAULT, experiment_command
+
+
+def run(sweep: Sweep) -> int:
+    lease.check(storage_root(sweep.base) / sweep.base.name)  # before seconds of imports
+    from orchestrator.sweep_driver import run
+
+    return run(sweep)
+
+
+def show(sweep: Sweep) -> int:
+    from orchestrator.sweep_plan import show
+
+    return show(sweep)
+
 
 if __name__ == "__main__":
     experiment_command(__doc__, run, load=load_sweep, dry_run=show, docs=sweep_docs,

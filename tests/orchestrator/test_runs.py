@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from model.schedule import learning_rate
-from orchestrator import checkpoint, runs
+from orchestrator import checkpoint, lease, runs
 from orchestrator.config import Experiment, load_experiment
-from orchestrator.errors import UserError
+from orchestrator.errors import HeldError, UserError
 from orchestrator.journal import Journal
 from orchestrator.manifest import Manifest, Split
 from orchestrator.state import data_identity
+from orchestrator.storage import storage_root
 
 HOLDER = (
-    "from pathlib import Path; import sys, time; from orchestrator.runs import held\n"
+    "from pathlib import Path; import sys, time; from orchestrator.lease import held\n"
     "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
 )
 BASE = ["name=a", "train.max_steps=100", "train.micro_batch_size=1", "train.global_batch_size=8", "data.tokenizer=byte"]
@@ -60,6 +61,9 @@ IDENTITY = {
     "train.init_from": "gpt2",
 }
 FREE = {
+    "train.on_nonfinite": "skip",
+    "train.allow_drift": "true",
+    "compute.hang_after_s": "60",
     "name": "b",
     "storage": "/elsewhere",
     "data.dir": "/elsewhere",
@@ -98,17 +102,17 @@ def test_a_held_run_is_refused_naming_the_holder_and_free_again_when_the_holder_
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(runs.HeldError, match=rf"held by process {holder.pid} on "), runs.held(tmp_path):
+        with pytest.raises(HeldError, match=rf"held by process {holder.pid} on "), lease.held(tmp_path):
             pytest.fail("two writers")
         assert (tmp_path / ".lock").read_text().startswith(f"process {holder.pid} ")  # asking changes nothing
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait(20)
-    with runs.held(tmp_path):
+    with lease.held(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} ")
-        with pytest.raises(runs.HeldError, match=str(os.getpid())), runs.held(tmp_path):
+        with pytest.raises(HeldError, match=str(os.getpid())), lease.held(tmp_path):
             pytest.fail("two writers")
-    with runs.held(tmp_path):
+    with lease.held(tmp_path):
         pass
 
 
@@ -241,7 +245,7 @@ def test_storage_is_absolute_and_never_a_jobs_throw_away_folder(
     for name, value in (("ESPALIER_STORAGE", variable), ("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}" if in_job else None)):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     wanted = expected.replace("CWD", str(tmp_path)).replace("HOME", "/home/somebody")
-    assert runs.storage_root(Experiment(storage=storage)) == Path(wanted)
+    assert storage_root(Experiment(storage=storage)) == Path(wanted)
 
 
 # ---- attempts and the summary ----
@@ -294,9 +298,9 @@ def test_a_run_that_died_at_once_has_a_summary_too(tmp_path):
 
 
 def test_a_writer_waits_for_the_one_before_it_and_no_longer_than_it_was_told(tmp_path):
-    with runs.held(tmp_path, ".writer"), pytest.raises(runs.HeldError), runs.held(tmp_path, ".writer", wait_s=0.3):
+    with lease.held(tmp_path, ".writer"), pytest.raises(HeldError), lease.held(tmp_path, ".writer", wait_s=0.3):
         pass
-    with runs.held(tmp_path), runs.held(tmp_path, ".writer", wait_s=5):
+    with lease.held(tmp_path), lease.held(tmp_path, ".writer", wait_s=5):
         assert (tmp_path / ".writer").read_text() == (tmp_path / ".lock").read_text()
 
 

@@ -1,0 +1,54 @@
+"""What happens to a step whose loss or gradient is not finite: one verdict, the same on every worker.
+
+Eats a step's reduced gradient, which every worker has to the bit; yields what to do with its update, and where the text
+lies that it came from: in `stopped.json` where the run ends by it, as an event where it goes on without it.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from orchestrator import events
+from orchestrator.batches import Batches
+from orchestrator.config import Train
+from orchestrator.step import Gradient
+
+APPLY, SKIP, STOP = "apply", "skip", "stop"
+PATIENCE = 10  # updates in a row that may be left out: then it is not the text
+
+
+class Guard:
+    """Judges every step of a run; only the worker that `writes` leaves words."""
+
+    def __init__(self, run_dir: Path, train: Train, batches: Batches, writes: bool):
+        self.run_dir, self.train, self.batches, self.writes, self.in_a_row = run_dir, train, batches, writes, 0
+
+    def judge(self, step: int, gradient: Gradient, scaled: bool) -> str:
+        """APPLY, SKIP or STOP for the update after `step` updates.
+
+        Args:
+            scaled: a float16 scaler is at work: it learns its scale by infinite gradients, and skips those by itself.
+        """
+        bad = [m for m, loss in enumerate(gradient.losses) if not math.isfinite(loss)]
+        if not bad and (scaled or math.isfinite(gradient.norm)):
+            self.in_a_row = 0
+            return APPLY
+        self.in_a_row += 1
+        skips = self.train.on_nonfinite == "skip" and self.in_a_row <= PATIENCE
+        if self.writes:
+            self._leave_word(step, bad, skips)
+        return SKIP if skips else STOP
+
+    def _leave_word(self, step: int, bad: list[int], skips: bool) -> None:
+        size, offsets = self.train.micro_batch_size, self.batches.offsets(step)
+        blamed = bad or range(self.train.global_batch_size // size)
+        windows = {m: [int(o) for o in offsets[m * size : (m + 1) * size]] for m in blamed}
+        again = f", as were the {PATIENCE} before it" if self.in_a_row > PATIENCE else ""
+        message = (f"step {step + 1}: the {'loss' if bad else 'gradient norm'} is not finite; the update was not applied{again}. "
+                   f"Micro-batches and the offsets of their windows in train: {windows}. Lower schedule.max_lr or look at that text")
+        facts = {"step": step, "windows": windows}
+        if skips:
+            events.note(self.run_dir, "nonfinite", message, **facts)
+            return
+        hint = "" if again else "; train.on_nonfinite=skip goes on without it"
+        (self.run_dir / "stopped.json").write_text(json.dumps({"reason": f"{message}{hint}.", **facts}, indent=1), "utf-8")

@@ -1,0 +1,78 @@
+"""What a driver looks after while its workers train: signals that cannot wait, nodes that are taken away, processes that
+are stopped or do not end.
+
+Eats the run's folder; asks the run to stop (`stopping`), ends what is stuck on this machine, and ends the wait for
+workers that are done and do not exit (torch's shutdown can deadlock).
+"""
+
+import os
+import select
+import signal
+import threading
+import time
+from pathlib import Path
+
+from orchestrator import stopping, watchdog
+
+POLL_S = 1.0
+EXIT_S = 20.0  # in which workers that are done have ended
+GRACE_S = 5.0  # beyond the limit of a worker that watches itself
+
+
+class Watch:
+    """`with Watch(run_dir):` around Ray's fit, in the main thread."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir, self.closed, self.done_since, self.over = Path(run_dir), threading.Event(), None, False
+        self.begun = time.time()
+
+    def __enter__(self) -> "Watch":
+        # The interpreter runs a handler once the main thread comes back from Ray's wait, a second later; this pipe at once.
+        self.read, self.write = os.pipe()
+        os.set_blocking(self.write, False)
+        self.before = signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)
+        self.thread = threading.Thread(target=self._loop, name="watch", daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.set_wakeup_fd(self.before)
+        self.closed.set()
+        os.write(self.write, b"\0")
+        self.thread.join()
+        os.close(self.read)
+        os.close(self.write)
+
+    def _loop(self) -> None:
+        while not self.closed.is_set():
+            ready, _, _ = select.select([self.read], [], [], POLL_S)
+            if ready and signal.SIGTERM in os.read(self.read, 64):
+                stopping.ask(self.run_dir, "SIGTERM")
+            elif not ready:
+                self._look()
+
+    def _look(self) -> None:
+        marks = [m for m in watchdog.marks(self.run_dir) if time.time() - m["age"] > self.begun]
+        for mark in marks:
+            if mark["phase"] != watchdog.DONE and mark["age"] > mark["limit"] + GRACE_S:
+                watchdog.end_stuck(self.run_dir, mark)
+        if node := draining(marks):
+            stopping.ask(self.run_dir, f"the node {node} is drained")
+        done = bool(marks) and all(m["phase"] == watchdog.DONE for m in marks)
+        self.done_since = (self.done_since or time.monotonic()) if done else None
+        if done and not self.over and time.monotonic() - self.done_since > EXIT_S:
+            self.over = True
+            os.kill(os.getpid(), signal.SIGINT)  # Ray's own way out of its wait: it kills the workers
+
+
+def draining(marks: list[dict]) -> str | None:
+    """The name of a node that Ray is taking away and that workers are on."""
+    import ray
+
+    try:
+        leaving = ray._private.state.state.get_draining_nodes()  # where Ray Train's own watcher looks; there is no public way
+        names = {n["NodeID"]: n["NodeManagerHostname"] for n in ray.nodes()} if leaving else {}
+    except Exception:  # the cluster is not there at this moment
+        return None
+    hosts = {mark["host"] for mark in marks}
+    return next((names[node] for node in leaving if names.get(node) in hosts), None)

@@ -1,0 +1,200 @@
+"""A worker that hangs is found, named and ended, so that its group can start again.
+
+Eats beats, one whenever the loop enters another phase; yields `.ranks/rank-<r>` in the run's folder (where each worker
+is), and for a hang `hang-rank<r>.txt` with the stacks of all threads and the end of the process. How long a phase may
+take follows from how long it took before. A process that is stopped from outside cannot watch itself: its neighbours on
+the machine, or the driver, look into it and end it.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from orchestrator import events
+from orchestrator.numerics import Worker
+
+START_S = 1800.0  # for what was not measured yet: compiling, a first evaluation
+FACTOR = 10  # times the longest so far
+EXIT_HUNG = 70
+MARK_BYTES = 512
+WAITING = "exchange"  # the phase in which a worker waits for the others: who is in it hangs for somebody else
+EXTRA = ("evaluation", "checkpoint")  # what is not part of every step; the others then wait longer for rank 0
+DONE = "done"
+
+
+class Pace:
+    """How long each phase took, and so how long it may: pure but for its memory."""
+
+    def __init__(self, floor_s: float):
+        self.floor_s, self.longest, self.seen = floor_s, {}, {}
+
+    def add(self, kind: Any, seconds: float) -> None:
+        """Book one duration; the first of a kind warms things up and says little."""
+        self.seen[kind] = self.seen.get(kind, 0) + 1
+        if self.seen[kind] > 1:
+            self.longest[kind] = max(self.longest.get(kind, 0.0), seconds)
+
+    def limit(self, kind: Any) -> float:
+        """Seconds that this kind may take; never below the floor, and generous while it was not measured."""
+        return max(self.floor_s, FACTOR * self.longest[kind] if kind in self.longest else START_S)
+
+
+class Watchdog:
+    """One worker's marks and its own watcher; `beat` costs some microseconds."""
+
+    def __init__(self, run_dir: Path, worker: Worker, floor_s: float, poll_s: float = 0.5):
+        self.run_dir, self.rank, self.attempt, self.poll_s = Path(run_dir), worker.rank, worker.attempt, poll_s
+        self.pace, self.number, self.step, self.phase, self.kind = Pace(floor_s), 0, 0, "start", frozenset()
+        self.last, self.limit, self.closed = time.monotonic(), max(floor_s, START_S), threading.Event()
+        self.born = _born(os.getpid())
+        (self.run_dir / ".ranks").mkdir(exist_ok=True)
+        self.fd = os.open(self.run_dir / ".ranks" / f"rank-{self.rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self.file = open(self.run_dir / f"hang-rank{self.rank}.txt", "w", encoding="utf-8")  # noqa: SIM115 - for faulthandler
+        self._mark()
+        self._arm()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self, phase: str, step: int) -> None:
+        """The worker enters `phase`; `step` counts updates done."""
+        now = time.monotonic()
+        self.pace.add((self.phase, self.kind), now - self.last)
+        if self.phase == WAITING:
+            self.kind = frozenset()
+        if phase in EXTRA:
+            self.kind |= {phase}
+        self.phase, self.step, self.last = phase, step, now
+        self.limit = self.pace.limit((phase, self.kind))
+        self._mark()
+        if now - self.armed > 1.0:
+            self._arm()
+
+    def close(self) -> None:
+        """The worker is done: it has nothing more to say, and nobody waits for it but Ray."""
+        self.closed.set()
+        faulthandler.cancel_dump_traceback_later()
+        self.phase = DONE
+        self._mark()
+        os.close(self.fd)
+        self.file.close()
+
+    def _mark(self) -> None:
+        self.number += 1
+        mark = {"rank": self.rank, "attempt": self.attempt, "pid": os.getpid(), "born": self.born, "host": socket.gethostname(),
+                "step": self.step, "phase": self.phase, "number": self.number, "limit": round(self.limit, 1)}
+        os.pwrite(self.fd, json.dumps(mark).encode().ljust(MARK_BYTES), 0)
+
+    def _arm(self) -> None:
+        """Behind the thread stands one that needs no interpreter: whoever hangs may hold its lock."""
+        self.armed = time.monotonic()
+        faulthandler.dump_traceback_later(self.limit + 10, exit=True, file=self.file)
+
+    def _watch(self) -> None:
+        while not self.closed.wait(self.poll_s):
+            if time.monotonic() - self.last > self.limit:
+                self._end()
+
+    def _end(self) -> None:
+        """Leave the stacks, look into neighbours that cannot do so themselves, and end."""
+        print(f"step {self.step + 1}: {self.phase} takes longer than {self.limit:.0f} s", file=self.file, flush=True)
+        faulthandler.dump_traceback(self.file, all_threads=True)
+        self.file.flush()
+        time.sleep(2 * self.poll_s)  # who can speak for himself has done so by now
+        for mark in marks(self.run_dir):
+            if mark["rank"] != self.rank and mark["phase"] not in (WAITING, DONE):
+                end_stuck(self.run_dir, mark)
+        os._exit(EXIT_HUNG)
+
+
+def marks(run_dir: Path) -> list[dict[str, Any]]:
+    """Where each worker was last seen, by rank; `age` in seconds by this machine's clock."""
+    found = []
+    for file in sorted((Path(run_dir) / ".ranks").glob("rank-*")):
+        with contextlib.suppress(OSError, ValueError):
+            found.append({**json.loads(file.read_text("utf-8")), "age": time.time() - file.stat().st_mtime})
+    return sorted(found, key=lambda mark: mark["rank"])
+
+
+def is_here(mark: dict[str, Any]) -> bool:
+    """Whether the process of a mark lives on this machine."""
+    return mark["host"] == socket.gethostname() and mark["born"] is not None and _born(mark["pid"]) == mark["born"]
+
+
+def end_stuck(run_dir: Path, mark: dict[str, Any]) -> None:
+    """Note what a stuck worker of this machine is doing, and kill it. A process that is stopped takes no other signal."""
+    if not is_here(mark):
+        return
+    file = Path(run_dir) / f"hang-rank{mark['rank']}.txt"
+    if not file.exists() or not file.stat().st_size:
+        file.write_text(f"process {mark['pid']} is {_status(mark['pid'])} in {mark['phase']} of step {mark['step'] + 1}\n"
+                        f"{_look_into(mark['pid'])}", "utf-8")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(mark["pid"], signal.SIGKILL)
+
+
+def report(run_dir: Path) -> str | None:
+    """The verdict on a hang that ended an attempt: noted as an event, its stacks put away. None: there was none.
+
+    Called where no worker runs: by the next attempt before it begins, or by the driver at the end.
+    """
+    files = sorted(Path(run_dir).glob("hang-rank*.txt"))
+    stacks = [file for file in files if file.stat().st_size]
+    message = None
+    if stacks:
+        seen = marks(run_dir)
+        number = 1 + max((int(d.name) for d in (Path(run_dir) / "hangs").glob("[0-9]*")), default=0)
+        folder = Path(run_dir) / "hangs" / f"{number:04d}"
+        folder.mkdir(parents=True)
+        for file in stacks:
+            shutil.move(file, folder / file.name)
+        message = f"{verdict(seen)}; the stacks are in {folder}"
+        events.note(run_dir, "hang", message, marks=[{k: v for k, v in m.items() if k != "age"} for m in seen])
+    for file in files:
+        file.unlink(missing_ok=True)
+    return message
+
+
+def verdict(seen: list[dict[str, Any]]) -> str:
+    """Who hung, out of where each worker was last seen: those who waited for nobody."""
+    stuck = [m for m in seen if m["phase"] not in (WAITING, DONE)]
+    behind = [m for m in stuck if m["step"] == min(s["step"] for s in stuck)]
+    if not behind:
+        return "every worker waited for the others: the network between them is suspect"
+    return "; ".join(f"rank {m['rank']} (process {m['pid']} on {m['host']}) hung in {m['phase']} of step {m['step'] + 1}, "
+                     f"longer than {m['limit']:.0f} s" for m in behind)
+
+
+def _look_into(pid: int) -> str:
+    """A process's Python stacks from outside, where this machine allows it."""
+    tool = shutil.which("py-spy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if tool is None:
+        return "no py-spy on this machine to look into it\n"
+    try:
+        done = subprocess.run([tool, "dump", "--nonblocking", "--pid", str(pid)], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"py-spy: {error}\n"
+    return done.stdout or f"py-spy: {done.stderr}"
+
+
+def _status(pid: int) -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{pid}/status").read_text("utf-8").splitlines()
+        return next(line.partition("(")[2].rstrip(")") for line in lines if line.startswith("State:"))
+    return "in an unknown state"
+
+
+def _born(pid: int) -> str | None:
+    """When the process began: numbers of processes are used again."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None

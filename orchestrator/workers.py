@@ -1,0 +1,126 @@
+"""Ray Train around the training loop: keeps the workers of one run going to its end.
+
+Eats an experiment and the folders of its run and its tokens; yields a run that ended or an error that says why not.
+Ray restarts dead workers; where they go on is ours to say (`latest_valid()`), and Ray is handed no checkpoint. Its
+words are translated here, once: world_rank is our rank, ScalingConfig's worker is our worker.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import traceback
+import uuid
+from pathlib import Path
+from typing import Any
+
+from orchestrator import checkpoint, events, lease, memory, stopping, watchdog
+from orchestrator.config import Experiment, parse_experiment
+from orchestrator.errors import UserError
+from orchestrator.launch import COLLECTIVE_TIMEOUT_S, Layout, worker_environment
+from orchestrator.numerics import Worker, agree
+from orchestrator.runs import write_text
+from orchestrator.training import Run
+from orchestrator.watchdog import Watchdog
+
+PATIENCE = 3  # attempts in a row that may end where they began, before a fault is taken for a bug
+WRITER_WAIT_S = 60
+
+
+def fit(experiment: Experiment, run_dir: Path, data_dir: Path, asked: Layout) -> None:
+    """Train to the end on Ray Train, restarting dead workers for as long as restarts get anywhere.
+
+    Returns when the workers are done, also where the run stopped itself (see `stopped.json`). Raises Ray's error where
+    they could not be run.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    launch = uuid.uuid4().hex[:8]
+    scratch = run_dir / ".ray"  # Ray's own snapshot of the run: a convenience of this attempt, never the truth
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"experiment": experiment.model_dump(), "run_dir": str(run_dir), "data_dir": str(data_dir),
+                           "cpus": asked.cpus_per_worker, "launch": launch},
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(num_workers=asked.num_workers, use_gpu=asked.use_gpu,
+                                     resources_per_worker={"CPU": asked.cpus_per_worker, **({"GPU": 1} if asked.use_gpu else {})}),
+        run_config=RunConfig(name=launch, storage_path=str(scratch), failure_config=FailureConfig(max_failures=-1),
+                             worker_runtime_env={"env_vars": worker_environment()}),
+    )
+    try:
+        trainer.fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What each of Ray's workers runs."""
+    import ray.train
+    import ray.train.torch
+
+    context, run_dir = ray.train.get_context(), Path(config["run_dir"])
+    if (run_dir / "stopped.json").exists():
+        return  # an earlier attempt of this launch found that going on is of no use
+    place = Worker(context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device()), config["cpus"])
+    # The worker of a driver that was killed may live a little longer than it: nobody writes beside it.
+    with lease.held(run_dir, lease.WRITER, WRITER_WAIT_S) if place.is_main else contextlib.nullcontext():
+        number = _begin_attempt(run_dir, config["launch"], place.world_size) if place.is_main else 0
+        worker = Worker(place.rank, place.world_size, place.device, place.cpus, agree(number, place))
+        try:
+            _train(parse_experiment(config["experiment"], "experiment"), run_dir, Path(config["data_dir"]), worker)
+        except Exception as error:
+            _record_failure(run_dir, worker.rank, error)
+            raise
+
+
+def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker) -> None:
+    """The loop, watched."""
+    dog = Watchdog(run_dir, worker, experiment.compute.hang_after_s)
+    bell = stopping.Bell(run_dir) if worker.is_main else None
+    run = None
+    try:
+        run = Run(experiment, run_dir, data_dir, worker, stop_asked=bell or (lambda: False), beat=dog.beat)
+        for _ in run:
+            pass
+    except Exception as error:
+        if memory.is_exhausted(error):
+            raise UserError(memory.advice(experiment, worker, run, error)) from error
+        raise
+    finally:
+        dog.close()
+        if bell:
+            bell.close()
+
+
+def _begin_attempt(run_dir: Path, launch: str, world_size: int) -> int:
+    """Note in `attempts.jsonl` where this attempt begins; returns its number, counted from 1 over the whole run.
+
+    Where too many attempts of this launch began at one step, end the run instead: restarts get nowhere.
+    """
+    watchdog.report(run_dir)
+    file = run_dir / "attempts.jsonl"
+    earlier = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    step = max(checkpoint.steps(run_dir / "checkpoints"), default=0)
+    if [a["step"] for a in earlier if a["launch"] == launch][-PATIENCE:] == [step] * PATIENCE:
+        last = "\n".join(f.read_text("utf-8") for f in sorted(run_dir.glob("failure-rank*.txt")))
+        reason = f"{PATIENCE} attempts in a row failed between step {step} and the next checkpoint"
+        _stop(run_dir, f"{reason}; the last one:\n{last}" if last else f"{reason}: workers died without a word", False)
+        raise RuntimeError(reason)
+    if any(a["launch"] == launch for a in earlier):
+        events.note(run_dir, "restart", f"attempt {len(earlier) + 1} begins at step {step}: a worker of the one before it died",
+                    step=step)
+    with open(file, "a", encoding="utf-8") as out:
+        out.write(json.dumps({"launch": launch, "step": step, "workers": world_size, "pid": os.getpid()}) + "\n")
+    return len(earlier) + 1
+
+
+def _record_failure(run_dir: Path, rank: int, error: Exception) -> None:
+    """Keep the traceback where the driver finds it, and end the run where it is the user's to mend."""
+    write_text(run_dir / f"failure-rank{rank}.txt", "".join(traceback.format_exception(error)))
+    if isinstance(error, UserError):
+        _stop(run_dir, str(error), True)
+
+
+def _stop(run_dir: Path, reason: str, user: bool) -> None:
+    write_text(run_dir / "stopped.json", json.dumps({"reason": reason, "user": user}, indent=1))

@@ -50,9 +50,7 @@ class Journal:
             keep += [line if stays == record else json.dumps(stays).encode()] if stays else []
             aside += [line] if stays != record else []
         if aside:
-            taken = [int(path.stem.rpartition("-")[2]) for path in aside_files(self.path.parent)]
-            number = max(taken, default=-1) + 1
-            _write(self.path.with_name(f"metrics.aside-{number:04d}.jsonl"), aside)
+            _write(self.path.with_name(f"metrics.aside-{generation(self.path.parent):04d}.jsonl"), aside)
         if self.path.exists():
             _write(self.path, keep)
         return len(aside)
@@ -116,7 +114,17 @@ class Tail:
 
 def aside_files(run_dir: Path) -> list[Path]:
     """Files of lines that resumes moved aside, oldest first."""
-    return sorted(Path(run_dir).glob("metrics.aside-*.jsonl"))
+    return sorted(Path(run_dir).glob("metrics.aside-*.jsonl"), key=number_of)
+
+
+def number_of(aside: Path) -> int:
+    """The number in the name of an aside file."""
+    return int(aside.stem.rpartition("-")[2])
+
+
+def generation(run_dir: Path) -> int:
+    """One more than the last aside's number: how often lines were moved aside, as long as nobody deletes the last."""
+    return max(map(number_of, aside_files(run_dir)), default=-1) + 1
 
 
 def _whole_lines(path: Path) -> list[bytes]:

@@ -24,43 +24,61 @@ Row = tuple[str, float, int, int]
 
 
 # ---- the curve ----
-def history(run_dir: Path) -> list[dict[str, Any]]:
-    """The journal as MLflow has to see it: of each step the first line ever written, by rising step.
-
-    A step made again after a resume has the same losses and a later timestamp; its first line may have been sent.
-    """
-    first: dict[int, dict[str, Any]] = {}
-    current = journal.read(run_dir)  # before the asides: what moves meanwhile is then seen twice, not never
-    moved = [json.loads(line) for file in journal.aside_files(run_dir) for line in file.read_text("utf-8").splitlines()]
-    for record in [*moved, *current]:
-        first.setdefault(record["step"], record)
-    return [first[step] for step in sorted(first)]
-
-
 class Lines:
-    """Lines above `sent_step`, read once each; a resume (new file, new aside) makes it read everything again."""
+    """The rows that are still to be sent, read once each; a resume (new file, new aside) makes it read everything again.
+
+    Of each (key, step) the first value ever written counts, for it may have been sent, and what is made again has a later
+    time. So the lines that resumes moved aside go first, and then the journal's from the step to which the resume went
+    back, less what an aside holds. `sent_step` counts in the journal as it was after `asides` resumes.
+    """
 
     def __init__(self, run_dir: Path):
-        self.run_dir, self.tail, self.asides, self.waiting = run_dir, journal.Tail(run_dir), None, []
+        self.run_dir, self.tail, self.generation, self.last = run_dir, journal.Tail(run_dir), None, -1
+        self.waiting: list[tuple[dict[str, int], list[Row]]] = []  # (what the state is once they are accepted, rows of a line)
+        self.taken: set[tuple[str, int]] = set()  # (key, step) of rows that an aside holds
+        self.moved: set[tuple[int, int]] = set()  # (step, timestamp) of lines that an aside holds
 
-    def refresh(self, sent_step: int) -> None:
-        inode, new, asides = self.tail.inode, self.tail.poll(), len(journal.aside_files(self.run_dir))
-        if (inode, self.asides) != (self.tail.inode, asides):
-            self.waiting, new, self.asides = [], history(self.run_dir), asides
+    def refresh(self, state: dict[str, Any]) -> None:
+        """Read what is new; `state` is tracking.json's."""
+        inode, new = self.tail.inode, self.tail.poll()
+        if (inode, self.generation) != (self.tail.inode, journal.generation(self.run_dir)):
+            new = self._begin_again(state)
         for record in new:
-            if record["step"] > (self.waiting[-1]["step"] if self.waiting else sent_step):
-                self.waiting.append(record)
+            # A line that stands in both files will go in this moment, or was cut: its step may be made again, with more keys.
+            if record["step"] > self.last and (record["step"], record["timestamp"]) not in self.moved:
+                self.last = record["step"]
+                self.waiting.append(({"sent_step": self.last}, self._first(record)))
 
-    def batches(self) -> Iterator[tuple[int, list[Row]]]:
-        """(last step, rows up to it); a batch leaves once the caller comes back for the next."""
+    def _begin_again(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        """Queue the asides that are new; returns the journal's lines."""
+        current = journal.read(self.run_dir)  # before the asides: what moves meanwhile is then seen twice, not never
+        self.waiting, self.taken, self.moved, self.last = [], set(), set(), state["sent_step"]
+        self.generation, known = 0, state["asides"]
+        for file in journal.aside_files(self.run_dir):
+            self.generation = journal.number_of(file) + 1
+            for record in (json.loads(line) for line in file.read_text("utf-8").splitlines()):
+                rows = self._first(record)
+                self.moved.add((record["step"], record["timestamp"]))
+                self.taken |= {(key, step) for key, _, _, step in rows}
+                if self.generation > known:
+                    self.last = min(self.last, record["step"] - 1)
+                    self.waiting.append(({}, rows))
+        if self.generation != known:
+            self.waiting.append(({"asides": self.generation, "sent_step": self.last}, []))
+        return current
+
+    def _first(self, record: dict[str, Any]) -> list[Row]:
+        return [row for row in rows_of(record) if (row[0], row[3]) not in self.taken]
+
+    def batches(self) -> Iterator[tuple[dict[str, int], list[Row]]]:
+        """(what the state is then, rows of whole lines); a batch leaves once the caller comes back for the next."""
         while self.waiting:
-            rows, count = [], 0
-            for record in self.waiting:
-                more = rows_of(record)
+            mark, rows, count = {}, [], 0
+            for then, more in self.waiting:
                 if rows and len(rows) + len(more) > BATCH:
                     break
-                rows, count = rows + more, count + 1
-            yield self.waiting[count - 1]["step"], rows
+                mark, rows, count = mark | then, rows + more, count + 1
+            yield mark, rows
             del self.waiting[:count]
 
 
@@ -72,8 +90,12 @@ def rows_of(record: dict[str, Any]) -> list[Row]:
 
 def losses(run_dir: Path, step: int) -> list[Row]:
     """The losses logged at `step`, as the very rows of the curve."""
-    return [row for record in history(run_dir) if record["step"] == step for row in rows_of(record)
-            if row[0] in MARKED]
+    current = journal.read(run_dir)
+    moved = [json.loads(line) for file in journal.aside_files(run_dir) for line in file.read_text("utf-8").splitlines()]
+    first: dict[str, Row] = {}
+    for row in (row for record in [*moved, *current] if record["step"] == step for row in rows_of(record)):
+        first.setdefault(row[0], row)
+    return [row for key, row in first.items() if key in MARKED]
 
 
 # ---- the rest ----
@@ -180,7 +202,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def blank_state(uri: str, key: str | None, experiment: str) -> dict[str, Any]:
     """Nothing was sent yet. `sent_step` is below step 0, the evaluation before training."""
     return {"uri": uri, "key": key, "experiment": experiment, "experiment_id": None, "run_id": None, "sent_step": -1,
-            "checkpoints": {}, "samples": {}, "documents": {}}
+            "asides": 0, "checkpoints": {}, "samples": {}, "documents": {}}
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from orchestrator import outbox
+from orchestrator import attachments, outbox
 from orchestrator.provenance import redact_text
 from orchestrator.sender import Ending, RefusedError
 from orchestrator.stores import PARENT_TAG, first, hits, sweep_url, sweep_view, whole
@@ -74,7 +74,8 @@ class _Sweep(Projection):
             self.save()
 
     def send_documents(self) -> None:
-        send_changed(self, [*(self.run_dir / name for name in DOCUMENTS), *sorted((self.run_dir / "figures").glob("*.png"))])
+        pictures = sorted((self.run_dir / "figures").glob("*.png"))
+        attachments.send_changed(self, [*(self.run_dir / name for name in DOCUMENTS), *pictures])
 
     # ---- its trials ----
     def send_trials(self, default: str | None) -> None:
@@ -179,8 +180,9 @@ class _Trial(Projection):
         self.send_status()
         if outbox.status(self.run_dir):  # until then its checkpoints are those of a stage that it shares
             self.send_checkpoints()
-        self.send_samples(dict(list(outbox.samples(self.run_dir).items())[-1:]))  # the last one: there are many trials
-        send_changed(self, [self.run_dir / name for name in TRIAL_DOCUMENTS])
+        samples = list(outbox.samples(self.run_dir).items())
+        attachments.send_samples(self, dict(samples[-1:]))  # the last one: there are many trials
+        attachments.send_changed(self, [self.run_dir / name for name in TRIAL_DOCUMENTS])
         self.state["mark"] = self.mark  # what changed since it was taken changes it again
         self.save()
 
@@ -195,17 +197,3 @@ class _Trial(Projection):
             self.client.update_run(info.run_id, status="RUNNING")
         elif self.status in outbox.STATUSES and (info.status, info.end_time) != (self.status, ended or info.end_time):
             self.client.set_terminated(info.run_id, self.status, ended)
-
-
-def send_changed(image: Projection, files: list[Path]) -> None:
-    """Those documents and figures that are not as they were sent; a second time they replace the first."""
-    for path, mark in outbox.marked(files).items():
-        name = path.relative_to(image.run_dir).as_posix()
-        if image.state["documents"].get(name) == mark:
-            continue
-        if path.suffix == ".png":
-            image.client.log_artifact(image.state["run_id"], str(path), path.parent.name)
-        else:
-            image.client.log_text(image.state["run_id"], redact_text(path.read_text("utf-8")), name)
-        image.state["documents"][name] = mark
-        image.save()

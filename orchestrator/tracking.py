@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestrator import figures, journal, outbox
+from orchestrator import attachments, outbox
 from orchestrator.provenance import redact_text
 from orchestrator.sender import Ending, GivenUpError, RefusedError, Sender
 from orchestrator.stores import first, local_path, quieten, resolve_uri, run_url, whole  # noqa: F401 - resolve_uri: our callers'
@@ -100,7 +100,8 @@ class Projection:
         self.lines, self.client, self.run, self.told = outbox.Lines(run_dir), None, None, None
         self.facts, self.state = outbox.read_json(run_dir / "run.json"), outbox.read_json(run_dir / STATE)
         if (self.state.get("uri"), self.state.get("key")) != (redact_text(uri), self.facts.get("key")):
-            self.state = self._blank()  # another server, or another run under the same name
+            self.state = {}  # another server, or another run under the same name
+        self.state = self._blank() | self.state
 
     def _blank(self) -> dict[str, Any]:
         return outbox.blank_state(redact_text(self.uri), self.facts.get("key"), self.experiment_name)
@@ -119,9 +120,14 @@ class Projection:
         if ending and ending.status:
             self.client.set_terminated(self.state["run_id"], ending.status, outbox.ended_ms(self.run_dir))
         self.send_checkpoints()
-        self.send_samples(outbox.samples(self.run_dir))
+        attachments.send_samples(self, outbox.samples(self.run_dir))
+        attachments.send_events(self)
+        attachments.send_replays(self)
         if ending:
             self.send_documents()
+
+    def send_documents(self) -> None:
+        attachments.send_documents(self)
 
     # ---- the run ----
     def attach(self, reopen: bool) -> None:
@@ -184,11 +190,14 @@ class Projection:
     def send_metrics(self) -> None:
         from mlflow.entities import Metric
 
-        self.lines.refresh(self.state["sent_step"])
-        for last_step, rows in self.lines.batches():
+        self.lines.refresh(self.state)
+        for mark, rows in self.lines.batches():
             if rows:
                 self.client.log_batch(self.state["run_id"], metrics=[Metric(*row) for row in rows])
-            self.state["sent_step"] = last_step
+            self.state |= mark
+            if "asides" in mark:  # a resume went back: losses that a checkpoint's step lacked may come
+                for name, known in self.state["checkpoints"].items():
+                    known["measured"] &= outbox.step_of(name) <= self.state["sent_step"]
             self.save()
 
     # ---- its facts ----
@@ -277,21 +286,3 @@ class Projection:
             self.client.log_batch(run_id, metrics=[Metric(*row, **links) for row in rows])
         known["measured"] = True
         self.save()
-
-    # ---- its files ----
-    def send_samples(self, found: dict[Path, str]) -> None:
-        for path, mark in found.items():
-            if self.state["samples"].get(path.name) != mark:
-                self.client.log_artifact(self.state["run_id"], str(path), "samples")
-                self.state["samples"][path.name] = mark
-                self.save()
-
-    def send_documents(self) -> None:
-        """The experiment, the summary and the figures; a second time they replace the first."""
-        run_id, records = self.state["run_id"], journal.read(self.run_dir)
-        for path in outbox.marked(self.run_dir / name for name in ("experiment.yaml", "summary.json")):
-            self.client.log_text(run_id, redact_text(path.read_text("utf-8")), path.name)
-        if records:
-            self.client.log_figure(run_id, figures.loss_curve(records), "figures/loss.png")
-            lrs = figures.points(records, "optim/lr")
-            self.client.log_figure(run_id, figures.schedule_curve(lrs), "figures/schedule.png")

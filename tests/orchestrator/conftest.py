@@ -1,5 +1,9 @@
-"""What the tests of sweeps share: a small experiment, and a way to run its tree in this process, one stage at a time."""
+"""What the tests of sweeps share: a small experiment, and a way to run its tree in this process, one stage at a time.
 
+And those of tracking: an embedded store.
+"""
+
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,3 +89,19 @@ def sweeps(tiny_dataset, tmp_path, lone_runs):
         return {"step": last.name, "weights": digest, "parts": parts, "curve": exact(journal.read(run_dir))}
 
     return SimpleNamespace(load=load, open=open_, run=run, alone=alone, outcome=outcome, folder=tmp_path, small=SMALL)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """The database of one embedded store for the module: its schema takes seconds to create."""
+    return tmp_path_factory.mktemp("storage") / "mlflow" / "mlflow.db"
+
+
+@pytest.fixture
+def uri(store, monkeypatch, tmp_path):
+    """The store's URI; the test runs in an empty folder, and must leave it so."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield f"sqlite:///{store}"
+    assert os.listdir(folder) == []

@@ -19,25 +19,10 @@ from orchestrator.errors import UserError
 from orchestrator.stores import sweep_url
 from orchestrator.sweep_tracking import SweepTracker, replay
 from pipelines import replay_metrics
+from tests.helpers.tracked import client, expected, rows, sent_step, wait_for
 
 EXPERIMENT = "sweeps"
 PARENT = "mlflow.parentRunId"
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """One embedded store for the module: its schema takes seconds to create."""
-    return tmp_path_factory.mktemp("storage") / "mlflow" / "mlflow.db"
-
-
-@pytest.fixture
-def uri(store, monkeypatch, tmp_path):
-    """The store's URI; the test runs in an empty folder, and must leave it so."""
-    folder = tmp_path / "cwd"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    yield f"sqlite:///{store}"
-    assert os.listdir(folder) == []
 
 
 def put(path, text):
@@ -106,12 +91,6 @@ def send(sweep, uri, status="FINISHED"):
     return tracker
 
 
-def client(uri):
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
-
-
 def children(uri, tracker):
     """`{trial: MLflow's run}` of the sweep."""
     mlflow = client(uri)
@@ -123,19 +102,6 @@ def children(uri, tracker):
 
 def statuses(uri, tracker):
     return {name: run.info.status for name, run in children(uri, tracker).items()}
-
-
-def rows(store, folder):
-    """What the database has of a folder's run."""
-    run_id = json.loads((folder / "tracking.json").read_text())["run_id"]
-    with sqlite3.connect(store) as db:
-        return db.execute("SELECT key, step, value, timestamp FROM metrics WHERE run_uuid = ? ORDER BY key, step",
-                          (run_id,)).fetchall()
-
-
-def expected(folder):
-    return sorted((key, step, value, when) for record in outbox.history(folder)
-                  for key, value, when, step in outbox.rows_of(record))
 
 
 def counts(store):
@@ -368,23 +334,9 @@ def test_another_store_gets_everything(sweep, uri, tmp_path):
 def test_lines_of_a_curve_that_was_written_again_longer_come_once(sweep):
     folder = sweep / "trials" / "a"
     lines = outbox.Lines(folder)
-    lines.refresh(-1)
-    assert [step for step, _ in lines.batches()] == [100]
+    lines.refresh({"sent_step": -1, "asides": 0})
+    assert [mark for mark, _ in lines.batches()] == [{"sent_step": 100}]
     for steps in (100, 150, 150, 300):
         put_curve(folder, steps)
-        lines.refresh(100)
-    assert [record["step"] for record in lines.waiting] == list(range(110, 301, 10))
-
-
-def sent_step(folder):
-    try:
-        return json.loads((folder / "tracking.json").read_text())["sent_step"]
-    except FileNotFoundError:
-        return -1
-
-
-def wait_for(condition, seconds=30, pause=0.05):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(pause)
+        lines.refresh({"sent_step": 100, "asides": 0})
+    assert [mark["sent_step"] for mark, _ in lines.waiting] == list(range(110, 301, 10))

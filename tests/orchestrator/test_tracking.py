@@ -5,39 +5,21 @@ A real MLflow throughout; what is compared are the rows of its database.
 
 import json
 import logging
-import os
 import signal
-import sqlite3
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 
 from orchestrator.errors import UserError
 from orchestrator.journal import Journal
-from orchestrator.outbox import BATCH, Lines, history
+from orchestrator.outbox import BATCH, Lines
 from orchestrator.stores import resolve_uri, run_url
 from orchestrator.tracking import Tracker, replay
+from tests.helpers.tracked import client, expected, log, rows, sent_step, wait_for
 
 EXPERIMENT = "tests"
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """One embedded store for the module: its schema takes seconds to create."""
-    return tmp_path_factory.mktemp("storage") / "mlflow" / "mlflow.db"
-
-
-@pytest.fixture
-def uri(store, monkeypatch, tmp_path):
-    """The store's URI; the test runs in an empty folder, and must leave it so."""
-    folder = tmp_path / "cwd"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    yield f"sqlite:///{store}"
-    assert os.listdir(folder) == []
 
 
 def make_run(folder, key, **facts):
@@ -64,11 +46,6 @@ def run_dir(tmp_path, request):
     return make_run(tmp_path / "runs" / "demo", request.node.name)
 
 
-def log(run_dir, steps, **more):
-    for step in steps:
-        Journal(run_dir).append(step, {"train/loss": 5 - step / 1000, "optim/lr": 1e-3, **more})
-
-
 def commit(run_dir, step, content="{}"):
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,31 +53,11 @@ def commit(run_dir, step, content="{}"):
     return folder
 
 
-def rows(store, run_id, query="SELECT key, step, value, timestamp FROM metrics WHERE run_uuid = ? ORDER BY key, step"):
-    with sqlite3.connect(store) as db:
-        return db.execute(query, (run_id,)).fetchall()
-
-
-def expected(run_dir):
-    return sorted(
-        (k, r["step"], v, r["timestamp"])
-        for r in history(run_dir)
-        for k, v in r.items()
-        if k not in ("step", "timestamp")
-    )
-
-
 def send(run_dir, uri, status="FINISHED"):
     tracker = Tracker(run_dir, uri, EXPERIMENT)
     tracker.start()
     assert tracker.finish(status, 60)
     return tracker
-
-
-def client(uri):
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
 
 
 def test_projection_is_complete(run_dir, store, uri):
@@ -248,16 +205,16 @@ def test_what_is_not_finite_is_not_sent(run_dir, store, uri):
 
 def test_batches_hold_whole_lines_and_leave_only_when_accepted(run_dir):
     log(run_dir, range(1200))
-    lines = Lines(run_dir)
-    lines.refresh(-1)
-    step, sent = next(lines.batches())
-    assert (step, len(sent)) == (BATCH // 2 - 1, BATCH)
-    assert next(lines.batches()) == (step, sent)
-    lines.refresh(-1)
-    assert [s for s, _ in lines.batches()] == [499, 999, 1199]
+    lines, nothing = Lines(run_dir), {"sent_step": -1, "asides": 0}
+    lines.refresh(nothing)
+    mark, sent = next(lines.batches())
+    assert (mark, len(sent)) == ({"sent_step": BATCH // 2 - 1}, BATCH)
+    assert next(lines.batches()) == (mark, sent)
+    lines.refresh(nothing)
+    assert [mark["sent_step"] for mark, _ in lines.batches()] == [499, 999, 1199]
     log(run_dir, [1200])
-    lines.refresh(1199)
-    assert [s for s, _ in lines.batches()] == [1200]
+    lines.refresh({"sent_step": 1199, "asides": 0})
+    assert [mark for mark, _ in lines.batches()] == [{"sent_step": 1200}]
 
 
 def test_uris(tmp_path, monkeypatch):
@@ -275,17 +232,3 @@ def test_uris(tmp_path, monkeypatch):
     assert run_url("https://me:pw@host/x", "7", "r") == (
         "https://host/x/#/experiments/7/runs/r/model-metrics?workflowType=machine_learning"
     )
-
-
-def sent_step(run_dir):
-    try:
-        return json.loads((run_dir / "tracking.json").read_text())["sent_step"]
-    except FileNotFoundError:
-        return -1
-
-
-def wait_for(condition, seconds=30, pause=0.05):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(pause)

@@ -1,0 +1,58 @@
+"""What the tests of tracking ask of a run's folder and of MLflow's database, and how they wait."""
+
+import json
+import math
+import sqlite3
+import time
+
+
+def log(run_dir, steps, **more):
+    """Lines of a curve; a step made again has the same values."""
+    from orchestrator.journal import Journal
+
+    for step in steps:
+        Journal(run_dir).append(step, {"train/loss": 5 - step / 1000, "optim/lr": 1e-3, **more})
+
+
+def expected(run_dir):
+    """(key, step, value, timestamp) that MLflow has to hold: of each key and step what was written first, in whatever file."""
+    first = {}
+    for file in [*sorted(run_dir.glob("metrics.aside-*.jsonl")), run_dir / "metrics.jsonl"]:
+        for line in map(json.loads, file.read_text().splitlines()):
+            for key in line.keys() - {"step", "timestamp"}:
+                if math.isfinite(line[key]):
+                    first.setdefault((key, line["step"]), (line[key], line["timestamp"]))
+    return sorted((*where, *what) for where, what in first.items())
+
+
+def curve(run_dir):
+    """(key, step, value) of the journal alone."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return sorted((key, line["step"], line[key]) for line in lines for key in line.keys() - {"step", "timestamp"})
+
+
+def rows(database, run, query="SELECT key, step, value, timestamp FROM metrics WHERE run_uuid = ? ORDER BY key, step"):
+    """What MLflow's database has of a run, given by its id or its folder."""
+    run_id = run if isinstance(run, str) else json.loads((run / "tracking.json").read_text())["run_id"]
+    with sqlite3.connect(database) as db:
+        return db.execute(query, (run_id,)).fetchall()
+
+
+def client(uri):
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def sent_step(run_dir):
+    try:
+        return json.loads((run_dir / "tracking.json").read_text())["sent_step"]
+    except FileNotFoundError:
+        return -1
+
+
+def wait_for(condition, seconds=30, pause=0.05):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(pause)

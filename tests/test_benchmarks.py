@@ -1,4 +1,4 @@
-"""The pure parts of the benchmarks of sweeps: what they sweep, and the rules that they replay. Nothing here is timed."""
+"""The pure parts of the benchmarks: what they sweep, the rules that they replay, their tables. Nothing here is timed."""
 
 import itertools
 import math
@@ -18,6 +18,7 @@ from orchestrator.stages import Trial, grow
 REPO = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPO / "benchmarks"))  # scripts, as they are when one of them is run
 
+import checkpoint as checkpoint_bench  # noqa: E402
 import stage_overhead  # noqa: E402
 import stopping  # noqa: E402
 import sweep as bench  # noqa: E402
@@ -184,3 +185,22 @@ def test_a_table_is_markdown_and_its_columns_fit(grid):
     assert stopping.correlations({1: made}, 90) == [["0.001", "-1.00"], ["0.003", "-1.00"], ["0.01", "-1.00"]]
     lines = bench.markdown(["a", "b"], [[1, "x"], [2, "y"]]).splitlines()
     assert lines == ["| a | b |", "|---|---|", "| 1 | x |", "| 2 | y |"]
+
+
+# ---- the cost of a checkpoint ----
+def test_a_checkpoints_seconds_are_shares_of_the_synchronous_write_of_their_round():
+    seconds = {"torch.save": [3.0, 4.0], "synchronous": [2.0, 4.0], "pause": [0.1, 0.4], "both": [11.0, 14.0],
+               "alone": [10.0, 10.0]}
+    assert checkpoint_bench.rows(5, seconds) == [
+        ["torch.save and fsync, without a hash", "3.500", "1.250 (1.000 – 1.500)"],
+        ["synchronous: copied, written, hashed, committed", "3.000", "1.000 (1.000 – 1.000)"],
+        ["background: pause of training", "0.250", "0.075 (0.050 – 0.100)"],
+        ["background: cost to 5 steps of 2000 ms, pause included", "2.500", "0.750 (0.500 – 1.000)"]]
+
+
+def test_the_benchmark_of_checkpoints_writes_whole_states_and_leaves_nothing(tmp_path, capsys):
+    checkpoint_bench.main(["--config", "small", "--device", "cpu", "--rounds", "4", "--folder", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert "119,104 parameters, a state of 0.00 GB" in lines[0]
+    assert [line.split()[1] for line in lines[4:]] == ["torch.save", "synchronous:", "background:", "background:"]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,177 @@
+#!/usr/bin/env python3
+"""What a checkpoint costs training: the pause of a background write beside a synchronous one and torch.save, as ratios.
+
+    benchmarks/checkpoint.py [--config 124m|small] [--device cpu|cuda] [--rounds 7] [--folder WHERE_TO_WRITE]
+
+One state (weights and both moments), written in turns: by torch.save and an fsync (no hash, no commit); by our writer, waited
+for; and by our writer while training goes on. Of the last, `pause` is the time until `save` returns, and `cost` is how
+much longer the same steps take with the checkpoint than alone, pause and everything that the write takes from them included.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from model.gpt import GPT
+from orchestrator import state
+from orchestrator.config import Experiment, load_experiment
+from orchestrator.manifest import fsync
+from orchestrator.numerics import Worker, available_cpus, device_name, prepare_process
+from orchestrator.step import Step
+from orchestrator.writer import Writer
+
+VOCAB_SIZE = {"124m": 50304, "small": 256}
+SHAPES = {"124m": ["model.n_layer=12", "model.n_head=12", "model.n_embd=768", "model.block_size=1024"],
+          "small": ["model.n_layer=2", "model.n_head=2", "model.n_embd=64", "model.block_size=64"]}
+LR = 3e-4
+
+
+class Training:
+    """Steps of a model on random tokens."""
+
+    def __init__(self, experiment: Experiment, vocab_size: int, worker: Worker, tokens: int):
+        self.tokens = min(tokens, experiment.model.block_size)
+        prepare_process(experiment, worker)
+        self.experiment, self.worker, self.vocab_size = experiment, worker, vocab_size
+        self.state = state.build(experiment, GPT(experiment.gpt_config(vocab_size)), worker)
+        self.step, self.generator = Step(experiment, self.state), torch.Generator().manual_seed(1)
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step.gradient(self._batches())
+            self.step.update(LR)
+
+    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        size = self.experiment.train.micro_batch_size, self.tokens + 1
+        for _ in range(self.experiment.micro_batches):
+            tokens = torch.randint(self.vocab_size, size, generator=self.generator).to(self.worker.device)
+            yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        moments = {f"{name}/{key}": value for name, parameter in self.state.model.named_parameters()
+                   for key, value in self.state.optimizer.state[parameter].items()}
+        return {"model": dict(self.state.model.state_dict()), "optimizer": moments}
+
+
+class Race:
+    """The ways to write a state, in turns; seconds by name, a list of rounds each."""
+
+    def __init__(self, training: Training, writer: Writer, folder: Path):
+        self.training, self.writer, self.folder, self.number = training, writer, folder, 0
+
+    def warm_up(self) -> int:
+        """Fill the buffers and caches once; the number of steps that a write in the background lasts, and some more."""
+        self.training.run(2)
+        self.synchronous()
+        self.torch_save()
+        step_s = min(self._timed(lambda: self.training.run(1)) for _ in range(3))
+        return max(3, math.ceil(2 * self.synchronous() / step_s))
+
+    def torch_save(self) -> float:
+        def save() -> None:
+            torch.save(self.training.tensors(), self.folder / "state.pt")
+            fsync(self.folder / "state.pt")
+
+        seconds = self._timed(save)
+        (self.folder / "state.pt").unlink()
+        return seconds
+
+    def synchronous(self) -> float:
+        return self._timed(lambda: (self._save(), self.writer.wait()))
+
+    def beside(self, steps: int) -> tuple[float, float]:
+        """(until `save` returns, until the steps are made and the checkpoint is committed)."""
+        pause, _, both = self._laps(self._save, lambda: self.training.run(steps), self.writer.wait)
+        return pause, both
+
+    def alone(self, steps: int) -> float:
+        return self._timed(lambda: self.training.run(steps))
+
+    def run(self, rounds: int) -> tuple[int, dict[str, list[float]]]:
+        steps, seconds = self.warm_up(), {}
+        ways = {("torch.save",): lambda: [self.torch_save()], ("synchronous",): lambda: [self.synchronous()],
+                ("pause", "both"): lambda: self.beside(steps), ("alone",): lambda: [self.alone(steps)]}
+        for number in range(rounds):
+            order = list(ways)[number % 4 :] + list(ways)[: number % 4]
+            for names in order:
+                for name, value in zip(names, ways[names](), strict=True):
+                    seconds.setdefault(name, []).append(value)
+        return steps, seconds
+
+    def _save(self) -> None:
+        self.number += 1
+        self.writer.save(self.number, self.training.tensors(), {}, {})
+
+    def _timed(self, what: Callable[[], object]) -> float:
+        return self._laps(what)[0]
+
+    def _laps(self, *what: Callable[[], object]) -> list[float]:
+        """Seconds from now until each is done, one after the other."""
+        self._synchronize()
+        start, laps = time.perf_counter(), []
+        for part in what:
+            part()
+            self._synchronize()
+            laps.append(time.perf_counter() - start)
+        return laps
+
+    def _synchronize(self) -> None:
+        if self.training.worker.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+
+def rows(steps: int, seconds: dict[str, list[float]]) -> list[list[str]]:
+    """The table: what was measured, its seconds, and as a share of the synchronous write of the same round."""
+    def row(what: str, values: list[float]) -> list[str]:
+        shares = [a / b for a, b in zip(values, seconds["synchronous"], strict=True)]
+        return [what, f"{statistics.median(values):.3f}",
+                f"{statistics.median(shares):.3f} ({min(shares):.3f} – {max(shares):.3f})"]
+
+    cost = [both - alone for both, alone in zip(seconds["both"], seconds["alone"], strict=True)]
+    step_ms = statistics.median(seconds["alone"]) / steps * 1e3
+    return [row("torch.save and fsync, without a hash", seconds["torch.save"]),
+            row("synchronous: copied, written, hashed, committed", seconds["synchronous"]),
+            row("background: pause of training", seconds["pause"]),
+            row(f"background: cost to {steps} steps of {step_ms:.0f} ms, pause included", cost)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = _arguments(argv)
+    device = "cuda:0" if arguments.device == "cuda" else "cpu"
+    worker = Worker(device=device, cpus=arguments.threads or available_cpus())
+    size = arguments.micro_batch_size
+    experiment = load_experiment(None, [*SHAPES[arguments.config], f"train.micro_batch_size={size}",
+                                        f"train.global_batch_size={size}", "train.dtype=bfloat16", "train.compile=false"])
+    training = Training(experiment, VOCAB_SIZE[arguments.config], worker, arguments.tokens)
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="espalier-") as name, \
+            Writer(Path(name) / "checkpoints", 1, Path(name)) as writer:
+        steps, seconds = Race(training, writer, Path(name)).run(arguments.rounds)
+    total = sum(t.numel() * t.element_size() for group in training.tensors().values() for t in group.values())
+    print(f"{arguments.config}: {training.state.model.num_parameters():,} parameters, a state of {total / 1e9:.2f} GB; "
+          f"{size} × {training.tokens} tokens a step, {device_name(device)}, {worker.cpus} threads of "
+          f"{os.cpu_count()} CPUs, torch {torch.__version__}; medians of {arguments.rounds} rounds\n")
+    for cells in (["what", "s", "÷ synchronous, median (range)"], ["---"] * 3, *rows(steps, seconds)):
+        print(f"| {' | '.join(cells)} |")
+
+
+def _arguments(argv: list[str] | None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", choices=tuple(SHAPES), default="124m")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--micro-batch-size", type=int, default=1, help="sequences a step")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a sequence, at most the model's block_size")
+    parser.add_argument("--threads", type=int, default=None, help="torch threads; all CPUs")
+    parser.add_argument("--folder", type=Path, default=None, help="where to write; the folder of temporary files")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.errors import UserError
+from orchestrator.provenance import redact_text
 
 STDLIB = "builtin:stdlib"
 _NO_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -59,7 +60,7 @@ def resolve(corpus: str | list[str]) -> list[Source]:
         if source.path.suffix.lower() in _PACKED:
             raise UserError(f"data.corpus: {source.path} is compressed; unpack it first")
     if not any(source.size is None or source.size for source in sources):
-        raise UserError(f"data.corpus: {', '.join(entries)} holds no text (every file is empty)")
+        raise UserError(f"data.corpus: {redact_text(', '.join(entries))} holds no text (every file is empty)")
     return sources
 
 
@@ -95,12 +96,13 @@ def fetch(source: Source, progress: Callable[[str, int, int], None] = lambda *_:
                 done += len(block)
                 progress("downloading", done, total or done + 1)
         if digest.hexdigest() != source.sha256:
-            raise UserError(f"{source.url}: its SHA-256 is {digest.hexdigest()}, data.corpus says {source.sha256}; "
+            raise UserError(f"{redact_text(source.url)}: its SHA-256 is {digest.hexdigest()}, data.corpus says {source.sha256}; "
                             f"the file has changed or the download is broken")
         os.replace(temporary, source.path)
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-        raise UserError(f"{source.url}: cannot be downloaded ({getattr(error, 'reason', error)}); put the file at "
-                        f"{source.path}, or name a local copy in data.corpus") from error
+        reason = redact_text(str(getattr(error, "reason", error)))
+        raise UserError(f"{redact_text(source.url)}: cannot be downloaded ({reason}); put the file at {source.path}, or name "
+                        f"a local copy in data.corpus") from None
     finally:
         temporary.unlink(missing_ok=True)
     return replace(source, size=done)
@@ -168,8 +170,9 @@ def _download(entry: str) -> Source:
     parts = urllib.parse.urlsplit(entry)
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", parts.fragment)
     if not match:
-        raise UserError(f"data.corpus: '{entry}' needs its SHA-256, so that everyone trains on the same text: "
-                        f"{entry.split('#')[0]}#sha256=HEX, where `curl -L URL | sha256sum` prints HEX")
+        shown = redact_text(entry)
+        raise UserError(f"data.corpus: '{shown}' needs its SHA-256, so that everyone trains on the same text: "
+                        f"{shown.split('#')[0]}#sha256=HEX, where `curl -L URL | sha256sum` prints HEX")
     name, sha256 = _url_name(parts), match[1].lower()
     path = cache_folder() / f"{sha256[:16]}-{name}"
     size = path.stat().st_size if path.is_file() else None

@@ -28,8 +28,8 @@ def facts_of(experiment: Experiment, dataset: Manifest, script: str = "pipelines
     return {
         "params": redact({k: v for k, v in params.items() if v is not None}),
         "tags": redact(source_tags(sources, script, ray_job_id=launch.job_id())),
-        "dataset": {"name": f"{named} as {dataset.tokenizer['name']}", "digest": dataset.digest,
-                    "source": str(dataset.directory), **splits},
+        "dataset": redact({"name": f"{named} as {dataset.tokenizer['name']}", "digest": dataset.digest,
+                           "source": str(dataset.directory)}) | splits,
     }
 
 

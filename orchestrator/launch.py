@@ -9,9 +9,9 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator import local_ray
 from orchestrator.config import Experiment
 from orchestrator.errors import UserError
-from orchestrator.provenance import keep_token_private
 from orchestrator.runs import read_json
 
 PATIENCE = 3  # attempts in a row that may end where they began, before a fault is taken for a bug
@@ -55,8 +55,7 @@ def connect(environment: dict[str, str] | None = None) -> None:
         _probe(address)
         ray.init(**quiet)
     else:
-        ray.init(address="local", include_dashboard=False, **quiet)
-        keep_token_private()
+        local_ray.start(**quiet)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
 
 

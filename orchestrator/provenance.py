@@ -25,6 +25,7 @@ _SECRET_SHAPES = re.compile(
     r"|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+"
     r"|(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}", re.DOTALL)
 _USERINFO = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")
+_PARAMETER = re.compile(r"""(?P<head>[?&](?P<name>[^=&#\s]+)=)(?P<value>[^&#\s"']+)""")
 _ASSIGNMENT = re.compile(r"""(?P<head>(?P<quote>["']?)(?P<name>[A-Za-z_][\w.-]*)(?P=quote)\s*[=:]\s*)"""
                          r"""(?P<value>"[^"]*"|'[^']*'|[^\s&,;}"']+)""")
 
@@ -92,7 +93,18 @@ def redact_text(text: str) -> str:
     for value in _environment_secrets():
         text = text.replace(value, REDACTED)
     text = _SECRET_SHAPES.sub(REDACTED, _USERINFO.sub(REDACTED, text))
-    return _ASSIGNMENT.sub(lambda m: m["head"] + REDACTED if _names_secret(m["name"]) else m[0], text)
+    for rule in (_PARAMETER, _ASSIGNMENT):  # `https:` is an assignment too, and would have a whole query for its value
+        text = rule.sub(lambda m: m["head"] + REDACTED if _names_secret(m["name"]) else m[0], text)
+    return text
+
+
+def redact_addresses(tree: Any) -> Any:
+    """The same tree of dicts and lists, its addresses (`scheme://…`) without passwords and tokens."""
+    if isinstance(tree, dict):
+        return {key: redact_addresses(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [redact_addresses(value) for value in tree]
+    return redact_text(tree) if isinstance(tree, str) and "://" in tree else tree
 
 
 def _redact_value(value: Any) -> Any:

@@ -19,6 +19,7 @@ from orchestrator.dimensions import dimension, draw
 from orchestrator.errors import UserError
 from orchestrator.overrides import read_tree
 from orchestrator.plain_yaml import write_yaml
+from orchestrator.provenance import redact_addresses
 from orchestrator.space_checks import LONGEST_NAME, problems, together, varied
 
 Tree = Mapping[str, Any]  # Experiment.model_dump()
@@ -44,8 +45,8 @@ class Sweep:
     trials: tuple[TrialSpec, ...]
 
     def to_yaml(self) -> str:
-        """A file that `load_sweep` reads back as an equal sweep."""
-        return write_yaml(self.base.model_dump() | {"sweep": self.settings.model_dump(by_alias=True)})
+        """A file that `load_sweep` reads back as an equal sweep, but for passwords in addresses."""
+        return write_yaml(redact_addresses(self.base.model_dump() | {"sweep": self.settings.model_dump(by_alias=True)}))
 
 
 def load_sweep(path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()) -> Sweep:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orchestrator import corpus, parts
+from orchestrator import corpus, local_ray, parts
 from orchestrator.assembly import Parts
 from orchestrator.corpus import Source
 from orchestrator.documents import write_index
@@ -33,6 +33,7 @@ from orchestrator.manifest import ROW_TOKENS, Manifest, Shard, Split, load_manif
 from orchestrator.parts import SPLITS, is_val, tail_cut
 from orchestrator.prepared import dataset_dir, prepared, settings_of
 from orchestrator.progress import ProgressLine
+from orchestrator.provenance import redact_text
 from orchestrator.reading import Span, plan_spans
 from orchestrator.shards import SHARD_ROWS
 from orchestrator.tokenizer import Tokenizer, char_tokenizer, load_tokenizer
@@ -137,7 +138,8 @@ class _Preparation:
             self.progress("reading", done, total)
         for n, source in enumerate(self.sources):
             if source.sha256 and source.sha256 != hashes[n]:
-                raise UserError(f"{source.url}: its copy in {corpus.cache_folder()} is not what its SHA-256 says; delete it")
+                raise UserError(f"{redact_text(source.url)}: its copy in {corpus.cache_folder()} is not what its "
+                                f"SHA-256 says; delete it")
         return [hashes[n] for n in range(len(self.sources))], counts, "".join(seen)
 
     def _hash_groups(self) -> list[list[list[Any]]]:
@@ -181,7 +183,7 @@ class _Preparation:
     def _refuse_empty(self, made: Parts) -> None:
         empty = [split for split in SPLITS if not made.tokens(split)]
         if len(empty) == len(SPLITS):
-            raise UserError(f"data.corpus: {self.data.corpus} holds no text")
+            raise UserError(f"data.corpus: {redact_text(str(self.data.corpus))} holds no text")
         if empty:
             split, other = self.data.split, ", data.split=tail" if self.data.split == "hash" else ""
             raise UserError(f"data.split: {split} with data.val_fraction={self.data.val_fraction} leaves {empty[0]} "
@@ -240,8 +242,8 @@ def _ray() -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    local = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+    start = ray.init if os.environ.get("RAY_ADDRESS") else local_ray.start
+    start(log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:

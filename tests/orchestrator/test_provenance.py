@@ -79,6 +79,7 @@ def test_keys_that_do_not(key):
     ("https://ghp_0123456789abcdefghij@github.com/a/b", f"https://{REDACTED}@github.com/a/b"),
     ("see hf_abcdefghijklmnopqrstuvwx.", f"see {REDACTED}."),
     ("AKIAABCDEFGHIJKLMNOP", REDACTED),
+    ("https://host/x.txt?token=abc123&v=1#a", f"https://host/x.txt?token={REDACTED}&v=1#a"),
     ("s3://b/x?region=eu&token=abc123", f"s3://b/x?region=eu&token={REDACTED}"),
     ("Authorization: Bearer abcdef0123456789", f"Authorization: Bearer {REDACTED}"),
     ("-----BEGIN RSA PRIVATE KEY-----\nMII\n-----END RSA PRIVATE KEY-----", REDACTED),

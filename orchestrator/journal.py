@@ -2,7 +2,7 @@
 
 One line per logged step, `{"step": 10, "timestamp": 1764012345678, "train/loss": 3.21, …}`: `step` counts updates done,
 `timestamp` is in milliseconds and fixed here for ever, so that sending a line twice changes nothing. Rank 0 appends;
-everyone else reads. A resumed run moves the lines after its checkpoint's step aside, into `metrics.aside-<n>.jsonl`.
+everyone else reads. A resumed run moves the lines after its checkpoint's step aside, into `metrics.aside-<n>-from-<step>.jsonl`.
 """
 
 import errno
@@ -50,7 +50,8 @@ class Journal:
             keep += [line if stays == record else json.dumps(stays).encode()] if stays else []
             aside += [line] if stays != record else []
         if aside:
-            _write(self.path.with_name(f"metrics.aside-{generation(self.path.parent):04d}.jsonl"), aside)
+            # The step is in the name, for a step made again need not be one that was moved: intervals may change.
+            _write(self.path.with_name(f"metrics.aside-{generation(self.path.parent):04d}-from-{max(step, -1) + 1}.jsonl"), aside)
         if self.path.exists():
             _write(self.path, keep)
         return len(aside)
@@ -119,7 +120,12 @@ def aside_files(run_dir: Path) -> list[Path]:
 
 def number_of(aside: Path) -> int:
     """The number in the name of an aside file."""
-    return int(aside.stem.rpartition("-")[2])
+    return int(aside.stem.split("-")[1])
+
+
+def begin_of(aside: Path) -> int:
+    """The first step that was made again after the lines in this aside file; 0 where its name does not say."""
+    return int(([*aside.stem.split("-from-"), "0"])[1])
 
 
 def generation(run_dir: Path) -> int:

@@ -56,12 +56,13 @@ class Lines:
         self.generation, known = 0, state["asides"]
         for file in journal.aside_files(self.run_dir):
             self.generation = journal.number_of(file) + 1
+            if self.generation > known:
+                self.last = min(self.last, journal.begin_of(file) - 1)
             for record in (json.loads(line) for line in file.read_text("utf-8").splitlines()):
                 rows = self._first(record)
                 self.moved.add((record["step"], record["timestamp"]))
                 self.taken |= {(key, step) for key, _, _, step in rows}
                 if self.generation > known:
-                    self.last = min(self.last, record["step"] - 1)
                     self.waiting.append(({}, rows))
         if self.generation != known:
             self.waiting.append(({"asides": self.generation, "sent_step": self.last}, []))

@@ -98,7 +98,14 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture
-def uri(store, monkeypatch, tmp_path):
+def impatient(monkeypatch):
+    """Trackers that look, and try again, sooner."""
+    monkeypatch.setattr("orchestrator.sender.POLL_S", 0.1)
+    monkeypatch.setattr("orchestrator.sender.PAUSES_S", (0.1, 0.5))
+
+
+@pytest.fixture
+def uri(store, impatient, monkeypatch, tmp_path):
     """The store's URI; the test runs in an empty folder, and must leave it so."""
     folder = tmp_path / "cwd"
     folder.mkdir()

@@ -5,19 +5,18 @@ A real MLflow throughout; what is compared are the rows of its database.
 
 import json
 import logging
-import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 
+from orchestrator import events
 from orchestrator.errors import UserError
 from orchestrator.journal import Journal
 from orchestrator.outbox import BATCH, Lines
 from orchestrator.stores import resolve_uri, run_url
 from orchestrator.tracking import Tracker, replay
-from tests.helpers.tracked import client, expected, log, rows, sent_step, wait_for
+from tests.helpers.gate import locked
+from tests.helpers.tracked import client, curve, expected, log, rows, sent_step, wait_for
 
 EXPERIMENT = "tests"
 
@@ -141,20 +140,66 @@ def test_a_resume_while_the_tracker_runs(run_dir, store, uri):
     assert client(uri).get_run(tracker.run_id).info.status == "FAILED"
 
 
-def test_a_sender_killed_anywhere_loses_and_repeats_nothing(run_dir, store, uri):
-    log(run_dir, range(6000))
-    code = (
-        "import sys, time\nfrom pathlib import Path\nfrom orchestrator.tracking import Tracker\n"
-        "Tracker(Path(sys.argv[1]), sys.argv[2], sys.argv[3]).start()\ntime.sleep(60)"
-    )
-    for sent in (0, 2500):  # before the first batch is remembered, and between two
-        child = subprocess.Popen([sys.executable, "-c", code, str(run_dir), uri, EXPERIMENT])
-        wait_for(lambda limit=sent: sent_step(run_dir) >= limit, pause=0.005)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-    assert sent_step(run_dir) < 5999
+def test_what_only_the_second_making_of_a_step_logs_comes_too(run_dir, store, uri):
+    """A resume with other intervals; the last step evaluated only when it was known to be the last."""
+    log(run_dir, range(0, 101, 10))
+    commit(run_dir, 100)
+    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    tracker.start()
+    wait_for(lambda: sent_step(run_dir) == 100)
+    Journal(run_dir).rewind(50)
+    log(run_dir, [65])  # above no step that was sent, and sent by a tracker that goes on
+    wait_for(lambda: (65,) in rows(store, tracker.run_id, "SELECT step FROM metrics WHERE run_uuid = ? AND key = 'train/loss'"))
+    log(run_dir, [80])
+    assert tracker.finish("KILLED", 60)
+    log(run_dir, [95])
+    log(run_dir, [100], **{"val/loss": 4.0})
+    assert replay(run_dir, uri, EXPERIMENT)  # and by another
+    sent = rows(store, run_dir)
+    assert sent == expected(run_dir)
+    assert set(curve(run_dir)) <= {(key, step, value) for key, step, value, _ in sent}
+    model = client(uri).get_run(tracker.run_id).outputs.model_outputs[0].model_id
+    assert {m.key: m.value for m in client(uri).get_logged_model(model).metrics} == {"train/loss": 4.9, "val/loss": 4.0}
+
+
+def test_events_are_there_as_a_file_and_as_counts_whenever_there_are_more(run_dir, store, uri):
+    def seen(run_id):
+        tags = client(uri).get_run(run_id).data.tags
+        file = store.parent / "artifacts" / run_id / "artifacts" / "events.jsonl"
+        return {k: v for k, v in tags.items() if k.startswith("events.")}, file.read_text() if file.exists() else ""
+
+    log(run_dir, range(5))
+    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    tracker.start()
+    wait_for(lambda: sent_step(run_dir) == 4)
+    assert seen(tracker.run_id) == ({}, "")
+    events.note(run_dir, "hang", "rank 1 hangs", rank=1)
+    events.note(run_dir, "disk_full", "no room at https://me:hunter2@host/bucket")
+    wait_for(lambda: seen(tracker.run_id)[0] == {"events.hang": "1", "events.disk_full": "1"})
+    wait_for(lambda: "no room" in seen(tracker.run_id)[1])
+    assert tracker.finish("KILLED", 60)
+    events.note(run_dir, "hang", "rank 0 hangs", rank=0)
     assert replay(run_dir, uri, EXPERIMENT)
-    assert rows(store, json.loads((run_dir / "tracking.json").read_text())["run_id"]) == expected(run_dir)
+    tags, text = seen(tracker.run_id)
+    assert tags == {"events.hang": "2", "events.disk_full": "1"}
+    assert [json.loads(line)["kind"] for line in text.splitlines()] == ["hang", "disk_full", "hang"]
+    assert "hunter2" not in text
+
+
+def test_a_store_that_another_process_holds_is_waited_for(run_dir, store, uri):
+    """MLflow itself waits for 20 s; then the sender would try again."""
+    log(run_dir, range(50))
+    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    tracker.start()
+    wait_for(lambda: sent_step(run_dir) == 49)
+    with locked(store):
+        log(run_dir, range(50, 100))
+        assert not replay(run_dir, uri, EXPERIMENT, deadline_s=2)
+        assert sent_step(run_dir) == 49
+        log(run_dir, range(100, 150))
+    assert tracker.finish("FINISHED", 60)
+    assert rows(store, run_dir) == expected(run_dir)
+    assert len(curve(run_dir)) == 300
 
 
 def test_checkpoints_are_found_by_their_loss(run_dir, uri):

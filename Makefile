@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STORAGE ?= runs
 
-.PHONY: install quickstart test lint ui submit clean
+.PHONY: install quickstart test faults lint ui submit clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,12 @@ quickstart: install          ## corpus to trained, tracked GPT in a few minutes 
 
 test: install                ## everything, with a real Ray, a real MLflow and real kills
 	$(BIN)/python -m pytest
+
+# Minutes; the table goes into docs/RELIABILITY.md.
+N ?= 300
+SEED ?= 1
+faults: install              ## make faults N=300 SEED=1: a campaign of faults, each run compared with an undisturbed one
+	$(BIN)/python -m tests.faults.campaign -n $(N) --seed $(SEED) --write
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,0 +1,60 @@
+"""Real processes, really killed at moments drawn from a seed: what comes out is what an undisturbed run gives, to the last bit."""
+
+import random
+
+import pytest
+
+from orchestrator import journal
+from tests.faults.campaign import Campaign
+from tests.faults.case import Case, outcome
+from tests.faults.kinds import KINDS, draw
+
+SEED = 4
+KILLS = 30
+
+
+@pytest.fixture(scope="module")
+def campaign(tiny_dataset, tmp_path_factory) -> Campaign:
+    """Without SIGSTOP, which costs seconds of waiting: `test_a_stopped_rank_…` has one."""
+    return Campaign(SEED, tmp_path_factory.mktemp("faults"), tiny_dataset, tuple(k for k in KINDS if k != "hang"))
+
+
+def test_thirty_kills_change_no_bit(campaign):
+    reports = []
+    for report in campaign.reports():
+        reports.append(report)
+        assert not report.problems, f"seed {SEED}, {report.name}: {report.problems} after {[m.what for m in report.met]}"
+        if sum(m.kills for r in reports for m in r.met) >= KILLS:
+            break
+    assert len({m.kind for r in reports for m in r.met}) > len(KINDS) / 2, "the kinds are not mixed"
+
+
+def test_a_stopped_rank_is_found_and_the_run_goes_on(campaign):
+    case = Case(campaign.forge, campaign.folder / "hang", campaign.data_dir, ["train.log_interval=1"])
+    report = case.run(random.Random(SEED), 1, ("hang",))
+    assert [m.kind for m in report.met] == ["hang"]
+    assert [m.kills for m in report.met] == [1], "its neighbours did not end it"
+    assert not report.problems
+    assert list((case.run_dir / "hangs").glob("0001/hang-rank*.txt"))
+
+
+def test_a_difference_is_told(campaign):
+    case = Case(campaign.forge, campaign.folder / "other", campaign.data_dir, ["train.log_interval=1"])
+    assert case.attempt(1, None)
+    golden = outcome(case.run_dir)
+    case.compare(golden)
+    assert case.report.problems == []
+    lines = journal.read(case.run_dir)
+    journal.Journal(case.run_dir).keep(lines[-1])
+    case.compare(golden)
+    assert case.report.problems == ["curve differs from the golden run's"]
+    case.compare(golden | {"optimizer.safetensors": b""})
+    assert "optimizer.safetensors differs from the golden run's" in case.report.problems
+
+
+def test_a_seed_draws_the_same_faults_and_all_kinds_come():
+    first, second = random.Random(1), random.Random(1)
+    faults = [f for _ in range(500) for f in draw(first)]
+    assert faults == [f for _ in range(500) for f in draw(second)]
+    assert {f.kind for f in faults} == set(KINDS)
+    assert {f.world for f in faults} == {1, 2, 4}

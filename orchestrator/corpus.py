@@ -100,7 +100,8 @@ def fetch(source: Source, progress: Callable[[str, int, int], None] = lambda *_:
                             f"the file has changed or the download is broken")
         os.replace(temporary, source.path)
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-        reason = redact_text(str(getattr(error, "reason", error)))
+        # urllib takes a password for a port, and says it.
+        reason = "an address with a password" if "@" in source.url else redact_text(str(getattr(error, "reason", error)))
         raise UserError(f"{redact_text(source.url)}: cannot be downloaded ({reason}); put the file at {source.path}, or name "
                         f"a local copy in data.corpus") from None
     finally:

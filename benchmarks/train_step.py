@@ -34,10 +34,11 @@ class Ours:
 
     def __init__(self, experiment: Experiment, model: GPT, worker: Worker):
         self.state = build(experiment, model, worker)
-        self.step = Step(experiment, self.state)
+        self.step, self.on_gpu = Step(experiment, self.state), worker.device != "cpu"
 
     def run(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
         """One update; returns its mean loss."""
+        torch.use_deterministic_algorithms(self.on_gpu)  # as a worker of ours runs
         losses = self.step.gradient(iter(batches)).losses
         self.step.update(LR)
         return sum(losses) / len(losses)
@@ -65,6 +66,7 @@ class NanoGPT:
         self.parameters = list(model.parameters())
 
     def run(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+        torch.use_deterministic_algorithms(False)
         total = torch.zeros((), device=self.parameters[0].device)
         for inputs, targets in batches:
             with self.context:

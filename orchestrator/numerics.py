@@ -39,9 +39,15 @@ def prepare_process(experiment: Experiment, worker: Worker) -> None:
     torch.set_default_dtype(torch.float32)
     torch.set_float32_matmul_precision("high" if worker.device.startswith("cuda") else "highest")  # TF32 on GPUs
     torch.backends.cudnn.allow_tf32 = True
-    torch.use_deterministic_algorithms(False)
+    on_gpu = worker.device.startswith("cuda")
+    if on_gpu:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may add in another order on each stream
+    # The backward of attention and of the embedding adds with atomics otherwise, in an order that no two runs share; not
+    # `warn_only`, with which cuDNN's attention keeps its atomics. It costs 3 % of a step (benchmarks/RESULTS.md).
+    torch.use_deterministic_algorithms(on_gpu)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(experiment.train.seed)
-    if worker.device.startswith("cuda"):
+    if on_gpu:
         torch.cuda.set_device(worker.device)
         torch.cuda.reset_peak_memory_stats()
 

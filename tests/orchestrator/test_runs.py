@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model.schedule import learning_rate
-from orchestrator import checkpoint, lease, runs
+from orchestrator import checkpoint, lease, runs, stopping
 from orchestrator.config import Experiment, load_experiment
 from orchestrator.errors import HeldError, UserError
 from orchestrator.journal import Journal
@@ -258,7 +258,8 @@ def test_attempts_add_up_under_one_key_and_old_endings_go(tmp_path):
     second = runs.read_json(tmp_path / "run.json")
     assert second["key"] == first["key"]
     assert (second["attempts"], second["params"]) == ([{"n": 1}, {"n": 2}], {"a": 2})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["experiment.yaml", "run.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["experiment.yaml", "run.json", "stop.json"]
+    assert stopping.asked(tmp_path) is None
     assert runs.stored_experiment(tmp_path) == experiment()
 
 

@@ -113,11 +113,11 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def write(text: str, document: Path = DOCUMENT) -> None:
-    """Put the table between its two marks."""
-    before, _, rest = document.read_text("utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    document.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", "utf-8")
+def write(text: str, begin: str = BEGIN, end: str = END) -> None:
+    """Put a table between its two marks."""
+    before, _, rest = DOCUMENT.read_text("utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    DOCUMENT.write_text(f"{before}{begin}\n{text}\n{end}{after}", "utf-8")
 
 
 def make_dataset(folder: Path) -> Path:

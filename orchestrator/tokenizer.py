@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.errors import UserError
+from orchestrator.manifest import write_atomically
 
 FILE = "tokenizer.json"
 MAX_BYTES = 16 << 20  # of that file: all characters of Unicode are 11 MB
@@ -72,9 +73,8 @@ class Tokenizer:
 
     def save(self, directory: Path) -> None:
         """Write `tokenizer.json` into `directory`; a reader sees all of it or none."""
-        temporary = Path(directory) / f".{FILE}.{os.getpid()}"
-        temporary.write_text(json.dumps(self.describe(), indent=1, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(temporary, Path(directory) / FILE)
+        text = json.dumps(self.describe(), indent=1, ensure_ascii=False) + "\n"
+        write_atomically(Path(directory) / FILE, text.encode())
 
 
 class _Bytes(Tokenizer):

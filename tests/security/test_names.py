@@ -1,0 +1,127 @@
+"""Names become paths: none leads out of its folder, whatever it is called and whatever was planted there."""
+
+import contextlib
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from orchestrator import checkpoint
+from orchestrator.config import load_experiment
+from orchestrator.errors import UserError
+from orchestrator.manifest import write_atomically
+from orchestrator.runs import write_text
+from orchestrator.space import load_sweep, trial_name
+from orchestrator.tokenizer import load_tokenizer
+
+ROOT = Path("/storage/runs")
+PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+ODD = [*"ab1._-/\\~ \0\n:*$`'\"", "..", "../", "%2e", "\u2215", "ä", "\u202e"]
+names = st.lists(st.sampled_from(ODD), max_size=12).map("".join) | st.text(max_size=140)
+
+
+def stays(name: str) -> None:
+    """A folder of that name lies directly below its root and is not hidden."""
+    assert PLAIN.fullmatch(name)
+    assert Path(os.path.normpath(ROOT / name)).parent == ROOT
+    assert not name.startswith(".")
+    assert len(name.encode()) < 256
+
+
+@settings(deadline=None, max_examples=300)
+@given(name=names)
+@example(name="..")
+@example(name=".hidden")
+@example(name="a/../../b")
+@example(name="a\n")
+@example(name="/etc")
+@example(name="~")
+def test_a_run_is_named_plainly_or_not_at_all(name):
+    try:
+        found = load_experiment(None, [f"name={json.dumps(name)}"]).name
+    except UserError:
+        return
+    assert found == name
+    stays(found)
+
+
+@settings(deadline=None, max_examples=100)
+@given(name=names)
+@example(name="..")
+@example(name="../x")
+@example(name=".hidden")
+def test_a_trial_is_named_plainly_or_not_at_all(name):
+    trials = json.dumps({name: {"train": {"seed": 1}}, "other": {"train": {"seed": 2}}})
+    try:
+        sweep = load_sweep(None, [f"sweep.trials={trials}"])
+    except UserError:
+        return
+    for spec in sweep.trials:
+        stays(spec.name)
+
+
+@settings(deadline=None, max_examples=200)
+@given(fields=st.dictionaries(st.sampled_from(["data.corpus", "data.tokenizer", "schedule.max_lr", "train.init_from"]),
+                              names | st.floats(allow_nan=False) | st.integers() | st.booleans() | st.none(), min_size=1))
+@example(fields={"data.corpus": ".."})
+@example(fields={"data.corpus": "../../etc/passwd"})
+def test_a_trial_that_is_named_after_its_values_is_named_plainly(fields):
+    stays(trial_name(fields))
+
+
+# ---- what was planted ----
+@pytest.fixture
+def victim(tmp_path) -> Path:
+    """A folder outside, with a file, that must stay as it is."""
+    folder = tmp_path / "victim"
+    folder.mkdir()
+    (folder / "precious.txt").write_text("as it was")
+    yield folder
+    assert [(f.name, f.read_text()) for f in folder.iterdir()] == [("precious.txt", "as it was")]
+
+
+@pytest.mark.parametrize("link", ["step-00000001", ".step-00000009.1-abc", ".step-00000001.aside"])
+def test_removing_checkpoints_follows_no_link(tmp_path, victim, link):
+    folder = tmp_path / "checkpoints"
+    for step in (2, 3):
+        checkpoint.save(folder, step, {"model": {"a": torch.ones(2)}}, {}, {})
+    (folder / link).symlink_to(victim, target_is_directory=True)
+    checkpoint.latest_valid(folder, lambda _: None)
+    with contextlib.suppress(OSError):  # one that it may not remove
+        checkpoint.prune(folder, 1)
+    assert checkpoint.latest_valid(folder, lambda _: None) == folder / "step-00000003"
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: write_atomically(path, b"new"), lambda path: write_text(path, "new"),
+    lambda path: load_tokenizer("byte").save(path.parent)])
+def test_what_is_replaced_is_the_link_and_not_what_it_leads_to(tmp_path, victim, write):
+    path = tmp_path / "run" / "tokenizer.json"
+    path.parent.mkdir()
+    path.symlink_to(victim / "precious.txt")
+    write(path)
+    assert not path.is_symlink()
+    assert path.read_text() != "as it was"
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: write_atomically(path, b"new"), lambda path: load_tokenizer("byte").save(path.parent)])
+def test_the_name_of_a_file_that_is_being_written_cannot_be_foreseen(tmp_path, victim, write):
+    path = tmp_path / "run" / "tokenizer.json"
+    path.parent.mkdir()
+    (path.parent / f".{path.name}.{os.getpid()}").symlink_to(victim / "precious.txt")
+    write(path)
+
+
+def test_nothing_is_written_into_a_folder_that_a_checkpoint_leads_to(tmp_path, victim):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "step-00000001").symlink_to(victim, target_is_directory=True)
+    saved = checkpoint.save(folder, 1, {"model": {"a": torch.ones(2)}}, {}, {})
+    assert not saved.is_symlink()
+    checkpoint.verify(saved)

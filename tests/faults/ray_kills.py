@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from orchestrator import checkpoint, journal, watchdog
@@ -116,9 +117,11 @@ def table(again: list[Again], step: int, found: list[str]) -> str:
             ("that has imported, found its group and begun", [a.attempt - a.process for a in again]),
             ("checkpoint read, first step made", [a.step - a.attempt for a in again]),
             ("**from the kill to the next step**", [a.step for a in again])]
+    verdict = "no difference" if not found else f"**{found} differ**"
     return "\n".join([
-        f"{len(again)} times SIGKILL of a worker in one run of {step:,} steps, 2 workers: "
-        f"{'no difference' if not found else f'**{found} differ**'} to the same steps in one process.", "",
+        f"{datetime.now(UTC):%Y-%m-%d}: {len(again)} times SIGKILL of a worker in one run of {step:,} steps on 2 workers, "
+        f"{verdict} to the same steps in one process; {os.cpu_count()} shared cores with a load of {os.getloadavg()[1]:.0f} "
+        f"(5 minutes' average).", "",
         "| under Ray | median s | p95 s |", "|---|--:|--:|",
         *(f"| {words} | {' | '.join(quantiles(times))} |" for words, times in rows)])
 

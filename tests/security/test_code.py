@@ -12,7 +12,7 @@ MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "sh
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 CALLS = {"os.system", "os.popen", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.full_load_all",
          "yaml.unsafe_load_all", "shutil.unpack_archive", "subprocess.getoutput", "subprocess.getstatusoutput",
-         "importlib.import_module", "numpy.load", "pandas.read_pickle", "torch.save", "torch.jit.load",
+         "importlib.import_module", "numpy.load", "pandas.read_pickle", "torch.jit.load",
          "torch.package.PackageImporter",
          "torch.hub.load"}
 TORCH_LOAD = "orchestrator/init_from.py"
@@ -38,6 +38,8 @@ def _sins_of(node: ast.AST, aliases: dict[str, str], name: str) -> list[str]:
         if called in BUILTINS or called.removeprefix("builtins.") in BUILTINS or called in CALLS:
             found.append(called)
         if called == "torch.load" and not (name == TORCH_LOAD and _is(words.get("weights_only"), True)):
+            found.append(called)
+        if called == "torch.save" and not name.startswith("benchmarks/"):  # they measure ours beside it
             found.append(called)
         if called == "yaml.load" and not (len(node.args) == 2 and _dotted(node.args[1], aliases) == "_Loader"):
             found.append(called)
@@ -80,7 +82,7 @@ def test_the_one_loader_of_yaml_is_a_safe_one():
     "import builtins\nbuiltins.exec(text)",
     "from builtins import eval as e\ne('1')", "__import__('os')", "import yaml\nyaml.load(text, yaml.Loader)",
     "import yaml\nyaml.load(text)", "import yaml\nyaml.unsafe_load(text)", "from yaml import full_load\nfull_load(text)",
-    "import torch\ntorch.load(f)", "import torch\ntorch.load(f, weights_only=True)", "from torch import load\nload(f)",
+    "import torch\ntorch.load(f)", "import torch\ntorch.save(x, f)", "import torch\ntorch.load(f, weights_only=True)", "from torch import load\nload(f)",
     "import torch as t\nt.load(f, weights_only=False)", "import subprocess\nsubprocess.run(c, shell=True)",
     "import subprocess\nsubprocess.run(c, shell=flag)", "import os\nos.system(c)", "from os import popen\npopen(c)",
     "import numpy as np\nnp.load(f)", "f(g, allow_pickle=True)", "import tarfile", "from zipfile import ZipFile",

@@ -4,9 +4,7 @@ Eats the tensors, texts and facts of a state; yields a committed checkpoint a li
 that are kept, so that a run pays for them once; they hold one state, so a save waits for the one before it.
 """
 
-import os
 import sys
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,6 @@ import torch
 
 from orchestrator import checkpoint, events, tensor_file
 from orchestrator.errors import UserError
-
-NICENESS = 10  # of the thread: what it needs of a busy processor, training needs more
 
 
 class Writer:
@@ -29,7 +25,7 @@ class Writer:
     def __init__(self, directory: Path, keep: int, run_dir: Path):
         self.directory, self.keep, self.run_dir = Path(directory), keep, Path(run_dir)
         self._files: dict[str, tensor_file.TensorFile] = {}
-        self._thread = ThreadPoolExecutor(1, "checkpoint", _be_nice)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[UserError | None] | None = None
         self._unwritten: UserError | None = None
 
@@ -94,8 +90,3 @@ class Writer:
         print(f"{message}; training goes on", flush=True)
         events.note(self.run_dir, "disk_full", message, step=step)
         return UserError(f"{message}. Free some room there and run the same command again: it goes on from the last one")
-
-
-def _be_nice() -> None:
-    if sys.platform == "linux":  # elsewhere it would be the whole process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -93,8 +93,8 @@ def open_attempt(run_dir: Path, experiment: Experiment, facts: dict[str, Any], a
         for old in (*journal.aside_files(run_dir), run_dir / journal.FILE, run_dir / "attempts.jsonl", run_dir / events.FILE):
             old.unlink(missing_ok=True)
     run = {"name": experiment.name, "key": known["key"], **facts, "attempts": [*known["attempts"], attempt]}
+    write_text(run_dir / "run.json", json.dumps(run, indent=1))  # first: else a kill here leaves another experiment its old key
     write_text(run_dir / "experiment.yaml", experiment.to_yaml())
-    write_text(run_dir / "run.json", json.dumps(run, indent=1))
     stopping.clear(run_dir)
     for stale in (run_dir / "summary.json", run_dir / "stopped.json", *run_dir.glob("failure-rank*.txt")):
         stale.unlink(missing_ok=True)

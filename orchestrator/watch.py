@@ -74,5 +74,5 @@ def draining(marks: list[dict]) -> str | None:
         names = {n["NodeID"]: n["NodeManagerHostname"] for n in ray.nodes()} if leaving else {}
     except Exception:  # the cluster is not there at this moment
         return None
-    hosts = {mark["host"] for mark in marks}
-    return next((names[node] for node in leaving if names.get(node) in hosts), None)
+    ours = {mark["node"] for mark in marks}
+    return next((names.get(node, node) for node in leaving if node in ours), None)

@@ -25,6 +25,7 @@ from orchestrator.numerics import Worker
 
 START_S = 1800.0  # for what was not measured yet: compiling, a first evaluation
 FACTOR = 10  # times the longest so far
+BACKSTOP_S = 10.0  # beyond the limit, for who hangs with the interpreter in its hands
 EXIT_HUNG = 70
 MARK_BYTES = 512
 WAITING = "exchange"  # the phase in which a worker waits for the others: who is in it hangs for somebody else
@@ -50,10 +51,11 @@ class Pace:
 
 
 class Watchdog:
-    """One worker's marks and its own watcher; `beat` costs some microseconds."""
+    """One worker's marks and its own watcher; `beat` costs some microseconds. `node`: the cluster's name of its machine."""
 
-    def __init__(self, run_dir: Path, worker: Worker, floor_s: float, poll_s: float = 0.5):
+    def __init__(self, run_dir: Path, worker: Worker, floor_s: float, node: str = "", poll_s: float = 0.5):
         self.run_dir, self.rank, self.attempt, self.poll_s = Path(run_dir), worker.rank, worker.attempt, poll_s
+        self.node = node
         self.pace, self.number, self.step, self.phase, self.kind = Pace(floor_s), 0, 0, "start", frozenset()
         self.last, self.limit, self.closed = time.monotonic(), max(floor_s, START_S), threading.Event()
         self.born = _born(os.getpid())
@@ -90,13 +92,13 @@ class Watchdog:
     def _mark(self) -> None:
         self.number += 1
         mark = {"rank": self.rank, "attempt": self.attempt, "pid": os.getpid(), "born": self.born, "host": socket.gethostname(),
-                "step": self.step, "phase": self.phase, "number": self.number, "limit": round(self.limit, 1)}
+                "node": self.node, "step": self.step, "phase": self.phase, "number": self.number, "limit": round(self.limit, 1)}
         os.pwrite(self.fd, json.dumps(mark).encode().ljust(MARK_BYTES), 0)
 
     def _arm(self) -> None:
         """Behind the thread stands one that needs no interpreter: whoever hangs may hold its lock."""
         self.armed = time.monotonic()
-        faulthandler.dump_traceback_later(self.limit + 10, exit=True, file=self.file)
+        faulthandler.dump_traceback_later(self.limit + BACKSTOP_S, exit=True, file=self.file)
 
     def _watch(self) -> None:
         while not self.closed.wait(self.poll_s):
@@ -110,7 +112,8 @@ class Watchdog:
         self.file.flush()
         time.sleep(2 * self.poll_s)  # who can speak for himself has done so by now
         for mark in marks(self.run_dir):
-            if mark["rank"] != self.rank and mark["phase"] not in (WAITING, DONE):
+            waits = mark["phase"] in (WAITING, DONE) and not (is_here(mark) and _status(mark["pid"]) == "stopped")
+            if mark["rank"] != self.rank and not waits:
                 end_stuck(self.run_dir, mark)
         os._exit(EXIT_HUNG)
 
@@ -133,6 +136,9 @@ def end_stuck(run_dir: Path, mark: dict[str, Any]) -> None:
     """Note what a stuck worker of this machine is doing, and kill it. A process that is stopped takes no other signal."""
     if not is_here(mark):
         return
+    if _status(mark["pid"]) == "stopped":  # wherever it was, others now wait for it
+        place = Path(run_dir) / ".ranks" / f"rank-{mark['rank']}"
+        place.write_text(json.dumps({k: v for k, v in mark.items() if k != "age"} | {"phase": f"{mark['phase']} (stopped)"}), "utf-8")
     file = Path(run_dir) / f"hang-rank{mark['rank']}.txt"
     if not file.exists() or not file.stat().st_size:
         file.write_text(f"process {mark['pid']} is {_status(mark['pid'])} in {mark['phase']} of step {mark['step'] + 1}\n"

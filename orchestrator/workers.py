@@ -76,7 +76,9 @@ def _work(config: dict[str, Any]) -> None:
 
 def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker) -> None:
     """The loop, watched."""
-    dog = Watchdog(run_dir, worker, experiment.compute.hang_after_s)
+    import ray
+
+    dog = Watchdog(run_dir, worker, experiment.compute.hang_after_s, ray.get_runtime_context().get_node_id())
     bell = stopping.Bell(run_dir) if worker.is_main else None
     run = None
     try:

@@ -1,0 +1,110 @@
+"""Workers that hang are named, their stacks kept, and they end: real processes, hung in Python, in C and from outside."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator import events, watchdog
+from orchestrator.numerics import Worker
+from orchestrator.watchdog import EXIT_HUNG, START_S, Pace, Watchdog
+
+REPO = Path(__file__).resolve().parents[2]
+HANGS = """
+import ctypes, sys, time
+from pathlib import Path
+from orchestrator import watchdog
+from orchestrator.numerics import Worker
+watchdog.START_S = watchdog.BACKSTOP_S = 0.5
+dog = watchdog.Watchdog(Path(sys.argv[1]), Worker(rank=int(sys.argv[3]), world_size=2), 0.5, poll_s=0.1)
+dog.beat(sys.argv[4], 7)
+print("in it", flush=True)
+def wait_here():
+    time.sleep(60) if sys.argv[2] == "python" else ctypes.PyDLL(None).sleep(60)  # PyDLL keeps the interpreter's lock
+wait_here()
+"""
+
+
+def start(folder: Path, how: str, rank: int = 0, phase: str = "gradient") -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", HANGS, folder, how, str(rank), phase], cwd=REPO, stdout=subprocess.PIPE,
+                               text=True)
+    assert process.stdout.readline() == "in it\n"
+    return process
+
+
+def test_a_phase_may_take_ten_times_its_longest_and_never_less_than_the_floor():
+    pace = Pace(30.0)
+    assert pace.limit("a") == START_S
+    pace.add("a", 500.0)  # the first warms up
+    assert pace.limit("a") == START_S
+    pace.add("a", 0.1)
+    assert pace.limit("a") == 30.0
+    pace.add("a", 6.0)
+    pace.add("a", 0.1)
+    assert pace.limit("a") == 60.0
+    assert pace.limit("b") == START_S
+
+
+@pytest.mark.parametrize("how", ["python", "c"])
+def test_a_worker_that_hangs_leaves_its_stacks_and_ends(tmp_path, how):
+    process = start(tmp_path, how)
+    assert process.wait(30) == (EXIT_HUNG if how == "python" else 1)
+    assert "wait_here" in (tmp_path / "hang-rank0.txt").read_text()
+    said = watchdog.report(tmp_path)
+    assert said.startswith(f"rank 0 (process {process.pid} on ")
+    assert "hung in gradient of step 8" in said
+    assert [e["kind"] for e in events.read(tmp_path)] == ["hang"]
+    assert "wait_here" in (tmp_path / "hangs" / "0001" / "hang-rank0.txt").read_text()
+    assert watchdog.report(tmp_path) is None, "one hang was reported twice"
+
+
+@pytest.mark.parametrize("phase", ["gradient", "exchange"])
+def test_who_waits_ends_the_one_that_is_stopped_and_names_it(tmp_path, phase):
+    stopped = start(tmp_path, "python", 1, phase)
+    stopped.send_signal(signal.SIGSTOP)
+    waits = start(tmp_path, "python", 0, "exchange")
+    assert waits.wait(30) == EXIT_HUNG
+    assert stopped.wait(30) == -signal.SIGKILL
+    assert watchdog.report(tmp_path).startswith(f"rank 1 (process {stopped.pid} on ")
+    assert f"is stopped in {phase} of step 8" in (tmp_path / "hangs" / "0001" / "hang-rank1.txt").read_text()
+    assert "exchange takes longer" in (tmp_path / "hangs" / "0001" / "hang-rank0.txt").read_text()
+
+
+def test_a_worker_that_is_done_or_was_born_under_a_used_number_is_left_alone(tmp_path):
+    bystander = subprocess.Popen(["sleep", "60"])
+    try:
+        mark = {"rank": 0, "pid": bystander.pid, "born": "1", "host": os.uname().nodename, "phase": "gradient", "step": 0}
+        watchdog.end_stuck(tmp_path, mark)
+        time.sleep(0.2)
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+    dog = Watchdog(tmp_path, Worker(), 0.2, poll_s=0.05)
+    dog.close()
+    assert [m["phase"] for m in watchdog.marks(tmp_path)] == [watchdog.DONE]
+    assert watchdog.report(tmp_path) is None
+
+
+def test_the_verdict_names_who_waited_for_nobody():
+    def mark(rank, phase, step):
+        return {"rank": rank, "pid": 10 + rank, "host": "h", "phase": phase, "step": step, "limit": 30.0}
+
+    assert "rank 2" in watchdog.verdict([mark(0, "exchange", 5), mark(1, "exchange", 5), mark(2, "gradient", 5)])
+    both = watchdog.verdict([mark(0, "update", 6), mark(1, "gradient", 5)])
+    assert "rank 1" in both
+    assert "rank 0" not in both
+    assert "network" in watchdog.verdict([mark(0, "exchange", 5), mark(1, "exchange", 5)])
+
+
+def test_a_mark_is_always_whole(tmp_path):
+    dog = Watchdog(tmp_path, Worker(), 30.0)
+    for step in (9, 10**9, 3):
+        dog.beat("gradient", step)
+        assert json.loads((tmp_path / ".ranks" / "rank-0").read_text())["step"] == step
+    dog.close()

@@ -1,0 +1,108 @@
+"""What stops a driver's run on a real cluster, in good order or not: another job, SIGTERM, a worker that hangs, one that does
+not end. Whatever happened, the run is the one that nothing happened to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator import checkpoint, events, journal, watchdog
+
+REPO = Path(__file__).resolve().parent.parent.parent
+STEPS = 60
+
+
+def command(storage: Path, corpus: Path, *overrides: str) -> list[str]:
+    return [sys.executable, str(REPO / "pipelines" / "train.py"), str(REPO / "configs" / "quickstart.yaml"),
+            f"storage={storage}", f"data.corpus={corpus}", "data.tokenizer=char", "name=small", "model.n_layer=2",
+            "model.n_head=2", "model.n_embd=64", "model.block_size=64", "model.dropout=0.1", "model.pad_vocab_to=1",
+            "train.micro_batch_size=4", "train.global_batch_size=16", f"train.max_steps={STEPS}", "train.log_interval=5",
+            "schedule.warmup_steps=10", "train.eval_interval=30", "train.checkpoint_interval=10", "train.eval_tokens=2000",
+            "compute.cpus_per_worker=1", *overrides]
+
+
+def begin(ray_head, storage: Path, corpus: Path, *overrides: str, **env: str) -> subprocess.Popen:
+    return subprocess.Popen(command(storage, corpus, *overrides), env={**ray_head.env, **env}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def result(run_dir: Path) -> tuple:
+    curve = [{k: v for k, v in r.items() if k == "step" or k.startswith(("train/", "val/", "optim/"))} for r in journal.read(run_dir)]
+    return curve, json.loads((run_dir / "summary.json").read_text())["weights_sha256"]
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while max(checkpoint.steps(run_dir / "checkpoints"), default=0) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def golden(ray_head, tiny_corpus, tmp_path_factory) -> tuple:
+    storage = tmp_path_factory.mktemp("golden")
+    process = begin(ray_head, storage, tiny_corpus, "compute.num_workers=1")
+    assert process.wait(240) == 0, process.communicate()
+    return result(storage / "small")
+
+
+def test_a_second_job_is_refused_and_sigterm_costs_no_step(golden, ray_head, tiny_corpus, tmp_path):
+    run_dir, words = tmp_path / "small", ["train.checkpoint_interval=40", "compute.num_workers=2"]
+    process = begin(ray_head, tmp_path, tiny_corpus, *words)
+    deadline = time.monotonic() + 120
+    while not journal.read(run_dir) or journal.read(run_dir)[-1]["step"] < 5:
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    second = subprocess.run(command(tmp_path, tiny_corpus, *words), env=ray_head.env, capture_output=True, text=True, timeout=20)
+    assert second.returncode == 75
+    assert f"held by process {process.pid} on " in second.stderr
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, out + err
+    summary, stopped = (json.loads((run_dir / f"{name}.json").read_text()) for name in ("summary", "stopped"))
+    assert (summary["status"], summary["step"]) == ("KILLED", stopped["step"])
+    assert checkpoint.latest_valid(run_dir / "checkpoints") == checkpoint.path_of(run_dir / "checkpoints", stopped["step"])
+    assert stopped["step"] >= journal.read(run_dir)[-1]["step"], "a logged step was lost"
+    again = begin(ray_head, tmp_path, tiny_corpus, "compute.num_workers=1")
+    assert again.wait(240) == 0, again.communicate()
+    assert f"from step {stopped['step']} " in again.communicate()[0]
+    assert result(run_dir) == golden
+
+
+def test_a_rank_that_hangs_is_named_and_its_group_starts_again(golden, ray_head, tiny_corpus, tmp_path):
+    run_dir = tmp_path / "small"
+    process = begin(ray_head, tmp_path, tiny_corpus, "compute.num_workers=2", "compute.hang_after_s=2")
+    wait_for_step(run_dir, 10, process)
+    (victim,) = [m for m in watchdog.marks(run_dir) if m["rank"] == 1]
+    os.kill(victim["pid"], signal.SIGSTOP)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, out + err
+    (hang,) = [e for e in events.read(run_dir) if e["kind"] == "hang"]
+    assert hang["message"].startswith(f"rank 1 (process {victim['pid']} on ")
+    assert sorted(f.name for f in (run_dir / "hangs" / "0001").iterdir()) == ["hang-rank0.txt", "hang-rank1.txt"]
+    assert result(run_dir) == golden
+
+
+def test_workers_that_are_done_and_do_not_end_are_ended(golden, ray_head, tiny_corpus, tmp_path):
+    """torch's shutdown of a process group can deadlock, not at will: here it is replaced by one that sleeps."""
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import threading, time\n"
+        "def stick():\n"
+        "    import sys\n"
+        "    while 'ray.train.torch.config' not in sys.modules and 'ray.train.torch' not in sys.modules:\n"
+        "        time.sleep(0.05)\n"
+        "    import ray.train.torch.config as config\n"
+        "    config._shutdown_torch = lambda *_, **__: time.sleep(3600)\n"
+        "threading.Thread(target=stick, daemon=True).start()\n")
+    process = begin(ray_head, tmp_path, tiny_corpus, "compute.num_workers=2", PYTHONPATH=str(hook))
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, out + err
+    assert result(tmp_path / "small") == golden

@@ -138,7 +138,8 @@ def end_stuck(run_dir: Path, mark: dict[str, Any]) -> None:
         return
     if _status(mark["pid"]) == "stopped":  # wherever it was, others now wait for it
         place = Path(run_dir) / ".ranks" / f"rank-{mark['rank']}"
-        place.write_text(json.dumps({k: v for k, v in mark.items() if k != "age"} | {"phase": f"{mark['phase']} (stopped)"}), "utf-8")
+        stopped = {k: v for k, v in mark.items() if k != "age"} | {"phase": f"{mark['phase']} (stopped)"}
+        place.write_text(json.dumps(stopped), "utf-8")
     file = Path(run_dir) / f"hang-rank{mark['rank']}.txt"
     if not file.exists() or not file.stat().st_size:
         file.write_text(f"process {mark['pid']} is {_status(mark['pid'])} in {mark['phase']} of step {mark['step'] + 1}\n"

@@ -13,7 +13,8 @@ from orchestrator.training import Run
 
 SMALL = ["data.tokenizer=char", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16",
          "model.pad_vocab_to=1", "train.micro_batch_size=2", "train.global_batch_size=8", "train.max_steps=12",
-         "train.log_interval=1", "train.eval_interval=null", "train.checkpoint_interval=1", "train.keep=20", "schedule.max_lr=1e-2"]
+         "train.log_interval=1", "train.eval_interval=null", "train.checkpoint_interval=1", "train.keep=20",
+         "schedule.max_lr=1e-2"]
 
 
 def poisoned(run: Run, calls: set[int], value: float = math.nan) -> Run:

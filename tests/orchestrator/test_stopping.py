@@ -15,9 +15,9 @@ from orchestrator.training import Run, train
 
 REPO = Path(__file__).resolve().parents[2]
 SMALL = ["data.tokenizer=char", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16",
-         "model.dropout=0.1", "model.pad_vocab_to=1", "train.micro_batch_size=2", "train.global_batch_size=8", "train.max_steps=12",
-         "train.log_interval=3", "train.eval_interval=4", "train.eval_tokens=400", "train.checkpoint_interval=100",
-         "schedule.max_lr=1e-2"]
+         "model.dropout=0.1", "model.pad_vocab_to=1", "train.micro_batch_size=2", "train.global_batch_size=8",
+         "train.max_steps=12", "train.log_interval=3", "train.eval_interval=4", "train.eval_tokens=400",
+         "train.checkpoint_interval=100", "schedule.max_lr=1e-2"]
 
 
 def outcome(folder: Path) -> tuple:
@@ -52,7 +52,8 @@ def test_asked_again_and_again_it_still_gets_there(whole, tiny_dataset, tmp_path
     for _ in range(100):
         (tmp_path / "stopped.json").unlink(missing_ok=True)
         asked = iter([False] * 30 + [True] * 10**6)
-        run = Run(load_experiment(None, SMALL), tmp_path, tiny_dataset, Worker(), stop_asked=lambda questions=asked: next(questions))
+        run = Run(load_experiment(None, SMALL), tmp_path, tiny_dataset, Worker(),
+                  stop_asked=lambda questions=asked: next(questions))
         for _ in run:
             pass
         steps.append(run.state.step)

@@ -32,7 +32,8 @@ def begin(ray_head, storage: Path, corpus: Path, *overrides: str, **env: str) ->
 
 
 def result(run_dir: Path) -> tuple:
-    curve = [{k: v for k, v in r.items() if k == "step" or k.startswith(("train/", "val/", "optim/"))} for r in journal.read(run_dir)]
+    exact = ("step", "train/", "val/", "optim/")
+    curve = [{k: v for k, v in r.items() if k.startswith(exact)} for r in journal.read(run_dir)]
     return curve, json.loads((run_dir / "summary.json").read_text())["weights_sha256"]
 
 

@@ -16,7 +16,7 @@ SCENARIOS = ("first", "beside", "same", "prune", "leftovers")
 @pytest.fixture(scope="module")
 def crashes(tmp_path_factory) -> dict:
     """Every scenario with a SIGKILL after every call; the helper checks what it finds after each."""
-    in_memory = Path("/dev/shm")  # a kill loses nothing that was handed to the system, and a disk takes its time for 4,000 fsyncs
+    in_memory = Path("/dev/shm")  # a kill loses nothing that the system was handed; a disk is slow at thousands of fsyncs
     place = in_memory if os.access(in_memory, os.W_OK) else tmp_path_factory.mktemp("crashes")
     with tempfile.TemporaryDirectory(dir=place) as folder:
         done = subprocess.run([sys.executable, str(HELPER), folder], capture_output=True, text=True, timeout=300)

@@ -168,35 +168,36 @@ class Case:
             if any(codes):
                 self.report.problems.append(f"attempt {self.report.attempts} ended with {codes} for no reason")
             return
-        what = f"{fault.moment or fault.kind} of rank {fault.rank} of {fault.world}, attempt {self.report.attempts}"
-        self.report.met.append(Met(fault.kind, what, killed))
+        kind = "all" if fault.kind in ("flip", "cut") and not self._steps() else fault.kind  # nothing is there yet to be damaged
+        what = f"{fault.moment or kind} of rank {fault.rank} of {fault.world}, attempt {self.report.attempts}"
+        self.report.met.append(Met(kind, what, killed))
         if any(codes) or stopped:
             self.awaiting = self.report.met[-1], _when(met) if met.exists() else hurt_at
-        if fault.kind in kinds.DAMAGE:
-            self._damage(fault)
+        if kind == "tail":
+            self._tear_tail(fault)
+        elif kind in kinds.DAMAGE:
+            self._damage(fault, checkpoint.path_of(self.run_dir / "checkpoints", self._steps()[-1]))
 
-    def _damage(self, fault: Fault) -> None:
-        """Between two attempts: a flipped bit or a missing end in the latest checkpoint, or a torn last line."""
-        if fault.kind == "tail":
-            return self._tear_tail(fault)
-        steps = checkpoint.steps(self.run_dir / "checkpoints")
-        if not steps:
-            return None
-        files = sorted(checkpoint.path_of(self.run_dir / "checkpoints", steps[-1]).iterdir())
+    def _steps(self) -> list[int]:
+        return checkpoint.steps(self.run_dir / "checkpoints")
+
+    def _damage(self, fault: Fault, latest: Path) -> None:
+        """Between two attempts: a flipped bit in the latest checkpoint, or a part of it without its end."""
+        files = sorted(latest.iterdir())
         file = files[int(fault.place * 997) % len(files)]
         data = bytearray(file.read_bytes())
         at = int(fault.place * len(data))
         if fault.kind == "flip":
-            data[at] ^= 1 << fault.nth % 8
+            data[at] ^= 1 << int(fault.place * 8191) % 8
         file.write_bytes(data if fault.kind == "flip" else data[:at])
-        return None
+        if checkpoint.latest_valid(self.run_dir / "checkpoints", lambda message: None) == latest:
+            self.report.problems.append(f"a damaged {file.name} was not noticed")
 
     def _tear_tail(self, fault: Fault) -> None:
         """What comes after the latest checkpoint may be lost; what comes before it was on its way to the disk with it."""
         file = self.run_dir / journal.FILE
         lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-        steps = checkpoint.steps(self.run_dir / "checkpoints")
-        if lines and json.loads(lines[-1])["step"] > max(steps, default=-1):
+        if lines and json.loads(lines[-1])["step"] > max(self._steps(), default=-1):
             last = lines.pop()
             torn = last[: int(fault.place * len(last))]
         else:
@@ -227,7 +228,7 @@ class Case:
 
     def _possible(self, fault: Fault) -> Fault:
         """Where no checkpoint is there yet, there is none to die over."""
-        if fault.moment not in kinds.RESTORE or checkpoint.steps(self.run_dir / "checkpoints"):
+        if fault.moment not in kinds.RESTORE or self._steps():
             return fault
         return replace(fault, kind=fault.kind if fault.kind == "again" else "step", moment="before optimizer", nth=6)
 

@@ -39,11 +39,13 @@ BEGIN, END = "<!-- ray: written by `python -m tests.faults.ray_kills --write` --
 
 @dataclass
 class Again:
-    """Seconds after a kill until the new rank 0 is a process, until that begins its attempt, until its first step is made."""
+    """Seconds after a kill until the new rank 0 is a process, until that begins its attempt, until its first step is made;
+    and the processor time that it has taken by then, which does not depend on what else the machine does."""
 
     process: float
     attempt: float
     step: float
+    processor: float
 
 
 class Driver:
@@ -81,16 +83,22 @@ class Driver:
         self.wait(lambda: self.attempts() > attempts)
         begun = time.time() - since[0]
         pid = json.loads((self.run_dir / "attempts.jsonl").read_text().splitlines()[-1])["pid"]
-        born = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK") - since[1]
+        born = _seconds(pid)[18] - since[1]
         self.wait(lambda: self.last()["timestamp"] > (since[0] + begun) * 1000)
+        user, system = _seconds(pid)[10:12]
         lines = [r["timestamp"] / 1000 - since[0] for r in journal.read(self.run_dir)]
-        return Again(max(0.0, born), begun, next(t for t in lines if t > begun))
+        return Again(max(0.0, born), begun, next(t for t in lines if t > begun), user + system)
 
     def stop(self) -> int:
         """Ask by SIGTERM; returns the step that the run stopped after."""
         self.process.send_signal(signal.SIGTERM)
         assert self.process.wait(WAIT_S) == EXIT_AGAIN, f"ended with {self.process.returncode}: see {self.log.name}"
         return json.loads((self.run_dir / "stopped.json").read_text())["step"]
+
+
+def _seconds(pid: int) -> list[float]:
+    """The times among the fields of /proc/<pid>/stat that follow the name."""
+    return [int(word) / os.sysconf("SC_CLK_TCK") for word in Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1:]]
 
 
 def differences(run_dir: Path, data_dir: Path, folder: Path, step: int) -> list[str]:
@@ -116,7 +124,8 @@ def table(again: list[Again], step: int, found: list[str]) -> str:
     rows = [("Ray has seen it and started another rank 0", [a.process for a in again]),
             ("that has imported, found its group and begun", [a.attempt - a.process for a in again]),
             ("checkpoint read, first step made", [a.step - a.attempt for a in again]),
-            ("**from the kill to the next step**", [a.step for a in again])]
+            ("**from the kill to the next step**", [a.step for a in again]),
+            ("processor time of the new rank 0 until then", [a.processor for a in again])]
     verdict = "no difference" if not found else f"**{found} differ**"
     return "\n".join([
         f"{datetime.now(UTC):%Y-%m-%d}: {len(again)} times SIGKILL of a worker in one run of {step:,} steps on 2 workers, "

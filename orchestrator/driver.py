@@ -92,10 +92,10 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
     device = "GPU" if layout.use_gpu else f"{layout.cpus_per_worker} CPU(s)"
     print(f"{'resuming' if step else 'training'} {experiment.name} from step {step:,} of {experiment.train.max_steps:,} "
           f"in {run_dir} on {layout.num_workers} worker(s) with {device} each", flush=True)
-    started, status, code, reason = time.monotonic(), "FAILED", EXIT_FAILED, ""
+    started, status, code, reason, watch = time.monotonic(), "FAILED", EXIT_FAILED, "", Watch(run_dir)
     try:
         tracker.start()
-        with (Console(run_dir, experiment.train.max_steps, experiment.tokens_per_step), Watch(run_dir) as watch,
+        with (Console(run_dir, experiment.train.max_steps, experiment.tokens_per_step), watch,
               interrupts.asking(lambda: stopping.ask(run_dir, "SIGTERM"))):
             workers.fit(experiment, run_dir, data_dir, layout)
         stopped = runs.read_json(run_dir / "stopped.json")

@@ -20,9 +20,11 @@ import torch
 import torch._dynamo  # noqa: F401 - the first optimizer would import it
 import torch.distributed as dist
 
-from orchestrator import lease, workers
-from orchestrator.config import load_experiment
+from orchestrator import lease, stopping, workers
+from orchestrator.config import Experiment, load_experiment
 from orchestrator.numerics import Worker, agree
+from orchestrator.training import Run
+from orchestrator.watchdog import Watchdog
 from tests.faults import hooks
 
 TIMEOUT_S = 60
@@ -60,7 +62,16 @@ def _work(job: dict[str, Any], run_dir: Path) -> None:
     with lease.held(run_dir, lease.WRITER, 60) if rank == 0 else contextlib.nullcontext():
         number = workers._begin_attempt(run_dir, job["launch"], world) if rank == 0 else 0
         worker = Worker(rank, world, cpus=1, attempt=agree(number, place))
-        workers._train(experiment, run_dir, Path(job["data_dir"]), worker)
+        _train(experiment, run_dir, Path(job["data_dir"]), worker)
+
+
+def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker) -> None:
+    """The loop, watched, and asked whether to stop."""
+    dog = Watchdog(run_dir, worker, experiment.compute.hang_after_s)
+    bell = stopping.Bell(run_dir) if worker.is_main else None
+    for _ in Run(experiment, run_dir, data_dir, worker, stop_asked=bell or (lambda: False), beat=dog.beat):
+        pass
+    dog.close()
 
 
 def _note(path: str, moment: str) -> None:

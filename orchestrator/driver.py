@@ -98,16 +98,10 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
         with (Console(run_dir, experiment.train.max_steps, experiment.tokens_per_step), watch,
               interrupts.asking(lambda: stopping.ask(run_dir, "SIGTERM"))):
             workers.fit(experiment, run_dir, data_dir, layout)
-        stopped = runs.read_json(run_dir / "stopped.json")
-        if stopped and stopped.get("again"):
-            status, code, reason = "KILLED", EXIT_AGAIN, f"{stopping.asked(run_dir)}: {stopped['reason']}"
-        elif stopped:
-            code, reason = EXIT_USER if stopped.get("user") else EXIT_FAILED, stopped["reason"]
-        else:
-            status, code = "FINISHED", EXIT_DONE
+        status, code, reason = _outcome(run_dir)
     except (KeyboardInterrupt, SystemExit):  # Ray Train answers Ctrl-C with sys.exit(0)
         if watch.over:
-            status, code = "FINISHED", EXIT_DONE
+            status, code, reason = _outcome(run_dir)
         else:
             status, code = "KILLED", EXIT_AGAIN if interrupts.was_terminated() else EXIT_INTERRUPTED
     except Exception as error:
@@ -131,6 +125,16 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
         print(f"the tracking server did not take everything; send the rest with\n  "
               f"pipelines/replay_metrics.py {run_dir}", flush=True)
     return code
+
+
+def _outcome(run_dir: Path) -> tuple[str, int, str]:
+    """Status, exit status and reason of a run whose workers are done."""
+    stopped = runs.read_json(run_dir / "stopped.json")
+    if not stopped:
+        return "FINISHED", EXIT_DONE, ""
+    if stopped.get("again"):
+        return "KILLED", EXIT_AGAIN, f"{stopping.asked(run_dir)}: {stopped['reason']}"
+    return "FAILED", EXIT_USER if stopped.get("user") else EXIT_FAILED, stopped["reason"]
 
 
 def _drift(run_dir: Path, step: int, experiment: Experiment, layout: launch.Layout) -> list[str]:

@@ -10,7 +10,6 @@ from orchestrator.errors import EXIT_AGAIN
 
 EXIT_WAIT_S = 60  # for a tracking server, at most
 NOTICE_S = 30.0  # that a machine gives between SIGTERM and SIGKILL, where nobody says: Kubernetes' and the spot markets'
-STOP_WAIT_S = 10.0  # for a step and its checkpoint, at most
 
 
 class Terminated(BaseException):
@@ -47,14 +46,16 @@ def asking(ask: Callable[[], None]) -> Iterator[None]:
     def terminate(*_):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the orderly end short
         _since.append(time.monotonic())
-        ask()
         signal.signal(signal.SIGALRM, lambda *_: _interrupt())
         signal.setitimer(signal.ITIMER_REAL, stop_wait_s())
+        with contextlib.suppress(OSError):  # on a full disk nobody hears it, and the alarm ends the wait
+            ask()
 
-    signal.signal(signal.SIGTERM, terminate)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if was_terminated() else before)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -78,7 +79,7 @@ def notice_s() -> float:
 
 def stop_wait_s() -> float:
     """How much of the notice a step and its checkpoint may take; the rest is for the last words."""
-    return min(STOP_WAIT_S, max(1.5, notice_s() - 5))
+    return max(1.5, notice_s() - 5)
 
 
 def ending_s(code: int) -> float:
@@ -92,3 +93,4 @@ def ending_s(code: int) -> float:
 def let_end() -> None:
     """From here on SIGTERM changes nothing: what is left takes a bounded time and tells how the run ended."""
     signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 0)

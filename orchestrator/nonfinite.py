@@ -11,10 +11,14 @@ from pathlib import Path
 from orchestrator import events
 from orchestrator.batches import Batches
 from orchestrator.config import Train
+from orchestrator.runs import write_text
 from orchestrator.step import Gradient
 
 APPLY, SKIP, STOP = "apply", "skip", "stop"
 PATIENCE = 10  # updates in a row that may be left out: then it is not the text
+
+
+SCALED_PATIENCE = 100  # of a float16 scaler, which halves its scale each time: by then none is left
 
 
 class Guard:
@@ -30,10 +34,12 @@ class Guard:
             scaled: a float16 scaler is at work: it learns its scale by infinite gradients, and skips those by itself.
         """
         bad = [m for m, loss in enumerate(gradient.losses) if not math.isfinite(loss)]
-        if not bad and (scaled or math.isfinite(gradient.norm)):
+        if not bad and math.isfinite(gradient.norm):
             self.in_a_row = 0
             return APPLY
         self.in_a_row += 1
+        if not bad and scaled and self.in_a_row <= SCALED_PATIENCE:
+            return APPLY
         skips = self.train.on_nonfinite == "skip" and self.in_a_row <= PATIENCE
         if self.writes:
             self._leave_word(step, bad, skips)
@@ -52,4 +58,4 @@ class Guard:
             events.note(self.run_dir, "nonfinite", message, **facts)
             return
         hint = "" if again else "; train.on_nonfinite=skip goes on without it"
-        (self.run_dir / "stopped.json").write_text(json.dumps({"reason": f"{message}{hint}.", **facts}, indent=1), "utf-8")
+        write_text(self.run_dir / "stopped.json", json.dumps({"reason": f"{message}{hint}.", **facts}, indent=1))

@@ -92,7 +92,8 @@ def restore(state: TrainState, path: Path) -> None:
         name, _, moment = key.rpartition("/")
         state.optimizer.state[parameters[name]][moment] = value
     state.step, state.grad_norm, state.best_val_loss = (numbers[k] for k in ("step", "grad_norm", "best_val_loss"))
-    state.skipped, state.line_due, state.meter.losses = (numbers[k] for k in ("skipped", "line_due", "open_losses"))
+    state.skipped, state.line_due = numbers.get("skipped", 0), numbers.get("line_due", False)
+    state.meter.losses = numbers["open_losses"]
     if numbers["scaler"]:
         state.scaler.load_state_dict(numbers["scaler"])
 

@@ -23,7 +23,7 @@ def asked(run_dir: Path) -> str | None:
     try:
         # Opened, not looked up: network file systems show a changed file to who opens it, and remember what was missing.
         text = (Path(run_dir) / FILE).read_text("utf-8")
-    except FileNotFoundError:
+    except OSError:  # not there, or not readable at this moment
         return None
     with contextlib.suppress(ValueError):
         return json.loads(text)["reason"] if text else None

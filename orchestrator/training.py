@@ -29,6 +29,7 @@ from orchestrator.journal import Journal
 from orchestrator.manifest import load_manifest
 from orchestrator.meter import memory_metrics
 from orchestrator.numerics import Worker, agree, autocast, device_name, prepare_process
+from orchestrator.runs import write_text
 from orchestrator.step import Gradient, Step
 from orchestrator.tokenizer import load_tokenizer
 from orchestrator.writer import Writer
@@ -188,9 +189,14 @@ class Run:
         s.line_due = due(t.log_interval) or due(t.eval_interval) or (ends and self.is_whole)
         if stop:
             raise AbandonedError
-        metrics = self._measure(due(t.log_interval), due(t.eval_interval))
-        if ends and self.is_whole:
-            metrics |= self._ending(*self._lacks(metrics))
+        window = s.meter.losses
+        try:
+            metrics = self._measure(due(t.log_interval), due(t.eval_interval))
+            if ends and self.is_whole:
+                metrics |= self._ending(*self._lacks(metrics))
+        except AbandonedError:
+            s.meter.losses = window  # the line is written by the next start
+            raise
         s.line_due = False
         yield from self._write(metrics)
         if ends or due(t.checkpoint_interval):
@@ -205,7 +211,7 @@ class Run:
         if self.worker.is_main:
             self.writer.wait()
             facts = {"reason": f"asked to stop after step {self.state.step}", "step": self.state.step, "again": True}
-            (self.run_dir / "stopped.json").write_text(json.dumps(facts, indent=1), "utf-8")
+            write_text(self.run_dir / "stopped.json", json.dumps(facts, indent=1))
 
     def _lacks(self, line: dict[str, float]) -> tuple[bool, bool]:
         """Whether the last line of a run still needs the training window, and the evaluation."""
@@ -236,17 +242,13 @@ class Run:
 
     def _measure(self, log: bool, evaluate: bool) -> dict[str, float]:
         """The metrics of this step's line: the training window's, the evaluation's, both or none."""
-        metrics, window = {}, self.state.meter.losses
+        metrics: dict[str, float] = {}
         if log:
             self.state.meter.lap("rest")
             metrics |= self._training_metrics()
         if evaluate:
             self.state.meter.lap("rest")
-            try:
-                metrics |= self.evaluator.measure(self.state)
-            except AbandonedError:
-                self.state.meter.losses = window  # the line is written by the next start
-                raise
+            metrics |= self.evaluator.measure(self.state)
             self.state.meter.lap("evaluation")
         return metrics
 

@@ -20,23 +20,24 @@ GRACE_S = 5.0  # beyond the limit of a worker that watches itself
 
 
 class Watch:
-    """`with Watch(run_dir):` around Ray's fit, in the main thread."""
+    """`with watch:` around Ray's fit, in the main thread; `over`: it ended the wait for workers that were done."""
 
     def __init__(self, run_dir: Path):
         self.run_dir, self.closed, self.done_since, self.over = Path(run_dir), threading.Event(), None, False
-        self.begun = time.time()
+        self.seen: dict[int, tuple[tuple[int, int], float]] = {}  # rank: (its last mark, since when by our own clock)
 
     def __enter__(self) -> "Watch":
+        self.before = {_identity(mark) for mark in watchdog.marks(self.run_dir)}  # of earlier workers
         # The interpreter runs a handler once the main thread comes back from Ray's wait, a second later; this pipe at once.
         self.read, self.write = os.pipe()
         os.set_blocking(self.write, False)
-        self.before = signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)
+        self.fd_before = signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)
         self.thread = threading.Thread(target=self._loop, name="watch", daemon=True)
         self.thread.start()
         return self
 
     def __exit__(self, *_) -> None:
-        signal.set_wakeup_fd(self.before)
+        signal.set_wakeup_fd(self.fd_before)
         self.closed.set()
         os.write(self.write, b"\0")
         self.thread.join()
@@ -46,15 +47,18 @@ class Watch:
     def _loop(self) -> None:
         while not self.closed.is_set():
             ready, _, _ = select.select([self.read], [], [], POLL_S)
-            if ready and signal.SIGTERM in os.read(self.read, 64):
-                stopping.ask(self.run_dir, "SIGTERM")
-            elif not ready:
-                self._look()
+            try:
+                if ready and signal.SIGTERM in os.read(self.read, 64):
+                    stopping.ask(self.run_dir, "SIGTERM")
+                elif not ready:
+                    self._look()
+            except OSError as error:  # a full disk, a file system that is away: the next look may see more
+                print(f"watching {self.run_dir}: {error}", flush=True)
 
     def _look(self) -> None:
-        marks = [m for m in watchdog.marks(self.run_dir) if time.time() - m["age"] > self.begun]
+        marks = [m for m in watchdog.marks(self.run_dir) if _identity(m) not in self.before]
         for mark in marks:
-            if mark["phase"] != watchdog.DONE and mark["age"] > mark["limit"] + GRACE_S:
+            if mark["phase"] not in (watchdog.DONE, watchdog.FAILED) and self._age(mark) > mark["limit"] + GRACE_S:
                 watchdog.end_stuck(self.run_dir, mark)
         if node := draining(marks):
             stopping.ask(self.run_dir, f"the node {node} is drained")
@@ -63,6 +67,18 @@ class Watch:
         if done and not self.over and time.monotonic() - self.done_since > EXIT_S:
             self.over = True
             os.kill(os.getpid(), signal.SIGINT)  # Ray's own way out of its wait: it kills the workers
+
+    def _age(self, mark: dict) -> float:
+        """Seconds since a worker's mark was another one."""
+        known, since = self.seen.get(mark["rank"], (None, 0.0))
+        if known != _identity(mark):
+            since = time.monotonic()
+            self.seen[mark["rank"]] = (_identity(mark), since)
+        return time.monotonic() - since
+
+
+def _identity(mark: dict) -> tuple[int, int]:
+    return mark["pid"], mark["number"]
 
 
 def draining(marks: list[dict]) -> str | None:

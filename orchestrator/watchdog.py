@@ -30,7 +30,9 @@ EXIT_HUNG = 70
 MARK_BYTES = 512
 WAITING = "exchange"  # the phase in which a worker waits for the others: who is in it hangs for somebody else
 EXTRA = ("evaluation", "checkpoint")  # what is not part of every step; the others then wait longer for rank 0
-DONE = "done"
+DONE, FAILED = "done", "failed"
+OVER = (WAITING, DONE, FAILED)  # where nobody hangs of himself
+COMMIT_FACTOR = 20  # times the floor, at least, where somebody may wait for a disk
 
 
 class Pace:
@@ -76,15 +78,17 @@ class Watchdog:
             self.kind |= {phase}
         self.phase, self.step, self.last = phase, step, now
         self.limit = self.pace.limit((phase, self.kind))
+        if "checkpoint" in self.kind:  # behind a commit that is still being written; its pauses say nothing of that
+            self.limit = max(self.limit, COMMIT_FACTOR * self.pace.floor_s)
         self._mark()
-        if now - self.armed > 1.0:
+        if now - self.armed > 1.0 or self.limit > self.armed_for:
             self._arm()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """The worker is done: it has nothing more to say, and nobody waits for it but Ray."""
         self.closed.set()
         faulthandler.cancel_dump_traceback_later()
-        self.phase = DONE
+        self.phase = FAILED if failed else DONE
         self._mark()
         os.close(self.fd)
         self.file.close()
@@ -93,11 +97,12 @@ class Watchdog:
         self.number += 1
         mark = {"rank": self.rank, "attempt": self.attempt, "pid": os.getpid(), "born": self.born, "host": socket.gethostname(),
                 "node": self.node, "step": self.step, "phase": self.phase, "number": self.number, "limit": round(self.limit, 1)}
-        os.pwrite(self.fd, json.dumps(mark).encode().ljust(MARK_BYTES), 0)
+        with contextlib.suppress(OSError):  # no mark is worth a step: the disk may be full
+            os.pwrite(self.fd, json.dumps(mark).encode().ljust(MARK_BYTES), 0)
 
     def _arm(self) -> None:
         """Behind the thread stands one that needs no interpreter: whoever hangs may hold its lock."""
-        self.armed = time.monotonic()
+        self.armed, self.armed_for = time.monotonic(), self.limit
         faulthandler.dump_traceback_later(self.limit + BACKSTOP_S, exit=True, file=self.file)
 
     def _watch(self) -> None:
@@ -112,18 +117,18 @@ class Watchdog:
         self.file.flush()
         time.sleep(2 * self.poll_s)  # who can speak for himself has done so by now
         for mark in marks(self.run_dir):
-            waits = mark["phase"] in (WAITING, DONE) and not (is_here(mark) and _status(mark["pid"]) == "stopped")
+            waits = mark["phase"] in OVER and not (is_here(mark) and _status(mark["pid"]) == "stopped")
             if mark["rank"] != self.rank and not waits:
                 end_stuck(self.run_dir, mark)
         os._exit(EXIT_HUNG)
 
 
 def marks(run_dir: Path) -> list[dict[str, Any]]:
-    """Where each worker was last seen, by rank; `age` in seconds by this machine's clock."""
+    """Where each worker was last seen, by rank."""
     found = []
     for file in sorted((Path(run_dir) / ".ranks").glob("rank-*")):
         with contextlib.suppress(OSError, ValueError):
-            found.append({**json.loads(file.read_text("utf-8")), "age": time.time() - file.stat().st_mtime})
+            found.append(json.loads(file.read_text("utf-8")))
     return sorted(found, key=lambda mark: mark["rank"])
 
 
@@ -138,8 +143,7 @@ def end_stuck(run_dir: Path, mark: dict[str, Any]) -> None:
         return
     if _status(mark["pid"]) == "stopped":  # wherever it was, others now wait for it
         place = Path(run_dir) / ".ranks" / f"rank-{mark['rank']}"
-        stopped = {k: v for k, v in mark.items() if k != "age"} | {"phase": f"{mark['phase']} (stopped)"}
-        place.write_text(json.dumps(stopped), "utf-8")
+        place.write_text(json.dumps(mark | {"phase": f"{mark['phase']} (stopped)"}), "utf-8")
     file = Path(run_dir) / f"hang-rank{mark['rank']}.txt"
     if not file.exists() or not file.stat().st_size:
         file.write_text(f"process {mark['pid']} is {_status(mark['pid'])} in {mark['phase']} of step {mark['step'] + 1}\n"
@@ -164,15 +168,15 @@ def report(run_dir: Path) -> str | None:
         for file in stacks:
             shutil.move(file, folder / file.name)
         message = f"{verdict(seen)}; the stacks are in {folder}"
-        events.note(run_dir, "hang", message, marks=[{k: v for k, v in m.items() if k != "age"} for m in seen])
-    for file in files:
+        events.note(run_dir, "hang", message, marks=seen)
+    for file in (*files, *(Path(run_dir) / ".ranks").glob("rank-*")):  # of a later, smaller group some would be left
         file.unlink(missing_ok=True)
     return message
 
 
 def verdict(seen: list[dict[str, Any]]) -> str:
     """Who hung, out of where each worker was last seen: those who waited for nobody."""
-    stuck = [m for m in seen if m["phase"] not in (WAITING, DONE)]
+    stuck = [m for m in seen if m["phase"] not in OVER]
     behind = [m for m in stuck if m["step"] == min(s["step"] for s in stuck)]
     if not behind:
         return "every worker waited for the others: the network between them is suspect"

@@ -24,6 +24,7 @@ from orchestrator.training import Run
 from orchestrator.watchdog import Watchdog
 
 PATIENCE = 3  # attempts in a row that may end where they began, before a fault is taken for a bug
+MAX_FAILURES = 1000  # whatever they are: an end, where not even the attempts can be written down
 WRITER_WAIT_S = 60
 
 
@@ -45,7 +46,7 @@ def fit(experiment: Experiment, run_dir: Path, data_dir: Path, asked: Layout) ->
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(num_workers=asked.num_workers, use_gpu=asked.use_gpu,
                                      resources_per_worker={"CPU": asked.cpus_per_worker, **({"GPU": 1} if asked.use_gpu else {})}),
-        run_config=RunConfig(name=launch, storage_path=str(scratch), failure_config=FailureConfig(max_failures=-1),
+        run_config=RunConfig(name=launch, storage_path=str(scratch), failure_config=FailureConfig(max_failures=MAX_FAILURES),
                              worker_runtime_env={"env_vars": worker_environment()}),
     )
     try:
@@ -65,12 +66,12 @@ def _work(config: dict[str, Any]) -> None:
     place = Worker(context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device()), config["cpus"])
     # The worker of a driver that was killed may live a little longer than it: nobody writes beside it.
     with lease.held(run_dir, lease.WRITER, WRITER_WAIT_S) if place.is_main else contextlib.nullcontext():
-        number = _begin_attempt(run_dir, config["launch"], place.world_size) if place.is_main else 0
-        worker = Worker(place.rank, place.world_size, place.device, place.cpus, agree(number, place))
         try:
+            number = _begin_attempt(run_dir, config["launch"], place.world_size) if place.is_main else 0
+            worker = Worker(place.rank, place.world_size, place.device, place.cpus, agree(number, place))
             _train(parse_experiment(config["experiment"], "experiment"), run_dir, Path(config["data_dir"]), worker)
         except Exception as error:
-            _record_failure(run_dir, worker.rank, error)
+            _record_failure(run_dir, place.rank, error)
             raise
 
 
@@ -80,17 +81,18 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker
 
     dog = Watchdog(run_dir, worker, experiment.compute.hang_after_s, ray.get_runtime_context().get_node_id())
     bell = stopping.Bell(run_dir) if worker.is_main else None
-    run = None
+    run, failed = None, True
     try:
         run = Run(experiment, run_dir, data_dir, worker, stop_asked=bell or (lambda: False), beat=dog.beat)
         for _ in run:
             pass
+        failed = False
     except Exception as error:
         if memory.is_exhausted(error):
             raise UserError(memory.advice(experiment, worker, run, error)) from error
         raise
     finally:
-        dog.close()
+        dog.close(failed)
         if bell:
             bell.close()
 
@@ -102,7 +104,8 @@ def _begin_attempt(run_dir: Path, launch: str, world_size: int) -> int:
     """
     watchdog.report(run_dir)
     file = run_dir / "attempts.jsonl"
-    earlier = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    lines = file.read_text("utf-8").split("\n") if file.exists() else []
+    earlier = [json.loads(line) for line in lines if line.endswith("}")]  # a full disk may have torn one
     step = max(checkpoint.steps(run_dir / "checkpoints"), default=0)
     if [a["step"] for a in earlier if a["launch"] == launch][-PATIENCE:] == [step] * PATIENCE:
         last = "\n".join(f.read_text("utf-8") for f in sorted(run_dir.glob("failure-rank*.txt")))
@@ -113,15 +116,18 @@ def _begin_attempt(run_dir: Path, launch: str, world_size: int) -> int:
         events.note(run_dir, "restart", f"attempt {len(earlier) + 1} begins at step {step}: a worker of the one before it died",
                     step=step)
     with open(file, "a", encoding="utf-8") as out:
+        if lines and lines[-1]:
+            out.write("\n")
         out.write(json.dumps({"launch": launch, "step": step, "workers": world_size, "pid": os.getpid()}) + "\n")
     return len(earlier) + 1
 
 
 def _record_failure(run_dir: Path, rank: int, error: Exception) -> None:
     """Keep the traceback where the driver finds it, and end the run where it is the user's to mend."""
-    write_text(run_dir / f"failure-rank{rank}.txt", "".join(traceback.format_exception(error)))
     if isinstance(error, UserError):
         _stop(run_dir, str(error), True)
+    with contextlib.suppress(OSError):
+        write_text(run_dir / f"failure-rank{rank}.txt", "".join(traceback.format_exception(error)))
 
 
 def _stop(run_dir: Path, reason: str, user: bool) -> None:

@@ -47,6 +47,19 @@ def test_asked_at_any_question_it_stops_there_and_ends_as_if_nobody_had_asked(wh
     assert outcome(tmp_path) == outcome(whole)
 
 
+@pytest.mark.parametrize("question", range(100, 185, 6))
+def test_asked_in_an_evaluation_that_only_the_end_needs_its_window_is_not_lost(tiny_dataset, tmp_path, question):
+    experiment = load_experiment(None, [*SMALL, "train.eval_interval=5"])  # step 12 is due for a loss and not for an evaluation
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    train(experiment, tmp_path / "whole", tiny_dataset)
+    asked = iter([False] * question + [True] * 10**6)
+    for _ in Run(experiment, tmp_path / "cut", tiny_dataset, Worker(), stop_asked=lambda: next(asked)):
+        pass
+    train(experiment, tmp_path / "cut", tiny_dataset)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
 def test_asked_again_and_again_it_still_gets_there(whole, tiny_dataset, tmp_path):
     steps = []
     for _ in range(100):

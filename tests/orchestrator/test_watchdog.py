@@ -75,6 +75,34 @@ def test_who_waits_ends_the_one_that_is_stopped_and_names_it(tmp_path, phase):
     assert "exchange takes longer" in (tmp_path / "hangs" / "0001" / "hang-rank0.txt").read_text()
 
 
+def test_a_healthy_long_phase_after_short_ones_is_left_alone(tmp_path):
+    code = HANGS.partition("dog =")[0] + """
+dog = watchdog.Watchdog(Path(sys.argv[1]), Worker(), 0.2, poll_s=0.05)
+watchdog.START_S = 30.0
+for step in range(50):
+    for phase in ("gradient", "exchange", "update"):
+        dog.beat(phase, step)
+dog.beat("evaluation", 50)  # never measured: it has START_S
+time.sleep(2.5)
+dog.beat("checkpoint", 50)
+time.sleep(2.5)  # waits for a commit: twenty times the floor
+dog.beat("gradient", 50)
+dog.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=REPO)
+    assert done.returncode == 0
+    assert watchdog.report(tmp_path) is None
+
+
+def test_a_worker_that_failed_is_not_done(tmp_path):
+    dog = Watchdog(tmp_path, Worker(), 30.0)
+    dog.close(failed=True)
+    assert [m["phase"] for m in watchdog.marks(tmp_path)] == [watchdog.FAILED]
+    assert "network" in watchdog.verdict(watchdog.marks(tmp_path) + [{"rank": 1, "phase": "exchange"}])
+    watchdog.report(tmp_path)
+    assert watchdog.marks(tmp_path) == [], "marks of a group that is gone"
+
+
 def test_a_worker_that_is_done_or_was_born_under_a_used_number_is_left_alone(tmp_path):
     bystander = subprocess.Popen(["sleep", "60"])
     try:

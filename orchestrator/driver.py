@@ -147,8 +147,8 @@ def _drift(run_dir: Path, step: int, experiment: Experiment, layout: launch.Layo
         return []
     stored = checkpoint.read_manifest(checkpoint.path_of(run_dir / "checkpoints", step))["fingerprints"]["numerics"]
     now = numerics.fingerprint(experiment, numerics.Worker(cpus=layout.cpus_per_worker))
-    if layout.use_gpu:
-        now["device"] = stored["device"]  # the driver's machine need not have a GPU to name; the workers compare theirs
+    if layout.use_gpu or launch.has_several_nodes():  # the driver's machine need not be like theirs; the workers compare
+        now |= {key: stored.get(key) for key in ("device", "torch")}
     numerics.check(stored, now, experiment, run_dir)
     return numerics.changes(stored, now)
 

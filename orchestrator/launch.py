@@ -78,13 +78,16 @@ def job_id() -> str | None:
     return os.environ.get("RAY_JOB_ID") or (ray.get_runtime_context().get_job_id() if ray.is_initialized() else None)
 
 
-def check_storage(storage: str) -> None:
-    """Several nodes must see one folder, and a relative path is another one on each."""
+def has_several_nodes() -> bool:
+    """Whether the connected cluster has, or may get, other machines than this one."""
     import ray
 
-    nodes = sum(n["Alive"] for n in ray.nodes())
-    several = nodes > 1 or bool(os.environ.get("ESPALIER_AUTOSCALING"))
-    if several and not Path(storage).expanduser().is_absolute():
+    return sum(n["Alive"] for n in ray.nodes()) > 1 or bool(os.environ.get("ESPALIER_AUTOSCALING"))
+
+
+def check_storage(storage: str) -> None:
+    """Several nodes must see one folder, and a relative path is another one on each."""
+    if has_several_nodes() and not Path(storage).expanduser().is_absolute():
         raise UserError(f"storage: '{storage}' is relative and the cluster has or may get several nodes; set storage=… or "
                         f"ESPALIER_STORAGE to an absolute path that all of them share")
 

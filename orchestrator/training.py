@@ -22,6 +22,7 @@ from model.schedule import learning_rate
 from orchestrator import checkpoint, events, journal, nonfinite, numerics, state
 from orchestrator.batches import Batches, Prefetcher, TokenStream
 from orchestrator.config import Experiment
+from orchestrator.errors import UserError
 from orchestrator.evaluation import AbandonedError
 from orchestrator.evaluator import Evaluator
 from orchestrator.init_from import initial_model
@@ -132,8 +133,10 @@ class Run:
         step = agree(int(found.name.removeprefix("step-")) if found else -1, self.worker)
         self.is_own = step >= 0
         path = checkpoint.path_of(folder, step) if self.is_own else parent
-        if path and (not self.worker.is_main or path == parent):
+        if path == parent and path:
             checkpoint.verify(path)
+        elif path and not self.worker.is_main:
+            self._read_again(path)
         if path is None:
             s = state.build(self.experiment, initial_model(self.experiment, self.tokenizer.n_vocab), self.worker)
         else:
@@ -145,6 +148,14 @@ class Run:
         if self.worker.is_main:
             self._rewind(s, path is not None)
         return s
+
+    @staticmethod
+    def _read_again(path: Path) -> None:
+        """What rank 0 has verified, as this machine sees it: where that differs, it is no mistake of the user's."""
+        try:
+            checkpoint.verify(path)
+        except UserError as error:
+            raise RuntimeError(f"rank 0 could read this checkpoint, and this worker cannot: {error}") from error
 
     def _passed_over(self, message: str) -> None:
         print(message, flush=True)

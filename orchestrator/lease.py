@@ -42,7 +42,8 @@ def held(run_dir: Path, name: str = DRIVER, wait_s: float = PROBE_S) -> Iterator
         try:
             yield vanished
         finally:
-            _write(file, "")
+            if name == DRIVER:  # a worker's stays: who wrote last
+                _write(file, "")
 
 
 def check(run_dir: Path) -> None:

@@ -52,6 +52,8 @@ PROMISED = [
     "train.seed",
     "train.dtype",
     "train.compile",
+    "train.on_nonfinite",
+    "train.allow_drift",
     "train.log_interval",
     "train.eval_interval",
     "train.eval_tokens",
@@ -61,6 +63,7 @@ PROMISED = [
     "compute.num_workers",
     "compute.cpus_per_worker",
     "compute.use_gpu",
+    "compute.hang_after_s",
     "tracking.uri",
     "tracking.experiment",
 ]
@@ -104,6 +107,8 @@ REFUSED = {
     "train.seed": ["null", "-1", "0.5", "x", "010", "1:30", "1e300", str(2**64)],
     "train.dtype": ["null", "float64", "bf16", "16"],
     "train.compile": ["null", "1", "x"],
+    "train.on_nonfinite": ["null", "raise", "1"],
+    "train.allow_drift": ["null", "1", "maybe"],
     "train.log_interval": ["0", "-1", "0.5", "x"],
     "train.eval_interval": ["0", "-1", "0.5", "x"],
     "train.eval_tokens": ["0", "1", "-1", "2.5", "x"],
@@ -113,6 +118,7 @@ REFUSED = {
     "compute.num_workers": ["null", "0", "-1", "1.5", "all", "true"],
     "compute.cpus_per_worker": ["null", "0", "-1", "1.5", "all", "true"],
     "compute.use_gpu": ["null", "1", "0", "maybe"],
+    "compute.hang_after_s": ["null", "0", "-1", "auto", "nan"],
     "tracking.uri": ["1", "''", "mlruns", "file:///tmp/mlruns", "ftp://x"],
     "tracking.experiment": ["null", "1", "''"],
 }

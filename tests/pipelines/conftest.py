@@ -12,6 +12,7 @@ import torch
 from orchestrator.config import load_experiment
 from orchestrator.numerics import Worker
 from orchestrator.training import train
+from tests.helpers import small_run
 
 REPO = Path(__file__).resolve().parent.parent.parent
 SMALL = ["data.tokenizer=char", "model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.block_size=32",
@@ -39,6 +40,13 @@ def trained_run(tiny_corpus, tiny_dataset, tmp_path_factory) -> Path:
     train(experiment, run_dir, tiny_dataset, Worker(cpus=1))
     torch.set_num_threads(before)
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def golden(ray_head, tiny_corpus, tmp_path_factory) -> tuple[Path, str]:
+    """`train.py` on one worker, never killed: its folder and what it printed."""
+    storage = tmp_path_factory.mktemp("golden")
+    return storage / "small", small_run.run(ray_head, storage, tiny_corpus, "compute.num_workers=1").stdout
 
 
 @pytest.fixture

@@ -5,56 +5,12 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from orchestrator import checkpoint, journal, plan
-
-REPO = Path(__file__).resolve().parent.parent.parent
-STEPS = 60
-
-
-def command(storage: Path, corpus: Path, *overrides: str) -> list[str]:
-    """A run of a minute's fraction on two workers, with enough steps to be killed in."""
-    return [sys.executable, str(REPO / "pipelines" / "train.py"), str(REPO / "configs" / "quickstart.yaml"),
-            f"storage={storage}", f"data.corpus={corpus}", "data.tokenizer=char", "name=small", "model.n_layer=2",
-            "model.n_head=2", "model.n_embd=64", "model.block_size=64", "model.dropout=0.1", "model.pad_vocab_to=1",
-            "train.micro_batch_size=4", "train.global_batch_size=16", f"train.max_steps={STEPS}", "train.log_interval=5",
-            "schedule.warmup_steps=10", "train.eval_interval=30", "train.checkpoint_interval=10", "train.eval_tokens=2000",
-            "compute.cpus_per_worker=1", *overrides]
-
-
-def run(ray_head, storage: Path, corpus: Path, *overrides: str, status: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(command(storage, corpus, *overrides), env=ray_head.env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
-
-
-def curve(run_dir: Path) -> list[dict]:
-    return [{k: v for k, v in r.items() if k == "step" or k.startswith(("train/", "val/", "optim/"))}
-            for r in journal.read(run_dir)]
-
-
-def summary(run_dir: Path) -> dict:
-    return json.loads((run_dir / "summary.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def golden(ray_head, tiny_corpus, tmp_path_factory) -> tuple[Path, str]:
-    """One worker, never killed: its folder and what it printed."""
-    storage = tmp_path_factory.mktemp("golden")
-    return storage / "small", run(ray_head, storage, tiny_corpus, "compute.num_workers=1").stdout
-
-
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while max(checkpoint.steps(run_dir / "checkpoints"), default=0) < step:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"step {step} was not reached"
-        time.sleep(0.02)
+from orchestrator import checkpoint, plan
+from tests.helpers.small_run import STEPS, command, curve, run, summary, wait_for_step
 
 
 def test_the_end_says_where_everything_is_and_what_comes_next(golden):

@@ -5,25 +5,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from orchestrator import checkpoint, events, journal, watchdog
-
-REPO = Path(__file__).resolve().parent.parent.parent
-STEPS = 60
-
-
-def command(storage: Path, corpus: Path, *overrides: str) -> list[str]:
-    return [sys.executable, str(REPO / "pipelines" / "train.py"), str(REPO / "configs" / "quickstart.yaml"),
-            f"storage={storage}", f"data.corpus={corpus}", "data.tokenizer=char", "name=small", "model.n_layer=2",
-            "model.n_head=2", "model.n_embd=64", "model.block_size=64", "model.dropout=0.1", "model.pad_vocab_to=1",
-            "train.micro_batch_size=4", "train.global_batch_size=16", f"train.max_steps={STEPS}", "train.log_interval=5",
-            "schedule.warmup_steps=10", "train.eval_interval=30", "train.checkpoint_interval=10", "train.eval_tokens=2000",
-            "compute.cpus_per_worker=1", *overrides]
+from tests.helpers.small_run import command, curve, summary, wait_for_step
 
 
 def begin(ray_head, storage: Path, corpus: Path, *overrides: str, **env: str) -> subprocess.Popen:
@@ -32,25 +18,7 @@ def begin(ray_head, storage: Path, corpus: Path, *overrides: str, **env: str) ->
 
 
 def result(run_dir: Path) -> tuple:
-    exact = ("step", "train/", "val/", "optim/")
-    curve = [{k: v for k, v in r.items() if k.startswith(exact)} for r in journal.read(run_dir)]
-    return curve, json.loads((run_dir / "summary.json").read_text())["weights_sha256"]
-
-
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while max(checkpoint.steps(run_dir / "checkpoints"), default=0) < step:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"step {step} was not reached"
-        time.sleep(0.01)
-
-
-@pytest.fixture(scope="module")
-def golden(ray_head, tiny_corpus, tmp_path_factory) -> tuple:
-    storage = tmp_path_factory.mktemp("golden")
-    process = begin(ray_head, storage, tiny_corpus, "compute.num_workers=1")
-    assert process.wait(240) == 0, process.communicate()
-    return result(storage / "small")
+    return curve(run_dir), summary(run_dir)["weights_sha256"]
 
 
 def test_a_second_job_is_refused_and_sigterm_costs_no_step(golden, ray_head, tiny_corpus, tmp_path):
@@ -66,14 +34,14 @@ def test_a_second_job_is_refused_and_sigterm_costs_no_step(golden, ray_head, tin
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, out + err
-    summary, stopped = (json.loads((run_dir / f"{name}.json").read_text()) for name in ("summary", "stopped"))
-    assert (summary["status"], summary["step"]) == ("KILLED", stopped["step"])
+    stopped = json.loads((run_dir / "stopped.json").read_text())
+    assert (summary(run_dir)["status"], summary(run_dir)["step"]) == ("KILLED", stopped["step"])
     assert checkpoint.latest_valid(run_dir / "checkpoints") == checkpoint.path_of(run_dir / "checkpoints", stopped["step"])
     assert stopped["step"] >= journal.read(run_dir)[-1]["step"], "a logged step was lost"
     again = begin(ray_head, tmp_path, tiny_corpus, "compute.num_workers=1")
     assert again.wait(240) == 0, again.communicate()
     assert f"from step {stopped['step']} " in again.communicate()[0]
-    assert result(run_dir) == golden
+    assert result(run_dir) == result(golden[0])
 
 
 def test_a_rank_that_hangs_is_named_and_its_group_starts_again(golden, ray_head, tiny_corpus, tmp_path):
@@ -87,7 +55,7 @@ def test_a_rank_that_hangs_is_named_and_its_group_starts_again(golden, ray_head,
     (hang,) = [e for e in events.read(run_dir) if e["kind"] == "hang"]
     assert hang["message"].startswith(f"rank 1 (process {victim['pid']} on ")
     assert sorted(f.name for f in (run_dir / "hangs" / "0001").iterdir()) == ["hang-rank0.txt", "hang-rank1.txt"]
-    assert result(run_dir) == golden
+    assert result(run_dir) == result(golden[0])
 
 
 def test_workers_that_are_done_and_do_not_end_are_ended(golden, ray_head, tiny_corpus, tmp_path):
@@ -106,4 +74,4 @@ def test_workers_that_are_done_and_do_not_end_are_ended(golden, ray_head, tiny_c
     process = begin(ray_head, tmp_path, tiny_corpus, "compute.num_workers=2", PYTHONPATH=str(hook))
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
-    assert result(tmp_path / "small") == golden
+    assert result(tmp_path / "small") == result(golden[0])

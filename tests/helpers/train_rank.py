@@ -1,6 +1,7 @@
 """One worker of a training run without Ray: `train_rank.py JSON`, as torchrun would start it."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,3 +16,5 @@ if job["world_size"] > 1:
     dist.init_process_group("gloo", init_method=f"file://{job['store']}", rank=job["rank"], world_size=job["world_size"])
 train(load_experiment(None, job["overrides"]), Path(job["run_dir"]), Path(job["data_dir"]),
       Worker(job["rank"], job["world_size"], "cpu", cpus=1))
+sys.stdout.flush()
+os._exit(0)  # torch's end of a gloo group can deadlock or abort where the other rank is gone already

@@ -11,7 +11,7 @@ from orchestrator import checkpoint, journal, state
 from orchestrator.batches import TokenStream
 from orchestrator.config import load_experiment
 from orchestrator.errors import UserError
-from orchestrator.manifest import load_manifest
+from orchestrator.manifest import load_manifest, write_manifest
 from orchestrator.numerics import Worker
 from orchestrator.tokenizer import load_tokenizer
 from orchestrator.trained import open_checkpoint
@@ -84,7 +84,7 @@ def test_other_tokens_are_refused(trained_run, tiny_dataset, tmp_path):
     shutil.copytree(tiny_dataset, other)
     manifest = json.loads((other / "manifest.json").read_text("utf-8"))
     manifest["splits"]["val"]["stream_sha256"] = "0" * 64
-    (other / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    write_manifest(other, {k: v for k, v in manifest.items() if k not in ("format_version", "files", "sha256")})
     with pytest.raises(UserError, match="not those that .* was trained on"):
         main([str(trained_run), f"data.dir={other}"])
 

@@ -14,9 +14,7 @@ from orchestrator.config import Experiment
 from orchestrator.errors import UserError
 from orchestrator.runs import read_json
 
-PATIENCE = 3  # attempts in a row that may end where they began, before a fault is taken for a bug
 COLLECTIVE_TIMEOUT_S = 1800
-WRITER_WAIT_S = 60
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no call to the network that nobody asked for
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray's 2 s are the latency of every report and of the end

@@ -149,8 +149,7 @@ def _drift(run_dir: Path, step: int, experiment: Experiment, layout: launch.Layo
     now = numerics.fingerprint(experiment, numerics.Worker(cpus=layout.cpus_per_worker))
     if layout.use_gpu or launch.has_several_nodes():  # the driver's machine need not be like theirs; the workers compare
         now |= {key: stored.get(key) for key in ("device", "torch")}
-    numerics.check(stored, now, experiment, run_dir)
-    return numerics.changes(stored, now)
+    return numerics.check(stored, now, experiment, run_dir)
 
 
 def _note(run_dir: Path, step: int, vanished: str, drift: list[str]) -> None:

@@ -61,7 +61,8 @@ def _fits(experiment: Experiment, worker: Worker, run: Run) -> bool:
         if not is_exhausted(error):
             raise
         return False
-    return bool(room) or True
+    del room  # until here it stood beside the step
+    return True
 
 
 def _forget(run: Run) -> None:

@@ -92,8 +92,8 @@ def fingerprint(experiment: Experiment, worker: Worker) -> dict[str, Any]:
     }
 
 
-def check(before: dict[str, Any], now: dict[str, Any], experiment: Experiment, where: Any) -> None:
-    """Refuse to go on with other last bits, unless `train.allow_drift` says so.
+def check(before: dict[str, Any], now: dict[str, Any], experiment: Experiment, where: Any) -> list[str]:
+    """Refuse to go on with other last bits, unless `train.allow_drift` says so; returns what differs, as `changes`.
 
     Raises:
         UserError: shows what differs.
@@ -103,6 +103,7 @@ def check(before: dict[str, Any], now: dict[str, Any], experiment: Experiment, w
         raise UserError("\n".join([f"{where}: from here on the last bits would not be those of a run never stopped:",
                                    *(f"  {line}" for line in lines),
                                    "  go on where it began, set train.allow_drift=true, or use a new name (name=…)"]))
+    return lines
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -36,19 +36,16 @@ from orchestrator.tokenizer import load_tokenizer
 from orchestrator.writer import Writer
 
 
-def train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker = Worker(), **watched: Any) -> int:  # noqa: B008
+def train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker = Worker()) -> int:  # noqa: B008
     """Train from the latest valid checkpoint, or from nothing, to `train.max_steps`.
 
     Every worker calls it with the same arguments and its own `worker`; where there are several, torch.distributed is
     initialised. Only rank 0 writes.
 
-    Args:
-        watched: `stop` and `beat` of `Run`.
-
     Returns:
         The number of steps done: below max_steps only if the run stopped itself, which `stopped.json` explains.
     """
-    run = Run(experiment, run_dir, data_dir, worker, **watched)
+    run = Run(experiment, run_dir, data_dir, worker)
     for _ in run:
         pass
     return run.state.step

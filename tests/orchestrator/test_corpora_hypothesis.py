@@ -16,13 +16,13 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator import tokens
 from orchestrator.batches import TokenStream
 from orchestrator.config import Data
 from orchestrator.errors import UserError
 from orchestrator.reading import Span, pieces, plan_spans
 from orchestrator.tokenizer import load_tokenizer
 from orchestrator.tokens import prepare
+from tests.helpers.here import here
 
 MARKS = 400_000
 ODD = ["", "\0", "\ufeff", "\ufeffmark first", "a\r\nb\rc\n", "<|endoftext|>", "x<|endoftext|><|fim_prefix|>", "!" * 300, " " * 90,
@@ -53,23 +53,6 @@ def written(folder: Path, files: list[tuple[str, bytes]]) -> list[str]:
             read = (json.loads(line.removeprefix("\ufeff"))["text"] for line in text.split("\n") if line.strip())
             documents += [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in read]
     return documents
-
-
-@contextlib.contextmanager
-def here():
-    """Jobs run in this process, in random order."""
-    def run_shuffled(function, items, common=None):
-        for item in random.sample(items, len(items)):
-            result = json.loads(tokens._run(function, common or {}, None, {"item": json.dumps(item)})["result"])
-            if "error" in result:
-                raise UserError(result["error"])
-            yield result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "_map", run_shuffled)
-        patch.setattr(tokens, "_cpus", lambda: 1)
-        patch.setattr(tokens, "_ray", contextlib.nullcontext)
-        yield
 
 
 def check(folder: Path, files: list[tuple[str, bytes]], name: str, chunk_bytes: int, ran=here) -> None:

@@ -3,11 +3,9 @@
 Most tests run the jobs in this process, in a shuffled order; those marked so run them on Ray.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -29,6 +27,7 @@ from orchestrator.errors import UserError
 from orchestrator.reading import plan_spans
 from orchestrator.tokenizer import load_tokenizer
 from orchestrator.tokens import dataset_dir, estimate, load_manifest, prepare
+from tests.helpers.here import here
 
 STORY = "It was a dark and stormy night;\r\nthe rain fell in torrents, except at <|endoftext|> intervals. 中文 😀\n"
 BYTES = {"tokenizer": "byte", "append_eot": True}
@@ -38,19 +37,10 @@ def quiet(stage: str, done: int, total: int) -> None:
     assert 0 <= done <= total, stage
 
 
-@pytest.fixture
-def here(monkeypatch):
-    """Jobs run in this process, in random order."""
-    def run_shuffled(function, items, common=None):
-        for item in random.sample(items, len(items)):
-            result = json.loads(tokens._run(function, common or {}, None, {"item": json.dumps(item)})["result"])
-            if "error" in result:
-                raise UserError(result["error"])
-            yield result
-
-    monkeypatch.setattr(tokens, "_map", run_shuffled)
-    monkeypatch.setattr(tokens, "_cpus", lambda: 1)
-    monkeypatch.setattr(tokens, "_ray", contextlib.nullcontext)
+@pytest.fixture(name="here")
+def _here():
+    with here():
+        yield
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ import torch
 
 from model.generate import generate
 from model.gpt import GPT
-from orchestrator import state
+from orchestrator import memory, state
 from orchestrator.config import Experiment, parse_experiment
 from orchestrator.evaluation import EvalSet
 from orchestrator.evaluator import SAMPLE_PROMPT, SAMPLE_TOKENS
@@ -36,6 +36,7 @@ from orchestrator.meter import memory_metrics
 from orchestrator.numerics import Worker, autocast, device_name, prepare_process
 from orchestrator.runs import write_text
 from orchestrator.step import Step
+from orchestrator.writer import Writer
 
 FORMAT = 1  # of the cache; a change of what is measured is a new one
 STEPS_S, EVALUATION_S = 3.0, 1.0  # how long each is timed
@@ -178,6 +179,7 @@ def _parse(text: str) -> Timing | None:
 # ---- in the other process ----
 def main() -> None:
     """A job on stdin, a `Timing` of one worker on stdout."""
+    memory.be_expendable()
     job = json.loads(sys.stdin.read())
     experiment, worker = parse_experiment(job["experiment"], "calibration"), Worker(device=job["device"], cpus=job["cpus"])
     print(json.dumps(asdict(_calibrate(experiment, job["n_vocab"], worker, job["started"], job["limit_s"]))))
@@ -190,16 +192,16 @@ def _calibrate(experiment: Experiment, n_vocab: int, worker: Worker, started: fl
             sys.exit("the GPU is in use")  # its times would be wrong, and the other's memory at risk
     prepare_process(experiment, worker)
     startup_s = time.time() - started
-    s = state.build(_one_micro_batch(experiment), GPT(experiment.gpt_config(n_vocab)), worker)
+    s = state.build(one_micro_batch(experiment), GPT(experiment.gpt_config(n_vocab)), worker)
     step_s, s, unused_bytes = _time_steps(experiment, s, worker, limit_s / 4)
     eval_tokens_per_s = _time_evaluation(experiment, s, worker)
     sample_s = _time_sample(experiment, s, worker, n_vocab)
     checkpoint_s, checkpoint_bytes = _time_checkpoint(experiment, s, worker)
-    memory_gib = _peak_gib(worker.device) + unused_bytes / 2**30
+    memory_gib = peak_gib(worker.device) + unused_bytes / 2**30
     return Timing(step_s, eval_tokens_per_s, sample_s, checkpoint_s, checkpoint_bytes, memory_gib, startup_s)
 
 
-def _one_micro_batch(experiment: Experiment) -> Experiment:
+def one_micro_batch(experiment: Experiment) -> Experiment:
     train = experiment.train.model_copy(update={"global_batch_size": experiment.train.micro_batch_size, "reduction_slots": 1})
     return experiment.model_copy(update={"train": train})
 
@@ -210,7 +212,7 @@ def _time_steps(experiment: Experiment, s: state.TrainState, worker: Worker,
 
     Where a whole step would not fit `budget_s`, that of one micro-batch is timed and its gradient counted M times.
     """
-    one, m = _one_micro_batch(experiment), experiment.micro_batches
+    one, m = one_micro_batch(experiment), experiment.micro_batches
     parts = _timed_step(one, s, worker)
     if parts[0] < budget_s / 2:
         parts = _timed_step(one, s, worker)  # the first one also warmed up
@@ -266,13 +268,14 @@ def _time_sample(experiment: Experiment, s: state.TrainState, worker: Worker, n_
 
 
 def _time_checkpoint(experiment: Experiment, s: state.TrainState, worker: Worker) -> tuple[float, int]:
-    """Seconds and bytes of one checkpoint, in the folder of temporary files."""
+    """Seconds and bytes of one checkpoint, in the folder of temporary files; a run does most of it beside training."""
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
         (Path(folder) / "tokenizer.json").write_text("{}", "utf-8")
         dataset = Manifest(Path(folder), 1, {}, {}, "uint16", {}, [], "")
         begun = time.perf_counter()
-        path = state.save(s, experiment, Path(folder) / "checkpoints", dataset, worker, {})
-        return time.perf_counter() - begun, folder_bytes(path)
+        with Writer(Path(folder) / "checkpoints", 1, Path(folder)) as writer:  # its copy of the state counts as memory
+            writer.save(s.step, *state.snapshot(s, experiment, dataset, worker, {}))
+        return time.perf_counter() - begun, folder_bytes(Path(folder) / "checkpoints")
 
 
 def folder_bytes(folder: Path) -> int:
@@ -280,7 +283,7 @@ def folder_bytes(folder: Path) -> int:
     return sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
 
 
-def _peak_gib(device: str) -> float:
+def peak_gib(device: str) -> float:
     """What the journal's memory metric would be of a worker."""
     status = Path("/proc/self/status")
     if device != "cpu":

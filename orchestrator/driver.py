@@ -23,6 +23,7 @@ from orchestrator import (
     launch,
     lease,
     numerics,
+    oom_kill,
     plan,
     runs,
     stopping,
@@ -105,9 +106,14 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
         else:
             status, code = "KILLED", EXIT_AGAIN if interrupts.was_terminated() else EXIT_INTERRUPTED
     except Exception as error:
-        traces = [f.read_text("utf-8") for f in sorted(run_dir.glob("failure-rank*.txt"))]
-        reason = "\n".join(traces) or f"{error.__class__.__name__}: {error}"
+        if kill := oom_kill.find(run_dir) or oom_kill.in_error(error, layout.num_workers):
+            oom_kill.stop(run_dir, kill)
+            status, code, reason = _outcome(run_dir)
+        else:
+            traces = [f.read_text("utf-8") for f in sorted(run_dir.glob("failure-rank*.txt"))]
+            reason = "\n".join(traces) or f"{error.__class__.__name__}: {error}"
     interrupts.let_end()
+    reason = oom_kill.conclude(run_dir, experiment, load_manifest(data_dir).tokenizer["n_vocab"], layout) or reason
     if hang := watchdog.report(run_dir):
         print(hang, file=sys.stderr)
     # A job that is stopped has 3 s before SIGKILL: hashing the weights is for a run that is done.

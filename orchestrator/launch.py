@@ -98,6 +98,14 @@ def capacity(asked: Layout) -> int:
     return places([(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes], asked) // asked.num_workers
 
 
+def oom_causes() -> dict[tuple[str, int], str]:
+    """What Ray says of each worker process that its memory monitor ended, by node and process."""
+    from ray._private.state import actors  # the public way needs a dashboard
+
+    causes = {(a["Address"]["NodeID"], a["Pid"]): a["DeathCause"] for a in actors().values()}
+    return {place: c.oom_context.error_message for place, c in causes.items() if c is not None and c.HasField("oom_context")}
+
+
 def layout(experiment: Experiment, recorded: Layout | None = None) -> Layout:
     """Resolve `compute` against the connected cluster.
 

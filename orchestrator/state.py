@@ -52,12 +52,6 @@ def build(experiment: Experiment, model: GPT, worker: Worker) -> TrainState:
     return TrainState(model, forward, optimizer, scaler, gradients, Meter())
 
 
-def save(state: TrainState, experiment: Experiment, directory: Path, dataset: Manifest, worker: Worker,
-         metrics: dict[str, float]) -> Path:
-    """Commit the state here and now; `snapshot` is for a writer that does it while training goes on."""
-    return checkpoint.save(directory, state.step, *snapshot(state, experiment, dataset, worker, metrics))
-
-
 def snapshot(state: TrainState, experiment: Experiment, dataset: Manifest, worker: Worker, metrics: dict[str, float],
              ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str], dict[str, Any]]:
     """(tensors, texts, facts) of a checkpoint that also says what it is: experiment, model shape, tokenizer, fingerprints.

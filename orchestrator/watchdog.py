@@ -60,7 +60,7 @@ class Watchdog:
         self.node = node
         self.pace, self.number, self.step, self.phase, self.kind = Pace(floor_s), 0, 0, "start", frozenset()
         self.last, self.limit, self.closed = time.monotonic(), max(floor_s, START_S), threading.Event()
-        self.born = _born(os.getpid())
+        self.born, self.oom_kills = _born(os.getpid()), kernel_oom_kills()
         (self.run_dir / ".ranks").mkdir(exist_ok=True)
         self.fd = os.open(self.run_dir / ".ranks" / f"rank-{self.rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self.file = open(self.run_dir / f"hang-rank{self.rank}.txt", "w", encoding="utf-8")  # noqa: SIM115 - for faulthandler
@@ -96,7 +96,8 @@ class Watchdog:
     def _mark(self) -> None:
         self.number += 1
         mark = {"rank": self.rank, "attempt": self.attempt, "pid": os.getpid(), "born": self.born, "host": socket.gethostname(),
-                "node": self.node, "step": self.step, "phase": self.phase, "number": self.number, "limit": round(self.limit, 1)}
+                "node": self.node, "step": self.step, "phase": self.phase, "number": self.number, "limit": round(self.limit, 1),
+                "oom_kills": self.oom_kills}
         with contextlib.suppress(OSError):  # no mark is worth a step: the disk may be full
             os.pwrite(self.fd, json.dumps(mark).encode().ljust(MARK_BYTES), 0)
 
@@ -109,6 +110,7 @@ class Watchdog:
         while not self.closed.wait(self.poll_s):
             if time.monotonic() - self.last > self.limit:
                 self._end()
+            self.oom_kills = kernel_oom_kills()  # those of others in a long run are none of ours
 
     def _end(self) -> None:
         """Leave the stacks, look into neighbours that cannot do so themselves, and end."""
@@ -201,6 +203,14 @@ def _status(pid: int) -> str:
         lines = Path(f"/proc/{pid}/status").read_text("utf-8").splitlines()
         return next(line.partition("(")[2].rstrip(")") for line in lines if line.startswith("State:"))
     return "in an unknown state"
+
+
+def kernel_oom_kills() -> int:
+    """How many processes of this machine the kernel has ended to get their memory back."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/vmstat").read_text("utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    return 0
 
 
 def _born(pid: int) -> str | None:

@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from orchestrator import checkpoint, events, lease, memory, stopping, watchdog
+from orchestrator import checkpoint, events, lease, memory, oom_kill, stopping, watchdog
 from orchestrator.config import Experiment, parse_experiment
 from orchestrator.errors import UserError
 from orchestrator.launch import COLLECTIVE_TIMEOUT_S, Layout, worker_environment
@@ -67,7 +67,13 @@ def _work(config: dict[str, Any]) -> None:
     # The worker of a driver that was killed may live a little longer than it: nobody writes beside it.
     with lease.held(run_dir, lease.WRITER, WRITER_WAIT_S) if place.is_main else contextlib.nullcontext():
         try:
-            number = _begin_attempt(run_dir, config["launch"], place.world_size) if place.is_main else 0
+            number = 0
+            if place.is_main:
+                earlier, launch = _attempts(run_dir), config["launch"]
+                if any(a["launch"] == launch for a in earlier) and (kill := oom_kill.find(run_dir)):
+                    oom_kill.stop(run_dir, kill)
+                    raise RuntimeError(kill.by)  # the others wait for this worker
+                number = _begin_attempt(run_dir, earlier, launch, place.world_size)
             worker = Worker(place.rank, place.world_size, place.device, place.cpus, agree(number, place))
             _train(parse_experiment(config["experiment"], "experiment"), run_dir, Path(config["data_dir"]), worker)
         except Exception as error:
@@ -97,15 +103,19 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker
             bell.close()
 
 
-def _begin_attempt(run_dir: Path, launch: str, world_size: int) -> int:
+def _attempts(run_dir: Path) -> list[dict[str, Any]]:
+    """Those that began, of this launch and of earlier ones."""
+    file = run_dir / "attempts.jsonl"
+    lines = file.read_text("utf-8").split("\n") if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]  # a full disk may have torn one
+
+
+def _begin_attempt(run_dir: Path, earlier: list[dict[str, Any]], launch: str, world_size: int) -> int:
     """Note in `attempts.jsonl` where this attempt begins; returns its number, counted from 1 over the whole run.
 
     Where too many attempts of this launch began at one step, end the run instead: restarts get nowhere.
     """
     watchdog.report(run_dir)
-    file = run_dir / "attempts.jsonl"
-    lines = file.read_text("utf-8").split("\n") if file.exists() else []
-    earlier = [json.loads(line) for line in lines if line.endswith("}")]  # a full disk may have torn one
     step = max(checkpoint.steps(run_dir / "checkpoints"), default=0)
     if [a["step"] for a in earlier if a["launch"] == launch][-PATIENCE:] == [step] * PATIENCE:
         last = "\n".join(f.read_text("utf-8") for f in sorted(run_dir.glob("failure-rank*.txt")))
@@ -115,10 +125,10 @@ def _begin_attempt(run_dir: Path, launch: str, world_size: int) -> int:
     if any(a["launch"] == launch for a in earlier):
         events.note(run_dir, "restart", f"attempt {len(earlier) + 1} begins at step {step}: a worker of the one before it died",
                     step=step)
+    file, line = run_dir / "attempts.jsonl", {"launch": launch, "step": step, "workers": world_size, "pid": os.getpid()}
+    gap = "\n" if file.exists() and not file.read_bytes().endswith(b"\n") else ""
     with open(file, "a", encoding="utf-8") as out:
-        if lines and lines[-1]:
-            out.write("\n")
-        out.write(json.dumps({"launch": launch, "step": step, "workers": world_size, "pid": os.getpid()}) + "\n")
+        out.write(f"{gap}{json.dumps(line)}\n")
     return len(earlier) + 1
 
 

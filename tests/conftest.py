@@ -3,14 +3,7 @@
 import os
 import random
 import secrets
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -25,26 +18,14 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("ESPALIER_STORAGE", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
+from tests.helpers import cluster  # noqa: E402 - after what Ray reads
+
 
 @pytest.fixture(scope="session")
 def ray_head(tmp_path_factory):
-    """`ray start --head --block` with four logical CPUs and token authentication; `.env` is a client's environment."""
-    base = Path("/tmp") / f"espalier-{os.getpid()}"  # short: sockets live below it, and their paths may have 107 bytes
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    port, dashboard, agent, client = (_free_port() for _ in range(4))
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=4",
-               f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
-               f"--ray-client-server-port={client}", "--object-store-memory=200000000", f"--temp-dir={base}"]
-    log = (tmp_path_factory.mktemp("head") / "head.log").open("w+")
-    head = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    client_env = {**env, "RAY_ADDRESS": f"127.0.0.1:{port}"}
-    try:
-        _wait_for(dashboard, head, log)
-        yield SimpleNamespace(env=client_env, dashboard=f"http://127.0.0.1:{dashboard}", pid=head.pid)
-    finally:
-        os.killpg(head.pid, signal.SIGKILL)  # an orderly end drains for 20 s
-        subprocess.run(["pkill", "-9", "-f", f"{base}/"], check=False)  # what it started names its folder
-        shutil.rmtree(base, ignore_errors=True)
+    """A cluster's head with four logical CPUs and token authentication; `.env` is a client's environment."""
+    with cluster.head(tmp_path_factory.mktemp("head"), cpus=4) as head:
+        yield head
 
 
 @pytest.fixture(scope="session")
@@ -95,27 +76,3 @@ def gpt2_ranks() -> str:
     if not folder or not Path(folder).is_dir():
         pytest.skip("TIKTOKEN_CACHE_DIR is not set: GPT-2's ranks would be downloaded")
     return folder
-
-
-def _free_port() -> int:
-    """Below the range from which the system gives ports to clients: one of those may be taken again before Ray binds it."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)
-        with socket.socket() as s:
-            try:
-                s.bind(("127.0.0.1", port))
-                return port
-            except OSError:
-                continue
-
-
-def _wait_for(port: int, head: subprocess.Popen, log) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and head.poll() is None:
-        with socket.socket() as s:
-            s.settimeout(1)
-            if s.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    log.seek(0)
-    pytest.fail(f"the Ray head did not start:\n{log.read()[-3000:]}")

@@ -110,15 +110,16 @@ def test_a_workers_share_is_its_micro_batches_in_its_slots(workers):
     assert Gradients(parameters, share.micro_batches, share.slots).my_slots() == theirs
 
 
-def test_where_one_micro_batch_stands_for_a_step_the_buffers_of_a_step_are_counted():
+def test_where_one_micro_batch_stands_for_a_step_the_buffers_of_a_step_are_counted(monkeypatch):
+    monkeypatch.setattr(calibrate, "STEPS_S", 0.3)
     e, worker = small(), Worker()
     model = GPT(e.gpt_config(N_VOCAB))
 
     def first() -> state.TrainState:
-        return state.build(calibrate._one_micro_batch(e), model, worker)
+        return state.build(calibrate.one_micro_batch(e), model, worker)
 
     scaled, _, unused = calibrate._time_steps(e, first(), worker, budget_s=0.0)
-    whole, s, nothing = calibrate._time_steps(e, first(), worker, budget_s=1.0)
+    whole, s, nothing = calibrate._time_steps(e, first(), worker, budget_s=100.0)
     taken = len(s.gradients.free) + len(s.gradients.stack) + 1
     assert nothing == 0
     assert unused == pytest.approx((taken - 1) * s.gradients.size * 4, rel=0.01)

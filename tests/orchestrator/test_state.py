@@ -66,6 +66,10 @@ def advance(s: state.TrainState, steps: int) -> None:
         s.meter.add(losses)
 
 
+def save(s: state.TrainState, e: Experiment, folder: Path, worker: Worker, metrics: dict[str, float]) -> Path:
+    return checkpoint.save(folder, s.step, *state.snapshot(s, e, dataset(folder.parent), worker, metrics))
+
+
 def everything(s: state.TrainState) -> dict[str, torch.Tensor]:
     tensors = dict(s.model.state_dict())
     for name, parameter in s.model.named_parameters():
@@ -85,7 +89,7 @@ def test_a_restored_state_is_the_saved_one_and_goes_on_with_the_same_bits(tmp_pa
     s = built(e, 1)
     advance(s, 3)
     s.best_val_loss = 0.1 + 0.2
-    path = state.save(s, e, tmp_path / "checkpoints", dataset(tmp_path), Worker(attempt=4), {"val/loss": 0.3})
+    path = save(s, e, tmp_path / "checkpoints", Worker(attempt=4), {"val/loss": 0.3})
     fresh = built(e, 2)
     assert not same_bits(dict(fresh.model.state_dict()), dict(s.model.state_dict()))
     state.restore(fresh, path)
@@ -110,7 +114,7 @@ def test_a_scaler_that_has_moved_comes_back_where_it_was(tmp_path):
     moved = {**s.scaler.state_dict(), "scale": 1024.0, "_growth_tracker": 17}
     s.scaler.load_state_dict(moved)
     fresh = built(e, 1)
-    state.restore(fresh, state.save(s, e, tmp_path / "c", dataset(tmp_path), Worker(), {}))
+    state.restore(fresh, save(s, e, tmp_path / "c", Worker(), {}))
     assert fresh.scaler.state_dict() == moved
     assert fresh.scaler.get_scale() == 1024.0
 
@@ -119,7 +123,7 @@ def test_a_checkpoint_says_what_it_is(tmp_path):
     e, worker = experiment("float32"), Worker(attempt=4)
     s = built(e, 1)
     advance(s, 1)
-    path = state.save(s, e, tmp_path / "c", dataset(tmp_path), worker, {"val/loss": 2.5})
+    path = save(s, e, tmp_path / "c", worker, {"val/loss": 2.5})
     manifest = checkpoint.verify(path)
     assert (manifest["step"], manifest["generation"], manifest["metrics"]) == (1, 4, {"val/loss": 2.5})
     assert manifest["fingerprints"] == {
@@ -142,7 +146,7 @@ def test_a_checkpoint_says_what_it_is(tmp_path):
 def test_a_loaded_model_is_the_saved_one(tmp_path):
     e = experiment("float32")
     s = built(e, 1)
-    path = state.save(s, e, tmp_path / "c", dataset(tmp_path), Worker(), {})
+    path = save(s, e, tmp_path / "c", Worker(), {})
     model = state.load_model(path)
     assert not model.training
     assert model.config == s.model.config

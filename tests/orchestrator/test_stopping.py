@@ -1,8 +1,6 @@
 """Asked to stop, a run leaves a checkpoint of the step that it is in, and goes on as if nobody had asked."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ from orchestrator.errors import UserError
 from orchestrator.numerics import Worker
 from orchestrator.training import Run, train
 
-REPO = Path(__file__).resolve().parents[2]
 SMALL = ["data.tokenizer=char", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16",
          "model.dropout=0.1", "model.pad_vocab_to=1", "train.micro_batch_size=2", "train.global_batch_size=8",
          "train.max_steps=12", "train.log_interval=3", "train.eval_interval=4", "train.eval_tokens=400",
@@ -100,41 +97,3 @@ def test_a_drift_is_refused_until_it_is_allowed(tiny_dataset, tmp_path, words, w
     with pytest.raises(UserError, match="train.allow_drift=true"):
         train(load_experiment(None, [*SMALL, *words]), tmp_path, tiny_dataset, worker)
     assert train(load_experiment(None, [*SMALL, *words, "train.allow_drift=true"]), tmp_path, tiny_dataset, worker) == 12
-
-
-# ---- memory ----
-STARVED = """
-import resource, sys
-from pathlib import Path
-from orchestrator import memory
-from orchestrator.config import load_experiment
-from orchestrator.numerics import Worker
-from orchestrator.training import Run
-experiment = load_experiment(None, sys.argv[3:])
-run = Run(experiment, Path(sys.argv[1]), Path(sys.argv[2]), Worker())
-used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, resource.RLIM_INFINITY))
-try:
-    list(run)
-except Exception as error:
-    assert memory.is_exhausted(error), error
-    print(memory.advice(experiment, Worker(), run, error))
-else:
-    print("fits")
-"""
-
-
-def starved(folder: Path, data: Path, size: int) -> str:
-    folder.mkdir()
-    words = [*SMALL, "model.block_size=64", f"train.micro_batch_size={size}", "train.global_batch_size=4096", "train.max_steps=1",
-             "train.eval_interval=null"]
-    done = subprocess.run([sys.executable, "-c", STARVED, folder, data, *words], cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_memory_that_runs_out_is_answered_with_a_micro_batch_that_fits(tiny_dataset, tmp_path):
-    said = starved(tmp_path / "starved", tiny_dataset, 4096)
-    assert "out of memory on cpu with train.micro_batch_size=4096" in said
-    size = int(said.partition(" fits here")[0].rpartition("train.micro_batch_size=")[2])
-    assert starved(tmp_path / "fits", tiny_dataset, size) == "fits\n"

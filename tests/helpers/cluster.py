@@ -1,0 +1,70 @@
+"""Clusters for tests: a head as `ray start` makes one, on free ports, and more nodes beside it on this machine."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+STORE = "--object-store-memory=200000000"
+
+
+@contextlib.contextmanager
+def head(logs: Path, cpus: int) -> Iterator[SimpleNamespace]:
+    """`.env` is a client's environment, `.dashboard` an address, `.node(cpus)` starts another node; all end with the context."""
+    base = Path("/tmp") / f"espalier-{os.getpid()}-{_free_port()}"  # short: sockets live below it, with at most 107 bytes
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    port, dashboard, agent, client = (_free_port() for _ in range(4))
+    log, processes = (logs / "head.log").open("w+"), []
+
+    def start(*args: str, **more: str) -> subprocess.Popen:
+        processes.append(subprocess.Popen([*START, STORE, *args], env={**env, **more}, stdout=log, stderr=subprocess.STDOUT,
+                                          start_new_session=True))
+        return processes[-1]
+
+    first = start("--head", f"--num-cpus={cpus}", f"--port={port}", f"--dashboard-port={dashboard}",
+                  f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", f"--temp-dir={base}")
+    try:
+        _wait_for(dashboard, first, log)
+        yield SimpleNamespace(
+            env={**env, "RAY_ADDRESS": f"127.0.0.1:{port}"}, dashboard=f"http://127.0.0.1:{dashboard}", pid=first.pid,
+            node=lambda cpus, **more: start(f"--address=127.0.0.1:{port}", f"--num-cpus={cpus}", **more))
+    finally:
+        for process in processes:
+            os.killpg(process.pid, signal.SIGKILL)  # an orderly end drains for 20 s
+        subprocess.run(["pkill", "-9", "-f", f"{base}/"], check=False)  # what they started names its folder
+        shutil.rmtree(base, ignore_errors=True)
+
+
+def _free_port() -> int:
+    """Below the range from which the system gives ports to clients: one of those may be taken again before Ray binds it."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+
+
+def _wait_for(port: int, process: subprocess.Popen, log) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        with socket.socket() as s:
+            s.settimeout(1)
+            if s.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    log.seek(0)
+    pytest.fail(f"the Ray head did not start:\n{log.read()[-3000:]}")

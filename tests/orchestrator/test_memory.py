@@ -1,0 +1,147 @@
+"""Memory that runs out, really: told apart from other ends, and answered with a micro-batch that was tried."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator import oom_kill, watchdog
+from orchestrator.config import load_experiment
+from orchestrator.launch import Layout
+from orchestrator.numerics import Worker
+from orchestrator.oom_kill import OomKill
+from tests.orchestrator.test_stopping import SMALL
+
+REPO = Path(__file__).resolve().parents[2]
+STARVED = """
+import resource, sys
+from pathlib import Path
+from orchestrator import memory
+from orchestrator.config import load_experiment
+from orchestrator.numerics import Worker
+from orchestrator.training import Run
+experiment = load_experiment(None, sys.argv[3:])
+run = Run(experiment, Path(sys.argv[1]), Path(sys.argv[2]), Worker())
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, resource.RLIM_INFINITY))
+try:
+    list(run)
+except Exception as error:
+    assert memory.is_exhausted(error), error
+    print(memory.advice(experiment, Worker(), run, error))
+else:
+    print("fits")
+"""
+# What Ray's monitor says, shortened.
+SAID = """Training failed due to controller error:
+4 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 192.0.2.2) was 4.06GB used / 23.54GB limit
+OOM kill reason: Memory usage 4122849280B exceeded threshold of 3914203136B (15.5% of 25276502016B limit)"""
+
+
+def wide(size: int):
+    """Eight megabytes of logits a sequence, three times over."""
+    return load_experiment(None, [*SMALL, "model.block_size=64", "model.pad_vocab_to=32768", f"train.micro_batch_size={size}",
+                                  f"train.global_batch_size={size}"])
+
+
+def starved(folder: Path, data: Path, size: int) -> str:
+    folder.mkdir()
+    words = [*SMALL, "model.block_size=64", f"train.micro_batch_size={size}", "train.global_batch_size=4096", "train.max_steps=1",
+             "train.eval_interval=null"]
+    done = subprocess.run([sys.executable, "-c", STARVED, folder, data, *words], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_memory_that_torch_misses_is_answered_with_a_micro_batch_that_fits(tiny_dataset, tmp_path):
+    said = starved(tmp_path / "starved", tiny_dataset, 4096)
+    assert "out of memory on cpu with train.micro_batch_size=4096" in said
+    size = int(said.partition(" fits here")[0].rpartition("train.micro_batch_size=")[2])
+    assert starved(tmp_path / "fits", tiny_dataset, size) == "fits\n"
+
+
+def test_the_largest_micro_batch_that_fits_is_found_without_going_past_the_limit():
+    whole, (largest, most) = wide(64), oom_kill.largest_fitting(wide(64), 40, Worker(), 2**40)
+    assert largest == 64
+    fits, held = oom_kill.largest_fitting(whole, 40, Worker(), limit := int(0.7 * most))
+    assert held <= limit
+    assert fits == 32, "that is what is next, and it takes little more than half"
+    assert oom_kill.largest_fitting(whole, 40, Worker(), 2**20) == (None, 0)
+
+
+def test_what_fits_now_was_taken_by_somebody_else():
+    kill = OomKill("the kernel ended a worker", os.uname().nodename, 2, 0)
+    said = oom_kill.advice(kill, wide(4), 40, Layout(2, 1, False))
+    assert "train.micro_batch_size=4: the kernel ended a worker. It needs 0." in said
+    assert said.endswith("something else took the memory; free it and run the same command again")
+    assert "not the GPU's" in oom_kill.advice(kill, wide(4), 40, Layout(2, 1, True))
+    elsewhere = OomKill("the kernel ended a worker", "elsewhere", 1, 0)
+    assert "Use a smaller train.micro_batch_size" in oom_kill.advice(elsewhere, wide(4), 40, Layout(2, 1, False))
+
+
+def test_ray_is_taken_at_its_word():
+    kill = oom_kill.in_error(RuntimeError(SAID), 2)
+    assert (kill.host, kill.workers, kill.reserved) == (os.uname().nodename, 2, 25276502016 - 3914203136)
+    assert oom_kill.in_error(RuntimeError("a worker died"), 2) is None
+
+
+@pytest.fixture
+def group(tmp_path_factory):
+    """A control group of this machine's with 100 MiB of memory."""
+    folder = Path("/sys/fs/cgroup/memory") / f"espalier-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"needs root and control groups of version 1: {error}")
+    (folder / "memory.limit_in_bytes").write_text(str(100 * 2**20))
+    yield folder
+    folder.rmdir()
+
+
+EATS = """
+import sys, time
+from pathlib import Path
+from orchestrator.numerics import Worker
+from orchestrator.watchdog import Watchdog
+dog = Watchdog(Path(sys.argv[1]), Worker(), 30.0)
+dog.beat("gradient", 7)
+if sys.argv[2] != "none":
+    Path(sys.argv[2], "cgroup.procs").write_text(str(__import__("os").getpid()))
+print("in it", flush=True)
+sys.stdin.read()
+taken = [bytearray(b"x" * 2**20) for _ in range(500)]
+"""
+
+
+def test_the_kernels_kill_is_told_from_others(group, tmp_path, monkeypatch):
+    monkeypatch.setattr(oom_kill, "oom_causes", dict)  # there is no Ray here
+    for place, killed in (("none", None), (str(group), "the kernel ended a worker")):
+        eats = subprocess.Popen([sys.executable, "-c", EATS, tmp_path, place], cwd=REPO, stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, text=True)
+        assert eats.stdout.readline() == "in it\n"
+        if killed is None:
+            eats.kill()
+        eats.stdin.close()
+        assert eats.wait(60) == -9
+        kill = oom_kill.find(tmp_path)
+        assert (kill and kill.by) == killed
+        watchdog.report(tmp_path)
+        assert oom_kill.find(tmp_path) is None
+
+
+def test_a_control_groups_limit_is_what_is_left(group):
+    (group / "memory.limit_in_bytes").write_text(str(2**30))
+    code = f"open('{group}/cgroup.procs', 'w').write('0'); from orchestrator import oom_kill; print(oom_kill.available_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert 0 < int(done.stdout) < 2**30 - 10**8, done.stderr  # torch is imported
+
+
+def test_the_end_of_a_starved_run_is_the_users_to_mend(tmp_path, capsys):
+    oom_kill.stop(tmp_path, OomKill("the kernel ended a worker", "elsewhere", 1, 0))
+    reason = oom_kill.conclude(tmp_path, wide(4), 40, Layout(1, 1, False))
+    assert json.loads((tmp_path / "stopped.json").read_text()) == {"reason": reason, "user": True}
+    assert "looking for a micro-batch that fits" in capsys.readouterr().out
+    assert oom_kill.conclude(tmp_path, wide(4), 40, Layout(1, 1, False)) is None

@@ -70,7 +70,7 @@ def in_error(error: BaseException, workers: int) -> OomKill | None:
 def _reserved(said: str = "") -> int:
     """Bytes beyond which Ray's monitor kills: in its own words, or where it does by default."""
     numbers = THRESHOLD.search(said)
-    return int(numbers[2]) - int(numbers[1]) if numbers else int(RESERVED * _meminfo("MemTotal"))
+    return int(numbers[2]) - int(numbers[1]) if numbers else int(RESERVED * meminfo("MemTotal"))
 
 
 # ---- what becomes of the run ----
@@ -159,7 +159,7 @@ def _peak(worker: Worker) -> int:
 # ---- what is left ----
 def available_bytes() -> int:
     """What this machine has left, or the tightest of the control groups around this process."""
-    left = [_meminfo("MemAvailable")]
+    left = [meminfo("MemAvailable")]
     for line in Path("/proc/self/cgroup").read_text("utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
@@ -181,7 +181,7 @@ def _groups_left(root: Path, path: str, limit: str, usage: str, reclaimable: str
     return left
 
 
-def _meminfo(field: str) -> int:
+def meminfo(field: str) -> int:
     line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
 

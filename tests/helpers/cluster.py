@@ -25,17 +25,19 @@ def head(logs: Path, cpus: int) -> Iterator[SimpleNamespace]:
     base = Path("/tmp") / f"espalier-{os.getpid()}-{_free_port()}"  # short: sockets live below it, with at most 107 bytes
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     port, dashboard, agent, client = (_free_port() for _ in range(4))
-    log, processes = (logs / "head.log").open("w+"), []
+    processes = []
 
     def start(*args: str, **more: str) -> subprocess.Popen:
+        log = (logs / f"{len(processes)}.log").open("w+")
         processes.append(subprocess.Popen([*START, STORE, *args], env={**env, **more}, stdout=log, stderr=subprocess.STDOUT,
                                           start_new_session=True))
+        _wait(processes[-1], log)
         return processes[-1]
 
-    first = start("--head", f"--num-cpus={cpus}", f"--port={port}", f"--dashboard-port={dashboard}",
-                  f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", f"--temp-dir={base}")
     try:
-        _wait_for(dashboard, first, log)
+        first = start("--head", f"--num-cpus={cpus}", f"--port={port}", f"--dashboard-port={dashboard}",
+                      f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", f"--temp-dir={base}")
+        _wait_for_port(dashboard)
         yield SimpleNamespace(
             env={**env, "RAY_ADDRESS": f"127.0.0.1:{port}"}, dashboard=f"http://127.0.0.1:{dashboard}", pid=first.pid,
             node=lambda cpus, **more: start(f"--address=127.0.0.1:{port}", f"--num-cpus={cpus}", **more))
@@ -58,13 +60,23 @@ def _free_port() -> int:
                 continue
 
 
-def _wait_for(port: int, process: subprocess.Popen, log) -> None:
+def _wait(process: subprocess.Popen, log) -> None:
+    """Until the node belongs to its cluster."""
+    deadline, said = time.monotonic() + 90, ""
+    while "Ray runtime started." not in said:
+        if time.monotonic() > deadline or process.poll() is not None:
+            pytest.fail(f"a node did not start:\n{said[-3000:]}")
+        time.sleep(0.1)
+        log.seek(0)
+        said = log.read()
+
+
+def _wait_for_port(port: int) -> None:
     deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline:
         with socket.socket() as s:
             s.settimeout(1)
             if s.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.2)
-    log.seek(0)
-    pytest.fail(f"the Ray head did not start:\n{log.read()[-3000:]}")
+    pytest.fail(f"nobody listens on port {port}")

@@ -1,0 +1,85 @@
+"""What a cluster does to its nodes, on two of them: one is drained while the run trains there, on the other memory runs low."""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator import checkpoint, events, journal, oom_kill, watchdog
+from orchestrator.config import load_experiment
+from orchestrator.numerics import Worker
+from orchestrator.training import train
+from tests.helpers import cluster
+from tests.helpers.small_run import command, curve, summary
+from tests.pipelines.test_train_stops import begin
+
+WORDS = ["train.max_steps=800", "train.eval_interval=400", "train.checkpoint_interval=800", "compute.num_workers=1"]
+SPARE_BYTES = 4 * 2**30  # from what is in use when the node begins to where its monitor kills
+
+
+@pytest.fixture
+def head(tmp_path_factory):
+    """Without CPUs, so that workers run on the nodes that a test adds."""
+    with cluster.head(tmp_path_factory.mktemp("nodes"), cpus=0) as head:
+        yield head
+
+
+def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_happened(head, tiny_corpus, tiny_dataset, tmp_path):
+    run_dir = tmp_path / "small"
+    head.node(2)
+    process = begin(head, tmp_path, tiny_corpus, *WORDS)
+    wait_for_line(run_dir, 5, process)
+    drain(head, watchdog.marks(run_dir)[0]["node"])
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 75, out + err
+    assert "is drained: asked to stop after step" in err
+    step = json.loads((run_dir / "stopped.json").read_text())["step"]
+    assert checkpoint.latest_valid(run_dir / "checkpoints") == checkpoint.path_of(run_dir / "checkpoints", step)
+    assert step >= journal.read(run_dir)[-1]["step"], "a logged step was lost"
+
+    total = oom_kill.meminfo("MemTotal")
+    used = total - oom_kill.meminfo("MemAvailable")
+    head.node(2, RAY_memory_usage_threshold=str((used + SPARE_BYTES) / total))
+    process = begin(head, tmp_path, tiny_corpus, *WORDS)
+    wait_for_line(run_dir, step + 5, process)
+    taken, victim = [], watchdog.marks(run_dir)[0]
+    while watchdog.is_here(victim) and len(taken) < 20:
+        taken.append(bytearray(b"x") * 2**29)
+    del taken
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 2, out + err
+    assert "out of memory on" in err
+    assert "Ray's memory monitor ended a worker" in err
+    assert [e["kind"] for e in events.read(run_dir)] == ["out_of_memory"], "it was tried again"
+    assert (summary(run_dir)["status"], summary(run_dir)["step"]) == ("FAILED", step)
+
+    again = command(tmp_path, tiny_corpus, *WORDS)
+    done = subprocess.run(again, env=head.env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    golden = tmp_path / "golden"
+    golden.mkdir()
+    train(load_experiment(Path(again[2]), again[3:]), golden, tiny_dataset, Worker())
+    assert curve(run_dir) == curve(golden)
+    assert summary(run_dir)["weights_sha256"] == checkpoint.weights_sha256(
+        checkpoint.load_tensors(checkpoint.latest_valid(golden / "checkpoints"), "model"))
+
+
+def wait_for_line(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not (lines := journal.read(run_dir)) or lines[-1]["step"] < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.01)
+
+
+def drain(head, node: str) -> None:
+    """As an autoscaler does where a spot machine is taken back, and `ray drain-node`."""
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    deadline_ms = int((time.time() + 120) * 1000)
+    accepted, why = GcsClient(address=head.env["RAY_ADDRESS"]).drain_node(
+        node, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "spot", deadline_ms)
+    assert accepted, why

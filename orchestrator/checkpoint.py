@@ -85,24 +85,29 @@ def steps(directory: Path) -> list[int]:
     return sorted(int(match[1]) for match in map(NAME.match, names) if match)
 
 
-def latest_valid(directory: Path, warn=print) -> Path | None:
-    """The newest checkpoint whose every byte is as written, or None; `warn` is told once of each one that is passed over."""
+def latest_valid(directory: Path, warn=print, *, set_aside: bool = False) -> Path | None:
+    """The newest checkpoint whose every byte is as written, or None; `warn` is told once of each one that is passed over.
+
+    Args:
+        set_aside: for the folder's writer alone: what is passed over loses its name, and stays for whoever wants to look.
+    """
     damaged: set[int] = set()
     while True:
         _put_back(Path(directory))
         listed = steps(directory)
         found, passed_over, moved = _first_valid(directory, listed, damaged)
-        for inode, error in passed_over.items():
+        for inode, (path, error) in passed_over.items():
             damaged.add(inode)
-            warn(f"passed over: {error}")
+            warn(f"passed over: {error}{f'; now {_set_aside(path).name}' if set_aside else ''}")
         # One that vanishes while it is read was pruned or replaced by the run's writer: then there is a newer one.
         if found or (not moved and steps(directory) == listed):
             return found
 
 
-def _first_valid(directory: Path, listed: list[int], known: set[int]) -> tuple[Path | None, dict[int, UserError], bool]:
+def _first_valid(directory: Path, listed: list[int],
+                 known: set[int]) -> tuple[Path | None, dict[int, tuple[Path, UserError]], bool]:
     """(the newest valid one, by inode those after it that are not, whether one vanished before any was found)."""
-    damaged: dict[int, UserError] = {}
+    damaged: dict[int, tuple[Path, UserError]] = {}
     for path in (path_of(directory, step) for step in reversed(listed)):
         inode = _inode(path)
         if inode in known:
@@ -113,8 +118,15 @@ def _first_valid(directory: Path, listed: list[int], known: set[int]) -> tuple[P
         except UserError as error:
             if inode is None or _inode(path) != inode:
                 return None, damaged, True
-            damaged[inode] = error
+            damaged[inode] = path, error
     return None, damaged, False
+
+
+def _set_aside(path: Path) -> Path:
+    """Else it would stand for the latest step until the run gets there again."""
+    aside = path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:8]}")
+    os.rename(path, aside)
+    return aside
 
 
 def _inode(path: Path) -> int | None:
@@ -142,14 +154,9 @@ def _best(directory: Path, among: list[int]) -> int | None:
     return min(scored)[1] if scored else None
 
 
-def prune(directory: Path, keep: int, upto: int | None = None) -> None:
-    """Remove all but the latest `keep` checkpoints and the best one, and what killed writers left behind.
-
-    Args:
-        upto: the step of the latest that this run made. Later ones are damaged, or the run would have gone on from them: they
-            do not count, and stay for whoever wants to look.
-    """
-    made = [step for step in steps(directory) if upto is None or step <= upto]
+def prune(directory: Path, keep: int) -> None:
+    """Remove all but the latest `keep` checkpoints and the best one, and what killed writers left behind."""
+    made = steps(directory)
     spared = _best(directory, made)
     for step in made[:-keep]:
         if step != spared:

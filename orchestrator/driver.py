@@ -57,34 +57,31 @@ def run(experiment: Experiment) -> int:
     run_dir, data_dir = storage / experiment.name, dataset_dir(experiment.data, storage)
     if _is_finished(run_dir, experiment, data_dir):
         return _show_again(run_dir, experiment, uri)
-    try:
-        with interrupts.signals():
-            return _run(experiment, uri, run_dir, data_dir)
-    except interrupts.Terminated:
-        print("terminated before training began; run the same command again", file=sys.stderr)
-        return EXIT_AGAIN
+    with lease.held(run_dir) as vanished:
+        return _run(experiment, uri, run_dir, data_dir, vanished)
 
 
-def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path) -> int:
+def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path, vanished: str) -> int:
     print("starting Ray …", flush=True)
-    launch.connect()
-    interrupts.install_sigterm()  # ray.init replaces what was there
+    with interrupts.while_ray_starts():
+        launch.connect()
     launch.check_storage(experiment.storage or os.environ.get("ESPALIER_STORAGE") or "runs")
     layout = launch.layout(experiment, launch.recorded_layout(run_dir))
     dataset = prepare(experiment.data, data_dir)
     windows_per_epoch(dataset.splits["train"].tokens, experiment.model.block_size)
     init_from.check_shape(experiment, dataset.tokenizer["n_vocab"])
-    with lease.held(run_dir) as vanished:
-        step = runs.check_resumable(run_dir, experiment, dataset)
-        drift = _drift(run_dir, step, experiment, layout)
-        facts, estimate = facts_of(experiment, dataset), None if step else estimate_of(experiment, dataset, layout)
-        attempt = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "from_step": step,
-                   "layout": asdict(layout), **({"drift": "; ".join(drift)} if drift else {}),
-                   **{k: v for k, v in experiment.flat().items() if k.startswith(runs.FREE)}}
-        runs.open_attempt(run_dir, experiment, facts, redact(attempt))
-        _note(run_dir, step, vanished, drift)
-        tracker = Tracker(run_dir, uri, experiment.tracking.experiment)
-        return _train(experiment, run_dir, data_dir, layout, tracker, step, estimate)
+    step = runs.check_resumable(run_dir, experiment, dataset)
+    drift = _drift(run_dir, step, experiment, layout)
+    facts, estimate = facts_of(experiment, dataset), None if step else estimate_of(experiment, dataset, layout)
+    attempt = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "from_step": step,
+               "layout": asdict(layout), **({"drift": "; ".join(drift)} if drift else {}),
+               **{k: v for k, v in experiment.flat().items() if k.startswith(runs.FREE)}}
+    runs.open_attempt(run_dir, experiment, facts, redact(attempt))
+    if vanished:
+        message = f"{vanished} ended without freeing the run; it is taken over at step {step}"
+        print(events.note(run_dir, "taken_over", message)["message"], flush=True)
+    tracker = Tracker(run_dir, uri, experiment.tracking.experiment)
+    return _train(experiment, run_dir, data_dir, layout, tracker, step, estimate)
 
 
 def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch.Layout, tracker: Tracker, step: int,
@@ -117,10 +114,13 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
     if hang := watchdog.report(run_dir):
         print(hang, file=sys.stderr)
     # A job that is stopped has 3 s before SIGKILL: hashing the weights is for a run that is done.
-    summary = runs.summarise(run_dir, status, experiment.tokens_per_step, tracker.run_id, time.monotonic() - started)
+    summary = runs.summarise(run_dir, (status, code), experiment.tokens_per_step, tracker.run_id, time.monotonic() - started)
     if estimate and status == "FINISHED":
         _compare(run_dir, summary, estimate)
-    sent = tracker.finish(status, deadline_s=interrupts.ending_s(code))
+    try:
+        sent = tracker.finish(status, deadline_s=interrupts.ending_s(code))
+    except KeyboardInterrupt:  # enough of waiting for a server; how the run ended stands
+        sent = False
     if summary["mlflow_run_id"] != tracker.run_id:  # a server that was slow to answer
         summary["mlflow_run_id"] = tracker.run_id
         runs.write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
@@ -156,16 +156,6 @@ def _drift(run_dir: Path, step: int, experiment: Experiment, layout: launch.Layo
     if layout.use_gpu or launch.has_several_nodes():  # the driver's machine need not be like theirs; the workers compare
         now |= {key: stored.get(key) for key in ("device", "torch")}
     return numerics.check(stored, now, experiment, run_dir)
-
-
-def _note(run_dir: Path, step: int, vanished: str, drift: list[str]) -> None:
-    """What is unusual about this start, as events and for whoever watches."""
-    if vanished:
-        message = f"{vanished} ended without freeing the run; it is taken over at step {step}"
-        print(events.note(run_dir, "taken_over", message)["message"], flush=True)
-    for line in drift:
-        message = f"the last bits will differ from those of a run never stopped: {line}"
-        print(events.note(run_dir, "drift", message, step=step)["message"], flush=True)
 
 
 # ---- known before, measured after ----

@@ -35,8 +35,26 @@ def signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def while_ray_starts() -> Iterator[None]:
+    """`ray.init` puts a handler of its own in place, which exits; where that falls into a fork, Python drops the exit."""
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    os.set_blocking(write, False)
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # hears every signal, whoever handles it
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(write)
+        with open(read, "rb") as pipe:
+            if signal.SIGTERM in pipe.read():
+                raise Terminated from None
+    install_sigterm()
+
+
 def install_sigterm() -> None:
-    """Once more after `ray.init`, which replaces what was there."""
+    """SIGTERM interrupts; once more where somebody replaced what was there."""
     signal.signal(signal.SIGTERM, lambda *_: _interrupt())
 
 

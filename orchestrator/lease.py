@@ -30,13 +30,8 @@ def held(run_dir: Path, name: str = DRIVER, wait_s: float = PROBE_S) -> Iterator
     Raises:
         HeldError: another process holds it, and still after `wait_s` seconds; names it.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + wait_s
-    with open(run_dir / name, "a+") as file:
-        while not _lock(file, fcntl.LOCK_EX):
-            if time.monotonic() >= deadline:
-                raise HeldError(f"{run_dir}: held by {_read(file)}")
-            time.sleep(0.1)
+    missing = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    with _locked(run_dir, name, time.monotonic() + wait_s) as file:
         vanished = _read(file, "")
         _write(file, _myself())
         try:
@@ -44,6 +39,31 @@ def held(run_dir: Path, name: str = DRIVER, wait_s: float = PROBE_S) -> Iterator
         finally:
             if name == DRIVER:  # a worker's stays: who wrote last
                 _write(file, "")
+                _leave_nothing(run_dir / name, missing)
+
+
+def _locked(run_dir: Path, name: str, deadline: float):
+    """The open and locked file of that name, as long as it is: a holder that made nothing removes its own."""
+    while True:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            file = open(run_dir / name, "a+")  # noqa: SIM115 - the caller closes it
+            if _lock(file, fcntl.LOCK_EX) and os.path.samestat(os.fstat(file.fileno()), os.stat(run_dir / name)):
+                return file
+            holder = _read(file)
+            file.close()
+            if time.monotonic() >= deadline:
+                raise HeldError(f"{run_dir}: held by {holder}")
+        time.sleep(0.1)
+
+
+def _leave_nothing(lock: Path, made: list[Path]) -> None:
+    """A holder that was refused, or stopped, before it did anything takes the folders with it that it made."""
+    with contextlib.suppress(OSError):
+        if made and os.listdir(lock.parent) == [lock.name]:
+            os.unlink(lock)
+            for folder in made:
+                os.rmdir(folder)
 
 
 def check(run_dir: Path) -> None:

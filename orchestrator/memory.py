@@ -6,6 +6,7 @@ that a step needs. For memory that the system takes back by SIGKILL see `oom_kil
 
 import contextlib
 import gc
+import traceback
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ def is_exhausted(error: BaseException) -> bool:
 
 def advice(experiment: Experiment, worker: Worker, run: Run | None, error: BaseException) -> str:
     """What to do about it, in one line."""
+    traceback.clear_frames(error.__traceback__)  # they hold the step that failed, with its activations
     what = f"out of memory on {worker.device} with {named(experiment)}: {str(error).strip().splitlines()[0][:200]}"
     return f"{what}. {remedy(largest_fitting(experiment, worker, run) if run else None, 'here')}"
 

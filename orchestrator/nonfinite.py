@@ -12,12 +12,11 @@ from orchestrator import events
 from orchestrator.batches import Batches
 from orchestrator.config import Train
 from orchestrator.runs import write_text
+from orchestrator.state import TrainState
 from orchestrator.step import Gradient
 
 APPLY, SKIP, STOP = "apply", "skip", "stop"
 PATIENCE = 10  # updates in a row that may be left out: then it is not the text
-
-
 SCALED_PATIENCE = 100  # of a float16 scaler, which halves its scale each time: by then none is left
 
 
@@ -25,31 +24,30 @@ class Guard:
     """Judges every step of a run; only the worker that `writes` leaves words."""
 
     def __init__(self, run_dir: Path, train: Train, batches: Batches, writes: bool):
-        self.run_dir, self.train, self.batches, self.writes, self.in_a_row = run_dir, train, batches, writes, 0
+        self.run_dir, self.train, self.batches, self.writes = run_dir, train, batches, writes
 
-    def judge(self, step: int, gradient: Gradient, scaled: bool) -> str:
-        """APPLY, SKIP or STOP for the update after `step` updates.
+    def judge(self, s: TrainState, gradient: Gradient) -> str:
+        """APPLY, SKIP or STOP for the update of `s` by `gradient`.
 
-        Args:
-            scaled: a float16 scaler is at work: it learns its scale by infinite gradients, and skips those by itself.
+        A float16 scaler learns its scale by infinite gradients, and skips those by itself.
         """
         bad = [m for m, loss in enumerate(gradient.losses) if not math.isfinite(loss)]
         if not bad and math.isfinite(gradient.norm):
-            self.in_a_row = 0
+            s.nonfinite_in_a_row = 0
             return APPLY
-        self.in_a_row += 1
-        if not bad and scaled and self.in_a_row <= SCALED_PATIENCE:
+        s.nonfinite_in_a_row += 1
+        if not bad and s.scaler.is_enabled() and s.nonfinite_in_a_row <= SCALED_PATIENCE:
             return APPLY
-        skips = self.train.on_nonfinite == "skip" and self.in_a_row <= PATIENCE
+        skips = self.train.on_nonfinite == "skip" and s.nonfinite_in_a_row <= PATIENCE
         if self.writes:
-            self._leave_word(step, bad, skips)
+            self._leave_word(s.step, bad, skips, s.nonfinite_in_a_row > PATIENCE)
         return SKIP if skips else STOP
 
-    def _leave_word(self, step: int, bad: list[int], skips: bool) -> None:
+    def _leave_word(self, step: int, bad: list[int], skips: bool, lost: bool) -> None:
         size, offsets = self.train.micro_batch_size, self.batches.offsets(step)
         blamed = bad or range(self.train.global_batch_size // size)
         windows = {m: [int(o) for o in offsets[m * size : (m + 1) * size]] for m in blamed}
-        again = f", as were the {PATIENCE} before it" if self.in_a_row > PATIENCE else ""
+        again = f", as were the {PATIENCE} before it" if lost else ""
         what = "loss" if bad else "gradient norm"
         message = (f"step {step + 1}: the {what} is not finite; the update was not applied{again}. Micro-batches and the "
                    f"offsets of their windows in train: {windows}. Lower schedule.max_lr or look at that text")

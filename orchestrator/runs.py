@@ -7,6 +7,7 @@
 
 import json
 import os
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,12 @@ def open_attempt(run_dir: Path, experiment: Experiment, facts: dict[str, Any], a
         attempt: what this attempt runs on; appended to the earlier ones.
     """
     known = read_json(run_dir / "run.json")
-    if known is None or _is_another(run_dir, experiment, facts, known):
+    if known is None or not attempt.get("from_step") and _is_another(run_dir, experiment, facts, known):
         known = {"key": uuid.uuid4().hex, "attempts": []}
         for old in (*journal.aside_files(run_dir), run_dir / journal.FILE, run_dir / "attempts.jsonl", run_dir / events.FILE):
             old.unlink(missing_ok=True)
+        for folder in ("samples", "hangs"):
+            shutil.rmtree(run_dir / folder, ignore_errors=True)
     run = {"name": experiment.name, "key": known["key"], **facts, "attempts": [*known["attempts"], attempt]}
     write_text(run_dir / "run.json", json.dumps(run, indent=1))  # first: else a kill here leaves another experiment its old key
     write_text(run_dir / "experiment.yaml", experiment.to_yaml())
@@ -101,9 +104,7 @@ def open_attempt(run_dir: Path, experiment: Experiment, facts: dict[str, Any], a
 
 
 def _is_another(run_dir: Path, experiment: Experiment, facts: dict[str, Any], known: dict[str, Any]) -> bool:
-    """Whether nothing was committed yet and the experiment has changed: then it starts over, as another tracked run."""
-    if checkpoint.steps(run_dir / "checkpoints"):
-        return False
+    """Whether the experiment has changed; with nothing to go on from it then starts over, as another tracked run."""
     try:
         changed = identity_differences(stored_experiment(run_dir), experiment, 0)
     except UserError:  # written by another version
@@ -111,17 +112,23 @@ def _is_another(run_dir: Path, experiment: Experiment, facts: dict[str, Any], kn
     return bool(changed) or known.get("dataset") != facts.get("dataset")
 
 
-def summarise(run_dir: Path, status: str, tokens_per_step: int, mlflow_run_id: str | None, wall_s: float) -> dict[str, Any]:
-    """Write and return summary.json, out of the journal and the checkpoints; only a finished run's weights are hashed."""
+def summarise(run_dir: Path, end: tuple[str, int], tokens_per_step: int, mlflow_run_id: str | None,
+              wall_s: float) -> dict[str, Any]:
+    """Write and return summary.json, out of the journal and the checkpoints; only a finished run's weights are hashed.
+
+    Args:
+        end: MLflow's status and the driver's exit status, which says more.
+    """
     records = journal.read(run_dir)
     folder = run_dir / "checkpoints"
     step = max(checkpoint.steps(folder), default=0)
     found = checkpoint.path_of(folder, step) if step else None
-    hashed = found if status == "FINISHED" else None
+    hashed = found if end[0] == "FINISHED" else None
     timed = [r["perf/step_time_s"] for r in records if "perf/step_time_s" in r]
     timed = timed[1:] or timed  # the first window holds the warm-up
     summary = {
-        "status": status,
+        "status": end[0],
+        "exit_status": end[1],
         "step": step,
         "tokens": step * tokens_per_step,
         "train_loss": last(records, "train/loss"),

@@ -22,8 +22,9 @@ from orchestrator.numerics import Worker, fingerprint
 class TrainState:
     """`step` counts updates done, `grad_norm` is the last one's norm before clipping.
 
-    `skipped`: updates left out because something was not finite. `line_due`: the run was asked to stop before it had
-    measured what is due at this step. `model` is the plain module; `forward` is what the loop calls (maybe compiled).
+    `skipped`: updates left out because something was not finite; `nonfinite_in_a_row`: steps just now that were not.
+    `line_due`: the run was asked to stop before it had measured what is due at this step. `model` is the plain module;
+    `forward` is what the loop calls (maybe compiled).
     """
 
     model: GPT
@@ -36,6 +37,7 @@ class TrainState:
     grad_norm: float = 0.0
     best_val_loss: float | None = None
     skipped: int = 0
+    nonfinite_in_a_row: int = 0
     line_due: bool = False
 
 
@@ -60,7 +62,7 @@ def snapshot(state: TrainState, experiment: Experiment, dataset: Manifest, worke
     """
     numbers = {"step": state.step, "grad_norm": state.grad_norm, "best_val_loss": state.best_val_loss,
                "open_losses": state.meter.losses, "scaler": state.scaler.state_dict(), "skipped": state.skipped,
-               "line_due": state.line_due}
+               "nonfinite_in_a_row": state.nonfinite_in_a_row, "line_due": state.line_due}
     texts = {
         "experiment.yaml": experiment.to_yaml(),
         "model.json": json.dumps(asdict(state.model.config), indent=1),
@@ -86,7 +88,8 @@ def restore(state: TrainState, path: Path) -> None:
         name, _, moment = key.rpartition("/")
         state.optimizer.state[parameters[name]][moment] = value
     state.step, state.grad_norm, state.best_val_loss = (numbers[k] for k in ("step", "grad_norm", "best_val_loss"))
-    state.skipped, state.line_due = numbers.get("skipped", 0), numbers.get("line_due", False)
+    state.skipped, state.nonfinite_in_a_row = numbers.get("skipped", 0), numbers.get("nonfinite_in_a_row", 0)
+    state.line_due = numbers.get("line_due", False)
     state.meter.losses = numbers["open_losses"]
     if numbers["scaler"]:
         state.scaler.load_state_dict(numbers["scaler"])

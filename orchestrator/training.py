@@ -111,7 +111,7 @@ class Run:
 
     def _apply(self, step: Step, gradient: Gradient) -> bool:
         """Update the weights, or leave that out where something is not finite; False where the run ends by it."""
-        s, verdict = self.state, self.guard.judge(self.state.step, gradient, self.state.scaler.is_enabled())
+        s, verdict = self.state, self.guard.judge(self.state, gradient)
         if verdict == nonfinite.STOP:
             return False
         if verdict == nonfinite.SKIP:
@@ -126,7 +126,7 @@ class Run:
 
     def _restore(self, parent: Path | None) -> state.TrainState:
         folder = self.run_dir / "checkpoints"
-        found = checkpoint.latest_valid(folder, self._passed_over) if self.worker.is_main else None
+        found = checkpoint.latest_valid(folder, self._passed_over, set_aside=True) if self.worker.is_main else None
         step = agree(int(found.name.removeprefix("step-")) if found else -1, self.worker)
         self.is_own = step >= 0
         path = checkpoint.path_of(folder, step) if self.is_own else parent
@@ -141,7 +141,8 @@ class Run:
             state.restore(s, path)
             if self.is_own:
                 before = checkpoint.read_manifest(path)["fingerprints"]["numerics"]
-                numerics.check(before, numerics.fingerprint(self.experiment, self.worker), self.experiment, self.run_dir)
+                self._note_drift(s.step, numerics.check(before, numerics.fingerprint(self.experiment, self.worker),
+                                                        self.experiment, self.run_dir))
         if self.worker.is_main:
             self._rewind(s, path is not None)
         return s
@@ -157,6 +158,10 @@ class Run:
     def _passed_over(self, message: str) -> None:
         print(message, flush=True)
         events.note(self.run_dir, "checkpoint_damaged", message)
+
+    def _note_drift(self, step: int, lines: list[str]) -> None:
+        for line in lines if self.worker.is_main else ():
+            events.note(self.run_dir, "drift", f"the last bits will differ from those of a run never stopped: {line}", step=step)
 
     def _rewind(self, s: state.TrainState, restored: bool) -> None:
         """The journal as it was at the checkpoint; a line written for an end that now is none keeps what was due."""

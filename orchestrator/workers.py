@@ -9,14 +9,16 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import traceback
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from orchestrator import checkpoint, events, lease, memory, oom_kill, stopping, watchdog
 from orchestrator.config import Experiment, parse_experiment
-from orchestrator.errors import UserError
+from orchestrator.errors import HeldError, UserError
 from orchestrator.launch import COLLECTIVE_TIMEOUT_S, Layout, worker_environment
 from orchestrator.numerics import Worker, agree
 from orchestrator.runs import write_text
@@ -49,9 +51,11 @@ def fit(experiment: Experiment, run_dir: Path, data_dir: Path, asked: Layout) ->
         run_config=RunConfig(name=launch, storage_path=str(scratch), failure_config=FailureConfig(max_failures=MAX_FAILURES),
                              worker_runtime_env={"env_vars": worker_environment()}),
     )
+    before = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
     finally:
+        signal.signal(signal.SIGINT, before)  # Ray's own would swallow the next Ctrl-C
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -64,8 +68,7 @@ def _work(config: dict[str, Any]) -> None:
     if (run_dir / "stopped.json").exists():
         return  # an earlier attempt of this launch found that going on is of no use
     place = Worker(context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device()), config["cpus"])
-    # The worker of a driver that was killed may live a little longer than it: nobody writes beside it.
-    with lease.held(run_dir, lease.WRITER, WRITER_WAIT_S) if place.is_main else contextlib.nullcontext():
+    with _only_writer(run_dir) if place.is_main else contextlib.nullcontext():
         try:
             number = 0
             if place.is_main:
@@ -79,6 +82,18 @@ def _work(config: dict[str, Any]) -> None:
         except Exception as error:
             _record_failure(run_dir, place.rank, error)
             raise
+
+
+@contextlib.contextmanager
+def _only_writer(run_dir: Path) -> Iterator[None]:
+    """The worker of a driver that was killed may live a little longer than it: nobody writes beside it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lease.held(run_dir, lease.WRITER, WRITER_WAIT_S))
+        except HeldError as error:
+            _stop(run_dir, f"{error}, a worker of this run that does not end; end it and run the same command again", True)
+            raise
+        yield
 
 
 def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker) -> None:

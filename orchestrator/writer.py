@@ -80,7 +80,7 @@ class Writer:
             if error.errno not in checkpoint.FULL:
                 raise
             return self._no_room(step, error)
-        checkpoint.prune(self.directory, self.keep, step)
+        checkpoint.prune(self.directory, self.keep)
         return None
 
     def _no_room(self, step: int, error: OSError) -> UserError:

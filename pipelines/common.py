@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from orchestrator.config import field_docs, load_experiment
 from orchestrator.errors import EXIT_AGAIN, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, HeldError, UserError
+from orchestrator.interrupts import Terminated
 from orchestrator.refusals import Docs
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
@@ -17,7 +18,7 @@ DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
 def guarded(main: Callable[[list[str]], int]) -> None:
     """Run `main(argv)` and exit: a user's mistake is one line (or one per mistake) and status 2, a run that
-    somebody else writes to 75, Ctrl-C 130."""
+    somebody else writes to or SIGTERM 75, Ctrl-C 130."""
     try:
         status = main(sys.argv[1:])
     except UserError as error:
@@ -25,6 +26,9 @@ def guarded(main: Callable[[list[str]], int]) -> None:
         status = EXIT_USER
     except HeldError as error:
         print(f"{error}; run this again when it has ended", file=sys.stderr)
+        status = EXIT_AGAIN
+    except Terminated:
+        print("terminated before it began; run the same command again", file=sys.stderr)
         status = EXIT_AGAIN
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

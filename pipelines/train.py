@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
 """Train a GPT: prepare the tokens if they are missing, train on Ray, track in MLflow, and go on where a run stopped."""
 
-from orchestrator import lease
+from orchestrator import interrupts, lease
 from orchestrator.config import Experiment
 from orchestrator.storage import storage_root
 from pipelines.common import experiment_command
 
 
 def run(experiment: Experiment) -> int:
-    lease.check(storage_root(experiment) / experiment.name)  # before seconds of imports
-    from orchestrator.driver import run
+    with interrupts.signals():
+        lease.check(storage_root(experiment) / experiment.name)  # before seconds of imports
+        from orchestrator.driver import run
 
-    return run(experiment)
+        return run(experiment)
 
 
 def show(experiment: Experiment) -> int:

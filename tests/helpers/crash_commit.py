@@ -33,7 +33,7 @@ def commit(directory: Path, step: int, mark: int) -> None:
 
 def commit_and_prune(directory: Path, step: int, mark: int) -> None:
     commit(directory, step, mark)
-    checkpoint.prune(directory, 1, step)
+    checkpoint.prune(directory, 1)
 
 
 def leave_behind(directory: Path) -> None:

@@ -415,7 +415,7 @@ def test_readers_beside_a_writer_always_find_a_whole_one_and_never_fail(tmp_path
             for step in range(2, 80):
                 commit(directory, step)
                 commit(directory, step)
-                checkpoint.prune(directory, 1, step)
+                checkpoint.prune(directory, 1)
         finally:
             ended.set()
 
@@ -545,14 +545,23 @@ def test_what_a_killed_writer_left_is_removed_before_room_is_asked_for(tmp_path,
     assert os.listdir(tmp_path) == []
 
 
-def test_later_ones_that_were_passed_over_do_not_count_and_do_not_crowd_out_what_is_made(tmp_path):
+def test_what_the_writer_passes_over_loses_its_name_and_is_kept_to_be_looked_at(tmp_path):
     for step, loss in [(1, 5.0), (2, 4.0), (7, 1.0), (8, 1.0)]:
         commit(tmp_path, step, loss=loss)
-    checkpoint.prune(tmp_path, 1, upto=2)
-    assert checkpoint.steps(tmp_path) == [2, 7, 8]
+    for step in (7, 8):
+        (checkpoint.path_of(tmp_path, step) / "model.safetensors").write_bytes(b"torn")
+    said = []
+    assert checkpoint.latest_valid(tmp_path, said.append) == checkpoint.path_of(tmp_path, 2)
+    assert checkpoint.steps(tmp_path) == [1, 2, 7, 8], "a reader changes nothing"
+    assert checkpoint.latest_valid(tmp_path, said.append, set_aside=True) == checkpoint.path_of(tmp_path, 2)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+    aside = sorted(f.name for f in tmp_path.glob("damaged-*"))
+    assert [name.rpartition("-")[0] for name in aside] == ["damaged-step-00000007", "damaged-step-00000008"]
+    assert said[-1].endswith(f"; now {aside[0]}")
     commit(tmp_path, 3, loss=6.0)
-    checkpoint.prune(tmp_path, 1, upto=3)
-    assert checkpoint.steps(tmp_path) == [2, 3, 7, 8]  # 2 is the best of what was made
+    checkpoint.prune(tmp_path, 1)
+    assert checkpoint.steps(tmp_path) == [2, 3], "2 is the best"
+    assert [f.name for f in sorted(tmp_path.glob("damaged-*"))] == aside
 
 
 def test_a_process_killed_for_real_at_any_moment_leaves_only_whole_checkpoints(tmp_path):

@@ -90,3 +90,13 @@ def test_skipping_without_end_is_no_way_to_go_on(tiny_dataset, tmp_path):
     list(poisoned(run, set(range(8, 200))))
     assert run.state.step == 2 + nonfinite.PATIENCE
     assert "as were the 10 before it" in json.loads((tmp_path / "stopped.json").read_text())["reason"]
+
+
+def test_stopping_now_and_then_gives_no_more_patience(tiny_dataset, tmp_path):
+    words = ["train.on_nonfinite=skip", "train.max_steps=30"]
+    for line in poisoned(start(tmp_path, tiny_dataset, *words), set(range(8, 200))):
+        if line["step"] == 7:
+            break
+    run = poisoned(start(tmp_path, tiny_dataset, *words), set(range(200)))
+    list(run)
+    assert run.state.step == 2 + nonfinite.PATIENCE

@@ -274,10 +274,11 @@ def test_a_summary_is_what_journal_and_checkpoints_say(tmp_path):
     log.append(30, {"train/loss": 2.0, "perf/step_time_s": 0.5})
     commit(tmp_path, 10, experiment())
     last = commit(tmp_path, 30, experiment())
-    summary = runs.summarise(tmp_path, "FINISHED", 128, "id", 12.34)
+    summary = runs.summarise(tmp_path, ("FINISHED", 0), 128, "id", 12.34)
     assert summary == json.loads((tmp_path / "summary.json").read_text("utf-8"))
     assert summary == {
         "status": "FINISHED",
+        "exit_status": 0,
         "step": 30,
         "tokens": 3840,
         "train_loss": 2.0,
@@ -293,7 +294,7 @@ def test_a_summary_is_what_journal_and_checkpoints_say(tmp_path):
 
 
 def test_a_run_that_died_at_once_has_a_summary_too(tmp_path):
-    summary = runs.summarise(tmp_path, "KILLED", 128, None, 0.0)
+    summary = runs.summarise(tmp_path, ("KILLED", 75), 128, None, 0.0)
     assert (summary["status"], summary["step"], summary["tokens"]) == ("KILLED", 0, 0)
     assert {summary[k] for k in ("train_loss", "val_loss", "checkpoint", "weights_sha256", "tokens_per_sec")} == {None}
 
@@ -313,9 +314,13 @@ def test_an_experiment_changed_before_its_first_checkpoint_starts_over_as_anothe
         return runs.read_json(tmp_path / "run.json")["key"]
 
     first = begin()
+    (tmp_path / "samples").mkdir()
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "timestamp": 1}\n')
     assert begin("train.log_interval=3") == first
     assert (tmp_path / "metrics.jsonl").exists()
+    damaged = commit(tmp_path, 10, experiment())
+    (damaged / "model.safetensors").write_bytes(b"")
     assert begin("schedule.max_lr=1e-5") != first
     assert not (tmp_path / "metrics.jsonl").exists()
+    assert not (tmp_path / "samples").exists()
     assert len(runs.read_json(tmp_path / "run.json")["attempts"]) == 1

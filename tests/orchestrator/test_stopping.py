@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import checkpoint, journal, stopping
+from orchestrator import checkpoint, events, journal, stopping
 from orchestrator.config import load_experiment
 from orchestrator.errors import UserError
 from orchestrator.numerics import Worker
@@ -96,4 +96,8 @@ def test_a_drift_is_refused_until_it_is_allowed(tiny_dataset, tmp_path, words, w
             break
     with pytest.raises(UserError, match="train.allow_drift=true"):
         train(load_experiment(None, [*SMALL, *words]), tmp_path, tiny_dataset, worker)
+    assert events.read(tmp_path) == []
     assert train(load_experiment(None, [*SMALL, *words, "train.allow_drift=true"]), tmp_path, tiny_dataset, worker) == 12
+    noted = events.read(tmp_path)
+    assert noted
+    assert {(e["kind"], e["step"]) for e in noted} == {("drift", 4)}

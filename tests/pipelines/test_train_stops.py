@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from orchestrator import checkpoint, events, journal, watchdog
 from tests.helpers.small_run import command, curve, summary, wait_for_step
@@ -35,13 +36,40 @@ def test_a_second_job_is_refused_and_sigterm_costs_no_step(golden, ray_head, tin
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, out + err
     stopped = json.loads((run_dir / "stopped.json").read_text())
-    assert (summary(run_dir)["status"], summary(run_dir)["step"]) == ("KILLED", stopped["step"])
+    assert [summary(run_dir)[key] for key in ("status", "exit_status", "step")] == ["KILLED", 75, stopped["step"]]
     assert checkpoint.latest_valid(run_dir / "checkpoints") == checkpoint.path_of(run_dir / "checkpoints", stopped["step"])
     assert stopped["step"] >= journal.read(run_dir)[-1]["step"], "a logged step was lost"
     again = begin(ray_head, tmp_path, tiny_corpus, "compute.num_workers=1")
     assert again.wait(240) == 0, again.communicate()
     assert f"from step {stopped['step']} " in again.communicate()[0]
     assert result(run_dir) == result(golden[0])
+
+
+def test_the_run_is_held_and_sigterm_is_heard_while_ray_starts(tiny_corpus, tmp_path):
+    """A Ray of one's own, which takes seconds to start and puts handlers of its own in place."""
+    head = SimpleNamespace(env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"})
+    process = begin(head, tmp_path, tiny_corpus)
+    assert process.stdout.readline() == "starting Ray …\n"
+    second = subprocess.run(command(tmp_path, tiny_corpus), env=head.env, capture_output=True, text=True, timeout=60)
+    assert (second.returncode, second.stdout) == (75, "")
+    assert f"held by process {process.pid} on " in second.stderr
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, out + err
+    assert err == "terminated before it began; run the same command again\n"
+    assert os.listdir(tmp_path) == [], "it left something where it made nothing"
+
+
+def test_ctrl_c_ends_the_wait_for_a_server_and_not_the_run(ray_head, tiny_corpus, tmp_path):
+    process = begin(ray_head, tmp_path, tiny_corpus, "compute.num_workers=1", "tracking.uri=http://127.0.0.1:9")
+    while not (tmp_path / "small" / "summary.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 0, out + err
+    assert "the tracking server did not take everything" in out
+    assert (summary(tmp_path / "small")["status"], summary(tmp_path / "small")["exit_status"]) == ("FINISHED", 0)
 
 
 def test_a_rank_that_hangs_is_named_and_its_group_starts_again(golden, ray_head, tiny_corpus, tmp_path):

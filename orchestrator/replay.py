@@ -31,6 +31,7 @@ from orchestrator.tokenizer import load_tokenizer
 from orchestrator.training import Run
 from orchestrator.verdict import Cause, Difference, Verdict
 
+SETTINGS = ("log_interval", "eval_interval", "on_nonfinite")  # of `train`: may change between attempts, and show in the lines
 FOLDER = "replays"  # in the run's: verdicts, and what was made again where it differs
 SOURCES = Path(__file__).resolve().parent.parent
 
@@ -50,12 +51,11 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Piece:
-    """Steps (start, stop] of one attempt: its intervals and its `numerics.fingerprint`."""
+    """Steps (start, stop] of one attempt: its settings of `SETTINGS`, and its `numerics.fingerprint`."""
 
     start: int
     stop: int
-    log_interval: int | None
-    eval_interval: int | None
+    settings: dict[str, Any]
     numerics: dict[str, Any]
 
 
@@ -98,8 +98,8 @@ def pieces(run: Recorded, s: Stretch) -> list[Piece]:
         train = stored_experiment(path).train
         recorded = checkpoint.read_manifest(path)["fingerprints"]["numerics"]
         cpus = (attempt.get("layout") or {}).get("cpus_per_worker", recorded["cpus_per_worker"])
-        found.append(Piece(begin, stop, attempt.get("train.log_interval", train.log_interval),
-                           attempt.get("train.eval_interval", train.eval_interval), recorded | {"cpus_per_worker": cpus}))
+        settings = {key: attempt.get(f"train.{key}", getattr(train, key)) for key in SETTINGS}
+        found.append(Piece(begin, stop, settings, recorded | {"cpus_per_worker": cpus}))
     return found
 
 
@@ -158,8 +158,8 @@ def _make(run: Recorded, s: Stretch, experiment: Experiment, dataset: Manifest, 
     """Train piece after piece; each goes on from the end of the one before. Returns why it ended early, if it did."""
     lr = run.rates(experiment)
     for piece in parts:
-        intervals = {"log_interval": piece.log_interval, "eval_interval": piece.eval_interval, "checkpoint_interval": None}
-        as_then = experiment.model_copy(update={"train": experiment.train.model_copy(update=intervals)})
+        settings = piece.settings | {"checkpoint_interval": None, "keep": len(parts)}  # all are compared at the end
+        as_then = experiment.model_copy(update={"train": experiment.train.model_copy(update=settings)})
         parent = run.path(s.begin) if s.begin is not None else None
         again = Run(as_then, scratch, dataset.directory, Worker(device=device, cpus=piece.numerics["cpus_per_worker"]),
                     parent=parent, stop=piece.stop, rates=lr)

@@ -17,8 +17,12 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from orchestrator import events
 from orchestrator.numerics import Worker
@@ -102,9 +106,12 @@ class Watchdog:
             os.pwrite(self.fd, json.dumps(mark).encode().ljust(MARK_BYTES), 0)
 
     def _arm(self) -> None:
-        """Behind the thread stands one that needs no interpreter: whoever hangs may hold its lock."""
+        """Behind the thread stand the group's own timeout, which ends a wait for somebody who is gone, and a watcher that needs
+        no interpreter: who hangs may hold its lock."""
         self.armed, self.armed_for = time.monotonic(), self.limit
         faulthandler.dump_traceback_later(self.limit + BACKSTOP_S, exit=True, file=self.file)
+        if dist.is_initialized():
+            distributed_c10d._set_pg_timeout(timedelta(seconds=self.limit + BACKSTOP_S / 2))  # there is no public way
 
     def _watch(self) -> None:
         while not self.closed.wait(self.poll_s):

@@ -17,7 +17,7 @@ from orchestrator.config import load_experiment
 from orchestrator.errors import UserError
 from orchestrator.manifest import load_manifest
 from orchestrator.numerics import Worker
-from orchestrator.replay import Recorded, experiment_of, replay, stretch
+from orchestrator.replay import Recorded, experiment_of, pieces, replay, stretch
 from orchestrator.training import Run, train
 
 HELPER = Path(__file__).resolve().parent.parent / "helpers" / "train_rank.py"
@@ -241,6 +241,16 @@ def test_another_micro_batch_is_another_experiment_and_other_numerics(run_dir, a
     write_experiment(run_dir, "train.log_interval=1", "train.keep=9")  # what may change at any time changes nothing here
     result = again(run_dir)
     assert (result.equal, result.changed) == (True, [])
+
+
+def test_each_piece_has_its_attempts_settings_and_every_checkpoint_is_compared(run_dir, again):
+    write_experiment(run_dir, "train.keep=1")
+    assert again(run_dir, (None, None)).weights == {12: True, 16: True, 20: True}
+    attempts = [{"from_step": 0, "train.on_nonfinite": "skip"}, {"from_step": 16, "train.on_nonfinite": "stop"}]
+    (run_dir / "run.json").write_text(json.dumps({"attempts": attempts}))
+    run = Recorded.read(run_dir)
+    found = pieces(run, stretch(run, (None, None)))
+    assert [(p.stop, p.settings["on_nonfinite"]) for p in found] == [(12, "skip"), (16, "skip"), (20, "stop")]
 
 
 def test_what_changed_without_effect_is_said_and_no_cause(run_dir, again):

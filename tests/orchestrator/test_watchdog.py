@@ -136,3 +136,38 @@ def test_a_mark_is_always_whole(tmp_path):
         dog.beat("gradient", step)
         assert json.loads((tmp_path / ".ranks" / "rank-0").read_text())["step"] == step
     dog.close()
+
+
+WAITS = """
+import sys, time
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from orchestrator import watchdog
+from orchestrator.numerics import Worker
+rank = int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/group", rank=rank, world_size=2)
+if rank == 1:
+    sys.stdin.read()
+watchdog.BACKSTOP_S = 3.5
+dog = watchdog.Watchdog(Path(sys.argv[1]), Worker(rank=rank, world_size=2), 0.5)
+dog.closed.set()  # its thread is gone, as of somebody who holds the interpreter
+for step in range(3):
+    dog.beat("exchange", step)
+    dog.beat("update", step)
+time.sleep(1.1)  # it is set again once a second
+dog.beat("exchange", 3)
+try:
+    dist.all_reduce(torch.ones(1))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_collective_times_out_after_what_the_phase_may_take(tmp_path):
+    ranks = [subprocess.Popen([sys.executable, "-c", WAITS, tmp_path, str(rank)], cwd=REPO, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True) for rank in (1, 0)]
+    try:
+        assert "Timed out waiting 2250ms" in ranks[1].communicate(timeout=60)[0]
+    finally:
+        ranks[0].kill()

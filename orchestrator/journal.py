@@ -5,6 +5,7 @@ One line per logged step, `{"step": 10, "timestamp": 1764012345678, "train/loss"
 everyone else reads. A resumed run moves the lines after its checkpoint's step aside, into `metrics.aside-<n>-from-<step>.jsonl`.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -12,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from orchestrator.manifest import fsync
 
 FILE = "metrics.jsonl"
 TAIL_BYTES = 8192  # a line has some hundreds
@@ -60,6 +63,13 @@ class Journal:
 def read(run_dir: Path) -> list[dict[str, Any]]:
     """The run's surviving history, one record per logged step, in order."""
     return [json.loads(line) for line in _whole_lines(Path(run_dir) / FILE)]
+
+
+def sync(run_dir: Path) -> None:
+    """Have every line on the disk. What a checkpoint goes on from, or others were told, no power cut may take back."""
+    with contextlib.suppress(FileNotFoundError):
+        fsync(Path(run_dir) / FILE)
+        fsync(Path(run_dir))  # a resume puts another file in its place
 
 
 def last(run_dir: Path) -> dict[str, Any] | None:

@@ -48,6 +48,8 @@ class Lines:
             if record["step"] > self.last and (record["step"], record["timestamp"]) not in self.moved:
                 self.last = record["step"]
                 self.waiting.append(({"sent_step": self.last}, self._first(record)))
+        if self.waiting:
+            journal.sync(self.run_dir)
 
     def _begin_again(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """Queue the asides that are new; returns the journal's lines."""

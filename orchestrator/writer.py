@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from orchestrator import checkpoint, events, tensor_file
+from orchestrator import checkpoint, events, journal, tensor_file
 from orchestrator.errors import UserError
 
 
@@ -75,6 +75,7 @@ class Writer:
     def _commit(self, step: int, parts: dict[str, bytes | memoryview], facts: dict[str, Any]) -> UserError | None:
         """Returns what the user is told where there was no room."""
         try:
+            journal.sync(self.run_dir)
             checkpoint.commit(self.directory, step, parts, facts)
         except OSError as error:
             if error.errno not in checkpoint.FULL:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator import checkpoint, events
+from orchestrator import checkpoint, events, journal, outbox
 from orchestrator.config import load_experiment
 from orchestrator.errors import UserError
 from orchestrator.numerics import Worker
@@ -242,3 +242,24 @@ def test_the_user_hears_of_a_full_disk_from_wait_alone(tmp_path, monkeypatch):
     writer.close()
     assert checkpoint.steps(tmp_path / "checkpoints") == [3]
     assert [e["step"] for e in events.read(tmp_path)] == [1, 2]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What is synced and renamed, in order: a power cut cannot be had here."""
+    calls, fsync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
+    monkeypatch.setattr(os, "rename", lambda old, new: (rename(old, new), calls.append(os.path.basename(new))))
+    return calls
+
+
+def test_the_journal_is_on_the_disk_before_a_checkpoint_has_its_name_and_before_others_are_told(calls, writer, tmp_path):
+    journal.Journal(tmp_path).append(1, {"train/loss": 2.0})
+    writer.save(1, state(1.0), {}, {})
+    writer.wait()
+    assert calls.index(journal.FILE) < calls.index("step-00000001")
+    calls.clear()
+    lines = outbox.Lines(tmp_path)
+    lines.refresh({"sent_step": -1, "asides": 0})
+    assert next(lines.batches())[1]
+    assert journal.FILE in calls

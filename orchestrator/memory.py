@@ -63,7 +63,8 @@ def largest_fitting(experiment: Experiment, worker: Worker, run: Run) -> int | N
         _forget(run)
         try:
             held = rest_of_a_step(candidate, worker, run.state)
-            hold_a_micro_batch(candidate, worker, run.state)
+            # A sequence more for every eight: a run's allocator is not as tidy as one that has just been emptied.
+            hold_a_micro_batch(candidate, worker, run.state, candidate.train.micro_batch_size // 8 + 1)
             del held  # until here it stood beside the micro-batch
         except Exception as error:
             if not is_exhausted(error):
@@ -80,9 +81,9 @@ def rest_of_a_step(experiment: Experiment, worker: Worker, s: TrainState) -> lis
     return [torch.ones(size, device=worker.device) for size in sizes]
 
 
-def hold_a_micro_batch(experiment: Experiment, worker: Worker, s: TrainState) -> None:
-    """Hold what one forward and backward needs."""
-    shape = experiment.train.micro_batch_size, experiment.model.block_size
+def hold_a_micro_batch(experiment: Experiment, worker: Worker, s: TrainState, more: int = 0) -> None:
+    """Hold what one forward and backward needs, of `more` sequences besides."""
+    shape = experiment.train.micro_batch_size + more, experiment.model.block_size
     tokens = torch.zeros(shape, dtype=torch.int64, device=worker.device)  # (B, T)
     with autocast(experiment, worker.device):
         _, loss = s.forward(tokens, tokens)

@@ -40,7 +40,7 @@ from orchestrator.provenance import redact
 from orchestrator.storage import check_writable, storage_root
 from orchestrator.tokens import dataset_dir, prepare
 from orchestrator.tracking import Tracker, replay, resolve_uri
-from orchestrator.watch import Watch
+from orchestrator.watch import RunWatch
 
 CALIBRATION_S = 10.0  # at most, before a run begins
 CALIBRATION_FLOPS = 2e12  # of a micro-batch: more than that takes CPUs longer
@@ -90,7 +90,7 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
     device = "GPU" if layout.use_gpu else f"{layout.cpus_per_worker} CPU(s)"
     print(f"{'resuming' if step else 'training'} {experiment.name} from step {step:,} of {experiment.train.max_steps:,} "
           f"in {run_dir} on {layout.num_workers} worker(s) with {device} each", flush=True)
-    started, status, code, reason, watch = time.monotonic(), "FAILED", EXIT_FAILED, "", Watch(run_dir)
+    started, status, code, reason, watch = time.monotonic(), "FAILED", EXIT_FAILED, "", RunWatch(run_dir)
     try:
         tracker.start()
         with (Console(run_dir, experiment.train.max_steps, experiment.tokens_per_step), watch,

@@ -1,8 +1,8 @@
 """What a driver looks after while its workers train: signals that cannot wait, nodes that are taken away, processes that
 are stopped or do not end.
 
-Eats the run's folder; asks the run to stop (`stopping`), ends what is stuck on this machine, and ends the wait for
-workers that are done and do not exit (torch's shutdown can deadlock).
+Eats the folder of a run, or of a sweep and its stages; asks the run to stop (`stopping`), ends what is stuck on this
+machine, and ends the wait for a run's workers that are done and do not exit (torch's shutdown can deadlock).
 """
 
 import os
@@ -10,6 +10,7 @@ import select
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from orchestrator import stopping, watchdog
@@ -20,14 +21,19 @@ GRACE_S = 5.0  # beyond the limit of a worker that watches itself
 
 
 class Watch:
-    """`with watch:` around Ray's fit, in the main thread; `over`: it ended the wait for workers that were done."""
+    """`with watch:` around Ray's wait, in the main thread.
 
-    def __init__(self, run_dir: Path):
-        self.run_dir, self.closed, self.done_since, self.over = Path(run_dir), threading.Event(), None, False
-        self.seen: dict[int, tuple[tuple[int, int], float]] = {}  # rank: (its last mark, since when by our own clock)
+    Args:
+        folder: of the run or the sweep, which a SIGTERM asks to stop.
+        places: the folders in which workers train now; asked for by another thread.
+    """
+
+    def __init__(self, folder: Path, places: Callable[[], Iterable[Path]]):
+        self.folder, self.places, self.closed = Path(folder), places, threading.Event()
+        # (folder, rank): (its last mark, since when by our own clock)
+        self.seen: dict[tuple[Path, int], tuple[tuple[int, int], float]] = {}
 
     def __enter__(self) -> "Watch":
-        self.before = {_identity(mark) for mark in watchdog.marks(self.run_dir)}  # of earlier workers
         # The interpreter runs a handler once the main thread comes back from Ray's wait, a second later; this pipe at once.
         self.read, self.write = os.pipe()
         os.set_blocking(self.write, False)
@@ -49,32 +55,49 @@ class Watch:
             ready, _, _ = select.select([self.read], [], [], POLL_S)
             try:
                 if ready and signal.SIGTERM in os.read(self.read, 64):
-                    stopping.ask(self.run_dir, "SIGTERM")
+                    stopping.ask(self.folder, "SIGTERM")
                 elif not ready:
                     self._look()
             except OSError as error:  # a full disk, a file system that is away: the next look may see more
-                print(f"watching {self.run_dir}: {error}", flush=True)
+                print(f"watching {self.folder}: {error}", flush=True)
 
     def _look(self) -> None:
-        marks = [m for m in watchdog.marks(self.run_dir) if _identity(m) not in self.before]
-        for mark in marks:
-            if mark["phase"] not in (watchdog.DONE, watchdog.FAILED) and self._age(mark) > mark["limit"] + GRACE_S:
-                watchdog.end_stuck(self.run_dir, mark)
+        for place in self.places():
+            for mark in watchdog.marks(place):
+                if mark["phase"] not in (watchdog.DONE, watchdog.FAILED) and self._age(place, mark) > mark["limit"] + GRACE_S:
+                    watchdog.end_stuck(place, mark)
+
+    def _age(self, place: Path, mark: dict) -> float:
+        """Seconds since a worker's mark was another one."""
+        known, since = self.seen.get((place, mark["rank"]), (None, 0.0))
+        if known != _identity(mark):
+            since = time.monotonic()
+            self.seen[place, mark["rank"]] = _identity(mark), since
+        return time.monotonic() - since
+
+
+class RunWatch(Watch):
+    """Of a lone run, whose workers end with it; `over`: it ended the wait for workers that were done."""
+
+    def __init__(self, run_dir: Path):
+        super().__init__(run_dir, lambda: [self.folder])
+        self.done_since, self.over = None, False
+
+    def __enter__(self) -> "RunWatch":
+        self.before = {_identity(mark) for mark in watchdog.marks(self.folder)}  # of earlier workers
+        super().__enter__()
+        return self
+
+    def _look(self) -> None:
+        super()._look()
+        marks = [m for m in watchdog.marks(self.folder) if _identity(m) not in self.before]
         if node := draining(marks):
-            stopping.ask(self.run_dir, f"the node {node} is drained")
+            stopping.ask(self.folder, f"the node {node} is drained")
         done = bool(marks) and all(m["phase"] == watchdog.DONE for m in marks)
         self.done_since = (self.done_since or time.monotonic()) if done else None
         if done and not self.over and time.monotonic() - self.done_since > EXIT_S:
             self.over = True
             os.kill(os.getpid(), signal.SIGINT)  # Ray's own way out of its wait: it kills the workers
-
-    def _age(self, mark: dict) -> float:
-        """Seconds since a worker's mark was another one."""
-        known, since = self.seen.get(mark["rank"], (None, 0.0))
-        if known != _identity(mark):
-            since = time.monotonic()
-            self.seen[mark["rank"]] = (_identity(mark), since)
-        return time.monotonic() - since
 
 
 def _identity(mark: dict) -> tuple[int, int]:

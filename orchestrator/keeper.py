@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator import checkpoint, stage_run
+from orchestrator import checkpoint, events, stage_run, stopping, watchdog
 from orchestrator.config import parse_experiment
 from orchestrator.runs import read_json
 from orchestrator.stage_run import Order
@@ -42,10 +42,13 @@ class Keeper:
         held = [s.id for s in plan.stages if s.start >= probe_step and not set(s.trials) & set(self.probes)] if self.probes else ()
         self.progress = Progress(plan, held)
         self.steps_run, self.tried_again, self.reasons = 0, set(), {}
+        self.waits: dict[str, str] = {}  # why a stage that had begun waits again
         self.peak_bytes = 0
 
     # ---- what execute asks ----
     def next(self) -> str | None:
+        if stopping.asked(self.folder):
+            return None
         self.judge()
         ready = self.progress.ready()
         while not ready and (wanted := self.more()):
@@ -53,21 +56,29 @@ class Keeper:
             ready = self.progress.ready()
         if not ready:
             return None
-        stage = ready[0]
-        self._order(stage).write(self.stages / stage.id)
-        for old in (self.stages / stage.id).glob("failure-rank*.txt"):
-            old.unlink()
+        stage, folder = ready[0], self.stages / ready[0].id
+        self._order(stage).write(folder)
+        self._hang(stage.id)  # of an attempt whose driver was killed
+        for old in (folder / "stopped.json", *folder.glob("failure-rank*.txt")):
+            old.unlink(missing_ok=True)
         if not self._is_done(stage):
-            (self.stages / stage.id / "result.json").unlink(missing_ok=True)
+            (folder / "result.json").unlink(missing_ok=True)
         self.progress.start(stage.id)
         return stage.id
 
     def ended(self, stage: str, died: bool) -> None:
-        folder = self.stages / stage
-        result = read_json(folder / "result.json")  # a stage that starts removes what was there
-        if not died and result is None:
+        folder, hang = self.stages / stage, self._hang(stage)
+        # A stage that starts removes what was there.
+        result, stopped = read_json(folder / "result.json"), read_json(folder / "stopped.json") or {}
+        asked = stopping.asked(self.folder)
+        if not died and not asked and result is None:
             result = stage_run.note_stop(folder, "stopped by the scheduler")
-        state = result["outcome"] if result else self._failed(stage, folder)  # with a result it died of nothing that matters
+        if result:  # then it died of nothing that matters
+            state = result["outcome"]
+        elif asked and (stopped.get("again") or not died):
+            state = self._stopped_as_asked(stage, stopped)
+        else:
+            state = self._failed(stage, folder, hang)
         if state in (DIVERGED, STOPPED):
             self.reasons[stage] = result["reason"]
         if state != WAITING:
@@ -93,16 +104,32 @@ class Keeper:
         order = stage_run.read_order(folder)
         return stage_run.has_result(folder, order, parse_experiment(order.experiment, str(folder)))
 
-    def _failed(self, stage: str, folder: Path) -> str:
-        """FAILED, or WAITING where a process died without raising anything: that is tried once more."""
+    def _failed(self, stage: str, folder: Path, hang: str | None) -> str:
+        """FAILED, or WAITING where a process hung, or died without raising anything: that is tried once more."""
         files = sorted(folder.glob("failure-rank*.txt"), key=lambda f: f.stat().st_mtime_ns)  # the others are its echo
         traces = [f.read_text("utf-8") for f in files]
-        if not traces and stage not in self.tried_again:
+        if (hang or not traces) and stage not in self.tried_again:
             self.tried_again.add(stage)
-            self.progress.again(stage)
-            return WAITING
-        self.reasons[stage] = traces[0].strip().splitlines()[-1] if traces else MISSING
+            return self._waits(stage, f"{hang or 'its process died'}; once more")
+        # What the others raise where one hung and was ended is its echo too.
+        self.reasons[stage] = hang or (traces[0].strip().splitlines()[-1] if traces else MISSING)
         return FAILED
+
+    def _stopped_as_asked(self, stage: str, stopped: dict[str, Any]) -> str:
+        """WAITING: the next start of the sweep goes on from the checkpoint of its last step, if it had begun."""
+        self.steps_run += stopped.get("steps_run", 0)
+        return self._waits(stage, stopped.get("reason", "asked to stop before it began"))
+
+    def _waits(self, stage: str, why: str) -> str:
+        self.waits[stage] = why
+        self.progress.again(stage)
+        return WAITING
+
+    def _hang(self, stage: str) -> str | None:
+        """The verdict on a hang that ended the stage's workers; they are gone, and so are their marks then."""
+        if message := watchdog.report(self.stages / stage):
+            events.note(self.folder, "hang", message, stage=stage)
+        return message
 
     def judge(self) -> None:
         """Once every probe is over, drop the trials that they speak against, and let the others go on."""
@@ -155,6 +182,10 @@ class Keeper:
         self.peak_bytes = max(self.peak_bytes, total)
 
     # ---- what watchers ask ----
+    def running(self) -> list[Path]:
+        """Folders of the stages that run now. Another thread may ask."""
+        return [self.stages / stage for stage, state in list(self.progress.state.items()) if state == RUNNING]
+
     def last_stage(self, trial: str) -> tuple[Path, int] | None:
         """The folder of the trial's last stage that has lines, done or not, and the trial's step at its end."""
         # From its end: a stage that stands has its whole curve, whatever new branches now cut on the way to it.

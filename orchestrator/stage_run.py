@@ -2,6 +2,7 @@
 
     stage.json     what to run: experiment, rates, steps [start, stop), the checkpoint to begin from
     metrics.jsonl, checkpoints/, samples/    as in a run's folder, for these steps alone
+    stopped.json   with "again": it was asked to stop, left a checkpoint of that very step, and goes on from it
     result.json    how it ended, written last: with it the stage is done and is never run again
 
 A stage is a stretch of a run (`training.Run`), so whatever interrupts it, it goes on from its own last checkpoint.
@@ -10,7 +11,7 @@ A stage is a stretch of a run (`training.Run`), so whatever interrupts it, it go
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from orchestrator.numerics import Worker, fingerprint
 from orchestrator.runs import read_json, stored_experiment, write_text
 from orchestrator.stages import Trial
 from orchestrator.training import Run
+from orchestrator.watchdog import Watchdog
 
 DONE, DIVERGED, STOPPED = "done", "diverged", "stopped"
 WRITER_WAIT_S = 60
@@ -58,40 +60,48 @@ def read_order(folder: Path) -> Order | None:
     return Order(**stored) if stored else None
 
 
-def run_stage(folder: Path, worker: Worker) -> Iterator[dict[str, Any]]:
-    """Run the stage of `folder` to its end; yields each line of its journal, on every worker alike.
+def run_stage(folder: Path, worker: Worker, stop_asked: Callable[[], bool] | None = None) -> Iterator[dict[str, Any]]:
+    """Run the stage of `folder` to its end, watched; yields each line of its journal, on every worker alike.
 
     Every worker calls it, with torch.distributed initialised where there are several. Ends without a line where the
-    stage has its result. An exception leaves the folder as it is, to go on in.
+    stage has its result, and without a result where it was asked to stop. An exception leaves the folder as it is, to go
+    on in.
+
+    Args:
+        stop_asked: as `training.Run`'s.
     """
     order, started = read_order(folder), time.monotonic()
     experiment = parse_experiment(order.experiment, f"{folder}/stage.json")
     if has_result(folder, order, experiment):
         return
     # The worker of a driver that was killed may live a little longer than it: nobody writes beside it.
-    with lease.held(folder, lease.WRITER, WRITER_WAIT_S) if worker.is_main else contextlib.nullcontext():
+    writing = lease.held(folder, lease.WRITER, WRITER_WAIT_S) if worker.is_main else contextlib.nullcontext()
+    with writing, Watchdog(folder, worker, experiment.compute.hang_after_s) as dog:
         if worker.is_main:
             for stale in (folder / "stopped.json", folder / "result.json"):
                 stale.unlink(missing_ok=True)
         if worker.is_main and order.start == order.stop:
             _take_over_line(folder, order)
         run = Run(experiment, folder, Path(order.data_dir), worker, parent=Path(order.begin) if order.begin else None,
-                  stop=order.stop, rates=rates.from_json(order.rates))
-        begun_at, limit = run.state.step, order.diverged_above
-        reason, step = None, order.stop
+                  stop=order.stop, rates=rates.from_json(order.rates), stop_asked=stop_asked, beat=dog.beat)
+        begun_at, limit, above = run.state.step, order.diverged_above, None
         for line in run:
             yield line
             loss = line.get("train/loss", 0.0)
             # An end's own line has another window than that of the trials that go on: it decides nothing.
             if limit and loss > limit and line["step"] % (experiment.train.log_interval or order.stop) == 0:
-                reason, step = f"step {line['step']}: train/loss {loss:.4f} is above sweep.diverged_above={limit:g}", line["step"]
+                above = line["step"], f"step {line['step']}: train/loss {loss:.4f} is above sweep.diverged_above={limit:g}"
                 break
-        if reason is None and run.state.step < order.stop:  # the loss of the next step was not finite, on every worker
-            reason, step = "the loss or its gradient is not finite", run.state.step + 1
         if worker.is_main:
+            facts = {"seconds": time.monotonic() - started, "steps_run": run.state.step - begun_at}
             stopped = read_json(folder / "stopped.json") or {}
-            facts = {"reason": stopped.get("reason", reason), "seconds": time.monotonic() - started,
-                     "steps_run": run.state.step - begun_at, "numerics": fingerprint(experiment, worker)}
+            if stopped.get("again"):
+                write_text(folder / "stopped.json", json.dumps(stopped | facts, indent=1))
+                return
+            if stopped:  # the loss of the next step was not finite, on every worker
+                above = run.state.step + 1, stopped["reason"]
+            step, reason = above or (order.stop, None)
+            facts |= {"reason": reason, "numerics": fingerprint(experiment, worker)}
             _write_result(folder, order, experiment, step, DIVERGED if reason else DONE, facts)
 
 

@@ -60,7 +60,7 @@ class Progress:
         self.state[stage] = RUNNING
 
     def again(self, stage: str) -> None:
-        """Its process died: it may be tried once more."""
+        """It ended before its end, and may go on: its process died, or it was asked to stop."""
         assert self.state[stage] == RUNNING
         self.state[stage] = WAITING
 

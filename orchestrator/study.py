@@ -128,6 +128,12 @@ class Study:
                 return found
         return []
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to run."""
+        wanted = self.sampler and len(self.sampler.earlier) < self.sweep.settings.num_samples
+        return not self.books.progress.pending and not wanted
+
     def asha(self) -> dict[str, Any] | None:
         """Arguments of Tune's scheduler: rungs at a ninth, a third and the whole of the run, or later where it evaluates."""
         if self.sweep.settings.stop != "asha":

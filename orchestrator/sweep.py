@@ -14,6 +14,7 @@ import os
 import shutil
 import traceback
 import uuid
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +32,7 @@ from ray import tune  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402
 
+from orchestrator import stopping  # noqa: E402
 from orchestrator.launch import COLLECTIVE_TIMEOUT_S, Layout  # noqa: E402
 from orchestrator.numerics import Worker  # noqa: E402
 from orchestrator.runs import write_text  # noqa: E402
@@ -56,6 +58,8 @@ class Work(Protocol):
 def execute(work: Work, stages: Path, layout: Layout, slots: int, asha: dict[str, Any] | None = None,
             reuse: bool = True) -> None:
     """Run stages until `work` has none; failed ones end nothing but themselves.
+
+    Asked to stop (`stopping`, in the folder above `stages`), those that run end after their step, and none begins.
 
     Args:
         slots: how many stages the cluster holds at a time. A suggested stage is fixed, so none is suggested earlier.
@@ -120,6 +124,7 @@ class StageTrainable(tune.Trainable):
 
     def setup(self, config: dict[str, Any], stages: str, layout: Layout, reports: str | None) -> None:
         self.stages, self.layout, self.reports, self.crew, self.run = Path(stages), layout, reports, None, None
+        self.stop_asked = stopping.Bell(self.stages.parent)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -129,9 +134,11 @@ class StageTrainable(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """To the end of the stage or, where results are reported, to its next evaluation."""
+        if self.run is None and stopping.asked(self.stages.parent):
+            return {**self.last, "done": True}
         try:
             self.crew = self.crew or Crew(self.layout)
-            self.run = self.run or self.crew.run(self.folder)
+            self.run = self.run or self.crew.run(self.folder, self.stop_asked)
             for line in self.run:
                 # The last evaluation is the end: a scheduler must not stop the stage before its result is written.
                 if self.reports in line and line["step"]:
@@ -146,6 +153,7 @@ class StageTrainable(tune.Trainable):
         return {**self.last, "done": True}
 
     def cleanup(self) -> None:
+        self.stop_asked.close()
         self._abandon()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -187,10 +195,10 @@ class Crew:
         _join(address, 0, self.layout)
         ray.get(joined)
 
-    def run(self, folder: Path):
+    def run(self, folder: Path, stop_asked: Callable[[], bool]) -> Iterator[dict[str, Any]]:
         """The lines of the stage, while every worker runs it."""
         self.theirs = [p.run.remote(str(folder)) for p in self.peers]
-        yield from run_stage(folder, _worker(0, self.layout))
+        yield from run_stage(folder, _worker(0, self.layout), stop_asked)
         ray.get(self.theirs)
 
     def has_lost_a_peer(self) -> bool:
@@ -222,7 +230,7 @@ class _Peer:
 
     def run(self, folder: str) -> None:
         try:
-            for _ in run_stage(Path(folder), _worker(self.rank, self.layout)):
+            for _ in run_stage(Path(folder), _worker(self.rank, self.layout), lambda: False):
                 pass
         except Exception as error:
             write_text(Path(folder) / f"failure-rank{self.rank}.txt", "".join(traceback.format_exception(error)))

@@ -6,6 +6,7 @@ again goes on, and running it with more trials runs only what is new.
     sweep.yaml     the resolved sweep            stages/<id>/    stretches of steps that trials share
     plan.txt       its tree                      trials/<name>/  one folder a trial, like a lone run's
     comparison.csv, figures/                     summary.json    how it ended
+    events.jsonl   what happened on the way      stop.json       a stop that was asked for
 """
 
 import os
@@ -15,7 +16,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchestrator import init_from, interrupts, launch, lease, plan, runs, sweep_plan, tree_view
+from orchestrator import init_from, interrupts, launch, lease, plan, runs, stopping, sweep_plan, tree_view
 from orchestrator.config import Data, Experiment
 from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from orchestrator.manifest import Manifest, load_manifest
@@ -30,6 +31,7 @@ from orchestrator.study import Study, check_sources, data_key, with_absolute_pat
 from orchestrator.sweep_table import Table
 from orchestrator.sweep_tracking import SweepTracker, replay
 from orchestrator.tokens import dataset_dir, prepare
+from orchestrator.watch import Watch
 
 
 def run(sweep: Sweep) -> int:
@@ -61,6 +63,7 @@ def _run(sweep: Sweep, storage: Path, folder: Path, uri: str) -> int:
     _check_shapes(sweep, datasets)
     Study.open(sweep, folder, layout, datasets)  # what it refuses leaves nothing behind
     with lease.held(folder):
+        stopping.clear(folder)
         study = Study.open(sweep, folder, layout, datasets)
         # A cluster that grows does so for what waits: then everything that may run asks for its place.
         slots = max(1, launch.capacity(layout), len(study.plan.to_run) if os.environ.get("ESPALIER_AUTOSCALING") else 0)
@@ -98,11 +101,9 @@ def _execute(study: Study, slots: int, tracker: SweepTracker, estimate: dict[str
         tracker.start()
         from orchestrator import sweep  # imports Tune
 
-        interrupts.install_sigterm()
-        sweep.execute(books, books.stages, study.layout, slots, study.asha())
-        states = {books.progress.trial(name) for name in study.candidates}
-        probes = {books.progress.trial(probe.name) for probe in study.probes.values()}
-        code = EXIT_DONE if states <= {DONE, STOPPED} and not probes & {FAILED, BLOCKED} else EXIT_FAILED
+        with Watch(study.folder, books.running), interrupts.asking(lambda: stopping.ask(study.folder, "SIGTERM")):
+            sweep.execute(books, books.stages, study.layout, slots, study.asha())
+        code = _outcome(study)
     except (KeyboardInterrupt, SystemExit):
         code = EXIT_AGAIN if interrupts.was_terminated() else EXIT_INTERRUPTED
     except Exception:  # not a trial's: those end in their stages
@@ -117,6 +118,15 @@ def _execute(study: Study, slots: int, tracker: SweepTracker, estimate: dict[str
         print(f"the tracking server did not take everything; send the rest with\n  "
               f"pipelines/replay_metrics.py {study.folder}", flush=True)
     return code
+
+
+def _outcome(study: Study) -> int:
+    """Exit status of a sweep in which nothing runs any more."""
+    if stopping.asked(study.folder) and not study.is_over:
+        return EXIT_AGAIN
+    states = {study.books.progress.trial(name) for name in study.candidates}
+    probes = {study.books.progress.trial(probe.name) for probe in study.probes.values()}
+    return EXIT_DONE if states <= {DONE, STOPPED} and not probes & {FAILED, BLOCKED} else EXIT_FAILED
 
 
 # ---- before it runs ----
@@ -166,10 +176,8 @@ def _finished(sweep: Sweep, storage: Path, folder: Path) -> Study | None:
     if (runs.read_json(folder / "summary.json") or {}).get("status") != "FINISHED":
         return None
     study = Study.open(sweep, folder, layout, {k: load_manifest(path) for k, path in manifests.items()})
-    books = study.keeper(lambda: None)
-    books.judge()
-    wanted = study.sampler and len(study.sampler.earlier) < sweep.settings.num_samples
-    return study if not books.progress.pending and not wanted else None
+    study.keeper(lambda: None).judge()
+    return study if study.is_over else None
 
 
 def _show_again(study: Study, uri: str) -> int:

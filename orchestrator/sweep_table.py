@@ -35,7 +35,7 @@ class Table:
     def stage_ended(self, stage: Stage) -> None:
         state = self.books.progress.state[stage.id]
         if state == WAITING:
-            what = "its process died; once more"
+            what = self.books.waits[stage.id]
         elif state == DONE:
             what = " ".join(["done", *(f"| {name} has ended" for name in stage.ends)])
         else:

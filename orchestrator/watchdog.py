@@ -88,6 +88,12 @@ class Watchdog:
         if now - self.armed > 1.0 or self.limit > self.armed_for:
             self._arm()
 
+    def __enter__(self) -> "Watchdog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        self.close(failed=kind is not None)
+
     def close(self, failed: bool = False) -> None:
         """The worker is done: it has nothing more to say, and nobody waits for it but Ray."""
         self.closed.set()

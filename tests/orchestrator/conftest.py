@@ -51,8 +51,8 @@ def sweeps(tiny_dataset, tmp_path, lone_runs):
         datasets = {data_key(e.data): dataset for e in [sweep.base, *(spec.experiment for spec in sweep.trials)]}
         return Study.open(sweep, tmp_path / name, Layout(1, 1, False), datasets)
 
-    def run(study, limit: int | None = None, fail=lambda stage: None):
-        """Up to `limit` stages; `fail(stage)` may raise in place of one. The ids of those that ran."""
+    def run(study, limit: int | None = None, fail=lambda stage: None, stop_asked=lambda: False):
+        """Up to `limit` stages; `fail(stage)` may raise in place of one, `stop_asked` end one. The ids of those that ran."""
         books = study.keeper(lambda: None)
         report, ran = Report(study, books), []
         report._figure = lambda *_: None  # figures take a second each, and have tests of their own
@@ -62,7 +62,7 @@ def sweeps(tiny_dataset, tmp_path, lone_runs):
             ran.append(stage)
             try:
                 fail(books.plan.by_id[stage])
-                for _ in run_stage(books.stages / stage, Worker()):
+                for _ in run_stage(books.stages / stage, Worker(), stop_asked):
                     pass
                 books.ended(stage, died=False)
             except RuntimeError as error:

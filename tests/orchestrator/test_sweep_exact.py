@@ -1,10 +1,11 @@
 """Every trial of a sweep is what it is alone, to the last bit, and no step is run twice. Real training, no Ray."""
 
 import json
+import random
 
 import pytest
 
-from orchestrator import checkpoint
+from orchestrator import checkpoint, stopping
 from orchestrator.numerics import Worker
 from orchestrator.stage_run import run_stage
 
@@ -68,6 +69,32 @@ def test_killed_inside_a_stage_it_goes_on_there(sweeps):
     assert ran[0] == stage
     assert steps_of(study, [stage]) == study.plan.by_id[stage].stop - 4
     assert_alone(sweeps, study)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_asked_to_stop_again_and_again_no_step_is_run_twice(sweeps, seed):
+    """At any question, of which each step and each batch of an evaluation asks some: in stages that branch, in one that only
+    ends a trial, and before one that diverges."""
+    words = [*MIXED[:2], "sweep.trials.end={schedule.kind: constant, train.max_steps: 17}", "train.checkpoint_interval=null",
+             "sweep.trials.hot={schedule.max_lr: 1e38, optim.max_grad_norm: null, train.max_steps: 13}"]
+    draw, starts, run, over = random.Random(seed), 0, 0, False
+    while not over:
+        study, questions = sweeps.open(*words), iter([False] * draw.randrange(60))
+        stopping.clear(study.folder)
+
+        def asked(study=study, questions=questions) -> bool:
+            if next(questions, True):
+                stopping.ask(study.folder, "SIGTERM")
+            return bool(stopping.asked(study.folder))
+
+        sweeps.run(study, stop_asked=asked)
+        starts, run, over = starts + 1, run + study.summary["steps_run"], study.is_over
+        assert over or stopping.asked(study.folder)
+        assert {"stopped", "failed"} & {row["state"] for row in study.rows()} == set()
+    assert starts > 3
+    assert run == study.plan.steps_in_tree - 12  # of the trial that diverges, all but its first step
+    assert {row["trial"]: row["state"] for row in study.rows() if row["state"] != "done"} == {"hot": "diverged"}
+    assert_alone(sweeps, study, [name for name in study.candidates if name != "hot"])
 
 
 def test_a_sweep_that_grows_runs_only_what_is_new(sweeps):

@@ -12,13 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator import launch, sweep
+from orchestrator import events, launch, sweep, watchdog
 from orchestrator.batches import Batches, TokenStream
 from orchestrator.launch import Layout
 from orchestrator.manifest import FILE, load_manifest, write_manifest
 from orchestrator.report import Report
 from orchestrator.stage_states import FAILED
 from orchestrator.study import Study, data_key
+from orchestrator.watch import Watch
 
 ONE, TWO = Layout(1, 1, False), Layout(2, 1, False)
 FORK = ["sweep.grid.schedule.max_lr=[1e-2]", "sweep.grid.schedule.decay_shape=[linear, cosine]"]  # a trunk with two ends
@@ -34,7 +35,8 @@ def on_ray(ray_cluster) -> Callable:
         report = Report(study, books)
         books.watch = report.stage_ended
         report.begin()
-        sweep.execute(books, books.stages, layout, slots, study.asha(), reuse)
+        with Watch(study.folder, books.running):
+            sweep.execute(books, books.stages, layout, slots, study.asha(), reuse)
         report.finish("FINISHED", 1.0)
         assert not books.progress.pending
         return SimpleNamespace(books=books, states={row["trial"]: row["state"] for row in study.rows()},
@@ -188,6 +190,33 @@ def descendants(pid: int) -> list[int]:
         found += new
         new = [child for child, parent in parents.items() if parent in new]
     return found
+
+
+# ---- a worker that hangs ----
+@pytest.mark.parametrize("layout", [ONE, TWO], ids=["the driver", "its neighbour"])
+def test_who_is_stopped_from_outside_is_ended_and_its_stage_goes_on_from_its_checkpoint(sweeps, on_ray, layout):
+    """Named for the sweep too; with the stacks in the stage's folder, where nothing else of the watch is left."""
+    study = sweeps.open("sweep.trials.only.train.max_steps=600", "train.eval_interval=600", "train.checkpoint_interval=100",
+                        "train.log_interval=50", "compute.hang_after_s=2")
+    (stage,), rank, victims = study.plan.stages, layout.num_workers - 1, []
+    folder = study.folder / "stages" / stage.id
+
+    def tick() -> None:
+        for mark in [] if victims else watchdog.marks(folder):
+            # Far from a checkpoint, behind which more time is given.
+            if mark["rank"] == rank and mark["step"] > 100 and 10 < mark["step"] % 100 < 80 and mark["limit"] == 2.0:
+                os.kill(mark["pid"], signal.SIGSTOP)
+                victims.append(mark["pid"])
+
+    seen = on_ray(study, layout, slots=1, tick=tick)
+    assert_alone(sweeps, study)
+    (hang,) = events.read(study.folder)
+    assert (hang["kind"], hang["stage"]) == ("hang", stage.id)
+    assert hang["message"].startswith(f"rank {rank} (process {victims[0]} on ")
+    assert seen.books.waits == {stage.id: f"{hang['message']}; once more"}
+    assert sorted(f.name for f in folder.glob("hangs/0001/*")) == [f"hang-rank{r}.txt" for r in range(layout.num_workers)]
+    assert [*folder.glob("hang-rank*"), *folder.glob(".ranks/*")] == []
+    assert json.loads((folder / "result.json").read_text())["steps_run"] <= 500
 
 
 # ---- Tune's own scheduler ----

@@ -1,7 +1,7 @@
 """Sweep tracking: the projection of a sweep's folder into MLflow, one parent run and under it a run per trial.
 
-Eats `<sweep>/` (run.json, metrics.jsonl, summary.json, sweep.yaml, plan.txt, comparison.csv, figures/) and each
-`<sweep>/trials/<trial>/`, which looks like a lone run's folder; yields MLflow runs that show them, and in the registry the
+Eats `<sweep>/` (run.json, metrics.jsonl, events.jsonl, summary.json, sweep.yaml, plan.txt, comparison.csv, figures/) and
+each `<sweep>/trials/<trial>/`, which looks like a lone run's folder; yields MLflow runs that show them, and in the registry the
 best trial's checkpoint under the sweep's name and the alias `best`. As for a run, the folder is the truth: everything may
 be sent twice. A trial whose folder has not changed since it was sent costs no request, in this process or the next.
 """

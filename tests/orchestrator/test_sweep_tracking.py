@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from orchestrator import outbox
+from orchestrator import events, outbox
 from orchestrator.errors import UserError
 from orchestrator.stores import sweep_url
 from orchestrator.sweep_tracking import SweepTracker, replay
@@ -118,13 +118,16 @@ def test_a_sweep_is_a_parent_with_a_whole_curve_per_trial(sweep, store, uri):
     put(sweep / "figures" / "final.png", "picture")
     put(sweep / "metrics.jsonl", '{"step": 1, "timestamp": 1767323045000, "sweep/steps_saved": 40}\n')
     put(sweep / "summary.json", '{"status": "FINISHED"}')
+    events.note(sweep, "hang", "rank 0 hung", stage="leaf-a")
     tracker = send(sweep, uri)
     parent, found = client(uri).get_run(tracker.run_id), children(uri, tracker)
     assert (parent.info.run_name, parent.info.status, parent.data.metrics) == (sweep.name, "FINISHED", {"sweep/steps_saved": 40})
     assert {name: (run.info.status, run.info.start_time) for name, run in found.items()} == {
         "a": ("FINISHED", 1767323045000), "b": ("FINISHED", 1767323045000)}
     artifacts = store.parent / "artifacts"
-    assert files(artifacts / tracker.run_id) == {"sweep.yaml", "plan.txt", "comparison.csv", "summary.json", "figures/final.png"}
+    assert files(artifacts / tracker.run_id) == {"sweep.yaml", "plan.txt", "comparison.csv", "summary.json", "events.jsonl",
+                                                 "figures/final.png"}
+    assert parent.data.tags["events.hang"] == "1"
     for name, run in found.items():
         folder = sweep / "trials" / name
         assert rows(store, folder) == expected(folder)

@@ -80,13 +80,18 @@ class Report:
             "sweep/trials_done": sum(self.books.progress.trial(name) == DONE for name in self.study.candidates),
             **({f"sweep/best_{self.study.metric.rpartition('/')[2]}": best[1]} if best else {})})
 
-    def finish(self, status: str, wall_s: float, in_a_hurry: bool = False) -> dict[str, Any]:
-        """The comparison of what there is, whatever ended the sweep; `in_a_hurry`: what has to be, and no figures."""
+    def finish(self, end: tuple[str, int], wall_s: float, in_a_hurry: bool = False) -> dict[str, Any]:
+        """The comparison of what there is, whatever ended the sweep.
+
+        Args:
+            end: MLflow's status and the driver's exit status, which says more.
+            in_a_hurry: what has to be, and no figures.
+        """
         study, rows = self.study, self.study.rows()
         for candidate in study.candidates.values():
             if not (self.folder / "trials" / candidate.name / "summary.json").exists() and not in_a_hurry:
                 self._assemble(candidate)
-        self.summary = self._summary(status, rows, wall_s)
+        self.summary = self._summary(end, rows, wall_s)
         runs.write_text(self.folder / "summary.json", json.dumps(self.summary, indent=1))
         runs.write_text(self.folder / "comparison.csv", comparison.csv_text(rows))
         if in_a_hurry:
@@ -100,12 +105,13 @@ class Report:
             self._figure("parallel_coordinates", sweep_figures.parallel_coordinates(rows))
         return self.summary
 
-    def _summary(self, status: str, rows: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
+    def _summary(self, end: tuple[str, int], rows: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
         study, plan, best = self.study, self.books.plan, self.study.winner(rows)
         probes = [self.books.progress.trial(probe.name) for probe in {p.name: p for p in study.probes.values()}.values()]
         states = [row["state"] for row in rows]
         summary = {
-            "status": status,
+            "status": end[0],
+            "exit_status": end[1],
             "trials": len(rows),
             **{state: states.count(state) for state in sorted(set(states))},
             **({"probes": len(probes), "probes_failed": len([p for p in probes if p in (FAILED, BLOCKED)])} if probes else {}),

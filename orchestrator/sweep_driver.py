@@ -10,7 +10,6 @@ again goes on, and running it with more trials runs only what is new.
 """
 
 import os
-import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -45,30 +44,24 @@ def run(sweep: Sweep) -> int:
         raise UserError(f"name: {folder} is the folder of a run; give the sweep another name (name=…)")
     if study := _finished(sweep, storage, folder):
         return _show_again(study, uri)
-    try:
-        with interrupts.signals():
-            return _run(sweep, storage, folder, uri)
-    except interrupts.Terminated:
-        print("terminated before a stage began; run the same command again", file=sys.stderr)
-    return EXIT_AGAIN
+    with lease.held(folder):
+        return _run(sweep, storage, folder, uri)
 
 
 def _run(sweep: Sweep, storage: Path, folder: Path, uri: str) -> int:
     print("starting Ray …", flush=True)
-    launch.connect(launch.worker_environment())
-    interrupts.install_sigterm()  # ray.init replaces what was there
+    with interrupts.while_ray_starts():
+        launch.connect(launch.worker_environment())
     launch.check_storage(sweep.base.storage or os.environ.get("ESPALIER_STORAGE") or "runs")
     layout = _layout(sweep, launch.recorded_layout(folder))
     datasets = {key: prepare(data, dataset_dir(data, storage)) for key, data in _data_of(sweep).items()}
     _check_shapes(sweep, datasets)
-    Study.open(sweep, folder, layout, datasets)  # what it refuses leaves nothing behind
-    with lease.held(folder):
-        stopping.clear(folder)
-        study = Study.open(sweep, folder, layout, datasets)
-        # A cluster that grows does so for what waits: then everything that may run asks for its place.
-        slots = max(1, launch.capacity(layout), len(study.plan.to_run) if os.environ.get("ESPALIER_AUTOSCALING") else 0)
-        estimate = _describe(study, slots)
-        return _execute(study, slots, SweepTracker(folder, uri, sweep.base.tracking.experiment), estimate)
+    study = Study.open(sweep, folder, layout, datasets)
+    stopping.clear(folder)
+    # A cluster that grows does so for what waits: then everything that may run asks for its place.
+    slots = max(1, launch.capacity(layout), len(study.plan.to_run) if os.environ.get("ESPALIER_AUTOSCALING") else 0)
+    estimate = _describe(study, slots)
+    return _execute(study, slots, SweepTracker(folder, uri, sweep.base.tracking.experiment), estimate)
 
 
 def _describe(study: Study, slots: int) -> dict[str, float] | None:
@@ -111,8 +104,11 @@ def _execute(study: Study, slots: int, tracker: SweepTracker, estimate: dict[str
         code = EXIT_FAILED
     interrupts.let_end()
     status = {EXIT_DONE: "FINISHED", EXIT_FAILED: "FAILED"}.get(code, "KILLED")
-    report.finish(status, time.monotonic() - started, in_a_hurry=code == EXIT_AGAIN)
-    sent = tracker.finish(status, deadline_s=interrupts.ending_s(code))
+    report.finish((status, code), time.monotonic() - started, in_a_hurry=code == EXIT_AGAIN)
+    try:
+        sent = tracker.finish(status, deadline_s=interrupts.ending_s(code))
+    except KeyboardInterrupt:  # enough of waiting for a server; how the sweep ended stands
+        sent = False
     report.show(tracker.url)
     if not sent:
         print(f"the tracking server did not take everything; send the rest with\n  "

@@ -4,7 +4,7 @@
 Trials that agree up to a step, bit for bit in their learning rates, share the steps before it. Run the same command again
 and it goes on; with more values in the grid it runs only what is new."""
 
-from orchestrator import lease
+from orchestrator import interrupts, lease
 from orchestrator.config import sweep_docs
 from orchestrator.space import Sweep, load_sweep
 from orchestrator.storage import storage_root
@@ -12,10 +12,11 @@ from pipelines.common import DEFAULT, experiment_command
 
 
 def run(sweep: Sweep) -> int:
-    lease.check(storage_root(sweep.base) / sweep.base.name)  # before seconds of imports
-    from orchestrator.sweep_driver import run
+    with interrupts.signals():
+        lease.check(storage_root(sweep.base) / sweep.base.name)  # before seconds of imports
+        from orchestrator.sweep_driver import run
 
-    return run(sweep)
+        return run(sweep)
 
 
 def show(sweep: Sweep) -> int:

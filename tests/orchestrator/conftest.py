@@ -68,7 +68,7 @@ def sweeps(tiny_dataset, tmp_path, lone_runs):
             except RuntimeError as error:
                 (books.stages / stage / "failure-rank0.txt").write_text(f"RuntimeError: {error}")
                 books.ended(stage, died=True)
-        study.summary = report.finish("FINISHED", 1.0)
+        study.summary = report.finish(("FINISHED", 0), 1.0)
         return ran
 
     def alone(study, trial: str) -> dict:

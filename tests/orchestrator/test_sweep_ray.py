@@ -37,7 +37,7 @@ def on_ray(ray_cluster) -> Callable:
         report.begin()
         with Watch(study.folder, books.running):
             sweep.execute(books, books.stages, layout, slots, study.asha(), reuse)
-        report.finish("FINISHED", 1.0)
+        report.finish(("FINISHED", 0), 1.0)
         assert not books.progress.pending
         return SimpleNamespace(books=books, states={row["trial"]: row["state"] for row in study.rows()},
                                reasons={row["trial"]: row["reason"] for row in study.rows()})

@@ -82,7 +82,8 @@ def commit(directory: Path, step: int, parts: dict[str, bytes | memoryview], fac
 def steps(directory: Path) -> list[int]:
     """Steps of the committed checkpoints in a run's `checkpoints/`, rising; verified is none of them."""
     names = os.listdir(directory) if Path(directory).is_dir() else []
-    return sorted(int(match[1]) for match in map(NAME.match, names) if match)
+    found = ((int(match[1]), match.string) for match in map(NAME.match, names) if match)
+    return sorted(step for step, name in found if path_of(directory, step).name == name)  # no `step-000000003`, nor other digits
 
 
 def latest_valid(directory: Path, warn=print, *, set_aside: bool = False) -> Path | None:
@@ -217,8 +218,8 @@ def _replace(temporary: Path, final: Path) -> None:
     aside = final.with_name(f".{final.name}{_ASIDE}")
     try:
         while True:
-            if final.exists():
-                shutil.rmtree(aside, ignore_errors=True)
+            if os.path.lexists(final):
+                _discard(aside)
                 os.rename(final, aside)
             try:
                 os.rename(temporary, final)
@@ -230,7 +231,7 @@ def _replace(temporary: Path, final: Path) -> None:
         _put_back(final.parent)
         raise
     fsync(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    _discard(aside)
 
 
 def _put_back(directory: Path) -> None:
@@ -246,11 +247,28 @@ def remove(path: Path) -> None:
     """Remove a checkpoint. Renamed away first: a half-removed folder must not carry a checkpoint's name."""
     doomed = path.with_name(f".{path.name}.removed-{uuid.uuid4().hex[:8]}")
     os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    if _is_folder(doomed):
+        shutil.rmtree(doomed)
+    else:
+        os.unlink(doomed)
 
 
 def clear(directory: Path) -> None:
     """Remove what killed writers left behind. For the folder's writer alone: it would remove another's work."""
     _put_back(directory)
     for leftover in directory.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _discard(leftover)
+
+
+def _discard(path: Path) -> None:
+    """Remove as much as can be removed of what bears no checkpoint's name."""
+    if _is_folder(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def _is_folder(path: Path) -> bool:
+    """Not a link to one: what a link leads to is not ours."""
+    return os.path.isdir(path) and not os.path.islink(path)

@@ -16,6 +16,7 @@ from orchestrator.errors import UserError
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
+PARTS = {"model.safetensors"}  # that each has; the other ones are refused by who reads them and finds them missing
 NAME = re.compile(r"^step-(\d{8,})$")
 _PART = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")  # a name in the folder, never a way out of it
 _MANIFEST_LIMIT = 1 << 20  # bytes; it has some thousands
@@ -78,7 +79,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _has_shape(manifest: dict[str, Any]) -> bool:
+    """Whether what everybody takes for granted is there: whoever can write a part can write its hash."""
+    fingerprints = manifest["fingerprints"]
+    cpus, device = (fingerprints["numerics"][key] for key in ("cpus_per_worker", "device"))
     return (type(manifest["step"]) is int and isinstance(manifest.get("metrics", {}), dict)
+            and isinstance(fingerprints["data"], str) and type(cpus) is int and cpus > 0 and isinstance(device, str)
+            and manifest["parts"].keys() >= PARTS
             and all(_PART.match(name) and part.keys() == {"size", "sha256"} for name, part in manifest["parts"].items()))
 
 

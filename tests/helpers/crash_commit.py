@@ -28,7 +28,9 @@ NO_TENSORS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file
 def commit(directory: Path, step: int, mark: int) -> None:
     """Small parts that say which one it is; the loss makes step 2 the best."""
     parts = {"model.safetensors": NO_TENSORS, "state.json": bytes([mark]) * 1000, "a.txt": b""}
-    checkpoint.commit(directory, step, parts, {"mark": mark, "metrics": {"val/loss": abs(step - 2)}})
+    fingerprints = {"data": "d", "numerics": {"cpus_per_worker": 1, "device": "cpu"}}
+    facts = {"mark": mark, "metrics": {"val/loss": abs(step - 2)}, "fingerprints": fingerprints}
+    checkpoint.commit(directory, step, parts, facts)
 
 
 def commit_and_prune(directory: Path, step: int, mark: int) -> None:

@@ -16,6 +16,7 @@ from orchestrator import checkpoint, init_from
 from orchestrator.config import Experiment, load_experiment
 from orchestrator.errors import UserError
 from orchestrator.init_from import checkpoint_of, initial_model
+from tests.helpers.facts import FACTS
 
 N_VOCAB = 61
 SHAPE = [
@@ -49,7 +50,7 @@ def some_gpt(config: GPTConfig = OURS) -> GPT:
 
 def our_checkpoint(directory, model: GPT, step: int = 5):
     texts = {"model.json": json.dumps(asdict(model.config))}
-    return checkpoint.save(directory / "checkpoints", step, {"model": dict(model.state_dict())}, texts, {})
+    return checkpoint.save(directory / "checkpoints", step, {"model": dict(model.state_dict())}, texts, FACTS)
 
 
 def nanogpt_file(path, model: GPT, prefix: str = "_orig_mod.", **more):

@@ -18,6 +18,7 @@ from orchestrator.journal import Journal
 from orchestrator.manifest import Manifest, Split
 from orchestrator.state import data_identity
 from orchestrator.storage import storage_root
+from tests.helpers.facts import FACTS
 
 HOLDER = (
     "from pathlib import Path; import sys, time; from orchestrator.lease import held\n"
@@ -93,7 +94,7 @@ def dataset(stream: str = "s", directory: Path = Path("/data")) -> Manifest:
 
 def commit(run_dir: Path, step: int, e: Experiment, **metrics: float) -> Path:
     weights = {"w": torch.full((3,), float(step))}
-    facts = {"metrics": metrics, "fingerprints": {"data": data_identity(dataset())}}
+    facts = {"metrics": metrics, "fingerprints": FACTS["fingerprints"] | {"data": data_identity(dataset())}}
     return checkpoint.save(run_dir / "checkpoints", step, {"model": weights}, {"experiment.yaml": e.to_yaml()}, facts)
 
 

@@ -16,6 +16,7 @@ from orchestrator.errors import UserError
 from orchestrator.numerics import Worker
 from orchestrator.training import Run
 from orchestrator.writer import Writer
+from tests.helpers.facts import FACTS
 
 HELPER = Path(__file__).resolve().parent.parent / "helpers" / "full_disk.py"
 SMALL = ["name=small", "data.tokenizer=char", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16",
@@ -58,7 +59,7 @@ def gate(monkeypatch):
 # ---- what is committed ----
 def test_the_bytes_of_the_moment_of_save_are_committed_although_training_goes_on(writer, gate, tmp_path):
     tensors = state(1.0)
-    writer.save(1, tensors, {"a.txt": "one"}, {})
+    writer.save(1, tensors, {"a.txt": "one"}, FACTS)
     for group in tensors.values():
         for tensor in group.values():
             tensor.fill_(7.0)
@@ -71,8 +72,8 @@ def test_the_bytes_of_the_moment_of_save_are_committed_although_training_goes_on
 
 
 def test_a_save_waits_for_the_commit_before_it_and_does_not_touch_its_bytes(writer, gate, tmp_path):
-    writer.save(1, state(1.0), {}, {})
-    second = threading.Thread(target=writer.save, args=(2, state(2.0), {}, {}))
+    writer.save(1, state(1.0), {}, FACTS)
+    second = threading.Thread(target=writer.save, args=(2, state(2.0), {}, FACTS))
     second.start()
     second.join(0.3)
     assert second.is_alive()
@@ -87,13 +88,13 @@ def test_buffers_are_kept_while_they_fit(writer, tmp_path):
         writer.wait()
         return [file.data.obj.ctypes.data for file in writer._files.values()]
 
-    writer.save(1, state(1.0), {}, {})
+    writer.save(1, state(1.0), {}, FACTS)
     first = buffers()
-    writer.save(2, state(2.0), {}, {})
+    writer.save(2, state(2.0), {}, FACTS)
     assert buffers() == first
-    writer.save(3, state(3.0, size=2000), {}, {})
+    writer.save(3, state(3.0, size=2000), {}, FACTS)
     assert buffers()[0] != first[0] and buffers()[1] == first[1]
-    writer.save(4, {"model": state(4.0)["model"], "optimizer": {}}, {}, {})
+    writer.save(4, {"model": state(4.0)["model"], "optimizer": {}}, {}, FACTS)
     writer.wait()
     assert holds(checkpoint.path_of(tmp_path / "checkpoints", 3), 3.0, size=2000)
     assert holds(checkpoint.path_of(tmp_path / "checkpoints", 4), 4.0)
@@ -111,7 +112,7 @@ def test_it_writes_what_saving_at_once_writes(writer, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: copies into pinned memory are not tried")
 def test_a_state_on_a_gpu_is_copied_before_save_returns(writer, tmp_path):
     tensors = {"model": {"w": torch.full((5_000_000,), 1.0, device="cuda")}, "optimizer": {"w/step": torch.tensor(1.0)}}
-    writer.save(1, tensors, {}, {})
+    writer.save(1, tensors, {}, FACTS)
     tensors["model"]["w"].fill_(7.0)
     writer.wait()
     assert writer._files["model"]._buffer.is_pinned()
@@ -129,11 +130,11 @@ def obstruct(directory: Path) -> None:
 def used(tmp_path: Path, then, size: int = 1000) -> None:
     """A writer as a context, with one checkpoint saved before `then(writer)`."""
     with Writer(tmp_path / "checkpoints", 2, tmp_path) as writer:
-        writer.save(1, state(1.0, size), {}, {})
+        writer.save(1, state(1.0, size), {}, FACTS)
         then(writer)
 
 
-@pytest.mark.parametrize("then", [lambda writer: writer.save(2, state(2.0), {}, {}), Writer.wait, lambda writer: None],
+@pytest.mark.parametrize("then", [lambda writer: writer.save(2, state(2.0), {}, FACTS), Writer.wait, lambda writer: None],
                          ids=["save", "wait", "end"])
 def test_a_failure_in_the_background_is_raised_by_the_next_call(tmp_path, then):
     obstruct(tmp_path / "checkpoints")
@@ -232,12 +233,12 @@ def test_a_disk_that_is_full_at_the_end_is_an_error_that_says_what_to_do_and_los
 def test_the_user_hears_of_a_full_disk_from_wait_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 100, 10, 10, 0, 0, 0, 0, 255)))
     writer = Writer(tmp_path / "checkpoints", 2, tmp_path)
-    writer.save(1, state(1.0), {}, {})
-    writer.save(2, state(2.0), {}, {})
+    writer.save(1, state(1.0), {}, FACTS)
+    writer.save(2, state(2.0), {}, FACTS)
     with pytest.raises(UserError, match="of step 2 .*none is there yet"):
         writer.wait()
     monkeypatch.undo()
-    writer.save(3, state(3.0), {}, {})
+    writer.save(3, state(3.0), {}, FACTS)
     writer.wait()
     writer.close()
     assert checkpoint.steps(tmp_path / "checkpoints") == [3]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from model import weights
 from model.gpt import GPT, GPTConfig
-from orchestrator import checkpoint
+from orchestrator import checkpoint, state
 from orchestrator.config import Experiment
 from orchestrator.errors import UserError
 
@@ -120,8 +120,7 @@ def _open(source: str) -> Source:
         if (path / "config.json").is_file():
             return _open_hugging_face(path)
         found = checkpoint_of(path)
-        config = GPTConfig(**json.loads((found / "model.json").read_text("utf-8")))
-        return config, lambda: checkpoint.load_tensors(found, "model")
+        return state.shape_of(found), lambda: checkpoint.load_tensors(found, "model")
 
 
 def _open_hugging_face(folder: Path) -> Source:

@@ -1,17 +1,21 @@
 """The state of a run: weights, moments, the step and a few numbers; built fresh, saved whole, restored to the last bit."""
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from model import optim
 from model.gpt import GPT, GPTConfig
 from orchestrator import checkpoint
 from orchestrator.config import Experiment
+from orchestrator.errors import UserError
 from orchestrator.gradients import Gradients
 from orchestrator.manifest import Manifest
 from orchestrator.meter import Meter
@@ -108,8 +112,36 @@ def _moments(state: TrainState) -> dict[str, torch.Tensor]:
 
 def load_model(path: Path) -> GPT:
     """The model of a verified checkpoint, on the CPU, in evaluation mode."""
-    config = GPTConfig(**json.loads((path / "model.json").read_text("utf-8")))
-    with torch.device("meta"):
-        model = GPT(config)
-    model.load_state_dict(checkpoint.load_tensors(path, "model"), assign=True)
+    config = shape_of(path)
+    with _explained(path):
+        with torch.device("meta"):
+            model = GPT(config)
+        model.load_state_dict(checkpoint.load_tensors(path, "model"), assign=True)
     return model.eval()
+
+
+def shape_of(path: Path) -> GPTConfig:
+    """The shape of a verified checkpoint's model: what model.json says, if its tensors say so too. Builds and loads nothing.
+
+    Raises:
+        UserError: they differ, or it is no shape.
+    """
+    with _explained(path):
+        config = GPTConfig(**json.loads((path / "model.json").read_text("utf-8")))
+        with safe_open(path / "model.safetensors", framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no dictionary
+        blocks = {name.split(".")[2] for name in shapes if name.startswith("transformer.h.")}
+        told = [[config.vocab_size, config.n_embd], [config.block_size, config.n_embd], config.n_layer]
+        found = [shapes["transformer.wte.weight"], shapes["transformer.wpe.weight"], len(blocks)]
+        if told != found:
+            raise ValueError(f"model.json tells of a vocabulary, positions and blocks of {told}, the tensors of {found}")
+        return config
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """A checkpoint whose hashes are right and whose content is not: somebody forged it, or another version wrote it."""
+    try:
+        yield
+    except (AttributeError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: no model of this program ({' '.join(str(error).split())[:400]}); use another") from None

@@ -19,7 +19,10 @@ from safetensors.torch import save
 
 from model.gpt import GPT, GPTConfig
 from orchestrator import checkpoint
+from orchestrator.config import load_experiment
 from orchestrator.manifest import write_manifest
+from orchestrator.tokenizer import load_tokenizer
+from tests.helpers.facts import FACTS
 
 REPO = Path(__file__).resolve().parent.parent.parent
 SHAPE = GPTConfig(16, 61, 2, 2, 8, bias=True)
@@ -101,8 +104,11 @@ def forge(path: Path, **changes) -> None:
 def saved(tmp_path):
     """`saved(label)`: a fresh checkpoint of a small model in a folder of its own."""
     def make(label: str) -> Path:
-        model = {"model.json": json.dumps(asdict(SHAPE))}
-        return checkpoint.save(tmp_path / label / "checkpoints", 5, {"model": dict(GPT(SHAPE).state_dict())}, model, {})
+        load_tokenizer("byte").save(tmp_path)
+        words = ["data.tokenizer=byte", "model.n_layer=2", "model.n_head=2", "model.n_embd=8", "model.block_size=16"]
+        texts = {"model.json": json.dumps(asdict(SHAPE)), "experiment.yaml": load_experiment(None, words).to_yaml(),
+                 "tokenizer.json": (tmp_path / "tokenizer.json").read_text()}
+        return checkpoint.save(tmp_path / label / "checkpoints", 5, {"model": dict(GPT(SHAPE).state_dict())}, texts, FACTS)
 
     return make
 
@@ -111,7 +117,8 @@ def test_the_process_that_opens_them_opens_good_ones(opened, saved, tmp_path, ti
     """Else every refusal below could be for another reason."""
     (tmp_path / "good.yaml").write_text("name: good")
     (tmp_path / "good.jsonl").write_text('{"text": "a"}')
-    cases = {"weights": saved("good"), "checkpoint": saved("good"), "latest": saved("good").parent, "dataset": tiny_dataset,
+    cases = {"weights": saved("good"), "checkpoint": saved("good"), "trained": saved("good"),
+             "latest": saved("good").parent, "dataset": tiny_dataset,
              "tokenizer": tiny_dataset, "experiment": tmp_path / "good.yaml", "lines": tmp_path / "good.jsonl"}
     assert set(opened({kind: (kind, path) for kind, path in cases.items()}).values()) == {("opened", "")}
 
@@ -194,6 +201,11 @@ def test_checkpoints_whose_manifests_are_forged_with_the_right_hash(opened, save
         (case(f"manifest: {label}") / checkpoint.MANIFEST).write_bytes(text.encode("utf-8", "surrogateescape"))
     forge(case("step is a text"), step="../../x")
     forge(case("metrics is a list"), metrics=[1])
+    forge(case("no parts"), parts={})
+    numbers = FACTS["fingerprints"]["numerics"]
+    for wrong in (None, "x", {}, {"data": "d"}, {"data": "d", "numerics": "x"}, {"data": 3, "numerics": numbers},
+                  {"data": "d", "numerics": numbers | {"cpus_per_worker": "all"}}):
+        forge(case(f"fingerprints are {wrong}"), fingerprints=wrong)
     path = case("a manifest that is a device")
     (path / checkpoint.MANIFEST).unlink()
     (path / checkpoint.MANIFEST).symlink_to("/dev/zero")
@@ -205,6 +217,34 @@ def test_checkpoints_whose_manifests_are_forged_with_the_right_hash(opened, save
     os.mkfifo(path / "model.safetensors")
     refuses(opened(cases))
     assert not canary.exists()
+
+
+def test_checkpoints_whose_parts_are_forged_with_the_right_hash(opened, saved):
+    """Nothing is built that the tensors' own header does not speak of, whatever model.json says."""
+    cases, shape = {}, asdict(SHAPE)
+    texts = {"a list": "[]", "null": "null", "deep": "[" * 200_000, "a huge number": "9" * 100_000, "no JSON": "\0", "empty": "",
+             "an unknown field": json.dumps(shape | {"a": 1})}
+    texts |= {f"{key} is {value!r}": json.dumps(shape | {key: value}) for key, value in (
+        ("n_embd", 10**12), ("n_embd", 16), ("n_embd", "8"), ("n_embd", [8]), ("n_embd", True), ("n_layer", 10**9), ("n_layer", 1),
+        ("vocab_size", 10**15), ("block_size", 10**15), ("n_head", 0), ("n_head", 3), ("bias", False), ("dropout", "0"),
+        ("activation", []), ("activation", "sine"))}
+    for number, (label, text) in enumerate(texts.items()):
+        path = saved(str(number))
+        (path / "model.json").write_text(text)
+        forge(path)
+        cases[f"{label}, as a model"], cases[f"{label}, as first weights"] = ("trained", path), ("weights", path)
+    for part in ("model.json", "experiment.yaml"):
+        path = saved(f"no {part}")
+        (path / part).unlink()
+        forge(path, parts={k: v for k, v in json.loads((path / checkpoint.MANIFEST).read_text())["parts"].items() if k != part})
+        cases[f"no {part}"] = ("trained", path)
+    for label, tensors in (("none", {}), ("other ones", {"a": torch.ones(2)}), ("too many", dict(GPT(SHAPE).state_dict()) | {
+            "transformer.h.1.b": torch.ones(1)}), ("whole numbers", {k: v.long() for k, v in GPT(SHAPE).state_dict().items()})):
+        path = saved(f"tensors {label}")
+        (path / "model.safetensors").write_bytes(save(tensors))
+        forge(path)
+        cases[f"tensors: {label}"] = ("trained", path)
+    refuses(opened(cases))
 
 
 def test_datasets_and_tokenizers(opened, tiny_dataset, tmp_path):

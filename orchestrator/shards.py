@@ -5,9 +5,11 @@ One column `tokens` of fixed_size_binary[W tokens], W = 1,024, little-endian uin
 chunk is its last `rows · row_bytes` bytes, and rows are one continuous stream of which only the last one is padded.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -77,11 +79,9 @@ def verify(path: Path, sha256: str) -> None:
         UserError: names the file that is missing or changed.
     """
     try:
-        stat = path.stat()
-        key = f"{path.resolve()}/{stat.st_ino}/{stat.st_size}/{stat.st_mtime_ns}/{stat.st_ctime_ns}/{sha256}"
-        folder = Path(tempfile.gettempdir()) / f"espalier-verified-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        with open(folder / hashlib.sha256(key.encode()).hexdigest(), "a+") as stamp:
+        found = path.stat()
+        key = f"{path.resolve()}/{found.st_ino}/{found.st_size}/{found.st_mtime_ns}/{found.st_ctime_ns}/{sha256}"
+        with open(_stamps() / hashlib.sha256(key.encode()).hexdigest(), "a+") as stamp:
             fcntl.flock(stamp, fcntl.LOCK_EX)  # the other workers of this node wait, and find it done
             stamp.seek(0)
             if stamp.read() == "verified":
@@ -93,6 +93,18 @@ def verify(path: Path, sha256: str) -> None:
         raise UserError(f"{path}: it is missing; delete its folder and prepare the tokens again") from None
     raise UserError(f"{path}: not what was written (SHA-256 differs); delete its folder and prepare the "
                     f"tokens again")
+
+
+def _stamps() -> Path:
+    """The folder of this user's stamps; the temporary folder is everybody's, and who writes a stamp vouches for a file."""
+    folder = Path(tempfile.gettempdir()) / f"espalier-verified-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise UserError(f"{folder}: not a folder of yours alone ({stat.filemode(found.st_mode)}, owner {found.st_uid}), so what "
+                        f"it says of verified shards counts for nothing; remove it, or set TMPDIR to a folder of your own")
+    return folder
 
 
 def as_lists(table: pa.Table) -> pa.Table:

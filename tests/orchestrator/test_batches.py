@@ -1,8 +1,10 @@
 """Windows: a permutation that never changes, every target evaluated once, and reading that equals one flat array."""
 
 import gc
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -250,6 +252,24 @@ def test_a_shard_is_verified_once_per_node(dataset, monkeypatch):
     TokenStream(folder, "train")
     monkeypatch.setattr(shards, "file_sha256", lambda *_: pytest.fail("hashed again"))
     TokenStream(folder, "train")
+
+
+@pytest.mark.parametrize("planted", ["by another user", "writable for all", "a link", "a dangling link"])
+def test_stamps_of_others_vouch_for_nothing(dataset, tmp_path, monkeypatch, planted):
+    folder, mine = dataset(np.arange(2000, dtype=np.uint16)), tmp_path / "tmp" / f"espalier-verified-{os.getuid()}"
+    mine.parent.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(mine.parent))
+    if planted.endswith("link"):
+        mine.symlink_to(tmp_path / "nowhere" if planted == "a dangling link" else tmp_path)
+    else:
+        TokenStream(folder, "train")  # which makes it
+        mine.chmod(0o777 if planted == "writable for all" else 0o700)
+    if planted == "by another user":
+        if os.getuid():
+            pytest.skip("needs root to give a folder away")
+        os.chown(mine, 12345, 12345)
+    with pytest.raises(UserError, match=f"{mine}: not a folder of yours alone .* set TMPDIR"):
+        TokenStream(folder, "train")
 
 
 def test_what_is_no_dataset_is_explained(tmp_path, dataset):

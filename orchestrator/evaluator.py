@@ -15,6 +15,7 @@ from orchestrator.batches import TokenStream, eval_batches
 from orchestrator.config import Experiment
 from orchestrator.evaluation import EvalSet
 from orchestrator.numerics import Worker, autocast, keyed_seed
+from orchestrator.own_file import write_text
 from orchestrator.state import TrainState
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = 16, 64  # of the text that every evaluation writes: tokens of val, then of the model
@@ -54,4 +55,4 @@ class Evaluator:
             drawn = generate(state.model, tokens, SAMPLE_TOKENS, top_k=50, n_vocab=self.tokenizer.n_vocab,
                              seed=keyed_seed(self.experiment.train.seed, state.step))
         folder.mkdir(exist_ok=True)
-        (folder / f"step-{state.step:08d}.txt").write_text(self.tokenizer.decode(drawn[0].tolist()), "utf-8")
+        write_text(folder / f"step-{state.step:08d}.txt", self.tokenizer.decode(drawn[0].tolist()))

@@ -7,11 +7,14 @@ disk that was full, a drift that was allowed, a holder that vanished. Anyone who
 line is whole or not there. The tracking server gets the file, and the number of events of each kind as tags.
 """
 
+import contextlib
 import json
 import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from orchestrator import own_file
 
 FILE = "events.jsonl"
 
@@ -21,9 +24,11 @@ def note(run_dir: Path, kind: str, message: str, **facts: Any) -> dict[str, Any]
     event = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "kind": kind, "message": message, **facts}
     line = json.dumps(event).encode() + b"\n"
     try:
-        fd = os.open(Path(run_dir) / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        fd = own_file.opener(Path(run_dir) / FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
             start = os.fstat(fd).st_size
+            if start and os.pread(fd, 1, start - 1) != b"\n":  # torn, by a kill or by a hand: nothing may be glued to it
+                line = b"\n" + line
             if os.write(fd, line) != len(line):
                 os.ftruncate(fd, start)
         finally:
@@ -34,9 +39,16 @@ def note(run_dir: Path, kind: str, message: str, **facts: Any) -> dict[str, Any]
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """All events, oldest first."""
+    """All events, oldest first; what is none is passed over."""
     try:
-        data = (Path(run_dir) / FILE).read_bytes()
+        data = own_file.read_bytes(Path(run_dir) / FILE)
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in data.split(b"\n")[:-1]]
+    return [event for event in map(_parsed, data.split(b"\n")[:-1]) if event]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    with contextlib.suppress(ValueError, RecursionError):
+        event = json.loads(line)
+        return event if isinstance(event, dict) and isinstance(event.get("kind"), str) else None
+    return None

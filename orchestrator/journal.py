@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from orchestrator import own_file
 from orchestrator.manifest import fsync
 
 FILE = "metrics.jsonl"
@@ -33,7 +34,7 @@ class Journal:
     def keep(self, record: dict[str, Any]) -> dict[str, Any]:
         """`append` a line that has its time already."""
         line = json.dumps(record).encode() + b"\n"
-        with open(self.path, "ab", buffering=0) as file:
+        with open(self.path, "ab", buffering=0, opener=own_file.opener) as file:
             start = file.seek(0, os.SEEK_END)
             if file.write(line) != len(line):  # a full disk takes what fits: the next line must not be glued to it
                 file.truncate(start)
@@ -75,7 +76,7 @@ def sync(run_dir: Path) -> None:
 def last(run_dir: Path) -> dict[str, Any] | None:
     """The last whole line, from the end of the file: whoever asks twice a second does not read it all."""
     try:
-        with open(Path(run_dir) / FILE, "rb") as file:
+        with open(Path(run_dir) / FILE, "rb", opener=own_file.opener) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
             lines = file.read().split(b"\n")[:-1]
     except FileNotFoundError:
@@ -116,7 +117,7 @@ class Tail:
         """Whether `self.file` is what the path means now. Kept open: a file system gives a freed inode away again."""
         try:
             if os.stat(self.path).st_ino != self.inode:
-                file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed when it is replaced or forgotten
+                file = open(self.path, "rb", buffering=0, opener=own_file.opener)  # noqa: SIM115 - closed when it is replaced or forgotten
                 self.file, self.inode, self.offset = file, os.fstat(file.fileno()).st_ino, 0
         except FileNotFoundError:
             return False
@@ -125,7 +126,7 @@ class Tail:
 
 def aside_files(run_dir: Path) -> list[Path]:
     """Files of lines that resumes moved aside, oldest first."""
-    return sorted(Path(run_dir).glob("metrics.aside-*.jsonl"), key=number_of)
+    return sorted(filter(own_file.is_plain, Path(run_dir).glob("metrics.aside-*.jsonl")), key=number_of)
 
 
 def number_of(aside: Path) -> int:
@@ -145,14 +146,14 @@ def generation(run_dir: Path) -> int:
 
 def _whole_lines(path: Path) -> list[bytes]:
     try:
-        data = path.read_bytes()
+        data = own_file.read_bytes(path)
     except FileNotFoundError:
         return []
     return data.split(b"\n")[:-1]  # what follows the last newline is empty or torn
 
 
 def _write(path: Path, lines: list[bytes]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
     with open(temporary, "wb") as file:
         file.write(b"".join(line + b"\n" for line in lines))
         file.flush()

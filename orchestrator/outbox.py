@@ -8,13 +8,12 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator import journal
+from orchestrator import checkpoint, journal, own_file
 from orchestrator.provenance import redact
 
 BATCH = 1000  # rows in one request: MLflow's limit
@@ -60,7 +59,7 @@ class Lines:
             self.generation = journal.number_of(file) + 1
             if self.generation > known:
                 self.last = min(self.last, journal.begin_of(file) - 1)
-            for record in (json.loads(line) for line in file.read_text("utf-8").splitlines()):
+            for record in (json.loads(line) for line in own_file.read_text(file).splitlines()):
                 rows = self._first(record)
                 self.moved.add((record["step"], record["timestamp"]))
                 self.taken |= {(key, step) for key, _, _, step in rows}
@@ -94,7 +93,7 @@ def rows_of(record: dict[str, Any]) -> list[Row]:
 def losses(run_dir: Path, step: int) -> list[Row]:
     """The losses logged at `step`, as the very rows of the curve."""
     current = journal.read(run_dir)
-    moved = [json.loads(line) for file in journal.aside_files(run_dir) for line in file.read_text("utf-8").splitlines()]
+    moved = [json.loads(line) for file in journal.aside_files(run_dir) for line in own_file.read_text(file).splitlines()]
     first: dict[str, Row] = {}
     for row in (row for record in [*moved, *current] if record["step"] == step for row in rows_of(record)):
         first.setdefault(row[0], row)
@@ -163,12 +162,10 @@ def ended_ms(run_dir: Path) -> int | None:
 
 def checkpoints(run_dir: Path) -> dict[str, str]:
     """`{"step-00000100": SHA-256 of its manifest}` of what stands there now."""
-    found = {}
-    for manifest in sorted((run_dir / "checkpoints").glob("step-*/MANIFEST.json")):
-        try:
-            found[manifest.parent.name] = hashlib.sha256(manifest.read_bytes()).hexdigest()
-        except FileNotFoundError:
-            continue  # pruned in this moment
+    found, folder = {}, run_dir / "checkpoints"
+    for path in (checkpoint.path_of(folder, step) for step in checkpoint.steps(folder)):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, own_file.NotOwnError):  # pruned in this moment, or none
+            found[path.name] = hashlib.sha256(own_file.read_bytes(path / checkpoint.MANIFEST)).hexdigest()
     return found
 
 
@@ -179,7 +176,12 @@ def step_of(name: str) -> int:
 
 def samples(run_dir: Path) -> dict[Path, str]:
     """Files of generated text, each with a mark that changes when it is written again."""
-    return marked(sorted((run_dir / "samples").glob("step-*.txt")))
+    return own(sorted((run_dir / "samples").glob("step-*.txt")))
+
+
+def own(files: Iterable[Path]) -> dict[Path, str]:
+    """`marked`, of what may be sent: a link in the folder could lead to any file of this machine."""
+    return marked(filter(own_file.is_plain, files))
 
 
 def marked(files: Iterable[Path]) -> dict[Path, str]:
@@ -196,7 +198,7 @@ def marked(files: Iterable[Path]) -> dict[Path, str]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's content; nothing where it is missing or torn."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(own_file.read_text(path))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -210,6 +212,4 @@ def blank_state(uri: str, key: str | None, experiment: str) -> dict[str, Any]:
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Replace tracking.json. Not synced: if power fails, the same is sent again, which changes nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(state, indent=1), "utf-8")
-    os.replace(temporary, path)
+    own_file.write_text(path, json.dumps(state, indent=1))

@@ -5,6 +5,7 @@ Eats a study and the keeper of its books; yields `run.json`, `metrics.jsonl`, `p
 """
 
 import hashlib
+import io
 import json
 import uuid
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from orchestrator import plan as cost_lines
 from orchestrator.console import duration, number, table
 from orchestrator.facts import facts_of
 from orchestrator.keeper import Keeper
+from orchestrator.manifest import write_atomically
 from orchestrator.provenance import redact
 from orchestrator.stage_states import BLOCKED, DIVERGED, DONE, FAILED, STOPPED
 from orchestrator.stages import Stage
@@ -187,8 +189,9 @@ class Report:
 
     def _figure(self, name: str, figure) -> None:
         (self.folder / "figures").mkdir(exist_ok=True)
-        figure.savefig(self.folder / "figures" / f".{name}.png")
-        (self.folder / "figures" / f".{name}.png").replace(self.folder / "figures" / f"{name}.png")
+        picture = io.BytesIO()
+        figure.savefig(picture)
+        write_atomically(self.folder / "figures" / f"{name}.png", picture.getvalue())
 
 
 def _now() -> str:

@@ -6,7 +6,6 @@
 """
 
 import json
-import os
 import shutil
 import uuid
 from pathlib import Path
@@ -17,6 +16,7 @@ from orchestrator import checkpoint, events, journal, stopping
 from orchestrator.config import Experiment, parse_experiment
 from orchestrator.errors import UserError
 from orchestrator.manifest import Manifest
+from orchestrator.own_file import write_text
 from orchestrator.plain_yaml import read_yaml
 from orchestrator.state import data_identity
 
@@ -151,13 +151,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: readers see the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
 
 
 def last(records: list[dict[str, Any]], key: str) -> float | None:

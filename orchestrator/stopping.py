@@ -9,30 +9,32 @@ import json
 import threading
 from pathlib import Path
 
+from orchestrator import own_file
+
 FILE = "stop.json"
 POLL_S = 0.1
 
 
 def ask(run_dir: Path, reason: str) -> None:
     """Ask the run to stop after its step, now or, where nobody trains at the moment, at its next attempt."""
-    (Path(run_dir) / FILE).write_text(json.dumps({"reason": reason}), "utf-8")
+    own_file.rewrite(Path(run_dir) / FILE, json.dumps({"reason": reason}))
 
 
 def asked(run_dir: Path) -> str | None:
     """Why the run was asked to stop; None where it was not."""
     try:
         # Opened, not looked up: network file systems show a changed file to who opens it, and remember what was missing.
-        text = (Path(run_dir) / FILE).read_text("utf-8")
+        text = own_file.read_text(Path(run_dir) / FILE)
     except OSError:  # not there, or not readable at this moment
         return None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):  # whatever else somebody wrote there
         return json.loads(text)["reason"] if text else None
     return "asked to stop"
 
 
 def clear(run_dir: Path) -> None:
     """Nobody is asked any more. The file stays, empty (see `asked`)."""
-    (Path(run_dir) / FILE).write_text("", "utf-8")
+    own_file.rewrite(Path(run_dir) / FILE, "")
 
 
 class Bell:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orchestrator import corpus, local_ray, parts
+from orchestrator import corpus, local_ray, own_file, parts
 from orchestrator.assembly import Parts
 from orchestrator.corpus import Source
 from orchestrator.documents import write_index
@@ -223,7 +223,7 @@ def _stamps(sources: list[Source]) -> list[tuple[int, int]]:
 @contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """One preparation per folder at a time: a second one waits, and finds the work done. The kernel frees the lock."""
-    with open(directory / ".lock", "w") as file:
+    with open(directory / ".lock", "w", opener=own_file.opener) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

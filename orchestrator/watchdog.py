@@ -24,7 +24,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from orchestrator import events
+from orchestrator import events, own_file
 from orchestrator.numerics import Worker
 
 START_S = 1800.0  # for what was not measured yet: compiling, a first evaluation
@@ -66,8 +66,9 @@ class Watchdog:
         self.last, self.limit, self.closed = time.monotonic(), max(floor_s, START_S), threading.Event()
         self.born, self.oom_kills = _born(os.getpid()), kernel_oom_kills()
         (self.run_dir / ".ranks").mkdir(exist_ok=True)
-        self.fd = os.open(self.run_dir / ".ranks" / f"rank-{self.rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self.file = open(self.run_dir / f"hang-rank{self.rank}.txt", "w", encoding="utf-8")  # noqa: SIM115 - for faulthandler
+        self.fd = own_file.opener(self.run_dir / ".ranks" / f"rank-{self.rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self.file = open(self.run_dir / f"hang-rank{self.rank}.txt", "w", encoding="utf-8",  # noqa: SIM115 - for faulthandler
+                         opener=own_file.opener)
         self._mark()
         self._arm()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -158,11 +159,11 @@ def end_stuck(run_dir: Path, mark: dict[str, Any]) -> None:
         return
     if _status(mark["pid"]) == "stopped":  # wherever it was, others now wait for it
         place = Path(run_dir) / ".ranks" / f"rank-{mark['rank']}"
-        place.write_text(json.dumps(mark | {"phase": f"{mark['phase']} (stopped)"}), "utf-8")
+        own_file.rewrite(place, json.dumps(mark | {"phase": f"{mark['phase']} (stopped)"}))
     file = Path(run_dir) / f"hang-rank{mark['rank']}.txt"
     if not file.exists() or not file.stat().st_size:
-        file.write_text(f"process {mark['pid']} is {_status(mark['pid'])} in {mark['phase']} of step {mark['step'] + 1}\n"
-                        f"{_look_into(mark['pid'])}", "utf-8")
+        own_file.rewrite(file, f"process {mark['pid']} is {_status(mark['pid'])} in {mark['phase']} of step {mark['step'] + 1}\n"
+                               f"{_look_into(mark['pid'])}")
     with contextlib.suppress(ProcessLookupError):
         os.kill(mark["pid"], signal.SIGKILL)
 
@@ -177,7 +178,7 @@ def report(run_dir: Path) -> str | None:
     message = None
     if stacks:
         seen = marks(run_dir)
-        number = 1 + max((int(d.name) for d in (Path(run_dir) / "hangs").glob("[0-9]*")), default=0)
+        number = 1 + max((int(d.name) for d in (Path(run_dir) / "hangs").glob("[0-9]*") if d.name.isdecimal()), default=0)
         folder = Path(run_dir) / "hangs" / f"{number:04d}"
         folder.mkdir(parents=True)
         for file in stacks:

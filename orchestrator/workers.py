@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestrator import checkpoint, events, lease, memory, oom_kill, stopping, watchdog
+from orchestrator import checkpoint, events, lease, memory, oom_kill, own_file, stopping, watchdog
 from orchestrator.config import Experiment, parse_experiment
 from orchestrator.errors import HeldError, UserError
 from orchestrator.launch import COLLECTIVE_TIMEOUT_S, Layout, worker_environment
@@ -121,7 +121,7 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker
 def _attempts(run_dir: Path) -> list[dict[str, Any]]:
     """Those that began, of this launch and of earlier ones."""
     file = run_dir / "attempts.jsonl"
-    lines = file.read_text("utf-8").split("\n") if file.exists() else []
+    lines = own_file.read_text(file).split("\n") if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]  # a full disk may have torn one
 
 
@@ -141,8 +141,8 @@ def _begin_attempt(run_dir: Path, earlier: list[dict[str, Any]], launch: str, wo
         events.note(run_dir, "restart", f"attempt {len(earlier) + 1} begins at step {step}: a worker of the one before it died",
                     step=step)
     file, line = run_dir / "attempts.jsonl", {"launch": launch, "step": step, "workers": world_size, "pid": os.getpid()}
-    gap = "\n" if file.exists() and not file.read_bytes().endswith(b"\n") else ""
-    with open(file, "a", encoding="utf-8") as out:
+    gap = "\n" if file.exists() and not own_file.read_bytes(file).endswith(b"\n") else ""
+    with open(file, "a", encoding="utf-8", opener=own_file.opener) as out:
         out.write(f"{gap}{json.dumps(line)}\n")
     return len(earlier) + 1
 

@@ -18,6 +18,7 @@ import torch
 
 from orchestrator import checkpoint, outbox
 from orchestrator.errors import UserError
+from tests.helpers.facts import FACTS
 
 # Every file-system call that a commit makes.
 CALLS = [(os, name) for name in ["mkdir", "rename", "open", "write", "fsync", "close", "scandir", "unlink", "rmdir", "stat",
@@ -41,7 +42,7 @@ def commit(directory: Path, step: int, seed: int | None = None, loss: float | No
         step,
         tensors(step if seed is None else seed),
         texts,
-        {"metrics": {} if loss is None else {"val/loss": loss}, "fingerprints": {"data": "1e-05"}},
+        {"metrics": {} if loss is None else {"val/loss": loss}, **FACTS},
     )
 
 
@@ -75,7 +76,7 @@ def test_what_is_saved_verifies_and_comes_back_bit_for_bit(tmp_path):
         "whole": torch.tensor(2**53 + 1),
     }
     path = checkpoint.save(
-        tmp_path / "new" / "checkpoints", 3, {"model": odd, "optimizer": {}}, {"a.json": "ä"}, {"x": [1]}
+        tmp_path / "new" / "checkpoints", 3, {"model": odd, "optimizer": {}}, {"a.json": "ä"}, {"x": [1], **FACTS}
     )
     manifest = checkpoint.verify(path)
     assert path == checkpoint.path_of(tmp_path / "new" / "checkpoints", 3)
@@ -450,6 +451,15 @@ def test_a_vanished_checkpoint_is_no_damage_and_the_folder_is_listed_again(tmp_p
     assert checkpoint.latest_valid(tmp_path, warn=pytest.fail) == checkpoint.path_of(tmp_path, 2)
 
 
+@pytest.mark.parametrize("name", ["step-000000003", "step-00000003\n", "step-٠٠٠٠٠٠٠٣", "step-00000003.bak", "step-3"])
+def test_a_folder_that_is_only_called_like_a_checkpoint_is_none(tmp_path, name):
+    path = commit(tmp_path / "run" / "checkpoints", 2)
+    shutil.copytree(path, path.with_name(name))
+    assert checkpoint.steps(path.parent) == [2]  # else the next line would look for the third for ever
+    assert checkpoint.latest_valid(path.parent, pytest.fail) == path
+    assert list(outbox.checkpoints(tmp_path / "run")) == ["step-00000002"]
+
+
 def test_a_dangling_link_with_a_checkpoints_name_is_passed_over(tmp_path):
     path, told = commit(tmp_path, 1), []
     (tmp_path / "step-00000002").symlink_to(tmp_path / "gone")
@@ -572,12 +582,14 @@ from pathlib import Path
 import torch
 from orchestrator import checkpoint, outbox
 
+facts = {"fingerprints": {"data": "d", "numerics": {"cpus_per_worker": 1, "device": "cpu"}}}
+
 def write(directory, first):
     torch.set_num_threads(1)
     for step in range(first, 10**6):
         for again in range(2):
             weights = torch.full((50_000,), float(step))
-            checkpoint.save(directory, step, {"model": {"w": weights}}, {"state.json": "{}"}, {})
+            checkpoint.save(directory, step, {"model": {"w": weights}}, {"state.json": "{}"}, facts)
         checkpoint.prune(directory, 2)
 
 directory, draw, seen = Path(sys.argv[1]), random.Random(7), 0

@@ -83,6 +83,13 @@ def test_a_bell_rings_once_somebody_asks(tmp_path):
     assert stopping.asked(tmp_path) == "SIGTERM"
 
 
+@pytest.mark.parametrize("text", ["1", "{}", "[]", "{", "[" * 100_000])
+def test_whatever_stands_in_the_file_the_bell_rings(tmp_path, text):
+    (tmp_path / stopping.FILE).write_text(text)
+    assert stopping.Bell(tmp_path)._rung.wait(5)
+    assert stopping.asked(tmp_path) == "asked to stop"
+
+
 # ---- what keeps a resume from the same bits ----
 @pytest.mark.parametrize(("words", "worker"), [
     ([], Worker(cpus=2)),

@@ -1,6 +1,5 @@
 """Names become paths: none leads out of its folder, whatever it is called and whatever was planted there."""
 
-import contextlib
 import json
 import os
 import re
@@ -15,9 +14,11 @@ from orchestrator import checkpoint
 from orchestrator.config import load_experiment
 from orchestrator.errors import UserError
 from orchestrator.manifest import write_atomically
+from orchestrator.outbox import write_state
 from orchestrator.runs import write_text
 from orchestrator.space import load_sweep, trial_name
 from orchestrator.tokenizer import load_tokenizer
+from tests.helpers.facts import FACTS
 
 ROOT = Path("/storage/runs")
 PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -85,15 +86,15 @@ def victim(tmp_path) -> Path:
     assert [(f.name, f.read_text()) for f in folder.iterdir()] == [("precious.txt", "as it was")]
 
 
-@pytest.mark.parametrize("link", ["step-00000001", ".step-00000009.1-abc", ".step-00000001.aside"])
+@pytest.mark.parametrize("link", ["step-00000001", ".step-00000009.1-abc", ".step-00000001.aside", ".step-00000003.aside"])
 def test_removing_checkpoints_follows_no_link(tmp_path, victim, link):
     folder = tmp_path / "checkpoints"
     for step in (2, 3):
-        checkpoint.save(folder, step, {"model": {"a": torch.ones(2)}}, {}, {})
+        checkpoint.save(folder, step, {"model": {"a": torch.ones(2)}}, {}, FACTS)
     (folder / link).symlink_to(victim, target_is_directory=True)
     checkpoint.latest_valid(folder, lambda _: None)
-    with contextlib.suppress(OSError):  # one that it may not remove
-        checkpoint.prune(folder, 1)
+    checkpoint.prune(folder, 1)
+    assert [path.name for path in folder.iterdir()] == ["step-00000003"]
     assert checkpoint.latest_valid(folder, lambda _: None) == folder / "step-00000003"
 
 
@@ -110,7 +111,8 @@ def test_what_is_replaced_is_the_link_and_not_what_it_leads_to(tmp_path, victim,
 
 
 @pytest.mark.parametrize("write", [
-    lambda path: write_atomically(path, b"new"), lambda path: load_tokenizer("byte").save(path.parent)])
+    lambda path: write_atomically(path, b"new"), lambda path: write_text(path, "new"), lambda path: write_state(path, {}),
+    lambda path: load_tokenizer("byte").save(path.parent)])
 def test_the_name_of_a_file_that_is_being_written_cannot_be_foreseen(tmp_path, victim, write):
     path = tmp_path / "run" / "tokenizer.json"
     path.parent.mkdir()
@@ -118,10 +120,11 @@ def test_the_name_of_a_file_that_is_being_written_cannot_be_foreseen(tmp_path, v
     write(path)
 
 
-def test_nothing_is_written_into_a_folder_that_a_checkpoint_leads_to(tmp_path, victim):
+@pytest.mark.parametrize("to", ["victim", "nowhere"])
+def test_nothing_is_written_into_a_folder_that_a_checkpoint_leads_to(tmp_path, victim, to):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    (folder / "step-00000001").symlink_to(victim, target_is_directory=True)
-    saved = checkpoint.save(folder, 1, {"model": {"a": torch.ones(2)}}, {}, {})
+    (folder / "step-00000001").symlink_to(tmp_path / to, target_is_directory=True)
+    saved = checkpoint.save(folder, 1, {"model": {"a": torch.ones(2)}}, {}, FACTS)
     assert not saved.is_symlink()
     checkpoint.verify(saved)

@@ -1,0 +1,98 @@
+"""Whatever was planted in a run's folder, a run writes into files of its own, and a command says what is in its way."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator import events, lease, stopping, workers
+from orchestrator.config import load_experiment
+from orchestrator.errors import UserError
+from orchestrator.journal import Journal
+from orchestrator.numerics import Worker
+from orchestrator.training import train
+from orchestrator.watchdog import Watchdog
+
+REPO = Path(__file__).resolve().parents[2]
+SMALL = ["data.tokenizer=char", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16",
+         "train.micro_batch_size=2", "train.global_batch_size=2", "train.max_steps=2", "train.eval_tokens=64",
+         "train.eval_interval=1", "schedule.warmup_steps=0"]
+
+
+def hold(run_dir: Path) -> None:
+    with lease.held(run_dir):
+        pass
+
+
+def watch(run_dir: Path) -> None:
+    Watchdog(run_dir, Worker(), 30.0).close()
+
+
+WRITES = {
+    ".lock": hold,
+    "stop.json": stopping.clear,
+    ".ranks/rank-0": watch,
+    "hang-rank0.txt": watch,
+    "metrics.jsonl": lambda run_dir: Journal(run_dir).append(1, {"train/loss": 1.0}),
+    "attempts.jsonl": lambda run_dir: workers._begin_attempt(run_dir, [], "a", 1),
+}
+
+
+@pytest.fixture
+def victim(tmp_path) -> Path:
+    """A file outside that must stay as it is."""
+    file = tmp_path / "precious.txt"
+    file.write_text("as it was")
+    yield file
+    assert file.read_text() == "as it was"
+
+
+def plant(path: Path, kind: str, victim: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"link": victim, "dangling link": victim.with_name("not-yet"), "device": "/dev/null"}[kind])
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "device", "pipe", "folder"])
+@pytest.mark.parametrize("name", WRITES)
+def test_what_is_no_file_of_the_run_is_refused_and_not_followed(tmp_path, victim, name, kind):
+    run_dir = tmp_path / "run"
+    plant(run_dir / name, kind, victim)
+    with pytest.raises(UserError, match=f"{name}: a link, a folder or a device where a file of the run belongs"):
+        WRITES[name](run_dir)
+    assert not victim.with_name("not-yet").exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_an_event_is_not_worth_a_run_but_a_word(tmp_path, victim, capsys, kind):
+    plant(tmp_path / "run" / events.FILE, kind, victim)
+    events.note(tmp_path / "run", "hang", "rank 1 hangs")
+    assert "events.jsonl: a link" in capsys.readouterr().out
+
+
+def test_a_run_below_a_link_writes_and_a_sample_replaces_what_was_planted(tmp_path, victim, tiny_dataset):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk", target_is_directory=True)
+    sample = tmp_path / "disk" / "samples" / "step-00000002.txt"
+    plant(sample, "link", victim)
+    for write in WRITES.values():
+        write(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    train(load_experiment(None, SMALL), tmp_path / "run", tiny_dataset)
+    assert not sample.is_symlink() and len(sample.read_text()) > 16
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_command_ends_in_one_line_and_waits_for_nothing(tmp_path, victim, kind):
+    plant(tmp_path / "quickstart" / ".lock", kind, victim)
+    done = subprocess.run([sys.executable, str(REPO / "pipelines" / "train.py"), f"storage={tmp_path}"], capture_output=True,
+                          text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(REPO)})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {tmp_path / 'quickstart' / '.lock'}: a link")
+    assert done.stderr.count("\n") == 1

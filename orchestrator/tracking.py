@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestrator import attachments, outbox
+from orchestrator import attachments, lease, outbox
 from orchestrator.provenance import redact_text
 from orchestrator.sender import Ending, GivenUpError, RefusedError, Sender
 from orchestrator.stores import first, local_path, quieten, resolve_uri, run_url, whole  # noqa: F401 - resolve_uri: our callers'
@@ -66,7 +66,8 @@ class Tracker:
 
     def _attempt(self, ending: Ending | None) -> None:
         quieten()
-        with refusals():
+        # MLflow has no "create if missing": of two who look, find nothing and create, each would make a run of its own.
+        with lease.held(self._projection.run_dir, lease.SENDER), refusals():
             self._projection.send(self._reopen, ending)
 
 

@@ -5,6 +5,10 @@ A real MLflow throughout; what is compared are the rows of its database.
 
 import json
 import logging
+import os
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +18,7 @@ from orchestrator.errors import UserError
 from orchestrator.journal import Journal
 from orchestrator.outbox import BATCH, Lines
 from orchestrator.stores import resolve_uri, run_url
-from orchestrator.tracking import Tracker, replay
+from orchestrator.tracking import Projection, Tracker, replay
 from tests.helpers.gate import locked
 from tests.helpers.tracked import client, curve, expected, log, rows, sent_step, wait_for
 
@@ -184,6 +188,57 @@ def test_events_are_there_as_a_file_and_as_counts_whenever_there_are_more(run_di
     assert tags == {"events.hang": "2", "events.disk_full": "1"}
     assert [json.loads(line)["kind"] for line in text.splitlines()] == ["hang", "disk_full", "hang"]
     assert "hunter2" not in text
+
+
+def test_what_does_not_belong_in_a_run_is_not_sent_and_keeps_nothing_back(run_dir, store, uri, tmp_path):
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"verdict": "nobody\'s business"}')
+    log(run_dir, range(16), **{"val/loss": 4.0})
+    shutil.copytree(commit(run_dir, 15), run_dir / "checkpoints" / "step-00000015.bak")
+    (commit(run_dir, 16) / "MANIFEST.json").unlink()
+    for name in ("samples/step-00000001.txt", "replays/2026-01-02.json", "experiment.yaml",
+                 "checkpoints/step-00000016/MANIFEST.json"):
+        (run_dir / name).parent.mkdir(exist_ok=True)
+        (run_dir / name).symlink_to(secret)
+    os.mkfifo(run_dir / "samples" / "step-00000002.txt")
+    (run_dir / "samples" / "step-00000015.txt").write_bytes(b"To be\xff")
+    events.note(run_dir, "hang", "rank 1 hangs")
+    with open(run_dir / "events.jsonl", "ab") as file:
+        file.write(b'{"kind": "torn \xff\n')
+    (tmp_path / "elsewhere").symlink_to(run_dir, target_is_directory=True)
+    tracker = send(tmp_path / "elsewhere", uri)
+    artifacts = store.parent / "artifacts" / tracker.run_id / "artifacts"
+    assert {p.name for p in artifacts.rglob("*.*")} == {"step-00000015.txt", "events.jsonl", "loss.png", "schedule.png"}
+    assert (artifacts / "samples" / "step-00000015.txt").read_text() == "To be\ufffd"
+    run = client(uri).get_run(tracker.run_id)
+    assert [output.step for output in run.outputs.model_outputs] == [15]
+    assert "replay.verdict" not in run.data.tags
+    assert run.data.tags["events.hang"] == "1"
+
+
+def test_two_who_send_a_new_run_at_once_make_one_of_it(run_dir, uri, monkeypatch, caplog):
+    """The first is held up where MLflow has not been told of the run yet, until the second has met it."""
+    log(run_dir, range(10))
+    met, real, made = threading.Event(), Projection._created_run, []
+
+    def slow(projection):
+        made.append(projection)
+        assert met.wait(30)
+        return real(projection)
+
+    monkeypatch.setattr(Projection, "_created_run", slow)
+    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    tracker.start()
+    wait_for(lambda: made)
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(replay, run_dir, uri, EXPERIMENT)
+        try:
+            wait_for(lambda: f"held by process {os.getpid()} on " in caplog.text or len(made) > 1)
+        finally:
+            met.set()
+        assert second.result()
+    assert tracker.finish("FINISHED", 60)
+    assert len(made) == 1
 
 
 def test_a_store_that_another_process_holds_is_waited_for(run_dir, store, uri):

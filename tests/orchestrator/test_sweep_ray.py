@@ -153,11 +153,11 @@ def test_a_peer_that_raises_ends_its_stage_and_one_that_is_killed_costs_its_stag
     dataset = next(iter(sound.candidates.values())).dataset.directory
     bad = load_manifest(spoiled(dataset, tmp_path / "bad", read_by_one_peer(sound, dataset)))
     study = Study.open(sound.sweep, tmp_path / "sweep", TWO, {data_key(s.experiment.data): bad for s in sound.sweep.trials})
-    killed = []
+    killed, head = [], ray_head.pid  # Tune pickles what its searcher knows
 
     def tick() -> None:
         if FAILED in study.books.progress.state.values() and not killed:
-            killed.extend(pid for pid in descendants(ray_head.pid) if title(pid).startswith("ray::_Peer.run"))
+            killed.extend(pid for pid in descendants(head) if title(pid).startswith("ray::_Peer.run"))
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
 

@@ -4,8 +4,10 @@ Eats a model and `eval_batches`; yields nats per token and bits per byte. Batch 
 window's losses are summed in float64 and the windows' sums are added in window order.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,11 +47,13 @@ class EvalSet:
             self.windows = max(self.windows, int(np.max(window_ids)) + 1)
 
     def evaluate(self, model: nn.Module, device: torch.device, autocast, rank: int = 0, world_size: int = 1,
-                 go_on: Callable[[], bool] = lambda: True) -> EvalResult:
+                 go_on: Callable[[], bool] = lambda: True,
+                 waiting: Callable[[], AbstractContextManager] = contextlib.nullcontext) -> EvalResult:
         """Run the model over this worker's share and gather; every worker returns the same result.
 
         Args:
             go_on: asked before each batch, equally often on every worker and with the same answer.
+            waiting: entered where this worker waits for the others.
 
         Raises:
             AbandonedError: `go_on` said no.
@@ -66,7 +70,8 @@ class EvalSet:
         finally:
             model.train(training)
         if world_size > 1:
-            dist.all_reduce(sums)  # every window has one owner and is zero elsewhere: exact
+            with waiting():
+                dist.all_reduce(sums)  # every window has one owner and is zero elsewhere: exact
         loss = math.fsum(sums.tolist()) / self.tokens
         bits = loss * self.tokens / math.log(2) / self.bytes if self.bytes else math.nan
         return EvalResult(loss, bits, self.tokens)

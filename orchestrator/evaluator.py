@@ -5,6 +5,7 @@ evaluation changes nothing in the training around it.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ SAMPLE_PROMPT, SAMPLE_TOKENS = 16, 64  # of the text that every evaluation write
 
 
 class Evaluator:
-    """`go_on`: see `EvalSet.evaluate`."""
+    """`go_on`, `waiting`: see `EvalSet.evaluate`."""
 
     def __init__(self, experiment: Experiment, run_dir: Path, streams: Mapping[str, TokenStream], tokenizer: Any, worker: Worker,
-                 go_on: Callable[[], bool]):
+                 go_on: Callable[[], bool], waiting: Callable[[], AbstractContextManager]):
         self.experiment, self.run_dir, self.val, self.tokenizer = experiment, run_dir, streams["val"], tokenizer
-        self.worker, self.go_on = worker, go_on
+        self.worker, self.go_on, self.waiting = worker, go_on, waiting
         self.device, self.autocast = torch.device(worker.device), autocast(experiment, worker.device)
         e, limit = experiment, min(experiment.train.eval_tokens or self.val.tokens, self.val.tokens)
         # The fixed stretch of val, and as many tokens of train.
@@ -37,8 +38,8 @@ class Evaluator:
     def measure(self, state: TrainState) -> dict[str, float]:
         """Evaluate on all workers; rank 0 writes the sample. Updates `state.best_val_loss`."""
         w = self.worker
-        results = {split: eval_set.evaluate(state.forward, self.device, self.autocast, w.rank, w.world_size, self.go_on)
-                   for split, eval_set in self.sets.items()}
+        results = {split: eval_set.evaluate(state.forward, self.device, self.autocast, w.rank, w.world_size, self.go_on,
+                                            self.waiting) for split, eval_set in self.sets.items()}
         val = results["val"]
         state.best_val_loss = val.loss if state.best_val_loss is None else min(state.best_val_loss, val.loss)
         if w.is_main:

@@ -80,8 +80,8 @@ class Run:
         self.journal, self.stop_asked, self.beat = Journal(run_dir), stop_asked, beat
         self.guard = nonfinite.Guard(self.run_dir, t, self.batches, worker.is_main)
         self.state = self._restore(parent)
-        self.evaluator = Evaluator(experiment, self.run_dir, self.streams, self.tokenizer, worker, self._goes_on) if (
-            t.eval_interval) else None
+        self.evaluator = Evaluator(experiment, self.run_dir, self.streams, self.tokenizer, worker, self._goes_on,
+                                   self._waiting) if t.eval_interval else None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         with Writer(self.run_dir / "checkpoints", self.experiment.train.keep, self.run_dir) as self.writer:
@@ -287,8 +287,15 @@ class Run:
 
     def _goes_on(self) -> bool:
         """Whether an evaluation may take its next batch, agreed on by all workers."""
+        with self._waiting():
+            return self.stop_asked is None or not agree(int(self.stop_asked()), self.worker)
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Where an evaluation waits for the other workers: who hangs there hangs for one of them."""
+        self.beat("agreement", self.state.step)
+        yield
         self.beat("evaluation", self.state.step)
-        return self.stop_asked is None or not agree(int(self.stop_asked()), self.worker)
 
     def _checkpoint(self, metrics: dict[str, float]) -> None:
         self.beat("checkpoint", self.state.step)

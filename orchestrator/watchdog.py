@@ -3,7 +3,7 @@
 Eats beats, one whenever the loop enters another phase; yields `.ranks/rank-<r>` in the run's folder (where each worker
 is), and for a hang `hang-rank<r>.txt` with the stacks of all threads and the end of the process. How long a phase may
 take follows from how long it took before. A process that is stopped from outside cannot watch itself: its neighbours on
-the machine, or the driver, look into it and end it.
+the machine, or the driver, look into it and end it, however long what they wait in may take.
 """
 
 import contextlib
@@ -32,10 +32,12 @@ FACTOR = 10  # times the longest so far
 BACKSTOP_S = 10.0  # beyond the limit, for who hangs with the interpreter in its hands
 EXIT_HUNG = 70
 MARK_BYTES = 512
-WAITING = "exchange"  # the phase in which a worker waits for the others: who is in it hangs for somebody else
-EXTRA = ("evaluation", "checkpoint")  # what is not part of every step; the others then wait longer for rank 0
+EXCHANGE, AGREEMENT = "exchange", "agreement"  # phases in which a worker waits for the others: it hangs for somebody else
+# What is not part of every step, by its phases; the others then wait longer for rank 0.
+EXTRA = {"evaluation": "evaluation", AGREEMENT: "evaluation", "checkpoint": "checkpoint"}
 DONE, FAILED = "done", "failed"
-OVER = (WAITING, DONE, FAILED)  # where nobody hangs of himself
+OVER = (EXCHANGE, AGREEMENT, DONE, FAILED)  # where nobody hangs of himself
+STOPPED = " (stopped)"  # behind the phase of a process that took no part, wherever it was
 COMMIT_FACTOR = 20  # times the floor, at least, where somebody may wait for a disk
 
 
@@ -77,12 +79,14 @@ class Watchdog:
         """The worker enters `phase`; `step` counts updates done."""
         now = time.monotonic()
         self.pace.add((self.phase, self.kind), now - self.last)
-        if self.phase == WAITING:
+        if self.phase == EXCHANGE:
             self.kind = frozenset()
         if phase in EXTRA:
-            self.kind |= {phase}
+            self.kind |= {EXTRA[phase]}
         self.phase, self.step, self.last = phase, step, now
         self.limit = self.pace.limit((phase, self.kind))
+        if phase == AGREEMENT:  # for a batch of somebody else, who may meet a shape for the first time
+            self.limit = max(self.limit, self.pace.limit(("evaluation", self.kind)))
         if "checkpoint" in self.kind:  # behind a commit that is still being written; its pauses say nothing of that
             self.limit = max(self.limit, COMMIT_FACTOR * self.pace.floor_s)
         self._mark()
@@ -122,19 +126,23 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self.closed.wait(self.poll_s):
-            if time.monotonic() - self.last > self.limit:
-                self._end()
+            waited = time.monotonic() - self.last
+            if waited > self.limit or (waited > self.pace.floor_s and any(map(self._is_stopped, marks(self.run_dir)))):
+                self._end(waited)
             self.oom_kills = kernel_oom_kills()  # those of others in a long run are none of ours
 
-    def _end(self) -> None:
+    def _is_stopped(self, mark: dict[str, Any]) -> bool:
+        """Whether a mark is that of a neighbour that is stopped: no wait for it has an end."""
+        return mark["rank"] != self.rank and is_here(mark) and _status(mark["pid"]) == "stopped"
+
+    def _end(self, waited: float) -> None:
         """Leave the stacks, look into neighbours that cannot do so themselves, and end."""
-        print(f"step {self.step + 1}: {self.phase} takes longer than {self.limit:.0f} s", file=self.file, flush=True)
+        print(f"step {self.step + 1}: {self.phase} takes longer than {waited:.0f} s", file=self.file, flush=True)
         faulthandler.dump_traceback(self.file, all_threads=True)
         self.file.flush()
         time.sleep(2 * self.poll_s)  # who can speak for himself has done so by now
         for mark in marks(self.run_dir):
-            waits = mark["phase"] in OVER and not (is_here(mark) and _status(mark["pid"]) == "stopped")
-            if mark["rank"] != self.rank and not waits:
+            if self._is_stopped(mark) or (mark["rank"] != self.rank and mark["phase"] not in OVER):
                 end_stuck(self.run_dir, mark)
         os._exit(EXIT_HUNG)
 
@@ -159,7 +167,7 @@ def end_stuck(run_dir: Path, mark: dict[str, Any]) -> None:
         return
     if _status(mark["pid"]) == "stopped":  # wherever it was, others now wait for it
         place = Path(run_dir) / ".ranks" / f"rank-{mark['rank']}"
-        own_file.rewrite(place, json.dumps(mark | {"phase": f"{mark['phase']} (stopped)"}))
+        own_file.rewrite(place, json.dumps(mark | {"phase": f"{mark['phase']}{STOPPED}"}))
     file = Path(run_dir) / f"hang-rank{mark['rank']}.txt"
     if not file.exists() or not file.stat().st_size:
         own_file.rewrite(file, f"process {mark['pid']} is {_status(mark['pid'])} in {mark['phase']} of step {mark['step'] + 1}\n"
@@ -191,13 +199,14 @@ def report(run_dir: Path) -> str | None:
 
 
 def verdict(seen: list[dict[str, Any]]) -> str:
-    """Who hung, out of where each worker was last seen: those who waited for nobody."""
+    """Who hung, out of where each worker was last seen: those who were stopped, or else those who waited for nobody."""
+    stopped = [m for m in seen if m["phase"].endswith(STOPPED)]
     stuck = [m for m in seen if m["phase"] not in OVER]
-    behind = [m for m in stuck if m["step"] == min(s["step"] for s in stuck)]
+    behind = stopped or [m for m in stuck if m["step"] == min(s["step"] for s in stuck)]
     if not behind:
         return "every worker waited for the others: the network between them is suspect"
-    return "; ".join(f"rank {m['rank']} (process {m['pid']} on {m['host']}) hung in {m['phase']} of step {m['step'] + 1}, "
-                     f"longer than {m['limit']:.0f} s" for m in behind)
+    return "; ".join(f"rank {m['rank']} (process {m['pid']} on {m['host']}) hung in {m['phase']} of step {m['step'] + 1}"
+                     + ("" if m in stopped else f", longer than {m['limit']:.0f} s") for m in behind)
 
 
 def _look_into(pid: int) -> str:

@@ -63,16 +63,28 @@ def test_a_worker_that_hangs_leaves_its_stacks_and_ends(tmp_path, how):
     assert watchdog.report(tmp_path) is None, "one hang was reported twice"
 
 
-@pytest.mark.parametrize("phase", ["gradient", "exchange"])
+@pytest.mark.parametrize("phase", ["gradient", "exchange", "agreement"])
 def test_who_waits_ends_the_one_that_is_stopped_and_names_it(tmp_path, phase):
     stopped = start(tmp_path, "python", 1, phase)
     stopped.send_signal(signal.SIGSTOP)
-    waits = start(tmp_path, "python", 0, "exchange")
+    waits = start(tmp_path, "python", 0, "agreement" if phase == "agreement" else "exchange")
     assert waits.wait(30) == EXIT_HUNG
     assert stopped.wait(30) == -signal.SIGKILL
-    assert watchdog.report(tmp_path).startswith(f"rank 1 (process {stopped.pid} on ")
+    said = watchdog.report(tmp_path)
+    assert said.startswith(f"rank 1 (process {stopped.pid} on ")
+    assert "rank 0" not in said
     assert f"is stopped in {phase} of step 8" in (tmp_path / "hangs" / "0001" / "hang-rank1.txt").read_text()
-    assert "exchange takes longer" in (tmp_path / "hangs" / "0001" / "hang-rank0.txt").read_text()
+    assert " takes longer" in (tmp_path / "hangs" / "0001" / "hang-rank0.txt").read_text()
+
+
+def test_who_waits_in_what_was_not_measured_yet_finds_a_stopped_one_all_the_same(tmp_path):
+    stopped = start(tmp_path, "python", 1)
+    stopped.send_signal(signal.SIGSTOP)
+    code = HANGS.replace("watchdog.START_S = watchdog.BACKSTOP_S = 0.5", "")
+    waits = subprocess.Popen([sys.executable, "-c", code, tmp_path, "python", "0", "exchange"], cwd=REPO)
+    assert waits.wait(30) == EXIT_HUNG
+    assert stopped.wait(30) == -signal.SIGKILL
+    assert "hung in gradient (stopped) of step 8;" in watchdog.report(tmp_path)
 
 
 def test_a_healthy_long_phase_after_short_ones_is_left_alone(tmp_path):
@@ -127,7 +139,20 @@ def test_the_verdict_names_who_waited_for_nobody():
     both = watchdog.verdict([mark(0, "update", 6), mark(1, "gradient", 5)])
     assert "rank 1" in both
     assert "rank 0" not in both
-    assert "network" in watchdog.verdict([mark(0, "exchange", 5), mark(1, "exchange", 5)])
+    assert "network" in watchdog.verdict([mark(0, "exchange", 5), mark(1, "agreement", 5)])
+    seen = watchdog.verdict([mark(0, "evaluation", 5), mark(1, "evaluation (stopped)", 5)])
+    assert seen == "rank 1 (process 11 on h) hung in evaluation (stopped) of step 6"
+
+
+def test_who_waits_for_a_batch_of_an_evaluation_has_the_time_that_a_batch_took_here(tmp_path):
+    dog = Watchdog(tmp_path, Worker(), 30.0)
+    for seconds in (200.0, 5.0, 200.0):
+        dog.beat("agreement", 5)
+        dog.beat("evaluation", 5)
+        dog.last -= seconds  # as if it had taken so long
+    dog.beat("agreement", 5)
+    assert dog.limit == pytest.approx(2000, rel=0.01)
+    dog.close()
 
 
 def test_a_mark_is_always_whole(tmp_path):

@@ -1,6 +1,7 @@
 """A campaign of faults: `python -m tests.faults.campaign -n 300 --seed 1`; with `--write` its table goes into docs/RELIABILITY.md.
 
     --case 17      one case of that seed alone; its folder is kept and named
+    --only hang    only faults of these kinds
 Every case is a run of its own, and compared with the golden run of its variant, made in the same session.
 """
 
@@ -32,7 +33,8 @@ class Campaign:
     """Cases of one seed in one folder; a case is a function of (seed, number), as far as what comes from outside can be."""
 
     def __init__(self, seed: int, folder: Path, data_dir: Path, only: tuple[str, ...] = tuple(kinds.KINDS)):
-        self.seed, self.folder, self.data_dir, self.only, self.forge = seed, Path(folder), data_dir, only, Forge()
+        self.seed, self.folder, self.data_dir, self.only, self.forge = seed, Path(folder), data_dir, tuple(only), Forge()
+        self.words = "" if self.only == tuple(kinds.KINDS) else f" --only {' '.join(self.only)}"
         self.golden: dict[int, dict] = {}
 
     def case(self, number: int) -> Report:
@@ -46,7 +48,7 @@ class Campaign:
         case.compare(self.golden[variant])
         for problem in report.problems:
             print(f"seed {self.seed}, case {number}: {problem}; {[m.what for m in report.met]}; again with\n"
-                  f"  python -m tests.faults.campaign --seed {self.seed} --case {number}", flush=True)
+                  f"  python -m tests.faults.campaign --seed {self.seed} --case {number}{self.words}", flush=True)
         return report
 
     def reports(self) -> Iterator[Report]:
@@ -137,10 +139,11 @@ def main() -> int:
     parser.add_argument("-n", type=int, default=300, help="faults that have to happen")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--case", type=int, help="only this case of the seed")
+    parser.add_argument("--only", nargs="+", choices=kinds.KINDS, default=tuple(kinds.KINDS), metavar="KIND")
     parser.add_argument("--write", action="store_true", help=f"put the table into {DOCUMENT.relative_to(REPO)}")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    campaign, reports, begun = Campaign(args.seed, folder, make_dataset(folder)), [], time.monotonic()
+    campaign, reports, begun = Campaign(args.seed, folder, make_dataset(folder), args.only), [], time.monotonic()
     if args.case is not None:
         report = campaign.case(args.case)
         print(json.dumps({"folder": str(folder), "met": [m.what for m in report.met], "problems": report.problems}, indent=1))

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sqlite3
 import time
@@ -17,7 +18,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from orchestrator import checkpoint, journal, runs, stopping
+from orchestrator import checkpoint, journal, runs, stopping, watchdog
 from orchestrator.config import load_experiment
 from orchestrator.manifest import load_manifest
 from tests.faults import kinds, rank
@@ -30,6 +31,7 @@ TINY = ["name=tiny", "data.tokenizer=char", "model.n_layer=1", "model.n_head=2",
         "train.keep=3", "schedule.max_lr=1e-2", "schedule.warmup_steps=5", "compute.use_gpu=false"]
 HANG = ["compute.hang_after_s=2"]  # for an attempt with a hang: the others run on a busy machine
 VARIANTS = [[f"train.dtype={dtype}", f"train.log_interval={interval}"] for dtype in ("float32", "bfloat16") for interval in (1, 3)]
+NAMED = re.compile(r"rank (\d+) \(process ")  # by the watchdog's verdict
 ATTEMPT_S = 120.0  # one that takes longer has failed
 EXACT = ("train/", "val/", "optim/")
 
@@ -167,6 +169,9 @@ class Case:
         if not happened:
             if any(codes):
                 self.report.problems.append(f"attempt {self.report.attempts} ended with {codes} for no reason")
+            return
+        if fault.kind == "hang" and (named := NAMED.findall(watchdog.report(self.run_dir) or "")) != [str(fault.rank)]:
+            self.report.problems.append(f"rank {fault.rank} was stopped in attempt {self.report.attempts}, and found: {named}")
             return
         kind = "all" if fault.kind in ("flip", "cut") and not self._steps() else fault.kind  # nothing is there yet to be damaged
         what = f"{fault.moment or kind} of rank {fault.rank} of {fault.world}, attempt {self.report.attempts}"

@@ -60,7 +60,7 @@ def _work(job: dict[str, Any], run_dir: Path) -> None:
         hooks.fill_disk(1 + int(fault["place"] * 3), lambda moment: _note(job["met"], moment))
     experiment, place = load_experiment(None, job["overrides"]), Worker(rank, world, cpus=1)
     with lease.held(run_dir, lease.WRITER, 60) if rank == 0 else contextlib.nullcontext():
-        number = workers._begin_attempt(run_dir, job["launch"], world) if rank == 0 else 0
+        number = workers._begin_attempt(run_dir, workers._attempts(run_dir), job["launch"], world) if rank == 0 else 0
         worker = Worker(rank, world, cpus=1, attempt=agree(number, place))
         _train(experiment, run_dir, Path(job["data_dir"]), worker)
 

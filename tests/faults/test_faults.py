@@ -7,7 +7,8 @@ import pytest
 from orchestrator import journal
 from tests.faults.campaign import Campaign
 from tests.faults.case import Case, outcome
-from tests.faults.kinds import KINDS, draw
+from tests.faults.kinds import KINDS, Fault, draw
+from tests.faults.rank import TIMEOUT_S
 
 SEED = 4
 KILLS = 30
@@ -15,7 +16,7 @@ KILLS = 30
 
 @pytest.fixture(scope="module")
 def campaign(tiny_dataset, tmp_path_factory) -> Campaign:
-    """Without SIGSTOP, which costs seconds of waiting: `test_a_stopped_rank_…` has one."""
+    """Without SIGSTOP, which costs seconds of waiting: `test_a_stopped_rank_…` has some."""
     return Campaign(SEED, tmp_path_factory.mktemp("faults"), tiny_dataset, tuple(k for k in KINDS if k != "hang"))
 
 
@@ -29,12 +30,14 @@ def test_thirty_kills_change_no_bit(campaign):
     assert len({m.kind for r in reports for m in r.met}) > len(KINDS) / 2, "the kinds are not mixed"
 
 
-def test_a_stopped_rank_is_found_and_the_run_goes_on(campaign):
-    case = Case(campaign.forge, campaign.folder / "hang", campaign.data_dir, ["train.log_interval=1"])
-    report = case.run(random.Random(SEED), 1, ("hang",))
-    assert [m.kind for m in report.met] == ["hang"]
-    assert [m.kills for m in report.met] == [1], "its neighbours did not end it"
-    assert not report.problems
+@pytest.mark.parametrize("moment", ["before forward", "before batch", "after batch"])
+def test_a_stopped_rank_is_named_and_the_run_goes_on(campaign, moment):
+    case = Case(campaign.forge, campaign.folder / f"hang {moment}", campaign.data_dir, ["train.log_interval=1"])
+    assert not case.attempt(2, Fault("hang", 2, 1, moment, 24, patience=5.0))
+    assert not case.report.problems, "a hang was met that the watchdog did not find, or of which it named another rank"
+    assert case.attempt(1, None)
+    (met,) = case.report.met
+    assert met.again_s < TIMEOUT_S / 2, "gloo ended it"
     assert list((case.run_dir / "hangs").glob("0001/hang-rank*.txt"))
 
 

@@ -25,7 +25,6 @@ from orchestrator.errors import UserError
 from orchestrator.integrity import FORMAT, MANIFEST, NAME, digest_of, read_manifest, text_of, verify
 from orchestrator.manifest import fsync
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 SPARE_BYTES = 1 << 20  # left to the journal and whatever else a run writes meanwhile
 _CHUNK = 4 << 20  # bytes hashed and written at a time, while they are in the processor's cache
 _ASIDE = ".aside"
@@ -57,7 +56,7 @@ def commit(directory: Path, step: int, parts: dict[str, bytes | memoryview], fac
     """Make the folder of `step` out of the bytes of its parts. Leaves nothing behind where it fails, and what was there as it was.
 
     Raises:
-        OSError: with an errno of `FULL` where there is no room, found before anything is written where the system says so.
+        OSError: with an errno of `NO_ROOM` where there is no room, found before anything is written where the system says so.
     """
     directory = Path(directory)
     _make(directory)

@@ -4,7 +4,6 @@ Everything that must outlive this process is in the run's folder before it is ne
 again goes on, whatever happened to the first one.
 """
 
-import json
 import os
 import sys
 import time
@@ -123,7 +122,7 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
         sent = False
     if summary["mlflow_run_id"] != tracker.run_id:  # a server that was slow to answer
         summary["mlflow_run_id"] = tracker.run_id
-        runs.write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
+        runs.write_summary(run_dir, summary)
     if reason:
         print(f"error: {reason}" if code == EXIT_USER else reason, file=sys.stderr)
     _print_summary(run_dir, summary, tracker.url)
@@ -184,7 +183,7 @@ def _compare(run_dir: Path, summary: dict[str, Any], estimate: dict[str, float])
     measured = {"time_s": summary["wall_s"], "memory_gib": max(seen, default=None),
                 "final_disk_bytes": calibrate.folder_bytes(run_dir / "checkpoints")}
     summary |= {"estimated": estimate, "measured": measured}
-    runs.write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
+    runs.write_summary(run_dir, summary)
 
 
 # ---- a run that is done ----

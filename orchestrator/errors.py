@@ -1,6 +1,9 @@
 """The line between a user's mistake and ours, and the exit statuses of a driver."""
 
+import errno
+
 EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_AGAIN, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: the user's to mend, once nothing else can be done
 
 
 class HeldError(RuntimeError):

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from model.generate import generate
+from orchestrator import events
 from orchestrator.batches import TokenStream, eval_batches
 from orchestrator.config import Experiment
+from orchestrator.errors import NO_ROOM
 from orchestrator.evaluation import EvalSet
 from orchestrator.numerics import Worker, autocast, keyed_seed
 from orchestrator.own_file import write_text
@@ -55,5 +57,11 @@ class Evaluator:
         with self.autocast:
             drawn = generate(state.model, tokens, SAMPLE_TOKENS, top_k=50, n_vocab=self.tokenizer.n_vocab,
                              seed=keyed_seed(self.experiment.train.seed, state.step))
-        folder.mkdir(exist_ok=True)
-        write_text(folder / f"step-{state.step:08d}.txt", self.tokenizer.decode(drawn[0].tolist()))
+        file = folder / f"step-{state.step:08d}.txt"
+        try:
+            folder.mkdir(exist_ok=True)
+            write_text(file, self.tokenizer.decode(drawn[0].tolist()))
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            events.note(self.run_dir, "disk_full", f"{file}: no room; this sample is left out", step=state.step)

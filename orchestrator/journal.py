@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator import own_file
+from orchestrator import events, own_file
+from orchestrator.errors import NO_ROOM, UserError
 from orchestrator.manifest import fsync
 
 FILE = "metrics.jsonl"
@@ -22,23 +23,64 @@ TAIL_BYTES = 8192  # a line has some hundreds
 
 
 class Journal:
-    """Appends to `run_dir/metrics.jsonl`; a line is either whole or not there."""
+    """Appends to `run_dir/metrics.jsonl`; a line is either whole or not there.
+
+    Where there is no room for one, it and those after it wait in memory, and are written in order once there is.
+    """
 
     def __init__(self, run_dir: Path):
         self.path = Path(run_dir) / FILE
+        self.late: list[dict[str, Any]] = []
+        self.is_short = False  # of room, and said so
 
     def append(self, step: int, metrics: dict[str, float]) -> dict[str, Any]:
-        """Write one line with one system call; returns the record as readers will see it."""
-        return self.keep({"step": step, "timestamp": time.time_ns() // 1_000_000, **metrics})
+        """Write one line, after those that are late; returns the record as readers will see it."""
+        record = {"step": step, "timestamp": time.time_ns() // 1_000_000, **metrics}
+        self.late.append(record)
+        self.catch_up()
+        return record
+
+    def catch_up(self) -> OSError | None:
+        """Write the lines that are late; returns why that is not possible yet, where there is no room."""
+        step = self.late[-1]["step"] if self.late else None
+        while self.late:
+            try:
+                self.keep(self.late[0])
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                if not self.is_short:
+                    self._note(step, f"no room for the line of step {step} ({error.strerror}); it waits in memory, and "
+                                     f"checkpoints wait for it; training goes on")
+                self.is_short = True
+                return error
+            self.late.pop(0)
+        if self.is_short:
+            self._note(step, "there is room again, and the lines that waited are written")
+            self.is_short = False
+        return None
+
+    def close(self) -> None:
+        """After the last line.
+
+        Raises:
+            UserError: there is no room for what is late.
+        """
+        if error := self.catch_up():
+            raise UserError(f"{self.path}: no room for the line of step {self.late[0]['step']} ({error.strerror}). Free some room "
+                            f"there and run the same command again: it goes on from the last checkpoint")
+
+    def _note(self, step: int | None, message: str) -> None:
+        events.note(self.path.parent, "disk_full", f"{self.path}: {message}", step=step)
 
     def keep(self, record: dict[str, Any]) -> dict[str, Any]:
-        """`append` a line that has its time already."""
+        """Write one line, that has its time already, with one system call."""
         line = json.dumps(record).encode() + b"\n"
         with open(self.path, "ab", buffering=0, opener=own_file.opener) as file:
             start = file.seek(0, os.SEEK_END)
             if file.write(line) != len(line):  # a full disk takes what fits: the next line must not be glued to it
                 file.truncate(start)
-                raise OSError(errno.ENOSPC, "no room for a line of the journal", str(self.path))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         return record
 
     def rewind(self, step: int, reduce: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None) -> int:

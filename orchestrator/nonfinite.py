@@ -4,14 +4,13 @@ Eats a step's reduced gradient, which every worker has to the bit; yields what t
 lies that it came from: in `stopped.json` where the run ends by it, as an event where it goes on without it.
 """
 
-import json
 import math
 from pathlib import Path
 
 from orchestrator import events
 from orchestrator.batches import Batches
 from orchestrator.config import Train
-from orchestrator.runs import write_text
+from orchestrator.runs import write_stopped
 from orchestrator.state import TrainState
 from orchestrator.step import Gradient
 
@@ -56,4 +55,4 @@ class Guard:
             events.note(self.run_dir, "nonfinite", message, **facts)
             return
         hint = "" if again else "; train.on_nonfinite=skip goes on without it"
-        write_text(self.run_dir / "stopped.json", json.dumps({"reason": f"{message}{hint}.", **facts}, indent=1))
+        write_stopped(self.run_dir, {"reason": f"{message}{hint}.", **facts})

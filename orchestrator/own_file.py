@@ -61,9 +61,13 @@ def rewrite(path: Path, text: str) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: readers see the old text or the new one. A link is replaced, not what it leads to."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
-    with open(temporary, "x", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError:  # what fits of it must not take the last room
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _refusal(path: str | Path) -> NotOwnError:

@@ -7,6 +7,7 @@
 
 import json
 import shutil
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from typing import Any
 from model.schedule import learning_rate
 from orchestrator import checkpoint, events, journal, stopping
 from orchestrator.config import Experiment, parse_experiment
-from orchestrator.errors import UserError
+from orchestrator.errors import NO_ROOM, UserError
 from orchestrator.manifest import Manifest
 from orchestrator.own_file import write_text
 from orchestrator.plain_yaml import read_yaml
 from orchestrator.state import data_identity
 
+RESERVE, RESERVE_BYTES = ".reserve", 1 << 17  # room that is kept for the last word of a run
 # Fields that may change under the same name; every other one is what the run is.
 FREE = ("name", "storage", "data.dir", "train.max_steps", "train.log_interval", "train.eval_interval",
         "train.checkpoint_interval", "train.keep", "train.on_nonfinite", "train.allow_drift", "compute.", "tracking.")
@@ -82,7 +84,7 @@ def stored_experiment(folder: Path) -> Experiment:
 
 
 def open_attempt(run_dir: Path, experiment: Experiment, facts: dict[str, Any], attempt: dict[str, Any]) -> None:
-    """Write experiment.yaml and run.json for this attempt.
+    """Write experiment.yaml and run.json for this attempt, and take the room for its last word.
 
     Args:
         facts: "params", "tags" and "dataset" for the tracking server.
@@ -98,6 +100,7 @@ def open_attempt(run_dir: Path, experiment: Experiment, facts: dict[str, Any], a
     run = {"name": experiment.name, "key": known["key"], **facts, "attempts": [*known["attempts"], attempt]}
     write_text(run_dir / "run.json", json.dumps(run, indent=1))  # first: else a kill here leaves another experiment its old key
     write_text(run_dir / "experiment.yaml", experiment.to_yaml())
+    write_text(run_dir / RESERVE, " " * RESERVE_BYTES)
     stopping.clear(run_dir)
     for stale in (run_dir / "summary.json", run_dir / "stopped.json", *run_dir.glob("failure-rank*.txt")):
         stale.unlink(missing_ok=True)
@@ -119,6 +122,7 @@ def summarise(run_dir: Path, end: tuple[str, int], tokens_per_step: int, mlflow_
     Args:
         end: MLflow's status and the driver's exit status, which says more.
     """
+    (run_dir / RESERVE).unlink(missing_ok=True)
     records = journal.read(run_dir)
     folder = run_dir / "checkpoints"
     step = max(checkpoint.steps(folder), default=0)
@@ -141,8 +145,31 @@ def summarise(run_dir: Path, end: tuple[str, int], tokens_per_step: int, mlflow_
         "wall_s": round(wall_s, 1),
         "tokens_per_sec": round(tokens_per_step * len(timed) / sum(timed), 1) if timed else None,
     }
-    write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
+    write_summary(run_dir, summary)
     return summary
+
+
+def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json. Where there is no room, that is said: the reason why the run ended must be heard all the same."""
+    try:
+        write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        print(f"{run_dir}: no summary.json: {error.strerror}", file=sys.stderr)
+
+
+def write_stopped(run_dir: Path, facts: dict[str, Any]) -> None:
+    """Write stopped.json, the word that a run is not to be begun again. On a full disk it goes into the room that was kept."""
+    text, reserve = json.dumps(facts, indent=1), run_dir / RESERVE
+    try:
+        write_text(run_dir / "stopped.json", text)
+    except OSError as error:
+        if error.errno not in NO_ROOM or not reserve.exists():
+            raise
+        with open(reserve, "r+b", buffering=0) as file:  # in place: others may take what is freed
+            file.write(text.encode().ljust(RESERVE_BYTES))
+        os.replace(reserve, run_dir / "stopped.json")
 
 
 def read_json(path: Path) -> Any:

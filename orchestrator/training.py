@@ -9,7 +9,6 @@ Legend: B sequences per micro-batch, T tokens per sequence, M micro-batches per 
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from orchestrator.journal import Journal
 from orchestrator.manifest import load_manifest
 from orchestrator.meter import memory_metrics
 from orchestrator.numerics import Worker, agree, autocast, device_name, prepare_process
-from orchestrator.runs import write_text
+from orchestrator.runs import write_stopped
 from orchestrator.step import Gradient, Step
 from orchestrator.tokenizer import load_tokenizer
 from orchestrator.writer import Writer
@@ -87,6 +86,7 @@ class Run:
         with Writer(self.run_dir / "checkpoints", self.experiment.train.keep, self.run_dir) as self.writer:
             # However the steps end, what was saved is committed then.
             yield from self._steps()
+            self.journal.close()
 
     def _steps(self) -> Iterator[dict[str, Any]]:
         s = self.state
@@ -224,7 +224,7 @@ class Run:
         if self.worker.is_main:
             self.writer.wait()
             facts = {"reason": f"asked to stop after step {self.state.step}", "step": self.state.step, "again": True}
-            write_text(self.run_dir / "stopped.json", json.dumps(facts, indent=1))
+            write_stopped(self.run_dir, facts)
 
     def _lacks(self, line: dict[str, float]) -> tuple[bool, bool]:
         """Whether the last line of a run still needs the training window, and the evaluation."""
@@ -299,5 +299,9 @@ class Run:
 
     def _checkpoint(self, metrics: dict[str, float]) -> None:
         self.beat("checkpoint", self.state.step)
-        if self.worker.is_main:
+        if not self.worker.is_main:
+            return
+        if no_room := self.journal.catch_up():  # a kill behind a checkpoint would lose for ever what only memory holds
+            self.writer.leave_out(self.state.step, no_room)
+        else:
             self.writer.save(self.state.step, *state.snapshot(self.state, self.experiment, self.dataset, self.worker, metrics))

@@ -18,10 +18,10 @@ from typing import Any
 
 from orchestrator import checkpoint, events, lease, memory, oom_kill, own_file, stopping, watchdog
 from orchestrator.config import Experiment, parse_experiment
-from orchestrator.errors import HeldError, UserError
+from orchestrator.errors import NO_ROOM, HeldError, UserError
 from orchestrator.launch import COLLECTIVE_TIMEOUT_S, Layout, worker_environment
 from orchestrator.numerics import Worker, agree
-from orchestrator.runs import write_text
+from orchestrator.runs import write_stopped, write_text
 from orchestrator.training import Run
 from orchestrator.watchdog import Watchdog
 
@@ -151,9 +151,11 @@ def _record_failure(run_dir: Path, rank: int, error: Exception) -> None:
     """Keep the traceback where the driver finds it, and end the run where it is the user's to mend."""
     if isinstance(error, UserError):
         _stop(run_dir, str(error), True)
+    elif isinstance(error, OSError) and error.errno in NO_ROOM:  # of what training cannot do without
+        _stop(run_dir, f"{run_dir}: no room to go on ({error}). Free some room there and run the same command again", True)
     with contextlib.suppress(OSError):
         write_text(run_dir / f"failure-rank{rank}.txt", "".join(traceback.format_exception(error)))
 
 
 def _stop(run_dir: Path, reason: str, user: bool) -> None:
-    write_text(run_dir / "stopped.json", json.dumps({"reason": reason, "user": user}, indent=1))
+    write_stopped(run_dir, {"reason": reason, "user": user})

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from orchestrator import checkpoint, events, journal, tensor_file
-from orchestrator.errors import UserError
+from orchestrator.errors import NO_ROOM, UserError
 
 
 class Writer:
@@ -38,6 +38,11 @@ class Writer:
         self._join()
         self._files = tensor_file.fill(self._files, tensors)
         self._pending = self._thread.submit(self._commit, step, checkpoint.parts_of(self._files, texts), facts)
+
+    def leave_out(self, step: int, error: OSError) -> None:
+        """`save`, where it is known that there is no room."""
+        self._join()
+        self._unwritten = self._no_room(step, error)
 
     def wait(self) -> None:
         """Until everything that was saved is committed.
@@ -78,7 +83,7 @@ class Writer:
             journal.sync(self.run_dir)
             checkpoint.commit(self.directory, step, parts, facts)
         except OSError as error:
-            if error.errno not in checkpoint.FULL:
+            if error.errno not in NO_ROOM:
                 raise
             return self._no_room(step, error)
         checkpoint.prune(self.directory, self.keep)

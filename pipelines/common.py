@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from orchestrator.config import field_docs, load_experiment
-from orchestrator.errors import EXIT_AGAIN, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, HeldError, UserError
+from orchestrator.errors import EXIT_AGAIN, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, NO_ROOM, HeldError, UserError
 from orchestrator.interrupts import Terminated
 from orchestrator.refusals import Docs
 
@@ -17,8 +17,8 @@ DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
 
 def guarded(main: Callable[[list[str]], int]) -> None:
-    """Run `main(argv)` and exit: a user's mistake is one line (or one per mistake) and status 2, a run that
-    somebody else writes to or SIGTERM 75, Ctrl-C 130."""
+    """Run `main(argv)` and exit: a user's mistake is one line (or one per mistake) and status 2, as is a full disk; a
+    run that somebody else writes to or SIGTERM 75, Ctrl-C 130."""
     try:
         status = main(sys.argv[1:])
     except UserError as error:
@@ -36,6 +36,11 @@ def guarded(main: Callable[[list[str]], int]) -> None:
     except BrokenPipeError:  # `… --help | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_FAILED
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        print(f"error: no room ({error}); free some there and run this again", file=sys.stderr)
+        status = EXIT_USER
     sys.stdout.flush()
     sys.exit(status)
 

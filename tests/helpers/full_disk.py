@@ -1,7 +1,8 @@
 """Training on a disk that fills up: `full_disk.py FOLDER DATA_DIR JSON_OVERRIDES` -> JSON; run it as `unshare --mount`.
 
 Each disk is a tmpfs of a few MB that this process alone sees. It is filled at step 6 and, where `frees`, has room again at 14:
-of bytes, so that the next checkpoint is not begun, or of files, so that the system refuses one half-way.
+of bytes, so that the next checkpoint is not begun, or of files, so that the system refuses one half-way, or of both, so that
+nothing at all can be written.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from orchestrator import checkpoint, events, journal
+from orchestrator import checkpoint, events, journal, runs, workers
 from orchestrator.config import load_experiment
 from orchestrator.errors import UserError
 from orchestrator.numerics import Worker
@@ -22,15 +23,20 @@ LEFT_BYTES, LEFT_FILES = 500_000, 4
 EXPERIMENT = load_experiment(None, OVERRIDES)
 
 
-def fill_bytes(disk: Path) -> None:
+def fill_bytes(disk: Path, left: int = LEFT_BYTES) -> None:
     room = os.statvfs(disk)
     with open(disk / "filler", "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_frsize - LEFT_BYTES)
+        os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_frsize - left)
 
 
-def fill_files(disk: Path) -> None:
-    for number in range(os.statvfs(disk).f_favail - LEFT_FILES):
+def fill_files(disk: Path, left: int = LEFT_FILES) -> None:
+    for number in range(os.statvfs(disk).f_favail - left):
         (disk / f"filler-{number}").touch()
+
+
+def fill_all(disk: Path) -> None:
+    fill_bytes(disk, 0)
+    fill_files(disk, 0)
 
 
 def free(disk: Path) -> None:
@@ -40,8 +46,19 @@ def free(disk: Path) -> None:
 
 def outcome(run_dir: Path) -> dict:
     found = checkpoint.latest_valid(run_dir / "checkpoints")
-    curve = [{k: v for k, v in r.items() if k == "step" or k.startswith(("train/", "optim/"))} for r in journal.read(run_dir)]
+    curve = [{k: v for k, v in r.items() if k == "step" or k.startswith(("train/", "val/", "optim/"))}
+             for r in journal.read(run_dir)]
     return {"step": found.name, "weights": checkpoint.weights_sha256(checkpoint.load_tensors(found, "model")), "curve": curve}
+
+
+def end(run_dir: Path) -> str:
+    """The next attempt of the workers and the driver's last word, on a disk that is full: the reason that the driver shows."""
+    try:
+        workers._begin_attempt(run_dir, [], "launch", 1)
+    except OSError as error:
+        workers._record_failure(run_dir, 0, error)
+    runs.summarise(run_dir, ("FAILED", 1), EXPERIMENT.tokens_per_step, None, 0.0)
+    return runs.read_json(run_dir / "stopped.json")["reason"]
 
 
 def run(name: str, fill, frees: bool) -> dict:
@@ -51,6 +68,7 @@ def run(name: str, fill, frees: bool) -> dict:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m,nr_inodes=200", "none", str(disk)], check=True)
     run_dir, torn, error = disk / "run", [], None
     run_dir.mkdir()
+    runs.open_attempt(run_dir, EXPERIMENT, {}, {})
     training = Run(EXPERIMENT, run_dir, DATA_DIR, Worker(cpus=1))
     try:
         for line in training:
@@ -66,9 +84,12 @@ def run(name: str, fill, frees: bool) -> dict:
     except UserError as raised:
         error = str(raised)
     said = {"error": error, "torn": torn, "steps": checkpoint.steps(run_dir / "checkpoints"), "updates": training.state.step,
+            "samples": sorted(int(p.stem.removeprefix("step-")) for p in (run_dir / "samples").iterdir()),
             "events": [(e["kind"], e["step"]) for e in events.read(run_dir)]}
     if error:
+        said["stopped"] = end(run_dir) if fill == fill_all else None
         free(disk)
+        runs.open_attempt(run_dir, EXPERIMENT, {}, {})
         train(EXPERIMENT, run_dir, DATA_DIR, Worker(cpus=1))
     return said | outcome(run_dir)
 
@@ -76,7 +97,7 @@ def run(name: str, fill, frees: bool) -> dict:
 (FOLDER / "golden").mkdir()
 train(EXPERIMENT, FOLDER / "golden", DATA_DIR, Worker(cpus=1))
 results = {"golden": outcome(FOLDER / "golden")}
-for kind, fill in (("bytes", fill_bytes), ("files", fill_files)):
+for kind, fill in (("bytes", fill_bytes), ("files", fill_files), ("all", fill_all)):
     for frees in (True, False):
         results[f"{kind} {'for a while' if frees else 'for ever'}"] = run(f"{kind}-{frees}", fill, frees)
 print("\n" + json.dumps(results))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from orchestrator import checkpoint, outbox
-from orchestrator.errors import UserError
+from orchestrator.errors import NO_ROOM, UserError
 from tests.helpers.facts import FACTS
 
 # Every file-system call that a commit makes.
@@ -551,7 +551,7 @@ def test_what_a_killed_writer_left_is_removed_before_room_is_asked_for(tmp_path,
     monkeypatch.setattr(os, "statvfs", statvfs)
     with pytest.raises(OSError, match="40,960 bytes free, 1,04") as raised:
         commit(tmp_path, 1)
-    assert raised.value.errno in checkpoint.FULL
+    assert raised.value.errno in NO_ROOM
     assert os.listdir(tmp_path) == []
 
 

@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from orchestrator import journal
+from orchestrator import events, journal
+from orchestrator.errors import UserError
 from orchestrator.journal import Journal, Tail
 
 
@@ -59,20 +60,26 @@ def test_a_torn_last_line_is_not_read(tmp_path):
         assert steps(journal.read(tmp_path)) == [1]
 
 
-def test_a_line_that_a_full_disk_cuts_short_is_taken_back(tmp_path):
+def test_lines_for_which_a_full_disk_has_no_room_are_never_torn_and_come_later_in_order(tmp_path):
     log = filled(tmp_path, (1, 2))
     limits, size = resource.getrlimit(resource.RLIMIT_FSIZE), log.path.stat().st_size
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, limits[1]))
     try:
         with pytest.raises(OSError):
-            log.append(3, {"train/loss": 1.0})
+            log.keep({"step": 3, "train/loss": 1.0})
+        assert log.path.stat().st_size == size
+        late = [log.append(step, {"train/loss": 1.0}) for step in (3, 4)]
+        with pytest.raises(UserError, match=f"{log.path}: no room for the line of step 3 .*run the same command again"):
+            log.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert log.path.stat().st_size == size
-    log.append(4, {})
-    assert steps(journal.read(tmp_path)) == [1, 2, 4]
+    late.append(log.append(5, {}))
+    assert journal.read(tmp_path)[2:] == late, "not in order, or not as they were"
+    log.close()
+    assert events.read(tmp_path)[-1]["message"].endswith("there is room again, and the lines that waited are written")
 
 
 # ---- rewind ----

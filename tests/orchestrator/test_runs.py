@@ -259,7 +259,7 @@ def test_attempts_add_up_under_one_key_and_old_endings_go(tmp_path):
     second = runs.read_json(tmp_path / "run.json")
     assert second["key"] == first["key"]
     assert (second["attempts"], second["params"]) == ([{"n": 1}, {"n": 2}], {"a": 2})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["experiment.yaml", "run.json", "stop.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [runs.RESERVE, "experiment.yaml", "run.json", "stop.json"]
     assert stopping.asked(tmp_path) is None
     assert runs.stored_experiment(tmp_path) == experiment()
 

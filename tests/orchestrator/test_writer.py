@@ -201,7 +201,8 @@ def full_disks(tiny_dataset, tmp_path_factory) -> dict:
         why = str(error)
     if why:
         pytest.skip(f"a small disk cannot be mounted here: {why}")
-    command = [*alone, sys.executable, str(HELPER), str(folder), str(tiny_dataset), json.dumps(SMALL)]
+    command = [*alone, sys.executable, str(HELPER), str(folder), str(tiny_dataset),
+               json.dumps([*SMALL, "train.eval_interval=5", "train.eval_tokens=200"])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]) | {"output": done.stdout}
@@ -227,6 +228,26 @@ def test_a_disk_that_is_full_at_the_end_is_an_error_that_says_what_to_do_and_los
     for words in ("/run/checkpoints: no room for the checkpoint of step 20", "No space left on device", "of step 4",
                   "run the same command again"):
         assert words in result["error"]
+    assert {key: result[key] for key in golden} == golden  # the same command again, with room
+
+
+def test_a_disk_without_a_byte_for_a_while_costs_checkpoints_and_samples_and_nothing_else(full_disks):
+    result, golden = full_disks["all for a while"], full_disks["golden"]
+    assert result["error"] is None
+    assert result["steps"] == [4, 16, 20]
+    assert result["samples"] == [0, 5, 15, 20]
+    assert result["torn"] == []
+    assert result["events"] == [["disk_full", 15]], "there is room again"
+    assert {key: result[key] for key in golden} == golden
+
+
+def test_a_disk_without_a_byte_at_the_end_ends_the_run_with_words_and_loses_nothing(full_disks):
+    result, golden = full_disks["all for ever"], full_disks["golden"]
+    assert (result["updates"], result["steps"], result["samples"]) == (20, [4], [0, 5])
+    assert "/run/metrics.jsonl: no room for the line of step " in result["error"]
+    for words in ("No space left on device", "Free some room there and run the same command again"):
+        assert words in result["error"]
+        assert words in result["stopped"]
     assert {key: result[key] for key in golden} == golden  # the same command again, with room
 
 

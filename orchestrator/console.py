@@ -1,23 +1,30 @@
-"""What a person sees while a run goes on: one steady line per logged step, read from the run's journal.
+"""What a person sees while a run goes on: one steady line per logged step, read from the run's journal, and its events.
 
-The driver follows the file as the tracking sender does, so that what is printed is what was recorded.
+The driver follows the files as the tracking sender does, so that what is printed is what was recorded. Only of a disk that
+is full it hears nothing from them, and looks itself.
 """
 
+import contextlib
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
 
-from orchestrator import journal
+from orchestrator import events, journal
+
+FULL_BYTES = 4096  # free, or fewer: not even an event may find room
 
 
 class Console:
-    """Prints the lines that appear in `run_dir/metrics.jsonl` from now on; `with Console(…):` around the run."""
+    """Prints the lines and events that are written in `run_dir` from now on; `with Console(…):` around the run."""
 
     def __init__(self, run_dir: Path, max_steps: int, tokens_per_step: int, interval_s: float = 0.3):
         self.max_steps, self.tokens_per_step = max_steps, tokens_per_step
         self.interval_s, self.done = interval_s, threading.Event()
-        self.tail = journal.Tail(run_dir)
+        self.run_dir, self.is_full = Path(run_dir), False
+        self.tail, self.events = journal.Tail(run_dir), journal.Tail(run_dir, events.FILE)
+        self.events.poll()
         self.seen = {_identity(record) for record in self.tail.poll()}
         self.thread = threading.Thread(target=self._follow, name="console", daemon=True)
 
@@ -33,10 +40,27 @@ class Console:
         ended = False
         while not ended:
             ended = self.done.wait(self.interval_s)  # after the end, one last look
+            self._look_for_room()
+            for event in self.events.poll():
+                print(event["message"], flush=True)
             for record in self.tail.poll():
                 if _identity(record) not in self.seen:
                     self.seen.add(_identity(record))
                     print(format_record(record, self.max_steps, self.tokens_per_step), flush=True)
+
+
+    def _look_for_room(self) -> None:
+        before, self.is_full = self.is_full, _is_full(self.run_dir)
+        if self.is_full and not before:
+            print(f"{self.run_dir}: the disk is full. Training goes on; lines and checkpoints wait for room", flush=True)
+
+
+def _is_full(folder: Path) -> bool:
+    """Whether nothing more can be written there, as far as the system says so."""
+    with contextlib.suppress(OSError):
+        room = os.statvfs(folder)
+        return bool(room.f_blocks) and (room.f_bavail * room.f_frsize < FULL_BYTES or bool(room.f_files) and not room.f_favail)
+    return False
 
 
 def _identity(record: dict[str, Any]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What happened to a run besides its steps: `events.jsonl` in its folder, and a line for whoever watches.
+"""What happened to a run besides its steps: `events.jsonl` in its folder, and by `console.py` a line for whoever watches.
 
     {"time": "2026-11-27T05:00:00+00:00", "kind": "checkpoint_damaged", "message": "passed over: …", …}
 

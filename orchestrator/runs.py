@@ -168,7 +168,8 @@ def write_stopped(run_dir: Path, facts: dict[str, Any]) -> None:
         if error.errno not in NO_ROOM or not reserve.exists():
             raise
         with open(reserve, "r+b", buffering=0) as file:  # in place: others may take what is freed
-            file.write(text.encode().ljust(RESERVE_BYTES))
+            file.write(text.encode())
+            file.truncate()
         os.replace(reserve, run_dir / "stopped.json")
 
 

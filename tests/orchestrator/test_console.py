@@ -1,10 +1,11 @@
 """What a person sees: the words of a line, and each line once."""
 
+import os
 import time
 
 import pytest
 
-from orchestrator import journal
+from orchestrator import events, journal
 from orchestrator.console import Console, duration, format_record, number, table
 from orchestrator.journal import Journal
 
@@ -115,6 +116,29 @@ def test_records_of_one_millisecond_or_of_a_clock_behind_ours_are_printed_too(tm
         for step in (1, 2, 3, 4):
             log.append(step, {})
     assert shown(capsys) == [1, 2, 3, 4]
+
+
+def test_events_are_lines_too_and_those_of_before_are_not_told_again(tmp_path, capsys):
+    events.note(tmp_path, "drift", "the driver has said that")
+    with Console(tmp_path, 100, 1, interval_s=0.01):
+        Journal(tmp_path).append(1, {})
+        time.sleep(0.1)
+        events.note(tmp_path, "hang", "rank 1 hung in gradient of step 2")
+        time.sleep(0.1)
+        events.note(tmp_path, "restart", "attempt 2 begins at step 0")
+    assert capsys.readouterr().out.splitlines() == ["step   1/100", "rank 1 hung in gradient of step 2",
+                                                    "attempt 2 begins at step 0"]
+
+
+def test_a_disk_that_is_full_is_told_once_each_time(tmp_path, capsys, monkeypatch):
+    free = [0]
+    # The system's figures are invented here: a real full disk of a run is filled in `test_writer.py`.
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 100, free[0], free[0], 50, 9, 9, 0, 255)))
+    with Console(tmp_path, 100, 1, interval_s=0.01):
+        for free[0] in (0, 5, 0):
+            time.sleep(0.1)
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path}: the disk is full. Training goes on; lines and "
+                                                    "checkpoints wait for room"] * 2
 
 
 def test_the_last_records_are_printed_before_the_console_ends(tmp_path, capsys):

@@ -139,7 +139,8 @@ def by_interval(record: dict[str, Any], log_interval: int | None, eval_interval:
 class Tail:
     """Follows a growing journal, or another `file` of such lines; `poll` returns the records that are new since the last one.
 
-    Nothing is read twice, but for one thing: a resume replaces the file. Then everything that survived comes once more, and the caller tells by timestamps.
+    Nothing is read twice, until a resume replaces the file: then everything that survived comes once more, and the caller
+    tells by timestamps.
     """
 
     def __init__(self, run_dir: Path, file: str = FILE):

@@ -69,7 +69,7 @@ def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path, vanish
     dataset = prepare(experiment.data, data_dir)
     windows_per_epoch(dataset.splits["train"].tokens, experiment.model.block_size)
     init_from.check_shape(experiment, dataset.tokenizer["n_vocab"])
-    step = runs.check_resumable(run_dir, experiment, dataset)
+    step = runs.check_resumable(run_dir, experiment, dataset, _leave_to_rank_0)
     drift = _drift(run_dir, step, experiment, layout)
     facts, estimate = facts_of(experiment, dataset), None if step else estimate_of(experiment, dataset, layout)
     attempt = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "from_step": step,
@@ -130,6 +130,10 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
         print(f"the tracking server did not take everything; send the rest with\n  "
               f"pipelines/replay_metrics.py {run_dir}", flush=True)
     return code
+
+
+def _leave_to_rank_0(message: str) -> None:
+    """A checkpoint that is passed over is an event, which rank 0 notes; saying it here too would say it twice."""
 
 
 def _outcome(run_dir: Path) -> tuple[str, int, str]:
@@ -193,7 +197,7 @@ def _is_finished(run_dir: Path, experiment: Experiment, data_dir: Path) -> bool:
         return False
     if not (data_dir / "manifest.json").exists():
         return False
-    return runs.check_resumable(run_dir, experiment, load_manifest(data_dir)) == experiment.train.max_steps
+    return runs.check_resumable(run_dir, experiment, load_manifest(data_dir), _leave_to_rank_0) == experiment.train.max_steps
 
 
 def _show_again(run_dir: Path, experiment: Experiment, uri: str) -> int:

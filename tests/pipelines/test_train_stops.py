@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from orchestrator import checkpoint, events, journal, watchdog
-from tests.helpers.small_run import command, curve, summary, wait_for_step
+from tests.helpers.small_run import REPO, command, curve, summary, wait_for_step
 
 
 def begin(ray_head, storage: Path, corpus: Path, *overrides: str, **env: str) -> subprocess.Popen:
@@ -90,19 +90,27 @@ def test_a_rank_that_hangs_is_named_and_its_group_starts_again(golden, ray_head,
 
 
 def test_workers_that_are_done_and_do_not_end_are_ended(golden, ray_head, tiny_corpus, tmp_path):
-    """torch's shutdown of a process group can deadlock, not at will: here it is replaced by one that sleeps."""
+    """A worker whose end deadlocks with the interpreter in its hands, as torch's process group can, not at will: here it sleeps
+    so, once it has said that it is done. Ray itself would wait for an answer of it for ten minutes."""
     hook = tmp_path / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(
-        "import threading, time\n"
+        "import sys, threading, time\n"
         "def stick():\n"
-        "    import sys\n"
-        "    while 'ray.train.torch.config' not in sys.modules and 'ray.train.torch' not in sys.modules:\n"
+        "    while not hasattr(sys.modules.get('orchestrator.watchdog'), 'Watchdog'):\n"
         "        time.sleep(0.05)\n"
-        "    import ray.train.torch.config as config\n"
-        "    config._shutdown_torch = lambda *_, **__: time.sleep(3600)\n"
+        "    import ctypes, pathlib\n"
+        "    dog = sys.modules['orchestrator.watchdog'].Watchdog\n"
+        "    close = dog.close\n"
+        "    def close_and_sleep(self, *args):\n"
+        "        close(self, *args)\n"
+        "        pathlib.Path(__file__).with_name(f'slept-{self.rank}').touch()\n"
+        "        ctypes.PyDLL(None).sleep(3600)\n"  # PyDLL keeps the interpreter's lock
+        "    dog.close = close_and_sleep\n"
         "threading.Thread(target=stick, daemon=True).start()\n")
-    process = begin(ray_head, tmp_path, tiny_corpus, "compute.num_workers=2", PYTHONPATH=str(hook))
+    job = {"runtime_env": {"env_vars": {"PYTHONPATH": f"{hook}{os.pathsep}{REPO}"}}}  # of a job, which its workers have
+    process = begin(ray_head, tmp_path, tiny_corpus, "compute.num_workers=2", RAY_JOB_CONFIG_JSON_ENV_VAR=json.dumps(job))
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
+    assert sorted(p.name for p in hook.glob("slept-*")) == ["slept-0", "slept-1"], "no worker was kept from its end"
     assert result(tmp_path / "small") == result(golden[0])

@@ -48,7 +48,6 @@ class Console:
                     self.seen.add(_identity(record))
                     print(format_record(record, self.max_steps, self.tokens_per_step), flush=True)
 
-
     def _look_for_room(self) -> None:
         before, self.is_full = self.is_full, _is_full(self.run_dir)
         if self.is_full and not before:

@@ -6,6 +6,7 @@
 """
 
 import json
+import os
 import shutil
 import sys
 import uuid

@@ -23,7 +23,7 @@ from orchestrator import calibrate, events, memory, state, watchdog
 from orchestrator.config import Experiment, parse_experiment
 from orchestrator.launch import WORKER_ENVIRONMENT, Layout, oom_causes
 from orchestrator.numerics import Worker, prepare_process
-from orchestrator.runs import read_json, write_text
+from orchestrator.runs import read_json, write_stopped
 
 GIB = 2**30
 RESERVED = 0.05  # of a machine's memory, beyond which Ray's monitor kills where nobody told it otherwise
@@ -76,7 +76,7 @@ def _reserved(said: str = "") -> int:
 # ---- what becomes of the run ----
 def stop(run_dir: Path, kill: OomKill) -> None:
     """The same again would meet the same end: leave word that the run is not to be tried again."""
-    write_text(run_dir / "stopped.json", json.dumps({"reason": kill.by, "user": True, "oom_kill": asdict(kill)}, indent=1))
+    write_stopped(run_dir, {"reason": kill.by, "user": True, "oom_kill": asdict(kill)})
 
 
 def conclude(run_dir: Path, experiment: Experiment, n_vocab: int, layout: Layout) -> str | None:
@@ -88,7 +88,7 @@ def conclude(run_dir: Path, experiment: Experiment, n_vocab: int, layout: Layout
     print(f"{kill.by} for want of memory; looking for a micro-batch that fits …", flush=True)
     reason = advice(kill, experiment, n_vocab, layout)
     events.note(run_dir, "out_of_memory", reason)
-    write_text(run_dir / "stopped.json", json.dumps({"reason": reason, "user": True}, indent=1))
+    write_stopped(run_dir, {"reason": reason, "user": True})
     return reason
 
 

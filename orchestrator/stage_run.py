@@ -23,7 +23,7 @@ from orchestrator.numerics import Worker, fingerprint
 from orchestrator.runs import read_json, stored_experiment, write_text
 from orchestrator.stages import Trial
 from orchestrator.training import Run
-from orchestrator.watchdog import Watchdog
+from orchestrator.watchdog import HELD, Watchdog
 
 DONE, DIVERGED, STOPPED = "done", "diverged", "stopped"
 WRITER_WAIT_S = 60
@@ -86,6 +86,7 @@ def run_stage(folder: Path, worker: Worker, stop_asked: Callable[[], bool] | Non
                   stop=order.stop, rates=rates.from_json(order.rates), stop_asked=stop_asked, beat=dog.beat)
         begun_at, limit, above = run.state.step, order.diverged_above, None
         for line in run:
+            dog.beat(HELD, run.state.step)
             yield line
             loss = line.get("train/loss", 0.0)
             # An end's own line has another window than that of the trials that go on: it decides nothing.

@@ -6,25 +6,27 @@ which they stop (the question travels with the gradient), and leave a checkpoint
 
 import contextlib
 import json
+import os
 import threading
 from pathlib import Path
 
 from orchestrator import own_file
 
 FILE = "stop.json"
+SIZE = 1024  # bytes, always: a full disk has room for what is written over others
 POLL_S = 0.1
 
 
 def ask(run_dir: Path, reason: str) -> None:
     """Ask the run to stop after its step, now or, where nobody trains at the moment, at its next attempt."""
-    own_file.rewrite(Path(run_dir) / FILE, json.dumps({"reason": reason}))
+    _write(run_dir, json.dumps({"reason": reason}))
 
 
 def asked(run_dir: Path) -> str | None:
     """Why the run was asked to stop; None where it was not."""
     try:
         # Opened, not looked up: network file systems show a changed file to who opens it, and remember what was missing.
-        text = own_file.read_text(Path(run_dir) / FILE)
+        text = own_file.read_text(Path(run_dir) / FILE).strip()
     except OSError:  # not there, or not readable at this moment
         return None
     with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):  # whatever else somebody wrote there
@@ -33,8 +35,16 @@ def asked(run_dir: Path) -> str | None:
 
 
 def clear(run_dir: Path) -> None:
-    """Nobody is asked any more. The file stays, empty (see `asked`)."""
-    own_file.rewrite(Path(run_dir) / FILE, "")
+    """Nobody is asked any more. The file stays, blank (see `asked`)."""
+    _write(run_dir, "")
+
+
+def _write(run_dir: Path, text: str) -> None:
+    fd = own_file.opener(Path(run_dir) / FILE, os.O_WRONLY | os.O_CREAT)
+    try:
+        os.pwrite(fd, text.encode()[:SIZE].ljust(SIZE), 0)
+    finally:
+        os.close(fd)
 
 
 class Bell:

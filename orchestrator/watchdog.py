@@ -36,7 +36,8 @@ EXCHANGE, AGREEMENT = "exchange", "agreement"  # phases in which a worker waits 
 # What is not part of every step, by its phases; the others then wait longer for rank 0.
 EXTRA = {"evaluation": "evaluation", AGREEMENT: "evaluation", "checkpoint": "checkpoint"}
 DONE, FAILED = "done", "failed"
-OVER = (EXCHANGE, AGREEMENT, DONE, FAILED)  # where nobody hangs of himself
+HELD = "held"  # by who reads the lines: Tune, between two evaluations
+OVER = (EXCHANGE, AGREEMENT, HELD, DONE, FAILED)  # where nobody hangs of himself
 STOPPED = " (stopped)"  # behind the phase of a process that took no part, wherever it was
 COMMIT_FACTOR = 20  # times the floor, at least, where somebody may wait for a disk
 
@@ -84,7 +85,7 @@ class Watchdog:
         if phase in EXTRA:
             self.kind |= {EXTRA[phase]}
         self.phase, self.step, self.last = phase, step, now
-        self.limit = self.pace.limit((phase, self.kind))
+        self.limit = START_S if phase == HELD else self.pace.limit((phase, self.kind))
         if phase == AGREEMENT:  # for a batch of somebody else, who may meet a shape for the first time
             self.limit = max(self.limit, self.pace.limit(("evaluation", self.kind)))
         if "checkpoint" in self.kind:  # behind a commit that is still being written; its pauses say nothing of that

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from orchestrator import checkpoint, events, journal, runs, workers
+from orchestrator import checkpoint, events, journal, runs, stopping, workers
 from orchestrator.config import load_experiment
 from orchestrator.errors import UserError
 from orchestrator.numerics import Worker
@@ -87,7 +87,10 @@ def run(name: str, fill, frees: bool) -> dict:
             "samples": sorted(int(p.stem.removeprefix("step-")) for p in (run_dir / "samples").iterdir()),
             "events": [(e["kind"], e["step"]) for e in events.read(run_dir)]}
     if error:
-        said["stopped"] = end(run_dir) if fill == fill_all else None
+        if fill == fill_all:
+            said["stopped"] = end(run_dir)
+            stopping.ask(run_dir, "SIGTERM")
+            said["asked"] = stopping.asked(run_dir)
         free(disk)
         runs.open_attempt(run_dir, EXPERIMENT, {}, {})
         train(EXPERIMENT, run_dir, DATA_DIR, Worker(cpus=1))

@@ -243,6 +243,7 @@ def test_a_disk_without_a_byte_for_a_while_costs_checkpoints_and_samples_and_not
 
 def test_a_disk_without_a_byte_at_the_end_ends_the_run_with_words_and_loses_nothing(full_disks):
     result, golden = full_disks["all for ever"], full_disks["golden"]
+    assert result["asked"] == "SIGTERM", "a full disk does not hear a stop"
     assert (result["updates"], result["steps"], result["samples"]) == (20, [4], [0, 5])
     assert "/run/metrics.jsonl: no room for the line of step " in result["error"]
     for words in ("No space left on device", "Free some room there and run the same command again"):

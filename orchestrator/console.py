@@ -23,8 +23,7 @@ class Console:
         self.max_steps, self.tokens_per_step = max_steps, tokens_per_step
         self.interval_s, self.done = interval_s, threading.Event()
         self.run_dir, self.is_full = Path(run_dir), False
-        self.tail, self.events = journal.Tail(run_dir), journal.Tail(run_dir, events.FILE)
-        self.events.poll()
+        self.tail, self.told = journal.Tail(run_dir), len(events.read(run_dir))
         self.seen = {_identity(record) for record in self.tail.poll()}
         self.thread = threading.Thread(target=self._follow, name="console", daemon=True)
 
@@ -41,12 +40,18 @@ class Console:
         while not ended:
             ended = self.done.wait(self.interval_s)  # after the end, one last look
             self._look_for_room()
-            for event in self.events.poll():
-                print(event["message"], flush=True)
+            self._tell_events()
             for record in self.tail.poll():
                 if _identity(record) not in self.seen:
                     self.seen.add(_identity(record))
                     print(format_record(record, self.max_steps, self.tokens_per_step), flush=True)
+
+    def _tell_events(self) -> None:
+        """There are few of them, so the file is read anew."""
+        happened = events.read(self.run_dir)
+        for event in happened[self.told :]:
+            print(event.get("message"), flush=True)
+        self.told = len(happened)
 
     def _look_for_room(self) -> None:
         before, self.is_full = self.is_full, _is_full(self.run_dir)

@@ -42,7 +42,7 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     """All events, oldest first; what is none is passed over."""
     try:
         data = own_file.read_bytes(Path(run_dir) / FILE)
-    except FileNotFoundError:
+    except OSError:  # not there, or not readable at this moment
         return []
     return [event for event in map(_parsed, data.split(b"\n")[:-1]) if event]
 

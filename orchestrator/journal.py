@@ -137,14 +137,13 @@ def by_interval(record: dict[str, Any], log_interval: int | None, eval_interval:
 
 
 class Tail:
-    """Follows a growing journal, or another `file` of such lines; `poll` returns the records that are new since the last one.
+    """Follows a growing journal without reading it again; `poll` returns the records that are new since the last one.
 
-    Nothing is read twice, until a resume replaces the file: then everything that survived comes once more, and the caller
-    tells by timestamps.
+    A resume replaces the file: then everything that survived comes once more, and the caller tells by timestamps.
     """
 
-    def __init__(self, run_dir: Path, file: str = FILE):
-        self.path, self.file, self.inode, self.offset = Path(run_dir) / file, None, None, 0
+    def __init__(self, run_dir: Path):
+        self.path, self.file, self.inode, self.offset = Path(run_dir) / FILE, None, None, 0
 
     def poll(self) -> list[dict[str, Any]]:
         if not self._open():

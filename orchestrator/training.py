@@ -18,13 +18,11 @@ from torch import Tensor
 
 from model.flops import mfu
 from model.schedule import learning_rate
-from orchestrator import checkpoint, events, journal, nonfinite, numerics, state
+from orchestrator import journal, nonfinite, resume, state
 from orchestrator.batches import Batches, Prefetcher, TokenStream
 from orchestrator.config import Experiment
-from orchestrator.errors import UserError
 from orchestrator.evaluation import AbandonedError
 from orchestrator.evaluator import Evaluator
-from orchestrator.init_from import initial_model
 from orchestrator.journal import Journal
 from orchestrator.manifest import load_manifest
 from orchestrator.meter import memory_metrics
@@ -78,7 +76,10 @@ class Run:
         self.batches = Batches(self.streams["train"], m.block_size, t.global_batch_size, t.micro_batch_size, t.seed)
         self.journal, self.stop_asked, self.beat = Journal(run_dir), stop_asked, beat
         self.guard = nonfinite.Guard(self.run_dir, t, self.batches, worker.is_main)
-        self.state = self._restore(parent)
+        begin = resume.begin(experiment, self.run_dir, self.tokenizer.n_vocab, worker, parent)
+        self.state, self.is_own = begin.state, begin.is_own
+        if worker.is_main:
+            self._rewind(begin.is_restored)
         self.evaluator = Evaluator(experiment, self.run_dir, self.streams, self.tokenizer, worker, self._goes_on,
                                    self._waiting) if t.eval_interval else None
 
@@ -124,48 +125,9 @@ class Run:
         s.meter.add(gradient.losses if verdict == nonfinite.APPLY else [])
         return True
 
-    def _restore(self, parent: Path | None) -> state.TrainState:
-        folder = self.run_dir / "checkpoints"
-        found = checkpoint.latest_valid(folder, self._passed_over, set_aside=True) if self.worker.is_main else None
-        step = agree(int(found.name.removeprefix("step-")) if found else -1, self.worker)
-        self.is_own = step >= 0
-        path = checkpoint.path_of(folder, step) if self.is_own else parent
-        if path == parent and path:
-            checkpoint.verify(path)
-        elif path and not self.worker.is_main:
-            self._read_again(path)
-        if path is None:
-            s = state.build(self.experiment, initial_model(self.experiment, self.tokenizer.n_vocab), self.worker)
-        else:
-            s = state.build(self.experiment, state.load_model(path), self.worker)
-            state.restore(s, path)
-            if self.is_own:
-                before = checkpoint.read_manifest(path)["fingerprints"]["numerics"]
-                self._note_drift(s.step, numerics.check(before, numerics.fingerprint(self.experiment, self.worker),
-                                                        self.experiment, self.run_dir))
-        if self.worker.is_main:
-            self._rewind(s, path is not None)
-        return s
-
-    @staticmethod
-    def _read_again(path: Path) -> None:
-        """What rank 0 has verified, as this machine sees it: where that differs, it is no mistake of the user's."""
-        try:
-            checkpoint.verify(path)
-        except UserError as error:
-            raise RuntimeError(f"rank 0 could read this checkpoint, and this worker cannot: {error}") from error
-
-    def _passed_over(self, message: str) -> None:
-        print(message, flush=True)
-        events.note(self.run_dir, "checkpoint_damaged", message)
-
-    def _note_drift(self, step: int, lines: list[str]) -> None:
-        for line in lines if self.worker.is_main else ():
-            events.note(self.run_dir, "drift", f"the last bits will differ from those of a run never stopped: {line}", step=step)
-
-    def _rewind(self, s: state.TrainState, restored: bool) -> None:
+    def _rewind(self, restored: bool) -> None:
         """The journal as it was at the checkpoint; a line written for an end that now is none keeps what was due."""
-        t = self.experiment.train
+        s, t = self.state, self.experiment.train
         ended = self.is_whole and s.step == self.stop
         if not restored or s.line_due:
             self.journal.rewind(s.step - 1)

@@ -38,7 +38,7 @@ from orchestrator.runs import write_text
 from orchestrator.step import Step
 from orchestrator.writer import Writer
 
-FORMAT = 1  # of the cache; a change of what is measured is a new one
+FORMAT = 2  # of the cache; a change of what is measured is a new one
 STEPS_S, EVALUATION_S = 3.0, 1.0  # how long each is timed
 RAY_GIB = 0.125  # resident in a worker of Ray beside what is measured here: 385 MiB after all imports, 257 without Ray
 STARTS = 5  # process starts that fit between a launch and the first step: of Ray's controller, then of workers, on shared CPUs

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator import tensor_file
-from orchestrator.errors import UserError
+from orchestrator.errors import UnreadableError, UserError
 from orchestrator.integrity import FORMAT, MANIFEST, NAME, digest_of, read_manifest, text_of, verify
 from orchestrator.manifest import fsync
 
@@ -90,6 +90,10 @@ def latest_valid(directory: Path, warn=print, *, set_aside: bool = False) -> Pat
 
     Args:
         set_aside: for the folder's writer alone: what is passed over loses its name, and stays for whoever wants to look.
+
+    Raises:
+        UnreadableError: with `set_aside`, where one cannot be read at this moment: it may be as sound as ever, and a writer
+            that goes on from an older one could not go back. A bad sector is damage.
     """
     damaged: set[int] = set()
     while True:
@@ -97,6 +101,8 @@ def latest_valid(directory: Path, warn=print, *, set_aside: bool = False) -> Pat
         listed = steps(directory)
         found, passed_over, moved = _first_valid(directory, listed, damaged)
         for inode, (path, error) in passed_over.items():
+            if set_aside and isinstance(error, UnreadableError) and error.errno != errno.EIO:
+                raise error
             damaged.add(inode)
             warn(f"passed over: {error}{f'; now {_set_aside(path).name}' if set_aside else ''}")
         # One that vanishes while it is read was pruned or replaced by the run's writer: then there is a newer one.

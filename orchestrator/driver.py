@@ -57,10 +57,13 @@ def run(experiment: Experiment) -> int:
     if _is_finished(run_dir, experiment, data_dir):
         return _show_again(run_dir, experiment, uri)
     with lease.held(run_dir) as vanished:
-        return _run(experiment, uri, run_dir, data_dir, vanished)
+        if vanished and (run_dir / "run.json").exists():
+            message = f"{vanished} ended without freeing the run; it is taken over"
+            print(events.note(run_dir, "taken_over", message)["message"], flush=True)
+        return _run(experiment, uri, run_dir, data_dir)
 
 
-def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path, vanished: str) -> int:
+def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path) -> int:
     print("starting Ray …", flush=True)
     with interrupts.while_ray_starts():
         launch.connect()
@@ -76,9 +79,6 @@ def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path, vanish
                "layout": asdict(layout), **({"drift": "; ".join(drift)} if drift else {}),
                **{k: v for k, v in experiment.flat().items() if k.startswith(runs.FREE)}}
     runs.open_attempt(run_dir, experiment, facts, redact(attempt))
-    if vanished:
-        message = f"{vanished} ended without freeing the run; it is taken over at step {step}"
-        print(events.note(run_dir, "taken_over", message)["message"], flush=True)
     tracker = Tracker(run_dir, uri, experiment.tracking.experiment)
     return _train(experiment, run_dir, data_dir, layout, tracker, step, estimate)
 
@@ -109,17 +109,16 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
             traces = [f.read_text("utf-8") for f in sorted(run_dir.glob("failure-rank*.txt"))]
             reason = "\n".join(traces) or f"{error.__class__.__name__}: {error}"
     interrupts.let_end()
-    reason = oom_kill.conclude(run_dir, experiment, load_manifest(data_dir).tokenizer["n_vocab"], layout) or reason
+    reason = oom_kill.conclude(run_dir, experiment, data_dir, layout) or reason
     if hang := watchdog.report(run_dir):
         print(hang, file=sys.stderr)
     # A job that is stopped has 3 s before SIGKILL: hashing the weights is for a run that is done.
     summary = runs.summarise(run_dir, (status, code), experiment.tokens_per_step, tracker.run_id, time.monotonic() - started)
     if estimate and status == "FINISHED":
         _compare(run_dir, summary, estimate)
-    try:
+    sent = False
+    with interrupts.may_be_cut():  # enough of waiting for a server
         sent = tracker.finish(status, deadline_s=interrupts.ending_s(code))
-    except KeyboardInterrupt:  # enough of waiting for a server; how the run ended stands
-        sent = False
     if summary["mlflow_run_id"] != tracker.run_id:  # a server that was slow to answer
         summary["mlflow_run_id"] = tracker.run_id
         runs.write_summary(run_dir, summary)

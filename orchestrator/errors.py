@@ -15,3 +15,11 @@ class UserError(ValueError):
 
     A pipeline prints it as one line and ends with status 2; any other exception is ours and keeps its traceback.
     """
+
+
+class UnreadableError(UserError):
+    """A file cannot be read at this moment, which says nothing of its content; `errno` is the system's."""
+
+    def __init__(self, message: str, errno: int | None):
+        super().__init__(message)
+        self.errno = errno

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from orchestrator.errors import UserError
+from orchestrator.errors import UnreadableError, UserError
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -35,7 +35,7 @@ def verify(path: Path) -> dict[str, Any]:
     try:
         _verify_parts(path, manifest["parts"])
     except OSError as error:  # an unreadable sector, or it is being removed in this moment
-        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror}); use another checkpoint") from None
+        raise _unreadable(path, error) from None
     return manifest
 
 
@@ -71,11 +71,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
         # Its text, not only its content: 1e-05 may not become 1E-05.
         unchanged = text == text_of(manifest) and manifest.pop("sha256") == digest_of(manifest)
         whole = unchanged and manifest["format"] == FORMAT and _has_shape(manifest)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+    except FileNotFoundError:
+        whole = False
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise UserError(f"{path}: no checkpoint of this program (its {MANIFEST} is missing or changed)")
     return manifest
+
+
+def _unreadable(path: Path, error: OSError) -> UnreadableError:
+    return UnreadableError(f"{error.filename or path}: cannot be read ({error.strerror}); use another checkpoint", error.errno)
 
 
 def _has_shape(manifest: dict[str, Any]) -> bool:

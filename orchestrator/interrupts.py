@@ -45,12 +45,12 @@ def while_ray_starts() -> Iterator[None]:
     try:
         yield
     finally:
+        install_sigterm()
         signal.set_wakeup_fd(before)
         os.close(write)
         with open(read, "rb") as pipe:
             if signal.SIGTERM in pipe.read():
                 raise Terminated from None
-    install_sigterm()
 
 
 def install_sigterm() -> None:
@@ -66,7 +66,7 @@ def asking(ask: Callable[[], None]) -> Iterator[None]:
         _since.append(time.monotonic())
         signal.signal(signal.SIGALRM, lambda *_: _interrupt())
         signal.setitimer(signal.ITIMER_REAL, stop_wait_s())
-        with contextlib.suppress(OSError):  # on a full disk nobody hears it, and the alarm ends the wait
+        with contextlib.suppress(OSError):  # the file system is away, and the alarm ends the wait
             ask()
 
     before = signal.signal(signal.SIGTERM, terminate)
@@ -109,6 +109,19 @@ def ending_s(code: int) -> float:
 
 
 def let_end() -> None:
-    """From here on SIGTERM changes nothing: what is left takes a bounded time and tells how the run ended."""
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    """From here on SIGTERM and Ctrl-C change nothing: what is left takes a bounded time and tells how the run ended."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@contextlib.contextmanager
+def may_be_cut() -> Iterator[None]:
+    """After `let_end`: Ctrl-C ends what is inside, and nothing else."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 from model.gpt import GPT
-from orchestrator import calibrate, events, memory, state, watchdog
+from orchestrator import calibrate, events, memory, state, system_memory, watchdog
 from orchestrator.config import Experiment, parse_experiment
 from orchestrator.launch import WORKER_ENVIRONMENT, Layout, oom_causes
+from orchestrator.manifest import load_manifest
 from orchestrator.numerics import Worker, prepare_process
 from orchestrator.runs import read_json, write_stopped
 
@@ -29,6 +30,7 @@ GIB = 2**30
 RESERVED = 0.05  # of a machine's memory, beyond which Ray's monitor kills where nobody told it otherwise
 MARGIN = 0.9  # of what is left: other processes breathe
 TRY_S = 120.0
+FITS = b"fits: "
 THRESHOLD = re.compile(r"exceeded threshold of (\d+)B \(\S+ of (\d+)B limit\)")  # in the words of Ray's monitor
 
 
@@ -49,13 +51,13 @@ def find(run_dir: Path) -> OomKill | None:
     Called where no worker runs, and before `watchdog.report`, which clears the marks. What the kernel did on another
     machine than this one is not seen.
     """
-    marks, causes = watchdog.marks(run_dir), oom_causes()
+    marks, causes, has_hung = watchdog.marks(run_dir), oom_causes(), watchdog.has_hung(run_dir)
     for mark in marks:
         workers = sum(m["host"] == mark["host"] for m in marks)
         if (said := causes.get((mark["node"], mark["pid"]))) is not None:
             return OomKill("Ray's memory monitor ended a worker", mark["host"], workers, _reserved(said))
         vanished = mark["host"] == socket.gethostname() and mark["phase"] not in (watchdog.DONE, watchdog.FAILED)
-        if vanished and watchdog.kernel_oom_kills() > mark["oom_kills"]:
+        if vanished and not has_hung and system_memory.oom_kills() > mark["oom_kills"]:
             return OomKill("the kernel ended a worker", mark["host"], workers, _reserved())
     return None
 
@@ -70,7 +72,7 @@ def in_error(error: BaseException, workers: int) -> OomKill | None:
 def _reserved(said: str = "") -> int:
     """Bytes beyond which Ray's monitor kills: in its own words, or where it does by default."""
     numbers = THRESHOLD.search(said)
-    return int(numbers[2]) - int(numbers[1]) if numbers else int(RESERVED * meminfo("MemTotal"))
+    return int(numbers[2]) - int(numbers[1]) if numbers else int(RESERVED * system_memory.total_bytes())
 
 
 # ---- what becomes of the run ----
@@ -79,16 +81,17 @@ def stop(run_dir: Path, kill: OomKill) -> None:
     write_stopped(run_dir, {"reason": kill.by, "user": True, "oom_kill": asdict(kill)})
 
 
-def conclude(run_dir: Path, experiment: Experiment, n_vocab: int, layout: Layout) -> str | None:
+def conclude(run_dir: Path, experiment: Experiment, data_dir: Path, layout: Layout) -> str | None:
     """The reason to show, with what would fit: what `stop` left is completed by it. None: no such kill ended the run."""
     stored = (read_json(run_dir / "stopped.json") or {}).get("oom_kill")
     if not stored:
         return None
     kill = OomKill(**stored)
     print(f"{kill.by} for want of memory; looking for a micro-batch that fits …", flush=True)
-    reason = advice(kill, experiment, n_vocab, layout)
+    reason = advice(kill, experiment, load_manifest(data_dir).tokenizer["n_vocab"], layout)
     events.note(run_dir, "out_of_memory", reason)
-    write_stopped(run_dir, {"reason": reason, "user": True})
+    with contextlib.suppress(OSError):  # no room: the one that stands says that it is not to be tried again
+        write_stopped(run_dir, {"reason": reason, "user": True})
     return reason
 
 
@@ -99,7 +102,7 @@ def advice(kill: OomKill, experiment: Experiment, n_vocab: int, layout: Layout) 
         return f"{what}. It was the machine's memory, not the GPU's: give it more, or to fewer processes"
     if kill.host != socket.gethostname():
         return f"{what}. Use a smaller train.micro_batch_size, a smaller model or more memory"
-    limit = int(MARGIN * (available_bytes() - kill.reserved) / kill.workers)
+    limit = int(MARGIN * (system_memory.available_bytes() - kill.reserved) / kill.workers)
     fits, needs = largest_fitting(experiment, n_vocab, Worker(0, layout.num_workers, "cpu", layout.cpus_per_worker), limit)
     room = f"in the {max(0, limit) / GIB:.2f} GiB that a worker has there now"
     if fits == experiment.train.micro_batch_size:
@@ -118,17 +121,17 @@ def largest_fitting(experiment: Experiment, n_vocab: int, worker: Worker, limit:
                              env={**os.environ, **WORKER_ENVIRONMENT}).stdout
     except subprocess.TimeoutExpired as slow:
         out = slow.stdout or b""
-    tried = [json.loads(line) for line in out.split(b"\n")[:-1]]
+    tried = [json.loads(line.removeprefix(FITS)) for line in out.split(b"\n")[:-1] if line.startswith(FITS)]
     return tuple(tried[-1]) if tried else (None, 0)
 
 
 def main() -> None:
-    """A job on stdin; a line `[sequences, bytes]` on stdout for each micro-batch that fits, from the smallest."""
+    """A job on stdin; a line `fits: [sequences, bytes]` on stdout for each micro-batch that does, from the smallest."""
     memory.be_expendable()
     job = json.loads(sys.stdin.read())
     experiment, worker = parse_experiment(job["experiment"], "job"), Worker(cpus=job["cpus"], world_size=job["world_size"])
     for size, held in _try_in_turn(experiment, job["n_vocab"], worker, job["limit"]):
-        print(json.dumps([size, held]), flush=True)
+        print(f"{FITS.decode()}{json.dumps([size, held])}", flush=True)
 
 
 def _try_in_turn(experiment: Experiment, n_vocab: int, worker: Worker, limit: int) -> Iterator[tuple[int, int]]:
@@ -154,36 +157,6 @@ def _try_in_turn(experiment: Experiment, n_vocab: int, worker: Worker, limit: in
 
 def _peak(worker: Worker) -> int:
     return int(calibrate.peak_gib(worker.device) * GIB)
-
-
-# ---- what is left ----
-def available_bytes() -> int:
-    """What this machine has left, or the tightest of the control groups around this process."""
-    left = [meminfo("MemAvailable")]
-    for line in Path("/proc/self/cgroup").read_text("utf-8").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            left += _groups_left(Path("/sys/fs/cgroup"), path, "memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            left += _groups_left(Path("/sys/fs/cgroup/memory"), path, "memory.limit_in_bytes", "memory.usage_in_bytes",
-                                 "total_inactive_file")
-    return min(left)
-
-
-def _groups_left(root: Path, path: str, limit: str, usage: str, reclaimable: str) -> list[int]:
-    """Of a group and those around it; inside a container only the root may be there to see."""
-    folders, left = [root, *(root.joinpath(*Path(path).parts[1:n]) for n in range(2, len(Path(path).parts) + 1))], []
-    for folder in folders:
-        with contextlib.suppress(OSError, ValueError, StopIteration):  # no such group, or no limit: "max"
-            stat = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            cache = next(int(value) for key, value in stat if key == reclaimable)
-            left.append(int((folder / limit).read_text()) - int((folder / usage).read_text()) + cache)
-    return left
-
-
-def meminfo(field: str) -> int:
-    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Eats a path of which only the last part counts: the folder itself may lie behind a link. Yields a plain file, or `NotOwnError`.
 """
 
+import contextlib
 import errno
 import os
 import stat
@@ -53,8 +54,9 @@ def read_text(path: Path) -> str:
 
 
 def rewrite(path: Path, text: str) -> None:
-    """Write another text into the file that is there: who has it open sees it."""
-    with open(path, "w", encoding="utf-8", opener=opener) as file:
+    """Write another text into the file that is there: who has it open sees it. Makes none."""
+    with contextlib.suppress(FileNotFoundError), open(path, "r+", encoding="utf-8", opener=opener) as file:
+        file.truncate()
         file.write(text)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from orchestrator import checkpoint, events, numerics, state
 from orchestrator.config import Experiment
-from orchestrator.errors import UserError
+from orchestrator.errors import UnreadableError, UserError
 from orchestrator.init_from import initial_model
 from orchestrator.numerics import Worker, agree
 
@@ -55,7 +55,10 @@ def _latest(folder: Path, run_dir: Path) -> int:
         print(message, flush=True)
         events.note(run_dir, "checkpoint_damaged", message)
 
-    found = checkpoint.latest_valid(folder, passed_over, set_aside=True)
+    try:
+        found = checkpoint.latest_valid(folder, passed_over, set_aside=True)
+    except UnreadableError as error:  # no mistake of the user's, and the next attempt may find it readable
+        raise RuntimeError(str(error)) from error
     return int(found.name.removeprefix("step-")) if found else -1
 
 

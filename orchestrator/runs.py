@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from model.schedule import learning_rate
-from orchestrator import checkpoint, events, journal, stopping
+from orchestrator import checkpoint, events, journal, own_file, stopping
 from orchestrator.config import Experiment, parse_experiment
 from orchestrator.errors import NO_ROOM, UserError
 from orchestrator.manifest import Manifest
@@ -168,7 +168,7 @@ def write_stopped(run_dir: Path, facts: dict[str, Any]) -> None:
     except OSError as error:
         if error.errno not in NO_ROOM or not reserve.exists():
             raise
-        with open(reserve, "r+b", buffering=0) as file:  # in place: others may take what is freed
+        with open(reserve, "r+b", buffering=0, opener=own_file.opener) as file:  # in place: others may take what is freed
             file.write(text.encode())
             file.truncate()
         os.replace(reserve, run_dir / "stopped.json")

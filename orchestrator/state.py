@@ -112,11 +112,11 @@ def _moments(state: TrainState) -> dict[str, torch.Tensor]:
 
 def load_model(path: Path) -> GPT:
     """The model of a verified checkpoint, on the CPU, in evaluation mode."""
-    config = shape_of(path)
+    config, tensors = shape_of(path), checkpoint.load_tensors(path, "model")
     with _explained(path):
         with torch.device("meta"):
             model = GPT(config)
-        model.load_state_dict(checkpoint.load_tensors(path, "model"), assign=True)
+        model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
@@ -143,5 +143,5 @@ def _explained(path: Path) -> Iterator[None]:
     """A checkpoint whose hashes are right and whose content is not: somebody forged it, or another version wrote it."""
     try:
         yield
-    except (AttributeError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+    except (AttributeError, FileNotFoundError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no model of this program ({' '.join(str(error).split())[:400]}); use another") from None

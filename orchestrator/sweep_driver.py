@@ -105,10 +105,9 @@ def _execute(study: Study, slots: int, tracker: SweepTracker, estimate: dict[str
     interrupts.let_end()
     status = {EXIT_DONE: "FINISHED", EXIT_FAILED: "FAILED"}.get(code, "KILLED")
     report.finish((status, code), time.monotonic() - started, in_a_hurry=code == EXIT_AGAIN)
-    try:
+    sent = False
+    with interrupts.may_be_cut():  # enough of waiting for a server
         sent = tracker.finish(status, deadline_s=interrupts.ending_s(code))
-    except KeyboardInterrupt:  # enough of waiting for a server; how the sweep ended stands
-        sent = False
     report.show(tracker.url)
     if not sent:
         print(f"the tracking server did not take everything; send the rest with\n  "

@@ -9,6 +9,7 @@ the machine, or the driver, look into it and end it, however long what they wait
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import shutil
 import signal
@@ -24,7 +25,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from orchestrator import events, own_file
+from orchestrator import events, own_file, system_memory
 from orchestrator.numerics import Worker
 
 START_S = 1800.0  # for what was not measured yet: compiling, a first evaluation
@@ -36,7 +37,7 @@ EXCHANGE, AGREEMENT = "exchange", "agreement"  # phases in which a worker waits 
 # What is not part of every step, by its phases; the others then wait longer for rank 0.
 EXTRA = {"evaluation": "evaluation", AGREEMENT: "evaluation", "checkpoint": "checkpoint"}
 DONE, FAILED = "done", "failed"
-HELD = "held"  # by who reads the lines: Tune, between two evaluations
+HELD = "held"  # by who reads the lines, for as long as he likes: Tune, between two evaluations
 OVER = (EXCHANGE, AGREEMENT, HELD, DONE, FAILED)  # where nobody hangs of himself
 STOPPED = " (stopped)"  # behind the phase of a process that took no part, wherever it was
 COMMIT_FACTOR = 20  # times the floor, at least, where somebody may wait for a disk
@@ -67,7 +68,7 @@ class Watchdog:
         self.node = node
         self.pace, self.number, self.step, self.phase, self.kind = Pace(floor_s), 0, 0, "start", frozenset()
         self.last, self.limit, self.closed = time.monotonic(), max(floor_s, START_S), threading.Event()
-        self.born, self.oom_kills = _born(os.getpid()), kernel_oom_kills()
+        self.born, self.oom_kills = _born(os.getpid()), system_memory.oom_kills()
         (self.run_dir / ".ranks").mkdir(exist_ok=True)
         self.fd = own_file.opener(self.run_dir / ".ranks" / f"rank-{self.rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self.file = open(self.run_dir / f"hang-rank{self.rank}.txt", "w", encoding="utf-8",  # noqa: SIM115 - for faulthandler
@@ -85,11 +86,13 @@ class Watchdog:
         if phase in EXTRA:
             self.kind |= {EXTRA[phase]}
         self.phase, self.step, self.last = phase, step, now
-        self.limit = START_S if phase == HELD else self.pace.limit((phase, self.kind))
+        self.limit = self.pace.limit((phase, self.kind))
         if phase == AGREEMENT:  # for a batch of somebody else, who may meet a shape for the first time
             self.limit = max(self.limit, self.pace.limit(("evaluation", self.kind)))
         if "checkpoint" in self.kind:  # behind a commit that is still being written; its pauses say nothing of that
             self.limit = max(self.limit, COMMIT_FACTOR * self.pace.floor_s)
+        if phase == HELD:
+            self.limit = math.inf
         self._mark()
         if now - self.armed > 1.0 or self.limit > self.armed_for:
             self._arm()
@@ -120,6 +123,10 @@ class Watchdog:
     def _arm(self) -> None:
         """Behind the thread stand the group's own timeout, which ends a wait for somebody who is gone, and a watcher that needs
         no interpreter: who hangs may hold its lock."""
+        if self.limit == math.inf:
+            faulthandler.cancel_dump_traceback_later()
+            self.armed_for = 0.0
+            return
         self.armed, self.armed_for = time.monotonic(), self.limit
         faulthandler.dump_traceback_later(self.limit + BACKSTOP_S, exit=True, file=self.file)
         if dist.is_initialized():
@@ -130,7 +137,7 @@ class Watchdog:
             waited = time.monotonic() - self.last
             if waited > self.limit or (waited > self.pace.floor_s and any(map(self._is_stopped, marks(self.run_dir)))):
                 self._end(waited)
-            self.oom_kills = kernel_oom_kills()  # those of others in a long run are none of ours
+            self.oom_kills = system_memory.oom_kills()  # those of others in a long run are none of ours
 
     def _is_stopped(self, mark: dict[str, Any]) -> bool:
         """Whether a mark is that of a neighbour that is stopped: no wait for it has an end."""
@@ -168,13 +175,18 @@ def end_stuck(run_dir: Path, mark: dict[str, Any]) -> None:
         return
     if _status(mark["pid"]) == "stopped":  # wherever it was, others now wait for it
         place = Path(run_dir) / ".ranks" / f"rank-{mark['rank']}"
-        own_file.rewrite(place, json.dumps(mark | {"phase": f"{mark['phase']}{STOPPED}"}))
+        own_file.rewrite(place, json.dumps(mark | {"phase": f"{mark['phase'].removesuffix(STOPPED)}{STOPPED}"}))
     file = Path(run_dir) / f"hang-rank{mark['rank']}.txt"
-    if not file.exists() or not file.stat().st_size:
+    if file.exists() and not file.stat().st_size:
         own_file.rewrite(file, f"process {mark['pid']} is {_status(mark['pid'])} in {mark['phase']} of step {mark['step'] + 1}\n"
                                f"{_look_into(mark['pid'])}")
     with contextlib.suppress(ProcessLookupError):
         os.kill(mark["pid"], signal.SIGKILL)
+
+
+def has_hung(run_dir: Path) -> bool:
+    """Whether the last attempt ended by a hang that is not reported yet."""
+    return any(file.stat().st_size for file in Path(run_dir).glob("hang-rank*.txt"))
 
 
 def report(run_dir: Path) -> str | None:
@@ -189,10 +201,13 @@ def report(run_dir: Path) -> str | None:
         seen = marks(run_dir)
         number = 1 + max((int(d.name) for d in (Path(run_dir) / "hangs").glob("[0-9]*") if d.name.isdecimal()), default=0)
         folder = Path(run_dir) / "hangs" / f"{number:04d}"
-        folder.mkdir(parents=True)
-        for file in stacks:
-            shutil.move(file, folder / file.name)
-        message = f"{verdict(seen)}; the stacks are in {folder}"
+        try:
+            folder.mkdir(parents=True)
+            for file in stacks:
+                shutil.move(file, folder / file.name)
+            message = f"{verdict(seen)}; the stacks are in {folder}"
+        except OSError as error:  # who hung is worth more than where
+            message = f"{verdict(seen)}; the stacks are lost ({error.strerror})"
         events.note(run_dir, "hang", message, marks=seen)
     for file in (*files, *(Path(run_dir) / ".ranks").glob("rank-*")):  # of a later, smaller group some would be left
         file.unlink(missing_ok=True)
@@ -227,14 +242,6 @@ def _status(pid: int) -> str:
         lines = Path(f"/proc/{pid}/status").read_text("utf-8").splitlines()
         return next(line.partition("(")[2].rstrip(")") for line in lines if line.startswith("State:"))
     return "in an unknown state"
-
-
-def kernel_oom_kills() -> int:
-    """How many processes of this machine the kernel has ended to get their memory back."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/vmstat").read_text("utf-8").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
-    return 0
 
 
 def _born(pid: int) -> str | None:

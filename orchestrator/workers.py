@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import traceback
 import uuid
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from orchestrator.watchdog import Watchdog
 
 PATIENCE = 3  # attempts in a row that may end where they began, before a fault is taken for a bug
 MAX_FAILURES = 1000  # whatever they are: an end, where not even the attempts can be written down
-WRITER_WAIT_S = 60
+WRITER_WAIT_S = 120  # a network file system frees the lock of a machine that is gone after its lease, 90 s as a rule
 
 
 def fit(experiment: Experiment, run_dir: Path, data_dir: Path, asked: Layout) -> None:
@@ -51,11 +50,9 @@ def fit(experiment: Experiment, run_dir: Path, data_dir: Path, asked: Layout) ->
         run_config=RunConfig(name=launch, storage_path=str(scratch), failure_config=FailureConfig(max_failures=MAX_FAILURES),
                              worker_runtime_env={"env_vars": worker_environment()}),
     )
-    before = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
     finally:
-        signal.signal(signal.SIGINT, before)  # Ray's own would swallow the next Ctrl-C
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -110,7 +107,9 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker
         failed = False
     except Exception as error:
         if memory.is_exhausted(error):
-            raise UserError(memory.advice(experiment, worker, run, error)) from error
+            advice = memory.advice(experiment, worker, run, error)
+            events.note(run_dir, "out_of_memory", advice)
+            raise UserError(advice) from error
         raise
     finally:
         dog.close(failed)

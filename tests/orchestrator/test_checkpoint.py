@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -16,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator import checkpoint, outbox
-from orchestrator.errors import NO_ROOM, UserError
+from orchestrator import checkpoint, integrity, outbox
+from orchestrator.errors import NO_ROOM, UnreadableError, UserError
 from tests.helpers.facts import FACTS
 
 # Every file-system call that a commit makes.
@@ -553,6 +554,26 @@ def test_what_a_killed_writer_left_is_removed_before_room_is_asked_for(tmp_path,
         commit(tmp_path, 1)
     assert raised.value.errno in NO_ROOM
     assert os.listdir(tmp_path) == []
+
+
+def test_what_a_writer_cannot_read_at_this_moment_it_does_not_pass_over(tmp_path, monkeypatch):
+    commit(tmp_path, 1)
+    commit(tmp_path, 2)
+
+    def fail_with(number: int) -> None:
+        def hash_part(path):
+            raise OSError(number, os.strerror(number), str(path))
+
+        monkeypatch.setattr(integrity, "_hash_part", hash_part)
+
+    fail_with(errno.ESTALE)
+    assert checkpoint.latest_valid(tmp_path, lambda message: None) is None, "a reader looks further"
+    with pytest.raises(UnreadableError, match="cannot be read"):
+        checkpoint.latest_valid(tmp_path, set_aside=True)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+    fail_with(errno.EIO)  # a bad sector stays one
+    assert checkpoint.latest_valid(tmp_path, set_aside=True) is None
+    assert checkpoint.steps(tmp_path) == []
 
 
 def test_what_the_writer_passes_over_loses_its_name_and_is_kept_to_be_looked_at(tmp_path):

@@ -130,6 +130,14 @@ def test_events_are_lines_too_and_those_of_before_are_not_told_again(tmp_path, c
                                                     "attempt 2 begins at step 0"]
 
 
+def test_what_is_torn_among_the_events_keeps_no_other_from_being_told(tmp_path, capsys):
+    with Console(tmp_path, 100, 1, interval_s=0.01):
+        (tmp_path / events.FILE).write_text('{"kind": "hang", "mess')
+        time.sleep(0.1)
+        events.note(tmp_path, "restart", "attempt 2 begins at step 0")
+    assert capsys.readouterr().out == "attempt 2 begins at step 0\n"
+
+
 def test_a_disk_that_is_full_is_told_once_each_time(tmp_path, capsys, monkeypatch):
     free = [0]
     # The system's figures are invented here: a real full disk of a run is filled in `test_writer.py`.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import oom_kill, watchdog
+from orchestrator import oom_kill, system_memory, watchdog
 from orchestrator.config import load_experiment
 from orchestrator.launch import Layout
 from orchestrator.numerics import Worker
@@ -51,7 +51,9 @@ def starved(folder: Path, data: Path, size: int) -> str:
     folder.mkdir()
     words = [*SMALL, "model.block_size=64", f"train.micro_batch_size={size}", "train.global_batch_size=4096", "train.max_steps=1",
              "train.eval_interval=null"]
-    done = subprocess.run([sys.executable, "-c", STARVED, folder, data, *words], cwd=REPO, capture_output=True, text=True)
+    # A thread's arena takes 64 MiB of addresses, which are what is limited here and cost nothing elsewhere.
+    done = subprocess.run([sys.executable, "-c", STARVED, folder, data, *words], cwd=REPO, capture_output=True, text=True,
+                          env={**os.environ, "MALLOC_ARENA_MAX": "1"})
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -92,58 +94,93 @@ def test_ray_is_taken_at_its_word():
 
 @pytest.fixture
 def group(tmp_path_factory):
-    """A control group of this machine's with 100 MiB of memory."""
+    """A control group of this machine's with a gibibyte of memory."""
     folder = Path("/sys/fs/cgroup/memory") / f"espalier-{os.getpid()}"
     try:
         folder.mkdir()
     except OSError as error:
         pytest.skip(f"needs root and control groups of version 1: {error}")
-    (folder / "memory.limit_in_bytes").write_text(str(100 * 2**20))
+    (folder / "memory.limit_in_bytes").write_text(str(2**30))
     yield folder
     folder.rmdir()
 
 
 EATS = """
-import sys, time
+import sys
 from pathlib import Path
+Path(sys.argv[2], "cgroup.procs").write_text("0")
 from orchestrator.numerics import Worker
 from orchestrator.watchdog import Watchdog
 dog = Watchdog(Path(sys.argv[1]), Worker(), 30.0)
 dog.beat("gradient", 7)
-if sys.argv[2] != "none":
-    Path(sys.argv[2], "cgroup.procs").write_text(str(__import__("os").getpid()))
 print("in it", flush=True)
 sys.stdin.read()
-taken = [bytearray(b"x" * 2**20) for _ in range(500)]
+taken = [bytearray(b"x" * 2**20) for _ in range(2000)]
+"""
+FINDS = """
+import sys
+from pathlib import Path
+Path(sys.argv[2], "cgroup.procs").write_text("0")
+from orchestrator import oom_kill
+oom_kill.oom_causes = dict  # there is no Ray here
+kill = oom_kill.find(Path(sys.argv[1]))
+print(kill and kill.by)
 """
 
 
-def test_the_kernels_kill_is_told_from_others(group, tmp_path, monkeypatch):
-    monkeypatch.setattr(oom_kill, "oom_causes", dict)  # there is no Ray here
-    for place, killed in (("none", None), (str(group), "the kernel ended a worker")):
-        eats = subprocess.Popen([sys.executable, "-c", EATS, tmp_path, place], cwd=REPO, stdin=subprocess.PIPE,
+def test_the_kernels_kill_is_told_from_others(group, tmp_path):
+    for killed in (None, "the kernel ended a worker"):
+        eats = subprocess.Popen([sys.executable, "-c", EATS, tmp_path, group], cwd=REPO, stdin=subprocess.PIPE,
                                 stdout=subprocess.PIPE, text=True)
         assert eats.stdout.readline() == "in it\n"
         if killed is None:
             eats.kill()
         eats.stdin.close()
         assert eats.wait(60) == -9
-        kill = oom_kill.find(tmp_path)
-        assert (kill and kill.by) == killed
+        assert find(tmp_path, group) == killed
+        (tmp_path / "hang-rank0.txt").write_text("it hung")
+        assert find(tmp_path, group) is None, "a worker that hung was ended for that"
         watchdog.report(tmp_path)
-        assert oom_kill.find(tmp_path) is None
+        assert find(tmp_path, group) is None
+
+
+def find(run_dir: Path, group: Path) -> str | None:
+    done = subprocess.run([sys.executable, "-c", FINDS, run_dir, group], cwd=REPO, capture_output=True, text=True, check=True)
+    return None if done.stdout == "None\n" else done.stdout.strip()
+
+
+def test_the_limits_of_control_groups_of_version_2_are_read_as_its_files_say(tmp_path, monkeypatch):
+    """This machine may have none: files as the kernel writes them."""
+    own = tmp_path / "groups" / "pod" / "worker"
+    own.mkdir(parents=True)
+    for folder, limit, used in ((own, "max", 700), (own.parent, "1000", 800)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text("anon 500\ninactive_file 50\n")
+    (own / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text("0::/pod/worker\n")
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 4 kB\nMemAvailable: 3 kB\n")
+    monkeypatch.setattr(system_memory, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(system_memory, "GROUPS", tmp_path / "groups")
+    assert (system_memory.total_bytes(), system_memory.available_bytes(), system_memory.oom_kills()) == (1000, 250, 2)
+    (tmp_path / "proc" / "self" / "cgroup").unlink()
+    (tmp_path / "proc" / "vmstat").write_text("nr_free_pages 9\noom_kill 5\n")
+    assert (system_memory.total_bytes(), system_memory.available_bytes(), system_memory.oom_kills()) == (4096, 3072, 5)
 
 
 def test_a_control_groups_limit_is_what_is_left(group):
-    (group / "memory.limit_in_bytes").write_text(str(2**30))
-    code = f"open('{group}/cgroup.procs', 'w').write('0'); from orchestrator import oom_kill; print(oom_kill.available_bytes())"
+    code = (f"open('{group}/cgroup.procs', 'w').write('0')\nimport torch\nfrom orchestrator import system_memory as m\n"
+            f"print(m.available_bytes(), m.total_bytes())")
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
-    assert 0 < int(done.stdout) < 2**30 - 10**8, done.stderr  # torch is imported
+    available, total = map(int, done.stdout.split())
+    assert 0 < available < 2**30 - 10**8, "torch is imported"
+    assert total == 2**30
 
 
-def test_the_end_of_a_starved_run_is_the_users_to_mend(tmp_path, capsys):
+def test_the_end_of_a_starved_run_is_the_users_to_mend(tiny_dataset, tmp_path, capsys):
     oom_kill.stop(tmp_path, OomKill("the kernel ended a worker", "elsewhere", 1, 0))
-    reason = oom_kill.conclude(tmp_path, wide(4), 40, Layout(1, 1, False))
+    reason = oom_kill.conclude(tmp_path, wide(4), tiny_dataset, Layout(1, 1, False))
     assert json.loads((tmp_path / "stopped.json").read_text()) == {"reason": reason, "user": True}
     assert "looking for a micro-batch that fits" in capsys.readouterr().out
-    assert oom_kill.conclude(tmp_path, wide(4), 40, Layout(1, 1, False)) is None
+    assert oom_kill.conclude(tmp_path, wide(4), tiny_dataset, Layout(1, 1, False)) is None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import checkpoint, events, journal, oom_kill, watchdog
+from orchestrator import checkpoint, events, journal, system_memory, watchdog
 from orchestrator.config import load_experiment
 from orchestrator.numerics import Worker
 from orchestrator.training import train
@@ -27,6 +27,8 @@ def head(tmp_path_factory):
 
 
 def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_happened(head, tiny_corpus, tiny_dataset, tmp_path):
+    if system_memory.available_bytes() < 4 * SPARE_BYTES:
+        pytest.skip("less than 16 GiB are free: what starves a node here could starve others")
     run_dir = tmp_path / "small"
     head.node(2)
     process = begin(head, tmp_path, tiny_corpus, *WORDS)
@@ -39,8 +41,8 @@ def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_ha
     assert checkpoint.latest_valid(run_dir / "checkpoints") == checkpoint.path_of(run_dir / "checkpoints", step)
     assert step >= journal.read(run_dir)[-1]["step"], "a logged step was lost"
 
-    total = oom_kill.meminfo("MemTotal")
-    used = total - oom_kill.meminfo("MemAvailable")
+    total = system_memory.meminfo("MemTotal")
+    used = total - system_memory.meminfo("MemAvailable")
     head.node(2, RAY_memory_usage_threshold=str((used + SPARE_BYTES) / total))
     process = begin(head, tmp_path, tiny_corpus, *WORDS)
     wait_for_line(run_dir, step + 5, process)
@@ -51,7 +53,7 @@ def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_ha
     out, err = process.communicate(timeout=90)
     assert process.returncode == 2, out + err
     assert "out of memory on" in err
-    assert "Ray's memory monitor ended a worker" in err
+    assert "Ray's memory monitor ended " in err  # a worker, or what leads it
     assert [e["kind"] for e in events.read(run_dir)] == ["out_of_memory"], "it was tried again"
     assert (summary(run_dir)["status"], summary(run_dir)["step"]) == ("FAILED", step)
 

@@ -22,16 +22,12 @@ from safetensors.torch import load_file
 
 from orchestrator import tensor_file
 from orchestrator.errors import UnreadableError, UserError
-from orchestrator.integrity import FORMAT, MANIFEST, NAME, digest_of, read_manifest, text_of, verify
+from orchestrator.integrity import FORMAT, MANIFEST, digest_of, path_of, read_manifest, steps, text_of, verify
 from orchestrator.manifest import fsync
 
 SPARE_BYTES = 1 << 20  # left to the journal and whatever else a run writes meanwhile
 _CHUNK = 4 << 20  # bytes hashed and written at a time, while they are in the processor's cache
 _ASIDE = ".aside"
-
-
-def path_of(directory: Path, step: int) -> Path:
-    return Path(directory) / f"step-{step:08d}"
 
 
 def save(directory: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, str],
@@ -76,13 +72,6 @@ def commit(directory: Path, step: int, parts: dict[str, bytes | memoryview], fac
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
-
-
-def steps(directory: Path) -> list[int]:
-    """Steps of the committed checkpoints in a run's `checkpoints/`, rising; verified is none of them."""
-    names = os.listdir(directory) if Path(directory).is_dir() else []
-    found = ((int(match[1]), match.string) for match in map(NAME.match, names) if match)
-    return sorted(step for step, name in found if path_of(directory, step).name == name)  # no `step-000000003`, nor other digits
 
 
 def latest_valid(directory: Path, warn=print, *, set_aside: bool = False) -> Path | None:

@@ -1,10 +1,11 @@
-"""Whether a checkpoint is what was written: its `MANIFEST.json` has the size and SHA-256 of every part, and of itself.
+"""Which checkpoints there are, and whether one is what was written: `MANIFEST.json` has the size and SHA-256 of its parts.
 
 Eats a folder that anyone may have damaged or forged; yields its manifest, or a refusal that names the part.
 """
 
 import hashlib
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,17 @@ PARTS = {"model.safetensors"}  # that each has; the other ones are refused by wh
 NAME = re.compile(r"^step-(\d{8,})$")
 _PART = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")  # a name in the folder, never a way out of it
 _MANIFEST_LIMIT = 1 << 20  # bytes; it has some thousands
+
+
+def path_of(directory: Path, step: int) -> Path:
+    return Path(directory) / f"step-{step:08d}"
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps of the committed checkpoints in a run's `checkpoints/`, rising; verified is none of them."""
+    names = os.listdir(directory) if Path(directory).is_dir() else []
+    found = ((int(match[1]), match.string) for match in map(NAME.match, names) if match)
+    return sorted(step for step, name in found if path_of(directory, step).name == name)  # no `step-000000003`, nor other digits
 
 
 def verify(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator import checkpoint, journal, own_file
+from orchestrator import integrity, journal, own_file
 from orchestrator.provenance import redact
 
 BATCH = 1000  # rows in one request: MLflow's limit
@@ -163,9 +163,9 @@ def ended_ms(run_dir: Path) -> int | None:
 def checkpoints(run_dir: Path) -> dict[str, str]:
     """`{"step-00000100": SHA-256 of its manifest}` of what stands there now."""
     found, folder = {}, run_dir / "checkpoints"
-    for path in (checkpoint.path_of(folder, step) for step in checkpoint.steps(folder)):
+    for path in (integrity.path_of(folder, step) for step in integrity.steps(folder)):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, own_file.NotOwnError):  # pruned in this moment, or none
-            found[path.name] = hashlib.sha256(own_file.read_bytes(path / checkpoint.MANIFEST)).hexdigest()
+            found[path.name] = hashlib.sha256(own_file.read_bytes(path / integrity.MANIFEST)).hexdigest()
     return found
 
 

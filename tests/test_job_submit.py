@@ -91,7 +91,7 @@ def jobs(ray_head, checkout) -> SimpleNamespace:
         wait("ends", (base / "tokens" / "manifest.json").exists)  # the tokens are prepared once, for both
         start("is_stopped")
         wait("is_stopped", lambda: len(checkpoint.steps(folders["is_stopped"] / "checkpoints")) >= 2)
-        package = _package()  # while a job uses it: Ray removes it afterwards
+        package = _package(ray_head)  # while a job uses it: Ray removes it afterwards
         job = re.search(r"raysubmit_\w+", logs["is_stopped"].read_text("utf-8"))[0]
         subprocess.run([*submit[:2], "stop", job], cwd=base, env=shell, check=True, capture_output=True, timeout=60)
         ended = {name: process.wait(120) for name, process in running.items()}
@@ -102,9 +102,9 @@ def jobs(ray_head, checkout) -> SimpleNamespace:
                                                     run=folders[name]) for name in commands}, package=package)
 
 
-def _package() -> dict[str, int]:
+def _package(ray_head) -> dict[str, int]:
     """Names and sizes of the files that were shipped, as the head has unpacked them."""
-    resources = Path(f"/tmp/espalier-{os.getpid()}/session_latest/runtime_resources")  # where conftest has put the head
+    resources = ray_head.folder / "session_latest" / "runtime_resources"
     roots = (resources / "working_dir_files").glob("_ray_pkg_*/")
     return {str(p.relative_to(root)): p.stat().st_size for root in roots for p in root.rglob("*") if p.is_file()}
 

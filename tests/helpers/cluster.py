@@ -21,7 +21,10 @@ STORE = "--object-store-memory=200000000"
 
 @contextlib.contextmanager
 def head(logs: Path, cpus: int) -> Iterator[SimpleNamespace]:
-    """`.env` is a client's environment, `.dashboard` an address, `.node(cpus)` starts another node; all end with the context."""
+    """`.env` is a client's environment, `.dashboard` an address, `.folder` its session's, `.node(cpus)` starts another node.
+
+    All of it ends with the context.
+    """
     base = Path("/tmp") / f"espalier-{os.getpid()}-{_free_port()}"  # short: sockets live below it, with at most 107 bytes
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     port, dashboard, agent, client = (_free_port() for _ in range(4))
@@ -39,7 +42,7 @@ def head(logs: Path, cpus: int) -> Iterator[SimpleNamespace]:
                       f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", f"--temp-dir={base}")
         _wait_for_port(dashboard)
         yield SimpleNamespace(
-            env={**env, "RAY_ADDRESS": f"127.0.0.1:{port}"}, dashboard=f"http://127.0.0.1:{dashboard}", pid=first.pid,
+            env={**env, "RAY_ADDRESS": f"127.0.0.1:{port}"}, dashboard=f"http://127.0.0.1:{dashboard}", pid=first.pid, folder=base,
             node=lambda cpus, **more: start(f"--address=127.0.0.1:{port}", f"--num-cpus={cpus}", **more))
     finally:
         for process in processes:

@@ -90,7 +90,7 @@ def ports(ray_head, ray_cluster) -> dict[int, str]:
     worker = ray_cluster.get(idle.pid.remote())
     deadline, before = time.monotonic() + 30, {}
     while time.monotonic() < deadline:
-        found = listening(processes_naming(f"espalier-{os.getpid()}/") | {worker})
+        found = listening(processes_naming(f"{ray_head.folder}/") | {worker})
         if found == before and len(found) > 6:
             break
         before = found

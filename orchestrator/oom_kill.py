@@ -27,7 +27,7 @@ from orchestrator.numerics import Worker, prepare_process
 from orchestrator.runs import read_json, write_stopped
 
 GIB = 2**30
-RESERVED = 0.05  # of a machine's memory, beyond which Ray's monitor kills where nobody told it otherwise
+RESERVED = 0.05  # of the memory, which must stay free where nobody told Ray's monitor otherwise
 MARGIN = 0.9  # of what is left: other processes breathe
 TRY_S = 120.0
 FITS = b"fits: "
@@ -51,13 +51,14 @@ def find(run_dir: Path) -> OomKill | None:
     Called where no worker runs, and before `watchdog.report`, which clears the marks. What the kernel did on another
     machine than this one is not seen.
     """
-    marks, causes, has_hung = watchdog.marks(run_dir), oom_causes(), watchdog.has_hung(run_dir)
+    marks, causes = watchdog.marks(run_dir), oom_causes()
+    kills = 0 if watchdog.has_hung(run_dir) else system_memory.oom_kills()  # who hung was ended for that
     for mark in marks:
         workers = sum(m["host"] == mark["host"] for m in marks)
         if (said := causes.get((mark["node"], mark["pid"]))) is not None:
             return OomKill("Ray's memory monitor ended a worker", mark["host"], workers, _reserved(said))
         vanished = mark["host"] == socket.gethostname() and mark["phase"] not in (watchdog.DONE, watchdog.FAILED)
-        if vanished and not has_hung and system_memory.oom_kills() > mark["oom_kills"]:
+        if vanished and kills > mark["oom_kills"]:
             return OomKill("the kernel ended a worker", mark["host"], workers, _reserved())
     return None
 
@@ -70,7 +71,7 @@ def in_error(error: BaseException, workers: int) -> OomKill | None:
 
 
 def _reserved(said: str = "") -> int:
-    """Bytes beyond which Ray's monitor kills: in its own words, or where it does by default."""
+    """Bytes that must stay free, or Ray's monitor kills: in its own words, or as it does by default."""
     numbers = THRESHOLD.search(said)
     return int(numbers[2]) - int(numbers[1]) if numbers else int(RESERVED * system_memory.total_bytes())
 

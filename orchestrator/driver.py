@@ -89,7 +89,8 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
     device = "GPU" if layout.use_gpu else f"{layout.cpus_per_worker} CPU(s)"
     print(f"{'resuming' if step else 'training'} {experiment.name} from step {step:,} of {experiment.train.max_steps:,} "
           f"in {run_dir} on {layout.num_workers} worker(s) with {device} each", flush=True)
-    started, status, code, reason, watch = time.monotonic(), "FAILED", EXIT_FAILED, "", RunWatch(run_dir)
+    started, status, code, reason = time.monotonic(), "FAILED", EXIT_FAILED, ""
+    watch = RunWatch(run_dir, experiment.compute.hang_after_s)
     try:
         tracker.start()
         with (Console(run_dir, experiment.train.max_steps, experiment.tokens_per_step), watch,

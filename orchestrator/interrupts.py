@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -38,6 +39,11 @@ def signals() -> Iterator[None]:
 @contextlib.contextmanager
 def while_ray_starts() -> Iterator[None]:
     """`ray.init` puts a handler of its own in place, which exits; where that falls into a fork, Python drops the exit."""
+    def unraisable(dropped) -> None:
+        if not isinstance(dropped.exc_value, SystemExit | KeyboardInterrupt):
+            sys.__unraisablehook__(dropped)
+
+    sys.unraisablehook, hook = unraisable, sys.unraisablehook  # what was dropped is heard below, and no traceback for the user
     read, write = os.pipe()
     os.set_blocking(read, False)
     os.set_blocking(write, False)
@@ -46,6 +52,7 @@ def while_ray_starts() -> Iterator[None]:
         yield
     finally:
         install_sigterm()
+        sys.unraisablehook = hook
         signal.set_wakeup_fd(before)
         os.close(write)
         with open(read, "rb") as pipe:

@@ -16,7 +16,6 @@ from pathlib import Path
 from orchestrator import stopping, watchdog
 
 POLL_S = 1.0
-EXIT_S = 20.0  # in which workers that are done have ended
 GRACE_S = 5.0  # beyond the limit of a worker that watches itself
 
 
@@ -77,11 +76,11 @@ class Watch:
 
 
 class RunWatch(Watch):
-    """Of a lone run, whose workers end with it; `over`: it ended the wait for workers that were done."""
+    """Of a lone run, whose workers end with it; `over`: it ended the wait for workers that were done, for longer than `exit_s`."""
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, exit_s: float):
         super().__init__(run_dir, lambda: [self.folder])
-        self.done_since, self.over = None, False
+        self.exit_s, self.done_since, self.over = exit_s, None, False
 
     def __enter__(self) -> "RunWatch":
         self.before = {_identity(mark) for mark in watchdog.marks(self.folder)}  # of earlier workers
@@ -95,7 +94,7 @@ class RunWatch(Watch):
             stopping.ask(self.folder, f"the node {node} is drained")
         done = bool(marks) and all(m["phase"] == watchdog.DONE for m in marks)
         self.done_since = (self.done_since or time.monotonic()) if done else None
-        if done and not self.over and time.monotonic() - self.done_since > EXIT_S:
+        if done and not self.over and time.monotonic() - self.done_since > self.exit_s:
             self.over = True
             os.kill(os.getpid(), signal.SIGINT)  # Ray's own way out of its wait: it kills the workers
 

@@ -157,7 +157,7 @@ def test_the_dashboard_listens_on_this_machine_alone(ray_head, ports):
     assert ports[int(ray_head.dashboard.rpartition(":")[2])] == "127.0.0.1"
 
 
-@pytest.mark.parametrize("token", [None, secrets.token_hex(32)])
+@pytest.mark.parametrize("token", [None, secrets.token_hex(32)], ids=["none", "wrong"])
 def test_no_job_is_taken_from_who_has_no_token_or_a_wrong_one(ray_head, token, tmp_path):
     url, canary = f"{ray_head.dashboard}/api/jobs/", tmp_path / "canary"
     job = json.dumps({"entrypoint": f"touch {canary}"}).encode()

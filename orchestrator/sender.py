@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from orchestrator.provenance import redact_text
 
 POLL_S = 2.0
+SILENCE_S = 2.0  # that nobody wonders about at the end
 PAUSES_S = (1.0, 30.0)  # first and longest pause while a server is away; at the end never longer than the first
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,9 @@ class Sender:
         """Send the rest; True if all of it was accepted within `deadline_s` seconds."""
         self.ending = ending
         self._wake.set()
-        self._ended.wait(deadline_s)
+        if not self._ended.wait(min(deadline_s, SILENCE_S)) and (left := deadline_s - SILENCE_S) > 0:
+            print(f"{self.what}: sending the rest, for up to {left:.0f} s; Ctrl-C ends the wait, and loses nothing", flush=True)
+            self._ended.wait(left)
         self.given_up.set()
         return self.complete
 

@@ -22,6 +22,11 @@ def command(storage: Path, corpus: Path, *overrides: str) -> list[str]:
             "compute.cpus_per_worker=1", *overrides]
 
 
+def begin(ray_head, storage: Path, corpus: Path, *overrides: str, **env: str) -> subprocess.Popen:
+    return subprocess.Popen(command(storage, corpus, *overrides), env={**ray_head.env, **env}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
 def run(ray_head, storage: Path, corpus: Path, *overrides: str, status: int = 0) -> subprocess.CompletedProcess:
     done = subprocess.run(command(storage, corpus, *overrides), env=ray_head.env, capture_output=True, text=True, timeout=240)
     assert done.returncode == status, done.stdout + done.stderr
@@ -37,10 +42,21 @@ def summary(run_dir: Path) -> dict:
     return json.loads((run_dir / "summary.json").read_text())
 
 
+def logged(run_dir: Path) -> int:
+    """The last step of the journal; -1 of none."""
+    return (journal.last(run_dir) or {"step": -1})["step"]
+
+
+def wait_for(condition, process: subprocess.Popen):
+    """What `condition()` gives once it gives something; the process must not end before."""
+    deadline = time.monotonic() + 120
+    while not (found := condition()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+    return found
+
+
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
     """Until a checkpoint of that step or a later one stands."""
-    deadline = time.monotonic() + 120
-    while max(checkpoint.steps(run_dir / "checkpoints"), default=0) < step:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"step {step} was not reached"
-        time.sleep(0.01)
+    wait_for(lambda: max(checkpoint.steps(run_dir / "checkpoints"), default=0) >= step, process)

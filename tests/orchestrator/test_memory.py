@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import oom_kill, system_memory, watchdog
+from orchestrator import oom_kill, system_memory
 from orchestrator.config import load_experiment
 from orchestrator.launch import Layout
 from orchestrator.numerics import Worker
@@ -121,10 +121,17 @@ FINDS = """
 import sys
 from pathlib import Path
 Path(sys.argv[2], "cgroup.procs").write_text("0")
-from orchestrator import oom_kill
+from orchestrator import oom_kill, watchdog
 oom_kill.oom_causes = dict  # there is no Ray here
-kill = oom_kill.find(Path(sys.argv[1]))
-print(kill and kill.by)
+run_dir = Path(sys.argv[1])
+def find():
+    kill = oom_kill.find(run_dir)
+    print(kill and kill.by)
+find()
+(run_dir / "hang-rank0.txt").write_text("it hung")
+find()  # who hung was ended for that
+watchdog.report(run_dir)
+find()
 """
 
 
@@ -137,16 +144,9 @@ def test_the_kernels_kill_is_told_from_others(group, tmp_path):
             eats.kill()
         eats.stdin.close()
         assert eats.wait(60) == -9
-        assert find(tmp_path, group) == killed
-        (tmp_path / "hang-rank0.txt").write_text("it hung")
-        assert find(tmp_path, group) is None, "a worker that hung was ended for that"
-        watchdog.report(tmp_path)
-        assert find(tmp_path, group) is None
-
-
-def find(run_dir: Path, group: Path) -> str | None:
-    done = subprocess.run([sys.executable, "-c", FINDS, run_dir, group], cwd=REPO, capture_output=True, text=True, check=True)
-    return None if done.stdout == "None\n" else done.stdout.strip()
+        found = subprocess.run([sys.executable, "-c", FINDS, tmp_path, group], cwd=REPO, capture_output=True, text=True,
+                               check=True)
+        assert found.stdout.splitlines() == [str(killed), "None", "None"]
 
 
 def test_the_limits_of_control_groups_of_version_2_are_read_as_its_files_say(tmp_path, monkeypatch):

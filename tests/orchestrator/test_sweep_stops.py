@@ -5,14 +5,12 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
-from orchestrator import checkpoint, journal
+from orchestrator import checkpoint
+from tests.helpers.small_run import REPO, logged, wait_for
 
-REPO = Path(__file__).resolve().parents[2]
 # Two stages run at a time, the longest first, and a third waits.
 WORDS = ["sweep.grid.schedule.max_lr=[1e-2, 5e-3]", "sweep.trials.third={schedule.max_lr: 2e-3, train.max_steps: 30}",
          "train.max_steps=1000", "train.eval_interval=100", "train.checkpoint_interval=null", "compute.cpus_per_worker=1"]
@@ -34,10 +32,7 @@ def begin(ray_head, sweeps, tiny_corpus, tiny_dataset):
 def test_sigterm_stops_every_stage_after_its_step_and_the_next_start_goes_on_there(sweeps, begin):
     """Begun on two workers a stage, ended on one."""
     stages, process = sweeps.folder / "sweep" / "stages", begin("compute.num_workers=2")
-    deadline = time.monotonic() + 120
-    while sum((journal.last(folder) or {"step": 0})["step"] >= 6 for folder in stages.glob("*")) < 2:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
+    wait_for(lambda: sum(logged(folder) >= 6 for folder in stages.glob("*")) == 2, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, out + err
@@ -47,13 +42,14 @@ def test_sigterm_stops_every_stage_after_its_step_and_the_next_start_goes_on_the
     for folder in begun:
         assert not (folder / "result.json").exists()
         assert checkpoint.steps(folder / "checkpoints") == [stopped[folder.name]]
-        assert journal.last(folder)["step"] <= stopped[folder.name] < 1000
+        assert logged(folder) <= stopped[folder.name] < 1000
     summary = json.loads((sweeps.folder / "sweep" / "summary.json").read_text())
     assert (summary["status"], summary["steps_run"]) == ("KILLED", sum(stopped.values()))
     with sqlite3.connect(sweeps.folder / "mlflow" / "mlflow.db") as db:
         assert db.execute("select status from runs where name = 'sweep'").fetchall() == [("KILLED",)]
 
-    again = begin("compute.num_workers=1")
+    again, planned = begin("compute.num_workers=1"), sweeps.open(*WORDS, name="planned")
+    alone = {name: sweeps.alone(planned, name) for name in planned.candidates}  # meanwhile
     out, err = again.communicate(timeout=240)
     assert again.returncode == 0, out + err
     study = sweeps.open(*WORDS)
@@ -61,4 +57,4 @@ def test_sigterm_stops_every_stage_after_its_step_and_the_next_start_goes_on_the
     assert summary["steps_run"] == study.plan.steps_in_tree - sum(stopped.values())
     assert len(study.candidates) == 3
     for name in study.candidates:
-        assert sweeps.outcome(study.folder / "trials" / name) == sweeps.alone(study, name), name
+        assert sweeps.outcome(study.folder / "trials" / name) == alone[name], name

@@ -96,13 +96,13 @@ for step in range(50):
     for phase in ("gradient", "exchange", "update"):
         dog.beat(phase, step)
 dog.beat("evaluation", 50)  # never measured: it has START_S
-time.sleep(2.5)
+time.sleep(1.5)
 dog.beat("checkpoint", 50)
-time.sleep(2.5)  # waits for a commit: twenty times the floor
+time.sleep(1.5)  # waits for a commit: twenty times the floor
 dog.beat("gradient", 50)
 watchdog.START_S = 0.5
 dog.beat(watchdog.HELD, 50)
-time.sleep(2.5)
+time.sleep(1.5)
 dog.beat("gradient", 50)
 dog.close()
 """

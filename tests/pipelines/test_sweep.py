@@ -9,7 +9,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +21,7 @@ from orchestrator.config import load_experiment
 from orchestrator.numerics import Worker
 from orchestrator.tokens import dataset_dir
 from orchestrator.training import train
+from tests.helpers.small_run import wait_for
 
 REPO = Path(__file__).resolve().parent.parent.parent
 QUICKSTART = REPO / "configs" / "quickstart.yaml"
@@ -80,16 +80,6 @@ def begin(ray_head, storage: Path, corpus: Path, *words: str) -> subprocess.Pope
     # A shell in the background ignores Ctrl-C for all that it starts; who types it is in front.
     return subprocess.Popen(command(storage, corpus, *words), env=ray_head.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-
-
-def wait_for(condition, process: subprocess.Popen):
-    """What `condition()` gives once it gives something; the sweep must not end before."""
-    deadline = time.monotonic() + 120
-    while not (found := condition()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-    return found
 
 
 # ---- what it left ----

@@ -2,20 +2,17 @@
 
 import json
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from orchestrator import checkpoint, events, journal, system_memory, watchdog
-from orchestrator.config import load_experiment
-from orchestrator.numerics import Worker
-from orchestrator.training import train
+from orchestrator import checkpoint, events, system_memory, watchdog
 from tests.helpers import cluster
-from tests.helpers.small_run import command, curve, summary
-from tests.pipelines.test_train_stops import begin
+from tests.helpers.small_run import REPO, begin, command, curve, logged, run, summary, wait_for
 
-WORDS = ["train.max_steps=800", "train.eval_interval=400", "train.checkpoint_interval=800", "compute.num_workers=1"]
+WORDS = ["train.max_steps=500", "train.eval_interval=250", "train.checkpoint_interval=500", "compute.num_workers=1"]
 SPARE_BYTES = 4 * 2**30  # from what is in use when the node begins to where its monitor kills
 
 
@@ -29,23 +26,23 @@ def head(tmp_path_factory):
 def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_happened(head, tiny_corpus, tiny_dataset, tmp_path):
     if system_memory.available_bytes() < 4 * SPARE_BYTES:
         pytest.skip("less than 16 GiB are free: what starves a node here could starve others")
-    run_dir = tmp_path / "small"
+    run_dir, golden = tmp_path / "small", undisturbed(command(tmp_path, tiny_corpus, *WORDS), tmp_path / "golden", tiny_dataset)
     head.node(2)
     process = begin(head, tmp_path, tiny_corpus, *WORDS)
-    wait_for_line(run_dir, 5, process)
+    wait_for(lambda: logged(run_dir) >= 5, process)
     drain(head, watchdog.marks(run_dir)[0]["node"])
     out, err = process.communicate(timeout=90)
     assert process.returncode == 75, out + err
     assert "is drained: asked to stop after step" in err
     step = json.loads((run_dir / "stopped.json").read_text())["step"]
     assert checkpoint.latest_valid(run_dir / "checkpoints") == checkpoint.path_of(run_dir / "checkpoints", step)
-    assert step >= journal.read(run_dir)[-1]["step"], "a logged step was lost"
+    assert step >= logged(run_dir), "a logged step was lost"
 
     total = system_memory.meminfo("MemTotal")
     used = total - system_memory.meminfo("MemAvailable")
     head.node(2, RAY_memory_usage_threshold=str((used + SPARE_BYTES) / total))
     process = begin(head, tmp_path, tiny_corpus, *WORDS)
-    wait_for_line(run_dir, step + 5, process)
+    wait_for(lambda: logged(run_dir) >= step + 5, process)
     taken, victim = [], watchdog.marks(run_dir)[0]
     while watchdog.is_here(victim) and len(taken) < 20:
         taken.append(bytearray(b"x") * 2**29)
@@ -57,23 +54,19 @@ def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_ha
     assert [e["kind"] for e in events.read(run_dir)] == ["out_of_memory"], "it was tried again"
     assert (summary(run_dir)["status"], summary(run_dir)["step"]) == ("FAILED", step)
 
-    again = command(tmp_path, tiny_corpus, *WORDS)
-    done = subprocess.run(again, env=head.env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    golden = tmp_path / "golden"
-    golden.mkdir()
-    train(load_experiment(Path(again[2]), again[3:]), golden, tiny_dataset, Worker())
-    assert curve(run_dir) == curve(golden)
+    run(head, tmp_path, tiny_corpus, *WORDS)
+    assert golden.wait(120) == 0
+    assert curve(run_dir) == curve(tmp_path / "golden")
     assert summary(run_dir)["weights_sha256"] == checkpoint.weights_sha256(
-        checkpoint.load_tensors(checkpoint.latest_valid(golden / "checkpoints"), "model"))
+        checkpoint.load_tensors(checkpoint.latest_valid(tmp_path / "golden" / "checkpoints"), "model"))
 
 
-def wait_for_line(run_dir: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not (lines := journal.read(run_dir)) or lines[-1]["step"] < step:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"step {step} was not reached"
-        time.sleep(0.01)
+def undisturbed(words: list[str], run_dir: Path, data_dir: Path) -> subprocess.Popen:
+    """The run that a command asks for, in a process of its own, without Ray."""
+    run_dir.mkdir()
+    job = {"file": words[2], "overrides": words[3:], "run_dir": str(run_dir), "data_dir": str(data_dir), "rank": 0,
+           "world_size": 1}
+    return subprocess.Popen([sys.executable, "-m", "tests.helpers.train_rank", json.dumps(job)], cwd=REPO)
 
 
 def drain(head, node: str) -> None:

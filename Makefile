@@ -16,8 +16,10 @@ install: $(VENV)/installed
 quickstart: install          ## corpus to trained, tracked GPT in a few minutes on two CPU cores
 	$(BIN)/python pipelines/train.py configs/quickstart.yaml
 
-test: install                ## everything, with a real Ray, a real MLflow and real kills
-	$(BIN)/python -m pytest
+# Two processes, each with a Ray of its own: what tests wait for, they wait for side by side. A file stays in one process.
+JOBS ?= 2
+test: install                ## everything, with a real Ray, a real MLflow and real kills; JOBS=0: one after another
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Minutes; the table goes into docs/RELIABILITY.md.
 N ?= 300

@@ -21,6 +21,12 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 from tests.helpers import cluster  # noqa: E402 - after what Ray reads
 
 
+def pytest_collection_modifyitems(items):
+    """Files with tests on a cluster first: they take longest, and two processes that share the tests end together."""
+    long = {item.path for item in items if "ray_head" in item.fixturenames}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session")
 def ray_head(tmp_path_factory):
     """A cluster's head with four logical CPUs and token authentication; `.env` is a client's environment."""

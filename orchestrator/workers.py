@@ -37,6 +37,7 @@ def fit(experiment: Experiment, run_dir: Path, data_dir: Path, asked: Layout) ->
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
     launch = uuid.uuid4().hex[:8]
     scratch = run_dir / ".ray"  # Ray's own snapshot of the run: a convenience of this attempt, never the truth
@@ -50,6 +51,9 @@ def fit(experiment: Experiment, run_dir: Path, data_dir: Path, asked: Layout) ->
         run_config=RunConfig(name=launch, storage_path=str(scratch), failure_config=FailureConfig(max_failures=MAX_FAILURES),
                              worker_runtime_env={"env_vars": worker_environment()}),
     )
+    callbacks = trainer._create_default_callbacks  # there is no public way
+    # Each start of the workers would wait for one more process, which would have shards of Ray Data to give away.
+    trainer._create_default_callbacks = lambda: [c for c in callbacks() if not isinstance(c, DatasetsCallback)]
     try:
         trainer.fit()
     finally:

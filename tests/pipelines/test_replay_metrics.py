@@ -14,9 +14,11 @@ SMALLER = ["compute.num_workers=1", "model.n_layer=1", "model.n_embd=16", "model
            "train.eval_interval=10", "train.eval_tokens=400"]
 
 
-def test_ctrl_c_ends_the_wait_for_a_server_and_what_it_had_to_leave_behind_is_sent_later(ray_head, tiny_corpus, tmp_path):
+def test_ctrl_c_ends_the_wait_for_a_server_and_what_it_had_to_leave_behind_is_sent_later(ray_head, tiny_corpus, tiny_dataset,
+                                                                                             tmp_path):
     run_dir, database = tmp_path / "small", tmp_path / "later.db"
-    process = begin(ray_head, tmp_path, tiny_corpus, *SMALLER, MLFLOW_TRACKING_URI="http://me:hunter2@127.0.0.1:9")
+    process = begin(ray_head, tmp_path, tiny_corpus, f"data.dir={tiny_dataset}", *SMALLER,
+                    MLFLOW_TRACKING_URI="http://me:hunter2@127.0.0.1:9")
     begun = next(line for line in process.stdout if "Ctrl-C ends the wait" in line)
     assert begun.startswith("tracking to http://[redacted]@127.0.0.1:9: sending the rest, for up to 58 s;")
     process.send_signal(signal.SIGINT)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import checkpoint, plan
-from tests.helpers.small_run import STEPS, command, curve, run, summary, wait_for_step
+from tests.helpers.small_run import STEPS, begin, command, curve, run, summary, wait_for_step
 
 
 def test_the_end_says_where_everything_is_and_what_comes_next(golden):
@@ -38,9 +38,8 @@ def test_the_run_is_one_finished_run_in_mlflow_with_every_point_once(golden):
     assert points == [(r["step"], r["train/loss"]) for r in curve(run_dir) if "train/loss" in r]
 
 
-def test_a_dead_worker_is_restarted_and_two_workers_equal_one(golden, ray_head, tiny_corpus, tmp_path):
-    process = subprocess.Popen(command(tmp_path, tiny_corpus, "compute.num_workers=2"), env=ray_head.env,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_a_dead_worker_is_restarted_and_two_workers_equal_one(golden, ray_head, tiny_corpus, tiny_dataset, tmp_path):
+    process = begin(ray_head, tmp_path, tiny_corpus, f"data.dir={tiny_dataset}", "compute.num_workers=2")
     wait_for_step(tmp_path / "small", 10, process)
     attempts = [json.loads(line) for line in (tmp_path / "small" / "attempts.jsonl").read_text().splitlines()]
     os.kill(attempts[-1]["pid"], signal.SIGKILL)
@@ -69,9 +68,8 @@ def test_a_killed_driver_and_the_same_command_again_equal_never_killed(golden, r
     assert points == [(r["step"], 1) for r in curve(golden[0]) if "train/loss" in r]
 
 
-def test_ctrl_c_ends_as_killed_with_130_and_a_valid_checkpoint(ray_head, tiny_corpus, tmp_path):
-    process = subprocess.Popen(command(tmp_path, tiny_corpus), env=ray_head.env, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+def test_ctrl_c_ends_as_killed_with_130_and_a_valid_checkpoint(ray_head, tiny_corpus, tiny_dataset, tmp_path):
+    process = begin(ray_head, tmp_path, tiny_corpus, f"data.dir={tiny_dataset}")
     wait_for_step(tmp_path / "small", 10, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)

@@ -26,9 +26,10 @@ def head(tmp_path_factory):
 def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_happened(head, tiny_corpus, tiny_dataset, tmp_path):
     if system_memory.available_bytes() < 4 * SPARE_BYTES:
         pytest.skip("less than 16 GiB are free: what starves a node here could starve others")
-    run_dir, golden = tmp_path / "small", undisturbed(command(tmp_path, tiny_corpus, *WORDS), tmp_path / "golden", tiny_dataset)
+    run_dir, words = tmp_path / "small", [f"data.dir={tiny_dataset}", *WORDS]
+    golden = undisturbed(command(tmp_path, tiny_corpus, *words), tmp_path / "golden", tiny_dataset)
     head.node(2)
-    process = begin(head, tmp_path, tiny_corpus, *WORDS)
+    process = begin(head, tmp_path, tiny_corpus, *words)
     wait_for(lambda: logged(run_dir) >= 5, process)
     drain(head, watchdog.marks(run_dir)[0]["node"])
     out, err = process.communicate(timeout=90)
@@ -41,7 +42,7 @@ def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_ha
     total = system_memory.meminfo("MemTotal")
     used = total - system_memory.meminfo("MemAvailable")
     head.node(2, RAY_memory_usage_threshold=str((used + SPARE_BYTES) / total))
-    process = begin(head, tmp_path, tiny_corpus, *WORDS)
+    process = begin(head, tmp_path, tiny_corpus, *words)
     wait_for(lambda: logged(run_dir) >= step + 5, process)
     taken, victim = [], watchdog.marks(run_dir)[0]
     while watchdog.is_here(victim) and len(taken) < 20:
@@ -54,7 +55,7 @@ def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_ha
     assert [e["kind"] for e in events.read(run_dir)] == ["out_of_memory"], "it was tried again"
     assert (summary(run_dir)["status"], summary(run_dir)["step"]) == ("FAILED", step)
 
-    run(head, tmp_path, tiny_corpus, *WORDS)
+    run(head, tmp_path, tiny_corpus, *words)
     assert golden.wait(120) == 0
     assert curve(run_dir) == curve(tmp_path / "golden")
     assert summary(run_dir)["weights_sha256"] == checkpoint.weights_sha256(

@@ -16,9 +16,10 @@ def result(run_dir: Path) -> tuple:
     return curve(run_dir), summary(run_dir)["weights_sha256"]
 
 
-def test_a_second_job_is_refused_sigterm_costs_no_step_and_a_rank_that_hangs_is_named(golden, ray_head, tiny_corpus, tmp_path):
-    run_dir, words = tmp_path / "small", ["train.checkpoint_interval=40", "compute.num_workers=2"]
-    process = begin(ray_head, tmp_path, tiny_corpus, *words)
+def test_a_second_job_is_refused_sigterm_costs_no_step_and_a_rank_that_hangs_is_named(golden, ray_head, tiny_corpus, tiny_dataset,
+                                                                                          tmp_path):
+    run_dir, words = tmp_path / "small", [f"data.dir={tiny_dataset}", "compute.num_workers=2"]
+    process = begin(ray_head, tmp_path, tiny_corpus, *words, "train.checkpoint_interval=40")
     wait_for(lambda: (run_dir / "run.json").exists(), process)
     second = subprocess.run(command(tmp_path, tiny_corpus, *words), env=ray_head.env, capture_output=True, text=True, timeout=20)
     assert second.returncode == 75
@@ -32,7 +33,7 @@ def test_a_second_job_is_refused_sigterm_costs_no_step_and_a_rank_that_hangs_is_
     assert checkpoint.latest_valid(run_dir / "checkpoints") == checkpoint.path_of(run_dir / "checkpoints", stopped["step"])
     assert stopped["step"] >= logged(run_dir), "a logged step was lost"
 
-    process = begin(ray_head, tmp_path, tiny_corpus, "compute.num_workers=2", "compute.hang_after_s=2")
+    process = begin(ray_head, tmp_path, tiny_corpus, *words, "compute.hang_after_s=2")
     # Far from a checkpoint, behind which more time is given.
     victim = wait_for(lambda: next((m for m in watchdog.marks(run_dir) if m["rank"] == 1 and m["step"] > stopped["step"] + 2
                                     and m["step"] % 10 in (3, 4, 5)), None), process)
@@ -61,7 +62,7 @@ def test_the_run_is_held_and_sigterm_is_heard_while_ray_starts(tiny_corpus, tmp_
     assert os.listdir(tmp_path) == [], "it left something where it made nothing"
 
 
-def test_workers_that_are_done_and_do_not_end_are_ended(golden, ray_head, tiny_corpus, tmp_path):
+def test_workers_that_are_done_and_do_not_end_are_ended(golden, ray_head, tiny_corpus, tiny_dataset, tmp_path):
     """A worker whose end deadlocks with the interpreter in its hands, as torch's process group can, not at will: here it sleeps
     so, once it has said that it is done. Ray itself would wait for an answer of it for ten minutes."""
     hook = tmp_path / "hook"
@@ -81,7 +82,7 @@ def test_workers_that_are_done_and_do_not_end_are_ended(golden, ray_head, tiny_c
         "    dog.close = close_and_sleep\n"
         "threading.Thread(target=stick, daemon=True).start()\n")
     job = {"runtime_env": {"env_vars": {"PYTHONPATH": f"{hook}{os.pathsep}{REPO}"}}}  # of a job, which its workers have
-    process = begin(ray_head, tmp_path, tiny_corpus, "compute.num_workers=2", "compute.hang_after_s=5",
+    process = begin(ray_head, tmp_path, tiny_corpus, f"data.dir={tiny_dataset}", "compute.num_workers=2", "compute.hang_after_s=5",
                     RAY_JOB_CONFIG_JSON_ENV_VAR=json.dumps(job))
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err

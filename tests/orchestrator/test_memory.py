@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import oom_kill, system_memory
+from orchestrator import events, oom_kill, system_memory, watchdog, workers
 from orchestrator.config import load_experiment
+from orchestrator.errors import UserError
 from orchestrator.launch import Layout
 from orchestrator.numerics import Worker
 from orchestrator.oom_kill import OomKill
@@ -176,6 +177,15 @@ def test_a_control_groups_limit_is_what_is_left(group):
     available, total = map(int, done.stdout.split())
     assert 0 < available < 2**30 - 10**8, "torch is imported"
     assert total == 2**30
+
+
+def test_memory_that_torch_misses_in_a_worker_is_the_users_to_mend_and_an_event(ray_cluster, tiny_dataset, tmp_path):
+    experiment = load_experiment(None, [*SMALL, f"model.pad_vocab_to={2**42}"])  # an embedding beyond any address space
+    with pytest.raises(UserError, match="No smaller micro-batch fits here either") as told:
+        workers._train(experiment, tmp_path, tiny_dataset, Worker())
+    (event,) = events.read(tmp_path)
+    assert (event["kind"], event["message"]) == ("out_of_memory", str(told.value))
+    assert [m["phase"] for m in watchdog.marks(tmp_path)] == [watchdog.FAILED]
 
 
 def test_the_end_of_a_starved_run_is_the_users_to_mend(tiny_dataset, tmp_path, capsys):

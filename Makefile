@@ -17,9 +17,9 @@ quickstart: install          ## corpus to trained, tracked GPT in a few minutes 
 	$(BIN)/python pipelines/train.py configs/quickstart.yaml
 
 # Two processes, each with a Ray of its own: what tests wait for, they wait for side by side. A file stays in one process.
-JOBS ?= 2
-test: install                ## everything, with a real Ray, a real MLflow and real kills; JOBS=0: one after another
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+TEST_JOBS ?= 2
+test: install                ## everything, with a real Ray, a real MLflow and real kills; TEST_JOBS=0: one after another
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 # Minutes; the table goes into docs/RELIABILITY.md.
 N ?= 300

@@ -115,7 +115,7 @@ class Compute(Section):
     num_workers: Steps | Literal["auto"] = Field("auto", description="training processes, a divisor of the slots")
     cpus_per_worker: Steps | Literal["auto"] = Field("auto", description="CPUs, and so torch threads, of each worker")
     hang_after_s: float = Field(30.0, gt=0, description=(
-        "seconds that a step (or ten times the longest of its kind so far) or workers' exit may take before they count as hung"))
+        "seconds that a step may take, or ten times the longest one of its kind so far, before its workers count as hung"))
     use_gpu: bool | Literal["auto"] = Field("auto", description="one GPU per worker; auto: if the cluster has any")
 
 

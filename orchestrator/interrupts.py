@@ -41,10 +41,10 @@ def while_ray_starts() -> Iterator[None]:
     """`ray.init` puts a handler of its own in place, which exits; where that falls into a fork, Python drops the exit."""
     def unraisable(dropped) -> None:
         if not isinstance(dropped.exc_value, SystemExit | KeyboardInterrupt):
-            sys.__unraisablehook__(dropped)
+            hook(dropped)
 
-    sys.unraisablehook, hook = unraisable, sys.unraisablehook  # what was dropped is heard below, and no traceback for the user
     read, write = os.pipe()
+    sys.unraisablehook, hook = unraisable, sys.unraisablehook  # what was dropped is heard below: no traceback of it
     os.set_blocking(read, False)
     os.set_blocking(write, False)
     before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # hears every signal, whoever handles it
@@ -56,8 +56,11 @@ def while_ray_starts() -> Iterator[None]:
         signal.set_wakeup_fd(before)
         os.close(write)
         with open(read, "rb") as pipe:
-            if signal.SIGTERM in pipe.read():
-                raise Terminated from None
+            heard = pipe.read()
+        if signal.SIGTERM in heard:
+            raise Terminated from None
+        if signal.SIGINT in heard:
+            raise KeyboardInterrupt from None
 
 
 def install_sigterm() -> None:

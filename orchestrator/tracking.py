@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestrator import attachments, lease, outbox
+from orchestrator import attachments, interrupts, lease, outbox
 from orchestrator.provenance import redact_text
 from orchestrator.sender import Ending, GivenUpError, RefusedError, Sender
 from orchestrator.stores import first, local_path, quieten, resolve_uri, run_url, whole  # noqa: F401 - resolve_uri: our callers'
@@ -85,11 +85,19 @@ def refusals() -> Iterator[None]:
 
 
 def replay(run_dir: Path, uri: str, experiment_name: str, deadline_s: float = 60, kind: type[Tracker] = Tracker) -> bool:
-    """Send what a run's folder holds and MLflow does not; True if all was accepted. The status is summary.json's."""
+    """Send what a run's folder holds and MLflow does not; True if all was accepted. The status is summary.json's.
+
+    Ctrl-C ends the wait and nothing else.
+    """
     tracker = kind(run_dir, uri, experiment_name)
     tracker._reopen = False
     tracker.start()
-    return tracker.finish(outbox.status(Path(run_dir)), deadline_s)
+    try:
+        return tracker.finish(outbox.status(Path(run_dir)), deadline_s)
+    except KeyboardInterrupt:
+        if interrupts.was_terminated():
+            raise
+        return False
 
 
 class Projection:

@@ -16,6 +16,7 @@ from pathlib import Path
 from orchestrator import stopping, watchdog
 
 POLL_S = 1.0
+EXIT_S = (2.0, 20.0)  # the least and the most that workers that are done have to end: less than a SIGTERM's notice
 GRACE_S = 5.0  # beyond the limit of a worker that watches itself
 
 
@@ -76,11 +77,15 @@ class Watch:
 
 
 class RunWatch(Watch):
-    """Of a lone run, whose workers end with it; `over`: it ended the wait for workers that were done, for longer than `exit_s`."""
+    """Of a lone run, whose workers end with it; `over`: it ended the wait for workers that were done.
 
-    def __init__(self, run_dir: Path, exit_s: float):
+    Args:
+        hang_after_s: after which a step counts as hung. An end that takes so long hangs, within the bounds of `EXIT_S`.
+    """
+
+    def __init__(self, run_dir: Path, hang_after_s: float):
         super().__init__(run_dir, lambda: [self.folder])
-        self.exit_s, self.done_since, self.over = exit_s, None, False
+        self.exit_s, self.done_since, self.over = min(max(hang_after_s, EXIT_S[0]), EXIT_S[1]), None, False
 
     def __enter__(self) -> "RunWatch":
         self.before = {_identity(mark) for mark in watchdog.marks(self.folder)}  # of earlier workers

@@ -54,6 +54,7 @@ def wait_for(condition, process: subprocess.Popen):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
     return found
 
 

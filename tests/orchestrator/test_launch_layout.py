@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator import launch
+from orchestrator import launch, workers
 from orchestrator.config import load_experiment
 from orchestrator.errors import UserError
 from orchestrator.launch import Layout, resolve_layout
@@ -123,3 +123,16 @@ def test_a_growing_cluster_without_a_gpu_yet_is_not_taken_for_one_without_gpus()
 )
 def test_the_cpus_of_a_worker_stay_what_they_were_where_they_fit(words, nodes, recorded, cpus):
     assert resolved(words, nodes, recorded=recorded).cpus_per_worker == cpus
+
+
+def test_workers_start_without_processes_that_nobody_needs(ray_cluster, monkeypatch, tmp_path):
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
+
+    started = []
+    monkeypatch.setattr(TorchTrainer, "fit", lambda trainer: started.extend(trainer._create_default_callbacks()))
+    workers.fit(load_experiment(None, []), tmp_path, tmp_path, Layout(1, 1, False))
+    names = {type(callback).__name__ for callback in started}
+    assert "BackendSetupCallback" in names
+    assert "DatasetsCallback" not in names
+    assert launch.ENVIRONMENT[ENABLE_PREEMPTION_WATCHER_ENV_VAR] == "0"

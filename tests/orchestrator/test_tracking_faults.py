@@ -7,7 +7,9 @@ import contextlib
 import json
 import os
 import random
+import signal
 import sqlite3
+import threading
 import time
 from itertools import pairwise
 
@@ -156,6 +158,24 @@ def away(server, gate, fault):
         gate.set(fault)
         yield
         gate.set("open")
+
+
+def test_ctrl_c_ends_the_wait_for_a_server_that_is_away_and_nothing_else(gate, run_dir, capsys):
+    log(run_dir, range(3))
+    gate.set("refuse")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    assert not replay(run_dir, f"http://127.0.0.1:{gate.port}", EXPERIMENT, 60)
+    signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - began < 10
+    assert "Ctrl-C ends the wait, and loses nothing" in capsys.readouterr().out
+
+
+def test_who_waits_for_a_second_is_told_nothing(gate, run_dir, capsys):
+    gate.set("refuse")
+    assert not replay(run_dir, f"http://127.0.0.1:{gate.port}", EXPERIMENT, 1)
+    assert capsys.readouterr().out == ""
 
 
 def test_refused_for_good_is_said_once_and_kept(gate, run_dir, caplog):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import checkpoint, plan
-from tests.helpers.small_run import STEPS, begin, command, curve, run, summary, wait_for_step
+from tests.helpers.small_run import REPO, STEPS, begin, command, curve, run, summary, wait_for_step
 
 
 def test_the_end_says_where_everything_is_and_what_comes_next(golden):
@@ -38,26 +38,51 @@ def test_the_run_is_one_finished_run_in_mlflow_with_every_point_once(golden):
     assert points == [(r["step"], r["train/loss"]) for r in curve(run_dir) if "train/loss" in r]
 
 
-def test_a_dead_worker_is_restarted_and_two_workers_equal_one(golden, ray_head, tiny_corpus, tiny_dataset, tmp_path):
-    process = begin(ray_head, tmp_path, tiny_corpus, f"data.dir={tiny_dataset}", "compute.num_workers=2")
+# A worker whose end deadlocks with the interpreter in its hands, as torch's process group can, not at will: here it sleeps so,
+# once it has said that it is done. Ray itself would wait for an answer of it for ten minutes.
+STICK = """
+import sys, threading, time
+def stick():
+    while not hasattr(sys.modules.get("orchestrator.watchdog"), "Watchdog"):
+        time.sleep(0.05)
+    import ctypes, pathlib
+    dog = sys.modules["orchestrator.watchdog"].Watchdog
+    close = dog.close
+    def close_and_sleep(self, *args):
+        close(self, *args)
+        pathlib.Path(__file__).with_name(f"slept-{self.rank}").touch()
+        ctypes.PyDLL(None).sleep(3600)  # PyDLL keeps the interpreter's lock
+    dog.close = close_and_sleep
+threading.Thread(target=stick, daemon=True).start()
+"""
+
+
+def test_a_dead_worker_is_restarted_two_workers_equal_one_and_are_ended_where_they_do_not_end(golden, ray_head, tiny_corpus,
+                                                                                              tiny_dataset, tmp_path):
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(STICK)
+    job = {"runtime_env": {"env_vars": {"PYTHONPATH": f"{hook}{os.pathsep}{REPO}"}}}  # of a job, which its workers have
+    process = begin(ray_head, tmp_path, tiny_corpus, f"data.dir={tiny_dataset}", "compute.num_workers=2",
+                    "compute.hang_after_s=5", RAY_JOB_CONFIG_JSON_ENV_VAR=json.dumps(job))
     wait_for_step(tmp_path / "small", 10, process)
     attempts = [json.loads(line) for line in (tmp_path / "small" / "attempts.jsonl").read_text().splitlines()]
     os.kill(attempts[-1]["pid"], signal.SIGKILL)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
     assert len((tmp_path / "small" / "attempts.jsonl").read_text().splitlines()) == 2, "nothing was restarted"
+    assert sorted(p.name for p in hook.glob("slept-*")) == ["slept-0", "slept-1"], "no worker was kept from its end"
     assert curve(tmp_path / "small") == curve(golden[0])
     assert summary(tmp_path / "small")["weights_sha256"] == summary(golden[0])["weights_sha256"]
 
 
-def test_a_killed_driver_and_the_same_command_again_equal_never_killed(golden, ray_head, tiny_corpus, tmp_path):
-    process = subprocess.Popen(command(tmp_path, tiny_corpus), env=ray_head.env, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+def test_a_killed_driver_on_two_workers_and_the_same_command_on_one_equal_never_killed(golden, ray_head, tiny_corpus, tmp_path):
+    process = begin(ray_head, tmp_path, tiny_corpus, "compute.num_workers=2")
     wait_for_step(tmp_path / "small", 20, process)
     process.kill()
     process.wait(30)
     assert not (tmp_path / "small" / "summary.json").exists(), "the run ended before it could be killed"
-    again = run(ray_head, tmp_path, tiny_corpus)
+    again = run(ray_head, tmp_path, tiny_corpus, "compute.num_workers=1")
     assert "resuming small from step" in again.stdout
     assert "estimated" not in summary(tmp_path / "small"), "a part of a run is compared with the whole"
     assert curve(tmp_path / "small") == curve(golden[0])

@@ -1,6 +1,7 @@
 """What a cluster does to its nodes, on two of them: one is drained while the run trains there, on the other memory runs low."""
 
 import json
+import mmap
 import subprocess
 import sys
 import time
@@ -47,7 +48,7 @@ def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_ha
     wait_for(lambda: logged(run_dir) >= step + 5, process)
     taken, victim = [], watchdog.marks(run_dir)[0]
     while watchdog.is_here(victim) and len(taken) < 24:
-        taken.append(bytearray(b"x") * 2**29)
+        taken.append(mmap.mmap(-1, 2**29, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE))
     del taken
     out, err = process.communicate(timeout=90)
     assert process.returncode == 2, out + err

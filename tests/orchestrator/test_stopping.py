@@ -31,7 +31,7 @@ def whole(tiny_dataset, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("question", range(0, 150, 5))
+@pytest.mark.parametrize("question", range(0, 150, 7))
 def test_asked_at_any_question_it_stops_there_and_ends_as_if_nobody_had_asked(whole, tiny_dataset, tmp_path, question):
     """Questions are asked in every slot of every step and before every batch of every evaluation."""
     asked = iter([False] * question + [True] * 10**6)

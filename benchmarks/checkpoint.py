@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 from model.gpt import GPT
-from orchestrator import state
-from orchestrator.config import Experiment, load_experiment
-from orchestrator.manifest import fsync
-from orchestrator.numerics import Worker, available_cpus, device_name, prepare_process
-from orchestrator.step import Step
-from orchestrator.writer import Writer
+from orchestrator.config.experiment import Experiment, load_experiment
+from orchestrator.data.dataset import fsync
+from orchestrator.train import state
+from orchestrator.train.checkpointer import Writer
+from orchestrator.train.numerics import Worker, available_cpus, device_name, prepare_process
+from orchestrator.train.step import Step
 
 VOCAB_SIZE = {"124m": 50304, "small": 256}
 SHAPES = {"124m": ["model.n_layer=12", "model.n_head=12", "model.n_embd=768", "model.block_size=1024"],

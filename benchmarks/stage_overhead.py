@@ -21,12 +21,12 @@ from typing import Any
 
 from sweep import experiment_tree, markdown, opened, parser, run_tree, spread, start_ray
 
-from orchestrator import journal
+from orchestrator.cluster.layout import Layout
 from orchestrator.errors import UserError
-from orchestrator.launch import Layout
-from orchestrator.stages import Plan, grow
-from orchestrator.storage import storage_root
-from orchestrator.study import Study
+from orchestrator.runs import journal
+from orchestrator.runs.storage import storage_root
+from orchestrator.sweep.study import Study
+from orchestrator.sweep.tree import Plan, grow
 from pipelines.common import at_least, guarded
 
 CALIBRATION_STEPS, WINDOW = 60, 20

@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 from sweep import PEAKS, experiment_tree, grid18, markdown, opened, parser, run_tree, start_ray
 
-from orchestrator import lease
-from orchestrator.config import SweepSection
+from orchestrator.cluster.layout import Layout
+from orchestrator.config.experiment import SweepSection
 from orchestrator.errors import UserError
-from orchestrator.launch import Layout
-from orchestrator.stages import Trial, grow
-from orchestrator.study import Study
+from orchestrator.runs import lock as lease
+from orchestrator.sweep.study import Study
+from orchestrator.sweep.tree import Trial, grow
 from pipelines.common import at_least, guarded
 
 REDUCTION = 3

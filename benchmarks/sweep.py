@@ -21,24 +21,29 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator import sweep  # before ray: it sets what Tune reads when it is imported
+from orchestrator.sweep import (
+    tune as sweep,  # before ray: it sets what Tune reads when it is imported
+)
 
 import ray  # isort: skip
 from ray import tune  # isort: skip
 
-from orchestrator import checkpoint, journal, launch, runs
-from orchestrator.config import Experiment, parse_experiment, parse_sweep
-from orchestrator.corpus import STDLIB
-from orchestrator.keeper import Keeper
-from orchestrator.launch import Layout
-from orchestrator.numerics import Worker
-from orchestrator.space import Sweep, expand
-from orchestrator.stage_states import DIVERGED, DONE
-from orchestrator.stages import Stage, Trial
-from orchestrator.storage import storage_root
-from orchestrator.study import Study, data_key
-from orchestrator.tokens import dataset_dir, prepare
-from orchestrator.training import train
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.cluster import layout as launch
+from orchestrator.cluster.layout import Layout
+from orchestrator.config.experiment import Experiment, parse_experiment, parse_sweep
+from orchestrator.data.corpus import STDLIB
+from orchestrator.data.prepare import dataset_dir, prepare
+from orchestrator.runs import folder as runs
+from orchestrator.runs import journal
+from orchestrator.runs.storage import storage_root
+from orchestrator.sweep.progress import Keeper
+from orchestrator.sweep.space import Sweep, expand
+from orchestrator.sweep.stage_states import DIVERGED, DONE
+from orchestrator.sweep.study import Study, data_key
+from orchestrator.sweep.tree import Stage, Trial
+from orchestrator.train.loop import train
+from orchestrator.train.numerics import Worker
 from pipelines.common import Options, at_least, guarded
 
 PEAKS = (1e-3, 3e-3, 1e-2)

@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 from sweep import markdown, spread
 
-from orchestrator.journal import Journal
-from orchestrator.tracking import Tracker
+from orchestrator.runs.journal import Journal
+from orchestrator.track.mlflow import Tracker
 from pipelines.common import Options, at_least, guarded
 
 REPO = Path(__file__).resolve().parent.parent

@@ -20,10 +20,10 @@ import torch
 
 from model.flops import mfu
 from model.gpt import GPT
-from orchestrator.config import Experiment, load_experiment
-from orchestrator.numerics import Worker, device_name, prepare_process
-from orchestrator.state import build
-from orchestrator.step import Step
+from orchestrator.config.experiment import Experiment, load_experiment
+from orchestrator.train.numerics import Worker, device_name, prepare_process
+from orchestrator.train.state import build
+from orchestrator.train.step import Step
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 LR = 3e-4

@@ -8,10 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from orchestrator.config import field_docs, load_experiment
-from orchestrator.errors import EXIT_AGAIN, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, NO_ROOM, HeldError, UserError
-from orchestrator.interrupts import Terminated
-from orchestrator.refusals import Docs
+from orchestrator.config.experiment import field_docs, load_experiment
+from orchestrator.config.messages import Docs
+from orchestrator.errors import (
+    EXIT_AGAIN,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER,
+    NO_ROOM,
+    HeldError,
+    UserError,
+)
+from orchestrator.runs.signals import Terminated
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 

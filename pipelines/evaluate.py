@@ -16,13 +16,19 @@ import time
 
 import torch
 
-from orchestrator.batches import TokenStream, eval_batches
-from orchestrator.console import duration, table
+from orchestrator.data.batches import TokenStream, eval_batches
+from orchestrator.data.prepare import Manifest
 from orchestrator.errors import UserError
-from orchestrator.evaluation import EvalResult, EvalSet
-from orchestrator.numerics import autocast, device_name
-from orchestrator.tokens import Manifest
-from orchestrator.trained import Trained, find_checkpoint, find_device, open_checkpoint, tokens_of
+from orchestrator.runs.console import duration, table
+from orchestrator.train.evaluate import EvalResult, EvalSet
+from orchestrator.train.numerics import autocast, device_name
+from orchestrator.train.trained import (
+    Trained,
+    find_checkpoint,
+    find_device,
+    open_checkpoint,
+    tokens_of,
+)
 from pipelines.common import Options, at_least, guarded
 
 FREE = ("data.dir", "storage", "train.micro_batch_size", "compute.cpus_per_worker")

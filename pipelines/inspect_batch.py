@@ -12,15 +12,15 @@ Missing tokens are prepared first.
 import json
 import math
 
-from orchestrator.config import Experiment, load_experiment
-from orchestrator.console import table
-from orchestrator.documents import documents_of
-from orchestrator.inspection import Batch, Forward, batch_of, first_model, forward
-from orchestrator.numerics import Worker, available_cpus
-from orchestrator.storage import storage_root
-from orchestrator.tokenizer import Tokenizer, load_tokenizer
-from orchestrator.tokens import Manifest, dataset_dir, prepare
-from orchestrator.trained import find_device
+from orchestrator.config.experiment import Experiment, load_experiment
+from orchestrator.data.index import documents_of
+from orchestrator.data.prepare import Manifest, dataset_dir, prepare
+from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
+from orchestrator.runs.console import table
+from orchestrator.runs.storage import storage_root
+from orchestrator.train.inspect import Batch, Forward, batch_of, first_model, forward
+from orchestrator.train.numerics import Worker, available_cpus
+from orchestrator.train.trained import find_device
 from pipelines.common import Options, at_least, guarded, split_words
 
 LAST = 8  # ids shown of a row, from its end

@@ -4,12 +4,12 @@
 import functools
 import time
 
-from orchestrator.config import Experiment
-from orchestrator.console import duration, table
+from orchestrator.config.experiment import Experiment
+from orchestrator.cost.estimate import show
+from orchestrator.data.prepare import dataset_dir, prepare
 from orchestrator.errors import EXIT_DONE
-from orchestrator.plan import show
-from orchestrator.storage import storage_root
-from orchestrator.tokens import dataset_dir, prepare
+from orchestrator.runs.console import duration, table
+from orchestrator.runs.storage import storage_root
 from pipelines.common import experiment_command
 
 

@@ -18,15 +18,17 @@ import re
 import shutil
 from pathlib import Path
 
-from orchestrator import lease, replay, tracking
-from orchestrator.config import Experiment
-from orchestrator.console import format_record, table
+from orchestrator.config.experiment import Experiment
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
-from orchestrator.provenance import redact_text
-from orchestrator.replay import Recorded, Stretch
-from orchestrator.stores import resolve_uri
-from orchestrator.trained import find_tokens
-from orchestrator.verdict import Verdict
+from orchestrator.replay import replay
+from orchestrator.replay.replay import Recorded, Stretch
+from orchestrator.replay.verdict import Verdict
+from orchestrator.runs import lock as lease
+from orchestrator.runs.console import format_record, table
+from orchestrator.runs.sources import redact_text
+from orchestrator.track import mlflow as tracking
+from orchestrator.track.server import resolve_uri
+from orchestrator.train.trained import find_tokens
 from pipelines.common import Options, at_least, guarded
 
 

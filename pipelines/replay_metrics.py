@@ -9,11 +9,12 @@
 import os
 from pathlib import Path
 
-from orchestrator import sweep_tracking, tracking
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
-from orchestrator.provenance import redact_text
-from orchestrator.runs import stored_experiment
-from orchestrator.stores import absolute_uri, resolve_uri
+from orchestrator.runs.folder import stored_experiment
+from orchestrator.runs.sources import redact_text
+from orchestrator.track import mlflow as tracking
+from orchestrator.track import sweep as sweep_tracking
+from orchestrator.track.server import absolute_uri, resolve_uri
 from pipelines.common import Options, at_least, guarded
 
 

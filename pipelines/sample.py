@@ -13,8 +13,15 @@ import torch
 
 from model.generate import generate
 from orchestrator.errors import UserError
-from orchestrator.numerics import autocast
-from orchestrator.trained import Trained, find_checkpoint, find_device, is_gpt2, open_checkpoint, open_gpt2
+from orchestrator.train.numerics import autocast
+from orchestrator.train.trained import (
+    Trained,
+    find_checkpoint,
+    find_device,
+    is_gpt2,
+    open_checkpoint,
+    open_gpt2,
+)
 from pipelines.common import Options, at_least, guarded
 
 

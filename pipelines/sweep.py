@@ -4,23 +4,24 @@
 Trials that agree up to a step, bit for bit in their learning rates, share the steps before it. Run the same command again
 and it goes on; with more values in the grid it runs only what is new."""
 
-from orchestrator import interrupts, lease
-from orchestrator.config import sweep_docs
-from orchestrator.space import Sweep, load_sweep
-from orchestrator.storage import storage_root
+from orchestrator.config.experiment import sweep_docs
+from orchestrator.runs import lock as lease
+from orchestrator.runs import signals as interrupts
+from orchestrator.runs.storage import storage_root
+from orchestrator.sweep.space import Sweep, load_sweep
 from pipelines.common import DEFAULT, experiment_command
 
 
 def run(sweep: Sweep) -> int:
     with interrupts.signals():
         lease.check(storage_root(sweep.base) / sweep.base.name)  # before seconds of imports
-        from orchestrator.sweep_driver import run
+        from orchestrator.jobs.sweep import run
 
         return run(sweep)
 
 
 def show(sweep: Sweep) -> int:
-    from orchestrator.sweep_plan import show
+    from orchestrator.sweep.cost import show
 
     return show(sweep)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from orchestrator.errors import UserError
-from orchestrator.stores import UI_PORT, experiment_url, store_path
+from orchestrator.track.server import UI_PORT, experiment_url, store_path
 from pipelines.common import Options, at_least, guarded
 
 ENVIRONMENT = {

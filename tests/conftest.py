@@ -20,6 +20,8 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 from tests.helpers import cluster  # noqa: E402 - after what Ray reads
 
+pytest_plugins = ["tests.helpers.fixtures"]
+
 
 def pytest_collection_modifyitems(items):
     """Files with tests on a cluster first: they take longest, and two processes that share the tests end together."""
@@ -58,8 +60,8 @@ def tiny_corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_dataset(tiny_corpus, tmp_path_factory, ray_cluster) -> Path:
     """`tiny_corpus` as characters, prepared by Ray Data."""
-    from orchestrator.config import load_experiment
-    from orchestrator.tokens import prepare
+    from orchestrator.config.experiment import load_experiment
+    from orchestrator.data.prepare import prepare
 
     directory = tmp_path_factory.mktemp("tokens") / "tiny"
     prepare(load_experiment(None, [f"data.corpus={tiny_corpus}", "data.tokenizer=char"]).data, directory)

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.config import parse_sweep
+from orchestrator.config.experiment import parse_sweep
 from orchestrator.errors import UserError
-from orchestrator.rates import Rates
-from orchestrator.space import expand
-from orchestrator.stages import Trial, grow
+from orchestrator.sweep.space import expand
+from orchestrator.sweep.tree import Trial, grow
+from orchestrator.train.rates import Rates
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPO / "benchmarks"))  # scripts, as they are when one of them is run

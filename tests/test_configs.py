@@ -5,12 +5,17 @@ from pathlib import Path
 import pytest
 
 from model.schedule import learning_rate
-from orchestrator.config import Experiment, load_experiment, parse_experiment, parse_sweep
-from orchestrator.plain_yaml import read_yaml
-from orchestrator.plan import model_facts
-from orchestrator.rates import Rates
-from orchestrator.space import load_sweep
-from orchestrator.stages import Trial, plan
+from orchestrator.config.experiment import (
+    Experiment,
+    load_experiment,
+    parse_experiment,
+    parse_sweep,
+)
+from orchestrator.config.plain_yaml import read_yaml
+from orchestrator.cost.estimate import model_facts
+from orchestrator.sweep.space import load_sweep
+from orchestrator.sweep.tree import Trial, plan
+from orchestrator.train.rates import Rates
 
 FILES = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
 SWEEPS = [path for path in FILES if path.name.startswith("sweep-")]

@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 
 from model.gpt import GPT
 from model.weights import config_to_huggingface, to_huggingface
-from orchestrator import checkpoint, journal
-from orchestrator.config import load_experiment
-from orchestrator.numerics import Worker
-from orchestrator.tokens import dataset_dir, prepare
-from orchestrator.training import train
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.config.experiment import load_experiment
+from orchestrator.data.prepare import dataset_dir, prepare
+from orchestrator.runs import journal
+from orchestrator.train.loop import train
+from orchestrator.train.numerics import Worker
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
 SWEEPS = [path for path in CONFIGS if path.name.startswith("sweep-")]

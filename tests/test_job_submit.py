@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from orchestrator import checkpoint
-from orchestrator.provenance import sources_sha256
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.runs.sources import sources_sha256
 
 REPO = Path(__file__).resolve().parent.parent
 STEPS = 20
@@ -154,7 +154,7 @@ def test_a_run_knows_the_sources_that_were_shipped(jobs, checkout):
 
 
 def test_the_package_holds_the_code_and_no_data(jobs):
-    assert {"pipelines/train.py", "orchestrator/driver.py", "model/gpt.py"} <= set(jobs.package)
+    assert {"pipelines/train.py", "orchestrator/jobs/train.py", "model/gpt.py"} <= set(jobs.package)
     assert set(jobs.package) & set(STAYS) == set()
     assert not [name for name in jobs.package if name.startswith((".git/", "runs/"))]
     assert sum(jobs.package.values()) < 5e6

@@ -8,12 +8,16 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 ROOMS = ["model", "orchestrator", "pipelines"]  # each may import itself and what stands before it
-ONLY_IN = {
-    "ray": {"tokens", "launch", "local_ray", "workers", "watch", "sweep"},
-    "mlflow": {"tracking", "sweep_tracking"},
-    "tiktoken": {"tokenizer"},
+# The packages of orchestrator, lowest first: each may import itself and what stands before it.
+PACKAGES = ["config", "cluster", "data", "checkpoint", "runs", "train", "track", "cost", "workers", "sweep", "replay", "jobs"]
+APART = {("track", "train"), ("data", "checkpoint"), ("checkpoint", "data")}  # neither knows the other
+ONLY_IN = {  # library: packages and modules that may import it
+    "ray": {"cluster", "data/prepare", "workers", "sweep/tune"},
+    "mlflow": {"track/mlflow", "track/sweep"},
+    "tiktoken": {"data/tokenizer"},
     "pydantic": {"config"},
 }
+NEVER = {"train": {"ray", "mlflow"}, "track": {"torch"}}  # library: also not through a later change of ONLY_IN
 FILES = sorted(path for room in ROOMS for path in (REPO / room).rglob("*.py"))
 
 
@@ -33,6 +37,31 @@ def calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
     return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
+def place_of(path: Path) -> str:
+    """`train/loop` for orchestrator/train/loop.py; the bare name for a file that is in no package."""
+    parts = path.with_suffix("").parts
+    return "/".join(parts[parts.index("orchestrator") + 1 :]) if "orchestrator" in parts else path.stem
+
+
+def package_of(path: Path) -> str | None:
+    """The package of orchestrator that a file belongs to; empty for files beside the packages, None outside."""
+    if "orchestrator" not in path.parts:
+        return None
+    return place_of(path).split("/")[0] if "/" in place_of(path) else ""
+
+
+def upward(package: str | None, module: str) -> str | None:
+    """What is wrong with an import of `module` in `package`: it stands higher, or beside."""
+    parts = module.split(".")
+    if parts[0] != "orchestrator" or len(parts) < 2 or parts[1] not in PACKAGES:
+        return None
+    if package == "":
+        return f"files beside the packages may not import {module}"
+    if package in PACKAGES and (PACKAGES.index(parts[1]) > PACKAGES.index(package) or (package, parts[1]) in APART):
+        return f"{package} may not import {module}"
+    return None
+
+
 def problems(path: Path, room: str, source: str) -> list[str]:
     """What a file of `room` may not import or call."""
     tree = ast.parse(source)
@@ -43,8 +72,12 @@ def problems(path: Path, room: str, source: str) -> list[str]:
             found.append(f"relative import {module}: say the room's name")
         if top in ROOMS and ROOMS.index(top) > ROOMS.index(room):
             found.append(f"{room} may not know {module}")
-        if top in ONLY_IN and path.stem not in ONLY_IN[top]:
+        if top in ONLY_IN and not {package_of(path), place_of(path)} & ONLY_IN[top]:
             found.append(f"{top} is for {sorted(ONLY_IN[top])} only")
+        if top in NEVER.get(package_of(path), ()):
+            found.append(f"{package_of(path)} may not import {top}")
+        if problem := upward(package_of(path), module):
+            found.append(problem)
         if top in ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"):
             found.append(f"{module} unpickles")
         if room == "model" and top not in sys.stdlib_module_names | {"torch", "model"}:
@@ -60,11 +93,11 @@ def bad_call(path: Path, name: str, call: ast.Call) -> list[str]:
         return [f"{name}()"]
     if words.get("shell", "False") != "False" or words.get("allow_pickle", "False") != "False":
         return [f"{ast.unparse(call)[:80]}"]
-    if name.endswith("torch.load") and (path.stem != "init_from" or words.get("weights_only") != "True"):
+    if name.endswith("torch.load") and (place_of(path) != "train/init_from" or words.get("weights_only") != "True"):
         return ["torch.load outside of init_from, or without weights_only=True"]
     if name.startswith("yaml.") and "load" in name.removeprefix("yaml."):
         loader = ast.unparse(call.args[1]) if len(call.args) > 1 else words.get("Loader", "")
-        if (name, path.stem, loader) != ("yaml.load", "plain_yaml", "_Loader"):
+        if (name, place_of(path), loader) != ("yaml.load", "config/plain_yaml", "_Loader"):
             return [f"{name} with {loader or 'no loader'}; plain_yaml.read_yaml is the one reader"]
     return []
 
@@ -77,7 +110,7 @@ def test_a_file_knows_only_what_its_room_may_know_and_runs_no_data_as_code(path)
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("model/x.py", "import orchestrator.config"),
+        ("model/x.py", "import orchestrator.config.experiment"),
         ("model/x.py", "from pipelines import common"),
         ("model/x.py", "import numpy"),
         ("model/x.py", "import os"),
@@ -85,18 +118,26 @@ def test_a_file_knows_only_what_its_room_may_know_and_runs_no_data_as_code(path)
         ("orchestrator/x.py", "from . import config"),
         ("orchestrator/x.py", "def f():\n    import ray"),
         ("orchestrator/x.py", "from ray.train import report"),
-        ("orchestrator/launch.py", "import mlflow"),
+        ("orchestrator/cluster/layout.py", "import mlflow"),
         ("orchestrator/x.py", "import tiktoken.load"),
         ("orchestrator/x.py", "import pydantic"),
+        ("orchestrator/x.py", "from orchestrator.config import experiment"),
+        ("orchestrator/data/x.py", "from orchestrator.runs import journal"),
+        ("orchestrator/data/x.py", "import orchestrator.train.loop"),
+        ("orchestrator/track/x.py", "from orchestrator.train.state import build"),
+        ("orchestrator/train/x.py", "from orchestrator.track import outbox"),
+        ("orchestrator/train/x.py", "import ray"),
+        ("orchestrator/track/x.py", "import torch"),
+        ("orchestrator/jobs/x.py", "import ray"),
         ("orchestrator/x.py", "import pickle"),
         ("orchestrator/x.py", "eval('1')"),
         ("orchestrator/x.py", "exec('1')"),
         ("orchestrator/x.py", "torch.load('x', weights_only=True)"),
-        ("orchestrator/init_from.py", "torch.load('x')"),
-        ("orchestrator/init_from.py", "torch.load('x', weights_only=False)"),
+        ("orchestrator/train/init_from.py", "torch.load('x')"),
+        ("orchestrator/train/init_from.py", "torch.load('x', weights_only=False)"),
         ("orchestrator/x.py", "yaml.load(t, _Loader)"),
-        ("orchestrator/plain_yaml.py", "yaml.load(t, yaml.Loader)"),
-        ("orchestrator/plain_yaml.py", "yaml.load(t)"),
+        ("orchestrator/config/plain_yaml.py", "yaml.load(t, yaml.Loader)"),
+        ("orchestrator/config/plain_yaml.py", "yaml.load(t)"),
         ("orchestrator/x.py", "yaml.unsafe_load(t)"),
         ("orchestrator/x.py", "np.load(p, allow_pickle=True)"),
         ("orchestrator/x.py", "subprocess.run(c, shell=True)"),
@@ -110,7 +151,7 @@ def test_each_rule_finds_its_breach(file, source):
 def test_the_one_reader_of_yaml_is_a_safe_one():
     import yaml
 
-    from orchestrator import plain_yaml
+    from orchestrator.config import plain_yaml
 
     assert issubclass(plain_yaml._Loader, yaml.SafeLoader)
     assert not any("python" in str(tag) for tag in plain_yaml._Loader.yaml_constructors)
@@ -121,6 +162,7 @@ def test_no_pipeline_is_called_like_a_standard_module():
     assert names & set(sys.stdlib_module_names) == set()
 
 
-def test_every_room_was_read():
+def test_every_room_and_package_was_read():
     assert {path.relative_to(REPO).parts[0] for path in FILES} == set(ROOMS)
+    assert {package_of(path) for path in FILES} == {None, "", *PACKAGES}
     assert len(FILES) > 30

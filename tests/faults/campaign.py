@@ -124,8 +124,8 @@ def write(text: str, begin: str = BEGIN, end: str = END) -> None:
 
 def make_dataset(folder: Path) -> Path:
     """Some kB of sentences as characters, prepared by Ray Data."""
-    from orchestrator.config import load_experiment
-    from orchestrator.tokens import prepare
+    from orchestrator.config.experiment import load_experiment
+    from orchestrator.data.prepare import prepare
 
     draw = random.Random(0)
     words = ["the cat", "a dog", "one bird", "sees", "hears", "follows", "the moon", "a river", "no one", "and", "or", "but"]

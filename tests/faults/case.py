@@ -18,9 +18,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from orchestrator import checkpoint, journal, runs, stopping, watchdog
-from orchestrator.config import load_experiment
-from orchestrator.manifest import load_manifest
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.config.experiment import load_experiment
+from orchestrator.data.dataset import load_manifest
+from orchestrator.runs import folder as runs
+from orchestrator.runs import journal
+from orchestrator.runs import stop as stopping
+from orchestrator.workers import watchdog
 from tests.faults import kinds, rank
 from tests.faults.kinds import Fault
 
@@ -247,7 +251,7 @@ class Case:
 
     def _send(self, now: bool) -> None:
         if self.tracked and now:
-            from orchestrator.tracking import replay
+            from orchestrator.track.mlflow import replay
             if not replay(self.run_dir, f"sqlite:///{self.tracked}", "faults", 60):
                 self.report.problems.append("MLflow did not take everything")
 

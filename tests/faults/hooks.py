@@ -15,12 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from orchestrator import checkpoint, journal, state, tensor_file
-from orchestrator.evaluator import Evaluator
-from orchestrator.gradients import Gradients
-from orchestrator.journal import Journal
-from orchestrator.step import Step
-from orchestrator.training import Run
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.checkpoint import tensor_file
+from orchestrator.runs import journal
+from orchestrator.runs.journal import Journal
+from orchestrator.train import state
+from orchestrator.train.evaluator import Evaluator
+from orchestrator.train.gradients import Gradients
+from orchestrator.train.loop import Run
+from orchestrator.train.step import Step
 
 POINTS = {
     "forward": (Step, "_forward_backward"), "backward": (torch.Tensor, "backward"), "clip": (Gradients, "clip"),

@@ -20,11 +20,13 @@ import torch
 import torch._dynamo  # noqa: F401 - the first optimizer would import it
 import torch.distributed as dist
 
-from orchestrator import lease, stopping, workers
-from orchestrator.config import Experiment, load_experiment
-from orchestrator.numerics import Worker, agree
-from orchestrator.training import Run
-from orchestrator.watchdog import Watchdog
+from orchestrator.config.experiment import Experiment, load_experiment
+from orchestrator.runs import lock as lease
+from orchestrator.runs import stop as stopping
+from orchestrator.train.loop import Run
+from orchestrator.train.numerics import Worker, agree
+from orchestrator.workers import ray_train as workers
+from orchestrator.workers.watchdog import Watchdog
 from tests.faults import hooks
 
 TIMEOUT_S = 60

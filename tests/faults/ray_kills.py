@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from orchestrator import checkpoint, journal, watchdog
-from orchestrator.config import load_experiment
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import EXIT_AGAIN
-from orchestrator.numerics import Worker
-from orchestrator.training import Run
+from orchestrator.runs import journal
+from orchestrator.train.loop import Run
+from orchestrator.train.numerics import Worker
+from orchestrator.workers import watchdog
 from tests.faults import campaign
 from tests.faults.campaign import REPO, quantiles
 from tests.faults.case import EXACT

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from orchestrator import journal
+from orchestrator.runs import journal
 from tests.faults.campaign import Campaign
 from tests.faults.case import Case, outcome
 from tests.faults.kinds import KINDS, Fault, draw

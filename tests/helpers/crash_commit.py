@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from orchestrator import checkpoint
+from orchestrator.checkpoint import store as checkpoint
 
 CALLS = [(os, name) for name in ("open", "write", "fsync", "fdatasync", "close", "mkdir", "rename", "replace", "link", "symlink",
                                  "rmdir", "unlink", "remove", "truncate", "ftruncate", "scandir", "listdir", "stat", "lstat",

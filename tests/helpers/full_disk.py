@@ -12,11 +12,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from orchestrator import checkpoint, events, journal, runs, stopping, workers
-from orchestrator.config import load_experiment
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
-from orchestrator.numerics import Worker
-from orchestrator.training import Run, train
+from orchestrator.runs import events, journal
+from orchestrator.runs import folder as runs
+from orchestrator.runs import stop as stopping
+from orchestrator.train.loop import Run, train
+from orchestrator.train.numerics import Worker
+from orchestrator.workers import ray_train as workers
 
 FOLDER, DATA_DIR, OVERRIDES = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 LEFT_BYTES, LEFT_FILES = 500_000, 4

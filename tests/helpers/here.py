@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestrator import tokens
+from orchestrator.data import prepare as tokens
 from orchestrator.errors import UserError
 
 

@@ -18,8 +18,8 @@ def loss(step):
 
 def train(run_dir, uri, experiment, seed):
     """From the last checkpoint on, with one every ten steps; as a run does it, but in one process with its tracker."""
-    from orchestrator.journal import Journal
-    from orchestrator.tracking import Tracker
+    from orchestrator.runs.journal import Journal
+    from orchestrator.track.mlflow import Tracker
 
     draw, checkpoint, journal = random.Random(seed), run_dir / "checkpoint", Journal(run_dir)
     Tracker(run_dir, uri, experiment).start()
@@ -38,7 +38,8 @@ def train(run_dir, uri, experiment, seed):
 def main(uri, experiment):
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - what a tracker imports first, and takes seconds
 
-    from orchestrator import outbox, sender, tracking
+    from orchestrator.track import mlflow as tracking
+    from orchestrator.track import outbox, sender
 
     tracking.quieten()
     sender.POLL_S, outbox.BATCH = 0.01, 20  # many requests, and moments between them

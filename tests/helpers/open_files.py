@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from orchestrator import checkpoint, init_from, trained
-from orchestrator.batches import TokenStream
-from orchestrator.config import load_experiment
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.config.experiment import load_experiment
+from orchestrator.data.batches import TokenStream
+from orchestrator.data.dataset import load_manifest
+from orchestrator.data.documents import Span, pieces
+from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
-from orchestrator.manifest import load_manifest
-from orchestrator.reading import Span, pieces
-from orchestrator.tokenizer import load_tokenizer
+from orchestrator.train import init_from, trained
 
 SHAPE = ["model.block_size=16", "model.n_layer=2", "model.n_head=2", "model.n_embd=8", "model.bias=true",
          "model.pad_vocab_to=1"]

@@ -6,7 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from orchestrator import checkpoint, journal
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.runs import journal
 
 REPO = Path(__file__).resolve().parent.parent.parent
 STEPS = 60

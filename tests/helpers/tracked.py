@@ -8,7 +8,7 @@ import time
 
 def log(run_dir, steps, **more):
     """Lines of a curve; a step made again has the same values."""
-    from orchestrator.journal import Journal
+    from orchestrator.runs.journal import Journal
 
     for step in steps:
         Journal(run_dir).append(step, {"train/loss": 5 - step / 1000, "optim/lr": 1e-3, **more})

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from orchestrator.config import load_experiment
-from orchestrator.numerics import Worker
-from orchestrator.training import train
+from orchestrator.config.experiment import load_experiment
+from orchestrator.train.loop import train
+from orchestrator.train.numerics import Worker
 
 job = json.loads(sys.argv[1])
 if job["world_size"] > 1:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.config import load_experiment
-from orchestrator.numerics import Worker
-from orchestrator.training import train
+from orchestrator.config.experiment import load_experiment
+from orchestrator.train.loop import train
+from orchestrator.train.numerics import Worker
 from tests.helpers import small_run
 
 REPO = Path(__file__).resolve().parent.parent.parent

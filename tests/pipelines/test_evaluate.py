@@ -7,15 +7,17 @@ import shutil
 import pytest
 import torch
 
-from orchestrator import checkpoint, journal, state
-from orchestrator.batches import TokenStream
-from orchestrator.config import load_experiment
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.config.experiment import load_experiment
+from orchestrator.data.batches import TokenStream
+from orchestrator.data.dataset import load_manifest, write_manifest
+from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
-from orchestrator.manifest import load_manifest, write_manifest
-from orchestrator.numerics import Worker
-from orchestrator.tokenizer import load_tokenizer
-from orchestrator.trained import open_checkpoint
-from orchestrator.training import train
+from orchestrator.runs import journal
+from orchestrator.train import state
+from orchestrator.train.loop import train
+from orchestrator.train.numerics import Worker
+from orchestrator.train.trained import open_checkpoint
 from pipelines.evaluate import main, measure
 
 

@@ -6,14 +6,14 @@ import math
 import numpy as np
 import pytest
 
-from orchestrator import journal
-from orchestrator.batches import Batches, TokenStream
-from orchestrator.config import Experiment
+from orchestrator.config.experiment import Experiment
+from orchestrator.data.batches import Batches, TokenStream
+from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
-from orchestrator.inspection import batch_of, first_model, forward
-from orchestrator.numerics import Worker
-from orchestrator.runs import stored_experiment
-from orchestrator.tokenizer import load_tokenizer
+from orchestrator.runs import journal
+from orchestrator.runs.folder import stored_experiment
+from orchestrator.train.inspect import batch_of, first_model, forward
+from orchestrator.train.numerics import Worker
 from pipelines.inspect_batch import main
 
 

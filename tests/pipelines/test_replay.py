@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import checkpoint, events, journal, lease, runs
+from orchestrator.checkpoint import store as checkpoint
 from orchestrator.errors import HeldError, UserError
+from orchestrator.runs import events, journal
+from orchestrator.runs import folder as runs
+from orchestrator.runs import lock as lease
 from pipelines.replay import main
 
 NUMBER = r"0x1\.\w+p\+1 \([\d.]+\)"

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 
-from orchestrator import events
+from orchestrator.runs import events
 from tests.helpers.small_run import REPO, begin, summary
 from tests.helpers.tracked import client, curve, expected, rows
 

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from model import weights
 from model.generate import generate
 from model.gpt import GPT, GPTConfig
-from orchestrator import checkpoint, state
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
-from orchestrator.tokenizer import load_tokenizer
+from orchestrator.train import state
 from pipelines.sample import main
 
 

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from model.schedule import learning_rate
-from orchestrator import checkpoint, journal
-from orchestrator.config import load_experiment
-from orchestrator.numerics import Worker
-from orchestrator.tokens import dataset_dir
-from orchestrator.training import train
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.config.experiment import load_experiment
+from orchestrator.data.prepare import dataset_dir
+from orchestrator.runs import journal
+from orchestrator.train.loop import train
+from orchestrator.train.numerics import Worker
 from tests.helpers.small_run import wait_for
 
 REPO = Path(__file__).resolve().parent.parent.parent

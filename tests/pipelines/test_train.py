@@ -10,8 +10,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator import checkpoint, events, plan, watchdog
-from tests.helpers.small_run import REPO, STEPS, begin, command, curve, logged, run, summary, wait_for, wait_for_step
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.cost import estimate as plan
+from orchestrator.runs import events
+from orchestrator.workers import watchdog
+from tests.helpers.small_run import (
+    REPO,
+    STEPS,
+    begin,
+    command,
+    curve,
+    logged,
+    run,
+    summary,
+    wait_for,
+    wait_for_step,
+)
 
 
 def test_the_end_says_where_everything_is_and_what_comes_next(golden):
@@ -44,10 +58,10 @@ def test_the_run_is_one_finished_run_in_mlflow_with_every_point_once(golden):
 STICK = """
 import sys, threading, time
 def stick():
-    while not hasattr(sys.modules.get("orchestrator.watchdog"), "Watchdog"):
+    while not hasattr(sys.modules.get("orchestrator.workers.watchdog"), "Watchdog"):
         time.sleep(0.05)
     import ctypes, pathlib
-    dog = sys.modules["orchestrator.watchdog"].Watchdog
+    dog = sys.modules["orchestrator.workers.watchdog"].Watchdog
     close = dog.close
     def close_and_sleep(self, *args):
         close(self, *args)

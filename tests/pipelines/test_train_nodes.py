@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import checkpoint, events, system_memory, watchdog
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.runs import events
+from orchestrator.workers import system_memory, watchdog
 from tests.helpers import cluster
 from tests.helpers.small_run import REPO, begin, command, curve, logged, run, summary, wait_for
 

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import events, lease, stopping, workers
-from orchestrator.config import load_experiment
+from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
-from orchestrator.journal import Journal
-from orchestrator.numerics import Worker
-from orchestrator.training import train
-from orchestrator.watchdog import Watchdog
+from orchestrator.runs import events
+from orchestrator.runs import lock as lease
+from orchestrator.runs import stop as stopping
+from orchestrator.runs.journal import Journal
+from orchestrator.train.loop import train
+from orchestrator.train.numerics import Worker
+from orchestrator.workers import ray_train as workers
+from orchestrator.workers.watchdog import Watchdog
 
 REPO = Path(__file__).resolve().parents[2]
 SMALL = ["data.tokenizer=char", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16",

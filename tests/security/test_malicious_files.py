@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save
 
 from model.gpt import GPT, GPTConfig
-from orchestrator import checkpoint
-from orchestrator.config import load_experiment
-from orchestrator.manifest import write_manifest
-from orchestrator.tokenizer import load_tokenizer
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.config.experiment import load_experiment
+from orchestrator.data.dataset import write_manifest
+from orchestrator.data.tokenizer import load_tokenizer
 from tests.helpers.facts import FACTS
 
 REPO = Path(__file__).resolve().parent.parent.parent

@@ -10,14 +10,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator import checkpoint
-from orchestrator.config import load_experiment
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.config.experiment import load_experiment
+from orchestrator.data.dataset import write_atomically
+from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
-from orchestrator.manifest import write_atomically
-from orchestrator.outbox import write_state
-from orchestrator.runs import write_text
-from orchestrator.space import load_sweep, trial_name
-from orchestrator.tokenizer import load_tokenizer
+from orchestrator.runs.folder import write_text
+from orchestrator.sweep.space import load_sweep, trial_name
+from orchestrator.track.outbox import write_state
 from tests.helpers.facts import FACTS
 
 ROOT = Path("/storage/runs")

@@ -30,7 +30,7 @@ PATHS = ["/api/jobs/", "/api/v0/nodes", "/logs", "/get_or_create_runtime_env", "
 JOINS = "import ray; ray.init(log_to_driver=False); print('JOINED', len(ray.nodes()))"
 OWN = """
 import os, sys
-from orchestrator.launch import connect
+from orchestrator.cluster.layout import connect
 connect()
 import ray
 print(ray.get_runtime_context().gcs_address, ray._private.worker._global_node.get_session_dir_path(), flush=True)

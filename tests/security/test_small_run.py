@@ -160,7 +160,7 @@ def test_nothing_is_sent_without_an_uplink(ran):
 
 
 def test_messages_about_an_address_leave_its_secrets_out(ran):
-    from orchestrator import corpus
+    from orchestrator.data import corpus
     from orchestrator.errors import UserError
 
     for entry in (ran.corpus.partition("#")[0], ran.corpus[:-64] + "0" * 64):

@@ -1,0 +1,195 @@
+"""The sweep: an experiment with a `sweep` section in; every trial trained, tracked and compared, and an exit status out.
+
+Everything that must outlive this process is in the sweep's folder before it is needed, so that running the same command
+again goes on, and running it with more trials runs only what is new.
+
+    sweep.yaml     the resolved sweep            stages/<id>/    stretches of steps that trials share
+    plan.txt       its tree                      trials/<name>/  one folder a trial, like a lone run's
+    comparison.csv, figures/                     summary.json    how it ended
+    events.jsonl   what happened on the way      stop.json       a stop that was asked for
+"""
+
+import os
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+from orchestrator.cluster import layout as launch
+from orchestrator.config.experiment import Data, Experiment
+from orchestrator.cost import estimate as plan
+from orchestrator.cost.estimate import model_facts
+from orchestrator.data.dataset import Manifest, load_manifest
+from orchestrator.data.order import windows_per_epoch
+from orchestrator.data.prepare import dataset_dir, prepare
+from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
+from orchestrator.runs import folder as runs
+from orchestrator.runs import lock as lease
+from orchestrator.runs import signals as interrupts
+from orchestrator.runs import stop as stopping
+from orchestrator.runs.storage import check_writable, storage_root
+from orchestrator.sweep import cost as sweep_plan
+from orchestrator.sweep import view as tree_view
+from orchestrator.sweep.report import Report
+from orchestrator.sweep.space import Sweep
+from orchestrator.sweep.stage_states import BLOCKED, DONE, FAILED, STOPPED
+from orchestrator.sweep.study import Study, check_sources, data_key, with_absolute_paths
+from orchestrator.sweep.table import Table
+from orchestrator.track.server import resolve_uri
+from orchestrator.track.sweep import SweepTracker, replay
+from orchestrator.train import init_from
+from orchestrator.workers.watch import Watch
+
+
+def run(sweep: Sweep) -> int:
+    """Plan, run what is missing, compare; returns the exit status of the driver."""
+    storage = storage_root(sweep.base)
+    folder, uri = storage / sweep.base.name, resolve_uri(sweep.base, storage)
+    sweep = with_absolute_paths(sweep)
+    check_sources(sweep, storage)
+    check_writable(storage)
+    if (folder / "experiment.yaml").exists():
+        raise UserError(f"name: {folder} is the folder of a run; give the sweep another name (name=…)")
+    if study := _finished(sweep, storage, folder):
+        return _show_again(study, uri)
+    with lease.held(folder):
+        return _run(sweep, storage, folder, uri)
+
+
+def _run(sweep: Sweep, storage: Path, folder: Path, uri: str) -> int:
+    print("starting Ray …", flush=True)
+    with interrupts.while_ray_starts():
+        launch.connect(launch.worker_environment())
+    launch.check_storage(sweep.base.storage or os.environ.get("ESPALIER_STORAGE") or "runs")
+    layout = _layout(sweep, launch.recorded_layout(folder))
+    datasets = {key: prepare(data, dataset_dir(data, storage)) for key, data in _data_of(sweep).items()}
+    _check_shapes(sweep, datasets)
+    study = Study.open(sweep, folder, layout, datasets)
+    stopping.clear(folder)
+    # A cluster that grows does so for what waits: then everything that may run asks for its place.
+    slots = max(1, launch.capacity(layout), len(study.plan.to_run) if os.environ.get("ESPALIER_AUTOSCALING") else 0)
+    estimate = _describe(study, slots)
+    return _execute(study, slots, SweepTracker(folder, uri, sweep.base.tracking.experiment), estimate)
+
+
+def _describe(study: Study, slots: int) -> dict[str, float] | None:
+    """Say what will be run and what it will cost; the estimate, where there is one."""
+    print("\n".join(tree_view.summary(study.plan)))
+    print(f"{slots} stage(s) at a time, {study.layout.num_workers} worker(s) each, in {study.folder}", flush=True)
+    if not study.plan.to_run:
+        return None
+    counts = {key: {"n_vocab": d.tokenizer["n_vocab"], **{name: split.tokens for name, split in d.splits.items()}}
+              for key, d in study.datasets.items()}
+    try:
+        estimate = sweep_plan.estimate_of(study, slots, counts)
+    except Exception as error:  # no estimate is worth a sweep
+        estimate = f"{error.__class__.__name__}: {error}"
+    known = isinstance(estimate, dict)
+    print(f"expected: {plan.expected_line(estimate)}" if known else f"no estimate of the cost: {estimate}", flush=True)
+    return estimate if known else None
+
+
+def _execute(study: Study, slots: int, tracker: SweepTracker, estimate: dict[str, float] | None) -> int:
+    """From the plan to the last line of the comparison."""
+    started, code = time.monotonic(), None
+    step_s = estimate["time_s"] * slots / study.plan.steps_to_run if estimate and study.plan.steps_to_run else None
+    table = Table(slots, study.best, step_s)
+    books = table.books = study.keeper(table.tick)
+    report = Report(study, books, estimate)
+    books.watch = lambda stage: (report.stage_ended(stage), table.stage_ended(stage))
+    report.begin()
+    try:
+        tracker.start()
+        from orchestrator.sweep import tune as sweep  # imports Tune
+
+        with Watch(study.folder, books.running), interrupts.asking(lambda: stopping.ask(study.folder, "SIGTERM")):
+            sweep.execute(books, books.stages, study.layout, slots, study.asha())
+        code = _outcome(study)
+    except (KeyboardInterrupt, SystemExit):
+        code = EXIT_AGAIN if interrupts.was_terminated() else EXIT_INTERRUPTED
+    except Exception:  # not a trial's: those end in their stages
+        traceback.print_exc()
+        code = EXIT_FAILED
+    interrupts.let_end()
+    status = {EXIT_DONE: "FINISHED", EXIT_FAILED: "FAILED"}.get(code, "KILLED")
+    report.finish((status, code), time.monotonic() - started, in_a_hurry=code == EXIT_AGAIN)
+    sent = False
+    with interrupts.may_be_cut():  # enough of waiting for a server
+        sent = tracker.finish(status, deadline_s=interrupts.ending_s(code))
+    report.show(tracker.url)
+    if not sent:
+        print(f"the tracking server did not take everything; send the rest with\n  "
+              f"pipelines/replay_metrics.py {study.folder}", flush=True)
+    return code
+
+
+def _outcome(study: Study) -> int:
+    """Exit status of a sweep in which nothing runs any more."""
+    if stopping.asked(study.folder) and not study.is_over:
+        return EXIT_AGAIN
+    states = {study.books.progress.trial(name) for name in study.candidates}
+    probes = {study.books.progress.trial(probe.name) for probe in study.probes.values()}
+    return EXIT_DONE if states <= {DONE, STOPPED} and not probes & {FAILED, BLOCKED} else EXIT_FAILED
+
+
+# ---- before it runs ----
+def _data_of(sweep: Sweep) -> dict[str, Data]:
+    """Each corpus and tokenizer once."""
+    return {data_key(e.data): e.data for e in _experiments(sweep)}
+
+
+def _experiments(sweep: Sweep) -> list[Experiment]:
+    """Those of the trials; where optuna has not asked for any yet, the one that it varies."""
+    return [spec.experiment for spec in sweep.trials] or [sweep.base]
+
+
+def _layout(sweep: Sweep, recorded: launch.Layout | None) -> launch.Layout:
+    """One for all trials."""
+    by_slots = {e.slots: e for e in _experiments(sweep)}
+    found = {launch.layout(e, recorded) for e in by_slots.values()}
+    if len(found) > 1:
+        raise UserError(f"compute.num_workers: trials would run on {' or '.join(str(a.num_workers) for a in found)} workers; "
+                        f"set it to a number that divides the reduction slots of all: {sorted(by_slots)}")
+    return found.pop()
+
+
+def _check_shapes(sweep: Sweep, datasets: Mapping[str, Manifest]) -> None:
+    """All trials that their corpus or their first weights do not fit, at once."""
+    problems = []
+    for spec in sweep.trials:
+        e, dataset = spec.experiment, datasets[data_key(spec.experiment.data)]
+        try:
+            windows_per_epoch(dataset.splits["train"].tokens, e.model.block_size)
+            model_facts(e, dataset.tokenizer["n_vocab"])
+            init_from.check_shape(e, dataset.tokenizer["n_vocab"])
+        except (RuntimeError, OverflowError):
+            problems.append(f"trial {spec.name}: a model with these sizes cannot be built; lower model.n_embd or model.n_layer")
+        except ValueError as error:
+            problems.append(f"trial {spec.name}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+# ---- a sweep that is done ----
+def _finished(sweep: Sweep, storage: Path, folder: Path) -> Study | None:
+    """The study, where it is known without a cluster that nothing is left to run."""
+    layout, manifests = launch.recorded_layout(folder), {k: dataset_dir(d, storage) for k, d in _data_of(sweep).items()}
+    if layout is None or not all((path / "manifest.json").exists() for path in manifests.values()):
+        return None
+    if (runs.read_json(folder / "summary.json") or {}).get("status") != "FINISHED":
+        return None
+    study = Study.open(sweep, folder, layout, {k: load_manifest(path) for k, path in manifests.items()})
+    study.keeper(lambda: None).judge()
+    return study if study.is_over else None
+
+
+def _show_again(study: Study, uri: str) -> int:
+    print(f"{study.folder.name} is finished; more values in its grid run only what is new")
+    report = Report(study, study.books)
+    report.summary = runs.read_json(study.folder / "summary.json")
+    if (best := study.winner(study.rows())) and best[0] != report.summary["best_trial"]:  # of a smaller grid
+        report.summary |= {"best_trial": best[0], "best_value": best[1], "best_checkpoint": None}
+    report.show(None)
+    if not replay(study.folder, uri, study.sweep.base.tracking.experiment, interrupts.EXIT_WAIT_S):
+        print("the tracking server did not take everything; run this again when it is there")
+    return EXIT_DONE

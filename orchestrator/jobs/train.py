@@ -1,0 +1,227 @@
+"""The main job: an experiment in; tokens, a trained and tracked run, a summary and an exit status out.
+
+Everything that must outlive this process is in the run's folder before it is needed, so that running the same command
+again goes on, whatever happened to the first one.
+"""
+
+import os
+import sys
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.cluster import layout as launch
+from orchestrator.config.experiment import Experiment
+from orchestrator.cost import estimate as plan
+from orchestrator.cost import measure as calibrate
+from orchestrator.data.dataset import Manifest, load_manifest
+from orchestrator.data.order import windows_per_epoch
+from orchestrator.data.prepare import dataset_dir, prepare
+from orchestrator.errors import (
+    EXIT_AGAIN,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER,
+    UserError,
+)
+from orchestrator.runs import events, journal
+from orchestrator.runs import folder as runs
+from orchestrator.runs import lock as lease
+from orchestrator.runs import signals as interrupts
+from orchestrator.runs import stop as stopping
+from orchestrator.runs.console import Console, duration, number, table
+from orchestrator.runs.facts import facts_of
+from orchestrator.runs.sources import redact
+from orchestrator.runs.storage import check_writable, storage_root
+from orchestrator.track.mlflow import Tracker, replay, resolve_uri
+from orchestrator.train import init_from, numerics
+from orchestrator.workers import oom_kill, watchdog
+from orchestrator.workers import ray_train as workers
+from orchestrator.workers.watch import RunWatch
+
+CALIBRATION_S = 10.0  # at most, before a run begins
+CALIBRATION_FLOPS = 2e12  # of a micro-batch: more than that takes CPUs longer
+
+
+def run(experiment: Experiment) -> int:
+    """Prepare, train, track, summarise; returns the exit status of the driver."""
+    storage, experiment = storage_root(experiment), init_from.with_absolute_path(experiment)
+    uri = resolve_uri(experiment, storage)
+    init_from.check(experiment)
+    check_writable(storage)
+    if (storage / experiment.name / "sweep.yaml").exists():
+        raise UserError(f"name: {storage / experiment.name} is the folder of a sweep; give the run another name (name=…)")
+    run_dir, data_dir = storage / experiment.name, dataset_dir(experiment.data, storage)
+    if _is_finished(run_dir, experiment, data_dir):
+        return _show_again(run_dir, experiment, uri)
+    with lease.held(run_dir) as vanished:
+        if vanished and (run_dir / "run.json").exists():
+            message = f"{vanished} ended without freeing the run; it is taken over"
+            print(events.note(run_dir, "taken_over", message)["message"], flush=True)
+        return _run(experiment, uri, run_dir, data_dir)
+
+
+def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path) -> int:
+    print("starting Ray …", flush=True)
+    with interrupts.while_ray_starts():
+        launch.connect()
+    launch.check_storage(experiment.storage or os.environ.get("ESPALIER_STORAGE") or "runs")
+    layout = launch.layout(experiment, launch.recorded_layout(run_dir))
+    dataset = prepare(experiment.data, data_dir)
+    windows_per_epoch(dataset.splits["train"].tokens, experiment.model.block_size)
+    init_from.check_shape(experiment, dataset.tokenizer["n_vocab"])
+    step = runs.check_resumable(run_dir, experiment, dataset, _leave_to_rank_0)
+    drift = _drift(run_dir, step, experiment, layout)
+    facts, estimate = facts_of(experiment, dataset), None if step else estimate_of(experiment, dataset, layout)
+    attempt = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "from_step": step,
+               "layout": asdict(layout), **({"drift": "; ".join(drift)} if drift else {}),
+               **{k: v for k, v in experiment.flat().items() if k.startswith(runs.FREE)}}
+    runs.open_attempt(run_dir, experiment, facts, redact(attempt))
+    tracker = Tracker(run_dir, uri, experiment.tracking.experiment)
+    return _train(experiment, run_dir, data_dir, layout, tracker, step, estimate)
+
+
+def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch.Layout, tracker: Tracker, step: int,
+           estimate: dict[str, float] | None) -> int:
+    """From the first worker to the last line of the summary."""
+    device = "GPU" if layout.use_gpu else f"{layout.cpus_per_worker} CPU(s)"
+    print(f"{'resuming' if step else 'training'} {experiment.name} from step {step:,} of {experiment.train.max_steps:,} "
+          f"in {run_dir} on {layout.num_workers} worker(s) with {device} each", flush=True)
+    started, status, code, reason = time.monotonic(), "FAILED", EXIT_FAILED, ""
+    watch = RunWatch(run_dir, experiment.compute.hang_after_s)
+    try:
+        tracker.start()
+        with (Console(run_dir, experiment.train.max_steps, experiment.tokens_per_step), watch,
+              interrupts.asking(lambda: stopping.ask(run_dir, "SIGTERM"))):
+            workers.fit(experiment, run_dir, data_dir, layout)
+        status, code, reason = _outcome(run_dir)
+    except (KeyboardInterrupt, SystemExit):  # Ray Train answers Ctrl-C with sys.exit(0)
+        if watch.over:
+            status, code, reason = _outcome(run_dir)
+        else:
+            status, code = "KILLED", EXIT_AGAIN if interrupts.was_terminated() else EXIT_INTERRUPTED
+    except Exception as error:
+        if kill := oom_kill.find(run_dir) or oom_kill.in_error(error, layout.num_workers):
+            oom_kill.stop(run_dir, kill)
+            status, code, reason = _outcome(run_dir)
+        else:
+            traces = [f.read_text("utf-8") for f in sorted(run_dir.glob("failure-rank*.txt"))]
+            reason = "\n".join(traces) or f"{error.__class__.__name__}: {error}"
+    interrupts.let_end()
+    reason = oom_kill.conclude(run_dir, experiment, data_dir, layout) or reason
+    if hang := watchdog.report(run_dir):
+        print(hang, file=sys.stderr)
+    # A job that is stopped has 3 s before SIGKILL: hashing the weights is for a run that is done.
+    summary = runs.summarise(run_dir, (status, code), experiment.tokens_per_step, tracker.run_id, time.monotonic() - started)
+    if estimate and status == "FINISHED":
+        _compare(run_dir, summary, estimate)
+    sent = False
+    with interrupts.may_be_cut():  # enough of waiting for a server
+        sent = tracker.finish(status, deadline_s=interrupts.ending_s(code))
+    if summary["mlflow_run_id"] != tracker.run_id:  # a server that was slow to answer
+        summary["mlflow_run_id"] = tracker.run_id
+        runs.write_summary(run_dir, summary)
+    if reason:
+        print(f"error: {reason}" if code == EXIT_USER else reason, file=sys.stderr)
+    _print_summary(run_dir, summary, tracker.url)
+    if not sent:
+        print(f"the tracking server did not take everything; send the rest with\n  "
+              f"pipelines/replay_metrics.py {run_dir}", flush=True)
+    return code
+
+
+def _leave_to_rank_0(message: str) -> None:
+    """A checkpoint that is passed over is an event, which rank 0 notes; saying it here too would say it twice."""
+
+
+def _outcome(run_dir: Path) -> tuple[str, int, str]:
+    """Status, exit status and reason of a run whose workers are done."""
+    stopped = runs.read_json(run_dir / "stopped.json")
+    if not stopped:
+        return "FINISHED", EXIT_DONE, ""
+    if stopped.get("again"):
+        return "KILLED", EXIT_AGAIN, f"{stopping.asked(run_dir)}: {stopped['reason']}"
+    return "FAILED", EXIT_USER if stopped.get("user") else EXIT_FAILED, stopped["reason"]
+
+
+def _drift(run_dir: Path, step: int, experiment: Experiment, layout: launch.Layout) -> list[str]:
+    """What keeps a resume from giving the bits of a run that was never stopped, a line each.
+
+    Raises:
+        UserError: there is such a thing, and nobody allowed it.
+    """
+    if not step:
+        return []
+    stored = checkpoint.read_manifest(checkpoint.path_of(run_dir / "checkpoints", step))["fingerprints"]["numerics"]
+    now = numerics.fingerprint(experiment, numerics.Worker(cpus=layout.cpus_per_worker))
+    if layout.use_gpu or launch.has_several_nodes():  # the driver's machine need not be like theirs; the workers compare
+        now |= {key: stored.get(key) for key in ("device", "torch")}
+    return numerics.check(stored, now, experiment, run_dir)
+
+
+# ---- known before, measured after ----
+def estimate_of(experiment: Experiment, dataset: Manifest, layout: launch.Layout) -> dict[str, float] | None:
+    """What the whole run will cost, and say so; None where that is not known within seconds. Never the end of a run."""
+    n_vocab, tokens = dataset.tokenizer["n_vocab"], {name: split.tokens for name, split in dataset.splits.items()}
+    asked = experiment, n_vocab, layout.num_workers, layout.cpus_per_worker, layout.use_gpu
+    try:
+        micro_batch = experiment.train.micro_batch_size * experiment.model.block_size
+        flops = plan.model_facts(experiment, n_vocab)["flops_per_token"] * micro_batch
+        timing = calibrate.known(*asked)
+        if timing is None and (layout.use_gpu or flops < CALIBRATION_FLOPS):
+            timing = calibrate.measure(*asked, limit_s=CALIBRATION_S)
+        estimate = calibrate.expected(experiment, tokens["val"], tokens["train"], timing) if timing else None
+    except Exception as error:
+        print(f"no estimate of the cost: {error.__class__.__name__}: {error}", flush=True)
+        return None
+    if estimate:
+        print(f"expected: {plan.expected_line(estimate)}", flush=True)
+    return estimate
+
+
+def _compare(run_dir: Path, summary: dict[str, Any], estimate: dict[str, float]) -> None:
+    """Add to the summary what was expected and what came of it."""
+    seen = [v for r in journal.read(run_dir) for k, v in r.items() if k.startswith("memory/")]
+    measured = {"time_s": summary["wall_s"], "memory_gib": max(seen, default=None),
+                "final_disk_bytes": calibrate.folder_bytes(run_dir / "checkpoints")}
+    summary |= {"estimated": estimate, "measured": measured}
+    runs.write_summary(run_dir, summary)
+
+
+# ---- a run that is done ----
+def _is_finished(run_dir: Path, experiment: Experiment, data_dir: Path) -> bool:
+    summary = runs.read_json(run_dir / "summary.json") or {}
+    if summary.get("status") != "FINISHED" or summary.get("step") != experiment.train.max_steps:
+        return False
+    if not (data_dir / "manifest.json").exists():
+        return False
+    return runs.check_resumable(run_dir, experiment, load_manifest(data_dir), _leave_to_rank_0) == experiment.train.max_steps
+
+
+def _show_again(run_dir: Path, experiment: Experiment, uri: str) -> int:
+    print(f"{experiment.name} is finished; a larger train.max_steps goes on, a new name starts afresh")
+    _print_summary(run_dir, runs.read_json(run_dir / "summary.json"), None)
+    if not replay(run_dir, uri, experiment.tracking.experiment, interrupts.EXIT_WAIT_S):
+        print("the tracking server did not take everything; run this again when it is there")
+    return EXIT_DONE
+
+
+def _print_summary(run_dir: Path, summary: dict[str, Any], url: str | None) -> None:
+    """Where everything is, how good it is, and what to type next."""
+    shown = {k: number(v) for k, v in summary.items() if v is not None and k not in ("wall_s", "estimated", "measured")}
+    cost = plan.comparison_line(summary["estimated"], summary["measured"]) if "estimated" in summary else None
+    print(f"\n{run_dir.name}\n" + table({**shown, "wall time": duration(summary["wall_s"]), "estimate": cost,
+                                         "folder": run_dir, "MLflow": url}))
+    samples = sorted((run_dir / "samples").glob("*.txt"))
+    if samples and summary["status"] == "FINISHED":
+        print("\nsample (the first tokens are the prompt, from val):\n" + samples[-1].read_text("utf-8").strip())
+    if summary["status"] != "FINISHED":
+        if summary["checkpoint"]:
+            print("\nnext: the same command again goes on from the last checkpoint", flush=True)
+        return
+    print(f"\nnext:\n  pipelines/sample.py {run_dir} --prompt '…'\n  pipelines/evaluate.py {run_dir}\n"
+          f"  pipelines/ui.py {run_dir.parent}", flush=True)

@@ -1,0 +1,139 @@
+"""What a run takes of a cluster, as a table."""
+
+import pytest
+
+from orchestrator.cluster import layout as launch
+from orchestrator.cluster.layout import Layout, resolve_layout
+from orchestrator.config.experiment import load_experiment
+from orchestrator.errors import UserError
+from orchestrator.workers import ray_train as workers
+
+EIGHT = ["train.micro_batch_size=1", "train.global_batch_size=8"]  # eight slots
+TWO = ["train.micro_batch_size=3", "train.global_batch_size=18"]  # six micro-batches in two slots
+
+TABLE = [
+    # words, (CPUs, GPUs) of each node, workers, CPUs of each, GPU
+    ([], [(2, 0)], 1, 2, False),
+    (EIGHT, [(2, 0)], 1, 2, False),
+    (EIGHT, [(2, 0), (8, 0)], 1, 8, False),  # one worker lies on one node
+    ([*EIGHT, "compute.num_workers=2"], [(2, 0)], 2, 1, False),
+    ([*EIGHT, "compute.num_workers=4"], [(2, 0), (2, 0)], 4, 1, False),
+    ([*EIGHT, "compute.num_workers=2", "compute.cpus_per_worker=4"], [(8, 0)], 2, 4, False),
+    (["compute.cpus_per_worker=1"], [(8, 0)], 1, 1, False),
+    (EIGHT, [(16, 8)], 8, 1, True),
+    (EIGHT, [(16, 4), (16, 4)], 8, 1, True),
+    (EIGHT, [(16, 1)], 1, 1, True),
+    (EIGHT, [(64, 16)], 8, 1, True),
+    (EIGHT, [(16, 6)], 4, 1, True),
+    (TWO, [(16, 8)], 2, 1, True),
+    ([*EIGHT, "compute.use_gpu=false"], [(16, 8)], 1, 16, False),
+    ([*EIGHT, "compute.use_gpu=true", "compute.num_workers=2"], [(16, 8)], 2, 1, True),
+]
+
+
+def resolved(words: list[str], nodes, **more) -> Layout:
+    return resolve_layout(load_experiment(None, words), nodes, **more)
+
+
+@pytest.mark.parametrize(("words", "nodes", "workers", "cpus", "gpu"), TABLE)
+def test_the_layout_is_the_largest_that_the_slots_and_the_devices_allow(words, nodes, workers, cpus, gpu):
+    assert resolved(words, nodes) == Layout(workers, cpus, gpu)
+
+
+@pytest.mark.parametrize(
+    ("words", "nodes", "idle"),
+    [
+        (EIGHT, [(64, 16)], "8 of 16"),
+        (EIGHT, [(16, 6)], "2 of 6"),
+        (TWO, [(16, 8)], "6 of 8"),
+        (EIGHT, [(16, 8)], None),
+        (EIGHT, [(16, 0)], None),
+        ([*EIGHT, "compute.use_gpu=false"], [(16, 8)], None),
+    ],
+)
+def test_idle_gpus_are_named_with_what_would_use_them(capsys, words, nodes, idle):
+    resolved(words, nodes)
+    said = capsys.readouterr().out
+    assert (f"{idle} GPUs stay idle" in said) if idle else said == ""
+    if idle:
+        assert "train.micro_batch_size" in said
+        assert "train.reduction_slots" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "nodes", "asked", "found"),
+    [
+        (
+            [*EIGHT, "compute.num_workers=4"],
+            [(2, 0)],
+            "4 worker(s) with 1 CPU(s) each",
+            "2 CPU(s) and 0 GPU(s) on 1 node(s)",
+        ),
+        (
+            ["compute.cpus_per_worker=8"],
+            [(4, 0), (4, 0)],
+            "1 worker(s) with 8 CPU(s) each",
+            "8 CPU(s) and 0 GPU(s) on 2 node(s)",
+        ),
+        (["compute.use_gpu=true"], [(4, 0)], "1 worker(s) with 1 CPU(s) and 1 GPU each", "0 GPU(s)"),
+        ([*EIGHT, "compute.num_workers=8"], [(16, 4)], "8 worker(s) with 1 CPU(s) and 1 GPU each", "4 GPU(s)"),
+        (
+            [*EIGHT, "compute.cpus_per_worker=4"],
+            [(4, 8)],
+            "8 worker(s) with 4 CPU(s) and 1 GPU each",
+            "4 CPU(s) and 8 GPU(s)",
+        ),
+        ([], [], "1 worker(s)", "0 CPU(s) and 0 GPU(s) on 0 node(s)"),
+    ],
+)
+def test_more_than_there_is_shows_asked_and_found_unless_the_cluster_grows(words, nodes, asked, found):
+    with pytest.raises(UserError) as caught:
+        resolved(words, nodes)
+    assert asked in str(caught.value)
+    assert found in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert ("compute.use_gpu=false" in str(caught.value)) == (words == ["compute.use_gpu=true"])
+    explicit = [f"compute.use_gpu={str('GPU each' in asked).lower()}", f"compute.num_workers={asked.split()[0]}"]
+    assert isinstance(resolved([*words, *explicit], nodes, grows=True), Layout)
+
+
+def test_workers_are_told_where_the_driver_finds_its_tokenizer_and_how_to_wait(monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/somewhere")
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert launch.worker_environment()["TIKTOKEN_CACHE_DIR"] == "/somewhere"
+    assert launch.worker_environment()["GOMP_SPINCOUNT"] == "1000"
+
+
+def test_a_growing_cluster_without_a_gpu_yet_is_not_taken_for_one_without_gpus():
+    with pytest.raises(UserError, match="compute.use_gpu"):
+        resolved([], [(4, 0)], grows=True)
+    with pytest.raises(UserError, match="compute.num_workers"):
+        resolved(["compute.use_gpu=true"], [(4, 0)], grows=True)
+    assert resolved([], [(4, 1)], grows=True).use_gpu
+
+
+@pytest.mark.parametrize(
+    ("words", "nodes", "recorded", "cpus"),
+    [
+        ([], [(8, 0)], Layout(1, 2, False), 2),  # of the numerics, so kept on a larger machine
+        ([*EIGHT, "compute.num_workers=2"], [(8, 0)], Layout(1, 4, False), 4),
+        ([*EIGHT, "compute.num_workers=4"], [(4, 0)], Layout(1, 4, False), 1),  # would not fit
+        ([], [(2, 0)], Layout(1, 8, False), 2),
+        (["compute.cpus_per_worker=3"], [(8, 0)], Layout(1, 2, False), 3),  # said is said
+    ],
+)
+def test_the_cpus_of_a_worker_stay_what_they_were_where_they_fit(words, nodes, recorded, cpus):
+    assert resolved(words, nodes, recorded=recorded).cpus_per_worker == cpus
+
+
+def test_workers_start_without_processes_that_nobody_needs(ray_cluster, monkeypatch, tmp_path):
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
+
+    started = []
+    monkeypatch.setattr(TorchTrainer, "fit", lambda trainer: started.extend(trainer._create_default_callbacks()))
+    workers.fit(load_experiment(None, []), tmp_path, tmp_path, Layout(1, 1, False))
+    names = {type(callback).__name__ for callback in started}
+    assert "BackendSetupCallback" in names
+    assert "DatasetsCallback" not in names
+    assert launch.ENVIRONMENT[ENABLE_PREEMPTION_WATCHER_ENV_VAR] == "0"

@@ -1,0 +1,120 @@
+"""Tokenizers: equal to their references, exact in bytes, and never mistaken for another one."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.data import tokenizer as module
+from orchestrator.errors import UserError
+from orchestrator.data.tokenizer import N_VOCAB, char_tokenizer, load_tokenizer
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
+TRAP = "a<|endoftext|>b <|fim_prefix|>\r\n\ttwo  spaces 中文 e\u0301 😀"
+
+
+@given(TEXTS)
+def test_bytes_are_utf8_and_read_back(text):
+    byte = load_tokenizer("byte")
+    ids = byte.encode(text)
+    assert ids.astype(np.uint8).tobytes() == text.encode()
+    assert byte.decode(ids) == text
+    assert byte.byte_lengths[ids].sum() == len(text.encode())
+
+
+def test_byte_has_an_end_of_text_beside_its_256():
+    byte = load_tokenizer("byte")
+    assert (byte.n_vocab, byte.eot_id, byte.byte_lengths[256], byte.dtype) == (257, 256, 0, np.uint16)
+    assert byte.eot_id not in byte.encode(TRAP)
+
+
+def test_characters_are_those_of_nanogpt(shakespeare):
+    text = shakespeare.read_text("utf-8")
+    chars = sorted(set(text))  # nanoGPT, data/shakespeare_char/prepare.py
+    stoi = {c: i for i, c in enumerate(chars)}
+    char = char_tokenizer(text)
+    assert char.n_vocab == 65
+    assert char.encode(text[:5000]).tolist() == [stoi[c] for c in text[:5000]]
+
+
+@given(TEXTS.filter(bool))
+def test_characters_read_back(text):
+    char = char_tokenizer(text)
+    assert char.decode(char.encode(text)) == text
+    assert char.byte_lengths[char.encode(text)].sum() == len(text.encode())
+    assert char.n_vocab == len(set(text))
+
+
+def test_a_character_that_the_corpus_lacks_is_named():
+    with pytest.raises(UserError, match="'x'"):
+        char_tokenizer("abc").encode("abxc")
+
+
+@pytest.mark.parametrize("text", [TRAP, "", " ", "Hello world", "\n\n\n  x"])
+def test_gpt2_is_tiktokens_ordinary_encoding(gpt2_ranks, text):
+    import tiktoken
+
+    ours, theirs = load_tokenizer("gpt2"), tiktoken.get_encoding("gpt2")
+    assert ours.encode(text).tolist() == theirs.encode_ordinary(text)
+    assert ours.decode(ours.encode(text)) == text
+    assert ours.byte_lengths[ours.encode(text)].sum() == len(text.encode())
+    assert (ours.n_vocab, ours.eot_id, ours.byte_lengths[50256]) == (50257, 50256, 0)
+
+
+def test_half_characters_and_foreign_ids_decode_to_replacements(gpt2_ranks):
+    half = load_tokenizer("gpt2").encode("😀")[:1]
+    assert load_tokenizer("gpt2").decode(half) == "\ufffd"
+    assert load_tokenizer("byte").decode([104, 105, 300]) == "hi\ufffd"
+
+
+def test_sizes_known_without_a_download_are_tiktokens(monkeypatch):
+    from tiktoken_ext import openai_public
+
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {b"a": 0})
+    monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: {b"a": 0})
+    for name, build in openai_public.ENCODING_CONSTRUCTORS.items():
+        parts = build()
+        assert N_VOCAB[name] == parts.get("explicit_n_vocab", max(parts["special_tokens"].values()) + 1), name
+
+
+@pytest.mark.parametrize("make", [lambda: load_tokenizer("byte"), lambda: char_tokenizer("hello\n")])
+def test_a_saved_tokenizer_loads_as_itself(tmp_path, make):
+    saved = make()
+    saved.save(tmp_path)
+    loaded = load_tokenizer(saved.name, tmp_path)
+    assert loaded.describe() == saved.describe()
+    assert loaded.encode("hello").tolist() == saved.encode("hello").tolist()
+
+
+def test_another_tokenizer_than_the_stored_one_is_refused(tmp_path):
+    char_tokenizer("abc").save(tmp_path)
+    with pytest.raises(UserError, match="'char', not 'byte'"):
+        load_tokenizer("byte", tmp_path)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**stored, "characters": "abd"}), "utf-8")
+    with pytest.raises(UserError, match="made with another 'char'"):
+        load_tokenizer("char", tmp_path)
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("gtp2", "did you mean gpt2"), ("bytes", "did you mean byte"), ("char", "prepared corpus"), ("zzzzz", "one of")])
+def test_a_name_that_leads_nowhere_is_explained(name, says, tmp_path):
+    with pytest.raises(UserError, match=says):
+        load_tokenizer(name, tmp_path)
+
+
+def test_no_ranks_and_no_network_explains_the_cache(monkeypatch, tmp_path):
+    import tiktoken.load
+    import tiktoken.registry
+
+    def unreachable(_path):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tiktoken.load, "read_file", unreachable)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setattr(module, "_named", module._named.__wrapped__)
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
+        load_tokenizer("p50k_base")

@@ -1,0 +1,115 @@
+"""What the tests of sweeps share: a small experiment, and a way to run its tree in this process, one stage at a time.
+
+And those of tracking: an embedded store.
+"""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.cluster.layout import Layout
+from orchestrator.data.dataset import load_manifest
+from orchestrator.runs import journal
+from orchestrator.sweep.stage import run_stage
+from orchestrator.train.loop import train
+from orchestrator.train.numerics import Worker
+
+SMALL = ["data.tokenizer=char", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16",
+         "model.dropout=0.1", "model.pad_vocab_to=1", "train.micro_batch_size=2", "train.global_batch_size=8",
+         "train.max_steps=20", "train.log_interval=3", "train.eval_interval=5", "train.eval_tokens=400",
+         "train.checkpoint_interval=4", "schedule.max_lr=1e-2", "schedule.kind=wsd", "schedule.warmup_steps=4"]
+
+
+def exact(lines) -> list[dict]:
+    """Of a curve all that must not depend on how it was made."""
+    return [{k: v for k, v in r.items() if k.startswith(("step", "train/", "val/", "optim/"))} for r in lines]
+
+
+@pytest.fixture(scope="session")
+def lone_runs() -> dict:
+    """What experiments gave by themselves, by all of their fields."""
+    return {}
+
+
+@pytest.fixture
+def sweeps(tiny_dataset, tmp_path, lone_runs):
+    """`.open(words)` plans a sweep; `.run(study)` runs it here, without Ray; `.alone(study, trial)` runs one trial by itself."""
+    from orchestrator.sweep.report import Report
+    from orchestrator.sweep.space import load_sweep
+    from orchestrator.sweep.study import Study, data_key
+
+    dataset = load_manifest(tiny_dataset)
+
+    def load(*words: str, name: str = "sweep"):
+        return load_sweep(None, [f"name={name}", f"data.dir={tiny_dataset}", *SMALL, *words])
+
+    def open_(*words: str, name: str = "sweep"):
+        sweep = load(*words, name=name)
+        (tmp_path / name).mkdir(exist_ok=True)
+        datasets = {data_key(e.data): dataset for e in [sweep.base, *(spec.experiment for spec in sweep.trials)]}
+        return Study.open(sweep, tmp_path / name, Layout(1, 1, False), datasets)
+
+    def run(study, limit: int | None = None, fail=lambda stage: None, stop_asked=lambda: False):
+        """Up to `limit` stages; `fail(stage)` may raise in place of one, `stop_asked` end one. The ids of those that ran."""
+        books = study.keeper(lambda: None)
+        report, ran = Report(study, books), []
+        report._figure = lambda *_: None  # figures take a second each, and have tests of their own
+        books.watch = report.stage_ended
+        report.begin()
+        while (limit is None or len(ran) < limit) and (stage := books.next()):
+            ran.append(stage)
+            try:
+                fail(books.plan.by_id[stage])
+                for _ in run_stage(books.stages / stage, Worker(), stop_asked):
+                    pass
+                books.ended(stage, died=False)
+            except RuntimeError as error:
+                (books.stages / stage / "failure-rank0.txt").write_text(f"RuntimeError: {error}")
+                books.ended(stage, died=True)
+        study.summary = report.finish(("FINISHED", 0), 1.0)
+        return ran
+
+    def alone(study, trial: str) -> dict:
+        """The trial by itself: its weights' hash and its curve. Trained once for all tests."""
+        experiment = study.candidates[trial].experiment
+        known = experiment.model_copy(update={"name": "alone"}).model_dump_json()
+        if known not in lone_runs:
+            run_dir = tmp_path / f"alone-{trial}"
+            run_dir.mkdir()
+            train(experiment, run_dir, tiny_dataset)
+            lone_runs[known] = outcome(run_dir)
+        return lone_runs[known]
+
+    def outcome(run_dir: Path) -> dict:
+        last = checkpoint.latest_valid(run_dir / "checkpoints")
+        digest = checkpoint.weights_sha256(checkpoint.load_tensors(last, "model"))
+        parts = [(last / name).read_bytes() for name in ("optimizer.safetensors", "state.json")]
+        return {"step": last.name, "weights": digest, "parts": parts, "curve": exact(journal.read(run_dir))}
+
+    return SimpleNamespace(load=load, open=open_, run=run, alone=alone, outcome=outcome, folder=tmp_path, small=SMALL)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """The database of one embedded store for the module: its schema takes seconds to create."""
+    return tmp_path_factory.mktemp("storage") / "mlflow" / "mlflow.db"
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Trackers that look, and try again, sooner."""
+    monkeypatch.setattr("orchestrator.track.sender.POLL_S", 0.1)
+    monkeypatch.setattr("orchestrator.track.sender.PAUSES_S", (0.1, 0.5))
+
+
+@pytest.fixture
+def uri(store, impatient, monkeypatch, tmp_path):
+    """The store's URI; the test runs in an empty folder, and must leave it so."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield f"sqlite:///{store}"
+    assert os.listdir(folder) == []

@@ -1,0 +1,115 @@
+"""Sampled trials: optuna asked and told one by one, what it draws begins from the longest stored prefix. Real optuna."""
+
+import json
+import sys
+
+import pytest
+
+from orchestrator.jobs import sweep as sweep_driver
+from orchestrator.sweep.stage_states import DONE
+
+SPACE = ["sweep.sampler=optuna", "sweep.space.train.max_steps={low: 10, high: 30}",
+         "sweep.space.schedule.decay_shape=[linear, cosine]"]
+
+
+def made(study) -> int:
+    results = [json.loads(f.read_text()) for f in study.folder.glob("stages/*/result.json")]
+    return sum(r["steps_run"] for r in results)
+
+
+def test_samples_are_asked_one_after_the_other_and_share_their_trunk(sweeps):
+    study = sweeps.open(*SPACE, "sweep.num_samples=5")
+    sweeps.run(study)
+    assert [len(study.samples), len(study.candidates)] == [5, 5]
+    assert {row["state"] for row in study.rows()} == {"done"}
+    alone = sum(c.trial.steps for c in study.candidates.values())
+    assert made(study) < alone == study.books.plan.steps_asked
+    for name in study.candidates:
+        assert sweeps.outcome(study.folder / "trials" / name) == sweeps.alone(study, name), name
+
+
+def test_optuna_is_told_every_loss(sweeps):
+    study = sweeps.open(*SPACE, "sweep.num_samples=4")
+    sweeps.run(study)
+    assert study.more() == []
+    told = {t.number: t.value for t in study.sampler.study.trials}
+    assert told == {n: study.final(study.candidates[names[0]]) for n, names in study.samples.items()}
+
+
+def test_a_sweep_that_goes_on_has_the_samples_that_it_had(sweeps):
+    first = sweeps.open(*SPACE, "sweep.num_samples=4")
+    ran = sweeps.run(first, limit=3)
+    study = sweeps.open(*SPACE, "sweep.num_samples=4")
+    assert list(study.candidates) == list(first.candidates)
+    ran += sweeps.run(study)
+    assert len(ran) == len(set(ran)) and len(study.candidates) == 4
+    grown = sweeps.open(*SPACE, "sweep.num_samples=6")
+    more = sweeps.run(grown)
+    assert not set(more) & set(ran) and len(grown.candidates) == 6
+    values = [t.value for t in grown.sampler.study.trials if t.value is not None]
+    assert len(values) >= 4, "what is known is told again"
+
+
+def test_seeds_of_a_sample_are_one_answer(sweeps):
+    study = sweeps.open(*SPACE, "sweep.num_samples=2", "sweep.seeds=2")
+    sweeps.run(study)
+    study.more()
+    means = [sum(study.final(study.candidates[n]) for n in names) / 2 for names in study.samples.values()]
+    assert [t.value for t in study.sampler.study.trials] == means
+
+
+def test_a_sample_that_contradicts_itself_is_passed_over(sweeps, capsys):
+    """Half of the space has a warmup as long as its run."""
+    study = sweeps.open("sweep.sampler=optuna", "sweep.num_samples=6", "sweep.space.schedule.warmup_steps=[2, 18]",
+                        "train.max_steps=18")
+    sweeps.run(study)
+    assert "sample-" in (out := capsys.readouterr().out) and "is passed over: " in out and "warmup" in out
+    assert 0 < len(study.candidates) < 6
+    assert all(study.books.progress.trial(name) == DONE for name in study.candidates)
+
+
+def test_random_samples_are_a_tree_like_any_other(sweeps):
+    study = sweeps.open(*SPACE[1:], "sweep.sampler=random", "sweep.num_samples=5")
+    sweeps.run(study)
+    assert made(study) == study.plan.steps_in_tree < study.plan.steps_asked
+    for name in study.candidates:
+        assert sweeps.outcome(study.folder / "trials" / name) == sweeps.alone(study, name), name
+
+
+def test_without_optuna_there_is_one_clear_line(sweeps, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ValueError, match=r"sweep.sampler: optuna is not installed; pip install 'espalier\[optuna\]'"):
+        sweeps.open(*SPACE, "sweep.num_samples=2")
+
+
+@pytest.mark.parametrize("stop", [["sweep.stop=asha"], ["sweep.stop=anneal_probe", "sweep.probe_step=5", "sweep.probe_steps=2"]])
+def test_rules_that_compare_all_trials_are_refused_where_they_come_one_by_one(sweeps, stop):
+    with pytest.raises(ValueError, match="sweep.stop: .*optuna"):
+        sweeps.open(*SPACE, "sweep.num_samples=2", *stop)
+
+
+def test_a_diverging_trunk_is_known_to_the_next_sample(sweeps):
+    study = sweeps.open("sweep.sampler=optuna", "sweep.num_samples=4", "sweep.space.train.max_steps={low: 16, high: 30}",
+                        "schedule.max_lr=1e38", "optim.max_grad_norm=null")
+    sweeps.run(study)
+    assert {row["state"] for row in study.rows()} == {"diverged"}
+    assert len(list(study.folder.glob("stages/*/result.json"))) == 1
+
+
+def test_a_space_may_be_narrowed_and_a_torn_line_is_dropped(sweeps):
+    study = sweeps.open(*SPACE, "sweep.num_samples=2")
+    sweeps.run(study)
+    with open(study.folder / "samples.jsonl", "a") as out:
+        out.write('{"train.max')
+    study = sweeps.open(*SPACE[:1], "sweep.space.train.max_steps={low: 29, high: 30}", SPACE[2], "sweep.num_samples=3")
+    sweeps.run(study)
+    assert len(study.candidates) == 3
+    assert {row["state"] for row in study.rows()} == {"done"}
+
+
+def test_a_finished_sweep_is_not_finished_when_more_samples_are_wanted(sweeps):
+    sweeps.run(sweeps.open(*SPACE, "sweep.num_samples=2"))
+    folder = sweeps.folder / "sweep"
+    same, more = (sweeps.load(*SPACE, f"sweep.num_samples={n}") for n in (2, 3))
+    assert sweep_driver._finished(same, sweeps.folder, folder) is not None
+    assert sweep_driver._finished(more, sweeps.folder, folder) is None

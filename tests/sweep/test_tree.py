@@ -1,0 +1,276 @@
+"""The tree of stages against brute force: fewest steps, every trial whole, nothing needed is ever let go."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.sweep.stage_states import (
+    BLOCKED,
+    DIVERGED,
+    DONE,
+    FAILED,
+    RUNNING,
+    STOPPED,
+    WAITING,
+    Progress,
+)
+from orchestrator.sweep.tree import Plan, Trial, grow, plan
+
+
+def trial(name, rates, root="root") -> Trial:
+    return Trial(name, root, np.array(rates, np.float64))
+
+
+@st.composite
+def trials(draw, least=1, most=7) -> list[Trial]:
+    """Trials that share a lot: two rates, two roots, up to nine steps."""
+    rates = st.lists(st.sampled_from([1.0, 0.5]), min_size=1, max_size=9)
+    found = draw(st.lists(st.tuples(rates, st.sampled_from("ab")), min_size=least, max_size=most))
+    return [trial(f"t{i}", r, root) for i, (r, root) in enumerate(found)]
+
+
+def prefixes(found) -> set:
+    """Every state after at least one step that any trial passes: the fewest steps there can be."""
+    return {(t.root, tuple(t.rates[:n])) for t in found for n in range(1, t.steps + 1)}
+
+
+# ---- the tree ----
+@given(trials())
+def test_the_tree_has_one_step_for_every_state_and_no_more(found):
+    assert plan(found).steps_in_tree == plan(found).steps_to_run == len(prefixes(found))
+
+
+@given(trials(), st.data())
+def test_cuts_change_no_step(found, data):
+    cuts = {t.name: data.draw(st.sets(st.integers(1, 9))) for t in found}
+    for t in found:  # a cut is a stored state: it is the same for every trial that passes it
+        for other in found:
+            cuts[t.name] |= {s for s in cuts[other.name] if s <= min(t.steps, other.steps) and t.key(s) == other.key(s)}
+    stages = grow(found, cuts)
+    assert sum(s.steps for s in stages) == len(prefixes(found))
+    ends = {s.id for s in stages}
+    assert {t.key(c) for t in found for c in cuts[t.name] if c <= t.steps} <= ends
+
+
+@given(trials())
+def test_each_trial_is_the_chain_of_its_stages(found):
+    stages = plan(found)
+    seen = set()
+    for stage in stages.stages:
+        assert stage.parent is None or stage.parent in seen  # parents before children
+        seen.add(stage.id)
+    for t in found:
+        path = stages.path(t.name)
+        assert [s.start for s in path] == [0, *(s.stop for s in path[:-1])]
+        assert [s.parent for s in path] == [None, *(s.id for s in path[:-1])]
+        assert path[-1].stop == t.steps
+        assert [s.id for s in path] == [t.key(s.stop) for s in path]
+        assert [s for s in stages.stages if t.name in s.ends] == path[-1:]
+
+
+@given(trials())
+def test_no_stage_could_be_longer(found):
+    """A boundary is there only because a trial ends or two part."""
+    stages = plan(found)
+    for stage in stages.stages:
+        assert stage.ends or len(stages.children.get(stage.id, [])) > 1
+
+
+@given(trials(), st.randoms())
+def test_the_order_of_the_trials_does_not_change_the_tree(found, draw):
+    shuffled = draw.sample(found, len(found))
+    assert {s.id: s.start for s in grow(found)} == {s.id: s.start for s in grow(shuffled)}
+
+
+def test_rates_are_compared_bit_for_bit():
+    nearly = np.nextafter(1.0, 2.0)
+    assert plan([trial("a", [1.0, 1.0]), trial("b", [1.0, nearly])]).steps_in_tree == 3
+    assert plan([trial("a", [0.0, 1.0]), trial("b", [-0.0, 1.0])]).steps_in_tree == 4
+
+
+def test_another_root_shares_nothing_and_a_twin_costs_nothing():
+    assert plan([trial("a", [1, 1]), trial("b", [1, 1], "other")]).steps_in_tree == 4
+    twins = plan([trial("a", [1, 1]), trial("b", [1, 1])])
+    assert twins.steps_in_tree == 2 and twins.stages[0].ends == ("a", "b")
+
+
+def test_a_key_names_root_step_and_rates():
+    a = trial("a", [1.0, 2.0, 3.0])
+    keys = {a.key(0), a.key(1), a.key(2), trial("b", [2.0, 1.0]).key(2), trial("c", [1.0, 2.0], "other").key(2)}
+    assert len(keys) == 5
+    assert a.key(2) == trial("longer", [1.0, 2.0, 9.0, 9.0]).key(2)
+
+
+def test_long_trials_are_planned_at_once():
+    """24 trials of 600,000 steps: a real sweep's plan is a matter of seconds, not of minutes."""
+    rates = np.full(600_000, 1e-3)
+    found = [Trial(f"t{i}", "r", np.concatenate([rates[: 500_000 + i], rates[500_000 + i :] * 0.5])) for i in range(24)]
+    assert plan(found).steps_in_tree == 500_000 + 23 + sum(100_000 - i for i in range(24))
+
+
+# ---- what stands already ----
+@given(trials(2), st.data())
+def test_with_something_stored_exactly_what_is_missing_runs(found, data):
+    """Against brute force: a stage runs if a result is missing that can be had no other way."""
+    stages = grow(found)
+    ids = [s.id for s in stages]
+    standing = data.draw(st.sets(st.sampled_from(ids)))
+    finished = data.draw(st.sets(st.sampled_from(ids)))
+    p = plan(found, {}, standing, finished)
+
+    def must_run(stage) -> bool:
+        if stage.ends and stage.id not in finished:
+            return True
+        needed = any(must_run(c) and c.id not in standing for c in p.children.get(stage.id, []))
+        return needed and stage.id not in standing
+
+    assert p.to_run == {s.id for s in p.stages if must_run(s)}
+    assert p.steps_to_run <= p.steps_in_tree
+
+
+@given(trials(2), trials(1))
+def test_a_grown_sweep_runs_only_what_is_new(first, more):
+    """With every state of the first sweep still there, the second one pays for no step of it again."""
+    more = [Trial(f"new-{t.name}", t.root, t.rates) for t in more]
+    old = plan(first)
+    states = {s.id: s.stop for s in old.stages}
+    p = plan([*first, *more], states, states, {s.id for s in old.stages if s.ends})
+    new = prefixes(more) - prefixes(first)
+    assert p.steps_to_run == len(new) + p.steps_again  # again: from a stored state to where a new trial leaves its stage
+    inner = {s.id for s in p.stages} - set(states)
+    assert p.steps_again == 0 or inner & {s.id for s in p.stages if p.below([s.id]) & set(states)}
+
+
+@given(trials(2))
+def test_a_sweep_that_is_done_runs_nothing(found):
+    ids = {s.id: s.stop for s in grow(found)}
+    assert plan(found, ids, ids, set(ids)).to_run == frozenset()
+    assert plan(found, ids, (), {s.id for s in grow(found) if s.ends}).to_run == frozenset()  # only results are left
+
+
+def test_a_result_where_a_state_stands_costs_no_step():
+    trunk = trial("trunk", [1.0] * 10)
+    states = {trunk.key(6): 6, trunk.key(10): 10}
+    p = plan([trunk, trial("short", [1.0] * 6)], states, states, {trunk.key(10)})
+    assert p.to_run == {trunk.key(6)}
+    assert p.steps_to_run == 0
+    progress = Progress(p)
+    assert [s.id for s in progress.ready()] == [trunk.key(6)]
+    assert progress.needed() == {trunk.key(6)}
+
+
+def test_what_diverged_is_not_tried_again_on_any_branch_that_passes_it():
+    rates = [1.0] * 8
+    found = [trial("a", rates), trial("b", [*rates[:6], 0.5])]
+    dead = found[0].key(4)
+    p = plan(found, {dead: 4}, (), (), {dead})
+    assert p.to_run == frozenset()
+    assert {Progress(p).trial(t.name) for t in found} == {DIVERGED}
+
+
+# ---- progress ----
+def play(p: Plan, draw, outcomes=(DONE,), slots=3, held=(), drop=()):
+    """Run a plan in any order that `ready` allows; yields the progress after every event."""
+    progress, running = Progress(p, held), []
+    while True:
+        ready = progress.ready()
+        yield progress, running
+        if ready and len(running) < slots and (not running or draw.random() < 0.6):
+            stage = ready[0] if draw.random() < 0.5 else draw.choice(ready)
+            progress.start(stage.id)
+            running.append(stage.id)
+        elif running:
+            progress.end(running.pop(draw.randrange(len(running))), draw.choice(outcomes))
+        elif progress.held:
+            progress.release(drop)
+        else:
+            return
+
+
+@settings(deadline=None)
+@given(trials(2), st.randoms(use_true_random=False), st.data())
+def test_no_checkpoint_goes_that_is_needed_and_none_stays_that_is_not(found, draw, data):
+    """The keeper removes what is not `needed`; a stage whose start was removed could never run."""
+    outcomes = data.draw(st.sampled_from([(DONE,), (DONE, DONE, FAILED), (DONE, DONE, DIVERGED, STOPPED)]))
+    p = plan(found)
+    there: set[str] = set()
+    begun: set[str] = set()
+    for progress, running in play(p, draw, outcomes):
+        for stage in running:
+            if stage not in begun:
+                begun.add(stage)
+                assert p.by_id[stage].parent is None or p.by_id[stage].parent in there
+        ended = {s.id for s in p.stages if progress.state[s.id] == DONE}
+        there = {i for i in ended if i in progress.needed()}
+        coming = [s for s in p.stages if progress.state[s.id] in (WAITING, RUNNING, FAILED, BLOCKED)]
+        assert progress.needed() == {s.parent for s in coming} - {None}
+    # In the end only what a failed stage will begin from, when the sweep is run again.
+    failed = {s.parent for s in p.stages if progress.state[s.id] in (FAILED, BLOCKED)}
+    assert there == progress.needed() & ended and there <= failed
+
+
+@settings(deadline=None)
+@given(trials(2), st.randoms(use_true_random=False), st.sampled_from([FAILED, DIVERGED, STOPPED]))
+def test_a_stage_that_ends_badly_takes_its_descendants_and_nothing_else(found, draw, how):
+    p = plan(found)
+    *_, (progress, _) = play(p, draw, (DONE, DONE, how))
+    bad = [s for s in p.stages if progress.state[s.id] == how and (s.parent is None or progress.state[s.parent] == DONE)]
+    lost = p.below([s.id for s in bad])
+    for stage in p.stages:
+        expected = {BLOCKED if how == FAILED else how} if stage.id in lost else {how} if stage in bad else {DONE}
+        assert progress.state[stage.id] in expected
+    for t in found:
+        assert (progress.trial(t.name) == DONE) == all(progress.state[s.id] == DONE for s in p.path(t.name))
+    assert progress.pending == []
+
+
+@given(trials(2))
+def test_the_longest_remaining_path_comes_first(found):
+    progress = Progress(plan(found))
+    longest = {s.id: max(t.steps for t in found if t.name in s.trials) - s.start for s in progress.plan.stages}
+    ready = [longest[s.id] for s in progress.ready()]
+    assert ready == sorted(ready, reverse=True)
+    assert all(s.parent is None for s in progress.ready())
+
+
+@given(trials(2), st.randoms(use_true_random=False), st.data())
+def test_held_stages_wait_for_the_verdict_and_dropped_trials_end_there(found, draw, data):
+    p = plan(found)
+    step = data.draw(st.integers(1, 5))
+    held = {s.id for s in p.stages if s.start >= step}
+    drop = set(data.draw(st.sets(st.sampled_from([t.name for t in found]))))
+    for progress, _ in play(p, draw, held=held, drop=drop):
+        if progress.held:
+            assert all(progress.state[i] == WAITING for i in held)
+    for t in found:
+        path = p.path(t.name)
+        stopped = any(s.id in held and set(s.trials) <= drop for s in path)
+        assert progress.trial(t.name) == (STOPPED if stopped else DONE)
+
+
+def test_a_process_that_died_is_tried_again():
+    progress = Progress(plan([trial("a", [1.0])]))
+    (stage,) = progress.ready()
+    progress.start(stage.id)
+    assert progress.ready() == [] and progress.trial("a") == RUNNING
+    progress.again(stage.id)
+    assert progress.ready() == [stage]
+
+
+def test_a_failure_leaves_alone_what_begins_from_a_stored_state():
+    """The trunk's early part is run again for a new branch and fails; an old branch that stands below it goes on."""
+    old, new = trial("old", [1.0] * 6 + [0.5] * 2), trial("new", [1.0] * 3 + [0.1])
+    p = plan([old, new], {old.key(6): 6}, {old.key(6)})
+    progress = Progress(p)
+    root = p.path("new")[0]
+    assert root.stop == 3 and root.id in p.to_run
+    progress.start(root.id)
+    progress.end(root.id, FAILED)
+    assert progress.trial("new") == FAILED
+    assert [s.start for s in progress.ready()] == [6]
+
+
+def test_names_are_unique():
+    with pytest.raises(AssertionError, match="names"):
+        plan([trial("a", [1.0]), trial("a", [2.0])])

@@ -1,0 +1,241 @@
+"""Ray Tune runs the tree: in which order, on how many processes, with which resources, and what of it a fault takes."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from orchestrator.cluster import layout as launch
+from orchestrator.cluster.layout import Layout
+from orchestrator.data.batches import Batches, TokenStream
+from orchestrator.data.dataset import FILE, load_manifest, write_manifest
+from orchestrator.runs import events
+from orchestrator.sweep import tune as sweep
+from orchestrator.sweep.report import Report
+from orchestrator.sweep.stage_states import FAILED
+from orchestrator.sweep.study import Study, data_key
+from orchestrator.workers import watchdog
+from orchestrator.workers.watch import Watch
+
+ONE, TWO = Layout(1, 1, False), Layout(2, 1, False)
+FORK = ["sweep.grid.schedule.max_lr=[1e-2]", "sweep.grid.schedule.decay_shape=[linear, cosine]"]  # a trunk with two ends
+# Two such forks, one of which shares its warm-up with a cosine.
+TREE = ["sweep.grid.schedule.max_lr=[1e-2, 5e-3]", FORK[1], "sweep.trials.cosine={schedule.kind: cosine, train.max_steps: 14}"]
+
+
+@pytest.fixture
+def on_ray(ray_cluster) -> Callable:
+    """Run a study's tree as the driver does; what was seen on the way."""
+    def run(study: Study, layout: Layout, slots: int, reuse: bool = True, tick: Callable = lambda: None) -> SimpleNamespace:
+        books = study.keeper(tick)
+        report = Report(study, books)
+        books.watch = report.stage_ended
+        report.begin()
+        with Watch(study.folder, books.running):
+            sweep.execute(books, books.stages, layout, slots, study.asha(), reuse)
+        report.finish(("FINISHED", 0), 1.0)
+        assert not books.progress.pending
+        return SimpleNamespace(books=books, states={row["trial"]: row["state"] for row in study.rows()},
+                               reasons={row["trial"]: row["reason"] for row in study.rows()})
+
+    return run
+
+
+def writers(study: Study) -> dict[str, tuple[float, int]]:
+    """By stage: when it began, and in which process."""
+    files = study.folder.glob("stages/*/.writer")
+    return {f.parent.name: (f.stat().st_mtime, int(f.read_text().split()[1])) for f in files}  # "process PID on host"
+
+
+def ended(study: Study) -> dict[str, float]:
+    return {f.parent.name: f.stat().st_mtime for f in study.folder.glob("stages/*/result.json")}
+
+
+def assert_alone(sweeps, study: Study, names=None) -> None:
+    for name in names or study.candidates:
+        assert sweeps.outcome(study.folder / "trials" / name) == sweeps.alone(study, name), name
+
+
+# ---- processes and order ----
+def test_processes_reused_and_new_ones_give_the_bits_of_the_lone_runs(sweeps, on_ray):
+    """And one process at a time runs parents before children, the longest remaining path first."""
+    kept, fresh = sweeps.open(*TREE, name="kept"), sweeps.open(*FORK, name="fresh")
+    on_ray(kept, ONE, slots=1)
+    on_ray(fresh, ONE, slots=2, reuse=False)
+    assert (len(writers(kept)), len({pid for _, pid in writers(kept).values()})) == (8, 1)
+    assert (len(writers(fresh)), len({pid for _, pid in writers(fresh).values()})) == (3, 3)
+    assert_alone(sweeps, kept)
+    for name in fresh.candidates:
+        assert sweeps.outcome(fresh.folder / "trials" / name) == sweeps.outcome(kept.folder / "trials" / name), name
+    assert_order(kept)
+    assert_parents_first(fresh)
+
+
+def assert_order(study: Study) -> None:
+    """Of all stages that could have begun, each time one of those with the longest path still ahead."""
+    begun = [stage for _, stage in sorted((at, stage) for stage, (at, _) in writers(study).items())]
+    plan = study.plan
+
+    def ahead(stage) -> int:
+        return stage.steps + max((ahead(child) for child in plan.children.get(stage.id, ())), default=0)
+
+    for n, chosen in enumerate(begun):
+        ready = [s for s in plan.stages if s.id not in begun[:n] and s.parent in (None, *begun[:n])]
+        assert chosen in [s.id for s in ready if ahead(s) == max(map(ahead, ready))], f"stage {n} to begin"
+
+
+def assert_parents_first(study: Study) -> None:
+    began, end = writers(study), ended(study)
+    children = [stage for stage in study.plan.stages if stage.parent]
+    assert children
+    for stage in children:
+        assert began[stage.id][0] >= end[stage.parent]
+
+
+# ---- two workers ----
+def test_two_workers_give_the_bits_of_one_inside_the_trials_own_resources(sweeps, on_ray, ray_cluster):
+    """More are asked for at a time than the cluster's four CPUs hold: the third group waits without any of its own."""
+    seen = []
+
+    def tick() -> None:
+        groups = [g for g in ray_cluster.util.placement_group_table().values() if g["state"] == "CREATED"]
+        shapes = {tuple(sorted(map(str, g["bundles"].values()))) for g in groups}
+        seen.append((len(groups), shapes, ray_cluster.available_resources().get("CPU", 0.0)))
+
+    study = sweeps.open(*TREE, "sweep.trials.other.optim.weight_decay=0.3", "train.max_steps=16")
+    assert launch.capacity(TWO) == 2
+    on_ray(study, TWO, slots=4, tick=tick)
+    assert_alone(sweeps, study)
+    assert max(count for count, _, _ in seen) == 2
+    assert set.union(*(shapes for _, shapes, _ in seen)) == {("{'CPU': 1.0}", "{'CPU': 1.0}")}
+    # Peers beside their group would take CPUs that no group has.
+    assert min(free for count, _, free in seen if count == 2) == 0.0
+    assert min(free + 2 * count for count, _, free in seen[1:-1]) >= 4.0
+
+
+def spoiled(dataset: Path, folder: Path, offset: int) -> Path:
+    """A copy of a dataset with a token that no vocabulary has at `offset` of train, and a manifest that says so."""
+    shutil.copytree(dataset, folder)
+    raw = json.loads((folder / FILE).read_text())
+    shard = raw["splits"]["train"]["shards"][0]
+    place, stream = folder / shard["name"], TokenStream(dataset, "train")
+    data = bytearray(place.read_bytes())
+    start = bytes(data).index(stream.read(0, 1024).tobytes())
+    data[start + 2 * offset : start + 2 * offset + 2] = b"\xff\xff"
+    place.write_bytes(data)
+    shard["sha256"] = hashlib.sha256(data).hexdigest()
+    write_manifest(folder, {k: v for k, v in raw.items() if k not in ("format_version", "files", "sha256")})
+    return folder
+
+
+def read_by_one_peer(study: Study, dataset: Path) -> int:
+    """A token that, of the first seed's steps, only rank 1 reads, in none of the first three, and no step of the second seed."""
+    readers: dict[int, set] = {}
+    for seed in (1, 2):
+        e = next(s.experiment for s in study.sweep.trials if s.experiment.train.seed == seed)
+        t = e.train
+        batches = Batches(TokenStream(dataset, "train"), e.model.block_size, t.global_batch_size, t.micro_batch_size, seed)
+        for step in range(t.max_steps):
+            for n, offset in enumerate(batches.offsets(step).tolist()):
+                rank = n // (t.global_batch_size // 2)  # the second worker has the second half of the micro-batches
+                for token in range(offset, offset + e.model.block_size + 1):
+                    readers.setdefault(token, set()).add((seed, step > 2, rank))
+    return next(token for token, who in readers.items() if who == {(1, True, 1)} and token > e.train.eval_tokens)
+
+
+def test_a_peer_that_raises_ends_its_stage_and_one_that_is_killed_costs_its_stage_a_second_try(sweeps, on_ray, ray_head, tmp_path):
+    """Both leave the other worker with a closed connection, which is no reason of its own."""
+    sound = sweeps.open("sweep.grid.train.seed=[1, 2]", FORK[1], "train.max_steps=80")
+    dataset = next(iter(sound.candidates.values())).dataset.directory
+    bad = load_manifest(spoiled(dataset, tmp_path / "bad", read_by_one_peer(sound, dataset)))
+    study = Study.open(sound.sweep, tmp_path / "sweep", TWO, {data_key(s.experiment.data): bad for s in sound.sweep.trials})
+    killed, head = [], ray_head.pid  # Tune pickles what its searcher knows
+
+    def tick() -> None:
+        if FAILED in study.books.progress.state.values() and not killed:
+            killed.extend(pid for pid in descendants(head) if title(pid).startswith("ray::_Peer.run"))
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    seen = on_ray(study, TWO, slots=1, tick=tick)
+    first, second = ([n for n in study.candidates if f"seed-{seed}" in n] for seed in (1, 2))
+    assert [seen.states[name] for name in first + second] == ["failed"] * 2 + ["done"] * 2
+    assert {seen.reasons[name] for name in first} == {"IndexError: index out of range in self"}
+    assert [f.name for f in study.folder.glob("stages/*/failure-rank*.txt")] == ["failure-rank1.txt"]
+    assert (len(killed), len(seen.books.tried_again)) == (1, 1)
+    for name in second:
+        ours, alone = sweeps.outcome(study.folder / "trials" / name), sweeps.alone(sound, name)
+        assert (ours["weights"], ours["curve"]) == (alone["weights"], alone["curve"])  # state.json names the dataset
+
+
+def title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def descendants(pid: int) -> list[int]:
+    """Of this session's Ray head alone: there may be others on this machine."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found, new = [], [pid]
+    while new:
+        found += new
+        new = [child for child, parent in parents.items() if parent in new]
+    return found
+
+
+# ---- a worker that hangs ----
+@pytest.mark.parametrize("layout", [ONE, TWO], ids=["the driver", "its neighbour"])
+def test_who_is_stopped_from_outside_is_ended_and_its_stage_goes_on_from_its_checkpoint(sweeps, on_ray, layout):
+    """Named for the sweep too; with the stacks in the stage's folder, where nothing else of the watch is left."""
+    study = sweeps.open("sweep.trials.only.train.max_steps=600", "train.eval_interval=600", "train.checkpoint_interval=100",
+                        "train.log_interval=50", "compute.hang_after_s=2")
+    (stage,), rank, victims = study.plan.stages, layout.num_workers - 1, []
+    folder = study.folder / "stages" / stage.id
+
+    def tick() -> None:
+        for mark in [] if victims else watchdog.marks(folder):
+            # Far from a checkpoint, behind which more time is given.
+            if mark["rank"] == rank and mark["step"] > 100 and 10 < mark["step"] % 100 < 80 and mark["limit"] == 2.0:
+                os.kill(mark["pid"], signal.SIGSTOP)
+                victims.append(mark["pid"])
+
+    seen = on_ray(study, layout, slots=1, tick=tick)
+    assert_alone(sweeps, study)
+    (hang,) = events.read(study.folder)
+    assert (hang["kind"], hang["stage"]) == ("hang", stage.id)
+    assert hang["message"].startswith(f"rank {rank} (process {victims[0]} on ")
+    assert seen.books.waits == {stage.id: f"{hang['message']}; once more"}
+    assert sorted(f.name for f in folder.glob("hangs/0001/*")) == [f"hang-rank{r}.txt" for r in range(layout.num_workers)]
+    assert [*folder.glob("hang-rank*"), *folder.glob(".ranks/*")] == []
+    assert json.loads((folder / "result.json").read_text())["steps_run"] <= 500
+
+
+# ---- Tune's own scheduler ----
+def test_asha_stops_some_and_what_it_leaves_has_its_bits_and_stays_stopped(sweeps, on_ray):
+    words = ["sweep.grid.schedule.max_lr=[1e-2, 1e-5, 1e-6, 1e-7]", "train.max_steps=45", "sweep.stop=asha"]
+    study = sweeps.open(*words)
+    seen = on_ray(study, ONE, slots=1)
+    states = seen.states
+    assert set(states.values()) == {"done", "stopped"}
+    assert states["max_lr-0.01"] == "done"  # the first to reach every rung, and the best there
+    assert "stopped by the scheduler after step 5" in seen.reasons["max_lr-1e-07"]
+    assert_alone(sweeps, study, [name for name, state in states.items() if state == "done"])
+    again = sweeps.open(*words)
+    assert again.plan.to_run == frozenset()
+    again.keeper(lambda: None)
+    assert {row["trial"]: row["state"] for row in again.rows()} == states
+    unstopped = sweeps.open(*words[:2])
+    assert {s.trials[0] for s in unstopped.plan.stages if s.id in unstopped.plan.to_run} == {
+        name for name, state in states.items() if state == "stopped"}

@@ -1,0 +1,207 @@
+"""Killed at any moment, resumed and killed again: MLflow holds one point per key and step, those of the journal.
+
+By chance, with SIGKILL on processes that train and track; and one by one, for every pair of moments of a small history.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from orchestrator.runs import journal
+from orchestrator.runs.journal import Journal
+from orchestrator.track.mlflow import Projection, replay
+from tests.helpers import killable
+from tests.helpers.tracked import client, curve, expected, rows, sent_step, wait_for
+
+EXPERIMENT = "killed"
+
+
+@pytest.fixture
+def run_dir(tmp_path, request):
+    folder = tmp_path / "runs" / "demo"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"name": "demo", "key": request.node.name, "attempts": [{}]}))
+    return folder
+
+
+def is_exact(store, run_dir):
+    """One point per key and step, the one that was written first; and all that the journal has is there."""
+    sent = rows(store, run_dir)
+    assert sent == expected(run_dir)
+    assert set(curve(run_dir)) <= {(key, step, value) for key, step, value, _ in sent}
+    return True
+
+
+# ---- by chance ----
+def test_killed_at_random_moments_and_started_again(run_dir, store, uri):
+    draw, found = random.Random(0), []
+    assert replay(run_dir, uri, EXPERIMENT)  # the store is made
+    command = [sys.executable, str(Path(killable.__file__)), uri, EXPERIMENT]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "ready\n"
+        for seed in range(16):
+            began = len((run_dir / "metrics.jsonl").read_bytes()) if seed else 0
+            parent.stdin.write(f"{run_dir} {seed}\n")
+            parent.stdin.flush()
+            pid = int(parent.stdout.readline())
+            try:
+                wait_for(lambda: (run_dir / "metrics.jsonl").exists())
+                time.sleep(draw.random() * 0.4)
+            finally:
+                kill(pid)
+            steps = [line["step"] for line in journal.read(run_dir)]
+            found.append((len(steps), sent_step(run_dir), began))
+        parent.stdin.close()
+    assert replay(run_dir, uri, EXPERIMENT)
+    assert is_exact(store, run_dir)
+    steps = [line["step"] for line in journal.read(run_dir)]
+    assert steps == list(range(len(steps)))
+    assert curve(run_dir) == sorted((key, step, value) for step in steps for key, value in killable.loss(step).items())
+    assert len(journal.aside_files(run_dir)) > 4
+    assert len({sent for _, sent, _ in found}) > 4
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+
+
+# ---- one by one ----
+class DeadError(BaseException):
+    """What a process does not survive."""
+
+
+class History:
+    """Three lives of a run and what its sender does in between. `gap()` is called between any two things that happen to its files.
+
+    A life ends without a word and the next one goes back to the checkpoint of step 4, and then of step 8; with other
+    intervals, so that steps and keys come that were not there before. One life ends while it goes back.
+    """
+
+    def __init__(self, run_dir, monkeypatch, gap, keeps_line):
+        self.journal, self.gap, self.keeps_line = Journal(run_dir), gap, keeps_line
+        self.clock, self.writes, self.write = itertools.count(1000), itertools.count(), journal._write
+        monkeypatch.setattr(journal, "_write", self._write)
+
+    def _write(self, path, lines, dies_at=3):
+        self.gap()
+        if next(self.writes) == dies_at:
+            raise DeadError
+        self.write(path, lines)
+        self.gap()
+
+    def log(self, *steps, **more):
+        for step in steps:
+            self.journal.keep({"step": step, "timestamp": next(self.clock), "train/loss": 5 - step / 10, "optim/lr": 0.5, **more})
+            self.gap()
+
+    def run(self):
+        self.log(0, 2)
+        self.log(4, 6, **{"val/loss": 4.0})
+        self.log(8)
+        self.journal.rewind(4 if self.keeps_line else 3)  # 3: the checkpoint was committed before its line was written
+        self.log(*(() if self.keeps_line else (4,)), 5, 6)
+        self.log(8, **{"val/loss": 3.0})
+        self.log(9)
+        with contextlib.suppress(DeadError):
+            self.journal.rewind(8)  # moved aside, not yet gone from the journal
+        self.journal.rewind(8)
+        self.log(9, **{"val/loss": 2.0})
+        self.log(10)
+
+
+class Sending:
+    """The senders of one history: `plan[n]` is what happens in its gap number n.
+
+    whole      a new process sends everything and ends           goes on    one that lives on sends everything
+    forgets k  a new process dies when its request number k is accepted and not yet remembered; `loses k`: before it is accepted
+    """
+
+    def __init__(self, run_dir, log_batch, run_id, plan):
+        self.run_dir, self.log_batch, self.plan, self.gaps, self.living = run_dir, log_batch, plan, itertools.count(), None
+        (run_dir / "run.json").write_text('{"name": "demo", "key": "k"}')
+        (run_dir / "tracking.json").write_text(json.dumps({"uri": "here", "key": "k", "run_id": run_id}))
+
+    def gap(self):
+        match self.plan.get(next(self.gaps), "").split():
+            case ["whole"]:
+                self.process().send_metrics()
+            case ["goes", "on"]:
+                self.living = self.living or self.process()
+                self.living.send_metrics()
+            case [deed, number]:
+                with contextlib.suppress(DeadError):
+                    self.process(int(number), deed == "forgets").send_metrics()
+
+    def process(self, dies_at=None, accepted=False):
+        """A projection that has its run already, in a process that may die at a request."""
+        made = Projection(self.run_dir, "here", EXPERIMENT, threading.Event())
+        requests = itertools.count(1)
+
+        def log_batch(run_id, metrics):
+            last = next(requests) == dies_at
+            if not last or accepted:
+                self.log_batch(run_id, metrics=metrics)
+            if last:
+                raise DeadError
+
+        made.client = SimpleNamespace(log_batch=log_batch)
+        return made
+
+
+GAPS = 23
+DEEDS = ["whole", "goes on", "forgets 1", "forgets 2", "forgets 3", "loses 1", "loses 2", "loses 3"]
+
+
+def lives(folder, monkeypatch, log_batch, run_id, plan, keeps_line):
+    """One history to its end, and then everything sent."""
+    folder.mkdir()
+    sending = Sending(folder, log_batch, run_id, plan)
+    with monkeypatch.context() as patch:
+        History(folder, patch, sending.gap, keeps_line).run()
+    assert next(sending.gaps) == GAPS - keeps_line
+    sending.process().send_metrics()
+
+
+@pytest.mark.parametrize("keeps_line", [True, False])
+def test_a_sender_in_every_moment_of_a_run(keeps_line, run_dir, store, uri, monkeypatch):
+    monkeypatch.setattr("orchestrator.track.outbox.BATCH", 6)
+    mlflow = client(uri)
+    experiment_id = mlflow.create_experiment(f"moments {keeps_line}", store.parent.as_uri())
+    for gap, deed in itertools.product(range(GAPS), DEEDS[1 if keeps_line else 0 :: 2]):
+        folder, run = run_dir / f"{gap} {deed}", mlflow.create_run(experiment_id)
+        lives(folder, monkeypatch, mlflow.log_batch, run.info.run_id, {gap: deed, gap + 3: "goes on"}, keeps_line)
+        assert is_exact(store, folder), (gap, deed)
+
+
+@pytest.mark.parametrize(("keeps_line", "pairs"), [
+    (True, [("forgets 1", "whole"), ("goes on", "forgets 2"), ("loses 2", "goes on")]),
+    (False, [("goes on", "goes on"), ("whole", "forgets 1")]),
+])
+def test_senders_in_every_two_moments_of_a_run(keeps_line, pairs, run_dir, monkeypatch):
+    """A thousand histories: for MLflow stands a set, which keeps a repeated row once, as MLflow does in the test above."""
+    monkeypatch.setattr("orchestrator.track.outbox.BATCH", 6)
+    monkeypatch.setattr("os.fsync", lambda fd: None)
+    for number, (gaps, deeds) in enumerate(itertools.product(itertools.combinations(range(GAPS), 2), pairs)):
+        sent = set()
+
+        def log_batch(run_id, metrics, sent=sent):
+            sent.update((m.key, m.step, m.value, m.timestamp) for m in metrics)
+
+        folder, plan = run_dir / str(number), dict(zip(gaps, deeds, strict=True))
+        lives(folder, monkeypatch, log_batch, "r", plan, keeps_line)
+        assert sorted(sent) == expected(folder), plan
+        assert set(curve(folder)) <= {row[:3] for row in sent}, plan
+        shutil.rmtree(folder)

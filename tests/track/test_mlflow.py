@@ -1,0 +1,334 @@
+"""Tracking: MLflow holds what the run's folder says, each thing once, whatever was done twice or broke in between.
+
+A real MLflow throughout; what is compared are the rows of its database.
+"""
+
+import json
+import logging
+import os
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+
+from orchestrator.errors import UserError
+from orchestrator.runs import events
+from orchestrator.runs.journal import Journal
+from orchestrator.track.mlflow import Projection, Tracker, replay
+from orchestrator.track.outbox import BATCH, Lines
+from orchestrator.track.server import resolve_uri, run_url
+from tests.helpers.gate import locked
+from tests.helpers.tracked import client, curve, expected, log, rows, sent_step, wait_for
+
+EXPERIMENT = "tests"
+
+
+def make_run(folder, key, **facts):
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "params": {"model.n_layer": 2, "schedule.kind": "cosine"},
+        "tags": {"mlflow.source.name": "pipelines/train.py"},
+        "dataset": {
+            "name": "byte tokens",
+            "digest": "d" * 64,
+            "source": "data/x",
+            "train_tokens": 900,
+            "val_tokens": 100,
+        },
+        "attempts": [{"started": "2026-01-02T03:04:05+00:00", "workers": 1}],
+        **facts,
+    }
+    (folder / "run.json").write_text(json.dumps({"name": "demo", "key": key, **facts}))
+    return folder
+
+
+@pytest.fixture
+def run_dir(tmp_path, request):
+    return make_run(tmp_path / "runs" / "demo", request.node.name)
+
+
+def commit(run_dir, step, content="{}"):
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "MANIFEST.json").write_text(content)
+    return folder
+
+
+def send(run_dir, uri, status="FINISHED"):
+    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    tracker.start()
+    assert tracker.finish(status, 60)
+    return tracker
+
+
+def test_projection_is_complete(run_dir, store, uri):
+    log(run_dir, range(0, 101, 10), **{"val/loss": 4.0})
+    commit(run_dir, 100)
+    (run_dir / "samples").mkdir()
+    (run_dir / "samples" / "step-00000100.txt").write_text("To be")
+    (run_dir / "summary.json").write_text('{"status": "FINISHED"}')
+    (run_dir / "experiment.yaml").write_text("name: demo\ntracking: {uri: https://me:hunter2@host}\n")
+    tracker = send(run_dir, uri)
+    run = client(uri).get_run(tracker.run_id)
+    assert (run.info.run_name, run.info.status, run.info.start_time) == ("demo", "FINISHED", 1767323045000)
+    assert run.data.params == {"model.n_layer": "2", "schedule.kind": "cosine"}
+    assert run.data.tags["mlflow.source.name"] == "pipelines/train.py"
+    assert run.data.tags["attempt.1.workers"] == "1"
+    assert [(d.dataset.name, d.dataset.digest) for d in run.inputs.dataset_inputs] == [("byte tokens", "d" * 36)]
+    assert rows(store, tracker.run_id) == expected(run_dir)
+    artifacts = store.parent / "artifacts" / tracker.run_id / "artifacts"
+    assert {p.relative_to(artifacts).as_posix() for p in artifacts.rglob("*.*")} == {
+        "experiment.yaml",
+        "summary.json",
+        "samples/step-00000100.txt",
+        "figures/loss.png",
+        "figures/schedule.png",
+    }
+    assert "hunter2" not in (artifacts / "experiment.yaml").read_text()
+    assert tracker.url.endswith(f"/runs/{tracker.run_id}/model-metrics?workflowType=machine_learning")
+
+
+def test_sent_twice_is_sent_once(run_dir, store, uri):
+    log(run_dir, range(50), **{"val/loss": 4.0})
+    commit(run_dir, 49)
+    run_id = send(run_dir, uri).run_id
+    everything = "SELECT (SELECT count(*) FROM {0}) FROM runs WHERE run_uuid = ?"
+    tables = ["metrics", "params", "tags", "inputs", "datasets", "logged_models", "logged_model_metrics", "runs"]
+    before = [rows(store, run_id, everything.format(t)) for t in tables]
+    for forget in (False, True):  # also where the memory of what was sent is lost
+        if forget:
+            (run_dir / "tracking.json").unlink()
+        assert replay(run_dir, uri, EXPERIMENT)
+        assert json.loads((run_dir / "tracking.json").read_text())["run_id"] == run_id
+        assert [rows(store, run_id, everything.format(t)) for t in tables] == before
+
+
+def test_a_resume_adds_one_point_per_step(run_dir, store, uri):
+    log(run_dir, range(0, 101, 10))
+    first = send(run_dir, uri, "KILLED")
+    log(run_dir, range(110, 131, 10))  # written, never sent, then moved aside
+    Journal(run_dir).rewind(50)
+    make_run(
+        run_dir,
+        "test_a_resume_adds_one_point_per_step",
+        attempts=[{"workers": 1}, {"workers": 2, "layout": {"use_gpu": False}, "model.n_layer": 2}],
+        params={"model.n_layer": 2, "schedule.kind": "wsd"},
+    )
+    second = Tracker(run_dir, uri, EXPERIMENT)
+    second.start()
+    wait_for(lambda: client(uri).get_run(first.run_id).info.status == "RUNNING")
+    log(run_dir, range(60, 201, 10))
+    assert second.finish("FINISHED", 60)
+    assert second.run_id == first.run_id
+    sent = rows(store, first.run_id)
+    assert sent == expected(run_dir)
+    assert [step for key, step, *_ in sent if key == "train/loss"] == list(range(0, 201, 10))
+    run = client(uri).get_run(first.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["schedule.kind"] == "cosine"
+    assert {k: v for k, v in run.data.tags.items() if k.startswith("attempt.2")} == {
+        "attempt.2.schedule.kind": "wsd", "attempt.2.workers": "2", "attempt.2.layout.use_gpu": "false"}
+
+
+def test_a_resume_while_the_tracker_runs(run_dir, store, uri):
+    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    tracker.start()
+    log(run_dir, range(0, 101, 10))
+    wait_for(lambda: tracker.run_id and len(rows(store, tracker.run_id)) == 22)
+    Journal(run_dir).rewind(50)
+    log(run_dir, range(60, 121, 10))
+    assert tracker.finish("FAILED", 60)
+    assert rows(store, tracker.run_id) == expected(run_dir)
+    assert client(uri).get_run(tracker.run_id).info.status == "FAILED"
+
+
+def test_what_only_the_second_making_of_a_step_logs_comes_too(run_dir, store, uri):
+    """A resume with other intervals; the last step evaluated only when it was known to be the last."""
+    log(run_dir, range(0, 101, 10))
+    commit(run_dir, 100)
+    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    tracker.start()
+    wait_for(lambda: sent_step(run_dir) == 100)
+    Journal(run_dir).rewind(50)
+    log(run_dir, [65])  # above no step that was sent, and sent by a tracker that goes on
+    wait_for(lambda: (65,) in rows(store, tracker.run_id, "SELECT step FROM metrics WHERE run_uuid = ? AND key = 'train/loss'"))
+    log(run_dir, [80])
+    assert tracker.finish("KILLED", 60)
+    log(run_dir, [95])
+    log(run_dir, [100], **{"val/loss": 4.0})
+    assert replay(run_dir, uri, EXPERIMENT)  # and by another
+    sent = rows(store, run_dir)
+    assert sent == expected(run_dir)
+    assert set(curve(run_dir)) <= {(key, step, value) for key, step, value, _ in sent}
+    model = client(uri).get_run(tracker.run_id).outputs.model_outputs[0].model_id
+    assert {m.key: m.value for m in client(uri).get_logged_model(model).metrics} == {"train/loss": 4.9, "val/loss": 4.0}
+
+
+def test_events_are_there_as_a_file_and_as_counts_whenever_there_are_more(run_dir, store, uri):
+    def seen(run_id):
+        tags = client(uri).get_run(run_id).data.tags
+        file = store.parent / "artifacts" / run_id / "artifacts" / "events.jsonl"
+        return {k: v for k, v in tags.items() if k.startswith("events.")}, file.read_text() if file.exists() else ""
+
+    log(run_dir, range(5))
+    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    tracker.start()
+    wait_for(lambda: sent_step(run_dir) == 4)
+    assert seen(tracker.run_id) == ({}, "")
+    events.note(run_dir, "hang", "rank 1 hangs", rank=1)
+    events.note(run_dir, "disk_full", "no room at https://me:hunter2@host/bucket")
+    wait_for(lambda: seen(tracker.run_id)[0] == {"events.hang": "1", "events.disk_full": "1"})
+    wait_for(lambda: "no room" in seen(tracker.run_id)[1])
+    assert tracker.finish("KILLED", 60)
+    events.note(run_dir, "hang", "rank 0 hangs", rank=0)
+    assert replay(run_dir, uri, EXPERIMENT)
+    tags, text = seen(tracker.run_id)
+    assert tags == {"events.hang": "2", "events.disk_full": "1"}
+    assert [json.loads(line)["kind"] for line in text.splitlines()] == ["hang", "disk_full", "hang"]
+    assert "hunter2" not in text
+
+
+def test_what_does_not_belong_in_a_run_is_not_sent_and_keeps_nothing_back(run_dir, store, uri, tmp_path):
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"verdict": "nobody\'s business"}')
+    log(run_dir, range(16), **{"val/loss": 4.0})
+    shutil.copytree(commit(run_dir, 15), run_dir / "checkpoints" / "step-00000015.bak")
+    (commit(run_dir, 16) / "MANIFEST.json").unlink()
+    for name in ("samples/step-00000001.txt", "replays/2026-01-02.json", "experiment.yaml",
+                 "checkpoints/step-00000016/MANIFEST.json"):
+        (run_dir / name).parent.mkdir(exist_ok=True)
+        (run_dir / name).symlink_to(secret)
+    os.mkfifo(run_dir / "samples" / "step-00000002.txt")
+    (run_dir / "samples" / "step-00000015.txt").write_bytes(b"To be\xff")
+    events.note(run_dir, "hang", "rank 1 hangs")
+    with open(run_dir / "events.jsonl", "ab") as file:
+        file.write(b'{"kind": "torn \xff\n')
+    (tmp_path / "elsewhere").symlink_to(run_dir, target_is_directory=True)
+    tracker = send(tmp_path / "elsewhere", uri)
+    artifacts = store.parent / "artifacts" / tracker.run_id / "artifacts"
+    assert {p.name for p in artifacts.rglob("*.*")} == {"step-00000015.txt", "events.jsonl", "loss.png", "schedule.png"}
+    assert (artifacts / "samples" / "step-00000015.txt").read_text() == "To be\ufffd"
+    run = client(uri).get_run(tracker.run_id)
+    assert [output.step for output in run.outputs.model_outputs] == [15]
+    assert "replay.verdict" not in run.data.tags
+    assert run.data.tags["events.hang"] == "1"
+
+
+def test_two_who_send_a_new_run_at_once_make_one_of_it(run_dir, uri, monkeypatch, caplog):
+    """The first is held up where MLflow has not been told of the run yet, until the second has met it."""
+    log(run_dir, range(10))
+    met, real, made = threading.Event(), Projection._created_run, []
+
+    def slow(projection):
+        made.append(projection)
+        assert met.wait(30)
+        return real(projection)
+
+    monkeypatch.setattr(Projection, "_created_run", slow)
+    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    tracker.start()
+    wait_for(lambda: made)
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(replay, run_dir, uri, EXPERIMENT)
+        try:
+            wait_for(lambda: f"held by process {os.getpid()} on " in caplog.text or len(made) > 1)
+        finally:
+            met.set()
+        assert second.result()
+    assert tracker.finish("FINISHED", 60)
+    assert len(made) == 1
+
+
+def test_a_store_that_another_process_holds_is_waited_for(run_dir, store, uri):
+    """MLflow itself waits for 20 s; then the sender would try again."""
+    log(run_dir, range(50))
+    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    tracker.start()
+    wait_for(lambda: sent_step(run_dir) == 49)
+    with locked(store):
+        log(run_dir, range(50, 100))
+        assert not replay(run_dir, uri, EXPERIMENT, deadline_s=2)
+        assert sent_step(run_dir) == 49
+        log(run_dir, range(100, 150))
+    assert tracker.finish("FINISHED", 60)
+    assert rows(store, run_dir) == expected(run_dir)
+    assert len(curve(run_dir)) == 300
+
+
+def test_checkpoints_are_found_by_their_loss(run_dir, uri):
+    for step, loss in ((100, 3.5), (200, 3.1), (300, 3.3)):
+        Journal(run_dir).append(step, {"val/loss": loss, "train/loss": loss})
+        commit(run_dir, step)
+    tracker = send(run_dir, uri, "KILLED")
+    mlflow, where = client(uri), json.loads((run_dir / "tracking.json").read_text())["experiment_id"]
+
+    def ranked():
+        query = f"source_run_id = '{tracker.run_id}' AND metrics.`val/loss` < 3.4"
+        return mlflow.search_logged_models([where], query, order_by=[{"field_name": "metrics.val/loss"}])
+
+    assert [m.params["step"] for m in ranked()] == ["200", "300"]
+    assert ranked()[0].tags["checkpoint.uri"] == str(run_dir / "checkpoints" / "step-00000200")
+    assert {(o.step) for o in mlflow.get_run(tracker.run_id).outputs.model_outputs} == {100, 200, 300}
+    (commit(run_dir, 200) / "MANIFEST.json").unlink()
+    commit(run_dir, 300, '{"made": "again"}')
+    assert replay(run_dir, uri, EXPERIMENT)
+    removed, again = ranked()
+    assert (removed.tags.get("checkpoint.removed"), again.tags.get("checkpoint.removed")) == ("true", "false")
+    assert again.tags["checkpoint.sha256"] != removed.tags["checkpoint.sha256"]
+
+
+def test_a_run_deleted_in_mlflow_is_left_alone_and_said_once(run_dir, uri, caplog):
+    log(run_dir, range(5))
+    tracker = send(run_dir, uri)
+    client(uri).delete_run(tracker.run_id)
+    log(run_dir, range(5, 9))
+    with caplog.at_level(logging.WARNING):
+        assert not replay(run_dir, uri, EXPERIMENT, 30)
+    assert len(caplog.records) == 1
+    assert "deleted in MLflow" in caplog.text
+
+
+def test_another_store_gets_everything(run_dir, store, uri, tmp_path):
+    log(run_dir, range(5))
+    send(run_dir, uri)
+    other = tmp_path / "other" / "mlflow.db"
+    assert replay(run_dir, f"sqlite:///{other}", EXPERIMENT)
+    assert rows(other, json.loads((run_dir / "tracking.json").read_text())["run_id"]) == expected(run_dir)
+
+
+def test_what_is_not_finite_is_not_sent(run_dir, store, uri):
+    log(run_dir, range(3), **{"optim/grad_norm": float("inf"), "val/loss": float("nan")})
+    assert {key for key, *_ in rows(store, send(run_dir, uri).run_id)} == {"train/loss", "optim/lr"}
+
+
+def test_batches_hold_whole_lines_and_leave_only_when_accepted(run_dir):
+    log(run_dir, range(1200))
+    lines, nothing = Lines(run_dir), {"sent_step": -1, "asides": 0}
+    lines.refresh(nothing)
+    mark, sent = next(lines.batches())
+    assert (mark, len(sent)) == ({"sent_step": BATCH // 2 - 1}, BATCH)
+    assert next(lines.batches()) == (mark, sent)
+    lines.refresh(nothing)
+    assert [mark["sent_step"] for mark, _ in lines.batches()] == [499, 999, 1199]
+    log(run_dir, [1200])
+    lines.refresh({"sent_step": 1199, "asides": 0})
+    assert [mark for mark, _ in lines.batches()] == [{"sent_step": 1200}]
+
+
+def test_uris(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    experiment = SimpleNamespace(tracking=SimpleNamespace(uri=None))
+    assert resolve_uri(experiment, "runs") == f"sqlite:///{tmp_path}/runs/mlflow/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///here.db")
+    assert resolve_uri(experiment, "runs") == f"sqlite:///{tmp_path}/here.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
+    with pytest.raises(UserError, match="./mlruns"):
+        resolve_uri(experiment, "runs")
+    experiment.tracking.uri = "http://host:5000/"
+    assert resolve_uri(experiment, "runs") == "http://host:5000"
+    assert run_url("https://me:pw@host/x", "7", "r") == (
+        "https://host/x/#/experiments/7/runs/r/model-metrics?workflowType=machine_learning"
+    )

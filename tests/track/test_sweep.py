@@ -1,0 +1,346 @@
+"""Sweep tracking: MLflow holds a parent and a child per trial, each point once, whatever was done twice or broke between.
+
+A real MLflow throughout; what is compared are the rows of its database.
+"""
+
+import json
+import logging
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+
+from orchestrator.errors import UserError
+from orchestrator.runs import events
+from orchestrator.track import outbox
+from orchestrator.track.server import sweep_url
+from orchestrator.track.sweep import SweepTracker, replay
+from pipelines import replay_metrics
+from tests.helpers.tracked import client, expected, rows, sent_step, wait_for
+
+EXPERIMENT = "sweeps"
+PARENT = "mlflow.parentRunId"
+
+
+def put(path, text):
+    """Replace a file as a sweep does: a new file under the old name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def put_run(folder, key, **facts):
+    facts = {"params": {"schedule.kind": "wsd"}, "tags": {"mlflow.source.name": "pipelines/sweep.py"}, "dataset": {},
+             "attempts": [{"started": "2026-01-02T03:04:05+00:00"}], **facts}
+    put(folder / "run.json", json.dumps({"name": folder.name, "key": key, **facts}))
+
+
+def put_curve(folder, steps, loss=4.0):
+    """The whole curve so far. Its lines are the same whenever they are written; a shared stretch has the same in each trial."""
+    lines = [{"step": n, "timestamp": 1_767_323_045_000 + n, "train/loss": loss - n / 1000, "val/loss": loss - n / 1000}
+             for n in range(0, steps + 1, 10)]
+    put(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def put_stage(sweep, stage, step, trial):
+    """A stage with a checkpoint, which the trial's folder shows as its own."""
+    put(sweep / "stages" / stage / "checkpoints" / f"step-{step:08d}" / "MANIFEST.json", f'{{"stage": "{stage}"}}')
+    link = sweep / "trials" / trial / "checkpoints"
+    link.unlink(missing_ok=True)
+    link.symlink_to(f"../../stages/{stage}/checkpoints")
+
+
+def put_trial(sweep, name, steps=100, loss=4.0, status="FINISHED"):
+    """A trial with `steps` steps; without a status it is still at work, and its leaf stage not there yet."""
+    folder = sweep / "trials" / name
+    put_run(folder, f"{sweep.name}/{name}")
+    put_curve(folder, steps, loss)
+    put(folder / "experiment.yaml", "name: x\ntracking: {uri: https://me:hunter2@host}\n")
+    if status:
+        put_stage(sweep, f"leaf-{name}", steps, name)
+        put(folder / "samples" / "step-00000050.txt", "early")
+        put(folder / "samples" / f"step-{steps:08d}.txt", "late")
+        put(folder / "summary.json", json.dumps({"status": status}))
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path, request):
+    """A sweep with two trials that are done."""
+    folder = tmp_path / "runs" / request.node.name.replace("[", "-").replace("]", "")
+    put_run(folder, folder.name)
+    put(folder / "sweep.yaml", "sweep: {grid: {schedule.kind: [wsd]}}\ntracking: {uri: https://me:hunter2@host}\n")
+    put_trial(folder, "a")
+    put_trial(folder, "b", loss=3.5)
+    return folder
+
+
+def start(sweep, uri):
+    tracker = SweepTracker(sweep, uri, EXPERIMENT)
+    tracker.start()
+    return tracker
+
+
+def send(sweep, uri, status="FINISHED"):
+    tracker = start(sweep, uri)
+    assert tracker.finish(status, 60)
+    return tracker
+
+
+def children(uri, tracker):
+    """`{trial: MLflow's run}` of the sweep."""
+    mlflow = client(uri)
+    where = mlflow.get_experiment_by_name(EXPERIMENT).experiment_id
+    runs = mlflow.search_runs([where], f"tags.`{PARENT}` = '{tracker.run_id}'")
+    assert len({run.info.run_name for run in runs}) == len(runs), "a trial has two runs"
+    return {run.info.run_name: run for run in runs}
+
+
+def statuses(uri, tracker):
+    return {name: run.info.status for name, run in children(uri, tracker).items()}
+
+
+def counts(store):
+    """The number of rows of every table that tracking writes to."""
+    tables = ["metrics", "params", "tags", "inputs", "datasets", "logged_models", "logged_model_metrics", "runs",
+              "registered_models", "model_versions", "registered_model_aliases"]
+    with sqlite3.connect(store) as db:
+        return {table: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in tables}
+
+
+def test_a_sweep_is_a_parent_with_a_whole_curve_per_trial(sweep, store, uri):
+    put(sweep / "plan.txt", "a\nb\n")
+    put(sweep / "comparison.csv", "trial,final\nb,3.4\n")
+    put(sweep / "figures" / "final.png", "picture")
+    put(sweep / "metrics.jsonl", '{"step": 1, "timestamp": 1767323045000, "sweep/steps_saved": 40}\n')
+    put(sweep / "summary.json", '{"status": "FINISHED"}')
+    events.note(sweep, "hang", "rank 0 hung", stage="leaf-a")
+    tracker = send(sweep, uri)
+    parent, found = client(uri).get_run(tracker.run_id), children(uri, tracker)
+    assert (parent.info.run_name, parent.info.status, parent.data.metrics) == (sweep.name, "FINISHED", {"sweep/steps_saved": 40})
+    assert {name: (run.info.status, run.info.start_time) for name, run in found.items()} == {
+        "a": ("FINISHED", 1767323045000), "b": ("FINISHED", 1767323045000)}
+    artifacts = store.parent / "artifacts"
+    assert files(artifacts / tracker.run_id) == {"sweep.yaml", "plan.txt", "comparison.csv", "summary.json", "events.jsonl",
+                                                 "figures/final.png"}
+    assert parent.data.tags["events.hang"] == "1"
+    for name, run in found.items():
+        folder = sweep / "trials" / name
+        assert rows(store, folder) == expected(folder)
+        assert files(artifacts / run.info.run_id) == {"experiment.yaml", "summary.json", "samples/step-00000100.txt"}
+        model = client(uri).get_logged_model(run.outputs.model_outputs[0].model_id)
+        stage = sweep / "stages" / f"leaf-{name}" / "checkpoints" / "step-00000100"
+        assert model.tags["checkpoint.uri"] == str(stage)
+    assert not [path for path in artifacts.rglob("*.yaml") if "hunter2" in path.read_text()]
+    assert tracker.url == sweep_url(uri, parent.info.experiment_id, tracker.run_id)
+    view = json.loads(client(uri).get_experiment(parent.info.experiment_id).tags[f"mlflow.sharedViewState.{tracker.run_id}"])
+    assert tracker.url.endswith(f"&viewStateShareKey={tracker.run_id}")
+    assert set(found) == {r.info.run_name for r in client(uri).search_runs([parent.info.experiment_id], view["searchFilter"])}
+
+
+def files(folder):
+    return {path.relative_to(folder / "artifacts").as_posix() for path in folder.rglob("*.*")}
+
+
+def test_sent_twice_is_sent_once(sweep, store, uri):
+    put(sweep / "summary.json", '{"status": "FINISHED", "best_trial": "b"}')
+    run_id, before = send(sweep, uri).run_id, counts(store)
+    for forget in (False, True):  # also where the memory of what was sent is lost
+        for file in sweep.rglob("tracking.json") if forget else ():
+            file.unlink()
+        assert replay(sweep, uri, EXPERIMENT)
+        assert json.loads((sweep / "tracking.json").read_text())["run_id"] == run_id
+        assert counts(store) == before
+
+
+def test_trials_that_have_not_changed_cost_no_request(sweep, uri, monkeypatch):
+    from mlflow import MlflowClient
+
+    put(sweep / "summary.json", '{"status": "FINISHED", "best_trial": "a"}')
+    parent, asked = send(sweep, uri).run_id, []
+
+    def spied(name, real):
+        def call(self, first, *rest, **options):
+            if first != parent:
+                asked.append((name, first))
+            return real(self, first, *rest, **options)
+        return call
+
+    for name in ("get_run", "log_batch", "log_text", "log_artifact", "search_runs", "set_terminated", "update_run", "create_run",
+                 "create_registered_model", "set_registered_model_alias", "set_logged_model_tags"):
+        monkeypatch.setattr(MlflowClient, name, spied(name, getattr(MlflowClient, name)))
+    assert replay(sweep, uri, EXPERIMENT)
+    assert asked == []
+    put_curve(sweep / "trials" / "b", 120, 3.5)
+    assert replay(sweep, uri, EXPERIMENT)
+    run_id = json.loads((sweep / "trials" / "b" / "tracking.json").read_text())["run_id"]
+    assert asked == [("get_run", run_id), ("log_batch", run_id)]
+
+
+def test_a_trial_grows_while_its_sweep_runs(sweep, store, uri):
+    folder = put_trial(sweep, "c", 50, status=None)
+    (folder / "checkpoints").symlink_to("../../stages/leaf-c/checkpoints")  # its stage has not begun
+    tracker = start(sweep, uri)
+    wait_for(lambda: sent_step(folder) == 50)
+    assert statuses(uri, tracker) == {"a": "FINISHED", "b": "FINISHED", "c": "RUNNING"}
+    put_curve(folder, 150)
+    put_stage(sweep, "trunk", 150, "c")  # a stage that others share: its checkpoints are no result of this trial
+    wait_for(lambda: sent_step(folder) == 150)
+    put_trial(sweep, "c", 200, status="FAILED")
+    assert tracker.finish("FINISHED", 60)
+    assert rows(store, folder) == expected(folder)
+    assert [step for key, step, *_ in rows(store, folder) if key == "val/loss"] == list(range(0, 201, 10))
+    found = children(uri, tracker)["c"]
+    assert found.info.status == "FAILED"
+    assert [output.step for output in found.outputs.model_outputs] == [200]
+
+
+def test_a_sweep_that_was_stopped_and_goes_on_opens_its_trials_again(sweep, store, uri):
+    put_trial(sweep, "c", 50, status=None)
+    assert statuses(uri, send(sweep, uri, "KILLED")) == {"a": "FINISHED", "b": "FINISHED", "c": "KILLED"}
+    (sweep / "trials" / "b" / "summary.json").unlink()  # its horizon has grown
+    put_curve(sweep / "trials" / "b", 300, 3.5)
+    tracker = start(sweep, uri)
+    wait_for(lambda: statuses(uri, tracker) == {"a": "FINISHED", "b": "RUNNING", "c": "RUNNING"} if tracker.run_id else False)
+    put_trial(sweep, "c", 100)
+    put_trial(sweep, "b", 300, 3.5)
+    put_trial(sweep, "d", 100)
+    assert tracker.finish("FINISHED", 60)
+    assert statuses(uri, tracker) == dict.fromkeys("abcd", "FINISHED")
+    for name in "abcd":
+        assert rows(store, sweep / "trials" / name) == expected(sweep / "trials" / name)
+
+
+def test_a_tracker_killed_anywhere_loses_and_repeats_nothing(sweep, store, uri):
+    names = [f"t{n}" for n in range(30)]
+    for name in names:
+        put_trial(sweep, name, 2000)
+    code = ("import sys, time\nfrom pathlib import Path\nfrom orchestrator.track.sweep import SweepTracker\n"
+            "SweepTracker(Path(sys.argv[1]), sys.argv[2], sys.argv[3]).start()\ntime.sleep(60)")
+
+    def begun():
+        return len(list(sweep.glob("trials/*/tracking.json")))
+
+    for sent in (1, 12):  # in the middle of a trial, twice
+        process = subprocess.Popen([sys.executable, "-c", code, str(sweep), uri, EXPERIMENT])
+        wait_for(lambda limit=sent: begun() >= limit, pause=0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert begun() < len(names)
+    tracker = send(sweep, uri)
+    assert set(children(uri, tracker)) == {"a", "b", *names}
+    for name in names:
+        assert rows(store, sweep / "trials" / name) == expected(sweep / "trials" / name)
+
+
+def test_a_run_made_by_a_killed_tracker_is_found_by_its_key(sweep, uri):
+    """The moment between a request and the memory of it."""
+    first = send(sweep, uri)
+    before = {name: run.info.run_id for name, run in children(uri, first).items()}
+    (sweep / "trials" / "a" / "tracking.json").unlink()
+    assert {name: run.info.run_id for name, run in children(uri, send(sweep, uri)).items()} == before
+
+
+def test_the_alias_is_at_the_best_trials_checkpoint(sweep, uri):
+    mlflow, name = client(uri), sweep.name
+
+    def best():
+        version = mlflow.get_model_version_by_alias(name, "best")
+        return version.version, version.tags["trial"], version.tags["checkpoint.uri"]
+
+    def uri_of(trial):
+        return str(sweep / "stages" / f"leaf-{trial}" / "checkpoints" / "step-00000100")
+
+    for trial, version in (("a", 1), ("b", 2), ("a", 1)):
+        put(sweep / "summary.json", json.dumps({"status": "FINISHED", "best_trial": trial}))
+        tracker = send(sweep, uri)
+        assert best() == (version, trial, uri_of(trial))
+    assert len(mlflow.search_model_versions(f"name = '{name}'")) == 2
+    version = mlflow.get_model_version_by_alias(name, "best")
+    run = children(uri, tracker)["a"]
+    assert version.run_id == run.info.run_id
+    model = mlflow.get_logged_model(run.outputs.model_outputs[0].model_id)
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": name, "version": 1}]
+
+
+def test_a_best_trial_without_a_checkpoint_is_not_registered(sweep, uri):
+    put_trial(sweep, "c", status=None)
+    put(sweep / "summary.json", '{"status": "FINISHED", "best_trial": "c"}')
+    send(sweep, uri)
+    assert not client(uri).search_registered_models(f"name = '{sweep.name}'")
+
+
+def test_documents_are_sent_again_when_they_change(sweep, store, uri):
+    put(sweep / "comparison.csv", "trial,final\n")
+    tracker = start(sweep, uri)
+    wait_for(lambda: tracker.run_id and "comparison.csv" in files(store.parent / "artifacts" / tracker.run_id))
+    put(sweep / "comparison.csv", "trial,final\nb,3.4\n")
+    assert tracker.finish("FINISHED", 60)
+    assert (store.parent / "artifacts" / tracker.run_id / "artifacts" / "comparison.csv").read_text() == "trial,final\nb,3.4\n"
+
+
+def test_a_trial_deleted_in_mlflow_is_left_alone_and_the_others_go_on(sweep, store, uri, caplog):
+    tracker = send(sweep, uri)
+    client(uri).delete_run(children(uri, tracker)["a"].info.run_id)
+    put_curve(sweep / "trials" / "a", 200)
+    put_curve(sweep / "trials" / "b", 200, 3.5)
+    with caplog.at_level(logging.WARNING):
+        assert not replay(sweep, uri, EXPERIMENT, 30)
+    assert len([r for r in caplog.records if "trial a: refused" in r.message]) == 1
+    assert rows(store, sweep / "trials" / "b") == expected(sweep / "trials" / "b")
+    assert len(rows(store, sweep / "trials" / "a")) == 22
+
+
+def test_a_dead_server_costs_nothing_and_replay_sends_later(sweep, store, uri, monkeypatch, capsys):
+    monkeypatch.setattr("orchestrator.track.sender.PAUSES_S", (0.2, 0.2))
+    put(sweep / "summary.json", '{"status": "FINISHED", "best_trial": "b"}')
+    began = time.monotonic()
+    tracker = start(sweep, "http://127.0.0.1:9")  # nothing listens there
+    assert time.monotonic() - began < 0.5
+    assert not tracker.finish("FINISHED", 2)
+    assert (tracker.run_id, tracker.url) == (None, None)
+    for name in "ab":
+        put(sweep / "trials" / name / "experiment.yaml", f"name: {name}\ntracking: {{experiment: {EXPERIMENT}}}\n")
+    assert replay_metrics.main([str(sweep), "--uri", uri]) == 0
+    assert "has everything" in capsys.readouterr().out
+    state = json.loads((sweep / "tracking.json").read_text())
+    run = client(uri).get_run(state["run_id"])
+    assert run.info.status == "FINISHED"
+    for name in "ab":
+        assert rows(store, sweep / "trials" / name) == expected(sweep / "trials" / name)
+    assert client(uri).get_model_version_by_alias(sweep.name, "best").tags["trial"] == "b"
+    with pytest.raises(UserError, match="a trial is sent with its sweep"):
+        replay_metrics.main([str(sweep / "trials" / "a")])
+
+
+def test_replay_of_a_sweep_that_has_not_ended_leaves_its_statuses(sweep, uri):
+    put_trial(sweep, "c", 50, status=None)
+    first = send(sweep, uri, "KILLED")
+    put_curve(sweep / "trials" / "c", 80)
+    assert replay(sweep, uri, EXPERIMENT)
+    assert statuses(uri, first)["c"] == "KILLED"
+    assert client(uri).get_run(first.run_id).info.status == "KILLED"
+
+
+def test_another_store_gets_everything(sweep, uri, tmp_path):
+    send(sweep, uri)
+    other = tmp_path / "other" / "mlflow.db"
+    assert replay(sweep, f"sqlite:///{other}", EXPERIMENT)
+    for name in "ab":
+        assert rows(other, sweep / "trials" / name) == expected(sweep / "trials" / name)
+
+
+def test_lines_of_a_curve_that_was_written_again_longer_come_once(sweep):
+    folder = sweep / "trials" / "a"
+    lines = outbox.Lines(folder)
+    lines.refresh({"sent_step": -1, "asides": 0})
+    assert [mark for mark, _ in lines.batches()] == [{"sent_step": 100}]
+    for steps in (100, 150, 150, 300):
+        put_curve(folder, steps)
+        lines.refresh({"sent_step": 100, "asides": 0})
+    assert [mark["sent_step"] for mark, _ in lines.waiting] == list(range(110, 301, 10))

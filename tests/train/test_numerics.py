@@ -1,0 +1,97 @@
+"""What decides the last bit is set on purpose, keyed, and written down."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from orchestrator.config.experiment import Experiment, load_experiment
+from orchestrator.train.numerics import (
+    Worker,
+    autocast,
+    device_name,
+    fingerprint,
+    keyed_seed,
+    prepare_process,
+)
+
+
+def test_a_process_ends_in_one_state_whatever_ran_in_it_before():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        torch.set_default_dtype(torch.float64)
+        torch.set_float32_matmul_precision("medium")
+        torch.use_deterministic_algorithms(True)
+        torch.rand(5)
+        prepare_process(Experiment(), Worker(cpus=1))
+        first = torch.rand(3)
+        assert (torch.get_num_threads(), first.dtype, torch.get_float32_matmul_precision()) == (
+            1,
+            torch.float32,
+            "highest",
+        )
+        assert not torch.are_deterministic_algorithms_enabled()
+        prepare_process(Experiment(), Worker(cpus=1))
+        assert torch.equal(torch.rand(3), first)
+        prepare_process(load_experiment(None, ["train.seed=1"]), Worker(cpus=1))
+        assert not torch.equal(torch.rand(3), first)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(threads)
+
+
+def test_seeds_are_keyed_differ_and_are_the_same_in_every_process():
+    keys = [(seed, step, m) for seed in (0, 1, 1337) for step in (0, 1, 11, 10**6) for m in (0, 1, 11)]
+    seeds = [keyed_seed(*key) for key in keys]
+    assert len(set(seeds)) == len(seeds)
+    assert keyed_seed(1, 1, 11) != keyed_seed(1, 11, 1) != keyed_seed(11, 1, 1)
+    assert keyed_seed(1, 1) != keyed_seed(1, 1, 0)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    torch.manual_seed(max(seeds))
+    code = "from orchestrator.train.numerics import keyed_seed; print(keyed_seed(1337, 5, 2))"
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "99"},
+    ).stdout
+    assert int(said) == keyed_seed(1337, 5, 2)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_products_are_computed_in_the_dtype_asked_for(dtype, expected):
+    context = autocast(load_experiment(None, [f"train.dtype={dtype}"]), "cpu")
+    for _ in range(2):  # it is entered once per micro-batch
+        with context:
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
+    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.micro_batch_size=6"],
+        ["model.block_size=8"],
+        ["train.reduction_slots=2", "train.micro_batch_size=3"],
+        ["train.dtype=bfloat16"],
+        ["train.compile=true"],
+    ],
+)
+def test_the_fingerprint_changes_with_what_changes_bits(words):
+    base = ["train.global_batch_size=12"]
+    assert fingerprint(load_experiment(None, [*base, *words]), Worker()) != fingerprint(
+        load_experiment(None, base), Worker()
+    )
+
+
+def test_the_fingerprint_knows_cpus_and_machine_but_no_rank():
+    one = fingerprint(Experiment(), Worker(rank=0, world_size=1, cpus=2, attempt=1))
+    assert fingerprint(Experiment(), Worker(rank=3, world_size=4, cpus=2, attempt=9)) == one
+    assert fingerprint(Experiment(), Worker(cpus=1)) != one
+    assert one["device"] == device_name("cpu")
+    assert one["torch"] == torch.__version__

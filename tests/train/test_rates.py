@@ -1,0 +1,35 @@
+"""The rates of a trial: its schedule's, another run's before the branch, a probe's line to zero."""
+
+import json
+
+import pytest
+
+from model.schedule import Schedule, learning_rate
+from orchestrator.train.rates import Rates, from_json
+
+COSINE = Schedule("cosine", 1.0, 0.1, warmup_steps=3, decay_steps=20)
+WSD = Schedule("wsd", 0.5, 0.0, warmup_steps=3, decay_steps=30, decay_fraction=0.2)
+
+
+def test_alone_it_is_the_schedule():
+    assert list(Rates(COSINE).first(25)) == [learning_rate(COSINE, n) for n in range(25)]
+
+
+def test_before_the_branch_it_is_the_other_runs():
+    rates = list(Rates(COSINE, before=WSD, splice=7).first(20))
+    assert rates == [learning_rate(WSD, n) for n in range(7)] + [learning_rate(COSINE, n) for n in range(7, 20)]
+
+
+def test_a_probe_is_a_wsd_run_that_decays_linearly_to_zero_there():
+    trunk = Schedule("wsd", 0.5, 0.0, warmup_steps=3, decay_steps=100)
+    probe = Rates(trunk, anneal_at=24, anneal_steps=6)
+    assert list(probe.first(30)) == pytest.approx(list(Rates(WSD).first(30)), rel=1e-12)
+    assert list(probe.first(25)) == list(Rates(trunk).first(25))  # to the bit: these steps are shared
+    assert probe(30) == 0.0
+
+
+@pytest.mark.parametrize("rates", [Rates(COSINE), Rates(COSINE, WSD, 7), Rates(WSD, anneal_at=5, anneal_steps=3)])
+def test_json_brings_back_the_same_bits(rates):
+    again = from_json(json.loads(json.dumps(rates.to_json())))
+    assert again == rates
+    assert again.first(40).tobytes() == rates.first(40).tobytes()

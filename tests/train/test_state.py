@@ -1,0 +1,162 @@
+"""The state of a run: saved, restored into a fresh one, and from there on the same bits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.gpt import GPT
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.config.experiment import Experiment, load_experiment
+from orchestrator.data.dataset import Manifest, Split
+from orchestrator.train import state
+from orchestrator.train.numerics import Worker, fingerprint
+
+WORDS = [
+    "model.block_size=8",
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_embd=16",
+    "model.pad_vocab_to=1",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=8",
+    "schedule.max_lr=0.01",
+]
+VOCAB = 31
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def experiment(dtype: str) -> Experiment:
+    return load_experiment(None, [*WORDS, f"train.dtype={dtype}"])
+
+
+def dataset(folder: Path, stream: str = "s", name: str = "byte") -> Manifest:
+    (folder / "tokenizer.json").write_text('{"kind": "byte"}')
+    splits = {split: Split(100, 1, 100, f"{stream}-{split}", ()) for split in ("train", "val")}
+    return Manifest(folder, 1, {"name": name, "n_vocab": VOCAB}, {}, "uint16", splits, [], "digest")
+
+
+def built(e: Experiment, seed: int) -> state.TrainState:
+    torch.manual_seed(seed)
+    return state.build(e, GPT(e.gpt_config(VOCAB)), Worker())
+
+
+def advance(s: state.TrainState, steps: int) -> None:
+    """Updates with data that is a function of the step."""
+    for _ in range(steps):
+        for slot in s.gradients.my_slots():
+            s.gradients.begin_slot()
+            for m in slot:
+                tokens = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(100 * s.step + m))
+                loss = s.forward(tokens[:, :-1], tokens[:, 1:])[1]
+                s.gradients.record_loss(m, loss)
+                s.scaler.scale(loss).backward()
+            s.gradients.end_slot()
+        losses = s.gradients.reduce().tolist()
+        s.scaler.step(s.optimizer)
+        s.scaler.update()
+        s.step += 1
+        s.meter.add(losses)
+
+
+def save(s: state.TrainState, e: Experiment, folder: Path, worker: Worker, metrics: dict[str, float]) -> Path:
+    return checkpoint.save(folder, s.step, *state.snapshot(s, e, dataset(folder.parent), worker, metrics))
+
+
+def everything(s: state.TrainState) -> dict[str, torch.Tensor]:
+    tensors = dict(s.model.state_dict())
+    for name, parameter in s.model.named_parameters():
+        tensors |= {f"{name}/{key}": value for key, value in s.optimizer.state[parameter].items()}
+    return {key: value.clone() for key, value in tensors.items()}
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(a[k].view(torch.int32), b[k].view(torch.int32)) for k in a
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_restored_state_is_the_saved_one_and_goes_on_with_the_same_bits(tmp_path, dtype):
+    e = experiment(dtype)
+    s = built(e, 1)
+    advance(s, 3)
+    s.best_val_loss = 0.1 + 0.2
+    path = save(s, e, tmp_path / "checkpoints", Worker(attempt=4), {"val/loss": 0.3})
+    fresh = built(e, 2)
+    assert not same_bits(dict(fresh.model.state_dict()), dict(s.model.state_dict()))
+    state.restore(fresh, path)
+    assert fresh.step == s.step == 3
+    assert fresh.best_val_loss == s.best_val_loss
+    assert fresh.meter.losses == s.meter.losses
+    assert len(fresh.meter.losses) == 12
+    assert fresh.scaler.state_dict() == s.scaler.state_dict()
+    assert bool(fresh.scaler.state_dict()) == (dtype == "float16")
+    assert same_bits(everything(fresh), everything(s))
+    assert len(everything(s)) == 4 * len(list(s.model.parameters()))  # weight, two moments and a count of each
+    advance(s, 2)
+    advance(fresh, 2)
+    assert same_bits(everything(fresh), everything(s))
+    assert fresh.meter.losses == s.meter.losses
+
+
+def test_a_scaler_that_has_moved_comes_back_where_it_was(tmp_path):
+    e = experiment("float16")
+    s = built(e, 1)
+    advance(s, 1)
+    moved = {**s.scaler.state_dict(), "scale": 1024.0, "_growth_tracker": 17}
+    s.scaler.load_state_dict(moved)
+    fresh = built(e, 1)
+    state.restore(fresh, save(s, e, tmp_path / "c", Worker(), {}))
+    assert fresh.scaler.state_dict() == moved
+    assert fresh.scaler.get_scale() == 1024.0
+
+
+def test_a_checkpoint_says_what_it_is(tmp_path):
+    e, worker = experiment("float32"), Worker(attempt=4)
+    s = built(e, 1)
+    advance(s, 1)
+    path = save(s, e, tmp_path / "c", worker, {"val/loss": 2.5})
+    manifest = checkpoint.verify(path)
+    assert (manifest["step"], manifest["generation"], manifest["metrics"]) == (1, 4, {"val/loss": 2.5})
+    assert manifest["fingerprints"] == {
+        "data": state.data_identity(dataset(tmp_path)),
+        "numerics": fingerprint(e, worker),
+    }
+    assert set(manifest["parts"]) == {
+        "experiment.yaml",
+        "model.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "tokenizer.json",
+    }
+    assert (path / "experiment.yaml").read_text("utf-8") == e.to_yaml()
+    assert (path / "tokenizer.json").read_text("utf-8") == '{"kind": "byte"}'
+    assert json.loads((path / "state.json").read_text("utf-8"))["step"] == 1
+
+
+def test_a_loaded_model_is_the_saved_one(tmp_path):
+    e = experiment("float32")
+    s = built(e, 1)
+    path = save(s, e, tmp_path / "c", Worker(), {})
+    model = state.load_model(path)
+    assert not model.training
+    assert model.config == s.model.config
+    assert same_bits(dict(model.state_dict()), dict(s.model.state_dict()))
+
+
+def test_the_identity_of_data_is_its_tokens_and_tokenizer_wherever_it_lies(tmp_path):
+    (tmp_path / "b").mkdir()
+    here = state.data_identity(dataset(tmp_path))
+    assert state.data_identity(dataset(tmp_path / "b")) == here
+    assert state.data_identity(dataset(tmp_path, stream="t")) != here
+    assert state.data_identity(dataset(tmp_path, name="char")) != here

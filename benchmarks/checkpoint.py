@@ -21,7 +21,7 @@ import torch
 
 from model.gpt import GPT
 from orchestrator.config.experiment import Experiment, load_experiment
-from orchestrator.data.dataset import fsync
+from orchestrator.files import fsync
 from orchestrator.train import state
 from orchestrator.train.checkpointer import Writer
 from orchestrator.train.numerics import Worker, available_cpus, device_name, prepare_process

@@ -1,42 +1,67 @@
-"""Files in a run's folder, opened for what they are: a link, a pipe or a device that was planted there is refused.
+"""Files of a run or a dataset: opened safely, replaced in one step, hashed.
 
-Eats a path of which only the last part counts: the folder itself may lie behind a link. Yields a plain file, or `NotOwnError`.
+A run folder may be writable by other users. Files in it are therefore opened so that a symlink, a
+pipe or a device is refused. The folder itself may lie behind a symlink.
 """
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from orchestrator.errors import UserError
 
 
-class NotOwnError(UserError, OSError):
-    """Not a plain file: for who runs a command one line, for who lives with an unreadable file one more of them."""
+class NotPlainFileError(UserError, OSError):
+    """The path is a symlink, a folder, a pipe or a device.
+
+    It is a `UserError` for a command, and an `OSError` for code that skips unreadable files.
+    """
 
 
 def opener(path: str | Path, flags: int) -> int:
-    """For `open(…, opener=…)`. Nothing is followed, waited for, or cut before it is known to be a plain file."""
+    """Open a plain file; pass it as `open(path, opener=opener)`.
+
+    Symlinks are not followed, a pipe does not block, and nothing is truncated before the file is
+    known to be a plain one.
+
+    Raises:
+        NotPlainFileError: The path is something else.
+        OSError: The file cannot be opened.
+    """
+    flags_without_truncate = flags & ~os.O_TRUNC
+    safe = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        fd = os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, flags_without_truncate | safe, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-            raise _refusal(path) from None
+            raise _not_plain(path) from None
         raise
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise _refusal(path)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise _not_plain(path)
         if flags & os.O_TRUNC:
-            os.ftruncate(fd, 0)
+            os.ftruncate(descriptor, 0)
     except BaseException:
-        os.close(fd)
+        os.close(descriptor)
         raise
-    return fd
+    return descriptor
+
+
+def _not_plain(path: str | Path) -> NotPlainFileError:
+    return NotPlainFileError(
+        f"{path}: expected a plain file, found a symlink, folder or device; "
+        "remove it and run this command again"
+    )
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a plain file is there; for who collects what is to be sent."""
+    """Return whether `path` is a plain file that exists."""
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except OSError:
@@ -44,33 +69,92 @@ def is_plain(path: Path) -> bool:
 
 
 def read_bytes(path: Path) -> bytes:
+    """Read a plain file; see `opener` for the errors."""
     with open(path, "rb", opener=opener) as file:
         return file.read()
 
 
 def read_text(path: Path) -> str:
+    """Read a plain UTF-8 file; see `opener` for the errors."""
     with open(path, encoding="utf-8", opener=opener) as file:
         return file.read()
 
 
 def rewrite(path: Path, text: str) -> None:
-    """Write another text into the file that is there: who has it open sees it. Makes none."""
-    with contextlib.suppress(FileNotFoundError), open(path, "r+", encoding="utf-8", opener=opener) as file:
-        file.truncate()
-        file.write(text)
+    """Replace the content of an existing file in place, so that processes that have it open see it.
+
+    A file that does not exist is not created.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        with open(path, "r+", encoding="utf-8", opener=opener) as file:
+            file.truncate()
+            file.write(text)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: readers see the old text or the new one. A link is replaced, not what it leads to."""
+def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Replace a file in one step: a reader sees the old content or the new content.
+
+    A symlink at `path` is replaced. The file that it points to does not change.
+
+    Args:
+        path: The file. Its folder must exist.
+        content: Text is stored as UTF-8.
+        durable: Force the content to disk before the file is replaced, so that it survives a power
+            failure. Needed for files that other files rely on; costs one fsync.
+
+    Raises:
+        OSError: For example, the disk is full. The old file is still there.
+    """
+    data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "xb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:  # what fits of it must not take the last room
+    except OSError:
+        # On a full disk, an incomplete file must not keep the last free bytes.
         temporary.unlink(missing_ok=True)
         raise
 
 
-def _refusal(path: str | Path) -> NotOwnError:
-    return NotOwnError(f"{path}: a link, a folder or a device where a file of the run belongs; remove it and run this again")
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None if the file does not exist.
+
+    Raises:
+        UserError: The file holds something else, or it is a symlink, a pipe or a device.
+        OSError: The file cannot be read at the moment.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        raise UserError(
+            f"{path}: not valid JSON ({error}); restore the file or remove it"
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; restore the file or remove it")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a JSON file in one step; see `write_atomically` for the errors."""
+    write_atomically(path, json.dumps(content, indent=1))
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

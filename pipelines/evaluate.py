@@ -19,7 +19,7 @@ import torch
 from orchestrator.data.batches import TokenStream, eval_batches
 from orchestrator.data.prepare import Manifest
 from orchestrator.errors import UserError
-from orchestrator.runs.console import duration, table
+from orchestrator.text import duration, table
 from orchestrator.train.evaluate import EvalResult, EvalSet
 from orchestrator.train.numerics import autocast, device_name
 from orchestrator.train.trained import (

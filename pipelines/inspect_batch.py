@@ -16,8 +16,8 @@ from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.data.index import documents_of
 from orchestrator.data.prepare import Manifest, dataset_dir, prepare
 from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
-from orchestrator.runs.console import table
 from orchestrator.runs.storage import storage_root
+from orchestrator.text import table
 from orchestrator.train.inspect import Batch, Forward, batch_of, first_model, forward
 from orchestrator.train.numerics import Worker, available_cpus
 from orchestrator.train.trained import find_device

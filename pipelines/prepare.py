@@ -8,8 +8,8 @@ from orchestrator.config.experiment import Experiment
 from orchestrator.cost.estimate import show
 from orchestrator.data.prepare import dataset_dir, prepare
 from orchestrator.errors import EXIT_DONE
-from orchestrator.runs.console import duration, table
 from orchestrator.runs.storage import storage_root
+from orchestrator.text import duration, table
 from pipelines.common import experiment_command
 
 

@@ -20,12 +20,13 @@ from pathlib import Path
 
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
+from orchestrator.redact import redact_text
 from orchestrator.replay import replay
 from orchestrator.replay.replay import Recorded, Stretch
 from orchestrator.replay.verdict import Verdict
 from orchestrator.runs import lock as lease
-from orchestrator.runs.console import format_record, table
-from orchestrator.runs.sources import redact_text
+from orchestrator.runs.console import format_record
+from orchestrator.text import table
 from orchestrator.track import mlflow as tracking
 from orchestrator.track.server import resolve_uri
 from orchestrator.train.trained import find_tokens

@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
+from orchestrator.redact import redact_text
 from orchestrator.runs.folder import stored_experiment
-from orchestrator.runs.sources import redact_text
 from orchestrator.track import mlflow as tracking
 from orchestrator.track import sweep as sweep_tracking
 from orchestrator.track.server import absolute_uri, resolve_uri

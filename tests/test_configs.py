@@ -12,7 +12,7 @@ from orchestrator.config.experiment import (
     parse_sweep,
 )
 from orchestrator.config.plain_yaml import read_yaml
-from orchestrator.cost.estimate import model_facts
+from orchestrator.runs.facts import model_facts
 from orchestrator.sweep.space import load_sweep
 from orchestrator.sweep.tree import Trial, plan
 from orchestrator.train.rates import Rates

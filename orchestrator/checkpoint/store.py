@@ -31,8 +31,8 @@ from orchestrator.checkpoint.format import (
     text_of,
     verify,
 )
-from orchestrator.data.dataset import fsync
 from orchestrator.errors import UnreadableError, UserError
+from orchestrator.files import fsync
 
 SPARE_BYTES = 1 << 20  # left to the journal and whatever else a run writes meanwhile
 _CHUNK = 4 << 20  # bytes hashed and written at a time, while they are in the processor's cache

@@ -13,7 +13,6 @@ from pathlib import Path
 from orchestrator.cluster import local as local_ray
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
-from orchestrator.runs.folder import read_json
 
 COLLECTIVE_TIMEOUT_S = 1800
 ENVIRONMENT = {
@@ -173,8 +172,3 @@ def worker_environment() -> dict[str, str]:
     return WORKER_ENVIRONMENT | {key: os.environ[key] for key in PASSED_ON if key in os.environ}
 
 
-def recorded_layout(run_dir: Path) -> Layout | None:
-    """The layout of the run's last attempt."""
-    attempts = (read_json(run_dir / "run.json") or {}).get("attempts") or []
-    stored = attempts[-1].get("layout") if attempts else None
-    return Layout(**stored) if stored else None

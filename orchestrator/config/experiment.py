@@ -14,7 +14,7 @@ from orchestrator.config.messages import contradictions, explain, type_words
 from orchestrator.config.overrides import read_tree
 from orchestrator.config.plain_yaml import write_yaml
 from orchestrator.errors import UserError
-from orchestrator.runs.sources import redact_addresses
+from orchestrator.redact import redact_addresses
 
 if TYPE_CHECKING:
     from model.gpt import GPTConfig

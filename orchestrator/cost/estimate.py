@@ -4,7 +4,6 @@ Eats an experiment; yields rows of text. What is estimated is marked with ≈. T
 training in a process of its own (`calibrate.py`), which leaves nothing but its numbers in the user's cache.
 """
 
-import functools
 import math
 import os
 from collections.abc import Callable
@@ -12,9 +11,6 @@ from typing import Any
 
 import torch
 
-from model import optim
-from model.flops import flops_per_token
-from model.gpt import GPT, GPTConfig
 from orchestrator.cluster import layout as launch
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost import measure as calibrate
@@ -23,27 +19,11 @@ from orchestrator.data.prepare import dataset_dir, estimate
 from orchestrator.data.prepared import prepared
 from orchestrator.data.tasks import tail_cut
 from orchestrator.errors import UserError
-from orchestrator.runs.console import duration
+from orchestrator.runs.facts import model_facts
 from orchestrator.runs.storage import storage_root
+from orchestrator.text import duration
 from orchestrator.train import init_from
 from orchestrator.train.numerics import available_cpus, device_name
-
-
-def model_facts(experiment: Experiment, n_vocab: int) -> dict[str, Any]:
-    """Parameter counts of the model, without building it: total, without positions, decayed and not."""
-    return _facts_of_shape(experiment.gpt_config(n_vocab))
-
-
-@functools.cache
-def _facts_of_shape(config: GPTConfig) -> dict[str, Any]:
-    with torch.device("meta"):
-        model = GPT(config)
-    decayed_tensors, decayed, kept_tensors, kept = optim.decay_summary(model)
-    return {"vocab_size": model.config.vocab_size, "parameters": model.num_parameters(),
-            "parameters_without_positions": model.num_parameters(positions=False),
-            "decayed_tensors": decayed_tensors, "decayed_parameters": decayed,
-            "undecayed_tensors": kept_tensors, "undecayed_parameters": kept,
-            "flops_per_token": flops_per_token(model.config)}
 
 
 def show(experiment: Experiment, timed: bool = True) -> int:

@@ -29,7 +29,7 @@ from model.gpt import GPT
 from orchestrator.cluster.layout import WORKER_ENVIRONMENT
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.data.dataset import Manifest
-from orchestrator.runs.folder import write_text
+from orchestrator.files import write_atomically
 from orchestrator.train import state
 from orchestrator.train.checkpointer import Writer
 from orchestrator.train.evaluate import EvalSet
@@ -37,7 +37,6 @@ from orchestrator.train.evaluator import SAMPLE_PROMPT, SAMPLE_TOKENS
 from orchestrator.train.meter import memory_metrics
 from orchestrator.train.numerics import Worker, autocast, device_name, prepare_process
 from orchestrator.train.step import Step
-from orchestrator.workers import memory
 
 FORMAT = 2  # of the cache; a change of what is measured is a new one
 STEPS_S, EVALUATION_S = 3.0, 1.0  # how long each is timed
@@ -134,7 +133,7 @@ def measure(experiment: Experiment, n_vocab: int, workers: int, cpus: int, use_g
     timing = replace(one, eval_tokens_per_s=one.eval_tokens_per_s * workers)
     with contextlib.suppress(OSError):  # a home that cannot be written to
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(asdict(timing)))
+        write_atomically(file, json.dumps(asdict(timing)))
     return timing
 
 
@@ -180,7 +179,7 @@ def _parse(text: str) -> Timing | None:
 # ---- in the other process ----
 def main() -> None:
     """A job on stdin, a `Timing` of one worker on stdout."""
-    memory.be_expendable()
+    be_expendable()
     job = json.loads(sys.stdin.read())
     experiment, worker = parse_experiment(job["experiment"], "calibration"), Worker(device=job["device"], cpus=job["cpus"])
     print(json.dumps(asdict(_calibrate(experiment, job["n_vocab"], worker, job["started"], job["limit_s"]))))
@@ -298,3 +297,9 @@ def peak_gib(device: str) -> float:
 
 if __name__ == "__main__":
     main()
+
+
+def be_expendable() -> None:
+    """Where the kernel wants memory back, this process is the one to go: what it tries may be too much."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", "utf-8")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.errors import UserError
-from orchestrator.runs.sources import redact_text
+from orchestrator.redact import (redact_text)
 
 STDLIB = "builtin:stdlib"
 _NO_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UserError
+from orchestrator.files import fsync, write_atomically, file_sha256
 
 FILE = "manifest.json"
 FORMAT = 2
@@ -108,7 +109,7 @@ def write_manifest(directory: Path, content: dict[str, Any]) -> None:
     """Commit a dataset: the last thing that happens to it. `content` is the manifest without format and hashes."""
     files = {name: file_sha256(directory / name) for name in OTHER_FILES if (directory / name).exists()}
     raw = {"format_version": FORMAT, "files": files, **content}
-    write_atomically(directory / FILE, _text({**raw, "sha256": _digest(raw)}))
+    write_atomically(directory / FILE, _text({**raw, "sha256": _digest(raw)}), durable=True)
     fsync(directory)
 
 
@@ -134,24 +135,7 @@ def _verify_small(path: Path, sha256: str) -> None:
         raise UserError(f"{path}: {changed}; delete the folder and prepare it again")
 
 
-def file_sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def data_identity(dataset: Manifest) -> str:
+    """SHA-256 of what the trainer sees of a dataset: its tokenizer and its token streams, wherever they lie."""
+    streams = {name: split.stream_sha256 for name, split in dataset.splits.items()}
+    return hashlib.sha256(json.dumps([dataset.tokenizer, streams], sort_keys=True).encode()).hexdigest()

@@ -8,7 +8,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from orchestrator.data.dataset import fsync, load_manifest
+from orchestrator.data.dataset import (load_manifest)
+from orchestrator.files import (fsync)
 from orchestrator.data.shards import verify
 
 FILE = "documents.parquet"

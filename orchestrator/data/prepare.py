@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orchestrator import files as own_file
+from orchestrator import files
 from orchestrator.cluster import local as local_ray
 from orchestrator.data import corpus, tasks as parts
 from orchestrator.data.assembly import Parts
@@ -35,7 +35,7 @@ from orchestrator.data.dataset import ROW_TOKENS, Manifest, Shard, Split, load_m
 from orchestrator.data.tasks import SPLITS, is_val, tail_cut
 from orchestrator.data.prepared import dataset_dir, prepared, settings_of
 from orchestrator.data.progress import ProgressLine
-from orchestrator.runs.sources import redact_text
+from orchestrator.redact import (redact_text)
 from orchestrator.data.documents import Span, plan_spans
 from orchestrator.data.shards import SHARD_ROWS
 from orchestrator.data.tokenizer import Tokenizer, char_tokenizer, load_tokenizer
@@ -225,7 +225,7 @@ def _stamps(sources: list[Source]) -> list[tuple[int, int]]:
 @contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """One preparation per folder at a time: a second one waits, and finds the work done. The kernel frees the lock."""
-    with open(directory / ".lock", "w", opener=own_file.opener) as file:
+    with open(directory / ".lock", "w", opener=files.opener) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

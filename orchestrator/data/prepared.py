@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.data import corpus
 from orchestrator.data.corpus import Source
 from orchestrator.errors import UserError
-from orchestrator.data.dataset import FILE, FORMAT, Manifest, file_sha256, load_manifest
+from orchestrator.data.dataset import (FILE, FORMAT, Manifest, load_manifest)
+from orchestrator.files import (file_sha256)
 
 if TYPE_CHECKING:
     from orchestrator.config.experiment import Data

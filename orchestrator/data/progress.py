@@ -3,7 +3,7 @@
 import sys
 import time
 
-from orchestrator.runs.console import duration
+from orchestrator.text import (duration)
 
 INTERVAL_S = 5.0  # between two lines where there is no terminal to rewrite one
 

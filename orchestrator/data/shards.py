@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator.errors import UserError
-from orchestrator.data.dataset import ROW_TOKENS, file_sha256
+from orchestrator.data.dataset import (ROW_TOKENS)
+from orchestrator.files import (file_sha256)
 
 ROW_GROUP_ROWS = 32768  # 64 MiB of uint16
 SHARD_ROWS = 131072  # 256 MiB of uint16

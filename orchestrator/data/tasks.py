@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from orchestrator.errors import UserError
-from orchestrator.data.dataset import ROW_TOKENS, file_sha256, fsync, write_atomically
+from orchestrator.data.dataset import (ROW_TOKENS)
+from orchestrator.files import (file_sha256, fsync, write_atomically)
 from orchestrator.data.documents import Piece, Span, pieces
 from orchestrator.data.shards import ROW_GROUP_ROWS, write_shard
 from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
@@ -68,7 +69,7 @@ def tokenize(job: dict[str, Any]) -> dict[str, Any]:
         finally:
             for writer in writers.values():
                 writer.discard()
-        write_atomically(Path(f"{stem}.json"), json.dumps(done).encode())
+        write_atomically(Path(f"{stem}.json"), json.dumps(done), durable=True)
     return {"id": job["id"], **{split: {"tokens": d["tokens"], "bytes": d["bytes"], "documents": len(d["index"])}
                                 for split, d in done.items()}}
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.errors import UserError
-from orchestrator.data.dataset import write_atomically
+from orchestrator.files import (write_atomically)
 
 FILE = "tokenizer.json"
 MAX_BYTES = 16 << 20  # of that file: all characters of Unicode are 11 MB
@@ -74,7 +74,7 @@ class Tokenizer:
     def save(self, directory: Path) -> None:
         """Write `tokenizer.json` into `directory`; a reader sees all of it or none."""
         text = json.dumps(self.describe(), indent=1, ensure_ascii=False) + "\n"
-        write_atomically(Path(directory) / FILE, text.encode())
+        write_atomically(Path(directory) / FILE, text, durable=True)
 
 
 class _Bytes(Tokenizer):

@@ -18,15 +18,16 @@ from pathlib import Path
 from orchestrator.cluster import layout as launch
 from orchestrator.config.experiment import Data, Experiment
 from orchestrator.cost import estimate as plan
-from orchestrator.cost.estimate import model_facts
 from orchestrator.data.dataset import Manifest, load_manifest
 from orchestrator.data.order import windows_per_epoch
 from orchestrator.data.prepare import dataset_dir, prepare
 from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
-from orchestrator.runs import folder as runs
+from orchestrator.files import read_json
 from orchestrator.runs import lock as lease
 from orchestrator.runs import signals as interrupts
 from orchestrator.runs import stop as stopping
+from orchestrator.runs.facts import model_facts
+from orchestrator.runs.folder import recorded_layout
 from orchestrator.runs.storage import check_writable, storage_root
 from orchestrator.sweep import cost as sweep_plan
 from orchestrator.sweep import view as tree_view
@@ -61,7 +62,7 @@ def _run(sweep: Sweep, storage: Path, folder: Path, uri: str) -> int:
     with interrupts.while_ray_starts():
         launch.connect(launch.worker_environment())
     launch.check_storage(sweep.base.storage or os.environ.get("ESPALIER_STORAGE") or "runs")
-    layout = _layout(sweep, launch.recorded_layout(folder))
+    layout = _layout(sweep, recorded_layout(folder))
     datasets = {key: prepare(data, dataset_dir(data, storage)) for key, data in _data_of(sweep).items()}
     _check_shapes(sweep, datasets)
     study = Study.open(sweep, folder, layout, datasets)
@@ -173,10 +174,10 @@ def _check_shapes(sweep: Sweep, datasets: Mapping[str, Manifest]) -> None:
 # ---- a sweep that is done ----
 def _finished(sweep: Sweep, storage: Path, folder: Path) -> Study | None:
     """The study, where it is known without a cluster that nothing is left to run."""
-    layout, manifests = launch.recorded_layout(folder), {k: dataset_dir(d, storage) for k, d in _data_of(sweep).items()}
+    layout, manifests = recorded_layout(folder), {k: dataset_dir(d, storage) for k, d in _data_of(sweep).items()}
     if layout is None or not all((path / "manifest.json").exists() for path in manifests.values()):
         return None
-    if (runs.read_json(folder / "summary.json") or {}).get("status") != "FINISHED":
+    if (read_json(folder / "summary.json") or {}).get("status") != "FINISHED":
         return None
     study = Study.open(sweep, folder, layout, {k: load_manifest(path) for k, path in manifests.items()})
     study.keeper(lambda: None).judge()
@@ -186,7 +187,7 @@ def _finished(sweep: Sweep, storage: Path, folder: Path) -> Study | None:
 def _show_again(study: Study, uri: str) -> int:
     print(f"{study.folder.name} is finished; more values in its grid run only what is new")
     report = Report(study, study.books)
-    report.summary = runs.read_json(study.folder / "summary.json")
+    report.summary = read_json(study.folder / "summary.json")
     if (best := study.winner(study.rows())) and best[0] != report.summary["best_trial"]:  # of a smaller grid
         report.summary |= {"best_trial": best[0], "best_value": best[1], "best_checkpoint": None}
     report.show(None)

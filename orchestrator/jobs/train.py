@@ -28,15 +28,18 @@ from orchestrator.errors import (
     EXIT_USER,
     UserError,
 )
+from orchestrator.files import read_json
+from orchestrator.redact import redact
 from orchestrator.runs import events, journal
 from orchestrator.runs import folder as runs
 from orchestrator.runs import lock as lease
 from orchestrator.runs import signals as interrupts
 from orchestrator.runs import stop as stopping
-from orchestrator.runs.console import Console, duration, number, table
-from orchestrator.runs.facts import facts_of
-from orchestrator.runs.sources import redact
+from orchestrator.runs.console import Console
+from orchestrator.runs.facts import facts_of, model_facts
+from orchestrator.runs.folder import recorded_layout
 from orchestrator.runs.storage import check_writable, storage_root
+from orchestrator.text import duration, number, table
 from orchestrator.track.mlflow import Tracker, replay, resolve_uri
 from orchestrator.train import init_from, numerics
 from orchestrator.workers import oom_kill, watchdog
@@ -70,7 +73,7 @@ def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path) -> int
     with interrupts.while_ray_starts():
         launch.connect()
     launch.check_storage(experiment.storage or os.environ.get("ESPALIER_STORAGE") or "runs")
-    layout = launch.layout(experiment, launch.recorded_layout(run_dir))
+    layout = launch.layout(experiment, recorded_layout(run_dir))
     dataset = prepare(experiment.data, data_dir)
     windows_per_epoch(dataset.splits["train"].tokens, experiment.model.block_size)
     init_from.check_shape(experiment, dataset.tokenizer["n_vocab"])
@@ -140,7 +143,7 @@ def _leave_to_rank_0(message: str) -> None:
 
 def _outcome(run_dir: Path) -> tuple[str, int, str]:
     """Status, exit status and reason of a run whose workers are done."""
-    stopped = runs.read_json(run_dir / "stopped.json")
+    stopped = read_json(run_dir / "stopped.json")
     if not stopped:
         return "FINISHED", EXIT_DONE, ""
     if stopped.get("again"):
@@ -170,7 +173,7 @@ def estimate_of(experiment: Experiment, dataset: Manifest, layout: launch.Layout
     asked = experiment, n_vocab, layout.num_workers, layout.cpus_per_worker, layout.use_gpu
     try:
         micro_batch = experiment.train.micro_batch_size * experiment.model.block_size
-        flops = plan.model_facts(experiment, n_vocab)["flops_per_token"] * micro_batch
+        flops = model_facts(experiment, n_vocab)["flops_per_token"] * micro_batch
         timing = calibrate.known(*asked)
         if timing is None and (layout.use_gpu or flops < CALIBRATION_FLOPS):
             timing = calibrate.measure(*asked, limit_s=CALIBRATION_S)
@@ -194,7 +197,7 @@ def _compare(run_dir: Path, summary: dict[str, Any], estimate: dict[str, float])
 
 # ---- a run that is done ----
 def _is_finished(run_dir: Path, experiment: Experiment, data_dir: Path) -> bool:
-    summary = runs.read_json(run_dir / "summary.json") or {}
+    summary = read_json(run_dir / "summary.json") or {}
     if summary.get("status") != "FINISHED" or summary.get("step") != experiment.train.max_steps:
         return False
     if not (data_dir / "manifest.json").exists():
@@ -204,7 +207,7 @@ def _is_finished(run_dir: Path, experiment: Experiment, data_dir: Path) -> bool:
 
 def _show_again(run_dir: Path, experiment: Experiment, uri: str) -> int:
     print(f"{experiment.name} is finished; a larger train.max_steps goes on, a new name starts afresh")
-    _print_summary(run_dir, runs.read_json(run_dir / "summary.json"), None)
+    _print_summary(run_dir, read_json(run_dir / "summary.json"), None)
     if not replay(run_dir, uri, experiment.tracking.experiment, interrupts.EXIT_WAIT_S):
         print("the tracking server did not take everything; run this again when it is there")
     return EXIT_DONE

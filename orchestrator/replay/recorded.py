@@ -13,8 +13,8 @@ from model.schedule import learning_rate
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
+from orchestrator.files import read_json
 from orchestrator.runs import journal
-from orchestrator.runs.folder import read_json
 from orchestrator.sweep.stage import read_order
 from orchestrator.train import rates
 

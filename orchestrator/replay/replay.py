@@ -20,19 +20,19 @@ import torch
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.batches import TokenStream
-from orchestrator.data.dataset import Manifest
+from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
+from orchestrator.files import read_json, write_atomically
 from orchestrator.replay import verdict
 from orchestrator.replay.recorded import Recorded
 from orchestrator.replay.verdict import Cause, Difference, Verdict
 from orchestrator.runs import events, journal
-from orchestrator.runs.folder import identity_differences, read_json, stored_experiment, write_text
+from orchestrator.runs.folder import identity_differences, stored_experiment
 from orchestrator.runs.sources import source_facts
 from orchestrator.train import numerics
 from orchestrator.train.loop import Run
 from orchestrator.train.numerics import Worker
-from orchestrator.train.state import data_identity
 
 SETTINGS = ("log_interval", "eval_interval", "on_nonfinite")  # of `train`: may change between attempts, and show in the lines
 FOLDER = "replays"  # in the run's: verdicts, and what was made again where it differs
@@ -234,7 +234,7 @@ def new_folder(run_dir: Path) -> Path:
 def keep(run_dir: Path, folder: Path, result: Verdict) -> Path:
     """Write the verdict beside `folder`, whose time names it, and note it among the run's events."""
     path = folder.with_name(f"{folder.name}.json")
-    write_text(path, json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **result.to_json()}, indent=1))
+    write_atomically(path, json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **result.to_json()}, indent=1))
     events.note(run_dir, "replay", result.sentence(), equal=result.equal, steps=[result.first_step, result.last_step],
                 verdict=f"{FOLDER}/{path.name}", causes=[str(cause) for cause in result.causes()])
     return path

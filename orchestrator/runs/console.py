@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.runs import events, journal
+from orchestrator.text import duration
 
 FULL_BYTES = 4096  # free, or fewer: not even an event may find room
 
@@ -90,27 +91,3 @@ def format_record(record: dict[str, Any], max_steps: int, tokens_per_step: int) 
     return " | ".join(parts)
 
 
-def duration(seconds: float) -> str:
-    """`58s`, `4m10s`, `3h05m`, `2d04h`."""
-    s = round(seconds)
-    if s < 60:
-        return f"{s}s"
-    if s < 3600:
-        return f"{s // 60}m{s % 60:02d}s"
-    if s < 86400:
-        return f"{s // 3600}h{s % 3600 // 60:02d}m"
-    return f"{s // 86400}d{s % 86400 // 3600:02d}h"
-
-
-def table(rows: dict[str, Any]) -> str:
-    """Two aligned columns; None is left out."""
-    rows = {k: v for k, v in rows.items() if v is not None}
-    width = max(map(len, rows), default=0)
-    return "\n".join(f"  {key:<{width}}  {value}" for key, value in rows.items())
-
-
-def number(value: Any) -> str:
-    """Integers and floats with separators, floats below 1,000 with four decimals, the rest as it is."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator import files as own_file
+from orchestrator import files
 
 FILE = "events.jsonl"
 
@@ -24,7 +24,7 @@ def note(run_dir: Path, kind: str, message: str, **facts: Any) -> dict[str, Any]
     event = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "kind": kind, "message": message, **facts}
     line = json.dumps(event).encode() + b"\n"
     try:
-        fd = own_file.opener(Path(run_dir) / FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        fd = files.opener(Path(run_dir) / FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
             start = os.fstat(fd).st_size
             if start and os.pread(fd, 1, start - 1) != b"\n":  # torn, by a kill or by a hand: nothing may be glued to it
@@ -41,7 +41,7 @@ def note(run_dir: Path, kind: str, message: str, **facts: Any) -> dict[str, Any]
 def read(run_dir: Path) -> list[dict[str, Any]]:
     """All events, oldest first; what is none is passed over."""
     try:
-        data = own_file.read_bytes(Path(run_dir) / FILE)
+        data = files.read_bytes(Path(run_dir) / FILE)
     except OSError:  # not there, or not readable at this moment
         return []
     return [event for event in map(_parsed, data.split(b"\n")[:-1]) if event]

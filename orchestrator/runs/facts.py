@@ -7,11 +7,16 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from model import optim
+from model.flops import flops_per_token
+from model.gpt import GPT, GPTConfig
 from orchestrator.cluster import layout as launch
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.dataset import Manifest
-from orchestrator.cost.estimate import model_facts
-from orchestrator.runs.sources import redact, source_facts, source_tags
+from orchestrator.runs.sources import source_facts, source_tags
+from orchestrator.redact import redact
 
 SOURCES = Path(__file__).resolve().parents[2]
 
@@ -37,3 +42,20 @@ def facts_of(experiment: Experiment, dataset: Manifest, script: str = "pipelines
 def _sources() -> dict[str, Any]:
     """Asks git, once for all trials of a sweep."""
     return source_facts(SOURCES)
+
+
+def model_facts(experiment: Experiment, n_vocab: int) -> dict[str, Any]:
+    """Parameter counts of the model, without building it: total, without positions, decayed and not."""
+    return _facts_of_shape(experiment.gpt_config(n_vocab))
+
+
+@functools.cache
+def _facts_of_shape(config: GPTConfig) -> dict[str, Any]:
+    with torch.device("meta"):
+        model = GPT(config)
+    decayed_tensors, decayed, kept_tensors, kept = optim.decay_summary(model)
+    return {"vocab_size": model.config.vocab_size, "parameters": model.num_parameters(),
+            "parameters_without_positions": model.num_parameters(positions=False),
+            "decayed_tensors": decayed_tensors, "decayed_parameters": decayed,
+            "undecayed_tensors": kept_tensors, "undecayed_parameters": kept,
+            "flops_per_token": flops_per_token(model.config)}

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from model.schedule import learning_rate
-from orchestrator import files as own_file
+from orchestrator.cluster.layout import Layout
+from orchestrator import files
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.runs import events, journal, stop as stopping
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.errors import NO_ROOM, UserError
 from orchestrator.data.dataset import Manifest
-from orchestrator.files import write_text
+from orchestrator.files import write_atomically
 from orchestrator.config.plain_yaml import read_yaml
-from orchestrator.train.state import data_identity
+from orchestrator.data.dataset import (data_identity)
+from orchestrator.files import read_json
 
 RESERVE, RESERVE_BYTES = ".reserve", 1 << 17  # room that is kept for the last word of a run
 # Fields that may change under the same name; every other one is what the run is.
@@ -101,9 +103,9 @@ def open_attempt(run_dir: Path, experiment: Experiment, facts: dict[str, Any], a
         for folder in ("samples", "hangs"):
             shutil.rmtree(run_dir / folder, ignore_errors=True)
     run = {"name": experiment.name, "key": known["key"], **facts, "attempts": [*known["attempts"], attempt]}
-    write_text(run_dir / "run.json", json.dumps(run, indent=1))  # first: else a kill here leaves another experiment its old key
-    write_text(run_dir / "experiment.yaml", experiment.to_yaml())
-    write_text(run_dir / RESERVE, " " * RESERVE_BYTES)
+    write_atomically(run_dir / "run.json", json.dumps(run, indent=1))  # first: else a kill here leaves another experiment its old key
+    write_atomically(run_dir / "experiment.yaml", experiment.to_yaml())
+    write_atomically(run_dir / RESERVE, " " * RESERVE_BYTES)
     stopping.clear(run_dir)
     for stale in (run_dir / "summary.json", run_dir / "stopped.json", *run_dir.glob("failure-rank*.txt")):
         stale.unlink(missing_ok=True)
@@ -155,7 +157,7 @@ def summarise(run_dir: Path, end: tuple[str, int], tokens_per_step: int, mlflow_
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
     """Write summary.json. Where there is no room, that is said: the reason why the run ended must be heard all the same."""
     try:
-        write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
+        write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1))
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
@@ -166,23 +168,22 @@ def write_stopped(run_dir: Path, facts: dict[str, Any]) -> None:
     """Write stopped.json, the word that a run is not to be begun again. On a full disk it goes into the room that was kept."""
     text, reserve = json.dumps(facts, indent=1), run_dir / RESERVE
     try:
-        write_text(run_dir / "stopped.json", text)
+        write_atomically(run_dir / "stopped.json", text)
     except OSError as error:
         if error.errno not in NO_ROOM or not reserve.exists():
             raise
-        with open(reserve, "r+b", buffering=0, opener=own_file.opener) as file:  # in place: others may take what is freed
+        with open(reserve, "r+b", buffering=0, opener=files.opener) as file:  # in place: others may take what is freed
             file.write(text.encode())
             file.truncate()
         os.replace(reserve, run_dir / "stopped.json")
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file, or None where it is absent."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-
-
 def last(records: list[dict[str, Any]], key: str) -> float | None:
     return next((r[key] for r in reversed(records) if key in r), None)
+
+
+def recorded_layout(run_dir: Path) -> Layout | None:
+    """The layout of the run's last attempt."""
+    attempts = (read_json(run_dir / "run.json") or {}).get("attempts") or []
+    stored = attempts[-1].get("layout") if attempts else None
+    return Layout(**stored) if stored else None

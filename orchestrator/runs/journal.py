@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator import files as own_file
+from orchestrator import files
 from orchestrator.runs import events
 from orchestrator.errors import NO_ROOM, UserError
-from orchestrator.data.dataset import fsync
+from orchestrator.files import (fsync)
 
 FILE = "metrics.jsonl"
 TAIL_BYTES = 8192  # a line has some hundreds
@@ -77,7 +77,7 @@ class Journal:
     def keep(self, record: dict[str, Any]) -> dict[str, Any]:
         """Write one line, that has its time already, with one system call."""
         line = json.dumps(record).encode() + b"\n"
-        with open(self.path, "ab", buffering=0, opener=own_file.opener) as file:
+        with open(self.path, "ab", buffering=0, opener=files.opener) as file:
             start = file.seek(0, os.SEEK_END)
             if file.write(line) != len(line):  # a full disk takes what fits: the next line must not be glued to it
                 file.truncate(start)
@@ -119,7 +119,7 @@ def sync(run_dir: Path) -> None:
 def last(run_dir: Path) -> dict[str, Any] | None:
     """The last whole line, from the end of the file: whoever asks twice a second does not read it all."""
     try:
-        with open(Path(run_dir) / FILE, "rb", opener=own_file.opener) as file:
+        with open(Path(run_dir) / FILE, "rb", opener=files.opener) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
             lines = file.read().split(b"\n")[:-1]
     except FileNotFoundError:
@@ -160,7 +160,7 @@ class Tail:
         """Whether `self.file` is what the path means now. Kept open: a file system gives a freed inode away again."""
         try:
             if os.stat(self.path).st_ino != self.inode:
-                file = open(self.path, "rb", buffering=0, opener=own_file.opener)  # noqa: SIM115 - closed when it is replaced or forgotten
+                file = open(self.path, "rb", buffering=0, opener=files.opener)  # noqa: SIM115 - closed when it is replaced or forgotten
                 self.file, self.inode, self.offset = file, os.fstat(file.fileno()).st_ino, 0
         except FileNotFoundError:
             return False
@@ -169,7 +169,7 @@ class Tail:
 
 def aside_files(run_dir: Path) -> list[Path]:
     """Files of lines that resumes moved aside, oldest first."""
-    return sorted(filter(own_file.is_plain, Path(run_dir).glob("metrics.aside-*.jsonl")), key=number_of)
+    return sorted(filter(files.is_plain, Path(run_dir).glob("metrics.aside-*.jsonl")), key=number_of)
 
 
 def number_of(aside: Path) -> int:
@@ -189,7 +189,7 @@ def generation(run_dir: Path) -> int:
 
 def _whole_lines(path: Path) -> list[bytes]:
     try:
-        data = own_file.read_bytes(path)
+        data = files.read_bytes(path)
     except FileNotFoundError:
         return []
     return data.split(b"\n")[:-1]  # what follows the last newline is empty or torn

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from orchestrator import files as own_file
+from orchestrator import files
 from orchestrator.errors import HeldError
 
 DRIVER, WRITER = ".lock", ".writer"  # of the run's driver; of the worker that writes, which may outlive it for a moment
@@ -49,7 +49,7 @@ def _locked(run_dir: Path, name: str, deadline: float):
     while True:
         run_dir.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
-            file = open(run_dir / name, "a+", opener=own_file.opener)  # noqa: SIM115 - the caller closes it
+            file = open(run_dir / name, "a+", opener=files.opener)  # noqa: SIM115 - the caller closes it
             if _lock(file, fcntl.LOCK_EX) and os.path.samestat(os.fstat(file.fileno()), os.stat(run_dir / name)):
                 return file
             holder = _read(file)
@@ -71,7 +71,7 @@ def _leave_nothing(lock: Path, made: list[Path]) -> None:
 def check(run_dir: Path) -> None:
     """Raise HeldError where a driver holds the run now; makes and changes nothing."""
     try:
-        with open(run_dir / DRIVER, opener=own_file.opener) as file:
+        with open(run_dir / DRIVER, opener=files.opener) as file:
             if not _lock(file, fcntl.LOCK_SH):
                 raise HeldError(f"{run_dir}: held by {_read(file)}")
     except (FileNotFoundError, NotADirectoryError, PermissionError):

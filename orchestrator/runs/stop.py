@@ -10,7 +10,7 @@ import os
 import threading
 from pathlib import Path
 
-from orchestrator import files as own_file
+from orchestrator import files
 
 FILE = "stop.json"
 SIZE = 1024  # bytes, always: a full disk has room for what is written over others
@@ -26,7 +26,7 @@ def asked(run_dir: Path) -> str | None:
     """Why the run was asked to stop; None where it was not."""
     try:
         # Opened, not looked up: network file systems show a changed file to who opens it, and remember what was missing.
-        text = own_file.read_text(Path(run_dir) / FILE).strip()
+        text = files.read_text(Path(run_dir) / FILE).strip()
     except OSError:  # not there, or not readable at this moment
         return None
     with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):  # whatever else somebody wrote there
@@ -40,7 +40,7 @@ def clear(run_dir: Path) -> None:
 
 
 def _write(run_dir: Path, text: str) -> None:
-    fd = own_file.opener(Path(run_dir) / FILE, os.O_WRONLY | os.O_CREAT)
+    fd = files.opener(Path(run_dir) / FILE, os.O_WRONLY | os.O_CREAT)
     try:
         os.pwrite(fd, text.encode()[:SIZE].ljust(SIZE), 0)
     finally:

@@ -13,17 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.sweep.ranking import (
-    Row,
-    Setting,
-    clip,
-    has_result,
-    rank,
-    short_names,
-    shown,
-    varying,
-)
+from orchestrator.sweep.ranking import Row, Setting, has_result, rank, shown, varying
 from orchestrator.sweep.tree import Plan
+from orchestrator.text import clip, short_names
 from orchestrator.track.figures import INK, points
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#000000")

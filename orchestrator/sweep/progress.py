@@ -11,9 +11,9 @@ from typing import Any
 
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import parse_experiment
+from orchestrator.files import read_json
 from orchestrator.runs import events
 from orchestrator.runs import stop as stopping
-from orchestrator.runs.folder import read_json
 from orchestrator.sweep import stage as stage_run
 from orchestrator.sweep.stage import Order
 from orchestrator.sweep.stage_states import (

@@ -23,6 +23,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
+from orchestrator.text import aligned, clip
+
 Row = Mapping[str, Any]
 WIDTH = 120  # columns of the terminal's table
 _WORST_FIRST = ("failed", "diverged", "blocked", "stopped", "running", "waiting")
@@ -218,32 +220,3 @@ def _unranked(s: Setting, name: int) -> str:
     return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
 
 
-def clip(text: str, width: int) -> str:
-    """The text, or both its ends with … between them: names differ at the end as often as at the start."""
-    if len(text) <= width:
-        return text
-    tail = (width - 1) // 2
-    return f"{text[: width - 1 - tail]}…{text[len(text) - tail:]}"
-
-
-def short_names(names: Iterable[str]) -> dict[str, str]:
-    """{name: the name without the parts, between underscores, that all names of as many parts have in common}.
-
-    >>> short_names(["kind-wsd_max_lr-0.1_seed-1", "kind-wsd_max_lr-0.2_seed-1"])
-    {'kind-wsd_max_lr-0.1_seed-1': 'lr-0.1', 'kind-wsd_max_lr-0.2_seed-1': 'lr-0.2'}
-    """
-    groups: dict[int, list[list[str]]] = {}
-    for name in dict.fromkeys(names):
-        groups.setdefault(name.count("_"), []).append(name.split("_"))
-    short = {}
-    for group in groups.values():
-        kept = [i for i in range(len(group[0])) if len({parts[i] for parts in group}) > 1]
-        short |= {"_".join(parts): "_".join(parts[i] for i in kept) or "_".join(parts) for parts in group}
-    return short if len(set(short.values())) == len(short) else {name: name for name in short}
-
-
-def aligned(lines: list[list[str]], left: Iterable[int]) -> str:
-    """Columns two spaces apart; those in `left` to the left, the rest, numbers, to the right."""
-    left, widths = set(left), [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) if i in left else cell.rjust(w)
-                               for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines)

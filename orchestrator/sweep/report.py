@@ -13,12 +13,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from orchestrator.cost import estimate as cost_lines
-from orchestrator.data.dataset import write_atomically
+from orchestrator.files import read_json, write_atomically
+from orchestrator.redact import redact
 from orchestrator.runs import folder as runs
 from orchestrator.runs import journal
-from orchestrator.runs.console import duration, number, table
 from orchestrator.runs.facts import facts_of
-from orchestrator.runs.sources import redact
 from orchestrator.sweep import figures as sweep_figures
 from orchestrator.sweep import ranking as comparison
 from orchestrator.sweep import trials
@@ -28,6 +27,7 @@ from orchestrator.sweep.stage_states import BLOCKED, DIVERGED, DONE, FAILED, STO
 from orchestrator.sweep.study import Study, data_key
 from orchestrator.sweep.tree import Stage
 from orchestrator.sweep.trials import Candidate
+from orchestrator.text import duration, number, table
 
 SCRIPT = "pipelines/sweep.py"
 FEW = 8  # trials of a stage
@@ -39,7 +39,7 @@ class Report:
 
     def __init__(self, study: Study, books: Keeper, estimate: dict[str, float] | None = None):
         self.study, self.books, self.folder, self.estimate = study, books, study.folder, estimate
-        known = runs.read_json(self.folder / "run.json") or {"key": uuid.uuid4().hex, "attempts": []}
+        known = read_json(self.folder / "run.json") or {"key": uuid.uuid4().hex, "attempts": []}
         self.key, self.attempts = known["key"], known["attempts"]
         self.facts: dict[str, dict[str, Any]] = {}
 
@@ -136,7 +136,7 @@ class Report:
             summary |= {"estimated": self.estimate, "measured": {
                 "time_s": summary["wall_s"], "memory_gib": self._memory_gib(), "disk_bytes": self.books.peak_bytes}}
         if best:
-            trial = runs.read_json(self.folder / "trials" / best[0] / "summary.json") or {}  # none yet where it is in a hurry
+            trial = read_json(self.folder / "trials" / best[0] / "summary.json") or {}  # none yet where it is in a hurry
             summary["best_checkpoint"] = trial.get("checkpoint")
         return summary
 
@@ -167,7 +167,7 @@ class Report:
         if last is None and self.books.progress.trial(c.name) not in STATUS:
             return
         folder, state = self.folder / "trials" / c.name, self.books.progress.trial(c.name)
-        known = runs.read_json(folder / "run.json") or {}
+        known = read_json(folder / "run.json") or {}
         facts = self._facts(c)
         path = self.books.plan.path(c.name)
         tags = {"sweep.name": self.folder.name, "sweep.setting": c.spec.setting, "sweep.state": state,

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.dataset import fsync
 from orchestrator.errors import UserError
-from orchestrator.runs.folder import write_text
+from orchestrator.files import fsync, write_atomically
 from orchestrator.sweep.dimensions import Choices, Range, dimension
 
 
@@ -37,7 +36,7 @@ class Sampler:
         values = {key: _plain(trial.params[key]) for key in self.distributions}
         self.asked[number] = trial
         self.earlier.append(values)
-        write_text(self.file, "".join(json.dumps(v) + "\n" for v in self.earlier))
+        write_atomically(self.file, "".join(json.dumps(v) + "\n" for v in self.earlier))
         fsync(self.file)
         return number, values
 

@@ -24,7 +24,7 @@ from orchestrator.config.experiment import (
 from orchestrator.config.overrides import read_tree
 from orchestrator.config.plain_yaml import write_yaml
 from orchestrator.errors import UserError
-from orchestrator.runs.sources import redact_addresses
+from orchestrator.redact import redact_addresses
 from orchestrator.sweep.checks import LONGEST_NAME, problems, together, varied
 from orchestrator.sweep.dimensions import dimension, draw
 

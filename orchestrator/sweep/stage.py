@@ -19,9 +19,10 @@ from typing import Any
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.errors import UserError
+from orchestrator.files import read_json, write_atomically
 from orchestrator.runs import journal
 from orchestrator.runs import lock as lease
-from orchestrator.runs.folder import read_json, stored_experiment, write_text
+from orchestrator.runs.folder import stored_experiment
 from orchestrator.sweep.tree import Trial
 from orchestrator.train import rates
 from orchestrator.train.loop import Run
@@ -53,7 +54,7 @@ class Order:
         if self.parent and Path(self.parent).parent == folder.parent:
             stored["parent"] = f"../{Path(self.parent).name}"
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "stage.json", json.dumps(stored, indent=1))
+        write_atomically(folder / "stage.json", json.dumps(stored, indent=1))
 
 
 def read_order(folder: Path) -> Order | None:
@@ -100,7 +101,7 @@ def run_stage(folder: Path, worker: Worker, stop_asked: Callable[[], bool] | Non
             facts = {"seconds": time.monotonic() - started, "steps_run": run.state.step - begun_at}
             stopped = read_json(folder / "stopped.json") or {}
             if stopped.get("again"):
-                write_text(folder / "stopped.json", json.dumps(stopped | facts, indent=1))
+                write_atomically(folder / "stopped.json", json.dumps(stopped | facts, indent=1))
                 return
             if stopped:  # the loss of the next step was not finite, on every worker
                 above = run.state.step + 1, stopped["reason"]
@@ -116,7 +117,7 @@ def note_stop(folder: Path, reason: str) -> dict[str, Any]:
     result = {"id": order.id, "start": order.start, "stop": order.stop, "step": order.stop, "outcome": STOPPED, "key": order.id,
               "is_whole": False, "limit": None, "weights_sha256": None, "reason": f"{reason} after step {step}", "seconds": 0.0,
               "steps_run": step - order.start}
-    write_text(folder / "result.json", json.dumps(result, indent=1))
+    write_atomically(folder / "result.json", json.dumps(result, indent=1))
     return result
 
 
@@ -157,7 +158,7 @@ def _write_result(folder: Path, order: Order, experiment: Experiment, step: int,
               "key": Trial("", order.root, rates.from_json(order.rates).first(step)).key(step),
               "is_whole": is_whole, "limit": order.diverged_above if by_loss else None,
               "weights_sha256": checkpoint.weights_sha256(weights) if weights else None, **facts}
-    write_text(folder / "result.json", json.dumps(result, indent=1))
+    write_atomically(folder / "result.json", json.dumps(result, indent=1))
 
 
 def lines(folder: Path, upto: int | None = None) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ from typing import Any
 
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Data
-from orchestrator.data.dataset import Manifest
+from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.errors import UserError
+from orchestrator.files import read_json
 from orchestrator.runs import folder as runs
 from orchestrator.sweep import ranking as comparison
 from orchestrator.sweep import stage as stage_run
@@ -27,7 +28,6 @@ from orchestrator.sweep.stage_states import DIVERGED, DONE, RUNNING, STOPPED, WA
 from orchestrator.sweep.trials import Candidate
 from orchestrator.train import init_from
 from orchestrator.train.rates import Rates
-from orchestrator.train.state import data_identity
 
 
 @dataclass
@@ -237,7 +237,7 @@ def check_sources(sweep: Sweep, storage: Path) -> None:
 def _check_names(folder: Path, candidates: Mapping[str, Candidate]) -> None:
     """A name stands for one trial for ever: its curve is in the tracking server under it."""
     changed = [name for name, c in candidates.items()
-               if (runs.read_json(folder / "trials" / name / "run.json") or {}).get("trial", c.trial.key(c.trial.steps))
+               if (read_json(folder / "trials" / name / "run.json") or {}).get("trial", c.trial.key(c.trial.steps))
                != c.trial.key(c.trial.steps)]
     if changed:
         name = changed[0]

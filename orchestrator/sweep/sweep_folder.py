@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.errors import UserError
-from orchestrator.runs.folder import read_json
+from orchestrator.files import read_json
 from orchestrator.sweep import stage as stage_run
 from orchestrator.sweep.tree import Plan, Trial, grow, plan
 from orchestrator.train import rates

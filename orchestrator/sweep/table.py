@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 
 from orchestrator.runs import journal
-from orchestrator.runs.console import duration
 from orchestrator.sweep.progress import Keeper
 from orchestrator.sweep.stage_states import DONE, RUNNING, WAITING
 from orchestrator.sweep.tree import Stage
+from orchestrator.text import duration
 
 REDRAW_S, STEADY_S = 0.5, 30.0
 SHOWN = 12  # running stages at most

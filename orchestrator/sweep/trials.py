@@ -16,13 +16,12 @@ from typing import Any
 import torch
 
 from orchestrator.config.experiment import Experiment
-from orchestrator.data.dataset import Manifest
+from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.runs import folder as runs
 from orchestrator.sweep import stage as stage_run
 from orchestrator.sweep.space import TrialSpec
 from orchestrator.sweep.tree import Trial
 from orchestrator.train.rates import Rates
-from orchestrator.train.state import data_identity
 
 # Not of what a step does: where things are, how wide it runs, when a checkpoint is written, and what `Rates` says.
 OUTSIDE = ("name", "storage", "data.", "compute.", "tracking.", "schedule.", "train.max_steps", "train.keep",

@@ -33,8 +33,8 @@ from ray.tune.search import Searcher  # noqa: E402
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402
 
 from orchestrator.cluster.layout import COLLECTIVE_TIMEOUT_S, Layout  # noqa: E402
+from orchestrator.files import write_atomically  # noqa: E402
 from orchestrator.runs import stop as stopping  # noqa: E402
-from orchestrator.runs.folder import write_text  # noqa: E402
 from orchestrator.sweep.stage import read_order, run_stage  # noqa: E402
 from orchestrator.train.numerics import Worker  # noqa: E402
 
@@ -148,7 +148,7 @@ class StageTrainable(tune.Trainable):
         except Exception as error:
             # Where a peer died this is the echo, a closed connection; the peer has left its own word, or was killed.
             if not (self.crew and self.crew.has_lost_a_peer()):
-                write_text(self.folder / "failure-rank0.txt", "".join(traceback.format_exception(error)))
+                write_atomically(self.folder / "failure-rank0.txt", "".join(traceback.format_exception(error)))
             raise
         return {**self.last, "done": True}
 
@@ -233,7 +233,7 @@ class _Peer:
             for _ in run_stage(Path(folder), _worker(self.rank, self.layout), lambda: False):
                 pass
         except Exception as error:
-            write_text(Path(folder) / f"failure-rank{self.rank}.txt", "".join(traceback.format_exception(error)))
+            write_atomically(Path(folder) / f"failure-rank{self.rank}.txt", "".join(traceback.format_exception(error)))
             os._exit(1)  # the others stand in a collective: a closed connection ends their wait, an exception here does not
 
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from model.schedule import Schedule, wsd_decay_start
-from orchestrator.sweep.ranking import clip, short_names
 from orchestrator.sweep.tree import Plan, Stage
+from orchestrator.text import clip, short_names
 
 GROUPS = 10  # of trials that are the same, named in a summary
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import files as own_file
+from orchestrator.redact import redact_text
 from orchestrator.runs import events, journal
-from orchestrator.runs.sources import redact_text
 from orchestrator.track import figures, outbox
 
 DOCUMENTS = ("experiment.yaml", "summary.json")

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from orchestrator.redact import redact_text
 from orchestrator.runs import lock as lease
 from orchestrator.runs import signals as interrupts
-from orchestrator.runs.sources import redact_text
 from orchestrator.track import attachments, outbox
 from orchestrator.track.sender import Ending, GivenUpError, RefusedError, Sender
 from orchestrator.track.server import first, local_path, quieten, resolve_uri, run_url, whole  # noqa: F401 - resolve_uri: our callers'

@@ -15,8 +15,8 @@ from typing import Any
 
 from orchestrator import files as own_file
 from orchestrator.checkpoint import format as integrity
+from orchestrator.redact import redact
 from orchestrator.runs import journal
-from orchestrator.runs.sources import redact
 
 BATCH = 1000  # rows in one request: MLflow's limit
 MARKED = ("train/loss", "val/loss", "val/bits_per_byte")  # by which checkpoints are ranked
@@ -166,7 +166,7 @@ def checkpoints(run_dir: Path) -> dict[str, str]:
     """`{"step-00000100": SHA-256 of its manifest}` of what stands there now."""
     found, folder = {}, run_dir / "checkpoints"
     for path in (integrity.path_of(folder, step) for step in integrity.steps(folder)):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, own_file.NotOwnError):  # pruned in this moment, or none
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, own_file.NotPlainFileError):  # pruned in this moment, or none
             found[path.name] = hashlib.sha256(own_file.read_bytes(path / integrity.MANIFEST)).hexdigest()
     return found
 
@@ -214,4 +214,4 @@ def blank_state(uri: str, key: str | None, experiment: str) -> dict[str, Any]:
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Replace tracking.json. Not synced: if power fails, the same is sent again, which changes nothing."""
-    own_file.write_text(path, json.dumps(state, indent=1))
+    own_file.write_atomically(path, json.dumps(state, indent=1))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from orchestrator.runs.sources import redact_text
+from orchestrator.redact import redact_text
 
 POLL_S = 2.0
 LOOK_S, SILENCE_S = 0.2, 10.0  # at the end: whoever waits for longer, or for a server that is away, is told so

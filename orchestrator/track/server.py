@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from orchestrator.errors import UserError
-from orchestrator.runs.sources import redact_text
+from orchestrator.redact import redact_text
 
 UI_PORT = 5000
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own name for what makes a run a child of another

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from orchestrator.runs.sources import redact_text
+from orchestrator.redact import redact_text
 from orchestrator.track import attachments, outbox
 from orchestrator.track.mlflow import KEY_TAG, STATE, Projection, Tracker, refusals
 from orchestrator.track.mlflow import replay as replay_run

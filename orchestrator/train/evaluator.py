@@ -15,7 +15,7 @@ from model.generate import generate
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.batches import TokenStream, eval_batches
 from orchestrator.errors import NO_ROOM
-from orchestrator.files import write_text
+from orchestrator.files import write_atomically
 from orchestrator.runs import events
 from orchestrator.train.evaluate import EvalSet
 from orchestrator.train.numerics import Worker, autocast, keyed_seed
@@ -60,7 +60,7 @@ class Evaluator:
         file = folder / f"step-{state.step:08d}.txt"
         try:
             folder.mkdir(exist_ok=True)
-            write_text(file, self.tokenizer.decode(drawn[0].tolist()))
+            write_atomically(file, self.tokenizer.decode(drawn[0].tolist()))
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise

@@ -1,7 +1,6 @@
 """The state of a run: weights, moments, the step and a few numbers; built fresh, saved whole, restored to the last bit."""
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from model import optim
 from model.gpt import GPT, GPTConfig
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import Experiment
-from orchestrator.data.dataset import Manifest
+from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.errors import UserError
 from orchestrator.train.gradients import Gradients
 from orchestrator.train.meter import Meter
@@ -97,12 +96,6 @@ def restore(state: TrainState, path: Path) -> None:
     state.meter.losses = numbers["open_losses"]
     if numbers["scaler"]:
         state.scaler.load_state_dict(numbers["scaler"])
-
-
-def data_identity(dataset: Manifest) -> str:
-    """SHA-256 of what the trainer sees of a dataset: its tokenizer and its token streams, wherever they lie."""
-    streams = {name: split.stream_sha256 for name, split in dataset.splits.items()}
-    return hashlib.sha256(json.dumps([dataset.tokenizer, streams], sort_keys=True).encode()).hexdigest()
 
 
 def _moments(state: TrainState) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from model import weights
 from model.gpt import GPT
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import Data, Experiment, Model, Train, load_experiment
+from orchestrator.data.dataset import data_identity
 from orchestrator.data.prepare import Manifest, dataset_dir, load_manifest, prepare
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
@@ -109,7 +110,7 @@ def tokens_of(trained: Trained) -> Manifest:
     """
     wanted = trained.manifest["fingerprints"]["data"]
     found = find_tokens(trained.experiment, wanted, *trained.checkpoint.absolute().parents[2:3])
-    if state.data_identity(found) != wanted:
+    if data_identity(found) != wanted:
         raise UserError(f"data.dir: the tokens in {found.directory} are not those that {trained.checkpoint} was "
                         f"trained on; name the folder that holds them: data.dir=…")
     return found
@@ -122,7 +123,7 @@ def find_tokens(experiment: Experiment, wanted: str, *beside: Path) -> Manifest:
     if data.dir is not None:
         return load_manifest(dataset_dir(data, storage))
     near = (m for folder in (storage, *beside) for m in _datasets(folder / "data"))
-    return next((m for m in near if state.data_identity(m) == wanted), None) or prepare(data, dataset_dir(data, storage))
+    return next((m for m in near if data_identity(m) == wanted), None) or prepare(data, dataset_dir(data, storage))
 
 
 def find_device(name: str) -> str:

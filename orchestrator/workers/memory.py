@@ -7,7 +7,6 @@ that a step needs. For memory that the system takes back by SIGKILL see `oom_kil
 import contextlib
 import gc
 import traceback
-from pathlib import Path
 
 import torch
 
@@ -29,12 +28,6 @@ def advice(experiment: Experiment, worker: Worker, run: Run | None, error: BaseE
     traceback.clear_frames(error.__traceback__)  # they hold the step that failed, with its activations
     what = f"out of memory on {worker.device} with {named(experiment)}: {str(error).strip().splitlines()[0][:200]}"
     return f"{what}. {remedy(largest_fitting(experiment, worker, run) if run else None, 'here')}"
-
-
-def be_expendable() -> None:
-    """Where the kernel wants memory back, this process is the one to go: what it tries may be too much."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000", "utf-8")
 
 
 def named(experiment: Experiment) -> str:

@@ -22,9 +22,11 @@ from model.gpt import GPT
 from orchestrator.cluster.layout import WORKER_ENVIRONMENT, Layout, oom_causes
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.cost import measure as calibrate
+from orchestrator.cost.measure import be_expendable
 from orchestrator.data.dataset import load_manifest
+from orchestrator.files import read_json
 from orchestrator.runs import events
-from orchestrator.runs.folder import read_json, write_stopped
+from orchestrator.runs.folder import write_stopped
 from orchestrator.train import state
 from orchestrator.train.numerics import Worker, prepare_process
 from orchestrator.workers import memory, system_memory, watchdog
@@ -131,7 +133,7 @@ def largest_fitting(experiment: Experiment, n_vocab: int, worker: Worker, limit:
 
 def main() -> None:
     """A job on stdin; a line `fits: [sequences, bytes]` on stdout for each micro-batch that does, from the smallest."""
-    memory.be_expendable()
+    be_expendable()
     job = json.loads(sys.stdin.read())
     experiment, worker = parse_experiment(job["experiment"], "job"), Worker(cpus=job["cpus"], world_size=job["world_size"])
     for size, held in _try_in_turn(experiment, job["n_vocab"], worker, job["limit"]):

@@ -15,15 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestrator import files as own_file
+from orchestrator import files
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.cluster.layout import COLLECTIVE_TIMEOUT_S, Layout, worker_environment
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.errors import NO_ROOM, HeldError, UserError
+from orchestrator.files import write_atomically
 from orchestrator.runs import events
 from orchestrator.runs import lock as lease
 from orchestrator.runs import stop as stopping
-from orchestrator.runs.folder import write_stopped, write_text
+from orchestrator.runs.folder import write_stopped
 from orchestrator.train.loop import Run
 from orchestrator.train.numerics import Worker, agree
 from orchestrator.workers import memory, oom_kill, watchdog
@@ -129,7 +130,7 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker
 def _attempts(run_dir: Path) -> list[dict[str, Any]]:
     """Those that began, of this launch and of earlier ones."""
     file = run_dir / "attempts.jsonl"
-    lines = own_file.read_text(file).split("\n") if file.exists() else []
+    lines = files.read_text(file).split("\n") if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]  # a full disk may have torn one
 
 
@@ -149,8 +150,8 @@ def _begin_attempt(run_dir: Path, earlier: list[dict[str, Any]], launch: str, wo
         events.note(run_dir, "restart", f"attempt {len(earlier) + 1} begins at step {step}: a worker of the one before it died",
                     step=step)
     file, line = run_dir / "attempts.jsonl", {"launch": launch, "step": step, "workers": world_size, "pid": os.getpid()}
-    gap = "\n" if file.exists() and not own_file.read_bytes(file).endswith(b"\n") else ""
-    with open(file, "a", encoding="utf-8", opener=own_file.opener) as out:
+    gap = "\n" if file.exists() and not files.read_bytes(file).endswith(b"\n") else ""
+    with open(file, "a", encoding="utf-8", opener=files.opener) as out:
         out.write(f"{gap}{json.dumps(line)}\n")
     return len(earlier) + 1
 
@@ -162,7 +163,7 @@ def _record_failure(run_dir: Path, rank: int, error: Exception) -> None:
     elif isinstance(error, OSError) and error.errno in NO_ROOM:  # of what training cannot do without
         _stop(run_dir, f"{run_dir}: no room to go on ({error}). Free some room there and run the same command again", True)
     with contextlib.suppress(OSError):
-        write_text(run_dir / f"failure-rank{rank}.txt", "".join(traceback.format_exception(error)))
+        write_atomically(run_dir / f"failure-rank{rank}.txt", "".join(traceback.format_exception(error)))
 
 
 def _stop(run_dir: Path, reason: str, user: bool) -> None:

@@ -21,6 +21,7 @@ from orchestrator.cost.measure import Timing
 from orchestrator.data.batches import EvalBatches
 from orchestrator.data.dataset import Manifest, Split
 from orchestrator.jobs import train as driver
+from orchestrator.runs.facts import model_facts
 from orchestrator.train import state
 from orchestrator.train.gradients import Gradients
 from orchestrator.train.numerics import Worker
@@ -132,7 +133,7 @@ def test_where_one_micro_batch_stands_for_a_step_the_buffers_of_a_step_are_count
 # ---- measuring ----
 def test_a_measurement_is_that_of_its_own_process(measured):
     timing, _ = measured
-    parameters = plan.model_facts(small(), N_VOCAB)["parameters"]
+    parameters = model_facts(small(), N_VOCAB)["parameters"]
     assert timing.checkpoint_bytes == pytest.approx(3 * 4 * parameters, rel=0.05)  # and some text
     assert calibrate.RAY_GIB + 0.1 < timing.memory_gib < 0.9, "this process has more than 1 GiB"
     assert timing.step_s < 1 < timing.eval_tokens_per_s

@@ -21,6 +21,7 @@ from typing import Any
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.dataset import load_manifest
+from orchestrator.files import read_json
 from orchestrator.runs import folder as runs
 from orchestrator.runs import journal
 from orchestrator.runs import stop as stopping
@@ -122,7 +123,7 @@ class Case:
         self._measure(first_step)
         codes = [process.exitcode for process in processes]
         self._book(fault, codes, met, hurt_at)
-        stopped = runs.read_json(self.run_dir / "stopped.json")
+        stopped = read_json(self.run_dir / "stopped.json")
         return codes == [0] * world and stopped is None
 
     def _from_outside(self, fault: Fault, processes: list[Any], first_step: Path) -> None:
@@ -165,7 +166,7 @@ class Case:
         """Count the fault if it happened: by the statuses of the processes, and by what the one that met it wrote down."""
         victims = codes if fault and fault.kind in ("all", *kinds.DAMAGE) else [codes[fault.rank]] if fault else []
         killed = victims.count(-signal.SIGKILL)
-        stopped = runs.read_json(self.run_dir / "stopped.json")
+        stopped = read_json(self.run_dir / "stopped.json")
         if stopped and not stopped.get("again"):
             self.report.problems.append(f"stopped: {stopped['reason']}")
         from_outside = fault and not fault.moment and fault.kind != "full"

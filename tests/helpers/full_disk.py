@@ -15,6 +15,7 @@ from pathlib import Path
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
+from orchestrator.files import read_json
 from orchestrator.runs import events, journal
 from orchestrator.runs import folder as runs
 from orchestrator.runs import stop as stopping
@@ -62,7 +63,7 @@ def end(run_dir: Path) -> str:
     except OSError as error:
         workers._record_failure(run_dir, 0, error)
     runs.summarise(run_dir, ("FAILED", 1), EXPERIMENT.tokens_per_step, None, 0.0)
-    return runs.read_json(run_dir / "stopped.json")["reason"]
+    return read_json(run_dir / "stopped.json")["reason"]
 
 
 def run(name: str, fill, frees: bool) -> dict:

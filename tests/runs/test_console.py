@@ -6,7 +6,8 @@ import time
 import pytest
 
 from orchestrator.runs import events, journal
-from orchestrator.runs.console import Console, duration, format_record, number, table
+from orchestrator.runs.console import (Console, format_record)
+from orchestrator.text import (duration, number, table)
 from orchestrator.runs.journal import Journal
 
 

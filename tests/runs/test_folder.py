@@ -17,9 +17,10 @@ from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.errors import HeldError, UserError
 from orchestrator.runs.journal import Journal
 from orchestrator.data.dataset import Manifest, Split
-from orchestrator.train.state import data_identity
+from orchestrator.data.dataset import (data_identity)
 from orchestrator.runs.storage import storage_root
 from tests.helpers.facts import FACTS
+from orchestrator.files import (read_json)
 
 HOLDER = (
     "from pathlib import Path; import sys, time; from orchestrator.runs.lock import held\n"
@@ -253,11 +254,11 @@ def test_storage_is_absolute_and_never_a_jobs_throw_away_folder(
 # ---- attempts and the summary ----
 def test_attempts_add_up_under_one_key_and_old_endings_go(tmp_path):
     runs.open_attempt(tmp_path, experiment(), {"params": {"a": 1}}, {"n": 1})
-    first = runs.read_json(tmp_path / "run.json")
+    first = read_json(tmp_path / "run.json")
     for stale in ("summary.json", "stopped.json", "failure-rank0.txt"):
         (tmp_path / stale).write_text("{}")
     runs.open_attempt(tmp_path, experiment(), {"params": {"a": 2}}, {"n": 2})
-    second = runs.read_json(tmp_path / "run.json")
+    second = read_json(tmp_path / "run.json")
     assert second["key"] == first["key"]
     assert (second["attempts"], second["params"]) == ([{"n": 1}, {"n": 2}], {"a": 2})
     assert sorted(p.name for p in tmp_path.iterdir()) == [runs.RESERVE, "experiment.yaml", "run.json", "stop.json"]
@@ -313,7 +314,7 @@ def test_an_experiment_changed_before_its_first_checkpoint_starts_over_as_anothe
 
     def begin(*words: str) -> str:
         runs.open_attempt(tmp_path, load_experiment(None, list(words)), facts, {})
-        return runs.read_json(tmp_path / "run.json")["key"]
+        return read_json(tmp_path / "run.json")["key"]
 
     first = begin()
     (tmp_path / "samples").mkdir()
@@ -325,4 +326,4 @@ def test_an_experiment_changed_before_its_first_checkpoint_starts_over_as_anothe
     assert begin("schedule.max_lr=1e-5") != first
     assert not (tmp_path / "metrics.jsonl").exists()
     assert not (tmp_path / "samples").exists()
-    assert len(runs.read_json(tmp_path / "run.json")["attempts"]) == 1
+    assert len(read_json(tmp_path / "run.json")["attempts"]) == 1

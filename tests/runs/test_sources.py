@@ -4,7 +4,8 @@ import subprocess
 
 import pytest
 
-from orchestrator.runs.sources import REDACTED, UNKNOWN, redact, redact_text, source_facts, source_tags, sources_sha256
+from orchestrator.runs.sources import (UNKNOWN, source_facts, source_tags, sources_sha256)
+from orchestrator.redact import (REDACTED, redact, redact_text)
 
 
 @pytest.fixture

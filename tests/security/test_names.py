@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
-from orchestrator.data.dataset import write_atomically
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
-from orchestrator.runs.folder import write_text
+from orchestrator.files import write_atomically
 from orchestrator.sweep.space import load_sweep, trial_name
 from orchestrator.track.outbox import write_state
 from tests.helpers.facts import FACTS
@@ -99,7 +98,7 @@ def test_removing_checkpoints_follows_no_link(tmp_path, victim, link):
 
 
 @pytest.mark.parametrize("write", [
-    lambda path: write_atomically(path, b"new"), lambda path: write_text(path, "new"),
+    lambda path: write_atomically(path, b"new"), lambda path: write_atomically(path, "new", durable=True),
     lambda path: load_tokenizer("byte").save(path.parent)])
 def test_what_is_replaced_is_the_link_and_not_what_it_leads_to(tmp_path, victim, write):
     path = tmp_path / "run" / "tokenizer.json"
@@ -111,7 +110,7 @@ def test_what_is_replaced_is_the_link_and_not_what_it_leads_to(tmp_path, victim,
 
 
 @pytest.mark.parametrize("write", [
-    lambda path: write_atomically(path, b"new"), lambda path: write_text(path, "new"), lambda path: write_state(path, {}),
+    lambda path: write_atomically(path, b"new"), lambda path: write_atomically(path, "new", durable=True), lambda path: write_state(path, {}),
     lambda path: load_tokenizer("byte").save(path.parent)])
 def test_the_name_of_a_file_that_is_being_written_cannot_be_foreseen(tmp_path, victim, write):
     path = tmp_path / "run" / "tokenizer.json"

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.sweep import ranking as comparison
-from orchestrator.sweep.ranking import csv_text, rank, short_names, t_975, table, tied
+from orchestrator.sweep.ranking import csv_text, rank, t_975, table, tied
+from orchestrator.text import short_names
 
 
 def row(setting, seed, final, state="done", reason=None, **fields):

@@ -12,8 +12,9 @@ import torch
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data import shards
-from orchestrator.data.dataset import file_sha256, write_manifest
+from orchestrator.data.dataset import write_manifest
 from orchestrator.data.tokenizer import load_tokenizer
+from orchestrator.files import file_sha256
 from orchestrator.runs import journal
 from orchestrator.train.loop import Run, train
 from orchestrator.train.numerics import Worker

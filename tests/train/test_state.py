@@ -9,7 +9,7 @@ import torch
 from model.gpt import GPT
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import Experiment, load_experiment
-from orchestrator.data.dataset import Manifest, Split
+from orchestrator.data.dataset import Manifest, Split, data_identity
 from orchestrator.train import state
 from orchestrator.train.numerics import Worker, fingerprint
 
@@ -128,7 +128,7 @@ def test_a_checkpoint_says_what_it_is(tmp_path):
     manifest = checkpoint.verify(path)
     assert (manifest["step"], manifest["generation"], manifest["metrics"]) == (1, 4, {"val/loss": 2.5})
     assert manifest["fingerprints"] == {
-        "data": state.data_identity(dataset(tmp_path)),
+        "data": data_identity(dataset(tmp_path)),
         "numerics": fingerprint(e, worker),
     }
     assert set(manifest["parts"]) == {
@@ -156,7 +156,7 @@ def test_a_loaded_model_is_the_saved_one(tmp_path):
 
 def test_the_identity_of_data_is_its_tokens_and_tokenizer_wherever_it_lies(tmp_path):
     (tmp_path / "b").mkdir()
-    here = state.data_identity(dataset(tmp_path))
-    assert state.data_identity(dataset(tmp_path / "b")) == here
-    assert state.data_identity(dataset(tmp_path, stream="t")) != here
-    assert state.data_identity(dataset(tmp_path, name="char")) != here
+    here = data_identity(dataset(tmp_path))
+    assert data_identity(dataset(tmp_path / "b")) == here
+    assert data_identity(dataset(tmp_path, stream="t")) != here
+    assert data_identity(dataset(tmp_path, name="char")) != here

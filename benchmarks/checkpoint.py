@@ -28,8 +28,10 @@ from orchestrator.train.numerics import Worker, available_cpus, device_name, pre
 from orchestrator.train.step import Step
 
 VOCAB_SIZE = {"124m": 50304, "small": 256}
-SHAPES = {"124m": ["model.n_layer=12", "model.n_head=12", "model.n_embd=768", "model.block_size=1024"],
-          "small": ["model.n_layer=2", "model.n_head=2", "model.n_embd=64", "model.block_size=64"]}
+SHAPES = {
+    "124m": ["model.n_layer=12", "model.n_head=12", "model.n_embd=768", "model.block_size=1024"],
+    "small": ["model.n_layer=2", "model.n_head=2", "model.n_embd=64", "model.block_size=64"],
+}
 LR = 3e-4
 
 
@@ -51,12 +53,17 @@ class Training:
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         size = self.experiment.train.micro_batch_size, self.tokens + 1
         for _ in range(self.experiment.micro_batches):
-            tokens = torch.randint(self.vocab_size, size, generator=self.generator).to(self.worker.device)
+            tokens = torch.randint(self.vocab_size, size, generator=self.generator).to(
+                self.worker.device
+            )
             yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        moments = {f"{name}/{key}": value for name, parameter in self.state.model.named_parameters()
-                   for key, value in self.state.optimizer.state[parameter].items()}
+        moments = {
+            f"{name}/{key}": value
+            for name, parameter in self.state.model.named_parameters()
+            for key, value in self.state.optimizer.state[parameter].items()
+        }
         return {"model": dict(self.state.model.state_dict()), "optimizer": moments}
 
 
@@ -96,8 +103,12 @@ class Race:
 
     def run(self, rounds: int) -> tuple[int, dict[str, list[float]]]:
         steps, seconds = self.warm_up(), {}
-        ways = {("torch.save",): lambda: [self.torch_save()], ("synchronous",): lambda: [self.synchronous()],
-                ("pause", "both"): lambda: self.beside(steps), ("alone",): lambda: [self.alone(steps)]}
+        ways = {
+            ("torch.save",): lambda: [self.torch_save()],
+            ("synchronous",): lambda: [self.synchronous()],
+            ("pause", "both"): lambda: self.beside(steps),
+            ("alone",): lambda: [self.alone(steps)],
+        }
         for number in range(rounds):
             order = list(ways)[number % 4 :] + list(ways)[: number % 4]
             for names in order:
@@ -129,17 +140,23 @@ class Race:
 
 def rows(steps: int, seconds: dict[str, list[float]]) -> list[list[str]]:
     """The table: what was measured, its seconds, and as a share of the synchronous write of the same round."""
+
     def row(what: str, values: list[float]) -> list[str]:
         shares = [a / b for a, b in zip(values, seconds["synchronous"], strict=True)]
-        return [what, f"{statistics.median(values):.3f}",
-                f"{statistics.median(shares):.3f} ({min(shares):.3f} – {max(shares):.3f})"]
+        return [
+            what,
+            f"{statistics.median(values):.3f}",
+            f"{statistics.median(shares):.3f} ({min(shares):.3f} – {max(shares):.3f})",
+        ]
 
     cost = [both - alone for both, alone in zip(seconds["both"], seconds["alone"], strict=True)]
     step_ms = statistics.median(seconds["alone"]) / steps * 1e3
-    return [row("torch.save and fsync, without a hash", seconds["torch.save"]),
-            row("synchronous: copied, written, hashed, committed", seconds["synchronous"]),
-            row("background: pause of training", seconds["pause"]),
-            row(f"background: cost to {steps} steps of {step_ms:.0f} ms, pause included", cost)]
+    return [
+        row("torch.save and fsync, without a hash", seconds["torch.save"]),
+        row("synchronous: copied, written, hashed, committed", seconds["synchronous"]),
+        row("background: pause of training", seconds["pause"]),
+        row(f"background: cost to {steps} steps of {step_ms:.0f} ms, pause included", cost),
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -147,29 +164,57 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda:0" if arguments.device == "cuda" else "cpu"
     worker = Worker(device=device, cpus=arguments.threads or available_cpus())
     size = arguments.micro_batch_size
-    experiment = load_experiment(None, [*SHAPES[arguments.config], f"train.micro_batch_size={size}",
-                                        f"train.global_batch_size={size}", "train.dtype=bfloat16", "train.compile=false"])
+    experiment = load_experiment(
+        None,
+        [
+            *SHAPES[arguments.config],
+            f"train.micro_batch_size={size}",
+            f"train.global_batch_size={size}",
+            "train.dtype=bfloat16",
+            "train.compile=false",
+        ],
+    )
     training = Training(experiment, VOCAB_SIZE[arguments.config], worker, arguments.tokens)
-    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="espalier-") as name, \
-            Writer(Path(name) / "checkpoints", 1, Path(name)) as writer:
+    with (
+        tempfile.TemporaryDirectory(dir=arguments.folder, prefix="espalier-") as name,
+        Writer(Path(name) / "checkpoints", 1, Path(name)) as writer,
+    ):
         steps, seconds = Race(training, writer, Path(name)).run(arguments.rounds)
-    total = sum(t.numel() * t.element_size() for group in training.tensors().values() for t in group.values())
-    print(f"{arguments.config}: {training.state.model.num_parameters():,} parameters, a state of {total / 1e9:.2f} GB; "
-          f"{size} × {training.tokens} tokens a step, {device_name(device)}, {worker.cpus} threads of "
-          f"{os.cpu_count()} CPUs, torch {torch.__version__}; medians of {arguments.rounds} rounds\n")
-    for cells in (["what", "s", "÷ synchronous, median (range)"], ["---"] * 3, *rows(steps, seconds)):
+    total = sum(
+        t.numel() * t.element_size()
+        for group in training.tensors().values()
+        for t in group.values()
+    )
+    print(
+        f"{arguments.config}: {training.state.model.num_parameters():,} parameters, a state of {total / 1e9:.2f} GB; "
+        f"{size} × {training.tokens} tokens a step, {device_name(device)}, {worker.cpus} threads of "
+        f"{os.cpu_count()} CPUs, torch {torch.__version__}; medians of {arguments.rounds} rounds\n"
+    )
+    for cells in (
+        ["what", "s", "÷ synchronous, median (range)"],
+        ["---"] * 3,
+        *rows(steps, seconds),
+    ):
         print(f"| {' | '.join(cells)} |")
 
 
 def _arguments(argv: list[str] | None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", choices=tuple(SHAPES), default="124m")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--micro-batch-size", type=int, default=1, help="sequences a step")
-    parser.add_argument("--tokens", type=int, default=1024, help="of a sequence, at most the model's block_size")
+    parser.add_argument(
+        "--tokens", type=int, default=1024, help="of a sequence, at most the model's block_size"
+    )
     parser.add_argument("--threads", type=int, default=None, help="torch threads; all CPUs")
-    parser.add_argument("--folder", type=Path, default=None, help="where to write; the folder of temporary files")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where to write; the folder of temporary files"
+    )
     return parser.parse_args(argv)
 
 

@@ -35,15 +35,26 @@ CALIBRATION_STEPS, WINDOW = 60, 20
 def chains_tree(a: Namespace, steps: int) -> dict[str, Any]:
     """A sweep's file: `--chains` trials of `steps` steps that share none."""
     section = {"grid": {"schedule.max_lr": [1e-3 / (n + 1) for n in range(a.chains)]}}
-    tree = experiment_tree(a, "benchmark-stages", section, steps, eval_interval=steps, checkpoint_interval=None,
-                           log_interval=WINDOW, micro_batch_size=12 // a.workers, reduction_slots=a.workers)
+    tree = experiment_tree(
+        a,
+        "benchmark-stages",
+        section,
+        steps,
+        eval_interval=steps,
+        checkpoint_interval=None,
+        log_interval=WINDOW,
+        micro_batch_size=12 // a.workers,
+        reduction_slots=a.workers,
+    )
     return tree | {"schedule": {"kind": "constant"}}
 
 
 def cut(study: Study, length: int) -> Study:
     """`study`, each of whose trials now is a chain of stages of `length` steps."""
     trials = study.plan.trials
-    study.plan = Plan(trials, tuple(grow(trials, {t.name: range(length, t.steps, length) for t in trials})))
+    study.plan = Plan(
+        trials, tuple(grow(trials, {t.name: range(length, t.steps, length) for t in trials}))
+    )
     return study
 
 
@@ -56,7 +67,10 @@ def measure(study: Study) -> tuple[float, float]:
         path = study.plan.path(name)
         first = journal.read(books.stages / path[0].id)[0]["timestamp"] / 1000
         spans.append(ended[path[-1].id] - first)
-        gaps += [ended[s.id] - ended[before.id] - books.stored.results[s.id]["seconds"] for before, s in pairwise(path)]
+        gaps += [
+            ended[s.id] - ended[before.id] - books.stored.results[s.id]["seconds"]
+            for before, s in pairwise(path)
+        ]
     return statistics.mean(spans), statistics.mean(gaps or [0.0])
 
 
@@ -73,7 +87,9 @@ def per_stage(many: float, one: float, stages: int) -> float:
     return (many - one) / (stages - 1)
 
 
-def one_round(a: Namespace, layout: Layout, place: Path, length: int, many_first: bool) -> tuple[float, float]:
+def one_round(
+    a: Namespace, layout: Layout, place: Path, length: int, many_first: bool
+) -> tuple[float, float]:
     """(cost of a stage, of it outside of run_stage), in new folders of `place`."""
     found = {}
     for side in ("many", "one") if many_first else ("one", "many"):
@@ -88,32 +104,57 @@ def main(argv: list[str]) -> int:
     p.add_argument("--workers", type=int, choices=(1, 2, 4), default=1, help="of a stage")
     p.add_argument("--stages", type=at_least(2), default=6, help="of a chain")
     p.add_argument("--seconds", type=at_least(0.1), default=3.0, help="of a stage's steps")
-    p.add_argument("--steps", type=at_least(1), default=None, help="of a stage, in place of --seconds")
+    p.add_argument(
+        "--steps", type=at_least(1), default=None, help="of a stage, in place of --seconds"
+    )
     p.add_argument("--chains", type=at_least(1), default=1, help="side by side")
     p.add_argument("--rounds", type=at_least(1), default=5)
     a = p.parse_args(argv)
     if a.chains * a.workers > a.cpus:
-        raise UserError(f"--chains {a.chains} of --workers {a.workers} need {a.chains * a.workers} CPUs, and --cpus is {a.cpus}")
+        raise UserError(
+            f"--chains {a.chains} of --workers {a.workers} need {a.chains * a.workers} CPUs, and --cpus is {a.cpus}"
+        )
     layout, costs = Layout(a.workers, 1, False), []
     start_ray(a.cpus)
-    storage = storage_root(opened(chains_tree(a, CALIBRATION_STEPS), None, layout).sweep.base)  # prepares the tokens
+    storage = storage_root(
+        opened(chains_tree(a, CALIBRATION_STEPS), None, layout).sweep.base
+    )  # prepares the tokens
     with tempfile.TemporaryDirectory(dir=storage) as place:
         step = step_seconds(a, layout, Path(place))
     length = a.steps or max(1, round(a.seconds / step))
     for number in range(a.rounds):
         with tempfile.TemporaryDirectory(dir=storage) as place:
             costs.append(one_round(a, layout, Path(place), length, many_first=number % 2 == 0))
-        print(f"round {number + 1}: {costs[-1][0]:.3f} s a stage, {costs[-1][1]:.3f} s of it outside of run_stage", flush=True)
+        print(
+            f"round {number + 1}: {costs[-1][0]:.3f} s a stage, {costs[-1][1]:.3f} s of it outside of run_stage",
+            flush=True,
+        )
     print("\n" + report(a, step, length, costs))
     return 0
 
 
 def report(a: Namespace, step: float, length: int, costs: list[tuple[float, float]]) -> str:
     whole, outside = zip(*costs, strict=True)
-    header = ["workers", "chains", "stages × steps", "a stage's steps, s", "cost of a stage, s", "of it outside of run_stage, s"]
-    row = [a.workers, a.chains, f"{a.stages} × {length}", f"{length * step:.2f}", spread(whole, 3), spread(outside, 3)]
-    return (f"{markdown(header, [row])}\n\n{a.layers} layers × {a.width}, 12 × 64 tokens a step, {step * 1e3:.1f} ms a step, "
-            f"{a.cpus} CPUs; {len(costs)} round(s), median (range); without tracking.")
+    header = [
+        "workers",
+        "chains",
+        "stages × steps",
+        "a stage's steps, s",
+        "cost of a stage, s",
+        "of it outside of run_stage, s",
+    ]
+    row = [
+        a.workers,
+        a.chains,
+        f"{a.stages} × {length}",
+        f"{length * step:.2f}",
+        spread(whole, 3),
+        spread(outside, 3),
+    ]
+    return (
+        f"{markdown(header, [row])}\n\n{a.layers} layers × {a.width}, 12 × 64 tokens a step, {step * 1e3:.1f} ms a step, "
+        f"{a.cpus} CPUs; {len(costs)} round(s), median (range); without tracking."
+    )
 
 
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ def rungs(first: int, longest: int, reduction: int) -> list[int]:
     return found
 
 
-def halving(curves: Mapping[str, Mapping[int, float]], at: Sequence[int], reduction: int) -> dict[str, int]:
+def halving(
+    curves: Mapping[str, Mapping[int, float]], at: Sequence[int], reduction: int
+) -> dict[str, int]:
     """{trial: the rung at which it is stopped}; the others run to their ends. A trial without a loss there is the worst."""
     left, stopped = list(curves), {}
     for rung in at:
@@ -93,7 +95,9 @@ def regret(finals: Mapping[str, float], stopped: Collection[str]) -> tuple[float
     return picked - min(finals.values()), 1 + sum(loss < picked for loss in finals.values())
 
 
-def steps_shared(trials: Mapping[str, Trial], stopped: Mapping[str, int], more: Collection[Trial] = ()) -> int:
+def steps_shared(
+    trials: Mapping[str, Trial], stopped: Mapping[str, int], more: Collection[Trial] = ()
+) -> int:
     """Steps of the tree of trials that end where they were stopped, and of `more`."""
     cut = [replace(t, rates=t.rates[: stopped.get(name, t.steps)]) for name, t in trials.items()]
     return sum(stage.steps for stage in grow([*cut, *more]))
@@ -115,30 +119,60 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 # ---- running ----
 def study_of(a: Namespace, layout: Layout) -> Study:
     """The grid on every seed, with the probes."""
-    section = grid18(a.steps) | {"seeds": a.seeds, "stop": "anneal_probe", "probe_step": a.probe_step or a.steps // 3,
-                                 "probe_steps": a.probe_steps or a.steps // 9}
+    section = grid18(a.steps) | {
+        "seeds": a.seeds,
+        "stop": "anneal_probe",
+        "probe_step": a.probe_step or a.steps // 3,
+        "probe_steps": a.probe_steps or a.steps // 9,
+    }
     every = a.steps // EVALUATIONS
-    return opened(experiment_tree(a, "benchmark-stopping", section, a.steps, eval_interval=every,
-                                  checkpoint_interval=a.steps // 3), None, layout)
+    return opened(
+        experiment_tree(
+            a,
+            "benchmark-stopping",
+            section,
+            a.steps,
+            eval_interval=every,
+            checkpoint_interval=a.steps // 3,
+        ),
+        None,
+        layout,
+    )
 
 
 def recorded(study: Study) -> dict[int, Grid]:
     """{seed: what was recorded}."""
     seeds = sorted({c.spec.seed for c in study.candidates.values()})
-    return {seed: _grid(study, [n for n, c in study.candidates.items() if c.spec.seed == seed]) for seed in seeds}
+    return {
+        seed: _grid(study, [n for n, c in study.candidates.items() if c.spec.seed == seed])
+        for seed in seeds
+    }
 
 
 def _grid(study: Study, names: list[str]) -> Grid:
     """A trial or probe that diverged has an infinite loss."""
     candidates = {name: study.candidates[name] for name in names}
-    curves = {name: {r["step"]: r["val/loss"] for r in study.records(c) if "val/loss" in r} for name, c in candidates.items()}
+    curves = {
+        name: {r["step"]: r["val/loss"] for r in study.records(c) if "val/loss" in r}
+        for name, c in candidates.items()
+    }
     finals = {name: curves[name].get(c.trial.steps, math.inf) for name, c in candidates.items()}
     probes = {name: study.probes[name] for name in names}
-    ends = {p.name: {r["step"]: r.get("val/loss") for r in study.records(p)}.get(p.trial.steps) for p in probes.values()}
-    losses = {name: math.inf if ends[p.name] is None else ends[p.name] for name, p in probes.items()}
-    return Grid({name: c.trial for name, c in candidates.items()},
-                {name: c.experiment.schedule.max_lr for name, c in candidates.items()},
-                curves, finals, losses, {p.name: p.trial for p in probes.values()})
+    ends = {
+        p.name: {r["step"]: r.get("val/loss") for r in study.records(p)}.get(p.trial.steps)
+        for p in probes.values()
+    }
+    losses = {
+        name: math.inf if ends[p.name] is None else ends[p.name] for name, p in probes.items()
+    }
+    return Grid(
+        {name: c.trial for name, c in candidates.items()},
+        {name: c.experiment.schedule.max_lr for name, c in candidates.items()},
+        curves,
+        finals,
+        losses,
+        {p.name: p.trial for p in probes.values()},
+    )
 
 
 def asha_rungs(study: Study) -> list[int]:
@@ -150,65 +184,130 @@ def asha_rungs(study: Study) -> list[int]:
 
 
 # ---- the tables ----
-def rows(grids: Mapping[int, Grid], at: Sequence[int], probe_step: int, margin: float) -> list[list[Any]]:
+def rows(
+    grids: Mapping[int, Grid], at: Sequence[int], probe_step: int, margin: float
+) -> list[list[Any]]:
     """A line for each rule and seed."""
     fitted, found = next(iter(grids)), []
     default = SweepSection.model_fields["probe_margin"].default
-    for rule, allowed in (("none", None), ("asha", None), ("anneal_probe", margin), ("anneal_probe", default)):
+    for rule, allowed in (
+        ("none", None),
+        ("asha", None),
+        ("anneal_probe", margin),
+        ("anneal_probe", default),
+    ):
         for seed, grid in grids.items():
             stopped, more = {}, ()
             if rule == "asha":
                 stopped = halving(grid.curves, at, REDUCTION)
             elif rule == "anneal_probe":
-                stopped, more = dict.fromkeys(outside(grid.probes, allowed), probe_step), grid.probe_trials.values()
+                stopped, more = (
+                    dict.fromkeys(outside(grid.probes, allowed), probe_step),
+                    grid.probe_trials.values(),
+                )
             loss, rank = regret(grid.finals, stopped)
             ran = steps_shared(grid.trials, stopped, more)
-            alone, shared = sum(t.steps for t in grid.trials.values()), steps_shared(grid.trials, {})
+            alone, shared = (
+                sum(t.steps for t in grid.trials.values()),
+                steps_shared(grid.trials, {}),
+            )
             note = " (margin chosen here)" if allowed == margin and seed == fitted else ""
-            name = rule if allowed is None else f"{rule}, margin {allowed:.2f}{' (default)' if allowed == default else ''}"
-            found.append([name, f"{seed}{note}", f"{loss:.4f}", f"{rank} of {len(grid.finals)}",
-                          len(grid.finals) - len(stopped), f"{ran:,}", f"{ran / alone:.2f}", f"{ran / shared:.2f}"])
+            name = (
+                rule
+                if allowed is None
+                else f"{rule}, margin {allowed:.2f}{' (default)' if allowed == default else ''}"
+            )
+            found.append(
+                [
+                    name,
+                    f"{seed}{note}",
+                    f"{loss:.4f}",
+                    f"{rank} of {len(grid.finals)}",
+                    len(grid.finals) - len(stopped),
+                    f"{ran:,}",
+                    f"{ran / alone:.2f}",
+                    f"{ran / shared:.2f}",
+                ]
+            )
     return found
 
 
 def correlations(grids: Mapping[int, Grid], half: int) -> list[list[str]]:
     """A line for each peak: the rank correlation of the losses half-way and at the end, of each seed."""
-    return [[f"{peak:g}", *(f"{_correlation(grid, half, peak):+.2f}" for grid in grids.values())] for peak in PEAKS]
+    return [
+        [f"{peak:g}", *(f"{_correlation(grid, half, peak):+.2f}" for grid in grids.values())]
+        for peak in PEAKS
+    ]
 
 
 def _correlation(grid: Grid, half: int, peak: float) -> float:
     names = [name for name in grid.finals if grid.peaks[name] == peak]
-    return rank_correlation([grid.curves[n].get(half, math.inf) for n in names], [grid.finals[n] for n in names])
+    return rank_correlation(
+        [grid.curves[n].get(half, math.inf) for n in names], [grid.finals[n] for n in names]
+    )
 
 
 def report(a: Namespace, study: Study, grids: Mapping[int, Grid]) -> str:
     at, probe_step = asha_rungs(study), study.sweep.settings.probe_step
     margin = least_margin(next(iter(grids.values())))
-    header = ["rule", "seed", "regret, nats", "rank of the pick", "trials run to the end", "steps run",
-              "÷ all trials alone", "÷ all trials as a tree"]
+    header = [
+        "rule",
+        "seed",
+        "regret, nats",
+        "rank of the pick",
+        "trials run to the end",
+        "steps run",
+        "÷ all trials alone",
+        "÷ all trials as a tree",
+    ]
     first = markdown(header, rows(grids, at, probe_step, margin))
-    second = markdown(["peak", *(f"seed {seed}" for seed in grids)], correlations(grids, a.steps // 2))
-    return (f"{first}\n\n{a.layers} layers × {a.width}, 12 × 64 tokens a step, {a.steps} steps. asha: rungs at "
-            f"{', '.join(map(str, at))} steps, factor {REDUCTION}; a replay, with all trials meeting at each rung. anneal_probe: "
-            f"at step {probe_step}, {study.sweep.settings.probe_steps} steps long (their steps are in 'steps run'). "
-            f"Steps run: every rule shares what its trials have in common.\n\n"
-            f"Rank correlation (Spearman) of val loss at step {a.steps // 2} and at the end, within one peak:\n\n{second}")
+    second = markdown(
+        ["peak", *(f"seed {seed}" for seed in grids)], correlations(grids, a.steps // 2)
+    )
+    return (
+        f"{first}\n\n{a.layers} layers × {a.width}, 12 × 64 tokens a step, {a.steps} steps. asha: rungs at "
+        f"{', '.join(map(str, at))} steps, factor {REDUCTION}; a replay, with all trials meeting at each rung. anneal_probe: "
+        f"at step {probe_step}, {study.sweep.settings.probe_steps} steps long (their steps are in 'steps run'). "
+        f"Steps run: every rule shares what its trials have in common.\n\n"
+        f"Rank correlation (Spearman) of val loss at step {a.steps // 2} and at the end, within one peak:\n\n{second}"
+    )
 
 
 def main(argv: list[str]) -> int:
     p = parser(__doc__, layers=2, width=64, eval_tokens=16384)
-    p.add_argument("--steps", type=at_least(EVALUATIONS), default=540, help=f"of every trial, a multiple of {EVALUATIONS}")
+    p.add_argument(
+        "--steps",
+        type=at_least(EVALUATIONS),
+        default=540,
+        help=f"of every trial, a multiple of {EVALUATIONS}",
+    )
     p.add_argument("--seeds", type=at_least(1), default=3)
-    p.add_argument("--probe-step", type=at_least(1), default=None, help="default: a third of the steps")
-    p.add_argument("--probe-steps", type=at_least(1), default=None, help="length of a probe; default: a ninth of the steps")
+    p.add_argument(
+        "--probe-step", type=at_least(1), default=None, help="default: a third of the steps"
+    )
+    p.add_argument(
+        "--probe-steps",
+        type=at_least(1),
+        default=None,
+        help="length of a probe; default: a ninth of the steps",
+    )
     a = p.parse_args(argv)
     if a.steps % EVALUATIONS:
-        raise UserError(f"--steps {a.steps}: give a multiple of {EVALUATIONS}, so that every rung is an evaluation")
+        raise UserError(
+            f"--steps {a.steps}: give a multiple of {EVALUATIONS}, so that every rung is an evaluation"
+        )
     start_ray(a.cpus)
     study = study_of(a, Layout(1, 1, False))
     with lease.held(study.folder):
-        print(f"{study.plan.steps_to_run:,} of {study.plan.steps_in_tree:,} steps to run, in {study.folder}", flush=True)
-        run_tree(study, lambda stage: print(f"{study.books.steps_run:,} steps run", end="\r", flush=True), judge=False)
+        print(
+            f"{study.plan.steps_to_run:,} of {study.plan.steps_in_tree:,} steps to run, in {study.folder}",
+            flush=True,
+        )
+        run_tree(
+            study,
+            lambda stage: print(f"{study.books.steps_run:,} steps run", end="\r", flush=True),
+            judge=False,
+        )
     print("\n" + report(a, study, recorded(study)))
     return 0
 

@@ -47,35 +47,73 @@ from orchestrator.train.numerics import Worker
 from pipelines.common import Options, at_least, guarded
 
 PEAKS = (1e-3, 3e-3, 1e-2)
-SHAPES = {"cosine": {"kind": "cosine"}, "linear": {"kind": "linear"}, "constant": {"kind": "constant"},
-          **{f"wsd-{percent}": {"kind": "wsd", "decay_fraction": percent / 100} for percent in (10, 20, 40)}}
+SHAPES = {
+    "cosine": {"kind": "cosine"},
+    "linear": {"kind": "linear"},
+    "constant": {"kind": "constant"},
+    **{
+        f"wsd-{percent}": {"kind": "wsd", "decay_fraction": percent / 100}
+        for percent in (10, 20, 40)
+    },
+}
 
 
 # ---- what is swept ----
 def wsd(steps: int) -> dict[str, Any]:
     """`sweep:` of two peaks × four horizons, the longest of `steps`, × three decay shapes."""
-    return {"grid": {"schedule.max_lr": list(PEAKS[:2]), "schedule.decay_shape": ["linear", "cosine", "1-sqrt"],
-                     "train.max_steps": [steps * tenths // 10 for tenths in (4, 6, 8, 10)]}}
+    return {
+        "grid": {
+            "schedule.max_lr": list(PEAKS[:2]),
+            "schedule.decay_shape": ["linear", "cosine", "1-sqrt"],
+            "train.max_steps": [steps * tenths // 10 for tenths in (4, 6, 8, 10)],
+        }
+    }
 
 
 def grid18(steps: int) -> dict[str, Any]:
     """`sweep:` of three peaks × six schedules; every trial has the experiment's `steps`."""
-    return {"trials": {f"{name}_{peak:g}": {"schedule.max_lr": peak, **{f"schedule.{k}": v for k, v in shape.items()}}
-                       for peak in PEAKS for name, shape in SHAPES.items()}}
+    return {
+        "trials": {
+            f"{name}_{peak:g}": {
+                "schedule.max_lr": peak,
+                **{f"schedule.{k}": v for k, v in shape.items()},
+            }
+            for peak in PEAKS
+            for name, shape in SHAPES.items()
+        }
+    }
 
 
 STUDIES: dict[str, Callable[[int], dict[str, Any]]] = {"wsd": wsd, "grid18": grid18}
 
 
-def experiment_tree(a: Namespace, name: str, section: dict[str, Any], steps: int, **train_fields: Any) -> dict[str, Any]:
+def experiment_tree(
+    a: Namespace, name: str, section: dict[str, Any], steps: int, **train_fields: Any
+) -> dict[str, Any]:
     """A sweep's file as a dictionary: the quickstart's model and batch, or smaller ones, with `section` as its `sweep:`."""
     corpus = a.corpus if a.corpus.startswith("builtin:") else str(Path(a.corpus).absolute())
     return {
-        "name": name, "storage": a.storage, "data": {"corpus": corpus, "tokenizer": "byte"}, "optim": {"beta2": 0.99},
-        "model": {"block_size": 64, "n_layer": a.layers, "n_head": 4, "n_embd": a.width, "pad_vocab_to": 1},
+        "name": name,
+        "storage": a.storage,
+        "data": {"corpus": corpus, "tokenizer": "byte"},
+        "optim": {"beta2": 0.99},
+        "model": {
+            "block_size": 64,
+            "n_layer": a.layers,
+            "n_head": 4,
+            "n_embd": a.width,
+            "pad_vocab_to": 1,
+        },
         "schedule": {"kind": "wsd", "warmup_steps": steps // 20},
-        "train": {"micro_batch_size": 12, "global_batch_size": 12, "log_interval": 100, "eval_tokens": a.eval_tokens,
-                  "max_steps": steps, "keep": 1, **train_fields},
+        "train": {
+            "micro_batch_size": 12,
+            "global_batch_size": 12,
+            "log_interval": 100,
+            "eval_tokens": a.eval_tokens,
+            "max_steps": steps,
+            "keep": 1,
+            **train_fields,
+        },
         "sweep": section,
     }
 
@@ -86,7 +124,9 @@ def opened(tree: dict[str, Any], folder: Path | None, layout: Layout) -> Study:
     storage = storage_root(base)
     planned = Sweep(base, settings, expand(base.model_dump(), settings))
     dataset = prepare(base.data, dataset_dir(base.data, storage))
-    return Study.open(planned, folder or storage / base.name, layout, {data_key(base.data): dataset})
+    return Study.open(
+        planned, folder or storage / base.name, layout, {data_key(base.data): dataset}
+    )
 
 
 def distinct_prefixes(trials: Iterable[Trial]) -> int:
@@ -99,12 +139,20 @@ def start_ray(cpus: int) -> None:
     """A Ray of this process, with `cpus` logical CPUs whatever the machine has."""
     for key, value in launch.ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-             runtime_env={"env_vars": launch.worker_environment()})
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": launch.worker_environment()},
+    )
     logging.getLogger("ray.train").setLevel(logging.WARNING)
 
 
-def run_tree(study: Study, watch: Callable[[Stage], None] = lambda stage: None, judge: bool = True) -> tuple[Keeper, float]:
+def run_tree(
+    study: Study, watch: Callable[[Stage], None] = lambda stage: None, judge: bool = True
+) -> tuple[Keeper, float]:
     """Run the tree, without tracking or reports; its books, and the seconds it took. `judge`: whether probes may drop trials."""
     books = study.keeper(lambda: None)
     books.watch, books.verdict = watch, books.verdict if judge else tuple
@@ -120,8 +168,20 @@ def run_tree(study: Study, watch: Callable[[Stage], None] = lambda stage: None, 
 class Alone(tune.Trainable):
     """A trial of the plain grid: from step 0 to its end, by itself."""
 
-    def setup(self, config: dict[str, Any], folder: str, experiments: dict[str, Any], data_dir: str, cpus: int) -> None:
-        self.folder, self.experiments, self.data_dir, self.cpus = Path(folder), experiments, Path(data_dir), cpus
+    def setup(
+        self,
+        config: dict[str, Any],
+        folder: str,
+        experiments: dict[str, Any],
+        data_dir: str,
+        cpus: int,
+    ) -> None:
+        self.folder, self.experiments, self.data_dir, self.cpus = (
+            Path(folder),
+            experiments,
+            Path(data_dir),
+            cpus,
+        )
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         return True
@@ -129,7 +189,12 @@ class Alone(tune.Trainable):
     def step(self) -> dict[str, Any]:
         name = self.config["trial"]
         (self.folder / name).mkdir(parents=True)
-        train(parse_experiment(self.experiments[name], name), self.folder / name, self.data_dir, Worker(cpus=self.cpus))
+        train(
+            parse_experiment(self.experiments[name], name),
+            self.folder / name,
+            self.data_dir,
+            Worker(cpus=self.cpus),
+        )
         return {"done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -141,15 +206,25 @@ class Alone(tune.Trainable):
 def run_plain(study: Study, folder: Path) -> float:
     """Every trial of the study by itself, in folders below `folder`, as a grid of Tune; the seconds it took."""
     experiments = {name: c.experiment.model_dump() for name, c in study.candidates.items()}
-    data_dir, cpus = next(iter(study.candidates.values())).dataset.directory, study.layout.cpus_per_worker
-    trainable = tune.with_parameters(Alone, folder=str(folder), experiments=experiments, data_dir=str(data_dir), cpus=cpus)
+    data_dir, cpus = (
+        next(iter(study.candidates.values())).dataset.directory,
+        study.layout.cpus_per_worker,
+    )
+    trainable = tune.with_parameters(
+        Alone, folder=str(folder), experiments=experiments, data_dir=str(data_dir), cpus=cpus
+    )
     started = time.perf_counter()
     results = tune.Tuner(
         tune.with_resources(trainable, tune.PlacementGroupFactory([{"CPU": cpus}])),
         param_space={"trial": tune.grid_search(list(experiments))},
-        tune_config=tune.TuneConfig(max_concurrent_trials=launch.capacity(study.layout), reuse_actors=True,
-                                    trial_dirname_creator=lambda trial: trial.trial_id),
-        run_config=tune.RunConfig(name=uuid.uuid4().hex[:8], storage_path=str(folder / ".tune"), verbose=0),
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=launch.capacity(study.layout),
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=uuid.uuid4().hex[:8], storage_path=str(folder / ".tune"), verbose=0
+        ),
     ).fit()
     seconds = time.perf_counter() - started
     if results.errors:
@@ -166,7 +241,9 @@ def outcomes_of_tree(study: Study) -> dict[str, tuple[str, float]]:
 def outcome_alone(experiment: Experiment, run_dir: Path) -> tuple[str, float]:
     """The same of a trial that ran by itself."""
     end = checkpoint.path_of(run_dir / "checkpoints", experiment.train.max_steps)
-    return checkpoint.weights_sha256(checkpoint.load_tensors(end, "model")), runs.last(journal.read(run_dir), "val/loss")
+    return checkpoint.weights_sha256(checkpoint.load_tensors(end, "model")), runs.last(
+        journal.read(run_dir), "val/loss"
+    )
 
 
 def best_of(outcomes: dict[str, tuple[str, float]]) -> str:
@@ -176,20 +253,29 @@ def best_of(outcomes: dict[str, tuple[str, float]]) -> str:
 def check_same(tree: dict[str, tuple[str, float]], alone: dict[str, tuple[str, float]]) -> None:
     """Raises RuntimeError, naming the trials, where weights or losses differ in a single bit."""
     if differ := sorted(name for name in {*tree, *alone} if tree.get(name) != alone.get(name)):
-        raise RuntimeError(f"{len(differ)} trials are not what they are alone: {', '.join(differ[:3])}")
+        raise RuntimeError(
+            f"{len(differ)} trials are not what they are alone: {', '.join(differ[:3])}"
+        )
 
 
-def one_round(tree: dict[str, Any], layout: Layout, place: Path, tree_first: bool) -> tuple[float, float, str]:
+def one_round(
+    tree: dict[str, Any], layout: Layout, place: Path, tree_first: bool
+) -> tuple[float, float, str]:
     """Both sides in new folders of `place`, compared; (seconds as a tree, seconds as a plain grid, the winner)."""
     study, seconds = opened(tree, place / "tree", layout), {}
     for side in ("tree", "plain") if tree_first else ("plain", "tree"):
         seconds[side] = run_tree(study)[1] if side == "tree" else run_plain(study, place / "plain")
     fewest = distinct_prefixes(c.trial for c in study.candidates.values())
     if not study.books.steps_run == study.plan.steps_in_tree == fewest:
-        raise RuntimeError(f"{study.books.steps_run} steps were run, {study.plan.steps_in_tree} are in the tree, and "
-                           f"{fewest} are distinct")
+        raise RuntimeError(
+            f"{study.books.steps_run} steps were run, {study.plan.steps_in_tree} are in the tree, and "
+            f"{fewest} are distinct"
+        )
     found = outcomes_of_tree(study)
-    check_same(found, {n: outcome_alone(c.experiment, place / "plain" / n) for n, c in study.candidates.items()})
+    check_same(
+        found,
+        {n: outcome_alone(c.experiment, place / "plain" / n) for n, c in study.candidates.items()},
+    )
     return seconds["tree"], seconds["plain"], best_of(found)
 
 
@@ -207,12 +293,27 @@ def spread(values: Sequence[float], digits: int) -> str:
 def parser(doc: str, *, layers: int, width: int, eval_tokens: int) -> Options:
     """The options that all benchmarks of sweeps have, with their defaults."""
     p = Options(doc)
-    p.add_argument("--corpus", default=STDLIB, help="a file of text; default: the running Python's own library")
-    p.add_argument("--storage", default=None, help="folder of tokens and rounds; default: $ESPALIER_STORAGE, else runs")
-    p.add_argument("--cpus", type=at_least(1), default=2, help="logical CPUs of the cluster that it starts")
+    p.add_argument(
+        "--corpus", default=STDLIB, help="a file of text; default: the running Python's own library"
+    )
+    p.add_argument(
+        "--storage",
+        default=None,
+        help="folder of tokens and rounds; default: $ESPALIER_STORAGE, else runs",
+    )
+    p.add_argument(
+        "--cpus", type=at_least(1), default=2, help="logical CPUs of the cluster that it starts"
+    )
     p.add_argument("--layers", type=at_least(1), default=layers)
-    p.add_argument("--width", type=at_least(4), default=width, help="a multiple of 4, the number of heads")
-    p.add_argument("--eval-tokens", type=at_least(2), default=eval_tokens, help="of val (and as many of train) per evaluation")
+    p.add_argument(
+        "--width", type=at_least(4), default=width, help="a multiple of 4, the number of heads"
+    )
+    p.add_argument(
+        "--eval-tokens",
+        type=at_least(2),
+        default=eval_tokens,
+        help="of val (and as many of train) per evaluation",
+    )
     return p
 
 
@@ -223,8 +324,14 @@ def main(argv: list[str]) -> int:
     p.add_argument("--rounds", type=at_least(1), default=3)
     a = p.parse_args(argv)
     every = max(1, a.steps // 4)
-    tree = experiment_tree(a, "benchmark-sweep", STUDIES[a.study](a.steps), a.steps, eval_interval=every,
-                           checkpoint_interval=every)
+    tree = experiment_tree(
+        a,
+        "benchmark-sweep",
+        STUDIES[a.study](a.steps),
+        a.steps,
+        eval_interval=every,
+        checkpoint_interval=every,
+    )
     layout = Layout(1, 1, False)
     start_ray(a.cpus)
     study, rounds = opened(tree, None, layout), []  # prepares the tokens; its folder stays unmade
@@ -232,7 +339,10 @@ def main(argv: list[str]) -> int:
     for number in range(a.rounds):
         with tempfile.TemporaryDirectory(dir=storage) as place:
             rounds.append(one_round(tree, layout, Path(place), tree_first=number % 2 == 0))
-        print(f"round {number + 1}: tree {rounds[-1][0]:.1f} s, plain {rounds[-1][1]:.1f} s", flush=True)
+        print(
+            f"round {number + 1}: tree {rounds[-1][0]:.1f} s, plain {rounds[-1][1]:.1f} s",
+            flush=True,
+        )
     print("\n" + report(a, study, rounds))
     return 0
 
@@ -240,14 +350,35 @@ def main(argv: list[str]) -> int:
 def report(a: Namespace, study: Study, rounds: list[tuple[float, float, str]]) -> str:
     ours, plain, winners = zip(*rounds, strict=True)
     asked, ran = study.plan.steps_asked, study.plan.steps_in_tree
-    header = ["study", "trials", "steps asked", "steps run = distinct prefixes", "asked ÷ run", "tree, s", "plain Tune grid, s",
-              "plain ÷ tree", "winner (both)", "trials with the same weights and loss"]
-    row = [a.study, len(study.candidates), f"{asked:,}", f"{ran:,}", f"{asked / ran:.2f}", spread(ours, 1), spread(plain, 1),
-           spread([b / c for b, c in zip(plain, ours, strict=True)], 2), ", ".join(sorted(set(winners))),
-           f"{len(study.candidates)} of {len(study.candidates)}"]
-    return (f"{markdown(header, [row])}\n\n{a.layers} layers × {a.width}, 12 × 64 tokens a step, {a.cpus} processes of 1 CPU; "
-            f"{len(rounds)} round(s), median (range); both sides without tracking. The tree's seconds include the hash of every "
-            f"trial's weights, the plain grid's do not.")
+    header = [
+        "study",
+        "trials",
+        "steps asked",
+        "steps run = distinct prefixes",
+        "asked ÷ run",
+        "tree, s",
+        "plain Tune grid, s",
+        "plain ÷ tree",
+        "winner (both)",
+        "trials with the same weights and loss",
+    ]
+    row = [
+        a.study,
+        len(study.candidates),
+        f"{asked:,}",
+        f"{ran:,}",
+        f"{asked / ran:.2f}",
+        spread(ours, 1),
+        spread(plain, 1),
+        spread([b / c for b, c in zip(plain, ours, strict=True)], 2),
+        ", ".join(sorted(set(winners))),
+        f"{len(study.candidates)} of {len(study.candidates)}",
+    ]
+    return (
+        f"{markdown(header, [row])}\n\n{a.layers} layers × {a.width}, 12 × 64 tokens a step, {a.cpus} processes of 1 CPU; "
+        f"{len(rounds)} round(s), median (range); both sides without tracking. The tree's seconds include the hash of every "
+        f"trial's weights, the plain grid's do not."
+    )
 
 
 if __name__ == "__main__":

@@ -70,7 +70,9 @@ def products_in(seconds: float, matrix: np.ndarray) -> int:
     return max(1, round(2000 * seconds / (time.perf_counter() - start)))
 
 
-def lone_loop(folder: Path, steps: int, step_ms: float, logs: bool) -> list[tuple[float, float, float]]:
+def lone_loop(
+    folder: Path, steps: int, step_ms: float, logs: bool
+) -> list[tuple[float, float, float]]:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=train, args=(str(folder), steps, step_ms, logs, there))
@@ -86,8 +88,11 @@ def healthy(storage: Path) -> Iterator[str]:
     store, port = storage / "mlflow" / "mlflow.db", free_port()
     store.parent.mkdir(parents=True, exist_ok=True)
     store.touch()
-    process = subprocess.Popen([sys.executable, str(REPO / "pipelines" / "ui.py"), str(storage), "--port", str(port)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / "pipelines" / "ui.py"), str(storage), "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         while not answers(f"http://127.0.0.1:{port}/health"):
             if process.poll() is not None:
@@ -122,11 +127,15 @@ def free_port() -> int:
 
 
 # ---- the race ----
-def one_round(name: str, folder: Path, steps: int, step_ms: float) -> list[tuple[float, float, float]]:
+def one_round(
+    name: str, folder: Path, steps: int, step_ms: float
+) -> list[tuple[float, float, float]]:
     """A run of `steps` steps with its tracker; the server has been at work since before the first."""
     if name == "none":
         return lone_loop(folder, steps, step_ms, logs=False)
-    (folder / "run.json").write_text(json.dumps({"name": "race", "key": folder.name, "attempts": [{}]}))
+    (folder / "run.json").write_text(
+        json.dumps({"name": "race", "key": folder.name, "attempts": [{}]})
+    )
     with {"healthy": healthy, "hanging": hanging, "refusing": refusing}[name](folder) as uri:
         tracker = Tracker(folder, uri, "race")
         tracker.start()
@@ -154,9 +163,30 @@ def main(argv: list[str]) -> int:
         for name in names[number % 4 :] + names[: number % 4]:
             with tempfile.TemporaryDirectory() as folder:
                 laps.setdefault(name, []).append(one_round(name, Path(folder), a.steps, a.step_ms))
-    rows = [[name, *(spread([quantile([lap[part] for lap in one], percent) for one in laps[name]], 3)
-                     for part, percent in ((0, 50), (0, 99), (0, 100), (1, 99), (2, 50), (2, 99)))] for name in names]
-    print(markdown(["server", "line: p50, ms", "p99", "largest", "p99 on the clock", "step: p50, ms", "p99"], rows))
+    rows = [
+        [
+            name,
+            *(
+                spread([quantile([lap[part] for lap in one], percent) for one in laps[name]], 3)
+                for part, percent in ((0, 50), (0, 99), (0, 100), (1, 99), (2, 50), (2, 99))
+            ),
+        ]
+        for name in names
+    ]
+    print(
+        markdown(
+            [
+                "server",
+                "line: p50, ms",
+                "p99",
+                "largest",
+                "p99 on the clock",
+                "step: p50, ms",
+                "p99",
+            ],
+            rows,
+        )
+    )
     return 0
 
 

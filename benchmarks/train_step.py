@@ -47,22 +47,45 @@ class Ours:
 class NanoGPT:
     """nanoGPT's model, optimizer and inner loop, from a checkout."""
 
-    def __init__(self, checkout: Path, experiment: Experiment, weights: dict[str, torch.Tensor], vocab_size: int, device: str):
+    def __init__(
+        self,
+        checkout: Path,
+        experiment: Experiment,
+        weights: dict[str, torch.Tensor],
+        vocab_size: int,
+        device: str,
+    ):
         spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
         module = importlib.util.module_from_spec(spec)
         sys.modules["nanogpt_model"] = module
         spec.loader.exec_module(module)
         m, o = experiment.model, experiment.optim
-        config = module.GPTConfig(block_size=m.block_size, vocab_size=vocab_size, n_layer=m.n_layer, n_head=m.n_head,
-                                  n_embd=m.n_embd, dropout=m.dropout, bias=m.bias)
+        config = module.GPTConfig(
+            block_size=m.block_size,
+            vocab_size=vocab_size,
+            n_layer=m.n_layer,
+            n_head=m.n_head,
+            n_embd=m.n_embd,
+            dropout=m.dropout,
+            bias=m.bias,
+        )
         model = module.GPT(config)
         missing, unexpected = model.load_state_dict(weights, strict=False)
-        assert not unexpected and all(name in ("lm_head.weight",) or name.endswith("attn.bias") for name in missing)
+        assert not unexpected and all(
+            name in ("lm_head.weight",) or name.endswith("attn.bias") for name in missing
+        )
         model.to(device)
-        self.optimizer = model.configure_optimizers(o.weight_decay, LR, (o.beta1, o.beta2), torch.device(device).type)
-        self.model, self.max_norm = torch.compile(model) if experiment.train.compile else model, o.max_grad_norm
+        self.optimizer = model.configure_optimizers(
+            o.weight_decay, LR, (o.beta1, o.beta2), torch.device(device).type
+        )
+        self.model, self.max_norm = (
+            torch.compile(model) if experiment.train.compile else model,
+            o.max_grad_norm,
+        )
         dtype, kind = experiment.train.dtype, torch.device(device).type
-        self.context = nullcontext() if dtype == "float32" else torch.amp.autocast(kind, getattr(torch, dtype))
+        self.context = (
+            nullcontext() if dtype == "float32" else torch.amp.autocast(kind, getattr(torch, dtype))
+        )
         self.parameters = list(model.parameters())
 
     def run(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -83,13 +106,17 @@ class NanoGPT:
 def main() -> None:
     arguments = _arguments()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    experiment, vocab_size = _experiment(arguments.config, device, arguments.micro_batch_size, arguments.accumulate)
+    experiment, vocab_size = _experiment(
+        arguments.config, device, arguments.micro_batch_size, arguments.accumulate
+    )
     worker = Worker(device="cuda:0" if device == "cuda" else "cpu", cpus=arguments.threads)
     prepare_process(experiment, worker)
     model = GPT(experiment.gpt_config(vocab_size))
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    sides = {"ours": Ours(experiment, model, worker),
-             "nanoGPT": NanoGPT(arguments.nanogpt, experiment, weights, vocab_size, worker.device)}
+    sides = {
+        "ours": Ours(experiment, model, worker),
+        "nanoGPT": NanoGPT(arguments.nanogpt, experiment, weights, vocab_size, worker.device),
+    }
     seconds, losses = _race(sides, experiment, vocab_size, worker.device, arguments)
     _report(experiment, model, worker, seconds, losses, arguments)
 
@@ -100,8 +127,13 @@ def _race(sides, experiment: Experiment, vocab_size: int, device: str, arguments
     generator = torch.Generator().manual_seed(1)
     t, m = experiment.train, experiment.model
     for number in range(arguments.rounds + 1):
-        rounds = [[_batch(generator, vocab_size, t.micro_batch_size, m.block_size, device)
-                   for _ in range(experiment.micro_batches)] for _ in range(arguments.steps)]
+        rounds = [
+            [
+                _batch(generator, vocab_size, t.micro_batch_size, m.block_size, device)
+                for _ in range(experiment.micro_batches)
+            ]
+            for _ in range(arguments.steps)
+        ]
         for name in list(sides)[:: 1 if number % 2 else -1]:
             _synchronize(device)
             start = time.perf_counter()
@@ -116,30 +148,47 @@ def _race(sides, experiment: Experiment, vocab_size: int, device: str, arguments
 def _report(experiment, model, worker, seconds, losses, arguments) -> None:
     ratios = [a / b for a, b in zip(seconds["ours"], seconds["nanoGPT"], strict=True)]
     where = device_name(worker.device)
-    print(f"{arguments.config}: {model.num_parameters():,} parameters, {experiment.micro_batches} × "
-          f"{experiment.train.micro_batch_size} × {experiment.model.block_size} tokens, {experiment.train.dtype}, "
-          f"compile {experiment.train.compile}, {where}, {worker.cpus} threads, torch {torch.__version__}")
+    print(
+        f"{arguments.config}: {model.num_parameters():,} parameters, {experiment.micro_batches} × "
+        f"{experiment.train.micro_batch_size} × {experiment.model.block_size} tokens, {experiment.train.dtype}, "
+        f"compile {experiment.train.compile}, {where}, {worker.cpus} threads, torch {torch.__version__}"
+    )
     for name, values in seconds.items():
         median = statistics.median(values)
         speed = experiment.tokens_per_step / median
         share = mfu(speed, model.config, where, experiment.train.dtype)
-        print(f"  {name:<8} {median * 1e3:9.2f} ms per step (min {min(values) * 1e3:.2f}), {speed:12,.0f} tokens/s"
-              + ("" if share is None else f", MFU {share:.1%}"))
-    print(f"  ours / nanoGPT: median {statistics.median(ratios):.3f} of {len(ratios)} rounds "
-          f"({min(ratios):.3f} … {max(ratios):.3f})")
+        print(
+            f"  {name:<8} {median * 1e3:9.2f} ms per step (min {min(values) * 1e3:.2f}), {speed:12,.0f} tokens/s"
+            + ("" if share is None else f", MFU {share:.1%}")
+        )
+    print(
+        f"  ours / nanoGPT: median {statistics.median(ratios):.3f} of {len(ratios)} rounds "
+        f"({min(ratios):.3f} … {max(ratios):.3f})"
+    )
     apart = max(abs(a - b) for a, b in zip(losses["ours"], losses["nanoGPT"], strict=True))
-    print(f"  loss after {len(losses['ours'])} steps: {losses['ours'][-1]:.6f} ours, {losses['nanoGPT'][-1]:.6f} nanoGPT; "
-          f"largest difference on the way {apart:.2e}")
+    print(
+        f"  loss after {len(losses['ours'])} steps: {losses['ours'][-1]:.6f} ours, {losses['nanoGPT'][-1]:.6f} nanoGPT; "
+        f"largest difference on the way {apart:.2e}"
+    )
 
 
-def _experiment(name: str, device: str, micro_batch_size: int | None, accumulate: int) -> tuple[Experiment, int]:
+def _experiment(
+    name: str, device: str, micro_batch_size: int | None, accumulate: int
+) -> tuple[Experiment, int]:
     file, vocab_size = {"char": ("shakespeare-char-cpu", 65), "124m": ("shakespeare", 50304)}[name]
     gpu = device == "cuda"
     size = micro_batch_size or {"char": 12, "124m": 32 if gpu else 1}[name]
     dtype = "bfloat16" if name == "124m" else "float32"
-    return load_experiment(CONFIGS / f"{file}.yaml", [
-        f"train.micro_batch_size={size}", f"train.global_batch_size={size * accumulate}", f"train.dtype={dtype}",
-        f"train.compile={str(gpu).lower()}", "train.max_steps=1000000"]), vocab_size
+    return load_experiment(
+        CONFIGS / f"{file}.yaml",
+        [
+            f"train.micro_batch_size={size}",
+            f"train.global_batch_size={size * accumulate}",
+            f"train.dtype={dtype}",
+            f"train.compile={str(gpu).lower()}",
+            "train.max_steps=1000000",
+        ],
+    ), vocab_size
 
 
 def _batch(generator, vocab_size: int, b: int, t: int, device: str):
@@ -154,17 +203,28 @@ def _synchronize(device: str) -> None:
 
 
 def _arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of nanoGPT (for its model.py)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--nanogpt", type=Path, required=True, help="a checkout of nanoGPT (for its model.py)"
+    )
     parser.add_argument("--config", choices=("char", "124m"), default="char")
     parser.add_argument("--steps", type=int, default=20, help="steps per round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="torch threads of both sides")
-    parser.add_argument("--micro-batch-size", type=int, default=None, help="sequences; 12 for char, 1 or 32 (GPU) for 124m")
+    parser.add_argument(
+        "--micro-batch-size",
+        type=int,
+        default=None,
+        help="sequences; 12 for char, 1 or 32 (GPU) for 124m",
+    )
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
     arguments = parser.parse_args()
     if not (arguments.nanogpt / "model.py").is_file():
-        parser.error(f"--nanogpt: {arguments.nanogpt} has no model.py; give the folder of a nanoGPT checkout")
+        parser.error(
+            f"--nanogpt: {arguments.nanogpt} has no model.py; give the folder of a nanoGPT checkout"
+        )
     return arguments
 
 

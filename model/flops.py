@@ -63,7 +63,10 @@ def flops_per_token(config: GPTConfig) -> int:
     is attention over a full context, the causal half that kernels skip included. (nanoGPT writes it 12 L H Q T.)
     Source: PaLM, arXiv:2204.02311, appendix B. GPT-2 124M, block 1024, no bias: 854,770,176.
     """
-    return 6 * parameter_count(config, positions=False) + 12 * config.n_layer * config.n_embd * config.block_size
+    return (
+        6 * parameter_count(config, positions=False)
+        + 12 * config.n_layer * config.n_embd * config.block_size
+    )
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
@@ -81,7 +84,9 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     return None
 
 
-def mfu(tokens_per_sec: float, config: GPTConfig, device_name: str, dtype: str, world_size: int = 1) -> float | None:
+def mfu(
+    tokens_per_sec: float, config: GPTConfig, device_name: str, dtype: str, world_size: int = 1
+) -> float | None:
     """Model FLOPs utilization, 0..1: what tokens_per_sec over all `world_size` devices takes, as a share of their peak.
 
     None where peak_flops knows no peak. Source: PaLM, arXiv:2204.02311, appendix B.

@@ -67,14 +67,18 @@ def generate(
 def _next_logits(model: GPT, tokens: Tensor, cache: KVCache | None) -> Tensor:
     """Logits after the last of `tokens`: (B, V) float32."""
     block_size = model.config.block_size
-    if cache is None or tokens.size(1) > block_size:  # no cache, or a window that slides: see the top of the file
+    if (
+        cache is None or tokens.size(1) > block_size
+    ):  # no cache, or a window that slides: see the top of the file
         logits, _ = model(tokens[:, -block_size:])
     else:
         logits, _ = model(tokens[:, cache.length :], cache=cache)
     return logits[:, -1].float()
 
 
-def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
+def _draw(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
+) -> Tensor:
     """One id for each row of `logits`: (B, V) -> (B, 1)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
@@ -86,17 +90,30 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torc
     return torch.multinomial(F.softmax(scaled, dim=-1), num_samples=1, generator=generator)
 
 
-def _check(model: GPT, tokens: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, n_vocab: int | None):
+def _check(
+    model: GPT,
+    tokens: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    n_vocab: int | None,
+):
     vocab_size = model.config.vocab_size
     if tokens.dim() != 2 or not tokens.numel():
-        raise ValueError(f"a prompt of shape (B, T) with at least one token is needed, got {tuple(tokens.shape)}")
+        raise ValueError(
+            f"a prompt of shape (B, T) with at least one token is needed, got {tuple(tokens.shape)}"
+        )
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
-        raise ValueError(f"ids {int(tokens.min())}..{int(tokens.max())} do not lie in 0..{vocab_size - 1}")
+        raise ValueError(
+            f"ids {int(tokens.min())}..{int(tokens.max())} do not lie in 0..{vocab_size - 1}"
+        )
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     if not temperature >= 0:
         raise ValueError(f"temperature must be at least 0 (0 is greedy), got {temperature!r}")
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k} (leave it out to draw from the whole vocabulary)")
+        raise ValueError(
+            f"top_k must be at least 1, got {top_k} (leave it out to draw from the whole vocabulary)"
+        )
     if n_vocab is not None and not 1 <= n_vocab <= vocab_size:
         raise ValueError(f"n_vocab must lie in 1..{vocab_size}, got {n_vocab}")

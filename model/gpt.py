@@ -48,11 +48,15 @@ class GPTConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: heads share it equally")
+            raise ValueError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: heads share it equally"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+            raise ValueError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
+            )
 
 
 class LayerCache:
@@ -68,7 +72,10 @@ class LayerCache:
         """Store k and v, each (B, H, T, D), and return all that is stored, each (B, H, S, D)."""
         b, h, t, d = k.shape
         if self.keys is None:  # only now are batch, dtype (autocast!) and device known
-            self.keys, self.values = k.new_empty(b, h, self.capacity, d), v.new_empty(b, h, self.capacity, d)
+            self.keys, self.values = (
+                k.new_empty(b, h, self.capacity, d),
+                v.new_empty(b, h, self.capacity, d),
+            )
         end = self.length + t
         assert end <= self.capacity, f"{end} tokens in a cache of {self.capacity}"
         self.keys[:, :, self.length : end] = k
@@ -114,7 +121,9 @@ class CausalSelfAttention(nn.Module):
         is_causal = k.size(2) == t
         assert is_causal or t == 1, "after the prompt a cache takes one token at a time"
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=is_causal
+        )  # (B, H, T, D)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(b, t, c)))  # (B, T, C)
 
 
@@ -166,12 +175,19 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
                 residual = name.endswith("c_proj.weight")
-                parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+                parameter.normal_(
+                    std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                )
             elif name.endswith("bias"):
                 parameter.zero_()
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, *, reduction: str = "mean", cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Logits, and with targets the loss.
 
@@ -185,7 +201,9 @@ class GPT(nn.Module):
         start = cache.length if cache is not None else 0
         end = start + tokens.size(1)
         if end > self.config.block_size:
-            raise ValueError(f"{end} tokens do not fit into block_size={self.config.block_size}: crop or window them")
+            raise ValueError(
+                f"{end} tokens do not fit into block_size={self.config.block_size}: crop or window them"
+            )
         # A slice, not a look-up: positions are consecutive, and its gradient needs no scatter.
         x = self.transformer.wte(tokens) + self.transformer.wpe.weight[start:end]  # (B, T, C)
         x = self.transformer.drop(x)
@@ -211,7 +229,9 @@ class GPT(nn.Module):
         Raises ValueError where the model has fewer positions than that.
         """
         if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f"block_size={block_size} must lie in 1..{self.config.block_size}, what the model has")
+            raise ValueError(
+                f"block_size={block_size} must lie in 1..{self.config.block_size}, what the model has"
+            )
         self.config = replace(self.config, block_size=block_size)
         self.transformer.wpe = nn.Embedding.from_pretrained(
             self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False
@@ -223,5 +243,7 @@ def _loss(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
     flat = logits.float().view(-1, logits.size(-1))  # (B*T, V)
-    loss = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED_TARGET, reduction=reduction)
+    loss = F.cross_entropy(
+        flat, targets.reshape(-1), ignore_index=IGNORED_TARGET, reduction=reduction
+    )
     return loss.view(targets.shape) if reduction == "none" else loss  # (B, T) or ()

@@ -39,14 +39,18 @@ class Schedule:
         if self.kind not in KINDS:
             raise ValueError(f"schedule kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.decay_shape not in DECAY_SHAPES:
-            raise ValueError(f"decay_shape must be one of {', '.join(DECAY_SHAPES)}, got {self.decay_shape!r}")
+            raise ValueError(
+                f"decay_shape must be one of {', '.join(DECAY_SHAPES)}, got {self.decay_shape!r}"
+            )
         if not 0 <= self.max_lr < math.inf:
             raise ValueError(f"max_lr must be a finite number of at least 0, got {self.max_lr!r}")
         for name in ("min_lr_ratio", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)!r}")
         if self.warmup_steps < 0 or self.decay_steps < 1:
-            raise ValueError(f"need warmup_steps >= 0, decay_steps >= 1, got {self.warmup_steps}, {self.decay_steps}")
+            raise ValueError(
+                f"need warmup_steps >= 0, decay_steps >= 1, got {self.warmup_steps}, {self.decay_steps}"
+            )
         decay_start = wsd_decay_start(self) if self.kind == "wsd" else self.decay_steps
         if self.kind not in HORIZON_FREE and self.warmup_steps > decay_start:
             raise ValueError(
@@ -75,7 +79,9 @@ def cosine(schedule: Schedule, step: int) -> float:
     >>> cosine(Schedule("cosine", 1.0, min_lr_ratio=0.0, decay_steps=4), 2)
     0.5
     """
-    return _between(schedule, _cosine_shape(_progress(step, schedule.warmup_steps, schedule.decay_steps)))
+    return _between(
+        schedule, _cosine_shape(_progress(step, schedule.warmup_steps, schedule.decay_steps))
+    )
 
 
 def linear(schedule: Schedule, step: int) -> float:
@@ -84,7 +90,9 @@ def linear(schedule: Schedule, step: int) -> float:
     >>> linear(Schedule("linear", 1.0, min_lr_ratio=0.0, decay_steps=4), 3)
     0.25
     """
-    return _between(schedule, _linear_shape(_progress(step, schedule.warmup_steps, schedule.decay_steps)))
+    return _between(
+        schedule, _linear_shape(_progress(step, schedule.warmup_steps, schedule.decay_steps))
+    )
 
 
 def wsd(schedule: Schedule, step: int) -> float:
@@ -103,7 +111,9 @@ def wsd(schedule: Schedule, step: int) -> float:
     # At the start p is 0, and the formula may miss by a bit the peak that longer runs have there.
     if step < start or step == start < schedule.decay_steps:
         return schedule.max_lr
-    return _between(schedule, DECAY_SHAPES[schedule.decay_shape](_progress(step, start, schedule.decay_steps)))
+    return _between(
+        schedule, DECAY_SHAPES[schedule.decay_shape](_progress(step, start, schedule.decay_steps))
+    )
 
 
 def constant(schedule: Schedule, step: int) -> float:
@@ -125,7 +135,10 @@ def inverse_sqrt(schedule: Schedule, step: int) -> float:
     >>> [inverse_sqrt(s, step) for step in (3, 15, 10**6)]
     [1.0, 0.5, 0.1]
     """
-    return max(schedule.max_lr * schedule.min_lr_ratio, schedule.max_lr * math.sqrt((schedule.warmup_steps + 1) / (step + 1)))
+    return max(
+        schedule.max_lr * schedule.min_lr_ratio,
+        schedule.max_lr * math.sqrt((schedule.warmup_steps + 1) / (step + 1)),
+    )
 
 
 def wsd_decay_start(schedule: Schedule) -> int:

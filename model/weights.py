@@ -22,7 +22,9 @@ _IN_BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_pr
 _MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks that older versions stored as buffers
 
 GPT2_SIZES: dict[str, GPTConfig] = {
-    name: GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd, activation="gelu_tanh")
+    name: GPTConfig(
+        vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd, activation="gelu_tanh"
+    )
     for name, n_layer, n_head, n_embd in (
         ("gpt2", 12, 12, 768),
         ("gpt2-medium", 24, 16, 1024),
@@ -80,7 +82,9 @@ def to_huggingface(state_dict: StateDict) -> StateDict:
     for module in _modules(state_dict):
         weight = state_dict[f"{module}.weight"]  # (out, in), or (C,) in a LayerNorm
         if f"{module}.bias" not in theirs:
-            theirs[f"{module}.bias"] = torch.zeros_like(weight[:, 0] if weight.dim() == 2 else weight)
+            theirs[f"{module}.bias"] = torch.zeros_like(
+                weight[:, 0] if weight.dim() == 2 else weight
+            )
     return theirs
 
 
@@ -95,10 +99,14 @@ def config_from_huggingface(config: dict) -> GPTConfig:
             raise ValueError(f"config.json has {key}={config[key]!r}; only {ours!r} can be loaded")
     activation = config.get("activation_function", "gelu_new")
     if activation not in _ACTIVATION_FROM_HF:
-        raise ValueError(f"config.json has activation_function={activation!r}, not {', '.join(_ACTIVATION_FROM_HF)}")
+        raise ValueError(
+            f"config.json has activation_function={activation!r}, not {', '.join(_ACTIVATION_FROM_HF)}"
+        )
     n_embd = config.get("n_embd", 768)
     if config.get("n_inner") not in (None, 4 * n_embd):
-        raise ValueError(f"config.json has n_inner={config['n_inner']!r}; only 4 * n_embd = {4 * n_embd} can be loaded")
+        raise ValueError(
+            f"config.json has n_inner={config['n_inner']!r}; only 4 * n_embd = {4 * n_embd} can be loaded"
+        )
     return GPTConfig(
         block_size=config.get("n_positions", 1024),
         vocab_size=config.get("vocab_size", 50257),
@@ -160,12 +168,17 @@ def _without_masks(state_dict: StateDict) -> StateDict:
 
 
 def _transpose(state_dict: StateDict) -> StateDict:
-    return {name: t.t().contiguous() if name.endswith(_TRANSPOSED) else t for name, t in state_dict.items()}
+    return {
+        name: t.t().contiguous() if name.endswith(_TRANSPOSED) else t
+        for name, t in state_dict.items()
+    }
 
 
 def _modules(state_dict: StateDict) -> list[str]:
     """Names of all modules with a weight and, in a model with biases, a bias, for as many blocks as are there."""
-    found = {match[1] for name in state_dict if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
+    found = {
+        match[1] for name in state_dict if (match := re.match(r"transformer\.h\.(\d+)\.", name))
+    }
     blocks = [f"transformer.h.{i}.{part}" for i in range(len(found)) for part in _IN_BLOCK]
     return [*blocks, "transformer.ln_f"]
 
@@ -178,7 +191,9 @@ def _check_names(state_dict: StateDict):
         expected |= {f"{module}.bias" for module in modules}
     missing, unexpected = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
     if missing or unexpected:
-        raise ValueError(f"not the weights of a GPT-2: missing {_some(missing)}; unexpected {_some(unexpected)}")
+        raise ValueError(
+            f"not the weights of a GPT-2: missing {_some(missing)}; unexpected {_some(unexpected)}"
+        )
     if len(modules) == 1:
         raise ValueError("not the weights of a GPT-2: there is no transformer.h.0")
 

@@ -3,7 +3,10 @@
 import errno
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_AGAIN, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: the user's to mend, once nothing else can be done
+NO_ROOM = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+)  # of an OSError: the user's to mend, once nothing else can be done
 
 
 class HeldError(RuntimeError):

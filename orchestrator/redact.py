@@ -7,8 +7,19 @@ from typing import Any
 REDACTED = "[redacted]"
 
 
-_SECRET_WORDS = {"token", "secret", "secrets", "password", "passwd", "passphrase", "pwd", "key", "apikey", "credential",
-                 "credentials"}
+_SECRET_WORDS = {
+    "token",
+    "secret",
+    "secrets",
+    "password",
+    "passwd",
+    "passphrase",
+    "pwd",
+    "key",
+    "apikey",
+    "credential",
+    "credentials",
+}
 
 
 _SECRET_SHAPES = re.compile(
@@ -16,7 +27,9 @@ _SECRET_SHAPES = re.compile(
     r"|\b(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abprs]-|dapi)[A-Za-z0-9_-]{16,}"
     r"|\bA[KS]IA[A-Z0-9]{16}\b"
     r"|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+"
-    r"|(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}", re.DOTALL)
+    r"|(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}",
+    re.DOTALL,
+)
 
 
 _USERINFO = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")
@@ -25,13 +38,18 @@ _USERINFO = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")
 _PARAMETER = re.compile(r"""(?P<head>[?&](?P<name>[^=&#\s]+)=)(?P<value>[^&#\s"']+)""")
 
 
-_ASSIGNMENT = re.compile(r"""(?P<head>(?P<quote>["']?)(?P<name>[A-Za-z_][\w.-]*)(?P=quote)\s*[=:]\s*)"""
-                         r"""(?P<value>"[^"]*"|'[^']*'|[^\s&,;}"']+)""")
+_ASSIGNMENT = re.compile(
+    r"""(?P<head>(?P<quote>["']?)(?P<name>[A-Za-z_][\w.-]*)(?P=quote)\s*[=:]\s*)"""
+    r"""(?P<value>"[^"]*"|'[^']*'|[^\s&,;}"']+)"""
+)
 
 
 def redact(facts: dict[str, Any]) -> dict[str, Any]:
     """The same dict without secrets: values of keys named like one, and what looks like one inside any text."""
-    return {k: REDACTED if _names_secret(k) and v not in (None, "") else _redact_value(v) for k, v in facts.items()}
+    return {
+        k: REDACTED if _names_secret(k) and v not in (None, "") else _redact_value(v)
+        for k, v in facts.items()
+    }
 
 
 def redact_text(text: str) -> str:
@@ -39,7 +57,10 @@ def redact_text(text: str) -> str:
     for value in _environment_secrets():
         text = text.replace(value, REDACTED)
     text = _SECRET_SHAPES.sub(REDACTED, _USERINFO.sub(REDACTED, text))
-    for rule in (_PARAMETER, _ASSIGNMENT):  # `https:` is an assignment too, and would have a whole query for its value
+    for rule in (
+        _PARAMETER,
+        _ASSIGNMENT,
+    ):  # `https:` is an assignment too, and would have a whole query for its value
         text = rule.sub(lambda m: m["head"] + REDACTED if _names_secret(m["name"]) else m[0], text)
     return text
 

@@ -28,7 +28,13 @@ def number(value: Any) -> str:
     """Integers and floats with separators, floats below 1,000 with four decimals, the rest as it is."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return (
+        f"{value:,}"
+        if isinstance(value, int)
+        else f"{value:,.4f}"
+        if abs(value) < 1000
+        else f"{value:,.0f}"
+    )
 
 
 def clip(text: str, width: int) -> str:
@@ -36,7 +42,7 @@ def clip(text: str, width: int) -> str:
     if len(text) <= width:
         return text
     tail = (width - 1) // 2
-    return f"{text[: width - 1 - tail]}…{text[len(text) - tail:]}"
+    return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
@@ -51,12 +57,19 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     short = {}
     for group in groups.values():
         kept = [i for i in range(len(group[0])) if len({parts[i] for parts in group}) > 1]
-        short |= {"_".join(parts): "_".join(parts[i] for i in kept) or "_".join(parts) for parts in group}
+        short |= {
+            "_".join(parts): "_".join(parts[i] for i in kept) or "_".join(parts) for parts in group
+        }
     return short if len(set(short.values())) == len(short) else {name: name for name in short}
 
 
 def aligned(lines: list[list[str]], left: Iterable[int]) -> str:
     """Columns two spaces apart; those in `left` to the left, the rest, numbers, to the right."""
     left, widths = set(left), [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) if i in left else cell.rjust(w)
-                               for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i in left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

@@ -57,8 +57,12 @@ class Options(argparse.ArgumentParser):
     """argparse for commands with options of their own; a wrong one is a `UserError`, one line and status 2."""
 
     def __init__(self, doc: str, **settings):
-        super().__init__(description=doc.strip(), formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False, **settings)
+        super().__init__(
+            description=doc.strip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **settings,
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists what there is")
@@ -80,13 +84,20 @@ def at_least(least: int | float) -> Callable[[str], int | float]:
     return parse
 
 
-def experiment_command(doc: str, run: Callable[[Any], int], *, dry_run: Callable[[Any], int] | None = None,
-                       load: Callable[[Path, list[str]], Any] = load_experiment, docs: Callable[[], Docs] = field_docs,
-                       default: Path = DEFAULT) -> None:
+def experiment_command(
+    doc: str,
+    run: Callable[[Any], int],
+    *,
+    dry_run: Callable[[Any], int] | None = None,
+    load: Callable[[Path, list[str]], Any] = load_experiment,
+    docs: Callable[[], Docs] = field_docs,
+    default: Path = DEFAULT,
+) -> None:
     """`[EXPERIMENT.yaml] [section.field=value …] [--dry-run]`, without a file `default`.
 
     `load` makes what `run` and `dry_run` take out of the path and the words; `docs` gives the fields that `--help` lists.
     """
+
     def main(argv: list[str]) -> int:
         if {"-h", "--help"} & set(argv):
             print(help_text(doc, dry_run is not None, docs()))
@@ -106,16 +117,28 @@ def split_words(words: list[str], default: Path = DEFAULT) -> tuple[Path, list[s
     """The experiment's path, in front, and the overrides."""
     files = [w for w in words if "=" not in w]
     if len(files) > 1:
-        raise UserError(f"'{files[1]}': one experiment at a time; overrides are section.field=value")
+        raise UserError(
+            f"'{files[1]}': one experiment at a time; overrides are section.field=value"
+        )
     return Path(files[0]) if files else default, [w for w in words if "=" in w]
 
 
 def help_text(doc: str, dry: bool, docs: Docs | None = None) -> str:
     """The command's description and every field (of `docs`, else of an experiment) with its type and default."""
-    lines = [doc.strip(), "", "usage: [EXPERIMENT.yaml] [section.field=value …]" + (" [--dry-run]" if dry else ""), "",
-             "fields (type; default):"]
+    lines = [
+        doc.strip(),
+        "",
+        "usage: [EXPERIMENT.yaml] [section.field=value …]" + (" [--dry-run]" if dry else ""),
+        "",
+        "fields (type; default):",
+    ]
     for key, field in (docs or field_docs()).items():
-        default = "null" if field["default"] is None else str(field["default"]).lower() if isinstance(
-            field["default"], bool) else field["default"]
+        default = (
+            "null"
+            if field["default"] is None
+            else str(field["default"]).lower()
+            if isinstance(field["default"], bool)
+            else field["default"]
+        )
         lines += [f"  {key}  ({field['type']}; {default})", f"      {field['description']}"]
     return "\n".join(lines)

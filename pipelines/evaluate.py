@@ -56,22 +56,42 @@ class Progress:
 
     @staticmethod
     def _say(line: str) -> None:
-        terminal = sys.stderr.isatty()  # there the line is written over, and gone before the table comes
+        terminal = (
+            sys.stderr.isatty()
+        )  # there the line is written over, and gone before the table comes
         end = "\r" if terminal else "\n"
         print(f"{line:<60}" if terminal else line, end=end, file=sys.stderr, flush=True)
 
 
 def options() -> Options:
     parser = Options(__doc__)
-    parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", help=(
-        "a run's name or folder (its latest valid checkpoint), or a checkpoint's folder"))
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value", help=(
-        f"what is another here: {', '.join(FREE)}"))
-    parser.add_argument("--split", choices=("val", "train"), default="val", help="what to measure it on (val)")
-    parser.add_argument("--tokens", metavar="N", type=at_least(2), help="only the first N tokens of it (all)")
-    parser.add_argument("--best", action="store_true", help="of a run: the checkpoint with the lowest val loss")
-    parser.add_argument("--device", default="auto", help="auto (the first GPU if there is one), cpu, cuda:1 …")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of matrix products (the run's)")
+    parser.add_argument(
+        "model",
+        metavar="RUN_OR_CHECKPOINT",
+        help=("a run's name or folder (its latest valid checkpoint), or a checkpoint's folder"),
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.field=value",
+        help=(f"what is another here: {', '.join(FREE)}"),
+    )
+    parser.add_argument(
+        "--split", choices=("val", "train"), default="val", help="what to measure it on (val)"
+    )
+    parser.add_argument(
+        "--tokens", metavar="N", type=at_least(2), help="only the first N tokens of it (all)"
+    )
+    parser.add_argument(
+        "--best", action="store_true", help="of a run: the checkpoint with the lowest val loss"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (the first GPU if there is one), cpu, cuda:1 …"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of matrix products (the run's)"
+    )
     return parser
 
 
@@ -79,9 +99,13 @@ def main(argv: list[str]) -> int:
     args = options().parse_intermixed_args(argv)
     for word in args.overrides:
         if word.partition("=")[0] not in FREE or "=" not in word:
-            raise UserError(f"'{word}': an evaluation takes everything from the checkpoint but {', '.join(FREE)}")
+            raise UserError(
+                f"'{word}': an evaluation takes everything from the checkpoint but {', '.join(FREE)}"
+            )
     overrides = args.overrides + ([f"train.dtype={args.dtype}"] if args.dtype else [])
-    trained = open_checkpoint(find_checkpoint(args.model, best=args.best), find_device(args.device), overrides)
+    trained = open_checkpoint(
+        find_checkpoint(args.model, best=args.best), find_device(args.device), overrides
+    )
     dataset = tokens_of(trained)
     started = time.monotonic()
     result, size = measure(trained, dataset, args.split, args.tokens)
@@ -89,18 +113,26 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def measure(trained: Trained, dataset: Manifest, split: str, tokens: int | None) -> tuple[EvalResult, int]:
+def measure(
+    trained: Trained, dataset: Manifest, split: str, tokens: int | None
+) -> tuple[EvalResult, int]:
     """The loss over the split's first `tokens` tokens (None: all), and the bytes of its targets."""
     stream = TokenStream(dataset.directory, split)
     limit = min(tokens or stream.tokens, stream.tokens)
-    batches = eval_batches(stream, trained.model.config.block_size, trained.experiment.train.micro_batch_size, limit)
+    batches = eval_batches(
+        stream, trained.model.config.block_size, trained.experiment.train.micro_batch_size, limit
+    )
     targets = EvalSet(batches, trained.tokenizer.byte_lengths)
     targets.batches = Progress(batches, every_s=0.5 if sys.stderr.isatty() else 30)
-    result = targets.evaluate(trained.model, torch.device(trained.device), autocast(trained.experiment, trained.device))
+    result = targets.evaluate(
+        trained.model, torch.device(trained.device), autocast(trained.experiment, trained.device)
+    )
     return result, targets.bytes
 
 
-def rows(trained: Trained, dataset: Manifest, split: str, result: EvalResult, size: int, seconds: float) -> dict:
+def rows(
+    trained: Trained, dataset: Manifest, split: str, result: EvalResult, size: int, seconds: float
+) -> dict:
     """The table's lines; `size` in bytes."""
     n_vocab, step = trained.tokenizer.n_vocab, trained.manifest["step"]
     return {
@@ -112,13 +144,16 @@ def rows(trained: Trained, dataset: Manifest, split: str, result: EvalResult, si
         "bits per byte": f"{result.bits_per_byte:.6f}",
         "targets": f"{result.tokens:,} tokens, {size:,} bytes",
         "computed": f"in {trained.experiment.train.dtype} on {device_name(trained.device)}, "
-                    f"{result.tokens / seconds:,.0f} tokens/s",
+        f"{result.tokens / seconds:,.0f} tokens/s",
     }
 
 
 def compared(trained: Trained, dataset: Manifest, split: str, result: EvalResult) -> str | None:
     """The val loss that training logged at this step, where it was measured on the same targets."""
-    logged, there = trained.manifest.get("metrics", {}).get("val/loss"), dataset.splits["val"].tokens
+    logged, there = (
+        trained.manifest.get("metrics", {}).get("val/loss"),
+        dataset.splits["val"].tokens,
+    )
     measured = min(trained.experiment.train.eval_tokens or there, there) - 1
     if logged is None or split != "val" or result.tokens != measured:
         return None

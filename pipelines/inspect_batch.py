@@ -29,11 +29,26 @@ LIKELIEST = 5
 
 def options() -> Options:
     parser = Options(__doc__, epilog="fields of an experiment: pipelines/train.py --help")
-    parser.add_argument("words", nargs="*", default=[], metavar="EXPERIMENT.yaml | section.field=value", help=(
-        "an experiment (configs/quickstart.yaml) and what to change in it"))
-    parser.add_argument("--step", metavar="N", type=at_least(0), default=0, help="updates done before this batch (0)")
-    parser.add_argument("--rows", metavar="N", type=at_least(1), default=2, help="sequences of it to show (2)")
-    parser.add_argument("--device", default="auto", help="auto (the first GPU if there is one), cpu, cuda:1 …")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        default=[],
+        metavar="EXPERIMENT.yaml | section.field=value",
+        help=("an experiment (configs/quickstart.yaml) and what to change in it"),
+    )
+    parser.add_argument(
+        "--step",
+        metavar="N",
+        type=at_least(0),
+        default=0,
+        help="updates done before this batch (0)",
+    )
+    parser.add_argument(
+        "--rows", metavar="N", type=at_least(1), default=2, help="sequences of it to show (2)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (the first GPU if there is one), cpu, cuda:1 …"
+    )
     return parser
 
 
@@ -60,9 +75,18 @@ def main(argv: list[str]) -> int:
 def show_batch(experiment: Experiment, step: int, batch: Batch) -> None:
     """Shapes, and the one statement that makes a batch a batch."""
     shape = f"{batch.inputs.dtype}, (B, T): B sequences of T tokens"
-    print(f"{experiment.name}, step {step} → {step + 1}: micro-batch 1 of {experiment.micro_batches}")
-    print(table({"inputs": f"{batch.inputs.shape} {shape}", "targets": f"{batch.targets.shape} {shape}",
-                 "targets are the inputs moved by one": batch.moved_by_one}))
+    print(
+        f"{experiment.name}, step {step} → {step + 1}: micro-batch 1 of {experiment.micro_batches}"
+    )
+    print(
+        table(
+            {
+                "inputs": f"{batch.inputs.shape} {shape}",
+                "targets": f"{batch.targets.shape} {shape}",
+                "targets are the inputs moved by one": batch.moved_by_one,
+            }
+        )
+    )
 
 
 def show_row(row: int, batch: Batch, dataset: Manifest, tokenizer: Tokenizer) -> None:
@@ -79,21 +103,34 @@ def show_row(row: int, batch: Batch, dataset: Manifest, tokenizer: Tokenizer) ->
 def show_model(experiment: Experiment, model, tokenizer: Tokenizer, result: Forward) -> None:
     """The vocabulary, what goes in and comes out, and the loss beside that of a uniform guess."""
     rows, real, source = model.config.vocab_size, tokenizer.n_vocab, experiment.train.init_from
-    padded, unpadded = (" rows (padded)", f" (ln {real:,} = {math.log(real):.4f})") if rows != real else (" rows", "")
-    print(f"\nmodel ({'random weights' if source == 'scratch' else f'weights of {source}'})\n" + table({
-        "vocabulary": f"n_vocab {real:,} ids of {tokenizer.name}, vocab_size {rows:,}{padded}",
-        "length": f"{model.config.block_size:,} tokens of context",
-        "parameters": f"{model.num_parameters():,}",
-        "logits with targets": f"{result.with_targets} (B, T, V): a guess at every position",
-        "logits without": f"{result.without_targets} (B, 1, V): the last position alone",
-        "loss at initialisation" if source == "scratch" else "loss": f"{result.loss:.4f} nats per token",
-        "ln(vocab)": f"{math.log(rows):.4f} = ln {rows:,}, the loss of a uniform guess{unpadded}",
-    }))
+    padded, unpadded = (
+        (" rows (padded)", f" (ln {real:,} = {math.log(real):.4f})")
+        if rows != real
+        else (" rows", "")
+    )
+    print(
+        f"\nmodel ({'random weights' if source == 'scratch' else f'weights of {source}'})\n"
+        + table(
+            {
+                "vocabulary": f"n_vocab {real:,} ids of {tokenizer.name}, vocab_size {rows:,}{padded}",
+                "length": f"{model.config.block_size:,} tokens of context",
+                "parameters": f"{model.num_parameters():,}",
+                "logits with targets": f"{result.with_targets} (B, T, V): a guess at every position",
+                "logits without": f"{result.without_targets} (B, 1, V): the last position alone",
+                "loss at initialisation"
+                if source == "scratch"
+                else "loss": f"{result.loss:.4f} nats per token",
+                "ln(vocab)": f"{math.log(rows):.4f} = ln {rows:,}, the loss of a uniform guess{unpadded}",
+            }
+        )
+    )
 
 
 def show_next(row: int, result: Forward, tokenizer: Tokenizer) -> None:
     """The likeliest tokens after a row's inputs."""
-    print(f"\nlikeliest next tokens after row {row} (a uniform guess gives each {1 / tokenizer.n_vocab:.6f})")
+    print(
+        f"\nlikeliest next tokens after row {row} (a uniform guess gives each {1 / tokenizer.n_vocab:.6f})"
+    )
     for i, p in zip(result.next_ids[row], result.probabilities[row], strict=True):
         print(f"  {p:.6f}  {i:>6}  {quoted(tokenizer, [i])}")
 

@@ -18,11 +18,18 @@ def main(experiment: Experiment) -> int:
     started = time.monotonic()
     directory = dataset_dir(experiment.data, storage_root(experiment))
     manifest = prepare(experiment.data, directory)
-    rows = {"folder": directory, "tokenizer": f"{manifest.tokenizer['name']}, {manifest.tokenizer['n_vocab']:,} ids"}
+    rows = {
+        "folder": directory,
+        "tokenizer": f"{manifest.tokenizer['name']}, {manifest.tokenizer['n_vocab']:,} ids",
+    }
     for name, split in manifest.splits.items():
-        rows[name] = (f"{split.tokens:,} tokens, {split.documents:,} documents, "
-                      f"{split.bytes / split.tokens:.3f} bytes/token, {len(split.shards)} shards")
-    print(f"\ntokens\n{table({**rows, 'digest': manifest.digest[:16], 'time': duration(time.monotonic() - started)})}")
+        rows[name] = (
+            f"{split.tokens:,} tokens, {split.documents:,} documents, "
+            f"{split.bytes / split.tokens:.3f} bytes/token, {len(split.shards)} shards"
+        )
+    print(
+        f"\ntokens\n{table({**rows, 'digest': manifest.digest[:16], 'time': duration(time.monotonic() - started)})}"
+    )
     print("\nnext: pipelines/train.py with the same experiment and overrides")
     return EXIT_DONE
 

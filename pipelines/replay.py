@@ -35,12 +35,24 @@ from pipelines.common import Options, at_least, guarded
 
 def main(argv: list[str]) -> int:
     parser = Options(__doc__)
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or its name in $ESPALIER_STORAGE (else runs)")
-    parser.add_argument("--steps", metavar="A:B", help=(
-        "steps A to B, either may be left out (from the last checkpoint but one to the end)"))
-    parser.add_argument("--keep", action="store_true", help="keep what was made again also where it is equal")
-    parser.add_argument("--deadline", metavar="S", type=at_least(1.0), default=60.0, help=(
-        "seconds for MLflow to take the verdict (60)"))
+    parser.add_argument(
+        "run", metavar="RUN", help="a run's folder, or its name in $ESPALIER_STORAGE (else runs)"
+    )
+    parser.add_argument(
+        "--steps",
+        metavar="A:B",
+        help=("steps A to B, either may be left out (from the last checkpoint but one to the end)"),
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="keep what was made again also where it is equal"
+    )
+    parser.add_argument(
+        "--deadline",
+        metavar="S",
+        type=at_least(1.0),
+        default=60.0,
+        help=("seconds for MLflow to take the verdict (60)"),
+    )
     args = parser.parse_args(argv)
     run_dir, steps = find_run(args.run), parse_steps(args.steps)
     lease.check(run_dir)  # who writes there removes checkpoints
@@ -51,7 +63,10 @@ def main(argv: list[str]) -> int:
     path = replay.keep(run_dir, folder, result)
     if result.equal and not args.keep:
         shutil.rmtree(folder)
-    rows = result.rows() | {"verdict in": path, "made again in": folder if folder.exists() else None}
+    rows = result.rows() | {
+        "verdict in": path,
+        "made again in": folder if folder.exists() else None,
+    }
     print(f"\n{run_dir.name}\n{table(rows)}\n{result.sentence()}", flush=True)
     send(run_dir, experiment, args.deadline)
     return EXIT_DONE if result.equal else EXIT_FAILED
@@ -64,12 +79,20 @@ def make(run: Recorded, s: Stretch, experiment: Experiment) -> tuple[Verdict, Pa
     storage = run.run_dir.parents[2 if run.run_dir.parent.name == "trials" else 0]
     dataset = find_tokens(experiment, wanted, storage)
     device = replay.device_of(run, s)
-    print(f"replaying steps {s.first:,}..{s.last:,} of {run.run_dir} from {begin} on {device}, "
-          f"tokens of {dataset.directory}", flush=True)
+    print(
+        f"replaying steps {s.first:,}..{s.last:,} of {run.run_dir} from {begin} on {device}, "
+        f"tokens of {dataset.directory}",
+        flush=True,
+    )
     folder = replay.new_folder(run.run_dir)
     try:
-        result = replay.replay(run, s, dataset, folder, lambda line: print(
-            format_record(line, s.last, experiment.tokens_per_step), flush=True))
+        result = replay.replay(
+            run,
+            s,
+            dataset,
+            folder,
+            lambda line: print(format_record(line, s.last, experiment.tokens_per_step), flush=True),
+        )
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -82,22 +105,31 @@ def send(run_dir: Path, experiment: Experiment, deadline_s: float) -> None:
         print("this run is not tracked (it holds no run.json): the verdict stays in its folder")
         return
     if (run_dir.parents[1] / "sweep.yaml").exists():
-        print(f"pipelines/replay_metrics.py {run_dir.parents[1]} sends the verdict to MLflow, with the sweep")
+        print(
+            f"pipelines/replay_metrics.py {run_dir.parents[1]} sends the verdict to MLflow, with the sweep"
+        )
         return
     uri = resolve_uri(experiment, run_dir.parent)
     if not tracking.replay(run_dir, uri, experiment.tracking.experiment, deadline_s):
-        print(f"{redact_text(uri)} did not take the verdict; pipelines/replay_metrics.py {run_dir} sends it later")
+        print(
+            f"{redact_text(uri)} did not take the verdict; pipelines/replay_metrics.py {run_dir} sends it later"
+        )
 
 
 def find_run(word: str) -> Path:
     """The absolute folder of a run given by path or by name."""
-    places = [Path(word).expanduser(), Path(os.environ.get("ESPALIER_STORAGE") or "runs").expanduser() / word]
+    places = [
+        Path(word).expanduser(),
+        Path(os.environ.get("ESPALIER_STORAGE") or "runs").expanduser() / word,
+    ]
     for place in (p.absolute() for p in places):
         if (place / "sweep.yaml").exists():
             raise UserError(f"'{word}': is a sweep; give one of its trials, {place}/trials/…")
         if (place / "metrics.jsonl").is_file() or (place / "checkpoints").is_dir():
             return place
-    raise UserError(f"'{word}': no run there (looked for metrics.jsonl in {' and '.join(map(str, places))})")
+    raise UserError(
+        f"'{word}': no run there (looked for metrics.jsonl in {' and '.join(map(str, places))})"
+    )
 
 
 def parse_steps(text: str | None) -> tuple[int | None, int | None] | None:

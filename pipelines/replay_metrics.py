@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Send to MLflow what a run or a sweep had to leave behind when its server was away. Doing it twice changes nothing.
 
-  pipelines/replay_metrics.py quickstart
-  pipelines/replay_metrics.py sweep-schedules        # the sweep and all its trials
-  pipelines/replay_metrics.py runs/quickstart --deadline 600
+pipelines/replay_metrics.py quickstart
+pipelines/replay_metrics.py sweep-schedules        # the sweep and all its trials
+pipelines/replay_metrics.py runs/quickstart --deadline 600
 """
 
 import os
@@ -20,9 +20,19 @@ from pipelines.common import Options, at_least, guarded
 
 def main(argv: list[str]) -> int:
     parser = Options(__doc__)
-    parser.add_argument("run", metavar="RUN", help="folder of a run or a sweep, or its name in $ESPALIER_STORAGE (else runs)")
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        help="folder of a run or a sweep, or its name in $ESPALIER_STORAGE (else runs)",
+    )
     parser.add_argument("--uri", help="MLflow to send to (default: where the experiment says)")
-    parser.add_argument("--deadline", metavar="S", type=at_least(1.0), default=300.0, help="seconds to try for (300)")
+    parser.add_argument(
+        "--deadline",
+        metavar="S",
+        type=at_least(1.0),
+        default=300.0,
+        help="seconds to try for (300)",
+    )
     args = parser.parse_args(argv)
     run_dir = find_run(args.run)
     trials = sorted(run_dir.glob("trials/*/experiment.yaml"))  # a sweep's trials are tracked alike
@@ -40,13 +50,20 @@ def main(argv: list[str]) -> int:
 
 def find_run(word: str) -> Path:
     """The absolute folder of a run or a sweep given by path or by name."""
-    places = [Path(word).expanduser(), Path(os.environ.get("ESPALIER_STORAGE") or "runs").expanduser() / word]
+    places = [
+        Path(word).expanduser(),
+        Path(os.environ.get("ESPALIER_STORAGE") or "runs").expanduser() / word,
+    ]
     for place in (p.absolute() for p in places):
         if (place / "run.json").is_file():
             if place.parent.name == "trials" and (place.parents[1] / "sweep.yaml").exists():
-                raise UserError(f"'{word}': a trial is sent with its sweep; give {place.parents[1]}")
+                raise UserError(
+                    f"'{word}': a trial is sent with its sweep; give {place.parents[1]}"
+                )
             return place
-    raise UserError(f"'{word}': no run there (looked for run.json in {' and '.join(map(str, places))})")
+    raise UserError(
+        f"'{word}': no run there (looked for run.json in {' and '.join(map(str, places))})"
+    )
 
 
 if __name__ == "__main__":

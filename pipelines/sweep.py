@@ -27,5 +27,11 @@ def show(sweep: Sweep) -> int:
 
 
 if __name__ == "__main__":
-    experiment_command(__doc__, run, load=load_sweep, dry_run=show, docs=sweep_docs,
-                       default=DEFAULT.with_name("sweep-schedules.yaml"))
+    experiment_command(
+        __doc__,
+        run,
+        load=load_sweep,
+        dry_run=show,
+        docs=sweep_docs,
+        default=DEFAULT.with_name("sweep-schedules.yaml"),
+    )

@@ -26,14 +26,23 @@ ENVIRONMENT = {
 
 def main(argv: list[str]) -> int:
     parser = Options(__doc__)
-    parser.add_argument("storage", nargs="?", type=Path, default=Path(os.environ.get("ESPALIER_STORAGE") or "runs"),
-                        help="folder of the runs ($ESPALIER_STORAGE, else runs)")
-    parser.add_argument("--port", metavar="N", type=at_least(1), default=UI_PORT, help=f"on 127.0.0.1 ({UI_PORT})")
+    parser.add_argument(
+        "storage",
+        nargs="?",
+        type=Path,
+        default=Path(os.environ.get("ESPALIER_STORAGE") or "runs"),
+        help="folder of the runs ($ESPALIER_STORAGE, else runs)",
+    )
+    parser.add_argument(
+        "--port", metavar="N", type=at_least(1), default=UI_PORT, help=f"on 127.0.0.1 ({UI_PORT})"
+    )
     args = parser.parse_args(argv)
     store = store_path(args.storage.expanduser())
     if not store.is_file():
-        raise UserError(f"{args.storage}: holds no tracked runs ({store} is missing); give the storage of a run as "
-                        f"argument or in ESPALIER_STORAGE")
+        raise UserError(
+            f"{args.storage}: holds no tracked runs ({store} is missing); give the storage of a run as "
+            f"argument or in ESPALIER_STORAGE"
+        )
     check_port(args.port)
     print("\n".join(links(store.parent.parent, args.port)), flush=True)
     serve(store, args.port)
@@ -47,8 +56,10 @@ def check_port(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or "no such port"
-            raise UserError(f"--port: {port} cannot be had ({reason}); take another, for example "
-                            f"--port {port + 1 if port < 65535 else UI_PORT}") from None
+            raise UserError(
+                f"--port: {port} cannot be had ({reason}); take another, for example "
+                f"--port {port + 1 if port < 65535 else UI_PORT}"
+            ) from None
 
 
 def links(storage: Path, port: int) -> list[str]:
@@ -58,7 +69,10 @@ def links(storage: Path, port: int) -> list[str]:
         state = json.loads(file.read_text("utf-8"))
         if state["uri"].startswith("sqlite") and state["experiment_id"]:
             found[state["experiment_id"]] = state["experiment"]
-    pages = [f"{name}: {experiment_url(f'http://127.0.0.1:{port}', number)}" for number, name in found.items()]
+    pages = [
+        f"{name}: {experiment_url(f'http://127.0.0.1:{port}', number)}"
+        for number, name in found.items()
+    ]
     return pages or [f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning"]
 
 
@@ -66,9 +80,22 @@ def serve(store: Path, port: int) -> NoReturn:
     """Become MLflow's server: one worker, loopback, nothing written outside the store's folder."""
     # MLflow starts uvicorn by name, which is beside this Python even where its environment is not activated.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{store}",
-               "--artifacts-destination", str(store.parent / "artifacts"), "--host", "127.0.0.1", "--port", str(port),
-               "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        f"sqlite:///{store}",
+        "--artifacts-destination",
+        str(store.parent / "artifacts"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     os.execve(sys.executable, command, {**os.environ, **ENVIRONMENT, "PATH": path})
 
 

@@ -12,7 +12,9 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
 os.environ["RAY_AUTH_MODE"] = "token"  # Ray reads these when it is imported
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-os.environ["GOMP_SPINCOUNT"] = "1000"  # as launch.py sets it for workers: spinning threads starve each other
+os.environ["GOMP_SPINCOUNT"] = (
+    "1000"  # as launch.py sets it for workers: spinning threads starve each other
+)
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("ESPALIER_STORAGE", None)
@@ -50,7 +52,20 @@ def ray_cluster(ray_head):
 def tiny_corpus(tmp_path_factory) -> Path:
     """60 kB of sentences from a small grammar, so that a small model has something to learn."""
     draw = random.Random(0)
-    words = ["the cat", "a dog", "one bird", "sees", "hears", "follows", "the moon", "a river", "no one", "and", "or", "but"]
+    words = [
+        "the cat",
+        "a dog",
+        "one bird",
+        "sees",
+        "hears",
+        "follows",
+        "the moon",
+        "a river",
+        "no one",
+        "and",
+        "or",
+        "but",
+    ]
     text = " ".join(draw.choice(words) + draw.choice(["", "", "", ",", ".\n"]) for _ in range(8000))
     file = tmp_path_factory.mktemp("corpus") / "tiny.txt"
     file.write_text(text, "utf-8")
@@ -64,7 +79,9 @@ def tiny_dataset(tiny_corpus, tmp_path_factory, ray_cluster) -> Path:
     from orchestrator.data.prepare import prepare
 
     directory = tmp_path_factory.mktemp("tokens") / "tiny"
-    prepare(load_experiment(None, [f"data.corpus={tiny_corpus}", "data.tokenizer=char"]).data, directory)
+    prepare(
+        load_experiment(None, [f"data.corpus={tiny_corpus}", "data.tokenizer=char"]).data, directory
+    )
     return directory
 
 

@@ -26,21 +26,40 @@ import sweep as bench  # noqa: E402
 
 @pytest.fixture
 def arguments():
-    return Namespace(corpus="builtin:stdlib", storage=None, layers=1, width=16, eval_tokens=64, steps=180, seeds=2,
-                     probe_step=None, probe_steps=None, workers=2, chains=2, stages=3)
+    return Namespace(
+        corpus="builtin:stdlib",
+        storage=None,
+        layers=1,
+        width=16,
+        eval_tokens=64,
+        steps=180,
+        seeds=2,
+        probe_step=None,
+        probe_steps=None,
+        workers=2,
+        chains=2,
+        stages=3,
+    )
 
 
 def trials_of(tree) -> dict[str, Trial]:
     """The trials of a sweep's file, without its tokens."""
     base, settings = parse_sweep(tree, "test")
-    return {s.name: Trial(s.name, f"seed {s.experiment.train.seed}",
-                          Rates(s.experiment.lr_schedule()).first(s.experiment.train.max_steps))
-            for s in expand(base.model_dump(), settings)}
+    return {
+        s.name: Trial(
+            s.name,
+            f"seed {s.experiment.train.seed}",
+            Rates(s.experiment.lr_schedule()).first(s.experiment.train.max_steps),
+        )
+        for s in expand(base.model_dump(), settings)
+    }
 
 
 @pytest.fixture
 def grid(arguments):
-    return trials_of(bench.experiment_tree(arguments, "x", bench.grid18(180), 180, eval_interval=10))
+    return trials_of(
+        bench.experiment_tree(arguments, "x", bench.grid18(180), 180, eval_interval=10)
+    )
 
 
 # ---- what is swept ----
@@ -51,20 +70,31 @@ def test_the_tree_of_a_study_has_its_distinct_prefixes_and_no_more(arguments, st
     assert len(trials) == count
     assert sum(t.steps for t in trials) == pytest.approx(asked * 180)
     assert len({t.key(t.steps) for t in trials}) == count  # no two are one trial under two names
-    assert sum(s.steps for s in grow(trials)) == bench.distinct_prefixes(trials) < sum(t.steps for t in trials)
+    assert (
+        sum(s.steps for s in grow(trials))
+        == bench.distinct_prefixes(trials)
+        < sum(t.steps for t in trials)
+    )
 
 
 def test_a_wrong_count_of_prefixes_would_be_seen():
     rates = np.linspace(1.0, 2.0, 5)
-    trials = [Trial("a", "root", rates), Trial("b", "root", rates[:3]), Trial("c", "other", rates[:2])]
+    trials = [
+        Trial("a", "root", rates),
+        Trial("b", "root", rates[:3]),
+        Trial("c", "other", rates[:2]),
+    ]
     assert bench.distinct_prefixes(trials) == 5 + 0 + 2
 
 
-@pytest.mark.parametrize("alone", [
-    {"a": ("f0", 1.0), "b": ("aa", 2.5)},
-    {"a": ("f0", 1.0), "b": ("ab", math.nextafter(2.5, 3))},
-    {"a": ("f0", 1.0)},
-])
+@pytest.mark.parametrize(
+    "alone",
+    [
+        {"a": ("f0", 1.0), "b": ("aa", 2.5)},
+        {"a": ("f0", 1.0), "b": ("ab", math.nextafter(2.5, 3))},
+        {"a": ("f0", 1.0)},
+    ],
+)
 def test_one_bit_that_differs_ends_the_benchmark(alone):
     tree = {"a": ("f0", 1.0), "b": ("ab", 2.5)}
     bench.check_same(tree, dict(tree))
@@ -77,7 +107,10 @@ def test_a_chain_makes_the_same_states_as_its_one_stage(arguments):
     trials = tuple(trials_of(stage_overhead.chains_tree(arguments, 12)).values())
     one = stage_overhead.Plan(trials, tuple(grow(trials)))
     many = stage_overhead.cut(Namespace(plan=one), 4).plan
-    assert [s.steps for s in one.stages] == [12, 12]  # as many chains as were asked for, which share nothing
+    assert [s.steps for s in one.stages] == [
+        12,
+        12,
+    ]  # as many chains as were asked for, which share nothing
     assert [s.steps for s in many.stages] == [4] * 6
     assert {s.id for s in one.stages} == {s.id for s in many.stages if s.ends}
     assert many.steps_to_run == one.steps_to_run
@@ -98,7 +131,9 @@ def test_rungs_are_those_of_tunes_asha():
 
 
 def test_halving_keeps_the_best_third_at_each_rung():
-    curves = {str(n): {10: float(n), 30: float(-n)} for n in range(18)}  # the order turns round between the rungs
+    curves = {
+        str(n): {10: float(n), 30: float(-n)} for n in range(18)
+    }  # the order turns round between the rungs
     stopped = stopping.halving(curves, [10, 30], 3)
     assert {name for name, rung in stopped.items() if rung == 10} == {str(n) for n in range(6, 18)}
     assert set(curves) - set(stopped) == {"4", "5"}
@@ -114,12 +149,15 @@ def grid_with(finals: dict[str, float], probes: dict[str, float]) -> stopping.Gr
     return stopping.Grid({}, {}, {}, finals, probes, {})
 
 
-@pytest.mark.parametrize(("probes", "margin"), [
-    ({"a": 2.0, "b": 2.0, "c": 3.0}, 0.0),
-    ({"a": 2.034, "b": 2.0, "c": 3.0}, 0.04),
-    ({"a": 2.07, "b": 2.0, "c": 3.0}, 0.07),
-    ({"a": 2.5, "b": 2.0, "c": 2.4}, 0.5),
-])
+@pytest.mark.parametrize(
+    ("probes", "margin"),
+    [
+        ({"a": 2.0, "b": 2.0, "c": 3.0}, 0.0),
+        ({"a": 2.034, "b": 2.0, "c": 3.0}, 0.04),
+        ({"a": 2.07, "b": 2.0, "c": 3.0}, 0.07),
+        ({"a": 2.5, "b": 2.0, "c": 2.4}, 0.5),
+    ],
+)
 def test_the_margin_is_the_smallest_without_regret(probes, margin):
     finals = {"a": 1.0, "b": 1.2, "c": 1.1}
     found = stopping.least_margin(grid_with(finals, probes))
@@ -143,7 +181,11 @@ def test_regret_is_against_the_best_of_all():
 def test_steps_of_stopped_trials_are_the_distinct_prefixes_that_are_left(grid):
     names = list(grid)
     assert stopping.steps_shared(grid, {}) == bench.distinct_prefixes(grid.values())
-    for stopped in ({names[0]: 60}, dict.fromkeys(names, 20), dict(zip(names, itertools.cycle((20, 60)), strict=False))):
+    for stopped in (
+        {names[0]: 60},
+        dict.fromkeys(names, 20),
+        dict(zip(names, itertools.cycle((20, 60)), strict=False)),
+    ):
         left = [Trial(n, t.root, t.rates[: stopped.get(n, t.steps)]) for n, t in grid.items()]
         assert stopping.steps_shared(grid, stopped) == bench.distinct_prefixes(left)
     probe = Trial("probe", grid[names[0]].root, np.append(grid[names[0]].rates[:60], np.zeros(5)))
@@ -153,7 +195,10 @@ def test_steps_of_stopped_trials_are_the_distinct_prefixes_that_are_left(grid):
 def test_every_rung_and_the_half_are_evaluations(arguments):
     for steps in range(18, 900, 18):
         every = steps // stopping.EVALUATIONS
-        assert all(step % every == 0 for step in (*stopping.rungs(max(every, steps // 9), steps, 3), steps // 2)), steps
+        assert all(
+            step % every == 0
+            for step in (*stopping.rungs(max(every, steps // 9), steps, 3), steps // 2)
+        ), steps
     with pytest.raises(UserError, match="--steps 100: give a multiple of 18"):
         stopping.main(["--steps", "100"])
 
@@ -162,7 +207,9 @@ def test_the_rank_correlation_is_the_closed_form_and_counts_ties_at_their_mean()
     draw = np.random.default_rng(0)
     for _ in range(20):
         a, b = draw.permutation(9), draw.permutation(9)
-        expected = 1 - 6 * ((a - b) ** 2).sum() / (9 * (81 - 1))  # Spearman's formula, exact without ties
+        expected = 1 - 6 * ((a - b) ** 2).sum() / (
+            9 * (81 - 1)
+        )  # Spearman's formula, exact without ties
         assert stopping.rank_correlation(a * 2.0 + 1, np.exp(b)) == pytest.approx(expected)
     assert stopping.rank_correlation([1, 2, 2, 3], [1, 2.5, 2.5, 4]) == pytest.approx(1.0)
     assert list(stopping._ranks(np.array([5.0, 1.0, 5.0, math.inf]))) == [2.5, 1.0, 2.5, 4.0]
@@ -177,30 +224,57 @@ def test_a_table_is_markdown_and_its_columns_fit(grid):
     made = stopping.Grid(grid, peaks, curves, finals, dict(finals), {})
     rows = stopping.rows({1: made, 2: made}, [20, 60], 60, 0.0)
     assert [row[:2] for row in rows] == [
-        ["none", "1"], ["none", "2"], ["asha", "1"], ["asha", "2"],
-        ["anneal_probe, margin 0.00", "1 (margin chosen here)"], ["anneal_probe, margin 0.00", "2"],
-        ["anneal_probe, margin 0.05 (default)", "1"], ["anneal_probe, margin 0.05 (default)", "2"]]
+        ["none", "1"],
+        ["none", "2"],
+        ["asha", "1"],
+        ["asha", "2"],
+        ["anneal_probe, margin 0.00", "1 (margin chosen here)"],
+        ["anneal_probe, margin 0.00", "2"],
+        ["anneal_probe, margin 0.05 (default)", "1"],
+        ["anneal_probe, margin 0.05 (default)", "2"],
+    ]
     assert [row[4] for row in rows] == [18, 18, 2, 2, 1, 1, 1, 1]
     assert rows[0][5] == f"{bench.distinct_prefixes(grid.values()):,}"
-    assert stopping.correlations({1: made}, 90) == [["0.001", "-1.00"], ["0.003", "-1.00"], ["0.01", "-1.00"]]
+    assert stopping.correlations({1: made}, 90) == [
+        ["0.001", "-1.00"],
+        ["0.003", "-1.00"],
+        ["0.01", "-1.00"],
+    ]
     lines = bench.markdown(["a", "b"], [[1, "x"], [2, "y"]]).splitlines()
     assert lines == ["| a | b |", "|---|---|", "| 1 | x |", "| 2 | y |"]
 
 
 # ---- the cost of a checkpoint ----
 def test_a_checkpoints_seconds_are_shares_of_the_synchronous_write_of_their_round():
-    seconds = {"torch.save": [3.0, 4.0], "synchronous": [2.0, 4.0], "pause": [0.1, 0.4], "both": [11.0, 14.0],
-               "alone": [10.0, 10.0]}
+    seconds = {
+        "torch.save": [3.0, 4.0],
+        "synchronous": [2.0, 4.0],
+        "pause": [0.1, 0.4],
+        "both": [11.0, 14.0],
+        "alone": [10.0, 10.0],
+    }
     assert checkpoint_bench.rows(5, seconds) == [
         ["torch.save and fsync, without a hash", "3.500", "1.250 (1.000 – 1.500)"],
         ["synchronous: copied, written, hashed, committed", "3.000", "1.000 (1.000 – 1.000)"],
         ["background: pause of training", "0.250", "0.075 (0.050 – 0.100)"],
-        ["background: cost to 5 steps of 2000 ms, pause included", "2.500", "0.750 (0.500 – 1.000)"]]
+        [
+            "background: cost to 5 steps of 2000 ms, pause included",
+            "2.500",
+            "0.750 (0.500 – 1.000)",
+        ],
+    ]
 
 
 def test_the_benchmark_of_checkpoints_writes_whole_states_and_leaves_nothing(tmp_path, capsys):
-    checkpoint_bench.main(["--config", "small", "--device", "cpu", "--rounds", "4", "--folder", str(tmp_path)])
+    checkpoint_bench.main(
+        ["--config", "small", "--device", "cpu", "--rounds", "4", "--folder", str(tmp_path)]
+    )
     lines = capsys.readouterr().out.splitlines()
     assert "119,104 parameters, a state of 0.00 GB" in lines[0]
-    assert [line.split()[1] for line in lines[4:]] == ["torch.save", "synchronous:", "background:", "background:"]
+    assert [line.split()[1] for line in lines[4:]] == [
+        "torch.save",
+        "synchronous:",
+        "background:",
+        "background:",
+    ]
     assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,9 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 REPO = Path(__file__).resolve().parent.parent
 TEXT = (REPO / "cluster.yaml").read_text("utf-8")
-SCHEMA = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text("utf-8"))
+SCHEMA = json.loads(
+    (Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text("utf-8")
+)
 NOTE = '#!/bin/sh\n{ echo "$(basename "$0") $*"; env; } > "$HOME/calls/$(basename "$0")-$1-$$"\n'
 
 
@@ -37,7 +39,9 @@ def strict(schema: dict) -> dict:
         part = parts.pop()
         if "properties" in part and "if" not in part:
             part["additionalProperties"] = False
-        parts += [v for group in ("properties", "patternProperties") for v in part.get(group, {}).values()]
+        parts += [
+            v for group in ("properties", "patternProperties") for v in part.get(group, {}).values()
+        ]
     return schema
 
 
@@ -45,14 +49,18 @@ def strict(schema: dict) -> dict:
 def test_ray_accepts_it():
     prepared = prepare_config(config())
     validate_config(prepared)
-    assert "0.0.0.0" not in json.dumps(prepared)  # Ray's default opens the dashboard to all: remote code execution
+    assert "0.0.0.0" not in json.dumps(
+        prepared
+    )  # Ray's default opens the dashboard to all: remote code execution
 
 
 def test_every_key_is_one_that_ray_knows():
     jsonschema.validate(config(), strict(SCHEMA))
 
 
-@pytest.mark.parametrize("path", [(), ("provider",), ("auth",), ("available_node_types", "gpu_worker")])
+@pytest.mark.parametrize(
+    "path", [(), ("provider",), ("auth",), ("available_node_types", "gpu_worker")]
+)
 def test_a_misspelled_key_is_noticed_at_every_level(path):
     wrong = config()
     at = wrong
@@ -79,12 +87,17 @@ def home(tmp_path_factory) -> Path:
     programs = home / "espalier-venv" / "bin"
     for folder in (programs, home / "stubs", home / "calls"):
         folder.mkdir(parents=True)
-    noted = [*(programs / n for n in ("ray", "mlflow", "pip")), *(home / "stubs" / n for n in ("sudo", "python3"))]
+    noted = [
+        *(programs / n for n in ("ray", "mlflow", "pip")),
+        *(home / "stubs" / n for n in ("sudo", "python3")),
+    ]
     for path in noted:
         path.write_text(NOTE)
         path.chmod(0o755)
     # Not yet there when asked first, there when asked again.
-    (programs / "curl").write_text('#!/bin/sh\ntest -e "$HOME/asked" || { touch "$HOME/asked"; exit 22; }\n')
+    (programs / "curl").write_text(
+        '#!/bin/sh\ntest -e "$HOME/asked" || { touch "$HOME/asked"; exit 22; }\n'
+    )
     (programs / "mkdir").write_text('#!/bin/sh\necho "$*" >> "$HOME/made"\n')
     (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     for name in ("curl", "mkdir", "python"):
@@ -95,7 +108,10 @@ def home(tmp_path_factory) -> Path:
             target.parent.mkdir(exist_ok=True)
             shutil.copy(REPO / here, target)
     merged = prepare_config(config())
-    for command in [*merged["head_setup_commands"], *merged["setup_commands"]]:  # twice: `ray up` may come again
+    for command in [
+        *merged["head_setup_commands"],
+        *merged["setup_commands"],
+    ]:  # twice: `ray up` may come again
         execute(command, home, f"{home / 'stubs'}:/usr/bin:/bin")
     return home
 
@@ -105,8 +121,15 @@ def execute(command: str, home: Path, path: str = "/usr/bin:/bin") -> None:
     # A login shell sets its own PATH; what stands for the system's programs is put before it again.
     again = f"export PATH={path}; " if "stubs" in path else ""
     environment = {"HOME": str(home), "PATH": path, "RAY_HEAD_IP": "10.0.0.1"}
-    done = subprocess.run(" ".join(_with_interactive(again + command)), shell=True, env=environment, timeout=60,
-                          capture_output=True, text=True, start_new_session=True)
+    done = subprocess.run(
+        " ".join(_with_interactive(again + command)),
+        shell=True,
+        env=environment,
+        timeout=60,
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
 
@@ -136,7 +159,9 @@ def test_the_start_commands_are_ones_that_ray_and_mlflow_understand(started):
     from mlflow.cli import server
     from ray.scripts.scripts import start
 
-    head, worker = (start.make_context("start", started[kind][0][1:]).params for kind in ("head", "worker"))
+    head, worker = (
+        start.make_context("start", started[kind][0][1:]).params for kind in ("head", "worker")
+    )
     assert head["head"]
     assert head["dashboard_host"] == "127.0.0.1"
     assert worker["address"] == f"10.0.0.1:{head['port']}"
@@ -146,7 +171,10 @@ def test_the_start_commands_are_ones_that_ray_and_mlflow_understand(started):
     assert tracking["host"] == "127.0.0.1"
     assert str(tracking["workers"]) == "1"
     assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
-    for place in (tracking["backend_store_uri"].removeprefix("sqlite:///"), tracking["artifacts_destination"]):
+    for place in (
+        tracking["backend_store_uri"].removeprefix("sqlite:///"),
+        tracking["artifacts_destination"],
+    ):
         assert Path(place).is_relative_to(environment["ESPALIER_STORAGE"])
 
 
@@ -154,7 +182,9 @@ def test_the_start_commands_are_ones_that_ray_and_mlflow_understand(started):
 def test_every_machine_asks_for_the_token_and_knows_where_runs_live(kind, started, home):
     environment = started[kind][1]
     assert environment["RAY_AUTH_MODE"] == "token"
-    assert "RAY_AUTH_TOKEN" not in environment  # it is read from its file: an environment is shown in too many places
+    assert (
+        "RAY_AUTH_TOKEN" not in environment
+    )  # it is read from its file: an environment is shown in too many places
     assert "~/.ray/auth_token" in config()["file_mounts"]
     assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
     mounts = [args for args, _ in calls(home, "sudo") if args[0] == "mount"]
@@ -170,11 +200,24 @@ def test_every_variable_is_one_that_somebody_reads(started):
     from ray.dashboard.modules.job import job_supervisor
 
     ours = "".join(p.read_text("utf-8") for p in (REPO / "orchestrator").glob("*.py"))
-    theirs = "".join(map(inspect.getsource, (mlflow.environment_variables, authentication_token_setup, usage_constants,
-                                             usage_lib, job_supervisor)))
+    theirs = "".join(
+        map(
+            inspect.getsource,
+            (
+                mlflow.environment_variables,
+                authentication_token_setup,
+                usage_constants,
+                usage_lib,
+                job_supervisor,
+            ),
+        )
+    )
     exported = set(re.findall(r"export (\w+)=", TEXT)) | set(re.findall(r"(MLFLOW_\w+)=", TEXT))
     assert {n for n in exported if n not in ("PATH",) and f'"{n}"' not in ours + theirs} == set()
-    assert {n for n in exported if n.startswith("ESPALIER_")} == {"ESPALIER_STORAGE", "ESPALIER_AUTOSCALING"}
+    assert {n for n in exported if n.startswith("ESPALIER_")} == {
+        "ESPALIER_STORAGE",
+        "ESPALIER_AUTOSCALING",
+    }
     assert int(started["head"][1]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 30
 
 
@@ -184,8 +227,13 @@ def test_the_machines_get_the_projects_dependencies_in_the_tested_versions(home)
     assert constraints == {"constraints.txt"}
     assert not [a for args in installs for a in args if "==" in a or "://" in a]
     asked = (home / "espalier-setup" / "requirements.txt").read_text("utf-8").splitlines()
-    assert asked == tomllib.loads((REPO / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
-    pinned = dict(line.lower().split("==") for line in (REPO / "constraints.txt").read_text("utf-8").split())
+    assert (
+        asked
+        == tomllib.loads((REPO / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    )
+    pinned = dict(
+        line.lower().split("==") for line in (REPO / "constraints.txt").read_text("utf-8").split()
+    )
     assert {re.match(r"[\w-]+", requirement)[0] for requirement in asked} <= set(pinned)
     assert pinned["ray"] == ray.__version__  # the version whose schema has checked this file
 

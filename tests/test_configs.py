@@ -59,7 +59,12 @@ def test_the_known_numbers_come_out(name):
     e = by_name(name)
     facts = model_facts(e, n_vocab)
     steps = steps or e.train.max_steps
-    assert (e.tokens_per_step, e.train.max_steps, e.micro_batches, e.slots) == (tokens, steps, micro_batches, slots)
+    assert (e.tokens_per_step, e.train.max_steps, e.micro_batches, e.slots) == (
+        tokens,
+        steps,
+        micro_batches,
+        slots,
+    )
     assert (facts["parameters"], facts["parameters_without_positions"]) == (total, without)
     assert (facts["decayed_tensors"], facts["decayed_parameters"]) == decayed
     assert (facts["undecayed_tensors"], facts["undecayed_parameters"]) == kept
@@ -101,7 +106,10 @@ def test_every_sweep_has_a_test_of_its_own():
 def test_the_sweep_of_schedules_runs_two_fifths_of_what_it_asks():
     sweep = load_sweep(SWEEPS[0])
     assert parse_sweep(read_yaml(sweep.to_yaml(), "again"), "again") == (sweep.base, sweep.settings)
-    trials = [Trial(s.name, "", Rates(s.experiment.lr_schedule()).first(s.experiment.train.max_steps)) for s in sweep.trials]
+    trials = [
+        Trial(s.name, "", Rates(s.experiment.lr_schedule()).first(s.experiment.train.max_steps))
+        for s in sweep.trials
+    ]
     tree = plan(trials)
     assert (len(trials), tree.steps_asked, tree.steps_in_tree) == (21, 15750, 6381)
     assert sweep.base.data.corpus == "builtin:stdlib"  # no download
@@ -111,6 +119,10 @@ def test_the_sweep_of_schedules_runs_two_fifths_of_what_it_asks():
 def test_shakespeare_is_fetched_with_the_hash_that_is_known():
     known = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
     corpora = {path.stem: load_experiment(path).data.corpus for path in CONFIGS}
-    fetched = {name for name, corpus in corpora.items() if isinstance(corpus, str) and corpus.startswith("https://")}
+    fetched = {
+        name
+        for name, corpus in corpora.items()
+        if isinstance(corpus, str) and corpus.startswith("https://")
+    }
     assert fetched == {"shakespeare", "shakespeare-char", "shakespeare-char-cpu", "finetune-gpt2"}
     assert all(corpora[name].endswith(f"#sha256={known}") for name in fetched)

@@ -19,12 +19,23 @@ from orchestrator.train.numerics import Worker
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
 SWEEPS = [path for path in CONFIGS if path.name.startswith("sweep-")]
-SMALL = ["model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "train.max_steps=2",
-         "train.log_interval=1", "train.eval_tokens=200", "schedule.warmup_steps=1", "compute.num_workers=1",
-         "train.compile=false"]  # torch.compile takes a minute on a CPU; its own runs are on GPUs
+SMALL = [
+    "model.n_layer=1",
+    "model.n_head=2",
+    "model.n_embd=16",
+    "model.block_size=16",
+    "train.max_steps=2",
+    "train.log_interval=1",
+    "train.eval_tokens=200",
+    "schedule.warmup_steps=1",
+    "compute.num_workers=1",
+    "train.compile=false",
+]  # torch.compile takes a minute on a CPU; its own runs are on GPUs
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in SWEEPS], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path not in SWEEPS], ids=lambda p: p.stem
+)
 def test_a_config_prepares_and_trains(path, ray_cluster, tiny_corpus, tmp_path, request):
     words = [*SMALL, f"storage={tmp_path}"]
     shipped = load_experiment(path)
@@ -36,7 +47,9 @@ def test_a_config_prepares_and_trains(path, ray_cluster, tiny_corpus, tmp_path, 
     if shipped.data.tokenizer == "gpt2":
         request.getfixturevalue("gpt2_ranks")
     if shipped.train.init_from == "gpt2":
-        words.append(f"train.init_from={_hugging_face_folder(load_experiment(path, words), tmp_path / 'weights')}")
+        words.append(
+            f"train.init_from={_hugging_face_folder(load_experiment(path, words), tmp_path / 'weights')}"
+        )
     experiment = load_experiment(path, words)
     data_dir = dataset_dir(experiment.data, tmp_path)
     prepare(experiment.data, data_dir)
@@ -60,7 +73,10 @@ def _hugging_face_folder(experiment, folder: Path) -> Path:
     folder.mkdir()
     torch.manual_seed(0)
     model = GPT(experiment.gpt_config(50257))
-    save_file({k: v.contiguous() for k, v in to_huggingface(model.state_dict()).items()}, folder / "model.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in to_huggingface(model.state_dict()).items()},
+        folder / "model.safetensors",
+    )
     (folder / "config.json").write_text(json.dumps(config_to_huggingface(model.config)), "utf-8")
     assert asdict(model.config)["activation"] == "gelu_tanh"
     return folder

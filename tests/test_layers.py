@@ -9,15 +9,35 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 ROOMS = ["model", "orchestrator", "pipelines"]  # each may import itself and what stands before it
 # The packages of orchestrator, lowest first: each may import itself and what stands before it.
-PACKAGES = ["config", "cluster", "data", "checkpoint", "runs", "train", "track", "cost", "workers", "sweep", "replay", "jobs"]
-APART = {("track", "train"), ("data", "checkpoint"), ("checkpoint", "data")}  # neither knows the other
+PACKAGES = [
+    "config",
+    "cluster",
+    "data",
+    "checkpoint",
+    "runs",
+    "train",
+    "track",
+    "cost",
+    "workers",
+    "sweep",
+    "replay",
+    "jobs",
+]
+APART = {
+    ("track", "train"),
+    ("data", "checkpoint"),
+    ("checkpoint", "data"),
+}  # neither knows the other
 ONLY_IN = {  # library: packages and modules that may import it
     "ray": {"cluster", "data/prepare", "workers", "sweep/tune"},
     "mlflow": {"track/mlflow", "track/sweep"},
     "tiktoken": {"data/tokenizer"},
     "pydantic": {"config"},
 }
-NEVER = {"train": {"ray", "mlflow"}, "track": {"torch"}}  # library: also not through a later change of ONLY_IN
+NEVER = {
+    "train": {"ray", "mlflow"},
+    "track": {"torch"},
+}  # library: also not through a later change of ONLY_IN
 FILES = sorted(path for room in ROOMS for path in (REPO / room).rglob("*.py"))
 
 
@@ -28,7 +48,10 @@ def imports(tree: ast.AST) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {"." * node.level + (node.module or ""), *(f"{node.module}.{alias.name}" for alias in node.names)}
+            found |= {
+                "." * node.level + (node.module or ""),
+                *(f"{node.module}.{alias.name}" for alias in node.names),
+            }
     return found
 
 
@@ -40,7 +63,9 @@ def calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
 def place_of(path: Path) -> str:
     """`train/loop` for orchestrator/train/loop.py; the bare name for a file that is in no package."""
     parts = path.with_suffix("").parts
-    return "/".join(parts[parts.index("orchestrator") + 1 :]) if "orchestrator" in parts else path.stem
+    return (
+        "/".join(parts[parts.index("orchestrator") + 1 :]) if "orchestrator" in parts else path.stem
+    )
 
 
 def package_of(path: Path) -> str | None:
@@ -57,7 +82,9 @@ def upward(package: str | None, module: str) -> str | None:
         return None
     if package == "":
         return f"files beside the packages may not import {module}"
-    if package in PACKAGES and (PACKAGES.index(parts[1]) > PACKAGES.index(package) or (package, parts[1]) in APART):
+    if package in PACKAGES and (
+        PACKAGES.index(parts[1]) > PACKAGES.index(package) or (package, parts[1]) in APART
+    ):
         return f"{package} may not import {module}"
     return None
 
@@ -82,7 +109,16 @@ def problems(path: Path, room: str, source: str) -> list[str]:
             found.append(f"{module} unpickles")
         if room == "model" and top not in sys.stdlib_module_names | {"torch", "model"}:
             found.append(f"model may not know {module}")
-        if room == "model" and top in ("os", "pathlib", "urllib", "socket", "subprocess", "requests", "http", "shutil"):
+        if room == "model" and top in (
+            "os",
+            "pathlib",
+            "urllib",
+            "socket",
+            "subprocess",
+            "requests",
+            "http",
+            "shutil",
+        ):
             found.append(f"model has no files and no network: {module}")
     return found + [p for name, call in calls(tree) for p in bad_call(path, name, call)]
 
@@ -93,7 +129,9 @@ def bad_call(path: Path, name: str, call: ast.Call) -> list[str]:
         return [f"{name}()"]
     if words.get("shell", "False") != "False" or words.get("allow_pickle", "False") != "False":
         return [f"{ast.unparse(call)[:80]}"]
-    if name.endswith("torch.load") and (place_of(path) != "train/init_from" or words.get("weights_only") != "True"):
+    if name.endswith("torch.load") and (
+        place_of(path) != "train/init_from" or words.get("weights_only") != "True"
+    ):
         return ["torch.load outside of init_from, or without weights_only=True"]
     if name.startswith("yaml.") and "load" in name.removeprefix("yaml."):
         loader = ast.unparse(call.args[1]) if len(call.args) > 1 else words.get("Loader", "")

@@ -17,7 +17,9 @@ from orchestrator.errors import UnreadableError, UserError
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
-PARTS = {"model.safetensors"}  # that each has; the other ones are refused by who reads them and finds them missing
+PARTS = {
+    "model.safetensors"
+}  # that each has; the other ones are refused by who reads them and finds them missing
 NAME = re.compile(r"^step-(\d{8,})$")
 _PART = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")  # a name in the folder, never a way out of it
 _MANIFEST_LIMIT = 1 << 20  # bytes; it has some thousands
@@ -31,7 +33,9 @@ def steps(directory: Path) -> list[int]:
     """Steps of the committed checkpoints in a run's `checkpoints/`, rising; verified is none of them."""
     names = os.listdir(directory) if Path(directory).is_dir() else []
     found = ((int(match[1]), match.string) for match in map(NAME.match, names) if match)
-    return sorted(step for step, name in found if path_of(directory, step).name == name)  # no `step-000000003`, nor other digits
+    return sorted(
+        step for step, name in found if path_of(directory, step).name == name
+    )  # no `step-000000003`, nor other digits
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -43,7 +47,9 @@ def verify(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     named = NAME.match(path.name)
     if named and int(named[1]) != manifest["step"]:
-        raise UserError(f"{path}: holds step {manifest['step']}, whatever its name says; give it back its name")
+        raise UserError(
+            f"{path}: holds step {manifest['step']}, whatever its name says; give it back its name"
+        )
     try:
         _verify_parts(path, manifest["parts"])
     except OSError as error:  # an unreadable sector, or it is being removed in this moment
@@ -57,11 +63,15 @@ def _verify_parts(path: Path, parts: dict[str, dict[str, Any]]) -> None:
             raise UserError(f"{path / name}: missing; the checkpoint is not whole, use another")
         size = (path / name).stat().st_size
         if size != part["size"]:
-            raise UserError(f"{path / name}: {size} bytes, written were {part['size']}; use another")
+            raise UserError(
+                f"{path / name}: {size} bytes, written were {part['size']}; use another"
+            )
     actual = _hash_parts([path / name for name in parts])
     for name, part in parts.items():
         if actual[name] != part:
-            raise UserError(f"{path / name}: its content is not what was written (SHA-256 differs); use another")
+            raise UserError(
+                f"{path / name}: its content is not what was written (SHA-256 differs); use another"
+            )
         if name.endswith(".safetensors"):
             _check_header(path / name)
 
@@ -90,22 +100,36 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         whole = False
     if not whole:
-        raise UserError(f"{path}: no checkpoint of this program (its {MANIFEST} is missing or changed)")
+        raise UserError(
+            f"{path}: no checkpoint of this program (its {MANIFEST} is missing or changed)"
+        )
     return manifest
 
 
 def _unreadable(path: Path, error: OSError) -> UnreadableError:
-    return UnreadableError(f"{error.filename or path}: cannot be read ({error.strerror}); use another checkpoint", error.errno)
+    return UnreadableError(
+        f"{error.filename or path}: cannot be read ({error.strerror}); use another checkpoint",
+        error.errno,
+    )
 
 
 def _has_shape(manifest: dict[str, Any]) -> bool:
     """Whether what everybody takes for granted is there: whoever can write a part can write its hash."""
     fingerprints = manifest["fingerprints"]
     cpus, device = (fingerprints["numerics"][key] for key in ("cpus_per_worker", "device"))
-    return (type(manifest["step"]) is int and isinstance(manifest.get("metrics", {}), dict)
-            and isinstance(fingerprints["data"], str) and type(cpus) is int and cpus > 0 and isinstance(device, str)
-            and manifest["parts"].keys() >= PARTS
-            and all(_PART.match(name) and part.keys() == {"size", "sha256"} for name, part in manifest["parts"].items()))
+    return (
+        type(manifest["step"]) is int
+        and isinstance(manifest.get("metrics", {}), dict)
+        and isinstance(fingerprints["data"], str)
+        and type(cpus) is int
+        and cpus > 0
+        and isinstance(device, str)
+        and manifest["parts"].keys() >= PARTS
+        and all(
+            _PART.match(name) and part.keys() == {"size", "sha256"}
+            for name, part in manifest["parts"].items()
+        )
+    )
 
 
 def _read_small(path: Path) -> bytes:

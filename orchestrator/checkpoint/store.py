@@ -39,8 +39,13 @@ _CHUNK = 4 << 20  # bytes hashed and written at a time, while they are in the pr
 _ASIDE = ".aside"
 
 
-def save(directory: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, str],
-         facts: dict[str, Any]) -> Path:
+def save(
+    directory: Path,
+    step: int,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    texts: dict[str, str],
+    facts: dict[str, Any],
+) -> Path:
     """Commit one checkpoint, here and now; returns its folder. A checkpoint of the same step is replaced.
 
     Args:
@@ -52,12 +57,18 @@ def save(directory: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]]
     return commit(directory, step, parts_of(tensor_file.fill({}, tensors), texts), facts)
 
 
-def parts_of(files: dict[str, tensor_file.TensorFile], texts: dict[str, str]) -> dict[str, bytes | memoryview]:
+def parts_of(
+    files: dict[str, tensor_file.TensorFile], texts: dict[str, str]
+) -> dict[str, bytes | memoryview]:
     """The bytes of a checkpoint's parts, by the names of their files."""
-    return {f"{name}.safetensors": file.data for name, file in files.items()} | {k: v.encode() for k, v in texts.items()}
+    return {f"{name}.safetensors": file.data for name, file in files.items()} | {
+        k: v.encode() for k, v in texts.items()
+    }
 
 
-def commit(directory: Path, step: int, parts: dict[str, bytes | memoryview], facts: dict[str, Any]) -> Path:
+def commit(
+    directory: Path, step: int, parts: dict[str, bytes | memoryview], facts: dict[str, Any]
+) -> Path:
     """Make the folder of `step` out of the bytes of its parts. Leaves nothing behind where it fails, and what was there as it was.
 
     Raises:
@@ -108,8 +119,9 @@ def latest_valid(directory: Path, warn=print, *, set_aside: bool = False) -> Pat
             return found
 
 
-def _first_valid(directory: Path, listed: list[int],
-                 known: set[int]) -> tuple[Path | None, dict[int, tuple[Path, UserError]], bool]:
+def _first_valid(
+    directory: Path, listed: list[int], known: set[int]
+) -> tuple[Path | None, dict[int, tuple[Path, UserError]], bool]:
     """(the newest valid one, by inode those after it that are not, whether one vanished before any was found)."""
     damaged: dict[int, tuple[Path, UserError]] = {}
     for path in (path_of(directory, step) for step in reversed(listed)):
@@ -139,7 +151,9 @@ def _inode(path: Path) -> int | None:
     return None
 
 
-def load_tensors(path: Path, name: str, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+def load_tensors(
+    path: Path, name: str, device: str | torch.device = "cpu"
+) -> dict[str, torch.Tensor]:
     """The tensors of part `name`; verify first."""
     return load_file(path / f"{name}.safetensors", device=str(device))
 
@@ -154,7 +168,9 @@ def _best(directory: Path, among: list[int]) -> int | None:
     for step in among:
         with contextlib.suppress(UserError):
             loss = read_manifest(path_of(directory, step)).get("metrics", {}).get("val/loss")
-            scored += [(loss, step)] if isinstance(loss, (int, float)) and math.isfinite(loss) else []
+            scored += (
+                [(loss, step)] if isinstance(loss, (int, float)) and math.isfinite(loss) else []
+            )
     return min(scored)[1] if scored else None
 
 
@@ -196,8 +212,11 @@ def _require_room(directory: Path, wanted: int) -> None:
     room = os.statvfs(directory)
     free = room.f_bavail * room.f_frsize
     if room.f_blocks and free < wanted + SPARE_BYTES:  # some network file systems know no sizes
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free:,} bytes free, {wanted + SPARE_BYTES:,} needed",
-                      str(directory))
+        raise OSError(
+            errno.ENOSPC,
+            f"{os.strerror(errno.ENOSPC)}: {free:,} bytes free, {wanted + SPARE_BYTES:,} needed",
+            str(directory),
+        )
 
 
 def _write(path: Path, data: bytes | memoryview) -> dict[str, Any]:
@@ -228,7 +247,10 @@ def _replace(temporary: Path, final: Path) -> None:
                 os.rename(temporary, final)
                 break
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # a reader put the old one back in this moment
+                if error.errno not in (
+                    errno.ENOTEMPTY,
+                    errno.EEXIST,
+                ):  # a reader put the old one back in this moment
                     raise
     except BaseException:
         _put_back(final.parent)

@@ -9,8 +9,18 @@ import json
 
 import torch
 
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-           torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _ALIGNMENT = 8
 
 
@@ -24,17 +34,26 @@ class TensorFile:
         for name in names:
             start, end = end, end + tensors[name].numel() * tensors[name].element_size()
             spans[name] = start, end
-            header[name] = {"dtype": _DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape),
-                            "data_offsets": [start, end]}
+            header[name] = {
+                "dtype": _DTYPES[tensors[name].dtype],
+                "shape": list(tensors[name].shape),
+                "data_offsets": [start, end],
+            }
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
         first = _ALIGNMENT + len(text)
         self._shapes = _shapes(tensors)
-        self._buffer = torch.empty(first + end, dtype=torch.uint8, pin_memory=any(t.is_cuda for t in tensors.values()))
+        self._buffer = torch.empty(
+            first + end, dtype=torch.uint8, pin_memory=any(t.is_cuda for t in tensors.values())
+        )
         self.data = memoryview(self._buffer.numpy())
         self.data[:first] = len(text).to_bytes(_ALIGNMENT, "little") + text
-        self._views = {name: self._buffer[first + start : first + end].view(tensors[name].dtype).view(tensors[name].shape)
-                       for name, (start, end) in spans.items()}
+        self._views = {
+            name: self._buffer[first + start : first + end]
+            .view(tensors[name].dtype)
+            .view(tensors[name].shape)
+            for name, (start, end) in spans.items()
+        }
 
     def fits(self, tensors: dict[str, torch.Tensor]) -> bool:
         """Whether the layout is that of `tensors`."""
@@ -46,10 +65,14 @@ class TensorFile:
             view.copy_(tensors[name].detach(), non_blocking=True)
 
 
-def fill(files: dict[str, TensorFile], tensors: dict[str, dict[str, torch.Tensor]]) -> dict[str, TensorFile]:
+def fill(
+    files: dict[str, TensorFile], tensors: dict[str, dict[str, torch.Tensor]]
+) -> dict[str, TensorFile]:
     """A filled file for each group of tensors, out of `files` where one fits; when it returns the bytes are there."""
-    files = {name: file if (file := files.get(name)) and file.fits(group) else TensorFile(group)
-             for name, group in tensors.items()}
+    files = {
+        name: file if (file := files.get(name)) and file.fits(group) else TensorFile(group)
+        for name, group in tensors.items()
+    }
     for name, group in tensors.items():
         files[name].fill(group)
     for device in {t.device for group in tensors.values() for t in group.values() if t.is_cuda}:

@@ -23,7 +23,11 @@ ENVIRONMENT = {
 # A thread that waits for another by spinning takes the CPU from it: beside one other busy process, two threads that spin
 # for libgomp's 300,000 rounds make a step 20 times slower. 1,000 rounds cost a few percent on an idle machine, none 70 %.
 WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
-PASSED_ON = ("GOMP_SPINCOUNT", "TIKTOKEN_CACHE_DIR", "XDG_CACHE_HOME")  # a node's own environment may lack them
+PASSED_ON = (
+    "GOMP_SPINCOUNT",
+    "TIKTOKEN_CACHE_DIR",
+    "XDG_CACHE_HOME",
+)  # a node's own environment may lack them
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,19 @@ def connect(environment: dict[str, str] | None = None) -> None:
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     # Ray tells at every start that a token protects the cluster, as it should.
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR,
-             **({"runtime_env": {"env_vars": environment}} if environment else {})}
+    quiet = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        **({"runtime_env": {"env_vars": environment}} if environment else {}),
+    }
     if address := os.environ.get("RAY_ADDRESS"):
         _probe(address)
         ray.init(**quiet)
     else:
         local_ray.start(**quiet)
-    atexit.register(ray.shutdown)  # before Ray's own, which first waits half a second for what workers might still print
+    atexit.register(
+        ray.shutdown
+    )  # before Ray's own, which first waits half a second for what workers might still print
     logging.getLogger("ray.train").setLevel(logging.WARNING)
 
 
@@ -67,15 +76,19 @@ def _probe(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
-        raise UserError(f"RAY_ADDRESS: no cluster answers at {address} ({error}); start one, or unset RAY_ADDRESS to use "
-                        f"this machine alone") from None
+        raise UserError(
+            f"RAY_ADDRESS: no cluster answers at {address} ({error}); start one, or unset RAY_ADDRESS to use "
+            f"this machine alone"
+        ) from None
 
 
 def job_id() -> str | None:
     """Ray's id of the submission, or of this driver where there is none; None without Ray."""
     import ray
 
-    return os.environ.get("RAY_JOB_ID") or (ray.get_runtime_context().get_job_id() if ray.is_initialized() else None)
+    return os.environ.get("RAY_JOB_ID") or (
+        ray.get_runtime_context().get_job_id() if ray.is_initialized() else None
+    )
 
 
 def has_several_nodes() -> bool:
@@ -88,8 +101,10 @@ def has_several_nodes() -> bool:
 def check_storage(storage: str) -> None:
     """Several nodes must see one folder, and a relative path is another one on each."""
     if has_several_nodes() and not Path(storage).expanduser().is_absolute():
-        raise UserError(f"storage: '{storage}' is relative and the cluster has or may get several nodes; set storage=… or "
-                        f"ESPALIER_STORAGE to an absolute path that all of them share")
+        raise UserError(
+            f"storage: '{storage}' is relative and the cluster has or may get several nodes; set storage=… or "
+            f"ESPALIER_STORAGE to an absolute path that all of them share"
+        )
 
 
 def capacity(asked: Layout) -> int:
@@ -97,7 +112,10 @@ def capacity(asked: Layout) -> int:
     import ray
 
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    return places([(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes], asked) // asked.num_workers
+    return (
+        places([(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes], asked)
+        // asked.num_workers
+    )
 
 
 def oom_causes() -> dict[tuple[str, int], str]:
@@ -108,7 +126,11 @@ def oom_causes() -> dict[tuple[str, int], str]:
         causes = {(a["Address"]["NodeID"], a["Pid"]): a["DeathCause"] for a in actors().values()}
     except Exception:  # the cluster is not there at this moment
         return {}
-    return {place: c.oom_context.error_message for place, c in causes.items() if c is not None and c.HasField("oom_context")}
+    return {
+        place: c.oom_context.error_message
+        for place, c in causes.items()
+        if c is not None and c.HasField("oom_context")
+    }
 
 
 def layout(experiment: Experiment, recorded: Layout | None = None) -> Layout:
@@ -123,52 +145,78 @@ def layout(experiment: Experiment, recorded: Layout | None = None) -> Layout:
     import ray
 
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    return resolve_layout(experiment, [(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes], recorded,
-                          grows=bool(os.environ.get("ESPALIER_AUTOSCALING")))
+    return resolve_layout(
+        experiment,
+        [(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes],
+        recorded,
+        grows=bool(os.environ.get("ESPALIER_AUTOSCALING")),
+    )
 
 
-def resolve_layout(experiment: Experiment, nodes: list[tuple[int, int]], recorded: Layout | None = None,
-                   grows: bool = False) -> Layout:
+def resolve_layout(
+    experiment: Experiment,
+    nodes: list[tuple[int, int]],
+    recorded: Layout | None = None,
+    grows: bool = False,
+) -> Layout:
     """`layout` as a pure function of `nodes`, a list of (CPUs, GPUs)."""
     c = experiment.compute
     cpus, gpus = sum(n[0] for n in nodes), sum(n[1] for n in nodes)
     if grows and not gpus and (c.use_gpu == "auto" or c.use_gpu and c.num_workers == "auto"):
-        raise UserError("compute.use_gpu: the cluster grows on demand and has no GPU yet; set compute.use_gpu to true or "
-                        "false, and compute.num_workers")
+        raise UserError(
+            "compute.use_gpu: the cluster grows on demand and has no GPU yet; set compute.use_gpu to true or "
+            "false, and compute.num_workers"
+        )
     use_gpu = gpus > 0 if c.use_gpu == "auto" else c.use_gpu
     workers = c.num_workers
     if workers == "auto":
         devices = gpus if use_gpu else 1
         workers = max(w for w in range(1, max(devices, 1) + 1) if experiment.slots % w == 0)
         if workers < devices:
-            print(f"{devices - workers} of {devices} GPUs stay idle: the {experiment.slots} reduction slots of "
-                  f"{experiment.micro_batches} micro-batches have no divisor nearer to {devices}; a smaller "
-                  f"train.micro_batch_size (now {experiment.train.micro_batch_size}) or another train.reduction_slots "
-                  f"would use them", flush=True)
+            print(
+                f"{devices - workers} of {devices} GPUs stay idle: the {experiment.slots} reduction slots of "
+                f"{experiment.micro_batches} micro-batches have no divisor nearer to {devices}; a smaller "
+                f"train.micro_batch_size (now {experiment.train.micro_batch_size}) or another train.reduction_slots "
+                f"would use them",
+                flush=True,
+            )
     per_worker = c.cpus_per_worker
     if per_worker == "auto":
         whole_node = max((n[0] for n in nodes), default=0) or 1
-        per_worker = recorded.cpus_per_worker if recorded else whole_node if workers == 1 and not use_gpu else 1
+        per_worker = (
+            recorded.cpus_per_worker
+            if recorded
+            else whole_node
+            if workers == 1 and not use_gpu
+            else 1
+        )
         if recorded and places(nodes, Layout(workers, per_worker, use_gpu)) < workers and not grows:
             per_worker = whole_node if workers == 1 and not use_gpu else 1
-            print(f"{recorded.cpus_per_worker} CPU(s) per worker, as before, do not fit {workers} worker(s) on this "
-                  f"cluster: with {per_worker} the last bits will differ from an uninterrupted run", flush=True)
+            print(
+                f"{recorded.cpus_per_worker} CPU(s) per worker, as before, do not fit {workers} worker(s) on this "
+                f"cluster: with {per_worker} the last bits will differ from an uninterrupted run",
+                flush=True,
+            )
     asked = Layout(workers, per_worker, use_gpu)
     if places(nodes, asked) < workers and not grows:
         gpu = " and 1 GPU" if use_gpu else ""
-        raise UserError(f"compute: asked for {workers} worker(s) with {per_worker} CPU(s){gpu} each, found {cpus} CPU(s) "
-                        f"and {gpus} GPU(s) on {len(nodes)} node(s); lower compute.num_workers or "
-                        f"compute.cpus_per_worker" + (", or set compute.use_gpu=false" if use_gpu and not gpus else ""))
+        raise UserError(
+            f"compute: asked for {workers} worker(s) with {per_worker} CPU(s){gpu} each, found {cpus} CPU(s) "
+            f"and {gpus} GPU(s) on {len(nodes)} node(s); lower compute.num_workers or "
+            f"compute.cpus_per_worker"
+            + (", or set compute.use_gpu=false" if use_gpu and not gpus else "")
+        )
     return asked
 
 
 def places(nodes: list[tuple[int, int]], asked: Layout) -> int:
     """How many workers fit on `nodes`, (CPUs, GPUs) each; a worker lies on one node."""
-    return sum(min(n[0] // asked.cpus_per_worker, n[1]) if asked.use_gpu else n[0] // asked.cpus_per_worker for n in nodes)
+    return sum(
+        min(n[0] // asked.cpus_per_worker, n[1]) if asked.use_gpu else n[0] // asked.cpus_per_worker
+        for n in nodes
+    )
 
 
 def worker_environment() -> dict[str, str]:
     """What the driver's environment says that workers on any node must know."""
     return WORKER_ENVIRONMENT | {key: os.environ[key] for key in PASSED_ON if key in os.environ}
-
-

@@ -21,5 +21,7 @@ def start(**settings) -> None:
     finally:
         services.start_api_server = original
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    with contextlib.suppress(OSError):  # Ray writes it for all to read; there is none, or it is somebody else's
+    with contextlib.suppress(
+        OSError
+    ):  # Ray writes it for all to read; there is none, or it is somebody else's
         file.chmod(0o600)

@@ -8,7 +8,9 @@ from orchestrator.config.plain_yaml import read_yaml
 from orchestrator.errors import UserError
 
 
-def read_tree(path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
+def read_tree(
+    path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()
+) -> tuple[dict[str, Any], str]:
     """The file's tree (None: empty) with the words on top, and the place that messages name.
 
     A file's own name is the default of `name`.
@@ -18,14 +20,18 @@ def read_tree(path: str | os.PathLike | None, overrides: list[str] | tuple[str, 
         try:
             text = Path(path).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read as an experiment ({error.__class__.__name__}); give the path of a "
-                            f"YAML file") from None
+            raise UserError(
+                f"{path}: cannot be read as an experiment ({error.__class__.__name__}); give the path of a "
+                f"YAML file"
+            ) from None
         tree = read_yaml(text, str(path)) or {}
         if not isinstance(tree, dict):
             raise UserError(f"{path}: holds no sections (data:, model:, train: …)")
     for word in overrides:
         _apply(tree, word)
-    tree = {key: value for key, value in tree.items() if value is not None}  # `train:` with every line commented out
+    tree = {
+        key: value for key, value in tree.items() if value is not None
+    }  # `train:` with every line commented out
     if path is not None:
         tree.setdefault("name", Path(path).stem)
     return tree, str(path or "command line")

@@ -9,7 +9,9 @@ import yaml
 from orchestrator.errors import UserError
 
 MAX_CHARACTERS = 1 << 20  # an experiment has thousands; PyYAML takes a second for every 100,000
-MAX_DIGITS = 40  # of a whole number: text of a million is a number that Python then refuses to print
+MAX_DIGITS = (
+    40  # of a whole number: text of a million is a number that Python then refuses to print
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -29,13 +31,17 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key in filter(lambda key: isinstance(key, Hashable), keys):  # others are refused below
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{key}' is given twice", node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node):
         if len(node.value) > MAX_DIGITS:
-            raise yaml.constructor.ConstructorError(None, None, f"a number of {len(node.value)} digits", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of {len(node.value)} digits", node.start_mark
+            )
         return super().construct_yaml_int(node)
 
 
@@ -50,11 +56,16 @@ def _plain_numbers(cls: type) -> None:
     """Base 60 and octal leave the rules for integers and floats; exponents without a point or a sign come in."""
     cls.yaml_implicit_resolvers = {
         first: [(tag, rule) for tag, rule in rules if not tag.endswith((":int", ":float"))]
-        for first, rules in cls.yaml_implicit_resolvers.items()}
+        for first, rules in cls.yaml_implicit_resolvers.items()
+    }
     whole = r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F][\da-fA-F_]*)"
     broken = r"[-+]?((\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)"
-    cls.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"^({whole})$"), list("-+0123456789"))
-    cls.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^({broken})$"), list("-+.0123456789"))
+    cls.add_implicit_resolver(
+        "tag:yaml.org,2002:int", re.compile(f"^({whole})$"), list("-+0123456789")
+    )
+    cls.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(f"^({broken})$"), list("-+.0123456789")
+    )
 
 
 _plain_numbers(_Loader)
@@ -64,7 +75,9 @@ _plain_numbers(_Dumper)
 def read_yaml(text: str, where: str) -> Any:
     """Parse YAML as experiments and overrides use it; `where` opens the message of a `UserError`."""
     if len(text) > MAX_CHARACTERS:
-        raise UserError(f"{where}: {len(text):,} characters are no experiment; {MAX_CHARACTERS:,} are the most")
+        raise UserError(
+            f"{where}: {len(text):,} characters are no experiment; {MAX_CHARACTERS:,} are the most"
+        )
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:

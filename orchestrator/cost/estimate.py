@@ -39,18 +39,31 @@ def dry_run(experiment: Experiment, timed: bool = True) -> list[tuple[str, list[
     init_from.check(experiment)
     tokens = token_counts(experiment)
     if tokens["n_vocab"] is None:
-        unknown = ["the vocabulary is the corpus's characters, so parameters and cost are known once it is here: "
-                   "run pipelines/prepare.py first"]
-        return [("batch", _batch(experiment)), ("data", _data(experiment, tokens)), ("model and cost", unknown)]
+        unknown = [
+            "the vocabulary is the corpus's characters, so parameters and cost are known once it is here: "
+            "run pipelines/prepare.py first"
+        ]
+        return [
+            ("batch", _batch(experiment)),
+            ("data", _data(experiment, tokens)),
+            ("model and cost", unknown),
+        ]
     facts = model_facts(experiment, tokens["n_vocab"])
-    return [("batch", _batch(experiment)), ("model", _model(facts)), ("data", _data(experiment, tokens)),
-            ("cost", _cost(experiment, facts)), *([("expected", _expected(experiment, tokens))] if timed else [])]
+    return [
+        ("batch", _batch(experiment)),
+        ("model", _model(facts)),
+        ("data", _data(experiment, tokens)),
+        ("cost", _cost(experiment, facts)),
+        *([("expected", _expected(experiment, tokens))] if timed else []),
+    ]
 
 
 def expected_line(estimate: dict[str, float]) -> str:
     """`1m50s, 0.52 GiB per worker, 28.5 MiB of disk`, of what `calibrate.expected` gives."""
-    return (f"{duration(estimate['time_s'])}, {estimate['memory_gib']:.3g} GiB per worker, "
-            f"{_size(estimate['disk_bytes'])} of disk")
+    return (
+        f"{duration(estimate['time_s'])}, {estimate['memory_gib']:.3g} GiB per worker, "
+        f"{_size(estimate['disk_bytes'])} of disk"
+    )
 
 
 def comparison_line(estimated: dict[str, float], measured: dict[str, float | None]) -> str:
@@ -58,81 +71,121 @@ def comparison_line(estimated: dict[str, float], measured: dict[str, float | Non
 
     Of the disk a run measures what is there at the end, a sweep the most that was there at a time.
     """
+
     def part(key: str, words: str, shown: Callable[[float], str]) -> list[str]:
         before, after = estimated.get(key), measured.get(key)
-        return [f"{words.format(shown(before), shown(after))} ({after / before - 1:+.0%})"] if after is not None else []
+        return (
+            [f"{words.format(shown(before), shown(after))} ({after / before - 1:+.0%})"]
+            if after is not None
+            else []
+        )
 
-    return "; ".join([*part("time_s", "expected {}, took {}", duration),
-                      *part("memory_gib", "memory {} expected, {} seen", lambda gib: _size(gib * 2**30)),
-                      *part("final_disk_bytes", "disk at the end {} expected, {} seen", _size),
-                      *part("disk_bytes", "checkpoints at most {} expected, {} seen", _size)])
+    return "; ".join(
+        [
+            *part("time_s", "expected {}, took {}", duration),
+            *part("memory_gib", "memory {} expected, {} seen", lambda gib: _size(gib * 2**30)),
+            *part("final_disk_bytes", "disk at the end {} expected, {} seen", _size),
+            *part("disk_bytes", "checkpoints at most {} expected, {} seen", _size),
+        ]
+    )
 
 
 def _batch(e: Experiment) -> list[str]:
     t, m, s = e.train, e.micro_batches, e.slots
     workers = [w for w in range(1, s + 1) if s % w == 0]
-    lines = [f"{t.global_batch_size} sequences per step / {t.micro_batch_size} per micro-batch = {m} micro-batches",
-             f"{m} micro-batches in {s} reduction slots = {m // s} per slot; workers may be {', '.join(map(str, workers))}"]
-    lines += [f"with {w} worker(s): {m} / {w} = {m // w} micro-batches per worker (grad_accum_steps)" for w in workers]
-    return [*lines, f"{t.global_batch_size} sequences × {e.model.block_size} tokens = {e.tokens_per_step:,} tokens per step",
-            f"{e.tokens_per_step:,} tokens × {t.max_steps:,} steps = {e.tokens_per_step * t.max_steps:,} tokens in all"]
+    lines = [
+        f"{t.global_batch_size} sequences per step / {t.micro_batch_size} per micro-batch = {m} micro-batches",
+        f"{m} micro-batches in {s} reduction slots = {m // s} per slot; workers may be {', '.join(map(str, workers))}",
+    ]
+    lines += [
+        f"with {w} worker(s): {m} / {w} = {m // w} micro-batches per worker (grad_accum_steps)"
+        for w in workers
+    ]
+    return [
+        *lines,
+        f"{t.global_batch_size} sequences × {e.model.block_size} tokens = {e.tokens_per_step:,} tokens per step",
+        f"{e.tokens_per_step:,} tokens × {t.max_steps:,} steps = {e.tokens_per_step * t.max_steps:,} tokens in all",
+    ]
 
 
 def _model(f: dict[str, Any]) -> list[str]:
-    return [f"{f['parameters']:,} parameters, {f['parameters_without_positions']:,} without positions; "
-            f"vocabulary padded to {f['vocab_size']:,}",
-            f"weight decay on {f['decayed_tensors']} tensors / {f['decayed_parameters']:,} parameters, "
-            f"none on {f['undecayed_tensors']} / {f['undecayed_parameters']:,}",
-            f"loss of a uniform guess: ln {f['vocab_size']:,} = {math.log(f['vocab_size']):.4f} nats per token"]
+    return [
+        f"{f['parameters']:,} parameters, {f['parameters_without_positions']:,} without positions; "
+        f"vocabulary padded to {f['vocab_size']:,}",
+        f"weight decay on {f['decayed_tensors']} tensors / {f['decayed_parameters']:,} parameters, "
+        f"none on {f['undecayed_tensors']} / {f['undecayed_parameters']:,}",
+        f"loss of a uniform guess: ln {f['vocab_size']:,} = {math.log(f['vocab_size']):.4f} nats per token",
+    ]
 
 
 def _data(e: Experiment, tokens: dict[str, Any]) -> list[str]:
     if tokens["train"] is None:
-        return [f"{_corpus(e)}: not downloaded yet, so its size is unknown; tokens go to {tokens['directory']}"]
+        return [
+            f"{_corpus(e)}: not downloaded yet, so its size is unknown; tokens go to {tokens['directory']}"
+        ]
     about = "" if tokens["exact"] else "≈ "
     steps_per_epoch = tokens["train"] / e.tokens_per_step
     if tokens["train"] < 2 * e.model.block_size:
-        raise UserError(f"model.block_size: {e.model.block_size} needs at least {2 * e.model.block_size} tokens of train, "
-                        f"{_corpus(e)} has {about}{tokens['train']:,}")
-    return [f"{_corpus(e)}: {about}{tokens['train']:,} tokens of train, {about}{tokens['val']:,} of val, in {tokens['directory']}",
-            f"{e.train.max_steps:,} steps = {about}{e.train.max_steps / steps_per_epoch:.2f} epochs"]
+        raise UserError(
+            f"model.block_size: {e.model.block_size} needs at least {2 * e.model.block_size} tokens of train, "
+            f"{_corpus(e)} has {about}{tokens['train']:,}"
+        )
+    return [
+        f"{_corpus(e)}: {about}{tokens['train']:,} tokens of train, {about}{tokens['val']:,} of val, in {tokens['directory']}",
+        f"{e.train.max_steps:,} steps = {about}{e.train.max_steps / steps_per_epoch:.2f} epochs",
+    ]
 
 
 def _cost(e: Experiment, f: dict[str, Any]) -> list[str]:
     tokens, parameters = e.tokens_per_step * e.train.max_steps, f["parameters"]
     checkpoint = 3 * 4 * parameters  # float32 weights and AdamW's two moments
-    buffers = e.slots.bit_length()  # W = 1 is the worst case: the running slot and log2(S) partial sums
-    return [f"{f['flops_per_token']:.4g} FLOPs per token × {tokens:,} tokens = {f['flops_per_token'] * tokens:.4g} FLOPs",
-            f"checkpoint ≈ {_size(checkpoint)}; {e.train.keep} latest and the best one stay, one more while it is written: "
-            f"≈ {_size(checkpoint * (e.train.keep + 2))} of disk",
-            f"memory for weights, moments and gradients ≈ {_size((3 + buffers) * 4 * parameters)} per worker, "
-            f"activations not counted"]
+    buffers = (
+        e.slots.bit_length()
+    )  # W = 1 is the worst case: the running slot and log2(S) partial sums
+    return [
+        f"{f['flops_per_token']:.4g} FLOPs per token × {tokens:,} tokens = {f['flops_per_token'] * tokens:.4g} FLOPs",
+        f"checkpoint ≈ {_size(checkpoint)}; {e.train.keep} latest and the best one stay, one more while it is written: "
+        f"≈ {_size(checkpoint * (e.train.keep + 2))} of disk",
+        f"memory for weights, moments and gradients ≈ {_size((3 + buffers) * 4 * parameters)} per worker, "
+        f"activations not counted",
+    ]
 
 
 def _expected(e: Experiment, tokens: dict[str, Any]) -> list[str]:
     """Time, memory and disk, from steps that are really made."""
     layout = local_layout(e)
     if layout.use_gpu and not torch.cuda.is_available():
-        return ["time and memory are unknown: the run asks for a GPU, and this machine has none to time it on"]
-    timing = calibrate.measure(e, tokens["n_vocab"], layout.num_workers, layout.cpus_per_worker, layout.use_gpu)
+        return [
+            "time and memory are unknown: the run asks for a GPU, and this machine has none to time it on"
+        ]
+    timing = calibrate.measure(
+        e, tokens["n_vocab"], layout.num_workers, layout.cpus_per_worker, layout.use_gpu
+    )
     if timing is None:
-        return [f"time and memory are unknown: this machine has no room for a step, is in use, or makes none within "
-                f"{calibrate.LIMIT_S:.0f} s"]
+        return [
+            f"time and memory are unknown: this machine has no room for a step, is in use, or makes none within "
+            f"{calibrate.LIMIT_S:.0f} s"
+        ]
     estimate = calibrate.expected(e, tokens["val"] or 0, tokens["train"] or 0, timing)
     unknown = tokens["val"] is None and e.train.eval_interval
     memory = "allocated on each worker's GPU" if layout.use_gpu else "resident per worker"
-    return [f"≈ {duration(estimate['time_s'])}" + (", evaluations not counted: " if unknown else ": ")
-            + _parts_of_time(e, tokens, timing),
-            f"≈ {estimate['memory_gib']:.3g} GiB {memory}, activations counted",
-            f"≈ {_size(estimate['disk_bytes'])} of disk at most, {_size(estimate['final_disk_bytes'])} at the end",
-            f"timed on {device_name('cuda:0' if layout.use_gpu else 'cpu')} for {layout.num_workers} worker(s) with "
-            f"{layout.cpus_per_worker} CPU(s) each{_caveats(e, layout)}"]
+    return [
+        f"≈ {duration(estimate['time_s'])}"
+        + (", evaluations not counted: " if unknown else ": ")
+        + _parts_of_time(e, tokens, timing),
+        f"≈ {estimate['memory_gib']:.3g} GiB {memory}, activations counted",
+        f"≈ {_size(estimate['disk_bytes'])} of disk at most, {_size(estimate['final_disk_bytes'])} at the end",
+        f"timed on {device_name('cuda:0' if layout.use_gpu else 'cpu')} for {layout.num_workers} worker(s) with "
+        f"{layout.cpus_per_worker} CPU(s) each{_caveats(e, layout)}",
+    ]
 
 
 def _parts_of_time(e: Experiment, tokens: dict[str, Any], timing: Timing) -> str:
-    parts = [f"{e.train.max_steps:,} steps of {_seconds(timing.step_s)}",
-             f"{calibrate.checkpoints(e)} checkpoint(s) of {_seconds(timing.checkpoint_s)}",
-             f"{_seconds(calibrate.start_seconds(timing))} to start"]
+    parts = [
+        f"{e.train.max_steps:,} steps of {_seconds(timing.step_s)}",
+        f"{calibrate.checkpoints(e)} checkpoint(s) of {_seconds(timing.checkpoint_s)}",
+        f"{_seconds(calibrate.start_seconds(timing))} to start",
+    ]
     if e.train.eval_interval and tokens["val"] is not None:
         each = calibrate.evaluation_seconds(e, tokens["val"], tokens["train"], timing)
         parts.insert(1, f"{calibrate.evaluations(e)} evaluations of {_seconds(each)}")
@@ -148,20 +201,28 @@ def local_layout(e: Experiment) -> launch.Layout:
         workers = 1 if c.num_workers == "auto" else c.num_workers
         use_gpu = gpus > 0 if c.use_gpu == "auto" else c.use_gpu
         whole = cpus if workers == 1 and not use_gpu else 1
-        return launch.Layout(workers, whole if c.cpus_per_worker == "auto" else c.cpus_per_worker, use_gpu)
+        return launch.Layout(
+            workers, whole if c.cpus_per_worker == "auto" else c.cpus_per_worker, use_gpu
+        )
 
 
 def local_slots(layout: launch.Layout) -> int:
     """How many groups of workers this machine holds at a time; one, if it holds none: of a cluster nothing is known here."""
-    return max(1, launch.places([(available_cpus(), torch.cuda.device_count())], layout) // layout.num_workers)
+    return max(
+        1,
+        launch.places([(available_cpus(), torch.cuda.device_count())], layout)
+        // layout.num_workers,
+    )
 
 
 def _caveats(e: Experiment, layout: launch.Layout) -> str:
     wanted = layout.num_workers * layout.cpus_per_worker
-    known = {f"as if this machine had {wanted} CPUs": wanted > available_cpus(),
-             "traffic between workers not counted": layout.num_workers > 1,
-             "without train.compile, which makes steps shorter and the start longer": e.train.compile,
-             "not on the cluster of $RAY_ADDRESS": bool(os.environ.get("RAY_ADDRESS"))}
+    known = {
+        f"as if this machine had {wanted} CPUs": wanted > available_cpus(),
+        "traffic between workers not counted": layout.num_workers > 1,
+        "without train.compile, which makes steps shorter and the start longer": e.train.compile,
+        "not on the cluster of $RAY_ADDRESS": bool(os.environ.get("RAY_ADDRESS")),
+    }
     return "".join(f"; {words}" for words, holds in known.items() if holds)
 
 
@@ -169,15 +230,24 @@ def token_counts(e: Experiment) -> dict[str, Any]:
     """Counts from the manifest where there is one, else what `estimate` makes of the corpus."""
     directory = dataset_dir(e.data, storage_root(e))
     if manifest := prepared(e.data, directory):
-        return {"directory": directory, "exact": True, "n_vocab": manifest.tokenizer["n_vocab"],
-                **{split: manifest.splits[split].tokens for split in ("train", "val")}}
+        return {
+            "directory": directory,
+            "exact": True,
+            "n_vocab": manifest.tokenizer["n_vocab"],
+            **{split: manifest.splits[split].tokens for split in ("train", "val")},
+        }
     guess = estimate(e.data)
     total = guess["tokens"]
     val = None if total is None else total - tail_cut(total, e.data.val_fraction)
     # The split is made on characters or documents, so the shares of tokens are known only once they are counted.
     exact = guess["exact"] and e.data.tokenizer == "char" and e.data.split == "tail"
-    return {"directory": directory, "exact": exact, "n_vocab": guess["n_vocab"], "val": val,
-            "train": None if total is None else total - val}
+    return {
+        "directory": directory,
+        "exact": exact,
+        "n_vocab": guess["n_vocab"],
+        "val": val,
+        "train": None if total is None else total - val,
+    }
 
 
 def _corpus(e: Experiment) -> str:

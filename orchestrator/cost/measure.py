@@ -74,7 +74,9 @@ def steps_seconds(steps: int, timing: Timing) -> float:
     return steps * timing.step_s
 
 
-def evaluation_seconds(experiment: Experiment, n_val_tokens: int, n_train_tokens: int, timing: Timing) -> float:
+def evaluation_seconds(
+    experiment: Experiment, n_val_tokens: int, n_train_tokens: int, timing: Timing
+) -> float:
     """One evaluation: the stretch of val, as many tokens of train, and the sample; batches are whole ones."""
     limit = min(experiment.train.eval_tokens or n_val_tokens, n_val_tokens)
     batch = experiment.train.micro_batch_size * experiment.model.block_size
@@ -94,22 +96,41 @@ def checkpoints(experiment: Experiment) -> int:
     return -(-steps // interval) if interval else 1
 
 
-def expected(experiment: Experiment, n_val_tokens: int, n_train_tokens: int, timing: Timing) -> dict[str, float]:
+def expected(
+    experiment: Experiment, n_val_tokens: int, n_train_tokens: int, timing: Timing
+) -> dict[str, float]:
     """A whole run from step 0: `time_s`; `memory_gib` of a worker; `disk_bytes`, the most that its checkpoints take at a
     time; `final_disk_bytes`, what they take at the end if the best is among the latest.
     """
     written, keep = checkpoints(experiment), experiment.train.keep
     best = 1 if experiment.train.eval_interval else 0
-    time_s = (start_seconds(timing) + steps_seconds(experiment.train.max_steps, timing) + written * timing.checkpoint_s
-              + evaluations(experiment) * evaluation_seconds(experiment, n_val_tokens, n_train_tokens, timing))
-    return {"time_s": time_s, "memory_gib": timing.memory_gib,
-            "disk_bytes": timing.checkpoint_bytes * min(written, keep + best + 1),  # one is being written
-            "final_disk_bytes": timing.checkpoint_bytes * min(written, keep)}
+    time_s = (
+        start_seconds(timing)
+        + steps_seconds(experiment.train.max_steps, timing)
+        + written * timing.checkpoint_s
+        + evaluations(experiment)
+        * evaluation_seconds(experiment, n_val_tokens, n_train_tokens, timing)
+    )
+    return {
+        "time_s": time_s,
+        "memory_gib": timing.memory_gib,
+        "disk_bytes": timing.checkpoint_bytes
+        * min(written, keep + best + 1),  # one is being written
+        "final_disk_bytes": timing.checkpoint_bytes * min(written, keep),
+    }
 
 
 # ---- measuring ----
-def measure(experiment: Experiment, n_vocab: int, workers: int, cpus: int, use_gpu: bool, *, fresh: bool = False,
-            limit_s: float = LIMIT_S) -> Timing | None:
+def measure(
+    experiment: Experiment,
+    n_vocab: int,
+    workers: int,
+    cpus: int,
+    use_gpu: bool,
+    *,
+    fresh: bool = False,
+    limit_s: float = LIMIT_S,
+) -> Timing | None:
     """The timing of this layout, from the cache or (always, if `fresh`) from seconds of training in another process.
 
     None where it cannot be known: no GPU here, or one that somebody else is using, not done within `limit_s` seconds,
@@ -120,11 +141,24 @@ def measure(experiment: Experiment, n_vocab: int, workers: int, cpus: int, use_g
     if not fresh and (timing := known(experiment, n_vocab, workers, cpus, use_gpu)):
         return timing
     file = cache_file(experiment, n_vocab, workers, cpus, use_gpu)
-    job = {"experiment": _share(experiment, workers).model_dump(), "n_vocab": n_vocab, "cpus": cpus,
-           "device": "cuda:0" if use_gpu else "cpu", "limit_s": limit_s, "started": time.time()}
+    job = {
+        "experiment": _share(experiment, workers).model_dump(),
+        "n_vocab": n_vocab,
+        "cpus": cpus,
+        "device": "cuda:0" if use_gpu else "cpu",
+        "limit_s": limit_s,
+        "started": time.time(),
+    }
     try:
-        done = subprocess.run([sys.executable, "-m", "orchestrator.cost.measure"], input=json.dumps(job), text=True, cwd=SOURCES,
-                              capture_output=True, timeout=limit_s, env={**os.environ, **WORKER_ENVIRONMENT})
+        done = subprocess.run(
+            [sys.executable, "-m", "orchestrator.cost.measure"],
+            input=json.dumps(job),
+            text=True,
+            cwd=SOURCES,
+            capture_output=True,
+            timeout=limit_s,
+            env={**os.environ, **WORKER_ENVIRONMENT},
+        )
     except (subprocess.TimeoutExpired, OSError):
         return None
     one = _parse(done.stdout) if done.returncode == 0 else None
@@ -137,7 +171,9 @@ def measure(experiment: Experiment, n_vocab: int, workers: int, cpus: int, use_g
     return timing
 
 
-def known(experiment: Experiment, n_vocab: int, workers: int, cpus: int, use_gpu: bool) -> Timing | None:
+def known(
+    experiment: Experiment, n_vocab: int, workers: int, cpus: int, use_gpu: bool
+) -> Timing | None:
     """What an earlier `measure` left in the cache. Anybody may have written there: whatever is not numbers is not read."""
     if use_gpu and not torch.cuda.is_available():
         return None
@@ -149,17 +185,35 @@ def known(experiment: Experiment, n_vocab: int, workers: int, cpus: int, use_gpu
 
 def _share(experiment: Experiment, workers: int) -> Experiment:
     """One worker's part of each step, as an experiment of its own; the state has random weights and is not compiled."""
-    train = experiment.train.model_copy(update={
-        "global_batch_size": experiment.train.global_batch_size // workers, "reduction_slots": experiment.slots // workers,
-        "init_from": "scratch", "compile": False})
+    train = experiment.train.model_copy(
+        update={
+            "global_batch_size": experiment.train.global_batch_size // workers,
+            "reduction_slots": experiment.slots // workers,
+            "init_from": "scratch",
+            "compile": False,
+        }
+    )
     compute = experiment.compute.model_copy(update={"num_workers": 1})
     return experiment.model_copy(update={"train": train, "compute": compute})
 
 
-def cache_file(experiment: Experiment, n_vocab: int, workers: int, cpus: int, use_gpu: bool) -> Path:
+def cache_file(
+    experiment: Experiment, n_vocab: int, workers: int, cpus: int, use_gpu: bool
+) -> Path:
     t = experiment.train
-    key = [FORMAT, asdict(experiment.gpt_config(n_vocab)), t.micro_batch_size, t.global_batch_size, experiment.slots, t.dtype,
-           experiment.optim.model_dump(), workers, cpus, device_name("cuda:0" if use_gpu else "cpu"), torch.__version__]
+    key = [
+        FORMAT,
+        asdict(experiment.gpt_config(n_vocab)),
+        t.micro_batch_size,
+        t.global_batch_size,
+        experiment.slots,
+        t.dtype,
+        experiment.optim.model_dump(),
+        workers,
+        cpus,
+        device_name("cuda:0" if use_gpu else "cpu"),
+        torch.__version__,
+    ]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return cache / "espalier" / "calibration" / f"{name}.json"
@@ -173,7 +227,11 @@ def _parse(text: str) -> Timing | None:
         return None
     if not isinstance(stored, dict) or stored.keys() != {f.name for f in fields(Timing)}:
         return None
-    return Timing(**stored) if all(type(v) in (int, float) and 0 < v < math.inf for v in stored.values()) else None
+    return (
+        Timing(**stored)
+        if all(type(v) in (int, float) and 0 < v < math.inf for v in stored.values())
+        else None
+    )
 
 
 # ---- in the other process ----
@@ -181,15 +239,26 @@ def main() -> None:
     """A job on stdin, a `Timing` of one worker on stdout."""
     be_expendable()
     job = json.loads(sys.stdin.read())
-    experiment, worker = parse_experiment(job["experiment"], "calibration"), Worker(device=job["device"], cpus=job["cpus"])
-    print(json.dumps(asdict(_calibrate(experiment, job["n_vocab"], worker, job["started"], job["limit_s"]))))
+    experiment, worker = (
+        parse_experiment(job["experiment"], "calibration"),
+        Worker(device=job["device"], cpus=job["cpus"]),
+    )
+    print(
+        json.dumps(
+            asdict(_calibrate(experiment, job["n_vocab"], worker, job["started"], job["limit_s"]))
+        )
+    )
 
 
-def _calibrate(experiment: Experiment, n_vocab: int, worker: Worker, started: float, limit_s: float) -> Timing:
+def _calibrate(
+    experiment: Experiment, n_vocab: int, worker: Worker, started: float, limit_s: float
+) -> Timing:
     if worker.device != "cpu":
         free, total = torch.cuda.mem_get_info(worker.device)
         if free < 0.8 * total:
-            sys.exit("the GPU is in use")  # its times would be wrong, and the other's memory at risk
+            sys.exit(
+                "the GPU is in use"
+            )  # its times would be wrong, and the other's memory at risk
     prepare_process(experiment, worker)
     startup_s = time.time() - started
     s = state.build(one_micro_batch(experiment), GPT(experiment.gpt_config(n_vocab)), worker)
@@ -198,16 +267,21 @@ def _calibrate(experiment: Experiment, n_vocab: int, worker: Worker, started: fl
     sample_s = _time_sample(experiment, s, worker, n_vocab)
     checkpoint_s, checkpoint_bytes = _time_checkpoint(experiment, s, worker)
     memory_gib = peak_gib(worker.device) + unused_bytes / 2**30
-    return Timing(step_s, eval_tokens_per_s, sample_s, checkpoint_s, checkpoint_bytes, memory_gib, startup_s)
+    return Timing(
+        step_s, eval_tokens_per_s, sample_s, checkpoint_s, checkpoint_bytes, memory_gib, startup_s
+    )
 
 
 def one_micro_batch(experiment: Experiment) -> Experiment:
-    train = experiment.train.model_copy(update={"global_batch_size": experiment.train.micro_batch_size, "reduction_slots": 1})
+    train = experiment.train.model_copy(
+        update={"global_batch_size": experiment.train.micro_batch_size, "reduction_slots": 1}
+    )
     return experiment.model_copy(update={"train": train})
 
 
-def _time_steps(experiment: Experiment, s: state.TrainState, worker: Worker,
-                budget_s: float) -> tuple[float, state.TrainState, int]:
+def _time_steps(
+    experiment: Experiment, s: state.TrainState, worker: Worker, budget_s: float
+) -> tuple[float, state.TrainState, int]:
     """Seconds of a step, a state that has made some, and bytes of gradient buffers that a whole step takes besides.
 
     Where a whole step would not fit `budget_s`, that of one micro-batch is timed and its gradient counted M times.
@@ -234,13 +308,17 @@ def _timed_step(experiment: Experiment, s: state.TrainState, worker: Worker) -> 
     step, begun = Step(experiment, s), time.perf_counter()
     s.grad_norm = step.gradient(_random_batches(experiment, s)).norm
     between = time.perf_counter()
-    step.update(0.0)  # a rate that is too high for random tokens would end in weights that no text can be drawn from
+    step.update(
+        0.0
+    )  # a rate that is too high for random tokens would end in weights that no text can be drawn from
     if worker.device != "cpu":
         torch.cuda.synchronize()
     return between - begun, time.perf_counter() - between
 
 
-def _random_batches(experiment: Experiment, s: state.TrainState) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _random_batches(
+    experiment: Experiment, s: state.TrainState
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     shape = (experiment.train.micro_batch_size, experiment.model.block_size)
     for _ in range(experiment.micro_batches):
         tokens = torch.randint(s.model.config.vocab_size, shape)  # (B, T)
@@ -248,32 +326,50 @@ def _random_batches(experiment: Experiment, s: state.TrainState) -> Iterator[tup
 
 
 def _time_evaluation(experiment: Experiment, s: state.TrainState, worker: Worker) -> float:
-    b, t, vocab = experiment.train.micro_batch_size, experiment.model.block_size, s.model.config.vocab_size
+    b, t, vocab = (
+        experiment.train.micro_batch_size,
+        experiment.model.block_size,
+        s.model.config.vocab_size,
+    )
     inputs = np.random.default_rng(0).integers(vocab, size=(b, t))  # (B, T)
     eval_set = EvalSet([(inputs, inputs, np.arange(b))], np.ones(vocab))
     begun, batches = 0.0, -1
     while batches < 1 or time.perf_counter() - begun < EVALUATION_S:
-        eval_set.evaluate(s.forward, torch.device(worker.device), autocast(experiment, worker.device))
+        eval_set.evaluate(
+            s.forward, torch.device(worker.device), autocast(experiment, worker.device)
+        )
         batches += 1
         begun = begun or time.perf_counter()  # the first one warmed up
     return batches * b * t / (time.perf_counter() - begun)
 
 
-def _time_sample(experiment: Experiment, s: state.TrainState, worker: Worker, n_vocab: int) -> float:
+def _time_sample(
+    experiment: Experiment, s: state.TrainState, worker: Worker, n_vocab: int
+) -> float:
     begun = time.perf_counter()
     with autocast(experiment, worker.device):
-        generate(s.model, torch.zeros(1, SAMPLE_PROMPT, dtype=torch.int64, device=worker.device), SAMPLE_TOKENS, top_k=50,
-                 n_vocab=n_vocab, seed=0).tolist()
+        generate(
+            s.model,
+            torch.zeros(1, SAMPLE_PROMPT, dtype=torch.int64, device=worker.device),
+            SAMPLE_TOKENS,
+            top_k=50,
+            n_vocab=n_vocab,
+            seed=0,
+        ).tolist()
     return time.perf_counter() - begun
 
 
-def _time_checkpoint(experiment: Experiment, s: state.TrainState, worker: Worker) -> tuple[float, int]:
+def _time_checkpoint(
+    experiment: Experiment, s: state.TrainState, worker: Worker
+) -> tuple[float, int]:
     """Seconds and bytes of one checkpoint, in the folder of temporary files; a run does most of it beside training."""
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
         (Path(folder) / "tokenizer.json").write_text("{}", "utf-8")
         dataset = Manifest(Path(folder), 1, {}, {}, "uint16", {}, [], "")
         begun = time.perf_counter()
-        with Writer(Path(folder) / "checkpoints", 1, Path(folder)) as writer:  # its copy of the state counts as memory
+        with Writer(
+            Path(folder) / "checkpoints", 1, Path(folder)
+        ) as writer:  # its copy of the state counts as memory
             writer.save(s.step, *state.snapshot(s, experiment, dataset, worker, {}))
         return time.perf_counter() - begun, folder_bytes(Path(folder) / "checkpoints")
 

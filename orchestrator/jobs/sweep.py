@@ -50,7 +50,9 @@ def run(sweep: Sweep) -> int:
     check_sources(sweep, storage)
     check_writable(storage)
     if (folder / "experiment.yaml").exists():
-        raise UserError(f"name: {folder} is the folder of a run; give the sweep another name (name=…)")
+        raise UserError(
+            f"name: {folder} is the folder of a run; give the sweep another name (name=…)"
+        )
     if study := _finished(sweep, storage, folder):
         return _show_again(study, uri)
     with lease.held(folder):
@@ -63,37 +65,64 @@ def _run(sweep: Sweep, storage: Path, folder: Path, uri: str) -> int:
         launch.connect(launch.worker_environment())
     launch.check_storage(sweep.base.storage or os.environ.get("ESPALIER_STORAGE") or "runs")
     layout = _layout(sweep, recorded_layout(folder))
-    datasets = {key: prepare(data, dataset_dir(data, storage)) for key, data in _data_of(sweep).items()}
+    datasets = {
+        key: prepare(data, dataset_dir(data, storage)) for key, data in _data_of(sweep).items()
+    }
     _check_shapes(sweep, datasets)
     study = Study.open(sweep, folder, layout, datasets)
     stopping.clear(folder)
     # A cluster that grows does so for what waits: then everything that may run asks for its place.
-    slots = max(1, launch.capacity(layout), len(study.plan.to_run) if os.environ.get("ESPALIER_AUTOSCALING") else 0)
+    slots = max(
+        1,
+        launch.capacity(layout),
+        len(study.plan.to_run) if os.environ.get("ESPALIER_AUTOSCALING") else 0,
+    )
     estimate = _describe(study, slots)
-    return _execute(study, slots, SweepTracker(folder, uri, sweep.base.tracking.experiment), estimate)
+    return _execute(
+        study, slots, SweepTracker(folder, uri, sweep.base.tracking.experiment), estimate
+    )
 
 
 def _describe(study: Study, slots: int) -> dict[str, float] | None:
     """Say what will be run and what it will cost; the estimate, where there is one."""
     print("\n".join(tree_view.summary(study.plan)))
-    print(f"{slots} stage(s) at a time, {study.layout.num_workers} worker(s) each, in {study.folder}", flush=True)
+    print(
+        f"{slots} stage(s) at a time, {study.layout.num_workers} worker(s) each, in {study.folder}",
+        flush=True,
+    )
     if not study.plan.to_run:
         return None
-    counts = {key: {"n_vocab": d.tokenizer["n_vocab"], **{name: split.tokens for name, split in d.splits.items()}}
-              for key, d in study.datasets.items()}
+    counts = {
+        key: {
+            "n_vocab": d.tokenizer["n_vocab"],
+            **{name: split.tokens for name, split in d.splits.items()},
+        }
+        for key, d in study.datasets.items()
+    }
     try:
         estimate = sweep_plan.estimate_of(study, slots, counts)
     except Exception as error:  # no estimate is worth a sweep
         estimate = f"{error.__class__.__name__}: {error}"
     known = isinstance(estimate, dict)
-    print(f"expected: {plan.expected_line(estimate)}" if known else f"no estimate of the cost: {estimate}", flush=True)
+    print(
+        f"expected: {plan.expected_line(estimate)}"
+        if known
+        else f"no estimate of the cost: {estimate}",
+        flush=True,
+    )
     return estimate if known else None
 
 
-def _execute(study: Study, slots: int, tracker: SweepTracker, estimate: dict[str, float] | None) -> int:
+def _execute(
+    study: Study, slots: int, tracker: SweepTracker, estimate: dict[str, float] | None
+) -> int:
     """From the plan to the last line of the comparison."""
     started, code = time.monotonic(), None
-    step_s = estimate["time_s"] * slots / study.plan.steps_to_run if estimate and study.plan.steps_to_run else None
+    step_s = (
+        estimate["time_s"] * slots / study.plan.steps_to_run
+        if estimate and study.plan.steps_to_run
+        else None
+    )
     table = Table(slots, study.best, step_s)
     books = table.books = study.keeper(table.tick)
     report = Report(study, books, estimate)
@@ -103,7 +132,10 @@ def _execute(study: Study, slots: int, tracker: SweepTracker, estimate: dict[str
         tracker.start()
         from orchestrator.sweep import tune as sweep  # imports Tune
 
-        with Watch(study.folder, books.running), interrupts.asking(lambda: stopping.ask(study.folder, "SIGTERM")):
+        with (
+            Watch(study.folder, books.running),
+            interrupts.asking(lambda: stopping.ask(study.folder, "SIGTERM")),
+        ):
             sweep.execute(books, books.stages, study.layout, slots, study.asha())
         code = _outcome(study)
     except (KeyboardInterrupt, SystemExit):
@@ -119,8 +151,11 @@ def _execute(study: Study, slots: int, tracker: SweepTracker, estimate: dict[str
         sent = tracker.finish(status, deadline_s=interrupts.ending_s(code))
     report.show(tracker.url)
     if not sent:
-        print(f"the tracking server did not take everything; send the rest with\n  "
-              f"pipelines/replay_metrics.py {study.folder}", flush=True)
+        print(
+            f"the tracking server did not take everything; send the rest with\n  "
+            f"pipelines/replay_metrics.py {study.folder}",
+            flush=True,
+        )
     return code
 
 
@@ -130,7 +165,9 @@ def _outcome(study: Study) -> int:
         return EXIT_AGAIN
     states = {study.books.progress.trial(name) for name in study.candidates}
     probes = {study.books.progress.trial(probe.name) for probe in study.probes.values()}
-    return EXIT_DONE if states <= {DONE, STOPPED} and not probes & {FAILED, BLOCKED} else EXIT_FAILED
+    return (
+        EXIT_DONE if states <= {DONE, STOPPED} and not probes & {FAILED, BLOCKED} else EXIT_FAILED
+    )
 
 
 # ---- before it runs ----
@@ -149,8 +186,10 @@ def _layout(sweep: Sweep, recorded: launch.Layout | None) -> launch.Layout:
     by_slots = {e.slots: e for e in _experiments(sweep)}
     found = {launch.layout(e, recorded) for e in by_slots.values()}
     if len(found) > 1:
-        raise UserError(f"compute.num_workers: trials would run on {' or '.join(str(a.num_workers) for a in found)} workers; "
-                        f"set it to a number that divides the reduction slots of all: {sorted(by_slots)}")
+        raise UserError(
+            f"compute.num_workers: trials would run on {' or '.join(str(a.num_workers) for a in found)} workers; "
+            f"set it to a number that divides the reduction slots of all: {sorted(by_slots)}"
+        )
     return found.pop()
 
 
@@ -164,7 +203,9 @@ def _check_shapes(sweep: Sweep, datasets: Mapping[str, Manifest]) -> None:
             model_facts(e, dataset.tokenizer["n_vocab"])
             init_from.check_shape(e, dataset.tokenizer["n_vocab"])
         except (RuntimeError, OverflowError):
-            problems.append(f"trial {spec.name}: a model with these sizes cannot be built; lower model.n_embd or model.n_layer")
+            problems.append(
+                f"trial {spec.name}: a model with these sizes cannot be built; lower model.n_embd or model.n_layer"
+            )
         except ValueError as error:
             problems.append(f"trial {spec.name}: {error}")
     if problems:
@@ -174,12 +215,17 @@ def _check_shapes(sweep: Sweep, datasets: Mapping[str, Manifest]) -> None:
 # ---- a sweep that is done ----
 def _finished(sweep: Sweep, storage: Path, folder: Path) -> Study | None:
     """The study, where it is known without a cluster that nothing is left to run."""
-    layout, manifests = recorded_layout(folder), {k: dataset_dir(d, storage) for k, d in _data_of(sweep).items()}
+    layout, manifests = (
+        recorded_layout(folder),
+        {k: dataset_dir(d, storage) for k, d in _data_of(sweep).items()},
+    )
     if layout is None or not all((path / "manifest.json").exists() for path in manifests.values()):
         return None
     if (read_json(folder / "summary.json") or {}).get("status") != "FINISHED":
         return None
-    study = Study.open(sweep, folder, layout, {k: load_manifest(path) for k, path in manifests.items()})
+    study = Study.open(
+        sweep, folder, layout, {k: load_manifest(path) for k, path in manifests.items()}
+    )
     study.keeper(lambda: None).judge()
     return study if study.is_over else None
 
@@ -188,7 +234,9 @@ def _show_again(study: Study, uri: str) -> int:
     print(f"{study.folder.name} is finished; more values in its grid run only what is new")
     report = Report(study, study.books)
     report.summary = read_json(study.folder / "summary.json")
-    if (best := study.winner(study.rows())) and best[0] != report.summary["best_trial"]:  # of a smaller grid
+    if (best := study.winner(study.rows())) and best[0] != report.summary[
+        "best_trial"
+    ]:  # of a smaller grid
         report.summary |= {"best_trial": best[0], "best_value": best[1], "best_checkpoint": None}
     report.show(None)
     if not replay(study.folder, uri, study.sweep.base.tracking.experiment, interrupts.EXIT_WAIT_S):

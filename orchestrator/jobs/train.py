@@ -57,7 +57,9 @@ def run(experiment: Experiment) -> int:
     init_from.check(experiment)
     check_writable(storage)
     if (storage / experiment.name / "sweep.yaml").exists():
-        raise UserError(f"name: {storage / experiment.name} is the folder of a sweep; give the run another name (name=…)")
+        raise UserError(
+            f"name: {storage / experiment.name} is the folder of a sweep; give the run another name (name=…)"
+        )
     run_dir, data_dir = storage / experiment.name, dataset_dir(experiment.data, storage)
     if _is_finished(run_dir, experiment, data_dir):
         return _show_again(run_dir, experiment, uri)
@@ -79,27 +81,47 @@ def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path) -> int
     init_from.check_shape(experiment, dataset.tokenizer["n_vocab"])
     step = runs.check_resumable(run_dir, experiment, dataset, _leave_to_rank_0)
     drift = _drift(run_dir, step, experiment, layout)
-    facts, estimate = facts_of(experiment, dataset), None if step else estimate_of(experiment, dataset, layout)
-    attempt = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "from_step": step,
-               "layout": asdict(layout), **({"drift": "; ".join(drift)} if drift else {}),
-               **{k: v for k, v in experiment.flat().items() if k.startswith(runs.FREE)}}
+    facts, estimate = (
+        facts_of(experiment, dataset),
+        None if step else estimate_of(experiment, dataset, layout),
+    )
+    attempt = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "from_step": step,
+        "layout": asdict(layout),
+        **({"drift": "; ".join(drift)} if drift else {}),
+        **{k: v for k, v in experiment.flat().items() if k.startswith(runs.FREE)},
+    }
     runs.open_attempt(run_dir, experiment, facts, redact(attempt))
     tracker = Tracker(run_dir, uri, experiment.tracking.experiment)
     return _train(experiment, run_dir, data_dir, layout, tracker, step, estimate)
 
 
-def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch.Layout, tracker: Tracker, step: int,
-           estimate: dict[str, float] | None) -> int:
+def _train(
+    experiment: Experiment,
+    run_dir: Path,
+    data_dir: Path,
+    layout: launch.Layout,
+    tracker: Tracker,
+    step: int,
+    estimate: dict[str, float] | None,
+) -> int:
     """From the first worker to the last line of the summary."""
     device = "GPU" if layout.use_gpu else f"{layout.cpus_per_worker} CPU(s)"
-    print(f"{'resuming' if step else 'training'} {experiment.name} from step {step:,} of {experiment.train.max_steps:,} "
-          f"in {run_dir} on {layout.num_workers} worker(s) with {device} each", flush=True)
+    print(
+        f"{'resuming' if step else 'training'} {experiment.name} from step {step:,} of {experiment.train.max_steps:,} "
+        f"in {run_dir} on {layout.num_workers} worker(s) with {device} each",
+        flush=True,
+    )
     started, status, code, reason = time.monotonic(), "FAILED", EXIT_FAILED, ""
     watch = RunWatch(run_dir, experiment.compute.hang_after_s)
     try:
         tracker.start()
-        with (Console(run_dir, experiment.train.max_steps, experiment.tokens_per_step), watch,
-              interrupts.asking(lambda: stopping.ask(run_dir, "SIGTERM"))):
+        with (
+            Console(run_dir, experiment.train.max_steps, experiment.tokens_per_step),
+            watch,
+            interrupts.asking(lambda: stopping.ask(run_dir, "SIGTERM")),
+        ):
             workers.fit(experiment, run_dir, data_dir, layout)
         status, code, reason = _outcome(run_dir)
     except (KeyboardInterrupt, SystemExit):  # Ray Train answers Ctrl-C with sys.exit(0)
@@ -119,7 +141,13 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
     if hang := watchdog.report(run_dir):
         print(hang, file=sys.stderr)
     # A job that is stopped has 3 s before SIGKILL: hashing the weights is for a run that is done.
-    summary = runs.summarise(run_dir, (status, code), experiment.tokens_per_step, tracker.run_id, time.monotonic() - started)
+    summary = runs.summarise(
+        run_dir,
+        (status, code),
+        experiment.tokens_per_step,
+        tracker.run_id,
+        time.monotonic() - started,
+    )
     if estimate and status == "FINISHED":
         _compare(run_dir, summary, estimate)
     sent = False
@@ -132,8 +160,11 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, layout: launch
         print(f"error: {reason}" if code == EXIT_USER else reason, file=sys.stderr)
     _print_summary(run_dir, summary, tracker.url)
     if not sent:
-        print(f"the tracking server did not take everything; send the rest with\n  "
-              f"pipelines/replay_metrics.py {run_dir}", flush=True)
+        print(
+            f"the tracking server did not take everything; send the rest with\n  "
+            f"pipelines/replay_metrics.py {run_dir}",
+            flush=True,
+        )
     return code
 
 
@@ -159,17 +190,26 @@ def _drift(run_dir: Path, step: int, experiment: Experiment, layout: launch.Layo
     """
     if not step:
         return []
-    stored = checkpoint.read_manifest(checkpoint.path_of(run_dir / "checkpoints", step))["fingerprints"]["numerics"]
+    stored = checkpoint.read_manifest(checkpoint.path_of(run_dir / "checkpoints", step))[
+        "fingerprints"
+    ]["numerics"]
     now = numerics.fingerprint(experiment, numerics.Worker(cpus=layout.cpus_per_worker))
-    if layout.use_gpu or launch.has_several_nodes():  # the driver's machine need not be like theirs; the workers compare
+    if (
+        layout.use_gpu or launch.has_several_nodes()
+    ):  # the driver's machine need not be like theirs; the workers compare
         now |= {key: stored.get(key) for key in ("device", "torch")}
     return numerics.check(stored, now, experiment, run_dir)
 
 
 # ---- known before, measured after ----
-def estimate_of(experiment: Experiment, dataset: Manifest, layout: launch.Layout) -> dict[str, float] | None:
+def estimate_of(
+    experiment: Experiment, dataset: Manifest, layout: launch.Layout
+) -> dict[str, float] | None:
     """What the whole run will cost, and say so; None where that is not known within seconds. Never the end of a run."""
-    n_vocab, tokens = dataset.tokenizer["n_vocab"], {name: split.tokens for name, split in dataset.splits.items()}
+    n_vocab, tokens = (
+        dataset.tokenizer["n_vocab"],
+        {name: split.tokens for name, split in dataset.splits.items()},
+    )
     asked = experiment, n_vocab, layout.num_workers, layout.cpus_per_worker, layout.use_gpu
     try:
         micro_batch = experiment.train.micro_batch_size * experiment.model.block_size
@@ -177,7 +217,11 @@ def estimate_of(experiment: Experiment, dataset: Manifest, layout: launch.Layout
         timing = calibrate.known(*asked)
         if timing is None and (layout.use_gpu or flops < CALIBRATION_FLOPS):
             timing = calibrate.measure(*asked, limit_s=CALIBRATION_S)
-        estimate = calibrate.expected(experiment, tokens["val"], tokens["train"], timing) if timing else None
+        estimate = (
+            calibrate.expected(experiment, tokens["val"], tokens["train"], timing)
+            if timing
+            else None
+        )
     except Exception as error:
         print(f"no estimate of the cost: {error.__class__.__name__}: {error}", flush=True)
         return None
@@ -189,8 +233,11 @@ def estimate_of(experiment: Experiment, dataset: Manifest, layout: launch.Layout
 def _compare(run_dir: Path, summary: dict[str, Any], estimate: dict[str, float]) -> None:
     """Add to the summary what was expected and what came of it."""
     seen = [v for r in journal.read(run_dir) for k, v in r.items() if k.startswith("memory/")]
-    measured = {"time_s": summary["wall_s"], "memory_gib": max(seen, default=None),
-                "final_disk_bytes": calibrate.folder_bytes(run_dir / "checkpoints")}
+    measured = {
+        "time_s": summary["wall_s"],
+        "memory_gib": max(seen, default=None),
+        "final_disk_bytes": calibrate.folder_bytes(run_dir / "checkpoints"),
+    }
     summary |= {"estimated": estimate, "measured": measured}
     runs.write_summary(run_dir, summary)
 
@@ -202,11 +249,16 @@ def _is_finished(run_dir: Path, experiment: Experiment, data_dir: Path) -> bool:
         return False
     if not (data_dir / "manifest.json").exists():
         return False
-    return runs.check_resumable(run_dir, experiment, load_manifest(data_dir), _leave_to_rank_0) == experiment.train.max_steps
+    return (
+        runs.check_resumable(run_dir, experiment, load_manifest(data_dir), _leave_to_rank_0)
+        == experiment.train.max_steps
+    )
 
 
 def _show_again(run_dir: Path, experiment: Experiment, uri: str) -> int:
-    print(f"{experiment.name} is finished; a larger train.max_steps goes on, a new name starts afresh")
+    print(
+        f"{experiment.name} is finished; a larger train.max_steps goes on, a new name starts afresh"
+    )
     _print_summary(run_dir, read_json(run_dir / "summary.json"), None)
     if not replay(run_dir, uri, experiment.tracking.experiment, interrupts.EXIT_WAIT_S):
         print("the tracking server did not take everything; run this again when it is there")
@@ -215,16 +267,40 @@ def _show_again(run_dir: Path, experiment: Experiment, uri: str) -> int:
 
 def _print_summary(run_dir: Path, summary: dict[str, Any], url: str | None) -> None:
     """Where everything is, how good it is, and what to type next."""
-    shown = {k: number(v) for k, v in summary.items() if v is not None and k not in ("wall_s", "estimated", "measured")}
-    cost = plan.comparison_line(summary["estimated"], summary["measured"]) if "estimated" in summary else None
-    print(f"\n{run_dir.name}\n" + table({**shown, "wall time": duration(summary["wall_s"]), "estimate": cost,
-                                         "folder": run_dir, "MLflow": url}))
+    shown = {
+        k: number(v)
+        for k, v in summary.items()
+        if v is not None and k not in ("wall_s", "estimated", "measured")
+    }
+    cost = (
+        plan.comparison_line(summary["estimated"], summary["measured"])
+        if "estimated" in summary
+        else None
+    )
+    print(
+        f"\n{run_dir.name}\n"
+        + table(
+            {
+                **shown,
+                "wall time": duration(summary["wall_s"]),
+                "estimate": cost,
+                "folder": run_dir,
+                "MLflow": url,
+            }
+        )
+    )
     samples = sorted((run_dir / "samples").glob("*.txt"))
     if samples and summary["status"] == "FINISHED":
-        print("\nsample (the first tokens are the prompt, from val):\n" + samples[-1].read_text("utf-8").strip())
+        print(
+            "\nsample (the first tokens are the prompt, from val):\n"
+            + samples[-1].read_text("utf-8").strip()
+        )
     if summary["status"] != "FINISHED":
         if summary["checkpoint"]:
             print("\nnext: the same command again goes on from the last checkpoint", flush=True)
         return
-    print(f"\nnext:\n  pipelines/sample.py {run_dir} --prompt '…'\n  pipelines/evaluate.py {run_dir}\n"
-          f"  pipelines/ui.py {run_dir.parent}", flush=True)
+    print(
+        f"\nnext:\n  pipelines/sample.py {run_dir} --prompt '…'\n  pipelines/evaluate.py {run_dir}\n"
+        f"  pipelines/ui.py {run_dir.parent}",
+        flush=True,
+    )

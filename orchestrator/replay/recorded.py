@@ -35,8 +35,15 @@ class Recorded:
         lines = {line["step"]: line for line in journal.read(run_dir)}
         found = cls(run_dir, lines, read_json(run_dir / "run.json") or {})
         if next(found.whole(), None) is None:
-            raise UserError("\n".join([f"{run_dir}: holds no whole checkpoint, and without one nothing tells on which data and "
-                                       f"numerics it ran; nothing can be compared", *found.passed_over]))
+            raise UserError(
+                "\n".join(
+                    [
+                        f"{run_dir}: holds no whole checkpoint, and without one nothing tells on which data and "
+                        f"numerics it ran; nothing can be compared",
+                        *found.passed_over,
+                    ]
+                )
+            )
         return found
 
     def standing(self) -> list[int]:
@@ -68,7 +75,9 @@ class Recorded:
         """The checkpoint that tells how step `step` was made: the first from there on, else the last before."""
         standing = self.standing()
         after = (s for s in standing if s >= step and self.is_valid(s))
-        return next(after, None) or next(s for s in reversed(standing) if s < step and self.is_valid(s))
+        return next(after, None) or next(
+            s for s in reversed(standing) if s < step and self.is_valid(s)
+        )
 
     def attempts(self) -> list[dict[str, Any]]:
         """The attempts whose steps survived, by rising `from_step`: one that went further back undid those after it."""
@@ -82,4 +91,8 @@ class Recorded:
     def rates(self, experiment: Experiment) -> Callable[[int], float]:
         """Of a sweep's trial, whose checkpoints are those of its last stage, the stage's; else the schedule's."""
         order = read_order((self.run_dir / "checkpoints").resolve().parent)
-        return rates.from_json(order.rates) if order else partial(learning_rate, experiment.lr_schedule())
+        return (
+            rates.from_json(order.rates)
+            if order
+            else partial(learning_rate, experiment.lr_schedule())
+        )

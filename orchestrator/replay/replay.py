@@ -34,7 +34,11 @@ from orchestrator.train import numerics
 from orchestrator.train.loop import Run
 from orchestrator.train.numerics import Worker
 
-SETTINGS = ("log_interval", "eval_interval", "on_nonfinite")  # of `train`: may change between attempts, and show in the lines
+SETTINGS = (
+    "log_interval",
+    "eval_interval",
+    "on_nonfinite",
+)  # of `train`: may change between attempts, and show in the lines
 FOLDER = "replays"  # in the run's: verdicts, and what was made again where it differs
 SOURCES = Path(__file__).resolve().parents[2]
 
@@ -76,23 +80,35 @@ def stretch(run: Recorded, steps: tuple[int | None, int | None] | None = None) -
     else:
         first, last = (0 if steps[0] is None else steps[0]), (end if steps[1] is None else steps[1])
     if not 0 <= first < last <= end:
-        raise UserError(f"--steps: {first}:{last} is no stretch of this run, which has steps 0:{end}")
-    begin = next((step for step in reversed(run.standing()) if step <= first and run.is_valid(step)), None)
+        raise UserError(
+            f"--steps: {first}:{last} is no stretch of this run, which has steps 0:{end}"
+        )
+    begin = next(
+        (step for step in reversed(run.standing()) if step <= first and run.is_valid(step)), None
+    )
     found = Stretch(begin, first, last)
     if not any(map(found.holds, [*run.lines, *run.standing()])):
-        raise UserError(f"--steps: nothing was logged in steps {first}:{last}, and no checkpoint stands there; the run logged at "
-                        f"steps {_some(sorted(run.lines))}")
+        raise UserError(
+            f"--steps: nothing was logged in steps {first}:{last}, and no checkpoint stands there; the run logged at "
+            f"steps {_some(sorted(run.lines))}"
+        )
     return found
 
 
 def _some(steps: list[int]) -> str:
-    return ", ".join(map(str, steps if len(steps) <= 8 else [*steps[:4], "…", *steps[-3:]])) or "none"
+    return (
+        ", ".join(map(str, steps if len(steps) <= 8 else [*steps[:4], "…", *steps[-3:]])) or "none"
+    )
 
 
 def pieces(run: Recorded, s: Stretch) -> list[Piece]:
     """The stretch, cut where a checkpoint stands and where an attempt began."""
     attempts, start = run.attempts(), s.begin or 0
-    cuts = [step for step in {*run.standing(), *(a.get("from_step", 0) for a in attempts)} if start < step < s.last]
+    cuts = [
+        step
+        for step in {*run.standing(), *(a.get("from_step", 0) for a in attempts)}
+        if start < step < s.last
+    ]
     stops = sorted({*cuts, s.last})
     found = []
     for begin, stop in zip([start, *stops], stops, strict=False):
@@ -123,19 +139,35 @@ def device_of(run: Recorded, s: Stretch) -> str:
     Raises:
         UserError: a GPU, and there is none here.
     """
-    name = checkpoint.read_manifest(run.path(run.witness(s.last)))["fingerprints"]["numerics"]["device"]
+    name = checkpoint.read_manifest(run.path(run.witness(s.last)))["fingerprints"]["numerics"][
+        "device"
+    ]
     layout = (run.attempts() or [{}])[-1].get("layout") or {}
     has_gpu = torch.cuda.is_available()
     if layout.get("use_gpu") and not has_gpu:
-        raise UserError(f"{run.run_dir} was trained on {name}, and here is no GPU: its bits would be others; replay it there")
-    return "cuda:0" if has_gpu and (layout.get("use_gpu") or name == torch.cuda.get_device_name("cuda:0")) else "cpu"
+        raise UserError(
+            f"{run.run_dir} was trained on {name}, and here is no GPU: its bits would be others; replay it there"
+        )
+    return (
+        "cuda:0"
+        if has_gpu and (layout.get("use_gpu") or name == torch.cuda.get_device_name("cuda:0"))
+        else "cpu"
+    )
 
 
 # ---- making it ----
-def replay(run: Recorded, s: Stretch, dataset: Manifest, scratch: Path, say: Callable[[dict[str, Any]], None]) -> Verdict:
+def replay(
+    run: Recorded,
+    s: Stretch,
+    dataset: Manifest,
+    scratch: Path,
+    say: Callable[[dict[str, Any]], None],
+) -> Verdict:
     """Train the stretch in the empty folder `scratch` and compare; `say` is told every line as it is made."""
     experiment, device, parts = experiment_of(run, s), device_of(run, s), pieces(run, s)
-    result = Verdict(s.first, s.last, s.begin, changed=changes(run, s, experiment, dataset, parts, device))
+    result = Verdict(
+        s.first, s.last, s.begin, changed=changes(run, s, experiment, dataset, parts, device)
+    )
     if damage := _damage(experiment, dataset):
         result.changed.insert(0, damage)
     else:
@@ -156,24 +188,48 @@ def _damage(experiment: Experiment, dataset: Manifest) -> Cause | None:
     return None
 
 
-def _make(run: Recorded, s: Stretch, experiment: Experiment, dataset: Manifest, scratch: Path, device: str, parts: list[Piece],
-          say: Callable[[dict[str, Any]], None]) -> str | None:
+def _make(
+    run: Recorded,
+    s: Stretch,
+    experiment: Experiment,
+    dataset: Manifest,
+    scratch: Path,
+    device: str,
+    parts: list[Piece],
+    say: Callable[[dict[str, Any]], None],
+) -> str | None:
     """Train piece after piece; each goes on from the end of the one before. Returns why it ended early, if it did."""
     lr = run.rates(experiment)
     for piece in parts:
-        settings = piece.settings | {"checkpoint_interval": None, "keep": len(parts)}  # all are compared at the end
-        as_then = experiment.model_copy(update={"train": experiment.train.model_copy(update=settings)})
+        settings = piece.settings | {
+            "checkpoint_interval": None,
+            "keep": len(parts),
+        }  # all are compared at the end
+        as_then = experiment.model_copy(
+            update={"train": experiment.train.model_copy(update=settings)}
+        )
         parent = run.path(s.begin) if s.begin is not None else None
-        again = Run(as_then, scratch, dataset.directory, Worker(device=device, cpus=piece.numerics["cpus_per_worker"]),
-                    parent=parent, stop=piece.stop, rates=lr)
+        again = Run(
+            as_then,
+            scratch,
+            dataset.directory,
+            Worker(device=device, cpus=piece.numerics["cpus_per_worker"]),
+            parent=parent,
+            stop=piece.stop,
+            rates=lr,
+        )
         for line in again:
             say(line)
         if again.state.step < piece.stop:
-            return (read_json(scratch / "stopped.json") or {}).get("reason") or f"it ended after step {again.state.step}"
+            return (read_json(scratch / "stopped.json") or {}).get(
+                "reason"
+            ) or f"it ended after step {again.state.step}"
     return None
 
 
-def _compare(run: Recorded, s: Stretch, scratch: Path, result: Verdict, ended_early: str | None) -> None:
+def _compare(
+    run: Recorded, s: Stretch, scratch: Path, result: Verdict, ended_early: str | None
+) -> None:
     """Fill in the verdict: line by line, checkpoint by checkpoint, by rising step."""
     now = {line["step"]: line for line in journal.read(scratch)}
     made = set(checkpoint.steps(scratch / "checkpoints"))
@@ -182,33 +238,60 @@ def _compare(run: Recorded, s: Stretch, scratch: Path, result: Verdict, ended_ea
             result.lines += 1
             result.differences += verdict.of_lines(step, run.lines.get(step, {}), now.get(step, {}))
         if step in run.standing() and step in made and run.is_valid(step):
-            found = list(_of_checkpoints(step, run.path(step), checkpoint.path_of(scratch / "checkpoints", step)))
+            found = list(
+                _of_checkpoints(
+                    step, run.path(step), checkpoint.path_of(scratch / "checkpoints", step)
+                )
+            )
             result.differences += found
             result.weights[step] = not found
     if ended_early:
-        end = Difference(max([s.begin or 0, *now]), "the steps after it", note=f"not made now: {ended_early}")
+        end = Difference(
+            max([s.begin or 0, *now]), "the steps after it", note=f"not made now: {ended_early}"
+        )
         result.differences = sorted([end, *result.differences], key=lambda d: d.step)
 
 
 def _of_checkpoints(step: int, then: Path, now: Path) -> Iterator[Difference]:
     for part in ("model", "optimizer"):
-        yield from verdict.of_tensors(step, part, checkpoint.load_tensors(then, part), checkpoint.load_tensors(now, part))
+        yield from verdict.of_tensors(
+            step, part, checkpoint.load_tensors(then, part), checkpoint.load_tensors(now, part)
+        )
 
 
 # ---- why it may differ ----
-def changes(run: Recorded, s: Stretch, experiment: Experiment, dataset: Manifest, parts: list[Piece], device: str) -> list[Cause]:
+def changes(
+    run: Recorded,
+    s: Stretch,
+    experiment: Experiment,
+    dataset: Manifest,
+    parts: list[Piece],
+    device: str,
+) -> list[Cause]:
     """What is not as it was when the stretch was made."""
     found: list[Cause] = []
-    for step in sorted({run.witness(piece.stop) for piece in parts} | ({s.begin} if s.begin is not None else set())):
+    for step in sorted(
+        {run.witness(piece.stop) for piece in parts} | ({s.begin} if s.begin is not None else set())
+    ):
         path = run.path(step)
         if checkpoint.read_manifest(path)["fingerprints"]["data"] != data_identity(dataset):
-            found.append(Cause("data", f"the tokens in {dataset.directory} are not those that the run was trained on"))
+            found.append(
+                Cause(
+                    "data",
+                    f"the tokens in {dataset.directory} are not those that the run was trained on",
+                )
+            )
         for line in identity_differences(stored_experiment(path), experiment, step):
             kind = "seed" if line.startswith("train.seed:") else "experiment"
-            found.append(Cause(kind, f"{line} (there: the checkpoint's experiment.yaml, here: the run's)"))
+            found.append(
+                Cause(kind, f"{line} (there: the checkpoint's experiment.yaml, here: the run's)")
+            )
     for piece in parts:
         worker = Worker(device=device, cpus=piece.numerics["cpus_per_worker"])
-        found += [Cause("numerics", line) for line in numerics.changes(piece.numerics, numerics.fingerprint(experiment, worker))]
+        found += [
+            Cause("numerics", line)
+            for line in numerics.changes(piece.numerics, numerics.fingerprint(experiment, worker))
+        ]
     return list(dict.fromkeys([*found, *_code_changes(run.facts.get("tags") or {})]))
 
 
@@ -217,9 +300,14 @@ def _code_changes(tags: dict[str, str]) -> list[Cause]:
     now = source_facts(SOURCES)
     if tags.get("source.sha256") in (None, now["sources_sha256"]):
         return []
-    then_commit, then_dirty = tags.get("mlflow.source.git.commit", "unknown"), tags.get("source.dirty") == "true"
-    words = [f"commit {commit[:12]}{' with changes that were not committed' * bool(dirty)}"
-             for commit, dirty in ((then_commit, then_dirty), (now["commit"], now["dirty"]))]
+    then_commit, then_dirty = (
+        tags.get("mlflow.source.git.commit", "unknown"),
+        tags.get("source.dirty") == "true",
+    )
+    words = [
+        f"commit {commit[:12]}{' with changes that were not committed' * bool(dirty)}"
+        for commit, dirty in ((then_commit, then_dirty), (now["commit"], now["dirty"]))
+    ]
     return [Cause("code", f"{words[0]} then, {words[1]} now")]
 
 
@@ -234,7 +322,19 @@ def new_folder(run_dir: Path) -> Path:
 def keep(run_dir: Path, folder: Path, result: Verdict) -> Path:
     """Write the verdict beside `folder`, whose time names it, and note it among the run's events."""
     path = folder.with_name(f"{folder.name}.json")
-    write_atomically(path, json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **result.to_json()}, indent=1))
-    events.note(run_dir, "replay", result.sentence(), equal=result.equal, steps=[result.first_step, result.last_step],
-                verdict=f"{FOLDER}/{path.name}", causes=[str(cause) for cause in result.causes()])
+    write_atomically(
+        path,
+        json.dumps(
+            {"time": datetime.now(UTC).isoformat(timespec="seconds"), **result.to_json()}, indent=1
+        ),
+    )
+    events.note(
+        run_dir,
+        "replay",
+        result.sentence(),
+        equal=result.equal,
+        steps=[result.first_step, result.last_step],
+        verdict=f"{FOLDER}/{path.name}",
+        causes=[str(cause) for cause in result.causes()],
+    )
     return path

@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-EXACT = ("train/", "val/", "optim/")  # of a line: what must not depend on the machine or on how the run got there
+EXACT = (
+    "train/",
+    "val/",
+    "optim/",
+)  # of a line: what must not depend on the machine or on how the run got there
 KINDS = ("data", "seed", "experiment", "numerics", "code")  # of causes, the likeliest first
 
 
@@ -40,9 +44,19 @@ class Difference:
 
         No name in it is one under which `provenance` would expect a secret.
         """
-        values = {name: {"decimal": repr(v), "hex": float(v).hex()} for name, v in (("then", self.then), ("now", self.now))
-                  if v is not None}
-        return {"step": self.step, "what": self.key, **values, "ulps": self.ulps, "note": self.note, "text": str(self)}
+        values = {
+            name: {"decimal": repr(v), "hex": float(v).hex()}
+            for name, v in (("then", self.then), ("now", self.now))
+            if v is not None
+        }
+        return {
+            "step": self.step,
+            "what": self.key,
+            **values,
+            "ulps": self.ulps,
+            "note": self.note,
+            "text": str(self),
+        }
 
 
 @dataclass(frozen=True)
@@ -64,8 +78,12 @@ class Verdict:
     last_step: int
     begin: int | None
     lines: int = 0  # that were compared
-    differences: list[Difference] = field(default_factory=list)  # by rising step; a line's before its checkpoint's
-    weights: dict[int, bool] = field(default_factory=dict)  # {step: equal} of the checkpoints that were compared
+    differences: list[Difference] = field(
+        default_factory=list
+    )  # by rising step; a line's before its checkpoint's
+    weights: dict[int, bool] = field(
+        default_factory=dict
+    )  # {step: equal} of the checkpoints that were compared
     changed: list[Cause] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
 
@@ -86,14 +104,29 @@ class Verdict:
         """Why it differs, the likeliest first; never empty where it does."""
         if self.equal:
             return []
-        after = [step for step, equal in self.weights.items() if equal and self.first and step >= self.first.step]
+        after = [
+            step
+            for step, equal in self.weights.items()
+            if equal and self.first and step >= self.first.step
+        ]
         found = sorted(self.changed, key=lambda cause: KINDS.index(cause.kind))
         if after and self.first.key.startswith(("train/loss", "optim/")):
-            found.insert(0, Cause("journal", f"weights and moments of step {after[0]:,} are the same bits, so the training was "
-                                             f"the same: the line was changed after it was written"))
-        return found or [Cause("unknown", "data, experiment, numerics and code are what they were. Left are hardware that does "
-                                          "not give the same bits twice (attention and atomic additions on some GPUs, faulty "
-                                          "memory) and a journal that was changed")]
+            found.insert(
+                0,
+                Cause(
+                    "journal",
+                    f"weights and moments of step {after[0]:,} are the same bits, so the training was "
+                    f"the same: the line was changed after it was written",
+                ),
+            )
+        return found or [
+            Cause(
+                "unknown",
+                "data, experiment, numerics and code are what they were. Left are hardware that does "
+                "not give the same bits twice (attention and atomic additions on some GPUs, faulty "
+                "memory) and a journal that was changed",
+            )
+        ]
 
     def sentence(self) -> str:
         """`9 logged lines of steps 4..12 equal, weights equal`, or what is different first."""
@@ -103,47 +136,82 @@ class Verdict:
         if self.first:
             return f"{stretch} differ, first at {self.first}"
         compared = [f"{step:,}" for step in self.weights]
-        weights = f"weights equal (step {', '.join(compared)})" if compared else "no checkpoint to compare weights with"
+        weights = (
+            f"weights equal (step {', '.join(compared)})"
+            if compared
+            else "no checkpoint to compare weights with"
+        )
         return f"{self.lines:,} logged line{'s' * (self.lines != 1)} of {stretch} equal, {weights}"
 
     def rows(self) -> dict[str, Any]:
         """The table that a person sees."""
         wrong = {d.step for d in self.differences if d.key.startswith(EXACT)}
         start = f"the checkpoint of step {self.begin:,}" if self.begin is not None else "step 0"
-        rows = {"steps": f"{self.first_step:,}..{self.last_step:,}, made again from {start}",
-                "logged lines": f"{len(wrong):,} of {self.lines:,} differ" if wrong else f"{self.lines:,}, equal",
-                "weights": ", ".join(f"step {step:,} {'equal' if equal else 'differ'}" for step, equal in self.weights.items())
-                or "not compared: no valid checkpoint stands in these steps"}
+        rows = {
+            "steps": f"{self.first_step:,}..{self.last_step:,}, made again from {start}",
+            "logged lines": f"{len(wrong):,} of {self.lines:,} differ"
+            if wrong
+            else f"{self.lines:,}, equal",
+            "weights": ", ".join(
+                f"step {step:,} {'equal' if equal else 'differ'}"
+                for step, equal in self.weights.items()
+            )
+            or "not compared: no valid checkpoint stands in these steps",
+        }
         rows |= {f"passed over{_number(i)}": text for i, text in enumerate(self.passed_over)}
         if self.equal:
-            return rows | {f"changed since{_number(i)}": f"{cause} (without effect)" for i, cause in enumerate(self.changed)}
+            return rows | {
+                f"changed since{_number(i)}": f"{cause} (without effect)"
+                for i, cause in enumerate(self.changed)
+            }
         rows["first difference"] = self.first
         return rows | {f"cause{_number(i)}": cause for i, cause in enumerate(self.causes())}
 
     def to_json(self) -> dict[str, Any]:
-        return {"equal": self.equal, "verdict": self.sentence(), "steps": [self.first_step, self.last_step], "begin": self.begin,
-                "lines": self.lines, "weights": {str(step): equal for step, equal in self.weights.items()},
-                "differing": len(self.differences), "first": self.first.to_json() if self.first else None,
-                "causes": [asdict(cause) for cause in self.causes()], "changed": [asdict(cause) for cause in self.changed],
-                "passed_over": self.passed_over}
+        return {
+            "equal": self.equal,
+            "verdict": self.sentence(),
+            "steps": [self.first_step, self.last_step],
+            "begin": self.begin,
+            "lines": self.lines,
+            "weights": {str(step): equal for step, equal in self.weights.items()},
+            "differing": len(self.differences),
+            "first": self.first.to_json() if self.first else None,
+            "causes": [asdict(cause) for cause in self.causes()],
+            "changed": [asdict(cause) for cause in self.changed],
+            "passed_over": self.passed_over,
+        }
 
 
 def of_lines(step: int, then: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
     """The keys of a journal's line that differ in a bit or are missing; an absent line is an empty one."""
     keys = [key for key in {**then, **now} if key.startswith(EXACT)]
-    return [Difference(step, key, then.get(key), now.get(key), ulps(then.get(key), now.get(key)))
-            for key in keys if key not in then or key not in now or _bits(then[key]) != _bits(now[key])]
+    return [
+        Difference(step, key, then.get(key), now.get(key), ulps(then.get(key), now.get(key)))
+        for key in keys
+        if key not in then or key not in now or _bits(then[key]) != _bits(now[key])
+    ]
 
 
-def of_tensors(step: int, part: str, then: dict[str, Tensor], now: dict[str, Tensor]) -> list[Difference]:
+def of_tensors(
+    step: int, part: str, then: dict[str, Tensor], now: dict[str, Tensor]
+) -> list[Difference]:
     """The tensors of a checkpoint's part that differ, each with its first element that does."""
     found = []
     for name in sorted({*then, *now}):
         before, after, key = then.get(name), now.get(name), f"{part} {name}"
         if before is None or after is None:
-            found.append(Difference(step, key, note="not there then, but now" if before is None else "there then, not now"))
+            found.append(
+                Difference(
+                    step,
+                    key,
+                    note="not there then, but now" if before is None else "there then, not now",
+                )
+            )
         elif before.shape != after.shape or before.dtype != after.dtype:
-            words = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (before, after)]
+            words = [
+                f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (before, after)
+            ]
             found.append(Difference(step, key, note=f"{words[0]} then, {words[1]} now"))
         else:
             found += _of_elements(step, key, before.reshape(-1), after.reshape(-1))
@@ -152,13 +220,17 @@ def of_tensors(step: int, part: str, then: dict[str, Tensor], now: dict[str, Ten
 
 def _of_elements(step: int, key: str, then: Tensor, now: Tensor) -> list[Difference]:
     size = then.element_size()
-    wrong = (then.view(torch.uint8) != now.view(torch.uint8)).view(-1, size).any(1)  # as bytes: a NaN equals itself
+    wrong = (
+        (then.view(torch.uint8) != now.view(torch.uint8)).view(-1, size).any(1)
+    )  # as bytes: a NaN equals itself
     if not wrong.any():
         return []
     i = int(wrong.nonzero()[0])
     a, b = then[i].item(), now[i].item()
     apart = ulps(a, b, "fi") if then.dtype == torch.float32 else None
-    return [Difference(step, f"{key}[{i}] ({int(wrong.sum()):,} of {len(wrong):,} differ)", a, b, apart)]
+    return [
+        Difference(step, f"{key}[{i}] ({int(wrong.sum()):,} of {len(wrong):,} differ)", a, b, apart)
+    ]
 
 
 def ulps(a: float | None, b: float | None, formats: str = "dq") -> int | None:

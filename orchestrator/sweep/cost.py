@@ -25,8 +25,12 @@ from orchestrator.sweep.study import Study, check_sources, data_key, with_absolu
 from orchestrator.sweep.tree import Stage
 from orchestrator.sweep.trials import Candidate
 
-STARTS = 2  # process starts before the first step: Tune's own, then those of the workers, side by side
-MOST_SHAPES = 6  # of models and batches to time: a sweep over more of them says that its time is not known
+STARTS = (
+    2  # process starts before the first step: Tune's own, then those of the workers, side by side
+)
+MOST_SHAPES = (
+    6  # of models and batches to time: a sweep over more of them says that its time is not known
+)
 
 
 def show(sweep: Sweep) -> int:
@@ -39,7 +43,9 @@ def show(sweep: Sweep) -> int:
     layout = recorded_layout(storage / sweep.base.name) or plan.local_layout(experiments[0])
     study = Study.open(sweep, storage / sweep.base.name, layout, datasets)
     if not study.plan.stages:
-        print(f"optuna will ask for {sweep.settings.num_samples} trials, one after the other; there is nothing to plan yet")
+        print(
+            f"optuna will ask for {sweep.settings.num_samples} trials, one after the other; there is nothing to plan yet"
+        )
         return 0
     slots = plan.local_slots(layout)
     print(tree_view.text(study.plan) + "\n\n" + "\n".join(describe(study, slots, counts)))
@@ -51,8 +57,11 @@ def describe(study: Study, slots: int, counts: Mapping[str, dict]) -> list[str]:
     """The steps, what would share more, and the cost."""
     schedules = {name: c.experiment.lr_schedule() for name, c in study.everyone.items()}
     estimate, where = estimate_of(study, slots, counts), f"{slots} stage(s) at a time"
-    cost = ["expected time, memory and disk are unknown: " + estimate] if isinstance(estimate, str) else [
-        f"expected: {plan.expected_line(estimate)} at most (checkpoints), {where}"]
+    cost = (
+        ["expected time, memory and disk are unknown: " + estimate]
+        if isinstance(estimate, str)
+        else [f"expected: {plan.expected_line(estimate)} at most (checkpoints), {where}"]
+    )
     return [*tree_view.summary(study.plan), *tree_view.advice(study.plan, schedules), *cost]
 
 
@@ -67,24 +76,48 @@ def estimate_of(study: Study, slots: int, counts: Mapping[str, dict]) -> dict[st
     if len(shapes) > MOST_SHAPES:
         return f"the sweep has {len(shapes)} shapes of model and batch, and more than {MOST_SHAPES} are not timed"
     a = study.layout
-    timings = {shape: calibrate.measure(c.experiment, counts[data_key(c.experiment.data)]["n_vocab"], a.num_workers,
-                                        a.cpus_per_worker, a.use_gpu) for shape, c in shapes.items()}
+    timings = {
+        shape: calibrate.measure(
+            c.experiment,
+            counts[data_key(c.experiment.data)]["n_vocab"],
+            a.num_workers,
+            a.cpus_per_worker,
+            a.use_gpu,
+        )
+        for shape, c in shapes.items()
+    }
     if None in timings.values():
         return "this machine has no room for a step, or not the devices"
-    by_name = {name: timings[_shape(c, counts[data_key(c.experiment.data)]["n_vocab"], a)] for name, c in study.everyone.items()}
-    seen = forecast(study.plan, slots, _seconds(study, by_name, counts), _results(study), study.sweep.settings.keep_branches)
+    by_name = {
+        name: timings[_shape(c, counts[data_key(c.experiment.data)]["n_vocab"], a)]
+        for name, c in study.everyone.items()
+    }
+    seen = forecast(
+        study.plan,
+        slots,
+        _seconds(study, by_name, counts),
+        _results(study),
+        study.sweep.settings.keep_branches,
+    )
     start = STARTS * max(timing.startup_s for timing in timings.values())
-    return {"time_s": (start if study.plan.to_run else 0.0) + seen.seconds,
-            "memory_gib": max(t.memory_gib for t in timings.values()),
-            "disk_bytes": seen.checkpoints * max(t.checkpoint_bytes for t in timings.values())}
+    return {
+        "time_s": (start if study.plan.to_run else 0.0) + seen.seconds,
+        "memory_gib": max(t.memory_gib for t in timings.values()),
+        "disk_bytes": seen.checkpoints * max(t.checkpoint_bytes for t in timings.values()),
+    }
 
 
 def _shape(c: Candidate, n_vocab: int, layout: launch.Layout) -> Path:
-    return calibrate.cache_file(c.experiment, n_vocab, layout.num_workers, layout.cpus_per_worker, layout.use_gpu)
+    return calibrate.cache_file(
+        c.experiment, n_vocab, layout.num_workers, layout.cpus_per_worker, layout.use_gpu
+    )
 
 
-def _seconds(study: Study, timings: Mapping[str, Timing], counts: Mapping[str, dict]) -> Callable[[Stage], float]:
+def _seconds(
+    study: Study, timings: Mapping[str, Timing], counts: Mapping[str, dict]
+) -> Callable[[Stage], float]:
     """Seconds of a stage: its steps, its evaluations, its checkpoints."""
+
     def seconds(stage: Stage) -> float:
         c = study.everyone[(stage.ends or stage.trials)[0]]
         t, timing, tokens = c.experiment.train, timings[c.name], counts[data_key(c.experiment.data)]
@@ -93,8 +126,14 @@ def _seconds(study: Study, timings: Mapping[str, Timing], counts: Mapping[str, d
         evaluations = _due(t.eval_interval, first, stage.stop) + (first == 0)
         evaluations += bool(stage.ends) and stage.stop % t.eval_interval != 0
         checkpoints = _due(t.checkpoint_interval, first, stage.stop - 1) + 1
-        each = calibrate.evaluation_seconds(c.experiment, tokens["val"] or 0, tokens["train"] or 0, timing)
-        return calibrate.steps_seconds(steps, timing) + evaluations * each + checkpoints * timing.checkpoint_s
+        each = calibrate.evaluation_seconds(
+            c.experiment, tokens["val"] or 0, tokens["train"] or 0, timing
+        )
+        return (
+            calibrate.steps_seconds(steps, timing)
+            + evaluations * each
+            + checkpoints * timing.checkpoint_s
+        )
 
     return seconds
 
@@ -105,6 +144,7 @@ def _due(interval: int | None, after: int, upto: int) -> int:
 
 def _results(study: Study) -> Callable[[Stage], int]:
     """Checkpoints that the last stage of a trial leaves: the latest `train.keep` that it made, and perhaps a better one."""
+
     def results(stage: Stage) -> int:
         t = study.everyone[stage.ends[0]].experiment.train
         made = _due(t.checkpoint_interval, stage.start, stage.stop - 1) + 1
@@ -116,7 +156,9 @@ def _results(study: Study) -> Callable[[Stage], int]:
 def _dataset(experiment, storage: Path) -> Manifest:
     """The prepared dataset; where there is none yet, one without tokens that only says which it would be."""
     directory = dataset_dir(experiment.data, storage)
-    return prepared(experiment.data, directory) or Manifest(directory, 1, {"name": str(directory)}, {}, "uint16", {}, [], "")
+    return prepared(experiment.data, directory) or Manifest(
+        directory, 1, {"name": str(directory)}, {}, "uint16", {}, [], ""
+    )
 
 
 def _picture(study: Study) -> Path:

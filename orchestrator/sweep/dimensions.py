@@ -15,7 +15,9 @@ from orchestrator.config.messages import shown
 from orchestrator.errors import UserError
 
 RANGE = ("low", "high", "log", "step")
-DIGITS = 6  # of a drawn number: short in names and files, far finer than what a sweep can tell apart
+DIGITS = (
+    6  # of a drawn number: short in names and files, far finer than what a sweep can tell apart
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ def values_of(key: str, values: list) -> tuple[Any, ...]:
 def _range(key: str, words: Mapping[str, Any]) -> Range:
     kind = field_docs()[key]["type"]
     if not kind.startswith(("an integer", "a number")):
-        raise UserError(f"{key}: a range is for numbers and the field is {kind}; give a list of choices")
+        raise UserError(
+            f"{key}: a range is for numbers and the field is {kind}; give a list of choices"
+        )
     for name in words:
         if name not in RANGE:
             raise UserError(f"{key}: a range has {', '.join(RANGE)}, and no {shown(name)}")
@@ -73,23 +77,44 @@ def _range(key: str, words: Mapping[str, Any]) -> Range:
     if not isinstance(log, bool):
         raise UserError(f"{key}: log={shown(log)} is not true or false")
     if log and low <= 0:
-        raise UserError(f"{key}: low={shown(low)} has no logarithm; with log: true low must be above 0")
-    return Range(low, high, log, None if step is None else _step(key, step, high - low, log, integer), integer)
+        raise UserError(
+            f"{key}: low={shown(low)} has no logarithm; with log: true low must be above 0"
+        )
+    return Range(
+        low,
+        high,
+        log,
+        None if step is None else _step(key, step, high - low, log, integer),
+        integer,
+    )
 
 
 def _step(key: str, step: Any, width: float, log: bool, integer: bool) -> float:
     if log:
-        raise UserError(f"{key}: step={shown(step)} and log: true exclude each other; leave one out")
-    if isinstance(step, bool) or not isinstance(step, int | float) or not 0 < step <= width * (1 + 1e-9):
-        raise UserError(f"{key}: step={shown(step)} is not a number above 0 and at most high - low = {width:g}")
+        raise UserError(
+            f"{key}: step={shown(step)} and log: true exclude each other; leave one out"
+        )
+    if (
+        isinstance(step, bool)
+        or not isinstance(step, int | float)
+        or not 0 < step <= width * (1 + 1e-9)
+    ):
+        raise UserError(
+            f"{key}: step={shown(step)} is not a number above 0 and at most high - low = {width:g}"
+        )
     if integer and step != int(step):
-        raise UserError(f"{key}: step={shown(step)} is not whole, and the field is {field_docs()[key]['type']}")
+        raise UserError(
+            f"{key}: step={shown(step)} is not whole, and the field is {field_docs()[key]['type']}"
+        )
     return int(step) if integer else float(step)
 
 
 def draw(seed: int, number: int, dimensions: Mapping[str, Choices | Range]) -> dict[str, Any]:
     """The values of random sample `number`, 0-based, of the sweep whose `train.seed` is `seed`."""
-    return {key: pick(one, random.Random(f"{seed}/{number}/{key}").random()) for key, one in dimensions.items()}
+    return {
+        key: pick(one, random.Random(f"{seed}/{number}/{key}").random())
+        for key, one in dimensions.items()
+    }
 
 
 def pick(one: Choices | Range, share: float) -> Any:
@@ -104,7 +129,9 @@ def pick(one: Choices | Range, share: float) -> Any:
         count = math.floor((one.high - one.low) / one.step + 1e-9) + 1
         value = one.low + int(share * count) * one.step
         return value if one.integer else min(float(f"{value:.12g}"), one.high)
-    high = one.high + 1 if one.integer else one.high  # every integer has a stretch of its own, the last one too
+    high = (
+        one.high + 1 if one.integer else one.high
+    )  # every integer has a stretch of its own, the last one too
     if one.log:
         value = math.exp(math.log(one.low) + share * (math.log(high) - math.log(one.low)))
     else:

@@ -35,16 +35,32 @@ def tree(plan: Plan):
     most = max((len(stage.trials) for stage in plan.stages), default=1)
     for stage in plan.stages:
         x = _thinned(max(1, stage.start), stage.stop)  # from the parent's last point on
-        axes.plot(x, rates[stage.trials[0]][x - 1], solid_capstyle="round", **_weight(len(stage.trials), most))
+        axes.plot(
+            x,
+            rates[stage.trials[0]][x - 1],
+            solid_capstyle="round",
+            **_weight(len(stage.trials), most),
+        )
     forks = [s for s in plan.stages if len(plan.children.get(s.id, ())) > 1]
-    axes.plot([s.stop for s in forks], [rates[s.trials[0]][s.stop - 1] for s in forks], "o", color=INK, markersize=4,
-              label="branches", zorder=10_000)
+    axes.plot(
+        [s.stop for s in forks],
+        [rates[s.trials[0]][s.stop - 1] for s in forks],
+        "o",
+        color=INK,
+        markersize=4,
+        label="branches",
+        zorder=10_000,
+    )
     _rate_axis(axes, [float(trial.rates.max()) for trial in plan.trials])
     for count in sorted({1, most}):
         axes.plot([], [], label=f"trials: {count:,}", **_weight(count, most))
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-    drawn = {(s.start, s.stop, rates[s.trials[0]][s.start:s.stop].tobytes()) for s in plan.stages}
-    under = f"; lines of {len(plan.stages) - len(drawn):,} stages lie under equal ones" if len(drawn) < len(plan.stages) else ""
+    drawn = {(s.start, s.stop, rates[s.trials[0]][s.start : s.stop].tobytes()) for s in plan.stages}
+    under = (
+        f"; lines of {len(plan.stages) - len(drawn):,} stages lie under equal ones"
+        if len(drawn) < len(plan.stages)
+        else ""
+    )
     axes.set_title(_paid(plan) + under, fontsize=10, color=INK, loc="left")
     return figure
 
@@ -52,14 +68,20 @@ def tree(plan: Plan):
 def _paid(plan: Plan) -> str:
     saved, stored = plan.steps_asked - plan.steps_in_tree, plan.steps_in_tree - plan.steps_to_run
     more = f" ({stored:,} of them stored already)" if stored and not plan.dead else ""
-    return (f"{len(plan.trials):,} trials: {plan.steps_asked:,} steps asked, {plan.steps_in_tree:,} run{more}, "
-            f"{saved:,} saved ({saved / max(1, plan.steps_asked):.1%})")
+    return (
+        f"{len(plan.trials):,} trials: {plan.steps_asked:,} steps asked, {plan.steps_in_tree:,} run{more}, "
+        f"{saved:,} saved ({saved / max(1, plan.steps_asked):.1%})"
+    )
 
 
 def _weight(count: int, most: int) -> dict[str, Any]:
     """Wide and dark for what many trials share; those above, so that a trunk is not hidden by its branches."""
     share = math.log(count) / math.log(max(2, most))
-    return {"linewidth": 1.1 + 3.4 * share, "color": _colormap()(0.75 * (1 - share)), "zorder": 2 + count}
+    return {
+        "linewidth": 1.1 + 3.4 * share,
+        "color": _colormap()(0.75 * (1 - share)),
+        "zorder": 2 + count,
+    }
 
 
 def _thinned(first: int, last: int) -> np.ndarray:
@@ -72,8 +94,10 @@ def final_losses(rows: Iterable[Row]):
     rows = list(rows)
     settings = [s for s in rank(rows) if s.values]
     listed = settings[:LISTED]
-    figure, (axes,) = _panels([(f"final {rows[0]['metric']}" if rows else "final loss", None)],
-                              size=(9, max(2.5, 1.2 + 0.19 * len(listed))))
+    figure, (axes,) = _panels(
+        [(f"final {rows[0]['metric']}" if rows else "final loss", None)],
+        size=(9, max(2.5, 1.2 + 0.19 * len(listed))),
+    )
     kinds = sorted({s.fields.get("schedule.kind") for s in listed}, key=str)
     colours = dict(zip(kinds, cycle(PALETTE), strict=False))
     for y, s in enumerate(listed):
@@ -92,14 +116,19 @@ def final_losses(rows: Iterable[Row]):
             axes.plot([], [], "o", color=colours[kind], label=kind or "as in the experiment")
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     without = len({row["setting"] for row in rows}) - len(settings)
-    notes = {f"the best {LISTED} of {len(settings)} settings": len(settings) > LISTED, f"{without} without a result": without,
-             "~ not told from the best": any(s.ties for s in listed)}
+    notes = {
+        f"the best {LISTED} of {len(settings)} settings": len(settings) > LISTED,
+        f"{without} without a result": without,
+        "~ not told from the best": any(s.ties for s in listed),
+    }
     axes.set_title("; ".join(filter(notes.get, notes)), fontsize=9, color=INK, loc="left")
     return figure
 
 
 def _label(s: Setting, short: Mapping[str, str]) -> str:
-    return clip(short[s.setting], 48) + ("" if s.rank else f" ({s.state})") + (" ~" if s.ties else "")
+    return (
+        clip(short[s.setting], 48) + ("" if s.rank else f" ({s.state})") + (" ~" if s.ties else "")
+    )
 
 
 def _cut(axes, values: list[float]) -> None:
@@ -107,8 +136,16 @@ def _cut(axes, values: list[float]) -> None:
     low, limit, beyond = min(values), _limit(values), sum(v > _limit(values) for v in values)
     if beyond and limit > low:
         axes.set_xlim(low - 0.05 * (limit - low), limit + 0.05 * (limit - low))
-        axes.annotate(f"{beyond} above {limit:.4g}, up to {max(values):.4g} →", (1, 1), (0, 3), xycoords="axes fraction",
-                      textcoords="offset points", ha="right", fontsize=8, color=BEST)
+        axes.annotate(
+            f"{beyond} above {limit:.4g}, up to {max(values):.4g} →",
+            (1, 1),
+            (0, 3),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color=BEST,
+        )
 
 
 def curves(rows: Iterable[Row], histories: Mapping[str, list[dict[str, Any]]]):
@@ -124,17 +161,30 @@ def curves(rows: Iterable[Row], histories: Mapping[str, list[dict[str, Any]]]):
         style = {"label": clip(names[row["trial"]], 40), **paint(row)}
         for axes, key in ((top, "optim/lr"), (bottom, metric)):
             found = points(histories[row["trial"]], key)
-            axes.plot([x for x, _ in found], [y for _, y in found], ".-" if len(found) == 1 else "-", **style)
+            axes.plot(
+                [x for x, _ in found],
+                [y for _, y in found],
+                ".-" if len(found) == 1 else "-",
+                **style,
+            )
         drawn += found
     _rate_axis(top, [max(line.get_ydata(), default=0.0) for line in top.get_lines()])
     _skip_start(bottom, drawn)
     if 0 < len(rows) <= NAMED:
         handles = bottom.get_legend_handles_labels()
-        top.legend(*(h[::-1] for h in handles), frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        top.legend(
+            *(h[::-1] for h in handles),
+            frameon=False,
+            fontsize=8,
+            loc="upper left",
+            bbox_to_anchor=(1, 1),
+        )
     elif _finals(rows):
         _colorbar(figure, [top, bottom], _finals(rows), f"final {metric}")
         best = min(rows, key=_order)
-        bottom.set_title(f"thick: the best, {clip(names[best['trial']], 90)}", fontsize=9, color=BEST, loc="left")
+        bottom.set_title(
+            f"thick: the best, {clip(names[best['trial']], 90)}", fontsize=9, color=BEST, loc="left"
+        )
     return figure
 
 
@@ -143,12 +193,20 @@ def _painter(rows: list[Row]):
     if len(rows) <= NAMED:
         colours = {row["trial"]: PALETTE[i] for i, row in enumerate(sorted(rows, key=_order))}
         return lambda row: {"color": colours[row["trial"]], "linewidth": 1.5}
-    norm, best = _norm(_finals(rows)), min(filter(has_result, rows), key=_order, default={"trial": None})["trial"]
+    norm, best = (
+        _norm(_finals(rows)),
+        min(filter(has_result, rows), key=_order, default={"trial": None})["trial"],
+    )
 
     def paint(row: Row) -> dict[str, Any]:
         if row["trial"] == best:
             return {"color": BEST, "linewidth": 2.4}
-        return {"color": _colormap()(norm(row["final"])) if has_result(row) else PALE, "linewidth": 0.8, "alpha": 0.8}
+        return {
+            "color": _colormap()(norm(row["final"])) if has_result(row) else PALE,
+            "linewidth": 0.8,
+            "alpha": 0.8,
+        }
+
     return paint
 
 
@@ -171,25 +229,58 @@ def parallel_coordinates(rows: Iterable[Row]):
     axes.grid(False)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.set_yticks([])
-    axes.set_title("thick: the best trial" if rows else "no trial has a result yet", fontsize=9, color=BEST, loc="left")
+    axes.set_title(
+        "thick: the best trial" if rows else "no trial has a result yet",
+        fontsize=9,
+        color=BEST,
+        loc="left",
+    )
     if not rows:
         return figure
-    fields = {field: column for field in names if len(set(column := [_value(row, field) for row in rows])) > 1}
+    fields = {
+        field: column
+        for field in names
+        if len(set(column := [_value(row, field) for row in rows])) > 1
+    }
     limit, metric = _limit(_finals(rows)), f"final {rows[0]['metric']}"
     columns = [*fields.values(), [min(row["final"], limit) for row in rows]]
     scales = [*map(_Scale, fields.values()), _Scale(columns[-1], continuous=True)]
     norm = _norm(_finals(rows))
     for i, row in enumerate(rows):
-        best, shift = i == len(rows) - 1, (0.5 - i / max(1, len(rows) - 1)) * 0.05  # a ribbon, not one line, where all agree
-        heights = [s.at(c[i]) + (0 if s.continuous else shift) for s, c in zip(scales, columns, strict=True)]
-        axes.plot(range(len(columns)), heights, color=BEST if best else _colormap()(norm(row["final"])),
-                  linewidth=2.2 if best else 1.0, alpha=1 if best else 0.75)
+        best, shift = (
+            i == len(rows) - 1,
+            (0.5 - i / max(1, len(rows) - 1)) * 0.05,
+        )  # a ribbon, not one line, where all agree
+        heights = [
+            s.at(c[i]) + (0 if s.continuous else shift)
+            for s, c in zip(scales, columns, strict=True)
+        ]
+        axes.plot(
+            range(len(columns)),
+            heights,
+            color=BEST if best else _colormap()(norm(row["final"])),
+            linewidth=2.2 if best else 1.0,
+            alpha=1 if best else 0.75,
+        )
     for x, scale in enumerate(scales):
         axes.axvline(x, color=INK, linewidth=0.8, zorder=0)
         for value, label in scale.ticks():
-            axes.annotate(clip(label, 18), (x, value), (4, 0), textcoords="offset points", va="center", fontsize=8, color=INK,
-                          bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}, zorder=5)
-    axes.set_xticks(range(len(columns)), [*fields, metric if rows[0]["final"] <= limit else f"{metric}, cut"], fontsize=9)
+            axes.annotate(
+                clip(label, 18),
+                (x, value),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color=INK,
+                bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6},
+                zorder=5,
+            )
+    axes.set_xticks(
+        range(len(columns)),
+        [*fields, metric if rows[0]["final"] <= limit else f"{metric}, cut"],
+        fontsize=9,
+    )
     axes.set_xlim(-0.1, len(columns) - 0.55)
     _colorbar(figure, [axes], _finals(rows), metric)
     return figure
@@ -209,7 +300,9 @@ class _Scale:
     def __init__(self, column: list[float | str], continuous: bool = False):
         self.numbers = sorted({v for v in column if not isinstance(v, str)})
         self.texts = sorted({v for v in column if isinstance(v, str)})
-        self.log = bool(self.numbers) and self.numbers[0] > 0 and self.numbers[-1] >= 10 * self.numbers[0]
+        self.log = (
+            bool(self.numbers) and self.numbers[0] > 0 and self.numbers[-1] >= 10 * self.numbers[0]
+        )
         self.continuous = continuous or len(self.numbers) > 8
 
     def at(self, value: float | str) -> float:
@@ -217,7 +310,9 @@ class _Scale:
         if isinstance(value, str):
             return (self.texts.index(value) + 0.5) / len(self.texts) * bottom
         low, high = self._shown(self.numbers[0]), self._shown(self.numbers[-1])
-        return bottom + (1 - bottom) * ((self._shown(value) - low) / (high - low) if high > low else 0.5)
+        return bottom + (1 - bottom) * (
+            (self._shown(value) - low) / (high - low) if high > low else 0.5
+        )
 
     def _shown(self, value: float) -> float:
         return math.log(value) if self.log else float(value)
@@ -226,11 +321,23 @@ class _Scale:
         """(height, label), from the lowest on, without those that would be written over the one below."""
         values: list[float | str] = list(self.numbers)
         if self.continuous:
-            evenly = np.linspace(self._shown(self.numbers[0]), self._shown(self.numbers[-1]), 5)[1:-1]
-            values = [self.numbers[0], *(math.exp(v) if self.log else float(v) for v in evenly), self.numbers[-1]]
+            evenly = np.linspace(self._shown(self.numbers[0]), self._shown(self.numbers[-1]), 5)[
+                1:-1
+            ]
+            values = [
+                self.numbers[0],
+                *(math.exp(v) if self.log else float(v) for v in evenly),
+                self.numbers[-1],
+            ]
         kept: list[tuple[float, str]] = []
         for value in [*self.texts, *values]:
-            label = value if isinstance(value, str) else f"{value:.4g}" if self.continuous else shown(value)
+            label = (
+                value
+                if isinstance(value, str)
+                else f"{value:.4g}"
+                if self.continuous
+                else shown(value)
+            )
             if not kept or self.at(value) - kept[-1][0] > 0.035:
                 kept.append((self.at(value), label))
         return kept
@@ -270,7 +377,9 @@ def _colorbar(figure, axes: list, values: list[float], label: str) -> None:
     from matplotlib.cm import ScalarMappable
 
     extend = "max" if max(values) > _limit(values) else "neither"
-    figure.colorbar(ScalarMappable(_norm(values), _colormap()), ax=axes, label=label, extend=extend, pad=0.02)
+    figure.colorbar(
+        ScalarMappable(_norm(values), _colormap()), ax=axes, label=label, extend=extend, pad=0.02
+    )
 
 
 def _rate_axis(axes, peaks: list[float]) -> None:

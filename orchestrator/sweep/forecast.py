@@ -19,8 +19,13 @@ class Forecast:
     checkpoints: int
 
 
-def forecast(plan: Plan, slots: int, seconds: Callable[[Stage], float], results: Callable[[Stage], int],
-             keep_branches: bool) -> Forecast:
+def forecast(
+    plan: Plan,
+    slots: int,
+    seconds: Callable[[Stage], float],
+    results: Callable[[Stage], int],
+    keep_branches: bool,
+) -> Forecast:
     """Play the plan through, every stage running to its end.
 
     Args:
@@ -32,7 +37,9 @@ def forecast(plan: Plan, slots: int, seconds: Callable[[Stage], float], results:
         for stage in progress.ready()[: slots - len(running)]:
             progress.start(stage.id)
             heapq.heappush(running, (clock + seconds(stage), stage.id))
-        peak = max(peak, sum(lying.values()) + len(running))  # each running stage may be writing one
+        peak = max(
+            peak, sum(lying.values()) + len(running)
+        )  # each running stage may be writing one
         if not running:
             return Forecast(clock, peak)
         clock, ended = heapq.heappop(running)

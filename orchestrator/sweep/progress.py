@@ -43,15 +43,39 @@ class Keeper:
             nothing else is ready.
     """
 
-    def __init__(self, folder: Path, plan: Plan, stored: Stored, candidates: dict[str, Candidate], *,
-                 keep_branches: bool = True, diverged_above: float | None = None, probe_step: int | None = None,
-                 watch: Callable[[Stage], None] = lambda stage: None, tick: Callable[[], None] = lambda: None,
-                 verdict: Callable[[], Collection[str]] = tuple, more: Callable[[], list[Candidate]] = list):
-        self.folder, self.stages, self.plan, self.candidates = folder, folder / "stages", plan, candidates
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        stored: Stored,
+        candidates: dict[str, Candidate],
+        *,
+        keep_branches: bool = True,
+        diverged_above: float | None = None,
+        probe_step: int | None = None,
+        watch: Callable[[Stage], None] = lambda stage: None,
+        tick: Callable[[], None] = lambda: None,
+        verdict: Callable[[], Collection[str]] = tuple,
+        more: Callable[[], list[Candidate]] = list,
+    ):
+        self.folder, self.stages, self.plan, self.candidates = (
+            folder,
+            folder / "stages",
+            plan,
+            candidates,
+        )
         self.stored, self.keep_branches, self.diverged_above = stored, keep_branches, diverged_above
         self.watch, self.tick, self.verdict, self.more = watch, tick, verdict, more
         self.probes = [c.name for c in candidates.values() if c.probe]
-        held = [s.id for s in plan.stages if s.start >= probe_step and not set(s.trials) & set(self.probes)] if self.probes else ()
+        held = (
+            [
+                s.id
+                for s in plan.stages
+                if s.start >= probe_step and not set(s.trials) & set(self.probes)
+            ]
+            if self.probes
+            else ()
+        )
         self.progress = Progress(plan, held)
         self.steps_run, self.tried_again, self.reasons = 0, set(), {}
         self.waits: dict[str, str] = {}  # why a stage that had begun waits again
@@ -81,7 +105,10 @@ class Keeper:
     def ended(self, stage: str, died: bool) -> None:
         folder, hang = self.stages / stage, self._hang(stage)
         # A stage that starts removes what was there.
-        result, stopped = read_json(folder / "result.json"), read_json(folder / "stopped.json") or {}
+        result, stopped = (
+            read_json(folder / "result.json"),
+            read_json(folder / "stopped.json") or {},
+        )
         asked = stopping.asked(self.folder)
         if not died and not asked and result is None:
             result = stage_run.note_stop(folder, "stopped by the scheduler")
@@ -106,7 +133,9 @@ class Keeper:
     def _add(self, candidates: list[Candidate]) -> None:
         """Each begins from the longest stored prefix of its own; what runs at this moment it cannot share."""
         self.candidates |= {c.name: c for c in candidates}
-        self.plan = self.plan.joined(self.stored.plan([c.trial for c in candidates], at_plateaus=True))
+        self.plan = self.plan.joined(
+            self.stored.plan([c.trial for c in candidates], at_plateaus=True)
+        )
         self.progress.extend(self.plan)
 
     # ---- decisions ----
@@ -118,7 +147,9 @@ class Keeper:
 
     def _failed(self, stage: str, folder: Path, hang: str | None) -> str:
         """FAILED, or WAITING where a process hung, or died without raising anything: that is tried once more."""
-        files = sorted(folder.glob("failure-rank*.txt"), key=lambda f: f.stat().st_mtime_ns)  # the others are its echo
+        files = sorted(
+            folder.glob("failure-rank*.txt"), key=lambda f: f.stat().st_mtime_ns
+        )  # the others are its echo
         traces = [f.read_text("utf-8") for f in files]
         if (hang or not traces) and stage not in self.tried_again:
             self.tried_again.add(stage)
@@ -145,40 +176,70 @@ class Keeper:
 
     def judge(self) -> None:
         """Once every probe is over, drop the trials that they speak against, and let the others go on."""
-        if self.progress.held and all(self.progress.trial(p) not in (WAITING, RUNNING) for p in self.probes):
+        if self.progress.held and all(
+            self.progress.trial(p) not in (WAITING, RUNNING) for p in self.probes
+        ):
             self.progress.release(self.verdict())
 
     def _order(self, stage: Stage) -> Order:
         """What stage.json says: of the trials that make the stage, one that ends with it if any does."""
         candidate = self.candidates[(stage.ends or stage.trials)[0]]
         data = candidate.dataset.directory
-        order = Order(stage.id, candidate.trial.root, stage.start, stage.stop, candidate.experiment.model_dump(),
-                      candidate.rates.to_json(), str(data), diverged_above=self.diverged_above)
+        order = Order(
+            stage.id,
+            candidate.trial.root,
+            stage.start,
+            stage.stop,
+            candidate.experiment.model_dump(),
+            candidate.rates.to_json(),
+            str(data),
+            diverged_above=self.diverged_above,
+        )
         before = stage_run.read_order(self.stages / stage.id)
         if stage.id in self.plan.standing:
             place, step = self.stored.states[stage.id]
             if place == self.stages / stage.id:  # its steps are made: it only ends a trial now
                 return replace(order, start=before.start, parent=before.parent, begin=before.begin)
-            return replace(order, start=step, parent=str(place), begin=str(checkpoint.path_of(place / "checkpoints", step)))
+            return replace(
+                order,
+                start=step,
+                parent=str(place),
+                begin=str(checkpoint.path_of(place / "checkpoints", step)),
+            )
         if stage.parent is None:
             return order
         place, step = self.stored.states[stage.parent]
-        return replace(order, parent=str(place), begin=str(checkpoint.path_of(place / "checkpoints", step)))
+        return replace(
+            order, parent=str(place), begin=str(checkpoint.path_of(place / "checkpoints", step))
+        )
 
     # ---- disk ----
     def tidy(self) -> None:
         """Remove checkpoints that nobody will begin from: of probes that are judged and, without `keep_branches`, all that
         no stage to come begins from and that are no trial's result.
         """
-        needed = {self.stored.states[key] for key in self.progress.needed() if key in self.stored.states}
-        coming = {s.id for s in self.plan.stages if self.progress.state[s.id] in (WAITING, RUNNING, FAILED)}
+        needed = {
+            self.stored.states[key] for key in self.progress.needed() if key in self.stored.states
+        }
+        coming = {
+            s.id
+            for s in self.plan.stages
+            if self.progress.state[s.id] in (WAITING, RUNNING, FAILED)
+        }
         probes = set(self.probes) if not self.progress.held else set()
         if self.keep_branches and not probes:
             return
         for folder in [p.parent for p in self.stages.glob("*/checkpoints")]:
-            stage, result = self.plan.by_id.get(folder.name), read_json(folder / "result.json") or {}
+            stage, result = (
+                self.plan.by_id.get(folder.name),
+                read_json(folder / "result.json") or {},
+            )
             is_probe = stage is not None and set(stage.trials) <= probes
-            if folder.name in coming or (self.keep_branches or result.get("is_whole")) and not is_probe:
+            if (
+                folder.name in coming
+                or (self.keep_branches or result.get("is_whole"))
+                and not is_probe
+            ):
                 continue
             for step in checkpoint.steps(folder / "checkpoints"):
                 if (folder, step) not in needed:
@@ -196,7 +257,11 @@ class Keeper:
     # ---- what watchers ask ----
     def running(self) -> list[Path]:
         """Folders of the stages that run now. Another thread may ask."""
-        return [self.stages / stage for stage, state in list(self.progress.state.items()) if state == RUNNING]
+        return [
+            self.stages / stage
+            for stage, state in list(self.progress.state.items())
+            if state == RUNNING
+        ]
 
     def last_stage(self, trial: str) -> tuple[Path, int] | None:
         """The folder of the trial's last stage that has lines, done or not, and the trial's step at its end."""
@@ -206,7 +271,9 @@ class Keeper:
             if not (folder / "metrics.jsonl").exists():
                 folder = self.stored.states.get(stage.id, (None, 0))[0]
             if folder:
-                return (folder, stage.stop) if folder.parent == self.stages else None  # the run it branches off is no stage
+                return (
+                    (folder, stage.stop) if folder.parent == self.stages else None
+                )  # the run it branches off is no stage
         return None
 
     def result(self, trial: str) -> dict[str, Any]:

@@ -58,10 +58,15 @@ def rank(rows: Iterable[Row]) -> list[Setting]:
         groups.setdefault(row["setting"], []).append(row)
     found = [_setting(group) for group in groups.values()]
     done = sorted((s for s in found if s.n == len(groups[s.setting])), key=lambda s: s.mean)
-    rest = sorted((s for s in found if s.n < len(groups[s.setting])), key=lambda s: (s.mean is None, s.mean or 0.0))
+    rest = sorted(
+        (s for s in found if s.n < len(groups[s.setting])),
+        key=lambda s: (s.mean is None, s.mean or 0.0),
+    )
     means = [s.mean for s in done]
-    ranked = [replace(s, rank=means.index(s.mean) + 1, ties=i > 0 and tied(s.values, done[0].values))
-              for i, s in enumerate(done)]
+    ranked = [
+        replace(s, rank=means.index(s.mean) + 1, ties=i > 0 and tied(s.values, done[0].values))
+        for i, s in enumerate(done)
+    ]
     return ranked + rest
 
 
@@ -71,7 +76,9 @@ def tied(values: Mapping[int, float], best: Mapping[int, float]) -> bool:
     if len(common) < 2:
         return list(values.values()) == list(best.values())
     differences = [values[seed] - best[seed] for seed in common]
-    return abs(fmean(differences)) <= t_975(len(common) - 1) * stdev(differences) / math.sqrt(len(common))
+    return abs(fmean(differences)) <= t_975(len(common) - 1) * stdev(differences) / math.sqrt(
+        len(common)
+    )
 
 
 def t_975(degrees: int) -> float:
@@ -103,10 +110,24 @@ def _within(theta: float, degrees: int) -> float:
 
 def _setting(group: list[Row]) -> Setting:
     values = dict(sorted((row["seed"], float(row["final"])) for row in group if has_result(row)))
-    fields = {k: v for k, v in group[0]["fields"].items() if all(k in r["fields"] and r["fields"][k] == v for r in group)}
+    fields = {
+        k: v
+        for k, v in group[0]["fields"].items()
+        if all(k in r["fields"] and r["fields"][k] == v for r in group)
+    }
     state, reason = _worst(group)
-    return Setting(None, group[0]["setting"], fields, len(values), fmean(values.values()) if values else None,
-                   stdev(values.values()) if len(values) > 1 else None, values, False, state, reason)
+    return Setting(
+        None,
+        group[0]["setting"],
+        fields,
+        len(values),
+        fmean(values.values()) if values else None,
+        stdev(values.values()) if len(values) > 1 else None,
+        values,
+        False,
+        state,
+        reason,
+    )
 
 
 def has_result(row: Row) -> bool:
@@ -137,14 +158,50 @@ def csv_text(rows: Iterable[Row]) -> str:
     fields = varying(rows)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    outcome = ["steps", "state", "metric", "final", "best", "val_bits_per_byte", "train_loss", "weights_sha256", "reason"]
-    writer.writerow(["rank", "trial", "setting", "seed", *fields, *outcome,
-                     "setting_mean", "setting_spread", "setting_seeds", "ties_with_best"])
+    outcome = [
+        "steps",
+        "state",
+        "metric",
+        "final",
+        "best",
+        "val_bits_per_byte",
+        "train_loss",
+        "weights_sha256",
+        "reason",
+    ]
+    writer.writerow(
+        [
+            "rank",
+            "trial",
+            "setting",
+            "seed",
+            *fields,
+            *outcome,
+            "setting_mean",
+            "setting_spread",
+            "setting_seeds",
+            "ties_with_best",
+        ]
+    )
     for s in rank(rows):
         for row in (row for row in rows if row["setting"] == s.setting):
-            writer.writerow([_cell(v) for v in (
-                s.rank, row["trial"], s.setting, row["seed"], *(_field(row["fields"], f) for f in fields),
-                *(row[key] for key in outcome), s.mean, s.spread, s.n, s.ties if s.rank else None)])
+            writer.writerow(
+                [
+                    _cell(v)
+                    for v in (
+                        s.rank,
+                        row["trial"],
+                        s.setting,
+                        row["seed"],
+                        *(_field(row["fields"], f) for f in fields),
+                        *(row[key] for key in outcome),
+                        s.mean,
+                        s.spread,
+                        s.n,
+                        s.ties if s.rank else None,
+                    )
+                ]
+            )
     return out.getvalue()
 
 
@@ -188,35 +245,58 @@ def _ranking(ranked: list[Setting], steps: Mapping[str, int], metric: str) -> st
     own = [] if "train.max_steps" in fields else ["steps"]  # else a field's column says it
     tail = [metric, "spread", "seeds", "above best", ""]
     leaves = [f.rpartition(".")[2] for f in fields]
-    heads = [leaf if leaves.count(leaf) == 1 else field for field, leaf in zip(fields, leaves, strict=True)]
-    wide = [[str(s.rank), *(shown(s.fields[f]) if f in s.fields else "-" for f in fields), *(f"{steps[s.setting]:,}" for _ in own),
-             *r] for s, r in zip(ranked, results, strict=True)]
+    heads = [
+        leaf if leaves.count(leaf) == 1 else field
+        for field, leaf in zip(fields, leaves, strict=True)
+    ]
+    wide = [
+        [
+            str(s.rank),
+            *(shown(s.fields[f]) if f in s.fields else "-" for f in fields),
+            *(f"{steps[s.setting]:,}" for _ in own),
+            *r,
+        ]
+        for s, r in zip(ranked, results, strict=True)
+    ]
     text = aligned([["rank", *heads, *own, *tail], *wide], left=range(1, 1 + len(fields)))
     if fields and max(map(len, text.splitlines())) <= WIDTH:
         return text
     room = WIDTH - 62  # what the other columns take at most
-    named = [[str(s.rank), clip(s.setting, room), f"{steps[s.setting]:,}", *r] for s, r in zip(ranked, results, strict=True)]
+    named = [
+        [str(s.rank), clip(s.setting, room), f"{steps[s.setting]:,}", *r]
+        for s, r in zip(ranked, results, strict=True)
+    ]
     return aligned([["rank", "setting", "steps", *tail], *named], left=(1,))
 
 
 def _results(s: Setting, best: Setting) -> list[str]:
     above = "" if s is best else f"{s.mean - best.mean:+.4f}"
-    return [f"{s.mean:.4f}", "" if s.spread is None else f"{s.spread:.4f}", str(s.n), above, "~" if s.ties else ""]
+    return [
+        f"{s.mean:.4f}",
+        "" if s.spread is None else f"{s.spread:.4f}",
+        str(s.n),
+        above,
+        "~" if s.ties else "",
+    ]
 
 
 def _notes(ranked: list[Setting]) -> list[str]:
     most = max(s.n for s in ranked)
     if most == 1:
         equal = " (~: equal to the best)" if any(s.ties for s in ranked) else ""
-        return [f"one seed: no spread known, so a small difference may be chance; sweep.seeds=3 would tell{equal}"]
+        return [
+            f"one seed: no spread known, so a small difference may be chance; sweep.seeds=3 would tell{equal}"
+        ]
     tied_ones = sum(s.ties for s in ranked)
     if tied_ones == 0:
-        return [f"each of the others differs from the best over {most} seeds (paired t-test at 5 %)"] if len(ranked) > 1 else []
+        return (
+            [f"each of the others differs from the best over {most} seeds (paired t-test at 5 %)"]
+            if len(ranked) > 1
+            else []
+        )
     return [f"~ {tied_ones} that {most} seeds cannot tell from the best (paired t-test at 5 %)"]
 
 
 def _unranked(s: Setting, name: int) -> str:
     line = f"  {clip(s.setting, name):<{name}}  {s.state:<8}  {' '.join((s.reason or '').split())}".rstrip()
     return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
-
-

@@ -21,12 +21,16 @@ class Sampler:
     def __init__(self, folder: Path, space: Mapping[str, Any], seed: int):
         optuna = _optuna()
         self.file = folder / "samples.jsonl"
-        self.distributions = {key: _distribution(dimension(key, words)) for key, words in space.items()}
+        self.distributions = {
+            key: _distribution(dimension(key, words)) for key, words in space.items()
+        }
         # What follows the last newline is empty or torn: nobody has acted on it.
         lines = self.file.read_text("utf-8").split("\n")[:-1] if self.file.exists() else []
         self.earlier: list[dict[str, Any]] = [json.loads(line) for line in lines]
         # Samples drawn after a restart must not be those drawn before it.
-        self.study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed + len(self.earlier)))
+        self.study = optuna.create_study(
+            sampler=optuna.samplers.TPESampler(seed=seed + len(self.earlier))
+        )
         self.asked: dict[int, Any] = {}
         self.told: set[int] = set()
 
@@ -50,9 +54,17 @@ class Sampler:
         if number in self.asked:
             self.study.tell(self.asked[number], loss, state=state)
         else:
-            with contextlib.suppress(ValueError):  # asked before a restart, of a space that it does not lie in any more
-                self.study.add_trial(optuna.trial.create_trial(state=state, value=loss, params=self.earlier[number],
-                                                               distributions=self.distributions))
+            with contextlib.suppress(
+                ValueError
+            ):  # asked before a restart, of a space that it does not lie in any more
+                self.study.add_trial(
+                    optuna.trial.create_trial(
+                        state=state,
+                        value=loss,
+                        params=self.earlier[number],
+                        distributions=self.distributions,
+                    )
+                )
 
 
 def check() -> None:
@@ -64,7 +76,9 @@ def _optuna():
     try:
         import optuna
     except ImportError:
-        raise UserError("sweep.sampler: optuna is not installed; pip install 'espalier[optuna]', or use random") from None
+        raise UserError(
+            "sweep.sampler: optuna is not installed; pip install 'espalier[optuna]', or use random"
+        ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

@@ -52,10 +52,16 @@ class Sweep:
 
     def to_yaml(self) -> str:
         """A file that `load_sweep` reads back as an equal sweep, but for passwords in addresses."""
-        return write_yaml(redact_addresses(self.base.model_dump() | {"sweep": self.settings.model_dump(by_alias=True)}))
+        return write_yaml(
+            redact_addresses(
+                self.base.model_dump() | {"sweep": self.settings.model_dump(by_alias=True)}
+            )
+        )
 
 
-def load_sweep(path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()) -> Sweep:
+def load_sweep(
+    path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()
+) -> Sweep:
     """Read a sweep's file, apply `section.field=value` words on top, and expand it.
 
     Raises:
@@ -87,7 +93,9 @@ def expand(base_tree: Tree, settings: SweepSection) -> tuple[TrialSpec, ...]:
     return tuple(trials)
 
 
-def sampled(settings: SweepSection, base_tree: Tree, number: int, values: Mapping[str, Any]) -> list[TrialSpec]:
+def sampled(
+    settings: SweepSection, base_tree: Tree, number: int, values: Mapping[str, Any]
+) -> list[TrialSpec]:
     """The trials, one per seed, of sample `number`, 0-based, which somebody drew from `sweep.space`.
 
     Raises UserError where `values` contradict each other or the experiment.
@@ -99,7 +107,9 @@ def sampled(settings: SweepSection, base_tree: Tree, number: int, values: Mappin
 def _settings(base: Experiment, settings: SweepSection) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, fields that it sets) of every trial, whatever its seed."""
     if settings.grid:
-        values = [[field_value(key, value) for value in listed] for key, listed in settings.grid.items()]
+        values = [
+            [field_value(key, value) for value in listed] for key, listed in settings.grid.items()
+        ]
         for combination in itertools.product(*values):
             fields = dict(zip(settings.grid, combination, strict=True))
             yield trial_name(fields), fields
@@ -111,14 +121,18 @@ def _settings(base: Experiment, settings: SweepSection) -> Iterator[tuple[str, d
             yield _sample_name(number, fields), fields
 
 
-def _per_seed(settings: SweepSection, base_tree: Tree, setting: str, fields: Mapping[str, Any]) -> list[TrialSpec]:
+def _per_seed(
+    settings: SweepSection, base_tree: Tree, setting: str, fields: Mapping[str, Any]
+) -> list[TrialSpec]:
     tree = _with(base_tree, fields)
     first, found = tree["train"]["seed"], []
     for seed in range(first, first + settings.seeds):
         name = setting if settings.seeds == 1 else f"{setting}_seed-{seed}"
         experiment = parse_experiment(_with(tree, {"train.seed": seed}) | {"name": name}, "")
         flat = experiment.flat()
-        found.append(TrialSpec(name, setting, seed, {key: flat[key] for key in varied(settings)}, experiment))
+        found.append(
+            TrialSpec(name, setting, seed, {key: flat[key] for key in varied(settings)}, experiment)
+        )
     return found
 
 
@@ -143,7 +157,10 @@ def trial_name(fields: Mapping[str, Any]) -> str:
 
 def _sample_name(number: int, fields: Mapping[str, Any]) -> str:
     """Two samples may have the same values: the number tells them apart, and numbers need no more than a few digits."""
-    rounded = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in fields.items()}
+    rounded = {
+        key: float(f"{value:.4g}") if isinstance(value, float) else value
+        for key, value in fields.items()
+    }
     return _short("_".join([f"sample-{number}", *_parts(rounded)]))
 
 
@@ -169,7 +186,7 @@ def _word(value: Any) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME - 9]}-{_digest(name)}"
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}-{_digest(name)}"
 
 
 def _digest(text: str) -> str:

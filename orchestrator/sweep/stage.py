@@ -64,7 +64,9 @@ def read_order(folder: Path) -> Order | None:
     return Order(**stored) if stored else None
 
 
-def run_stage(folder: Path, worker: Worker, stop_asked: Callable[[], bool] | None = None) -> Iterator[dict[str, Any]]:
+def run_stage(
+    folder: Path, worker: Worker, stop_asked: Callable[[], bool] | None = None
+) -> Iterator[dict[str, Any]]:
     """Run the stage of `folder` to its end, watched; yields each line of its journal, on every worker alike.
 
     Every worker calls it, with torch.distributed initialised where there are several. Ends without a line where the
@@ -79,23 +81,43 @@ def run_stage(folder: Path, worker: Worker, stop_asked: Callable[[], bool] | Non
     if has_result(folder, order, experiment):
         return
     # The worker of a driver that was killed may live a little longer than it: nobody writes beside it.
-    writing = lease.held(folder, lease.WRITER, WRITER_WAIT_S) if worker.is_main else contextlib.nullcontext()
+    writing = (
+        lease.held(folder, lease.WRITER, WRITER_WAIT_S)
+        if worker.is_main
+        else contextlib.nullcontext()
+    )
     with writing, Watchdog(folder, worker, experiment.compute.hang_after_s) as dog:
         if worker.is_main:
             for stale in (folder / "stopped.json", folder / "result.json"):
                 stale.unlink(missing_ok=True)
         if worker.is_main and order.start == order.stop:
             _take_over_line(folder, order)
-        run = Run(experiment, folder, Path(order.data_dir), worker, parent=Path(order.begin) if order.begin else None,
-                  stop=order.stop, rates=rates.from_json(order.rates), stop_asked=stop_asked, beat=dog.beat)
+        run = Run(
+            experiment,
+            folder,
+            Path(order.data_dir),
+            worker,
+            parent=Path(order.begin) if order.begin else None,
+            stop=order.stop,
+            rates=rates.from_json(order.rates),
+            stop_asked=stop_asked,
+            beat=dog.beat,
+        )
         begun_at, limit, above = run.state.step, order.diverged_above, None
         for line in run:
             dog.beat(HELD, run.state.step)
             yield line
             loss = line.get("train/loss", 0.0)
             # An end's own line has another window than that of the trials that go on: it decides nothing.
-            if limit and loss > limit and line["step"] % (experiment.train.log_interval or order.stop) == 0:
-                above = line["step"], f"step {line['step']}: train/loss {loss:.4f} is above sweep.diverged_above={limit:g}"
+            if (
+                limit
+                and loss > limit
+                and line["step"] % (experiment.train.log_interval or order.stop) == 0
+            ):
+                above = (
+                    line["step"],
+                    f"step {line['step']}: train/loss {loss:.4f} is above sweep.diverged_above={limit:g}",
+                )
                 break
         if worker.is_main:
             facts = {"seconds": time.monotonic() - started, "steps_run": run.state.step - begun_at}
@@ -114,9 +136,20 @@ def note_stop(folder: Path, reason: str) -> dict[str, Any]:
     """result.json of a stage that a scheduler ended at its last line."""
     order, own = read_order(folder), journal.read(folder)
     step = own[-1]["step"] if own else order.start
-    result = {"id": order.id, "start": order.start, "stop": order.stop, "step": order.stop, "outcome": STOPPED, "key": order.id,
-              "is_whole": False, "limit": None, "weights_sha256": None, "reason": f"{reason} after step {step}", "seconds": 0.0,
-              "steps_run": step - order.start}
+    result = {
+        "id": order.id,
+        "start": order.start,
+        "stop": order.stop,
+        "step": order.stop,
+        "outcome": STOPPED,
+        "key": order.id,
+        "is_whole": False,
+        "limit": None,
+        "weights_sha256": None,
+        "reason": f"{reason} after step {step}",
+        "seconds": 0.0,
+        "steps_run": step - order.start,
+    }
     write_atomically(folder / "result.json", json.dumps(result, indent=1))
     return result
 
@@ -145,19 +178,38 @@ def has_result(folder: Path, order: Order, experiment: Experiment) -> bool:
     return True
 
 
-def _write_result(folder: Path, order: Order, experiment: Experiment, step: int, outcome: str, facts: dict[str, Any]) -> None:
+def _write_result(
+    folder: Path,
+    order: Order,
+    experiment: Experiment,
+    step: int,
+    outcome: str,
+    facts: dict[str, Any],
+) -> None:
     """result.json, and of a stage that others only begin from, its end as the only checkpoint."""
     is_whole = outcome == DONE and order.stop == experiment.train.max_steps
     checkpoints = folder / "checkpoints"
     if outcome == DONE and not is_whole:
         checkpoint.keep_only(checkpoints, step)
     by_loss = outcome == DIVERGED and not (folder / "stopped.json").exists()
-    weights = checkpoint.load_tensors(checkpoint.path_of(checkpoints, step), "model") if is_whole else None
-    result = {"id": order.id, "start": order.start, "stop": order.stop, "step": step, "outcome": outcome,
-              # What it proves is about the state after `step` updates, whatever stages a later plan has.
-              "key": Trial("", order.root, rates.from_json(order.rates).first(step)).key(step),
-              "is_whole": is_whole, "limit": order.diverged_above if by_loss else None,
-              "weights_sha256": checkpoint.weights_sha256(weights) if weights else None, **facts}
+    weights = (
+        checkpoint.load_tensors(checkpoint.path_of(checkpoints, step), "model")
+        if is_whole
+        else None
+    )
+    result = {
+        "id": order.id,
+        "start": order.start,
+        "stop": order.stop,
+        "step": step,
+        "outcome": outcome,
+        # What it proves is about the state after `step` updates, whatever stages a later plan has.
+        "key": Trial("", order.root, rates.from_json(order.rates).first(step)).key(step),
+        "is_whole": is_whole,
+        "limit": order.diverged_above if by_loss else None,
+        "weights_sha256": checkpoint.weights_sha256(weights) if weights else None,
+        **facts,
+    }
     write_atomically(folder / "result.json", json.dumps(result, indent=1))
 
 
@@ -170,8 +222,14 @@ def lines(folder: Path, upto: int | None = None) -> list[dict[str, Any]]:
     """
     order, own = read_order(folder), journal.read(folder)
     if upto is not None:
-        t = (parse_experiment(order.experiment, str(folder)) if order else stored_experiment(folder)).train
-        here = [journal.by_interval(line, t.log_interval, t.eval_interval) for line in own if line["step"] == upto]
+        t = (
+            parse_experiment(order.experiment, str(folder)) if order else stored_experiment(folder)
+        ).train
+        here = [
+            journal.by_interval(line, t.log_interval, t.eval_interval)
+            for line in own
+            if line["step"] == upto
+        ]
         own = [line for line in own if line["step"] < upto] + [line for line in here if line]
     if order is None or order.parent is None:
         return own

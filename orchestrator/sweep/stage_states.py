@@ -8,7 +8,14 @@ from collections.abc import Collection
 from orchestrator.sweep.tree import Plan, Stage
 
 WAITING, RUNNING, DONE, FAILED, DIVERGED, BLOCKED, STOPPED = (
-    "waiting", "running", "done", "failed", "diverged", "blocked", "stopped")
+    "waiting",
+    "running",
+    "done",
+    "failed",
+    "diverged",
+    "blocked",
+    "stopped",
+)
 _ENDED_BADLY = (FAILED, DIVERGED, STOPPED)
 
 
@@ -18,7 +25,9 @@ class Progress:
     def __init__(self, plan: Plan, held: Collection[str] = ()):
         """`held` stages wait until `release`d, even where their parents are done."""
         self.plan, self.held = plan, set(held)
-        self.state = {stage.id: WAITING if stage.id in plan.to_run else DONE for stage in plan.stages}
+        self.state = {
+            stage.id: WAITING if stage.id in plan.to_run else DONE for stage in plan.stages
+        }
         for stages, state in ((plan.dead, DIVERGED), (plan.stopped, STOPPED)):
             for stage in stages & self.state.keys():
                 self._lose(stage, state)
@@ -41,14 +50,24 @@ class Progress:
         """Steps of the longest path of stages to run, from each stage on."""
         longest: dict[str, int] = {}
         for stage in reversed(self.plan.stages):
-            below = max((longest[child.id] for child in self.plan.children.get(stage.id, ())), default=0)
-            longest[stage.id] = below + (self.plan.cost(stage) if stage.id in self.plan.to_run else 0)
+            below = max(
+                (longest[child.id] for child in self.plan.children.get(stage.id, ())), default=0
+            )
+            longest[stage.id] = below + (
+                self.plan.cost(stage) if stage.id in self.plan.to_run else 0
+            )
         return longest
 
     def ready(self) -> list[Stage]:
         """Stages that may start now, the one with the longest remaining path first."""
-        found = [s for s in self.plan.stages if self.state[s.id] == WAITING and s.id not in self.held and self._has_start(s)]
-        return sorted(found, key=lambda s: -self.remaining[s.id])  # stable: equal ones in the plan's order
+        found = [
+            s
+            for s in self.plan.stages
+            if self.state[s.id] == WAITING and s.id not in self.held and self._has_start(s)
+        ]
+        return sorted(
+            found, key=lambda s: -self.remaining[s.id]
+        )  # stable: equal ones in the plan's order
 
     def _has_start(self, stage: Stage) -> bool:
         if stage.parent is None or stage.id in self.plan.standing:
@@ -85,7 +104,11 @@ class Progress:
     def release(self, dropped: Collection[str] = ()) -> None:
         """Let the held stages go, but not those through which only `dropped` trials pass."""
         for stage in self.plan.stages:
-            if stage.id in self.held and self.state[stage.id] == WAITING and set(stage.trials) <= set(dropped):
+            if (
+                stage.id in self.held
+                and self.state[stage.id] == WAITING
+                and set(stage.trials) <= set(dropped)
+            ):
                 self.state[stage.id] = STOPPED
         self.held.clear()
 
@@ -105,5 +128,7 @@ class Progress:
         """Ids of the ends that a stage begins from, or is where it only lacks a result: one that is pending, or failed and
         will be tried again when the sweep is.
         """
-        coming = [s for s in self.plan.stages if self.state[s.id] in (WAITING, RUNNING, FAILED, BLOCKED)]
+        coming = [
+            s for s in self.plan.stages if self.state[s.id] in (WAITING, RUNNING, FAILED, BLOCKED)
+        ]
         return {s.id if s.id in self.plan.standing else s.parent for s in coming} - {None}

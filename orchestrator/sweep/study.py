@@ -44,10 +44,14 @@ class Study:
     source: "Source | None" = None
     sampler: Sampler | None = None
     finals: dict[str, float] = field(default_factory=dict)
-    dropped: dict[str, str] = field(default_factory=dict)  # trials that the probes speak against, with the reason
+    dropped: dict[str, str] = field(
+        default_factory=dict
+    )  # trials that the probes speak against, with the reason
 
     @classmethod
-    def open(cls, sweep: Sweep, folder: Path, layout: Layout, datasets: Mapping[str, Manifest]) -> "Study":
+    def open(
+        cls, sweep: Sweep, folder: Path, layout: Layout, datasets: Mapping[str, Manifest]
+    ) -> "Study":
         """Read what stands in `folder` and plan; writes nothing.
 
         Args:
@@ -67,7 +71,9 @@ class Study:
         if s.stop == "anneal_probe":
             self.probes = trials.probes_of(self.candidates.values(), s.probe_step, s.probe_steps)
         everyone = [c.trial for c in self.everyone.values()]
-        self.stored = sweep_folder.scan(folder / "stages", everyone, s.diverged_above, s.stop == "asha")
+        self.stored = sweep_folder.scan(
+            folder / "stages", everyone, s.diverged_above, s.stop == "asha"
+        )
         if self.source:
             self.source.check(self.candidates.values())
             sweep_folder.add_run(self.stored, self.source.folder, everyone[0], self.source.step)
@@ -90,17 +96,30 @@ class Study:
     def keeper(self, tick: Callable[[], None]) -> Keeper:
         """The books of this study; they ask it for more trials, and which ones the probes speak against."""
         s = self.sweep.settings
-        self.books = Keeper(self.folder, self.plan, self.stored, self.everyone, tick=tick, verdict=self.verdict, more=self.more,
-                            # A later sample may branch off anything.
-                            keep_branches=s.keep_branches or self.sampler is not None,
-                            diverged_above=s.diverged_above, probe_step=s.probe_step)
+        self.books = Keeper(
+            self.folder,
+            self.plan,
+            self.stored,
+            self.everyone,
+            tick=tick,
+            verdict=self.verdict,
+            more=self.more,
+            # A later sample may branch off anything.
+            keep_branches=s.keep_branches or self.sampler is not None,
+            diverged_above=s.diverged_above,
+            probe_step=s.probe_step,
+        )
         return self.books
 
     def _add(self, specs: Iterable[TrialSpec]) -> list[Candidate]:
         found = []
         for spec in specs:
             schedule = spec.experiment.lr_schedule()
-            rates = Rates(schedule, self.source.experiment.lr_schedule(), self.source.step) if self.source else Rates(schedule)
+            rates = (
+                Rates(schedule, self.source.experiment.lr_schedule(), self.source.step)
+                if self.source
+                else Rates(schedule)
+            )
             dataset = self.datasets[data_key(spec.experiment.data)]
             found.append(Candidate(spec, rates, dataset, self.layout.cpus_per_worker))
         self.candidates |= {c.name: c for c in found}
@@ -110,7 +129,9 @@ class Study:
     def _add_sample(self, number: int, values: dict[str, Any]) -> list[Candidate]:
         """The trials of a sample; none where its values contradict each other, which optuna cannot know."""
         try:
-            found = self._add(sampled(self.sweep.settings, self.sweep.base.model_dump(), number, values))
+            found = self._add(
+                sampled(self.sweep.settings, self.sweep.base.model_dump(), number, values)
+            )
         except UserError as error:
             print(f"sample-{number} is passed over: {error}", flush=True)
             self.sampler.tell(number, None)
@@ -144,7 +165,12 @@ class Study:
             return None
         longest, e = max(c.trial.steps for c in self.candidates.values()), self.sweep.base
         first = min(max(e.train.eval_interval, longest // 9), longest)
-        return {"metric": self.metric, "max_t": longest, "grace_period": first, "reduction_factor": 3}
+        return {
+            "metric": self.metric,
+            "max_t": longest,
+            "grace_period": first,
+            "reduction_factor": 3,
+        }
 
     # ---- what came of it ----
     def rows(self) -> list[dict[str, Any]]:
@@ -152,13 +178,26 @@ class Study:
         return [self.row(c) for c in self.candidates.values()]
 
     def row(self, c: Candidate) -> dict[str, Any]:
-        records, result, state = self.records(c), self.books.result(c.name), self.books.progress.trial(c.name)
-        return {"trial": c.name, "setting": c.spec.setting, "seed": c.spec.seed, "fields": c.spec.fields,
-                "steps": c.trial.steps, "state": state, "metric": self.metric, "final": self.final(c),
-                "best": min((r[self.metric] for r in records if self.metric in r), default=None),
-                "val_bits_per_byte": runs.last(records, "val/bits_per_byte") if state == DONE else None,
-                "train_loss": runs.last(records, "train/loss"), "weights_sha256": result.get("weights_sha256"),
-                "reason": self.reason(c.name)}
+        records, result, state = (
+            self.records(c),
+            self.books.result(c.name),
+            self.books.progress.trial(c.name),
+        )
+        return {
+            "trial": c.name,
+            "setting": c.spec.setting,
+            "seed": c.spec.seed,
+            "fields": c.spec.fields,
+            "steps": c.trial.steps,
+            "state": state,
+            "metric": self.metric,
+            "final": self.final(c),
+            "best": min((r[self.metric] for r in records if self.metric in r), default=None),
+            "val_bits_per_byte": runs.last(records, "val/bits_per_byte") if state == DONE else None,
+            "train_loss": runs.last(records, "train/loss"),
+            "weights_sha256": result.get("weights_sha256"),
+            "reason": self.reason(c.name),
+        }
 
     def records(self, c: Candidate) -> list[dict[str, Any]]:
         """The trial's lines so far, from step 0."""
@@ -173,18 +212,28 @@ class Study:
     def reason(self, trial: str) -> str | None:
         """Why it has no result."""
         stopped = self.books.progress.trial(trial) == STOPPED
-        return self.dropped.get(trial) if stopped and trial in self.dropped else self.books.reason(trial)
+        return (
+            self.dropped.get(trial)
+            if stopped and trial in self.dropped
+            else self.books.reason(trial)
+        )
 
     def winner(self, rows: list[dict[str, Any]]) -> tuple[str, float] | None:
         """The best seed of the best setting: the lowest loss of all may be a lucky seed of another. None: nothing is done."""
         first = next((setting for setting in comparison.rank(rows) if setting.rank == 1), None)
         if first is None:
             return self.best()
-        return min((row["final"], row["trial"]) for row in rows if row["setting"] == first.setting)[::-1]
+        return min((row["final"], row["trial"]) for row in rows if row["setting"] == first.setting)[
+            ::-1
+        ]
 
     def best(self) -> tuple[str, float] | None:
         """The lowest loss of a trial that is done, and whose it is."""
-        done = [(final, name) for name, c in self.candidates.items() if (final := self.final(c)) is not None]
+        done = [
+            (final, name)
+            for name, c in self.candidates.items()
+            if (final := self.final(c)) is not None
+        ]
         return min(done)[::-1] if done else None
 
     # ---- probes ----
@@ -195,14 +244,18 @@ class Study:
             final = self.final(probe)
             diverged = self.books.progress.trial(probe.name) == DIVERGED
             # A probe that failed says nothing about its trunk, one that diverged says all.
-            losses[self.candidates[name].spec.setting] += [final] if final is not None else [float("inf")] if diverged else []
+            losses[self.candidates[name].spec.setting] += (
+                [final] if final is not None else [float("inf")] if diverged else []
+            )
         means = {setting: sum(values) / len(values) for setting, values in losses.items() if values}
         least, margin = min(means.values(), default=0.0), self.sweep.settings.probe_margin
         for name in self.probes:
             mean = means.get(self.candidates[name].spec.setting)
             if mean is not None and mean > least + margin:
-                self.dropped[name] = (f"its probe ended at {mean:.4f}, more than sweep.probe_margin={margin:g} above the best "
-                                      f"probe's {least:.4f}")
+                self.dropped[name] = (
+                    f"its probe ended at {mean:.4f}, more than sweep.probe_margin={margin:g} above the best "
+                    f"probe's {least:.4f}"
+                )
         return list(self.dropped)
 
 
@@ -213,7 +266,9 @@ def data_key(data: Data) -> str:
 
 def with_absolute_paths(sweep: Sweep) -> Sweep:
     """Workers run in another folder."""
-    trials = tuple(replace(s, experiment=init_from.with_absolute_path(s.experiment)) for s in sweep.trials)
+    trials = tuple(
+        replace(s, experiment=init_from.with_absolute_path(s.experiment)) for s in sweep.trials
+    )
     return replace(sweep, base=init_from.with_absolute_path(sweep.base), trials=trials)
 
 
@@ -236,18 +291,35 @@ def check_sources(sweep: Sweep, storage: Path) -> None:
 
 def _check_names(folder: Path, candidates: Mapping[str, Candidate]) -> None:
     """A name stands for one trial for ever: its curve is in the tracking server under it."""
-    changed = [name for name, c in candidates.items()
-               if (read_json(folder / "trials" / name / "run.json") or {}).get("trial", c.trial.key(c.trial.steps))
-               != c.trial.key(c.trial.steps)]
+    changed = [
+        name
+        for name, c in candidates.items()
+        if (read_json(folder / "trials" / name / "run.json") or {}).get(
+            "trial", c.trial.key(c.trial.steps)
+        )
+        != c.trial.key(c.trial.steps)
+    ]
     if changed:
         name = changed[0]
-        there, here = (e.flat() for e in (runs.stored_experiment(folder / "trials" / name), candidates[name].experiment))
-        lines = [f"  {name}: {k}: {there.get(k)!r} there, {here[k]!r} here" for k in here
-                 if there.get(k) != here[k] and k not in ("name", "storage") and not k.startswith(("tracking.", "train.keep"))]
-        lines = lines or [f"  {name}: the same fields with another version of torch, other tokens or CPUs per worker"]
-        raise UserError(f"{folder} was begun with other experiments: {', '.join(changed[:3])}"
-                        f"{f' and {len(changed) - 3} more trials' if len(changed) > 3 else ''} would not be what they were "
-                        f"there; give the sweep a new name (name=…), or change back:\n" + "\n".join(lines))
+        there, here = (
+            e.flat()
+            for e in (runs.stored_experiment(folder / "trials" / name), candidates[name].experiment)
+        )
+        lines = [
+            f"  {name}: {k}: {there.get(k)!r} there, {here[k]!r} here"
+            for k in here
+            if there.get(k) != here[k]
+            and k not in ("name", "storage")
+            and not k.startswith(("tracking.", "train.keep"))
+        ]
+        lines = lines or [
+            f"  {name}: the same fields with another version of torch, other tokens or CPUs per worker"
+        ]
+        raise UserError(
+            f"{folder} was begun with other experiments: {', '.join(changed[:3])}"
+            f"{f' and {len(changed) - 3} more trials' if len(changed) > 3 else ''} would not be what they were "
+            f"there; give the sweep a new name (name=…), or change back:\n" + "\n".join(lines)
+        )
 
 
 @dataclass(frozen=True)
@@ -267,26 +339,45 @@ class Source:
         found = cls(folder.absolute(), int(step), runs.stored_experiment(folder))
         order = stage_run.read_order((folder / "checkpoints").resolve().parent)
         if order and order.rates["before"]:
-            raise UserError(f"sweep.from: '{word}' is a trial that branched off {order.rates['splice']:,} steps of another run "
-                            f"itself; branch off that one, or train it alone")
+            raise UserError(
+                f"sweep.from: '{word}' is a trial that branched off {order.rates['splice']:,} steps of another run "
+                f"itself; branch off that one, or train it alone"
+            )
         late = [s.name for s in sweep.trials if s.experiment.train.max_steps <= found.step]
         if found.step > found.experiment.train.max_steps:
-            raise UserError(f"sweep.from: '{word}' has {found.experiment.train.max_steps} steps, and none {found.step}")
+            raise UserError(
+                f"sweep.from: '{word}' has {found.experiment.train.max_steps} steps, and none {found.step}"
+            )
         if late:
-            raise UserError(f"sweep.from: {late[0]} ends at or before step {found.step}, where it would branch off; "
-                            f"raise train.max_steps")
+            raise UserError(
+                f"sweep.from: {late[0]} ends at or before step {found.step}, where it would branch off; "
+                f"raise train.max_steps"
+            )
         return found
 
     def check(self, candidates) -> None:
         """Before the branch the trials are the run: all that a step depends on must be its own."""
         for c in candidates:
-            theirs, ours = ({k: v for k, v in e.flat().items() if not k.startswith(trials.OUTSIDE)}
-                            for e in (self.experiment, c.experiment))
-            lines = [f"{k}: {theirs[k]!r} there, {ours[k]!r} here" for k in ours if theirs[k] != ours[k]]
+            theirs, ours = (
+                {k: v for k, v in e.flat().items() if not k.startswith(trials.OUTSIDE)}
+                for e in (self.experiment, c.experiment)
+            )
+            lines = [
+                f"{k}: {theirs[k]!r} there, {ours[k]!r} here" for k in ours if theirs[k] != ours[k]
+            ]
             if self.experiment.slots != c.experiment.slots:
-                lines.append(f"train.reduction_slots: {self.experiment.slots} there, {c.experiment.slots} here")
+                lines.append(
+                    f"train.reduction_slots: {self.experiment.slots} there, {c.experiment.slots} here"
+                )
             found = init_from.checkpoint_of(self.folder)
             if sweep_folder.data_of(found) != data_identity(c.dataset):
                 lines.append("data: the tokens are not those that the run was trained on")
             if lines:
-                raise UserError("\n".join([f"sweep.from: {self.folder} was another experiment:", *(f"  {x}" for x in lines)]))
+                raise UserError(
+                    "\n".join(
+                        [
+                            f"sweep.from: {self.folder} was another experiment:",
+                            *(f"  {x}" for x in lines),
+                        ]
+                    )
+                )

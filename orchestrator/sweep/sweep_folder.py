@@ -32,12 +32,18 @@ class Stored:
     def plan(self, trials: Iterable[Trial], at_plateaus: bool = False) -> Plan:
         """The tree of `trials` with all of this in it; see `stages.plan`."""
         trials = list(trials)
-        finished = {k for k, r in self.results.items() if r["outcome"] == stage_run.DONE and r["is_whole"]}
-        used = self.ends | {key for t in trials if t.key(t.steps) not in finished for key in self._latest(t)}
+        finished = {
+            k for k, r in self.results.items() if r["outcome"] == stage_run.DONE and r["is_whole"]
+        }
+        used = self.ends | {
+            key for t in trials if t.key(t.steps) not in finished for key in self._latest(t)
+        }
         steps = {key: step for key, (_, step) in self.states.items() if key in used}
         steps |= {key: result["step"] for key, result in self.results.items()}
-        dead, stopped = ({k for k, r in self.results.items() if r["outcome"] == outcome}
-                         for outcome in (stage_run.DIVERGED, stage_run.STOPPED))
+        dead, stopped = (
+            {k for k, r in self.results.items() if r["outcome"] == outcome}
+            for outcome in (stage_run.DIVERGED, stage_run.STOPPED)
+        )
         return plan(trials, steps, self.states, finished, dead, stopped, at_plateaus=at_plateaus)
 
     def _latest(self, trial: Trial) -> list[str]:
@@ -73,7 +79,9 @@ class Stored:
         return found
 
 
-def scan(stages: Path, trials: Iterable[Trial], diverged_above: float | None = None, stops: bool = False) -> Stored:
+def scan(
+    stages: Path, trials: Iterable[Trial], diverged_above: float | None = None, stops: bool = False
+) -> Stored:
     """What the folder `stages/` holds for a tree of `trials`; `stops`: also what a scheduler stopped stays so.
 
     A stage that was interrupted goes on in its own folder. Its checkpoints serve other stages only where today's tree has
@@ -91,7 +99,9 @@ def scan(stages: Path, trials: Iterable[Trial], diverged_above: float | None = N
             found.results[result["key"]], found.folders[result["key"]] = result, folder
         if outcome == stage_run.DONE or not result and order.id not in todays:
             made = checkpoint.steps(folder / "checkpoints")
-            of_stage = Trial("", order.root, rates.from_json(order.rates).first(max(made, default=0)))
+            of_stage = Trial(
+                "", order.root, rates.from_json(order.rates).first(max(made, default=0))
+            )
             found.states |= {key: (folder, step) for step, key in of_stage.keys(made).items()}
         if outcome == stage_run.DONE and result["key"] in found.states:
             found.ends.add(result["key"])

@@ -25,7 +25,13 @@ class Table:
         seconds_per_step: of one stage, expected; the stages that have run correct it.
     """
 
-    def __init__(self, slots: int, best: Callable[[], tuple[str, float] | None], seconds_per_step: float | None = None, out=None):
+    def __init__(
+        self,
+        slots: int,
+        best: Callable[[], tuple[str, float] | None],
+        seconds_per_step: float | None = None,
+        out=None,
+    ):
         self.slots, self.best, self.expected = slots, best, seconds_per_step
         self.out = out or sys.stdout
         self.redraws = self.out.isatty()
@@ -41,7 +47,11 @@ class Table:
         else:
             what = f"{state}: {self.books.reasons.get(stage.id, '')}"
         self._clear()
-        print(f"steps {stage.start:,}–{stage.stop:,} of {_of(stage)}: {what}", file=self.out, flush=True)
+        print(
+            f"steps {stage.start:,}–{stage.stop:,} of {_of(stage)}: {what}",
+            file=self.out,
+            flush=True,
+        )
         if not self.redraws:
             print(self.status(), file=self.out, flush=True)
         self.last = time.monotonic()
@@ -61,8 +71,11 @@ class Table:
         states = [k.progress.state[i] for i in k.plan.to_run]
         names = [c.name for c in k.candidates.values() if not c.probe]
         done = sum(k.progress.trial(name) == DONE for name in names)
-        parts = [f"stages {sum(s not in (WAITING, RUNNING) for s in states)}/{len(states)}", f"trials {done}/{len(names)}",
-                 f"{k.steps_run:,} of {k.plan.steps_to_run:,} steps run, {k.plan.steps_asked - k.plan.steps_to_run:,} saved"]
+        parts = [
+            f"stages {sum(s not in (WAITING, RUNNING) for s in states)}/{len(states)}",
+            f"trials {done}/{len(names)}",
+            f"{k.steps_run:,} of {k.plan.steps_to_run:,} steps run, {k.plan.steps_asked - k.plan.steps_to_run:,} saved",
+        ]
         if best := self.best():
             parts.append(f"best {best[0]} {best[1]:.4f}")
         if (left := self.seconds_left()) is not None:
@@ -77,15 +90,27 @@ class Table:
                 folder = self.books.stages / stage.id
                 last = journal.last(folder) or {"step": stage.start}
                 loss = f"loss {last['train/loss']:.4f}" if "train/loss" in last else ""
-                where = f"  {stage.start:>7,}–{stage.stop:<7,} at {max(last['step'], stage.start):<7,}"
+                where = (
+                    f"  {stage.start:>7,}–{stage.stop:<7,} at {max(last['step'], stage.start):<7,}"
+                )
                 what = loss if (folder / ".writer").exists() else "waiting for a worker"
                 lines.append(f"{where} {what:12} {_of(stage)}"[:119])
-        return lines[:SHOWN] + ([f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])
+        return lines[:SHOWN] + (
+            [f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        )
 
     def seconds_left(self) -> float | None:
         k = self.books
-        results = [r for i, r in k.stored.results.items() if i in k.plan.to_run and r["steps_run"] and r["seconds"]]
-        each = sum(r["seconds"] for r in results) / sum(r["steps_run"] for r in results) if results else self.expected
+        results = [
+            r
+            for i, r in k.stored.results.items()
+            if i in k.plan.to_run and r["steps_run"] and r["seconds"]
+        ]
+        each = (
+            sum(r["seconds"] for r in results) / sum(r["steps_run"] for r in results)
+            if results
+            else self.expected
+        )
         if each is None:
             return None
         left = [k.plan.cost(s) for s in k.progress.pending]

@@ -45,7 +45,12 @@ class Trial:
 
     def keys(self, steps: Iterable[int]) -> dict[int, str]:
         """`key` of each of some rising steps, in one pass over the rates."""
-        digest, rates, before, found = hashlib.sha256(f"{self.root}/".encode()), self.rates.astype("<f8"), 0, {}
+        digest, rates, before, found = (
+            hashlib.sha256(f"{self.root}/".encode()),
+            self.rates.astype("<f8"),
+            0,
+            {},
+        )
         for step in steps:
             assert before <= step <= self.steps
             digest.update(rates[before:step].data)
@@ -81,8 +86,14 @@ def grow(trials: Iterable[Trial], cuts: Mapping[str, Collection[int]] | None = N
     while waiting:
         group, start, parent = waiting.pop()
         stop = _end(group, start, cuts)
-        stage = Stage(group[0].key(stop), parent, start, stop, tuple(t.name for t in group),
-                      tuple(t.name for t in group if t.steps == stop))
+        stage = Stage(
+            group[0].key(stop),
+            parent,
+            start,
+            stop,
+            tuple(t.name for t in group),
+            tuple(t.name for t in group if t.steps == stop),
+        )
         stages.append(stage)
         rest = [t for t in group if t.steps > stop]
         waiting += [(branch, stop, stage.id) for branch in _apart(rest, stop)][::-1]
@@ -101,7 +112,9 @@ def _end(group: list[Trial], start: int, cuts: Mapping[str, Collection[int]]) ->
     """Where the group's common stretch from `start` ends: at a trial's end, a divergence or a cut."""
     stop = min(t.steps for t in group)
     stop = min([stop, *(cut for t in group for cut in cuts.get(t.name, ()) if start < cut)])
-    first = group[0].rates[start:stop].view(np.int64)  # bits, not values: 0.0 and -0.0 are two rates
+    first = (
+        group[0].rates[start:stop].view(np.int64)
+    )  # bits, not values: 0.0 and -0.0 are two rates
     for other in group[1:]:
         differs = np.flatnonzero(first != other.rates[start:stop].view(np.int64))
         if len(differs):
@@ -146,7 +159,10 @@ class Plan:
             if stage.id in lost:
                 continue
             ending = bool(stage.ends) and stage.id not in self.finished
-            wanted = any(child.id in runs and child.id not in self.standing for child in self.children.get(stage.id, ()))
+            wanted = any(
+                child.id in runs and child.id not in self.standing
+                for child in self.children.get(stage.id, ())
+            )
             if ending or wanted and stage.id not in self.standing:
                 runs.add(stage.id)
         return frozenset(runs)
@@ -164,10 +180,20 @@ class Plan:
         mine = {stage.id: stage for stage in self.stages}
         for stage in other.stages:
             known = mine.get(stage.id)
-            mine[stage.id] = replace(known, trials=known.trials + stage.trials, ends=known.ends + stage.ends) if known else stage
+            mine[stage.id] = (
+                replace(known, trials=known.trials + stage.trials, ends=known.ends + stage.ends)
+                if known
+                else stage
+            )
         new = {stage.id for stage in other.stages} - {stage.id for stage in self.stages}
-        return Plan(self.trials + other.trials, tuple(mine.values()), self.standing | other.standing & new,
-                    self.finished | other.finished & new, self.dead | other.dead & new, self.stopped | other.stopped & new)
+        return Plan(
+            self.trials + other.trials,
+            tuple(mine.values()),
+            self.standing | other.standing & new,
+            self.finished | other.finished & new,
+            self.dead | other.dead & new,
+            self.stopped | other.stopped & new,
+        )
 
     @cached_property
     def _paths(self) -> dict[str, list[Stage]]:
@@ -208,9 +234,15 @@ class Plan:
         return sum(self.cost(self.by_id[i]) for i in self.to_run if i in made)
 
 
-def plan(trials: Iterable[Trial], states: Mapping[str, int] | None = None, standing: Collection[str] = (),
-         finished: Collection[str] = (), dead: Collection[str] = (), stopped: Collection[str] = (),
-         at_plateaus: bool = False) -> Plan:
+def plan(
+    trials: Iterable[Trial],
+    states: Mapping[str, int] | None = None,
+    standing: Collection[str] = (),
+    finished: Collection[str] = (),
+    dead: Collection[str] = (),
+    stopped: Collection[str] = (),
+    at_plateaus: bool = False,
+) -> Plan:
     """The tree of `trials`, cut where something is stored.
 
     Args:
@@ -220,7 +252,17 @@ def plan(trials: Iterable[Trial], states: Mapping[str, int] | None = None, stand
     trials, states = tuple(trials), states or {}
     assert len({t.name for t in trials}) == len(trials), "trials have names of their own"
     steps = sorted(set(states.values()))
-    cuts = {t.name: [s for s, key in t.keys(s for s in steps if s <= t.steps).items() if key in states] for t in trials}
+    cuts = {
+        t.name: [s for s, key in t.keys(s for s in steps if s <= t.steps).items() if key in states]
+        for t in trials
+    }
     if at_plateaus:
         cuts = {t.name: [*cuts[t.name], *t.plateau()] for t in trials}
-    return Plan(trials, tuple(grow(trials, cuts)), frozenset(standing), frozenset(finished), frozenset(dead), frozenset(stopped))
+    return Plan(
+        trials,
+        tuple(grow(trials, cuts)),
+        frozenset(standing),
+        frozenset(finished),
+        frozenset(dead),
+        frozenset(stopped),
+    )

@@ -24,8 +24,19 @@ from orchestrator.sweep.tree import Trial
 from orchestrator.train.rates import Rates
 
 # Not of what a step does: where things are, how wide it runs, when a checkpoint is written, and what `Rates` says.
-OUTSIDE = ("name", "storage", "data.", "compute.", "tracking.", "schedule.", "train.max_steps", "train.keep",
-           "train.checkpoint_interval", "train.reduction_slots", "train.allow_drift")
+OUTSIDE = (
+    "name",
+    "storage",
+    "data.",
+    "compute.",
+    "tracking.",
+    "schedule.",
+    "train.max_steps",
+    "train.keep",
+    "train.checkpoint_interval",
+    "train.reduction_slots",
+    "train.allow_drift",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +59,12 @@ class Candidate:
 
     @cached_property
     def trial(self) -> Trial:
-        return Trial(self.name, root_of(self.experiment, data_identity(self.dataset), self.cpus),
-                     self.rates.first(self.experiment.train.max_steps), asked=not self.probe)
+        return Trial(
+            self.name,
+            root_of(self.experiment, data_identity(self.dataset), self.cpus),
+            self.rates.first(self.experiment.train.max_steps),
+            asked=not self.probe,
+        )
 
 
 def root_of(experiment: Experiment, data: str, cpus: int) -> str:
@@ -74,17 +89,28 @@ def probes_of(candidates: Iterable[Candidate], step: int, steps: int) -> dict[st
             name = f"probe~{len(probes) + 1}"  # no trial can have it
             train = c.experiment.train.model_copy(update={"max_steps": step + steps})
             # `rates` say what it does: the fields only have to agree with its length.
-            schedule = c.experiment.schedule.model_copy(update={"kind": "constant", "warmup_steps": 0, "decay_steps": None})
+            schedule = c.experiment.schedule.model_copy(
+                update={"kind": "constant", "warmup_steps": 0, "decay_steps": None}
+            )
             parts = {"name": name.replace("~", "-"), "train": train, "schedule": schedule}
-            spec = replace(c.spec, name=name, setting=name, experiment=c.experiment.model_copy(update=parts))
-            probes[trunk] = replace(c, spec=spec, rates=replace(c.rates, anneal_at=step, anneal_steps=steps), probe=True)
+            spec = replace(
+                c.spec, name=name, setting=name, experiment=c.experiment.model_copy(update=parts)
+            )
+            probes[trunk] = replace(
+                c, spec=spec, rates=replace(c.rates, anneal_at=step, anneal_steps=steps), probe=True
+            )
         found[c.name] = probes[trunk]
     return found
 
 
 # ---- folders ----
-def assemble(folder: Path, last: tuple[Path, int] | None, candidate: Candidate, run: dict[str, Any],
-             summary: dict[str, Any] | None) -> None:
+def assemble(
+    folder: Path,
+    last: tuple[Path, int] | None,
+    candidate: Candidate,
+    run: dict[str, Any],
+    summary: dict[str, Any] | None,
+) -> None:
     """Make `folder` what a lone run's is as far as its stages are done; `last`: the folder and end of the last of them.
 
     Args:
@@ -112,18 +138,32 @@ def curve(last: tuple[Path, int] | None, candidate: Candidate) -> list[dict[str,
     return stage_run.lines(folder, None if ends_here else stop)
 
 
-def summary_of(status: str, records: list[dict[str, Any]], candidate: Candidate, folder: Path, result: dict[str, Any],
-               more: dict[str, Any]) -> dict[str, Any]:
+def summary_of(
+    status: str,
+    records: list[dict[str, Any]],
+    candidate: Candidate,
+    folder: Path,
+    result: dict[str, Any],
+    more: dict[str, Any],
+) -> dict[str, Any]:
     """summary.json of a trial, with the fields of a lone run's."""
     step = records[-1]["step"] if records else 0
     return {
         "status": status,
         "step": step,
         "tokens": step * candidate.experiment.tokens_per_step,
-        **{key: runs.last(records, metric) for key, metric in (
-            ("train_loss", "train/loss"), ("val_loss", "val/loss"), ("val_bits_per_byte", "val/bits_per_byte"),
-            ("best_val_loss", "val/best_loss"))},
-        "checkpoint": str(folder / "checkpoints" / f"step-{step:08d}") if status == "FINISHED" else None,
+        **{
+            key: runs.last(records, metric)
+            for key, metric in (
+                ("train_loss", "train/loss"),
+                ("val_loss", "val/loss"),
+                ("val_bits_per_byte", "val/bits_per_byte"),
+                ("best_val_loss", "val/best_loss"),
+            )
+        },
+        "checkpoint": str(folder / "checkpoints" / f"step-{step:08d}")
+        if status == "FINISHED"
+        else None,
         "weights_sha256": result.get("weights_sha256"),
         **more,
     }

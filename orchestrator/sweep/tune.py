@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 ENVIRONMENT = {  # read when Tune is imported
-    "RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the table is ours
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the table is ours
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C comes out of fit() as what it is
 }
 for _key, _value in ENVIRONMENT.items():
@@ -55,8 +57,14 @@ class Work(Protocol):
         """Called several times a second."""
 
 
-def execute(work: Work, stages: Path, layout: Layout, slots: int, asha: dict[str, Any] | None = None,
-            reuse: bool = True) -> None:
+def execute(
+    work: Work,
+    stages: Path,
+    layout: Layout,
+    slots: int,
+    asha: dict[str, Any] | None = None,
+    reuse: bool = True,
+) -> None:
     """Run stages until `work` has none; failed ones end nothing but themselves.
 
     Asked to stop (`stopping`, in the folder above `stages`), those that run end after their step, and none begins.
@@ -71,16 +79,29 @@ def execute(work: Work, stages: Path, layout: Layout, slots: int, asha: dict[str
         logging.getLogger(name).setLevel(logging.CRITICAL)
     scratch = stages.parent / ".tune"
     bundle = {"CPU": layout.cpus_per_worker, **({"GPU": 1} if layout.use_gpu else {})}
-    trainable = tune.with_parameters(StageTrainable, stages=str(stages), layout=layout, reports=asha and asha["metric"])
+    trainable = tune.with_parameters(
+        StageTrainable, stages=str(stages), layout=layout, reports=asha and asha["metric"]
+    )
     rungs = {key: value for key, value in (asha or {}).items() if key != "metric"}
     scheduler = tune.schedulers.ASHAScheduler(TIME, METRIC, "min", **rungs) if asha else None
     tuner = tune.Tuner(
         tune.with_resources(trainable, tune.PlacementGroupFactory([bundle] * layout.num_workers)),
-        tune_config=tune.TuneConfig(search_alg=_Gate(work), num_samples=-1, max_concurrent_trials=slots, reuse_actors=reuse,
-                                    scheduler=scheduler, trial_name_creator=lambda trial: trial.trial_id,
-                                    trial_dirname_creator=lambda trial: trial.trial_id),
-        run_config=tune.RunConfig(name=uuid.uuid4().hex[:8], storage_path=str(scratch), verbose=0, callbacks=[_Ticks(work)],
-                                  failure_config=tune.FailureConfig(max_failures=0, fail_fast=False)),
+        tune_config=tune.TuneConfig(
+            search_alg=_Gate(work),
+            num_samples=-1,
+            max_concurrent_trials=slots,
+            reuse_actors=reuse,
+            scheduler=scheduler,
+            trial_name_creator=lambda trial: trial.trial_id,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=uuid.uuid4().hex[:8],
+            storage_path=str(scratch),
+            verbose=0,
+            callbacks=[_Ticks(work)],
+            failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),
+        ),
     )
     try:
         tuner.fit()
@@ -102,7 +123,9 @@ class _Gate(Searcher):
         self.running[trial_id] = stage
         return {"stage": stage}
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         self.work.ended(self.running.pop(trial_id), error)
 
     def save(self, checkpoint_path: str) -> None:
@@ -122,8 +145,16 @@ class _Ticks(tune.Callback):
 class StageTrainable(tune.Trainable):
     """Rank 0 of stage after stage; the crew of its other workers and their process group outlive a stage."""
 
-    def setup(self, config: dict[str, Any], stages: str, layout: Layout, reports: str | None) -> None:
-        self.stages, self.layout, self.reports, self.crew, self.run = Path(stages), layout, reports, None, None
+    def setup(
+        self, config: dict[str, Any], stages: str, layout: Layout, reports: str | None
+    ) -> None:
+        self.stages, self.layout, self.reports, self.crew, self.run = (
+            Path(stages),
+            layout,
+            reports,
+            None,
+            None,
+        )
         self.stop_asked = stopping.Bell(self.stages.parent)
         self._begin(config)
 
@@ -148,7 +179,9 @@ class StageTrainable(tune.Trainable):
         except Exception as error:
             # Where a peer died this is the echo, a closed connection; the peer has left its own word, or was killed.
             if not (self.crew and self.crew.has_lost_a_peer()):
-                write_atomically(self.folder / "failure-rank0.txt", "".join(traceback.format_exception(error)))
+                write_atomically(
+                    self.folder / "failure-rank0.txt", "".join(traceback.format_exception(error))
+                )
             raise
         return {**self.last, "done": True}
 
@@ -188,7 +221,11 @@ class Crew:
         peer = ray.remote(_Peer)
         for rank in range(1, self.layout.num_workers):
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-            options = {"num_cpus": self.layout.cpus_per_worker, "num_gpus": gpus, "scheduling_strategy": place}
+            options = {
+                "num_cpus": self.layout.cpus_per_worker,
+                "num_gpus": gpus,
+                "scheduling_strategy": place,
+            }
             self.peers.append(peer.options(**options).remote())
         address = f"tcp://{ray.util.get_node_ip_address()}:{_free_port()}"
         joined = [p.join.remote(address, rank, self.layout) for rank, p in enumerate(self.peers, 1)]
@@ -233,20 +270,32 @@ class _Peer:
             for _ in run_stage(Path(folder), _worker(self.rank, self.layout), lambda: False):
                 pass
         except Exception as error:
-            write_atomically(Path(folder) / f"failure-rank{self.rank}.txt", "".join(traceback.format_exception(error)))
-            os._exit(1)  # the others stand in a collective: a closed connection ends their wait, an exception here does not
+            write_atomically(
+                Path(folder) / f"failure-rank{self.rank}.txt",
+                "".join(traceback.format_exception(error)),
+            )
+            os._exit(
+                1
+            )  # the others stand in a collective: a closed connection ends their wait, an exception here does not
 
 
 def _join(address: str, rank: int, layout: Layout) -> None:
     import torch.distributed as dist
 
-    dist.init_process_group("nccl" if layout.use_gpu else "gloo", init_method=address, rank=rank,
-                            world_size=layout.num_workers, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+    dist.init_process_group(
+        "nccl" if layout.use_gpu else "gloo",
+        init_method=address,
+        rank=rank,
+        world_size=layout.num_workers,
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+    )
 
 
 def _worker(rank: int, layout: Layout) -> Worker:
     # Ray shows a worker its own GPU alone.
-    return Worker(rank, layout.num_workers, "cuda:0" if layout.use_gpu else "cpu", layout.cpus_per_worker)
+    return Worker(
+        rank, layout.num_workers, "cuda:0" if layout.use_gpu else "cpu", layout.cpus_per_worker
+    )
 
 
 def _free_port() -> int:

@@ -59,7 +59,9 @@ def send_replays(image: Any) -> None:
         return
     last = outbox.read_json(found[-1])
     image.client.set_tag(image.state["run_id"], "replay.equal", outbox.as_text(last.get("equal")))
-    image.client.set_tag(image.state["run_id"], "replay.verdict", redact_text(str(last.get("verdict")))[:8000])
+    image.client.set_tag(
+        image.state["run_id"], "replay.verdict", redact_text(str(last.get("verdict")))[:8000]
+    )
     send_changed(image, found)
 
 

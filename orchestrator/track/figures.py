@@ -19,10 +19,19 @@ def loss_curve(records: Iterable[dict[str, Any]]):
     if train:
         axes.plot(*zip(*train, strict=True), color=TRAIN, linewidth=1.2, label="train")
     if val:
-        axes.plot(*zip(*val, strict=True), color=VAL, linewidth=1.6, marker="o", markersize=4, label="val")
+        axes.plot(
+            *zip(*val, strict=True), color=VAL, linewidth=1.6, marker="o", markersize=4, label="val"
+        )
         step, best = min(val, key=lambda p: p[1])
-        axes.annotate(f"best {best:.4f} at step {step}", (step, best), (0, 14), textcoords="offset points",
-                      ha="right" if step > val[len(val) // 2][0] else "left", color=VAL, fontsize=9)
+        axes.annotate(
+            f"best {best:.4f} at step {step}",
+            (step, best),
+            (0, 14),
+            textcoords="offset points",
+            ha="right" if step > val[len(val) // 2][0] else "left",
+            color=VAL,
+            fontsize=9,
+        )
     if train or val:
         axes.legend(frameon=False)
     return figure
@@ -41,7 +50,11 @@ def schedule_curve(lrs: Iterable[tuple[int, float]]):
 
 def points(records: Iterable[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     """The finite (step, value) pairs of one metric."""
-    return [(r["step"], r[key]) for r in records if isinstance(r.get(key), (int, float)) and math.isfinite(r[key])]
+    return [
+        (r["step"], r[key])
+        for r in records
+        if isinstance(r.get(key), (int, float)) and math.isfinite(r[key])
+    ]
 
 
 def _axes(x: str, y: str):

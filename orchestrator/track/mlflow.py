@@ -26,7 +26,10 @@ from orchestrator.track.server import first, local_path, quieten, resolve_uri, r
 
 STATE = "tracking.json"
 KEY_TAG = "espalier.run_key"
-PASSING = ("BAD_REQUEST", "ENDPOINT_NOT_FOUND")  # a server out of connections says so; a proxy whose server is starting
+PASSING = (
+    "BAD_REQUEST",
+    "ENDPOINT_NOT_FOUND",
+)  # a server out of connections says so; a proxy whose server is starting
 
 
 class Tracker:
@@ -55,7 +58,11 @@ class Tracker:
     def url(self) -> str | None:
         """The page of its curves; None while the run has no id."""
         state = self._projection.state
-        return self._page(self._projection.uri, state["experiment_id"], state["run_id"]) if state["run_id"] else None
+        return (
+            self._page(self._projection.uri, state["experiment_id"], state["run_id"])
+            if state["run_id"]
+            else None
+        )
 
     def finish(self, status: str | None, deadline_s: float = 60) -> bool:
         """Send the rest and set the status; False if not all was accepted within `deadline_s` s. The caller says so.
@@ -86,7 +93,13 @@ def refusals() -> Iterator[None]:
         raise
 
 
-def replay(run_dir: Path, uri: str, experiment_name: str, deadline_s: float = 60, kind: type[Tracker] = Tracker) -> bool:
+def replay(
+    run_dir: Path,
+    uri: str,
+    experiment_name: str,
+    deadline_s: float = 60,
+    kind: type[Tracker] = Tracker,
+) -> bool:
     """Send what a run's folder holds and MLflow does not; True if all was accepted. The status is summary.json's.
 
     Ctrl-C ends the wait and nothing else.
@@ -107,15 +120,28 @@ class Projection:
 
     def __init__(self, run_dir: Path, uri: str, experiment_name: str, given_up: threading.Event):
         self.tags: dict[str, str] = {}  # that the run has from its first moment, besides its key
-        self.run_dir, self.uri, self.experiment_name, self.given_up = run_dir, uri, experiment_name, given_up
+        self.run_dir, self.uri, self.experiment_name, self.given_up = (
+            run_dir,
+            uri,
+            experiment_name,
+            given_up,
+        )
         self.lines, self.client, self.run, self.told = outbox.Lines(run_dir), None, None, None
-        self.facts, self.state = outbox.read_json(run_dir / "run.json"), outbox.read_json(run_dir / STATE)
-        if (self.state.get("uri"), self.state.get("key")) != (redact_text(uri), self.facts.get("key")):
+        self.facts, self.state = (
+            outbox.read_json(run_dir / "run.json"),
+            outbox.read_json(run_dir / STATE),
+        )
+        if (self.state.get("uri"), self.state.get("key")) != (
+            redact_text(uri),
+            self.facts.get("key"),
+        ):
             self.state = {}  # another server, or another run under the same name
         self.state = self._blank() | self.state
 
     def _blank(self) -> dict[str, Any]:
-        return outbox.blank_state(redact_text(self.uri), self.facts.get("key"), self.experiment_name)
+        return outbox.blank_state(
+            redact_text(self.uri), self.facts.get("key"), self.experiment_name
+        )
 
     def save(self) -> None:
         if self.given_up.is_set():
@@ -129,7 +155,9 @@ class Projection:
         self.send_metrics()
         self.send_facts()
         if ending and ending.status:
-            self.client.set_terminated(self.state["run_id"], ending.status, outbox.ended_ms(self.run_dir))
+            self.client.set_terminated(
+                self.state["run_id"], ending.status, outbox.ended_ms(self.run_dir)
+            )
         self.send_checkpoints()
         attachments.send_samples(self, outbox.samples(self.run_dir))
         attachments.send_events(self)
@@ -153,8 +181,10 @@ class Projection:
         self.client = self.client or MlflowClient(tracking_uri=self.uri)
         run = self._known_run() or self._found_run() or self._created_run()
         if run.info.lifecycle_stage == "deleted":
-            raise RefusedError(f"the run was deleted in MLflow: restore it there, or remove {self.run_dir / STATE} to "
-                               f"send it as a new one")
+            raise RefusedError(
+                f"the run was deleted in MLflow: restore it there, or remove {self.run_dir / STATE} to "
+                f"send it as a new one"
+            )
         self.state |= {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
         self.save()
         if reopen and run.info.status != "RUNNING":
@@ -186,15 +216,22 @@ class Projection:
             self.state["experiment_id"] = whole(made, made)
             return None
         if experiment.lifecycle_stage == "deleted":
-            raise RefusedError(f"the experiment '{self.experiment_name}' was deleted in MLflow: restore it there, "
-                               f"or set tracking.experiment")
+            raise RefusedError(
+                f"the experiment '{self.experiment_name}' was deleted in MLflow: restore it there, "
+                f"or set tracking.experiment"
+            )
         self.state["experiment_id"] = whole(experiment.experiment_id, experiment.experiment_id)
         query = f"tags.`{KEY_TAG}` = '{self.facts['key']}'"
         return first(self.client.search_runs, [experiment.experiment_id], query)
 
     def _created_run(self):
-        started, tags = outbox.started_ms(self.run_dir, self.facts), {KEY_TAG: self.facts["key"], **self.tags}
-        run = self.client.create_run(self.state["experiment_id"], started, tags, self.facts.get("name"))
+        started, tags = (
+            outbox.started_ms(self.run_dir, self.facts),
+            {KEY_TAG: self.facts["key"], **self.tags},
+        )
+        run = self.client.create_run(
+            self.state["experiment_id"], started, tags, self.facts.get("name")
+        )
         return whole(run, run.info.run_id)
 
     # ---- its curve ----
@@ -206,7 +243,9 @@ class Projection:
             if rows:
                 self.client.log_batch(self.state["run_id"], metrics=[Metric(*row) for row in rows])
             self.state |= mark
-            if "asides" in mark:  # a resume went back: losses that a checkpoint's step lacked may come
+            if (
+                "asides" in mark
+            ):  # a resume went back: losses that a checkpoint's step lacked may come
                 for name, known in self.state["checkpoints"].items():
                     known["measured"] &= outbox.step_of(name) <= self.state["sent_step"]
             self.save()
@@ -224,8 +263,11 @@ class Projection:
         tags = {k: v for k, v in tags.items() if data.tags.get(k) != v}
         params = {k: v for k, v in params.items() if k not in data.params}
         if params or tags:
-            self.client.log_batch(self.state["run_id"], params=[Param(*p) for p in params.items()],
-                                  tags=[RunTag(*t) for t in tags.items()])
+            self.client.log_batch(
+                self.state["run_id"],
+                params=[Param(*p) for p in params.items()],
+                tags=[RunTag(*t) for t in tags.items()],
+            )
         self._send_dataset(outbox.dataset(facts))
         data.params.update(params)
         data.tags.update(tags)
@@ -245,10 +287,16 @@ class Projection:
         found, known = outbox.checkpoints(self.run_dir), self.state["checkpoints"]
         for name, digest in found.items():
             if name not in known:
-                known[name] = {"model_id": self._model(name, digest), "sha256": digest, "measured": False}
+                known[name] = {
+                    "model_id": self._model(name, digest),
+                    "sha256": digest,
+                    "measured": False,
+                }
                 self.save()
             elif known[name]["sha256"] != digest:  # made again after a resume
-                self._mark(name, digest, self._whereabouts(name, digest) | {"checkpoint.removed": "false"})
+                self._mark(
+                    name, digest, self._whereabouts(name, digest) | {"checkpoint.removed": "false"}
+                )
             if not known[name]["measured"] and self.state["sent_step"] >= outbox.step_of(name):
                 self._measure(name)
         for name in known:
@@ -262,7 +310,9 @@ class Projection:
         self.save()
 
     def _whereabouts(self, name: str, digest: str) -> dict[str, str]:
-        path = (self.run_dir / "checkpoints" / name).resolve()  # a trial's folder is a link to a stage's
+        path = (
+            self.run_dir / "checkpoints" / name
+        ).resolve()  # a trial's folder is a link to a stage's
         return {"checkpoint.sha256": digest, "checkpoint.uri": str(path)}
 
     def _model(self, name: str, digest: str) -> str:
@@ -274,15 +324,22 @@ class Projection:
         title = re.sub(r"""[/:.%"']""", "-", f"{self.facts.get('name', 'run')}-{name}")
         query = f"source_run_id = '{run_id}' AND name = '{title}'"
         tags = {"mlflow.model.isExternal": "true", **self._whereabouts(name, digest)}
-        model = first(self.client.search_logged_models, [experiment_id], query) or self.client.create_logged_model(
-            experiment_id, title, run_id, tags, {"step": str(outbox.step_of(name))}, "checkpoint")
+        model = first(
+            self.client.search_logged_models, [experiment_id], query
+        ) or self.client.create_logged_model(
+            experiment_id, title, run_id, tags, {"step": str(outbox.step_of(name))}, "checkpoint"
+        )
         whole(model, model.model_id)
         with tempfile.TemporaryDirectory() as folder:
-            get_external_mlflow_model_spec(model).save(os.path.join(folder, "MLmodel"))  # makes it registrable
+            get_external_mlflow_model_spec(model).save(
+                os.path.join(folder, "MLmodel")
+            )  # makes it registrable
             self.client.log_model_artifacts(model.model_id, folder)
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         if model.model_id not in [o.model_id for o in self._get_run().outputs.model_outputs]:
-            self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, outbox.step_of(name))])
+            self.client.log_outputs(
+                run_id, [LoggedModelOutput(model.model_id, outbox.step_of(name))]
+            )
         return model.model_id
 
     def _measure(self, name: str) -> None:
@@ -292,8 +349,12 @@ class Projection:
         known, run_id = self.state["checkpoints"][name], self.state["run_id"]
         if rows := outbox.losses(self.run_dir, outbox.step_of(name)):
             data = outbox.dataset(self.facts)
-            links = {"dataset_name": data.get("name"), "dataset_digest": data.get("digest"),
-                     "model_id": known["model_id"], "run_id": run_id}
+            links = {
+                "dataset_name": data.get("name"),
+                "dataset_digest": data.get("digest"),
+                "model_id": known["model_id"],
+                "run_id": run_id,
+            }
             self.client.log_batch(run_id, metrics=[Metric(*row, **links) for row in rows])
         known["measured"] = True
         self.save()

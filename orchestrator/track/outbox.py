@@ -34,8 +34,15 @@ class Lines:
     """
 
     def __init__(self, run_dir: Path):
-        self.run_dir, self.tail, self.generation, self.last = run_dir, journal.Tail(run_dir), None, -1
-        self.waiting: list[tuple[dict[str, int], list[Row]]] = []  # (what the state is once they are accepted, rows of a line)
+        self.run_dir, self.tail, self.generation, self.last = (
+            run_dir,
+            journal.Tail(run_dir),
+            None,
+            -1,
+        )
+        self.waiting: list[
+            tuple[dict[str, int], list[Row]]
+        ] = []  # (what the state is once they are accepted, rows of a line)
         self.taken: set[tuple[str, int]] = set()  # (key, step) of rows that an aside holds
         self.moved: set[tuple[int, int]] = set()  # (step, timestamp) of lines that an aside holds
 
@@ -46,7 +53,10 @@ class Lines:
             new = self._begin_again(state)
         for record in new:
             # A line that stands in both files will go in this moment, or was cut: its step may be made again, with more keys.
-            if record["step"] > self.last and (record["step"], record["timestamp"]) not in self.moved:
+            if (
+                record["step"] > self.last
+                and (record["step"], record["timestamp"]) not in self.moved
+            ):
                 self.last = record["step"]
                 self.waiting.append(({"sent_step": self.last}, self._first(record)))
         if self.waiting:
@@ -54,7 +64,9 @@ class Lines:
 
     def _begin_again(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """Queue the asides that are new; returns the journal's lines."""
-        current = journal.read(self.run_dir)  # before the asides: what moves meanwhile is then seen twice, not never
+        current = journal.read(
+            self.run_dir
+        )  # before the asides: what moves meanwhile is then seen twice, not never
         self.waiting, self.taken, self.moved, self.last = [], set(), set(), state["sent_step"]
         self.generation, known = 0, state["asides"]
         for file in journal.aside_files(self.run_dir):
@@ -88,22 +100,35 @@ class Lines:
 
 def rows_of(record: dict[str, Any]) -> list[Row]:
     """A line's numbers. MLflow draws inf as 1.8e308, which ruins a chart: what is not finite stays in the journal."""
-    return [(key, float(value), record["timestamp"], record["step"]) for key, value in record.items()
-            if key not in ("step", "timestamp") and isinstance(value, (int, float)) and math.isfinite(value)]
+    return [
+        (key, float(value), record["timestamp"], record["step"])
+        for key, value in record.items()
+        if key not in ("step", "timestamp")
+        and isinstance(value, (int, float))
+        and math.isfinite(value)
+    ]
 
 
 def losses(run_dir: Path, step: int) -> list[Row]:
     """The losses logged at `step`, as the very rows of the curve."""
     current = journal.read(run_dir)
-    moved = [json.loads(line) for file in journal.aside_files(run_dir) for line in own_file.read_text(file).splitlines()]
+    moved = [
+        json.loads(line)
+        for file in journal.aside_files(run_dir)
+        for line in own_file.read_text(file).splitlines()
+    ]
     first: dict[str, Row] = {}
-    for row in (row for record in [*moved, *current] if record["step"] == step for row in rows_of(record)):
+    for row in (
+        row for record in [*moved, *current] if record["step"] == step for row in rows_of(record)
+    ):
         first.setdefault(row[0], row)
     return [row for key, row in first.items() if key in MARKED]
 
 
 # ---- the rest ----
-def wanted_tags(facts: dict[str, Any], params: dict[str, str], known: dict[str, str]) -> dict[str, str]:
+def wanted_tags(
+    facts: dict[str, Any], params: dict[str, str], known: dict[str, str]
+) -> dict[str, str]:
     """Tags of the run, and of each attempt what its parameters (the `known` ones are for ever) do not say already."""
     attempts, tags = facts.get("attempts") or [], redact(facts.get("tags") or {})
     fixed = params | known
@@ -118,7 +143,9 @@ def _flat(facts: dict[str, Any]) -> dict[str, Any]:
     """One level, `layout.num_workers`: MLflow filters by a tag's whole value."""
     rows: dict[str, Any] = {}
     for key, value in facts.items():
-        rows |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        rows |= (
+            {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        )
     return rows
 
 
@@ -133,8 +160,14 @@ def dataset(facts: dict[str, Any]) -> dict[str, str]:
         return {}
     profile = {k: v for k, v in facts.items() if k not in ("name", "source")}
     schema = {"mlflow_colspec": [{"name": "tokens", "type": "binary", "required": True}]}
-    return {"name": facts["name"], "digest": facts["digest"][:36], "source_type": "local", "schema": json.dumps(schema),
-            "source": json.dumps({"uri": as_text(facts.get("source", ""))}), "profile": json.dumps(profile)}
+    return {
+        "name": facts["name"],
+        "digest": facts["digest"][:36],
+        "source_type": "local",
+        "schema": json.dumps(schema),
+        "source": json.dumps({"uri": as_text(facts.get("source", ""))}),
+        "profile": json.dumps(profile),
+    }
 
 
 def as_text(value: Any) -> str:
@@ -166,8 +199,12 @@ def checkpoints(run_dir: Path) -> dict[str, str]:
     """`{"step-00000100": SHA-256 of its manifest}` of what stands there now."""
     found, folder = {}, run_dir / "checkpoints"
     for path in (integrity.path_of(folder, step) for step in integrity.steps(folder)):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, own_file.NotPlainFileError):  # pruned in this moment, or none
-            found[path.name] = hashlib.sha256(own_file.read_bytes(path / integrity.MANIFEST)).hexdigest()
+        with contextlib.suppress(
+            FileNotFoundError, NotADirectoryError, own_file.NotPlainFileError
+        ):  # pruned in this moment, or none
+            found[path.name] = hashlib.sha256(
+                own_file.read_bytes(path / integrity.MANIFEST)
+            ).hexdigest()
     return found
 
 
@@ -208,8 +245,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def blank_state(uri: str, key: str | None, experiment: str) -> dict[str, Any]:
     """Nothing was sent yet. `sent_step` is below step 0, the evaluation before training."""
-    return {"uri": uri, "key": key, "experiment": experiment, "experiment_id": None, "run_id": None, "sent_step": -1,
-            "asides": 0, "checkpoints": {}, "samples": {}, "documents": {}}
+    return {
+        "uri": uri,
+        "key": key,
+        "experiment": experiment,
+        "experiment_id": None,
+        "run_id": None,
+        "sent_step": -1,
+        "asides": 0,
+        "checkpoints": {},
+        "samples": {},
+        "documents": {},
+    }
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:

@@ -13,8 +13,14 @@ from dataclasses import dataclass
 from orchestrator.redact import redact_text
 
 POLL_S = 2.0
-LOOK_S, SILENCE_S = 0.2, 10.0  # at the end: whoever waits for longer, or for a server that is away, is told so
-PAUSES_S = (1.0, 30.0)  # first and longest pause while a server is away; at the end never longer than the first
+LOOK_S, SILENCE_S = (
+    0.2,
+    10.0,
+)  # at the end: whoever waits for longer, or for a server that is away, is told so
+PAUSES_S = (
+    1.0,
+    30.0,
+)  # first and longest pause while a server is away; at the end never longer than the first
 log = logging.getLogger(__name__)
 
 
@@ -40,7 +46,11 @@ class Sender:
         self.attempt, self.what = attempt, what
         self.ending: Ending | None = None
         self.complete = self.away = False
-        self.given_up, self._wake, self._ended = threading.Event(), threading.Event(), threading.Event()
+        self.given_up, self._wake, self._ended = (
+            threading.Event(),
+            threading.Event(),
+            threading.Event(),
+        )
         self._thread = threading.Thread(target=self._loop, name="tracking", daemon=True)
 
     def start(self) -> None:
@@ -51,11 +61,15 @@ class Sender:
         deadline, told, self.ending = time.monotonic() + deadline_s, False, ending
         self._wake.set()
         try:
-            while (left := deadline - time.monotonic()) > 0 and not self._ended.wait(min(left, LOOK_S)):
+            while (left := deadline - time.monotonic()) > 0 and not self._ended.wait(
+                min(left, LOOK_S)
+            ):
                 if not told and left > 1 and (self.away or left < deadline_s - SILENCE_S):
                     told = True
-                    print(f"{self.what}: sending the rest, for up to {left:.0f} s; Ctrl-C ends the wait, and loses nothing",
-                          flush=True)
+                    print(
+                        f"{self.what}: sending the rest, for up to {left:.0f} s; Ctrl-C ends the wait, and loses nothing",
+                        flush=True,
+                    )
         finally:
             self.given_up.set()
         return self.complete
@@ -63,19 +77,26 @@ class Sender:
     def _loop(self) -> None:
         pause = 0.0
         while not self.given_up.is_set():
-            ending = self.ending  # before the attempt: all that was written until the end goes with it
+            ending = (
+                self.ending
+            )  # before the attempt: all that was written until the end goes with it
             try:
                 self.attempt(ending)
             except GivenUpError:
                 break
             except RefusedError as error:
-                log.warning("%s: refused, and not sent any more: %s. It is kept; pipelines/replay_metrics.py sends it",
-                            self.what, _line(error))
+                log.warning(
+                    "%s: refused, and not sent any more: %s. It is kept; pipelines/replay_metrics.py sends it",
+                    self.what,
+                    _line(error),
+                )
                 break
             except Exception as error:
                 if not self.away:
                     log.warning("%s: not reached, trying on: %s", self.what, _line(error))
-                pause = min(2 * pause if self.away else PAUSES_S[0], PAUSES_S[0 if self.ending else 1])
+                pause = min(
+                    2 * pause if self.away else PAUSES_S[0], PAUSES_S[0 if self.ending else 1]
+                )
                 self.away = True
             else:
                 if ending is not None:

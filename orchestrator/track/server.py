@@ -18,8 +18,10 @@ from orchestrator.redact import redact_text
 UI_PORT = 5000
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own name for what makes a run a child of another
 ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # to try again is the sender's business
-    "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # to try again is the sender's business
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # the sender says once what MLflow repeats with tracebacks
 }
 _MODE = "workflowType=machine_learning"  # else MLflow opens its GenAI pages, which are empty here
@@ -46,7 +48,9 @@ def resolve_uri(experiment, storage: Path) -> str:
 def absolute_uri(uri: str, where: str) -> str:
     """`uri`, valid from any directory; `where` opens the message of a `UserError`."""
     if not re.match(r"^(https?|sqlite|postgresql|mysql)[+a-z0-9]*://.", uri):
-        raise UserError(f"{where}: '{redact_text(uri)}' is none of http(s)://…, sqlite:///…, postgresql://…")
+        raise UserError(
+            f"{where}: '{redact_text(uri)}' is none of http(s)://…, sqlite:///…, postgresql://…"
+        )
     local = local_path(uri)
     return f"sqlite:///{local}" if local else uri.rstrip("/")
 
@@ -77,8 +81,13 @@ def sweep_view(run_id: str, metric: str = "val/loss") -> tuple[str, str]:
     Of itself MLflow nests a sweep's trials out of sight while they are in order of time, draws the curves of ten, and no
     address can say otherwise but one of a stored view. Its charts are filtered: about thirty would come before the loss.
     """
-    view = {"searchFilter": f"tags.`{PARENT_TAG}` = '{run_id}'", "orderByKey": f"metrics.`{metric}`", "orderByAsc": True,
-            "runsHiddenMode": "SHOW_ALL", "chartsSearchFilter": f"^({metric}|optim/lr)$"}
+    view = {
+        "searchFilter": f"tags.`{PARENT_TAG}` = '{run_id}'",
+        "orderByKey": f"metrics.`{metric}`",
+        "orderByAsc": True,
+        "runsHiddenMode": "SHOW_ALL",
+        "chartsSearchFilter": f"^({metric}|optim/lr)$",
+    }
     return f"mlflow.sharedViewState.{run_id}", json.dumps(view)
 
 
@@ -87,7 +96,9 @@ def _base(uri: str) -> str:
     if not uri.startswith("http"):
         return f"http://127.0.0.1:{UI_PORT}"
     parts = urlsplit(uri)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
+    return urlunsplit(
+        (parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", "")
+    )
 
 
 # ---- answers ----

@@ -20,10 +20,18 @@ from orchestrator.track.sender import Ending, RefusedError
 from orchestrator.track.server import PARENT_TAG, first, hits, sweep_url, sweep_view, whole
 
 BEST = "best"  # the registry's alias
-VERSIONS_TAG = "mlflow.modelVersions"  # by this the pages of a checkpoint's model name its registered versions
+VERSIONS_TAG = (
+    "mlflow.modelVersions"  # by this the pages of a checkpoint's model name its registered versions
+)
 DOCUMENTS = ("sweep.yaml", "plan.txt", "comparison.csv", "summary.json")
 TRIAL_DOCUMENTS = ("experiment.yaml", "summary.json")
-WATCHED = ("run.json", "metrics.jsonl", "summary.json", "checkpoints", "samples")  # by these a trial's changes are seen
+WATCHED = (
+    "run.json",
+    "metrics.jsonl",
+    "summary.json",
+    "checkpoints",
+    "samples",
+)  # by these a trial's changes are seen
 log = logging.getLogger(__name__)
 
 
@@ -83,7 +91,10 @@ class _Sweep(Projection):
         changed = []
         for file in sorted(self.run_dir.glob("trials/*/run.json"), reverse=True):
             folder = file.parent
-            look = " ".join(f"{path.name} {mark}" for path, mark in outbox.marked(folder / n for n in WATCHED).items())
+            look = " ".join(
+                f"{path.name} {mark}"
+                for path, mark in outbox.marked(folder / n for n in WATCHED).items()
+            )
             if self.seen.get(folder) != (look, default):
                 status = outbox.status(folder) or default
                 trial = _Trial(folder, self, f"{self.state['run_id']} {status} {look}", status)
@@ -91,7 +102,9 @@ class _Sweep(Projection):
                     self.seen[folder] = look, default
                 elif trial.facts.get("key"):
                     changed.append((trial, look))
-        known = self._known_trials() if any(not trial.state["run_id"] for trial, _ in changed) else {}
+        known = (
+            self._known_trials() if any(not trial.state["run_id"] for trial, _ in changed) else {}
+        )
         while changed:  # taken out one by one: each has files open while it is there
             trial, look = changed.pop()
             self._send_trial(trial, known)
@@ -106,7 +119,11 @@ class _Sweep(Projection):
             self.refused.discard(name)
         except RefusedError as error:
             if name not in self.refused:
-                log.warning("trial %s: refused by MLflow, the others go on: %s", name, redact_text(str(error)))
+                log.warning(
+                    "trial %s: refused by MLflow, the others go on: %s",
+                    name,
+                    redact_text(str(error)),
+                )
             self.refused.add(name)
 
     def _known_trials(self) -> dict[str, Any]:
@@ -114,7 +131,13 @@ class _Sweep(Projection):
         found, page = {}, None
         query = f"tags.`{PARENT_TAG}` = '{self.state['run_id']}'"
         while True:
-            runs = hits(self.client.search_runs, [self.state["experiment_id"]], query, max_results=1000, page_token=page)
+            runs = hits(
+                self.client.search_runs,
+                [self.state["experiment_id"]],
+                query,
+                max_results=1000,
+                page_token=page,
+            )
             found |= {run.data.tags.get(KEY_TAG): run for run in runs}
             page = getattr(runs, "token", None)
             if not page:
@@ -125,7 +148,9 @@ class _Sweep(Projection):
         """Register the final checkpoint of summary.json's `best_trial`, by reference, and point the alias at it."""
         trial = outbox.read_json(self.run_dir / "summary.json").get("best_trial")
         sent = outbox.read_json(self.run_dir / "trials" / str(trial) / STATE)
-        standing = {name: c["model_id"] for name, c in sent.get("checkpoints", {}).items() if c["sha256"]}
+        standing = {
+            name: c["model_id"] for name, c in sent.get("checkpoints", {}).items() if c["sha256"]
+        }
         if not standing or sent["uri"] != self.state["uri"]:
             return  # none yet, or its trial was refused
         model_id = standing[max(standing)]
@@ -145,15 +170,30 @@ class _Sweep(Projection):
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        if known := first(self.client.search_model_versions, f"name = '{name}' AND tags.`model_id` = '{model_id}'"):
+        if known := first(
+            self.client.search_model_versions, f"name = '{name}' AND tags.`model_id` = '{model_id}'"
+        ):
             return known.version
         model = self.client.get_logged_model(model_id)
         whole(model, model.model_id)
-        words = {"model_id": model_id, "trial": trial, "checkpoint.uri": model.tags["checkpoint.uri"]}
+        words = {
+            "model_id": model_id,
+            "trial": trial,
+            "checkpoint.uri": model.tags["checkpoint.uri"],
+        }
         # Its artifacts by their place: MLflow looks `models:/<id>` up in the store of the process, not in this client's.
-        made = self.client.create_model_version(name, model.artifact_location, model.source_run_id, words, model_id=model_id,
-                                                await_creation_for=0)
-        named = [*json.loads(model.tags.get(VERSIONS_TAG, "[]")), {"name": name, "version": whole(made, made.version).version}]
+        made = self.client.create_model_version(
+            name,
+            model.artifact_location,
+            model.source_run_id,
+            words,
+            model_id=model_id,
+            await_creation_for=0,
+        )
+        named = [
+            *json.loads(model.tags.get(VERSIONS_TAG, "[]")),
+            {"name": name, "version": whole(made, made.version).version},
+        ]
         self.client.set_logged_model_tags(model_id, {VERSIONS_TAG: json.dumps(named)})
         return made.version
 
@@ -178,7 +218,9 @@ class _Trial(Projection):
         self.send_metrics()
         self.send_facts()
         self.send_status()
-        if outbox.status(self.run_dir):  # until then its checkpoints are those of a stage that it shares
+        if outbox.status(
+            self.run_dir
+        ):  # until then its checkpoints are those of a stage that it shares
             self.send_checkpoints()
         samples = list(outbox.samples(self.run_dir).items())
         attachments.send_samples(self, dict(samples[-1:]))  # the last one: there are many trials
@@ -195,5 +237,8 @@ class _Trial(Projection):
         info, ended = self.run.info, outbox.ended_ms(self.run_dir)
         if self.status == "RUNNING" and info.status != "RUNNING":
             self.client.update_run(info.run_id, status="RUNNING")
-        elif self.status in outbox.STATUSES and (info.status, info.end_time) != (self.status, ended or info.end_time):
+        elif self.status in outbox.STATUSES and (info.status, info.end_time) != (
+            self.status,
+            ended or info.end_time,
+        ):
             self.client.set_terminated(info.run_id, self.status, ended)

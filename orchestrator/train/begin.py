@@ -25,7 +25,9 @@ class Begin:
     is_own: bool
 
 
-def begin(experiment: Experiment, run_dir: Path, n_vocab: int, worker: Worker, parent: Path | None = None) -> Begin:
+def begin(
+    experiment: Experiment, run_dir: Path, n_vocab: int, worker: Worker, parent: Path | None = None
+) -> Begin:
     """The state to go on with; damaged checkpoints of the folder are set aside, and noted.
 
     Args:
@@ -39,7 +41,9 @@ def begin(experiment: Experiment, run_dir: Path, n_vocab: int, worker: Worker, p
     is_own = step >= 0
     path = checkpoint.path_of(folder, step) if is_own else parent
     if path is None:
-        return Begin(state.build(experiment, initial_model(experiment, n_vocab), worker), False, False)
+        return Begin(
+            state.build(experiment, initial_model(experiment, n_vocab), worker), False, False
+        )
     if not is_own:
         checkpoint.verify(path)
     elif not worker.is_main:
@@ -53,13 +57,16 @@ def begin(experiment: Experiment, run_dir: Path, n_vocab: int, worker: Worker, p
 
 def _latest(folder: Path, run_dir: Path) -> int:
     """Step of the latest valid checkpoint, -1 where there is none; for rank 0, which alone writes there."""
+
     def passed_over(message: str) -> None:
         print(message, flush=True)
         events.note(run_dir, "checkpoint_damaged", message)
 
     try:
         found = checkpoint.latest_valid(folder, passed_over, set_aside=True)
-    except UnreadableError as error:  # no mistake of the user's, and the next attempt may find it readable
+    except (
+        UnreadableError
+    ) as error:  # no mistake of the user's, and the next attempt may find it readable
         raise RuntimeError(str(error)) from error
     return int(found.name.removeprefix("step-")) if found else -1
 
@@ -69,11 +76,20 @@ def _verify_again(path: Path) -> None:
     try:
         checkpoint.verify(path)
     except UserError as error:
-        raise RuntimeError(f"rank 0 could read this checkpoint, and this worker cannot: {error}") from error
+        raise RuntimeError(
+            f"rank 0 could read this checkpoint, and this worker cannot: {error}"
+        ) from error
 
 
-def _compare_numerics(experiment: Experiment, run_dir: Path, path: Path, step: int, worker: Worker) -> None:
+def _compare_numerics(
+    experiment: Experiment, run_dir: Path, path: Path, step: int, worker: Worker
+) -> None:
     before = checkpoint.read_manifest(path)["fingerprints"]["numerics"]
     lines = numerics.check(before, numerics.fingerprint(experiment, worker), experiment, run_dir)
     for line in lines if worker.is_main else ():
-        events.note(run_dir, "drift", f"the last bits will differ from those of a run never stopped: {line}", step=step)
+        events.note(
+            run_dir,
+            "drift",
+            f"the last bits will differ from those of a run never stopped: {line}",
+            step=step,
+        )

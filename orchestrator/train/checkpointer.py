@@ -31,7 +31,13 @@ class Writer:
         self._pending: Future[UserError | None] | None = None
         self._unwritten: UserError | None = None
 
-    def save(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, str], facts: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, dict[str, torch.Tensor]],
+        texts: dict[str, str],
+        facts: dict[str, Any],
+    ) -> None:
         """Copy the state, and have it committed while the caller goes on; arguments as `checkpoint.save`'s.
 
         Raises:
@@ -39,7 +45,9 @@ class Writer:
         """
         self._join()
         self._files = tensor_file.fill(self._files, tensors)
-        self._pending = self._thread.submit(self._commit, step, checkpoint.parts_of(self._files, texts), facts)
+        self._pending = self._thread.submit(
+            self._commit, step, checkpoint.parts_of(self._files, texts), facts
+        )
 
     def leave_out(self, step: int, error: OSError) -> None:
         """`save`, where it is known that there is no room."""
@@ -61,7 +69,11 @@ class Writer:
         try:
             self._join()
         except Exception as error:
-            print(f"{self.directory}: the last checkpoint was not written: {error}", file=sys.stderr, flush=True)
+            print(
+                f"{self.directory}: the last checkpoint was not written: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
         self._thread.shutdown()
 
     def __enter__(self) -> "Writer":
@@ -79,7 +91,9 @@ class Writer:
         if pending:
             self._unwritten = pending.result()
 
-    def _commit(self, step: int, parts: dict[str, bytes | memoryview], facts: dict[str, Any]) -> UserError | None:
+    def _commit(
+        self, step: int, parts: dict[str, bytes | memoryview], facts: dict[str, Any]
+    ) -> UserError | None:
         """Returns what the user is told where there was no room."""
         try:
             journal.sync(self.run_dir)
@@ -97,4 +111,6 @@ class Writer:
         message = f"{self.directory}: no room for the checkpoint of step {step} ({error.strerror}); {kept}"
         print(f"{message}; training goes on", flush=True)
         events.note(self.run_dir, "disk_full", message, step=step)
-        return UserError(f"{message}. Free some room there and run the same command again: it goes on from the last one")
+        return UserError(
+            f"{message}. Free some room there and run the same command again: it goes on from the last one"
+        )

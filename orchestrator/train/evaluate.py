@@ -46,9 +46,16 @@ class EvalSet:
             self.bytes += int(byte_lengths[real].sum())
             self.windows = max(self.windows, int(np.max(window_ids)) + 1)
 
-    def evaluate(self, model: nn.Module, device: torch.device, autocast, rank: int = 0, world_size: int = 1,
-                 go_on: Callable[[], bool] = lambda: True,
-                 waiting: Callable[[], AbstractContextManager] = contextlib.nullcontext) -> EvalResult:
+    def evaluate(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        autocast,
+        rank: int = 0,
+        world_size: int = 1,
+        go_on: Callable[[], bool] = lambda: True,
+        waiting: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    ) -> EvalResult:
         """Run the model over this worker's share and gather; every worker returns the same result.
 
         Args:

@@ -26,7 +26,14 @@ class Gradients:
         slots: S, a power of two that divides M and that the number of workers divides.
     """
 
-    def __init__(self, params: list[nn.Parameter], micro_batches: int, slots: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        params: list[nn.Parameter],
+        micro_batches: int,
+        slots: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         assert slots & (slots - 1) == 0 and micro_batches % slots == 0 and slots % world_size == 0
         assert all(p.dtype == torch.float32 for p in params)
         self.params, self.micro_batches, self.slots = params, micro_batches, slots
@@ -47,7 +54,9 @@ class Gradients:
     def my_slots(self) -> list[range]:
         """Micro-batch numbers of this step in each slot of this worker."""
         size, first = self.micro_batches // self.slots, self.rank * self.slots_per_worker
-        return [range(s * size, (s + 1) * size) for s in range(first, first + self.slots_per_worker)]
+        return [
+            range(s * size, (s + 1) * size) for s in range(first, first + self.slots_per_worker)
+        ]
 
     def begin_slot(self) -> None:
         """Clear the buffer that `backward` adds to."""
@@ -96,7 +105,9 @@ class Gradients:
 
     def clip(self, max_norm: float) -> None:
         """Scale the gradient down to `max_norm` where its `norm()` is above it, as clip_grad_norm_ does."""
-        self.current.flat[: self.n_params].mul_(torch.clamp(max_norm / (self.last_norm + 1e-6), max=1.0))
+        self.current.flat[: self.n_params].mul_(
+            torch.clamp(max_norm / (self.last_norm + 1e-6), max=1.0)
+        )
 
     def _exchange(self, flat: Tensor) -> None:
         chunks = torch.empty_like(flat)

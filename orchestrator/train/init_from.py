@@ -43,7 +43,9 @@ def initial_model(experiment: Experiment, n_vocab: int) -> GPT:
     model = GPT(wanted)
     with _explained(source):
         tensors = load()
-        tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][: wanted.block_size].clone()
+        tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][
+            : wanted.block_size
+        ].clone()
         model.load_state_dict(weights.pad_vocab(tensors, wanted.vocab_size))
     return model
 
@@ -65,8 +67,10 @@ def with_absolute_path(experiment: Experiment) -> Experiment:
 def _check_exists(source: str) -> None:
     if source == "scratch" or source in weights.GPT2_SIZES or Path(source).expanduser().exists():
         return
-    raise UserError(f"train.init_from: '{source}' does not exist; use scratch, one of {', '.join(weights.GPT2_SIZES)}"
-                    f", a Hugging Face folder, a nanoGPT ckpt.pt, or a run or checkpoint folder")
+    raise UserError(
+        f"train.init_from: '{source}' does not exist; use scratch, one of {', '.join(weights.GPT2_SIZES)}"
+        f", a Hugging Face folder, a nanoGPT ckpt.pt, or a run or checkpoint folder"
+    )
 
 
 def check_shape(experiment: Experiment, n_vocab: int) -> None:
@@ -76,12 +80,21 @@ def check_shape(experiment: Experiment, n_vocab: int) -> None:
         return
     config, _ = _open(source)
     if not n_vocab <= config.vocab_size <= n_vocab + MAX_PADDING:
-        raise UserError(f"train.init_from: {source} has {config.vocab_size:,} vocabulary rows, data.tokenizer="
-                        f"{experiment.data.tokenizer} has {n_vocab:,} tokens; use the tokenizer that it was trained with")
-    fits = replace(config, vocab_size=wanted.vocab_size, dropout=wanted.dropout,
-                   block_size=min(config.block_size, wanted.block_size))
-    differences = [f"model.{k}={v} there and {asdict(wanted)[k]} here" for k, v in asdict(fits).items()
-                   if v != asdict(wanted)[k]]
+        raise UserError(
+            f"train.init_from: {source} has {config.vocab_size:,} vocabulary rows, data.tokenizer="
+            f"{experiment.data.tokenizer} has {n_vocab:,} tokens; use the tokenizer that it was trained with"
+        )
+    fits = replace(
+        config,
+        vocab_size=wanted.vocab_size,
+        dropout=wanted.dropout,
+        block_size=min(config.block_size, wanted.block_size),
+    )
+    differences = [
+        f"model.{k}={v} there and {asdict(wanted)[k]} here"
+        for k, v in asdict(fits).items()
+        if v != asdict(wanted)[k]
+    ]
     if differences:
         raise UserError(f"train.init_from: {source} has another shape: {'; '.join(differences)}")
 
@@ -93,8 +106,10 @@ def checkpoint_of(path: Path) -> Path:
         return path
     found = checkpoint.latest_valid(path / "checkpoints")
     if found is None:
-        raise UserError(f"{path}: neither a checkpoint nor a run with one; give <storage>/<name> or a folder "
-                        f"step-… below its checkpoints/")
+        raise UserError(
+            f"{path}: neither a checkpoint nor a run with one; give <storage>/<name> or a folder "
+            f"step-… below its checkpoints/"
+        )
     return found
 
 
@@ -105,8 +120,18 @@ def _explained(source: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        raise UserError(f"train.init_from: {source}: {' '.join(str(error).split())[:400]}") from None
+    except (
+        AttributeError,
+        KeyError,
+        OSError,
+        RuntimeError,
+        SafetensorError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise UserError(
+            f"train.init_from: {source}: {' '.join(str(error).split())[:400]}"
+        ) from None
 
 
 def _open(source: str) -> Source:
@@ -125,10 +150,14 @@ def _open(source: str) -> Source:
 
 
 def _open_hugging_face(folder: Path) -> Source:
-    config = weights.config_from_huggingface(json.loads((folder / "config.json").read_text("utf-8")))
+    config = weights.config_from_huggingface(
+        json.loads((folder / "config.json").read_text("utf-8"))
+    )
     file = folder / "model.safetensors"
     if not file.is_file():
-        raise UserError(f"train.init_from: {folder} has no model.safetensors; save it with safe_serialization=True")
+        raise UserError(
+            f"train.init_from: {folder} has no model.safetensors; save it with safe_serialization=True"
+        )
     return config, lambda: weights.from_huggingface(load_file(file))
 
 
@@ -138,8 +167,10 @@ def _open_nanogpt(file: Path) -> Source:
         stored = torch.load(file, map_location="cpu", weights_only=True)
         arguments = stored["model_args"]
     except Exception as error:
-        raise UserError(f"train.init_from: {file} is no nanoGPT checkpoint that loads with weights_only "
-                        f"({error.__class__.__name__})") from None
+        raise UserError(
+            f"train.init_from: {file} is no nanoGPT checkpoint that loads with weights_only "
+            f"({error.__class__.__name__})"
+        ) from None
     return GPTConfig(**arguments), lambda: weights.from_nanogpt(stored["model"])
 
 
@@ -155,7 +186,9 @@ def _download(name: str) -> Path:
                 with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as out:
                     shutil.copyfileobj(response, out)
             except OSError as error:
-                raise UserError(f"train.init_from: {name} is not in {folder} and {url} cannot be reached ({error}); "
-                                f"put config.json and model.safetensors there") from None
+                raise UserError(
+                    f"train.init_from: {name} is not in {folder} and {url} cannot be reached ({error}); "
+                    f"put config.json and model.safetensors there"
+                ) from None
             os.replace(part, folder / file)
     return folder

@@ -68,9 +68,13 @@ def first_model(experiment: Experiment, n_vocab: int, worker: Worker) -> GPT:
 
 
 @torch.no_grad()
-def forward(model: GPT, batch: Batch, experiment: Experiment, device: str, n_vocab: int, k: int) -> Forward:
+def forward(
+    model: GPT, batch: Batch, experiment: Experiment, device: str, n_vocab: int, k: int
+) -> Forward:
     """Run the model on the batch with targets, as training does, and without, as sampling does."""
-    inputs, targets = (torch.from_numpy(a).to(device) for a in (batch.inputs, batch.targets))  # (B, T)
+    inputs, targets = (
+        torch.from_numpy(a).to(device) for a in (batch.inputs, batch.targets)
+    )  # (B, T)
     with autocast(experiment, device):
         logits, loss = model(inputs, targets)  # (B, T, V)
         with_targets = tuple(logits.shape)

@@ -63,40 +63,76 @@ class Run:
         beat: told, on every worker, when it enters another phase of a step.
     """
 
-    def __init__(self, experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker, *, parent: Path | None = None,
-                 stop: int | None = None, rates: Callable[[int], float] | None = None,
-                 stop_asked: Callable[[], bool] | None = None, beat: Callable[[str, int], None] = lambda phase, step: None):
+    def __init__(
+        self,
+        experiment: Experiment,
+        run_dir: Path,
+        data_dir: Path,
+        worker: Worker,
+        *,
+        parent: Path | None = None,
+        stop: int | None = None,
+        rates: Callable[[int], float] | None = None,
+        stop_asked: Callable[[], bool] | None = None,
+        beat: Callable[[str, int], None] = lambda phase, step: None,
+    ):
         prepare_process(experiment, worker)
         self.experiment, self.run_dir, self.worker = experiment, Path(run_dir), worker
         self.stop = experiment.train.max_steps if stop is None else stop
         self.is_whole = self.stop == experiment.train.max_steps
         self.rates = rates or functools.partial(learning_rate, experiment.lr_schedule())
-        self.device, self.autocast = torch.device(worker.device), autocast(experiment, worker.device)
-        self.dataset, self.tokenizer = load_manifest(data_dir), load_tokenizer(experiment.data.tokenizer, data_dir)
+        self.device, self.autocast = (
+            torch.device(worker.device),
+            autocast(experiment, worker.device),
+        )
+        self.dataset, self.tokenizer = (
+            load_manifest(data_dir),
+            load_tokenizer(experiment.data.tokenizer, data_dir),
+        )
         t, m = experiment.train, experiment.model
         self.streams = {split: TokenStream(data_dir, split) for split in ("train", "val")}
-        self.batches = Batches(self.streams["train"], m.block_size, t.global_batch_size, t.micro_batch_size, t.seed)
+        self.batches = Batches(
+            self.streams["train"], m.block_size, t.global_batch_size, t.micro_batch_size, t.seed
+        )
         self.journal, self.stop_asked, self.beat = Journal(run_dir), stop_asked, beat
         self.guard = nonfinite.Guard(self.run_dir, t, self.batches, worker.is_main)
         begin = resume.begin(experiment, self.run_dir, self.tokenizer.n_vocab, worker, parent)
         self.state, self.is_own = begin.state, begin.is_own
         if worker.is_main:
             self._rewind(begin.is_restored)
-        self.evaluator = Evaluator(experiment, self.run_dir, self.streams, self.tokenizer, worker, self._goes_on,
-                                   self._waiting) if t.eval_interval else None
+        self.evaluator = (
+            Evaluator(
+                experiment,
+                self.run_dir,
+                self.streams,
+                self.tokenizer,
+                worker,
+                self._goes_on,
+                self._waiting,
+            )
+            if t.eval_interval
+            else None
+        )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        with Writer(self.run_dir / "checkpoints", self.experiment.train.keep, self.run_dir) as self.writer:
+        with Writer(
+            self.run_dir / "checkpoints", self.experiment.train.keep, self.run_dir
+        ) as self.writer:
             # However the steps end, what was saved is committed then.
             yield from self._steps()
             self.journal.close()
 
     def _steps(self) -> Iterator[dict[str, Any]]:
         s = self.state
-        begun_at, step = s.step, Step(self.experiment, s, self.stop_asked or (lambda: False), self.beat)
+        begun_at, step = (
+            s.step,
+            Step(self.experiment, s, self.stop_asked or (lambda: False), self.beat),
+        )
         try:
             if s.step == 0:
-                yield from self._write(self._measure(log=False, evaluate=self.evaluator is not None))
+                yield from self._write(
+                    self._measure(log=False, evaluate=self.evaluator is not None)
+                )
             elif s.line_due:
                 yield from self._after_step()
             with contextlib.closing(self._prefetch()) as batches:
@@ -134,10 +170,16 @@ class Run:
         if not restored or s.line_due:
             self.journal.rewind(s.step - 1)
             return
-        self.journal.rewind(s.step, None if ended else lambda line: journal.by_interval(line, t.log_interval, t.eval_interval))
+        self.journal.rewind(
+            s.step,
+            None
+            if ended
+            else lambda line: journal.by_interval(line, t.log_interval, t.eval_interval),
+        )
 
     def _prefetch(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This worker's micro-batches from the current step on, read and pinned in the background."""
+
         def fetch(item: tuple[int, int]) -> tuple[Tensor, Tensor]:
             arrays = (torch.from_numpy(a) for a in self.batches.micro_batch(*item))
             return tuple(a.pin_memory() if self.device.type == "cuda" else a for a in arrays)
@@ -147,7 +189,10 @@ class Run:
         prefetcher = Prefetcher(fetch, items)
         try:
             for inputs, targets in prefetcher:
-                yield inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+                yield (
+                    inputs.to(self.device, non_blocking=True),
+                    targets.to(self.device, non_blocking=True),
+                )
         finally:
             prefetcher.close()
 
@@ -187,7 +232,11 @@ class Run:
             self._checkpoint({})
         if self.worker.is_main:
             self.writer.wait()
-            facts = {"reason": f"asked to stop after step {self.state.step}", "step": self.state.step, "again": True}
+            facts = {
+                "reason": f"asked to stop after step {self.state.step}",
+                "step": self.state.step,
+                "again": True,
+            }
             write_stopped(self.run_dir, facts)
 
     def _lacks(self, line: dict[str, float]) -> tuple[bool, bool]:
@@ -209,7 +258,13 @@ class Run:
         """The ending of a run whose last step was made before it was known to be the last."""
         lines = journal.read(self.run_dir) if self.worker.is_main else []
         line = lines[-1] if lines and lines[-1]["step"] == self.stop else {}
-        log, evaluate = divmod(agree(sum(n * lack for n, lack in zip((2, 1), self._lacks(line), strict=True)), self.worker), 2)
+        log, evaluate = divmod(
+            agree(
+                sum(n * lack for n, lack in zip((2, 1), self._lacks(line), strict=True)),
+                self.worker,
+            ),
+            2,
+        )
         if log or evaluate:
             metrics = {k: v for k, v in line.items() if k not in ("step", "timestamp")}
             metrics |= self._ending(bool(log), bool(evaluate))
@@ -239,15 +294,29 @@ class Run:
     def _training_metrics(self) -> dict[str, float]:
         s, e, w = self.state, self.experiment, self.worker
         metrics = s.meter.flush(e.tokens_per_step)
-        metrics |= {"train/tokens": s.step * e.tokens_per_step, "train/epoch": self.batches.epoch(s.step),
-                    "optim/lr": self.rates(s.step - 1), "optim/grad_norm": s.grad_norm, "run/attempt": w.attempt}
+        metrics |= {
+            "train/tokens": s.step * e.tokens_per_step,
+            "train/epoch": self.batches.epoch(s.step),
+            "optim/lr": self.rates(s.step - 1),
+            "optim/grad_norm": s.grad_norm,
+            "run/attempt": w.attempt,
+        }
         if s.skipped:
             metrics["train/skipped_steps"] = s.skipped
         if s.scaler.is_enabled():
             metrics["optim/loss_scale"] = s.scaler.get_scale()
-        utilisation = mfu(metrics.get("perf/tokens_per_sec", 0.0), s.model.config,
-                          device_name(w.device), e.train.dtype, w.world_size)
-        return metrics | ({} if utilisation is None else {"perf/mfu": utilisation}) | memory_metrics(w.device)
+        utilisation = mfu(
+            metrics.get("perf/tokens_per_sec", 0.0),
+            s.model.config,
+            device_name(w.device),
+            e.train.dtype,
+            w.world_size,
+        )
+        return (
+            metrics
+            | ({} if utilisation is None else {"perf/mfu": utilisation})
+            | memory_metrics(w.device)
+        )
 
     def _goes_on(self) -> bool:
         """Whether an evaluation may take its next batch, agreed on by all workers."""
@@ -265,7 +334,12 @@ class Run:
         self.beat("checkpoint", self.state.step)
         if not self.worker.is_main:
             return
-        if no_room := self.journal.catch_up():  # a kill behind a checkpoint would lose for ever what only memory holds
+        if (
+            no_room := self.journal.catch_up()
+        ):  # a kill behind a checkpoint would lose for ever what only memory holds
             self.writer.leave_out(self.state.step, no_room)
         else:
-            self.writer.save(self.state.step, *state.snapshot(self.state, self.experiment, self.dataset, self.worker, metrics))
+            self.writer.save(
+                self.state.step,
+                *state.snapshot(self.state, self.experiment, self.dataset, self.worker, metrics),
+            )

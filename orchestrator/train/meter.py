@@ -47,7 +47,10 @@ class Meter:
         }
         if self.losses:  # none where the update of every step was left out
             # Micro-batch order is the order of the list, so the mean does not depend on the number of workers.
-            metrics |= {"train/loss": math.fsum(self.losses) / len(self.losses), "train/loss_max": max(self.losses)}
+            metrics |= {
+                "train/loss": math.fsum(self.losses) / len(self.losses),
+                "train/loss_max": max(self.losses),
+            }
         if self.steps:
             metrics |= {
                 "perf/tokens_per_sec": self.steps * tokens_per_step / training,
@@ -64,4 +67,6 @@ def memory_metrics(device: str) -> dict[str, float]:
     if device.startswith("cuda"):
         return {"memory/max_allocated_gib": torch.cuda.max_memory_allocated(device) / 2**30}
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
-    return {"memory/max_resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    return {
+        "memory/max_resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    }

@@ -48,8 +48,10 @@ class Guard:
         windows = {m: [int(o) for o in offsets[m * size : (m + 1) * size]] for m in blamed}
         again = f", as were the {PATIENCE} before it" if lost else ""
         what = "loss" if bad else "gradient norm"
-        message = (f"step {step + 1}: the {what} is not finite; the update was not applied{again}. Micro-batches and the "
-                   f"offsets of their windows in train: {windows}. Lower schedule.max_lr or look at that text")
+        message = (
+            f"step {step + 1}: the {what} is not finite; the update was not applied{again}. Micro-batches and the "
+            f"offsets of their windows in train: {windows}. Lower schedule.max_lr or look at that text"
+        )
         facts = {"step": step, "windows": windows}
         if skips:
             events.note(self.run_dir, "nonfinite", message, **facts)

@@ -37,11 +37,15 @@ def prepare_process(experiment: Experiment, worker: Worker) -> None:
     """Set everything global that arithmetic depends on; a reused process leaks what it was set to before."""
     torch.set_num_threads(worker.cpus)
     torch.set_default_dtype(torch.float32)
-    torch.set_float32_matmul_precision("high" if worker.device.startswith("cuda") else "highest")  # TF32 on GPUs
+    torch.set_float32_matmul_precision(
+        "high" if worker.device.startswith("cuda") else "highest"
+    )  # TF32 on GPUs
     torch.backends.cudnn.allow_tf32 = True
     on_gpu = worker.device.startswith("cuda")
     if on_gpu:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may add in another order on each stream
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # else cuBLAS may add in another order on each stream
     # The backward of attention and of the embedding adds with atomics otherwise, in an order that no two runs share; not
     # `warn_only`, with which cuDNN's attention keeps its atomics. It costs 3 % of a step (benchmarks/RESULTS.md).
     torch.use_deterministic_algorithms(on_gpu)
@@ -92,7 +96,9 @@ def fingerprint(experiment: Experiment, worker: Worker) -> dict[str, Any]:
     }
 
 
-def check(before: dict[str, Any], now: dict[str, Any], experiment: Experiment, where: Any) -> list[str]:
+def check(
+    before: dict[str, Any], now: dict[str, Any], experiment: Experiment, where: Any
+) -> list[str]:
     """Refuse to go on with other last bits, unless `train.allow_drift` says so; returns what differs, as `changes`.
 
     Raises:
@@ -100,15 +106,25 @@ def check(before: dict[str, Any], now: dict[str, Any], experiment: Experiment, w
     """
     lines = changes(before, now)
     if lines and not experiment.train.allow_drift:
-        raise UserError("\n".join([f"{where}: from here on the last bits would not be those of a run never stopped:",
-                                   *(f"  {line}" for line in lines),
-                                   "  go on where it began, set train.allow_drift=true, or use a new name (name=…)"]))
+        raise UserError(
+            "\n".join(
+                [
+                    f"{where}: from here on the last bits would not be those of a run never stopped:",
+                    *(f"  {line}" for line in lines),
+                    "  go on where it began, set train.allow_drift=true, or use a new name (name=…)",
+                ]
+            )
+        )
     return lines
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What of two fingerprints differs, a line each: from here on the last bits may."""
-    return [f"{key}: {before.get(key)} before, {now[key]} now" for key in now if now[key] != before.get(key)]
+    return [
+        f"{key}: {before.get(key)} before, {now[key]} now"
+        for key in now
+        if now[key] != before.get(key)
+    ]
 
 
 def device_name(device: str) -> str:
@@ -121,6 +137,8 @@ def device_name(device: str) -> str:
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -27,11 +27,15 @@ class Rates:
 
     def __call__(self, step: int) -> float:
         if self.anneal_at is not None and step >= self.anneal_at:
-            return self._planned(self.anneal_at) * (1.0 - (step - self.anneal_at) / self.anneal_steps)
+            return self._planned(self.anneal_at) * (
+                1.0 - (step - self.anneal_at) / self.anneal_steps
+            )
         return self._planned(step)
 
     def _planned(self, step: int) -> float:
-        return learning_rate(self.before if self.before and step < self.splice else self.schedule, step)
+        return learning_rate(
+            self.before if self.before and step < self.splice else self.schedule, step
+        )
 
     def first(self, steps: int) -> np.ndarray:
         """The rates of steps 0 … steps - 1, float64."""
@@ -43,4 +47,10 @@ class Rates:
 
 def from_json(stored: dict[str, Any]) -> Rates:
     before = stored["before"]
-    return Rates(**{**stored, "schedule": Schedule(**stored["schedule"]), "before": Schedule(**before) if before else None})
+    return Rates(
+        **{
+            **stored,
+            "schedule": Schedule(**stored["schedule"]),
+            "before": Schedule(**before) if before else None,
+        }
+    )

@@ -48,24 +48,48 @@ def build(experiment: Experiment, model: GPT, worker: Worker) -> TrainState:
     """A fresh state around `model`, moved to the worker's device."""
     model = model.to(worker.device).train()
     o = experiment.optim
-    optimizer = optim.adamw(model, max_lr=experiment.schedule.max_lr, beta1=o.beta1, beta2=o.beta2,
-                            weight_decay=o.weight_decay)
-    scaler = torch.amp.GradScaler(torch.device(worker.device).type, enabled=experiment.train.dtype == "float16")
-    gradients = Gradients(list(model.parameters()), experiment.micro_batches, experiment.slots, worker.rank,
-                          worker.world_size)
+    optimizer = optim.adamw(
+        model,
+        max_lr=experiment.schedule.max_lr,
+        beta1=o.beta1,
+        beta2=o.beta2,
+        weight_decay=o.weight_decay,
+    )
+    scaler = torch.amp.GradScaler(
+        torch.device(worker.device).type, enabled=experiment.train.dtype == "float16"
+    )
+    gradients = Gradients(
+        list(model.parameters()),
+        experiment.micro_batches,
+        experiment.slots,
+        worker.rank,
+        worker.world_size,
+    )
     forward = torch.compile(model) if experiment.train.compile else model
     return TrainState(model, forward, optimizer, scaler, gradients, Meter())
 
 
-def snapshot(state: TrainState, experiment: Experiment, dataset: Manifest, worker: Worker, metrics: dict[str, float],
-             ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str], dict[str, Any]]:
+def snapshot(
+    state: TrainState,
+    experiment: Experiment,
+    dataset: Manifest,
+    worker: Worker,
+    metrics: dict[str, float],
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str], dict[str, Any]]:
     """(tensors, texts, facts) of a checkpoint that also says what it is: experiment, model shape, tokenizer, fingerprints.
 
     The tensors are the state's own: the next step changes them.
     """
-    numbers = {"step": state.step, "grad_norm": state.grad_norm, "best_val_loss": state.best_val_loss,
-               "open_losses": state.meter.losses, "scaler": state.scaler.state_dict(), "skipped": state.skipped,
-               "nonfinite_in_a_row": state.nonfinite_in_a_row, "line_due": state.line_due}
+    numbers = {
+        "step": state.step,
+        "grad_norm": state.grad_norm,
+        "best_val_loss": state.best_val_loss,
+        "open_losses": state.meter.losses,
+        "scaler": state.scaler.state_dict(),
+        "skipped": state.skipped,
+        "nonfinite_in_a_row": state.nonfinite_in_a_row,
+        "line_due": state.line_due,
+    }
     texts = {
         "experiment.yaml": experiment.to_yaml(),
         "model.json": json.dumps(asdict(state.model.config), indent=1),
@@ -75,7 +99,10 @@ def snapshot(state: TrainState, experiment: Experiment, dataset: Manifest, worke
     facts = {
         "generation": worker.attempt,
         "metrics": metrics,
-        "fingerprints": {"data": data_identity(dataset), "numerics": fingerprint(experiment, worker)},
+        "fingerprints": {
+            "data": data_identity(dataset),
+            "numerics": fingerprint(experiment, worker),
+        },
     }
     return {"model": dict(state.model.state_dict()), "optimizer": _moments(state)}, texts, facts
 
@@ -90,8 +117,13 @@ def restore(state: TrainState, path: Path) -> None:
     for key, value in moments.items():
         name, _, moment = key.rpartition("/")
         state.optimizer.state[parameters[name]][moment] = value
-    state.step, state.grad_norm, state.best_val_loss = (numbers[k] for k in ("step", "grad_norm", "best_val_loss"))
-    state.skipped, state.nonfinite_in_a_row = numbers.get("skipped", 0), numbers.get("nonfinite_in_a_row", 0)
+    state.step, state.grad_norm, state.best_val_loss = (
+        numbers[k] for k in ("step", "grad_norm", "best_val_loss")
+    )
+    state.skipped, state.nonfinite_in_a_row = (
+        numbers.get("skipped", 0),
+        numbers.get("nonfinite_in_a_row", 0),
+    )
     state.line_due = numbers.get("line_due", False)
     state.meter.losses = numbers["open_losses"]
     if numbers["scaler"]:
@@ -99,8 +131,11 @@ def restore(state: TrainState, path: Path) -> None:
 
 
 def _moments(state: TrainState) -> dict[str, torch.Tensor]:
-    return {f"{name}/{key}": value for name, parameter in state.model.named_parameters()
-            for key, value in state.optimizer.state.get(parameter, {}).items()}
+    return {
+        f"{name}/{key}": value
+        for name, parameter in state.model.named_parameters()
+        for key, value in state.optimizer.state.get(parameter, {}).items()
+    }
 
 
 def load_model(path: Path) -> GPT:
@@ -124,10 +159,16 @@ def shape_of(path: Path) -> GPTConfig:
         with safe_open(path / "model.safetensors", framework="pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no dictionary
         blocks = {name.split(".")[2] for name in shapes if name.startswith("transformer.h.")}
-        told = [[config.vocab_size, config.n_embd], [config.block_size, config.n_embd], config.n_layer]
+        told = [
+            [config.vocab_size, config.n_embd],
+            [config.block_size, config.n_embd],
+            config.n_layer,
+        ]
         found = [shapes["transformer.wte.weight"], shapes["transformer.wpe.weight"], len(blocks)]
         if told != found:
-            raise ValueError(f"model.json tells of a vocabulary, positions and blocks of {told}, the tensors of {found}")
+            raise ValueError(
+                f"model.json tells of a vocabulary, positions and blocks of {told}, the tensors of {found}"
+            )
         return config
 
 
@@ -136,5 +177,15 @@ def _explained(path: Path) -> Iterator[None]:
     """A checkpoint whose hashes are right and whose content is not: somebody forged it, or another version wrote it."""
     try:
         yield
-    except (AttributeError, FileNotFoundError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: no model of this program ({' '.join(str(error).split())[:400]}); use another") from None
+    except (
+        AttributeError,
+        FileNotFoundError,
+        LookupError,
+        RuntimeError,
+        SafetensorError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise UserError(
+            f"{path}: no model of this program ({' '.join(str(error).split())[:400]}); use another"
+        ) from None

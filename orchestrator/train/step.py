@@ -34,8 +34,13 @@ class Step:
         beat: told when another phase begins, and the step (for a watchdog).
     """
 
-    def __init__(self, experiment: Experiment, state: TrainState, stop: Callable[[], bool] = lambda: False,
-                 beat: Callable[[str, int], None] = lambda phase, step: None):
+    def __init__(
+        self,
+        experiment: Experiment,
+        state: TrainState,
+        stop: Callable[[], bool] = lambda: False,
+        beat: Callable[[str, int], None] = lambda phase, step: None,
+    ):
         self.experiment, self.state, self.stop, self.beat = experiment, state, stop, beat
         self.autocast = autocast(experiment, str(state.gradients.device))
 
@@ -64,7 +69,9 @@ class Step:
         losses = s.gradients.reduce()
         if s.scaler.is_enabled():
             s.scaler.unscale_(s.optimizer)
-        *values, votes, norm = torch.cat((losses, s.gradients.votes().view(1), s.gradients.norm().view(1))).tolist()
+        *values, votes, norm = torch.cat(
+            (losses, s.gradients.votes().view(1), s.gradients.norm().view(1))
+        ).tolist()
         self.beat("update", s.step)
         return Gradient(values, norm, votes > 0)
 

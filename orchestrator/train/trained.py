@@ -63,12 +63,18 @@ def find_checkpoint(word: str, *, best: bool = False) -> Path:
         if (place / "checkpoints").is_dir():
             return _of_run(place / "checkpoints", best)
     if best and any((place / checkpoint.MANIFEST).is_file() for place in places):
-        raise UserError(f"--best: {word} is one checkpoint; give the run's folder to choose among its checkpoints")
-    raise UserError(f"{word}: no run and no checkpoint at {' or '.join(map(str, places))}; give a run's folder, the "
-                    f"name of a run in the storage ($ESPALIER_STORAGE), or a folder step-… below a run's checkpoints/")
+        raise UserError(
+            f"--best: {word} is one checkpoint; give the run's folder to choose among its checkpoints"
+        )
+    raise UserError(
+        f"{word}: no run and no checkpoint at {' or '.join(map(str, places))}; give a run's folder, the "
+        f"name of a run in the storage ($ESPALIER_STORAGE), or a folder step-… below a run's checkpoints/"
+    )
 
 
-def open_checkpoint(path: Path, device: str, overrides: list[str] | tuple[str, ...] = ()) -> Trained:
+def open_checkpoint(
+    path: Path, device: str, overrides: list[str] | tuple[str, ...] = ()
+) -> Trained:
     """Load a verified checkpoint; the process is set up as a worker of that run is (threads, TF32)."""
     manifest = checkpoint.read_manifest(path)
     experiment = load_experiment(path / "experiment.yaml", overrides)
@@ -83,13 +89,21 @@ def open_checkpoint(path: Path, device: str, overrides: list[str] | tuple[str, .
 def open_gpt2(source: str, device: str, dtype: str) -> Trained:
     """Load `gpt2`, `gpt2-medium` … (downloaded once) or a Hugging Face folder with GPT-2's vocabulary."""
     config = weights.GPT2_SIZES.get(source) or _config_of(Path(source).expanduser())
-    shape = {key: getattr(config, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "bias", "activation")}
-    experiment = Experiment(data=Data(tokenizer="gpt2", append_eot=True), train=Train(init_from=source, dtype=dtype),
-                            model=Model(pad_vocab_to=config.vocab_size, **shape))
+    shape = {
+        key: getattr(config, key)
+        for key in ("block_size", "n_layer", "n_head", "n_embd", "bias", "activation")
+    }
+    experiment = Experiment(
+        data=Data(tokenizer="gpt2", append_eot=True),
+        train=Train(init_from=source, dtype=dtype),
+        model=Model(pad_vocab_to=config.vocab_size, **shape),
+    )
     tokenizer = load_tokenizer("gpt2", None)
     if not tokenizer.n_vocab <= config.vocab_size < tokenizer.n_vocab + 128:
-        raise UserError(f"{source}: a vocabulary of {config.vocab_size:,} is not GPT-2's ({tokenizer.n_vocab:,}), so "
-                        f"its tokenizer is unknown; give a run or a checkpoint")
+        raise UserError(
+            f"{source}: a vocabulary of {config.vocab_size:,} is not GPT-2's ({tokenizer.n_vocab:,}), so "
+            f"its tokenizer is unknown; give a run or a checkpoint"
+        )
     prepare_process(experiment, Worker(device=device, cpus=available_cpus()))
     model = initial_model(experiment, tokenizer.n_vocab)
     return Trained(model.eval().to(device), tokenizer, experiment, device)
@@ -111,8 +125,10 @@ def tokens_of(trained: Trained) -> Manifest:
     wanted = trained.manifest["fingerprints"]["data"]
     found = find_tokens(trained.experiment, wanted, *trained.checkpoint.absolute().parents[2:3])
     if data_identity(found) != wanted:
-        raise UserError(f"data.dir: the tokens in {found.directory} are not those that {trained.checkpoint} was "
-                        f"trained on; name the folder that holds them: data.dir=…")
+        raise UserError(
+            f"data.dir: the tokens in {found.directory} are not those that {trained.checkpoint} was "
+            f"trained on; name the folder that holds them: data.dir=…"
+        )
     return found
 
 
@@ -123,7 +139,9 @@ def find_tokens(experiment: Experiment, wanted: str, *beside: Path) -> Manifest:
     if data.dir is not None:
         return load_manifest(dataset_dir(data, storage))
     near = (m for folder in (storage, *beside) for m in _datasets(folder / "data"))
-    return next((m for m in near if data_identity(m) == wanted), None) or prepare(data, dataset_dir(data, storage))
+    return next((m for m in near if data_identity(m) == wanted), None) or prepare(
+        data, dataset_dir(data, storage)
+    )
 
 
 def find_device(name: str) -> str:
@@ -134,7 +152,9 @@ def find_device(name: str) -> str:
         torch.zeros(1, device=name).item()
     except Exception as error:  # torch has no common class for these
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--device: '{name}' cannot be used here ({reason}); try auto or cpu") from None
+        raise UserError(
+            f"--device: '{name}' cannot be used here ({reason}); try auto or cpu"
+        ) from None
     return name
 
 
@@ -158,7 +178,9 @@ def _of_run(folder: Path, best: bool) -> Path:
     if best:
         step = checkpoint.best(folder)
         if step is None:
-            raise UserError(f"--best: no checkpoint in {folder} has a val loss (train.eval_interval was off there)")
+            raise UserError(
+                f"--best: no checkpoint in {folder} has a val loss (train.eval_interval was off there)"
+            )
         checkpoint.verify(checkpoint.path_of(folder, step))
         return checkpoint.path_of(folder, step)
     found = checkpoint.latest_valid(folder, warn)
@@ -169,6 +191,8 @@ def _of_run(folder: Path, best: bool) -> Path:
 
 def _config_of(folder: Path):
     try:
-        return weights.config_from_huggingface(json.loads((folder / "config.json").read_text("utf-8")))
+        return weights.config_from_huggingface(
+            json.loads((folder / "config.json").read_text("utf-8"))
+        )
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None

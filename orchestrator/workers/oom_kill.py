@@ -36,7 +36,9 @@ RESERVED = 0.05  # of the memory, which must stay free where nobody told Ray's m
 MARGIN = 0.9  # of what is left: other processes breathe
 TRY_S = 120.0
 FITS = b"fits: "
-THRESHOLD = re.compile(r"exceeded threshold of (\d+)B \(\S+ of (\d+)B limit\)")  # in the words of Ray's monitor
+THRESHOLD = re.compile(
+    r"exceeded threshold of (\d+)B \(\S+ of (\d+)B limit\)"
+)  # in the words of Ray's monitor
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,19 @@ def find(run_dir: Path) -> OomKill | None:
     machine than this one is not seen.
     """
     marks, causes = watchdog.marks(run_dir), oom_causes()
-    kills = 0 if watchdog.has_hung(run_dir) else system_memory.oom_kills()  # who hung was ended for that
+    kills = (
+        0 if watchdog.has_hung(run_dir) else system_memory.oom_kills()
+    )  # who hung was ended for that
     for mark in marks:
         workers = sum(m["host"] == mark["host"] for m in marks)
         if (said := causes.get((mark["node"], mark["pid"]))) is not None:
-            return OomKill("Ray's memory monitor ended a worker", mark["host"], workers, _reserved(said))
-        vanished = mark["host"] == socket.gethostname() and mark["phase"] not in (watchdog.DONE, watchdog.FAILED)
+            return OomKill(
+                "Ray's memory monitor ended a worker", mark["host"], workers, _reserved(said)
+            )
+        vanished = mark["host"] == socket.gethostname() and mark["phase"] not in (
+            watchdog.DONE,
+            watchdog.FAILED,
+        )
         if vanished and kills > mark["oom_kills"]:
             return OomKill("the kernel ended a worker", mark["host"], workers, _reserved())
     return None
@@ -71,14 +80,26 @@ def find(run_dir: Path) -> OomKill | None:
 def in_error(error: BaseException, workers: int) -> OomKill | None:
     """The kill of the process that leads the workers, which Ray's monitor may choose as well; it runs beside the driver."""
     said = str(error)
-    return OomKill("Ray's memory monitor ended what leads the workers", socket.gethostname(), workers,
-                   _reserved(said)) if "running low on memory" in said else None
+    return (
+        OomKill(
+            "Ray's memory monitor ended what leads the workers",
+            socket.gethostname(),
+            workers,
+            _reserved(said),
+        )
+        if "running low on memory" in said
+        else None
+    )
 
 
 def _reserved(said: str = "") -> int:
     """Bytes that must stay free, or Ray's monitor kills: in its own words, or as it does by default."""
     numbers = THRESHOLD.search(said)
-    return int(numbers[2]) - int(numbers[1]) if numbers else int(RESERVED * system_memory.total_bytes())
+    return (
+        int(numbers[2]) - int(numbers[1])
+        if numbers
+        else int(RESERVED * system_memory.total_bytes())
+    )
 
 
 # ---- what becomes of the run ----
@@ -96,7 +117,9 @@ def conclude(run_dir: Path, experiment: Experiment, data_dir: Path, layout: Layo
     print(f"{kill.by} for want of memory; looking for a micro-batch that fits …", flush=True)
     reason = advice(kill, experiment, load_manifest(data_dir).tokenizer["n_vocab"], layout)
     events.note(run_dir, "out_of_memory", reason)
-    with contextlib.suppress(OSError):  # no room: the one that stands says that it is not to be tried again
+    with contextlib.suppress(
+        OSError
+    ):  # no room: the one that stands says that it is not to be tried again
         write_stopped(run_dir, {"reason": reason, "user": True})
     return reason
 
@@ -109,25 +132,45 @@ def advice(kill: OomKill, experiment: Experiment, n_vocab: int, layout: Layout) 
     if kill.host != socket.gethostname():
         return f"{what}. Use a smaller train.micro_batch_size, a smaller model or more memory"
     limit = int(MARGIN * (system_memory.available_bytes() - kill.reserved) / kill.workers)
-    fits, needs = largest_fitting(experiment, n_vocab, Worker(0, layout.num_workers, "cpu", layout.cpus_per_worker), limit)
+    fits, needs = largest_fitting(
+        experiment, n_vocab, Worker(0, layout.num_workers, "cpu", layout.cpus_per_worker), limit
+    )
     room = f"in the {max(0, limit) / GIB:.2f} GiB that a worker has there now"
     if fits == experiment.train.micro_batch_size:
-        return (f"{what}. It needs {needs / GIB:.2f} GiB and would fit {room}: something else took the memory; free it and run "
-                f"the same command again")
+        return (
+            f"{what}. It needs {needs / GIB:.2f} GiB and would fit {room}: something else took the memory; free it and run "
+            f"the same command again"
+        )
     return f"{what}. {memory.remedy(fits, room)}"
 
 
-def largest_fitting(experiment: Experiment, n_vocab: int, worker: Worker, limit: int) -> tuple[int | None, int]:
+def largest_fitting(
+    experiment: Experiment, n_vocab: int, worker: Worker, limit: int
+) -> tuple[int | None, int]:
     """(the largest micro-batch whose step holds at most `limit` bytes, the bytes that it held); (None, 0): none does."""
-    job = {"experiment": experiment.model_dump(), "n_vocab": n_vocab, "cpus": worker.cpus, "world_size": worker.world_size,
-           "limit": limit}
+    job = {
+        "experiment": experiment.model_dump(),
+        "n_vocab": n_vocab,
+        "cpus": worker.cpus,
+        "world_size": worker.world_size,
+        "limit": limit,
+    }
     try:
-        out = subprocess.run([sys.executable, "-m", "orchestrator.workers.oom_kill"], input=json.dumps(job).encode(),
-                             stdout=subprocess.PIPE, timeout=TRY_S, cwd=calibrate.SOURCES,
-                             env={**os.environ, **WORKER_ENVIRONMENT}).stdout
+        out = subprocess.run(
+            [sys.executable, "-m", "orchestrator.workers.oom_kill"],
+            input=json.dumps(job).encode(),
+            stdout=subprocess.PIPE,
+            timeout=TRY_S,
+            cwd=calibrate.SOURCES,
+            env={**os.environ, **WORKER_ENVIRONMENT},
+        ).stdout
     except subprocess.TimeoutExpired as slow:
         out = slow.stdout or b""
-    tried = [json.loads(line.removeprefix(FITS)) for line in out.split(b"\n")[:-1] if line.startswith(FITS)]
+    tried = [
+        json.loads(line.removeprefix(FITS))
+        for line in out.split(b"\n")[:-1]
+        if line.startswith(FITS)
+    ]
     return tuple(tried[-1]) if tried else (None, 0)
 
 
@@ -135,19 +178,26 @@ def main() -> None:
     """A job on stdin; a line `fits: [sequences, bytes]` on stdout for each micro-batch that does, from the smallest."""
     be_expendable()
     job = json.loads(sys.stdin.read())
-    experiment, worker = parse_experiment(job["experiment"], "job"), Worker(cpus=job["cpus"], world_size=job["world_size"])
+    experiment, worker = (
+        parse_experiment(job["experiment"], "job"),
+        Worker(cpus=job["cpus"], world_size=job["world_size"]),
+    )
     for size, held in _try_in_turn(experiment, job["n_vocab"], worker, job["limit"]):
         print(f"{FITS.decode()}{json.dumps([size, held])}", flush=True)
 
 
-def _try_in_turn(experiment: Experiment, n_vocab: int, worker: Worker, limit: int) -> Iterator[tuple[int, int]]:
+def _try_in_turn(
+    experiment: Experiment, n_vocab: int, worker: Worker, limit: int
+) -> Iterator[tuple[int, int]]:
     """(micro-batch, bytes held at the peak) while they fit. What grows from one to the next grows with the sequences."""
     one = calibrate.one_micro_batch(experiment)
     prepare_process(one, worker)
     s = state.build(one, GPT(one.gpt_config(n_vocab)), Worker(cpus=worker.cpus))
     candidates = [*reversed(memory.smaller(experiment, worker.world_size)), experiment]
     held = memory.rest_of_a_step(max(candidates, key=lambda e: e.slots), worker, s)
-    held.append(torch.ones(3 * s.gradients.n_params))  # the copy of which a checkpoint is written beside training
+    held.append(
+        torch.ones(3 * s.gradients.n_params)
+    )  # the copy of which a checkpoint is written beside training
     base = peak = _peak(worker)
     last = 0
     for candidate in candidates:

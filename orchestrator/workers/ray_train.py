@@ -46,20 +46,39 @@ def fit(experiment: Experiment, run_dir: Path, data_dir: Path, asked: Layout) ->
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
     launch = uuid.uuid4().hex[:8]
-    scratch = run_dir / ".ray"  # Ray's own snapshot of the run: a convenience of this attempt, never the truth
+    scratch = (
+        run_dir / ".ray"
+    )  # Ray's own snapshot of the run: a convenience of this attempt, never the truth
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"experiment": experiment.model_dump(), "run_dir": str(run_dir), "data_dir": str(data_dir),
-                           "cpus": asked.cpus_per_worker, "launch": launch},
+        train_loop_config={
+            "experiment": experiment.model_dump(),
+            "run_dir": str(run_dir),
+            "data_dir": str(data_dir),
+            "cpus": asked.cpus_per_worker,
+            "launch": launch,
+        },
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
-        scaling_config=ScalingConfig(num_workers=asked.num_workers, use_gpu=asked.use_gpu,
-                                     resources_per_worker={"CPU": asked.cpus_per_worker, **({"GPU": 1} if asked.use_gpu else {})}),
-        run_config=RunConfig(name=launch, storage_path=str(scratch), failure_config=FailureConfig(max_failures=MAX_FAILURES),
-                             worker_runtime_env={"env_vars": worker_environment()}),
+        scaling_config=ScalingConfig(
+            num_workers=asked.num_workers,
+            use_gpu=asked.use_gpu,
+            resources_per_worker={
+                "CPU": asked.cpus_per_worker,
+                **({"GPU": 1} if asked.use_gpu else {}),
+            },
+        ),
+        run_config=RunConfig(
+            name=launch,
+            storage_path=str(scratch),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            worker_runtime_env={"env_vars": worker_environment()},
+        ),
     )
     callbacks = trainer._create_default_callbacks  # there is no public way
     # Each start of the workers would wait for one more process, which would have shards of Ray Data to give away.
-    trainer._create_default_callbacks = lambda: [c for c in callbacks() if not isinstance(c, DatasetsCallback)]
+    trainer._create_default_callbacks = lambda: [
+        c for c in callbacks() if not isinstance(c, DatasetsCallback)
+    ]
     try:
         trainer.fit()
     finally:
@@ -74,7 +93,12 @@ def _work(config: dict[str, Any]) -> None:
     context, run_dir = ray.train.get_context(), Path(config["run_dir"])
     if (run_dir / "stopped.json").exists():
         return  # an earlier attempt of this launch found that going on is of no use
-    place = Worker(context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device()), config["cpus"])
+    place = Worker(
+        context.get_world_rank(),
+        context.get_world_size(),
+        str(ray.train.torch.get_device()),
+        config["cpus"],
+    )
     with _only_writer(run_dir) if place.is_main else contextlib.nullcontext():
         try:
             number = 0
@@ -84,8 +108,15 @@ def _work(config: dict[str, Any]) -> None:
                     oom_kill.stop(run_dir, kill)
                     raise RuntimeError(kill.by)  # the others wait for this worker
                 number = _begin_attempt(run_dir, earlier, launch, place.world_size)
-            worker = Worker(place.rank, place.world_size, place.device, place.cpus, agree(number, place))
-            _train(parse_experiment(config["experiment"], "experiment"), run_dir, Path(config["data_dir"]), worker)
+            worker = Worker(
+                place.rank, place.world_size, place.device, place.cpus, agree(number, place)
+            )
+            _train(
+                parse_experiment(config["experiment"], "experiment"),
+                run_dir,
+                Path(config["data_dir"]),
+                worker,
+            )
         except Exception as error:
             _record_failure(run_dir, place.rank, error)
             raise
@@ -98,7 +129,11 @@ def _only_writer(run_dir: Path) -> Iterator[None]:
         try:
             stack.enter_context(lease.held(run_dir, lease.WRITER, WRITER_WAIT_S))
         except HeldError as error:
-            _stop(run_dir, f"{error}, a worker of this run that does not end; end it and run the same command again", True)
+            _stop(
+                run_dir,
+                f"{error}, a worker of this run that does not end; end it and run the same command again",
+                True,
+            )
             raise
         yield
 
@@ -107,11 +142,15 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker
     """The loop, watched."""
     import ray
 
-    dog = Watchdog(run_dir, worker, experiment.compute.hang_after_s, ray.get_runtime_context().get_node_id())
+    dog = Watchdog(
+        run_dir, worker, experiment.compute.hang_after_s, ray.get_runtime_context().get_node_id()
+    )
     bell = stopping.Bell(run_dir) if worker.is_main else None
     run, failed = None, True
     try:
-        run = Run(experiment, run_dir, data_dir, worker, stop_asked=bell or (lambda: False), beat=dog.beat)
+        run = Run(
+            experiment, run_dir, data_dir, worker, stop_asked=bell or (lambda: False), beat=dog.beat
+        )
         for _ in run:
             pass
         failed = False
@@ -131,10 +170,14 @@ def _attempts(run_dir: Path) -> list[dict[str, Any]]:
     """Those that began, of this launch and of earlier ones."""
     file = run_dir / "attempts.jsonl"
     lines = files.read_text(file).split("\n") if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]  # a full disk may have torn one
+    return [
+        json.loads(line) for line in lines if line.endswith("}")
+    ]  # a full disk may have torn one
 
 
-def _begin_attempt(run_dir: Path, earlier: list[dict[str, Any]], launch: str, world_size: int) -> int:
+def _begin_attempt(
+    run_dir: Path, earlier: list[dict[str, Any]], launch: str, world_size: int
+) -> int:
     """Note in `attempts.jsonl` where this attempt begins; returns its number, counted from 1 over the whole run.
 
     Where too many attempts of this launch began at one step, end the run instead: restarts get nowhere.
@@ -144,12 +187,25 @@ def _begin_attempt(run_dir: Path, earlier: list[dict[str, Any]], launch: str, wo
     if [a["step"] for a in earlier if a["launch"] == launch][-PATIENCE:] == [step] * PATIENCE:
         last = "\n".join(f.read_text("utf-8") for f in sorted(run_dir.glob("failure-rank*.txt")))
         reason = f"{PATIENCE} attempts in a row failed between step {step} and the next checkpoint"
-        _stop(run_dir, f"{reason}; the last one:\n{last}" if last else f"{reason}: workers died without a word", False)
+        _stop(
+            run_dir,
+            f"{reason}; the last one:\n{last}"
+            if last
+            else f"{reason}: workers died without a word",
+            False,
+        )
         raise RuntimeError(reason)
     if any(a["launch"] == launch for a in earlier):
-        events.note(run_dir, "restart", f"attempt {len(earlier) + 1} begins at step {step}: a worker of the one before it died",
-                    step=step)
-    file, line = run_dir / "attempts.jsonl", {"launch": launch, "step": step, "workers": world_size, "pid": os.getpid()}
+        events.note(
+            run_dir,
+            "restart",
+            f"attempt {len(earlier) + 1} begins at step {step}: a worker of the one before it died",
+            step=step,
+        )
+    file, line = (
+        run_dir / "attempts.jsonl",
+        {"launch": launch, "step": step, "workers": world_size, "pid": os.getpid()},
+    )
     gap = "\n" if file.exists() and not files.read_bytes(file).endswith(b"\n") else ""
     with open(file, "a", encoding="utf-8", opener=files.opener) as out:
         out.write(f"{gap}{json.dumps(line)}\n")
@@ -160,10 +216,18 @@ def _record_failure(run_dir: Path, rank: int, error: Exception) -> None:
     """Keep the traceback where the driver finds it, and end the run where it is the user's to mend."""
     if isinstance(error, UserError):
         _stop(run_dir, str(error), True)
-    elif isinstance(error, OSError) and error.errno in NO_ROOM:  # of what training cannot do without
-        _stop(run_dir, f"{run_dir}: no room to go on ({error}). Free some room there and run the same command again", True)
+    elif (
+        isinstance(error, OSError) and error.errno in NO_ROOM
+    ):  # of what training cannot do without
+        _stop(
+            run_dir,
+            f"{run_dir}: no room to go on ({error}). Free some room there and run the same command again",
+            True,
+        )
     with contextlib.suppress(OSError):
-        write_atomically(run_dir / f"failure-rank{rank}.txt", "".join(traceback.format_exception(error)))
+        write_atomically(
+            run_dir / f"failure-rank{rank}.txt", "".join(traceback.format_exception(error))
+        )
 
 
 def _stop(run_dir: Path, reason: str, user: bool) -> None:

@@ -23,7 +23,13 @@ class _Kind:
 
 
 _V2 = _Kind("", "memory.max", "memory.current", "inactive_file", "memory.events")
-_V1 = _Kind("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "memory.oom_control")
+_V1 = _Kind(
+    "memory",
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    "total_inactive_file",
+    "memory.oom_control",
+)
 
 
 def total_bytes() -> int:
@@ -56,7 +62,9 @@ def _limits() -> Iterator[tuple[int, int]]:
     for kind, folders in _groups():
         for folder in folders:
             with contextlib.suppress(OSError, LookupError, ValueError):  # no limit: "max"
-                limit, used = (int((folder / name).read_text("utf-8")) for name in (kind.limit, kind.usage))
+                limit, used = (
+                    int((folder / name).read_text("utf-8")) for name in (kind.limit, kind.usage)
+                )
                 yield limit, limit - used + _fields(folder / "memory.stat")[kind.reclaimable]
 
 

@@ -17,7 +17,10 @@ from orchestrator.runs import stop as stopping
 from orchestrator.workers import watchdog
 
 POLL_S = 1.0
-EXIT_S = (2.0, 20.0)  # the least and the most that workers that are done have to end: less than a SIGTERM's notice
+EXIT_S = (
+    2.0,
+    20.0,
+)  # the least and the most that workers that are done have to end: less than a SIGTERM's notice
 GRACE_S = 5.0  # beyond the limit of a worker that watches itself
 
 
@@ -59,13 +62,18 @@ class Watch:
                     stopping.ask(self.folder, "SIGTERM")
                 elif not ready:
                     self._look()
-            except OSError as error:  # a full disk, a file system that is away: the next look may see more
+            except (
+                OSError
+            ) as error:  # a full disk, a file system that is away: the next look may see more
                 print(f"watching {self.folder}: {error}", flush=True)
 
     def _look(self) -> None:
         for place in self.places():
             for mark in watchdog.marks(place):
-                if mark["phase"] not in (watchdog.DONE, watchdog.FAILED) and self._age(place, mark) > mark["limit"] + GRACE_S:
+                if (
+                    mark["phase"] not in (watchdog.DONE, watchdog.FAILED)
+                    and self._age(place, mark) > mark["limit"] + GRACE_S
+                ):
                     watchdog.end_stuck(place, mark)
 
     def _age(self, place: Path, mark: dict) -> float:
@@ -86,10 +94,16 @@ class RunWatch(Watch):
 
     def __init__(self, run_dir: Path, hang_after_s: float):
         super().__init__(run_dir, lambda: [self.folder])
-        self.exit_s, self.done_since, self.over = min(max(hang_after_s, EXIT_S[0]), EXIT_S[1]), None, False
+        self.exit_s, self.done_since, self.over = (
+            min(max(hang_after_s, EXIT_S[0]), EXIT_S[1]),
+            None,
+            False,
+        )
 
     def __enter__(self) -> "RunWatch":
-        self.before = {_identity(mark) for mark in watchdog.marks(self.folder)}  # of earlier workers
+        self.before = {
+            _identity(mark) for mark in watchdog.marks(self.folder)
+        }  # of earlier workers
         super().__enter__()
         return self
 
@@ -102,7 +116,9 @@ class RunWatch(Watch):
         self.done_since = (self.done_since or time.monotonic()) if done else None
         if done and not self.over and time.monotonic() - self.done_since > self.exit_s:
             self.over = True
-            os.kill(os.getpid(), signal.SIGINT)  # Ray's own way out of its wait: it kills the workers
+            os.kill(
+                os.getpid(), signal.SIGINT
+            )  # Ray's own way out of its wait: it kills the workers
 
 
 def _identity(mark: dict) -> tuple[int, int]:
@@ -114,7 +130,9 @@ def draining(marks: list[dict]) -> str | None:
     import ray
 
     try:
-        leaving = ray._private.state.state.get_draining_nodes()  # where Ray Train's own watcher looks; there is no public way
+        leaving = (
+            ray._private.state.state.get_draining_nodes()
+        )  # where Ray Train's own watcher looks; there is no public way
         names = {n["NodeID"]: n["NodeManagerHostname"] for n in ray.nodes()} if leaving else {}
     except Exception:  # the cluster is not there at this moment
         return None

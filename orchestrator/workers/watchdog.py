@@ -35,7 +35,10 @@ FACTOR = 10  # times the longest so far
 BACKSTOP_S = 10.0  # beyond the limit, for who hangs with the interpreter in its hands
 EXIT_HUNG = 70
 MARK_BYTES = 512
-EXCHANGE, AGREEMENT = "exchange", "agreement"  # phases in which a worker waits for the others: it hangs for somebody else
+EXCHANGE, AGREEMENT = (
+    "exchange",
+    "agreement",
+)  # phases in which a worker waits for the others: it hangs for somebody else
 # What is not part of every step, by its phases; the others then wait longer for rank 0.
 EXTRA = {"evaluation": "evaluation", AGREEMENT: "evaluation", "checkpoint": "checkpoint"}
 DONE, FAILED = "done", "failed"
@@ -65,16 +68,39 @@ class Pace:
 class Watchdog:
     """One worker's marks and its own watcher; `beat` costs some microseconds. `node`: the cluster's name of its machine."""
 
-    def __init__(self, run_dir: Path, worker: Worker, floor_s: float, node: str = "", poll_s: float = 0.5):
-        self.run_dir, self.rank, self.attempt, self.poll_s = Path(run_dir), worker.rank, worker.attempt, poll_s
+    def __init__(
+        self, run_dir: Path, worker: Worker, floor_s: float, node: str = "", poll_s: float = 0.5
+    ):
+        self.run_dir, self.rank, self.attempt, self.poll_s = (
+            Path(run_dir),
+            worker.rank,
+            worker.attempt,
+            poll_s,
+        )
         self.node = node
-        self.pace, self.number, self.step, self.phase, self.kind = Pace(floor_s), 0, 0, "start", frozenset()
-        self.last, self.limit, self.closed = time.monotonic(), max(floor_s, START_S), threading.Event()
+        self.pace, self.number, self.step, self.phase, self.kind = (
+            Pace(floor_s),
+            0,
+            0,
+            "start",
+            frozenset(),
+        )
+        self.last, self.limit, self.closed = (
+            time.monotonic(),
+            max(floor_s, START_S),
+            threading.Event(),
+        )
         self.born, self.oom_kills = _born(os.getpid()), system_memory.oom_kills()
         (self.run_dir / ".ranks").mkdir(exist_ok=True)
-        self.fd = own_file.opener(self.run_dir / ".ranks" / f"rank-{self.rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        self.file = open(self.run_dir / f"hang-rank{self.rank}.txt", "w", encoding="utf-8",  # noqa: SIM115 - for faulthandler
-                         opener=own_file.opener)
+        self.fd = own_file.opener(
+            self.run_dir / ".ranks" / f"rank-{self.rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        )
+        self.file = open(
+            self.run_dir / f"hang-rank{self.rank}.txt",
+            "w",
+            encoding="utf-8",  # noqa: SIM115 - for faulthandler
+            opener=own_file.opener,
+        )
         self._mark()
         self._arm()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -89,9 +115,13 @@ class Watchdog:
             self.kind |= {EXTRA[phase]}
         self.phase, self.step, self.last = phase, step, now
         self.limit = self.pace.limit((phase, self.kind))
-        if phase == AGREEMENT:  # for a batch of somebody else, who may meet a shape for the first time
+        if (
+            phase == AGREEMENT
+        ):  # for a batch of somebody else, who may meet a shape for the first time
             self.limit = max(self.limit, self.pace.limit(("evaluation", self.kind)))
-        if "checkpoint" in self.kind:  # behind a commit that is still being written; its pauses say nothing of that
+        if (
+            "checkpoint" in self.kind
+        ):  # behind a commit that is still being written; its pauses say nothing of that
             self.limit = max(self.limit, COMMIT_FACTOR * self.pace.floor_s)
         if phase == HELD:
             self.limit = math.inf
@@ -116,9 +146,19 @@ class Watchdog:
 
     def _mark(self) -> None:
         self.number += 1
-        mark = {"rank": self.rank, "attempt": self.attempt, "pid": os.getpid(), "born": self.born, "host": socket.gethostname(),
-                "node": self.node, "step": self.step, "phase": self.phase, "number": self.number, "limit": round(self.limit, 1),
-                "oom_kills": self.oom_kills}
+        mark = {
+            "rank": self.rank,
+            "attempt": self.attempt,
+            "pid": os.getpid(),
+            "born": self.born,
+            "host": socket.gethostname(),
+            "node": self.node,
+            "step": self.step,
+            "phase": self.phase,
+            "number": self.number,
+            "limit": round(self.limit, 1),
+            "oom_kills": self.oom_kills,
+        }
         with contextlib.suppress(OSError):  # no mark is worth a step: the disk may be full
             os.pwrite(self.fd, json.dumps(mark).encode().ljust(MARK_BYTES), 0)
 
@@ -132,14 +172,20 @@ class Watchdog:
         self.armed, self.armed_for = time.monotonic(), self.limit
         faulthandler.dump_traceback_later(self.limit + BACKSTOP_S, exit=True, file=self.file)
         if dist.is_initialized():
-            distributed_c10d._set_pg_timeout(timedelta(seconds=self.limit + BACKSTOP_S / 2))  # there is no public way
+            distributed_c10d._set_pg_timeout(
+                timedelta(seconds=self.limit + BACKSTOP_S / 2)
+            )  # there is no public way
 
     def _watch(self) -> None:
         while not self.closed.wait(self.poll_s):
             waited = time.monotonic() - self.last
-            if waited > self.limit or (waited > self.pace.floor_s and any(map(self._is_stopped, marks(self.run_dir)))):
+            if waited > self.limit or (
+                waited > self.pace.floor_s and any(map(self._is_stopped, marks(self.run_dir)))
+            ):
                 self._end(waited)
-            self.oom_kills = system_memory.oom_kills()  # those of others in a long run are none of ours
+            self.oom_kills = (
+                system_memory.oom_kills()
+            )  # those of others in a long run are none of ours
 
     def _is_stopped(self, mark: dict[str, Any]) -> bool:
         """Whether a mark is that of a neighbour that is stopped: no wait for it has an end."""
@@ -147,7 +193,11 @@ class Watchdog:
 
     def _end(self, waited: float) -> None:
         """Leave the stacks, look into neighbours that cannot do so themselves, and end."""
-        print(f"step {self.step + 1}: {self.phase} takes longer than {waited:.0f} s", file=self.file, flush=True)
+        print(
+            f"step {self.step + 1}: {self.phase} takes longer than {waited:.0f} s",
+            file=self.file,
+            flush=True,
+        )
         faulthandler.dump_traceback(self.file, all_threads=True)
         self.file.flush()
         time.sleep(2 * self.poll_s)  # who can speak for himself has done so by now
@@ -168,7 +218,11 @@ def marks(run_dir: Path) -> list[dict[str, Any]]:
 
 def is_here(mark: dict[str, Any]) -> bool:
     """Whether the process of a mark lives on this machine."""
-    return mark["host"] == socket.gethostname() and mark["born"] is not None and _born(mark["pid"]) == mark["born"]
+    return (
+        mark["host"] == socket.gethostname()
+        and mark["born"] is not None
+        and _born(mark["pid"]) == mark["born"]
+    )
 
 
 def end_stuck(run_dir: Path, mark: dict[str, Any]) -> None:
@@ -177,11 +231,16 @@ def end_stuck(run_dir: Path, mark: dict[str, Any]) -> None:
         return
     if _status(mark["pid"]) == "stopped":  # wherever it was, others now wait for it
         place = Path(run_dir) / ".ranks" / f"rank-{mark['rank']}"
-        own_file.rewrite(place, json.dumps(mark | {"phase": f"{mark['phase'].removesuffix(STOPPED)}{STOPPED}"}))
+        own_file.rewrite(
+            place, json.dumps(mark | {"phase": f"{mark['phase'].removesuffix(STOPPED)}{STOPPED}"})
+        )
     file = Path(run_dir) / f"hang-rank{mark['rank']}.txt"
     if file.exists() and not file.stat().st_size:
-        own_file.rewrite(file, f"process {mark['pid']} is {_status(mark['pid'])} in {mark['phase']} of step {mark['step'] + 1}\n"
-                               f"{_look_into(mark['pid'])}")
+        own_file.rewrite(
+            file,
+            f"process {mark['pid']} is {_status(mark['pid'])} in {mark['phase']} of step {mark['step'] + 1}\n"
+            f"{_look_into(mark['pid'])}",
+        )
     with contextlib.suppress(ProcessLookupError):
         os.kill(mark["pid"], signal.SIGKILL)
 
@@ -201,7 +260,10 @@ def report(run_dir: Path) -> str | None:
     message = None
     if stacks:
         seen = marks(run_dir)
-        number = 1 + max((int(d.name) for d in (Path(run_dir) / "hangs").glob("[0-9]*") if d.name.isdecimal()), default=0)
+        number = 1 + max(
+            (int(d.name) for d in (Path(run_dir) / "hangs").glob("[0-9]*") if d.name.isdecimal()),
+            default=0,
+        )
         folder = Path(run_dir) / "hangs" / f"{number:04d}"
         try:
             folder.mkdir(parents=True)
@@ -211,7 +273,10 @@ def report(run_dir: Path) -> str | None:
         except OSError as error:  # who hung is worth more than where
             message = f"{verdict(seen)}; the stacks are lost ({error.strerror})"
         events.note(run_dir, "hang", message, marks=seen)
-    for file in (*files, *(Path(run_dir) / ".ranks").glob("rank-*")):  # of a later, smaller group some would be left
+    for file in (
+        *files,
+        *(Path(run_dir) / ".ranks").glob("rank-*"),
+    ):  # of a later, smaller group some would be left
         file.unlink(missing_ok=True)
     return message
 
@@ -223,17 +288,27 @@ def verdict(seen: list[dict[str, Any]]) -> str:
     behind = stopped or [m for m in stuck if m["step"] == min(s["step"] for s in stuck)]
     if not behind:
         return "every worker waited for the others: the network between them is suspect"
-    return "; ".join(f"rank {m['rank']} (process {m['pid']} on {m['host']}) hung in {m['phase']} of step {m['step'] + 1}"
-                     + ("" if m in stopped else f", longer than {m['limit']:.0f} s") for m in behind)
+    return "; ".join(
+        f"rank {m['rank']} (process {m['pid']} on {m['host']}) hung in {m['phase']} of step {m['step'] + 1}"
+        + ("" if m in stopped else f", longer than {m['limit']:.0f} s")
+        for m in behind
+    )
 
 
 def _look_into(pid: int) -> str:
     """A process's Python stacks from outside, where this machine allows it."""
-    tool = shutil.which("py-spy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    tool = shutil.which(
+        "py-spy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    )
     if tool is None:
         return "no py-spy on this machine to look into it\n"
     try:
-        done = subprocess.run([tool, "dump", "--nonblocking", "--pid", str(pid)], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            [tool, "dump", "--nonblocking", "--pid", str(pid)],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"py-spy: {error}\n"
     return done.stdout or f"py-spy: {done.stderr}"
@@ -242,7 +317,9 @@ def _look_into(pid: int) -> str:
 def _status(pid: int) -> str:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path(f"/proc/{pid}/status").read_text("utf-8").splitlines()
-        return next(line.partition("(")[2].rstrip(")") for line in lines if line.startswith("State:"))
+        return next(
+            line.partition("(")[2].rstrip(")") for line in lines if line.startswith("State:")
+        )
     return "in an unknown state"
 
 

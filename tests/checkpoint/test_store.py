@@ -24,22 +24,45 @@ from orchestrator.track import outbox
 from tests.helpers.facts import FACTS
 
 # Every file-system call that a commit makes.
-CALLS = [(os, name) for name in ["mkdir", "rename", "open", "write", "fsync", "close", "scandir", "unlink", "rmdir", "stat",
-                                 "statvfs"]] + [(builtins, "open")]
+CALLS = [
+    (os, name)
+    for name in [
+        "mkdir",
+        "rename",
+        "open",
+        "write",
+        "fsync",
+        "close",
+        "scandir",
+        "unlink",
+        "rmdir",
+        "stat",
+        "statvfs",
+    ]
+] + [(builtins, "open")]
 FLIPS = int(os.environ.get("ESPALIER_FLIPS", "1000"))  # random ones; more for a campaign
 
 
 def tensors(seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    model = {"wte": torch.randn(5, 3, generator=generator), "ln": torch.randn(3, generator=generator)}
+    model = {
+        "wte": torch.randn(5, 3, generator=generator),
+        "ln": torch.randn(3, generator=generator),
+    }
     return {
         "model": model,
-        "optimizer": {"wte/exp_avg": torch.randn(5, 3, generator=generator), "wte/step": torch.tensor(7.0)},
+        "optimizer": {
+            "wte/exp_avg": torch.randn(5, 3, generator=generator),
+            "wte/step": torch.tensor(7.0),
+        },
     }
 
 
 def commit(directory: Path, step: int, seed: int | None = None, loss: float | None = None) -> Path:
-    texts = {"state.json": json.dumps({"step": step}), "experiment.yaml": f"name: schön\nseed: {seed}\n"}
+    texts = {
+        "state.json": json.dumps({"step": step}),
+        "experiment.yaml": f"name: schön\nseed: {seed}\n",
+    }
     return checkpoint.save(
         directory,
         step,
@@ -79,7 +102,11 @@ def test_what_is_saved_verifies_and_comes_back_bit_for_bit(tmp_path):
         "whole": torch.tensor(2**53 + 1),
     }
     path = checkpoint.save(
-        tmp_path / "new" / "checkpoints", 3, {"model": odd, "optimizer": {}}, {"a.json": "ä"}, {"x": [1], **FACTS}
+        tmp_path / "new" / "checkpoints",
+        3,
+        {"model": odd, "optimizer": {}},
+        {"a.json": "ä"},
+        {"x": [1], **FACTS},
     )
     manifest = checkpoint.verify(path)
     assert path == checkpoint.path_of(tmp_path / "new" / "checkpoints", 3)
@@ -104,7 +131,9 @@ def test_a_commit_leaves_nothing_beside_the_checkpoint(tmp_path):
 
 def test_the_hash_of_weights_is_over_sorted_names_and_float32_bytes():
     weights = {"b": torch.tensor([1.5, -2.0]), "a": torch.tensor([[0.5]])}
-    expected = hashlib.sha256(b"a" + b"\x00\x00\x00\x3f" + b"b" + b"\x00\x00\xc0\x3f\x00\x00\x00\xc0").hexdigest()
+    expected = hashlib.sha256(
+        b"a" + b"\x00\x00\x00\x3f" + b"b" + b"\x00\x00\xc0\x3f\x00\x00\x00\xc0"
+    ).hexdigest()
     assert checkpoint.weights_sha256(weights) == expected
     assert checkpoint.weights_sha256(dict(reversed(weights.items()))) == expected
     assert checkpoint.weights_sha256({k: v.bfloat16() for k, v in weights.items()}) == expected
@@ -175,7 +204,9 @@ def test_a_truncated_a_longer_and_a_missing_part_are_named(tmp_path):
     checkpoint.verify(path)
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", ".", "", "a/../../secret", "sub/part", ".hidden"])
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/hostname", "..", ".", "", "a/../../secret", "sub/part", ".hidden"]
+)
 def test_a_manifest_whose_part_lies_elsewhere_is_refused(tmp_path, name):
     (tmp_path / "secret").write_text("s")
     path = commit(tmp_path / "checkpoints", 1)
@@ -201,7 +232,9 @@ def test_a_manifest_of_another_shape_is_refused(tmp_path, parts):
 def forge(path: Path, manifest: dict) -> None:
     """Write a manifest whose own checksum is right."""
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    (path / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "sha256": digest}, indent=1), "utf-8")
+    (path / checkpoint.MANIFEST).write_text(
+        json.dumps({**manifest, "sha256": digest}, indent=1), "utf-8"
+    )
 
 
 def test_another_format_is_refused(tmp_path):
@@ -213,7 +246,9 @@ def test_another_format_is_refused(tmp_path):
         checkpoint.verify(path)
 
 
-def test_a_checkpoint_under_the_name_of_another_step_is_refused_and_under_a_name_of_its_own_is_not(tmp_path):
+def test_a_checkpoint_under_the_name_of_another_step_is_refused_and_under_a_name_of_its_own_is_not(
+    tmp_path,
+):
     path = commit(tmp_path, 1)
     shutil.copytree(path, tmp_path / "step-00000002")
     shutil.copytree(path, tmp_path / "for-a-friend")
@@ -234,10 +269,19 @@ def test_random_flips_and_truncations_are_detected_and_the_one_before_is_taken(t
         content, told = parts[part], []
         at = draw.randrange(len(content))
         kind = draw.choice(["flip", "flip", "cut", "burst"])
-        wrong = {"flip": flipped(content, at, draw.randrange(8)), "cut": content[:at],
-                 "burst": content[:at] + bytes(b ^ 0xFF for b in content[at : at + 9]) + content[at + 9 :]}[kind]
+        wrong = {
+            "flip": flipped(content, at, draw.randrange(8)),
+            "cut": content[:at],
+            "burst": content[:at]
+            + bytes(b ^ 0xFF for b in content[at : at + 9])
+            + content[at + 9 :],
+        }[kind]
         part.write_bytes(wrong)
-        if checkpoint.latest_valid(tmp_path, told.append) != before or len(told) != 1 or path.name not in told[0]:
+        if (
+            checkpoint.latest_valid(tmp_path, told.append) != before
+            or len(told) != 1
+            or path.name not in told[0]
+        ):
             undetected.append((part.name, kind, at))
         part.write_bytes(content)
     assert undetected == []
@@ -265,7 +309,9 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("what", HEADERS)
-def test_a_safetensors_file_with_a_forged_header_is_refused_although_its_hash_is_right(tmp_path, what):
+def test_a_safetensors_file_with_a_forged_header_is_refused_although_its_hash_is_right(
+    tmp_path, what
+):
     before, path, told = commit(tmp_path, 1), commit(tmp_path, 2), []
     text = json.dumps({"w": TENSORS.get(what)}).encode()
     content = HEADERS[what] or len(text).to_bytes(8, "little") + text + bytes(4)
@@ -273,7 +319,10 @@ def test_a_safetensors_file_with_a_forged_header_is_refused_although_its_hash_is
         (path / "model.safetensors").write_bytes(content)
         manifest = json.loads((path / checkpoint.MANIFEST).read_text("utf-8"))
         del manifest["sha256"]
-        manifest["parts"]["model.safetensors"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest["parts"]["model.safetensors"] = {
+            "size": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
         forge(path, manifest)
         with pytest.raises(UserError, match=r"model.safetensors: no safetensors file"):
             checkpoint.verify(path)
@@ -281,14 +330,17 @@ def test_a_safetensors_file_with_a_forged_header_is_refused_although_its_hash_is
     assert len(told) == 1
 
 
-@pytest.mark.parametrize("text", [
-    "[" * 100_000,
-    '{"a":' * 100_000,
-    "9" * 1_000_000,
-    '{"step": 1e999999999}',
-    '"' + "x" * (1 << 20) + '"',
-    "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"),
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "9" * 1_000_000,
+        '{"step": 1e999999999}',
+        '"' + "x" * (1 << 20) + '"',
+        "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"),
+    ],
+)
 def test_a_manifest_that_would_bring_a_reader_down_is_refused(tmp_path, text):
     before, path, told = commit(tmp_path, 1), commit(tmp_path, 2), []
     (path / checkpoint.MANIFEST).write_text(text, "latin-1")
@@ -296,10 +348,20 @@ def test_a_manifest_that_would_bring_a_reader_down_is_refused(tmp_path, text):
     assert len(told) == 1 and checkpoint.MANIFEST in told[0]
 
 
-@pytest.mark.parametrize("change", [
-    {"step": None}, {"step": "2"}, {"step": 2.0}, {"step": True}, {"metrics": 3}, {"metrics": None}, {"parts": {"state.json": 1}},
-    {"parts": {"state.json": {"size": 2**63, "sha256": ""}}}, {"parts": {"state.json": {"size": "0", "sha256": None}}},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": None},
+        {"step": "2"},
+        {"step": 2.0},
+        {"step": True},
+        {"metrics": 3},
+        {"metrics": None},
+        {"parts": {"state.json": 1}},
+        {"parts": {"state.json": {"size": 2**63, "sha256": ""}}},
+        {"parts": {"state.json": {"size": "0", "sha256": None}}},
+    ],
+)
 def test_a_manifest_with_a_right_hash_and_wrong_values_is_refused(tmp_path, change):
     before, path = commit(tmp_path, 1), commit(tmp_path, 2)
     manifest = json.loads((path / checkpoint.MANIFEST).read_text("utf-8"))
@@ -332,6 +394,7 @@ def test_a_part_that_is_no_plain_file_of_its_size_is_refused_unread(tmp_path, na
 @contextlib.contextmanager
 def bounded_memory():
     """Fail where more than 300 MB are allocated inside."""
+
     def resident() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -349,7 +412,10 @@ def test_the_latest_valid_one_is_taken_and_each_one_passed_over_is_told(tmp_path
     damage(paths[2])
     (paths[1] / "state.json").unlink()
     assert checkpoint.latest_valid(tmp_path, told.append) == paths[0]
-    assert [str(p) in line for p, line in zip((paths[2], paths[1]), told, strict=True)] == [True, True]
+    assert [str(p) in line for p, line in zip((paths[2], paths[1]), told, strict=True)] == [
+        True,
+        True,
+    ]
     damage(paths[0])
     assert checkpoint.latest_valid(tmp_path, told.append) is None
 
@@ -387,7 +453,9 @@ def test_steps_beyond_eight_digits_are_in_order(tmp_path):
         ([float("-inf"), 5.0, 6.0], 2),
     ],
 )
-def test_the_best_one_has_the_lowest_finite_loss_and_is_the_earliest_of_equals(tmp_path, losses, best):
+def test_the_best_one_has_the_lowest_finite_loss_and_is_the_earliest_of_equals(
+    tmp_path, losses, best
+):
     for step, loss in enumerate(losses, 1):
         commit(tmp_path, step, loss=loss)
     assert checkpoint.best(tmp_path) == best
@@ -404,7 +472,9 @@ def test_pruning_keeps_the_latest_and_the_best_and_sweeps_what_killed_writers_le
     assert checkpoint.steps(tmp_path) == sorted({2, *range(1, 6)[-keep:]})
     assert hidden(tmp_path) == []
     assert (tmp_path / "notes.txt").exists()
-    assert all(holds(checkpoint.path_of(tmp_path, step), step) for step in checkpoint.steps(tmp_path))
+    assert all(
+        holds(checkpoint.path_of(tmp_path, step), step) for step in checkpoint.steps(tmp_path)
+    )
 
 
 # ---- whoever comes meanwhile ----
@@ -430,7 +500,9 @@ def test_readers_beside_a_writer_always_find_a_whole_one_and_never_fail(tmp_path
             found = checkpoint.latest_valid(directory, told.append)
             assert found is not None
             latest, before, rounds = int(found.name.removeprefix("step-")), latest, rounds + 1
-            assert latest >= before - 1  # while one is replaced, the one before it may be the latest
+            assert (
+                latest >= before - 1
+            )  # while one is replaced, the one before it may be the latest
             assert len(outbox.checkpoints(tmp_path)) <= 2
             checkpoint.best(directory)
     finally:
@@ -454,11 +526,15 @@ def test_a_vanished_checkpoint_is_no_damage_and_the_folder_is_listed_again(tmp_p
     assert checkpoint.latest_valid(tmp_path, warn=pytest.fail) == checkpoint.path_of(tmp_path, 2)
 
 
-@pytest.mark.parametrize("name", ["step-000000003", "step-00000003\n", "step-٠٠٠٠٠٠٠٣", "step-00000003.bak", "step-3"])
+@pytest.mark.parametrize(
+    "name", ["step-000000003", "step-00000003\n", "step-٠٠٠٠٠٠٠٣", "step-00000003.bak", "step-3"]
+)
 def test_a_folder_that_is_only_called_like_a_checkpoint_is_none(tmp_path, name):
     path = commit(tmp_path / "run" / "checkpoints", 2)
     shutil.copytree(path, path.with_name(name))
-    assert checkpoint.steps(path.parent) == [2]  # else the next line would look for the third for ever
+    assert checkpoint.steps(path.parent) == [
+        2
+    ]  # else the next line would look for the third for ever
     assert checkpoint.latest_valid(path.parent, pytest.fail) == path
     assert list(outbox.checkpoints(tmp_path / "run")) == ["step-00000002"]
 
@@ -519,7 +595,9 @@ def interrupted(at: int | None, action) -> tuple[int, bool]:
 
 
 @pytest.mark.parametrize("same_step", [False, True])
-def test_a_commit_that_fails_at_any_call_leaves_the_old_or_the_new_one_and_nothing_torn(tmp_path, same_step):
+def test_a_commit_that_fails_at_any_call_leaves_the_old_or_the_new_one_and_nothing_torn(
+    tmp_path, same_step
+):
     new_step = 1 if same_step else 2
     commit(tmp_path / "count", 1)
     calls, early = interrupted(None, lambda: commit(tmp_path / "count", new_step, seed=9))
@@ -586,10 +664,15 @@ def test_what_the_writer_passes_over_loses_its_name_and_is_kept_to_be_looked_at(
     said = []
     assert checkpoint.latest_valid(tmp_path, said.append) == checkpoint.path_of(tmp_path, 2)
     assert checkpoint.steps(tmp_path) == [1, 2, 7, 8], "a reader changes nothing"
-    assert checkpoint.latest_valid(tmp_path, said.append, set_aside=True) == checkpoint.path_of(tmp_path, 2)
+    assert checkpoint.latest_valid(tmp_path, said.append, set_aside=True) == checkpoint.path_of(
+        tmp_path, 2
+    )
     assert checkpoint.steps(tmp_path) == [1, 2]
     aside = sorted(f.name for f in tmp_path.glob("damaged-*"))
-    assert [name.rpartition("-")[0] for name in aside] == ["damaged-step-00000007", "damaged-step-00000008"]
+    assert [name.rpartition("-")[0] for name in aside] == [
+        "damaged-step-00000007",
+        "damaged-step-00000008",
+    ]
     assert said[-1].endswith(f"; now {aside[0]}")
     commit(tmp_path, 3, loss=6.0)
     checkpoint.prune(tmp_path, 1)
@@ -634,6 +717,8 @@ for round in range(25):
     seen = step
 print(seen)
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) > 25

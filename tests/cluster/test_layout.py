@@ -36,7 +36,9 @@ def resolved(words: list[str], nodes, **more) -> Layout:
 
 
 @pytest.mark.parametrize(("words", "nodes", "workers", "cpus", "gpu"), TABLE)
-def test_the_layout_is_the_largest_that_the_slots_and_the_devices_allow(words, nodes, workers, cpus, gpu):
+def test_the_layout_is_the_largest_that_the_slots_and_the_devices_allow(
+    words, nodes, workers, cpus, gpu
+):
     assert resolved(words, nodes) == Layout(workers, cpus, gpu)
 
 
@@ -75,8 +77,18 @@ def test_idle_gpus_are_named_with_what_would_use_them(capsys, words, nodes, idle
             "1 worker(s) with 8 CPU(s) each",
             "8 CPU(s) and 0 GPU(s) on 2 node(s)",
         ),
-        (["compute.use_gpu=true"], [(4, 0)], "1 worker(s) with 1 CPU(s) and 1 GPU each", "0 GPU(s)"),
-        ([*EIGHT, "compute.num_workers=8"], [(16, 4)], "8 worker(s) with 1 CPU(s) and 1 GPU each", "4 GPU(s)"),
+        (
+            ["compute.use_gpu=true"],
+            [(4, 0)],
+            "1 worker(s) with 1 CPU(s) and 1 GPU each",
+            "0 GPU(s)",
+        ),
+        (
+            [*EIGHT, "compute.num_workers=8"],
+            [(16, 4)],
+            "8 worker(s) with 1 CPU(s) and 1 GPU each",
+            "4 GPU(s)",
+        ),
         (
             [*EIGHT, "compute.cpus_per_worker=4"],
             [(4, 8)],
@@ -86,14 +98,19 @@ def test_idle_gpus_are_named_with_what_would_use_them(capsys, words, nodes, idle
         ([], [], "1 worker(s)", "0 CPU(s) and 0 GPU(s) on 0 node(s)"),
     ],
 )
-def test_more_than_there_is_shows_asked_and_found_unless_the_cluster_grows(words, nodes, asked, found):
+def test_more_than_there_is_shows_asked_and_found_unless_the_cluster_grows(
+    words, nodes, asked, found
+):
     with pytest.raises(UserError) as caught:
         resolved(words, nodes)
     assert asked in str(caught.value)
     assert found in str(caught.value)
     assert "\n" not in str(caught.value)
     assert ("compute.use_gpu=false" in str(caught.value)) == (words == ["compute.use_gpu=true"])
-    explicit = [f"compute.use_gpu={str('GPU each' in asked).lower()}", f"compute.num_workers={asked.split()[0]}"]
+    explicit = [
+        f"compute.use_gpu={str('GPU each' in asked).lower()}",
+        f"compute.num_workers={asked.split()[0]}",
+    ]
     assert isinstance(resolved([*words, *explicit], nodes, grows=True), Layout)
 
 
@@ -131,7 +148,9 @@ def test_workers_start_without_processes_that_nobody_needs(ray_cluster, monkeypa
     from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 
     started = []
-    monkeypatch.setattr(TorchTrainer, "fit", lambda trainer: started.extend(trainer._create_default_callbacks()))
+    monkeypatch.setattr(
+        TorchTrainer, "fit", lambda trainer: started.extend(trainer._create_default_callbacks())
+    )
     workers.fit(load_experiment(None, []), tmp_path, tmp_path, Layout(1, 1, False))
     names = {type(callback).__name__ for callback in started}
     assert "BackendSetupCallback" in names

@@ -70,7 +70,20 @@ PROMISED = [
 
 # field: values as YAML text that must be refused. Every field has a row; a test holds that.
 REFUSED = {
-    "name": ["5", "1e5", "''", "a/b", "..", ".hidden", "'a b'", '"a\\n"', "ä", "[a]", "true", "x" * 129],
+    "name": [
+        "5",
+        "1e5",
+        "''",
+        "a/b",
+        "..",
+        ".hidden",
+        "'a b'",
+        '"a\\n"',
+        "ä",
+        "[a]",
+        "true",
+        "x" * 129,
+    ],
     "storage": ["1", "''", "[a]", "true"],
     "data.corpus": ["null", "1", "''", "[]", "[a, 1]", "[a, null]", "['']", "[[a]]", "{a: b}"],
     "data.dir": ["1", "''", "[a]"],
@@ -137,7 +150,11 @@ DISAGREE = [
         "train.reduction_slots",
         "4",
     ),
-    (["train.global_batch_size=24", "train.micro_batch_size=4", "compute.num_workers=3"], "compute.num_workers", "3"),
+    (
+        ["train.global_batch_size=24", "train.micro_batch_size=4", "compute.num_workers=3"],
+        "compute.num_workers",
+        "3",
+    ),
     (["compute.num_workers=2"], "compute.num_workers", "2"),
     (["model.n_head=5"], "model.n_head", "5"),
     (["schedule.warmup_steps=2000"], "schedule.warmup_steps", "2000"),
@@ -172,14 +189,23 @@ def test_the_promised_field_names_exist_and_every_field_has_a_row_of_refused_val
     assert set(PROMISED) <= set(field_docs()) == set(REFUSED) == set(Experiment().flat())
 
 
-@pytest.mark.parametrize(("field", "text"), [(f, v) for f, values in REFUSED.items() for v in values])
+@pytest.mark.parametrize(
+    ("field", "text"), [(f, v) for f, values in REFUSED.items() for v in values]
+)
 def test_a_wrong_value_is_one_line_that_names_the_field_and_quotes_the_value(field, text):
     message = refusal(f"{field}={text}")
     assert "\n" not in message
     assert len(message) < 260
     assert re.match(rf"command line: {re.escape(field)}: ", message), message
     shown = text.strip("'\"[]{}").split(",")[0][:60]
-    if text not in (".nan", ".inf", '"a\\n"', "1e300", "1e5", "{a: b}"):  # shown in JSON's or Python's words
+    if text not in (
+        ".nan",
+        ".inf",
+        '"a\\n"',
+        "1e300",
+        "1e5",
+        "{a: b}",
+    ):  # shown in JSON's or Python's words
         assert shown in message, message
 
 
@@ -187,7 +213,9 @@ def test_a_wrong_value_is_one_line_that_names_the_field_and_quotes_the_value(fie
 def test_every_default_is_accepted_when_it_is_said(field):
     default = Experiment().flat()[field]
     assert (
-        load_experiment(None, [f"{field}={yaml.safe_dump(default, default_flow_style=True).split(chr(10))[0]}"])
+        load_experiment(
+            None, [f"{field}={yaml.safe_dump(default, default_flow_style=True).split(chr(10))[0]}"]
+        )
         == Experiment()
     )
 
@@ -201,14 +229,18 @@ def test_fields_that_contradict_each_other_are_one_line_that_names_one_of_them(w
 
 
 def test_several_mistakes_are_several_lines():
-    lines = refusal("data.val_fraction=2", "model.n_head=0", "compute.num_workers=0", "train.foo=3").split("\n")
+    lines = refusal(
+        "data.val_fraction=2", "model.n_head=0", "compute.num_workers=0", "train.foo=3"
+    ).split("\n")
     assert [re.match(r"command line: ([\w.]+): ", line)[1] for line in lines] == [
         "data.val_fraction",
         "model.n_head",
         "train.foo",
         "compute.num_workers",
     ]
-    assert len(refusal("model.n_head=5", "name=data", "schedule.warmup_steps=2000").split("\n")) == 3
+    assert (
+        len(refusal("model.n_head=5", "name=data", "schedule.warmup_steps=2000").split("\n")) == 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,12 +263,16 @@ def test_an_unknown_key_suggests_the_nearest_one(unknown, meant):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("word", ["train.zzzzqqq=1", "7=1", "[1]=1", "train={1: 3}", "train={null: 3}"])
+@pytest.mark.parametrize(
+    "word", ["train.zzzzqqq=1", "7=1", "[1]=1", "train={1: 3}", "train={null: 3}"]
+)
 def test_a_key_like_no_other_points_to_help_or_is_called_no_field(word):
     assert "no such field" in refusal(word)
 
 
-@pytest.mark.parametrize("word", ["train.max_steps", "=5", "train.=5", ".max_steps=5", "train..max_steps=5"])
+@pytest.mark.parametrize(
+    "word", ["train.max_steps", "=5", "train.=5", ".max_steps=5", "train..max_steps=5"]
+)
 def test_a_word_that_is_no_override_is_quoted(word):
     assert refusal(word).startswith(f"'{word}'")
 
@@ -262,7 +298,8 @@ def test_a_number_is_read_as_a_person_means_it(text, value):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("6e5", 600000), ("600_000", 600000), ("6.0e5", 600000), ("7.0", 7), ("0x10", 16)]
+    ("text", "value"),
+    [("6e5", 600000), ("600_000", 600000), ("6.0e5", 600000), ("7.0", 7), ("0x10", 16)],
 )
 def test_a_whole_number_may_be_written_with_an_exponent_and_stays_an_integer(text, value):
     steps = load_experiment(None, [f"train.max_steps={text}"]).train.max_steps
@@ -271,7 +308,8 @@ def test_a_whole_number_may_be_written_with_an_exponent_and_stays_an_integer(tex
 
 
 @pytest.mark.parametrize(
-    "name", ["1e5", "5", "0x1f", "1_0", "010", "2024-01-01", "true", "null", "no", "1.5", "-", "a.b-c_d"]
+    "name",
+    ["1e5", "5", "0x1f", "1_0", "010", "2024-01-01", "true", "null", "no", "1.5", "-", "a.b-c_d"],
 )
 def test_a_run_named_like_a_number_or_a_word_of_yaml_survives_its_own_file(name):
     experiment = Experiment(name=name)
@@ -293,12 +331,20 @@ def test_overrides_reach_lists_null_and_whole_sections_and_the_last_one_wins():
     )
     assert e.data.corpus == ["a.txt", "b c/*.md"]
     assert (e.train.eval_interval, e.train.max_steps, e.storage) == (250, 8, "/a=b")
-    later = load_experiment(None, ["train.eval_interval=null", "train.log_interval=", "train.checkpoint_interval=~"])
-    assert (later.train.eval_interval, later.train.log_interval, later.train.checkpoint_interval) == (None, None, None)
+    later = load_experiment(
+        None, ["train.eval_interval=null", "train.log_interval=", "train.checkpoint_interval=~"]
+    )
+    assert (
+        later.train.eval_interval,
+        later.train.log_interval,
+        later.train.checkpoint_interval,
+    ) == (None, None, None)
 
 
 def test_a_file_is_read_and_overridden_and_names_the_run(tmp_path):
-    path = written(tmp_path, "model:\n  n_layer: 2\ntrain:\noptim:\n  # all defaults\n", "my-run.yaml")
+    path = written(
+        tmp_path, "model:\n  n_layer: 2\ntrain:\noptim:\n  # all defaults\n", "my-run.yaml"
+    )
     e = load_experiment(path, ["model.n_head=4", "train.max_steps=3"])
     assert (e.name, e.model.n_layer, e.model.n_head, e.train.max_steps) == ("my-run", 2, 4, 3)
     assert load_experiment(path, ["name=other"]).name == "other"
@@ -308,7 +354,10 @@ def test_a_file_is_read_and_overridden_and_names_the_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("train:\n  max_steps: 5\n  max_steps: 6\n", 2), ("train:\n  max_steps: 5\nmodel: {}\ntrain: {}\n", 1)],
+    [
+        ("train:\n  max_steps: 5\n  max_steps: 6\n", 2),
+        ("train:\n  max_steps: 5\nmodel: {}\ntrain: {}\n", 1),
+    ],
 )
 def test_a_key_given_twice_is_refused_with_its_place(tmp_path, text, line):
     with pytest.raises(UserError, match=rf"some.yaml line {line}.*given twice"):
@@ -384,7 +433,9 @@ def test_a_bomb_of_aliases_is_refused_at_once(tmp_path):
     name=st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,20}", fullmatch=True).filter(
         lambda n: n not in ("data", "mlflow")
     ),
-    corpus=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=12), min_size=1, max_size=3),
+    corpus=st.lists(
+        st.text(st.characters(codec="utf-8"), min_size=1, max_size=12), min_size=1, max_size=3
+    ),
     lr=st.floats(1e-12, 1e3),
     ratio=st.floats(0, 1),
     seed=st.integers(0, 2**53),
@@ -439,7 +490,8 @@ def test_micro_batches_and_slots_follow_from_the_batch(total, micro, asked, micr
 
 
 @pytest.mark.parametrize(
-    ("n_vocab", "pad", "rows"), [(50257, 128, 50304), (50257, 1, 50257), (65, 1, 65), (256, 128, 256), (257, 128, 384)]
+    ("n_vocab", "pad", "rows"),
+    [(50257, 128, 50304), (50257, 1, 50257), (65, 1, 65), (256, 128, 256), (257, 128, 384)],
 )
 def test_the_vocabulary_is_padded_to_a_multiple(n_vocab, pad, rows):
     e = load_experiment(None, [f"model.pad_vocab_to={pad}"])

@@ -27,14 +27,34 @@ from orchestrator.train.gradients import Gradients
 from orchestrator.train.numerics import Worker
 
 N_VOCAB = 65
-TIMING = Timing(step_s=0.5, eval_tokens_per_s=1000.0, sample_s=0.25, checkpoint_s=2.0, checkpoint_bytes=1e6, memory_gib=0.5,
-                startup_s=2.0)
+TIMING = Timing(
+    step_s=0.5,
+    eval_tokens_per_s=1000.0,
+    sample_s=0.25,
+    checkpoint_s=2.0,
+    checkpoint_bytes=1e6,
+    memory_gib=0.5,
+    startup_s=2.0,
+)
 
 
 def small(*overrides: str) -> Experiment:
-    return load_experiment(None, ["data.tokenizer=char", "model.n_layer=2", "model.n_head=2", "model.n_embd=32",
-                                  "model.block_size=32", "train.micro_batch_size=2", "train.global_batch_size=16",
-                                  "train.max_steps=24", "train.eval_interval=8", "train.checkpoint_interval=4", *overrides])
+    return load_experiment(
+        None,
+        [
+            "data.tokenizer=char",
+            "model.n_layer=2",
+            "model.n_head=2",
+            "model.n_embd=32",
+            "model.block_size=32",
+            "train.micro_batch_size=2",
+            "train.global_batch_size=16",
+            "train.max_steps=24",
+            "train.eval_interval=8",
+            "train.checkpoint_interval=4",
+            *overrides,
+        ],
+    )
 
 
 def measure(*overrides: str, workers: int = 1, **settings) -> Timing | None:
@@ -72,13 +92,20 @@ def started(monkeypatch, tmp_path) -> list[list[str]]:
 @pytest.mark.parametrize("interval", [None, 1, 4, 8, 100])
 def test_evaluations_and_checkpoints_are_those_of_the_loop(steps, interval):
     shown = "null" if interval is None else interval
-    e = small(f"train.max_steps={steps}", f"train.eval_interval={shown}", f"train.checkpoint_interval={shown}")
+    e = small(
+        f"train.max_steps={steps}",
+        f"train.eval_interval={shown}",
+        f"train.checkpoint_interval={shown}",
+    )
     due = {n for n in range(1, steps + 1) if n == steps or interval and n % interval == 0}
     assert calibrate.checkpoints(e) == len(due)
     assert calibrate.evaluations(e) == (len(due) + 1 if interval else 0)
 
 
-@pytest.mark.parametrize(("limit", "val", "train"), [("null", 1000, 5000), (200, 1000, 5000), (5000, 1000, 700), (64, 64, 65)])
+@pytest.mark.parametrize(
+    ("limit", "val", "train"),
+    [("null", 1000, 5000), (200, 1000, 5000), (5000, 1000, 700), (64, 64, 65)],
+)
 def test_an_evaluation_runs_the_batches_that_the_loop_would(limit, val, train):
     e = small(f"train.eval_tokens={limit}")
     reach = min(val, val if limit == "null" else limit)
@@ -103,7 +130,9 @@ def test_the_most_that_lies_on_disk_is_what_writing_and_removing_leaves_at_worst
 def test_the_time_of_a_run_is_the_sum_of_its_parts():
     found = calibrate.expected(small(), 1000, 5000, TIMING)
     evaluation = calibrate.evaluation_seconds(small(), 1000, 5000, TIMING)
-    assert found["time_s"] == pytest.approx(24 * 0.5 + 4 * evaluation + 6 * 2.0 + calibrate.start_seconds(TIMING))
+    assert found["time_s"] == pytest.approx(
+        24 * 0.5 + 4 * evaluation + 6 * 2.0 + calibrate.start_seconds(TIMING)
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4, 8])
@@ -142,12 +171,26 @@ def test_a_measurement_is_that_of_its_own_process(measured):
 def test_a_second_measurement_of_the_same_starts_nothing(measured, monkeypatch, started):
     timing, cache = measured
     monkeypatch.setenv("XDG_CACHE_HOME", cache)
-    assert measure() == measure("train.max_steps=48", "schedule.max_lr=1e-5", "train.seed=3", "name=other") == timing
+    assert (
+        measure()
+        == measure("train.max_steps=48", "schedule.max_lr=1e-5", "train.seed=3", "name=other")
+        == timing
+    )
     assert started == []
 
 
-@pytest.mark.parametrize("other", ["model.n_embd=64", "model.dropout=0.1", "train.micro_batch_size=4", "train.dtype=bfloat16",
-                                   "train.global_batch_size=32", "train.reduction_slots=2", "optim.max_grad_norm=null"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        "model.n_embd=64",
+        "model.dropout=0.1",
+        "train.micro_batch_size=4",
+        "train.dtype=bfloat16",
+        "train.global_batch_size=32",
+        "train.reduction_slots=2",
+        "optim.max_grad_norm=null",
+    ],
+)
 def test_what_changes_a_step_is_measured_anew(started, other):
     assert measure() is not None
     assert measure(other) is not None
@@ -160,11 +203,31 @@ def test_fresh_measures_again_and_several_workers_evaluate_side_by_side(started)
     assert len(started) == 3
 
 
-@pytest.mark.parametrize("damage", [
-    b"", b"{", b"\xff\xfe", b"[1]", b"null", b"[" * 100_000, b'{"step_s": 1}',
-    *(json.dumps(asdict(TIMING) | change).encode() for change in (
-        {"step_s": math.nan}, {"step_s": math.inf}, {"step_s": -1}, {"step_s": 0}, {"step_s": True}, {"step_s": "1"},
-        {"step_s": None}, {"more": 1.0}))])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[1]",
+        b"null",
+        b"[" * 100_000,
+        b'{"step_s": 1}',
+        *(
+            json.dumps(asdict(TIMING) | change).encode()
+            for change in (
+                {"step_s": math.nan},
+                {"step_s": math.inf},
+                {"step_s": -1},
+                {"step_s": 0},
+                {"step_s": True},
+                {"step_s": "1"},
+                {"step_s": None},
+                {"more": 1.0},
+            )
+        ),
+    ],
+)
 def test_a_damaged_cache_is_measured_again_and_mended(started, tmp_path, damage):
     measure()
     [file] = tmp_path.rglob("*.json")
@@ -185,8 +248,14 @@ def test_without_a_gpu_a_run_on_gpus_is_not_guessed(started, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert calibrate.measure(small(), N_VOCAB, 1, 1, True) is None
     assert started == []
-    lines = dict(plan.dry_run(small("compute.use_gpu=true", "data.tokenizer=byte", "data.corpus=builtin:stdlib")))["expected"]
-    assert lines == ["time and memory are unknown: the run asks for a GPU, and this machine has none to time it on"]
+    lines = dict(
+        plan.dry_run(
+            small("compute.use_gpu=true", "data.tokenizer=byte", "data.corpus=builtin:stdlib")
+        )
+    )["expected"]
+    assert lines == [
+        "time and memory are unknown: the run asks for a GPU, and this machine has none to time it on"
+    ]
 
 
 def test_what_takes_too_long_or_fails_is_not_known_and_not_kept(monkeypatch, tmp_path):
@@ -200,13 +269,19 @@ def test_what_takes_too_long_or_fails_is_not_known_and_not_kept(monkeypatch, tmp
 
 
 # ---- in a run ----
-SPLITS = {name: Split(tokens, 1, tokens, "", ()) for name, tokens in (("train", 5000), ("val", 1000))}
-DATASET = Manifest(Path("tokens"), 1, {"name": "char", "n_vocab": N_VOCAB}, {}, "uint16", SPLITS, [], "")
+SPLITS = {
+    name: Split(tokens, 1, tokens, "", ()) for name, tokens in (("train", 5000), ("val", 1000))
+}
+DATASET = Manifest(
+    Path("tokens"), 1, {"name": "char", "n_vocab": N_VOCAB}, {}, "uint16", SPLITS, [], ""
+)
 LAYOUT = Layout(num_workers=1, cpus_per_worker=1, use_gpu=False)
 
 
 def test_a_run_says_what_it_will_cost(started, capsys):
-    assert driver.estimate_of(small(), DATASET, LAYOUT) == calibrate.expected(small(), 1000, 5000, TIMING)
+    assert driver.estimate_of(small(), DATASET, LAYOUT) == calibrate.expected(
+        small(), 1000, 5000, TIMING
+    )
     assert capsys.readouterr().out.startswith("expected: ")
 
 
@@ -222,7 +297,9 @@ def test_an_estimate_that_fails_does_not_end_a_run(monkeypatch, started, capsys)
 
 
 def test_a_large_run_waits_for_no_measurement_but_uses_one_that_is_there(started):
-    large = small("model.n_layer=48", "model.n_embd=1600", "model.n_head=25", "train.micro_batch_size=16")
+    large = small(
+        "model.n_layer=48", "model.n_embd=1600", "model.n_head=25", "train.micro_batch_size=16"
+    )
     assert driver.estimate_of(large, DATASET, LAYOUT) is None
     assert started == []
     calibrate.measure(large, N_VOCAB, 1, 1, False)
@@ -235,5 +312,6 @@ def test_the_comparison_shows_both_and_leaves_out_what_nobody_saw():
     seen = {"time_s": 118.0, "memory_gib": 0.625, "final_disk_bytes": 1 << 20}
     assert plan.comparison_line(expected, seen) == (
         "expected 1m50s, took 1m58s (+7%); memory 512 MiB expected, 640 MiB seen (+25%); "
-        "disk at the end 1 MiB expected, 1 MiB seen (+0%)")
+        "disk at the end 1 MiB expected, 1 MiB seen (+0%)"
+    )
     assert "memory" not in plan.comparison_line(expected, {**seen, "memory_gib": None})

@@ -30,12 +30,32 @@ from tests.faults import kinds, rank
 from tests.faults.kinds import Fault
 
 STEPS = 40
-TINY = ["name=tiny", "data.tokenizer=char", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16",
-        "model.dropout=0.1", "model.pad_vocab_to=1", "train.micro_batch_size=2", "train.global_batch_size=8",
-        f"train.max_steps={STEPS}", "train.eval_interval=6", "train.eval_tokens=400", "train.checkpoint_interval=4",
-        "train.keep=3", "schedule.max_lr=1e-2", "schedule.warmup_steps=5", "compute.use_gpu=false"]
+TINY = [
+    "name=tiny",
+    "data.tokenizer=char",
+    "model.n_layer=1",
+    "model.n_head=2",
+    "model.n_embd=16",
+    "model.block_size=16",
+    "model.dropout=0.1",
+    "model.pad_vocab_to=1",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=8",
+    f"train.max_steps={STEPS}",
+    "train.eval_interval=6",
+    "train.eval_tokens=400",
+    "train.checkpoint_interval=4",
+    "train.keep=3",
+    "schedule.max_lr=1e-2",
+    "schedule.warmup_steps=5",
+    "compute.use_gpu=false",
+]
 HANG = ["compute.hang_after_s=2"]  # for an attempt with a hang: the others run on a busy machine
-VARIANTS = [[f"train.dtype={dtype}", f"train.log_interval={interval}"] for dtype in ("float32", "bfloat16") for interval in (1, 3)]
+VARIANTS = [
+    [f"train.dtype={dtype}", f"train.log_interval={interval}"]
+    for dtype in ("float32", "bfloat16")
+    for interval in (1, 3)
+]
 NAMED = re.compile(r"rank (\d+) \(process ")  # by the watchdog's verdict
 ATTEMPT_S = 120.0  # one that takes longer has failed
 EXACT = ("train/", "val/", "optim/")
@@ -77,26 +97,47 @@ class Forge:
 
 def outcome(run_dir: Path) -> dict[str, Any]:
     """Everything that must not depend on what happened on the way: every logged loss, weights and moments to the byte."""
-    curve = [{k: v for k, v in r.items() if k == "step" or k.startswith(EXACT)} for r in journal.read(run_dir)]
+    curve = [
+        {k: v for k, v in r.items() if k == "step" or k.startswith(EXACT)}
+        for r in journal.read(run_dir)
+    ]
     last = checkpoint.latest_valid(run_dir / "checkpoints")
     if last is None:
         return {"curve": curve, "step": None}
-    parts = {name: (last / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors", "state.json")}
+    parts = {
+        name: (last / name).read_bytes()
+        for name in ("model.safetensors", "optimizer.safetensors", "state.json")
+    }
     weights = checkpoint.weights_sha256(checkpoint.load_tensors(last, "model"))
     return {"curve": curve, "step": last.name, "weights": weights, **parts}
 
 
 class Case:
     """Args:
-        tracked: whether MLflow is told between attempts and compared at the end.
+    tracked: whether MLflow is told between attempts and compared at the end.
     """
 
-    def __init__(self, forge: Forge, folder: Path, data_dir: Path, variant: list[str], tracked: str | None = None):
-        self.forge, self.folder, self.data_dir, self.tracked = forge, Path(folder), Path(data_dir), tracked
+    def __init__(
+        self,
+        forge: Forge,
+        folder: Path,
+        data_dir: Path,
+        variant: list[str],
+        tracked: str | None = None,
+    ):
+        self.forge, self.folder, self.data_dir, self.tracked = (
+            forge,
+            Path(folder),
+            Path(data_dir),
+            tracked,
+        )
         self.run_dir = self.folder / "tiny"
         self.run_dir.mkdir(parents=True)
         self.overrides = [*TINY, *variant]
-        self.experiment, self.dataset = load_experiment(None, self.overrides), load_manifest(data_dir)
+        self.experiment, self.dataset = (
+            load_experiment(None, self.overrides),
+            load_manifest(data_dir),
+        )
         self.report, self.awaiting = Report(self.folder.name), None
 
     # ---- one attempt ----
@@ -105,12 +146,24 @@ class Case:
         self.report.attempts += 1
         runs.check_resumable(self.run_dir, self.experiment, self.dataset, lambda message: None)
         runs.open_attempt(self.run_dir, self.experiment, {}, {"workers": world})
-        first_step, met, store = (self.folder / f"{name}-{self.report.attempts}" for name in ("first-step", "met", "store"))
-        job = {"world": world, "store": store, "launch": self.report.attempts, "run_dir": self.run_dir, "data_dir": self.data_dir,
-               "log": self.folder / "log.txt", "first_step": first_step, "met": met}
+        first_step, met, store = (
+            self.folder / f"{name}-{self.report.attempts}"
+            for name in ("first-step", "met", "store")
+        )
+        job = {
+            "world": world,
+            "store": store,
+            "launch": self.report.attempts,
+            "run_dir": self.run_dir,
+            "data_dir": self.data_dir,
+            "log": self.folder / "log.txt",
+            "first_step": first_step,
+            "met": met,
+        }
         job = {k: v if isinstance(v, int) else str(v) for k, v in job.items()} | {
             "fault": asdict(fault) if fault else None,
-            "overrides": [*self.overrides, *(HANG if fault and fault.kind == "hang" else [])]}
+            "overrides": [*self.overrides, *(HANG if fault and fault.kind == "hang" else [])],
+        }
         processes = self.forge.start([job | {"rank": r} for r in range(world)])
         try:
             if fault and not fault.moment and fault.kind != "full":
@@ -128,14 +181,24 @@ class Case:
 
     def _from_outside(self, fault: Fault, processes: list[Any], first_step: Path) -> None:
         deadline = time.monotonic() + ATTEMPT_S
-        while fault.delay > 0 and not first_step.exists() and wait([p.sentinel for p in processes], 0.005) == []:
+        while (
+            fault.delay > 0
+            and not first_step.exists()
+            and wait([p.sentinel for p in processes], 0.005) == []
+        ):
             assert time.monotonic() < deadline, "no step was made"
         time.sleep(abs(fault.delay) / (2 if fault.delay > 0 else 1))
         if fault.kind in ("stop", "stop-kill"):
             stopping.ask(self.run_dir, "SIGTERM")
         if fault.kind == "stop-kill":
             time.sleep(fault.place * 0.2)
-        victims = [] if fault.kind == "stop" else processes if fault.kind in ("all", *kinds.DAMAGE) else [processes[fault.rank]]
+        victims = (
+            []
+            if fault.kind == "stop"
+            else processes
+            if fault.kind in ("all", *kinds.DAMAGE)
+            else [processes[fault.rank]]
+        )
         for process in victims:
             process.kill()
 
@@ -150,7 +213,9 @@ class Case:
                 deadline = hurt_at + (fault.patience if fault else 0.0)
             if time.monotonic() >= deadline:
                 if hurt_at is None:
-                    self.report.problems.append(f"attempt {self.report.attempts} did not end within {ATTEMPT_S:.0f} s")
+                    self.report.problems.append(
+                        f"attempt {self.report.attempts} did not end within {ATTEMPT_S:.0f} s"
+                    )
                 for process in alive:
                     process.kill()
         return hurt_at or time.monotonic()
@@ -164,21 +229,37 @@ class Case:
 
     def _book(self, fault: Fault | None, codes: list[int], met: Path, hurt_at: float) -> None:
         """Count the fault if it happened: by the statuses of the processes, and by what the one that met it wrote down."""
-        victims = codes if fault and fault.kind in ("all", *kinds.DAMAGE) else [codes[fault.rank]] if fault else []
+        victims = (
+            codes
+            if fault and fault.kind in ("all", *kinds.DAMAGE)
+            else [codes[fault.rank]]
+            if fault
+            else []
+        )
         killed = victims.count(-signal.SIGKILL)
         stopped = read_json(self.run_dir / "stopped.json")
         if stopped and not stopped.get("again"):
             self.report.problems.append(f"stopped: {stopped['reason']}")
         from_outside = fault and not fault.moment and fault.kind != "full"
-        happened = met.exists() or (from_outside and (killed > 0 or (fault.kind == "stop" and stopped is not None)))
+        happened = met.exists() or (
+            from_outside and (killed > 0 or (fault.kind == "stop" and stopped is not None))
+        )
         if not happened:
             if any(codes):
-                self.report.problems.append(f"attempt {self.report.attempts} ended with {codes} for no reason")
+                self.report.problems.append(
+                    f"attempt {self.report.attempts} ended with {codes} for no reason"
+                )
             return
-        if fault.kind == "hang" and (named := NAMED.findall(watchdog.report(self.run_dir) or "")) != [str(fault.rank)]:
-            self.report.problems.append(f"rank {fault.rank} was stopped in attempt {self.report.attempts}, and found: {named}")
+        if fault.kind == "hang" and (
+            named := NAMED.findall(watchdog.report(self.run_dir) or "")
+        ) != [str(fault.rank)]:
+            self.report.problems.append(
+                f"rank {fault.rank} was stopped in attempt {self.report.attempts}, and found: {named}"
+            )
             return
-        kind = "all" if fault.kind in ("flip", "cut") and not self._steps() else fault.kind  # nothing is there yet to be damaged
+        kind = (
+            "all" if fault.kind in ("flip", "cut") and not self._steps() else fault.kind
+        )  # nothing is there yet to be damaged
         what = f"{fault.moment or kind} of rank {fault.rank} of {fault.world}, attempt {self.report.attempts}"
         self.report.met.append(Met(kind, what, killed))
         if any(codes) or stopped:
@@ -215,7 +296,9 @@ class Case:
         file.write_bytes(b"".join(line + b"\n" for line in lines) + torn)
 
     # ---- the whole ----
-    def run(self, rng: random.Random, faults: int, only: tuple[str, ...] = tuple(kinds.KINDS)) -> Report:
+    def run(
+        self, rng: random.Random, faults: int, only: tuple[str, ...] = tuple(kinds.KINDS)
+    ) -> Report:
         """Attempts until the run is done: with `faults` faults (some may come too late to happen), then without."""
         plan: list[Fault] = []
         while len(plan) < faults:
@@ -240,12 +323,19 @@ class Case:
         """Where no checkpoint is there yet, there is none to die over."""
         if fault.moment not in kinds.RESTORE or self._steps():
             return fault
-        return replace(fault, kind=fault.kind if fault.kind == "again" else "step", moment="before optimizer", nth=6)
+        return replace(
+            fault,
+            kind=fault.kind if fault.kind == "again" else "step",
+            moment="before optimizer",
+            nth=6,
+        )
 
     def compare(self, golden: dict[str, Any]) -> None:
         """Add to the report what differs from the run that nothing happened to."""
         mine = outcome(self.run_dir)
-        self.report.problems += [f"{key} differs from the golden run's" for key in golden if mine.get(key) != golden[key]]
+        self.report.problems += [
+            f"{key} differs from the golden run's" for key in golden if mine.get(key) != golden[key]
+        ]
         if self.tracked:
             self._send(True)
             self.report.problems += self._compare_history(golden["curve"])
@@ -253,6 +343,7 @@ class Case:
     def _send(self, now: bool) -> None:
         if self.tracked and now:
             from orchestrator.track.mlflow import replay
+
             if not replay(self.run_dir, f"sqlite:///{self.tracked}", "faults", 60):
                 self.report.problems.append("MLflow did not take everything")
 
@@ -260,7 +351,9 @@ class Case:
         wanted = sorted((k, r["step"], v) for r in curve for k, v in r.items() if k != "step")
         run_id = json.loads((self.run_dir / "tracking.json").read_text())["run_id"]
         with contextlib.closing(sqlite3.connect(self.tracked)) as db:
-            rows = db.execute("SELECT key, step, value FROM metrics WHERE run_uuid = ?", (run_id,)).fetchall()
+            rows = db.execute(
+                "SELECT key, step, value FROM metrics WHERE run_uuid = ?", (run_id,)
+            ).fetchall()
         if sorted(r for r in rows if r[0].startswith(EXACT)) != wanted:
             return ["MLflow's history differs from the golden run's"]
         return []

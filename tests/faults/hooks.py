@@ -26,13 +26,28 @@ from orchestrator.train.loop import Run
 from orchestrator.train.step import Step
 
 POINTS = {
-    "forward": (Step, "_forward_backward"), "backward": (torch.Tensor, "backward"), "clip": (Gradients, "clip"),
-    "optimizer": (torch.optim.AdamW, "step"), "all_to_all": (dist, "all_to_all_single"),
-    "all_gather": (dist, "all_gather_into_tensor"), "line": (Journal, "keep"), "copy": (tensor_file, "fill"),
-    "commit": (checkpoint, "commit"), "prune": (checkpoint, "prune"), "batch": (Run, "_goes_on"),
-    "sample": (Evaluator, "_write_sample"), "verify": (checkpoint, "verify"), "restore": (state, "restore"),
-    "rewind": (Journal, "rewind"), "rewrite": (journal, "_write"), "mkdir": (os, "mkdir"), "write": (os, "write"),
-    "fsync": (os, "fsync"), "rename": (os, "rename"), "rmdir": (os, "rmdir"), "unlink": (os, "unlink"),
+    "forward": (Step, "_forward_backward"),
+    "backward": (torch.Tensor, "backward"),
+    "clip": (Gradients, "clip"),
+    "optimizer": (torch.optim.AdamW, "step"),
+    "all_to_all": (dist, "all_to_all_single"),
+    "all_gather": (dist, "all_gather_into_tensor"),
+    "line": (Journal, "keep"),
+    "copy": (tensor_file, "fill"),
+    "commit": (checkpoint, "commit"),
+    "prune": (checkpoint, "prune"),
+    "batch": (Run, "_goes_on"),
+    "sample": (Evaluator, "_write_sample"),
+    "verify": (checkpoint, "verify"),
+    "restore": (state, "restore"),
+    "rewind": (Journal, "rewind"),
+    "rewrite": (journal, "_write"),
+    "mkdir": (os, "mkdir"),
+    "write": (os, "write"),
+    "fsync": (os, "fsync"),
+    "rename": (os, "rename"),
+    "rmdir": (os, "rmdir"),
+    "unlink": (os, "unlink"),
 }
 WRITER = "checkpoint"  # the calls of `os` count in the thread of this name
 

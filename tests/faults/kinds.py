@@ -6,17 +6,55 @@ from dataclasses import dataclass
 WORLDS = (1, 2, 4)
 
 # Moments at which a rank kills itself, by the kind that the table counts them as: see `hooks.POINTS`.
-STEP = ("before forward", "before backward", "after backward", "before clip", "before optimizer", "after optimizer")
+STEP = (
+    "before forward",
+    "before backward",
+    "after backward",
+    "before clip",
+    "before optimizer",
+    "after optimizer",
+)
 EXCHANGE = ("before all_to_all", "after all_to_all", "before all_gather", "after all_gather")
 JOURNAL = ("before line", "torn line", "after line")
-COMMIT = ("before copy", "after copy", "before commit", "after mkdir", "before write", "torn write", "after write", "before fsync",
-          "after fsync", "before rename", "after rename", "before rmdir", "after rmdir", "before unlink", "after unlink",
-          "before prune", "after prune")
+COMMIT = (
+    "before copy",
+    "after copy",
+    "before commit",
+    "after mkdir",
+    "before write",
+    "torn write",
+    "after write",
+    "before fsync",
+    "after fsync",
+    "before rename",
+    "after rename",
+    "before rmdir",
+    "after rmdir",
+    "before unlink",
+    "after unlink",
+    "before prune",
+    "after prune",
+)
 EVALUATION = ("before batch", "after batch", "before sample", "after sample")
-RESTORE = ("before verify", "after verify", "before restore", "after restore", "before rewind", "before rewrite", "after rewrite",
-           "after rewind")
+RESTORE = (
+    "before verify",
+    "after verify",
+    "before restore",
+    "after restore",
+    "before rewind",
+    "before rewrite",
+    "after rewrite",
+    "after rewind",
+)
 BY_RANK_0 = {*JOURNAL, *COMMIT, *EVALUATION[2:], *RESTORE[4:]}
-NTH = {"step": 24, "exchange": 9, "journal": 6, "commit": 3, "evaluation": 7, "restore": 1}  # the latest occurrence that is drawn
+NTH = {
+    "step": 24,
+    "exchange": 9,
+    "journal": 6,
+    "commit": 3,
+    "evaluation": 7,
+    "restore": 1,
+}  # the latest occurrence that is drawn
 
 KINDS = {  # kind: (share of the draws, what the table calls it)
     "step": (6, "SIGKILL in forward, backward, clipping or the optimizer"),
@@ -36,7 +74,14 @@ KINDS = {  # kind: (share of the draws, what the table calls it)
     "full": (2, "no room for a checkpoint (the error is injected)"),
     "hang": (0.8, "SIGSTOP of one rank, which its neighbours find, name and end"),
 }
-SELF = {"step": STEP, "exchange": EXCHANGE, "journal": JOURNAL, "commit": COMMIT, "evaluation": EVALUATION, "restore": RESTORE}
+SELF = {
+    "step": STEP,
+    "exchange": EXCHANGE,
+    "journal": JOURNAL,
+    "commit": COMMIT,
+    "evaluation": EVALUATION,
+    "restore": RESTORE,
+}
 DAMAGE = ("flip", "cut", "tail")
 
 
@@ -59,17 +104,28 @@ class Fault:
     patience: float = 0.0
 
 
-
 def draw(rng: random.Random, only: tuple[str, ...] = tuple(KINDS)) -> list[Fault]:
     """The next fault: one, or several of a kind that come in a row."""
     kind = rng.choices(only, [KINDS[k][0] for k in only])[0]
     world = rng.choice([w for w in WORLDS if w > 1 or kind not in ("exchange", "hang")])
-    common = {"world": world, "delay": rng.choice([-1, 1]) * rng.uniform(0.0, 0.6), "place": rng.random(),
-              "patience": rng.choice([0.0, 0.0, 5.0])}
+    common = {
+        "world": world,
+        "delay": rng.choice([-1, 1]) * rng.uniform(0.0, 0.6),
+        "place": rng.random(),
+        "patience": rng.choice([0.0, 0.0, 5.0]),
+    }
     if kind in ("stop", "stop-kill"):
         common["delay"] = abs(common["delay"])
     if kind == "hang":  # once the watchdogs know how long a step takes
-        return [Fault(kind, rank=rng.randrange(world), moment="before forward", nth=rng.randint(20, 30), **common)]
+        return [
+            Fault(
+                kind,
+                rank=rng.randrange(world),
+                moment="before forward",
+                nth=rng.randint(20, 30),
+                **common,
+            )
+        ]
     if kind not in SELF and kind != "again":
         return [Fault(kind, rank=rng.randrange(world), **common)]
     group = kind if kind in SELF else rng.choice([k for k in SELF if k != "exchange" or world > 1])

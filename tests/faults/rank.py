@@ -51,8 +51,13 @@ def work(job: dict[str, Any]) -> None:
 def _work(job: dict[str, Any], run_dir: Path) -> None:
     rank, world, fault = job["rank"], job["world"], job["fault"]
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{job['store']}", rank=rank, world_size=world,
-                                timeout=timedelta(seconds=TIMEOUT_S))
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{job['store']}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=TIMEOUT_S),
+        )
     if rank == 0:
         hooks.tell_first_step(lambda: _note(job["first_step"], ""))
     if fault and fault["rank"] == rank and fault["moment"]:
@@ -62,7 +67,11 @@ def _work(job: dict[str, Any], run_dir: Path) -> None:
         hooks.fill_disk(1 + int(fault["place"] * 3), lambda moment: _note(job["met"], moment))
     experiment, place = load_experiment(None, job["overrides"]), Worker(rank, world, cpus=1)
     with lease.held(run_dir, lease.WRITER, 60) if rank == 0 else contextlib.nullcontext():
-        number = workers._begin_attempt(run_dir, workers._attempts(run_dir), job["launch"], world) if rank == 0 else 0
+        number = (
+            workers._begin_attempt(run_dir, workers._attempts(run_dir), job["launch"], world)
+            if rank == 0
+            else 0
+        )
         worker = Worker(rank, world, cpus=1, attempt=agree(number, place))
         _train(experiment, run_dir, Path(job["data_dir"]), worker)
 
@@ -71,7 +80,9 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker
     """The loop, watched, and asked whether to stop."""
     dog = Watchdog(run_dir, worker, experiment.compute.hang_after_s)
     bell = stopping.Bell(run_dir) if worker.is_main else None
-    for _ in Run(experiment, run_dir, data_dir, worker, stop_asked=bell or (lambda: False), beat=dog.beat):
+    for _ in Run(
+        experiment, run_dir, data_dir, worker, stop_asked=bell or (lambda: False), beat=dog.beat
+    ):
         pass
     dog.close()
 

@@ -29,14 +29,33 @@ from tests.faults import campaign
 from tests.faults.campaign import REPO, quantiles
 from tests.faults.case import EXACT
 
-SMALL = ["name=small", "data.tokenizer=char", "model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.block_size=32",
-         "model.dropout=0.1", "model.pad_vocab_to=1", "train.micro_batch_size=4", "train.global_batch_size=16",
-         "train.max_steps=20000", "train.log_interval=1", "train.eval_interval=500", "train.eval_tokens=1000",
-         "train.checkpoint_interval=20", "schedule.warmup_steps=10", "compute.num_workers=2", "compute.cpus_per_worker=1",
-         "compute.use_gpu=false"]
+SMALL = [
+    "name=small",
+    "data.tokenizer=char",
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_embd=32",
+    "model.block_size=32",
+    "model.dropout=0.1",
+    "model.pad_vocab_to=1",
+    "train.micro_batch_size=4",
+    "train.global_batch_size=16",
+    "train.max_steps=20000",
+    "train.log_interval=1",
+    "train.eval_interval=500",
+    "train.eval_tokens=1000",
+    "train.checkpoint_interval=20",
+    "schedule.warmup_steps=10",
+    "compute.num_workers=2",
+    "compute.cpus_per_worker=1",
+    "compute.use_gpu=false",
+]
 EXPERIMENT = REPO / "configs" / "quickstart.yaml"
 WAIT_S = 120
-BEGIN, END = "<!-- ray: written by `python -m tests.faults.ray_kills --write` -->", "<!-- end of ray -->"
+BEGIN, END = (
+    "<!-- ray: written by `python -m tests.faults.ray_kills --write` -->",
+    "<!-- end of ray -->",
+)
 
 
 @dataclass
@@ -56,7 +75,11 @@ class Driver:
     def __init__(self, storage: Path, data_dir: Path, corpus: Path):
         self.run_dir = storage / "small"
         words = [f"storage={storage}", f"data.dir={data_dir}", f"data.corpus={corpus}", *SMALL]
-        env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "ESPALIER_STORAGE")}
+        env = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "ESPALIER_STORAGE")
+        }
         self.log = open(storage / "driver.log", "w+")  # noqa: SIM115 - the process writes to it
         command = [sys.executable, str(REPO / "pipelines" / "train.py"), str(EXPERIMENT), *words]
         self.process = subprocess.Popen(command, env=env, stdout=self.log, stderr=self.log)
@@ -64,7 +87,9 @@ class Driver:
     def wait(self, condition) -> None:
         deadline = time.monotonic() + WAIT_S
         while not condition():
-            assert self.process.poll() is None, f"the driver ended with {self.process.returncode}: see {self.log.name}"
+            assert self.process.poll() is None, (
+                f"the driver ended with {self.process.returncode}: see {self.log.name}"
+            )
             assert time.monotonic() < deadline, f"waited in vain: see {self.log.name}"
             time.sleep(0.02)
 
@@ -81,7 +106,10 @@ class Driver:
         self.wait(lambda: max(checkpoint.steps(self.run_dir / "checkpoints"), default=0) > at)
         time.sleep(random.random())
         attempts, since = self.attempts(), (time.time(), time.clock_gettime(time.CLOCK_BOOTTIME))
-        os.kill(next(m for m in watchdog.marks(self.run_dir) if m["rank"] == rank)["pid"], signal.SIGKILL)
+        os.kill(
+            next(m for m in watchdog.marks(self.run_dir) if m["rank"] == rank)["pid"],
+            signal.SIGKILL,
+        )
         self.wait(lambda: self.attempts() > attempts)
         begun = time.time() - since[0]
         pid = json.loads((self.run_dir / "attempts.jsonl").read_text().splitlines()[-1])["pid"]
@@ -94,13 +122,18 @@ class Driver:
     def stop(self) -> int:
         """Ask by SIGTERM; returns the step that the run stopped after."""
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(WAIT_S) == EXIT_AGAIN, f"ended with {self.process.returncode}: see {self.log.name}"
+        assert self.process.wait(WAIT_S) == EXIT_AGAIN, (
+            f"ended with {self.process.returncode}: see {self.log.name}"
+        )
         return json.loads((self.run_dir / "stopped.json").read_text())["step"]
 
 
 def _seconds(pid: int) -> list[float]:
     """The times among the fields of /proc/<pid>/stat that follow the name."""
-    return [int(word) / os.sysconf("SC_CLK_TCK") for word in Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1:]]
+    return [
+        int(word) / os.sysconf("SC_CLK_TCK")
+        for word in Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1:]
+    ]
 
 
 def differences(run_dir: Path, data_dir: Path, folder: Path, step: int) -> list[str]:
@@ -111,7 +144,10 @@ def differences(run_dir: Path, data_dir: Path, folder: Path, step: int) -> list[
         pass
     found = []
     for name in ("model.safetensors", "optimizer.safetensors"):
-        mine, other = ((checkpoint.path_of(d / "checkpoints", step) / name).read_bytes() for d in (run_dir, golden))
+        mine, other = (
+            (checkpoint.path_of(d / "checkpoints", step) / name).read_bytes()
+            for d in (run_dir, golden)
+        )
         found += [] if mine == other else [name]
     mine, other = (_curve(d, step) for d in (run_dir, golden))
     return found + ([] if mine == other else ["curve"])
@@ -123,25 +159,36 @@ def _curve(run_dir: Path, before: int) -> list[dict]:
 
 
 def table(again: list[Again], step: int, found: list[str]) -> str:
-    rows = [("Ray has seen it and started another rank 0", [a.process for a in again]),
-            ("that has imported, found its group and begun", [a.attempt - a.process for a in again]),
-            ("checkpoint read, first step made", [a.step - a.attempt for a in again]),
-            ("**from the kill to the next step**", [a.step for a in again]),
-            ("processor time of the new rank 0 until then", [a.processor for a in again])]
+    rows = [
+        ("Ray has seen it and started another rank 0", [a.process for a in again]),
+        ("that has imported, found its group and begun", [a.attempt - a.process for a in again]),
+        ("checkpoint read, first step made", [a.step - a.attempt for a in again]),
+        ("**from the kill to the next step**", [a.step for a in again]),
+        ("processor time of the new rank 0 until then", [a.processor for a in again]),
+    ]
     verdict = "no difference" if not found else f"**{found} differ**"
-    return "\n".join([
-        f"{datetime.now(UTC):%Y-%m-%d}: {len(again)} times SIGKILL of a worker in one run of {step:,} steps on 2 workers, "
-        f"{verdict} to the same steps in one process; {os.cpu_count()} shared cores with a load of {os.getloadavg()[1]:.0f} "
-        f"(5 minutes' average).", "",
-        "| under Ray | median s | p95 s |", "|---|--:|--:|",
-        *(f"| {words} | {' | '.join(quantiles(times))} |" for words, times in rows)])
+    return "\n".join(
+        [
+            f"{datetime.now(UTC):%Y-%m-%d}: {len(again)} times SIGKILL of a worker in one run of {step:,} steps on 2 workers, "
+            f"{verdict} to the same steps in one process; {os.cpu_count()} shared cores with a load of {os.getloadavg()[1]:.0f} "
+            f"(5 minutes' average).",
+            "",
+            "| under Ray | median s | p95 s |",
+            "|---|--:|--:|",
+            *(f"| {words} | {' | '.join(quantiles(times))} |" for words, times in rows),
+        ]
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-n", type=int, default=10, help="kills")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/RELIABILITY.md")
+    parser.add_argument(
+        "--write", action="store_true", help="put the table into docs/RELIABILITY.md"
+    )
     args = parser.parse_args()
     random.seed(args.seed)
     folder = Path(tempfile.mkdtemp(prefix="faults-ray-"))

@@ -17,15 +17,24 @@ KILLS = 30
 @pytest.fixture(scope="module")
 def campaign(tiny_dataset, tmp_path_factory) -> Campaign:
     """Without SIGSTOP, which costs seconds of waiting: `test_a_stopped_rank_…` has some."""
-    return Campaign(SEED, tmp_path_factory.mktemp("faults"), tiny_dataset, tuple(k for k in KINDS if k != "hang"))
+    return Campaign(
+        SEED,
+        tmp_path_factory.mktemp("faults"),
+        tiny_dataset,
+        tuple(k for k in KINDS if k != "hang"),
+    )
 
 
 def test_thirty_kills_change_no_bit(campaign):
     reports = []
     for report in campaign.reports():
         reports.append(report)
-        assert not report.problems, f"seed {SEED}, {report.name}: {report.problems} after {[m.what for m in report.met]}"
-        kinds = {m.kind for r in reports for m in r.met}  # which of those drawn are met depends on the machine, too
+        assert not report.problems, (
+            f"seed {SEED}, {report.name}: {report.problems} after {[m.what for m in report.met]}"
+        )
+        kinds = {
+            m.kind for r in reports for m in r.met
+        }  # which of those drawn are met depends on the machine, too
         if sum(m.kills for r in reports for m in r.met) >= KILLS and len(kinds) > len(KINDS) / 2:
             break
         assert len(reports) < KILLS, f"the kinds are not mixed: {sorted(kinds)}"
@@ -33,9 +42,16 @@ def test_thirty_kills_change_no_bit(campaign):
 
 @pytest.mark.parametrize("moment", ["before forward", "before batch", "after batch"])
 def test_a_stopped_rank_is_named_and_the_run_goes_on(campaign, moment):
-    case = Case(campaign.forge, campaign.folder / f"hang {moment}", campaign.data_dir, ["train.log_interval=1"])
+    case = Case(
+        campaign.forge,
+        campaign.folder / f"hang {moment}",
+        campaign.data_dir,
+        ["train.log_interval=1"],
+    )
     assert not case.attempt(2, Fault("hang", 2, 1, moment, 24, patience=5.0))
-    assert not case.report.problems, "a hang was met that the watchdog did not find, or of which it named another rank"
+    assert not case.report.problems, (
+        "a hang was met that the watchdog did not find, or of which it named another rank"
+    )
     assert case.attempt(1, None)
     (met,) = case.report.met
     assert met.again_s < TIMEOUT_S / 2, "gloo ended it"
@@ -43,7 +59,9 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(campaign, moment):
 
 
 def test_a_difference_is_told(campaign):
-    case = Case(campaign.forge, campaign.folder / "other", campaign.data_dir, ["train.log_interval=1"])
+    case = Case(
+        campaign.forge, campaign.folder / "other", campaign.data_dir, ["train.log_interval=1"]
+    )
     assert case.attempt(1, None)
     golden = outcome(case.run_dir)
     case.compare(golden)

@@ -25,29 +25,53 @@ def head(logs: Path, cpus: int) -> Iterator[SimpleNamespace]:
 
     All of it ends with the context.
     """
-    base = Path("/tmp") / f"espalier-{os.getpid()}-{_free_port()}"  # short: sockets live below it, with at most 107 bytes
+    base = (
+        Path("/tmp") / f"espalier-{os.getpid()}-{_free_port()}"
+    )  # short: sockets live below it, with at most 107 bytes
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     port, dashboard, agent, client = (_free_port() for _ in range(4))
     processes = []
 
     def start(*args: str, **more: str) -> subprocess.Popen:
         log = (logs / f"{len(processes)}.log").open("w+")
-        processes.append(subprocess.Popen([*START, STORE, *args], env={**env, **more}, stdout=log, stderr=subprocess.STDOUT,
-                                          start_new_session=True))
+        processes.append(
+            subprocess.Popen(
+                [*START, STORE, *args],
+                env={**env, **more},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        )
         _wait(processes[-1], log)
         return processes[-1]
 
     try:
-        first = start("--head", f"--num-cpus={cpus}", f"--port={port}", f"--dashboard-port={dashboard}",
-                      f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", f"--temp-dir={base}")
+        first = start(
+            "--head",
+            f"--num-cpus={cpus}",
+            f"--port={port}",
+            f"--dashboard-port={dashboard}",
+            f"--dashboard-agent-listen-port={agent}",
+            f"--ray-client-server-port={client}",
+            f"--temp-dir={base}",
+        )
         _wait_for_port(dashboard)
         yield SimpleNamespace(
-            env={**env, "RAY_ADDRESS": f"127.0.0.1:{port}"}, dashboard=f"http://127.0.0.1:{dashboard}", pid=first.pid, folder=base,
-            node=lambda cpus, **more: start(f"--address=127.0.0.1:{port}", f"--num-cpus={cpus}", **more))
+            env={**env, "RAY_ADDRESS": f"127.0.0.1:{port}"},
+            dashboard=f"http://127.0.0.1:{dashboard}",
+            pid=first.pid,
+            folder=base,
+            node=lambda cpus, **more: start(
+                f"--address=127.0.0.1:{port}", f"--num-cpus={cpus}", **more
+            ),
+        )
     finally:
         for process in processes:
             os.killpg(process.pid, signal.SIGKILL)  # an orderly end drains for 20 s
-        subprocess.run(["pkill", "-9", "-f", f"{base}/"], check=False)  # what they started names its folder
+        subprocess.run(
+            ["pkill", "-9", "-f", f"{base}/"], check=False
+        )  # what they started names its folder
         shutil.rmtree(base, ignore_errors=True)
 
 

@@ -15,11 +15,43 @@ from pathlib import Path
 
 from orchestrator.checkpoint import store as checkpoint
 
-CALLS = [(os, name) for name in ("open", "write", "fsync", "fdatasync", "close", "mkdir", "rename", "replace", "link", "symlink",
-                                 "rmdir", "unlink", "remove", "truncate", "ftruncate", "scandir", "listdir", "stat", "lstat",
-                                 "statvfs")] + [(builtins, "open")]
-AUDITED = ("open", "os.mkdir", "os.rename", "os.link", "os.symlink", "os.rmdir", "os.remove", "os.truncate", "os.scandir",
-           "os.listdir")
+CALLS = [
+    (os, name)
+    for name in (
+        "open",
+        "write",
+        "fsync",
+        "fdatasync",
+        "close",
+        "mkdir",
+        "rename",
+        "replace",
+        "link",
+        "symlink",
+        "rmdir",
+        "unlink",
+        "remove",
+        "truncate",
+        "ftruncate",
+        "scandir",
+        "listdir",
+        "stat",
+        "lstat",
+        "statvfs",
+    )
+] + [(builtins, "open")]
+AUDITED = (
+    "open",
+    "os.mkdir",
+    "os.rename",
+    "os.link",
+    "os.symlink",
+    "os.rmdir",
+    "os.remove",
+    "os.truncate",
+    "os.scandir",
+    "os.listdir",
+)
 
 
 NO_TENSORS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file
@@ -109,6 +141,7 @@ def child(action, directory: Path, at: int | None, torn: bool, report: Path) -> 
 
 def state_of(directory: Path, old: int | None) -> str:
     """Which one a resume would take, its content and that of every other one checked."""
+
     def fail(line):
         raise AssertionError(line)
 
@@ -140,10 +173,17 @@ def run(folder: Path, prepare, action, old: int | None) -> dict:
             assert status == -signal.SIGKILL, (n, calls[n - 1], status)
             ends.append([n, name, state_of(directory, old)])
             commit_and_prune(directory, 5, 5)  # and the next one finds its way
-            assert 5 in checkpoint.steps(directory) and not list(directory.glob(".*")), (n, calls[n - 1])
+            assert 5 in checkpoint.steps(directory) and not list(directory.glob(".*")), (
+                n,
+                calls[n - 1],
+            )
             shutil.rmtree(directory.parent)
     return {"calls": calls, "ends": ends}
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: run(Path(sys.argv[1]) / name, *scenario) for name, scenario in SCENARIOS.items()}))
+    print(
+        json.dumps(
+            {name: run(Path(sys.argv[1]) / name, *scenario) for name, scenario in SCENARIOS.items()}
+        )
+    )

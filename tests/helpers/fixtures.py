@@ -17,15 +17,33 @@ from orchestrator.sweep.stage import run_stage
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
 
-SMALL = ["data.tokenizer=char", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16",
-         "model.dropout=0.1", "model.pad_vocab_to=1", "train.micro_batch_size=2", "train.global_batch_size=8",
-         "train.max_steps=20", "train.log_interval=3", "train.eval_interval=5", "train.eval_tokens=400",
-         "train.checkpoint_interval=4", "schedule.max_lr=1e-2", "schedule.kind=wsd", "schedule.warmup_steps=4"]
+SMALL = [
+    "data.tokenizer=char",
+    "model.n_layer=1",
+    "model.n_head=2",
+    "model.n_embd=16",
+    "model.block_size=16",
+    "model.dropout=0.1",
+    "model.pad_vocab_to=1",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=8",
+    "train.max_steps=20",
+    "train.log_interval=3",
+    "train.eval_interval=5",
+    "train.eval_tokens=400",
+    "train.checkpoint_interval=4",
+    "schedule.max_lr=1e-2",
+    "schedule.kind=wsd",
+    "schedule.warmup_steps=4",
+]
 
 
 def exact(lines) -> list[dict]:
     """Of a curve all that must not depend on how it was made."""
-    return [{k: v for k, v in r.items() if k.startswith(("step", "train/", "val/", "optim/"))} for r in lines]
+    return [
+        {k: v for k, v in r.items() if k.startswith(("step", "train/", "val/", "optim/"))}
+        for r in lines
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +67,10 @@ def sweeps(tiny_dataset, tmp_path, lone_runs):
     def open_(*words: str, name: str = "sweep"):
         sweep = load(*words, name=name)
         (tmp_path / name).mkdir(exist_ok=True)
-        datasets = {data_key(e.data): dataset for e in [sweep.base, *(spec.experiment for spec in sweep.trials)]}
+        datasets = {
+            data_key(e.data): dataset
+            for e in [sweep.base, *(spec.experiment for spec in sweep.trials)]
+        }
         return Study.open(sweep, tmp_path / name, Layout(1, 1, False), datasets)
 
     def run(study, limit: int | None = None, fail=lambda stage: None, stop_asked=lambda: False):
@@ -87,9 +108,16 @@ def sweeps(tiny_dataset, tmp_path, lone_runs):
         last = checkpoint.latest_valid(run_dir / "checkpoints")
         digest = checkpoint.weights_sha256(checkpoint.load_tensors(last, "model"))
         parts = [(last / name).read_bytes() for name in ("optimizer.safetensors", "state.json")]
-        return {"step": last.name, "weights": digest, "parts": parts, "curve": exact(journal.read(run_dir))}
+        return {
+            "step": last.name,
+            "weights": digest,
+            "parts": parts,
+            "curve": exact(journal.read(run_dir)),
+        }
 
-    return SimpleNamespace(load=load, open=open_, run=run, alone=alone, outcome=outcome, folder=tmp_path, small=SMALL)
+    return SimpleNamespace(
+        load=load, open=open_, run=run, alone=alone, outcome=outcome, folder=tmp_path, small=SMALL
+    )
 
 
 @pytest.fixture(scope="module")

@@ -51,9 +51,15 @@ def free(disk: Path) -> None:
 
 def outcome(run_dir: Path) -> dict:
     found = checkpoint.latest_valid(run_dir / "checkpoints")
-    curve = [{k: v for k, v in r.items() if k == "step" or k.startswith(("train/", "val/", "optim/"))}
-             for r in journal.read(run_dir)]
-    return {"step": found.name, "weights": checkpoint.weights_sha256(checkpoint.load_tensors(found, "model")), "curve": curve}
+    curve = [
+        {k: v for k, v in r.items() if k == "step" or k.startswith(("train/", "val/", "optim/"))}
+        for r in journal.read(run_dir)
+    ]
+    return {
+        "step": found.name,
+        "weights": checkpoint.weights_sha256(checkpoint.load_tensors(found, "model")),
+        "curve": curve,
+    }
 
 
 def end(run_dir: Path) -> str:
@@ -70,7 +76,9 @@ def run(name: str, fill, frees: bool) -> dict:
     """What became of a run whose disk was full for a while, or for ever; in the latter case also of the next start, with room."""
     disk = FOLDER / name
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m,nr_inodes=200", "none", str(disk)], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m,nr_inodes=200", "none", str(disk)], check=True
+    )
     run_dir, torn, error = disk / "run", [], None
     run_dir.mkdir()
     runs.open_attempt(run_dir, EXPERIMENT, {}, {})
@@ -78,19 +86,30 @@ def run(name: str, fill, frees: bool) -> dict:
     try:
         for line in training:
             if line["step"] in (6, 14):
-                with contextlib.suppress(UserError):  # what is committed, is; the test must not race with it
+                with contextlib.suppress(
+                    UserError
+                ):  # what is committed, is; the test must not race with it
                     training.writer.wait()
             if line["step"] == 6:
                 fill(disk)
             if line["step"] == 14:
-                torn = [p.name for p in (run_dir / "checkpoints").iterdir() if p.name != "step-00000004"]
+                torn = [
+                    p.name for p in (run_dir / "checkpoints").iterdir() if p.name != "step-00000004"
+                ]
                 if frees:
                     free(disk)
     except UserError as raised:
         error = str(raised)
-    said = {"error": error, "torn": torn, "steps": checkpoint.steps(run_dir / "checkpoints"), "updates": training.state.step,
-            "samples": sorted(int(p.stem.removeprefix("step-")) for p in (run_dir / "samples").iterdir()),
-            "events": [(e["kind"], e["step"]) for e in events.read(run_dir)]}
+    said = {
+        "error": error,
+        "torn": torn,
+        "steps": checkpoint.steps(run_dir / "checkpoints"),
+        "updates": training.state.step,
+        "samples": sorted(
+            int(p.stem.removeprefix("step-")) for p in (run_dir / "samples").iterdir()
+        ),
+        "events": [(e["kind"], e["step"]) for e in events.read(run_dir)],
+    }
     if error:
         if fill == fill_all:
             said["stopped"] = end(run_dir)
@@ -107,5 +126,7 @@ train(EXPERIMENT, FOLDER / "golden", DATA_DIR, Worker(cpus=1))
 results = {"golden": outcome(FOLDER / "golden")}
 for kind, fill in (("bytes", fill_bytes), ("files", fill_files), ("all", fill_all)):
     for frees in (True, False):
-        results[f"{kind} {'for a while' if frees else 'for ever'}"] = run(f"{kind}-{frees}", fill, frees)
+        results[f"{kind} {'for a while' if frees else 'for ever'}"] = run(
+            f"{kind}-{frees}", fill, frees
+        )
 print("\n" + json.dumps(results))

@@ -15,8 +15,10 @@ from pathlib import Path
 from tests.helpers.tracked import wait_for
 
 REPO = Path(__file__).resolve().parents[2]
-LOCK = ("import sqlite3, sys\ndb = sqlite3.connect(sys.argv[1], timeout=30, isolation_level=None)\ndb.execute('BEGIN EXCLUSIVE')\n"
-        "print('locked', flush=True)\nsys.stdin.read()")
+LOCK = (
+    "import sqlite3, sys\ndb = sqlite3.connect(sys.argv[1], timeout=30, isolation_level=None)\ndb.execute('BEGIN EXCLUSIVE')\n"
+    "print('locked', flush=True)\nsys.stdin.read()"
+)
 
 
 class Gate:
@@ -28,7 +30,13 @@ class Gate:
     """
 
     def __init__(self, server_port, port):
-        self.server_port, self.port, self.mode, self.listener, self.sockets = server_port, port, None, None, set()
+        self.server_port, self.port, self.mode, self.listener, self.sockets = (
+            server_port,
+            port,
+            None,
+            None,
+            set(),
+        )
 
     def set(self, mode):
         self.mode = mode
@@ -50,10 +58,14 @@ class Gate:
     def _accept(self, listener):
         with contextlib.suppress(OSError):
             while True:
-                threading.Thread(target=self._serve, args=(listener.accept()[0],), daemon=True).start()
+                threading.Thread(
+                    target=self._serve, args=(listener.accept()[0],), daemon=True
+                ).start()
 
     def _serve(self, client):
-        self.sockets.add(client)  # before the mode is read: `set` changes the mode, then shuts what it finds here
+        self.sockets.add(
+            client
+        )  # before the mode is read: `set` changes the mode, then shuts what it finds here
         with contextlib.suppress(OSError), client:
             mode = self.mode
             if mode == "refuse":
@@ -66,7 +78,9 @@ class Gate:
                     pass
             elif mode[0].isdigit():
                 client.recv(65536)
-                client.sendall(f"HTTP/1.1 {mode}\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno".encode())
+                client.sendall(
+                    f"HTTP/1.1 {mode}\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno".encode()
+                )
             else:
                 self._pass(client, mode)
 
@@ -99,16 +113,30 @@ class Server:
         self.database = storage / "mlflow" / "mlflow.db"
 
     def start(self):
-        command = [sys.executable, str(REPO / "pipelines" / "ui.py"), str(self.storage), "--port", str(self.port)]
+        command = [
+            sys.executable,
+            str(REPO / "pipelines" / "ui.py"),
+            str(self.storage),
+            "--port",
+            str(self.port),
+        ]
         with open(self.storage / "server.log", "ab") as out:
-            self.process = subprocess.Popen(command, cwd=self.cwd, env={**os.environ, "PATH": "/usr/bin:/bin"}, stdout=out,
-                                            stderr=out, start_new_session=True)
+            self.process = subprocess.Popen(
+                command,
+                cwd=self.cwd,
+                env={**os.environ, "PATH": "/usr/bin:/bin"},
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
         wait_for(lambda: self.process.poll() is not None or self.healthy(), 60)
         assert self.process.poll() is None, (self.storage / "server.log").read_text()[-2000:]
 
     def healthy(self):
-        with (contextlib.suppress(OSError),
-              urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2) as answer):
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2) as answer,
+        ):
             return answer.status == 200
 
     def kill(self):
@@ -119,7 +147,9 @@ class Server:
 @contextlib.contextmanager
 def locked(database):
     """Another process holds the database: nobody reads or writes it."""
-    holder = subprocess.Popen([sys.executable, "-c", LOCK, str(database)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", LOCK, str(database)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     try:
         assert holder.stdout.readline() == b"locked\n"
         yield

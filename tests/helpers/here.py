@@ -15,7 +15,9 @@ from orchestrator.errors import UserError
 def here() -> Iterator[None]:
     def run_shuffled(function, items, common=None):
         for item in random.sample(items, len(items)):
-            result = json.loads(tokens._run(function, common or {}, None, {"item": json.dumps(item)})["result"])
+            result = json.loads(
+                tokens._run(function, common or {}, None, {"item": json.dumps(item)})["result"]
+            )
             if "error" in result:
                 raise UserError(result["error"])
             yield result

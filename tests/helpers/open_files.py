@@ -21,12 +21,20 @@ from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.train import init_from, trained
 
-SHAPE = ["model.block_size=16", "model.n_layer=2", "model.n_head=2", "model.n_embd=8", "model.bias=true",
-         "model.pad_vocab_to=1"]
+SHAPE = [
+    "model.block_size=16",
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_embd=8",
+    "model.bias=true",
+    "model.pad_vocab_to=1",
+]
 
 
 def open_weights(path: Path) -> None:
-    init_from.initial_model(load_experiment(None, [*SHAPE, f"train.init_from={json.dumps(str(path))}"]), 61)
+    init_from.initial_model(
+        load_experiment(None, [*SHAPE, f"train.init_from={json.dumps(str(path))}"]), 61
+    )
 
 
 def open_latest(path: Path) -> None:
@@ -58,15 +66,25 @@ OPEN = {
     "experiment": lambda path: load_experiment(path, []),
 }
 
+
 def resident(key: str) -> int:
     """Bytes: VmRSS now, VmHWM at most since the last reset."""
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)) << 10
+    return (
+        next(
+            int(line.split()[1])
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith(key)
+        )
+        << 10
+    )
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + (8 << 30),) * 2)  # a net: what is counted are resident bytes
+    resource.setrlimit(
+        resource.RLIMIT_AS, (size + (8 << 30),) * 2
+    )  # a net: what is counted are resident bytes
     for line in sys.stdin:
         kind, path = json.loads(line)
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -78,4 +96,6 @@ if __name__ == "__main__":
             outcome = ["refused", str(error)]
         except BaseException as error:
             outcome = [type(error).__name__, str(error)[:500]]
-        print(json.dumps([*outcome, time.monotonic() - begun, resident("VmHWM") - before]), flush=True)
+        print(
+            json.dumps([*outcome, time.monotonic() - begun, resident("VmHWM") - before]), flush=True
+        )

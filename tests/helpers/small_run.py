@@ -15,28 +15,62 @@ STEPS = 60
 
 def command(storage: Path, corpus: Path, *overrides: str) -> list[str]:
     """A run of a minute's fraction, with enough steps to be killed in."""
-    return [sys.executable, str(REPO / "pipelines" / "train.py"), str(REPO / "configs" / "quickstart.yaml"),
-            f"storage={storage}", f"data.corpus={corpus}", "data.tokenizer=char", "name=small", "model.n_layer=2",
-            "model.n_head=2", "model.n_embd=64", "model.block_size=64", "model.dropout=0.1", "model.pad_vocab_to=1",
-            "train.micro_batch_size=4", "train.global_batch_size=16", f"train.max_steps={STEPS}", "train.log_interval=5",
-            "schedule.warmup_steps=10", "train.eval_interval=30", "train.checkpoint_interval=10", "train.eval_tokens=2000",
-            "compute.cpus_per_worker=1", *overrides]
+    return [
+        sys.executable,
+        str(REPO / "pipelines" / "train.py"),
+        str(REPO / "configs" / "quickstart.yaml"),
+        f"storage={storage}",
+        f"data.corpus={corpus}",
+        "data.tokenizer=char",
+        "name=small",
+        "model.n_layer=2",
+        "model.n_head=2",
+        "model.n_embd=64",
+        "model.block_size=64",
+        "model.dropout=0.1",
+        "model.pad_vocab_to=1",
+        "train.micro_batch_size=4",
+        "train.global_batch_size=16",
+        f"train.max_steps={STEPS}",
+        "train.log_interval=5",
+        "schedule.warmup_steps=10",
+        "train.eval_interval=30",
+        "train.checkpoint_interval=10",
+        "train.eval_tokens=2000",
+        "compute.cpus_per_worker=1",
+        *overrides,
+    ]
 
 
 def begin(ray_head, storage: Path, corpus: Path, *overrides: str, **env: str) -> subprocess.Popen:
-    return subprocess.Popen(command(storage, corpus, *overrides), env={**ray_head.env, **env}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command(storage, corpus, *overrides),
+        env={**ray_head.env, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
-def run(ray_head, storage: Path, corpus: Path, *overrides: str, status: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(command(storage, corpus, *overrides), env=ray_head.env, capture_output=True, text=True, timeout=240)
+def run(
+    ray_head, storage: Path, corpus: Path, *overrides: str, status: int = 0
+) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(storage, corpus, *overrides),
+        env=ray_head.env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
 
 def curve(run_dir: Path) -> list[dict]:
-    return [{k: v for k, v in r.items() if k == "step" or k.startswith(("train/", "val/", "optim/"))}
-            for r in journal.read(run_dir)]
+    return [
+        {k: v for k, v in r.items() if k == "step" or k.startswith(("train/", "val/", "optim/"))}
+        for r in journal.read(run_dir)
+    ]
 
 
 def summary(run_dir: Path) -> dict:

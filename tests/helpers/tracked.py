@@ -28,12 +28,22 @@ def expected(run_dir):
 def curve(run_dir):
     """(key, step, value) of the journal alone."""
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return sorted((key, line["step"], line[key]) for line in lines for key in line.keys() - {"step", "timestamp"})
+    return sorted(
+        (key, line["step"], line[key])
+        for line in lines
+        for key in line.keys() - {"step", "timestamp"}
+    )
 
 
-def rows(database, run, query="SELECT key, step, value, timestamp FROM metrics WHERE run_uuid = ? ORDER BY key, step"):
+def rows(
+    database,
+    run,
+    query="SELECT key, step, value, timestamp FROM metrics WHERE run_uuid = ? ORDER BY key, step",
+):
     """What MLflow's database has of a run, given by its id or its folder."""
-    run_id = run if isinstance(run, str) else json.loads((run / "tracking.json").read_text())["run_id"]
+    run_id = (
+        run if isinstance(run, str) else json.loads((run / "tracking.json").read_text())["run_id"]
+    )
     with sqlite3.connect(database) as db:
         return db.execute(query, (run_id,)).fetchall()
 

@@ -13,8 +13,16 @@ from orchestrator.train.numerics import Worker
 
 job = json.loads(sys.argv[1])
 if job["world_size"] > 1:
-    dist.init_process_group("gloo", init_method=f"file://{job['store']}", rank=job["rank"], world_size=job["world_size"])
-train(load_experiment(job.get("file"), job["overrides"]), Path(job["run_dir"]), Path(job["data_dir"]),
-      Worker(job["rank"], job["world_size"], "cpu", cpus=1))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{job['store']}", rank=job["rank"], world_size=job["world_size"]
+    )
+train(
+    load_experiment(job.get("file"), job["overrides"]),
+    Path(job["run_dir"]),
+    Path(job["data_dir"]),
+    Worker(job["rank"], job["world_size"], "cpu", cpus=1),
+)
 sys.stdout.flush()
-os._exit(0)  # torch's end of a gloo group can deadlock or abort where the other rank is gone already
+os._exit(
+    0
+)  # torch's end of a gloo group can deadlock or abort where the other rank is gone already

@@ -14,8 +14,17 @@ GPT2_124M = GPTConfig(bias=False)
 
 
 @settings(deadline=None)
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 8), st.integers(1, 40), st.integers(1, 99), st.booleans())
-def test_the_count_without_a_model_is_the_models(n_layer, n_head, head_size, block_size, vocab_size, bias):
+@given(
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 8),
+    st.integers(1, 40),
+    st.integers(1, 99),
+    st.booleans(),
+)
+def test_the_count_without_a_model_is_the_models(
+    n_layer, n_head, head_size, block_size, vocab_size, bias
+):
     config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_head * head_size, bias=bias)
     with torch.device("meta"):
         model = GPT(config)
@@ -25,7 +34,11 @@ def test_the_count_without_a_model_is_the_models(n_layer, n_head, head_size, blo
 
 def test_known_number_of_gpt2():
     heads_times_their_size = 12 * 64
-    assert flops_per_token(GPT2_124M) == 6 * 123_587_328 + 12 * 12 * heads_times_their_size * 1024 == 854_770_176
+    assert (
+        flops_per_token(GPT2_124M)
+        == 6 * 123_587_328 + 12 * 12 * heads_times_their_size * 1024
+        == 854_770_176
+    )
 
 
 def test_torch_counts_the_same_products():
@@ -36,7 +49,9 @@ def test_torch_counts_the_same_products():
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(tokens, tokens)[1].backward()
     # The counter sees matrix products only; our N has the LayerNorms' few weights too.
-    assert counter.get_total_flops() / tokens.numel() == pytest.approx(flops_per_token(config), rel=0.005)
+    assert counter.get_total_flops() / tokens.numel() == pytest.approx(
+        flops_per_token(config), rel=0.005
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,4 +107,6 @@ def test_mfu_of_nanogpts_published_run():
     tokens_per_sec = 600_000 * 491_520 / (4 * 24 * 3600)
     share = mfu(tokens_per_sec, GPT2_124M, "NVIDIA A100-SXM4-40GB", "bfloat16", world_size=8)
     assert share == pytest.approx(0.29, abs=0.005)
-    assert share == pytest.approx(mfu(tokens_per_sec / 8, GPT2_124M, "NVIDIA A100-SXM4-40GB", "bfloat16"))
+    assert share == pytest.approx(
+        mfu(tokens_per_sec / 8, GPT2_124M, "NVIDIA A100-SXM4-40GB", "bfloat16")
+    )

@@ -27,14 +27,18 @@ def test_greedy_equals_the_plainest_loop(small_gpt, steps, use_cache):
     model = small_gpt()
     with torch.no_grad():
         for parameter in model.transformer.h.parameters():
-            parameter.mul_(4)  # the blocks decide: else a random model with a tied head repeats what it has read
+            parameter.mul_(
+                4
+            )  # the blocks decide: else a random model with a tied head repeats what it has read
     tokens = prompt(model, batch=3, steps=steps)
     drawn = generate(model, tokens, 30, temperature=0, use_cache=use_cache)
     assert torch.equal(drawn, greedy(model, tokens, 30))
     assert len(drawn[:, steps:].unique()) > 9  # a model that repeats itself would prove little
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 5}, {"temperature": 2.0, "n_vocab": 50}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7, "top_k": 5}, {"temperature": 2.0, "n_vocab": 50}]
+)
 def test_sampling_with_the_cache_equals_sampling_without(small_gpt, options):
     model = small_gpt()
     tokens = prompt(model, batch=3, steps=4)
@@ -54,7 +58,9 @@ def test_cached_logits_equal_whole_ones_for_any_length_of_prompt(small_gpt):
             pieces = [model(tokens[:, :first], cache=cache)[0]]
             pieces += [model(tokens[:, t : t + 1], cache=cache)[0] for t in range(first, 16)]
             assert cache.length == 16
-            torch.testing.assert_close(torch.cat(pieces, dim=1), whole[:, first - 1 :], atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                torch.cat(pieces, dim=1), whole[:, first - 1 :], atol=1e-5, rtol=0
+            )
 
 
 def test_a_full_cache_takes_no_more(small_gpt):
@@ -101,7 +107,9 @@ def test_the_limits_of_sampling_are_greedy(small_gpt, options):
 def test_a_top_k_above_the_vocabulary_is_no_limit(small_gpt):
     model = small_gpt()
     tokens = prompt(model, batch=3, steps=4)
-    assert torch.equal(generate(model, tokens, 9, seed=5, top_k=10**6), generate(model, tokens, 9, seed=5))
+    assert torch.equal(
+        generate(model, tokens, 9, seed=5, top_k=10**6), generate(model, tokens, 9, seed=5)
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -135,7 +143,9 @@ def test_generation_ends_when_every_row_has(small_gpt):
     free = generate(model, tokens, 40, temperature=0)
     stop_id = int(free[0, 5])
     first = int((free[0, 2:] == stop_id).nonzero()[0]) + 2
-    assert torch.equal(generate(model, tokens, 40, temperature=0, stop_id=stop_id), free[:, : first + 1])
+    assert torch.equal(
+        generate(model, tokens, 40, temperature=0, stop_id=stop_id), free[:, : first + 1]
+    )
 
 
 def test_nothing_else_is_touched(small_gpt):

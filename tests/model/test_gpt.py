@@ -46,13 +46,17 @@ def reference_logits(model: GPT, tokens: Tensor) -> Tensor:
     for i in range(config.n_layer):
         block = f"transformer.h.{i}"
         x = x + attention(norm(x, f"{block}.ln_1"), f"{block}.attn")
-        x = x + linear(gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj")
+        x = x + linear(
+            gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj"
+        )
     return norm(x, "transformer.ln_f") @ weights["transformer.wte.weight"].T
 
 
 def some_tokens(model: GPT, batch: int = 3, steps: int | None = None) -> Tensor:
     generator = torch.Generator().manual_seed(2)
-    return torch.randint(model.config.vocab_size, (batch, steps or model.config.block_size), generator=generator)
+    return torch.randint(
+        model.config.vocab_size, (batch, steps or model.config.block_size), generator=generator
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -119,7 +123,9 @@ def test_accumulated_micro_batches_equal_the_full_batch(small_gpt, micro_batches
     model(tokens, targets)[1].backward()
     full = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    for micro_tokens, micro_targets in zip(tokens.chunk(micro_batches), targets.chunk(micro_batches), strict=True):
+    for micro_tokens, micro_targets in zip(
+        tokens.chunk(micro_batches), targets.chunk(micro_batches), strict=True
+    ):
         (model(micro_tokens, micro_targets)[1] / micro_batches).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, full[name], atol=1e-6, rtol=1e-4)
@@ -137,7 +143,11 @@ def test_the_tied_head_has_one_name(small_gpt):
     names = [name for name, _ in model.named_parameters()]
     assert names == list(model.state_dict())
     assert "lm_head.weight" not in names
-    assert {"transformer.wte.weight", "transformer.h.0.attn.c_attn.weight", "transformer.ln_f.bias"} <= set(names)
+    assert {
+        "transformer.wte.weight",
+        "transformer.h.0.attn.c_attn.weight",
+        "transformer.ln_f.bias",
+    } <= set(names)
 
 
 def test_loss_at_initialisation_is_that_of_guessing():

@@ -17,10 +17,19 @@ def test_every_parameter_is_in_one_group_under_its_name(small_gpt):
     model = small_gpt()
     decayed, kept = parameter_groups(model, 0.1)
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
-    grouped = {name: p for group in (decayed, kept) for name, p in zip(group["names"], group["params"], strict=True)}
+    grouped = {
+        name: p
+        for group in (decayed, kept)
+        for name, p in zip(group["names"], group["params"], strict=True)
+    }
     assert len(grouped) == len(decayed["names"]) + len(kept["names"])
-    assert {name: id(p) for name, p in grouped.items()} == {name: id(p) for name, p in model.named_parameters()}
-    assert all(name.endswith(("bias", "ln_1.weight", "ln_2.weight", "ln_f.weight")) for name in kept["names"])
+    assert {name: id(p) for name, p in grouped.items()} == {
+        name: id(p) for name, p in model.named_parameters()
+    }
+    assert all(
+        name.endswith(("bias", "ln_1.weight", "ln_2.weight", "ln_f.weight"))
+        for name in kept["names"]
+    )
     assert {"transformer.wte.weight", "transformer.wpe.weight"} <= set(decayed["names"])
 
 
@@ -64,7 +73,9 @@ def test_groups_survive_a_round_trip_of_the_optimizers_state(small_gpt):
     optimizer.step()
     restored = adamw(model, **settings)
     restored.load_state_dict(optimizer.state_dict())
-    assert [group["names"] for group in restored.param_groups] == [group["names"] for group in optimizer.param_groups]
+    assert [group["names"] for group in restored.param_groups] == [
+        group["names"] for group in optimizer.param_groups
+    ]
 
 
 def test_a_negative_decay_is_refused(small_gpt):

@@ -66,7 +66,9 @@ def our_rates(schedule: Schedule, steps: int) -> list[float]:
 
 @pytest.mark.parametrize(("kind", "shape"), TABLES)
 def test_tables(kind, shape):
-    schedule = Schedule(kind, 1.0, 0.2, warmup_steps=3, decay_steps=11, decay_fraction=0.35, decay_shape=shape)
+    schedule = Schedule(
+        kind, 1.0, 0.2, warmup_steps=3, decay_steps=11, decay_fraction=0.35, decay_shape=shape
+    )
     expected = WARMUP + TABLES[kind, shape]
     assert our_rates(schedule, 12) == pytest.approx(expected, rel=1e-12)
     late = 0.2 if kind == "inverse_sqrt" else expected[-1]  # sqrt(4 / 100), which is the floor, too
@@ -79,7 +81,8 @@ def test_every_kind_and_shape_has_a_table():
 
 
 @pytest.mark.parametrize(
-    ("warmup_iters", "lr_decay_iters", "ratio"), [(2000, 600_000, 0.1), (100, 2000, 0.1), (0, 50, 0)]
+    ("warmup_iters", "lr_decay_iters", "ratio"),
+    [(2000, 600_000, 0.1), (100, 2000, 0.1), (0, 50, 0)],
 )
 def test_cosine_equals_nanogpts_get_lr_to_the_last_bit(warmup_iters, lr_decay_iters, ratio):
     top = 6e-4
@@ -94,29 +97,45 @@ def test_cosine_equals_nanogpts_get_lr_to_the_last_bit(warmup_iters, lr_decay_it
         return bottom + 0.5 * (1.0 + math.cos(math.pi * done)) * (top - bottom)
 
     schedule = Schedule("cosine", top, ratio, warmup_steps=warmup_iters, decay_steps=lr_decay_iters)
-    for step in {*range(0, lr_decay_iters + 20, max(1, lr_decay_iters // 997)), warmup_iters, lr_decay_iters}:
+    for step in {
+        *range(0, lr_decay_iters + 20, max(1, lr_decay_iters // 997)),
+        warmup_iters,
+        lr_decay_iters,
+    }:
         assert learning_rate(schedule, step) == get_lr(step)
 
 
 def test_cosine_equals_torchs():
-    expected = torch_rates(lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=50, eta_min=3e-5), 3e-4, 51)
-    assert our_rates(Schedule("cosine", 3e-4, 0.1, decay_steps=50), 51) == pytest.approx(expected, rel=1e-9)
+    expected = torch_rates(
+        lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=50, eta_min=3e-5), 3e-4, 51
+    )
+    assert our_rates(Schedule("cosine", 3e-4, 0.1, decay_steps=50), 51) == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 def test_linear_equals_torchs():
     expected = torch_rates(lambda o: lr_scheduler.LinearLR(o, 1.0, 0.1, total_iters=50), 3e-4, 60)
-    assert our_rates(Schedule("linear", 3e-4, 0.1, decay_steps=50), 60) == pytest.approx(expected, rel=1e-9)
+    assert our_rates(Schedule("linear", 3e-4, 0.1, decay_steps=50), 60) == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 def test_constant_with_warmup_equals_torchs():
-    expected = torch_rates(lambda o: lr_scheduler.LinearLR(o, 1 / 11, 1.0, total_iters=10), 3e-4, 30)
+    expected = torch_rates(
+        lambda o: lr_scheduler.LinearLR(o, 1 / 11, 1.0, total_iters=10), 3e-4, 30
+    )
     schedule = Schedule("constant", 3e-4, warmup_steps=10, decay_steps=30)
     assert our_rates(schedule, 30) == pytest.approx(expected, rel=1e-9)
 
 
 def test_inverse_sqrt_equals_a_lambda_of_torchs():
-    def scheduler_of(optimizer):  # the formula of arXiv:1706.03762 with steps counted from 1, scaled to its peak
-        return lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) ** -0.5, (n + 1) * 11**-1.5) * 11**0.5)
+    def scheduler_of(
+        optimizer,
+    ):  # the formula of arXiv:1706.03762 with steps counted from 1, scaled to its peak
+        return lr_scheduler.LambdaLR(
+            optimizer, lambda n: min((n + 1) ** -0.5, (n + 1) * 11**-1.5) * 11**0.5
+        )
 
     schedule = Schedule("inverse_sqrt", 3e-4, 0.0, warmup_steps=10, decay_steps=1)
     assert our_rates(schedule, 300) == pytest.approx(torch_rates(scheduler_of, 3e-4, 300), rel=1e-9)
@@ -124,7 +143,9 @@ def test_inverse_sqrt_equals_a_lambda_of_torchs():
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 50))
 def test_inverse_sqrt_knows_no_end(one, other, warmup):
-    short, long = (Schedule("inverse_sqrt", 3e-4, warmup_steps=warmup, decay_steps=end) for end in (one, other))
+    short, long = (
+        Schedule("inverse_sqrt", 3e-4, warmup_steps=warmup, decay_steps=end) for end in (one, other)
+    )
     assert our_rates(short, 300) == our_rates(long, 300)
 
 
@@ -147,7 +168,10 @@ def test_rates_rise_to_the_peak_and_fall_to_the_floor(schedule):
     floor = schedule.max_lr * (1 if schedule.kind == "constant" else schedule.min_lr_ratio)
     if schedule.kind == "inverse_sqrt":
         assert all(rate >= floor for rate in fall)
-        rates, fall = rates[: schedule.warmup_steps + 1], fall[:1] + [floor] * 5  # it reaches the floor when it does
+        rates, fall = (
+            rates[: schedule.warmup_steps + 1],
+            fall[:1] + [floor] * 5,
+        )  # it reaches the floor when it does
     assert all(0 < a < b for a, b in zip(rise, rise[1:], strict=False))
     assert all(a >= b - near for a, b in zip(fall, fall[1:], strict=False))
     assert max(rates) <= schedule.max_lr + near
@@ -156,8 +180,15 @@ def test_rates_rise_to_the_peak_and_fall_to_the_floor(schedule):
         assert fall[0] == pytest.approx(schedule.max_lr) or schedule.decay_fraction == 1
 
 
-@given(st.integers(20, 500), st.integers(1, 500), st.sampled_from(sorted(DECAY_SHAPES)), st.floats(1e-6, 1))
-def test_wsd_runs_of_any_length_share_all_steps_up_to_the_first_of_their_decay(length, more, shape, peak):
+@given(
+    st.integers(20, 500),
+    st.integers(1, 500),
+    st.sampled_from(sorted(DECAY_SHAPES)),
+    st.floats(1e-6, 1),
+)
+def test_wsd_runs_of_any_length_share_all_steps_up_to_the_first_of_their_decay(
+    length, more, shape, peak
+):
     short = Schedule("wsd", peak, warmup_steps=5, decay_steps=length, decay_shape=shape)
     long = Schedule("wsd", peak, warmup_steps=5, decay_steps=length + more, decay_shape=shape)
     shared = length - round(0.2 * length) + 1

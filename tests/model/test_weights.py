@@ -59,7 +59,9 @@ def assert_equal_logits(actual: Tensor, expected: Tensor):
 def test_huggingface_weights_give_huggingface_logits(huggingface, activation):
     theirs = huggingface(activation_function=activation)
     config = config_from_huggingface(theirs.config.to_dict())
-    assert_equal_logits(our_logits(config, from_huggingface(theirs.state_dict())), their_logits(theirs))
+    assert_equal_logits(
+        our_logits(config, from_huggingface(theirs.state_dict())), their_logits(theirs)
+    )
 
 
 def test_the_activation_of_the_weights_is_needed_for_that(huggingface):
@@ -71,7 +73,10 @@ def test_the_activation_of_the_weights_is_needed_for_that(huggingface):
 
 def test_huggingface_weights_without_their_head_or_prefix_are_the_same(huggingface):
     theirs = huggingface()
-    with_head, without = from_huggingface(theirs.state_dict()), from_huggingface(theirs.transformer.state_dict())
+    with_head, without = (
+        from_huggingface(theirs.state_dict()),
+        from_huggingface(theirs.transformer.state_dict()),
+    )
     assert with_head.keys() == without.keys()
     assert all(torch.equal(with_head[name], without[name]) for name in without)
 
@@ -80,7 +85,9 @@ def test_huggingface_weights_without_their_head_or_prefix_are_the_same(huggingfa
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_our_weights_give_our_logits_in_huggingface(small_gpt, bias, activation):
     ours = small_gpt(bias=bias, activation=activation)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config_to_huggingface(ours.config))).eval()
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**config_to_huggingface(ours.config))
+    ).eval()
     missing, unexpected = theirs.load_state_dict(to_huggingface(ours.state_dict()), strict=False)
     theirs.tie_weights()
     assert (missing, unexpected) == (["lm_head.weight"], [])
@@ -92,7 +99,9 @@ def test_an_export_opens_from_disk_with_from_pretrained(small_gpt, tmp_path):
 
     ours = small_gpt(bias=False)
     transformers.GPT2Config(**config_to_huggingface(ours.config)).save_pretrained(tmp_path)
-    save_file(to_huggingface(ours.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        to_huggingface(ours.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert_equal_logits(their_logits(theirs), our_logits(ours.config, ours.state_dict()))
 
@@ -112,17 +121,28 @@ def test_configs_there_and_back(activation):
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
 )
 def test_the_four_sizes_have_huggingfaces_names_and_shapes(name, parameters):
     config = GPT2_SIZES[name]
     with torch.device("meta"):
         ours = GPT(config)
-        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config_to_huggingface(config)))
+        theirs = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(**config_to_huggingface(config))
+        )
     assert ours.num_parameters() == parameters
     assert config_from_huggingface(theirs.config.to_dict()) == config
-    expected = {key: tensor.shape for key, tensor in theirs.state_dict().items() if key != "lm_head.weight"}
-    assert {key: tensor.shape for key, tensor in to_huggingface(ours.state_dict()).items()} == expected
+    expected = {
+        key: tensor.shape for key, tensor in theirs.state_dict().items() if key != "lm_head.weight"
+    }
+    assert {
+        key: tensor.shape for key, tensor in to_huggingface(ours.state_dict()).items()
+    } == expected
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
@@ -139,12 +159,18 @@ def test_a_nanogpt_checkpoint_becomes_ours(small_gpt, prefix, bias):
 @pytest.mark.parametrize("load", [from_nanogpt, from_huggingface, to_huggingface])
 def test_missing_and_unexpected_names_are_named(small_gpt, load):
     weights = small_gpt().state_dict()
-    lacking = {name: tensor for name, tensor in weights.items() if name != "transformer.h.1.mlp.c_fc.bias"}
-    with pytest.raises(ValueError, match=r"missing transformer\.h\.1\.mlp\.c_fc\.bias; unexpected nothing"):
+    lacking = {
+        name: tensor for name, tensor in weights.items() if name != "transformer.h.1.mlp.c_fc.bias"
+    }
+    with pytest.raises(
+        ValueError, match=r"missing transformer\.h\.1\.mlp\.c_fc\.bias; unexpected nothing"
+    ):
         load(lacking)
     with pytest.raises(ValueError, match=r"missing nothing; unexpected transformer\.extra"):
         load({**weights, "transformer.extra": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"missing transformer\.h\.2.*unexpected transformer\.h\.9"):
+    with pytest.raises(
+        ValueError, match=r"missing transformer\.h\.2.*unexpected transformer\.h\.9"
+    ):
         load({name.replace("h.2.", "h.9."): tensor for name, tensor in weights.items()})
     with pytest.raises(ValueError, match="missing"):
         load({})

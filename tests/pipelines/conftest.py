@@ -15,10 +15,23 @@ from orchestrator.train.numerics import Worker
 from tests.helpers import small_run
 
 REPO = Path(__file__).resolve().parent.parent.parent
-SMALL = ["data.tokenizer=char", "model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.block_size=32",
-         "model.pad_vocab_to=16", "train.micro_batch_size=4", "train.global_batch_size=4", "train.max_steps=12",
-         "train.log_interval=1", "train.eval_interval=4", "train.checkpoint_interval=4", "train.keep=3",
-         "schedule.max_lr=3e-3", "compute.use_gpu=false"]
+SMALL = [
+    "data.tokenizer=char",
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_embd=32",
+    "model.block_size=32",
+    "model.pad_vocab_to=16",
+    "train.micro_batch_size=4",
+    "train.global_batch_size=4",
+    "train.max_steps=12",
+    "train.log_interval=1",
+    "train.eval_interval=4",
+    "train.checkpoint_interval=4",
+    "train.keep=3",
+    "schedule.max_lr=3e-3",
+    "compute.use_gpu=false",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +48,9 @@ def trained_run(tiny_corpus, tiny_dataset, tmp_path_factory) -> Path:
     """`<storage>/tiny`: 12 steps, an evaluation and a checkpoint every 4."""
     run_dir = tmp_path_factory.mktemp("storage") / "tiny"
     run_dir.mkdir()
-    experiment = load_experiment(None, ["name=tiny", f"data.corpus={tiny_corpus}", f"data.dir={tiny_dataset}", *SMALL])
+    experiment = load_experiment(
+        None, ["name=tiny", f"data.corpus={tiny_corpus}", f"data.dir={tiny_dataset}", *SMALL]
+    )
     before = torch.get_num_threads()
     train(experiment, run_dir, tiny_dataset, Worker(cpus=1))
     torch.set_num_threads(before)
@@ -46,7 +61,9 @@ def trained_run(tiny_corpus, tiny_dataset, tmp_path_factory) -> Path:
 def golden(ray_head, tiny_corpus, tmp_path_factory) -> tuple[Path, str]:
     """`train.py` on one worker, never killed: its folder and what it printed."""
     storage = tmp_path_factory.mktemp("golden")
-    return storage / "small", small_run.run(ray_head, storage, tiny_corpus, "compute.num_workers=1").stdout
+    return storage / "small", small_run.run(
+        ray_head, storage, tiny_corpus, "compute.num_workers=1"
+    ).stdout
 
 
 @pytest.fixture
@@ -64,8 +81,14 @@ def damaged_run(trained_run, tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def type_command():
     """Run `pipelines/<script>` as a shell would; returns the finished process, its output as text."""
+
     def run(script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, str(REPO / "pipelines" / script), *map(str, args)], text=True,
-                              capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+        return subprocess.run(
+            [sys.executable, str(REPO / "pipelines" / script), *map(str, args)],
+            text=True,
+            capture_output=True,
+            timeout=120,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        )
 
     return run

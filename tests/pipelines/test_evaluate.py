@@ -47,7 +47,12 @@ def test_the_numbers_are_those_of_the_definitions(trained_run, tiny_dataset, cap
     with torch.no_grad():
         for i in range(0, len(ids) - 1, 32):
             window = ids[i : i + 33]
-            nats += model(window[None, :-1], window[None, 1:], reduction="none")[1].double().sum().item()
+            nats += (
+                model(window[None, :-1], window[None, 1:], reduction="none")[1]
+                .double()
+                .sum()
+                .item()
+            )
     main([str(trained_run)])
     table, size = table_of(capsys), int(lengths[ids[1:].numpy()].sum())
     assert table["targets"] == f"{len(ids) - 1:,} tokens, {size:,} bytes"
@@ -64,7 +69,9 @@ def test_a_part_of_the_other_split(trained_run, capsys):
     assert "logged then" not in table
 
 
-def test_a_copied_checkpoint_finds_its_tokens_where_it_is_told(trained_run, tiny_dataset, tmp_path, capsys):
+def test_a_copied_checkpoint_finds_its_tokens_where_it_is_told(
+    trained_run, tiny_dataset, tmp_path, capsys
+):
     shutil.copytree(tiny_dataset, tmp_path / "tokens")
     shutil.copytree(trained_run / "checkpoints" / "step-00000012", tmp_path / "copied")
     main([str(tmp_path / "copied"), f"data.dir={tmp_path / 'tokens'}"])
@@ -73,7 +80,9 @@ def test_a_copied_checkpoint_finds_its_tokens_where_it_is_told(trained_run, tiny
     assert "the same bits" in table["logged then"]
 
 
-def test_tokens_in_the_storage_are_known_by_their_content(trained_run, tiny_dataset, tmp_path, capsys):
+def test_tokens_in_the_storage_are_known_by_their_content(
+    trained_run, tiny_dataset, tmp_path, capsys
+):
     shutil.copytree(trained_run, tmp_path / "tiny")
     shutil.copytree(tiny_dataset, tmp_path / "data" / "wherever")
     (tmp_path / "data" / "unfinished").mkdir()
@@ -86,18 +95,23 @@ def test_other_tokens_are_refused(trained_run, tiny_dataset, tmp_path):
     shutil.copytree(tiny_dataset, other)
     manifest = json.loads((other / "manifest.json").read_text("utf-8"))
     manifest["splits"]["val"]["stream_sha256"] = "0" * 64
-    write_manifest(other, {k: v for k, v in manifest.items() if k not in ("format_version", "files", "sha256")})
+    write_manifest(
+        other, {k: v for k, v in manifest.items() if k not in ("format_version", "files", "sha256")}
+    )
     with pytest.raises(UserError, match="not those that .* was trained on"):
         main([str(trained_run), f"data.dir={other}"])
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["train.max_steps=5"], "an evaluation takes everything from the checkpoint but data.dir"),
-    (["more"], "'more': an evaluation takes"),
-    (["data.dir=/nowhere"], "/nowhere: no finished dataset"),
-    (["--split", "test"], "invalid choice: 'test'"),
-    (["--tokens", "1"], "'1' is not a whole number of at least 2"),
-])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train.max_steps=5"], "an evaluation takes everything from the checkpoint but data.dir"),
+        (["more"], "'more': an evaluation takes"),
+        (["data.dir=/nowhere"], "/nowhere: no finished dataset"),
+        (["--split", "test"], "invalid choice: 'test'"),
+        (["--tokens", "1"], "'1' is not a whole number of at least 2"),
+    ],
+)
 def test_a_wrong_word_is_named(trained_run, words, said):
     with pytest.raises(UserError, match=said):
         main([str(trained_run), *words])
@@ -112,12 +126,24 @@ def test_as_typed(damaged_run, type_command):
 
 
 def test_a_checkpoint_named_from_its_own_folder_finds_its_tokens_beside_the_run(
-        tiny_corpus, tiny_dataset, tmp_path, monkeypatch, capsys):
+    tiny_corpus, tiny_dataset, tmp_path, monkeypatch, capsys
+):
     beside, run_dir = tmp_path / "data" / "some", tmp_path / "alone"
     shutil.copytree(tiny_dataset, beside)
     run_dir.mkdir()
-    small = ["model.n_layer=1", "model.n_head=1", "model.n_embd=8", "model.block_size=8", "train.max_steps=2"]
-    train(load_experiment(None, [f"data.corpus={tiny_corpus}", "data.tokenizer=char", *small]), run_dir, beside, Worker())
+    small = [
+        "model.n_layer=1",
+        "model.n_head=1",
+        "model.n_embd=8",
+        "model.block_size=8",
+        "train.max_steps=2",
+    ]
+    train(
+        load_experiment(None, [f"data.corpus={tiny_corpus}", "data.tokenizer=char", *small]),
+        run_dir,
+        beside,
+        Worker(),
+    )
     monkeypatch.chdir(run_dir / "checkpoints")
     assert main(["step-00000002"]) == 0
     assert str(beside) in table_of(capsys)["tokens of"]

@@ -39,7 +39,10 @@ def test_it_shows_the_batch_that_training_takes(stored, tiny_dataset, capsys, st
         at = lines.index(next(line for line in lines if line.startswith(f"row {row}:")))
         first = int(batches.offsets(step)[row])
         assert lines[at].endswith(f"tokens {first:,} to {first + 31:,} of train")
-        for name, ids, line in ("inputs", inputs[row], lines[at + 1]), ("targets", targets[row], lines[at + 3]):
+        for name, ids, line in (
+            ("inputs", inputs[row], lines[at + 1]),
+            ("targets", targets[row], lines[at + 3]),
+        ):
             assert line.split() == [name, "…", *map(str, ids[-8:])]
         assert tokenizer.decode(inputs[row, -8:]).replace("\n", "\\n") in lines[at + 2]
         assert "tiny.txt" in lines[at + 5]
@@ -72,17 +75,24 @@ def test_the_first_loss_is_the_one_that_training_logs(experiment, trained_run, t
 def test_moved_by_one_can_be_false(experiment, tiny_dataset):
     batch = batch_of(experiment, tiny_dataset, 3)
     assert batch.moved_by_one
-    for targets in (batch.inputs, np.roll(batch.targets, 1, axis=0), batch.targets * [*[1] * 31, 0]):
+    for targets in (
+        batch.inputs,
+        np.roll(batch.targets, 1, axis=0),
+        batch.targets * [*[1] * 31, 0],
+    ):
         assert not dataclasses.replace(batch, targets=targets).moved_by_one
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["--step", "-1"], "expected one argument|'-1' is not a whole number"),
-    (["--step", "x"], "'x' is not a whole number of at least 0"),
-    (["--lines", "3"], "unrecognized arguments: --lines"),
-    (["model.n_heads=3"], "did you mean model.n_head"),
-    (["other.yaml"], "one experiment at a time"),
-])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--step", "-1"], "expected one argument|'-1' is not a whole number"),
+        (["--step", "x"], "'x' is not a whole number of at least 0"),
+        (["--lines", "3"], "unrecognized arguments: --lines"),
+        (["model.n_heads=3"], "did you mean model.n_head"),
+        (["other.yaml"], "one experiment at a time"),
+    ],
+)
 def test_a_wrong_word_is_named(stored, words, said):
     with pytest.raises(UserError, match=said):
         main([str(stored), *words])

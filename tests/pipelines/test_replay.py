@@ -37,13 +37,19 @@ def track(run_dir: Path):
     """Give the run what a driver gives it, by which it is tracked; its experiment."""
     stored = runs.stored_experiment(run_dir / "checkpoints" / "step-00000012")
     (run_dir / "experiment.yaml").write_text(stored.to_yaml(), "utf-8")
-    (run_dir / "run.json").write_text(json.dumps({"name": "tiny", "key": "a" * 32, "attempts": [{"from_step": 0}]}), "utf-8")
+    (run_dir / "run.json").write_text(
+        json.dumps({"name": "tiny", "key": "a" * 32, "attempts": [{"from_step": 0}]}), "utf-8"
+    )
     return stored
 
 
 def own_files(run_dir: Path) -> dict[str, bytes]:
     """What a replay may not touch."""
-    files = (path for path in sorted(run_dir.rglob("*")) if path.is_file() and "replays" not in path.parts)
+    files = (
+        path
+        for path in sorted(run_dir.rglob("*"))
+        if path.is_file() and "replays" not in path.parts
+    )
     return {str(path): path.read_bytes() for path in files if path.name != events.FILE}
 
 
@@ -52,12 +58,26 @@ def test_an_equal_run(run_dir, capsys):
     assert main([str(run_dir)]) == 0
     said = capsys.readouterr().out
     assert "4 logged lines of steps 8..12 equal, weights equal (step 12)" in said
-    assert [int(step) for step in re.findall(r"^step +(\d+)/12", said, re.MULTILINE)] == [9, 10, 11, 12]
+    assert [int(step) for step in re.findall(r"^step +(\d+)/12", said, re.MULTILINE)] == [
+        9,
+        10,
+        11,
+        12,
+    ]
     [kept] = (run_dir / "replays").iterdir()  # and nothing of what was trained
     verdict = json.loads(kept.read_text("utf-8"))
-    assert (verdict["equal"], verdict["steps"], verdict["lines"], verdict["causes"]) == (True, [8, 12], 4, [])
+    assert (verdict["equal"], verdict["steps"], verdict["lines"], verdict["causes"]) == (
+        True,
+        [8, 12],
+        4,
+        [],
+    )
     [event] = events.read(run_dir)
-    assert (event["kind"], event["equal"], event["verdict"]) == ("replay", True, f"replays/{kept.name}")
+    assert (event["kind"], event["equal"], event["verdict"]) == (
+        "replay",
+        True,
+        f"replays/{kept.name}",
+    )
     assert own_files(run_dir) == before
 
 
@@ -65,7 +85,9 @@ def test_what_differs_is_said_and_what_was_made_again_stays(run_dir, capsys):
     nudge(run_dir, 10)
     assert main([str(run_dir), "--steps", "9:"]) == 1
     said = capsys.readouterr().out
-    assert re.search(f"first difference +step 10, train/loss: {NUMBER} then, {NUMBER} now, 1 ulp apart", said)
+    assert re.search(
+        f"first difference +step 10, train/loss: {NUMBER} then, {NUMBER} now, 1 ulp apart", said
+    )
     assert re.search(r"cause +journal: weights and moments of step 12 are the same bits", said)
     folder, kept = sorted((run_dir / "replays").iterdir(), key=lambda path: path.suffix)
     assert checkpoint.steps(folder / "checkpoints") == [12]
@@ -93,11 +115,17 @@ def test_as_typed_by_name_with_the_verdict_in_mlflow(run_dir, tmp_path, type_com
     done = type_command("replay.py", "tiny", "--steps", ":")
     assert (done.returncode, done.stderr) == (1, "")
     [run] = client.search_runs(experiments, "tags.`replay.equal` = 'false'")
-    assert run.data.tags["replay.verdict"].startswith("steps 0..12 differ, first at step 3, train/loss: 0x")
+    assert run.data.tags["replay.verdict"].startswith(
+        "steps 0..12 differ, first at step 3, train/loss: 0x"
+    )
     assert run.data.tags["events.replay"] == "2"
     names = [file.path for file in client.list_artifacts(run.info.run_id, "replays")]
-    assert names == [f"replays/{path.name}" for path in sorted((run_dir / "replays").glob("*.json"))]
-    verdict = json.loads(Path(client.download_artifacts(run.info.run_id, names[1])).read_text("utf-8"))
+    assert names == [
+        f"replays/{path.name}" for path in sorted((run_dir / "replays").glob("*.json"))
+    ]
+    verdict = json.loads(
+        Path(client.download_artifacts(run.info.run_id, names[1])).read_text("utf-8")
+    )
     assert [cause["kind"] for cause in verdict["causes"]] == ["journal"]
 
 
@@ -108,13 +136,16 @@ def test_a_server_that_is_away_changes_no_verdict(run_dir, monkeypatch, capsys):
     assert f"pipelines/replay_metrics.py {run_dir} sends it later" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["--steps", "8"], "'8' is not A:B"),
-    (["--steps", "8:12:2"], "'8:12:2' is not A:B"),
-    (["--steps", "-1:4"], "expected one argument"),
-    (["--steps", "8:13"], "8:13 is no stretch of this run, which has steps 0:12"),
-    (["--what"], "unrecognized arguments: --what"),
-])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "8"], "'8' is not A:B"),
+        (["--steps", "8:12:2"], "'8:12:2' is not A:B"),
+        (["--steps", "-1:4"], "expected one argument"),
+        (["--steps", "8:13"], "8:13 is no stretch of this run, which has steps 0:12"),
+        (["--what"], "unrecognized arguments: --what"),
+    ],
+)
 def test_a_wrong_word_is_named(trained_run, words, said):
     with pytest.raises(UserError, match=re.escape(said)):
         main([str(trained_run), *words])

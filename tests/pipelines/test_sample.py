@@ -42,9 +42,25 @@ def test_greedy_is_generate_each_time(trained_run, capsys):
 def test_every_option_reaches_generate(trained_run, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_text("a dog\n", "utf-8")
     folder = checkpoint.path_of(trained_run / "checkpoints", 8)
-    texts = written(capsys, folder, "--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", "40",
-                    "--temperature", "1.5", "--top-k", "5", "--seed", "7", "--num-samples", "2")
-    assert texts == [drawn(folder, "a dog\n", 40, temperature=1.5, top_k=5, seed=seed) for seed in (7, 8)]
+    texts = written(
+        capsys,
+        folder,
+        "--prompt-file",
+        tmp_path / "prompt.txt",
+        "--max-new-tokens",
+        "40",
+        "--temperature",
+        "1.5",
+        "--top-k",
+        "5",
+        "--seed",
+        "7",
+        "--num-samples",
+        "2",
+    )
+    assert texts == [
+        drawn(folder, "a dog\n", 40, temperature=1.5, top_k=5, seed=seed) for seed in (7, 8)
+    ]
     assert texts[0] != texts[1]
 
 
@@ -66,8 +82,14 @@ def test_best_is_the_lowest_val_loss(trained_run, tmp_path, capsys):
     shutil.copytree(trained_run, run)
     last = checkpoint.path_of(run / "checkpoints", 12)
     tensors = {"model": checkpoint.load_tensors(last, "model")}
-    texts = {name: (last / name).read_text("utf-8") for name in ("experiment.yaml", "model.json", "tokenizer.json")}
-    facts = {"metrics": {"val/loss": 99.0}, "fingerprints": checkpoint.read_manifest(last)["fingerprints"]}
+    texts = {
+        name: (last / name).read_text("utf-8")
+        for name in ("experiment.yaml", "model.json", "tokenizer.json")
+    }
+    facts = {
+        "metrics": {"val/loss": 99.0},
+        "fingerprints": checkpoint.read_manifest(last)["fingerprints"],
+    }
     checkpoint.save(run / "checkpoints", 16, tensors, texts, facts)
     for words, step in (["--best"], 12), ([], 16):
         main([str(run), "--max-new-tokens", "1", *words])
@@ -89,28 +111,42 @@ def test_a_damaged_checkpoint_that_was_named_is_refused(damaged_run):
 
 def test_a_hugging_face_folder(tmp_path, gpt2_ranks, capsys):
     torch.manual_seed(0)
-    shape = {"block_size": 16, "vocab_size": 50257, "n_layer": 1, "n_head": 2, "n_embd": 8, "activation": "gelu_tanh"}
+    shape = {
+        "block_size": 16,
+        "vocab_size": 50257,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": 8,
+        "activation": "gelu_tanh",
+    }
     model = GPT(GPTConfig(**shape)).eval()
     tensors = {k: v.contiguous() for k, v in weights.to_huggingface(model.state_dict()).items()}
     save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(weights.config_to_huggingface(model.config)), "utf-8")
+    (tmp_path / "config.json").write_text(
+        json.dumps(weights.config_to_huggingface(model.config)), "utf-8"
+    )
     tokenizer = load_tokenizer("gpt2")
     ids = torch.from_numpy(tokenizer.encode("Hello").astype("int64"))[None]
     expected = tokenizer.decode(generate(model, ids, 10, temperature=0)[0].tolist())
-    assert written(capsys, tmp_path, "--prompt", "Hello", "--temperature", "0", "--max-new-tokens", "10") == [expected]
+    assert written(
+        capsys, tmp_path, "--prompt", "Hello", "--temperature", "0", "--max-new-tokens", "10"
+    ) == [expected]
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["--temperature", "-1"], "'-1' is not a number of at least 0"),
-    (["--temperature", "nan"], "'nan' is not a number"),
-    (["--top-k", "0"], "'0' is not a whole number of at least 1"),
-    (["--max-new-tokens", "many"], "'many' is not a whole number"),
-    (["--temprature", "1"], "unrecognized arguments: --temprature"),
-    (["--prompt", ""], "--prompt: it is empty"),
-    (["--prompt-file", "/nowhere/prompt.txt"], "/nowhere/prompt.txt cannot be read"),
-    (["--device", "abacus"], "'abacus' cannot be used here"),
-    (["--prompt", "a", "--prompt-file", "b"], "not allowed with argument"),
-])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--temperature", "-1"], "'-1' is not a number of at least 0"),
+        (["--temperature", "nan"], "'nan' is not a number"),
+        (["--top-k", "0"], "'0' is not a whole number of at least 1"),
+        (["--max-new-tokens", "many"], "'many' is not a whole number"),
+        (["--temprature", "1"], "unrecognized arguments: --temprature"),
+        (["--prompt", ""], "--prompt: it is empty"),
+        (["--prompt-file", "/nowhere/prompt.txt"], "/nowhere/prompt.txt cannot be read"),
+        (["--device", "abacus"], "'abacus' cannot be used here"),
+        (["--prompt", "a", "--prompt-file", "b"], "not allowed with argument"),
+    ],
+)
 def test_a_wrong_option_is_named(trained_run, words, said):
     with pytest.raises(UserError, match=said):
         main([str(trained_run), *words])

@@ -27,31 +27,60 @@ from tests.helpers.small_run import wait_for
 REPO = Path(__file__).resolve().parent.parent.parent
 QUICKSTART = REPO / "configs" / "quickstart.yaml"
 CPUS = 2  # of the head's four: two stages at a time
-BASE = ["data.tokenizer=char", "model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.block_size=32",
-        "model.dropout=0.1", "model.pad_vocab_to=1", "train.micro_batch_size=4", "train.global_batch_size=16",
-        "train.max_steps=20", "train.log_interval=3", "train.eval_interval=5", "train.eval_tokens=2000",
-        "train.checkpoint_interval=100", "schedule.kind=wsd", "schedule.warmup_steps=4", "schedule.max_lr=1e-2",
-        f"compute.cpus_per_worker={CPUS}"]
+BASE = [
+    "data.tokenizer=char",
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_embd=32",
+    "model.block_size=32",
+    "model.dropout=0.1",
+    "model.pad_vocab_to=1",
+    "train.micro_batch_size=4",
+    "train.global_batch_size=16",
+    "train.max_steps=20",
+    "train.log_interval=3",
+    "train.eval_interval=5",
+    "train.eval_tokens=2000",
+    "train.checkpoint_interval=100",
+    "schedule.kind=wsd",
+    "schedule.warmup_steps=4",
+    "schedule.max_lr=1e-2",
+    f"compute.cpus_per_worker={CPUS}",
+]
 PEAKS, HORIZONS, SHAPES = ["0.01", "0.003"], ["20", "30"], ["linear", "cosine"]
 WRITERS = "stages/*/.writer"  # who writes there
-NAMED = {"cosine": ["schedule.kind=cosine", "train.max_steps=30"], "other": ["optim.weight_decay=0.3"]}
+NAMED = {
+    "cosine": ["schedule.kind=cosine", "train.max_steps=30"],
+    "other": ["optim.weight_decay=0.3"],
+}
 # 25 steps branch off inside a stretch that ended at no checkpoint: up to there it is run again.
 MORE_PEAKS, MORE_HORIZONS = [*PEAKS, "0.03"], [*HORIZONS, "25"]
-AGAIN = 2 * 4  # both peaks, 17 to 21 (or 16 to 20, where the last bit of the first rate of a decay is not the peak's)
+AGAIN = (
+    2 * 4
+)  # both peaks, 17 to 21 (or 16 to 20, where the last bit of the first rate of a decay is not the peak's)
 
 
 def space(peaks=PEAKS, horizons=HORIZONS) -> list[str]:
     """The sweep's words: wsd with two ends, beside each other peaks and horizons; a cosine; another field."""
     named = [f"sweep.trials.{name}.{word}" for name, words in NAMED.items() for word in words]
-    return [f"sweep.grid.schedule.max_lr=[{', '.join(peaks)}]", f"sweep.grid.train.max_steps=[{', '.join(horizons)}]",
-            f"sweep.grid.schedule.decay_shape=[{', '.join(SHAPES)}]", *named]
+    return [
+        f"sweep.grid.schedule.max_lr=[{', '.join(peaks)}]",
+        f"sweep.grid.train.max_steps=[{', '.join(horizons)}]",
+        f"sweep.grid.schedule.decay_shape=[{', '.join(SHAPES)}]",
+        *named,
+    ]
 
 
 def trials(peaks=PEAKS, horizons=HORIZONS) -> dict[str, list[str]]:
     """What each trial of `space` changes, written down a second time."""
-    grid = {f"decay_shape-{shape}_max_lr-{peak}_max_steps-{steps}":
-            [f"schedule.decay_shape={shape}", f"schedule.max_lr={peak}", f"train.max_steps={steps}"]
-            for peak, steps, shape in itertools.product(peaks, horizons, SHAPES)}
+    grid = {
+        f"decay_shape-{shape}_max_lr-{peak}_max_steps-{steps}": [
+            f"schedule.decay_shape={shape}",
+            f"schedule.max_lr={peak}",
+            f"train.max_steps={steps}",
+        ]
+        for peak, steps, shape in itertools.product(peaks, horizons, SHAPES)
+    }
     return grid | NAMED
 
 
@@ -60,27 +89,53 @@ def trie(asked: dict[str, list[str]]) -> int:
     prefixes = set()
     for words in asked.values():
         e = load_experiment(QUICKSTART, [*BASE, *words])
-        rates = np.array([learning_rate(e.lr_schedule(), step) for step in range(e.train.max_steps)]).tobytes()
-        prefixes |= {(e.optim.weight_decay, rates[: 8 * (step + 1)]) for step in range(e.train.max_steps)}
+        rates = np.array(
+            [learning_rate(e.lr_schedule(), step) for step in range(e.train.max_steps)]
+        ).tobytes()
+        prefixes |= {
+            (e.optim.weight_decay, rates[: 8 * (step + 1)]) for step in range(e.train.max_steps)
+        }
     return len(prefixes)
 
 
 # ---- running it ----
 def command(storage: Path, corpus: Path, *words: str) -> list[str]:
-    return [sys.executable, str(REPO / "pipelines" / "sweep.py"), str(QUICKSTART), f"storage={storage}", f"data.corpus={corpus}",
-            "name=mixed", *BASE, *words]
+    return [
+        sys.executable,
+        str(REPO / "pipelines" / "sweep.py"),
+        str(QUICKSTART),
+        f"storage={storage}",
+        f"data.corpus={corpus}",
+        "name=mixed",
+        *BASE,
+        *words,
+    ]
 
 
-def run(ray_head, storage: Path, corpus: Path, *words: str, status: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(command(storage, corpus, *words), env=ray_head.env, capture_output=True, text=True, timeout=240)
+def run(
+    ray_head, storage: Path, corpus: Path, *words: str, status: int = 0
+) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(storage, corpus, *words),
+        env=ray_head.env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
 
 def begin(ray_head, storage: Path, corpus: Path, *words: str) -> subprocess.Popen:
     # A shell in the background ignores Ctrl-C for all that it starts; who types it is in front.
-    return subprocess.Popen(command(storage, corpus, *words), env=ray_head.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen(
+        command(storage, corpus, *words),
+        env=ray_head.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 # ---- what it left ----
@@ -90,12 +145,18 @@ def read(path: Path):
 
 def results(sweep: Path) -> dict[str, tuple[int, bytes]]:
     """When each result.json was written, and what it says."""
-    return {file.parent.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in sweep.glob("stages/*/result.json")}
+    return {
+        file.parent.name: (file.stat().st_mtime_ns, file.read_bytes())
+        for file in sweep.glob("stages/*/result.json")
+    }
 
 
 def exact(run_dir: Path) -> list[dict]:
     """Of a curve all that must not depend on how it was made."""
-    return [{k: v for k, v in r.items() if k.startswith(("step", "train/", "val/", "optim/"))} for r in journal.read(run_dir)]
+    return [
+        {k: v for k, v in r.items() if k.startswith(("step", "train/", "val/", "optim/"))}
+        for r in journal.read(run_dir)
+    ]
 
 
 def outcome(trial: Path) -> tuple[str, list[dict]]:
@@ -116,8 +177,10 @@ def outcomes(sweep: Path) -> dict[str, tuple[str, list[dict]]]:
 
 def mlflow_runs(storage: Path) -> dict[str, tuple[str, str, str | None]]:
     """`{name: (run id, status, the parent's id)}` of the store."""
-    query = ("select name, r.run_uuid, status, t.value from runs r left join tags t on t.run_uuid = r.run_uuid "
-             "and t.key = 'mlflow.parentRunId'")
+    query = (
+        "select name, r.run_uuid, status, t.value from runs r left join tags t on t.run_uuid = r.run_uuid "
+        "and t.key = 'mlflow.parentRunId'"
+    )
     with sqlite3.connect(storage / "mlflow" / "mlflow.db") as db:
         rows = db.execute(query).fetchall()
     assert len({row[0] for row in rows}) == len(rows), "a trial has two runs"
@@ -126,8 +189,10 @@ def mlflow_runs(storage: Path) -> dict[str, tuple[str, str, str | None]]:
 
 def points(storage: Path, run_id: str) -> list[tuple[int, float]]:
     with sqlite3.connect(storage / "mlflow" / "mlflow.db") as db:
-        return db.execute("select step, value from metrics where key = 'train/loss' and run_uuid = ? order by step",
-                          [run_id]).fetchall()
+        return db.execute(
+            "select step, value from metrics where key = 'train/loss' and run_uuid = ? order by step",
+            [run_id],
+        ).fetchall()
 
 
 def assert_tracked(storage: Path, statuses: dict[str, str], whole: str) -> None:
@@ -139,7 +204,9 @@ def assert_tracked(storage: Path, statuses: dict[str, str], whole: str) -> None:
     assert {above for _, _, above in runs.values()} == {parent}
     for name, (run_id, _, _) in runs.items():
         curve = journal.read(storage / "mixed" / "trials" / name)
-        assert points(storage, run_id) == [(r["step"], r["train/loss"]) for r in curve if "train/loss" in r], name
+        assert points(storage, run_id) == [
+            (r["step"], r["train/loss"]) for r in curve if "train/loss" in r
+        ], name
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +214,19 @@ def golden(ray_head, tiny_corpus, tmp_path_factory) -> SimpleNamespace:
     """The mixed sweep, never killed: what it printed and left, before another test goes on with it."""
     storage = tmp_path_factory.mktemp("golden")
     text = run(ray_head, storage, tiny_corpus, *space()).stdout
-    sweep, data = storage / "mixed", load_experiment(None, [f"data.corpus={tiny_corpus}", "data.tokenizer=char"]).data
-    return SimpleNamespace(storage=storage, sweep=sweep, text=text, summary=read(sweep / "summary.json"),
-                           outcomes=outcomes(sweep), results=results(sweep), data=dataset_dir(data, storage))
+    sweep, data = (
+        storage / "mixed",
+        load_experiment(None, [f"data.corpus={tiny_corpus}", "data.tokenizer=char"]).data,
+    )
+    return SimpleNamespace(
+        storage=storage,
+        sweep=sweep,
+        text=text,
+        summary=read(sweep / "summary.json"),
+        outcomes=outcomes(sweep),
+        results=results(sweep),
+        data=dataset_dir(data, storage),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +239,17 @@ def alone(golden, tmp_path_factory):
         if key not in known:
             run_dir = folder / str(len(known))
             run_dir.mkdir()
-            train(load_experiment(QUICKSTART, [*BASE, *words]), run_dir, golden.data, Worker(cpus=CPUS))
+            train(
+                load_experiment(QUICKSTART, [*BASE, *words]),
+                run_dir,
+                golden.data,
+                Worker(cpus=CPUS),
+            )
             last = checkpoint.latest_valid(run_dir / "checkpoints")
-            known[key] = checkpoint.weights_sha256(checkpoint.load_tensors(last, "model")), exact(run_dir)
+            known[key] = (
+                checkpoint.weights_sha256(checkpoint.load_tensors(last, "model")),
+                exact(run_dir),
+            )
         return known[key]
 
     return one
@@ -178,8 +263,16 @@ def test_every_trial_is_its_lone_run_and_no_step_is_run_twice(golden, alone):
         assert golden.outcomes[name] == alone(words), name
     s = golden.summary
     assert (s["status"], s["trials"], s["done"]) == ("FINISHED", len(asked), len(asked))
-    assert s["steps_run"] == s["steps_in_tree"] == trie(asked) < s["steps_asked"] == 4 * 20 + 4 * 30 + 30 + 20
-    assert sum(json.loads(text)["steps_run"] for _, text in golden.results.values()) == s["steps_run"]
+    assert (
+        s["steps_run"]
+        == s["steps_in_tree"]
+        == trie(asked)
+        < s["steps_asked"]
+        == 4 * 20 + 4 * 30 + 30 + 20
+    )
+    assert (
+        sum(json.loads(text)["steps_run"] for _, text in golden.results.values()) == s["steps_run"]
+    )
     assert s["stages_run"] == len(golden.results)
 
 
@@ -187,11 +280,19 @@ def test_the_end_ranks_the_trials_and_names_the_best(golden):
     losses = {name: curve[-1]["val/loss"] for name, (_, curve) in golden.outcomes.items()}
     best = min(losses, key=losses.get)
     assert (golden.summary["best_trial"], golden.summary["best_value"]) == (best, losses[best])
-    for words in ("2 stage(s) at a time", f"pipelines/sample.py {golden.sweep}/trials/{best}", *losses):
+    for words in (
+        "2 stage(s) at a time",
+        f"pipelines/sample.py {golden.sweep}/trials/{best}",
+        *losses,
+    ):
         assert words in golden.text
     assert Path(golden.summary["best_checkpoint"]).is_dir()
-    assert {"comparison.csv", "plan.txt", "sweep.yaml"} <= {file.name for file in golden.sweep.iterdir()}
-    assert {"tree.png", "curves.png", "final_losses.png"} <= {file.name for file in golden.sweep.glob("figures/*")}
+    assert {"comparison.csv", "plan.txt", "sweep.yaml"} <= {
+        file.name for file in golden.sweep.iterdir()
+    }
+    assert {"tree.png", "curves.png", "final_losses.png"} <= {
+        file.name for file in golden.sweep.glob("figures/*")
+    }
 
 
 def test_mlflow_has_each_trial_below_the_sweep_with_its_whole_curve(golden):
@@ -208,7 +309,9 @@ def test_again_runs_nothing_and_ranks_once_more(golden, ray_head, tiny_corpus):
 
 
 # ---- grown, and killed while it is at it ----
-def test_grown_and_stopped_in_every_way_it_runs_what_is_new_once(golden, alone, ray_head, tiny_corpus):
+def test_grown_and_stopped_in_every_way_it_runs_what_is_new_once(
+    golden, alone, ray_head, tiny_corpus
+):
     """The driver by SIGKILL, SIGTERM and Ctrl-C, then a worker by SIGKILL; what stood before is never run again."""
     words, sweep, stood = space(MORE_PEAKS, MORE_HORIZONS), golden.sweep, golden.results
     for how, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 130)):
@@ -221,14 +324,19 @@ def test_grown_and_stopped_in_every_way_it_runs_what_is_new_once(golden, alone, 
         ended = (sweep / "summary.json").exists() and read(sweep / "summary.json")["status"]
         assert ended == (False if how == signal.SIGKILL else "KILLED")
         found = outcomes(sweep)
-        assert {name: found[name] for name in golden.outcomes} == golden.outcomes, "a finished trial was touched"
+        assert {name: found[name] for name in golden.outcomes} == golden.outcomes, (
+            "a finished trial was touched"
+        )
     out = finish_without_a_worker(begin(ray_head, golden.storage, tiny_corpus, *words), sweep)
     assert out.count("its process died; once more") == 1
 
     asked, after, found = trials(MORE_PEAKS, MORE_HORIZONS), results(sweep), outcomes(sweep)
     assert {stage: after[stage] for stage in stood} == stood
     new = [json.loads(text) for stage, (_, text) in after.items() if stage not in golden.results]
-    assert sum(result["stop"] - result["start"] for result in new) == trie(asked) - trie(trials()) + AGAIN
+    assert (
+        sum(result["stop"] - result["start"] for result in new)
+        == trie(asked) - trie(trials()) + AGAIN
+    )
     assert set(found) == set(asked)
     for name in asked:
         expected = golden.outcomes.get(name) or "linear" in name and alone(asked[name])
@@ -244,43 +352,77 @@ def finish_without_a_worker(process: subprocess.Popen, sweep: Path) -> str:
     marks = {f: f.stat().st_mtime_ns for f in sweep.glob(WRITERS)}
 
     def begun() -> Path | None:
-        return next((f for f in sweep.glob(WRITERS) if f.stat().st_mtime_ns != marks.get(f) and f.read_text()), None)
+        return next(
+            (
+                f
+                for f in sweep.glob(WRITERS)
+                if f.stat().st_mtime_ns != marks.get(f) and f.read_text()
+            ),
+            None,
+        )
 
-    os.kill(int(wait_for(begun, process).read_text().split()[1]), signal.SIGKILL)  # "process PID on host"
+    os.kill(
+        int(wait_for(begun, process).read_text().split()[1]), signal.SIGKILL
+    )  # "process PID on host"
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
     return out
 
 
 # ---- what goes wrong in a trial ----
-FAILING = ["sweep.trials.first.train.max_steps=20", "sweep.trials.last.train.max_steps=30",
-           "sweep.trials.hot={schedule.max_lr: 1e38, optim.max_grad_norm: null}",
-           f"sweep.trials.huge.model.pad_vocab_to={2**42}",  # an embedding beyond any address space
-           f"sweep.trials.huge-too={{model.pad_vocab_to: {2**42}, schedule.decay_shape: cosine}}"]
+FAILING = [
+    "sweep.trials.first.train.max_steps=20",
+    "sweep.trials.last.train.max_steps=30",
+    "sweep.trials.hot={schedule.max_lr: 1e38, optim.max_grad_norm: null}",
+    f"sweep.trials.huge.model.pad_vocab_to={2**42}",  # an embedding beyond any address space
+    f"sweep.trials.huge-too={{model.pad_vocab_to: {2**42}, schedule.decay_shape: cosine}}",
+]
 
 
-def test_a_trial_that_fails_or_diverges_ends_alone_and_every_report_says_so(golden, ray_head, tiny_corpus, tmp_path):
+def test_a_trial_that_fails_or_diverges_ends_alone_and_every_report_says_so(
+    golden, ray_head, tiny_corpus, tmp_path
+):
     done = run(ray_head, tmp_path, tiny_corpus, *FAILING, f"data.dir={golden.data}", status=1)
     sweep = tmp_path / "mixed"
-    states = {"first": "done", "last": "done", "hot": "diverged", "huge": "failed", "huge-too": "failed"}
+    states = {
+        "first": "done",
+        "last": "done",
+        "hot": "diverged",
+        "huge": "failed",
+        "huge-too": "failed",
+    }
     summary = read(sweep / "summary.json")
     assert {key: summary.get(key) for key in ("status", "done", "failed", "diverged")} == {
-        "status": "FAILED", "done": 2, "failed": 2, "diverged": 1}
-    assert {name: read(sweep / "trials" / name / "summary.json")["state"] for name in states} == states
-    told = [line.split()[:2] for line in done.stdout[done.stdout.index("not ranked:"):].splitlines()]
+        "status": "FAILED",
+        "done": 2,
+        "failed": 2,
+        "diverged": 1,
+    }
+    assert {
+        name: read(sweep / "trials" / name / "summary.json")["state"] for name in states
+    } == states
+    told = [
+        line.split()[:2] for line in done.stdout[done.stdout.index("not ranked:") :].splitlines()
+    ]
     assert all([name, state] in told for name, state in states.items() if state != "done")
     assert len(ranking(done.stdout)) >= 1 + 2
     assert "not finite" in read(sweep / "trials" / "hot" / "summary.json")["reason"]
     assert "memory" in read(sweep / "trials" / "huge" / "summary.json")["reason"]
     for name, steps in (("first", 20), ("last", 30)):
-        assert outcome(sweep / "trials" / name) == golden.outcomes[f"decay_shape-linear_max_lr-0.01_max_steps-{steps}"]
-    assert_tracked(tmp_path, {n: "FINISHED" if s == "done" else "FAILED" for n, s in states.items()}, "FAILED")
+        assert (
+            outcome(sweep / "trials" / name)
+            == golden.outcomes[f"decay_shape-linear_max_lr-0.01_max_steps-{steps}"]
+        )
+    assert_tracked(
+        tmp_path, {n: "FINISHED" if s == "done" else "FAILED" for n, s in states.items()}, "FAILED"
+    )
 
 
 # ---- mistakes ----
 @pytest.fixture
 def typed(monkeypatch, capsys):
     """A command in this process, which is quicker: `(status, what it said)`. Nothing of it may reach Ray."""
+
     def type_(script: str, *words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [script, *words])
         monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
@@ -291,20 +433,58 @@ def typed(monkeypatch, capsys):
     return type_
 
 
-@pytest.mark.parametrize(("words", "says"), [
-    (["sweep.gird.schedule.max_lr=[1]"], ["sweep.gird: no such field; did you mean sweep.grid?"]),
-    (["sweep.grid.schedule.max_rl=[1]"], ["sweep.grid.schedule.max_rl: no such field; did you mean schedule.max_lr?"]),
-    ([], ["sweep: says nothing to vary"]),
-    (["sweep.grid.schedule.max_lr=[1e-3, -1, fast]", "sweep.grid.compute.num_workers=[1, 2]", "sweep.probe_step=3"],
-     ["sweep.grid.schedule.max_lr: -1", 'sweep.grid.schedule.max_lr: "fast"', "sweep.grid.compute.num_workers: cannot be swept",
-      "sweep.probe_step: 3 is for sweep.stop=anneal_probe"]),
-    (["sweep.grid.schedule.warmup_steps=[4, 25]", "sweep.grid.train.max_steps=[10, 20, 40]"],
-     ["2 of 6 trials cannot be run", "trial warmup_steps-25_max_steps-10: ", "trial warmup_steps-25_max_steps-20: "]),
-    (["sweep.trials.a.train.init_from=/no/such/a", "sweep.trials.b.train.init_from=/no/such/b"],
-     ["trial a: train.init_from: '/no/such/a' does not exist", "trial b: train.init_from: '/no/such/b' does not exist"]),
-    (["sweep.trials.a.train.max_steps=15", "sweep.from=nothing@5"], ["sweep.from: no run 'nothing'"]),
-])
-def test_mistakes_are_a_line_each_with_status_2_and_nothing_written(typed, tiny_corpus, tmp_path, words, says):
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["sweep.gird.schedule.max_lr=[1]"],
+            ["sweep.gird: no such field; did you mean sweep.grid?"],
+        ),
+        (
+            ["sweep.grid.schedule.max_rl=[1]"],
+            ["sweep.grid.schedule.max_rl: no such field; did you mean schedule.max_lr?"],
+        ),
+        ([], ["sweep: says nothing to vary"]),
+        (
+            [
+                "sweep.grid.schedule.max_lr=[1e-3, -1, fast]",
+                "sweep.grid.compute.num_workers=[1, 2]",
+                "sweep.probe_step=3",
+            ],
+            [
+                "sweep.grid.schedule.max_lr: -1",
+                'sweep.grid.schedule.max_lr: "fast"',
+                "sweep.grid.compute.num_workers: cannot be swept",
+                "sweep.probe_step: 3 is for sweep.stop=anneal_probe",
+            ],
+        ),
+        (
+            ["sweep.grid.schedule.warmup_steps=[4, 25]", "sweep.grid.train.max_steps=[10, 20, 40]"],
+            [
+                "2 of 6 trials cannot be run",
+                "trial warmup_steps-25_max_steps-10: ",
+                "trial warmup_steps-25_max_steps-20: ",
+            ],
+        ),
+        (
+            [
+                "sweep.trials.a.train.init_from=/no/such/a",
+                "sweep.trials.b.train.init_from=/no/such/b",
+            ],
+            [
+                "trial a: train.init_from: '/no/such/a' does not exist",
+                "trial b: train.init_from: '/no/such/b' does not exist",
+            ],
+        ),
+        (
+            ["sweep.trials.a.train.max_steps=15", "sweep.from=nothing@5"],
+            ["sweep.from: no run 'nothing'"],
+        ),
+    ],
+)
+def test_mistakes_are_a_line_each_with_status_2_and_nothing_written(
+    typed, tiny_corpus, tmp_path, words, says
+):
     status, text = typed("sweep.py", *command(tmp_path / "storage", tiny_corpus, *words)[2:])
     assert status == 2, text
     lines = text.strip().splitlines()

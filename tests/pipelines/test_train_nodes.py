@@ -15,7 +15,12 @@ from orchestrator.workers import system_memory, watchdog
 from tests.helpers import cluster
 from tests.helpers.small_run import REPO, begin, command, curve, logged, run, summary, wait_for
 
-WORDS = ["train.max_steps=600", "train.eval_interval=300", "train.checkpoint_interval=600", "compute.num_workers=1"]
+WORDS = [
+    "train.max_steps=600",
+    "train.eval_interval=300",
+    "train.checkpoint_interval=600",
+    "compute.num_workers=1",
+]
 # From what is in use when the node begins to where its monitor kills: more than other tests begin to use meanwhile.
 SPARE_BYTES = 7 * 2**30
 
@@ -27,7 +32,9 @@ def head(tmp_path_factory):
         yield head
 
 
-def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_happened(head, tiny_corpus, tiny_dataset, tmp_path):
+def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_happened(
+    head, tiny_corpus, tiny_dataset, tmp_path
+):
     if system_memory.available_bytes() < SPARE_BYTES + 5 * 2**30:
         pytest.skip("less than 12 GiB are free: what starves a node here could starve others")
     run_dir, words = tmp_path / "small", [f"data.dir={tiny_dataset}", *WORDS]
@@ -40,7 +47,9 @@ def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_ha
     assert process.returncode == 75, out + err
     assert "is drained: asked to stop after step" in err
     step = json.loads((run_dir / "stopped.json").read_text())["step"]
-    assert checkpoint.latest_valid(run_dir / "checkpoints") == checkpoint.path_of(run_dir / "checkpoints", step)
+    assert checkpoint.latest_valid(run_dir / "checkpoints") == checkpoint.path_of(
+        run_dir / "checkpoints", step
+    )
     assert step >= logged(run_dir), "a logged step was lost"
 
     total = system_memory.meminfo("MemTotal")
@@ -50,7 +59,9 @@ def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_ha
     wait_for(lambda: logged(run_dir) >= step + 5, process)
     taken, victim = [], watchdog.marks(run_dir)[0]
     while watchdog.is_here(victim) and len(taken) < 24:
-        taken.append(mmap.mmap(-1, 2**29, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE))
+        taken.append(
+            mmap.mmap(-1, 2**29, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+        )
     del taken
     out, err = process.communicate(timeout=90)
     assert process.returncode == 2, out + err
@@ -63,15 +74,26 @@ def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_ha
     assert golden.wait(120) == 0
     assert curve(run_dir) == curve(tmp_path / "golden")
     assert summary(run_dir)["weights_sha256"] == checkpoint.weights_sha256(
-        checkpoint.load_tensors(checkpoint.latest_valid(tmp_path / "golden" / "checkpoints"), "model"))
+        checkpoint.load_tensors(
+            checkpoint.latest_valid(tmp_path / "golden" / "checkpoints"), "model"
+        )
+    )
 
 
 def undisturbed(words: list[str], run_dir: Path, data_dir: Path) -> subprocess.Popen:
     """The run that a command asks for, in a process of its own, without Ray."""
     run_dir.mkdir()
-    job = {"file": words[2], "overrides": words[3:], "run_dir": str(run_dir), "data_dir": str(data_dir), "rank": 0,
-           "world_size": 1}
-    return subprocess.Popen([sys.executable, "-m", "tests.helpers.train_rank", json.dumps(job)], cwd=REPO)
+    job = {
+        "file": words[2],
+        "overrides": words[3:],
+        "run_dir": str(run_dir),
+        "data_dir": str(data_dir),
+        "rank": 0,
+        "world_size": 1,
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers.train_rank", json.dumps(job)], cwd=REPO
+    )
 
 
 def drain(head, node: str) -> None:
@@ -81,5 +103,6 @@ def drain(head, node: str) -> None:
 
     deadline_ms = int((time.time() + 120) * 1000)
     accepted, why = GcsClient(address=head.env["RAY_ADDRESS"]).drain_node(
-        node, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "spot", deadline_ms)
+        node, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "spot", deadline_ms
+    )
     assert accepted, why

@@ -23,10 +23,26 @@ from orchestrator.train.loop import Run, train
 from orchestrator.train.numerics import Worker
 
 HELPER = Path(__file__).resolve().parent.parent / "helpers" / "train_rank.py"
-SMALL = ["name=small", "data.tokenizer=char", "model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.block_size=32",
-         "model.dropout=0.1", "model.pad_vocab_to=1", "train.micro_batch_size=2", "train.global_batch_size=8",
-         "train.max_steps=20", "train.log_interval=3", "train.eval_interval=5", "train.eval_tokens=400",
-         "train.checkpoint_interval=4", "train.keep=3", "schedule.max_lr=1e-2", "schedule.warmup_steps=4"]
+SMALL = [
+    "name=small",
+    "data.tokenizer=char",
+    "model.n_layer=1",
+    "model.n_head=2",
+    "model.n_embd=32",
+    "model.block_size=32",
+    "model.dropout=0.1",
+    "model.pad_vocab_to=1",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=8",
+    "train.max_steps=20",
+    "train.log_interval=3",
+    "train.eval_interval=5",
+    "train.eval_tokens=400",
+    "train.checkpoint_interval=4",
+    "train.keep=3",
+    "schedule.max_lr=1e-2",
+    "schedule.warmup_steps=4",
+]
 LOGGED = [0, 3, 5, 6, 9, 10, 12, 15, 18, 20]
 
 
@@ -61,6 +77,7 @@ def run_dir(golden, tmp_path) -> Path:
 @pytest.fixture
 def again(tiny_dataset, tmp_path):
     """Replay a run's folder: its verdict."""
+
     def make(run_dir: Path, steps=None, data_dir: Path = tiny_dataset) -> verdict.Verdict:
         run, scratch = Recorded.read(run_dir), tmp_path / f"again-{uuid.uuid4().hex}"
         scratch.mkdir()
@@ -70,7 +87,11 @@ def again(tiny_dataset, tmp_path):
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def change_line(run_dir: Path, step: int, change) -> None:
@@ -83,7 +104,9 @@ def change_line(run_dir: Path, step: int, change) -> None:
 
 
 def write_experiment(run_dir: Path, *words: str) -> None:
-    (run_dir / "experiment.yaml").write_text(load_experiment(None, [*SMALL, *words]).to_yaml(), "utf-8")
+    (run_dir / "experiment.yaml").write_text(
+        load_experiment(None, [*SMALL, *words]).to_yaml(), "utf-8"
+    )
 
 
 def kinds(result: verdict.Verdict) -> list[str]:
@@ -91,19 +114,24 @@ def kinds(result: verdict.Verdict) -> list[str]:
 
 
 # ---- equal ----
-@pytest.mark.parametrize(("steps", "begin", "logged", "compared"), [
-    (None, 16, [18, 20], [20]),
-    ((None, None), None, LOGGED, [12, 16, 20]),
-    ((13, 17), 12, [15], [16]),
-    ((14, None), 12, [15, 18, 20], [16, 20]),
-    ((1, 8), None, [3, 5, 6], []),
-    ((16, 19), 16, [18], []),
-])
+@pytest.mark.parametrize(
+    ("steps", "begin", "logged", "compared"),
+    [
+        (None, 16, [18, 20], [20]),
+        ((None, None), None, LOGGED, [12, 16, 20]),
+        ((13, 17), 12, [15], [16]),
+        ((14, None), 12, [15, 18, 20], [16, 20]),
+        ((1, 8), None, [3, 5, 6], []),
+        ((16, 19), 16, [18], []),
+    ],
+)
 def test_an_unchanged_run_is_equal_and_untouched(golden, again, steps, begin, logged, compared):
     before = bytes_of(golden)
     result = again(golden, steps)
     assert (result.equal, result.begin, result.lines) == (True, begin, len(logged))
-    standing = [step for step in checkpoint.steps(golden / "checkpoints") if step < 12]  # the best one may be among these
+    standing = [
+        step for step in checkpoint.steps(golden / "checkpoints") if step < 12
+    ]  # the best one may be among these
     assert [step for step in result.weights if step not in standing] == compared
     assert result.causes() == []
     assert bytes_of(golden) == before
@@ -112,10 +140,24 @@ def test_an_unchanged_run_is_equal_and_untouched(golden, again, steps, begin, lo
 def test_two_workers_are_one(tiny_dataset, tmp_path, again):
     run_dir, store = tmp_path / "wide", tmp_path / "store"
     run_dir.mkdir()
-    jobs = [{"rank": r, "world_size": 2, "store": str(store), "run_dir": str(run_dir), "data_dir": str(tiny_dataset),
-             "overrides": SMALL} for r in range(2)]
-    workers = [subprocess.Popen([sys.executable, str(HELPER), json.dumps(job)], env={**os.environ, "OMP_NUM_THREADS": "1"})
-               for job in jobs]
+    jobs = [
+        {
+            "rank": r,
+            "world_size": 2,
+            "store": str(store),
+            "run_dir": str(run_dir),
+            "data_dir": str(tiny_dataset),
+            "overrides": SMALL,
+        }
+        for r in range(2)
+    ]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(HELPER), json.dumps(job)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for job in jobs
+    ]
     assert [w.wait(120) for w in workers] == [0, 0]
     result = again(run_dir, (None, None))
     assert (result.equal, result.lines) == (True, len(LOGGED))
@@ -123,7 +165,9 @@ def test_two_workers_are_one(tiny_dataset, tmp_path, again):
 
 def test_a_run_that_was_killed_is_made_again_to_its_last_line(tiny_dataset, tmp_path, again):
     (tmp_path / "killed").mkdir()
-    lines = iter(Run(load_experiment(None, SMALL), tmp_path / "killed", tiny_dataset, Worker(cpus=1)))
+    lines = iter(
+        Run(load_experiment(None, SMALL), tmp_path / "killed", tiny_dataset, Worker(cpus=1))
+    )
     assert next(line for line in lines if line["step"] == 18)
     lines.close()
     result = again(tmp_path / "killed")
@@ -135,9 +179,13 @@ def test_a_run_that_was_asked_to_stop_before_its_line_was_written(tiny_dataset, 
     run_dir, words = tmp_path / "asked", ["train.checkpoint_interval=null", "train.keep=9"]
     run_dir.mkdir()
     experiment = load_experiment(None, [*SMALL, *words])
-    run = Run(experiment, run_dir, tiny_dataset, Worker(cpus=1), stop_asked=lambda: run.state.step >= 14)
+    run = Run(
+        experiment, run_dir, tiny_dataset, Worker(cpus=1), stop_asked=lambda: run.state.step >= 14
+    )
     assert [line["step"] for line in run][-1] == 12
-    assert checkpoint.steps(run_dir / "checkpoints") == [15]  # whose line is due, and written by the next attempt
+    assert checkpoint.steps(run_dir / "checkpoints") == [
+        15
+    ]  # whose line is due, and written by the next attempt
     train_to(run_dir, tiny_dataset, *words)
     for steps, begin in ((None, 15), ((15, 20), 15), ((3, 20), None)):
         result = again(run_dir, steps)
@@ -152,8 +200,12 @@ def test_a_run_that_grew_has_no_trace_of_its_first_end(tiny_dataset, tmp_path, a
 
 
 def attempt(from_step: int, cpus: int, log_interval: int, eval_interval: int) -> dict:
-    return {"from_step": from_step, "layout": {"num_workers": 1, "cpus_per_worker": cpus, "use_gpu": False},
-            "train.log_interval": log_interval, "train.eval_interval": eval_interval}
+    return {
+        "from_step": from_step,
+        "layout": {"num_workers": 1, "cpus_per_worker": cpus, "use_gpu": False},
+        "train.log_interval": log_interval,
+        "train.eval_interval": eval_interval,
+    }
 
 
 def test_every_attempt_has_its_own_intervals_and_threads(tiny_dataset, tmp_path, again):
@@ -161,11 +213,17 @@ def test_every_attempt_has_its_own_intervals_and_threads(tiny_dataset, tmp_path,
     run_dir = tmp_path / "changed"
     keep = ["train.keep=1", "train.eval_interval=null", "train.allow_drift=true"]
     run_dir.mkdir()
-    first = Run(load_experiment(None, [*SMALL, *keep]), run_dir, tiny_dataset, Worker(cpus=1), stop=7)
+    first = Run(
+        load_experiment(None, [*SMALL, *keep]), run_dir, tiny_dataset, Worker(cpus=1), stop=7
+    )
     assert [line["step"] for line in first] == [3, 6]
     train_to(run_dir, tiny_dataset, *keep, "train.log_interval=4", cpus=2)
     assert checkpoint.steps(run_dir / "checkpoints") == [20]
-    attempts = [attempt(0, 1, 3, None), attempt(12, 1, 3, None), attempt(7, 2, 4, None)]  # the second one's steps were undone
+    attempts = [
+        attempt(0, 1, 3, None),
+        attempt(12, 1, 3, None),
+        attempt(7, 2, 4, None),
+    ]  # the second one's steps were undone
     (run_dir / "run.json").write_text(json.dumps({"attempts": attempts}))
     assert again(run_dir, (None, None)).equal
     (run_dir / "run.json").unlink()
@@ -199,15 +257,22 @@ def test_one_ulp_in_the_journal_is_found_where_it_is(run_dir, again):
     assert result.first.then.hex() in str(result.first)
     assert repr(result.first.now) in str(result.first)
     stored = json.loads(json.dumps(result.to_json()))["first"]
-    assert float.fromhex(stored["then"]["hex"]) == float(stored["then"]["decimal"]) == result.first.then
+    assert (
+        float.fromhex(stored["then"]["hex"])
+        == float(stored["then"]["decimal"])
+        == result.first.then
+    )
     assert again(run_dir, (16, None)).equal
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda line: line.pop("val/loss"), "step 15, val/loss: not there then, but now"),
-    (lambda line: line.update({"val/other": 1.0}), "step 15, val/other: there then, not now"),
-    (lambda line: line.update({"step": 14}), "step 14, train/loss: there then, not now"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda line: line.pop("val/loss"), "step 15, val/loss: not there then, but now"),
+        (lambda line: line.update({"val/other": 1.0}), "step 15, val/other: there then, not now"),
+        (lambda line: line.update({"step": 14}), "step 14, train/loss: there then, not now"),
+    ],
+)
 def test_what_is_missing_or_too_much_is_named(run_dir, again, change, said):
     change_line(run_dir, 15, change)
     assert str(again(run_dir, (12, 16)).first) == said
@@ -215,16 +280,29 @@ def test_what_is_missing_or_too_much_is_named(run_dir, again, change, said):
 
 def test_one_ulp_in_the_weights_is_found(run_dir, again):
     path = run_dir / "checkpoints" / "step-00000016"
-    tensors = {name: {k: v.clone() for k, v in checkpoint.load_tensors(path, name).items()} for name in ("model", "optimizer")}
+    tensors = {
+        name: {k: v.clone() for k, v in checkpoint.load_tensors(path, name).items()}
+        for name in ("model", "optimizer")
+    }
     name = sorted(tensors["model"])[-1]
     flat = tensors["model"][name].reshape(-1)
     flat[3] = torch.nextafter(flat[3], torch.tensor(9.0))
-    texts = {n: (path / n).read_text("utf-8") for n in ("experiment.yaml", "model.json", "state.json", "tokenizer.json")}
-    facts = {k: v for k, v in checkpoint.read_manifest(path).items() if k not in ("format", "step", "parts")}
+    texts = {
+        n: (path / n).read_text("utf-8")
+        for n in ("experiment.yaml", "model.json", "state.json", "tokenizer.json")
+    }
+    facts = {
+        k: v
+        for k, v in checkpoint.read_manifest(path).items()
+        if k not in ("format", "step", "parts")
+    }
     checkpoint.save(run_dir / "checkpoints", 16, tensors, texts, facts)
     result = again(run_dir, (12, 16))
     assert result.weights == {16: False}
-    assert (result.first.key, result.first.ulps) == (f"model {name}[3] (1 of {flat.numel():,} differ)", 1)
+    assert (result.first.key, result.first.ulps) == (
+        f"model {name}[3] (1 of {flat.numel():,} differ)",
+        1,
+    )
     assert kinds(result) == ["unknown"]
 
 
@@ -240,7 +318,9 @@ def test_another_seed_is_named(run_dir, again):
 def test_another_micro_batch_is_another_experiment_and_other_numerics(run_dir, again):
     write_experiment(run_dir, "train.micro_batch_size=4")
     assert {"experiment", "numerics"} == set(kinds(again(run_dir)))
-    write_experiment(run_dir, "train.log_interval=1", "train.keep=9")  # what may change at any time changes nothing here
+    write_experiment(
+        run_dir, "train.log_interval=1", "train.keep=9"
+    )  # what may change at any time changes nothing here
     result = again(run_dir)
     assert (result.equal, result.changed) == (True, [])
 
@@ -248,15 +328,24 @@ def test_another_micro_batch_is_another_experiment_and_other_numerics(run_dir, a
 def test_each_piece_has_its_attempts_settings_and_every_checkpoint_is_compared(run_dir, again):
     write_experiment(run_dir, "train.keep=1")
     assert again(run_dir, (None, None)).weights == {12: True, 16: True, 20: True}
-    attempts = [{"from_step": 0, "train.on_nonfinite": "skip"}, {"from_step": 16, "train.on_nonfinite": "stop"}]
+    attempts = [
+        {"from_step": 0, "train.on_nonfinite": "skip"},
+        {"from_step": 16, "train.on_nonfinite": "stop"},
+    ]
     (run_dir / "run.json").write_text(json.dumps({"attempts": attempts}))
     run = Recorded.read(run_dir)
     found = pieces(run, stretch(run, (None, None)))
-    assert [(p.stop, p.settings["on_nonfinite"]) for p in found] == [(12, "skip"), (16, "skip"), (20, "stop")]
+    assert [(p.stop, p.settings["on_nonfinite"]) for p in found] == [
+        (12, "skip"),
+        (16, "skip"),
+        (20, "stop"),
+    ]
 
 
 def test_what_changed_without_effect_is_said_and_no_cause(run_dir, again):
-    (run_dir / "run.json").write_text(json.dumps({"tags": {"source.sha256": "0" * 64, "mlflow.source.git.commit": "abcdef" * 7}}))
+    (run_dir / "run.json").write_text(
+        json.dumps({"tags": {"source.sha256": "0" * 64, "mlflow.source.git.commit": "abcdef" * 7}})
+    )
     result = again(run_dir)
     assert (result.equal, result.causes()) == (True, [])
     assert result.rows()["changed since"].startswith("code: commit abcdefabcdef then, ")
@@ -278,7 +367,9 @@ def test_other_tokens_are_named(run_dir, golden, tiny_corpus, tmp_path, ray_clus
     assert result.first.step == 18
 
 
-def test_a_damaged_shard_is_named_and_nothing_is_trained_on_it(golden, tiny_dataset, tmp_path, again):
+def test_a_damaged_shard_is_named_and_nothing_is_trained_on_it(
+    golden, tiny_dataset, tmp_path, again
+):
     copy = Path(shutil.copytree(tiny_dataset, tmp_path / "copy"))
     shard = next(copy.glob("train-*.parquet"))
     data = bytearray(shard.read_bytes())
@@ -315,13 +406,19 @@ def test_one_checkpoint_means_the_whole_run(run_dir):
     assert (s.begin, s.first, s.last) == (None, 0, 20)
 
 
-@pytest.mark.parametrize(("steps", "said"), [
-    ((5, 5), "5:5 is no stretch of this run, which has steps 0:20"),
-    ((9, 3), "9:3 is no stretch"),
-    ((10, 21), "10:21 is no stretch"),
-    ((20, None), "20:20 is no stretch"),
-    ((13, 14), "nothing was logged in steps 13:14, and no checkpoint stands there; the run logged at steps 0, 3"),
-])
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ((5, 5), "5:5 is no stretch of this run, which has steps 0:20"),
+        ((9, 3), "9:3 is no stretch"),
+        ((10, 21), "10:21 is no stretch"),
+        ((20, None), "20:20 is no stretch"),
+        (
+            (13, 14),
+            "nothing was logged in steps 13:14, and no checkpoint stands there; the run logged at steps 0, 3",
+        ),
+    ],
+)
 def test_steps_that_the_run_does_not_have_are_refused(golden, steps, said):
     with pytest.raises(UserError, match=said):
         stretch(Recorded.read(golden), steps)
@@ -336,16 +433,19 @@ def test_a_folder_without_an_experiment_is_its_checkpoints(golden, run_dir):
 
 
 # ---- distances ----
-@pytest.mark.parametrize(("a", "b", "formats", "apart"), [
-    (1.0, math.nextafter(1.0, 2.0), "dq", 1),
-    (0.0, -0.0, "dq", 0),
-    (-5e-324, 5e-324, "dq", 2),
-    (1.0, 2.0, "dq", 2**52),
-    (1.0, 2.0, "fi", 2**23),
-    (-1.0, -2.0, "fi", 2**23),
-    (math.nan, 1.0, "dq", None),
-    (None, 1.0, "dq", None),
-])
+@pytest.mark.parametrize(
+    ("a", "b", "formats", "apart"),
+    [
+        (1.0, math.nextafter(1.0, 2.0), "dq", 1),
+        (0.0, -0.0, "dq", 0),
+        (-5e-324, 5e-324, "dq", 2),
+        (1.0, 2.0, "dq", 2**52),
+        (1.0, 2.0, "fi", 2**23),
+        (-1.0, -2.0, "fi", 2**23),
+        (math.nan, 1.0, "dq", None),
+        (None, 1.0, "dq", None),
+    ],
+)
 def test_ulps(a, b, formats, apart):
     assert verdict.ulps(a, b, formats) == verdict.ulps(b, a, formats) == apart
 

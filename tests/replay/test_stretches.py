@@ -11,10 +11,26 @@ from orchestrator.runs import journal
 from orchestrator.train.loop import Run, train
 from orchestrator.train.numerics import Worker
 
-SMALL = ["name=small", "data.tokenizer=char", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16",
-         "model.dropout=0.1", "model.pad_vocab_to=1", "train.micro_batch_size=2", "train.global_batch_size=8",
-         "train.max_steps=20", "train.log_interval=3", "train.eval_interval=5", "train.eval_tokens=400",
-         "train.checkpoint_interval=100", "schedule.max_lr=1e-2", "schedule.kind=constant", "schedule.warmup_steps=4"]
+SMALL = [
+    "name=small",
+    "data.tokenizer=char",
+    "model.n_layer=1",
+    "model.n_head=2",
+    "model.n_embd=16",
+    "model.block_size=16",
+    "model.dropout=0.1",
+    "model.pad_vocab_to=1",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=8",
+    "train.max_steps=20",
+    "train.log_interval=3",
+    "train.eval_interval=5",
+    "train.eval_tokens=400",
+    "train.checkpoint_interval=100",
+    "schedule.max_lr=1e-2",
+    "schedule.kind=constant",
+    "schedule.warmup_steps=4",
+]
 
 
 def curve(lines) -> list[dict]:
@@ -24,7 +40,10 @@ def curve(lines) -> list[dict]:
 
 def outcome(run_dir) -> tuple:
     last = checkpoint.latest_valid(run_dir / "checkpoints")
-    parts = [(last / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors", "state.json")]
+    parts = [
+        (last / name).read_bytes()
+        for name in ("model.safetensors", "optimizer.safetensors", "state.json")
+    ]
     return last.name, parts, curve(journal.read(run_dir))
 
 
@@ -38,7 +57,15 @@ def lone(run_dir, data_dir, *words):
 def stretch(run_dir, data_dir, stop, parent=None, words=(), **how):
     """One stretch in a folder of its own; its checkpoint."""
     run_dir.mkdir(exist_ok=True)
-    for _ in Run(load_experiment(None, [*SMALL, *words]), run_dir, data_dir, Worker(), parent=parent, stop=stop, **how):
+    for _ in Run(
+        load_experiment(None, [*SMALL, *words]),
+        run_dir,
+        data_dir,
+        Worker(),
+        parent=parent,
+        stop=stop,
+        **how,
+    ):
         pass
     return checkpoint.path_of(run_dir / "checkpoints", stop)
 

@@ -19,9 +19,19 @@ from orchestrator.workers import ray_train as workers
 from orchestrator.workers.watchdog import Watchdog
 
 REPO = Path(__file__).resolve().parents[2]
-SMALL = ["data.tokenizer=char", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16",
-         "train.micro_batch_size=2", "train.global_batch_size=2", "train.max_steps=2", "train.eval_tokens=64",
-         "train.eval_interval=1", "schedule.warmup_steps=0"]
+SMALL = [
+    "data.tokenizer=char",
+    "model.n_layer=1",
+    "model.n_head=2",
+    "model.n_embd=16",
+    "model.block_size=16",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=2",
+    "train.max_steps=2",
+    "train.eval_tokens=64",
+    "train.eval_interval=1",
+    "schedule.warmup_steps=0",
+]
 
 
 def hold(run_dir: Path) -> None:
@@ -59,7 +69,11 @@ def plant(path: Path, kind: str, victim: Path) -> None:
     elif kind == "folder":
         path.mkdir()
     else:
-        path.symlink_to({"link": victim, "dangling link": victim.with_name("not-yet"), "device": "/dev/null"}[kind])
+        path.symlink_to(
+            {"link": victim, "dangling link": victim.with_name("not-yet"), "device": "/dev/null"}[
+                kind
+            ]
+        )
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "device", "pipe", "folder"])
@@ -67,7 +81,9 @@ def plant(path: Path, kind: str, victim: Path) -> None:
 def test_what_is_no_file_of_the_run_is_refused_and_not_followed(tmp_path, victim, name, kind):
     run_dir = tmp_path / "run"
     plant(run_dir / name, kind, victim)
-    with pytest.raises(UserError, match=f"{name}: a link, a folder or a device where a file of the run belongs"):
+    with pytest.raises(
+        UserError, match=f"{name}: a link, a folder or a device where a file of the run belongs"
+    ):
         WRITES[name](run_dir)
     assert not victim.with_name("not-yet").exists()
 
@@ -79,7 +95,9 @@ def test_an_event_is_not_worth_a_run_but_a_word(tmp_path, victim, capsys, kind):
     assert "events.jsonl: a link" in capsys.readouterr().out
 
 
-def test_a_run_below_a_link_writes_and_a_sample_replaces_what_was_planted(tmp_path, victim, tiny_dataset):
+def test_a_run_below_a_link_writes_and_a_sample_replaces_what_was_planted(
+    tmp_path, victim, tiny_dataset
+):
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "disk", target_is_directory=True)
     sample = tmp_path / "disk" / "samples" / "step-00000002.txt"
@@ -94,8 +112,13 @@ def test_a_run_below_a_link_writes_and_a_sample_replaces_what_was_planted(tmp_pa
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_a_command_ends_in_one_line_and_waits_for_nothing(tmp_path, victim, kind):
     plant(tmp_path / "quickstart" / ".lock", kind, victim)
-    done = subprocess.run([sys.executable, str(REPO / "pipelines" / "train.py"), f"storage={tmp_path}"], capture_output=True,
-                          text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(REPO)})
+    done = subprocess.run(
+        [sys.executable, str(REPO / "pipelines" / "train.py"), f"storage={tmp_path}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {tmp_path / 'quickstart' / '.lock'}: a link")
     assert done.stderr.count("\n") == 1

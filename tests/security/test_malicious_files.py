@@ -42,14 +42,26 @@ class Canary:
 @pytest.fixture
 def opened(tmp_path):
     """Opens `{label: (kind, path)}` in a process of its own; returns `{label: (outcome, message)}`."""
+
     def open_all(cases: dict[str, tuple[str, Path]]) -> dict[str, tuple[str, str]]:
         lines = "".join(json.dumps([kind, str(path)]) + "\n" for kind, path in cases.values())
-        done = subprocess.run([sys.executable, str(REPO / "tests" / "helpers" / "open_files.py")], input=lines, text=True,
-                              capture_output=True, timeout=SECONDS * len(cases) + 60, cwd=REPO,
-                              env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            [sys.executable, str(REPO / "tests" / "helpers" / "open_files.py")],
+            input=lines,
+            text=True,
+            capture_output=True,
+            timeout=SECONDS * len(cases) + 60,
+            cwd=REPO,
+            env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        )
         results = [json.loads(line) for line in done.stdout.splitlines()]
-        assert len(results) == len(cases), (list(cases)[len(results)], done.stderr[-2000:])  # which one ended the process
-        assert {k: r[2:] for k, r in zip(cases, results, strict=True) if r[2] > SECONDS or r[3] > BYTES} == {}
+        assert len(results) == len(cases), (
+            list(cases)[len(results)],
+            done.stderr[-2000:],
+        )  # which one ended the process
+        assert {
+            k: r[2:] for k, r in zip(cases, results, strict=True) if r[2] > SECONDS or r[3] > BYTES
+        } == {}
         return {label: (r[0], r[1]) for label, r in zip(cases, results, strict=True)}
 
     return open_all
@@ -57,7 +69,11 @@ def opened(tmp_path):
 
 def refuses(results: dict[str, tuple[str, str]]) -> None:
     """Every one was refused, in one line of bounded length."""
-    assert {label: r for label, r in results.items() if r[0] != "refused" or "\n" in r[1] or len(r[1]) > 1500} == {}
+    assert {
+        label: r
+        for label, r in results.items()
+        if r[0] != "refused" or "\n" in r[1] or len(r[1]) > 1500
+    } == {}
 
 
 def header(content: bytes, length: int | None = None) -> bytes:
@@ -67,7 +83,9 @@ def header(content: bytes, length: int | None = None) -> bytes:
 
 def bad_tensors(canary: Path) -> dict[str, bytes]:
     def one(shape: list[int], *offsets: int) -> bytes:
-        return header(json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode())
+        return header(
+            json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+        )
 
     good, same = save({"a": torch.ones(4)}), {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     return {
@@ -83,7 +101,9 @@ def bad_tensors(canary: Path) -> dict[str, bytes]:
         "offsets that overflow": one([2**63, 2], 0, 0),
         "negative offsets": one([1], -4, 0),
         "overlapping": header(json.dumps({"a": same, "b": same}).encode()) + bytes(4),
-        "cut": good[:-3], "one byte": b"\x01", "empty": b"",
+        "cut": good[:-3],
+        "one byte": b"\x01",
+        "empty": b"",
     }
 
 
@@ -103,12 +123,28 @@ def forge(path: Path, **changes) -> None:
 @pytest.fixture
 def saved(tmp_path):
     """`saved(label)`: a fresh checkpoint of a small model in a folder of its own."""
+
     def make(label: str) -> Path:
         load_tokenizer("byte").save(tmp_path)
-        words = ["data.tokenizer=byte", "model.n_layer=2", "model.n_head=2", "model.n_embd=8", "model.block_size=16"]
-        texts = {"model.json": json.dumps(asdict(SHAPE)), "experiment.yaml": load_experiment(None, words).to_yaml(),
-                 "tokenizer.json": (tmp_path / "tokenizer.json").read_text()}
-        return checkpoint.save(tmp_path / label / "checkpoints", 5, {"model": dict(GPT(SHAPE).state_dict())}, texts, FACTS)
+        words = [
+            "data.tokenizer=byte",
+            "model.n_layer=2",
+            "model.n_head=2",
+            "model.n_embd=8",
+            "model.block_size=16",
+        ]
+        texts = {
+            "model.json": json.dumps(asdict(SHAPE)),
+            "experiment.yaml": load_experiment(None, words).to_yaml(),
+            "tokenizer.json": (tmp_path / "tokenizer.json").read_text(),
+        }
+        return checkpoint.save(
+            tmp_path / label / "checkpoints",
+            5,
+            {"model": dict(GPT(SHAPE).state_dict())},
+            texts,
+            FACTS,
+        )
 
     return make
 
@@ -117,10 +153,19 @@ def test_the_process_that_opens_them_opens_good_ones(opened, saved, tmp_path, ti
     """Else every refusal below could be for another reason."""
     (tmp_path / "good.yaml").write_text("name: good")
     (tmp_path / "good.jsonl").write_text('{"text": "a"}')
-    cases = {"weights": saved("good"), "checkpoint": saved("good"), "trained": saved("good"),
-             "latest": saved("good").parent, "dataset": tiny_dataset,
-             "tokenizer": tiny_dataset, "experiment": tmp_path / "good.yaml", "lines": tmp_path / "good.jsonl"}
-    assert set(opened({kind: (kind, path) for kind, path in cases.items()}).values()) == {("opened", "")}
+    cases = {
+        "weights": saved("good"),
+        "checkpoint": saved("good"),
+        "trained": saved("good"),
+        "latest": saved("good").parent,
+        "dataset": tiny_dataset,
+        "tokenizer": tiny_dataset,
+        "experiment": tmp_path / "good.yaml",
+        "lines": tmp_path / "good.jsonl",
+    }
+    assert set(opened({kind: (kind, path) for kind, path in cases.items()}).values()) == {
+        ("opened", "")
+    }
 
 
 def test_pickles_as_nanogpt_checkpoints(opened, tmp_path):
@@ -132,7 +177,10 @@ def test_pickles_as_nanogpt_checkpoints(opened, tmp_path):
         cases[label] = ("weights", file)
 
     for protocol in range(6):
-        case(f"protocol {protocol}", pickle.dumps({"model": {"a": Canary(canary)}, "model_args": {}}, protocol))
+        case(
+            f"protocol {protocol}",
+            pickle.dumps({"model": {"a": Canary(canary)}, "model_args": {}}, protocol),
+        )
     torch.save({"model": {"a": Canary(canary)}, "model_args": {}}, tmp_path / "z.pt")
     case("torch's zip", (tmp_path / "z.pt").read_bytes())
     torch.save({"model": Canary(canary)}, tmp_path / "z.pt", _use_new_zipfile_serialization=False)
@@ -147,7 +195,9 @@ def test_pickles_as_nanogpt_checkpoints(opened, tmp_path):
     case("globals by name", b"cos\nmkdir\n(V" + str(canary).encode() + b"\ntR.")
     case("a deep pickle", b"(" * 200_000 + b".")
     case("a long of 2^31 bytes", b"\x80\x02\x8b\xff\xff\xff\x7f.")
-    torch.save({"model": {}, "model_args": {**dict.fromkeys(asdict(SHAPE), 10 ** 15)}}, tmp_path / "z.pt")
+    torch.save(
+        {"model": {}, "model_args": {**dict.fromkeys(asdict(SHAPE), 10**15)}}, tmp_path / "z.pt"
+    )
     case("an enormous shape", (tmp_path / "z.pt").read_bytes())
     refuses(opened(cases))
     assert not canary.exists()
@@ -158,8 +208,15 @@ def test_pickles_as_nanogpt_checkpoints(opened, tmp_path):
 def test_safetensors_of_others(opened, tmp_path):
     """In a Hugging Face folder, whose configuration is right."""
     canary, cases = tmp_path / "canary", {}
-    config = {"model_type": "gpt2", "n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2, "vocab_size": 61,
-              "activation_function": "gelu"}
+    config = {
+        "model_type": "gpt2",
+        "n_positions": 16,
+        "n_embd": 8,
+        "n_layer": 2,
+        "n_head": 2,
+        "vocab_size": 61,
+        "activation_function": "gelu",
+    }
 
     def folder(label: str) -> Path:
         made = tmp_path / str(len(cases))
@@ -170,8 +227,11 @@ def test_safetensors_of_others(opened, tmp_path):
 
     for label, data in bad_tensors(canary).items():
         (folder(label) / "model.safetensors").write_bytes(data)
-    for label, text in (("deep", "[" * 200_000), ("a huge number", '{"n_layer": ' + "9" * 100_000 + "}"),
-                        ("an enormous shape", json.dumps({**config, "n_layer": 10**12, "n_embd": 10**12}))):
+    for label, text in (
+        ("deep", "[" * 200_000),
+        ("a huge number", '{"n_layer": ' + "9" * 100_000 + "}"),
+        ("an enormous shape", json.dumps({**config, "n_layer": 10**12, "n_embd": 10**12})),
+    ):
         made = folder(f"{label} configuration")
         (made / "config.json").write_text(text)
         (made / "model.safetensors").write_bytes(save({"a": torch.ones(1)}))
@@ -183,28 +243,60 @@ def test_checkpoints_whose_manifests_are_forged_with_the_right_hash(opened, save
     canary, cases, number = tmp_path / "canary", {}, iter(range(1000))
     secret = tmp_path / "secret"
     secret.write_text("nobody's business")
-    outside = {"size": secret.stat().st_size, "sha256": hashlib.sha256(secret.read_bytes()).hexdigest()}
+    outside = {
+        "size": secret.stat().st_size,
+        "sha256": hashlib.sha256(secret.read_bytes()).hexdigest(),
+    }
 
     def case(label: str) -> Path:
         path = saved(str(next(number)))
-        cases[label], cases[f"{label}, as the latest"] = ("checkpoint", path), ("latest", path.parent)
+        cases[label], cases[f"{label}, as the latest"] = (
+            ("checkpoint", path),
+            ("latest", path.parent),
+        )
         return path
 
-    for name in ("../../../secret", str(secret), "..", ".", ".hidden", "a/b", "", "nul\0", "..\\secret", "x" * 300):
+    for name in (
+        "../../../secret",
+        str(secret),
+        "..",
+        ".",
+        ".hidden",
+        "a/b",
+        "",
+        "nul\0",
+        "..\\secret",
+        "x" * 300,
+    ):
         forge(case(f"a part named {name!r:.40}"), parts={name: dict(outside)})
     for label, data in bad_tensors(canary).items():
         path = case(f"tensors: {label}")
         (path / "model.safetensors").write_bytes(data)
         forge(path)
-    for label, text in (("deep", "[" * 200_000), ("huge", '{"a": "' + "x" * 50_000_000 + '"}'), ("a huge number", "9" * 100_000),
-                        ("a list", "[]"), ("null", "null"), ("no UTF-8", "\udcff")):
-        (case(f"manifest: {label}") / checkpoint.MANIFEST).write_bytes(text.encode("utf-8", "surrogateescape"))
+    for label, text in (
+        ("deep", "[" * 200_000),
+        ("huge", '{"a": "' + "x" * 50_000_000 + '"}'),
+        ("a huge number", "9" * 100_000),
+        ("a list", "[]"),
+        ("null", "null"),
+        ("no UTF-8", "\udcff"),
+    ):
+        (case(f"manifest: {label}") / checkpoint.MANIFEST).write_bytes(
+            text.encode("utf-8", "surrogateescape")
+        )
     forge(case("step is a text"), step="../../x")
     forge(case("metrics is a list"), metrics=[1])
     forge(case("no parts"), parts={})
     numbers = FACTS["fingerprints"]["numerics"]
-    for wrong in (None, "x", {}, {"data": "d"}, {"data": "d", "numerics": "x"}, {"data": 3, "numerics": numbers},
-                  {"data": "d", "numerics": numbers | {"cpus_per_worker": "all"}}):
+    for wrong in (
+        None,
+        "x",
+        {},
+        {"data": "d"},
+        {"data": "d", "numerics": "x"},
+        {"data": 3, "numerics": numbers},
+        {"data": "d", "numerics": numbers | {"cpus_per_worker": "all"}},
+    ):
         forge(case(f"fingerprints are {wrong}"), fingerprints=wrong)
     path = case("a manifest that is a device")
     (path / checkpoint.MANIFEST).unlink()
@@ -222,24 +314,61 @@ def test_checkpoints_whose_manifests_are_forged_with_the_right_hash(opened, save
 def test_checkpoints_whose_parts_are_forged_with_the_right_hash(opened, saved):
     """Nothing is built that the tensors' own header does not speak of, whatever model.json says."""
     cases, shape = {}, asdict(SHAPE)
-    texts = {"a list": "[]", "null": "null", "deep": "[" * 200_000, "a huge number": "9" * 100_000, "no JSON": "\0", "empty": "",
-             "an unknown field": json.dumps(shape | {"a": 1})}
-    texts |= {f"{key} is {value!r}": json.dumps(shape | {key: value}) for key, value in (
-        ("n_embd", 10**12), ("n_embd", 16), ("n_embd", "8"), ("n_embd", [8]), ("n_embd", True), ("n_layer", 10**9), ("n_layer", 1),
-        ("vocab_size", 10**15), ("block_size", 10**15), ("n_head", 0), ("n_head", 3), ("bias", False), ("dropout", "0"),
-        ("activation", []), ("activation", "sine"))}
+    texts = {
+        "a list": "[]",
+        "null": "null",
+        "deep": "[" * 200_000,
+        "a huge number": "9" * 100_000,
+        "no JSON": "\0",
+        "empty": "",
+        "an unknown field": json.dumps(shape | {"a": 1}),
+    }
+    texts |= {
+        f"{key} is {value!r}": json.dumps(shape | {key: value})
+        for key, value in (
+            ("n_embd", 10**12),
+            ("n_embd", 16),
+            ("n_embd", "8"),
+            ("n_embd", [8]),
+            ("n_embd", True),
+            ("n_layer", 10**9),
+            ("n_layer", 1),
+            ("vocab_size", 10**15),
+            ("block_size", 10**15),
+            ("n_head", 0),
+            ("n_head", 3),
+            ("bias", False),
+            ("dropout", "0"),
+            ("activation", []),
+            ("activation", "sine"),
+        )
+    }
     for number, (label, text) in enumerate(texts.items()):
         path = saved(str(number))
         (path / "model.json").write_text(text)
         forge(path)
-        cases[f"{label}, as a model"], cases[f"{label}, as first weights"] = ("trained", path), ("weights", path)
+        cases[f"{label}, as a model"], cases[f"{label}, as first weights"] = (
+            ("trained", path),
+            ("weights", path),
+        )
     for part in ("model.json", "experiment.yaml"):
         path = saved(f"no {part}")
         (path / part).unlink()
-        forge(path, parts={k: v for k, v in json.loads((path / checkpoint.MANIFEST).read_text())["parts"].items() if k != part})
+        forge(
+            path,
+            parts={
+                k: v
+                for k, v in json.loads((path / checkpoint.MANIFEST).read_text())["parts"].items()
+                if k != part
+            },
+        )
         cases[f"no {part}"] = ("trained", path)
-    for label, tensors in (("none", {}), ("other ones", {"a": torch.ones(2)}), ("too many", dict(GPT(SHAPE).state_dict()) | {
-            "transformer.h.1.b": torch.ones(1)}), ("whole numbers", {k: v.long() for k, v in GPT(SHAPE).state_dict().items()})):
+    for label, tensors in (
+        ("none", {}),
+        ("other ones", {"a": torch.ones(2)}),
+        ("too many", dict(GPT(SHAPE).state_dict()) | {"transformer.h.1.b": torch.ones(1)}),
+        ("whole numbers", {k: v.long() for k, v in GPT(SHAPE).state_dict().items()}),
+    ):
         path = saved(f"tensors {label}")
         (path / "model.safetensors").write_bytes(save(tensors))
         forge(path)
@@ -257,25 +386,48 @@ def test_datasets_and_tokenizers(opened, tiny_dataset, tmp_path):
 
     raw = json.loads((tiny_dataset / "manifest.json").read_bytes())
     content = {k: v for k, v in raw.items() if k not in ("files", "format_version", "sha256")}
-    for name in ("../0/train-00000.parquet", "/etc/passwd", "train-00000.parquet/../x", "\0", "x" * 5000, ["a"], None):
+    for name in (
+        "../0/train-00000.parquet",
+        "/etc/passwd",
+        "train-00000.parquet/../x",
+        "\0",
+        "x" * 5000,
+        ["a"],
+        None,
+    ):
         folder = case(f"a shard named {name!r:.30}")
         shard = {**raw["splits"]["train"]["shards"][0], "name": name}
-        write_manifest(folder, {**content, "splits": {"train": {**raw["splits"]["train"], "shards": [shard]}}})
-    for label, change in (("splits is a list", {"splits": []}), ("no tokenizer", {"tokenizer": None}), ("enormous", {
-            "splits": {"train": {**raw["splits"]["train"], "tokens": 2**62}}})):
+        write_manifest(
+            folder, {**content, "splits": {"train": {**raw["splits"]["train"], "shards": [shard]}}}
+        )
+    for label, change in (
+        ("splits is a list", {"splits": []}),
+        ("no tokenizer", {"tokenizer": None}),
+        ("enormous", {"splits": {"train": {**raw["splits"]["train"], "tokens": 2**62}}}),
+    ):
         folder = case(label)
         if label == "enormous":
             change["splits"]["train"]["shards"] = raw["splits"]["train"]["shards"]
         write_manifest(folder, {**content, **change})
-    for label, text in (("deep", "[" * 200_000), ("huge number", '{"format_version": ' + "9" * 100_000 + "}"),
-                        ("lines", json.dumps({"format_version": "a\nb" * 10_000}))):
+    for label, text in (
+        ("deep", "[" * 200_000),
+        ("huge number", '{"format_version": ' + "9" * 100_000 + "}"),
+        ("lines", json.dumps({"format_version": "a\nb" * 10_000})),
+    ):
         (case(f"manifest: {label}") / "manifest.json").write_text(text)
     stored = json.loads((tiny_dataset / "tokenizer.json").read_bytes())
-    for label, change in (("every field huge", dict.fromkeys(stored, "x" * 5000000)), ("a huge name", {"name": "x" * 1_000_000}),
-                          ("lines", {"name": "a\nb"}), ("characters are a list", {"characters": [["a"]]}),
-                          ("half a pair", {"characters": "\ud800"}), ("a hash that is a number", {"sha256": 3}),
-                          ("characters of 15 MB", {"characters": "ab" * 7_000_000})):
-        (case(f"tokenizer: {label}", "tokenizer") / "tokenizer.json").write_text(json.dumps({**stored, **change}))
+    for label, change in (
+        ("every field huge", dict.fromkeys(stored, "x" * 5000000)),
+        ("a huge name", {"name": "x" * 1_000_000}),
+        ("lines", {"name": "a\nb"}),
+        ("characters are a list", {"characters": [["a"]]}),
+        ("half a pair", {"characters": "\ud800"}),
+        ("a hash that is a number", {"sha256": 3}),
+        ("characters of 15 MB", {"characters": "ab" * 7_000_000}),
+    ):
+        (case(f"tokenizer: {label}", "tokenizer") / "tokenizer.json").write_text(
+            json.dumps({**stored, **change})
+        )
     (case("tokenizer: deep", "tokenizer") / "tokenizer.json").write_text("[" * 200_000)
     refuses(opened(cases))
 
@@ -293,10 +445,14 @@ def test_shards_that_are_forged_with_the_right_hash(opened, tiny_dataset, tmp_pa
         shutil.copy(tiny_dataset / "tokenizer.json", folder)
         data = bytearray(whole)
         for _ in range(1 + number % 3):
-            data[len(data) - 1 - draw.randrange(300)] = draw.choice([0, 1, 127, 128, 255, draw.randrange(256)])
+            data[len(data) - 1 - draw.randrange(300)] = draw.choice(
+                [0, 1, 127, 128, 255, draw.randrange(256)]
+            )
         (folder / "val-00000.parquet").write_bytes(data)
         forged = {**shard, "sha256": hashlib.sha256(data).hexdigest()}
-        write_manifest(folder, {**content, "splits": {"val": {**raw["splits"]["val"], "shards": [forged]}}})
+        write_manifest(
+            folder, {**content, "splits": {"val": {**raw["splits"]["val"], "shards": [forged]}}}
+        )
         cases[str(number)] = ("dataset", folder)
     results = opened(cases)
     assert {k: v for k, v in results.items() if v[0] not in ("refused", "opened")} == {}
@@ -306,24 +462,44 @@ def test_shards_that_are_forged_with_the_right_hash(opened, tiny_dataset, tmp_pa
 def test_yaml_and_json_lines(opened, tmp_path):
     canary, cases = tmp_path / "canary", {}
     pairs = zip("abcdefgh", "bcdefghi", strict=True)
-    laugh = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in pairs)
+    laugh = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+        f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in pairs
+    )
     documents = {
         "a tag that calls": f"name: !!python/object/apply:os.mkdir ['{canary}']",
-        "a tag that makes": f"name: !!python/object/new:os.mkdir ['{canary}']", "a tag that imports": "name: !!python/module:os",
-        "a tag that names": "name: !!python/name:os.mkdir", "a billion laughs": laugh, "an alias": "name: &n a\ndata: {dir: *n}",
-        "an alias of itself": "a: &a [*a]", "deep lists": "a: " + "[" * 300_000, "deep mappings": "{a: " * 200_000,
-        "deep blocks": "\n".join(" " * i + "a:" for i in range(1200)), "a key twice": "name: a\nname: b",
-        "a key twice below": "train: {seed: 1, seed: 2}", "a huge number": "train: {seed: " + "9" * 500_000 + "}",
-        "a huge hexadecimal": "train: {seed: 0x" + "f" * 500_000 + "}", "a huge exponent": "train: {seed: 1e" + "9" * 400 + "}",
-        "many keys": "\n".join(f"k{i}: 1" for i in range(8_000)), "a huge text": "name: " + "x" * 90_000,
-        "too much": "# " + "x" * 3_000_000, "NUL": "name: a\0", "binary": "name: !!binary '####'", "a list as key": "? [a]\n: 1",
-        "merge": "<<: [[]]", "two documents": "name: a\n---\nname: b", "no day": "name: 2024-99-99",
+        "a tag that makes": f"name: !!python/object/new:os.mkdir ['{canary}']",
+        "a tag that imports": "name: !!python/module:os",
+        "a tag that names": "name: !!python/name:os.mkdir",
+        "a billion laughs": laugh,
+        "an alias": "name: &n a\ndata: {dir: *n}",
+        "an alias of itself": "a: &a [*a]",
+        "deep lists": "a: " + "[" * 300_000,
+        "deep mappings": "{a: " * 200_000,
+        "deep blocks": "\n".join(" " * i + "a:" for i in range(1200)),
+        "a key twice": "name: a\nname: b",
+        "a key twice below": "train: {seed: 1, seed: 2}",
+        "a huge number": "train: {seed: " + "9" * 500_000 + "}",
+        "a huge hexadecimal": "train: {seed: 0x" + "f" * 500_000 + "}",
+        "a huge exponent": "train: {seed: 1e" + "9" * 400 + "}",
+        "many keys": "\n".join(f"k{i}: 1" for i in range(8_000)),
+        "a huge text": "name: " + "x" * 90_000,
+        "too much": "# " + "x" * 3_000_000,
+        "NUL": "name: a\0",
+        "binary": "name: !!binary '####'",
+        "a list as key": "? [a]\n: 1",
+        "merge": "<<: [[]]",
+        "two documents": "name: a\n---\nname: b",
+        "no day": "name: 2024-99-99",
     }
     for number, (label, text) in enumerate(documents.items()):
         (tmp_path / f"{number}.yaml").write_text(text)
         cases[f"YAML: {label}"] = ("experiment", tmp_path / f"{number}.yaml")
-    lines = {"deep": '{"text": ' + "[" * 200_000, "a huge number": '{"text": ' + "9" * 100_000 + "}",
-             "a deep object": '{"a":' * 200_000, "a list": "[" + "1," * 1000 + "1]"}
+    lines = {
+        "deep": '{"text": ' + "[" * 200_000,
+        "a huge number": '{"text": ' + "9" * 100_000 + "}",
+        "a deep object": '{"a":' * 200_000,
+        "a list": "[" + "1," * 1000 + "1]",
+    }
     for number, (label, text) in enumerate(lines.items()):
         (tmp_path / f"{number}.jsonl").write_text(text)
         cases[f"JSON: {label}"] = ("lines", tmp_path / f"{number}.jsonl")
@@ -335,9 +511,16 @@ def test_yaml_and_json_lines(opened, tmp_path):
 
 
 def test_a_command_answers_in_one_line_with_status_2(tmp_path):
-    (tmp_path / "bad.yaml").write_text(f"name: !!python/object/apply:os.mkdir ['{tmp_path}/canary']")
-    done = subprocess.run([sys.executable, str(REPO / "pipelines" / "train.py"), str(tmp_path / "bad.yaml")], text=True,
-                          capture_output=True, timeout=60, cwd=tmp_path)
+    (tmp_path / "bad.yaml").write_text(
+        f"name: !!python/object/apply:os.mkdir ['{tmp_path}/canary']"
+    )
+    done = subprocess.run(
+        [sys.executable, str(REPO / "pipelines" / "train.py"), str(tmp_path / "bad.yaml")],
+        text=True,
+        capture_output=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert "constructor for the tag" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["bad.yaml"]

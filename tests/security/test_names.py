@@ -66,8 +66,13 @@ def test_a_trial_is_named_plainly_or_not_at_all(name):
 
 
 @settings(deadline=None, max_examples=200)
-@given(fields=st.dictionaries(st.sampled_from(["data.corpus", "data.tokenizer", "schedule.max_lr", "train.init_from"]),
-                              names | st.floats(allow_nan=False) | st.integers() | st.booleans() | st.none(), min_size=1))
+@given(
+    fields=st.dictionaries(
+        st.sampled_from(["data.corpus", "data.tokenizer", "schedule.max_lr", "train.init_from"]),
+        names | st.floats(allow_nan=False) | st.integers() | st.booleans() | st.none(),
+        min_size=1,
+    )
+)
 @example(fields={"data.corpus": ".."})
 @example(fields={"data.corpus": "../../etc/passwd"})
 def test_a_trial_that_is_named_after_its_values_is_named_plainly(fields):
@@ -85,7 +90,10 @@ def victim(tmp_path) -> Path:
     assert [(f.name, f.read_text()) for f in folder.iterdir()] == [("precious.txt", "as it was")]
 
 
-@pytest.mark.parametrize("link", ["step-00000001", ".step-00000009.1-abc", ".step-00000001.aside", ".step-00000003.aside"])
+@pytest.mark.parametrize(
+    "link",
+    ["step-00000001", ".step-00000009.1-abc", ".step-00000001.aside", ".step-00000003.aside"],
+)
 def test_removing_checkpoints_follows_no_link(tmp_path, victim, link):
     folder = tmp_path / "checkpoints"
     for step in (2, 3):
@@ -97,9 +105,14 @@ def test_removing_checkpoints_follows_no_link(tmp_path, victim, link):
     assert checkpoint.latest_valid(folder, lambda _: None) == folder / "step-00000003"
 
 
-@pytest.mark.parametrize("write", [
-    lambda path: write_atomically(path, b"new"), lambda path: write_atomically(path, "new", durable=True),
-    lambda path: load_tokenizer("byte").save(path.parent)])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_atomically(path, b"new"),
+        lambda path: write_atomically(path, "new", durable=True),
+        lambda path: load_tokenizer("byte").save(path.parent),
+    ],
+)
 def test_what_is_replaced_is_the_link_and_not_what_it_leads_to(tmp_path, victim, write):
     path = tmp_path / "run" / "tokenizer.json"
     path.parent.mkdir()
@@ -109,9 +122,15 @@ def test_what_is_replaced_is_the_link_and_not_what_it_leads_to(tmp_path, victim,
     assert path.read_text() != "as it was"
 
 
-@pytest.mark.parametrize("write", [
-    lambda path: write_atomically(path, b"new"), lambda path: write_atomically(path, "new", durable=True), lambda path: write_state(path, {}),
-    lambda path: load_tokenizer("byte").save(path.parent)])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_atomically(path, b"new"),
+        lambda path: write_atomically(path, "new", durable=True),
+        lambda path: write_state(path, {}),
+        lambda path: load_tokenizer("byte").save(path.parent),
+    ],
+)
 def test_the_name_of_a_file_that_is_being_written_cannot_be_foreseen(tmp_path, victim, write):
     path = tmp_path / "run" / "tokenizer.json"
     path.parent.mkdir()

@@ -20,13 +20,35 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent.parent
 # Calls that would change something or give something away, of every service that a head or a node has.
-CALLS = ["InternalKVGcsService/InternalKVPut", "InternalKVGcsService/InternalKVKeys", "NodeInfoGcsService/GetAllNodeInfo",
-         "JobInfoGcsService/AddJob", "ActorInfoGcsService/RegisterActor", "NodeManagerService/RequestWorkerLease",
-         "NodeManagerService/GetNodeStats", "NodeManagerService/ShutdownRaylet", "ObjectManagerService/Push",
-         "ObjectManagerService/Pull", "ObjectManagerService/FreeObjects", "CoreWorkerService/PushTask",
-         "ReporterService/GetTraceback", "LogService/ListLogs", "RayletDriver/Init", "RayletDriver/PutObject"]
-PATHS = ["/api/jobs/", "/api/v0/nodes", "/logs", "/get_or_create_runtime_env", "/api/job_agent/jobs/", "/nodes?view=summary",
-         "/api/serve/applications/", "/worker/traceback?pid=1", "/metrics"]
+CALLS = [
+    "InternalKVGcsService/InternalKVPut",
+    "InternalKVGcsService/InternalKVKeys",
+    "NodeInfoGcsService/GetAllNodeInfo",
+    "JobInfoGcsService/AddJob",
+    "ActorInfoGcsService/RegisterActor",
+    "NodeManagerService/RequestWorkerLease",
+    "NodeManagerService/GetNodeStats",
+    "NodeManagerService/ShutdownRaylet",
+    "ObjectManagerService/Push",
+    "ObjectManagerService/Pull",
+    "ObjectManagerService/FreeObjects",
+    "CoreWorkerService/PushTask",
+    "ReporterService/GetTraceback",
+    "LogService/ListLogs",
+    "RayletDriver/Init",
+    "RayletDriver/PutObject",
+]
+PATHS = [
+    "/api/jobs/",
+    "/api/v0/nodes",
+    "/logs",
+    "/get_or_create_runtime_env",
+    "/api/job_agent/jobs/",
+    "/nodes?view=summary",
+    "/api/serve/applications/",
+    "/worker/traceback?pid=1",
+    "/metrics",
+]
 JOINS = "import ray; ray.init(log_to_driver=False); print('JOINED', len(ray.nodes()))"
 OWN = """
 import os, sys
@@ -49,7 +71,10 @@ def listening(pids: set[int]) -> dict[int, str]:
             local, state, inode = (line.split()[i] for i in (1, 3, 9))
             if state == "0A" and inode in inodes:
                 address, port = local.split(":")
-                words = [int(address[i : i + 8], 16).to_bytes(4, "little") for i in range(0, len(address), 8)]
+                words = [
+                    int(address[i : i + 8], 16).to_bytes(4, "little")
+                    for i in range(0, len(address), 8)
+                ]
                 found[int(port, 16)] = socket.inet_ntop(family, b"".join(words))
     return found
 
@@ -73,7 +98,9 @@ def processes_naming(text: str) -> set[int]:
         try:
             if text in (folder / "cmdline").read_text("utf-8", "replace"):
                 named.add(int(folder.name))
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            parents[int(folder.name)] = int(
+                (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            )
         except OSError:
             pass
     return named | {pid for pid, parent in parents.items() if parent in named}
@@ -82,6 +109,7 @@ def processes_naming(text: str) -> set[int]:
 @pytest.fixture
 def ports(ray_head, ray_cluster, clients) -> dict[int, str]:
     """{port: address} of the head, once its agents listen too, with one actor's worker."""
+
     @ray_cluster.remote(num_cpus=0)
     class Idle:
         def pid(self):
@@ -122,9 +150,14 @@ def grpc_answers(address: str, token: str | None, calls: list[str] = CALLS) -> s
 
 def http_answer(url: str, token: str | None, data: bytes | None = None) -> int | str | None:
     """The status; `METRICS` for a page of numbers, None where no HTTP is spoken."""
-    headers = {"content-type": "application/json", **({"authorization": f"Bearer {token}"} if token else {})}
+    headers = {
+        "content-type": "application/json",
+        **({"authorization": f"Bearer {token}"} if token else {}),
+    }
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=10) as response:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, data, headers), timeout=10
+        ) as response:
             return METRICS if response.read().startswith(b"# HELP") else response.status
     except urllib.error.HTTPError as error:
         return error.code
@@ -149,10 +182,21 @@ def clients(ray_head, tmp_path_factory):
     """Who tries to join without the token: begun before the other tests, for a refused client tries for 20 seconds."""
     home = {"HOME": str(tmp_path_factory.mktemp("home"))}
     without = {k: v for k, v in ray_head.env.items() if not k.startswith("RAY_AUTH")} | home
-    words = [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token"},
-             {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}]
-    clients = [subprocess.Popen([sys.executable, "-c", JOINS], env=without | w, text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE) for w in words]
+    words = [
+        {"RAY_AUTH_MODE": "disabled"},
+        {"RAY_AUTH_MODE": "token"},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)},
+    ]
+    clients = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINS],
+            env=without | w,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for w in words
+    ]
     yield clients
     for client in clients:
         client.kill()
@@ -162,8 +206,12 @@ def clients(ray_head, tmp_path_factory):
 def test_every_port_of_a_cluster_refuses_who_has_no_token_or_a_wrong_one(ray_head, ports):
     for token in (None, secrets.token_hex(32)):
         found = {port: refusal(reach(port, address), token) for port, address in ports.items()}
-        there = listening(processes_naming(f"{ray_head.folder}/"))  # idle workers end when Ray likes
-        found = {port: answer for port, answer in found.items() if port in there or answer != NOBODY}
+        there = listening(
+            processes_naming(f"{ray_head.folder}/")
+        )  # idle workers end when Ray likes
+        found = {
+            port: answer for port, answer in found.items() if port in there or answer != NOBODY
+        }
         assert set(found.values()) == REFUSALS, found
     # The same questions are answered to who has it.
     right = ray_head.env["RAY_AUTH_TOKEN"]
@@ -187,8 +235,13 @@ def test_no_job_is_taken_from_who_has_no_token_or_a_wrong_one(ray_head, token, t
 
 def test_a_driver_that_starts_its_own_ray_protects_it_unasked(tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    with subprocess.Popen([sys.executable, "-c", OWN], env=env | {"HOME": str(tmp_path), "PYTHONPATH": str(REPO)}, text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as driver:
+    with subprocess.Popen(
+        [sys.executable, "-c", OWN],
+        env=env | {"HOME": str(tmp_path), "PYTHONPATH": str(REPO)},
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as driver:
         try:
             gcs, session = driver.stdout.readline().split()
             time.sleep(3)  # its agents
@@ -210,18 +263,26 @@ def test_mlflow_listens_on_this_machine_alone(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen([sys.executable, str(REPO / "pipelines" / "ui.py"), str(tmp_path), "--port", str(port)],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    server = subprocess.Popen(
+        [sys.executable, str(REPO / "pipelines" / "ui.py"), str(tmp_path), "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         deadline = time.monotonic() + 90
         while http_answer(f"http://127.0.0.1:{port}/health", None) != 200:
             assert server.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.3)
-        group = {int(f.name) for f in Path("/proc").glob("[0-9]*") if _group(int(f.name)) == server.pid}
+        group = {
+            int(f.name) for f in Path("/proc").glob("[0-9]*") if _group(int(f.name)) == server.pid
+        }
         assert listening(group) == {port: "127.0.0.1"}
-        foreign = urllib.request.Request(f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search?max_results=1",
-                                         headers={"Host": "evil.example"})
+        foreign = urllib.request.Request(
+            f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search?max_results=1",
+            headers={"Host": "evil.example"},
+        )
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(foreign, timeout=10)
     finally:

@@ -17,16 +17,53 @@ from types import SimpleNamespace
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent.parent
-VARIABLES = ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY",
-             "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "RAY_AUTH_TOKEN", "GITHUB_TOKEN", "GITLAB_PRIVATE_TOKEN",
-             "OPENAI_API_KEY", "DATABASE_PASSWORD", "AZURE_CLIENT_SECRET", "GOOGLE_APPLICATION_CREDENTIALS_KEY",
-             "SSH_PASSPHRASE", "DOCKER_PASSWORD", "NPM_TOKEN"]
-PLACES = ["user of the corpus' address", "password of the corpus' address", "token of the corpus' address", "git remote"]
-SECRETS = {name: hashlib.sha256(f"secret of {name}".encode()).hexdigest()[:40] for name in [*VARIABLES, *PLACES]}
-SMALL = ["data.tokenizer=byte", "data.val_fraction=0.2", "model.n_layer=1", "model.n_head=2", "model.n_embd=16",
-         "model.block_size=16", "train.micro_batch_size=2", "train.global_batch_size=2", "train.max_steps=5",
-         "train.log_interval=1", "train.eval_interval=5", "train.eval_tokens=64", "train.checkpoint_interval=2",
-         "schedule.warmup_steps=0", "compute.use_gpu=false", "compute.cpus_per_worker=1"]
+VARIABLES = [
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "WANDB_API_KEY",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "RAY_AUTH_TOKEN",
+    "GITHUB_TOKEN",
+    "GITLAB_PRIVATE_TOKEN",
+    "OPENAI_API_KEY",
+    "DATABASE_PASSWORD",
+    "AZURE_CLIENT_SECRET",
+    "GOOGLE_APPLICATION_CREDENTIALS_KEY",
+    "SSH_PASSPHRASE",
+    "DOCKER_PASSWORD",
+    "NPM_TOKEN",
+]
+PLACES = [
+    "user of the corpus' address",
+    "password of the corpus' address",
+    "token of the corpus' address",
+    "git remote",
+]
+SECRETS = {
+    name: hashlib.sha256(f"secret of {name}".encode()).hexdigest()[:40]
+    for name in [*VARIABLES, *PLACES]
+}
+SMALL = [
+    "data.tokenizer=byte",
+    "data.val_fraction=0.2",
+    "model.n_layer=1",
+    "model.n_head=2",
+    "model.n_embd=16",
+    "model.block_size=16",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=2",
+    "train.max_steps=5",
+    "train.log_interval=1",
+    "train.eval_interval=5",
+    "train.eval_tokens=64",
+    "train.checkpoint_interval=2",
+    "schedule.warmup_steps=0",
+    "compute.use_gpu=false",
+    "compute.cpus_per_worker=1",
+]
 # The namespace: loopback, and an interface with a default route that counts, whose other end leads nowhere. IPv6 is off,
 # because it announces itself. Names are asked for at an address out there, wherever this machine asks, but for this
 # machine's own: torch asks for the name of rank 0's address (as 4-in-6), and no setting keeps it from that.
@@ -54,7 +91,14 @@ def can_unshare() -> str | None:
         return "needs root"
     if not (shutil.which("unshare") and shutil.which("ip")):
         return "needs unshare and ip (util-linux, iproute2)"
-    words = ["unshare", "--net", "--mount", "sh", "-c", "ip link add out0 type veth peer name nowhere0"]
+    words = [
+        "unshare",
+        "--net",
+        "--mount",
+        "sh",
+        "-c",
+        "ip link add out0 type veth peer name nowhere0",
+    ]
     done = subprocess.run(words, capture_output=True, text=True)
     return None if done.returncode == 0 else f"no network namespace here: {done.stderr.strip()}"
 
@@ -69,42 +113,91 @@ def ran(tmp_path_factory):
     for room in ("model", "orchestrator", "pipelines", "configs"):
         shutil.copytree(REPO / room, checkout / room, ignore=shutil.ignore_patterns("__pycache__"))
     remote = f"https://me:{SECRETS['git remote']}@example.invalid/a.git"
-    for words in (["init", "-q"], ["remote", "add", "origin", remote], ["add", "."], ["commit", "-q", "-m", "a copy"]):
-        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *words], cwd=checkout, check=True)
+    for words in (
+        ["init", "-q"],
+        ["remote", "add", "origin", remote],
+        ["add", "."],
+        ["commit", "-q", "-m", "a copy"],
+    ):
+        subprocess.run(
+            ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *words],
+            cwd=checkout,
+            check=True,
+        )
     text = "".join(f"{n} times seven is {7 * n}.\n" for n in range(500)).encode()
     sha256 = hashlib.sha256(text).hexdigest()
-    (base / "cache" / "espalier" / f"{sha256[:16]}-input.txt").write_bytes(text)  # so that nothing is to be downloaded
+    (base / "cache" / "espalier" / f"{sha256[:16]}-input.txt").write_bytes(
+        text
+    )  # so that nothing is to be downloaded
     user, password, token = (SECRETS[p] for p in PLACES[:3])
-    corpus = f"https://{user}:{password}@example.invalid/input.txt?token={token}&v=1#sha256={sha256}"
+    corpus = (
+        f"https://{user}:{password}@example.invalid/input.txt?token={token}&v=1#sha256={sha256}"
+    )
     (base / "secret.yaml").write_text(f"name: small\ndata:\n  corpus: '{corpus}'\n")
     (base / "resolv.conf").write_text("nameserver 198.51.100.53\noptions timeout:1 attempts:1\n")
-    (base / "hosts").write_text("127.0.0.1 localhost\n" + "".join(
-        f"{address} {socket.gethostname()}\n" for address in ("198.51.100.2", "::ffff:198.51.100.2")))
+    (base / "hosts").write_text(
+        "127.0.0.1 localhost\n"
+        + "".join(
+            f"{address} {socket.gethostname()}\n"
+            for address in ("198.51.100.2", "::ffff:198.51.100.2")
+        )
+    )
     script = base / "run.sh"
     why = can_unshare()
-    script.write_text((OUTSIDE.format(folder=base) if why is None else "set -e\n") + textwrap.dedent(f"""\
+    script.write_text(
+        (OUTSIDE.format(folder=base) if why is None else "set -e\n")
+        + textwrap.dedent(f"""\
         cd {checkout}
-        {sys.executable} pipelines/train.py {base}/secret.yaml {' '.join(SMALL)}
+        {sys.executable} pipelines/train.py {base}/secret.yaml {" ".join(SMALL)}
         {sys.executable} pipelines/sample.py {base}/storage/small --prompt 1 --max-new-tokens 5 --device cpu
-    """) + ("" if why else textwrap.dedent(f"""\
+    """)
+        + (
+            ""
+            if why
+            else textwrap.dedent(f"""\
         {COUNT} > {base}/out/sent
-        {sys.executable} -c "{TRY.format('203.0.113.7')}"
+        {sys.executable} -c "{TRY.format("203.0.113.7")}"
         {COUNT} > {base}/out/sent-after-a-connection
-        {sys.executable} -c "{TRY.format('example.org')}"
+        {sys.executable} -c "{TRY.format("example.org")}"
         {COUNT} > {base}/out/sent-after-a-name
-    """)))
-    keep = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "ESPALIER_", "MLFLOW_", "TIKTOKEN"))}
-    env = keep | {k: SECRETS[k] for k in VARIABLES} | {
-        "HOME": str(base / "home"), "XDG_CACHE_HOME": str(base / "cache"), "ESPALIER_STORAGE": str(base / "storage"),
-        "RAY_TMPDIR": f"/tmp/es{os.getpid()}", "RAY_AUTH_MODE": "token", "PYTHONPATH": str(checkout),
-        "http_proxy": "", "https_proxy": "", "HTTP_PROXY": "", "HTTPS_PROXY": "", "ALL_PROXY": ""}
+    """)
+        )
+    )
+    keep = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("RAY_", "ESPALIER_", "MLFLOW_", "TIKTOKEN"))
+    }
+    env = (
+        keep
+        | {k: SECRETS[k] for k in VARIABLES}
+        | {
+            "HOME": str(base / "home"),
+            "XDG_CACHE_HOME": str(base / "cache"),
+            "ESPALIER_STORAGE": str(base / "storage"),
+            "RAY_TMPDIR": f"/tmp/es{os.getpid()}",
+            "RAY_AUTH_MODE": "token",
+            "PYTHONPATH": str(checkout),
+            "http_proxy": "",
+            "https_proxy": "",
+            "HTTP_PROXY": "",
+            "HTTPS_PROXY": "",
+            "ALL_PROXY": "",
+        }
+    )
     os.makedirs(env["RAY_TMPDIR"])
     try:
         words = ["sh", str(script)] if why else ["unshare", "--net", "--mount", "sh", str(script)]
         done = subprocess.run(words, env=env, text=True, capture_output=True, timeout=240)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        yield SimpleNamespace(base=base, storage=base / "storage", said=done.stdout + done.stderr, why=why,
-                              ray=Path(env["RAY_TMPDIR"]), corpus=corpus)
+        yield SimpleNamespace(
+            base=base,
+            storage=base / "storage",
+            said=done.stdout + done.stderr,
+            why=why,
+            ray=Path(env["RAY_TMPDIR"]),
+            corpus=corpus,
+        )
     finally:
         shutil.rmtree(env["RAY_TMPDIR"], ignore_errors=True)
 
@@ -132,7 +225,9 @@ def test_it_ran(ran):
 def test_no_secret_is_written_to_the_storage_or_mlflow(ran):
     assert found_in(ran.storage) == {}
     stored = (ran.storage / "small" / "experiment.yaml").read_text()
-    assert "https://[redacted]@example.invalid/input.txt?token=[redacted]&v=1#sha256=" in stored  # and the rest is there
+    assert (
+        "https://[redacted]@example.invalid/input.txt?token=[redacted]&v=1#sha256=" in stored
+    )  # and the rest is there
 
 
 def test_no_secret_is_said(ran):
@@ -153,8 +248,10 @@ def test_a_planted_secret_would_be_found(ran):
 def test_nothing_is_sent_without_an_uplink(ran):
     if ran.why:
         pytest.skip(ran.why)
-    sent, after_connection, after_name = (int((ran.base / "out" / name).read_text())
-                                          for name in ("sent", "sent-after-a-connection", "sent-after-a-name"))
+    sent, after_connection, after_name = (
+        int((ran.base / "out" / name).read_text())
+        for name in ("sent", "sent-after-a-connection", "sent-after-a-name")
+    )
     assert sent == 0
     assert sent < after_connection < after_name  # the counter counts
 

@@ -25,26 +25,53 @@ def refusal(*words: str) -> list[str]:
 
 
 def test_invalid_combinations_are_reported_all_at_once_a_line_for_each_trial():
-    lines = refusal("sweep.grid.train.max_steps=[40, 80, 120]", "sweep.grid.schedule.warmup_steps=[10, 60]",
-                    "sweep.grid.schedule.kind=[cosine, wsd]", "sweep.seeds=2", "sweep.trials.wide.model.n_head=5",
-                    "sweep.grid.data.tokenizer=[byte, char]", "sweep.trials.wide.schedule.warmup_steps=1e6")
+    lines = refusal(
+        "sweep.grid.train.max_steps=[40, 80, 120]",
+        "sweep.grid.schedule.warmup_steps=[10, 60]",
+        "sweep.grid.schedule.kind=[cosine, wsd]",
+        "sweep.seeds=2",
+        "sweep.trials.wide.model.n_head=5",
+        "sweep.grid.data.tokenizer=[byte, char]",
+        "sweep.trials.wide.schedule.warmup_steps=1e6",
+    )
     assert lines[0] == "5 of 25 trials cannot be run"
-    assert lines[1:] == [f"trial tokenizer-{t}_kind-{kind}_warmup_steps-60_max_steps-40: schedule.warmup_steps: 60 is not "
-                         "shorter than train.max_steps=40" for kind in ("cosine", "wsd") for t in ("byte", "char")] + [
+    assert lines[1:] == [
+        f"trial tokenizer-{t}_kind-{kind}_warmup_steps-60_max_steps-40: schedule.warmup_steps: 60 is not "
+        "shorter than train.max_steps=40"
+        for kind in ("cosine", "wsd")
+        for t in ("byte", "char")
+    ] + [
         "trial wide: schedule.warmup_steps: 1000000 is not shorter than train.max_steps=2000; "
-        "model.n_head: 5 does not divide model.n_embd=768"]
+        "model.n_head: 5 does not divide model.n_embd=768"
+    ]
 
 
 def test_mistakes_of_the_section_and_of_the_experiment_come_together():
-    lines = refusal("train.max_steps=0", "sweep.seeds=0", "sweep.grid.schedule.max_lr=5", "sweep.sed=3")
-    assert lines == ["train.max_steps: 0 is not an integer at least 1",
-                     "sweep.grid.schedule.max_lr: 5 is not a list of values",
-                     "sweep.seeds: 0 is not an integer at least 1", "sweep.sed: no such field; did you mean sweep.seeds?"]
-    lines = refusal("sweep.grid.schedule.kind=[cosin, wsd]", "sweep.grid.train.keep=[1]", "sweep.trials.a.train.steps=3",
-                    "sweep.probe_step=5", "sweep.num_samples=3", "train.eval_interval=null")
+    lines = refusal(
+        "train.max_steps=0", "sweep.seeds=0", "sweep.grid.schedule.max_lr=5", "sweep.sed=3"
+    )
+    assert lines == [
+        "train.max_steps: 0 is not an integer at least 1",
+        "sweep.grid.schedule.max_lr: 5 is not a list of values",
+        "sweep.seeds: 0 is not an integer at least 1",
+        "sweep.sed: no such field; did you mean sweep.seeds?",
+    ]
+    lines = refusal(
+        "sweep.grid.schedule.kind=[cosin, wsd]",
+        "sweep.grid.train.keep=[1]",
+        "sweep.trials.a.train.steps=3",
+        "sweep.probe_step=5",
+        "sweep.num_samples=3",
+        "train.eval_interval=null",
+    )
     assert [line.split(": ")[0] for line in lines] == [
-        "sweep.grid.schedule.kind", "sweep.grid.train.keep", "sweep.trials.a.train.steps", "sweep.num_samples",
-        "sweep.probe_step", "train.eval_interval"]
+        "sweep.grid.schedule.kind",
+        "sweep.grid.train.keep",
+        "sweep.trials.a.train.steps",
+        "sweep.num_samples",
+        "sweep.probe_step",
+        "train.eval_interval",
+    ]
 
 
 ONE_LINE = [  # words -> what the one line begins with, what else it says
@@ -53,30 +80,74 @@ ONE_LINE = [  # words -> what the one line begins with, what else it says
     (["sweep=5"], "sweep: ", "no section"),
     (["sweep.grid=[1]"], "sweep.grid: ", "[1] is not a mapping to a list of values"),
     (["sweep.grid.train.max_steps=[]"], "sweep.grid.train.max_steps: ", "of length at least 1"),
-    (["sweep.space.train.max_steps=5", *SAMPLES], "sweep.space.train.max_steps: ", "5 is not a list of values or a mapping"),
+    (
+        ["sweep.space.train.max_steps=5", *SAMPLES],
+        "sweep.space.train.max_steps: ",
+        "5 is not a list of values or a mapping",
+    ),
     (["sweep.trials.mine=5"], "sweep.trials.mine: ", "5 is not a mapping"),
     ([PEAKS, "sweep.stop=hyperband"], "sweep.stop: ", "none | anneal_probe | asha"),
     ([PEAKS, "sweep.seeds=1.5"], "sweep.seeds: ", "1.5"),
     ([PEAKS, *PROBE, "sweep.probe_margin=-1"], "sweep.probe_margin: ", "at least 0"),
     ([PEAKS, "sweep.diverged_above=0"], "sweep.diverged_above: ", "above 0"),
     ([PEAKS, "sweep.keep_branches=1"], "sweep.keep_branches: ", "true or false"),
-    (["sweep.grid.schedule.max_lrs=[1]"], "sweep.grid.schedule.max_lrs: ", "did you mean schedule.max_lr?"),
+    (
+        ["sweep.grid.schedule.max_lrs=[1]"],
+        "sweep.grid.schedule.max_lrs: ",
+        "did you mean schedule.max_lr?",
+    ),
     (["sweep.grid.max_steps=[1]"], "sweep.grid.max_steps: ", "did you mean train.max_steps?"),
     (["sweep.grid={1: [2]}"], "sweep.grid.1: ", "no such field"),
-    (["sweep.space.schedule.maxlr=[1]", *SAMPLES], "sweep.space.schedule.maxlr: ", "did you mean schedule.max_lr?"),
-    (["sweep.trials.mine.schedul.kind=wsd"], "sweep.trials.mine.schedul.kind: ", "did you mean schedule.kind?"),
+    (
+        ["sweep.space.schedule.maxlr=[1]", *SAMPLES],
+        "sweep.space.schedule.maxlr: ",
+        "did you mean schedule.max_lr?",
+    ),
+    (
+        ["sweep.trials.mine.schedul.kind=wsd"],
+        "sweep.trials.mine.schedul.kind: ",
+        "did you mean schedule.kind?",
+    ),
     (["sweep.trials.mine.kind=wsd"], "sweep.trials.mine.kind: ", "no such field"),
-    (["sweep.trials.mine={schedule: {kind: wsd}}"], "sweep.trials.mine.schedule: ", "no such field"),
-    (["sweep.grid.schedule.max_lr=[1e-3, 0]"], "sweep.grid.schedule.max_lr: ", "0 is not a number above 0"),
-    (["sweep.grid.schedule.max_lr=[1e-3, 0.001]"], "sweep.grid.schedule.max_lr: ", "0.001 is given twice"),
+    (
+        ["sweep.trials.mine={schedule: {kind: wsd}}"],
+        "sweep.trials.mine.schedule: ",
+        "no such field",
+    ),
+    (
+        ["sweep.grid.schedule.max_lr=[1e-3, 0]"],
+        "sweep.grid.schedule.max_lr: ",
+        "0 is not a number above 0",
+    ),
+    (
+        ["sweep.grid.schedule.max_lr=[1e-3, 0.001]"],
+        "sweep.grid.schedule.max_lr: ",
+        "0.001 is given twice",
+    ),
     (["sweep.grid.train.max_steps=[2000-01-01]"], "sweep.grid.train.max_steps: ", "2000-01-01"),
-    (["sweep.trials.mine.schedule.kind=wds"], "sweep.trials.mine.schedule.kind: ", '"wds" is not cosine'),
+    (
+        ["sweep.trials.mine.schedule.kind=wds"],
+        "sweep.trials.mine.schedule.kind: ",
+        '"wds" is not cosine',
+    ),
     (["sweep.trials={a/b: {}}"], "sweep.trials: ", '"a/b" names a folder'),
     ([f"sweep.trials.{'x' * 101}.schedule.kind=wsd"], "sweep.trials: ", "at most 100"),
-    ([PEAKS, "sweep.trials.max_lr-0.001.schedule.kind=wsd"], "sweep.trials: ", '"max_lr-0.001" names two trials'),
+    (
+        [PEAKS, "sweep.trials.max_lr-0.001.schedule.kind=wsd"],
+        "sweep.trials: ",
+        '"max_lr-0.001" names two trials',
+    ),
     (["sweep.grid.train.seed=[1, 2]", "sweep.seeds=2"], "sweep.grid.train.seed: ", "sweep.seeds=2"),
-    (["sweep.trials.mine.train.seed=3", "sweep.seeds=2"], "sweep.trials.mine.train.seed: ", "sweep.seeds=2"),
-    ([PEAKS, "sweep.space.schedule.max_lr=[1]", *SAMPLES], "sweep.space.schedule.max_lr: ", "sweep.grid too"),
+    (
+        ["sweep.trials.mine.train.seed=3", "sweep.seeds=2"],
+        "sweep.trials.mine.train.seed: ",
+        "sweep.seeds=2",
+    ),
+    (
+        [PEAKS, "sweep.space.schedule.max_lr=[1]", *SAMPLES],
+        "sweep.space.schedule.max_lr: ",
+        "sweep.grid too",
+    ),
     ([PEAKS, "sweep.num_samples=3"], "sweep.num_samples: ", "no sweep.sampler"),
     (["sweep.sampler=random", "sweep.space.schedule.max_lr=[1]"], "sweep.num_samples: ", "missing"),
     (SAMPLES, "sweep.space: ", "missing"),
@@ -91,10 +162,20 @@ ONE_LINE = [  # words -> what the one line begins with, what else it says
     ([PEAKS, "sweep.from=base@0"], "sweep.from: ", '"base@0" is not RUN@STEP'),
     ([PEAKS, "sweep.from='@5'"], "sweep.from: ", '"@5" is not RUN@STEP'),
     ([PEAKS, "sweep.from=base@5", "sweep.seeds=2"], "sweep.seeds: ", "its seed is one"),
-    (["sweep.grid.model.n_layer=[1]", "sweep.from=base@5"], "sweep.grid.model.n_layer: ", "all but schedule.*"),
+    (
+        ["sweep.grid.model.n_layer=[1]", "sweep.from=base@5"],
+        "sweep.grid.model.n_layer: ",
+        "all but schedule.*",
+    ),
     (["sweep.trials.mine.train.max_steps=50", "sweep.from=base@50"], "sweep.from: ", "trial mine"),
-    (["sweep.grid.schedule.warmup_steps=" + json.dumps([*range(101)]), "sweep.grid.train.max_steps=" + json.dumps(
-        [*range(200, 300)])], "sweep: ", "10100 trials are more than 10000"),
+    (
+        [
+            "sweep.grid.schedule.warmup_steps=" + json.dumps([*range(101)]),
+            "sweep.grid.train.max_steps=" + json.dumps([*range(200, 300)]),
+        ],
+        "sweep: ",
+        "10100 trials are more than 10000",
+    ),
     ([PEAKS, "sweep.seeds=5001"], "sweep: ", "10002 trials are more than 10000"),
 ]
 
@@ -108,8 +189,16 @@ def test_a_wrong_sweep_is_one_line_that_names_the_field_and_says_why(words, begi
 
 
 RANGES = [
-    ("schedule.kind", "{low: 1, high: 2}", "a range is for numbers and the field is cosine | linear"),
-    ("train.max_steps", "{low: 1, high: 5, lgo: true}", 'a range has low, high, log, step, and no "lgo"'),
+    (
+        "schedule.kind",
+        "{low: 1, high: 2}",
+        "a range is for numbers and the field is cosine | linear",
+    ),
+    (
+        "train.max_steps",
+        "{low: 1, high: 5, lgo: true}",
+        'a range has low, high, log, step, and no "lgo"',
+    ),
     ("train.max_steps", "{low: 1}", "high is missing"),
     ("train.max_steps", "{}", "low is missing"),
     ("train.max_steps", "{low: 1.5, high: 5}", "1.5 is not an integer"),
@@ -134,11 +223,18 @@ def test_a_wrong_range_says_what_is_wrong_with_it(field, words, says):
     assert says in lines[0]
 
 
-@pytest.mark.parametrize("where", ["sweep.grid.{}=[1]", "sweep.space.{}=[1]", "sweep.trials.mine={{{}: 1}}"])
-@pytest.mark.parametrize("field", [f"{f}x" if f.endswith(".") else f for f in FIXED] + ["compute.num_workers", "sweep.seeds"])
+@pytest.mark.parametrize(
+    "where", ["sweep.grid.{}=[1]", "sweep.space.{}=[1]", "sweep.trials.mine={{{}: 1}}"]
+)
+@pytest.mark.parametrize(
+    "field",
+    [f"{f}x" if f.endswith(".") else f for f in FIXED] + ["compute.num_workers", "sweep.seeds"],
+)
 def test_a_field_that_no_sweep_varies_is_refused_with_the_reason(where, field):
     (line,) = refusal(where.format(field), *(SAMPLES if "space" in where else []))
-    assert re.match(rf"sweep\.(grid|space|trials\.mine)\.{re.escape(field)}: cannot be swept: \w+", line)
+    assert re.match(
+        rf"sweep\.(grid|space|trials\.mine)\.{re.escape(field)}: cannot be swept: \w+", line
+    )
 
 
 def test_every_other_field_can_be_swept():
@@ -151,13 +247,34 @@ def test_every_other_field_can_be_swept():
         assert trial.experiment.model_copy(update={"name": "quickstart"}) == Experiment()
 
 
-@pytest.mark.parametrize(("words", "named"), [
-    (["sweep.grid.schedule.kind=[wsd, cosine]"], "schedule.kind"),
-    (["sweep.grid.train.max_steps=[40, 80]"], "train.max_steps"),
-    ([PEAKS, "sweep.trials.mine.schedule.decay_fraction=0.5"], "schedule.decay_fraction"),
-    (["sweep.grid.schedule.warmup_steps=[0, 5]", "sweep.grid.train.max_steps=[40, 80]"], "schedule.warmup_steps, train.max_steps"),
-    (["sweep.sampler=random", "sweep.num_samples=2", "sweep.space.train.max_steps={low: 40, high: 80}"], "train.max_steps"),
-    (["sweep.sampler=random", "sweep.num_samples=2", "sweep.space.schedule.kind=[wsd, linear]"], "schedule.kind")])
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["sweep.grid.schedule.kind=[wsd, cosine]"], "schedule.kind"),
+        (["sweep.grid.train.max_steps=[40, 80]"], "train.max_steps"),
+        ([PEAKS, "sweep.trials.mine.schedule.decay_fraction=0.5"], "schedule.decay_fraction"),
+        (
+            ["sweep.grid.schedule.warmup_steps=[0, 5]", "sweep.grid.train.max_steps=[40, 80]"],
+            "schedule.warmup_steps, train.max_steps",
+        ),
+        (
+            [
+                "sweep.sampler=random",
+                "sweep.num_samples=2",
+                "sweep.space.train.max_steps={low: 40, high: 80}",
+            ],
+            "train.max_steps",
+        ),
+        (
+            [
+                "sweep.sampler=random",
+                "sweep.num_samples=2",
+                "sweep.space.schedule.kind=[wsd, linear]",
+            ],
+            "schedule.kind",
+        ),
+    ],
+)
 def test_asha_is_refused_where_curves_cross_and_the_line_names_what_to_use(words, named):
     (line,) = refusal(*words, "sweep.stop=asha")
     assert line.startswith("sweep.stop: asha")
@@ -165,22 +282,47 @@ def test_asha_is_refused_where_curves_cross_and_the_line_names_what_to_use(words
     assert "anneal_probe" in line
 
 
-@pytest.mark.parametrize("words", [
-    [PEAKS, "sweep.seeds=2"], ["sweep.grid.model.dropout=[0, 0.1]", "sweep.grid.schedule.kind=[wsd]"],
-    [PEAKS, "sweep.trials.mine.schedule.kind=cosine"],  # which all have
-    ["sweep.sampler=random", "sweep.num_samples=2", "sweep.space.schedule.max_lr=[1, 2]", "sweep.space.schedule.kind=[wsd]"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [PEAKS, "sweep.seeds=2"],
+        ["sweep.grid.model.dropout=[0, 0.1]", "sweep.grid.schedule.kind=[wsd]"],
+        [PEAKS, "sweep.trials.mine.schedule.kind=cosine"],  # which all have
+        [
+            "sweep.sampler=random",
+            "sweep.num_samples=2",
+            "sweep.space.schedule.max_lr=[1, 2]",
+            "sweep.space.schedule.kind=[wsd]",
+        ],
+    ],
+)
 def test_asha_may_judge_trials_of_one_schedule_shape(words):
     assert load_sweep(None, [*words, "sweep.stop=asha"]).settings.stop == "asha"
 
 
 def test_a_probe_is_accepted_where_a_trial_is_long_enough_for_it():
-    sweep = load_sweep(None, ["sweep.grid.train.max_steps=[20, 41]", *PROBE, "sweep.probe_margin=0"])
-    assert (sweep.settings.probe_step, sweep.settings.probe_steps, sweep.settings.probe_margin) == (40, 10, 0)
+    sweep = load_sweep(
+        None, ["sweep.grid.train.max_steps=[20, 41]", *PROBE, "sweep.probe_margin=0"]
+    )
+    assert (sweep.settings.probe_step, sweep.settings.probe_steps, sweep.settings.probe_margin) == (
+        40,
+        10,
+        0,
+    )
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["sweep.probe_step=40", "schedule.warmup_steps=40"], "lies inside a warmup of 40 steps"),
-    (["sweep.probe_step=40", "sweep.from=base@40"], "is not behind the branch of sweep.from=base@40")])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sweep.probe_step=40", "schedule.warmup_steps=40"], "lies inside a warmup of 40 steps"),
+        (
+            ["sweep.probe_step=40", "sweep.from=base@40"],
+            "is not behind the branch of sweep.from=base@40",
+        ),
+    ],
+)
 def test_a_probe_where_trunks_are_none_yet_is_refused(words, said):
-    (line,) = refusal("sweep.grid.train.max_steps=[90]", "sweep.stop=anneal_probe", "sweep.probe_steps=5", *words)
+    (line,) = refusal(
+        "sweep.grid.train.max_steps=[90]", "sweep.stop=anneal_probe", "sweep.probe_steps=5", *words
+    )
     assert line.startswith("sweep.probe_step: 40") and said in line

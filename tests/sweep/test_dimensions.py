@@ -10,22 +10,35 @@ from orchestrator.sweep.dimensions import Choices, Range, dimension, draw, pick
 
 
 def test_a_field_beside_it_does_not_change_a_draw():
-    some = {"schedule.max_lr": Range(1e-4, 1e-2, log=True), "model.n_layer": Range(1, 12, integer=True)}
+    some = {
+        "schedule.max_lr": Range(1e-4, 1e-2, log=True),
+        "model.n_layer": Range(1, 12, integer=True),
+    }
     for number in range(20):
         alone = draw(3, number, {"model.n_layer": some["model.n_layer"]})
         assert alone["model.n_layer"] == draw(3, number, some)["model.n_layer"]
 
 
 @settings(max_examples=300, deadline=None)
-@given(low=st.floats(1e-8, 1e3), width=st.floats(1e-3, 1e3), share=st.floats(0, 1, exclude_max=True), log=st.booleans())
+@given(
+    low=st.floats(1e-8, 1e3),
+    width=st.floats(1e-3, 1e3),
+    share=st.floats(0, 1, exclude_max=True),
+    log=st.booleans(),
+)
 def test_a_drawn_number_lies_within_its_range(low, width, share, log):
     high = low * (1 + width)
     assert low <= pick(Range(low, high, log), share) <= high
 
 
 @settings(max_examples=200, deadline=None)
-@given(low=st.integers(1, 1000), width=st.integers(1, 50), share=st.floats(0, 1, exclude_max=True), log=st.booleans(),
-       step=st.none() | st.integers(1, 60))
+@given(
+    low=st.integers(1, 1000),
+    width=st.integers(1, 50),
+    share=st.floats(0, 1, exclude_max=True),
+    log=st.booleans(),
+    step=st.none() | st.integers(1, 60),
+)
 def test_an_integer_field_gives_integers_of_the_range_and_of_the_step(low, width, share, log, step):
     step = None if log else step
     value = pick(Range(low, low + width, log, step, integer=True), share)
@@ -45,8 +58,14 @@ def test_every_integer_every_step_and_every_choice_can_be_drawn_and_log_means_ev
 
 
 def test_words_become_a_dimension_as_the_field_holds_its_values():
-    assert dimension("train.max_steps", {"low": 1e2, "high": 6e3, "step": 50.0}) == Range(100, 6000, False, 50, True)
+    assert dimension("train.max_steps", {"low": 1e2, "high": 6e3, "step": 50.0}) == Range(
+        100, 6000, False, 50, True
+    )
     assert type(dimension("train.max_steps", {"low": 1e2, "high": 6e3}).low) is int
-    assert dimension("optim.max_grad_norm", {"low": 0.1, "high": 1, "log": True}) == Range(0.1, 1.0, True)
+    assert dimension("optim.max_grad_norm", {"low": 0.1, "high": 1, "log": True}) == Range(
+        0.1, 1.0, True
+    )
     assert dimension("optim.max_grad_norm", [None, 1]) == Choices((None, 1.0))
-    assert dimension("model.dropout", {"low": 0.1, "high": 0.3, "step": 0.2}).step == 0.2  # 0.3 - 0.1 is a little less
+    assert (
+        dimension("model.dropout", {"low": 0.1, "high": 0.3, "step": 0.2}).step == 0.2
+    )  # 0.3 - 0.1 is a little less

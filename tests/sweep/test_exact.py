@@ -10,21 +10,26 @@ from orchestrator.runs import stop as stopping
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.numerics import Worker
 
-MIXED = ["sweep.trials.wsd-20.schedule.kind=wsd",
-         "sweep.trials.wsd-14.train.max_steps=14",
-         "sweep.trials.wsd-30-cosine={schedule.decay_shape: cosine, train.max_steps: 30}",
-         "sweep.trials.wsd-20-sqrt.schedule.decay_shape=1-sqrt",
-         "sweep.trials.constant-13={schedule.kind: constant, train.max_steps: 13}",
-         "sweep.trials.constant-17={schedule.kind: constant, train.max_steps: 17}",
-         "sweep.trials.linear.schedule.kind=linear",
-         "sweep.trials.cosine.schedule.kind=cosine",
-         "sweep.trials.inverse.schedule.kind=inverse_sqrt",
-         "sweep.trials.peak.schedule.max_lr=5e-3",
-         "sweep.trials.other={optim.weight_decay: 0.3, train.max_steps: 12}"]
+MIXED = [
+    "sweep.trials.wsd-20.schedule.kind=wsd",
+    "sweep.trials.wsd-14.train.max_steps=14",
+    "sweep.trials.wsd-30-cosine={schedule.decay_shape: cosine, train.max_steps: 30}",
+    "sweep.trials.wsd-20-sqrt.schedule.decay_shape=1-sqrt",
+    "sweep.trials.constant-13={schedule.kind: constant, train.max_steps: 13}",
+    "sweep.trials.constant-17={schedule.kind: constant, train.max_steps: 17}",
+    "sweep.trials.linear.schedule.kind=linear",
+    "sweep.trials.cosine.schedule.kind=cosine",
+    "sweep.trials.inverse.schedule.kind=inverse_sqrt",
+    "sweep.trials.peak.schedule.max_lr=5e-3",
+    "sweep.trials.other={optim.weight_decay: 0.3, train.max_steps: 12}",
+]
 
 
 def steps_of(study, ran) -> int:
-    return sum(json.loads((study.folder / "stages" / i / "result.json").read_text())["steps_run"] for i in ran)
+    return sum(
+        json.loads((study.folder / "stages" / i / "result.json").read_text())["steps_run"]
+        for i in ran
+    )
 
 
 def assert_alone(sweeps, study, names=None):
@@ -38,7 +43,12 @@ def test_a_mixed_sweep_is_its_trials(sweeps, keep):
     ran = sweeps.run(study)
     assert_alone(sweeps, study)
     assert len(ran) == len(set(ran)) == len(study.plan.stages)
-    assert steps_of(study, ran) == study.plan.steps_in_tree == study.plan.steps_to_run < study.plan.steps_asked
+    assert (
+        steps_of(study, ran)
+        == study.plan.steps_in_tree
+        == study.plan.steps_to_run
+        < study.plan.steps_asked
+    )
     assert {row["state"] for row in study.rows()} == {"done"}
 
 
@@ -76,8 +86,12 @@ def test_killed_inside_a_stage_it_goes_on_there(sweeps):
 def test_asked_to_stop_again_and_again_no_step_is_run_twice(sweeps, seed):
     """At any question, of which each step and each batch of an evaluation asks some: in stages that branch, in one that only
     ends a trial, and before one that diverges."""
-    words = [*MIXED[:2], "sweep.trials.end={schedule.kind: constant, train.max_steps: 17}", "train.checkpoint_interval=null",
-             "sweep.trials.hot={schedule.max_lr: 1e38, optim.max_grad_norm: null, train.max_steps: 13}"]
+    words = [
+        *MIXED[:2],
+        "sweep.trials.end={schedule.kind: constant, train.max_steps: 17}",
+        "train.checkpoint_interval=null",
+        "sweep.trials.hot={schedule.max_lr: 1e38, optim.max_grad_norm: null, train.max_steps: 13}",
+    ]
     draw, starts, run, over = random.Random(seed), 0, 0, False
     while not over:
         study, questions = sweeps.open(*words), iter([False] * draw.randrange(60))
@@ -93,8 +107,12 @@ def test_asked_to_stop_again_and_again_no_step_is_run_twice(sweeps, seed):
         assert over or stopping.asked(study.folder)
         assert {"stopped", "failed"} & {row["state"] for row in study.rows()} == set()
     assert starts > 3
-    assert run == study.plan.steps_in_tree - 12  # of the trial that diverges, all but its first step
-    assert {row["trial"]: row["state"] for row in study.rows() if row["state"] != "done"} == {"hot": "diverged"}
+    assert (
+        run == study.plan.steps_in_tree - 12
+    )  # of the trial that diverges, all but its first step
+    assert {row["trial"]: row["state"] for row in study.rows() if row["state"] != "done"} == {
+        "hot": "diverged"
+    }
     assert_alone(sweeps, study, [name for name in study.candidates if name != "hot"])
 
 
@@ -115,11 +133,19 @@ def test_a_trial_that_ends_where_a_trunk_stands_costs_an_evaluation(sweeps, end)
     """wsd-20 and its longer sister branch at step 17; a constant run of that length is the trunk itself."""
     trunk = ["sweep.trials.a.train.max_steps=20", "sweep.trials.b.train.max_steps=30"]
     sweeps.run(sweeps.open(*trunk))
-    study = sweeps.open(*trunk, "sweep.trials.end={schedule.kind: constant, train.max_steps: 17}",
-                        f"sweep.trials.inside={{schedule.kind: constant, train.max_steps: {end}}}")
+    study = sweeps.open(
+        *trunk,
+        "sweep.trials.end={schedule.kind: constant, train.max_steps: 17}",
+        f"sweep.trials.inside={{schedule.kind: constant, train.max_steps: {end}}}",
+    )
     ran = sweeps.run(study)
     assert sorted(study.plan.by_id[i].stop for i in ran) == sorted({17, end})
-    assert steps_of(study, ran) == study.plan.steps_to_run == study.plan.steps_again == (end if end < 17 else 0)
+    assert (
+        steps_of(study, ran)
+        == study.plan.steps_to_run
+        == study.plan.steps_again
+        == (end if end < 17 else 0)
+    )
     assert_alone(sweeps, study)
 
 
@@ -149,10 +175,17 @@ def test_branches_go_when_nothing_pending_needs_them_and_results_stay(sweeps):
 
 
 def test_a_branch_that_was_removed_is_made_again_and_counted(sweeps):
-    words = ["sweep.trials.a.train.max_steps=20", "sweep.trials.b={train.max_steps: 20, schedule.decay_shape: cosine}"]
+    words = [
+        "sweep.trials.a.train.max_steps=20",
+        "sweep.trials.b={train.max_steps: 20, schedule.decay_shape: cosine}",
+    ]
     sweeps.run(sweeps.open(*words, "sweep.keep_branches=false"))
-    study = sweeps.open(*words, "sweep.trials.c={train.max_steps: 20, schedule.decay_shape: 1-sqrt}")
-    assert study.plan.steps_again == 17  # at the first step of a decay every shape has its full rate
+    study = sweeps.open(
+        *words, "sweep.trials.c={train.max_steps: 20, schedule.decay_shape: 1-sqrt}"
+    )
+    assert (
+        study.plan.steps_again == 17
+    )  # at the first step of a decay every shape has its full rate
     sweeps.run(study)
     assert_alone(sweeps, study)
 
@@ -174,15 +207,22 @@ def test_a_trial_that_diverges_ends_alone_with_the_bits_that_it_had(sweeps):
 
 
 def test_a_trunk_that_diverges_takes_its_branches_and_is_never_run_again(sweeps):
-    hot = ["sweep.trials.a={schedule.max_lr: 0.9, train.max_steps: 30}",
-           "sweep.trials.b={schedule.max_lr: 0.9, train.max_steps: 30, schedule.decay_shape: cosine}", MIXED[0]]
+    hot = [
+        "sweep.trials.a={schedule.max_lr: 0.9, train.max_steps: 30}",
+        "sweep.trials.b={schedule.max_lr: 0.9, train.max_steps: 30, schedule.decay_shape: cosine}",
+        MIXED[0],
+    ]
     study = sweeps.open(*hot, "sweep.diverged_above=3.7")
     sweeps.run(study)
     losses = [r["train/loss"] for r in sweeps.alone(study, "a")["curve"] if "train/loss" in r]
     assert max(losses) > 3.7, "the test needs a trial that gets worse"
     assert [row["state"] for row in study.rows()] == ["diverged", "diverged", "done"]
     assert "sweep.diverged_above=3.7" in study.rows()[0]["reason"]
-    grown = sweeps.open(*hot, "sweep.trials.c={schedule.max_lr: 0.9, train.max_steps: 40}", "sweep.diverged_above=3.7")
+    grown = sweeps.open(
+        *hot,
+        "sweep.trials.c={schedule.max_lr: 0.9, train.max_steps: 40}",
+        "sweep.diverged_above=3.7",
+    )
     assert grown.plan.to_run == frozenset()
     raised = sweeps.open(*hot, "sweep.diverged_above=1e9")
     sweeps.run(raised)
@@ -198,7 +238,11 @@ def test_an_error_ends_its_stage_and_what_follows_and_is_tried_again_next_time(s
     study = sweeps.open(*MIXED[:4])
     sweeps.run(study, fail=fail)
     assert {row["trial"]: row["state"] for row in study.rows()} == {
-        "wsd-20": "done", "wsd-14": "done", "wsd-30-cosine": "done", "wsd-20-sqrt": "failed"}
+        "wsd-20": "done",
+        "wsd-14": "done",
+        "wsd-30-cosine": "done",
+        "wsd-20-sqrt": "failed",
+    }
     assert "out of memory" in study.rows()[3]["reason"]
     study = sweeps.open(*MIXED[:4])
     assert len(sweeps.run(study)) == 1
@@ -207,13 +251,21 @@ def test_an_error_ends_its_stage_and_what_follows_and_is_tried_again_next_time(s
 
 def test_a_name_that_stood_for_another_experiment_is_refused(sweeps):
     sweeps.run(sweeps.open("sweep.trials.mine.train.max_steps=10"))
-    with pytest.raises(ValueError, match="mine would not be what they were there; give the sweep a new name"):
+    with pytest.raises(
+        ValueError, match="mine would not be what they were there; give the sweep a new name"
+    ):
         sweeps.open("sweep.trials.mine.train.max_steps=10", "model.dropout=0.2")
 
 
 # ---- probes ----
-PROBED = ["sweep.grid.schedule.max_lr=[1e-2,1e-5]", "sweep.grid.schedule.decay_shape=[linear,cosine]", "train.max_steps=20",
-          "sweep.stop=anneal_probe", "sweep.probe_step=8", "sweep.probe_steps=4"]
+PROBED = [
+    "sweep.grid.schedule.max_lr=[1e-2,1e-5]",
+    "sweep.grid.schedule.decay_shape=[linear,cosine]",
+    "train.max_steps=20",
+    "sweep.stop=anneal_probe",
+    "sweep.probe_step=8",
+    "sweep.probe_steps=4",
+]
 
 
 def test_probes_drop_what_is_worse_and_leave_the_others_their_bits(sweeps):
@@ -222,7 +274,11 @@ def test_probes_drop_what_is_worse_and_leave_the_others_their_bits(sweeps):
     states = {row["trial"]: row["state"] for row in study.rows()}
     assert set(states.values()) == {"done", "stopped"}
     assert all((state == "stopped") == ("1e-05" in name) for name, state in states.items())
-    assert all("above the best probe's" in row["reason"] for row in study.rows() if row["state"] == "stopped")
+    assert all(
+        "above the best probe's" in row["reason"]
+        for row in study.rows()
+        if row["state"] == "stopped"
+    )
     assert_alone(sweeps, study, [name for name, state in states.items() if state == "done"])
     # two trunks up to the probe's fork, two probes, and one trunk with its two ends
     assert steps_of(study, ran) == 2 * 9 + 2 * 3 + (17 - 9) + 2 * 3
@@ -245,7 +301,12 @@ def test_seeds_are_judged_together(sweeps):
     by_setting = {}
     for row in study.rows():
         by_setting.setdefault(row["setting"], set()).add(row["state"])
-    assert sorted(map(tuple, by_setting.values())) == [("done",), ("done",), ("stopped",), ("stopped",)]
+    assert sorted(map(tuple, by_setting.values())) == [
+        ("done",),
+        ("done",),
+        ("stopped",),
+        ("stopped",),
+    ]
 
 
 # ---- corners ----
@@ -291,11 +352,16 @@ def test_a_damaged_branch_is_made_again(sweeps, capsys):
     sweeps.run(sweeps.open(*MIXED[:2]))
     study = sweeps.open(*MIXED[:2])
     trunk = study.plan.stages[0]
-    part = checkpoint.path_of(study.folder / "stages" / trunk.id / "checkpoints", trunk.stop) / "model.safetensors"
+    part = (
+        checkpoint.path_of(study.folder / "stages" / trunk.id / "checkpoints", trunk.stop)
+        / "model.safetensors"
+    )
     data = bytearray(part.read_bytes())
     data[-1] ^= 1
     part.write_bytes(data)
-    study = sweeps.open(*MIXED[:2], "sweep.trials.new={train.max_steps: 14, schedule.decay_shape: cosine}")
+    study = sweeps.open(
+        *MIXED[:2], "sweep.trials.new={train.max_steps: 14, schedule.decay_shape: cosine}"
+    )
     assert "SHA-256 differs" in capsys.readouterr().out
     sweeps.run(study)
     assert_alone(sweeps, study)
@@ -311,12 +377,25 @@ def test_a_sweep_may_be_moved(sweeps, tmp_path_factory):
 
 def test_a_probe_is_nobodys_trial(sweeps):
     """Whatever trials are called, and wherever their own decays begin."""
-    study = sweeps.open("sweep.trials.probe-1={schedule.decay_fraction: 0.75}", "sweep.trials.b.schedule.max_lr=1e-5",
-                        "sweep.stop=anneal_probe", "sweep.probe_step=8", "sweep.probe_steps=4", "sweep.probe_margin=0.01")
+    study = sweeps.open(
+        "sweep.trials.probe-1={schedule.decay_fraction: 0.75}",
+        "sweep.trials.b.schedule.max_lr=1e-5",
+        "sweep.stop=anneal_probe",
+        "sweep.probe_step=8",
+        "sweep.probe_steps=4",
+        "sweep.probe_margin=0.01",
+    )
     sweeps.run(study)
-    assert {row["trial"]: row["state"] for row in study.rows()} == {"probe-1": "done", "b": "stopped"}
+    assert {row["trial"]: row["state"] for row in study.rows()} == {
+        "probe-1": "done",
+        "b": "stopped",
+    }
     assert_alone(sweeps, study, ["probe-1"])
-    ends = [checkpoint.steps(study.folder / "stages" / s.id / "checkpoints") for s in study.plan.stages if "~" in s.trials[0]]
+    ends = [
+        checkpoint.steps(study.folder / "stages" / s.id / "checkpoints")
+        for s in study.plan.stages
+        if "~" in s.trials[0]
+    ]
     assert ends and not any(ends), "what a probe leaves is no result"
 
 
@@ -333,24 +412,38 @@ def test_probes_that_fail_decide_nothing_and_are_told(sweeps):
 
 def test_a_trial_that_was_done_before_the_probes_keeps_its_result_and_no_reason(sweeps):
     sweeps.run(sweeps.open("sweep.grid.schedule.max_lr=[1e-5]", "train.max_steps=20"))
-    study = sweeps.open("sweep.grid.schedule.max_lr=[1e-5,1e-2]", *PROBED[2:], "sweep.probe_margin=0.01")
+    study = sweeps.open(
+        "sweep.grid.schedule.max_lr=[1e-5,1e-2]", *PROBED[2:], "sweep.probe_margin=0.01"
+    )
     sweeps.run(study)
     assert [(row["state"], row["reason"]) for row in study.rows()] == [("done", None)] * 2
 
 
 def test_the_best_is_a_seed_of_the_best_setting(sweeps):
-    study = sweeps.open("sweep.grid.schedule.max_lr=[1e-2,3e-3]", "sweep.seeds=3", "train.max_steps=12")
+    study = sweeps.open(
+        "sweep.grid.schedule.max_lr=[1e-2,3e-3]", "sweep.seeds=3", "train.max_steps=12"
+    )
     sweeps.run(study)
     rows = study.rows()
-    means = {s: sum(r["final"] for r in rows if r["setting"] == s) / 3 for s in {r["setting"] for r in rows}}
+    means = {
+        s: sum(r["final"] for r in rows if r["setting"] == s) / 3
+        for s in {r["setting"] for r in rows}
+    }
     best = min(means, key=means.get)
     name, loss = study.winner(rows)
-    assert (name, loss) == min(((r["trial"], r["final"]) for r in rows if r["setting"] == best), key=lambda x: x[1])
+    assert (name, loss) == min(
+        ((r["trial"], r["final"]) for r in rows if r["setting"] == best), key=lambda x: x[1]
+    )
     assert study.summary["best_trial"] == name
 
 
 def test_half_precision_and_null_intervals_are_exact_too(sweeps):
-    study = sweeps.open(*MIXED[:2], "train.dtype=float16", "train.log_interval=null", "train.checkpoint_interval=null")
+    study = sweeps.open(
+        *MIXED[:2],
+        "train.dtype=float16",
+        "train.log_interval=null",
+        "train.checkpoint_interval=null",
+    )
     sweeps.run(study)
     assert_alone(sweeps, study)
 

@@ -13,7 +13,12 @@ from orchestrator.sweep.tree import Plan, Trial, plan
 
 def tree(*lengths: int, trunk: int = 4) -> Plan:
     """A trunk of 4 steps and one branch of each length."""
-    return plan([Trial(f"t{i}", "r", np.array([1.0] * trunk + [float(i + 2)] * n)) for i, n in enumerate(lengths)])
+    return plan(
+        [
+            Trial(f"t{i}", "r", np.array([1.0] * trunk + [float(i + 2)] * n))
+            for i, n in enumerate(lengths)
+        ]
+    )
 
 
 def one(stage) -> float:
@@ -48,4 +53,6 @@ def test_no_faster_than_the_longest_path_and_no_slower_than_one_by_one(lengths, 
     whole = sum(cost.values())
     assert max([*paths, whole / slots]) <= seen.seconds + 1e-9
     assert seen.seconds <= whole + 1e-9
-    assert seen.checkpoints >= forecast(p, slots, lambda s: cost[s.id], lambda s: 1, False).checkpoints
+    assert (
+        seen.checkpoints >= forecast(p, slots, lambda s: cost[s.id], lambda s: 1, False).checkpoints
+    )

@@ -9,9 +9,11 @@ from orchestrator.config.experiment import load_experiment
 from orchestrator.train.loop import train
 
 # The run is all trunk, so that a wsd schedule of any length branches off it as it would alone.
-TRIALS = ["sweep.trials.a={schedule.kind: wsd, train.max_steps: 26, schedule.decay_fraction: 0.5}",
-          "sweep.trials.b={schedule.kind: wsd, train.max_steps: 26, schedule.decay_fraction: 0.5, schedule.decay_shape: cosine}",
-          "sweep.trials.longer={schedule.kind: wsd, train.max_steps: 40, schedule.decay_fraction: 0.25}"]
+TRIALS = [
+    "sweep.trials.a={schedule.kind: wsd, train.max_steps: 26, schedule.decay_fraction: 0.5}",
+    "sweep.trials.b={schedule.kind: wsd, train.max_steps: 26, schedule.decay_fraction: 0.5, schedule.decay_shape: cosine}",
+    "sweep.trials.longer={schedule.kind: wsd, train.max_steps: 40, schedule.decay_fraction: 0.25}",
+]
 
 
 @pytest.fixture
@@ -19,8 +21,16 @@ def source(sweeps, tiny_dataset):
     """A lone run of 20 steps at a constant rate, with checkpoints at 8, 12, 16 and 20."""
     run_dir = sweeps.folder / "source"
     run_dir.mkdir()
-    experiment = load_experiment(None, ["name=source", f"data.dir={tiny_dataset}", *sweeps.small, "schedule.kind=constant",
-                                        "train.keep=4"])
+    experiment = load_experiment(
+        None,
+        [
+            "name=source",
+            f"data.dir={tiny_dataset}",
+            *sweeps.small,
+            "schedule.kind=constant",
+            "train.keep=4",
+        ],
+    )
     (run_dir / "experiment.yaml").write_text(experiment.to_yaml())
     train(experiment, run_dir, tiny_dataset)
     assert checkpoint.steps(run_dir / "checkpoints") == [8, 12, 16, 20]
@@ -28,7 +38,10 @@ def source(sweeps, tiny_dataset):
 
 
 def made(study, ran) -> int:
-    return sum(json.loads((study.folder / "stages" / i / "result.json").read_text())["steps_run"] for i in ran)
+    return sum(
+        json.loads((study.folder / "stages" / i / "result.json").read_text())["steps_run"]
+        for i in ran
+    )
 
 
 @pytest.mark.parametrize(("step", "again"), [(8, 0), (12, 0), (13, 1), (7, 7)])
@@ -37,7 +50,13 @@ def test_trials_branch_off_a_run_and_are_what_they_are_alone(sweeps, source, ste
     study = sweeps.open(*TRIALS, f"sweep.from=source@{step}")
     ran = sweeps.run(study)
     # From the branch on: the trunk to 13 (a, b), to 30 (longer), and the three decays, whose first step a and b share.
-    alone = len({(c.rates.first(n).tobytes()) for c in study.candidates.values() for n in range(step + 1, c.trial.steps + 1)})
+    alone = len(
+        {
+            (c.rates.first(n).tobytes())
+            for c in study.candidates.values()
+            for n in range(step + 1, c.trial.steps + 1)
+        }
+    )
     assert made(study, ran) == study.plan.steps_to_run == alone + again
     for name in study.candidates:
         assert sweeps.outcome(study.folder / "trials" / name) == sweeps.alone(study, name), name
@@ -51,8 +70,10 @@ def test_the_end_of_a_finished_run_is_a_trunk_to_extend(sweeps, source):
 
 
 def test_a_schedule_that_is_not_the_runs_follows_the_runs_rates_up_to_the_branch(sweeps, source):
-    study = sweeps.open("sweep.trials.lower={schedule.kind: linear, schedule.max_lr: 5e-3, train.max_steps: 24}",
-                        "sweep.from=source@12")
+    study = sweeps.open(
+        "sweep.trials.lower={schedule.kind: linear, schedule.max_lr: 5e-3, train.max_steps: 24}",
+        "sweep.from=source@12",
+    )
     sweeps.run(study)
     lines = sweeps.outcome(study.folder / "trials" / "lower")["curve"]
     rates = {line["step"]: line["optim/lr"] for line in lines if "optim/lr" in line}
@@ -62,13 +83,16 @@ def test_a_schedule_that_is_not_the_runs_follows_the_runs_rates_up_to_the_branch
     assert linear.kind == "linear"
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["sweep.from=nowhere@8"], "no run 'nowhere'"),
-    (["sweep.from=source@21"], "has 20 steps, and none 21"),
-    (["sweep.from=source@8", "model.dropout=0.2"], "model.dropout: 0.1 there, 0.2 here"),
-    (["sweep.from=source@8", "train.log_interval=4"], "train.log_interval: 3 there, 4 here"),
-    (["sweep.from=source@8", "train.seed=1"], "train.seed: 1337 there, 1 here"),
-])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sweep.from=nowhere@8"], "no run 'nowhere'"),
+        (["sweep.from=source@21"], "has 20 steps, and none 21"),
+        (["sweep.from=source@8", "model.dropout=0.2"], "model.dropout: 0.1 there, 0.2 here"),
+        (["sweep.from=source@8", "train.log_interval=4"], "train.log_interval: 3 there, 4 here"),
+        (["sweep.from=source@8", "train.seed=1"], "train.seed: 1337 there, 1 here"),
+    ],
+)
 def test_what_does_not_fit_is_refused(sweeps, source, words, said):
     with pytest.raises(ValueError, match=said):
         sweeps.open(*TRIALS, *words)
@@ -78,4 +102,8 @@ def test_a_trial_that_branched_off_itself_is_refused(sweeps, source):
     lower = "sweep.trials.lower={schedule.kind: linear, schedule.max_lr: 5e-3, train.max_steps: 24}"
     sweeps.run(sweeps.open(lower, "sweep.from=source@12"))
     with pytest.raises(ValueError, match="branched off 12 steps of another run itself"):
-        sweeps.open("sweep.trials.more={train.max_steps: 40}", "sweep.from=sweep/trials/lower@20", name="other")
+        sweeps.open(
+            "sweep.trials.more={train.max_steps: 40}",
+            "sweep.from=sweep/trials/lower@20",
+            name="other",
+        )

@@ -8,8 +8,11 @@ import pytest
 from orchestrator.jobs import sweep as sweep_driver
 from orchestrator.sweep.stage_states import DONE
 
-SPACE = ["sweep.sampler=optuna", "sweep.space.train.max_steps={low: 10, high: 30}",
-         "sweep.space.schedule.decay_shape=[linear, cosine]"]
+SPACE = [
+    "sweep.sampler=optuna",
+    "sweep.space.train.max_steps={low: 10, high: 30}",
+    "sweep.space.schedule.decay_shape=[linear, cosine]",
+]
 
 
 def made(study) -> int:
@@ -33,7 +36,9 @@ def test_optuna_is_told_every_loss(sweeps):
     sweeps.run(study)
     assert study.more() == []
     told = {t.number: t.value for t in study.sampler.study.trials}
-    assert told == {n: study.final(study.candidates[names[0]]) for n, names in study.samples.items()}
+    assert told == {
+        n: study.final(study.candidates[names[0]]) for n, names in study.samples.items()
+    }
 
 
 def test_a_sweep_that_goes_on_has_the_samples_that_it_had(sweeps):
@@ -54,16 +59,26 @@ def test_seeds_of_a_sample_are_one_answer(sweeps):
     study = sweeps.open(*SPACE, "sweep.num_samples=2", "sweep.seeds=2")
     sweeps.run(study)
     study.more()
-    means = [sum(study.final(study.candidates[n]) for n in names) / 2 for names in study.samples.values()]
+    means = [
+        sum(study.final(study.candidates[n]) for n in names) / 2 for names in study.samples.values()
+    ]
     assert [t.value for t in study.sampler.study.trials] == means
 
 
 def test_a_sample_that_contradicts_itself_is_passed_over(sweeps, capsys):
     """Half of the space has a warmup as long as its run."""
-    study = sweeps.open("sweep.sampler=optuna", "sweep.num_samples=6", "sweep.space.schedule.warmup_steps=[2, 18]",
-                        "train.max_steps=18")
+    study = sweeps.open(
+        "sweep.sampler=optuna",
+        "sweep.num_samples=6",
+        "sweep.space.schedule.warmup_steps=[2, 18]",
+        "train.max_steps=18",
+    )
     sweeps.run(study)
-    assert "sample-" in (out := capsys.readouterr().out) and "is passed over: " in out and "warmup" in out
+    assert (
+        "sample-" in (out := capsys.readouterr().out)
+        and "is passed over: " in out
+        and "warmup" in out
+    )
     assert 0 < len(study.candidates) < 6
     assert all(study.books.progress.trial(name) == DONE for name in study.candidates)
 
@@ -78,19 +93,30 @@ def test_random_samples_are_a_tree_like_any_other(sweeps):
 
 def test_without_optuna_there_is_one_clear_line(sweeps, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ValueError, match=r"sweep.sampler: optuna is not installed; pip install 'espalier\[optuna\]'"):
+    with pytest.raises(
+        ValueError,
+        match=r"sweep.sampler: optuna is not installed; pip install 'espalier\[optuna\]'",
+    ):
         sweeps.open(*SPACE, "sweep.num_samples=2")
 
 
-@pytest.mark.parametrize("stop", [["sweep.stop=asha"], ["sweep.stop=anneal_probe", "sweep.probe_step=5", "sweep.probe_steps=2"]])
+@pytest.mark.parametrize(
+    "stop",
+    [["sweep.stop=asha"], ["sweep.stop=anneal_probe", "sweep.probe_step=5", "sweep.probe_steps=2"]],
+)
 def test_rules_that_compare_all_trials_are_refused_where_they_come_one_by_one(sweeps, stop):
     with pytest.raises(ValueError, match="sweep.stop: .*optuna"):
         sweeps.open(*SPACE, "sweep.num_samples=2", *stop)
 
 
 def test_a_diverging_trunk_is_known_to_the_next_sample(sweeps):
-    study = sweeps.open("sweep.sampler=optuna", "sweep.num_samples=4", "sweep.space.train.max_steps={low: 16, high: 30}",
-                        "schedule.max_lr=1e38", "optim.max_grad_norm=null")
+    study = sweeps.open(
+        "sweep.sampler=optuna",
+        "sweep.num_samples=4",
+        "sweep.space.train.max_steps={low: 16, high: 30}",
+        "schedule.max_lr=1e38",
+        "optim.max_grad_norm=null",
+    )
     sweeps.run(study)
     assert {row["state"] for row in study.rows()} == {"diverged"}
     assert len(list(study.folder.glob("stages/*/result.json"))) == 1
@@ -101,7 +127,12 @@ def test_a_space_may_be_narrowed_and_a_torn_line_is_dropped(sweeps):
     sweeps.run(study)
     with open(study.folder / "samples.jsonl", "a") as out:
         out.write('{"train.max')
-    study = sweeps.open(*SPACE[:1], "sweep.space.train.max_steps={low: 29, high: 30}", SPACE[2], "sweep.num_samples=3")
+    study = sweeps.open(
+        *SPACE[:1],
+        "sweep.space.train.max_steps={low: 29, high: 30}",
+        SPACE[2],
+        "sweep.num_samples=3",
+    )
     sweeps.run(study)
     assert len(study.candidates) == 3
     assert {row["state"] for row in study.rows()} == {"done"}

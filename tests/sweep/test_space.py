@@ -28,8 +28,13 @@ from pipelines.common import help_text
 
 REPO = Path(__file__).resolve().parent.parent.parent
 PEAKS = "sweep.grid.schedule.max_lr=[1e-3, 2e-3]"
-DRAWN = ["sweep.sampler=random", "sweep.num_samples=5", "sweep.space.schedule.max_lr={low: 1e-4, high: 1e-2, log: true}",
-         "sweep.space.model.n_layer={low: 1, high: 12}", "sweep.space.schedule.decay_shape=[linear, 1-sqrt]"]
+DRAWN = [
+    "sweep.sampler=random",
+    "sweep.num_samples=5",
+    "sweep.space.schedule.max_lr={low: 1e-4, high: 1e-2, log: true}",
+    "sweep.space.model.n_layer={low: 1, high: 12}",
+    "sweep.space.schedule.decay_shape=[linear, 1-sqrt]",
+]
 PROBE = ["sweep.stop=anneal_probe", "sweep.probe_step=40", "sweep.probe_steps=10"]
 
 
@@ -39,18 +44,28 @@ def names(*words: str) -> list[str]:
 
 # ---- which trials ----
 def test_a_grid_is_the_product_of_its_fields_and_every_trial_is_the_base_with_these_values():
-    grid = {"schedule.kind": ["wsd", "cosine"], "schedule.max_lr": [1e-3, 2e-3, 5e-3], "train.max_steps": [40, 80]}
-    sweep = load_sweep(None, ["model.n_layer=3", *(f"sweep.grid.{key}={json.dumps(v)}" for key, v in grid.items())])
+    grid = {
+        "schedule.kind": ["wsd", "cosine"],
+        "schedule.max_lr": [1e-3, 2e-3, 5e-3],
+        "train.max_steps": [40, 80],
+    }
+    sweep = load_sweep(
+        None, ["model.n_layer=3", *(f"sweep.grid.{key}={json.dumps(v)}" for key, v in grid.items())]
+    )
     asked = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     assert [trial.fields for trial in sweep.trials] == asked
     for trial, fields in zip(sweep.trials, asked, strict=True):
         alone = [f"{key}={json.dumps(value)}" for key, value in fields.items()]
-        assert trial.experiment == load_experiment(None, ["model.n_layer=3", *alone, f"name={trial.name}"])
+        assert trial.experiment == load_experiment(
+            None, ["model.n_layer=3", *alone, f"name={trial.name}"]
+        )
         assert trial.name == trial.setting and trial.seed == trial.experiment.train.seed == 1337
 
 
 def test_named_trials_stand_beside_the_grid_and_show_every_field_that_the_sweep_speaks_of():
-    sweep = load_sweep(None, [PEAKS, "sweep.trials.long.train.max_steps=6e3", "sweep.trials.plain={}"])
+    sweep = load_sweep(
+        None, [PEAKS, "sweep.trials.long.train.max_steps=6e3", "sweep.trials.plain={}"]
+    )
     rows = {trial.name: trial.fields for trial in sweep.trials}
     assert list(rows) == ["max_lr-0.001", "max_lr-0.002", "long", "plain"]
     assert rows["max_lr-0.002"] == {"schedule.max_lr": 2e-3, "train.max_steps": 2000}
@@ -60,28 +75,50 @@ def test_named_trials_stand_beside_the_grid_and_show_every_field_that_the_sweep_
 
 
 def test_every_trial_is_repeated_per_seed_and_nothing_else_of_it_changes():
-    words = [PEAKS, "sweep.trials.mine.schedule.kind=wsd", *DRAWN, "sweep.space={train.max_steps: {low: 10, high: 20}}"]
-    once, thrice = (load_sweep(None, ["train.seed=7", *words, f"sweep.seeds={n}"]).trials for n in (1, 3))
-    assert [t.setting for t in once] == [t.name for t in once] == list(dict.fromkeys(t.setting for t in thrice))
+    words = [
+        PEAKS,
+        "sweep.trials.mine.schedule.kind=wsd",
+        *DRAWN,
+        "sweep.space={train.max_steps: {low: 10, high: 20}}",
+    ]
+    once, thrice = (
+        load_sweep(None, ["train.seed=7", *words, f"sweep.seeds={n}"]).trials for n in (1, 3)
+    )
+    assert (
+        [t.setting for t in once]
+        == [t.name for t in once]
+        == list(dict.fromkeys(t.setting for t in thrice))
+    )
     assert len(thrice) == 3 * len(once) == 24
     for i, trial in enumerate(thrice):
         alone, seed = once[i // 3], 7 + i % 3
         assert (trial.seed, trial.name) == (seed, f"{alone.setting}_seed-{seed}")
         assert trial.fields == alone.fields
         train = alone.experiment.train.model_copy(update={"seed": seed})
-        assert trial.experiment == alone.experiment.model_copy(update={"name": trial.name, "train": train})
+        assert trial.experiment == alone.experiment.model_copy(
+            update={"name": trial.name, "train": train}
+        )
 
 
 def test_a_seed_may_be_varied_like_any_other_field():
-    assert [(t.name, t.seed) for t in load_sweep(None, ["sweep.grid.train.seed=[1, 5]"]).trials] == [("seed-1", 1), ("seed-5", 5)]
+    assert [
+        (t.name, t.seed) for t in load_sweep(None, ["sweep.grid.train.seed=[1, 5]"]).trials
+    ] == [("seed-1", 1), ("seed-5", 5)]
 
 
 def test_optunas_trials_are_made_when_they_are_asked_for():
-    words = ["sweep.sampler=optuna", "sweep.num_samples=3", "sweep.space.schedule.max_lr={low: 1e-4, high: 1e-2}", "sweep.seeds=2"]
+    words = [
+        "sweep.sampler=optuna",
+        "sweep.num_samples=3",
+        "sweep.space.schedule.max_lr={low: 1e-4, high: 1e-2}",
+        "sweep.seeds=2",
+    ]
     sweep = load_sweep(None, [PEAKS.replace("max_lr", "min_lr_ratio"), *words])
     assert len(sweep.trials) == 4
     asked = sampled(sweep.settings, sweep.base.model_dump(), 12, {"schedule.max_lr": 0.00123456789})
-    assert [t.name for t in asked] == [f"sample-12_max_lr-0.001235_seed-{seed}" for seed in (1337, 1338)]
+    assert [t.name for t in asked] == [
+        f"sample-12_max_lr-0.001235_seed-{seed}" for seed in (1337, 1338)
+    ]
     assert all(t.experiment.schedule.max_lr == 0.00123456789 for t in asked)
     assert all(set(t.fields) == {"schedule.max_lr", "schedule.min_lr_ratio"} for t in asked)
     with pytest.raises(UserError, match=r"^schedule.max_lr: -1 is not a number above 0"):
@@ -91,25 +128,52 @@ def test_optunas_trials_are_made_when_they_are_asked_for():
 
 
 def test_ten_thousand_trials_are_not_too_many():
-    assert len(set(names("sweep.grid.train.max_steps=" + json.dumps([*range(1, 101)]), "sweep.seeds=100"))) == 10_000
+    assert (
+        len(
+            set(
+                names(
+                    "sweep.grid.train.max_steps=" + json.dumps([*range(1, 101)]), "sweep.seeds=100"
+                )
+            )
+        )
+        == 10_000
+    )
 
 
 def test_an_experiment_of_a_trial_is_an_ordinary_one():
     """What is stored beside a trial is read by every command that reads a run."""
-    for trial in load_sweep(None, [PEAKS, "sweep.trials.mine.schedule.kind=inverse_sqrt", "sweep.seeds=2"]).trials:
-        assert parse_experiment(read_yaml(trial.experiment.to_yaml(), "again"), "again") == trial.experiment
+    for trial in load_sweep(
+        None, [PEAKS, "sweep.trials.mine.schedule.kind=inverse_sqrt", "sweep.seeds=2"]
+    ).trials:
+        assert (
+            parse_experiment(read_yaml(trial.experiment.to_yaml(), "again"), "again")
+            == trial.experiment
+        )
 
 
 # ---- reading and writing ----
 def test_a_file_is_read_overridden_and_written_back_equal(tmp_path):
     path = tmp_path / "peaks.yaml"
-    path.write_text("train: {max_steps: 100}\nsweep:\n  grid:\n    schedule.max_lr: [6e-4, 1e-3]\n"
-                    "    schedule.decay_shape: [linear]\n  from: base@50\n  trials: {a.b: {schedule.kind: wsd}}\n")
-    sweep = load_sweep(path, ["sweep.grid.schedule.kind=[wsd, cosine]", "sweep.trials.a.b.schedule.max_lr=3e-3",
-                              "sweep.trials.c={train.max_steps: 70}", "sweep.diverged_above=20", "sweep.keep_branches=false"])
+    path.write_text(
+        "train: {max_steps: 100}\nsweep:\n  grid:\n    schedule.max_lr: [6e-4, 1e-3]\n"
+        "    schedule.decay_shape: [linear]\n  from: base@50\n  trials: {a.b: {schedule.kind: wsd}}\n"
+    )
+    sweep = load_sweep(
+        path,
+        [
+            "sweep.grid.schedule.kind=[wsd, cosine]",
+            "sweep.trials.a.b.schedule.max_lr=3e-3",
+            "sweep.trials.c={train.max_steps: 70}",
+            "sweep.diverged_above=20",
+            "sweep.keep_branches=false",
+        ],
+    )
     assert sweep.base == load_experiment(None, ["name=peaks", "train.max_steps=100"])
     assert sweep.settings.grid["schedule.max_lr"] == [6e-4, 1e-3]
-    assert sweep.settings.trials == {"a.b": {"schedule.kind": "wsd", "schedule.max_lr": 3e-3}, "c": {"train.max_steps": 70}}
+    assert sweep.settings.trials == {
+        "a.b": {"schedule.kind": "wsd", "schedule.max_lr": 3e-3},
+        "c": {"train.max_steps": 70},
+    }
     assert (sweep.settings.from_, origin(sweep.settings.from_)) == ("base@50", ("base", 50))
     assert len(sweep.trials) == 6
     again = tmp_path / "again.yaml"
@@ -118,8 +182,17 @@ def test_a_file_is_read_overridden_and_written_back_equal(tmp_path):
     assert load_sweep(again).to_yaml() == sweep.to_yaml()
 
 
-@pytest.mark.parametrize("words", [[PEAKS], [PEAKS, "sweep.seeds=2"], DRAWN, [*DRAWN, PEAKS.replace("max_lr", "min_lr_ratio")],
-                                   [PEAKS, *PROBE], ["sweep.trials.1e5={}", "sweep.trials.no={schedule.kind: wsd}"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [PEAKS],
+        [PEAKS, "sweep.seeds=2"],
+        DRAWN,
+        [*DRAWN, PEAKS.replace("max_lr", "min_lr_ratio")],
+        [PEAKS, *PROBE],
+        ["sweep.trials.1e5={}", "sweep.trials.no={schedule.kind: wsd}"],
+    ],
+)
 def test_what_is_written_reads_back_equal(tmp_path, words):
     sweep = load_sweep(None, words)
     (tmp_path / "x.yaml").write_text(sweep.to_yaml())
@@ -128,11 +201,17 @@ def test_what_is_written_reads_back_equal(tmp_path, words):
 
 def test_a_train_command_given_a_sweep_says_so_in_one_line_and_writes_nothing(tmp_path):
     (tmp_path / "peaks.yaml").write_text("sweep: {grid: {schedule.max_lr: [1e-3]}}")
-    done = subprocess.run([sys.executable, str(REPO / "pipelines" / "train.py"), "peaks.yaml"], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(REPO / "pipelines" / "train.py"), "peaks.yaml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "error: peaks.yaml: describes a sweep (sweep: …), not one run; run pipelines/sweep.py with it"]
+        "error: peaks.yaml: describes a sweep (sweep: …), not one run; run pipelines/sweep.py with it"
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["peaks.yaml"]
     with pytest.raises(UserError, match="describes a sweep"):
         load_experiment(None, ["sweep.seeds=3"])
@@ -140,24 +219,56 @@ def test_a_train_command_given_a_sweep_says_so_in_one_line_and_writes_nothing(tm
 
 def test_help_lists_a_sweeps_fields_only_where_they_are_offered():
     assert list(sweep_docs())[: len(field_docs())] == list(field_docs())
-    entries = re.findall(r"^  (sweep\.\S+)  \(.*\)\n      \S", help_text("Sweeps.", True, sweep_docs()), re.MULTILINE)
-    assert entries == [f"sweep.{name}" for name in (
-        "grid", "trials", "sampler", "num_samples", "space", "seeds", "stop", "probe_step", "probe_steps", "probe_margin",
-        "diverged_above", "from", "keep_branches")]
+    entries = re.findall(
+        r"^  (sweep\.\S+)  \(.*\)\n      \S", help_text("Sweeps.", True, sweep_docs()), re.MULTILINE
+    )
+    assert entries == [
+        f"sweep.{name}"
+        for name in (
+            "grid",
+            "trials",
+            "sampler",
+            "num_samples",
+            "space",
+            "seeds",
+            "stop",
+            "probe_step",
+            "probe_steps",
+            "probe_margin",
+            "diverged_above",
+            "from",
+            "keep_branches",
+        )
+    ]
     assert "sweep." not in help_text("Trains.", True)
 
 
 # ---- names ----
 def test_names_are_the_fields_leaves_and_values_and_say_the_section_where_two_leaves_are_alike():
-    assert trial_name({"train.max_steps": 80, "schedule.max_lr": 1e-3, "schedule.kind": "wsd"}) == \
-        "kind-wsd_max_lr-0.001_max_steps-80"
-    assert trial_name({"schedule.kind": "inverse_sqrt", "optim.kind": "adamw"}) == "optim-kind-adamw_schedule-kind-inverse_sqrt"
-    assert trial_name({"schedule.decay_shape": "1-sqrt", "optim.max_grad_norm": None, "model.bias": True}) == \
-        "bias-true_max_grad_norm-null_decay_shape-1-sqrt"
-    assert trial_name({"schedule.max_lr": 1e-5, "optim.weight_decay": 1.0}) == "weight_decay-1_max_lr-1e-05"
+    assert (
+        trial_name({"train.max_steps": 80, "schedule.max_lr": 1e-3, "schedule.kind": "wsd"})
+        == "kind-wsd_max_lr-0.001_max_steps-80"
+    )
+    assert (
+        trial_name({"schedule.kind": "inverse_sqrt", "optim.kind": "adamw"})
+        == "optim-kind-adamw_schedule-kind-inverse_sqrt"
+    )
+    assert (
+        trial_name(
+            {"schedule.decay_shape": "1-sqrt", "optim.max_grad_norm": None, "model.bias": True}
+        )
+        == "bias-true_max_grad_norm-null_decay_shape-1-sqrt"
+    )
+    assert (
+        trial_name({"schedule.max_lr": 1e-5, "optim.weight_decay": 1.0})
+        == "weight_decay-1_max_lr-1e-05"
+    )
 
 
-@pytest.mark.parametrize("value", ["a/b", "../../etc", "ä", "", "a b", ".", "x" * 200, "https://host/a?b#sha256=0f", ["a", "b"]])
+@pytest.mark.parametrize(
+    "value",
+    ["a/b", "../../etc", "ä", "", "a b", ".", "x" * 200, "https://host/a?b#sha256=0f", ["a", "b"]],
+)
 def test_a_value_that_is_no_folder_name_becomes_one_that_others_do_not_have(value):
     name = trial_name({"data.corpus": value})
     assert Experiment(name=name).name == name
@@ -165,14 +276,28 @@ def test_a_value_that_is_no_folder_name_becomes_one_that_others_do_not_have(valu
     assert name != trial_name({"data.corpus": value + value if value else "-"})
 
 
-anything = st.text(st.sampled_from("ab_-./ é"), max_size=8) | st.sampled_from(["x" * 150, "x" * 151])
-COMBINATION = st.fixed_dictionaries({"data.corpus": anything, "train.init_from": anything, "data.tokenizer": anything,
-                                     "schedule.max_lr": st.floats(1e-9, 10), "train.max_steps": st.integers(1, 10**6)})
+anything = st.text(st.sampled_from("ab_-./ é"), max_size=8) | st.sampled_from(
+    ["x" * 150, "x" * 151]
+)
+COMBINATION = st.fixed_dictionaries(
+    {
+        "data.corpus": anything,
+        "train.init_from": anything,
+        "data.tokenizer": anything,
+        "schedule.max_lr": st.floats(1e-9, 10),
+        "train.max_steps": st.integers(1, 10**6),
+    }
+)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(COMBINATION, min_size=2, max_size=5))
-@example([{"data.corpus": "a_tokenizer-b", "data.tokenizer": "c"}, {"data.corpus": "a", "data.tokenizer": "b_tokenizer-c"}])
+@example(
+    [
+        {"data.corpus": "a_tokenizer-b", "data.tokenizer": "c"},
+        {"data.corpus": "a", "data.tokenizer": "b_tokenizer-c"},
+    ]
+)
 def test_two_trials_never_share_a_name_and_the_order_of_fields_does_not_rename_one(combinations):
     by_name = {}
     for fields in combinations:
@@ -183,8 +308,11 @@ def test_two_trials_never_share_a_name_and_the_order_of_fields_does_not_rename_o
 
 
 @settings(max_examples=40, deadline=None)
-@given(before=st.lists(st.floats(1e-6, 1), min_size=1, max_size=4, unique=True),
-       after=st.lists(st.floats(1e-6, 1), min_size=1, max_size=4, unique=True), kinds=st.integers(1, 4))
+@given(
+    before=st.lists(st.floats(1e-6, 1), min_size=1, max_size=4, unique=True),
+    after=st.lists(st.floats(1e-6, 1), min_size=1, max_size=4, unique=True),
+    kinds=st.integers(1, 4),
+)
 def test_a_grid_that_grows_keeps_the_trials_it_has(before, after, kinds):
     base = Experiment().model_dump()
     shapes = ["wsd", "cosine", "linear", "constant"]
@@ -192,7 +320,9 @@ def test_a_grid_that_grows_keeps_the_trials_it_has(before, after, kinds):
     more = {"schedule.kind": shapes, "schedule.max_lr": list(dict.fromkeys([*after, *before]))}
     small, large = (expand(base, SweepSection(grid=g)) for g in (grid, more))
     assert len(small) == kinds * len(before)
-    assert {t.name: t.experiment for t in small}.items() <= {t.name: t.experiment for t in large}.items()
+    assert {t.name: t.experiment for t in small}.items() <= {
+        t.name: t.experiment for t in large
+    }.items()
 
 
 def test_more_seeds_keep_the_trials_of_two():
@@ -200,9 +330,19 @@ def test_more_seeds_keep_the_trials_of_two():
 
 
 def test_a_long_name_is_cut_and_stays_one_of_its_own():
-    words = [f"sweep.grid.{key}=[{values}]" for key, values in {
-        "model.dropout": "0.1", "model.n_head": "12", "optim.beta1": "0.9", "optim.beta2": "0.95", "optim.weight_decay": "0.1",
-        "schedule.min_lr_ratio": "0.1", "schedule.warmup_steps": "10", "train.max_steps": "100, 1000, 10000"}.items()]
+    words = [
+        f"sweep.grid.{key}=[{values}]"
+        for key, values in {
+            "model.dropout": "0.1",
+            "model.n_head": "12",
+            "optim.beta1": "0.9",
+            "optim.beta2": "0.95",
+            "optim.weight_decay": "0.1",
+            "schedule.min_lr_ratio": "0.1",
+            "schedule.warmup_steps": "10",
+            "train.max_steps": "100, 1000, 10000",
+        }.items()
+    ]
     found = names(*words, "sweep.seeds=2", f"train.seed={2**53 - 2}")
     assert len(set(found)) == 6
     assert {len(name.partition("_seed-")[0]) for name in found} == {LONGEST_NAME}
@@ -212,8 +352,17 @@ def test_a_long_name_is_cut_and_stays_one_of_its_own():
 def test_samples_are_the_same_in_any_process_and_more_of_them_keep_the_earlier_ones():
     here = load_sweep(None, DRAWN)
     code = "import sys; from orchestrator.sweep.space import load_sweep; print(load_sweep(None, sys.argv[1:]).trials)"
-    there = [subprocess.run([sys.executable, "-c", code, *DRAWN], capture_output=True, text=True, timeout=120, check=True,
-                            env={**os.environ, "PYTHONHASHSEED": seed}).stdout.strip() for seed in ("1", "2")]
+    there = [
+        subprocess.run(
+            [sys.executable, "-c", code, *DRAWN],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout.strip()
+        for seed in ("1", "2")
+    ]
     assert there == [str(here.trials)] * 2
     assert load_sweep(None, [*DRAWN, "sweep.num_samples=9"]).trials[:5] == here.trials
     assert len({t.experiment.schedule.max_lr for t in here.trials}) == 5
@@ -224,5 +373,7 @@ def test_samples_are_the_same_in_any_process_and_more_of_them_keep_the_earlier_o
 def test_what_was_drawn_once_is_drawn_for_ever():
     """A sweep that grows in years to come finds these trials."""
     assert names(*DRAWN, "sweep.num_samples=3") == [
-        "sample-0_n_layer-10_decay_shape-linear_max_lr-0.00624", "sample-1_n_layer-2_decay_shape-1-sqrt_max_lr-0.0006901",
-        "sample-2_n_layer-7_decay_shape-1-sqrt_max_lr-0.001694"]
+        "sample-0_n_layer-10_decay_shape-linear_max_lr-0.00624",
+        "sample-1_n_layer-2_decay_shape-1-sqrt_max_lr-0.0006901",
+        "sample-2_n_layer-7_decay_shape-1-sqrt_max_lr-0.001694",
+    ]

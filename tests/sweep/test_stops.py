@@ -12,19 +12,38 @@ from orchestrator.checkpoint import store as checkpoint
 from tests.helpers.small_run import REPO, logged, wait_for
 
 # Two stages run at a time, the longest first, and a third waits.
-WORDS = ["sweep.grid.schedule.max_lr=[1e-2, 5e-3]", "sweep.trials.third={schedule.max_lr: 2e-3, train.max_steps: 30}",
-         "train.max_steps=700", "train.eval_interval=100", "train.checkpoint_interval=null", "compute.cpus_per_worker=1"]
+WORDS = [
+    "sweep.grid.schedule.max_lr=[1e-2, 5e-3]",
+    "sweep.trials.third={schedule.max_lr: 2e-3, train.max_steps: 30}",
+    "train.max_steps=700",
+    "train.eval_interval=100",
+    "train.checkpoint_interval=null",
+    "compute.cpus_per_worker=1",
+]
 
 
 @pytest.fixture
 def begin(ray_head, sweeps, tiny_corpus, tiny_dataset):
     """`begin(*words)`: the command, in a process of its own."""
+
     def begin_(*words: str) -> subprocess.Popen:
         file = sweeps.folder / "experiment.yaml"
         file.write_text("{}\n")
-        command = [sys.executable, str(REPO / "pipelines" / "sweep.py"), str(file), "name=sweep", f"storage={sweeps.folder}",
-                   f"data.corpus={tiny_corpus}", f"data.dir={tiny_dataset}", *sweeps.small, *WORDS, *words]
-        return subprocess.Popen(command, env=ray_head.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [
+            sys.executable,
+            str(REPO / "pipelines" / "sweep.py"),
+            str(file),
+            "name=sweep",
+            f"storage={sweeps.folder}",
+            f"data.corpus={tiny_corpus}",
+            f"data.dir={tiny_dataset}",
+            *sweeps.small,
+            *WORDS,
+            *words,
+        ]
+        return subprocess.Popen(
+            command, env=ray_head.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     return begin_
 
@@ -37,8 +56,12 @@ def test_sigterm_stops_every_stage_after_its_step_and_the_next_start_goes_on_the
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, out + err
     begun = [file.parent for file in stages.glob("*/.writer")]
-    stopped = {folder.name: json.loads((folder / "stopped.json").read_text())["step"] for folder in begun}
-    assert len(begun) == len(list(stages.glob("*"))) == 2, "a stage has begun that nobody wanted any more"
+    stopped = {
+        folder.name: json.loads((folder / "stopped.json").read_text())["step"] for folder in begun
+    }
+    assert len(begun) == len(list(stages.glob("*"))) == 2, (
+        "a stage has begun that nobody wanted any more"
+    )
     for folder in begun:
         assert not (folder / "result.json").exists()
         assert checkpoint.steps(folder / "checkpoints") == [stopped[folder.name]]
@@ -46,7 +69,9 @@ def test_sigterm_stops_every_stage_after_its_step_and_the_next_start_goes_on_the
     summary = json.loads((sweeps.folder / "sweep" / "summary.json").read_text())
     assert (summary["status"], summary["steps_run"]) == ("KILLED", sum(stopped.values()))
     with sqlite3.connect(sweeps.folder / "mlflow" / "mlflow.db") as db:
-        assert db.execute("select status from runs where name = 'sweep'").fetchall() == [("KILLED",)]
+        assert db.execute("select status from runs where name = 'sweep'").fetchall() == [
+            ("KILLED",)
+        ]
 
     again, planned = begin("compute.num_workers=1"), sweeps.open(*WORDS, name="planned")
     alone = {name: sweeps.alone(planned, name) for name in planned.candidates}  # meanwhile

@@ -8,7 +8,10 @@ import pytest
 
 from orchestrator.sweep.table import Table
 
-WORDS = ["sweep.trials.a.train.max_steps=20", "sweep.trials.b={train.max_steps: 20, schedule.decay_shape: cosine}"]
+WORDS = [
+    "sweep.trials.a.train.max_steps=20",
+    "sweep.trials.b={train.max_steps: 20, schedule.decay_shape: cosine}",
+]
 
 
 @pytest.fixture

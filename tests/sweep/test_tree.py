@@ -46,7 +46,11 @@ def test_cuts_change_no_step(found, data):
     cuts = {t.name: data.draw(st.sets(st.integers(1, 9))) for t in found}
     for t in found:  # a cut is a stored state: it is the same for every trial that passes it
         for other in found:
-            cuts[t.name] |= {s for s in cuts[other.name] if s <= min(t.steps, other.steps) and t.key(s) == other.key(s)}
+            cuts[t.name] |= {
+                s
+                for s in cuts[other.name]
+                if s <= min(t.steps, other.steps) and t.key(s) == other.key(s)
+            }
     stages = grow(found, cuts)
     assert sum(s.steps for s in stages) == len(prefixes(found))
     ends = {s.id for s in stages}
@@ -97,7 +101,13 @@ def test_another_root_shares_nothing_and_a_twin_costs_nothing():
 
 def test_a_key_names_root_step_and_rates():
     a = trial("a", [1.0, 2.0, 3.0])
-    keys = {a.key(0), a.key(1), a.key(2), trial("b", [2.0, 1.0]).key(2), trial("c", [1.0, 2.0], "other").key(2)}
+    keys = {
+        a.key(0),
+        a.key(1),
+        a.key(2),
+        trial("b", [2.0, 1.0]).key(2),
+        trial("c", [1.0, 2.0], "other").key(2),
+    }
     assert len(keys) == 5
     assert a.key(2) == trial("longer", [1.0, 2.0, 9.0, 9.0]).key(2)
 
@@ -105,7 +115,10 @@ def test_a_key_names_root_step_and_rates():
 def test_long_trials_are_planned_at_once():
     """24 trials of 600,000 steps: a real sweep's plan is a matter of seconds, not of minutes."""
     rates = np.full(600_000, 1e-3)
-    found = [Trial(f"t{i}", "r", np.concatenate([rates[: 500_000 + i], rates[500_000 + i :] * 0.5])) for i in range(24)]
+    found = [
+        Trial(f"t{i}", "r", np.concatenate([rates[: 500_000 + i], rates[500_000 + i :] * 0.5]))
+        for i in range(24)
+    ]
     assert plan(found).steps_in_tree == 500_000 + 23 + sum(100_000 - i for i in range(24))
 
 
@@ -137,7 +150,9 @@ def test_a_grown_sweep_runs_only_what_is_new(first, more):
     states = {s.id: s.stop for s in old.stages}
     p = plan([*first, *more], states, states, {s.id for s in old.stages if s.ends})
     new = prefixes(more) - prefixes(first)
-    assert p.steps_to_run == len(new) + p.steps_again  # again: from a stored state to where a new trial leaves its stage
+    assert (
+        p.steps_to_run == len(new) + p.steps_again
+    )  # again: from a stored state to where a new trial leaves its stage
     inner = {s.id for s in p.stages} - set(states)
     assert p.steps_again == 0 or inner & {s.id for s in p.stages if p.below([s.id]) & set(states)}
 
@@ -146,7 +161,9 @@ def test_a_grown_sweep_runs_only_what_is_new(first, more):
 def test_a_sweep_that_is_done_runs_nothing(found):
     ids = {s.id: s.stop for s in grow(found)}
     assert plan(found, ids, ids, set(ids)).to_run == frozenset()
-    assert plan(found, ids, (), {s.id for s in grow(found) if s.ends}).to_run == frozenset()  # only results are left
+    assert (
+        plan(found, ids, (), {s.id for s in grow(found) if s.ends}).to_run == frozenset()
+    )  # only results are left
 
 
 def test_a_result_where_a_state_stands_costs_no_step():
@@ -192,7 +209,9 @@ def play(p: Plan, draw, outcomes=(DONE,), slots=3, held=(), drop=()):
 @given(trials(2), st.randoms(use_true_random=False), st.data())
 def test_no_checkpoint_goes_that_is_needed_and_none_stays_that_is_not(found, draw, data):
     """The keeper removes what is not `needed`; a stage whose start was removed could never run."""
-    outcomes = data.draw(st.sampled_from([(DONE,), (DONE, DONE, FAILED), (DONE, DONE, DIVERGED, STOPPED)]))
+    outcomes = data.draw(
+        st.sampled_from([(DONE,), (DONE, DONE, FAILED), (DONE, DONE, DIVERGED, STOPPED)])
+    )
     p = plan(found)
     there: set[str] = set()
     begun: set[str] = set()
@@ -203,7 +222,9 @@ def test_no_checkpoint_goes_that_is_needed_and_none_stays_that_is_not(found, dra
                 assert p.by_id[stage].parent is None or p.by_id[stage].parent in there
         ended = {s.id for s in p.stages if progress.state[s.id] == DONE}
         there = {i for i in ended if i in progress.needed()}
-        coming = [s for s in p.stages if progress.state[s.id] in (WAITING, RUNNING, FAILED, BLOCKED)]
+        coming = [
+            s for s in p.stages if progress.state[s.id] in (WAITING, RUNNING, FAILED, BLOCKED)
+        ]
         assert progress.needed() == {s.parent for s in coming} - {None}
     # In the end only what a failed stage will begin from, when the sweep is run again.
     failed = {s.parent for s in p.stages if progress.state[s.id] in (FAILED, BLOCKED)}
@@ -215,20 +236,35 @@ def test_no_checkpoint_goes_that_is_needed_and_none_stays_that_is_not(found, dra
 def test_a_stage_that_ends_badly_takes_its_descendants_and_nothing_else(found, draw, how):
     p = plan(found)
     *_, (progress, _) = play(p, draw, (DONE, DONE, how))
-    bad = [s for s in p.stages if progress.state[s.id] == how and (s.parent is None or progress.state[s.parent] == DONE)]
+    bad = [
+        s
+        for s in p.stages
+        if progress.state[s.id] == how and (s.parent is None or progress.state[s.parent] == DONE)
+    ]
     lost = p.below([s.id for s in bad])
     for stage in p.stages:
-        expected = {BLOCKED if how == FAILED else how} if stage.id in lost else {how} if stage in bad else {DONE}
+        expected = (
+            {BLOCKED if how == FAILED else how}
+            if stage.id in lost
+            else {how}
+            if stage in bad
+            else {DONE}
+        )
         assert progress.state[stage.id] in expected
     for t in found:
-        assert (progress.trial(t.name) == DONE) == all(progress.state[s.id] == DONE for s in p.path(t.name))
+        assert (progress.trial(t.name) == DONE) == all(
+            progress.state[s.id] == DONE for s in p.path(t.name)
+        )
     assert progress.pending == []
 
 
 @given(trials(2))
 def test_the_longest_remaining_path_comes_first(found):
     progress = Progress(plan(found))
-    longest = {s.id: max(t.steps for t in found if t.name in s.trials) - s.start for s in progress.plan.stages}
+    longest = {
+        s.id: max(t.steps for t in found if t.name in s.trials) - s.start
+        for s in progress.plan.stages
+    }
     ready = [longest[s.id] for s in progress.ready()]
     assert ready == sorted(ready, reverse=True)
     assert all(s.parent is None for s in progress.ready())

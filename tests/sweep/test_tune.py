@@ -25,15 +25,25 @@ from orchestrator.workers import watchdog
 from orchestrator.workers.watch import Watch
 
 ONE, TWO = Layout(1, 1, False), Layout(2, 1, False)
-FORK = ["sweep.grid.schedule.max_lr=[1e-2]", "sweep.grid.schedule.decay_shape=[linear, cosine]"]  # a trunk with two ends
+FORK = [
+    "sweep.grid.schedule.max_lr=[1e-2]",
+    "sweep.grid.schedule.decay_shape=[linear, cosine]",
+]  # a trunk with two ends
 # Two such forks, one of which shares its warm-up with a cosine.
-TREE = ["sweep.grid.schedule.max_lr=[1e-2, 5e-3]", FORK[1], "sweep.trials.cosine={schedule.kind: cosine, train.max_steps: 14}"]
+TREE = [
+    "sweep.grid.schedule.max_lr=[1e-2, 5e-3]",
+    FORK[1],
+    "sweep.trials.cosine={schedule.kind: cosine, train.max_steps: 14}",
+]
 
 
 @pytest.fixture
 def on_ray(ray_cluster) -> Callable:
     """Run a study's tree as the driver does; what was seen on the way."""
-    def run(study: Study, layout: Layout, slots: int, reuse: bool = True, tick: Callable = lambda: None) -> SimpleNamespace:
+
+    def run(
+        study: Study, layout: Layout, slots: int, reuse: bool = True, tick: Callable = lambda: None
+    ) -> SimpleNamespace:
         books = study.keeper(tick)
         report = Report(study, books)
         books.watch = report.stage_ended
@@ -42,8 +52,11 @@ def on_ray(ray_cluster) -> Callable:
             sweep.execute(books, books.stages, layout, slots, study.asha(), reuse)
         report.finish(("FINISHED", 0), 1.0)
         assert not books.progress.pending
-        return SimpleNamespace(books=books, states={row["trial"]: row["state"] for row in study.rows()},
-                               reasons={row["trial"]: row["reason"] for row in study.rows()})
+        return SimpleNamespace(
+            books=books,
+            states={row["trial"]: row["state"] for row in study.rows()},
+            reasons={row["trial"]: row["reason"] for row in study.rows()},
+        )
 
     return run
 
@@ -51,7 +64,9 @@ def on_ray(ray_cluster) -> Callable:
 def writers(study: Study) -> dict[str, tuple[float, int]]:
     """By stage: when it began, and in which process."""
     files = study.folder.glob("stages/*/.writer")
-    return {f.parent.name: (f.stat().st_mtime, int(f.read_text().split()[1])) for f in files}  # "process PID on host"
+    return {
+        f.parent.name: (f.stat().st_mtime, int(f.read_text().split()[1])) for f in files
+    }  # "process PID on host"
 
 
 def ended(study: Study) -> dict[str, float]:
@@ -73,7 +88,9 @@ def test_processes_reused_and_new_ones_give_the_bits_of_the_lone_runs(sweeps, on
     assert (len(writers(fresh)), len({pid for _, pid in writers(fresh).values()})) == (3, 3)
     assert_alone(sweeps, kept)
     for name in fresh.candidates:
-        assert sweeps.outcome(fresh.folder / "trials" / name) == sweeps.outcome(kept.folder / "trials" / name), name
+        assert sweeps.outcome(fresh.folder / "trials" / name) == sweeps.outcome(
+            kept.folder / "trials" / name
+        ), name
     assert_order(kept)
     assert_parents_first(fresh)
 
@@ -84,11 +101,15 @@ def assert_order(study: Study) -> None:
     plan = study.plan
 
     def ahead(stage) -> int:
-        return stage.steps + max((ahead(child) for child in plan.children.get(stage.id, ())), default=0)
+        return stage.steps + max(
+            (ahead(child) for child in plan.children.get(stage.id, ())), default=0
+        )
 
     for n, chosen in enumerate(begun):
         ready = [s for s in plan.stages if s.id not in begun[:n] and s.parent in (None, *begun[:n])]
-        assert chosen in [s.id for s in ready if ahead(s) == max(map(ahead, ready))], f"stage {n} to begin"
+        assert chosen in [s.id for s in ready if ahead(s) == max(map(ahead, ready))], (
+            f"stage {n} to begin"
+        )
 
 
 def assert_parents_first(study: Study) -> None:
@@ -100,12 +121,16 @@ def assert_parents_first(study: Study) -> None:
 
 
 # ---- two workers ----
-def test_two_workers_give_the_bits_of_one_inside_the_trials_own_resources(sweeps, on_ray, ray_cluster):
+def test_two_workers_give_the_bits_of_one_inside_the_trials_own_resources(
+    sweeps, on_ray, ray_cluster
+):
     """More are asked for at a time than the cluster's four CPUs hold: the third group waits without any of its own."""
     seen = []
 
     def tick() -> None:
-        groups = [g for g in ray_cluster.util.placement_group_table().values() if g["state"] == "CREATED"]
+        groups = [
+            g for g in ray_cluster.util.placement_group_table().values() if g["state"] == "CREATED"
+        ]
         shapes = {tuple(sorted(map(str, g["bundles"].values()))) for g in groups}
         seen.append((len(groups), shapes, ray_cluster.available_resources().get("CPU", 0.0)))
 
@@ -131,7 +156,9 @@ def spoiled(dataset: Path, folder: Path, offset: int) -> Path:
     data[start + 2 * offset : start + 2 * offset + 2] = b"\xff\xff"
     place.write_bytes(data)
     shard["sha256"] = hashlib.sha256(data).hexdigest()
-    write_manifest(folder, {k: v for k, v in raw.items() if k not in ("format_version", "files", "sha256")})
+    write_manifest(
+        folder, {k: v for k, v in raw.items() if k not in ("format_version", "files", "sha256")}
+    )
     return folder
 
 
@@ -141,26 +168,47 @@ def read_by_one_peer(study: Study, dataset: Path) -> int:
     for seed in (1, 2):
         e = next(s.experiment for s in study.sweep.trials if s.experiment.train.seed == seed)
         t = e.train
-        batches = Batches(TokenStream(dataset, "train"), e.model.block_size, t.global_batch_size, t.micro_batch_size, seed)
+        batches = Batches(
+            TokenStream(dataset, "train"),
+            e.model.block_size,
+            t.global_batch_size,
+            t.micro_batch_size,
+            seed,
+        )
         for step in range(t.max_steps):
             for n, offset in enumerate(batches.offsets(step).tolist()):
-                rank = n // (t.global_batch_size // 2)  # the second worker has the second half of the micro-batches
+                rank = n // (
+                    t.global_batch_size // 2
+                )  # the second worker has the second half of the micro-batches
                 for token in range(offset, offset + e.model.block_size + 1):
                     readers.setdefault(token, set()).add((seed, step > 2, rank))
-    return next(token for token, who in readers.items() if who == {(1, True, 1)} and token > e.train.eval_tokens)
+    return next(
+        token
+        for token, who in readers.items()
+        if who == {(1, True, 1)} and token > e.train.eval_tokens
+    )
 
 
-def test_a_peer_that_raises_ends_its_stage_and_one_that_is_killed_costs_its_stage_a_second_try(sweeps, on_ray, ray_head, tmp_path):
+def test_a_peer_that_raises_ends_its_stage_and_one_that_is_killed_costs_its_stage_a_second_try(
+    sweeps, on_ray, ray_head, tmp_path
+):
     """Both leave the other worker with a closed connection, which is no reason of its own."""
     sound = sweeps.open("sweep.grid.train.seed=[1, 2]", FORK[1], "train.max_steps=80")
     dataset = next(iter(sound.candidates.values())).dataset.directory
     bad = load_manifest(spoiled(dataset, tmp_path / "bad", read_by_one_peer(sound, dataset)))
-    study = Study.open(sound.sweep, tmp_path / "sweep", TWO, {data_key(s.experiment.data): bad for s in sound.sweep.trials})
+    study = Study.open(
+        sound.sweep,
+        tmp_path / "sweep",
+        TWO,
+        {data_key(s.experiment.data): bad for s in sound.sweep.trials},
+    )
     killed, head = [], ray_head.pid  # Tune pickles what its searcher knows
 
     def tick() -> None:
         if FAILED in study.books.progress.state.values() and not killed:
-            killed.extend(pid for pid in descendants(head) if title(pid).startswith("ray::_Peer.run"))
+            killed.extend(
+                pid for pid in descendants(head) if title(pid).startswith("ray::_Peer.run")
+            )
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
 
@@ -168,11 +216,16 @@ def test_a_peer_that_raises_ends_its_stage_and_one_that_is_killed_costs_its_stag
     first, second = ([n for n in study.candidates if f"seed-{seed}" in n] for seed in (1, 2))
     assert [seen.states[name] for name in first + second] == ["failed"] * 2 + ["done"] * 2
     assert {seen.reasons[name] for name in first} == {"IndexError: index out of range in self"}
-    assert [f.name for f in study.folder.glob("stages/*/failure-rank*.txt")] == ["failure-rank1.txt"]
+    assert [f.name for f in study.folder.glob("stages/*/failure-rank*.txt")] == [
+        "failure-rank1.txt"
+    ]
     assert (len(killed), len(seen.books.tried_again)) == (1, 1)
     for name in second:
         ours, alone = sweeps.outcome(study.folder / "trials" / name), sweeps.alone(sound, name)
-        assert (ours["weights"], ours["curve"]) == (alone["weights"], alone["curve"])  # state.json names the dataset
+        assert (ours["weights"], ours["curve"]) == (
+            alone["weights"],
+            alone["curve"],
+        )  # state.json names the dataset
 
 
 def title(pid: int) -> str:
@@ -197,17 +250,29 @@ def descendants(pid: int) -> list[int]:
 
 # ---- a worker that hangs ----
 @pytest.mark.parametrize("layout", [ONE, TWO], ids=["the driver", "its neighbour"])
-def test_who_is_stopped_from_outside_is_ended_and_its_stage_goes_on_from_its_checkpoint(sweeps, on_ray, layout):
+def test_who_is_stopped_from_outside_is_ended_and_its_stage_goes_on_from_its_checkpoint(
+    sweeps, on_ray, layout
+):
     """Named for the sweep too; with the stacks in the stage's folder, where nothing else of the watch is left."""
-    study = sweeps.open("sweep.trials.only.train.max_steps=600", "train.eval_interval=600", "train.checkpoint_interval=100",
-                        "train.log_interval=50", "compute.hang_after_s=2")
+    study = sweeps.open(
+        "sweep.trials.only.train.max_steps=600",
+        "train.eval_interval=600",
+        "train.checkpoint_interval=100",
+        "train.log_interval=50",
+        "compute.hang_after_s=2",
+    )
     (stage,), rank, victims = study.plan.stages, layout.num_workers - 1, []
     folder = study.folder / "stages" / stage.id
 
     def tick() -> None:
         for mark in [] if victims else watchdog.marks(folder):
             # Far from a checkpoint, behind which more time is given.
-            if mark["rank"] == rank and mark["step"] > 100 and 10 < mark["step"] % 100 < 80 and mark["limit"] == 2.0:
+            if (
+                mark["rank"] == rank
+                and mark["step"] > 100
+                and 10 < mark["step"] % 100 < 80
+                and mark["limit"] == 2.0
+            ):
                 os.kill(mark["pid"], signal.SIGSTOP)
                 victims.append(mark["pid"])
 
@@ -217,14 +282,20 @@ def test_who_is_stopped_from_outside_is_ended_and_its_stage_goes_on_from_its_che
     assert (hang["kind"], hang["stage"]) == ("hang", stage.id)
     assert hang["message"].startswith(f"rank {rank} (process {victims[0]} on ")
     assert seen.books.waits == {stage.id: f"{hang['message']}; once more"}
-    assert sorted(f.name for f in folder.glob("hangs/0001/*")) == [f"hang-rank{r}.txt" for r in range(layout.num_workers)]
+    assert sorted(f.name for f in folder.glob("hangs/0001/*")) == [
+        f"hang-rank{r}.txt" for r in range(layout.num_workers)
+    ]
     assert [*folder.glob("hang-rank*"), *folder.glob(".ranks/*")] == []
     assert json.loads((folder / "result.json").read_text())["steps_run"] <= 500
 
 
 # ---- Tune's own scheduler ----
 def test_asha_stops_some_and_what_it_leaves_has_its_bits_and_stays_stopped(sweeps, on_ray):
-    words = ["sweep.grid.schedule.max_lr=[1e-2, 1e-5, 1e-6, 1e-7]", "train.max_steps=45", "sweep.stop=asha"]
+    words = [
+        "sweep.grid.schedule.max_lr=[1e-2, 1e-5, 1e-6, 1e-7]",
+        "train.max_steps=45",
+        "sweep.stop=asha",
+    ]
     study = sweeps.open(*words)
     seen = on_ray(study, ONE, slots=1)
     states = seen.states
@@ -238,4 +309,5 @@ def test_asha_stops_some_and_what_it_leaves_has_its_bits_and_stays_stopped(sweep
     assert {row["trial"]: row["state"] for row in again.rows()} == states
     unstopped = sweeps.open(*words[:2])
     assert {s.trials[0] for s in unstopped.plan.stages if s.id in unstopped.plan.to_run} == {
-        name for name, state in states.items() if state == "stopped"}
+        name for name, state in states.items() if state == "stopped"
+    }

@@ -11,8 +11,10 @@ from model.schedule import Schedule, learning_rate
 from orchestrator.sweep import view as tree_view
 from orchestrator.sweep.tree import Trial, plan
 
-LINE = re.compile(r"([│├└┬┼─ ]+)\[([\d,]+), ([\d,]+)\)\s+([\d,]+)  \S+ → \S+\s+([\d,]+)  (to run|stands|done|result only|diverged|"
-                  r"lost|not needed)(?:\s+(.*))?$")
+LINE = re.compile(
+    r"([│├└┬┼─ ]+)\[([\d,]+), ([\d,]+)\)\s+([\d,]+)  \S+ → \S+\s+([\d,]+)  (to run|stands|done|result only|diverged|"
+    r"lost|not needed)(?:\s+(.*))?$"
+)
 
 
 def trial(name, schedule, steps=None, root="r"):
@@ -21,18 +23,29 @@ def trial(name, schedule, steps=None, root="r"):
 
 
 def build(schedules, roots=("r",), **stored):
-    trials = [trial(f"{name}_seed-{i}" if len(roots) > 1 else name, s, root=root)
-              for i, root in enumerate(roots) for name, s in schedules.items()]
+    trials = [
+        trial(f"{name}_seed-{i}" if len(roots) > 1 else name, s, root=root)
+        for i, root in enumerate(roots)
+        for name, s in schedules.items()
+    ]
     return plan(trials, **stored)
 
 
 def wsd(*lengths, shapes=("linear",), peak=1e-3, **more):
-    return {f"decay_shape-{shape}_max_steps-{n}": Schedule("wsd", peak, warmup_steps=5, decay_steps=n, decay_shape=shape, **more)
-            for n in lengths for shape in shapes}
+    return {
+        f"decay_shape-{shape}_max_steps-{n}": Schedule(
+            "wsd", peak, warmup_steps=5, decay_steps=n, decay_shape=shape, **more
+        )
+        for n in lengths
+        for shape in shapes
+    }
 
 
 def cosine(*lengths, kind="cosine", peak=1e-3, warmup=5):
-    return {f"{kind}-{n}-{peak}": Schedule(kind, peak, warmup_steps=warmup, decay_steps=n) for n in lengths}
+    return {
+        f"{kind}-{n}-{peak}": Schedule(kind, peak, warmup_steps=warmup, decay_steps=n)
+        for n in lengths
+    }
 
 
 def number(text):
@@ -41,7 +54,11 @@ def number(text):
 
 def parsed(text):
     """(start, stop, steps, trials, mark, ends) of every line that shows a stage."""
-    return [(*map(number, m.group(2, 3, 4, 5)), m[6], m[7]) for line in text.splitlines() if (m := LINE.match(line))]
+    return [
+        (*map(number, m.group(2, 3, 4, 5)), m[6], m[7])
+        for line in text.splitlines()
+        if (m := LINE.match(line))
+    ]
 
 
 def parents(text):
@@ -58,14 +75,17 @@ def parents(text):
 
 
 def test_a_tree_reads_as_its_plan():
-    assert tree_view.text(build(wsd(100, 200, shapes=("linear", "1-sqrt"))), width=90).splitlines() == [
+    assert tree_view.text(
+        build(wsd(100, 200, shapes=("linear", "1-sqrt"))), width=90
+    ).splitlines() == [
         "steps          number  learning rate        trials          trials that end here",
         "┬ [0, 81)          81  1.67e-04 → 1.00e-03       4  to run",
         "├─ [81, 100)       19  9.55e-04 → 1.45e-04       1  to run  shape-linear_steps-100",
         "├─ [81, 100)       19  7.99e-04 → 1.23e-04       1  to run  shape-1-sqrt_steps-100",
         "┼ [81, 161)        80  1.00e-03 → 1.00e-03       2  to run",
         "├─ [161, 200)      39  9.77e-04 → 1.23e-04       1  to run  shape-linear_steps-200",
-        "└─ [161, 200)      39  8.58e-04 → 1.11e-04       1  to run  shape-1-sqrt_steps-200"]
+        "└─ [161, 200)      39  8.58e-04 → 1.11e-04       1  to run  shape-1-sqrt_steps-200",
+    ]
 
 
 def test_names_are_in_full_where_they_fit():
@@ -73,10 +93,22 @@ def test_names_are_in_full_where_they_fit():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["wsd", "constant", "cosine"]), st.sampled_from([1e-3, 2e-3]), st.integers(12, 60)),
-                min_size=1, max_size=14, unique=True))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["wsd", "constant", "cosine"]),
+            st.sampled_from([1e-3, 2e-3]),
+            st.integers(12, 60),
+        ),
+        min_size=1,
+        max_size=14,
+        unique=True,
+    )
+)
 def test_each_line_stands_below_its_parent(choices):
-    p = build({f"{k}-{lr}-{n}": Schedule(k, lr, warmup_steps=2, decay_steps=n) for k, lr, n in choices})
+    p = build(
+        {f"{k}-{lr}-{n}": Schedule(k, lr, warmup_steps=2, decay_steps=n) for k, lr, n in choices}
+    )
     lines = parents(tree_view.text(p, lines=10_000))
     merged = {}  # the first stage of a chain -> its end, as the view puts chains together
     expected = []
@@ -106,7 +138,9 @@ def test_marks_are_the_plans():
     half = build(schedules, states=states, standing=states)
     assert [line[4] for line in parsed(tree_view.text(half))[:2]] == ["stands", "result only"]
     dead = build(schedules, states={trunk.id: trunk.stop}, dead=[trunk.id])
-    assert [line[4] for line in parsed(tree_view.text(dead))] == ["diverged"] + ["lost"] * (len(dead.stages) - 1)
+    assert [line[4] for line in parsed(tree_view.text(dead))] == ["diverged"] + ["lost"] * (
+        len(dead.stages) - 1
+    )
     gone = build(schedules, finished=[s.id for s in fresh.stages if s.ends])
     assert parsed(tree_view.text(gone))[0][4] == "not needed"
 
@@ -116,14 +150,19 @@ def test_stored_states_on_a_trunk_do_not_cut_its_line():
     cuts = {alone.key(step): step for step in (20, 40, 60)}
     whole = build(schedules, states=cuts, standing=cuts)
     assert len(whole.stages) == len(build(schedules).stages) + 3
-    assert [line[0:2] + (line[4],) for line in parsed(tree_view.text(whole))[:2]] == [(0, 60, "stands"), (60, 81, "to run")]
+    assert [line[0:2] + (line[4],) for line in parsed(tree_view.text(whole))[:2]] == [
+        (0, 60, "stands"),
+        (60, 81, "to run"),
+    ]
 
 
 def test_other_seeds_are_named_and_not_drawn_again():
     p = build(wsd(100, 200), roots=("a", "b", "c"))
     text = tree_view.text(p)
     assert len(parsed(text)) == len(p.stages) / 3
-    assert "… 2 more trees of this shape (4 trials), with steps-100_seed-1, steps-100_seed-2" in text
+    assert (
+        "… 2 more trees of this shape (4 trials), with steps-100_seed-1, steps-100_seed-2" in text
+    )
     one_done = build(wsd(100, 200), roots=("a", "b", "c"), finished=[p.stages[1].id])
     assert len(parsed(tree_view.text(one_done))) == 2 * len(p.stages) / 3  # it looks different now
 
@@ -136,7 +175,10 @@ def test_hundreds_of_trials_stay_readable(width):
     assert len(lines) == 1 + 60 + 1 and max(map(len, lines)) <= width
     (gap,) = [line for line in lines if line.startswith("┊")]
     shown = parsed(text)
-    hidden, steps = number(re.search(r"… ([\d,]+) more stages", gap)[1]), number(re.search(r": ([\d,]+) steps", gap)[1])
+    hidden, steps = (
+        number(re.search(r"… ([\d,]+) more stages", gap)[1]),
+        number(re.search(r": ([\d,]+) steps", gap)[1]),
+    )
     assert len(shown) + hidden == len(p.stages)
     assert sum(line[2] for line in shown) + steps == p.steps_in_tree
 
@@ -154,8 +196,13 @@ def test_the_summary_adds_up():
     stored = build(schedules, states={trunk.id: trunk.stop}, standing=[trunk.id])
     lines = tree_view.summary(stored)
     assert lines[0] == "3 trials in 3 stages; one by one they take 400 steps"
-    to_run, (saved, shared, kept) = re.findall(r"[\d,]+", lines[1])[0], [
-        re.search(pattern, lines[2])[1] for pattern in (r"saved: (\d+)", r"(\d+) shared", r"(\d+) stored")]
+    to_run, (saved, shared, kept) = (
+        re.findall(r"[\d,]+", lines[1])[0],
+        [
+            re.search(pattern, lines[2])[1]
+            for pattern in (r"saved: (\d+)", r"(\d+) shared", r"(\d+) stored")
+        ],
+    )
     assert int(kept) == trunk.steps and int(shared) == stored.steps_asked - stored.steps_in_tree
     assert int(saved) == int(shared) + int(kept) and int(to_run) + int(saved) == 400
     assert "run once: decay_shape-linear_max_steps-100 = same" in lines[-1]
@@ -178,24 +225,46 @@ def advised(schedules, **more):
 def test_cosines_of_several_lengths_are_told_how_little_they_share():
     p, text = advised(cosine(100, 200, 300))
     assert f"share at most their first {p.stages[0].stop} of up to 300 steps" in text
-    as_wsd = build({name: Schedule("wsd", s.max_lr, warmup_steps=5, decay_steps=s.decay_steps)
-                    for name, s in cosine(100, 200, 300).items()})
-    promised, now = (number(n) for n in re.search(r"at most ([\d,]+) steps, not ([\d,]+)", text).groups())
+    as_wsd = build(
+        {
+            name: Schedule("wsd", s.max_lr, warmup_steps=5, decay_steps=s.decay_steps)
+            for name, s in cosine(100, 200, 300).items()
+        }
+    )
+    promised, now = (
+        number(n) for n in re.search(r"at most ([\d,]+) steps, not ([\d,]+)", text).groups()
+    )
     assert as_wsd.steps_in_tree <= promised < now == p.steps_in_tree
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["cosine", "linear"]), st.sampled_from([1e-3, 2e-3]), st.integers(10, 80)),
-                min_size=2, max_size=8, unique=True), st.integers(0, 6))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["cosine", "linear"]),
+            st.sampled_from([1e-3, 2e-3]),
+            st.integers(10, 80),
+        ),
+        min_size=2,
+        max_size=8,
+        unique=True,
+    ),
+    st.integers(0, 6),
+)
 def test_no_promise_is_broken(choices, warmup):
-    schedules = {f"{k}-{lr}-{n}": Schedule(k, lr, warmup_steps=warmup, decay_steps=n) for k, lr, n in choices}
+    schedules = {
+        f"{k}-{lr}-{n}": Schedule(k, lr, warmup_steps=warmup, decay_steps=n) for k, lr, n in choices
+    }
     _, text = advised(schedules)
     if match := re.search(r"at most ([\d,]+) steps, not ([\d,]+)", text):
         lengths = {}  # the trials that the promise is about: of a kind and peak with several lengths
         for k, lr, n in choices:
             lengths.setdefault((k, lr), set()).add(n)
-        several = {name: Schedule("wsd", s.max_lr, warmup_steps=warmup, decay_steps=s.decay_steps)
-                   for name, s in schedules.items() if len(lengths[s.kind, s.max_lr]) > 1}
+        several = {
+            name: Schedule("wsd", s.max_lr, warmup_steps=warmup, decay_steps=s.decay_steps)
+            for name, s in schedules.items()
+            if len(lengths[s.kind, s.max_lr]) > 1
+        }
         assert build(several).steps_in_tree <= number(match[1]) < number(match[2])
         assert number(match[2]) == build({name: schedules[name] for name in several}).steps_in_tree
 
@@ -203,36 +272,56 @@ def test_no_promise_is_broken(choices, warmup):
 def test_a_space_that_shares_nothing_is_told_so():
     p, text = advised({**cosine(100), **cosine(100, peak=2e-3)})
     assert p.steps_in_tree == p.steps_asked
-    assert "no two trials share a step" in text and "schedule.max_lr changes the learning rate from the first step on" in text
+    assert (
+        "no two trials share a step" in text
+        and "schedule.max_lr changes the learning rate from the first step on" in text
+    )
     assert "what shares is what acts late" in text
 
 
 def test_a_space_that_shares_is_not_talked_down():
     assert advised(wsd(100, 200, 300))[1] == ""
-    assert advised({**cosine(100), **cosine(100, kind="linear")})[1] == ""  # they share their warmup
+    assert (
+        advised({**cosine(100), **cosine(100, kind="linear")})[1] == ""
+    )  # they share their warmup
     assert "no two trials" not in advised({**cosine(100), **cosine(200)})[1]
     assert advised(wsd(100))[1] == ""
 
 
 def test_seeds_and_warmups_are_named_where_they_part_trials():
     assert "2 groups of trials differ in seed" in advised(wsd(100, 200), roots=("a", "b"))[1]
-    _, text = advised({"a": Schedule("constant", 1e-3, warmup_steps=3, decay_steps=50),
-                       "b": Schedule("constant", 1e-3, warmup_steps=4, decay_steps=50)})
+    _, text = advised(
+        {
+            "a": Schedule("constant", 1e-3, warmup_steps=3, decay_steps=50),
+            "b": Schedule("constant", 1e-3, warmup_steps=4, decay_steps=50),
+        }
+    )
     assert "schedule.warmup_steps changes" in text and "max_lr" not in text
     # Twice the peak at twice the warmup begins alike: 2e-3 / 4 = 1e-3 / 2, so it is not said of these.
-    _, text = advised({"a": Schedule("constant", 1e-3, warmup_steps=1, decay_steps=50),
-                       "b": Schedule("constant", 2e-3, warmup_steps=3, decay_steps=50)})
+    _, text = advised(
+        {
+            "a": Schedule("constant", 1e-3, warmup_steps=1, decay_steps=50),
+            "b": Schedule("constant", 2e-3, warmup_steps=3, decay_steps=50),
+        }
+    )
     assert "first step on" not in text
 
 
 def test_how_much_cosines_share_is_true_of_all_of_them():
-    slope = {f"warmup-{w}-{n}": Schedule("cosine", 1e-4 * (w + 1), warmup_steps=w, decay_steps=n)
-             for w, n in ((1, 100), (1, 200), (7, 100), (15, 200))}  # ramps of one slope: the last two share more than the first
+    slope = {
+        f"warmup-{w}-{n}": Schedule("cosine", 1e-4 * (w + 1), warmup_steps=w, decay_steps=n)
+        for w, n in ((1, 100), (1, 200), (7, 100), (15, 200))
+    }  # ramps of one slope: the last two share more than the first
     p, text = advised(slope)
-    assert max(s.stop for s in p.stages if len(s.trials) > 1) == 8 and "share at most their first 8 of" in text
+    assert (
+        max(s.stop for s in p.stages if len(s.trials) > 1) == 8
+        and "share at most their first 8 of" in text
+    )
 
 
 def test_no_wsd_is_promised_where_the_warmup_leaves_it_no_room():
     assert "kind=wsd" not in advised(cosine(100, 101, warmup=95))[1]
-    assert "kind=wsd" not in advised(cosine(100, 200, warmup=80))[1]  # its decay would begin where the warmup ends
+    assert (
+        "kind=wsd" not in advised(cosine(100, 200, warmup=80))[1]
+    )  # its decay would begin where the warmup ends
     assert "kind=wsd" in advised(cosine(100, 200, warmup=70))[1]

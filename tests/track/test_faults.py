@@ -28,7 +28,9 @@ EXPERIMENT = "behind the gate"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     storage, cwd = tmp_path_factory.mktemp("served"), tmp_path_factory.mktemp("cwd")
-    assert replay(make_run(storage / "first", "first"), f"sqlite:///{storage}/mlflow/mlflow.db", "embedded")
+    assert replay(
+        make_run(storage / "first", "first"), f"sqlite:///{storage}/mlflow/mlflow.db", "embedded"
+    )
     server = Server(storage, cwd, free_port())
     server.start()
     yield server
@@ -46,7 +48,9 @@ def gate(server, impatient):
 
 def make_run(folder, key):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(json.dumps({"name": folder.name, "key": key, "params": {"a": 1}, "attempts": [{}]}))
+    (folder / "run.json").write_text(
+        json.dumps({"name": folder.name, "key": key, "params": {"a": 1}, "attempts": [{}]})
+    )
     return folder
 
 
@@ -66,12 +70,22 @@ def check(server, run_dir, status):
     assert rows(server.database, run_dir) == expected(run_dir)
     assert set(curve(run_dir)) <= {(key, step, value) for key, step, value, _ in expected(run_dir)}
     with sqlite3.connect(server.database) as db:
-        models = db.execute("SELECT count(*) FROM logged_models WHERE source_run_id = ?", (run_id,)).fetchone()[0]
-        outputs = db.execute("SELECT count(*) FROM inputs WHERE source_id = ?", (run_id,)).fetchone()[0]
-        info = db.execute("SELECT status, artifact_uri FROM runs WHERE run_uuid = ?", (run_id,)).fetchone()
+        models = db.execute(
+            "SELECT count(*) FROM logged_models WHERE source_run_id = ?", (run_id,)
+        ).fetchone()[0]
+        outputs = db.execute(
+            "SELECT count(*) FROM inputs WHERE source_id = ?", (run_id,)
+        ).fetchone()[0]
+        info = db.execute(
+            "SELECT status, artifact_uri FROM runs WHERE run_uuid = ?", (run_id,)
+        ).fetchone()
     assert (models, outputs, info[0]) == (1, 1, status)
     assert info[1].startswith("mlflow-artifacts:/")
-    assert list((server.storage / "mlflow" / "artifacts").rglob(f"{run_id}/artifacts/samples/step-00000000.txt"))
+    assert list(
+        (server.storage / "mlflow" / "artifacts").rglob(
+            f"{run_id}/artifacts/samples/step-00000000.txt"
+        )
+    )
 
 
 @pytest.mark.parametrize("fault", ["refuse", "hang", "cut", "403 Invalid Host"])
@@ -87,7 +101,9 @@ def test_a_server_that_is_away_from_the_start(server, gate, run_dir, fault, capl
     began = time.monotonic()
     assert not tracker.finish("FINISHED", deadline_s=1)
     assert time.monotonic() - began < 3
-    assert len(caplog.records) == (fault != "hang"), caplog.text  # a request that hangs is not yet an answer
+    assert len(caplog.records) == (fault != "hang"), (
+        caplog.text
+    )  # a request that hangs is not yet an answer
     (run_dir / "summary.json").write_text('{"status": "FINISHED"}')
     gate.set("open")
     assert replay(run_dir, uri, EXPERIMENT)
@@ -118,9 +134,23 @@ class Training:
 
 def test_one_outage_after_another(server, gate, run_dir, caplog, monkeypatch):
     """Every fault in an order of its own, each in the middle of sending or before it."""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")  # less, and a busy machine's server is taken for one that is away
+    monkeypatch.setenv(
+        "MLFLOW_HTTP_REQUEST_TIMEOUT", "3"
+    )  # less, and a busy machine's server is taken for one that is away
     training = Training(run_dir, seed=0)
-    faults = ["refuse", "reset", "hang", "half", "cut", "lost", "lost", "500 Oops", "502 Bad Gateway", "locked", "killed"]
+    faults = [
+        "refuse",
+        "reset",
+        "hang",
+        "half",
+        "cut",
+        "lost",
+        "lost",
+        "500 Oops",
+        "502 Bad Gateway",
+        "locked",
+        "killed",
+    ]
     training.draw.shuffle(faults)
     tracker = Tracker(run_dir, f"http://127.0.0.1:{gate.port}", EXPERIMENT)
     tracker.start()
@@ -132,13 +162,19 @@ def test_one_outage_after_another(server, gate, run_dir, caplog, monkeypatch):
         with away(server, gate, fault):
             training.go_on()
             # Where only the end of an answer is lost, a request that asks for nothing is answered all the same.
-            wait_for(lambda cut=fault == "cut": "not reached" in caplog.text or cut and training.is_sent())
+            wait_for(
+                lambda cut=fault == "cut": (
+                    "not reached" in caplog.text or cut and training.is_sent()
+                )
+            )
             if training.draw.random() < 0.5:
                 training.resume()
         if "not reached" in caplog.text:
             wait_for(lambda: "reached again" in caplog.text)
         said = ["not reached" in record.message for record in caplog.records]
-        assert all(a != b for a, b in pairwise(said)), caplog.text  # once per outage, and once at its end
+        assert all(a != b for a, b in pairwise(said)), (
+            caplog.text
+        )  # once per outage, and once at its end
     training.go_on()
     assert tracker.finish("KILLED", 60)
     check(server, run_dir, "KILLED")
@@ -199,4 +235,7 @@ def test_ui_and_replay_explain_what_is_wrong(server, tmp_path):
     with pytest.raises(UserError, match="no run there"):
         replay_metrics.main(["nobody"])
     first = (server.storage / "server.log").read_text().splitlines()[0]
-    assert first == f"embedded: http://127.0.0.1:{server.port}/#/experiments/1/runs?workflowType=machine_learning"
+    assert (
+        first
+        == f"embedded: http://127.0.0.1:{server.port}/#/experiments/1/runs?workflowType=machine_learning"
+    )

@@ -32,7 +32,9 @@ EXPERIMENT = "killed"
 def run_dir(tmp_path, request):
     folder = tmp_path / "runs" / "demo"
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"name": "demo", "key": request.node.name, "attempts": [{}]}))
+    (folder / "run.json").write_text(
+        json.dumps({"name": "demo", "key": request.node.name, "attempts": [{}]})
+    )
     return folder
 
 
@@ -49,7 +51,9 @@ def test_killed_at_random_moments_and_started_again(run_dir, store, uri):
     draw, found = random.Random(0), []
     assert replay(run_dir, uri, EXPERIMENT)  # the store is made
     command = [sys.executable, str(Path(killable.__file__)), uri, EXPERIMENT]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdout.readline() == "ready\n"
         for seed in range(16):
             began = len((run_dir / "metrics.jsonl").read_bytes()) if seed else 0
@@ -68,7 +72,9 @@ def test_killed_at_random_moments_and_started_again(run_dir, store, uri):
     assert is_exact(store, run_dir)
     steps = [line["step"] for line in journal.read(run_dir)]
     assert steps == list(range(len(steps)))
-    assert curve(run_dir) == sorted((key, step, value) for step in steps for key, value in killable.loss(step).items())
+    assert curve(run_dir) == sorted(
+        (key, step, value) for step in steps for key, value in killable.loss(step).items()
+    )
     assert len(journal.aside_files(run_dir)) > 4
     assert len({sent for _, sent, _ in found}) > 4
 
@@ -92,7 +98,11 @@ class History:
 
     def __init__(self, run_dir, monkeypatch, gap, keeps_line):
         self.journal, self.gap, self.keeps_line = Journal(run_dir), gap, keeps_line
-        self.clock, self.writes, self.write = itertools.count(1000), itertools.count(), journal._write
+        self.clock, self.writes, self.write = (
+            itertools.count(1000),
+            itertools.count(),
+            journal._write,
+        )
         monkeypatch.setattr(journal, "_write", self._write)
 
     def _write(self, path, lines, dies_at=3):
@@ -104,14 +114,24 @@ class History:
 
     def log(self, *steps, **more):
         for step in steps:
-            self.journal.keep({"step": step, "timestamp": next(self.clock), "train/loss": 5 - step / 10, "optim/lr": 0.5, **more})
+            self.journal.keep(
+                {
+                    "step": step,
+                    "timestamp": next(self.clock),
+                    "train/loss": 5 - step / 10,
+                    "optim/lr": 0.5,
+                    **more,
+                }
+            )
             self.gap()
 
     def run(self):
         self.log(0, 2)
         self.log(4, 6, **{"val/loss": 4.0})
         self.log(8)
-        self.journal.rewind(4 if self.keeps_line else 3)  # 3: the checkpoint was committed before its line was written
+        self.journal.rewind(
+            4 if self.keeps_line else 3
+        )  # 3: the checkpoint was committed before its line was written
         self.log(*(() if self.keeps_line else (4,)), 5, 6)
         self.log(8, **{"val/loss": 3.0})
         self.log(9)
@@ -130,9 +150,17 @@ class Sending:
     """
 
     def __init__(self, run_dir, log_batch, run_id, plan):
-        self.run_dir, self.log_batch, self.plan, self.gaps, self.living = run_dir, log_batch, plan, itertools.count(), None
+        self.run_dir, self.log_batch, self.plan, self.gaps, self.living = (
+            run_dir,
+            log_batch,
+            plan,
+            itertools.count(),
+            None,
+        )
         (run_dir / "run.json").write_text('{"name": "demo", "key": "k"}')
-        (run_dir / "tracking.json").write_text(json.dumps({"uri": "here", "key": "k", "run_id": run_id}))
+        (run_dir / "tracking.json").write_text(
+            json.dumps({"uri": "here", "key": "k", "run_id": run_id})
+        )
 
     def gap(self):
         match self.plan.get(next(self.gaps), "").split():
@@ -182,19 +210,31 @@ def test_a_sender_in_every_moment_of_a_run(keeps_line, run_dir, store, uri, monk
     experiment_id = mlflow.create_experiment(f"moments {keeps_line}", store.parent.as_uri())
     for gap, deed in itertools.product(range(GAPS), DEEDS[1 if keeps_line else 0 :: 2]):
         folder, run = run_dir / f"{gap} {deed}", mlflow.create_run(experiment_id)
-        lives(folder, monkeypatch, mlflow.log_batch, run.info.run_id, {gap: deed, gap + 3: "goes on"}, keeps_line)
+        lives(
+            folder,
+            monkeypatch,
+            mlflow.log_batch,
+            run.info.run_id,
+            {gap: deed, gap + 3: "goes on"},
+            keeps_line,
+        )
         assert is_exact(store, folder), (gap, deed)
 
 
-@pytest.mark.parametrize(("keeps_line", "pairs"), [
-    (True, [("forgets 1", "whole"), ("goes on", "forgets 2"), ("loses 2", "goes on")]),
-    (False, [("goes on", "goes on"), ("whole", "forgets 1")]),
-])
+@pytest.mark.parametrize(
+    ("keeps_line", "pairs"),
+    [
+        (True, [("forgets 1", "whole"), ("goes on", "forgets 2"), ("loses 2", "goes on")]),
+        (False, [("goes on", "goes on"), ("whole", "forgets 1")]),
+    ],
+)
 def test_senders_in_every_two_moments_of_a_run(keeps_line, pairs, run_dir, monkeypatch):
     """A thousand histories: for MLflow stands a set, which keeps a repeated row once, as MLflow does in the test above."""
     monkeypatch.setattr("orchestrator.track.outbox.BATCH", 6)
     monkeypatch.setattr("os.fsync", lambda fd: None)
-    for number, (gaps, deeds) in enumerate(itertools.product(itertools.combinations(range(GAPS), 2), pairs)):
+    for number, (gaps, deeds) in enumerate(
+        itertools.product(itertools.combinations(range(GAPS), 2), pairs)
+    ):
         sent = set()
 
         def log_batch(run_id, metrics, sent=sent):

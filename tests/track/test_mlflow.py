@@ -69,14 +69,22 @@ def test_projection_is_complete(run_dir, store, uri):
     (run_dir / "samples").mkdir()
     (run_dir / "samples" / "step-00000100.txt").write_text("To be")
     (run_dir / "summary.json").write_text('{"status": "FINISHED"}')
-    (run_dir / "experiment.yaml").write_text("name: demo\ntracking: {uri: https://me:hunter2@host}\n")
+    (run_dir / "experiment.yaml").write_text(
+        "name: demo\ntracking: {uri: https://me:hunter2@host}\n"
+    )
     tracker = send(run_dir, uri)
     run = client(uri).get_run(tracker.run_id)
-    assert (run.info.run_name, run.info.status, run.info.start_time) == ("demo", "FINISHED", 1767323045000)
+    assert (run.info.run_name, run.info.status, run.info.start_time) == (
+        "demo",
+        "FINISHED",
+        1767323045000,
+    )
     assert run.data.params == {"model.n_layer": "2", "schedule.kind": "cosine"}
     assert run.data.tags["mlflow.source.name"] == "pipelines/train.py"
     assert run.data.tags["attempt.1.workers"] == "1"
-    assert [(d.dataset.name, d.dataset.digest) for d in run.inputs.dataset_inputs] == [("byte tokens", "d" * 36)]
+    assert [(d.dataset.name, d.dataset.digest) for d in run.inputs.dataset_inputs] == [
+        ("byte tokens", "d" * 36)
+    ]
     assert rows(store, tracker.run_id) == expected(run_dir)
     artifacts = store.parent / "artifacts" / tracker.run_id / "artifacts"
     assert {p.relative_to(artifacts).as_posix() for p in artifacts.rglob("*.*")} == {
@@ -87,7 +95,9 @@ def test_projection_is_complete(run_dir, store, uri):
         "figures/schedule.png",
     }
     assert "hunter2" not in (artifacts / "experiment.yaml").read_text()
-    assert tracker.url.endswith(f"/runs/{tracker.run_id}/model-metrics?workflowType=machine_learning")
+    assert tracker.url.endswith(
+        f"/runs/{tracker.run_id}/model-metrics?workflowType=machine_learning"
+    )
 
 
 def test_sent_twice_is_sent_once(run_dir, store, uri):
@@ -95,7 +105,16 @@ def test_sent_twice_is_sent_once(run_dir, store, uri):
     commit(run_dir, 49)
     run_id = send(run_dir, uri).run_id
     everything = "SELECT (SELECT count(*) FROM {0}) FROM runs WHERE run_uuid = ?"
-    tables = ["metrics", "params", "tags", "inputs", "datasets", "logged_models", "logged_model_metrics", "runs"]
+    tables = [
+        "metrics",
+        "params",
+        "tags",
+        "inputs",
+        "datasets",
+        "logged_models",
+        "logged_model_metrics",
+        "runs",
+    ]
     before = [rows(store, run_id, everything.format(t)) for t in tables]
     for forget in (False, True):  # also where the memory of what was sent is lost
         if forget:
@@ -129,7 +148,10 @@ def test_a_resume_adds_one_point_per_step(run_dir, store, uri):
     assert run.info.status == "FINISHED"
     assert run.data.params["schedule.kind"] == "cosine"
     assert {k: v for k, v in run.data.tags.items() if k.startswith("attempt.2")} == {
-        "attempt.2.schedule.kind": "wsd", "attempt.2.workers": "2", "attempt.2.layout.use_gpu": "false"}
+        "attempt.2.schedule.kind": "wsd",
+        "attempt.2.workers": "2",
+        "attempt.2.layout.use_gpu": "false",
+    }
 
 
 def test_a_resume_while_the_tracker_runs(run_dir, store, uri):
@@ -153,7 +175,16 @@ def test_what_only_the_second_making_of_a_step_logs_comes_too(run_dir, store, ur
     wait_for(lambda: sent_step(run_dir) == 100)
     Journal(run_dir).rewind(50)
     log(run_dir, [65])  # above no step that was sent, and sent by a tracker that goes on
-    wait_for(lambda: (65,) in rows(store, tracker.run_id, "SELECT step FROM metrics WHERE run_uuid = ? AND key = 'train/loss'"))
+    wait_for(
+        lambda: (
+            (65,)
+            in rows(
+                store,
+                tracker.run_id,
+                "SELECT step FROM metrics WHERE run_uuid = ? AND key = 'train/loss'",
+            )
+        )
+    )
     log(run_dir, [80])
     assert tracker.finish("KILLED", 60)
     log(run_dir, [95])
@@ -163,14 +194,19 @@ def test_what_only_the_second_making_of_a_step_logs_comes_too(run_dir, store, ur
     assert sent == expected(run_dir)
     assert set(curve(run_dir)) <= {(key, step, value) for key, step, value, _ in sent}
     model = client(uri).get_run(tracker.run_id).outputs.model_outputs[0].model_id
-    assert {m.key: m.value for m in client(uri).get_logged_model(model).metrics} == {"train/loss": 4.9, "val/loss": 4.0}
+    assert {m.key: m.value for m in client(uri).get_logged_model(model).metrics} == {
+        "train/loss": 4.9,
+        "val/loss": 4.0,
+    }
 
 
 def test_events_are_there_as_a_file_and_as_counts_whenever_there_are_more(run_dir, store, uri):
     def seen(run_id):
         tags = client(uri).get_run(run_id).data.tags
         file = store.parent / "artifacts" / run_id / "artifacts" / "events.jsonl"
-        return {k: v for k, v in tags.items() if k.startswith("events.")}, file.read_text() if file.exists() else ""
+        return {
+            k: v for k, v in tags.items() if k.startswith("events.")
+        }, file.read_text() if file.exists() else ""
 
     log(run_dir, range(5))
     tracker = Tracker(run_dir, uri, EXPERIMENT)
@@ -190,14 +226,20 @@ def test_events_are_there_as_a_file_and_as_counts_whenever_there_are_more(run_di
     assert "hunter2" not in text
 
 
-def test_what_does_not_belong_in_a_run_is_not_sent_and_keeps_nothing_back(run_dir, store, uri, tmp_path):
+def test_what_does_not_belong_in_a_run_is_not_sent_and_keeps_nothing_back(
+    run_dir, store, uri, tmp_path
+):
     secret = tmp_path / "secret.json"
     secret.write_text('{"verdict": "nobody\'s business"}')
     log(run_dir, range(16), **{"val/loss": 4.0})
     shutil.copytree(commit(run_dir, 15), run_dir / "checkpoints" / "step-00000015.bak")
     (commit(run_dir, 16) / "MANIFEST.json").unlink()
-    for name in ("samples/step-00000001.txt", "replays/2026-01-02.json", "experiment.yaml",
-                 "checkpoints/step-00000016/MANIFEST.json"):
+    for name in (
+        "samples/step-00000001.txt",
+        "replays/2026-01-02.json",
+        "experiment.yaml",
+        "checkpoints/step-00000016/MANIFEST.json",
+    ):
         (run_dir / name).parent.mkdir(exist_ok=True)
         (run_dir / name).symlink_to(secret)
     os.mkfifo(run_dir / "samples" / "step-00000002.txt")
@@ -208,7 +250,12 @@ def test_what_does_not_belong_in_a_run_is_not_sent_and_keeps_nothing_back(run_di
     (tmp_path / "elsewhere").symlink_to(run_dir, target_is_directory=True)
     tracker = send(tmp_path / "elsewhere", uri)
     artifacts = store.parent / "artifacts" / tracker.run_id / "artifacts"
-    assert {p.name for p in artifacts.rglob("*.*")} == {"step-00000015.txt", "events.jsonl", "loss.png", "schedule.png"}
+    assert {p.name for p in artifacts.rglob("*.*")} == {
+        "step-00000015.txt",
+        "events.jsonl",
+        "loss.png",
+        "schedule.png",
+    }
     assert (artifacts / "samples" / "step-00000015.txt").read_text() == "To be\ufffd"
     run = client(uri).get_run(tracker.run_id)
     assert [output.step for output in run.outputs.model_outputs] == [15]
@@ -262,20 +309,32 @@ def test_checkpoints_are_found_by_their_loss(run_dir, uri):
         Journal(run_dir).append(step, {"val/loss": loss, "train/loss": loss})
         commit(run_dir, step)
     tracker = send(run_dir, uri, "KILLED")
-    mlflow, where = client(uri), json.loads((run_dir / "tracking.json").read_text())["experiment_id"]
+    mlflow, where = (
+        client(uri),
+        json.loads((run_dir / "tracking.json").read_text())["experiment_id"],
+    )
 
     def ranked():
         query = f"source_run_id = '{tracker.run_id}' AND metrics.`val/loss` < 3.4"
-        return mlflow.search_logged_models([where], query, order_by=[{"field_name": "metrics.val/loss"}])
+        return mlflow.search_logged_models(
+            [where], query, order_by=[{"field_name": "metrics.val/loss"}]
+        )
 
     assert [m.params["step"] for m in ranked()] == ["200", "300"]
     assert ranked()[0].tags["checkpoint.uri"] == str(run_dir / "checkpoints" / "step-00000200")
-    assert {(o.step) for o in mlflow.get_run(tracker.run_id).outputs.model_outputs} == {100, 200, 300}
+    assert {(o.step) for o in mlflow.get_run(tracker.run_id).outputs.model_outputs} == {
+        100,
+        200,
+        300,
+    }
     (commit(run_dir, 200) / "MANIFEST.json").unlink()
     commit(run_dir, 300, '{"made": "again"}')
     assert replay(run_dir, uri, EXPERIMENT)
     removed, again = ranked()
-    assert (removed.tags.get("checkpoint.removed"), again.tags.get("checkpoint.removed")) == ("true", "false")
+    assert (removed.tags.get("checkpoint.removed"), again.tags.get("checkpoint.removed")) == (
+        "true",
+        "false",
+    )
     assert again.tags["checkpoint.sha256"] != removed.tags["checkpoint.sha256"]
 
 
@@ -295,7 +354,9 @@ def test_another_store_gets_everything(run_dir, store, uri, tmp_path):
     send(run_dir, uri)
     other = tmp_path / "other" / "mlflow.db"
     assert replay(run_dir, f"sqlite:///{other}", EXPERIMENT)
-    assert rows(other, json.loads((run_dir / "tracking.json").read_text())["run_id"]) == expected(run_dir)
+    assert rows(other, json.loads((run_dir / "tracking.json").read_text())["run_id"]) == expected(
+        run_dir
+    )
 
 
 def test_what_is_not_finite_is_not_sent(run_dir, store, uri):

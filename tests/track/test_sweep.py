@@ -35,21 +35,36 @@ def put(path, text):
 
 
 def put_run(folder, key, **facts):
-    facts = {"params": {"schedule.kind": "wsd"}, "tags": {"mlflow.source.name": "pipelines/sweep.py"}, "dataset": {},
-             "attempts": [{"started": "2026-01-02T03:04:05+00:00"}], **facts}
+    facts = {
+        "params": {"schedule.kind": "wsd"},
+        "tags": {"mlflow.source.name": "pipelines/sweep.py"},
+        "dataset": {},
+        "attempts": [{"started": "2026-01-02T03:04:05+00:00"}],
+        **facts,
+    }
     put(folder / "run.json", json.dumps({"name": folder.name, "key": key, **facts}))
 
 
 def put_curve(folder, steps, loss=4.0):
     """The whole curve so far. Its lines are the same whenever they are written; a shared stretch has the same in each trial."""
-    lines = [{"step": n, "timestamp": 1_767_323_045_000 + n, "train/loss": loss - n / 1000, "val/loss": loss - n / 1000}
-             for n in range(0, steps + 1, 10)]
+    lines = [
+        {
+            "step": n,
+            "timestamp": 1_767_323_045_000 + n,
+            "train/loss": loss - n / 1000,
+            "val/loss": loss - n / 1000,
+        }
+        for n in range(0, steps + 1, 10)
+    ]
     put(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def put_stage(sweep, stage, step, trial):
     """A stage with a checkpoint, which the trial's folder shows as its own."""
-    put(sweep / "stages" / stage / "checkpoints" / f"step-{step:08d}" / "MANIFEST.json", f'{{"stage": "{stage}"}}')
+    put(
+        sweep / "stages" / stage / "checkpoints" / f"step-{step:08d}" / "MANIFEST.json",
+        f'{{"stage": "{stage}"}}',
+    )
     link = sweep / "trials" / trial / "checkpoints"
     link.unlink(missing_ok=True)
     link.symlink_to(f"../../stages/{stage}/checkpoints")
@@ -74,7 +89,10 @@ def sweep(tmp_path, request):
     """A sweep with two trials that are done."""
     folder = tmp_path / "runs" / request.node.name.replace("[", "-").replace("]", "")
     put_run(folder, folder.name)
-    put(folder / "sweep.yaml", "sweep: {grid: {schedule.kind: [wsd]}}\ntracking: {uri: https://me:hunter2@host}\n")
+    put(
+        folder / "sweep.yaml",
+        "sweep: {grid: {schedule.kind: [wsd]}}\ntracking: {uri: https://me:hunter2@host}\n",
+    )
     put_trial(folder, "a")
     put_trial(folder, "b", loss=3.5)
     return folder
@@ -107,40 +125,79 @@ def statuses(uri, tracker):
 
 def counts(store):
     """The number of rows of every table that tracking writes to."""
-    tables = ["metrics", "params", "tags", "inputs", "datasets", "logged_models", "logged_model_metrics", "runs",
-              "registered_models", "model_versions", "registered_model_aliases"]
+    tables = [
+        "metrics",
+        "params",
+        "tags",
+        "inputs",
+        "datasets",
+        "logged_models",
+        "logged_model_metrics",
+        "runs",
+        "registered_models",
+        "model_versions",
+        "registered_model_aliases",
+    ]
     with sqlite3.connect(store) as db:
-        return {table: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in tables}
+        return {
+            table: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in tables
+        }
 
 
 def test_a_sweep_is_a_parent_with_a_whole_curve_per_trial(sweep, store, uri):
     put(sweep / "plan.txt", "a\nb\n")
     put(sweep / "comparison.csv", "trial,final\nb,3.4\n")
     put(sweep / "figures" / "final.png", "picture")
-    put(sweep / "metrics.jsonl", '{"step": 1, "timestamp": 1767323045000, "sweep/steps_saved": 40}\n')
+    put(
+        sweep / "metrics.jsonl",
+        '{"step": 1, "timestamp": 1767323045000, "sweep/steps_saved": 40}\n',
+    )
     put(sweep / "summary.json", '{"status": "FINISHED"}')
     events.note(sweep, "hang", "rank 0 hung", stage="leaf-a")
     tracker = send(sweep, uri)
     parent, found = client(uri).get_run(tracker.run_id), children(uri, tracker)
-    assert (parent.info.run_name, parent.info.status, parent.data.metrics) == (sweep.name, "FINISHED", {"sweep/steps_saved": 40})
+    assert (parent.info.run_name, parent.info.status, parent.data.metrics) == (
+        sweep.name,
+        "FINISHED",
+        {"sweep/steps_saved": 40},
+    )
     assert {name: (run.info.status, run.info.start_time) for name, run in found.items()} == {
-        "a": ("FINISHED", 1767323045000), "b": ("FINISHED", 1767323045000)}
+        "a": ("FINISHED", 1767323045000),
+        "b": ("FINISHED", 1767323045000),
+    }
     artifacts = store.parent / "artifacts"
-    assert files(artifacts / tracker.run_id) == {"sweep.yaml", "plan.txt", "comparison.csv", "summary.json", "events.jsonl",
-                                                 "figures/final.png"}
+    assert files(artifacts / tracker.run_id) == {
+        "sweep.yaml",
+        "plan.txt",
+        "comparison.csv",
+        "summary.json",
+        "events.jsonl",
+        "figures/final.png",
+    }
     assert parent.data.tags["events.hang"] == "1"
     for name, run in found.items():
         folder = sweep / "trials" / name
         assert rows(store, folder) == expected(folder)
-        assert files(artifacts / run.info.run_id) == {"experiment.yaml", "summary.json", "samples/step-00000100.txt"}
+        assert files(artifacts / run.info.run_id) == {
+            "experiment.yaml",
+            "summary.json",
+            "samples/step-00000100.txt",
+        }
         model = client(uri).get_logged_model(run.outputs.model_outputs[0].model_id)
         stage = sweep / "stages" / f"leaf-{name}" / "checkpoints" / "step-00000100"
         assert model.tags["checkpoint.uri"] == str(stage)
     assert not [path for path in artifacts.rglob("*.yaml") if "hunter2" in path.read_text()]
     assert tracker.url == sweep_url(uri, parent.info.experiment_id, tracker.run_id)
-    view = json.loads(client(uri).get_experiment(parent.info.experiment_id).tags[f"mlflow.sharedViewState.{tracker.run_id}"])
+    view = json.loads(
+        client(uri)
+        .get_experiment(parent.info.experiment_id)
+        .tags[f"mlflow.sharedViewState.{tracker.run_id}"]
+    )
     assert tracker.url.endswith(f"&viewStateShareKey={tracker.run_id}")
-    assert set(found) == {r.info.run_name for r in client(uri).search_runs([parent.info.experiment_id], view["searchFilter"])}
+    assert set(found) == {
+        r.info.run_name
+        for r in client(uri).search_runs([parent.info.experiment_id], view["searchFilter"])
+    }
 
 
 def files(folder):
@@ -169,10 +226,22 @@ def test_trials_that_have_not_changed_cost_no_request(sweep, uri, monkeypatch):
             if first != parent:
                 asked.append((name, first))
             return real(self, first, *rest, **options)
+
         return call
 
-    for name in ("get_run", "log_batch", "log_text", "log_artifact", "search_runs", "set_terminated", "update_run", "create_run",
-                 "create_registered_model", "set_registered_model_alias", "set_logged_model_tags"):
+    for name in (
+        "get_run",
+        "log_batch",
+        "log_text",
+        "log_artifact",
+        "search_runs",
+        "set_terminated",
+        "update_run",
+        "create_run",
+        "create_registered_model",
+        "set_registered_model_alias",
+        "set_logged_model_tags",
+    ):
         monkeypatch.setattr(MlflowClient, name, spied(name, getattr(MlflowClient, name)))
     assert replay(sweep, uri, EXPERIMENT)
     assert asked == []
@@ -184,17 +253,23 @@ def test_trials_that_have_not_changed_cost_no_request(sweep, uri, monkeypatch):
 
 def test_a_trial_grows_while_its_sweep_runs(sweep, store, uri):
     folder = put_trial(sweep, "c", 50, status=None)
-    (folder / "checkpoints").symlink_to("../../stages/leaf-c/checkpoints")  # its stage has not begun
+    (folder / "checkpoints").symlink_to(
+        "../../stages/leaf-c/checkpoints"
+    )  # its stage has not begun
     tracker = start(sweep, uri)
     wait_for(lambda: sent_step(folder) == 50)
     assert statuses(uri, tracker) == {"a": "FINISHED", "b": "FINISHED", "c": "RUNNING"}
     put_curve(folder, 150)
-    put_stage(sweep, "trunk", 150, "c")  # a stage that others share: its checkpoints are no result of this trial
+    put_stage(
+        sweep, "trunk", 150, "c"
+    )  # a stage that others share: its checkpoints are no result of this trial
     wait_for(lambda: sent_step(folder) == 150)
     put_trial(sweep, "c", 200, status="FAILED")
     assert tracker.finish("FINISHED", 60)
     assert rows(store, folder) == expected(folder)
-    assert [step for key, step, *_ in rows(store, folder) if key == "val/loss"] == list(range(0, 201, 10))
+    assert [step for key, step, *_ in rows(store, folder) if key == "val/loss"] == list(
+        range(0, 201, 10)
+    )
     found = children(uri, tracker)["c"]
     assert found.info.status == "FAILED"
     assert [output.step for output in found.outputs.model_outputs] == [200]
@@ -202,11 +277,21 @@ def test_a_trial_grows_while_its_sweep_runs(sweep, store, uri):
 
 def test_a_sweep_that_was_stopped_and_goes_on_opens_its_trials_again(sweep, store, uri):
     put_trial(sweep, "c", 50, status=None)
-    assert statuses(uri, send(sweep, uri, "KILLED")) == {"a": "FINISHED", "b": "FINISHED", "c": "KILLED"}
+    assert statuses(uri, send(sweep, uri, "KILLED")) == {
+        "a": "FINISHED",
+        "b": "FINISHED",
+        "c": "KILLED",
+    }
     (sweep / "trials" / "b" / "summary.json").unlink()  # its horizon has grown
     put_curve(sweep / "trials" / "b", 300, 3.5)
     tracker = start(sweep, uri)
-    wait_for(lambda: statuses(uri, tracker) == {"a": "FINISHED", "b": "RUNNING", "c": "RUNNING"} if tracker.run_id else False)
+    wait_for(
+        lambda: (
+            statuses(uri, tracker) == {"a": "FINISHED", "b": "RUNNING", "c": "RUNNING"}
+            if tracker.run_id
+            else False
+        )
+    )
     put_trial(sweep, "c", 100)
     put_trial(sweep, "b", 300, 3.5)
     put_trial(sweep, "d", 100)
@@ -220,8 +305,10 @@ def test_a_tracker_killed_anywhere_loses_and_repeats_nothing(sweep, store, uri):
     names = [f"t{n}" for n in range(30)]
     for name in names:
         put_trial(sweep, name, 2000)
-    code = ("import sys, time\nfrom pathlib import Path\nfrom orchestrator.track.sweep import SweepTracker\n"
-            "SweepTracker(Path(sys.argv[1]), sys.argv[2], sys.argv[3]).start()\ntime.sleep(60)")
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom orchestrator.track.sweep import SweepTracker\n"
+        "SweepTracker(Path(sys.argv[1]), sys.argv[2], sys.argv[3]).start()\ntime.sleep(60)"
+    )
 
     def begun():
         return len(list(sweep.glob("trials/*/tracking.json")))
@@ -243,7 +330,9 @@ def test_a_run_made_by_a_killed_tracker_is_found_by_its_key(sweep, uri):
     first = send(sweep, uri)
     before = {name: run.info.run_id for name, run in children(uri, first).items()}
     (sweep / "trials" / "a" / "tracking.json").unlink()
-    assert {name: run.info.run_id for name, run in children(uri, send(sweep, uri)).items()} == before
+    assert {
+        name: run.info.run_id for name, run in children(uri, send(sweep, uri)).items()
+    } == before
 
 
 def test_the_alias_is_at_the_best_trials_checkpoint(sweep, uri):
@@ -278,10 +367,17 @@ def test_a_best_trial_without_a_checkpoint_is_not_registered(sweep, uri):
 def test_documents_are_sent_again_when_they_change(sweep, store, uri):
     put(sweep / "comparison.csv", "trial,final\n")
     tracker = start(sweep, uri)
-    wait_for(lambda: tracker.run_id and "comparison.csv" in files(store.parent / "artifacts" / tracker.run_id))
+    wait_for(
+        lambda: (
+            tracker.run_id
+            and "comparison.csv" in files(store.parent / "artifacts" / tracker.run_id)
+        )
+    )
     put(sweep / "comparison.csv", "trial,final\nb,3.4\n")
     assert tracker.finish("FINISHED", 60)
-    assert (store.parent / "artifacts" / tracker.run_id / "artifacts" / "comparison.csv").read_text() == "trial,final\nb,3.4\n"
+    assert (
+        store.parent / "artifacts" / tracker.run_id / "artifacts" / "comparison.csv"
+    ).read_text() == "trial,final\nb,3.4\n"
 
 
 def test_a_trial_deleted_in_mlflow_is_left_alone_and_the_others_go_on(sweep, store, uri, caplog):
@@ -305,7 +401,10 @@ def test_a_dead_server_costs_nothing_and_replay_sends_later(sweep, store, uri, m
     assert not tracker.finish("FINISHED", 2)
     assert (tracker.run_id, tracker.url) == (None, None)
     for name in "ab":
-        put(sweep / "trials" / name / "experiment.yaml", f"name: {name}\ntracking: {{experiment: {EXPERIMENT}}}\n")
+        put(
+            sweep / "trials" / name / "experiment.yaml",
+            f"name: {name}\ntracking: {{experiment: {EXPERIMENT}}}\n",
+        )
     assert replay_metrics.main([str(sweep), "--uri", uri]) == 0
     assert "has everything" in capsys.readouterr().out
     state = json.loads((sweep / "tracking.json").read_text())

@@ -21,20 +21,40 @@ from orchestrator.train.numerics import Worker
 from tests.helpers.facts import FACTS
 
 HELPER = Path(__file__).resolve().parent.parent / "helpers" / "full_disk.py"
-SMALL = ["name=small", "data.tokenizer=char", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16",
-         "model.pad_vocab_to=1", "train.micro_batch_size=2", "train.global_batch_size=4", "train.max_steps=20",
-         "train.log_interval=1", "train.eval_interval=null", "train.checkpoint_interval=4", "train.keep=9", "schedule.max_lr=1e-2"]
+SMALL = [
+    "name=small",
+    "data.tokenizer=char",
+    "model.n_layer=1",
+    "model.n_head=2",
+    "model.n_embd=16",
+    "model.block_size=16",
+    "model.pad_vocab_to=1",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=4",
+    "train.max_steps=20",
+    "train.log_interval=1",
+    "train.eval_interval=null",
+    "train.checkpoint_interval=4",
+    "train.keep=9",
+    "schedule.max_lr=1e-2",
+]
 
 
 def state(value: float, size: int = 1000) -> dict[str, dict[str, torch.Tensor]]:
-    return {"model": {"w": torch.full((size,), value), "half": torch.full((3, 2), value).bfloat16()},
-            "optimizer": {"w/step": torch.tensor(value)}}
+    return {
+        "model": {"w": torch.full((size,), value), "half": torch.full((3, 2), value).bfloat16()},
+        "optimizer": {"w/step": torch.tensor(value)},
+    }
 
 
 def holds(path: Path, value: float, size: int = 1000) -> bool:
     checkpoint.verify(path)
-    return all(torch.equal(loaded, state(value, size)[group][name]) and loaded.dtype == state(value, size)[group][name].dtype
-               for group in ("model", "optimizer") for name, loaded in checkpoint.load_tensors(path, group).items())
+    return all(
+        torch.equal(loaded, state(value, size)[group][name])
+        and loaded.dtype == state(value, size)[group][name].dtype
+        for group in ("model", "optimizer")
+        for name, loaded in checkpoint.load_tensors(path, group).items()
+    )
 
 
 @pytest.fixture
@@ -59,7 +79,9 @@ def gate(monkeypatch):
 
 
 # ---- what is committed ----
-def test_the_bytes_of_the_moment_of_save_are_committed_although_training_goes_on(writer, gate, tmp_path):
+def test_the_bytes_of_the_moment_of_save_are_committed_although_training_goes_on(
+    writer, gate, tmp_path
+):
     tensors = state(1.0)
     writer.save(1, tensors, {"a.txt": "one"}, FACTS)
     for group in tensors.values():
@@ -82,7 +104,9 @@ def test_a_save_waits_for_the_commit_before_it_and_does_not_touch_its_bytes(writ
     gate.set()
     second.join(60)
     writer.wait()
-    assert [holds(checkpoint.path_of(tmp_path / "checkpoints", step), float(step)) for step in (1, 2)] == [True, True]
+    assert [
+        holds(checkpoint.path_of(tmp_path / "checkpoints", step), float(step)) for step in (1, 2)
+    ] == [True, True]
 
 
 def test_buffers_are_kept_while_they_fit(writer, tmp_path):
@@ -107,13 +131,22 @@ def test_it_writes_what_saving_at_once_writes(writer, tmp_path):
     writer.save(5, state(5.0), {"a.txt": "ä"}, {"metrics": {"val/loss": 1.5}})
     writer.wait()
     ours = checkpoint.path_of(tmp_path / "checkpoints", 5)
-    other = checkpoint.save(tmp_path / "other", 5, state(5.0), {"a.txt": "ä"}, {"metrics": {"val/loss": 1.5}})
-    assert {p.name: p.read_bytes() for p in ours.iterdir()} == {p.name: p.read_bytes() for p in other.iterdir()}
+    other = checkpoint.save(
+        tmp_path / "other", 5, state(5.0), {"a.txt": "ä"}, {"metrics": {"val/loss": 1.5}}
+    )
+    assert {p.name: p.read_bytes() for p in ours.iterdir()} == {
+        p.name: p.read_bytes() for p in other.iterdir()
+    }
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: copies into pinned memory are not tried")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU: copies into pinned memory are not tried"
+)
 def test_a_state_on_a_gpu_is_copied_before_save_returns(writer, tmp_path):
-    tensors = {"model": {"w": torch.full((5_000_000,), 1.0, device="cuda")}, "optimizer": {"w/step": torch.tensor(1.0)}}
+    tensors = {
+        "model": {"w": torch.full((5_000_000,), 1.0, device="cuda")},
+        "optimizer": {"w/step": torch.tensor(1.0)},
+    }
     writer.save(1, tensors, {}, FACTS)
     tensors["model"]["w"].fill_(7.0)
     writer.wait()
@@ -136,8 +169,11 @@ def used(tmp_path: Path, then, size: int = 1000) -> None:
         then(writer)
 
 
-@pytest.mark.parametrize("then", [lambda writer: writer.save(2, state(2.0), {}, FACTS), Writer.wait, lambda writer: None],
-                         ids=["save", "wait", "end"])
+@pytest.mark.parametrize(
+    "then",
+    [lambda writer: writer.save(2, state(2.0), {}, FACTS), Writer.wait, lambda writer: None],
+    ids=["save", "wait", "end"],
+)
 def test_a_failure_in_the_background_is_raised_by_the_next_call(tmp_path, then):
     obstruct(tmp_path / "checkpoints")
     with pytest.raises(FileExistsError):
@@ -166,7 +202,10 @@ def test_a_run_that_is_left_early_has_committed_what_it_saved(tiny_dataset, tmp_
     for line in Run(load_experiment(None, SMALL), tmp_path / "run", tiny_dataset, Worker(cpus=1)):
         if line["step"] == 9:
             break
-    assert checkpoint.latest_valid(tmp_path / "run" / "checkpoints", pytest.fail).name == "step-00000008"
+    assert (
+        checkpoint.latest_valid(tmp_path / "run" / "checkpoints", pytest.fail).name
+        == "step-00000008"
+    )
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
@@ -197,15 +236,31 @@ def full_disks(tiny_dataset, tmp_path_factory) -> dict:
     (folder / "try").mkdir()
     alone = ["unshare", "--mount", "--propagation", "private"]
     try:
-        tried = subprocess.run([*alone, "mount", "-t", "tmpfs", "none", str(folder / "try")], capture_output=True, text=True)
+        tried = subprocess.run(
+            [*alone, "mount", "-t", "tmpfs", "none", str(folder / "try")],
+            capture_output=True,
+            text=True,
+        )
         why = tried.returncode and tried.stderr.strip()
     except OSError as error:
         why = str(error)
     if why:
         pytest.skip(f"a small disk cannot be mounted here: {why}")
-    command = [*alone, sys.executable, str(HELPER), str(folder), str(tiny_dataset),
-               json.dumps([*SMALL, "train.eval_interval=5", "train.eval_tokens=200"])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        *alone,
+        sys.executable,
+        str(HELPER),
+        str(folder),
+        str(tiny_dataset),
+        json.dumps([*SMALL, "train.eval_interval=5", "train.eval_tokens=200"]),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]) | {"output": done.stdout}
 
@@ -222,18 +277,26 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(full
 
 
 @pytest.mark.parametrize("kind", ["bytes", "files"])
-def test_a_disk_that_is_full_at_the_end_is_an_error_that_says_what_to_do_and_loses_nothing(full_disks, kind):
+def test_a_disk_that_is_full_at_the_end_is_an_error_that_says_what_to_do_and_loses_nothing(
+    full_disks, kind
+):
     result, golden = full_disks[f"{kind} for ever"], full_disks["golden"]
     assert result["updates"] == 20
     assert result["steps"] == [4]
     assert result["events"] == [["disk_full", step] for step in (8, 12, 16, 20)]
-    for words in ("/run/checkpoints: no room for the checkpoint of step 20", "No space left on device", "of step 4",
-                  "run the same command again"):
+    for words in (
+        "/run/checkpoints: no room for the checkpoint of step 20",
+        "No space left on device",
+        "of step 4",
+        "run the same command again",
+    ):
         assert words in result["error"]
     assert {key: result[key] for key in golden} == golden  # the same command again, with room
 
 
-def test_a_disk_without_a_byte_for_a_while_costs_checkpoints_and_samples_and_nothing_else(full_disks):
+def test_a_disk_without_a_byte_for_a_while_costs_checkpoints_and_samples_and_nothing_else(
+    full_disks,
+):
     result, golden = full_disks["all for a while"], full_disks["golden"]
     assert result["error"] is None
     assert result["steps"] == [4, 16, 20]
@@ -255,7 +318,9 @@ def test_a_disk_without_a_byte_at_the_end_ends_the_run_with_words_and_loses_noth
 
 
 def test_the_user_hears_of_a_full_disk_from_wait_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 100, 10, 10, 0, 0, 0, 0, 255)))
+    monkeypatch.setattr(
+        os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 100, 10, 10, 0, 0, 0, 0, 255))
+    )
     writer = Writer(tmp_path / "checkpoints", 2, tmp_path)
     writer.save(1, state(1.0), {}, FACTS)
     writer.save(2, state(2.0), {}, FACTS)
@@ -273,12 +338,20 @@ def test_the_user_hears_of_a_full_disk_from_wait_alone(tmp_path, monkeypatch):
 def calls(monkeypatch):
     """What is synced and renamed, in order: a power cut cannot be had here."""
     calls, fsync, rename = [], os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
-    monkeypatch.setattr(os, "rename", lambda old, new: (rename(old, new), calls.append(os.path.basename(new))))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)),
+    )
+    monkeypatch.setattr(
+        os, "rename", lambda old, new: (rename(old, new), calls.append(os.path.basename(new)))
+    )
     return calls
 
 
-def test_the_journal_is_on_the_disk_before_a_checkpoint_has_its_name_and_before_others_are_told(calls, writer, tmp_path):
+def test_the_journal_is_on_the_disk_before_a_checkpoint_has_its_name_and_before_others_are_told(
+    calls, writer, tmp_path
+):
     journal.Journal(tmp_path).append(1, {"train/loss": 2.0})
     writer.save(1, state(1.0), {}, {})
     writer.wait()

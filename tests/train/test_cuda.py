@@ -20,10 +20,23 @@ from orchestrator.train.loop import Run, train
 from orchestrator.train.numerics import Worker
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-SMALL = ["data.tokenizer=byte", "model.n_layer=4", "model.n_head=4", "model.n_embd=256", "model.block_size=256",
-         "model.dropout=0.1", "train.micro_batch_size=4", "train.global_batch_size=16", "train.max_steps=30",
-         "train.log_interval=1", "train.eval_interval=10", "train.eval_tokens=20000", "train.checkpoint_interval=10",
-         "train.keep=9", "schedule.max_lr=1e-3"]
+SMALL = [
+    "data.tokenizer=byte",
+    "model.n_layer=4",
+    "model.n_head=4",
+    "model.n_embd=256",
+    "model.block_size=256",
+    "model.dropout=0.1",
+    "train.micro_batch_size=4",
+    "train.global_batch_size=16",
+    "train.max_steps=30",
+    "train.log_interval=1",
+    "train.eval_interval=10",
+    "train.eval_tokens=20000",
+    "train.checkpoint_interval=10",
+    "train.keep=9",
+    "schedule.max_lr=1e-3",
+]
 GPU = Worker(device="cuda:0")
 
 
@@ -39,22 +52,51 @@ def data(tmp_path_factory) -> Path:
         path = folder / f"{name}-00000.parquet"
         rows = shards.write_shard(path, np.uint16, [padded])
         entry = {"name": path.name, "rows": rows, "tokens": len(ids), "sha256": file_sha256(path)}
-        splits[name] = {"tokens": len(ids), "documents": 1, "bytes": len(ids), "stream_sha256": name, "shards": [entry]}
+        splits[name] = {
+            "tokens": len(ids),
+            "documents": 1,
+            "bytes": len(ids),
+            "stream_sha256": name,
+            "shards": [entry],
+        }
     tokenizer = load_tokenizer("byte")
     tokenizer.save(folder)
-    write_manifest(folder, {"dtype": "uint16", "settings": {}, "sources": [], "splits": splits,
-                            "tokenizer": {"name": "byte", "n_vocab": tokenizer.n_vocab}})
+    write_manifest(
+        folder,
+        {
+            "dtype": "uint16",
+            "settings": {},
+            "sources": [],
+            "splits": splits,
+            "tokenizer": {"name": "byte", "n_vocab": tokenizer.n_vocab},
+        },
+    )
     return folder
 
 
 def outcome(run_dir: Path) -> tuple:
     last = checkpoint.latest_valid(run_dir / "checkpoints")
-    losses = [{k: v for k, v in r.items() if k.startswith(("step", "train/", "val/", "optim/"))} for r in journal.read(run_dir)]
-    return last.name, [(last / f"{part}.safetensors").read_bytes() for part in ("model", "optimizer")], losses
+    losses = [
+        {k: v for k, v in r.items() if k.startswith(("step", "train/", "val/", "optim/"))}
+        for r in journal.read(run_dir)
+    ]
+    return (
+        last.name,
+        [(last / f"{part}.safetensors").read_bytes() for part in ("model", "optimizer")],
+        losses,
+    )
 
 
-@pytest.mark.parametrize("words", [["train.dtype=float32"], ["train.dtype=bfloat16"], ["train.dtype=float16"],
-                                   ["train.dtype=bfloat16", "train.compile=true"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.dtype=float32"],
+        ["train.dtype=bfloat16"],
+        ["train.dtype=float16"],
+        ["train.dtype=bfloat16", "train.compile=true"],
+    ],
+    ids=" ".join,
+)
 def test_stopped_and_resumed_in_another_process_equals_never_stopped(data, tmp_path, words):
     experiment = load_experiment(None, [*SMALL, *words])
     for name in ("whole", "cut"):
@@ -64,11 +106,16 @@ def test_stopped_and_resumed_in_another_process_equals_never_stopped(data, tmp_p
     for _ in Run(experiment, tmp_path / "cut", data, GPU, stop_asked=lambda: next(asked)):
         pass
     assert json.loads((tmp_path / "cut" / "stopped.json").read_text())["again"]
-    code = ("import sys; from pathlib import Path; from orchestrator.config.experiment import load_experiment\n"
-            "from orchestrator.train.numerics import Worker; from orchestrator.train.loop import train\n"
-            "train(load_experiment(None, sys.argv[3:]), Path(sys.argv[1]), Path(sys.argv[2]), Worker(device='cuda:0'))")
-    subprocess.run([sys.executable, "-c", code, tmp_path / "cut", data, *SMALL, *words], check=True,
-                   cwd=Path(__file__).resolve().parents[2])
+    code = (
+        "import sys; from pathlib import Path; from orchestrator.config.experiment import load_experiment\n"
+        "from orchestrator.train.numerics import Worker; from orchestrator.train.loop import train\n"
+        "train(load_experiment(None, sys.argv[3:]), Path(sys.argv[1]), Path(sys.argv[2]), Worker(device='cuda:0'))"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "cut", data, *SMALL, *words],
+        check=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
@@ -76,8 +123,15 @@ def test_memory_that_runs_out_is_answered_with_a_micro_batch_that_trains(data, t
     from orchestrator.workers import memory
 
     # 64 MiB of logits a sequence and their gradients: thousands of sequences fit no card.
-    words = ["model.block_size=1024", "model.pad_vocab_to=16384", "train.max_steps=1", "train.eval_interval=null"]
-    huge = load_experiment(None, [*SMALL, *words, "train.micro_batch_size=4096", "train.global_batch_size=4096"])
+    words = [
+        "model.block_size=1024",
+        "model.pad_vocab_to=16384",
+        "train.max_steps=1",
+        "train.eval_interval=null",
+    ]
+    huge = load_experiment(
+        None, [*SMALL, *words, "train.micro_batch_size=4096", "train.global_batch_size=4096"]
+    )
     run = Run(huge, tmp_path, data, GPU)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         list(run)
@@ -86,5 +140,7 @@ def test_memory_that_runs_out_is_answered_with_a_micro_batch_that_trains(data, t
     assert 1 <= size < 4096
     del run, caught
     torch.cuda.empty_cache()
-    fitting = load_experiment(None, [*SMALL, *words, f"train.micro_batch_size={size}", "train.global_batch_size=4096"])
+    fitting = load_experiment(
+        None, [*SMALL, *words, f"train.micro_batch_size={size}", "train.global_batch_size=4096"]
+    )
     assert train(fitting, tmp_path, data, GPU) == 1

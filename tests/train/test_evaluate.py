@@ -36,7 +36,9 @@ def batches(tokens: int = len(STREAM)) -> list[tuple[np.ndarray, np.ndarray, np.
     while len(windows) % B:
         windows.append((np.zeros(T, np.int64), np.full(T, -1, np.int64), -1))
     groups = [windows[i : i + B] for i in range(0, len(windows), B)]
-    return [tuple(np.stack([np.asarray(w[k]) for w in group]) for k in range(3)) for group in groups]
+    return [
+        tuple(np.stack([np.asarray(w[k]) for w in group]) for k in range(3)) for group in groups
+    ]
 
 
 def model(dropout: float = 0.0) -> GPT:
@@ -45,7 +47,9 @@ def model(dropout: float = 0.0) -> GPT:
 
 
 def evaluate(gpt: GPT, data, **worker):
-    return EvalSet(data, BYTES).evaluate(gpt, torch.device("cpu"), contextlib.nullcontext(), **worker)
+    return EvalSet(data, BYTES).evaluate(
+        gpt, torch.device("cpu"), contextlib.nullcontext(), **worker
+    )
 
 
 @pytest.mark.parametrize("tokens", [2, 8, 9, 10, 25, 99, 100])
@@ -59,7 +63,9 @@ def test_the_loss_is_the_mean_over_every_target_once_and_bits_are_over_their_byt
     result = evaluate(gpt, batches(tokens))
     assert result.tokens == tokens - 1
     assert math.isclose(result.loss, total / (tokens - 1), rel_tol=1e-5)
-    assert math.isclose(result.bits_per_byte, total / math.log(2) / BYTES[STREAM[1:tokens]].sum(), rel_tol=1e-5)
+    assert math.isclose(
+        result.bits_per_byte, total / math.log(2) / BYTES[STREAM[1:tokens]].sum(), rel_tol=1e-5
+    )
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 8])

@@ -63,7 +63,9 @@ def fill(model: GPT, gradients: Gradients, dtype: str, step: int) -> None:
         gradients.end_slot()
 
 
-def reduced(slots: int, dtype: str, rank: int = 0, world: int = 1, max_norm: float = 0.5) -> list[dict]:
+def reduced(
+    slots: int, dtype: str, rank: int = 0, world: int = 1, max_norm: float = 0.5
+) -> list[dict]:
     """Losses, gradient, norm and clipped gradient of two steps; the first must leave nothing in the second."""
     model, results = new_model(), []
     gradients = Gradients(list(model.parameters()), M, slots, rank, world)
@@ -84,7 +86,9 @@ def flat(model: GPT) -> torch.Tensor:
 def work(rank: int, world: int, out: str) -> None:
     torch.set_num_threads(1)
     cases = [(slots, dtype) for slots in (4, 8) for dtype in DTYPES]
-    torch.save({f"{slots}-{dtype}": reduced(slots, dtype, rank, world) for slots, dtype in cases}, out)
+    torch.save(
+        {f"{slots}-{dtype}": reduced(slots, dtype, rank, world) for slots, dtype in cases}, out
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +96,13 @@ def by_world(tmp_path_factory) -> dict[int, list[dict]]:
     """{world size: what each of its ranks ended with}."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", RANKS, str(folder)], env=environment, timeout=120, check=True)
-    return {w: [torch.load(folder / f"{w}-{r}.pt", weights_only=True) for r in range(w)] for w in (1, 2, 4)}
+    subprocess.run(
+        [sys.executable, "-c", RANKS, str(folder)], env=environment, timeout=120, check=True
+    )
+    return {
+        w: [torch.load(folder / f"{w}-{r}.pt", weights_only=True) for r in range(w)]
+        for w in (1, 2, 4)
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -107,19 +116,27 @@ def one_thread():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("slots", [4, 8])
 @pytest.mark.parametrize("world", [2, 4])
-def test_gradient_losses_and_norm_are_the_same_bits_on_every_rank_of_every_world(by_world, world, slots, dtype):
+def test_gradient_losses_and_norm_are_the_same_bits_on_every_rank_of_every_world(
+    by_world, world, slots, dtype
+):
     golden = by_world[1][0][f"{slots}-{dtype}"]
     for rank in range(world):
         for step, expected in enumerate(golden):
             got = by_world[world][rank][f"{slots}-{dtype}"][step]
             for name, value in expected.items():
-                assert torch.equal(got[name].view(torch.int32), value.view(torch.int32)), (rank, step, name)
+                assert torch.equal(got[name].view(torch.int32), value.view(torch.int32)), (
+                    rank,
+                    step,
+                    name,
+                )
 
 
 def full_batch(step: int) -> tuple[torch.Tensor, torch.Tensor, GPT]:
     """The reference: one forward over all sequences, without our accumulation; the losses of its parts."""
     model = new_model()
-    inputs, targets = (torch.cat(parts) for parts in zip(*(micro_batch(step, m) for m in range(M)), strict=True))
+    inputs, targets = (
+        torch.cat(parts) for parts in zip(*(micro_batch(step, m) for m in range(M)), strict=True)
+    )
     losses = model(inputs, targets, reduction="none")[1].view(M, -1).mean(dim=1)
     losses.mean().backward()
     return losses.detach(), flat(model), model
@@ -164,10 +181,15 @@ def test_adding_left_to_right_gives_other_bits(by_world):
     assert not torch.equal(by_world[1][0]["8-bfloat16"][0]["gradient"], ours)
 
 
-@pytest.mark.parametrize(("slots", "world"), [(s, w) for s in (1, 2, 4, 8, 16, 32, 64) for w in (1, 2, 4) if w <= s])
+@pytest.mark.parametrize(
+    ("slots", "world"), [(s, w) for s in (1, 2, 4, 8, 16, 32, 64) for w in (1, 2, 4) if w <= s]
+)
 def test_slots_are_added_as_a_balanced_tree_in_few_buffers(slots, world):
     weight = torch.nn.Parameter(torch.zeros(3))
-    draws = (torch.rand(slots, 3, generator=torch.Generator().manual_seed(1)) * 10.0 ** torch.arange(-3, 0)).float()
+    draws = (
+        torch.rand(slots, 3, generator=torch.Generator().manual_seed(1))
+        * 10.0 ** torch.arange(-3, 0)
+    ).float()
     per_worker = []
     for rank in range(world):
         gradients, buffers = Gradients([weight], slots, slots, rank, world), set()
@@ -175,7 +197,9 @@ def test_slots_are_added_as_a_balanced_tree_in_few_buffers(slots, world):
             gradients.begin_slot()
             (weight * draws[m]).sum().backward()
             gradients.end_slot()
-            buffers |= {b.flat.data_ptr() for b in (*gradients.free, *gradients.stack, gradients.current)}
+            buffers |= {
+                b.flat.data_ptr() for b in (*gradients.free, *gradients.stack, gradients.current)
+            }
         assert len(buffers) <= math.log2(slots / world) + 2
         total = gradients.stack[0].flat[:3].clone()
         per_worker.append(total)
@@ -186,17 +210,22 @@ def test_slots_are_added_as_a_balanced_tree_in_few_buffers(slots, world):
 
 
 @pytest.mark.parametrize(
-    ("micro_batches", "slots", "world"), [(8, 4, 1), (8, 4, 2), (8, 4, 4), (40, 8, 8), (1, 1, 1), (12, 4, 2)]
+    ("micro_batches", "slots", "world"),
+    [(8, 4, 1), (8, 4, 2), (8, 4, 4), (40, 8, 8), (1, 1, 1), (12, 4, 2)],
 )
 def test_every_micro_batch_has_one_slot_on_one_worker_in_order(micro_batches, slots, world):
     weight = torch.nn.Parameter(torch.zeros(1))
-    mine = [Gradients([weight], micro_batches, slots, rank, world).my_slots() for rank in range(world)]
+    mine = [
+        Gradients([weight], micro_batches, slots, rank, world).my_slots() for rank in range(world)
+    ]
     assert [m for worker in mine for slot in worker for m in slot] == list(range(micro_batches))
     assert {len(slot) for worker in mine for slot in worker} == {micro_batches // slots}
     assert {len(worker) for worker in mine} == {slots // world}
 
 
-@pytest.mark.parametrize(("micro_batches", "slots", "world"), [(6, 3, 1), (6, 4, 1), (8, 4, 3), (8, 2, 4)])
+@pytest.mark.parametrize(
+    ("micro_batches", "slots", "world"), [(6, 3, 1), (6, 4, 1), (8, 4, 3), (8, 2, 4)]
+)
 def test_a_shape_that_has_no_canonical_order_is_a_programmers_error(micro_batches, slots, world):
     with pytest.raises(AssertionError):
         Gradients([torch.nn.Parameter(torch.zeros(1))], micro_batches, slots, 0, world)

@@ -51,7 +51,9 @@ def some_gpt(config: GPTConfig = OURS) -> GPT:
 
 def our_checkpoint(directory, model: GPT, step: int = 5):
     texts = {"model.json": json.dumps(asdict(model.config))}
-    return checkpoint.save(directory / "checkpoints", step, {"model": dict(model.state_dict())}, texts, FACTS)
+    return checkpoint.save(
+        directory / "checkpoints", step, {"model": dict(model.state_dict())}, texts, FACTS
+    )
 
 
 def nanogpt_file(path, model: GPT, prefix: str = "_orig_mod.", **more):
@@ -76,7 +78,9 @@ def hugging_face(tmp_path_factory):
     """(folder, model) of a random tiny GPT2LMHeadModel, as transformers itself saves it."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(4)
-    config = transformers.GPT2Config(vocab_size=N_VOCAB, n_positions=16, n_embd=8, n_layer=2, n_head=2)
+    config = transformers.GPT2Config(
+        vocab_size=N_VOCAB, n_positions=16, n_embd=8, n_layer=2, n_head=2
+    )
     model = transformers.GPT2LMHeadModel(config).eval()
     folder = tmp_path_factory.mktemp("hf")
     model.save_pretrained(folder, safe_serialization=True)
@@ -148,7 +152,9 @@ def test_a_longer_context_is_cropped_and_its_start_computes_the_same(tmp_path):
 
 def test_vocabulary_rows_are_padded_and_the_real_ones_stay(tmp_path):
     theirs = some_gpt()
-    model = initial_model(wanting(our_checkpoint(tmp_path, theirs), "model.pad_vocab_to=64"), N_VOCAB)
+    model = initial_model(
+        wanting(our_checkpoint(tmp_path, theirs), "model.pad_vocab_to=64"), N_VOCAB
+    )
     assert model.config.vocab_size == 64
     assert torch.allclose(logits(model)[..., :N_VOCAB], logits(theirs), atol=1e-6)
 
@@ -183,7 +189,9 @@ def test_every_difference_of_shape_is_listed_at_once(tmp_path):
 
 
 def test_tensors_that_are_not_of_the_shape_beside_them_are_refused(tmp_path):
-    path = nanogpt_file(tmp_path / "ckpt.pt", some_gpt(GPTConfig(16, N_VOCAB, 2, 2, 4, bias=True)), n_embd=8)
+    path = nanogpt_file(
+        tmp_path / "ckpt.pt", some_gpt(GPTConfig(16, N_VOCAB, 2, 2, 4, bias=True)), n_embd=8
+    )
     assert "tensors" in refusal(wanting(path))
 
 
@@ -235,7 +243,10 @@ class Canary:
 
 def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path):
     file, canary = tmp_path / "ckpt.pt", tmp_path / "canary"
-    for write in (lambda value: torch.save(value, file), lambda value: file.write_bytes(pickle.dumps(value))):
+    for write in (
+        lambda value: torch.save(value, file),
+        lambda value: file.write_bytes(pickle.dumps(value)),
+    ):
         write({"model": {"a": Canary(canary)}, "model_args": {}})
         assert "weights_only" in refusal(wanting(file))
         assert not canary.exists()
@@ -260,7 +271,12 @@ def test_without_a_network_the_message_says_where_to_put_the_files(tmp_path, mon
     monkeypatch.setattr(urllib.request, "urlopen", fails)
     monkeypatch.setattr(urllib.request, "urlretrieve", fails)
     message = refusal(wanting("gpt2-medium"))
-    for words in ("gpt2-medium", "huggingface.co", str(tmp_path / "espalier" / "gpt2-medium"), "model.safetensors"):
+    for words in (
+        "gpt2-medium",
+        "huggingface.co",
+        str(tmp_path / "espalier" / "gpt2-medium"),
+        "model.safetensors",
+    ):
         assert words in message
     assert list((tmp_path / "espalier" / "gpt2-medium").iterdir()) == []
 

@@ -19,20 +19,50 @@ from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
 
 HELPER = Path(__file__).resolve().parent.parent / "helpers" / "train_rank.py"
-SMALL = ["name=small", "data.tokenizer=char", "model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.block_size=32",
-         "model.dropout=0.1", "model.pad_vocab_to=1", "train.micro_batch_size=2", "train.global_batch_size=16",
-         "train.max_steps=24", "train.log_interval=5", "train.eval_interval=8", "train.eval_tokens=1500",
-         "train.checkpoint_interval=4", "schedule.max_lr=1e-2"]
+SMALL = [
+    "name=small",
+    "data.tokenizer=char",
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_embd=32",
+    "model.block_size=32",
+    "model.dropout=0.1",
+    "model.pad_vocab_to=1",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=16",
+    "train.max_steps=24",
+    "train.log_interval=5",
+    "train.eval_interval=8",
+    "train.eval_tokens=1500",
+    "train.checkpoint_interval=4",
+    "schedule.max_lr=1e-2",
+]
 
 
-def start(run_dir: Path, data_dir: Path, overrides: list[str], world_size: int = 1) -> list[subprocess.Popen]:
+def start(
+    run_dir: Path, data_dir: Path, overrides: list[str], world_size: int = 1
+) -> list[subprocess.Popen]:
     """Real processes, one per rank."""
     run_dir.mkdir(parents=True, exist_ok=True)
     store = run_dir.parent / f"store-{uuid.uuid4().hex}"
-    jobs = [{"rank": r, "world_size": world_size, "store": str(store), "run_dir": str(run_dir), "data_dir": str(data_dir),
-             "overrides": overrides} for r in range(world_size)]
-    return [subprocess.Popen([sys.executable, str(HELPER), json.dumps(job)], env={**os.environ, "OMP_NUM_THREADS": "1"})
-            for job in jobs]
+    jobs = [
+        {
+            "rank": r,
+            "world_size": world_size,
+            "store": str(store),
+            "run_dir": str(run_dir),
+            "data_dir": str(data_dir),
+            "overrides": overrides,
+        }
+        for r in range(world_size)
+    ]
+    return [
+        subprocess.Popen(
+            [sys.executable, str(HELPER), json.dumps(job)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for job in jobs
+    ]
 
 
 def finish(processes: list[subprocess.Popen]) -> None:
@@ -47,9 +77,15 @@ def run_here(run_dir: Path, data_dir: Path, overrides: list[str]) -> int:
 def outcome(run_dir: Path) -> dict:
     """Everything of a run that must not depend on how it got there: every logged loss, and the final state."""
     exact = ("train/", "val/", "optim/")
-    curve = [{k: v for k, v in r.items() if k == "step" or k.startswith(exact)} for r in journal.read(run_dir)]
+    curve = [
+        {k: v for k, v in r.items() if k == "step" or k.startswith(exact)}
+        for r in journal.read(run_dir)
+    ]
     last = checkpoint.latest_valid(run_dir / "checkpoints")
-    parts = {name: (last / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors", "state.json")}
+    parts = {
+        name: (last / name).read_bytes()
+        for name in ("model.safetensors", "optimizer.safetensors", "state.json")
+    }
     return {"curve": curve, "step": last.name, **parts}
 
 
@@ -73,14 +109,21 @@ def test_more_workers_make_the_same_bits(golden, tiny_dataset, tmp_path, world_s
     assert outcome(tmp_path / "small") == golden
 
 
-def test_killed_on_two_workers_and_resumed_on_one_equals_never_killed(golden, tiny_dataset, tmp_path):
+def test_killed_on_two_workers_and_resumed_on_one_equals_never_killed(
+    golden, tiny_dataset, tmp_path
+):
     processes = start(tmp_path / "small", tiny_dataset, SMALL, 2)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and max(checkpoint.steps(tmp_path / "small" / "checkpoints"), default=0) < 8:
+    while (
+        time.monotonic() < deadline
+        and max(checkpoint.steps(tmp_path / "small" / "checkpoints"), default=0) < 8
+    ):
         time.sleep(0.01)
     for p in processes:
         p.send_signal(signal.SIGKILL)
-    assert {p.wait(30) for p in processes} == {-signal.SIGKILL}, "the run ended before it could be killed"
+    assert {p.wait(30) for p in processes} == {-signal.SIGKILL}, (
+        "the run ended before it could be killed"
+    )
     assert run_here(tmp_path / "small", tiny_dataset, SMALL) == 24
     assert outcome(tmp_path / "small") == golden
 
@@ -91,13 +134,17 @@ def test_a_run_cut_between_checkpoints_goes_on_to_the_same_bits(tiny_dataset, tm
     run_here(tmp_path / "whole", tiny_dataset, overrides)
     run_here(tmp_path / "cut", tiny_dataset, [*overrides, "train.max_steps=10"])
     last = checkpoint.path_of(tmp_path / "cut" / "checkpoints", 10)
-    last.rename(last.with_name(".gone"))  # as if killed after step 8 was committed and step 10 was not
+    last.rename(
+        last.with_name(".gone")
+    )  # as if killed after step 8 was committed and step 10 was not
     run_here(tmp_path / "cut", tiny_dataset, overrides)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
 def test_a_checkpoint_with_a_flipped_bit_is_passed_over(golden, tiny_dataset, tmp_path, capsys):
-    run_here(tmp_path / "small", tiny_dataset, [*SMALL, "schedule.decay_steps=24", "train.max_steps=12"])
+    run_here(
+        tmp_path / "small", tiny_dataset, [*SMALL, "schedule.decay_steps=24", "train.max_steps=12"]
+    )
     file = checkpoint.path_of(tmp_path / "small" / "checkpoints", 12) / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-100] ^= 1
@@ -108,7 +155,11 @@ def test_a_checkpoint_with_a_flipped_bit_is_passed_over(golden, tiny_dataset, tm
 
 
 def test_what_a_step_sees_does_not_depend_on_logging_or_evaluation(golden, tiny_dataset, tmp_path):
-    run_here(tmp_path / "small", tiny_dataset, [*SMALL, "train.eval_interval=null", "train.log_interval=null"])
+    run_here(
+        tmp_path / "small",
+        tiny_dataset,
+        [*SMALL, "train.eval_interval=null", "train.log_interval=null"],
+    )
     last = checkpoint.latest_valid(tmp_path / "small" / "checkpoints")
     assert (last / "model.safetensors").read_bytes() == golden["model.safetensors"]
 
@@ -132,11 +183,19 @@ def test_a_run_that_is_done_takes_no_step(golden, tiny_dataset, tmp_path):
 
 
 def test_accumulated_micro_batches_make_the_step_of_the_whole_batch(tiny_dataset, tmp_path):
-    base = [*SMALL, "model.dropout=0", "train.max_steps=3", "train.log_interval=1", "train.eval_interval=null"]
+    base = [
+        *SMALL,
+        "model.dropout=0",
+        "train.max_steps=3",
+        "train.log_interval=1",
+        "train.eval_interval=null",
+    ]
     run_here(tmp_path / "accumulated", tiny_dataset, base)
     run_here(tmp_path / "whole", tiny_dataset, [*base, "train.micro_batch_size=16"])
-    ours, reference = (checkpoint.load_tensors(checkpoint.latest_valid(tmp_path / d / "checkpoints"), "optimizer")
-                       for d in ("accumulated", "whole"))
+    ours, reference = (
+        checkpoint.load_tensors(checkpoint.latest_valid(tmp_path / d / "checkpoints"), "optimizer")
+        for d in ("accumulated", "whole")
+    )
     for name in ours:
         torch.testing.assert_close(ours[name], reference[name], rtol=1e-3, atol=1e-5)
 

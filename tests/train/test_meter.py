@@ -62,7 +62,11 @@ def test_a_window_starts_empty_after_the_one_before(clock):
         m.lap("compute")
         m.add([loss])
         metrics = m.flush(100)
-    assert (metrics["train/loss"], metrics["train/loss_max"], metrics["perf/step_time_s"]) == (1.0, 1.0, 2.0)
+    assert (metrics["train/loss"], metrics["train/loss_max"], metrics["perf/step_time_s"]) == (
+        1.0,
+        1.0,
+        2.0,
+    )
     assert metrics["run/goodput"] == 1.0
     assert m.losses == []
 

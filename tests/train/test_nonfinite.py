@@ -13,10 +13,22 @@ from orchestrator.train import nonfinite
 from orchestrator.train.loop import Run
 from orchestrator.train.numerics import Worker
 
-SMALL = ["data.tokenizer=char", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16",
-         "model.pad_vocab_to=1", "train.micro_batch_size=2", "train.global_batch_size=8", "train.max_steps=12",
-         "train.log_interval=1", "train.eval_interval=null", "train.checkpoint_interval=1", "train.keep=20",
-         "schedule.max_lr=1e-2"]
+SMALL = [
+    "data.tokenizer=char",
+    "model.n_layer=1",
+    "model.n_head=2",
+    "model.n_embd=16",
+    "model.block_size=16",
+    "model.pad_vocab_to=1",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=8",
+    "train.max_steps=12",
+    "train.log_interval=1",
+    "train.eval_interval=null",
+    "train.checkpoint_interval=1",
+    "train.keep=20",
+    "schedule.max_lr=1e-2",
+]
 
 
 def poisoned(run: Run, calls: set[int], value: float = math.nan) -> Run:
@@ -38,7 +50,9 @@ def start(folder, data, *words: str) -> Run:
 
 
 def weights(folder, step: int) -> str:
-    return checkpoint.weights_sha256(checkpoint.load_tensors(checkpoint.path_of(folder / "checkpoints", step), "model"))
+    return checkpoint.weights_sha256(
+        checkpoint.load_tensors(checkpoint.path_of(folder / "checkpoints", step), "model")
+    )
 
 
 @pytest.fixture
@@ -59,7 +73,11 @@ def test_skip_leaves_that_update_out_and_nothing_else(tiny_dataset, tmp_path, of
     list(poisoned(start(tmp_path, tiny_dataset, "train.on_nonfinite=skip"), {5 * 4 + 2}))
     assert weights(tmp_path, 6) == weights(tmp_path, 5) != weights(tmp_path, 7)
     (event,) = events.read(tmp_path)
-    assert (event["kind"], event["step"], event["windows"]) == ("nonfinite", 5, {"2": offsets(5)[4:6].tolist()})
+    assert (event["kind"], event["step"], event["windows"]) == (
+        "nonfinite",
+        5,
+        {"2": offsets(5)[4:6].tolist()},
+    )
     lines = {r["step"]: r for r in journal.read(tmp_path)}
     assert "train/loss" not in lines[6], "a loss of no update"
     assert all(math.isfinite(lines[n]["train/loss"]) for n in lines if n != 6)
@@ -74,14 +92,21 @@ def test_a_run_that_skipped_goes_on_after_a_stop_as_if_it_had_not_stopped(tiny_d
             break
     list(start(tmp_path / "cut", tiny_dataset, *words))
     assert weights(tmp_path / "cut", 12) == weights(tmp_path / "whole", 12)
-    read = [[{k: v for k, v in r.items() if k.startswith(("step", "train/", "optim/"))} for r in journal.read(tmp_path / name)]
-            for name in ("whole", "cut")]
+    read = [
+        [
+            {k: v for k, v in r.items() if k.startswith(("step", "train/", "optim/"))}
+            for r in journal.read(tmp_path / name)
+        ]
+        for name in ("whole", "cut")
+    ]
     assert read[0] == read[1]
 
 
 def test_an_infinite_gradient_of_finite_losses_is_not_applied_either(tiny_dataset, tmp_path):
     run = start(tmp_path, tiny_dataset, "train.on_nonfinite=skip")
-    run.state.model.transformer.wte.weight.register_hook(lambda grad: grad * math.inf if run.state.step == 3 else grad)
+    run.state.model.transformer.wte.weight.register_hook(
+        lambda grad: grad * math.inf if run.state.step == 3 else grad
+    )
     list(run)
     assert weights(tmp_path, 4) == weights(tmp_path, 3) != weights(tmp_path, 5)
     assert "gradient norm is not finite" in events.read(tmp_path)[0]["message"]
@@ -91,7 +116,9 @@ def test_skipping_without_end_is_no_way_to_go_on(tiny_dataset, tmp_path):
     run = start(tmp_path, tiny_dataset, "train.on_nonfinite=skip", "train.max_steps=30")
     list(poisoned(run, set(range(8, 200))))
     assert run.state.step == 2 + nonfinite.PATIENCE
-    assert "as were the 10 before it" in json.loads((tmp_path / "stopped.json").read_text())["reason"]
+    assert (
+        "as were the 10 before it" in json.loads((tmp_path / "stopped.json").read_text())["reason"]
+    )
 
 
 def test_stopping_now_and_then_gives_no_more_patience(tiny_dataset, tmp_path):

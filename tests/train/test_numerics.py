@@ -45,7 +45,9 @@ def test_a_process_ends_in_one_state_whatever_ran_in_it_before():
 
 
 def test_seeds_are_keyed_differ_and_are_the_same_in_every_process():
-    keys = [(seed, step, m) for seed in (0, 1, 1337) for step in (0, 1, 11, 10**6) for m in (0, 1, 11)]
+    keys = [
+        (seed, step, m) for seed in (0, 1, 1337) for step in (0, 1, 11, 10**6) for m in (0, 1, 11)
+    ]
     seeds = [keyed_seed(*key) for key in keys]
     assert len(set(seeds)) == len(seeds)
     assert keyed_seed(1, 1, 11) != keyed_seed(1, 11, 1) != keyed_seed(11, 1, 1)
@@ -63,7 +65,9 @@ def test_seeds_are_keyed_differ_and_are_the_same_in_every_process():
     assert int(said) == keyed_seed(1337, 5, 2)
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+)
 def test_products_are_computed_in_the_dtype_asked_for(dtype, expected):
     context = autocast(load_experiment(None, [f"train.dtype={dtype}"]), "cpu")
     for _ in range(2):  # it is entered once per micro-batch

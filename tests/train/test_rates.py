@@ -17,18 +17,24 @@ def test_alone_it_is_the_schedule():
 
 def test_before_the_branch_it_is_the_other_runs():
     rates = list(Rates(COSINE, before=WSD, splice=7).first(20))
-    assert rates == [learning_rate(WSD, n) for n in range(7)] + [learning_rate(COSINE, n) for n in range(7, 20)]
+    assert rates == [learning_rate(WSD, n) for n in range(7)] + [
+        learning_rate(COSINE, n) for n in range(7, 20)
+    ]
 
 
 def test_a_probe_is_a_wsd_run_that_decays_linearly_to_zero_there():
     trunk = Schedule("wsd", 0.5, 0.0, warmup_steps=3, decay_steps=100)
     probe = Rates(trunk, anneal_at=24, anneal_steps=6)
     assert list(probe.first(30)) == pytest.approx(list(Rates(WSD).first(30)), rel=1e-12)
-    assert list(probe.first(25)) == list(Rates(trunk).first(25))  # to the bit: these steps are shared
+    assert list(probe.first(25)) == list(
+        Rates(trunk).first(25)
+    )  # to the bit: these steps are shared
     assert probe(30) == 0.0
 
 
-@pytest.mark.parametrize("rates", [Rates(COSINE), Rates(COSINE, WSD, 7), Rates(WSD, anneal_at=5, anneal_steps=3)])
+@pytest.mark.parametrize(
+    "rates", [Rates(COSINE), Rates(COSINE, WSD, 7), Rates(WSD, anneal_at=5, anneal_steps=3)]
+)
 def test_json_brings_back_the_same_bits(rates):
     again = from_json(json.loads(json.dumps(rates.to_json())))
     assert again == rates

@@ -55,7 +55,9 @@ def advance(s: state.TrainState, steps: int) -> None:
         for slot in s.gradients.my_slots():
             s.gradients.begin_slot()
             for m in slot:
-                tokens = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(100 * s.step + m))
+                tokens = torch.randint(
+                    VOCAB, (2, 9), generator=torch.Generator().manual_seed(100 * s.step + m)
+                )
                 loss = s.forward(tokens[:, :-1], tokens[:, 1:])[1]
                 s.gradients.record_loss(m, loss)
                 s.scaler.scale(loss).backward()
@@ -67,8 +69,12 @@ def advance(s: state.TrainState, steps: int) -> None:
         s.meter.add(losses)
 
 
-def save(s: state.TrainState, e: Experiment, folder: Path, worker: Worker, metrics: dict[str, float]) -> Path:
-    return checkpoint.save(folder, s.step, *state.snapshot(s, e, dataset(folder.parent), worker, metrics))
+def save(
+    s: state.TrainState, e: Experiment, folder: Path, worker: Worker, metrics: dict[str, float]
+) -> Path:
+    return checkpoint.save(
+        folder, s.step, *state.snapshot(s, e, dataset(folder.parent), worker, metrics)
+    )
 
 
 def everything(s: state.TrainState) -> dict[str, torch.Tensor]:
@@ -80,7 +86,8 @@ def everything(s: state.TrainState) -> dict[str, torch.Tensor]:
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(
-        a[k].dtype == b[k].dtype and torch.equal(a[k].view(torch.int32), b[k].view(torch.int32)) for k in a
+        a[k].dtype == b[k].dtype and torch.equal(a[k].view(torch.int32), b[k].view(torch.int32))
+        for k in a
     )
 
 
@@ -101,7 +108,9 @@ def test_a_restored_state_is_the_saved_one_and_goes_on_with_the_same_bits(tmp_pa
     assert fresh.scaler.state_dict() == s.scaler.state_dict()
     assert bool(fresh.scaler.state_dict()) == (dtype == "float16")
     assert same_bits(everything(fresh), everything(s))
-    assert len(everything(s)) == 4 * len(list(s.model.parameters()))  # weight, two moments and a count of each
+    assert len(everything(s)) == 4 * len(
+        list(s.model.parameters())
+    )  # weight, two moments and a count of each
     advance(s, 2)
     advance(fresh, 2)
     assert same_bits(everything(fresh), everything(s))
@@ -126,7 +135,11 @@ def test_a_checkpoint_says_what_it_is(tmp_path):
     advance(s, 1)
     path = save(s, e, tmp_path / "c", worker, {"val/loss": 2.5})
     manifest = checkpoint.verify(path)
-    assert (manifest["step"], manifest["generation"], manifest["metrics"]) == (1, 4, {"val/loss": 2.5})
+    assert (manifest["step"], manifest["generation"], manifest["metrics"]) == (
+        1,
+        4,
+        {"val/loss": 2.5},
+    )
     assert manifest["fingerprints"] == {
         "data": data_identity(dataset(tmp_path)),
         "numerics": fingerprint(e, worker),

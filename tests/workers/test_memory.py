@@ -46,17 +46,36 @@ OOM kill reason: Memory usage 4122849280B exceeded threshold of 3914203136B (15.
 
 def wide(size: int):
     """Eight megabytes of logits a sequence, three times over."""
-    return load_experiment(None, [*SMALL, "model.block_size=64", "model.pad_vocab_to=32768", f"train.micro_batch_size={size}",
-                                  f"train.global_batch_size={size}"])
+    return load_experiment(
+        None,
+        [
+            *SMALL,
+            "model.block_size=64",
+            "model.pad_vocab_to=32768",
+            f"train.micro_batch_size={size}",
+            f"train.global_batch_size={size}",
+        ],
+    )
 
 
 def starved(folder: Path, data: Path, size: int) -> str:
     folder.mkdir()
-    words = [*SMALL, "model.block_size=64", f"train.micro_batch_size={size}", "train.global_batch_size=4096", "train.max_steps=1",
-             "train.eval_interval=null"]
+    words = [
+        *SMALL,
+        "model.block_size=64",
+        f"train.micro_batch_size={size}",
+        "train.global_batch_size=4096",
+        "train.max_steps=1",
+        "train.eval_interval=null",
+    ]
     # A thread's arena takes 64 MiB of addresses, which are what is limited here and cost nothing elsewhere.
-    done = subprocess.run([sys.executable, "-c", STARVED, folder, data, *words], cwd=REPO, capture_output=True, text=True,
-                          env={**os.environ, "MALLOC_ARENA_MAX": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", STARVED, folder, data, *words],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -86,12 +105,18 @@ def test_what_fits_now_was_taken_by_somebody_else():
     assert said.endswith("something else took the memory; free it and run the same command again")
     assert "not the GPU's" in oom_kill.advice(kill, wide(4), 40, Layout(2, 1, True))
     elsewhere = OomKill("the kernel ended a worker", "elsewhere", 1, 0)
-    assert "Use a smaller train.micro_batch_size" in oom_kill.advice(elsewhere, wide(4), 40, Layout(2, 1, False))
+    assert "Use a smaller train.micro_batch_size" in oom_kill.advice(
+        elsewhere, wide(4), 40, Layout(2, 1, False)
+    )
 
 
 def test_ray_is_taken_at_its_word():
     kill = oom_kill.in_error(RuntimeError(SAID), 2)
-    assert (kill.host, kill.workers, kill.reserved) == (os.uname().nodename, 2, 25276502016 - 3914203136)
+    assert (kill.host, kill.workers, kill.reserved) == (
+        os.uname().nodename,
+        2,
+        25276502016 - 3914203136,
+    )
     assert oom_kill.in_error(RuntimeError("a worker died"), 2) is None
 
 
@@ -140,15 +165,25 @@ find()
 
 def test_the_kernels_kill_is_told_from_others(group, tmp_path):
     for killed in (None, "the kernel ended a worker"):
-        eats = subprocess.Popen([sys.executable, "-c", EATS, tmp_path, group], cwd=REPO, stdin=subprocess.PIPE,
-                                stdout=subprocess.PIPE, text=True)
+        eats = subprocess.Popen(
+            [sys.executable, "-c", EATS, tmp_path, group],
+            cwd=REPO,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert eats.stdout.readline() == "in it\n"
         if killed is None:
             eats.kill()
         eats.stdin.close()
         assert eats.wait(60) == -9
-        found = subprocess.run([sys.executable, "-c", FINDS, tmp_path, group], cwd=REPO, capture_output=True, text=True,
-                               check=True)
+        found = subprocess.run(
+            [sys.executable, "-c", FINDS, tmp_path, group],
+            cwd=REPO,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert found.stdout.splitlines() == [str(killed), "None", "None"]
 
 
@@ -166,23 +201,37 @@ def test_the_limits_of_control_groups_of_version_2_are_read_as_its_files_say(tmp
     (tmp_path / "proc" / "meminfo").write_text("MemTotal: 4 kB\nMemAvailable: 3 kB\n")
     monkeypatch.setattr(system_memory, "PROC", tmp_path / "proc")
     monkeypatch.setattr(system_memory, "GROUPS", tmp_path / "groups")
-    assert (system_memory.total_bytes(), system_memory.available_bytes(), system_memory.oom_kills()) == (1000, 250, 2)
+    assert (
+        system_memory.total_bytes(),
+        system_memory.available_bytes(),
+        system_memory.oom_kills(),
+    ) == (1000, 250, 2)
     (tmp_path / "proc" / "self" / "cgroup").unlink()
     (tmp_path / "proc" / "vmstat").write_text("nr_free_pages 9\noom_kill 5\n")
-    assert (system_memory.total_bytes(), system_memory.available_bytes(), system_memory.oom_kills()) == (4096, 3072, 5)
+    assert (
+        system_memory.total_bytes(),
+        system_memory.available_bytes(),
+        system_memory.oom_kills(),
+    ) == (4096, 3072, 5)
 
 
 def test_a_control_groups_limit_is_what_is_left(group):
-    code = (f"open('{group}/cgroup.procs', 'w').write('0')\nimport torch\nfrom orchestrator import system_memory as m\n"
-            f"print(m.available_bytes(), m.total_bytes())")
+    code = (
+        f"open('{group}/cgroup.procs', 'w').write('0')\nimport torch\nfrom orchestrator import system_memory as m\n"
+        f"print(m.available_bytes(), m.total_bytes())"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     available, total = map(int, done.stdout.split())
     assert 0 < available < 2**30 - 10**8, "torch is imported"
     assert total == 2**30
 
 
-def test_memory_that_torch_misses_in_a_worker_is_the_users_to_mend_and_an_event(ray_cluster, tiny_dataset, tmp_path):
-    experiment = load_experiment(None, [*SMALL, f"model.pad_vocab_to={2**42}"])  # an embedding beyond any address space
+def test_memory_that_torch_misses_in_a_worker_is_the_users_to_mend_and_an_event(
+    ray_cluster, tiny_dataset, tmp_path
+):
+    experiment = load_experiment(
+        None, [*SMALL, f"model.pad_vocab_to={2**42}"]
+    )  # an embedding beyond any address space
     with pytest.raises(UserError, match="No smaller micro-batch fits here either") as told:
         workers._train(experiment, tmp_path, tiny_dataset, Worker())
     (event,) = events.read(tmp_path)

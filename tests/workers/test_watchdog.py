@@ -33,8 +33,12 @@ wait_here()
 
 
 def start(folder: Path, how: str, rank: int = 0, phase: str = "gradient") -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", HANGS, folder, how, str(rank), phase], cwd=REPO, stdout=subprocess.PIPE,
-                               text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGS, folder, how, str(rank), phase],
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == "in it\n"
     return process
 
@@ -75,7 +79,10 @@ def test_who_waits_ends_the_one_that_is_stopped_and_names_it(tmp_path, phase):
     said = watchdog.report(tmp_path)
     assert said.startswith(f"rank 1 (process {stopped.pid} on ")
     assert "rank 0" not in said
-    assert f"is stopped in {phase} of step 8" in (tmp_path / "hangs" / "0001" / "hang-rank1.txt").read_text()
+    assert (
+        f"is stopped in {phase} of step 8"
+        in (tmp_path / "hangs" / "0001" / "hang-rank1.txt").read_text()
+    )
     assert " takes longer" in (tmp_path / "hangs" / "0001" / "hang-rank0.txt").read_text()
 
 
@@ -83,14 +90,18 @@ def test_who_waits_in_what_was_not_measured_yet_finds_a_stopped_one_all_the_same
     stopped = start(tmp_path, "python", 1)
     stopped.send_signal(signal.SIGSTOP)
     code = HANGS.replace("watchdog.START_S = watchdog.BACKSTOP_S = 0.5", "")
-    waits = subprocess.Popen([sys.executable, "-c", code, tmp_path, "python", "0", "exchange"], cwd=REPO)
+    waits = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path, "python", "0", "exchange"], cwd=REPO
+    )
     assert waits.wait(30) == EXIT_HUNG
     assert stopped.wait(30) == -signal.SIGKILL
     assert "hung in gradient (stopped) of step 8;" in watchdog.report(tmp_path)
 
 
 def test_a_healthy_long_phase_after_short_ones_is_left_alone(tmp_path):
-    code = HANGS.partition("dog =")[0] + """
+    code = (
+        HANGS.partition("dog =")[0]
+        + """
 dog = watchdog.Watchdog(Path(sys.argv[1]), Worker(), 0.2, poll_s=0.05)
 watchdog.START_S = 30.0
 for step in range(50):
@@ -107,6 +118,7 @@ time.sleep(1.5)
 dog.beat("gradient", 50)
 dog.close()
 """
+    )
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=REPO)
     assert done.returncode == 0
     assert watchdog.report(tmp_path) is None
@@ -116,7 +128,9 @@ def test_a_worker_that_failed_is_not_done(tmp_path):
     dog = Watchdog(tmp_path, Worker(), 30.0)
     dog.close(failed=True)
     assert [m["phase"] for m in watchdog.marks(tmp_path)] == [watchdog.FAILED]
-    assert "network" in watchdog.verdict(watchdog.marks(tmp_path) + [{"rank": 1, "phase": "exchange"}])
+    assert "network" in watchdog.verdict(
+        watchdog.marks(tmp_path) + [{"rank": 1, "phase": "exchange"}]
+    )
     watchdog.report(tmp_path)
     assert watchdog.marks(tmp_path) == [], "marks of a group that is gone"
 
@@ -124,7 +138,14 @@ def test_a_worker_that_failed_is_not_done(tmp_path):
 def test_a_worker_that_is_done_or_was_born_under_a_used_number_is_left_alone(tmp_path):
     bystander = subprocess.Popen(["sleep", "60"])
     try:
-        mark = {"rank": 0, "pid": bystander.pid, "born": "1", "host": os.uname().nodename, "phase": "gradient", "step": 0}
+        mark = {
+            "rank": 0,
+            "pid": bystander.pid,
+            "born": "1",
+            "host": os.uname().nodename,
+            "phase": "gradient",
+            "step": 0,
+        }
         watchdog.end_stuck(tmp_path, mark)
         time.sleep(0.2)
         assert bystander.poll() is None
@@ -139,9 +160,18 @@ def test_a_worker_that_is_done_or_was_born_under_a_used_number_is_left_alone(tmp
 
 def test_the_verdict_names_who_waited_for_nobody():
     def mark(rank, phase, step):
-        return {"rank": rank, "pid": 10 + rank, "host": "h", "phase": phase, "step": step, "limit": 30.0}
+        return {
+            "rank": rank,
+            "pid": 10 + rank,
+            "host": "h",
+            "phase": phase,
+            "step": step,
+            "limit": 30.0,
+        }
 
-    assert "rank 2" in watchdog.verdict([mark(0, "exchange", 5), mark(1, "exchange", 5), mark(2, "gradient", 5)])
+    assert "rank 2" in watchdog.verdict(
+        [mark(0, "exchange", 5), mark(1, "exchange", 5), mark(2, "gradient", 5)]
+    )
     both = watchdog.verdict([mark(0, "update", 6), mark(1, "gradient", 5)])
     assert "rank 1" in both
     assert "rank 0" not in both
@@ -196,8 +226,16 @@ except RuntimeError as error:
 
 
 def test_a_collective_times_out_after_what_the_phase_may_take(tmp_path):
-    ranks = [subprocess.Popen([sys.executable, "-c", WAITS, tmp_path, str(rank)], cwd=REPO, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, text=True) for rank in (1, 0)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITS, tmp_path, str(rank)],
+            cwd=REPO,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (1, 0)
+    ]
     try:
         said = ranks[1].communicate(timeout=60)[0]
         assert 2250 <= int(re.search(r"Timed out waiting (\d+)ms", said)[1]) < 60_000

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STORAGE ?= runs
 
-.PHONY: install quickstart test faults lint ui submit clean
+.PHONY: install quickstart test test-slow faults lint size ui submit clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,14 +21,23 @@ TEST_JOBS ?= 2
 test: install                ## everything, with a real Ray, a real MLflow and real kills; TEST_JOBS=0: one after another
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
+test-slow: install           ## what `make test` leaves out: slow variants, many examples of each property
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -m slow tests
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --hypothesis-profile many -m hypothesis tests
+
 # Minutes; the table goes into docs/RELIABILITY.md.
 N ?= 300
 SEED ?= 1
 faults: install              ## make faults N=300 SEED=1: a campaign of faults, each run compared with an undisturbed one
 	$(BIN)/python -m tests.faults.campaign -n $(N) --seed $(SEED) --write
 
-lint: install
+lint: install                ## format, lint rules and types, as CI checks them
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+size: install                ## lines, tokens, files and the longest function of each package
+	$(BIN)/python benchmarks/size.py
 
 ui: install                  ## MLflow's pages for the runs in $(STORAGE), on loopback
 	$(BIN)/python pipelines/ui.py $(STORAGE)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.runs import summary as summary_file
 from orchestrator.sweep import (
     tune as sweep,  # before ray: it sets what Tune reads when it is imported
 )
@@ -34,7 +35,6 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, parse_experiment, parse_sweep
 from orchestrator.data.corpus import STDLIB
 from orchestrator.data.prepare import dataset_dir, prepare
-from orchestrator.runs import folder as runs
 from orchestrator.runs import journal
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.progress import Keeper
@@ -241,9 +241,9 @@ def outcomes_of_tree(study: Study) -> dict[str, tuple[str, float]]:
 def outcome_alone(experiment: Experiment, run_dir: Path) -> tuple[str, float]:
     """The same of a trial that ran by itself."""
     end = checkpoint.path_of(run_dir / "checkpoints", experiment.train.max_steps)
-    return checkpoint.weights_sha256(checkpoint.load_tensors(end, "model")), runs.last(
-        journal.read(run_dir), "val/loss"
-    )
+    return checkpoint.weights_sha256(
+        checkpoint.load_tensors(end, "model")
+    ), summary_file.last_value(journal.read(run_dir), "val/loss")
 
 
 def best_of(outcomes: dict[str, tuple[str, float]]) -> str:

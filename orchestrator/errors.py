@@ -1,27 +1,35 @@
-"""The line between a user's mistake and ours, and the exit statuses of a driver."""
+"""Exit statuses of a command, and the errors that are the user's to fix."""
 
 import errno
 
-EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_AGAIN, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
-NO_ROOM = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-)  # of an OSError: the user's to mend, once nothing else can be done
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USER = 2  # the user has to change something first
+EXIT_AGAIN = 75  # run the same command again
+EXIT_INTERRUPTED = 130  # Ctrl-C
+
+# `errno` of an OSError: the disk or the user's quota is full.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class HeldError(RuntimeError):
-    """Another process writes to this run; a pipeline prints who, and ends with status 75."""
+    """Another process writes to this run. A command prints the message and ends with status 75."""
 
 
 class UserError(ValueError):
-    """Something that the user can mend: the message quotes the value and says what to do.
+    """A mistake that the user can fix. The message quotes the value and says what to do.
 
-    A pipeline prints it as one line and ends with status 2; any other exception is ours and keeps its traceback.
+    A command prints it as one line and ends with status 2. Any other exception is a fault of this
+    program and keeps its traceback.
     """
 
 
 class UnreadableError(UserError):
-    """A file cannot be read at this moment, which says nothing of its content; `errno` is the system's."""
+    """A file cannot be read at the moment, which says nothing about its content.
+
+    Attributes:
+        errno: The system's error number, if known.
+    """
 
     def __init__(self, message: str, errno: int | None):
         super().__init__(message)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
 from orchestrator.redact import redact_text
-from orchestrator.runs.folder import stored_experiment
+from orchestrator.runs.folder import RunFolder
 from orchestrator.track import mlflow as tracking
 from orchestrator.track import sweep as sweep_tracking
 from orchestrator.track.server import absolute_uri, resolve_uri
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     run_dir = find_run(args.run)
     trials = sorted(run_dir.glob("trials/*/experiment.yaml"))  # a sweep's trials are tracked alike
-    experiment = stored_experiment(trials[0].parent if trials else run_dir)
+    experiment = RunFolder(trials[0].parent if trials else run_dir).read_experiment()
     send = sweep_tracking.replay if (run_dir / "sweep.yaml").exists() else tracking.replay
     uri = absolute_uri(args.uri, "--uri") if args.uri else resolve_uri(experiment, run_dir.parent)
     if not send(run_dir, uri, experiment.tracking.experiment, args.deadline):

@@ -20,9 +20,17 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("ESPALIER_STORAGE", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
+from hypothesis import settings  # noqa: E402
+
 from tests.helpers import cluster  # noqa: E402 - after what Ray reads
 
 pytest_plugins = ["tests.helpers.fixtures"]
+
+# `make test` tries few examples of each property, `make test-slow` many. No deadline: the machines
+# are shared, and a test must not fail because of a slow moment.
+settings.register_profile("few", max_examples=20, deadline=None)
+settings.register_profile("many", max_examples=500, deadline=None)
+settings.load_profile("few")
 
 
 def pytest_collection_modifyitems(items):

@@ -25,22 +25,32 @@ class Parts:
 
     def __init__(self, folder: Path, counts: list[dict[str, Any]], splits: tuple[str, ...]):
         self.folder, self.counts = folder, counts
-        self.starts = {s: [0, *accumulate(c[s]["tokens"] for c in counts)] for s in splits}  # first token of each, end
+        self.starts = {
+            s: [0, *accumulate(c[s]["tokens"] for c in counts)] for s in splits
+        }  # first token of each, end
 
     def tokens(self, split: str) -> int:
         return self.starts[split][-1]
 
     def totals(self, split: str) -> dict[str, int]:
         """`{"tokens", "bytes", "documents"}` of a split."""
-        return {key: sum(c[split][key] for c in self.counts) for key in ("tokens", "bytes", "documents")}
+        return {
+            key: sum(c[split][key] for c in self.counts) for key in ("tokens", "bytes", "documents")
+        }
 
-    def shards(self, split: str, directory: Path, shard_rows: int, dtype: np.dtype) -> Iterator[dict[str, Any]]:
+    def shards(
+        self, split: str, directory: Path, shard_rows: int, dtype: np.dtype
+    ) -> Iterator[dict[str, Any]]:
         """Jobs of `parts.assemble`, one for each `shard_rows` rows."""
         size, end = shard_rows * ROW_TOKENS, self.tokens(split)
         for number, first in enumerate(range(0, end, size)):
             stop = min(first + size, end)
-            yield {"path": str(directory / f"{split}-{number:05d}.parquet"), "tokens": stop - first, "dtype": dtype.str,
-                   "slices": self.slices(split, first, stop)}
+            yield {
+                "path": str(directory / f"{split}-{number:05d}.parquet"),
+                "tokens": stop - first,
+                "dtype": dtype.str,
+                "slices": self.slices(split, first, stop),
+            }
 
     def slices(self, split: str, first: int, stop: int) -> list[list[Any]]:
         """Tokens [first, stop) of a split as [part file, first token in it, count] each."""
@@ -65,7 +75,9 @@ class Parts:
     def documents(self, split: str) -> Iterator[tuple[int, str]]:
         """(first token, document) of a split, read from one sidecar after the other."""
         for i, first in enumerate(self.starts[split][:-1]):
-            for document, offset in json.loads((self.folder / f"{i:08d}.json").read_bytes())[split]["index"]:
+            for document, offset in json.loads((self.folder / f"{i:08d}.json").read_bytes())[split][
+                "index"
+            ]:
                 # A file name may hold bytes that are no UTF-8; Parquet's strings may not.
                 yield first + offset, document.encode("utf-8", "replace").decode()
 

@@ -11,15 +11,23 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator.data.index import documents_of
-from orchestrator.errors import UserError
 from orchestrator.data.dataset import load_manifest
+from orchestrator.data.index import documents_of
 from orchestrator.data.order import sample_offset, windows_per_epoch
 from orchestrator.data.prefetch import Prefetcher
 from orchestrator.data.shards import map_shard
 from orchestrator.data.shards import verify as verify_file
+from orchestrator.errors import UserError
 
-__all__ = ["Batches", "EvalBatches", "Prefetcher", "TokenStream", "documents_of", "eval_batches", "sample_offset"]
+__all__ = [
+    "Batches",
+    "EvalBatches",
+    "Prefetcher",
+    "TokenStream",
+    "documents_of",
+    "eval_batches",
+    "sample_offset",
+]
 AHEAD = 4096  # positions whose offsets are computed at once: a call costs 0.1 ms, for one of them or for hundreds
 
 
@@ -47,13 +55,17 @@ class TokenStream:
                 self.pieces.append(piece)
                 self.starts.append(self.starts[-1] + len(piece))
         if self.starts[-1] < self.tokens:
-            raise UserError(f"{directory}: its {split} shards hold {self.starts[-1]:,} tokens, the manifest says "
-                            f"{self.tokens:,}; prepare the tokens again")
+            raise UserError(
+                f"{directory}: its {split} shards hold {self.starts[-1]:,} tokens, the manifest says "
+                f"{self.tokens:,}; prepare the tokens again"
+            )
 
     def read(self, offset: int, length: int) -> np.ndarray:
         """Tokens [offset, offset + length) as uint16 or uint32, a view where they lie in one piece."""
         if not 0 <= offset <= offset + length <= self.tokens:
-            raise IndexError(f"tokens [{offset}, {offset + length}) of {self.tokens} in {self.split}")
+            raise IndexError(
+                f"tokens [{offset}, {offset + length}) of {self.tokens} in {self.split}"
+            )
         i = bisect_right(self.starts, offset, hi=len(self.pieces)) - 1
         start = offset - self.starts[i]
         window = self.pieces[i][start : start + length]
@@ -65,7 +77,14 @@ class TokenStream:
 class Batches:
     """The micro-batches of every step of a run: `step` counts updates already done."""
 
-    def __init__(self, stream: TokenStream, block_size: int, global_batch_size: int, micro_batch_size: int, seed: int):
+    def __init__(
+        self,
+        stream: TokenStream,
+        block_size: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+    ):
         assert global_batch_size % micro_batch_size == 0
         self.stream, self.block_size, self.seed = stream, block_size, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
@@ -79,10 +98,15 @@ class Batches:
     def offsets(self, step: int) -> np.ndarray:
         """Where the windows of the update after `step` updates begin, (G,) int64."""
         size, position = self.global_batch_size, step * self.global_batch_size
-        first, known = self._ahead  # read and replaced as one, so that threads at worst compute it twice
+        first, known = (
+            self._ahead
+        )  # read and replaced as one, so that threads at worst compute it twice
         if not first <= position <= position + size <= first + len(known):
             positions = np.arange(position, position + max(size, AHEAD), dtype=np.int64)
-            first, known = position, sample_offset(positions, self.stream.tokens, self.block_size, self.seed)
+            first, known = (
+                position,
+                sample_offset(positions, self.stream.tokens, self.block_size, self.seed),
+            )
             self._ahead = (first, known)
         return known[position - first : position - first + size]
 
@@ -105,7 +129,12 @@ class EvalBatches:
     """
 
     def __init__(self, stream: TokenStream, block_size: int, micro_batch_size: int, tokens: int):
-        self.stream, self.block_size, self.micro_batch_size, self.tokens = stream, block_size, micro_batch_size, tokens
+        self.stream, self.block_size, self.micro_batch_size, self.tokens = (
+            stream,
+            block_size,
+            micro_batch_size,
+            tokens,
+        )
         self.windows = -(-(tokens - 1) // block_size)
 
     def __len__(self) -> int:
@@ -115,15 +144,24 @@ class EvalBatches:
         if not 0 <= i < len(self):
             raise IndexError(i)
         b, t = self.micro_batch_size, self.block_size
-        inputs, targets, ids = np.zeros((b, t), np.int64), np.full((b, t), -1, np.int64), np.full(b, -1, np.int64)
+        inputs, targets, ids = (
+            np.zeros((b, t), np.int64),
+            np.full((b, t), -1, np.int64),
+            np.full(b, -1, np.int64),
+        )
         for row, window in enumerate(range(i * b, min((i + 1) * b, self.windows))):
             real = self.stream.read(window * t, min(t + 1, self.tokens - window * t))
-            inputs[row, : len(real) - 1], targets[row, : len(real) - 1], ids[row] = real[:-1], real[1:], window
+            inputs[row, : len(real) - 1], targets[row, : len(real) - 1], ids[row] = (
+                real[:-1],
+                real[1:],
+                window,
+            )
         return inputs, targets, ids
 
 
-def eval_batches(stream: TokenStream, block_size: int, micro_batch_size: int,
-                 tokens_limit: int | None = None) -> EvalBatches:
+def eval_batches(
+    stream: TokenStream, block_size: int, micro_batch_size: int, tokens_limit: int | None = None
+) -> EvalBatches:
     """Batches over the first `tokens_limit` tokens of a split, or over all of it.
 
     Raises:
@@ -131,6 +169,8 @@ def eval_batches(stream: TokenStream, block_size: int, micro_batch_size: int,
     """
     tokens = min(tokens_limit or stream.tokens, stream.tokens)
     if tokens < 2:
-        raise UserError(f"{stream.directory}: {stream.split} has {tokens} token(s), and a loss needs 2; use more text "
-                        f"or another data.val_fraction")
+        raise UserError(
+            f"{stream.directory}: {stream.split} has {tokens} token(s), and a loss needs 2; use more text "
+            f"or another data.val_fraction"
+        )
     return EvalBatches(stream, block_size, micro_batch_size, tokens)

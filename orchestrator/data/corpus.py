@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.errors import UserError
-from orchestrator.redact import (redact_text)
+from orchestrator.redact import redact_text
 
 STDLIB = "builtin:stdlib"
 _NO_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -60,7 +60,9 @@ def resolve(corpus: str | list[str]) -> list[Source]:
         if source.path.suffix.lower() in _PACKED:
             raise UserError(f"data.corpus: {source.path} is compressed; unpack it first")
     if not any(source.size is None or source.size for source in sources):
-        raise UserError(f"data.corpus: {redact_text(', '.join(entries))} holds no text (every file is empty)")
+        raise UserError(
+            f"data.corpus: {redact_text(', '.join(entries))} holds no text (every file is empty)"
+        )
     return sources
 
 
@@ -88,7 +90,10 @@ def fetch(source: Source, progress: Callable[[str, int, int], None] = lambda *_:
     temporary = source.path.with_name(f".{uuid.uuid4().hex}")
     digest, done = hashlib.sha256(), 0
     try:
-        with urllib.request.urlopen(source.url, timeout=TIMEOUT_S) as response, open(temporary, "wb") as file:
+        with (
+            urllib.request.urlopen(source.url, timeout=TIMEOUT_S) as response,
+            open(temporary, "wb") as file,
+        ):
             total = int(response.headers.get("Content-Length") or 0)
             while block := response.read(_BLOCK):
                 digest.update(block)
@@ -96,14 +101,22 @@ def fetch(source: Source, progress: Callable[[str, int, int], None] = lambda *_:
                 done += len(block)
                 progress("downloading", done, total or done + 1)
         if digest.hexdigest() != source.sha256:
-            raise UserError(f"{redact_text(source.url)}: its SHA-256 is {digest.hexdigest()}, data.corpus says {source.sha256}; "
-                            f"the file has changed or the download is broken")
+            raise UserError(
+                f"{redact_text(source.url)}: its SHA-256 is {digest.hexdigest()}, data.corpus says {source.sha256}; "
+                f"the file has changed or the download is broken"
+            )
         os.replace(temporary, source.path)
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         # urllib takes a password for a port, and says it.
-        reason = "an address with a password" if "@" in source.url else redact_text(str(getattr(error, "reason", error)))
-        raise UserError(f"{redact_text(source.url)}: cannot be downloaded ({reason}); put the file at {source.path}, or name "
-                        f"a local copy in data.corpus") from None
+        reason = (
+            "an address with a password"
+            if "@" in source.url
+            else redact_text(str(getattr(error, "reason", error)))
+        )
+        raise UserError(
+            f"{redact_text(source.url)}: cannot be downloaded ({reason}); put the file at {source.path}, or name "
+            f"a local copy in data.corpus"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
     return replace(source, size=done)
@@ -150,7 +163,11 @@ def _files_below(folder: Path) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith(".")]
-        found += [Path(parent, n) for n in names if not n.startswith(".") and os.path.isfile(os.path.join(parent, n))]
+        found += [
+            Path(parent, n)
+            for n in names
+            if not n.startswith(".") and os.path.isfile(os.path.join(parent, n))
+        ]
     return found
 
 
@@ -160,7 +177,10 @@ def _stdlib() -> list[Source]:
     for parent, folders, names in os.walk(base):
         folders[:] = [f for f in folders if f not in _NO_LIBRARY]
         found += [Path(parent, n) for n in names if n.endswith(".py")]
-    return [_file(p, name) for name, p in sorted((f"stdlib/{p.relative_to(base).as_posix()}", p) for p in found)]
+    return [
+        _file(p, name)
+        for name, p in sorted((f"stdlib/{p.relative_to(base).as_posix()}", p) for p in found)
+    ]
 
 
 def _file(path: Path, name: str) -> Source:
@@ -172,8 +192,10 @@ def _download(entry: str) -> Source:
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", parts.fragment)
     if not match:
         shown = redact_text(entry)
-        raise UserError(f"data.corpus: '{shown}' needs its SHA-256, so that everyone trains on the same text: "
-                        f"{shown.split('#')[0]}#sha256=HEX, where `curl -L URL | sha256sum` prints HEX")
+        raise UserError(
+            f"data.corpus: '{shown}' needs its SHA-256, so that everyone trains on the same text: "
+            f"{shown.split('#')[0]}#sha256=HEX, where `curl -L URL | sha256sum` prints HEX"
+        )
     name, sha256 = _url_name(parts), match[1].lower()
     path = cache_folder() / f"{sha256[:16]}-{name}"
     size = path.stat().st_size if path.is_file() else None
@@ -186,7 +208,9 @@ def cache_folder() -> Path:
 
 
 def _kind(name: str) -> str:
-    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(Path(name).suffix.lower(), "text")
+    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(
+        Path(name).suffix.lower(), "text"
+    )
 
 
 def _is_url(entry: str) -> bool:

@@ -11,8 +11,10 @@ import re
 from collections.abc import Callable
 
 # Python's \s has \x1c-\x1f beyond the engine's: stricter on the left, so they are taken out on the right.
-SAFE = re.compile(r"""(?<=\S)(?=[^\S\r\n\x1c-\x1f])|(?<=[^\W_])(?=[\r\n])"""
-                  r"""|(?<=[^\W_])(?=[.,;:!?()\[\]{}"=+*…。、，．！？；：])""")
+SAFE = re.compile(
+    r"""(?<=\S)(?=[^\S\r\n\x1c-\x1f])|(?<=[^\W_])(?=[\r\n])"""
+    r"""|(?<=[^\W_])(?=[.,;:!?()\[\]{}"=+*…。、，．！？；：])"""
+)
 PROBE = 4096  # bytes of the first look; the mean distance between two cuts is 5 to 8 characters
 
 
@@ -46,4 +48,8 @@ def _first_cut(data: bytes, start: int) -> int | None:
     before = data[:start].decode("utf-8", "surrogateescape")
     text = data[start:].decode("utf-8", "surrogateescape")
     match = SAFE.search(before + text, len(before))
-    return start + len(text[: match.start() - len(before)].encode("utf-8", "surrogateescape")) if match else None
+    return (
+        start + len(text[: match.start() - len(before)].encode("utf-8", "surrogateescape"))
+        if match
+        else None
+    )

@@ -7,14 +7,13 @@ SHA-256 of every other file and of itself, so that one changed byte anywhere is 
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UserError
-from orchestrator.files import fsync, write_atomically, file_sha256
+from orchestrator.files import file_sha256, fsync, write_atomically
 
 FILE = "manifest.json"
 FORMAT = 2
@@ -35,7 +34,9 @@ class Shard:
     def __post_init__(self):
         # A name is a file of the dataset's folder, and nothing that leads out of it.
         if not _SHARD.fullmatch(self.name) or not (_is_count(self.rows) and _is_count(self.tokens)):
-            raise ValueError(f"shard {self.name!r:.80} of {self.rows!r} rows and {self.tokens!r} tokens")
+            raise ValueError(
+                f"shard {self.name!r:.80} of {self.rows!r} rows and {self.tokens!r} tokens"
+            )
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class Split:
 
     def __post_init__(self):
         if not all(map(_is_count, (self.tokens, self.documents, self.bytes))):
-            raise ValueError(f"{self.tokens!r} tokens, {self.documents!r} documents, {self.bytes!r} bytes")
+            raise ValueError(
+                f"{self.tokens!r} tokens, {self.documents!r} documents, {self.bytes!r} bytes"
+            )
 
 
 @dataclass(frozen=True)
@@ -80,34 +83,66 @@ def load_manifest(directory: Path) -> Manifest:
         data = file.read_bytes()
         raw = json.loads(data)
         if raw["format_version"] != FORMAT:
-            raise UserError(f"{file}: a dataset of format {raw['format_version']!r:.20}, this program reads {FORMAT}; delete "
-                            f"the folder, or set another data.dir, to prepare it anew")
+            raise UserError(
+                f"{file}: a dataset of format {raw['format_version']!r:.20}, this program reads {FORMAT}; delete "
+                f"the folder, or set another data.dir, to prepare it anew"
+            )
         # Its text, not only its content: what JSON does not care about is a changed byte too.
         if data != _text(raw) or raw.pop("sha256") != _digest(raw):
-            raise UserError(f"{file}: not what was written (SHA-256 differs); delete the folder and prepare it again")
-        splits = {name: Split(s["tokens"], s["documents"], s["bytes"], s["stream_sha256"],
-                              tuple(Shard(**shard) for shard in s["shards"])) for name, s in raw["splits"].items()}
+            raise UserError(
+                f"{file}: not what was written (SHA-256 differs); delete the folder and prepare it again"
+            )
+        splits = {
+            name: Split(
+                s["tokens"],
+                s["documents"],
+                s["bytes"],
+                s["stream_sha256"],
+                tuple(Shard(**shard) for shard in s["shards"]),
+            )
+            for name, s in raw["splits"].items()
+        }
         facts, files, sources = raw["tokenizer"], raw["files"], raw["sources"]
-        if not (isinstance(facts["name"], str) and _is_count(facts["n_vocab"]) and isinstance(sources, list)
-                and raw["dtype"] in ("uint16", "uint32") and isinstance(raw["settings"], dict)):
+        if not (
+            isinstance(facts["name"], str)
+            and _is_count(facts["n_vocab"])
+            and isinstance(sources, list)
+            and raw["dtype"] in ("uint16", "uint32")
+            and isinstance(raw["settings"], dict)
+        ):
             raise ValueError("a field has a value of another kind")
-        found = Manifest(Path(directory), FORMAT, facts, raw["settings"], raw["dtype"], splits, sources,
-                         hashlib.sha256(data).hexdigest(), files)
+        found = Manifest(
+            Path(directory),
+            FORMAT,
+            facts,
+            raw["settings"],
+            raw["dtype"],
+            splits,
+            sources,
+            hashlib.sha256(data).hexdigest(),
+            files,
+        )
         if "tokenizer.json" in files:
             _verify_small(Path(directory) / "tokenizer.json", files["tokenizer.json"])
         return found
     except FileNotFoundError:
-        raise UserError(f"{directory}: no finished dataset, {FILE} is missing; run pipelines/prepare.py") from None
+        raise UserError(
+            f"{directory}: no finished dataset, {FILE} is missing; run pipelines/prepare.py"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file}: cannot be read as a dataset's manifest ({error}); delete the folder and prepare it "
-                        f"again") from None
+        raise UserError(
+            f"{file}: cannot be read as a dataset's manifest ({error}); delete the folder and prepare it "
+            f"again"
+        ) from None
 
 
 def write_manifest(directory: Path, content: dict[str, Any]) -> None:
     """Commit a dataset: the last thing that happens to it. `content` is the manifest without format and hashes."""
-    files = {name: file_sha256(directory / name) for name in OTHER_FILES if (directory / name).exists()}
+    files = {
+        name: file_sha256(directory / name) for name in OTHER_FILES if (directory / name).exists()
+    }
     raw = {"format_version": FORMAT, "files": files, **content}
     write_atomically(directory / FILE, _text({**raw, "sha256": _digest(raw)}), durable=True)
     fsync(directory)
@@ -138,4 +173,6 @@ def _verify_small(path: Path, sha256: str) -> None:
 def data_identity(dataset: Manifest) -> str:
     """SHA-256 of what the trainer sees of a dataset: its tokenizer and its token streams, wherever they lie."""
     streams = {name: split.stream_sha256 for name, split in dataset.splits.items()}
-    return hashlib.sha256(json.dumps([dataset.tokenizer, streams], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([dataset.tokenizer, streams], sort_keys=True).encode()
+    ).hexdigest()

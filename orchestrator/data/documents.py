@@ -69,11 +69,14 @@ def pieces(span: Span, text_field: str) -> Iterator[Piece]:
     Raises:
         UserError: invalid UTF-8 (file and byte), a line that is no JSON object, a missing field.
     """
-    yield from {"text": _text, "jsonl": _json_lines, "parquet": _parquet}[span.kind](span, text_field)
+    yield from {"text": _text, "jsonl": _json_lines, "parquet": _parquet}[span.kind](
+        span, text_field
+    )
 
 
 def _text(span: Span, _field: str) -> Iterator[Piece]:
     with open(span.path, "rb") as file:
+
         def read(offset: int, n: int) -> bytes:
             file.seek(offset)
             return file.read(n)
@@ -101,8 +104,10 @@ def _parquet(span: Span, field: str) -> Iterator[Piece]:
     try:
         with pq.ParquetFile(span.path) as file:
             if field not in file.schema_arrow.names:
-                raise UserError(f"{span.name}: has no column '{field}'; set data.text_field to one of "
-                                f"{', '.join(file.schema_arrow.names)}")
+                raise UserError(
+                    f"{span.name}: has no column '{field}'; set data.text_field to one of "
+                    f"{', '.join(file.schema_arrow.names)}"
+                )
             row = 0
             for g in range(file.num_row_groups):
                 group = file.metadata.row_group(g)
@@ -117,7 +122,9 @@ def _position(group) -> int:
     """The byte at which a row group's first page lies."""
     column = group.column(0)
     dictionary = column.dictionary_page_offset
-    return column.data_page_offset if dictionary is None else min(dictionary, column.data_page_offset)
+    return (
+        column.data_page_offset if dictionary is None else min(dictionary, column.data_page_offset)
+    )
 
 
 def _rows(file, group: int, row: int, span: Span, field: str) -> Iterator[Piece]:
@@ -127,11 +134,15 @@ def _rows(file, group: int, row: int, span: Span, field: str) -> Iterator[Piece]
                 text = value.as_py()
             except UnicodeDecodeError as error:
                 if not span.replace:
-                    raise UserError(f"{span.name}: row {row}, byte {error.start} of '{field}' is not UTF-8; convert it, or "
-                                    f"set data.invalid_utf8=replace") from None
+                    raise UserError(
+                        f"{span.name}: row {row}, byte {error.start} of '{field}' is not UTF-8; convert it, or "
+                        f"set data.invalid_utf8=replace"
+                    ) from None
                 text = value.as_buffer().to_pybytes().decode("utf-8", "replace")
             if not isinstance(text, str):
-                raise UserError(f"{span.name}: row {row} holds no text in '{field}' but {_shown(text)}")
+                raise UserError(
+                    f"{span.name}: row {row} holds no text in '{field}' but {_shown(text)}"
+                )
             yield Piece(f"{span.name}#{row}", text)
             row += 1
 
@@ -145,10 +156,14 @@ def _field_of_line(line: bytes, field: str, span: Span, at: int) -> str:
     if not isinstance(record, dict):
         raise UserError(f"{name}: the line at byte {at} is no JSON object but {_shown(record)}")
     if field not in record:
-        raise UserError(f"{name}: the line at byte {at} has no field '{field}'; set data.text_field to one of "
-                        f"{', '.join(record) or 'none: it is empty'}")
+        raise UserError(
+            f"{name}: the line at byte {at} has no field '{field}'; set data.text_field to one of "
+            f"{', '.join(record) or 'none: it is empty'}"
+        )
     if not isinstance(record[field], str):
-        raise UserError(f"{name}: field '{field}' of the line at byte {at} is no text but {_shown(record[field])}")
+        raise UserError(
+            f"{name}: field '{field}' of the line at byte {at} is no text but {_shown(record[field])}"
+        )
     # An escape such as \ud800 alone is half a character; JSON lets it in, UTF-8 does not.
     return record[field].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -157,8 +172,10 @@ def _decode(data: bytes, span: Span, at: int) -> str:
     try:
         return data.decode("utf-8", "replace" if span.replace else "strict")
     except UnicodeDecodeError as error:
-        raise UserError(f"{span.name}: byte {at + error.start} (0x{data[error.start]:02x}) is not UTF-8; convert the file, "
-                        f"leave it out of data.corpus, or set data.invalid_utf8=replace") from None
+        raise UserError(
+            f"{span.name}: byte {at + error.start} (0x{data[error.start]:02x}) is not UTF-8; convert the file, "
+            f"leave it out of data.corpus, or set data.invalid_utf8=replace"
+        ) from None
 
 
 def _shown(value) -> str:

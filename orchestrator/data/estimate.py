@@ -36,8 +36,12 @@ def estimate(data: "Data") -> dict[str, Any]:
         return {"bytes": size, "tokens": count, "exact": True, "n_vocab": len(seen)}
     if data.tokenizer == "byte" and plain and data.invalid_utf8 == "stop":
         return {"bytes": size, "tokens": size + ends, "exact": True, "n_vocab": 257}
-    return {"bytes": size, "tokens": round(size / _bytes_per_token(sources, data)) + ends, "exact": False,
-            "n_vocab": _n_vocab(data.tokenizer)}
+    return {
+        "bytes": size,
+        "tokens": round(size / _bytes_per_token(sources, data)) + ends,
+        "exact": False,
+        "n_vocab": _n_vocab(data.tokenizer),
+    }
 
 
 def _n_vocab(name: str) -> int | None:
@@ -68,9 +72,19 @@ def _bytes_per_token(sources: list[Source], data: "Data") -> float:
         for number, start, end in chunk:
             read += end - start
             for piece in pieces(_span(sources[number], start, end, data), data.text_field):
-                tokens += len(tokenizer.encode(piece.text)) + (data.append_eot and sources[number].kind != "text")
+                tokens += len(tokenizer.encode(piece.text)) + (
+                    data.append_eot and sources[number].kind != "text"
+                )
     return read / tokens if tokens else BYTES_PER_TOKEN
 
 
 def _span(source: Source, start: int, end: int, data: "Data") -> Span:
-    return Span(str(source.path), source.name, source.kind, source.size, start, end, data.invalid_utf8 == "replace")
+    return Span(
+        str(source.path),
+        source.name,
+        source.kind,
+        source.size,
+        start,
+        end,
+        data.invalid_utf8 == "replace",
+    )

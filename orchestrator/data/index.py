@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from orchestrator.data.dataset import (load_manifest)
-from orchestrator.files import (fsync)
+from orchestrator.data.dataset import load_manifest
 from orchestrator.data.shards import verify
+from orchestrator.files import fsync
 
 FILE = "documents.parquet"
 GROUP_ROWS = 65_536
@@ -24,7 +24,9 @@ def write_index(directory: Path, rows: dict[str, Iterable[tuple[int, str]]]) -> 
     schema = pa.schema([("split", pa.string()), ("offset", pa.int64()), ("document", pa.string())])
     temporary = directory / f".{FILE}.{os.getpid()}-{os.urandom(4).hex()}"
     try:
-        with pq.ParquetWriter(temporary, schema, version="2.6", compression="zstd", store_schema=False) as writer:
+        with pq.ParquetWriter(
+            temporary, schema, version="2.6", compression="zstd", store_schema=False
+        ) as writer:
             for split, entries in rows.items():
                 for group in _groups(iter(entries)):
                     offsets, names = zip(*group, strict=True)
@@ -60,7 +62,9 @@ def find(file: Path, split: str, offset: int, length: int) -> list[tuple[str, in
     # Of several documents that begin at one token, all but the last are empty.
     stop = offset + length
     ends = [begins for _, begins in rows[1:]] + [stop]
-    return [row for row, end in zip(rows, ends, strict=True) if row[1] < min(end, stop) and end > offset]
+    return [
+        row for row, end in zip(rows, ends, strict=True) if row[1] < min(end, stop) and end > offset
+    ]
 
 
 def _groups(entries: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:

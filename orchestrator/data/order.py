@@ -13,7 +13,9 @@ import numpy as np
 
 from orchestrator.errors import UserError
 
-ROUNDS = 4  # of the Feistel network: a pseudo-random permutation from four on (Luby and Rackoff, 1988)
+ROUNDS = (
+    4  # of the Feistel network: a pseudo-random permutation from four on (Luby and Rackoff, 1988)
+)
 
 
 def windows_per_epoch(n_tokens: int, block_size: int) -> int:
@@ -23,12 +25,16 @@ def windows_per_epoch(n_tokens: int, block_size: int) -> int:
         UserError: fewer than 2·T tokens.
     """
     if n_tokens < 2 * block_size:
-        raise UserError(f"model.block_size: {block_size} needs at least {2 * block_size} tokens of train, there are "
-                        f"{n_tokens}; use a smaller one or more text")
+        raise UserError(
+            f"model.block_size: {block_size} needs at least {2 * block_size} tokens of train, there are "
+            f"{n_tokens}; use a smaller one or more text"
+        )
     return (n_tokens - block_size) // block_size
 
 
-def sample_offset(position: int | np.ndarray, n_tokens: int, block_size: int, seed: int) -> int | np.ndarray:
+def sample_offset(
+    position: int | np.ndarray, n_tokens: int, block_size: int, seed: int
+) -> int | np.ndarray:
     """The token at which the window of a position begins, at most N − T − 1.
 
     Args:
@@ -40,7 +46,9 @@ def sample_offset(position: int | np.ndarray, n_tokens: int, block_size: int, se
     for epoch in np.unique(epochs).tolist():
         here = epochs == epoch
         phase = _hash(int(seed), epoch, "phase") % block_size
-        offsets[here] = permute(samples[here], windows, _hash(int(seed), epoch, "order")) * block_size + phase
+        offsets[here] = (
+            permute(samples[here], windows, _hash(int(seed), epoch, "order")) * block_size + phase
+        )
     return offsets if np.ndim(position) else int(offsets[0])
 
 

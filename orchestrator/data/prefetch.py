@@ -51,7 +51,9 @@ class Prefetcher:
         self.close()
 
 
-def _produce(fetch: Callable[[Any], Any], items: Iterable[Any], ready: queue.Queue, stop: threading.Event) -> None:
+def _produce(
+    fetch: Callable[[Any], Any], items: Iterable[Any], ready: queue.Queue, stop: threading.Event
+) -> None:
     try:
         for item in items:
             if stop.is_set():

@@ -25,20 +25,28 @@ import numpy as np
 
 from orchestrator import files
 from orchestrator.cluster import local as local_ray
-from orchestrator.data import corpus, tasks as parts
+from orchestrator.data import corpus
+from orchestrator.data import tasks as parts
 from orchestrator.data.assembly import Parts
 from orchestrator.data.corpus import Source
-from orchestrator.data.index import write_index
-from orchestrator.errors import UserError
+from orchestrator.data.dataset import (
+    ROW_TOKENS,
+    Manifest,
+    Shard,
+    Split,
+    load_manifest,
+    write_manifest,
+)
+from orchestrator.data.documents import Span, plan_spans
 from orchestrator.data.estimate import estimate
-from orchestrator.data.dataset import ROW_TOKENS, Manifest, Shard, Split, load_manifest, write_manifest
-from orchestrator.data.tasks import SPLITS, is_val, tail_cut
+from orchestrator.data.index import write_index
 from orchestrator.data.prepared import dataset_dir, prepared, settings_of
 from orchestrator.data.progress import ProgressLine
-from orchestrator.redact import (redact_text)
-from orchestrator.data.documents import Span, plan_spans
 from orchestrator.data.shards import SHARD_ROWS
+from orchestrator.data.tasks import SPLITS, is_val, tail_cut
 from orchestrator.data.tokenizer import Tokenizer, char_tokenizer, load_tokenizer
+from orchestrator.errors import UserError
+from orchestrator.redact import redact_text
 
 if TYPE_CHECKING:
     from orchestrator.config.experiment import Data
@@ -49,8 +57,14 @@ HASH_BYTES = 64 << 20  # of small files that one task hashes
 Progress = Callable[[str, int, int], None]
 
 
-def prepare(data: "Data", directory: Path, *, progress: Progress | None = None, chunk_bytes: int | None = None,
-            shard_rows: int = SHARD_ROWS) -> Manifest:
+def prepare(
+    data: "Data",
+    directory: Path,
+    *,
+    progress: Progress | None = None,
+    chunk_bytes: int | None = None,
+    shard_rows: int = SHARD_ROWS,
+) -> Manifest:
     """Make the dataset in `directory`, or find that it is already there.
 
     Args:
@@ -73,9 +87,13 @@ def prepare(data: "Data", directory: Path, *, progress: Progress | None = None, 
             return done
         try:
             with _ray():
-                return _Preparation(data, directory, progress or ProgressLine(), chunk_bytes, shard_rows).run()
+                return _Preparation(
+                    data, directory, progress or ProgressLine(), chunk_bytes, shard_rows
+                ).run()
         except UserError:
-            shutil.rmtree(directory / WORK, ignore_errors=True)  # parts of a text that has to change first
+            shutil.rmtree(
+                directory / WORK, ignore_errors=True
+            )  # parts of a text that has to change first
             raise
 
 
@@ -92,10 +110,16 @@ class _Preparation:
         work.mkdir(exist_ok=True)
         self.sources = [self._fetch(s, work) for s in corpus.resolve(self.data.corpus)]
         stamps = _stamps(self.sources)
-        self.chunks = plan_spans([s.size for s in self.sources], self.chunk_bytes or self._default_chunk())
+        self.chunks = plan_spans(
+            [s.size for s in self.sources], self.chunk_bytes or self._default_chunk()
+        )
         self.sizes = [sum(end - start for _, start, end in chunk) for chunk in self.chunks]
         hashes, characters, seen = self._survey()
-        tokenizer = char_tokenizer(seen) if self.data.tokenizer == "char" else load_tokenizer(self.data.tokenizer)
+        tokenizer = (
+            char_tokenizer(seen)
+            if self.data.tokenizer == "char"
+            else load_tokenizer(self.data.tokenizer)
+        )
         tokenizer.save(self.directory)
         folder = work / self._fingerprint(hashes, tokenizer)
         folder.mkdir(exist_ok=True)
@@ -103,13 +127,23 @@ class _Preparation:
         self._refuse_empty(made)
         splits = self._assemble(made, tokenizer.dtype)
         if _stamps(self.sources) != stamps:
-            raise UserError("data.corpus: a file was changed while it was prepared; run the same command again")
+            raise UserError(
+                "data.corpus: a file was changed while it was prepared; run the same command again"
+            )
         sources = zip(self.sources, hashes, strict=True)
-        write_manifest(self.directory, {
-            "dtype": tokenizer.dtype.name, "row_tokens": ROW_TOKENS, "settings": settings_of(self.data),
-            "splits": splits,
-            "sources": [{"name": s.name, "size": s.size, "sha256": sha256} for s, sha256 in sources],
-            "tokenizer": {k: v for k, v in tokenizer.describe().items() if k != "characters"}})
+        write_manifest(
+            self.directory,
+            {
+                "dtype": tokenizer.dtype.name,
+                "row_tokens": ROW_TOKENS,
+                "settings": settings_of(self.data),
+                "splits": splits,
+                "sources": [
+                    {"name": s.name, "size": s.size, "sha256": sha256} for s, sha256 in sources
+                ],
+                "tokenizer": {k: v for k, v in tokenizer.describe().items() if k != "characters"},
+            },
+        )
         shutil.rmtree(work, ignore_errors=True)
         return load_manifest(self.directory)
 
@@ -127,7 +161,11 @@ class _Preparation:
         """SHA-256 of every source; characters of every chunk, and which there are, where split or tokenizer ask."""
         scan = self.data.split == "tail" or self.data.tokenizer == "char"
         jobs = [{"sources": group} for group in self._hash_groups()]
-        jobs += [{"id": i, "spans": self._spans(chunk)} for i, chunk in enumerate(self.chunks)] if scan else []
+        jobs += (
+            [{"id": i, "spans": self._spans(chunk)} for i, chunk in enumerate(self.chunks)]
+            if scan
+            else []
+        )
         hashes, counts, seen = {}, [0] * len(self.chunks), set()
         done, total = 0, sum(self.sizes) * (1 + scan)
         self.progress("reading", 0, total)
@@ -140,8 +178,10 @@ class _Preparation:
             self.progress("reading", done, total)
         for n, source in enumerate(self.sources):
             if source.sha256 and source.sha256 != hashes[n]:
-                raise UserError(f"{redact_text(source.url)}: its copy in {corpus.cache_folder()} is not what its "
-                                f"SHA-256 says; delete it")
+                raise UserError(
+                    f"{redact_text(source.url)}: its copy in {corpus.cache_folder()} is not what its "
+                    f"SHA-256 says; delete it"
+                )
         return [hashes[n] for n in range(len(self.sources))], counts, "".join(seen)
 
     def _hash_groups(self) -> list[list[list[Any]]]:
@@ -155,14 +195,24 @@ class _Preparation:
         return groups
 
     # ---- parts ----
-    def _tokenize(self, folder: Path, tokenizer: Tokenizer, hashes: list[str], characters: list[int]) -> list[dict]:
+    def _tokenize(
+        self, folder: Path, tokenizer: Tokenizer, hashes: list[str], characters: list[int]
+    ) -> list[dict]:
         """Counts of every part, in order."""
         if self.data.append_eot and tokenizer.eot_id is None:
             raise UserError(f"data.append_eot: {tokenizer.name} has no end-of-text token")
-        common = {"text_field": self.data.text_field, "tokenizer": [tokenizer.name, tokenizer.sha256],
-                  "directory": str(self.directory), "parts": str(folder), "append_eot": self.data.append_eot}
+        common = {
+            "text_field": self.data.text_field,
+            "tokenizer": [tokenizer.name, tokenizer.sha256],
+            "directory": str(self.directory),
+            "parts": str(folder),
+            "append_eot": self.data.append_eot,
+        }
         decide = self._cuts(characters) if self.data.split == "tail" else self._hashed(hashes)
-        jobs = [{"id": i, "spans": self._spans(chunk), **decide[i]} for i, chunk in enumerate(self.chunks)]
+        jobs = [
+            {"id": i, "spans": self._spans(chunk), **decide[i]}
+            for i, chunk in enumerate(self.chunks)
+        ]
         counts: list[Any] = [None] * len(jobs)
         done, total = 0, sum(self.sizes)
         self.progress("tokenizing", 0, total)
@@ -179,8 +229,14 @@ class _Preparation:
 
     def _hashed(self, hashes: list[str]) -> list[dict[str, Any]]:
         share = self.data.val_fraction
-        val = [is_val(h, share) if s.kind == "text" else None for s, h in zip(self.sources, hashes, strict=True)]
-        return [{"cut": None, "val_fraction": share, "val_spans": [val[n] for n, _, _ in c]} for c in self.chunks]
+        val = [
+            is_val(h, share) if s.kind == "text" else None
+            for s, h in zip(self.sources, hashes, strict=True)
+        ]
+        return [
+            {"cut": None, "val_fraction": share, "val_spans": [val[n] for n, _, _ in c]}
+            for c in self.chunks
+        ]
 
     def _refuse_empty(self, made: Parts) -> None:
         empty = [split for split in SPLITS if not made.tokens(split)]
@@ -188,22 +244,37 @@ class _Preparation:
             raise UserError(f"data.corpus: {redact_text(str(self.data.corpus))} holds no text")
         if empty:
             split, other = self.data.split, ", data.split=tail" if self.data.split == "hash" else ""
-            raise UserError(f"data.split: {split} with data.val_fraction={self.data.val_fraction} leaves {empty[0]} "
-                            f"without a token; use another fraction{other} or more text")
+            raise UserError(
+                f"data.split: {split} with data.val_fraction={self.data.val_fraction} leaves {empty[0]} "
+                f"without a token; use another fraction{other} or more text"
+            )
 
     def _fingerprint(self, hashes: list[str], tokenizer: Tokenizer) -> str:
-        content = [settings_of(self.data), tokenizer.sha256, self.chunks, [s.name for s in self.sources], hashes]
+        content = [
+            settings_of(self.data),
+            tokenizer.sha256,
+            self.chunks,
+            [s.name for s in self.sources],
+            hashes,
+        ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def _spans(self, chunk: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
         picked = [(self.sources[n], start, end) for n, start, end in chunk]
         replace = self.data.invalid_utf8 == "replace"
-        return [vars(Span(str(s.path), s.name, s.kind, s.size, start, end, replace)) for s, start, end in picked]
+        return [
+            vars(Span(str(s.path), s.name, s.kind, s.size, start, end, replace))
+            for s, start, end in picked
+        ]
 
     # ---- shards ----
     def _assemble(self, made: Parts, dtype: np.dtype) -> dict[str, Any]:
         """Write shards and the index of documents; returns the manifest's `splits`."""
-        jobs = [job for split in SPLITS for job in made.shards(split, self.directory, self.shard_rows, dtype)]
+        jobs = [
+            job
+            for split in SPLITS
+            for job in made.shards(split, self.directory, self.shard_rows, dtype)
+        ]
         shards, done, total = [], 0, sum(job["tokens"] for job in jobs) * dtype.itemsize
         with ThreadPoolExecutor(1) as pool:  # the only sequential work runs beside the writing
             streams = {split: pool.submit(made.stream_sha256, split) for split in SPLITS}
@@ -214,8 +285,14 @@ class _Preparation:
                 self.progress("writing", done, total)
             write_index(self.directory, {split: made.documents(split) for split in SPLITS})
             shards.sort(key=lambda shard: shard["name"])
-            return {split: {**made.totals(split), "stream_sha256": streams[split].result(),
-                            "shards": [s for s in shards if s["name"].startswith(f"{split}-")]} for split in SPLITS}
+            return {
+                split: {
+                    **made.totals(split),
+                    "stream_sha256": streams[split].result(),
+                    "shards": [s for s in shards if s["name"].startswith(f"{split}-")],
+                }
+                for split in SPLITS
+            }
 
 
 def _stamps(sources: list[Source]) -> list[tuple[int, int]]:
@@ -258,7 +335,9 @@ def _cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 0)) or 1  # a cluster that grows may have none yet
 
 
-def _map(function: Callable, items: list[dict], common: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+def _map(
+    function: Callable, items: list[dict], common: dict[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
     """Run `function({**common, **item})` for every item, one task each; results come as they end.
 
     Items and results travel as JSON: Arrow would guess at their types, row by row.
@@ -268,7 +347,9 @@ def _map(function: Callable, items: list[dict], common: dict[str, Any] | None = 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.print_on_execution_start = False, False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that it shows no bars
+    logging.getLogger("ray.data._internal.progress").setLevel(
+        logging.ERROR
+    )  # warns that it shows no bars
     rows = [{"item": json.dumps(item)} for item in items]
     run = functools.partial(_run, function, common or {}, os.environ.get("TIKTOKEN_CACHE_DIR"))
     for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(run).iter_rows():
@@ -278,11 +359,15 @@ def _map(function: Callable, items: list[dict], common: dict[str, Any] | None = 
         yield result
 
 
-def _run(function: Callable, common: dict[str, Any], cache: str | None, row: dict[str, str]) -> dict[str, str]:
+def _run(
+    function: Callable, common: dict[str, Any], cache: str | None, row: dict[str, str]
+) -> dict[str, str]:
     if cache:
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", cache)
     try:
         result = function({**common, **json.loads(row["item"])})
     except (UserError, PermissionError, FileNotFoundError) as error:
-        result = {"error": str(error)}  # as a value: Ray wraps exceptions, and tries some of them again
+        result = {
+            "error": str(error)
+        }  # as a value: Ray wraps exceptions, and tries some of them again
     return {"result": json.dumps(result)}

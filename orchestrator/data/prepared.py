@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.data import corpus
 from orchestrator.data.corpus import Source
+from orchestrator.data.dataset import FILE, FORMAT, Manifest, load_manifest
 from orchestrator.errors import UserError
-from orchestrator.data.dataset import (FILE, FORMAT, Manifest, load_manifest)
-from orchestrator.files import (file_sha256)
+from orchestrator.files import file_sha256
 
 if TYPE_CHECKING:
     from orchestrator.config.experiment import Data
@@ -38,7 +38,9 @@ def dataset_dir(data: "Data", storage: Path) -> Path:
         return Path(os.path.abspath(base / os.path.expanduser(data.dir)))
     sources = [[s.name, s.sha256 or s.size] for s in corpus.resolve(data.corpus)]
     content = json.dumps([FORMAT, settings_of(data), sources], sort_keys=True)
-    return Path(os.path.abspath(storage)) / "data" / hashlib.sha256(content.encode()).hexdigest()[:16]
+    return (
+        Path(os.path.abspath(storage)) / "data" / hashlib.sha256(content.encode()).hexdigest()[:16]
+    )
 
 
 def prepared(data: "Data", directory: Path) -> Manifest | None:
@@ -56,14 +58,25 @@ def prepared(data: "Data", directory: Path) -> Manifest | None:
         if not _names_cover(data, manifest):
             raise
         sources = []  # the tokens were brought here without their text, and nothing speaks against them
-    differences = _setting_differences(data, manifest) + (_source_differences(sources, manifest) if sources else [])
+    differences = _setting_differences(data, manifest) + (
+        _source_differences(sources, manifest) if sources else []
+    )
     differences = differences or _changed_content(sources, manifest)
     if differences:
-        raise UserError(f"{directory} holds another dataset: {'; '.join(differences)}. Set another data.dir, or delete "
-                        f"this folder to prepare it anew")
-    missing = [s.name for split in manifest.splits.values() for s in split.shards if not (directory / s.name).is_file()]
+        raise UserError(
+            f"{directory} holds another dataset: {'; '.join(differences)}. Set another data.dir, or delete "
+            f"this folder to prepare it anew"
+        )
+    missing = [
+        s.name
+        for split in manifest.splits.values()
+        for s in split.shards
+        if not (directory / s.name).is_file()
+    ]
     if missing:
-        raise UserError(f"{directory}: {missing[0]} is missing; delete the folder and prepare it again")
+        raise UserError(
+            f"{directory}: {missing[0]} is missing; delete the folder and prepare it again"
+        )
     return manifest
 
 
@@ -75,8 +88,11 @@ def _names_cover(data: "Data", manifest: Manifest) -> bool:
 
 def _setting_differences(data: "Data", manifest: Manifest) -> list[str]:
     asked = settings_of(data)
-    return [f"data.{key} is {manifest.settings.get(key)} there and {value} here"
-            for key, value in asked.items() if manifest.settings.get(key) != value]
+    return [
+        f"data.{key} is {manifest.settings.get(key)} there and {value} here"
+        for key, value in asked.items()
+        if manifest.settings.get(key) != value
+    ]
 
 
 def _source_differences(sources: list[Source], manifest: Manifest) -> list[str]:
@@ -89,7 +105,11 @@ def _source_differences(sources: list[Source], manifest: Manifest) -> list[str]:
     if then != now:
         return ["data.corpus has the same files in another order"]
     pairs = [(s, old["size"]) for s, old in zip(sources, manifest.sources, strict=True)]
-    return [f"{s.name} had {size} bytes and has {s.size}" for s, size in pairs if s.size not in (None, size)][:3]
+    return [
+        f"{s.name} had {size} bytes and has {s.size}"
+        for s, size in pairs
+        if s.size not in (None, size)
+    ][:3]
 
 
 def _changed_content(sources: list[Source], manifest: Manifest) -> list[str]:
@@ -98,6 +118,8 @@ def _changed_content(sources: list[Source], manifest: Manifest) -> list[str]:
     changed = []
     for source, old in zip(sources, manifest.sources, strict=False):
         touched = source.url is None and source.path.stat().st_mtime_ns >= made
-        if (source.sha256 or (file_sha256(source.path) if touched else old["sha256"])) != old["sha256"]:
+        if (source.sha256 or (file_sha256(source.path) if touched else old["sha256"])) != old[
+            "sha256"
+        ]:
             changed.append(f"{source.name} has changed since then")
     return changed

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from orchestrator.data.dataset import ROW_TOKENS
 from orchestrator.errors import UserError
-from orchestrator.data.dataset import (ROW_TOKENS)
-from orchestrator.files import (file_sha256)
+from orchestrator.files import file_sha256
 
 ROW_GROUP_ROWS = 32768  # 64 MiB of uint16
 SHARD_ROWS = 131072  # 256 MiB of uint16
@@ -31,16 +31,30 @@ def write_shard(path: Path, dtype: np.dtype, row_groups: Iterable[np.ndarray]) -
     width, rows = ROW_TOKENS * np.dtype(dtype).itemsize, 0
     schema = pa.schema([pa.field("tokens", pa.binary(width), nullable=False)])
     # max_rows_per_page: pyarrow's default of 20,000 would cut a row group into several pages without a word.
-    with pq.ParquetWriter(path, schema, version="2.6", store_schema=False, compression="none", use_dictionary=False,
-                          write_statistics=False, data_page_version="1.0", column_encoding={"tokens": "PLAIN"},
-                          data_page_size=width * ROW_GROUP_ROWS + 1, max_rows_per_page=ROW_GROUP_ROWS) as writer:
+    with pq.ParquetWriter(
+        path,
+        schema,
+        version="2.6",
+        store_schema=False,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
+        data_page_version="1.0",
+        column_encoding={"tokens": "PLAIN"},
+        data_page_size=width * ROW_GROUP_ROWS + 1,
+        max_rows_per_page=ROW_GROUP_ROWS,
+    ) as writer:
         for tokens in row_groups:
             count = len(tokens) // ROW_TOKENS
             assert len(tokens) == count * ROW_TOKENS
             assert 0 < count <= ROW_GROUP_ROWS
-            payload = np.ascontiguousarray(tokens, dtype=np.dtype(dtype).newbyteorder("<")).view(np.uint8)
+            payload = np.ascontiguousarray(tokens, dtype=np.dtype(dtype).newbyteorder("<")).view(
+                np.uint8
+            )
             column = pa.Array.from_buffers(pa.binary(width), count, [None, pa.py_buffer(payload)])
-            writer.write_table(pa.Table.from_arrays([column], schema=schema), row_group_size=ROW_GROUP_ROWS)
+            writer.write_table(
+                pa.Table.from_arrays([column], schema=schema), row_group_size=ROW_GROUP_ROWS
+            )
             rows += count
     return rows
 
@@ -55,7 +69,9 @@ def map_shard(path: Path) -> list[np.ndarray]:
         metadata = pq.read_metadata(path)
         width = metadata.schema.to_arrow_schema().field("tokens").type.byte_width
     except (OSError, pa.ArrowException, KeyError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a token shard ({error}); prepare the tokens again") from None
+        raise UserError(
+            f"{path}: cannot be read as a token shard ({error}); prepare the tokens again"
+        ) from None
     dtype = np.dtype("<u2" if width == 2 * ROW_TOKENS else "<u4")
     raw = np.memmap(path, dtype=np.uint8, mode="r")
     payloads = []
@@ -64,11 +80,18 @@ def map_shard(path: Path) -> list[np.ndarray]:
         chunk = group.column(0)
         size = group.num_rows * width
         end = chunk.data_page_offset + chunk.total_compressed_size
-        if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page or not _one_plain_page(
-                raw, chunk.data_page_offset, end - size, size, group.num_rows):
-            raise UserError(f"{path}: row group {i} is not one plain, uncompressed page; prepare the tokens again")
+        if (
+            chunk.compression != "UNCOMPRESSED"
+            or chunk.has_dictionary_page
+            or not _one_plain_page(raw, chunk.data_page_offset, end - size, size, group.num_rows)
+        ):
+            raise UserError(
+                f"{path}: row group {i} is not one plain, uncompressed page; prepare the tokens again"
+            )
         # A plain ndarray over the mapping: slicing np.memmap itself costs twice as much per window.
-        payloads.append(np.frombuffer(raw, dtype=dtype, count=size // dtype.itemsize, offset=end - size))
+        payloads.append(
+            np.frombuffer(raw, dtype=dtype, count=size // dtype.itemsize, offset=end - size)
+        )
     return payloads
 
 
@@ -83,7 +106,9 @@ def verify(path: Path, sha256: str) -> None:
         found = path.stat()
         key = f"{path.resolve()}/{found.st_ino}/{found.st_size}/{found.st_mtime_ns}/{found.st_ctime_ns}/{sha256}"
         with open(_stamps() / hashlib.sha256(key.encode()).hexdigest(), "a+") as stamp:
-            fcntl.flock(stamp, fcntl.LOCK_EX)  # the other workers of this node wait, and find it done
+            fcntl.flock(
+                stamp, fcntl.LOCK_EX
+            )  # the other workers of this node wait, and find it done
             stamp.seek(0)
             if stamp.read() == "verified":
                 return
@@ -91,9 +116,13 @@ def verify(path: Path, sha256: str) -> None:
                 stamp.write("verified")
                 return
     except FileNotFoundError:
-        raise UserError(f"{path}: it is missing; delete its folder and prepare the tokens again") from None
-    raise UserError(f"{path}: not what was written (SHA-256 differs); delete its folder and prepare the "
-                    f"tokens again")
+        raise UserError(
+            f"{path}: it is missing; delete its folder and prepare the tokens again"
+        ) from None
+    raise UserError(
+        f"{path}: not what was written (SHA-256 differs); delete its folder and prepare the "
+        f"tokens again"
+    )
 
 
 def _stamps() -> Path:
@@ -103,13 +132,16 @@ def _stamps() -> Path:
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise UserError(f"{folder}: not a folder of yours alone ({stat.filemode(found.st_mode)}, owner {found.st_uid}), so what "
-                        f"it says of verified shards counts for nothing; remove it, or set TMPDIR to a folder of your own")
+        raise UserError(
+            f"{folder}: not a folder of yours alone ({stat.filemode(found.st_mode)}, owner {found.st_uid}), so what "
+            f"it says of verified shards counts for nothing; remove it, or set TMPDIR to a folder of your own"
+        )
     return folder
 
 
 def as_lists(table: pa.Table) -> pa.Table:
     """A shard's table with `tokens` as lists of integers, for people who look; no copy."""
+
     def view(chunk: pa.Array) -> pa.Array:
         width = chunk.type.byte_width
         kind = pa.uint16() if width == 2 * ROW_TOKENS else pa.uint32()
@@ -128,8 +160,14 @@ def _one_plain_page(raw: np.ndarray, start: int, payload: int, size: int, rows: 
     except (IndexError, RecursionError):
         return False
     page = fields.get(5, {})
-    return (end == payload and fields.get(1) == 0 and fields.get(2) == size and fields.get(3) == size
-            and page.get(1) == rows and page.get(2) == 0)
+    return (
+        end == payload
+        and fields.get(1) == 0
+        and fields.get(2) == size
+        and fields.get(3) == size
+        and page.get(1) == rows
+        and page.get(2) == 0
+    )
 
 
 def _read_struct(raw: np.ndarray, at: int) -> tuple[dict, int]:

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.errors import UserError
-from orchestrator.data.dataset import (ROW_TOKENS)
-from orchestrator.files import (file_sha256, fsync, write_atomically)
+from orchestrator.data.dataset import ROW_TOKENS
 from orchestrator.data.documents import Piece, Span, pieces
 from orchestrator.data.shards import ROW_GROUP_ROWS, write_shard
 from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
+from orchestrator.errors import UserError
+from orchestrator.files import file_sha256, fsync, write_atomically
 
 SPLITS = ("train", "val")
 _LONG_SPACE = re.compile(r"\s{100000,}")
@@ -36,14 +36,20 @@ def survey(job: dict[str, Any]) -> dict[str, Any]:
     `{"id", "spans", "text_field"}` -> `{"bytes", "id", "characters", "seen"}`.
     """
     if "sources" in job:
-        return {"bytes": sum(os.path.getsize(path) for _, path in job["sources"]),
-                "sha256": [[number, file_sha256(path)] for number, path in job["sources"]]}
+        return {
+            "bytes": sum(os.path.getsize(path) for _, path in job["sources"]),
+            "sha256": [[number, file_sha256(path)] for number, path in job["sources"]],
+        }
     count, seen = 0, set()
     for piece in _pieces(job):
         count += len(piece.text)
         seen.update(piece.text)
-    return {"bytes": sum(span["end"] - span["start"] for span in job["spans"]), "id": job["id"], "characters": count,
-            "seen": "".join(sorted(seen))}
+    return {
+        "bytes": sum(span["end"] - span["start"] for span in job["spans"]),
+        "id": job["id"],
+        "characters": count,
+        "seen": "".join(sorted(seen)),
+    }
 
 
 def tokenize(job: dict[str, Any]) -> dict[str, Any]:
@@ -70,8 +76,13 @@ def tokenize(job: dict[str, Any]) -> dict[str, Any]:
             for writer in writers.values():
                 writer.discard()
         write_atomically(Path(f"{stem}.json"), json.dumps(done), durable=True)
-    return {"id": job["id"], **{split: {"tokens": d["tokens"], "bytes": d["bytes"], "documents": len(d["index"])}
-                                for split, d in done.items()}}
+    return {
+        "id": job["id"],
+        **{
+            split: {"tokens": d["tokens"], "bytes": d["bytes"], "documents": len(d["index"])}
+            for split, d in done.items()
+        },
+    }
 
 
 def assemble(job: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +93,9 @@ def assemble(job: dict[str, Any]) -> dict[str, Any]:
     path = Path(job["path"])
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
     try:
-        rows = write_shard(temporary, job["dtype"], _row_groups(job["slices"], np.dtype(job["dtype"])))
+        rows = write_shard(
+            temporary, job["dtype"], _row_groups(job["slices"], np.dtype(job["dtype"]))
+        )
         fsync(temporary)
         sha256 = file_sha256(temporary)
         os.replace(temporary, path)
@@ -108,7 +121,9 @@ def _assigned(job: dict[str, Any]) -> Iterator[tuple[str, Piece, bool]]:
         for span, val in zip(job["spans"], job["val_spans"], strict=True):
             for piece in pieces(Span(**span), job["text_field"]):
                 if span["kind"] != "text":
-                    val = is_val(hashlib.sha256(piece.text.encode()).hexdigest(), job["val_fraction"])
+                    val = is_val(
+                        hashlib.sha256(piece.text.encode()).hexdigest(), job["val_fraction"]
+                    )
                 yield SPLITS[val], piece, piece.starts
         return
     position = 0
@@ -128,7 +143,11 @@ def _cut(piece: Piece, cut: int) -> Iterator[tuple[str, Piece, bool]]:
     elif cut <= 0:
         yield "val", piece, piece.starts or cut == 0
     else:
-        yield "train", Piece(piece.document, piece.text[:cut], piece.offset, piece.starts, False), piece.starts
+        yield (
+            "train",
+            Piece(piece.document, piece.text[:cut], piece.offset, piece.starts, False),
+            piece.starts,
+        )
         rest = piece.offset + len(piece.text[:cut].encode())
         yield "val", Piece(piece.document, piece.text[cut:], rest, False, piece.ends), True
 
@@ -147,7 +166,9 @@ class _Writer:
     tokenizer: Tokenizer
     tokens: int = 0
     bytes: int = 0
-    index: list[tuple[str, int]] = field(default_factory=list)  # document, its first token in this part
+    index: list[tuple[str, int]] = field(
+        default_factory=list
+    )  # document, its first token in this part
 
     def __post_init__(self):
         self.temporary = f"{self.path}.{os.getpid()}-{os.urandom(4).hex()}"
@@ -169,7 +190,12 @@ class _Writer:
     def close(self) -> dict[str, Any]:
         self.file.close()
         os.replace(self.temporary, self.path)
-        return {"tokens": self.tokens, "bytes": self.bytes, "sha256": self.digest.hexdigest(), "index": self.index}
+        return {
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "sha256": self.digest.hexdigest(),
+            "index": self.index,
+        }
 
     def discard(self) -> None:
         self.file.close()
@@ -186,13 +212,25 @@ def encode(tokenizer: Tokenizer, piece: Piece) -> np.ndarray:
         return tokenizer.encode(piece.text)
     except BaseException as error:
         # tiktoken's regular expressions overflow with a ValueError or with Rust's panic, which is no Exception.
-        if type(error).__name__ != "PanicException" and not (isinstance(error, ValueError) and "Regex" in str(error)):
+        if type(error).__name__ != "PanicException" and not (
+            isinstance(error, ValueError) and "Regex" in str(error)
+        ):
             raise
         run = _LONG_SPACE.search(piece.text)
-        where = f"{len(run[0]):,} whitespace characters in a row" if run else "a run too long for its pattern"
-        at = f" from its byte {piece.offset + len(piece.text[:run.start()].encode())} on" if run else ""
-        raise UserError(f"{piece.document}: {where}{at}, more than tiktoken can take; shorten it in the corpus, or use "
-                        f"data.tokenizer=byte") from None
+        where = (
+            f"{len(run[0]):,} whitespace characters in a row"
+            if run
+            else "a run too long for its pattern"
+        )
+        at = (
+            f" from its byte {piece.offset + len(piece.text[: run.start()].encode())} on"
+            if run
+            else ""
+        )
+        raise UserError(
+            f"{piece.document}: {where}{at}, more than tiktoken can take; shorten it in the corpus, or use "
+            f"data.tokenizer=byte"
+        ) from None
 
 
 @functools.lru_cache(maxsize=2)

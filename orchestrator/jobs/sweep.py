@@ -27,7 +27,7 @@ from orchestrator.runs import lock as lease
 from orchestrator.runs import signals as interrupts
 from orchestrator.runs import stop as stopping
 from orchestrator.runs.facts import model_facts
-from orchestrator.runs.folder import recorded_layout
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import check_writable, storage_root
 from orchestrator.sweep import cost as sweep_plan
 from orchestrator.sweep import view as tree_view
@@ -64,7 +64,7 @@ def _run(sweep: Sweep, storage: Path, folder: Path, uri: str) -> int:
     with interrupts.while_ray_starts():
         launch.connect(launch.worker_environment())
     launch.check_storage(sweep.base.storage or os.environ.get("ESPALIER_STORAGE") or "runs")
-    layout = _layout(sweep, recorded_layout(folder))
+    layout = _layout(sweep, RunFolder(folder).recorded_layout())
     datasets = {
         key: prepare(data, dataset_dir(data, storage)) for key, data in _data_of(sweep).items()
     }
@@ -216,7 +216,7 @@ def _check_shapes(sweep: Sweep, datasets: Mapping[str, Manifest]) -> None:
 def _finished(sweep: Sweep, storage: Path, folder: Path) -> Study | None:
     """The study, where it is known without a cluster that nothing is left to run."""
     layout, manifests = (
-        recorded_layout(folder),
+        RunFolder(folder).recorded_layout(),
         {k: dataset_dir(d, storage) for k, d in _data_of(sweep).items()},
     )
     if layout is None or not all((path / "manifest.json").exists() for path in manifests.values()):

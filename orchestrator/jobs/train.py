@@ -30,14 +30,15 @@ from orchestrator.errors import (
 )
 from orchestrator.files import read_json
 from orchestrator.redact import redact
-from orchestrator.runs import events, journal
-from orchestrator.runs import folder as runs
+from orchestrator.runs import events, identity, journal
 from orchestrator.runs import lock as lease
 from orchestrator.runs import signals as interrupts
 from orchestrator.runs import stop as stopping
+from orchestrator.runs import summary as summary_file
 from orchestrator.runs.console import Console
+from orchestrator.runs.ending import Ending, Kind
 from orchestrator.runs.facts import facts_of, model_facts
-from orchestrator.runs.folder import recorded_layout
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import check_writable, storage_root
 from orchestrator.text import duration, number, table
 from orchestrator.track.mlflow import Tracker, replay, resolve_uri
@@ -75,11 +76,11 @@ def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path) -> int
     with interrupts.while_ray_starts():
         launch.connect()
     launch.check_storage(experiment.storage or os.environ.get("ESPALIER_STORAGE") or "runs")
-    layout = launch.layout(experiment, recorded_layout(run_dir))
+    layout = launch.layout(experiment, RunFolder(run_dir).recorded_layout())
     dataset = prepare(experiment.data, data_dir)
     windows_per_epoch(dataset.splits["train"].tokens, experiment.model.block_size)
     init_from.check_shape(experiment, dataset.tokenizer["n_vocab"])
-    step = runs.check_resumable(run_dir, experiment, dataset, _leave_to_rank_0)
+    step = identity.check_resumable(RunFolder(run_dir), experiment, dataset, _leave_to_rank_0)
     drift = _drift(run_dir, step, experiment, layout)
     facts, estimate = (
         facts_of(experiment, dataset),
@@ -90,9 +91,9 @@ def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path) -> int
         "from_step": step,
         "layout": asdict(layout),
         **({"drift": "; ".join(drift)} if drift else {}),
-        **{k: v for k, v in experiment.flat().items() if k.startswith(runs.FREE)},
+        **{k: v for k, v in experiment.flat().items() if k.startswith(identity.FREE)},
     }
-    runs.open_attempt(run_dir, experiment, facts, redact(attempt))
+    identity.begin_attempt(RunFolder(run_dir), experiment, facts, redact(attempt))
     tracker = Tracker(run_dir, uri, experiment.tracking.experiment)
     return _train(experiment, run_dir, data_dir, layout, tracker, step, estimate)
 
@@ -141,9 +142,9 @@ def _train(
     if hang := watchdog.report(run_dir):
         print(hang, file=sys.stderr)
     # A job that is stopped has 3 s before SIGKILL: hashing the weights is for a run that is done.
-    summary = runs.summarise(
-        run_dir,
-        (status, code),
+    summary = summary_file.summarize(
+        RunFolder(run_dir),
+        Ending(_kind(code)),
         experiment.tokens_per_step,
         tracker.run_id,
         time.monotonic() - started,
@@ -155,7 +156,7 @@ def _train(
         sent = tracker.finish(status, deadline_s=interrupts.ending_s(code))
     if summary["mlflow_run_id"] != tracker.run_id:  # a server that was slow to answer
         summary["mlflow_run_id"] = tracker.run_id
-        runs.write_summary(run_dir, summary)
+        RunFolder(run_dir).write_summary(summary)
     if reason:
         print(f"error: {reason}" if code == EXIT_USER else reason, file=sys.stderr)
     _print_summary(run_dir, summary, tracker.url)
@@ -166,6 +167,17 @@ def _train(
             flush=True,
         )
     return code
+
+
+def _kind(code: int) -> Kind:
+    kinds: dict[int, Kind] = {
+        EXIT_DONE: "done",
+        EXIT_FAILED: "failed",
+        EXIT_USER: "user",
+        EXIT_AGAIN: "again",
+        EXIT_INTERRUPTED: "interrupted",
+    }
+    return kinds[code]
 
 
 def _leave_to_rank_0(message: str) -> None:
@@ -239,7 +251,7 @@ def _compare(run_dir: Path, summary: dict[str, Any], estimate: dict[str, float])
         "final_disk_bytes": calibrate.folder_bytes(run_dir / "checkpoints"),
     }
     summary |= {"estimated": estimate, "measured": measured}
-    runs.write_summary(run_dir, summary)
+    RunFolder(run_dir).write_summary(summary)
 
 
 # ---- a run that is done ----
@@ -250,7 +262,9 @@ def _is_finished(run_dir: Path, experiment: Experiment, data_dir: Path) -> bool:
     if not (data_dir / "manifest.json").exists():
         return False
     return (
-        runs.check_resumable(run_dir, experiment, load_manifest(data_dir), _leave_to_rank_0)
+        identity.check_resumable(
+            RunFolder(run_dir), experiment, load_manifest(data_dir), _leave_to_rank_0
+        )
         == experiment.train.max_steps
     )
 

@@ -27,8 +27,8 @@ from orchestrator.files import read_json, write_atomically
 from orchestrator.replay import verdict
 from orchestrator.replay.recorded import Recorded
 from orchestrator.replay.verdict import Cause, Difference, Verdict
-from orchestrator.runs import events, journal
-from orchestrator.runs.folder import identity_differences, stored_experiment
+from orchestrator.runs import events, identity, journal
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.sources import source_facts
 from orchestrator.train import numerics
 from orchestrator.train.loop import Run
@@ -114,7 +114,7 @@ def pieces(run: Recorded, s: Stretch) -> list[Piece]:
     for begin, stop in zip([start, *stops], stops, strict=False):
         attempt = next((a for a in reversed(attempts) if a.get("from_step", 0) <= begin), {})
         path = run.path(run.witness(stop))
-        train = stored_experiment(path).train
+        train = RunFolder(path).read_experiment().train
         recorded = checkpoint.read_manifest(path)["fingerprints"]["numerics"]
         cpus = (attempt.get("layout") or {}).get("cpus_per_worker", recorded["cpus_per_worker"])
         settings = {key: attempt.get(f"train.{key}", getattr(train, key)) for key in SETTINGS}
@@ -125,7 +125,7 @@ def pieces(run: Recorded, s: Stretch) -> list[Piece]:
 def experiment_of(run: Recorded, s: Stretch) -> Experiment:
     """What the run's folder says that it is; a folder without experiment.yaml is its checkpoint's."""
     has_own = (run.run_dir / "experiment.yaml").is_file()
-    return stored_experiment(run.run_dir if has_own else run.path(run.witness(s.last)))
+    return RunFolder(run.run_dir if has_own else run.path(run.witness(s.last))).read_experiment()
 
 
 def data_wanted(run: Recorded, s: Stretch) -> str:
@@ -281,7 +281,7 @@ def changes(
                     f"the tokens in {dataset.directory} are not those that the run was trained on",
                 )
             )
-        for line in identity_differences(stored_experiment(path), experiment, step):
+        for line in identity.identity_differences(RunFolder(path).read_experiment(), experiment, step):
             kind = "seed" if line.startswith("train.seed:") else "experiment"
             found.append(
                 Cause(kind, f"{line} (there: the checkpoint's experiment.yaml, here: the run's)")

@@ -5,7 +5,6 @@ is full it hears nothing from them, and looks itself.
 """
 
 import contextlib
-import json
 import os
 import threading
 from pathlib import Path
@@ -20,7 +19,9 @@ FULL_BYTES = 4096  # free, or fewer: not even an event may find room
 class Console:
     """Prints the lines and events that are written in `run_dir` from now on; `with Console(…):` around the run."""
 
-    def __init__(self, run_dir: Path, max_steps: int, tokens_per_step: int, interval_s: float = 0.3):
+    def __init__(
+        self, run_dir: Path, max_steps: int, tokens_per_step: int, interval_s: float = 0.3
+    ):
         self.max_steps, self.tokens_per_step = max_steps, tokens_per_step
         self.interval_s, self.done = interval_s, threading.Event()
         self.run_dir, self.is_full = Path(run_dir), False
@@ -57,14 +58,19 @@ class Console:
     def _look_for_room(self) -> None:
         before, self.is_full = self.is_full, _is_full(self.run_dir)
         if self.is_full and not before:
-            print(f"{self.run_dir}: the disk is full. Training goes on; lines and checkpoints wait for room", flush=True)
+            print(
+                f"{self.run_dir}: the disk is full. Training goes on; lines and checkpoints wait for room",
+                flush=True,
+            )
 
 
 def _is_full(folder: Path) -> bool:
     """Whether nothing more can be written there, as far as the system says so."""
     with contextlib.suppress(OSError):
         room = os.statvfs(folder)
-        return bool(room.f_blocks) and (room.f_bavail * room.f_frsize < FULL_BYTES or bool(room.f_files) and not room.f_favail)
+        return bool(room.f_blocks) and (
+            room.f_bavail * room.f_frsize < FULL_BYTES or bool(room.f_files) and not room.f_favail
+        )
     return False
 
 
@@ -87,7 +93,7 @@ def format_record(record: dict[str, Any], max_steps: int, tokens_per_step: int) 
     if speed:
         parts.append(f"ETA {duration((max_steps - step) * tokens_per_step / speed)}")
     if "val/loss" in record:
-        parts.append(f"val loss {record['val/loss']:.4f}, {record['val/bits_per_byte']:.4f} bits/byte")
+        parts.append(
+            f"val loss {record['val/loss']:.4f}, {record['val/bits_per_byte']:.4f} bits/byte"
+        )
     return " | ".join(parts)
-
-

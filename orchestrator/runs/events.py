@@ -21,13 +21,20 @@ FILE = "events.jsonl"
 
 def note(run_dir: Path, kind: str, message: str, **facts: Any) -> dict[str, Any]:
     """Append one event with one system call, and return it. Never raises for want of room: a full disk is an event itself."""
-    event = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "kind": kind, "message": message, **facts}
+    event = {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "kind": kind,
+        "message": message,
+        **facts,
+    }
     line = json.dumps(event).encode() + b"\n"
     try:
         fd = files.opener(Path(run_dir) / FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
             start = os.fstat(fd).st_size
-            if start and os.pread(fd, 1, start - 1) != b"\n":  # torn, by a kill or by a hand: nothing may be glued to it
+            if (
+                start and os.pread(fd, 1, start - 1) != b"\n"
+            ):  # torn, by a kill or by a hand: nothing may be glued to it
                 line = b"\n" + line
             if os.write(fd, line) != len(line):
                 os.ftruncate(fd, start)

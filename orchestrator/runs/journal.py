@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import files
-from orchestrator.runs import events
 from orchestrator.errors import NO_ROOM, UserError
-from orchestrator.files import (fsync)
+from orchestrator.files import fsync
+from orchestrator.runs import events
 
 FILE = "metrics.jsonl"
 TAIL_BYTES = 8192  # a line has some hundreds
@@ -51,8 +51,11 @@ class Journal:
                 if error.errno not in NO_ROOM:
                     raise
                 if not self.is_short:
-                    self._note(step, f"no room for the line of step {step} ({error.strerror}); it waits in memory, and "
-                                     f"checkpoints wait for it; training goes on")
+                    self._note(
+                        step,
+                        f"no room for the line of step {step} ({error.strerror}); it waits in memory, and "
+                        f"checkpoints wait for it; training goes on",
+                    )
                 self.is_short = True
                 return error
             self.late.pop(0)
@@ -68,8 +71,10 @@ class Journal:
             UserError: there is no room for what is late.
         """
         if error := self.catch_up():
-            raise UserError(f"{self.path}: no room for the line of step {self.late[0]['step']} ({error.strerror}). Free some room "
-                            f"there and run the same command again: it goes on from the last checkpoint")
+            raise UserError(
+                f"{self.path}: no room for the line of step {self.late[0]['step']} ({error.strerror}). Free some room "
+                f"there and run the same command again: it goes on from the last checkpoint"
+            )
 
     def _note(self, step: int | None, message: str) -> None:
         events.note(self.path.parent, "disk_full", f"{self.path}: {message}", step=step)
@@ -79,12 +84,16 @@ class Journal:
         line = json.dumps(record).encode() + b"\n"
         with open(self.path, "ab", buffering=0, opener=files.opener) as file:
             start = file.seek(0, os.SEEK_END)
-            if file.write(line) != len(line):  # a full disk takes what fits: the next line must not be glued to it
+            if file.write(line) != len(
+                line
+            ):  # a full disk takes what fits: the next line must not be glued to it
                 file.truncate(start)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         return record
 
-    def rewind(self, step: int, reduce: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None) -> int:
+    def rewind(
+        self, step: int, reduce: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None
+    ) -> int:
         """Move every line after `step` aside, and drop a torn last line; returns how many lines moved.
 
         Args:
@@ -93,12 +102,23 @@ class Journal:
         keep, aside = [], []
         for line in _whole_lines(self.path):
             record = json.loads(line)
-            stays = reduce(record) if reduce and record["step"] == step else record if record["step"] <= step else None
+            stays = (
+                reduce(record)
+                if reduce and record["step"] == step
+                else record
+                if record["step"] <= step
+                else None
+            )
             keep += [line if stays == record else json.dumps(stays).encode()] if stays else []
             aside += [line] if stays != record else []
         if aside:
             # The step is in the name, for a step made again need not be one that was moved: intervals may change.
-            _write(self.path.with_name(f"metrics.aside-{generation(self.path.parent):04d}-from-{max(step, -1) + 1}.jsonl"), aside)
+            _write(
+                self.path.with_name(
+                    f"metrics.aside-{generation(self.path.parent):04d}-from-{max(step, -1) + 1}.jsonl"
+                ),
+                aside,
+            )
         if self.path.exists():
             _write(self.path, keep)
         return len(aside)
@@ -127,10 +147,15 @@ def last(run_dir: Path) -> dict[str, Any] | None:
     return json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else None
 
 
-def by_interval(record: dict[str, Any], log_interval: int | None, eval_interval: int | None) -> dict[str, Any] | None:
+def by_interval(
+    record: dict[str, Any], log_interval: int | None, eval_interval: int | None
+) -> dict[str, Any] | None:
     """What a line would hold if its run did not end there; None where nothing was due."""
+
     def due(key: str) -> bool:
-        interval = eval_interval if key.startswith("val/") or key == "train/eval_loss" else log_interval
+        interval = (
+            eval_interval if key.startswith("val/") or key == "train/eval_loss" else log_interval
+        )
         return bool(interval) and record["step"] % interval == 0
 
     kept = {k: v for k, v in record.items() if k not in ("step", "timestamp") and due(k)}
@@ -169,7 +194,9 @@ class Tail:
 
 def aside_files(run_dir: Path) -> list[Path]:
     """Files of lines that resumes moved aside, oldest first."""
-    return sorted(filter(files.is_plain, Path(run_dir).glob("metrics.aside-*.jsonl")), key=number_of)
+    return sorted(
+        filter(files.is_plain, Path(run_dir).glob("metrics.aside-*.jsonl")), key=number_of
+    )
 
 
 def number_of(aside: Path) -> int:

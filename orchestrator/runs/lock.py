@@ -17,7 +17,10 @@ from pathlib import Path
 from orchestrator import files
 from orchestrator.errors import HeldError
 
-DRIVER, WRITER = ".lock", ".writer"  # of the run's driver; of the worker that writes, which may outlive it for a moment
+DRIVER, WRITER = (
+    ".lock",
+    ".writer",
+)  # of the run's driver; of the worker that writes, which may outlive it for a moment
 SENDER = ".tracking"  # of who sends the run to MLflow, for as long as one attempt takes
 PROBE_S = 0.5  # somebody who only asks holds the lock for microseconds
 
@@ -50,7 +53,9 @@ def _locked(run_dir: Path, name: str, deadline: float):
         run_dir.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             file = open(run_dir / name, "a+", opener=files.opener)  # noqa: SIM115 - the caller closes it
-            if _lock(file, fcntl.LOCK_EX) and os.path.samestat(os.fstat(file.fileno()), os.stat(run_dir / name)):
+            if _lock(file, fcntl.LOCK_EX) and os.path.samestat(
+                os.fstat(file.fileno()), os.stat(run_dir / name)
+            ):
                 return file
             holder = _read(file)
             file.close()
@@ -81,7 +86,10 @@ def check(run_dir: Path) -> None:
 def _lock(file, kind: int) -> bool:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # other errors are the file system's: no lock, no room
+    except (
+        BlockingIOError,
+        PermissionError,
+    ):  # other errors are the file system's: no lock, no room
         return False
     return True
 
@@ -92,7 +100,9 @@ def _read(file, otherwise: str = "another process") -> str:
 
 
 def _write(file, text: str) -> None:
-    with contextlib.suppress(OSError):  # the name is for people: on a full disk the lock holds without one
+    with contextlib.suppress(
+        OSError
+    ):  # the name is for people: on a full disk the lock holds without one
         file.truncate(0)
         file.write(text)
         file.flush()

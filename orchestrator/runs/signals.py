@@ -39,15 +39,21 @@ def signals() -> Iterator[None]:
 @contextlib.contextmanager
 def while_ray_starts() -> Iterator[None]:
     """`ray.init` puts a handler of its own in place, which exits; where that falls into a fork, Python drops the exit."""
+
     def unraisable(dropped) -> None:
         if not isinstance(dropped.exc_value, SystemExit | KeyboardInterrupt):
             hook(dropped)
 
     read, write = os.pipe()
-    sys.unraisablehook, hook = unraisable, sys.unraisablehook  # what was dropped is heard below: no traceback of it
+    sys.unraisablehook, hook = (
+        unraisable,
+        sys.unraisablehook,
+    )  # what was dropped is heard below: no traceback of it
     os.set_blocking(read, False)
     os.set_blocking(write, False)
-    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # hears every signal, whoever handles it
+    before = signal.set_wakeup_fd(
+        write, warn_on_full_buffer=False
+    )  # hears every signal, whoever handles it
     try:
         yield
     finally:
@@ -71,8 +77,11 @@ def install_sigterm() -> None:
 @contextlib.contextmanager
 def asking(ask: Callable[[], None]) -> Iterator[None]:
     """SIGTERM inside calls `ask`, and interrupts only what has not ended by itself some seconds later."""
+
     def terminate(*_):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the orderly end short
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # a second one must not cut the orderly end short
         _since.append(time.monotonic())
         signal.signal(signal.SIGALRM, lambda *_: _interrupt())
         signal.setitimer(signal.ITIMER_REAL, stop_wait_s())

@@ -7,7 +7,6 @@ sources) and MLflow's source tags.
 import getpass
 import hashlib
 import os
-import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -36,17 +35,25 @@ def source_facts(cwd: Path) -> dict[str, Any]:
 def sources_sha256(cwd: Path) -> str:
     """SHA-256 (hex) over sorted names, sizes and bytes of the Python files under model/, orchestrator/, pipelines/."""
     cwd, digest = Path(cwd), hashlib.sha256()
-    for name in sorted(p.relative_to(cwd).as_posix() for package in PACKAGES for p in (cwd / package).rglob("*.py")):
+    for name in sorted(
+        p.relative_to(cwd).as_posix() for package in PACKAGES for p in (cwd / package).rglob("*.py")
+    ):
         content = (cwd / name).read_bytes()
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
 
-def source_tags(facts: dict[str, Any], script: str = "pipelines/train.py",
-                ray_job_id: str | None = None) -> dict[str, str]:
+def source_tags(
+    facts: dict[str, Any], script: str = "pipelines/train.py", ray_job_id: str | None = None
+) -> dict[str, str]:
     """The tags under which MLflow's pages show where a run came from."""
-    tags = {"mlflow.source.name": script, "mlflow.source.type": "JOB", "mlflow.source.git.commit": facts["commit"],
-            "source.sha256": facts["sources_sha256"], "mlflow.user": _user()}
+    tags = {
+        "mlflow.source.name": script,
+        "mlflow.source.type": "JOB",
+        "mlflow.source.git.commit": facts["commit"],
+        "source.sha256": facts["sources_sha256"],
+        "mlflow.user": _user(),
+    }
     if facts["dirty"] is not None:
         tags["source.dirty"] = str(facts["dirty"]).lower()
     return tags | ({"ray.job_id": ray_job_id} if ray_job_id else {})
@@ -55,7 +62,9 @@ def source_tags(facts: dict[str, Any], script: str = "pipelines/train.py",
 def _git(cwd: Path, *words: str) -> str:
     """Standard output of git, or nothing where git or the repository is missing."""
     try:
-        done = subprocess.run(["git", "-C", str(cwd), *words], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", "-C", str(cwd), *words], capture_output=True, text=True, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -66,7 +75,3 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user id without a name
         return UNKNOWN
-
-
-
-

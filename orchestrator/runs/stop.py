@@ -29,7 +29,9 @@ def asked(run_dir: Path) -> str | None:
         text = files.read_text(Path(run_dir) / FILE).strip()
     except OSError:  # not there, or not readable at this moment
         return None
-    with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):  # whatever else somebody wrote there
+    with contextlib.suppress(
+        ValueError, TypeError, LookupError, RecursionError
+    ):  # whatever else somebody wrote there
         return json.loads(text)["reason"] if text else None
     return "asked to stop"
 

@@ -28,4 +28,6 @@ def check_writable(storage: Path) -> None:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         why = "not writable" if place.is_dir() else "a file"
-        raise UserError(f"storage: {storage} cannot be written to, {place} is {why}; set storage=… or ESPALIER_STORAGE")
+        raise UserError(
+            f"storage: {storage} cannot be written to, {place} is {why}; set storage=… or ESPALIER_STORAGE"
+        )

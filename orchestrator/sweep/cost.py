@@ -15,7 +15,7 @@ from orchestrator.cost.measure import Timing
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.prepare import dataset_dir
 from orchestrator.data.prepared import prepared
-from orchestrator.runs.folder import recorded_layout
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep import figures as sweep_figures
 from orchestrator.sweep import view as tree_view
@@ -40,7 +40,9 @@ def show(sweep: Sweep) -> int:
     experiments = [spec.experiment for spec in sweep.trials] or [sweep.base]
     counts = {data_key(e.data): plan.token_counts(e) for e in experiments}
     datasets = {data_key(e.data): _dataset(e, storage) for e in experiments}
-    layout = recorded_layout(storage / sweep.base.name) or plan.local_layout(experiments[0])
+    layout = RunFolder(storage / sweep.base.name).recorded_layout() or plan.local_layout(
+        experiments[0]
+    )
     study = Study.open(sweep, storage / sweep.base.name, layout, datasets)
     if not study.plan.stages:
         print(

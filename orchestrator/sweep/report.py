@@ -15,7 +15,6 @@ from typing import Any
 from orchestrator.cost import estimate as cost_lines
 from orchestrator.files import read_json, write_atomically
 from orchestrator.redact import redact
-from orchestrator.runs import folder as runs
 from orchestrator.runs import journal
 from orchestrator.runs.facts import facts_of
 from orchestrator.sweep import figures as sweep_figures
@@ -84,8 +83,8 @@ class Report:
             "tags": tags,
             "attempts": self.attempts,
         }
-        runs.write_text(self.folder / "sweep.yaml", study.sweep.to_yaml())
-        runs.write_text(self.folder / "run.json", json.dumps(run, indent=1))
+        write_atomically(self.folder / "sweep.yaml", study.sweep.to_yaml())
+        write_atomically(self.folder / "run.json", json.dumps(run, indent=1))
         (self.folder / "summary.json").unlink(missing_ok=True)
         self._draw_plan()
         for candidate in study.candidates.values():
@@ -100,7 +99,7 @@ class Report:
     def _draw_plan(self) -> None:
         plan = self.books.plan
         if plan.stages:  # else a sampler has not asked for any yet
-            runs.write_text(
+            write_atomically(
                 self.folder / "plan.txt",
                 "\n".join([*tree_view.summary(plan), "", tree_view.text(plan), ""]),
             )
@@ -144,8 +143,8 @@ class Report:
             ):
                 self._assemble(candidate)
         self.summary = self._summary(end, rows, wall_s)
-        runs.write_text(self.folder / "summary.json", json.dumps(self.summary, indent=1))
-        runs.write_text(self.folder / "comparison.csv", comparison.csv_text(rows))
+        write_atomically(self.folder / "summary.json", json.dumps(self.summary, indent=1))
+        write_atomically(self.folder / "comparison.csv", comparison.csv_text(rows))
         if in_a_hurry:
             return self.summary
         self._draw_plan()

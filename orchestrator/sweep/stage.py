@@ -22,7 +22,7 @@ from orchestrator.errors import UserError
 from orchestrator.files import read_json, write_atomically
 from orchestrator.runs import journal
 from orchestrator.runs import lock as lease
-from orchestrator.runs.folder import stored_experiment
+from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep.tree import Trial
 from orchestrator.train import rates
 from orchestrator.train.loop import Run
@@ -223,7 +223,9 @@ def lines(folder: Path, upto: int | None = None) -> list[dict[str, Any]]:
     order, own = read_order(folder), journal.read(folder)
     if upto is not None:
         t = (
-            parse_experiment(order.experiment, str(folder)) if order else stored_experiment(folder)
+            parse_experiment(order.experiment, str(folder))
+            if order
+            else RunFolder(folder).read_experiment()
         ).train
         here = [
             journal.by_interval(line, t.log_interval, t.eval_interval)

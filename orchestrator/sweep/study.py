@@ -16,7 +16,8 @@ from orchestrator.config.experiment import Data
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.errors import UserError
 from orchestrator.files import read_json
-from orchestrator.runs import folder as runs
+from orchestrator.runs import summary as summary_file
+from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep import ranking as comparison
 from orchestrator.sweep import stage as stage_run
 from orchestrator.sweep import sweep_folder, trials
@@ -193,8 +194,10 @@ class Study:
             "metric": self.metric,
             "final": self.final(c),
             "best": min((r[self.metric] for r in records if self.metric in r), default=None),
-            "val_bits_per_byte": runs.last(records, "val/bits_per_byte") if state == DONE else None,
-            "train_loss": runs.last(records, "train/loss"),
+            "val_bits_per_byte": summary_file.last_value(records, "val/bits_per_byte")
+            if state == DONE
+            else None,
+            "train_loss": summary_file.last_value(records, "train/loss"),
             "weights_sha256": result.get("weights_sha256"),
             "reason": self.reason(c.name),
         }
@@ -206,7 +209,7 @@ class Study:
     def final(self, c: Candidate) -> float | None:
         """The loss that a trial which is done ended with."""
         if c.name not in self.finals and self.books.progress.trial(c.name) == DONE:
-            self.finals[c.name] = runs.last(self.records(c), self.metric)
+            self.finals[c.name] = summary_file.last_value(self.records(c), self.metric)
         return self.finals.get(c.name)
 
     def reason(self, trial: str) -> str | None:
@@ -303,7 +306,10 @@ def _check_names(folder: Path, candidates: Mapping[str, Candidate]) -> None:
         name = changed[0]
         there, here = (
             e.flat()
-            for e in (runs.stored_experiment(folder / "trials" / name), candidates[name].experiment)
+            for e in (
+                RunFolder(folder / "trials" / name).read_experiment(),
+                candidates[name].experiment,
+            )
         )
         lines = [
             f"  {name}: {k}: {there.get(k)!r} there, {here[k]!r} here"
@@ -336,7 +342,7 @@ class Source:
         folder = next((p for p in (storage / word, Path(word).expanduser()) if p.is_dir()), None)
         if folder is None:
             raise UserError(f"sweep.from: no run '{word}' in {storage}, nor a folder of that name")
-        found = cls(folder.absolute(), int(step), runs.stored_experiment(folder))
+        found = cls(folder.absolute(), int(step), RunFolder(folder).read_experiment())
         order = stage_run.read_order((folder / "checkpoints").resolve().parent)
         if order and order.rates["before"]:
             raise UserError(

@@ -17,7 +17,8 @@ import torch
 
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.dataset import Manifest, data_identity
-from orchestrator.runs import folder as runs
+from orchestrator.files import write_atomically
+from orchestrator.runs import summary as summary_file
 from orchestrator.sweep import stage as stage_run
 from orchestrator.sweep.space import TrialSpec
 from orchestrator.sweep.tree import Trial
@@ -153,7 +154,7 @@ def summary_of(
         "step": step,
         "tokens": step * candidate.experiment.tokens_per_step,
         **{
-            key: runs.last(records, metric)
+            key: summary_file.last_value(records, metric)
             for key, metric in (
                 ("train_loss", "train/loss"),
                 ("val_loss", "val/loss"),
@@ -176,7 +177,7 @@ def _write_if_new(path: Path, text: str) -> None:
             return
     except FileNotFoundError:
         pass
-    runs.write_text(path, text)
+    write_atomically(path, text)
 
 
 def _link(path: Path, target: Path) -> None:

@@ -23,7 +23,8 @@ from orchestrator.data.batches import Batches, Prefetcher, TokenStream
 from orchestrator.data.dataset import load_manifest
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.runs import journal
-from orchestrator.runs.folder import write_stopped
+from orchestrator.runs.ending import Ending
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
 from orchestrator.train import begin as resume
 from orchestrator.train import nonfinite, state
@@ -232,12 +233,9 @@ class Run:
             self._checkpoint({})
         if self.worker.is_main:
             self.writer.wait()
-            facts = {
-                "reason": f"asked to stop after step {self.state.step}",
-                "step": self.state.step,
-                "again": True,
-            }
-            write_stopped(self.run_dir, facts)
+            step = self.state.step
+            ending = Ending("again", f"asked to stop after step {step}", {"step": step})
+            RunFolder(self.run_dir).write_ending(ending)
 
     def _lacks(self, line: dict[str, float]) -> tuple[bool, bool]:
         """Whether the last line of a run still needs the training window, and the evaluation."""

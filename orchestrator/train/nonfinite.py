@@ -10,7 +10,8 @@ from pathlib import Path
 from orchestrator.config.experiment import Train
 from orchestrator.data.batches import Batches
 from orchestrator.runs import events
-from orchestrator.runs.folder import write_stopped
+from orchestrator.runs.ending import Ending
+from orchestrator.runs.folder import RunFolder
 from orchestrator.train.state import TrainState
 from orchestrator.train.step import Gradient
 
@@ -57,4 +58,4 @@ class Guard:
             events.note(self.run_dir, "nonfinite", message, **facts)
             return
         hint = "" if again else "; train.on_nonfinite=skip goes on without it"
-        write_stopped(self.run_dir, {"reason": f"{message}{hint}.", **facts})
+        RunFolder(self.run_dir).write_ending(Ending("diverged", f"{message}{hint}.", facts))

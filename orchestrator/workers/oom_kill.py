@@ -26,7 +26,8 @@ from orchestrator.cost.measure import be_expendable
 from orchestrator.data.dataset import load_manifest
 from orchestrator.files import read_json
 from orchestrator.runs import events
-from orchestrator.runs.folder import write_stopped
+from orchestrator.runs.ending import Ending
+from orchestrator.runs.folder import RunFolder
 from orchestrator.train import state
 from orchestrator.train.numerics import Worker, prepare_process
 from orchestrator.workers import memory, system_memory, watchdog
@@ -105,7 +106,8 @@ def _reserved(said: str = "") -> int:
 # ---- what becomes of the run ----
 def stop(run_dir: Path, kill: OomKill) -> None:
     """The same again would meet the same end: leave word that the run is not to be tried again."""
-    write_stopped(run_dir, {"reason": kill.by, "user": True, "oom_kill": asdict(kill)})
+    ending = Ending("user", kill.by, {"oom_kill": asdict(kill)}, "out_of_memory")
+    RunFolder(run_dir).write_ending(ending)
 
 
 def conclude(run_dir: Path, experiment: Experiment, data_dir: Path, layout: Layout) -> str | None:
@@ -120,7 +122,7 @@ def conclude(run_dir: Path, experiment: Experiment, data_dir: Path, layout: Layo
     with contextlib.suppress(
         OSError
     ):  # no room: the one that stands says that it is not to be tried again
-        write_stopped(run_dir, {"reason": reason, "user": True})
+        RunFolder(run_dir).write_ending(Ending("user", reason, cause="out_of_memory"))
     return reason
 
 

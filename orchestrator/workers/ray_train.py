@@ -24,7 +24,8 @@ from orchestrator.files import write_atomically
 from orchestrator.runs import events
 from orchestrator.runs import lock as lease
 from orchestrator.runs import stop as stopping
-from orchestrator.runs.folder import write_stopped
+from orchestrator.runs.ending import Ending
+from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Run
 from orchestrator.train.numerics import Worker, agree
 from orchestrator.workers import memory, oom_kill, watchdog
@@ -231,4 +232,4 @@ def _record_failure(run_dir: Path, rank: int, error: Exception) -> None:
 
 
 def _stop(run_dir: Path, reason: str, user: bool) -> None:
-    write_stopped(run_dir, {"reason": reason, "user": user})
+    RunFolder(run_dir).write_ending(Ending("user" if user else "failed", reason))

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from orchestrator.data import batches as module
 from orchestrator.data import shards
 from orchestrator.data.batches import Batches, Prefetcher, TokenStream, eval_batches, sample_offset
-from orchestrator.errors import UserError
 from orchestrator.data.dataset import load_manifest, write_manifest
 from orchestrator.data.order import permute, windows_per_epoch
 from orchestrator.data.tasks import file_sha256
+from orchestrator.errors import UserError
 
 REPO = Path(__file__).resolve().parent.parent.parent
 GOLDEN = [197206, 74326, 276054, 105243, 95003, 136173]
@@ -58,7 +58,12 @@ def test_permutations_look_random():
 
 
 @settings(deadline=None, max_examples=60)
-@given(block=st.integers(1, 40), n=st.integers(2, 900), seed=st.integers(0, 2**53), epoch=st.integers(0, 5))
+@given(
+    block=st.integers(1, 40),
+    n=st.integers(2, 900),
+    seed=st.integers(0, 2**53),
+    epoch=st.integers(0, 5),
+)
 def test_an_epoch_visits_every_window_once_and_stays_inside(block, n, seed, epoch):
     if n < 2 * block:
         with pytest.raises(UserError, match=f"at least {2 * block} tokens"):
@@ -74,10 +79,14 @@ def test_an_epoch_visits_every_window_once_and_stays_inside(block, n, seed, epoc
 
 def test_epochs_and_seeds_differ_in_phase_and_order():
     windows = windows_per_epoch(64_000, 64)
-    epochs = [sample_offset(np.arange(e * windows, (e + 1) * windows), 64_000, 64, 1) for e in range(8)]
+    epochs = [
+        sample_offset(np.arange(e * windows, (e + 1) * windows), 64_000, 64, 1) for e in range(8)
+    ]
     assert len({int(o.min()) for o in epochs}) > 5
     assert len({tuple((o // 64)[:10]) for o in epochs}) == 8
-    assert (sample_offset(np.arange(50), 64_000, 64, 1) != sample_offset(np.arange(50), 64_000, 64, 2)).any()
+    assert (
+        sample_offset(np.arange(50), 64_000, 64, 1) != sample_offset(np.arange(50), 64_000, 64, 2)
+    ).any()
 
 
 def test_the_order_is_a_format():
@@ -89,7 +98,9 @@ def test_the_order_is_a_format():
 def test_a_position_alone_is_what_it_is_among_others():
     positions = np.array([[5, 700], [123_456, 0]])
     together = sample_offset(positions, 10_007, 64, 9)
-    assert together.tolist() == [[sample_offset(int(p), 10_007, 64, 9) for p in row] for row in positions]
+    assert together.tolist() == [
+        [sample_offset(int(p), 10_007, 64, 9) for p in row] for row in positions
+    ]
 
 
 # ---- training batches ----
@@ -123,7 +134,12 @@ def test_epochs_count_windows():
 
 # ---- evaluation ----
 @settings(deadline=None, max_examples=80)
-@given(n=st.integers(2, 300), block=st.integers(1, 40), rows=st.integers(1, 7), limit=st.none() | st.integers(2, 400))
+@given(
+    n=st.integers(2, 300),
+    block=st.integers(1, 40),
+    rows=st.integers(1, 7),
+    limit=st.none() | st.integers(2, 400),
+)
 def test_every_target_is_evaluated_once(n, block, rows, limit):
     batches = eval_batches(Flat(n), block, rows, limit)
     found = [batches[i] for i in range(len(batches))]
@@ -159,10 +175,26 @@ def dataset(tmp_path, monkeypatch):
             padded = np.concatenate([part, np.zeros(-len(part) % 1024, ids.dtype)])
             path = tmp_path / f"train-{number:05d}.parquet"
             rows = shards.write_shard(path, ids.dtype, np.split(padded, len(padded) // 1024))
-            entries.append({"name": path.name, "rows": rows, "tokens": len(part), "sha256": file_sha256(path)})
-        split = {"tokens": len(ids), "documents": 1, "bytes": len(ids), "stream_sha256": "", "shards": entries}
-        write_manifest(tmp_path, {"dtype": ids.dtype.name, "settings": {}, "sources": [], "splits": {"train": split},
-                                  "tokenizer": {"name": "byte", "n_vocab": 257}})
+            entries.append(
+                {"name": path.name, "rows": rows, "tokens": len(part), "sha256": file_sha256(path)}
+            )
+        split = {
+            "tokens": len(ids),
+            "documents": 1,
+            "bytes": len(ids),
+            "stream_sha256": "",
+            "shards": entries,
+        }
+        write_manifest(
+            tmp_path,
+            {
+                "dtype": ids.dtype.name,
+                "settings": {},
+                "sources": [],
+                "splits": {"train": split},
+                "tokenizer": {"name": "byte", "n_vocab": 257},
+            },
+        )
         return tmp_path
 
     return write
@@ -193,7 +225,10 @@ def test_a_shard_is_ordinary_parquet(dataset):
     assert not table.schema.field("tokens").nullable
     assert b"".join(table["tokens"].to_pylist()) == ids[:3072].tobytes()
     assert shards.as_lists(table)["tokens"].to_pylist() == ids[:3072].reshape(3, 1024).tolist()
-    assert shards.as_lists(table.slice(1, 2))["tokens"].to_pylist() == ids[1024:3072].reshape(2, 1024).tolist()
+    assert (
+        shards.as_lists(table.slice(1, 2))["tokens"].to_pylist()
+        == ids[1024:3072].reshape(2, 1024).tolist()
+    )
 
 
 def test_a_row_group_of_full_size_is_one_page(tmp_path):
@@ -204,14 +239,27 @@ def test_a_row_group_of_full_size_is_one_page(tmp_path):
     assert (piece == ids).all()
 
 
-@pytest.mark.parametrize("options", [
-    {"compression": "snappy"}, {"use_dictionary": True}, {"data_page_size": 4096}, {"data_page_version": "2.0"},
-    {"write_statistics": True, "compression": "zstd"}, {"max_rows_per_page": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compression": "snappy"},
+        {"use_dictionary": True},
+        {"data_page_size": 4096},
+        {"data_page_version": "2.0"},
+        {"write_statistics": True, "compression": "zstd"},
+        {"max_rows_per_page": 1},
+    ],
+)
 def test_a_shard_that_was_written_otherwise_is_refused_and_not_guessed_at(dataset, options):
     import pyarrow.parquet as pq
 
     path = dataset(np.arange(3072, dtype=np.uint16)) / "train-00000.parquet"
-    rewritten = {"compression": "none", "use_dictionary": False, "write_statistics": False, **options}
+    rewritten = {
+        "compression": "none",
+        "use_dictionary": False,
+        "write_statistics": False,
+        **options,
+    }
     pq.write_table(pq.read_table(path), path, write_batch_size=1, **rewritten)
     with pytest.raises(UserError, match="prepare the tokens again"):
         shards.map_shard(path)
@@ -254,9 +302,14 @@ def test_a_shard_is_verified_once_per_node(dataset, monkeypatch):
     TokenStream(folder, "train")
 
 
-@pytest.mark.parametrize("planted", ["by another user", "writable for all", "a link", "a dangling link"])
+@pytest.mark.parametrize(
+    "planted", ["by another user", "writable for all", "a link", "a dangling link"]
+)
 def test_stamps_of_others_vouch_for_nothing(dataset, tmp_path, monkeypatch, planted):
-    folder, mine = dataset(np.arange(2000, dtype=np.uint16)), tmp_path / "tmp" / f"espalier-verified-{os.getuid()}"
+    folder, mine = (
+        dataset(np.arange(2000, dtype=np.uint16)),
+        tmp_path / "tmp" / f"espalier-verified-{os.getuid()}",
+    )
     mine.parent.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(mine.parent))
     if planted.endswith("link"):
@@ -278,15 +331,21 @@ def test_what_is_no_dataset_is_explained(tmp_path, dataset):
     folder = dataset(np.arange(2000, dtype=np.uint16))
     with pytest.raises(UserError, match="no split 'test'"):
         TokenStream(folder, "test")
-    for content, says in (("{", "cannot be read"), ('{"format_version": 99}', "format 99"), ("[]", "cannot be read")):
+    for content, says in (
+        ("{", "cannot be read"),
+        ('{"format_version": 99}', "format 99"),
+        ("[]", "cannot be read"),
+    ):
         (folder / "manifest.json").write_text(content)
         with pytest.raises(UserError, match=says):
             load_manifest(folder)
 
 
 def test_trainers_read_without_ray_pydantic_or_tiktoken():
-    code = ("import sys\nfor name in ('ray', 'pydantic', 'tiktoken', 'torch', 'mlflow'): sys.modules[name] = None\n"
-            "import orchestrator.data.batches, orchestrator.data.dataset")
+    code = (
+        "import sys\nfor name in ('ray', 'pydantic', 'tiktoken', 'torch', 'mlflow'): sys.modules[name] = None\n"
+        "import orchestrator.data.batches, orchestrator.data.dataset"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
 
 

@@ -16,28 +16,62 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.batches import TokenStream
 from orchestrator.config.experiment import Data
-from orchestrator.errors import UserError
+from orchestrator.data.batches import TokenStream
 from orchestrator.data.documents import Span, pieces, plan_spans
-from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.data.prepare import prepare
+from orchestrator.data.tokenizer import load_tokenizer
+from orchestrator.errors import UserError
 from tests.helpers.here import here
 
 MARKS = 400_000
-ODD = ["", "\0", "\ufeff", "\ufeffmark first", "a\r\nb\rc\n", "<|endoftext|>", "x<|endoftext|><|fim_prefix|>", "!" * 300, " " * 90,
-       "\u2028\x85\x1c", "e\u0301中文😀", "\ufffd", "'s 'LL", "\r\n\r\n"]
-INVALID = [b"\xff", b"\xc3", b"\xe4\xb8", b"\xf0\x9f\x98", b"\xed\xa0\x80", b"\xc0\x80",
-           b"\x80\x80", b"\xf5\x80", b" \xe4 x", b"\xef\xbb"]
+ODD = [
+    "",
+    "\0",
+    "\ufeff",
+    "\ufeffmark first",
+    "a\r\nb\rc\n",
+    "<|endoftext|>",
+    "x<|endoftext|><|fim_prefix|>",
+    "!" * 300,
+    " " * 90,
+    "\u2028\x85\x1c",
+    "e\u0301中文😀",
+    "\ufffd",
+    "'s 'LL",
+    "\r\n\r\n",
+]
+INVALID = [
+    b"\xff",
+    b"\xc3",
+    b"\xe4\xb8",
+    b"\xf0\x9f\x98",
+    b"\xed\xa0\x80",
+    b"\xc0\x80",
+    b"\x80\x80",
+    b"\xf5\x80",
+    b" \xe4 x",
+    b"\xef\xbb",
+]
 TOKENIZERS = ["byte", "char", "gpt2"]
 # JSON has escapes for half surrogate pairs, which UTF-8 has not: Python's text holds them, and dumps writes them so.
-HALVES = st.text(st.sampled_from([*"a\"\\\n ", "\ud800", "\udc00", "\ude00", "\ud83d", "😀", "\0", "\ufeff"]), max_size=12)
+HALVES = st.text(
+    st.sampled_from([*'a"\\\n ', "\ud800", "\udc00", "\ude00", "\ud83d", "😀", "\0", "\ufeff"]),
+    max_size=12,
+)
 texts = st.lists(st.sampled_from(ODD) | st.text(max_size=20), max_size=6).map("".join)
-blobs = st.lists(st.sampled_from(INVALID) | texts.map(str.encode) | st.binary(max_size=9), max_size=6).map(b"".join)
+blobs = st.lists(
+    st.sampled_from(INVALID) | texts.map(str.encode) | st.binary(max_size=9), max_size=6
+).map(b"".join)
 lines = (HALVES | texts).map(lambda text: json.dumps({"text": text}).encode()) | blobs.map(
-    lambda raw: b'{"text": "' + re.sub(rb'[\x00-\x1f"\\]', b"?", raw) + b'"}')
-corpora = st.lists(st.tuples(st.just("txt"), blobs) | st.tuples(st.just("jsonl"), st.lists(lines, max_size=8).map(b"\n".join)),
-                   min_size=1, max_size=7)
+    lambda raw: b'{"text": "' + re.sub(rb'[\x00-\x1f"\\]', b"?", raw) + b'"}'
+)
+corpora = st.lists(
+    st.tuples(st.just("txt"), blobs)
+    | st.tuples(st.just("jsonl"), st.lists(lines, max_size=8).map(b"\n".join)),
+    min_size=1,
+    max_size=7,
+)
 relaxed = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 
@@ -50,17 +84,29 @@ def written(folder: Path, files: list[tuple[str, bytes]]) -> list[str]:
         if kind == "txt":
             documents.append(text)
         else:
-            read = (json.loads(line.removeprefix("\ufeff"))["text"] for line in text.split("\n") if line.strip())
+            read = (
+                json.loads(line.removeprefix("\ufeff"))["text"]
+                for line in text.split("\n")
+                if line.strip()
+            )
             documents += [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in read]
     return documents
 
 
-def check(folder: Path, files: list[tuple[str, bytes]], name: str, chunk_bytes: int, ran=here) -> None:
+def check(
+    folder: Path, files: list[tuple[str, bytes]], name: str, chunk_bytes: int, ran=here
+) -> None:
     """Prepare a corpus and compare everything that the dataset says with its text."""
     (folder / "c").mkdir()
     documents = written(folder / "c", files)
     whole = "".join(documents)
-    data = Data(corpus=str(folder / "c"), tokenizer=name, append_eot=name != "char", val_fraction=0.5, invalid_utf8="replace")
+    data = Data(
+        corpus=str(folder / "c"),
+        tokenizer=name,
+        append_eot=name != "char",
+        val_fraction=0.5,
+        invalid_utf8="replace",
+    )
     with ran():
         if len(whole) < 2:
             with pytest.raises(UserError, match=r"holds no text|without a token|no character"):
@@ -73,21 +119,31 @@ def check(folder: Path, files: list[tuple[str, bytes]], name: str, chunk_bytes: 
     both = np.concatenate(list(ids.values()))
     # Whole, and on either side of the cut.
     cut = len(whole) - -(-len(whole) // 2)
-    plain = {split: tokenizer.decode(i for i in found.tolist() if i != tokenizer.eot_id) for split, found in ids.items()}
+    plain = {
+        split: tokenizer.decode(i for i in found.tolist() if i != tokenizer.eot_id)
+        for split, found in ids.items()
+    }
     assert plain == {"train": whole[:cut], "val": whole[cut:]}
     # Document by document: the end-of-text id stands after each, and nowhere else.
     if tokenizer.eot_id is not None:
         ends = np.flatnonzero(both == tokenizer.eot_id)
-        assert [tokenizer.decode(both[a + 1 : b]) for a, b in itertools.pairwise([-1, *ends])] == documents
+        assert [
+            tokenizer.decode(both[a + 1 : b]) for a, b in itertools.pairwise([-1, *ends])
+        ] == documents
         assert ends[-1] == len(both) - 1
     # The counts.
-    assert {split: made.splits[split].tokens for split in ids} == {split: len(found) for split, found in ids.items()}
-    assert {s: made.splits[s].bytes for s in ids} == {s: len(text.encode()) for s, text in plain.items()}
+    assert {split: made.splits[split].tokens for split in ids} == {
+        split: len(found) for split, found in ids.items()
+    }
+    assert {s: made.splits[s].bytes for s in ids} == {
+        s: len(text.encode()) for s, text in plain.items()
+    }
     assert sum(tokenizer.byte_lengths[found].sum() for found in ids.values()) == len(whole.encode())
     inside = cut not in itertools.accumulate(map(len, documents), initial=0)
     assert sum(s.documents for s in made.splits.values()) == len(documents) + inside
     assert [(s["name"], s["size"]) for s in made.sources] == [
-        (f"c/{n:04d}.{kind}", len(content)) for n, (kind, content) in enumerate(files)]
+        (f"c/{n:04d}.{kind}", len(content)) for n, (kind, content) in enumerate(files)
+    ]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -96,10 +152,20 @@ def test_any_corpus_reads_back(gpt2_ranks, name):
     @given(files=corpora, chunks=st.integers(1, 7))
     @example(files=[("txt", b"")], chunks=1)
     @example(files=[("txt", "\ufeff".encode()), ("jsonl", b""), ("txt", b"\0")], chunks=4)
-    @example(files=[("jsonl", b'\xef\xbb\xbf{"text": "\\ud800"}\n\n{"text": ""}\r\n{"text": "\\ud83d\\ude00"}')], chunks=7)
+    @example(
+        files=[
+            (
+                "jsonl",
+                b'\xef\xbb\xbf{"text": "\\ud800"}\n\n{"text": ""}\r\n{"text": "\\ud83d\\ude00"}',
+            )
+        ],
+        chunks=7,
+    )
     def reads_back(files, chunks):
         with tempfile.TemporaryDirectory() as folder:
-            check(Path(folder), files, name, sum(len(content) for _, content in files) // chunks + 1)
+            check(
+                Path(folder), files, name, sum(len(content) for _, content in files) // chunks + 1
+            )
 
     reads_back()
 
@@ -107,8 +173,10 @@ def test_any_corpus_reads_back(gpt2_ranks, name):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_any_corpus_reads_back_from_ray(ray_cluster, gpt2_ranks, name):
     @settings(relaxed, max_examples=3)
-    @given(files=st.lists(st.tuples(st.just("txt"), blobs), min_size=20, max_size=40),
-           more=st.lists(lines, min_size=30, max_size=60).map(b"\n".join))
+    @given(
+        files=st.lists(st.tuples(st.just("txt"), blobs), min_size=20, max_size=40),
+        more=st.lists(lines, min_size=30, max_size=60).map(b"\n".join),
+    )
     def reads_back(files, more):
         with tempfile.TemporaryDirectory() as folder:
             check(Path(folder), [*files, ("jsonl", more)], name, 400, contextlib.nullcontext)
@@ -117,12 +185,21 @@ def test_any_corpus_reads_back_from_ray(ray_cluster, gpt2_ranks, name):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_long_runs_one_huge_and_many_tiny_documents_read_back_from_ray(ray_cluster, gpt2_ranks, tmp_path, name):
+def test_long_runs_one_huge_and_many_tiny_documents_read_back_from_ray(
+    ray_cluster, gpt2_ranks, tmp_path, name
+):
     """A run of one mark is one piece to tiktoken, whose time grows faster than it; and nowhere may it be cut."""
-    huge = "".join(random.Random(0).choices(["word ", "中文。", "\r\n", "!?", "\0", "😀 "], k=200_000))
+    huge = "".join(
+        random.Random(0).choices(["word ", "中文。", "\r\n", "!?", "\0", "😀 "], k=200_000)
+    )
     tiny = b"\n".join(json.dumps({"text": "<|endoftext|>"[: n % 14]}).encode() for n in range(3000))
-    files = [("txt", b"^" * MARKS), ("txt", huge.encode()), ("txt", b"say" + b"!" * MARKS + b"\xff"), ("jsonl", tiny),
-             *[("txt", bytes([n])) for n in range(100)]]
+    files = [
+        ("txt", b"^" * MARKS),
+        ("txt", huge.encode()),
+        ("txt", b"say" + b"!" * MARKS + b"\xff"),
+        ("jsonl", tiny),
+        *[("txt", bytes([n])) for n in range(100)],
+    ]
     check(tmp_path, files, name, 300_000, contextlib.nullcontext)
 
 
@@ -132,9 +209,14 @@ def test_what_is_no_utf8_is_replaced_alike_wherever_the_text_is_cut(content, chu
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "t.txt"
         file.write_bytes(content)
-        spans = [Span(str(file), "t.txt", "text", len(content), a, b, True)
-                 for chunk in plan_spans([len(content)], chunk_bytes) for _, a, b in chunk]
-        assert "".join(p.text for span in spans for p in pieces(span, "text")) == content.decode("utf-8", "replace")
+        spans = [
+            Span(str(file), "t.txt", "text", len(content), a, b, True)
+            for chunk in plan_spans([len(content)], chunk_bytes)
+            for _, a, b in chunk
+        ]
+        assert "".join(p.text for span in spans for p in pieces(span, "text")) == content.decode(
+            "utf-8", "replace"
+        )
 
 
 @settings(relaxed, max_examples=40)
@@ -156,7 +238,11 @@ def test_unless_told_so_nothing_is_replaced(files):
             return
         for _, content in files:
             content.decode()
-        replaced = prepare(data.model_copy(update={"invalid_utf8": "replace"}), Path(folder) / "r", progress=lambda *_: None)
+        replaced = prepare(
+            data.model_copy(update={"invalid_utf8": "replace"}),
+            Path(folder) / "r",
+            progress=lambda *_: None,
+        )
         assert made.splits["train"].stream_sha256 == replaced.splits["train"].stream_sha256
 
 
@@ -172,7 +258,9 @@ def test_invalid_utf8_in_parquet_is_replaced_too(tmp_path, raw):
     for replace in (True, False):
         span = Span(str(tmp_path / "p.parquet"), "p.parquet", "parquet", size, 0, size, replace)
         if replace:
-            assert [p.text for p in pieces(span, "text")] == [(b"a" + raw + b"z").decode("utf-8", "replace")]
+            assert [p.text for p in pieces(span, "text")] == [
+                (b"a" + raw + b"z").decode("utf-8", "replace")
+            ]
         else:
             with pytest.raises(UserError, match="row 0, byte 1 of 'text' is not UTF-8"):
                 list(pieces(span, "text"))

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from orchestrator.data import corpus
 from orchestrator.data.corpus import fetch, resolve, root_name
-from orchestrator.errors import UserError
 from orchestrator.data.documents import Span, pieces, plan_spans
+from orchestrator.errors import UserError
 
 
 @pytest.fixture
@@ -29,7 +29,12 @@ def folder(tmp_path) -> Path:
 
 # ---- sources ----
 def test_a_folder_is_its_visible_files_by_name(folder):
-    assert [s.name for s in resolve(str(folder))] == ["texts/a.txt", "texts/b.txt", "texts/empty.txt", "texts/sub/c.md"]
+    assert [s.name for s in resolve(str(folder))] == [
+        "texts/a.txt",
+        "texts/b.txt",
+        "texts/empty.txt",
+        "texts/sub/c.md",
+    ]
 
 
 def test_a_list_keeps_its_order_and_a_glob_sorts(folder):
@@ -53,7 +58,9 @@ def test_the_standard_library_has_no_tests_and_no_packages():
     names = [s.name for s in resolve("builtin:stdlib")]
     assert "stdlib/argparse.py" in names
     assert names == sorted(names)
-    assert not [n for n in names if {"test", "tests", "site-packages", "idle_test"} & set(n.split("/"))]
+    assert not [
+        n for n in names if {"test", "tests", "site-packages", "idle_test"} & set(n.split("/"))
+    ]
 
 
 def test_names_begin_with_the_root_name(folder):
@@ -61,11 +68,20 @@ def test_names_begin_with_the_root_name(folder):
         assert all(s.name.split("/")[0] == root_name(entry) for s in resolve(entry)), entry
 
 
-@pytest.mark.parametrize(("entry", "says"), [
-    ("{}/nowhere.txt", "does not exist"), ("{}/*.xyz", "matches no file"), ("{}/nothing", "holds no files"),
-    ("{}/texts/empty.txt", "holds no text"), ("builtin:wiki", "builtin:stdlib"),
-    ("https://example.org/a.txt", "#sha256="), ("https://example.org/a.txt#sha256=12", "#sha256="),
-    ("{}/packed.txt.gz", "unpack"), (["{}/texts", "{}/texts/a.txt"], "twice")])
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("{}/nowhere.txt", "does not exist"),
+        ("{}/*.xyz", "matches no file"),
+        ("{}/nothing", "holds no files"),
+        ("{}/texts/empty.txt", "holds no text"),
+        ("builtin:wiki", "builtin:stdlib"),
+        ("https://example.org/a.txt", "#sha256="),
+        ("https://example.org/a.txt#sha256=12", "#sha256="),
+        ("{}/packed.txt.gz", "unpack"),
+        (["{}/texts", "{}/texts/a.txt"], "twice"),
+    ],
+)
 def test_what_is_no_corpus_is_explained(folder, entry, says):
     base = folder.parent
     (base / "nothing").mkdir()
@@ -101,7 +117,11 @@ def test_a_download_is_verified_once_and_then_cached(server):
     (served / "input.txt").write_text("some text")
     entry = f"{url}/input.txt#sha256={hashlib.sha256(b'some text').hexdigest()}"
     [source] = resolve(entry)
-    assert (source.name, source.size, seen) == ("input.txt", None, [])  # resolving downloads nothing
+    assert (source.name, source.size, seen) == (
+        "input.txt",
+        None,
+        [],
+    )  # resolving downloads nothing
     assert fetch(source).path.read_text() == "some text"
     [again] = resolve(entry)
     assert again.size == 9
@@ -125,12 +145,18 @@ def test_an_address_that_does_not_answer_is_a_users_error(server):
 # ---- documents ----
 def read_all(path: Path, chunk_bytes: int, kind: str = "text") -> list:
     size = path.stat().st_size
-    return [piece for chunk in plan_spans([size], chunk_bytes) for _, start, end in chunk
-            for piece in pieces(Span(str(path), path.name, kind, size, start, end), "text")]
+    return [
+        piece
+        for chunk in plan_spans([size], chunk_bytes)
+        for _, start, end in chunk
+        for piece in pieces(Span(str(path), path.name, kind, size, start, end), "text")
+    ]
 
 
 @settings(deadline=None, max_examples=60)
-@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60), chunk=st.integers(1, 70))
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60), chunk=st.integers(1, 70)
+)
 def test_pieces_of_a_text_are_the_text(tmp_path_factory, text, chunk):
     path = tmp_path_factory.mktemp("t") / "t.txt"
     path.write_bytes(text.encode())
@@ -145,12 +171,14 @@ def test_every_json_line_is_read_once_wherever_the_file_is_cut(tmp_path, chunk):
     texts = ["one", "", "two\r\nlines", "<|endoftext|>", "中文 😀", "x" * 100]
     path = tmp_path / "d.jsonl"
     lines = [json.dumps({"text": t, "n": 1}, ensure_ascii=i % 2 == 0) for i, t in enumerate(texts)]
-    path.write_bytes("\n".join([lines[0], "", *lines[1:]]).encode())  # a blank line, and none at the end
+    path.write_bytes(
+        "\n".join([lines[0], "", *lines[1:]]).encode()
+    )  # a blank line, and none at the end
     found = read_all(path, chunk, "jsonl")
     assert [p.text for p in found] == texts
     data = path.read_bytes()
     for p in found:  # a document's name says where its line begins
-        assert json.loads(data[int(p.document.split("@")[1]):].split(b"\n")[0])["text"] == p.text
+        assert json.loads(data[int(p.document.split("@")[1]) :].split(b"\n")[0])["text"] == p.text
 
 
 @pytest.mark.parametrize("chunk", [1, 300, 10**6])
@@ -169,15 +197,19 @@ def test_half_a_surrogate_pair_in_json_becomes_a_replacement_character(tmp_path)
     assert [p.text for p in read_all(path, 100, "jsonl")] == ["a\ufffdb 😀"]
 
 
-@pytest.mark.parametrize(("name", "content", "says"), [
-    ("t.txt", b"abc \xff def", r"t\.txt: byte 4 \(0xff\)"),
-    ("t.txt", b"word " * 50 + b"\xe4\xb8", "byte 250"),
-    ("d.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "byte 24"),
-    ("d.jsonl", b'{"text": "a"}\n{"text": \n', "line at byte 14 is no JSON"),
-    ("d.jsonl", b'{"body": "a"}\n', "no field 'text'.*body"),
-    ("d.jsonl", b'{"text": null}\n', "no text but None"),
-    ("d.jsonl", b"[1]\n", "no JSON object"),
-    ("d.parquet", b"PAR1 no", "cannot be read as Parquet")])
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("t.txt", b"abc \xff def", r"t\.txt: byte 4 \(0xff\)"),
+        ("t.txt", b"word " * 50 + b"\xe4\xb8", "byte 250"),
+        ("d.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "byte 24"),
+        ("d.jsonl", b'{"text": "a"}\n{"text": \n', "line at byte 14 is no JSON"),
+        ("d.jsonl", b'{"body": "a"}\n', "no field 'text'.*body"),
+        ("d.jsonl", b'{"text": null}\n', "no text but None"),
+        ("d.jsonl", b"[1]\n", "no JSON object"),
+        ("d.parquet", b"PAR1 no", "cannot be read as Parquet"),
+    ],
+)
 @pytest.mark.parametrize("chunk", [16, 10**6])
 def test_what_cannot_be_read_is_located(tmp_path, name, content, says, chunk):
     (tmp_path / name).write_bytes(content)
@@ -185,8 +217,14 @@ def test_what_cannot_be_read_is_located(tmp_path, name, content, says, chunk):
         read_all(tmp_path / name, chunk, corpus._kind(name))
 
 
-@pytest.mark.parametrize(("column", "says"), [
-    ({"body": ["a"]}, "no column 'text'.*body"), ({"text": ["a", None]}, "row 1"), ({"text": [1]}, "no text")])
+@pytest.mark.parametrize(
+    ("column", "says"),
+    [
+        ({"body": ["a"]}, "no column 'text'.*body"),
+        ({"text": ["a", None]}, "row 1"),
+        ({"text": [1]}, "no text"),
+    ],
+)
 def test_parquet_without_text_is_explained(tmp_path, column, says):
     pq.write_table(pa.table(column), tmp_path / "d.parquet")
     with pytest.raises(UserError, match=says):

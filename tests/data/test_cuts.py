@@ -16,14 +16,32 @@ from orchestrator.data.tokenizer import load_tokenizer
 PATTERNS = ["gpt2", "cl100k_base", "o200k_base"]
 # What the patterns tell apart: letters of both cases, a contraction, digits of two kinds, spaces, line ends, marks that
 # swallow line ends, a combining mark, an ideograph, the odd controls of Python's \s.
-SYMBOLS = ["a", "L", "s", "'", "1", "Ⅷ", " ", "\t", "\n", "\r", ".", "/", "\u0301", "中", "\u00a0", "\x1c"]
+SYMBOLS = [
+    "a",
+    "L",
+    "s",
+    "'",
+    "1",
+    "Ⅷ",
+    " ",
+    "\t",
+    "\n",
+    "\r",
+    ".",
+    "/",
+    "\u0301",
+    "中",
+    "\u00a0",
+    "\x1c",
+]
 LENGTH = 4
 NOT_SAFE = {  # rules that look right, and the patterns that show they are not: they must, or the test could not fail
     r"(?= )": {"gpt2", "cl100k_base", "o200k_base"},
     r"(?<=\S)(?=\n)": {"cl100k_base", "o200k_base"},
     r"(?<=\n)(?=\S)": {"gpt2", "o200k_base"},
     r"(?<=[^\W_])(?=')": {"o200k_base"},
-    r"(?<=\w)(?=\u0301)": {"o200k_base"}}
+    r"(?<=\w)(?=\u0301)": {"o200k_base"},
+}
 
 
 def encoding_of_pieces(name: str, monkeypatch) -> tiktoken.Encoding:
@@ -43,13 +61,19 @@ def exhaustive(request):
     """(encoding, {string: tokens}) over all strings up to LENGTH symbols."""
     with pytest.MonkeyPatch.context() as patch:
         encoding = encoding_of_pieces(request.param, patch)
-    strings = ["".join(s) for n in range(1, LENGTH + 1) for s in itertools.product(SYMBOLS, repeat=n)]
+    strings = [
+        "".join(s) for n in range(1, LENGTH + 1) for s in itertools.product(SYMBOLS, repeat=n)
+    ]
     return request.param, encoding, {s: encoding.encode_ordinary(s) for s in strings}
 
 
 def failures(rule: re.Pattern, tokens: dict[str, list[int]]) -> int:
-    return sum(tokens[s] != tokens[s[:c]] + tokens[s[c:]]
-               for s in tokens for c in (m.start() for m in rule.finditer(s)) if 0 < c < len(s))
+    return sum(
+        tokens[s] != tokens[s[:c]] + tokens[s[c:]]
+        for s in tokens
+        for c in (m.start() for m in rule.finditer(s))
+        if 0 < c < len(s)
+    )
 
 
 def test_every_safe_cut_of_every_short_string_is_safe(exhaustive):
@@ -63,7 +87,12 @@ def test_rules_that_only_look_safe_are_found_out(exhaustive):
 
 
 @settings(deadline=None, max_examples=300)
-@given(text=st.text(st.sampled_from([*SYMBOLS, *"😀ſ’_", "\u200d", "\u0bcd", "\v", "\u2028", "\x85"]), max_size=80))
+@given(
+    text=st.text(
+        st.sampled_from([*SYMBOLS, *"😀ſ’_", "\u200d", "\u0bcd", "\v", "\u2028", "\x85"]),
+        max_size=80,
+    )
+)
 def test_long_strings_of_odd_symbols(exhaustive, text):
     encode = exhaustive[1].encode_ordinary
     at = [0, *(m.start() for m in SAFE.finditer(text)), len(text)]
@@ -71,17 +100,26 @@ def test_long_strings_of_odd_symbols(exhaustive, text):
 
 
 @settings(deadline=None)
-@given(text=st.text(st.sampled_from("ab \n.1中😀\u0301'"), max_size=60), window=st.sampled_from([1, 5, 4096]))
+@given(
+    text=st.text(st.sampled_from("ab \n.1中😀\u0301'"), max_size=60),
+    window=st.sampled_from([1, 5, 4096]),
+)
 def test_safe_cut_is_the_first_one_at_or_after_every_byte(text, window):
     data = text.encode()
     safe = [len(text[: m.start()].encode()) for m in SAFE.finditer(text) if m.start() > 0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuts, "PROBE", window)
-        found = [safe_cut(lambda at, n: data[at : at + n], p, len(data)) for p in range(len(data) + 2)]
-    assert found == [0] + [min((c for c in safe if c >= p), default=len(data)) for p in range(1, len(data) + 2)]
+        found = [
+            safe_cut(lambda at, n: data[at : at + n], p, len(data)) for p in range(len(data) + 2)
+        ]
+    assert found == [0] + [
+        min((c for c in safe if c >= p), default=len(data)) for p in range(1, len(data) + 2)
+    ]
 
 
-@pytest.mark.parametrize("run", ["a" * 20000, "中" * 9000, " " * 20000, "😀" * 6000, "e\u0301" * 5000])
+@pytest.mark.parametrize(
+    "run", ["a" * 20000, "中" * 9000, " " * 20000, "😀" * 6000, "e\u0301" * 5000]
+)
 def test_a_run_without_a_cut_stays_whole(run):
     data = f"before {run} after".encode()
     position = len(data) // 2
@@ -93,6 +131,10 @@ def test_a_run_without_a_cut_stays_whole(run):
 def test_real_text_with_real_ranks(gpt2_ranks, shakespeare):
     text = shakespeare.read_text("utf-8")[:60000]
     data, encode = text.encode(), load_tokenizer("gpt2").encode
-    at = [0, *(safe_cut(lambda a, n: data[a : a + n], p, len(data)) for p in range(997, len(data), 997)), len(data)]
+    at = [
+        0,
+        *(safe_cut(lambda a, n: data[a : a + n], p, len(data)) for p in range(997, len(data), 997)),
+        len(data),
+    ]
     pieces = [encode(data[a:b].decode()).tolist() for a, b in itertools.pairwise(at)]
     assert sum(pieces, []) == encode(text).tolist()

@@ -11,20 +11,37 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.data import dataset as manifest, tokenizer
-from orchestrator.data.batches import TokenStream, documents_of
 from orchestrator.config.experiment import Data, load_experiment
-from orchestrator.errors import UserError
+from orchestrator.data import dataset as manifest
+from orchestrator.data import tokenizer
+from orchestrator.data.batches import TokenStream, documents_of
 from orchestrator.data.dataset import load_manifest, write_manifest
 from orchestrator.data.prepared import dataset_dir, prepared
 from orchestrator.data.tokenizer import load_tokenizer
+from orchestrator.errors import UserError
 from orchestrator.train.loop import train
 
 REPO = Path(__file__).resolve().parent.parent.parent
-FILES = ["train-00000.parquet", "val-00000.parquet", "documents.parquet", "tokenizer.json", "manifest.json"]
-SMALL = ["data.tokenizer=char", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16",
-         "train.micro_batch_size=2", "train.global_batch_size=2", "train.max_steps=2", "train.eval_tokens=64",
-         "schedule.warmup_steps=0", "compute.use_gpu=false"]
+FILES = [
+    "train-00000.parquet",
+    "val-00000.parquet",
+    "documents.parquet",
+    "tokenizer.json",
+    "manifest.json",
+]
+SMALL = [
+    "data.tokenizer=char",
+    "model.n_layer=1",
+    "model.n_head=2",
+    "model.n_embd=16",
+    "model.block_size=16",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=2",
+    "train.max_steps=2",
+    "train.eval_tokens=64",
+    "schedule.warmup_steps=0",
+    "compute.use_gpu=false",
+]
 
 
 @pytest.fixture
@@ -53,8 +70,14 @@ def refusal(act) -> str:
 def damages(data: bytes, draw: random.Random) -> list[bytes]:
     """Versions of `data` with one changed byte in each region, cut, lengthened and emptied."""
     places = {0, 1, len(data) // 2, len(data) - 2, len(data) - 1}
-    places |= {draw.randrange(a, min(len(data), a + len(data) // 24 + 1)) for a in range(0, len(data), len(data) // 24 + 1)}
-    found = [data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :] for at in sorted(places)]
+    places |= {
+        draw.randrange(a, min(len(data), a + len(data) // 24 + 1))
+        for a in range(0, len(data), len(data) // 24 + 1)
+    }
+    found = [
+        data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :]
+        for at in sorted(places)
+    ]
     return [*found, data[:-1], data[: draw.randrange(len(data))], data[1:], data + b"\n", b""]
 
 
@@ -69,7 +92,9 @@ def test_one_changed_byte_anywhere_names_the_file(copy, name):
     whole, stat = file.read_bytes(), file.stat()
     for number, damaged in enumerate(damages(whole, random.Random(seed))):
         file.write_bytes(damaged)
-        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # a change that does not show in its time
+        os.utime(
+            file, ns=(stat.st_atime_ns, stat.st_mtime_ns)
+        )  # a change that does not show in its time
         with pytest.raises(UserError) as caught:
             read(copy)
         assert str(file) in str(caught.value), (seed, number)
@@ -103,9 +128,18 @@ def test_a_command_ends_in_one_line_and_status_2(ray_head, copy, tiny_corpus, tm
     data = bytearray(file.read_bytes())
     data[len(data) // 3] ^= 1
     file.write_bytes(data)
-    command = [sys.executable, str(REPO / "pipelines" / "train.py"), f"storage={tmp_path}", f"data.dir={copy}",
-               f"data.corpus={tiny_corpus}", "name=run", *SMALL]
-    done = subprocess.run(command, env=ray_head.env, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    command = [
+        sys.executable,
+        str(REPO / "pipelines" / "train.py"),
+        f"storage={tmp_path}",
+        f"data.dir={copy}",
+        f"data.corpus={tiny_corpus}",
+        "name=run",
+        *SMALL,
+    ]
+    done = subprocess.run(
+        command, env=ray_head.env, capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
     assert done.returncode == 2, done.stderr
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert str(file) in line
@@ -114,32 +148,55 @@ def test_a_command_ends_in_one_line_and_status_2(ray_head, copy, tiny_corpus, tm
 def test_the_manifest_is_its_text_and_not_only_its_content(copy):
     file = copy / "manifest.json"
     raw = json.loads(file.read_bytes())
-    for text in (json.dumps(raw), json.dumps(raw, indent=1), json.dumps({**raw, "new": 1}, indent=1, sort_keys=True) + "\n",
-                 json.dumps({k: v for k, v in raw.items() if k != "sha256"}, indent=1, sort_keys=True) + "\n"):
+    for text in (
+        json.dumps(raw),
+        json.dumps(raw, indent=1),
+        json.dumps({**raw, "new": 1}, indent=1, sort_keys=True) + "\n",
+        json.dumps({k: v for k, v in raw.items() if k != "sha256"}, indent=1, sort_keys=True)
+        + "\n",
+    ):
         file.write_text(text)
         with pytest.raises(UserError, match=r"manifest\.json: "):
             load_manifest(copy)
 
 
-@pytest.mark.parametrize("change", [
-    {"name": "../train-00000.parquet"}, {"name": "/etc/train-00000.parquet"}, {"name": "train-00000.parquet\n"},
-    {"name": "..\\train-00000.parquet"}, {"name": 3}, {"rows": -1}, {"tokens": 2**70}, {"tokens": "many"}, {"tokens": True}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "../train-00000.parquet"},
+        {"name": "/etc/train-00000.parquet"},
+        {"name": "train-00000.parquet\n"},
+        {"name": "..\\train-00000.parquet"},
+        {"name": 3},
+        {"rows": -1},
+        {"tokens": 2**70},
+        {"tokens": "many"},
+        {"tokens": True},
+    ],
+)
 def test_a_manifest_with_a_right_hash_leads_nowhere_else(copy, change):
     """Its hash is no signature: what stands in it is checked as well."""
     raw = json.loads((copy / "manifest.json").read_bytes())
     raw["splits"]["train"]["shards"][0].update(change)
-    write_manifest(copy, {k: v for k, v in raw.items() if k not in ("files", "format_version", "sha256")})
+    write_manifest(
+        copy, {k: v for k, v in raw.items() if k not in ("files", "format_version", "sha256")}
+    )
     with pytest.raises(UserError, match=r"manifest\.json: cannot be read"):
         load_manifest(copy)
 
 
-def test_a_dataset_of_an_earlier_format_is_named_and_a_default_folder_made_anew(copy, tiny_corpus, tmp_path, monkeypatch):
+def test_a_dataset_of_an_earlier_format_is_named_and_a_default_folder_made_anew(
+    copy, tiny_corpus, tmp_path, monkeypatch
+):
     file = copy / "manifest.json"
     raw = json.loads(file.read_bytes())
     del raw["sha256"], raw["files"]
     file.write_text(json.dumps({**raw, "format_version": 1}, indent=1, sort_keys=True) + "\n")
     data = Data(corpus=str(tiny_corpus), tokenizer="char", dir=str(copy))
-    with pytest.raises(UserError, match=f"format 1, this program reads {manifest.FORMAT}; delete the folder, or set another"):
+    with pytest.raises(
+        UserError,
+        match=f"format 1, this program reads {manifest.FORMAT}; delete the folder, or set another",
+    ):
         prepared(data, dataset_dir(data, tmp_path))
     by_default = data.model_copy(update={"dir": None})
     now = dataset_dir(by_default, tmp_path)
@@ -152,7 +209,9 @@ def test_ranks_with_one_changed_byte_are_named_and_not_used(gpt2_ranks, tmp_path
     import tiktoken.registry
 
     def unreachable(_path):
-        raise ConnectionError("no route to host")  # the network, which a machine may have, is the one thing pretended
+        raise ConnectionError(
+            "no route to host"
+        )  # the network, which a machine may have, is the one thing pretended
 
     cache = Path(shutil.copytree(gpt2_ranks, tmp_path / "ranks"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))

@@ -19,14 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from orchestrator.config.experiment import Data
 from orchestrator.data import index as documents_module
 from orchestrator.data import prepare as tokens
 from orchestrator.data.batches import TokenStream, documents_of
-from orchestrator.config.experiment import Data
-from orchestrator.errors import UserError
 from orchestrator.data.documents import plan_spans
-from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.data.prepare import dataset_dir, estimate, load_manifest, prepare
+from orchestrator.data.tokenizer import load_tokenizer
+from orchestrator.errors import UserError
 from tests.helpers.here import here
 
 STORY = "It was a dark and stormy night;\r\nthe rain fell in torrents, except at <|endoftext|> intervals. 中文 😀\n"
@@ -50,8 +50,14 @@ def mixed(tmp_path) -> Path:
     folder.mkdir()
     (folder / "a.txt").write_bytes((STORY * 40).encode())
     (folder / "b.txt").write_bytes(b"")
-    (folder / "c.jsonl").write_text("\n".join(json.dumps({"text": f"line {i} {STORY * (i % 3)}"}) for i in range(12)))
-    pq.write_table(pa.table({"text": [STORY * (i % 4) for i in range(12)]}), folder / "d.parquet", row_group_size=5)
+    (folder / "c.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"line {i} {STORY * (i % 3)}"}) for i in range(12))
+    )
+    pq.write_table(
+        pa.table({"text": [STORY * (i % 4) for i in range(12)]}),
+        folder / "d.parquet",
+        row_group_size=5,
+    )
     (folder / "e.txt").write_bytes((STORY * 7).encode())
     return folder
 
@@ -59,8 +65,13 @@ def mixed(tmp_path) -> Path:
 def documents(folder: Path) -> list[str]:
     """The texts of `mixed`, read another way."""
     lines = (folder / "c.jsonl").read_text().splitlines()
-    return [(folder / "a.txt").read_bytes().decode(), "", *[json.loads(line)["text"] for line in lines],
-            *pq.read_table(folder / "d.parquet")["text"].to_pylist(), (folder / "e.txt").read_bytes().decode()]
+    return [
+        (folder / "a.txt").read_bytes().decode(),
+        "",
+        *[json.loads(line)["text"] for line in lines],
+        *pq.read_table(folder / "d.parquet")["text"].to_pylist(),
+        (folder / "e.txt").read_bytes().decode(),
+    ]
 
 
 def stream(directory: Path, split: str) -> np.ndarray:
@@ -69,7 +80,11 @@ def stream(directory: Path, split: str) -> np.ndarray:
 
 
 def fingerprint(directory: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir() if p.name != ".lock"}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in directory.iterdir()
+        if p.name != ".lock"
+    }
 
 
 def text_of(ids: np.ndarray) -> str:
@@ -81,19 +96,47 @@ def data(corpus: Path, **fields) -> Data:
 
 
 # ---- known numbers, on Ray ----
-def test_gpt2_on_shakespeare_gives_the_known_streams(ray_cluster, shakespeare, gpt2_ranks, tmp_path):
-    made = prepare(Data(corpus=str(shakespeare), tokenizer="gpt2"), tmp_path / "s", progress=quiet, chunk_bytes=200_000)
+def test_gpt2_on_shakespeare_gives_the_known_streams(
+    ray_cluster, shakespeare, gpt2_ranks, tmp_path
+):
+    made = prepare(
+        Data(corpus=str(shakespeare), tokenizer="gpt2"),
+        tmp_path / "s",
+        progress=quiet,
+        chunk_bytes=200_000,
+    )
     assert {k: (s.tokens, s.stream_sha256, s.bytes) for k, s in made.splits.items()} == {
-        "train": (301_966, "502a2bdc8210d1ac5d5674867cb74467dd31db575d25cf6dbb08c8bdbea8680f", 1_003_854),
-        "val": (36_059, "68a53422394c26a655ebe641f5c6f49888e8f4e45fe5d6f02abda63ba3ebd65b", 111_540)}
-    assert made.sources == [{"name": "tinyshakespeare.txt", "size": 1_115_394,
-                             "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}]
-    theirs = np.array(load_tokenizer("gpt2").encode(shakespeare.read_text("utf-8")[: int(0.9 * 1_115_394)]))
+        "train": (
+            301_966,
+            "502a2bdc8210d1ac5d5674867cb74467dd31db575d25cf6dbb08c8bdbea8680f",
+            1_003_854,
+        ),
+        "val": (
+            36_059,
+            "68a53422394c26a655ebe641f5c6f49888e8f4e45fe5d6f02abda63ba3ebd65b",
+            111_540,
+        ),
+    }
+    assert made.sources == [
+        {
+            "name": "tinyshakespeare.txt",
+            "size": 1_115_394,
+            "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        }
+    ]
+    theirs = np.array(
+        load_tokenizer("gpt2").encode(shakespeare.read_text("utf-8")[: int(0.9 * 1_115_394)])
+    )
     assert (stream(tmp_path / "s", "train") == theirs).all()
 
 
 def test_characters_of_shakespeare(here, shakespeare, tmp_path):
-    made = prepare(Data(corpus=str(shakespeare), tokenizer="char"), tmp_path / "s", progress=quiet, chunk_bytes=100_000)
+    made = prepare(
+        Data(corpus=str(shakespeare), tokenizer="char"),
+        tmp_path / "s",
+        progress=quiet,
+        chunk_bytes=100_000,
+    )
     assert [s.tokens for s in made.splits.values()] == [1_003_854, 111_540]
     assert made.tokenizer["n_vocab"] == 65
     text = load_tokenizer("char", tmp_path / "s").decode(stream(tmp_path / "s", "val"))
@@ -103,23 +146,31 @@ def test_characters_of_shakespeare(here, shakespeare, tmp_path):
 # ---- the stream ----
 @pytest.mark.parametrize("append_eot", [True, False])
 @pytest.mark.parametrize("val_fraction", [0.1, 0.25, 0.5, 0.97])
-def test_tail_splits_the_characters_and_encodes_each_side_by_itself(here, mixed, tmp_path, append_eot, val_fraction):
-    made = prepare(data(mixed, append_eot=append_eot, val_fraction=val_fraction), tmp_path / "d", progress=quiet,
-                   chunk_bytes=501)
+def test_tail_splits_the_characters_and_encodes_each_side_by_itself(
+    here, mixed, tmp_path, append_eot, val_fraction
+):
+    made = prepare(
+        data(mixed, append_eot=append_eot, val_fraction=val_fraction),
+        tmp_path / "d",
+        progress=quiet,
+        chunk_bytes=501,
+    )
     texts, whole = documents(mixed), "".join(documents(mixed))
     cut = len(whole) - round(len(whole) * val_fraction + 0.4999)  # floor((1 - f) n)
     expected, position = {"train": [], "val": []}, 0
     for text in texts:
         before = text[: max(0, cut - position)]
         expected["train"] += list(before.encode())
-        expected["val"] += list(text[len(before):].encode())
+        expected["val"] += list(text[len(before) :].encode())
         position += len(text)
         if append_eot:  # with its document's last character
             expected["train" if position <= cut and (text or position < cut) else "val"].append(256)
     for split, ids in expected.items():
         assert stream(tmp_path / "d", split).tolist() == ids
         assert made.splits[split].bytes == len([i for i in ids if i != 256])
-    assert sum(s.tokens for s in made.splits.values()) == len(whole.encode()) + append_eot * len(texts)
+    assert sum(s.tokens for s in made.splits.values()) == len(whole.encode()) + append_eot * len(
+        texts
+    )
 
 
 def test_a_cut_exactly_between_two_documents_and_one_inside(here, tmp_path):
@@ -127,14 +178,21 @@ def test_a_cut_exactly_between_two_documents_and_one_inside(here, tmp_path):
         (tmp_path / f"corpus_{name}.txt").write_text(text)
     for fraction, counts in ((0.2, (2, 1)), (0.3, (2, 2))):
         out = tmp_path / str(fraction)
-        made = prepare(data(tmp_path / "corpus_*.txt", val_fraction=fraction), out, progress=quiet, chunk_bytes=20)
+        made = prepare(
+            data(tmp_path / "corpus_*.txt", val_fraction=fraction),
+            out,
+            progress=quiet,
+            chunk_bytes=20,
+        )
         assert tuple(s.documents for s in made.splits.values()) == counts
     assert stream(tmp_path / "0.2", "train").tolist() == [120] * 60 + [256] + [121] * 20 + [256]
     assert stream(tmp_path / "0.3", "val").tolist() == [121] * 10 + [256] + [122] * 20 + [256]
 
 
 @pytest.mark.parametrize("append_eot", [True, False])
-def test_every_cut_of_every_chunking_puts_every_character_and_end_where_it_belongs(tmp_path, append_eot):
+def test_every_cut_of_every_chunking_puts_every_character_and_end_where_it_belongs(
+    tmp_path, append_eot
+):
     """Exhaustive over a corpus of empty, cuttable and uncuttable documents: streams and the index of documents."""
     texts = ["", "ab", "c d", "", "", "efghi", ""]
     for i, text in enumerate(texts):
@@ -150,16 +208,32 @@ def by_hand(folder: Path, texts: list[str], chunk_bytes: int, cut: int, append_e
     """`parts` run over a corpus: {split: (ids, [(document, first token)])}."""
     out = folder / f"{chunk_bytes}-{cut}"
     out.mkdir()
-    common = {"text_field": "text", "tokenizer": ["byte", ""], "directory": str(folder), "parts": str(out),
-              "append_eot": append_eot}
+    common = {
+        "text_field": "text",
+        "tokenizer": ["byte", ""],
+        "directory": str(folder),
+        "parts": str(out),
+        "append_eot": append_eot,
+    }
     ids, index, before = {"train": [], "val": []}, {"train": [], "val": []}, 0
     for i, chunk in enumerate(plan_spans([len(t) for t in texts], chunk_bytes)):
-        spans = [{"path": str(folder / str(n)), "name": str(n), "kind": "text", "size": len(texts[n]), "start": a, "end": b}
-                 for n, a, b in chunk]
+        spans = [
+            {
+                "path": str(folder / str(n)),
+                "name": str(n),
+                "kind": "text",
+                "size": len(texts[n]),
+                "start": a,
+                "end": b,
+            }
+            for n, a, b in chunk
+        ]
         tokens.parts.tokenize({**common, "id": i, "spans": spans, "cut": cut - before})
         before += tokens.parts.survey({**common, "id": i, "spans": spans})["characters"]
         for split, made in json.loads((out / f"{i:08d}.json").read_bytes()).items():
-            index[split] += [(document, first + len(ids[split])) for document, first in made["index"]]
+            index[split] += [
+                (document, first + len(ids[split])) for document, first in made["index"]
+            ]
             ids[split] += np.fromfile(out / f"{i:08d}.{split}.bin", "<u2").tolist()
     return {split: (ids[split], index[split]) for split in ids}
 
@@ -196,7 +270,9 @@ def test_hash_moves_no_document_when_others_are_added(here, tmp_path):
         corpus.write_text("\n".join(shown))
         out = tmp_path / str(number)
         prepare(data(corpus, split="hash"), out, progress=quiet, chunk_bytes=300)
-        found.append([set(text_of(stream(out, split)).split("document ")) for split in ("train", "val")])
+        found.append(
+            [set(text_of(stream(out, split)).split("document ")) for split in ("train", "val")]
+        )
     for before, after in zip(*found, strict=True):
         assert before <= after
     assert 25 < len(found[1][1]) < 80  # of 200, a quarter
@@ -206,7 +282,9 @@ def test_end_of_text_in_a_text_is_text(here, mixed, tmp_path):
     made = prepare(data(mixed), tmp_path / "d", progress=quiet)
     ids = np.concatenate([stream(tmp_path / "d", s) for s in ("train", "val")])
     assert (ids == 256).sum() == 27
-    assert text_of(ids).count("<|endoftext|>") == "".join(documents(mixed)).count("<|endoftext|>") > 0
+    assert (
+        text_of(ids).count("<|endoftext|>") == "".join(documents(mixed)).count("<|endoftext|>") > 0
+    )
     assert sum(s.documents for s in made.splits.values()) == 28  # one is cut in two
 
 
@@ -222,12 +300,16 @@ def test_every_token_knows_its_document(here, mixed, tmp_path):
         assert bytes(train[first : first + len(text)].astype(np.uint8)) == text
     for offset in (0, 1, whole[5][1] - 1, whole[5][1], len(train) - 3):
         ends = [first for _, first in whole[1:]] + [len(train)]
-        expected = [w for w, end in zip(whole, ends, strict=True) if w[1] < offset + 3 and end > offset]
+        expected = [
+            w for w, end in zip(whole, ends, strict=True) if w[1] < offset + 3 and end > offset
+        ]
         assert documents_of(tmp_path / "d", "train", offset, 3) == expected
 
 
 @pytest.mark.parametrize("group_rows", [1, 2, 3, 100])
-def test_documents_are_found_among_empty_ones_and_across_row_groups(tmp_path, monkeypatch, group_rows):
+def test_documents_are_found_among_empty_ones_and_across_row_groups(
+    tmp_path, monkeypatch, group_rows
+):
     monkeypatch.setattr(documents_module, "GROUP_ROWS", group_rows)
     lengths = [0, 3, 0, 0, 2, 1, 0, 4, 0]
     rows = [(sum(lengths[:i]), f"d{i}") for i in range(len(lengths))]
@@ -235,17 +317,31 @@ def test_documents_are_found_among_empty_ones_and_across_row_groups(tmp_path, mo
     index = tmp_path / documents_module.FILE
     for offset in range(10):
         for length in range(1, 11 - offset):
-            expected = [(f"d{i}", first) for i, (first, _) in enumerate(rows)
-                        if first < offset + length and first + lengths[i] > offset and lengths[i]]
-            assert documents_module.find(index, "train", offset, length) == expected, (offset, length)
+            expected = [
+                (f"d{i}", first)
+                for i, (first, _) in enumerate(rows)
+                if first < offset + length and first + lengths[i] > offset and lengths[i]
+            ]
+            assert documents_module.find(index, "train", offset, length) == expected, (
+                offset,
+                length,
+            )
     assert documents_module.find(index, "val", 4, 2) == [("v0", 0), ("v1", 5)]
 
 
 # ---- the same bytes, however ----
-@pytest.mark.parametrize(("split", "tokenizer", "append_eot"), [
-    ("tail", "byte", True), ("tail", "char", False), ("hash", "byte", True), ("hash", "char", False)])
-def test_bytes_do_not_depend_on_chunks_or_on_the_order_in_which_they_end(here, mixed, tmp_path, split, tokenizer,
-                                                                         append_eot):
+@pytest.mark.parametrize(
+    ("split", "tokenizer", "append_eot"),
+    [
+        ("tail", "byte", True),
+        ("tail", "char", False),
+        ("hash", "byte", True),
+        ("hash", "char", False),
+    ],
+)
+def test_bytes_do_not_depend_on_chunks_or_on_the_order_in_which_they_end(
+    here, mixed, tmp_path, split, tokenizer, append_eot
+):
     settings = data(mixed, split=split, tokenizer=tokenizer, append_eot=append_eot)
     found = []
     for chunk in (137, 1000, 4096, 10**7):
@@ -255,7 +351,9 @@ def test_bytes_do_not_depend_on_chunks_or_on_the_order_in_which_they_end(here, m
     assert found[1:] == found[:1] * 3
 
 
-def test_bytes_do_not_depend_on_ray_or_on_where_the_corpus_lies(ray_cluster, mixed, tmp_path, request):
+def test_bytes_do_not_depend_on_ray_or_on_where_the_corpus_lies(
+    ray_cluster, mixed, tmp_path, request
+):
     prepare(data(mixed), tmp_path / "ray", progress=quiet, chunk_bytes=900, shard_rows=2)
     request.getfixturevalue("here")
     moved = tmp_path / "elsewhere" / "mixed"
@@ -266,7 +364,12 @@ def test_bytes_do_not_depend_on_ray_or_on_where_the_corpus_lies(ray_cluster, mix
 
 
 def test_one_large_text_in_parts_has_the_tokens_of_the_whole(here, gpt2_ranks, tmp_path):
-    text = Path(argparse_source()).read_text("utf-8") + "中文，没有空格。" * 300 + "x" * 5000 + "\r\n\r\n  end"
+    text = (
+        Path(argparse_source()).read_text("utf-8")
+        + "中文，没有空格。" * 300
+        + "x" * 5000
+        + "\r\n\r\n  end"
+    )
     (tmp_path / "large.txt").write_bytes(text.encode())
     settings = data(tmp_path / "large.txt", tokenizer="gpt2", append_eot=False, val_fraction=0.1)
     prepare(settings, tmp_path / "d", progress=quiet, chunk_bytes=1009)
@@ -294,10 +397,15 @@ prepare(data, Path(sys.argv[2]), progress=lambda *_: None, chunk_bytes=100)
 """
 
 
-def test_killed_while_tokenizing_it_is_no_dataset_and_goes_on(ray_head, mixed, tmp_path, here, monkeypatch):
+def test_killed_while_tokenizing_it_is_no_dataset_and_goes_on(
+    ray_head, mixed, tmp_path, here, monkeypatch
+):
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(mixed), str(out)], env=ray_head.env,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(mixed), str(out)],
+        env=ray_head.env,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 120
     while len(list(out.glob(".parts/*/*.json"))) < 5:
         assert process.poll() is None, "it ended before it could be killed"
@@ -352,7 +460,9 @@ def test_a_download_is_prepared_from_the_cache_and_is_not_needed_again(here, tmp
     sha256 = hashlib.sha256(content).hexdigest()
     cached = tmp_path / "cache" / "espalier" / f"{sha256[:16]}-input.txt"
     cached.parent.mkdir(parents=True)
-    settings = Data(corpus=f"https://example.invalid/input.txt#sha256={sha256}", val_fraction=0.25, **BYTES)
+    settings = Data(
+        corpus=f"https://example.invalid/input.txt#sha256={sha256}", val_fraction=0.25, **BYTES
+    )
     cached.write_bytes(content[:-1] + b"?")
     with pytest.raises(UserError, match="not what its SHA-256 says"):
         prepare(settings, tmp_path / "d", progress=quiet)
@@ -363,7 +473,9 @@ def test_a_download_is_prepared_from_the_cache_and_is_not_needed_again(here, tmp
     cached.unlink()
     assert prepare(settings, tmp_path / "d", progress=quiet) == made
     assert dataset_dir(settings, tmp_path) == where
-    other = settings.model_copy(update={"corpus": f"https://example.invalid/input.txt#sha256={'0' * 64}"})
+    other = settings.model_copy(
+        update={"corpus": f"https://example.invalid/input.txt#sha256={'0' * 64}"}
+    )
     with pytest.raises(UserError, match="has changed since then"):
         prepare(other, tmp_path / "d", progress=quiet)
 
@@ -376,9 +488,15 @@ def test_a_dataset_that_was_brought_without_its_corpus_is_used(here, mixed, tmp_
         prepare(data(tmp_path / "mixxed"), tmp_path / "d", progress=quiet)
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    ({"val_fraction": 0.2}, "data.val_fraction is 0.25 there and 0.2 here"), ({"split": "hash"}, "data.split"),
-    ({"append_eot": False}, "data.append_eot"), ({"tokenizer": "char", "append_eot": False}, "data.tokenizer is byte")])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"val_fraction": 0.2}, "data.val_fraction is 0.25 there and 0.2 here"),
+        ({"split": "hash"}, "data.split"),
+        ({"append_eot": False}, "data.append_eot"),
+        ({"tokenizer": "char", "append_eot": False}, "data.tokenizer is byte"),
+    ],
+)
 def test_another_setting_in_the_same_folder_is_refused(here, mixed, tmp_path, change, says):
     prepare(data(mixed), tmp_path / "d", progress=quiet)
     before = fingerprint(tmp_path / "d")
@@ -387,10 +505,20 @@ def test_another_setting_in_the_same_folder_is_refused(here, mixed, tmp_path, ch
     assert fingerprint(tmp_path / "d") == before
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    (lambda f: (f / "a.txt").write_bytes((f / "a.txt").read_bytes().replace(b"dark", b"DARK")), "a.txt has changed"),
-    (lambda f: (f / "a.txt").write_bytes(b"short"), "a.txt had"), (lambda f: (f / "e.txt").unlink(), "e.txt was"),
-    (lambda f: (f / "f.txt").write_text("new"), "f.txt is in data.corpus")])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda f: (f / "a.txt").write_bytes(
+                (f / "a.txt").read_bytes().replace(b"dark", b"DARK")
+            ),
+            "a.txt has changed",
+        ),
+        (lambda f: (f / "a.txt").write_bytes(b"short"), "a.txt had"),
+        (lambda f: (f / "e.txt").unlink(), "e.txt was"),
+        (lambda f: (f / "f.txt").write_text("new"), "f.txt is in data.corpus"),
+    ],
+)
 def test_a_corpus_that_changed_is_refused(here, mixed, tmp_path, change, says):
     prepare(data(mixed), tmp_path / "d", progress=quiet)
     change(mixed)
@@ -400,7 +528,9 @@ def test_a_corpus_that_changed_is_refused(here, mixed, tmp_path, change, says):
 
 def test_a_corpus_that_changes_meanwhile_is_no_dataset(here, mixed, tmp_path, monkeypatch):
     original = tokens.write_index
-    monkeypatch.setattr(tokens, "write_index", lambda *a: (original(*a), (mixed / "a.txt").write_text("other")))
+    monkeypatch.setattr(
+        tokens, "write_index", lambda *a: (original(*a), (mixed / "a.txt").write_text("other"))
+    )
     with pytest.raises(UserError, match="while it was prepared"):
         prepare(data(mixed), tmp_path / "d", progress=quiet)
     assert not (tmp_path / "d" / "manifest.json").exists()
@@ -418,8 +548,10 @@ def test_the_folder_follows_from_settings_and_corpus(mixed, tmp_path, monkeypatc
     assert dataset_dir(data(mixed, dir="mine"), tmp_path) == tmp_path / "mine"
 
 
-@pytest.mark.parametrize("fields", [
-    {"append_eot": True}, {"append_eot": False}, {"tokenizer": "char", "append_eot": False}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"append_eot": True}, {"append_eot": False}, {"tokenizer": "char", "append_eot": False}],
+)
 def test_an_exact_estimate_is_what_preparing_finds(here, mixed, tmp_path, fields):
     settings = data(mixed / "*.txt", **fields)
     guess = estimate(settings)
@@ -439,7 +571,9 @@ def test_an_estimate_downloads_nothing(tmp_path, monkeypatch, mixed):
     import tiktoken.load
     import tiktoken.registry
 
-    monkeypatch.setattr(tiktoken.load, "read_file", lambda path: pytest.fail(f"{path} would be downloaded"))
+    monkeypatch.setattr(
+        tiktoken.load, "read_file", lambda path: pytest.fail(f"{path} would be downloaded")
+    )
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "none"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
@@ -452,15 +586,27 @@ def test_an_estimate_downloads_nothing(tmp_path, monkeypatch, mixed):
 # ---- mistakes ----
 def test_a_long_run_of_spaces_is_located(here, gpt2_ranks, tmp_path):
     (tmp_path / "t.txt").write_bytes(b"some words, then " + b" " * 1_100_000 + b"and the end")
-    with pytest.raises(UserError, match=r"t\.txt: 1,100,001 whitespace characters in a row from its byte 16 on"):
-        prepare(data(tmp_path / "t.txt", tokenizer="gpt2", val_fraction=0.000001), tmp_path / "d", progress=quiet)
+    with pytest.raises(
+        UserError, match=r"t\.txt: 1,100,001 whitespace characters in a row from its byte 16 on"
+    ):
+        prepare(
+            data(tmp_path / "t.txt", tokenizer="gpt2", val_fraction=0.000001),
+            tmp_path / "d",
+            progress=quiet,
+        )
     assert not (tmp_path / "d" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize(("content", "fields", "says"), [
-    (b"one document", {"split": "hash"}, "leaves .* without a token"), (b"", {}, "holds no text"),
-    (b"\xff", {}, "not UTF-8"), (b"abc", {"tokenizer": "nope"}, "unknown"),
-    (b"abc", {"tokenizer": "char"}, "no end-of-text")])
+@pytest.mark.parametrize(
+    ("content", "fields", "says"),
+    [
+        (b"one document", {"split": "hash"}, "leaves .* without a token"),
+        (b"", {}, "holds no text"),
+        (b"\xff", {}, "not UTF-8"),
+        (b"abc", {"tokenizer": "nope"}, "unknown"),
+        (b"abc", {"tokenizer": "char"}, "no end-of-text"),
+    ],
+)
 def test_what_cannot_become_a_dataset_leaves_none(here, tmp_path, content, fields, says):
     (tmp_path / "t.txt").write_bytes(content)
     with pytest.raises(UserError, match=says):

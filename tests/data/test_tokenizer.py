@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.data import tokenizer as module
-from orchestrator.errors import UserError
 from orchestrator.data.tokenizer import N_VOCAB, char_tokenizer, load_tokenizer
+from orchestrator.errors import UserError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
 TRAP = "a<|endoftext|>b <|fim_prefix|>\r\n\ttwo  spaces 中文 e\u0301 😀"
@@ -26,7 +26,12 @@ def test_bytes_are_utf8_and_read_back(text):
 
 def test_byte_has_an_end_of_text_beside_its_256():
     byte = load_tokenizer("byte")
-    assert (byte.n_vocab, byte.eot_id, byte.byte_lengths[256], byte.dtype) == (257, 256, 0, np.uint16)
+    assert (byte.n_vocab, byte.eot_id, byte.byte_lengths[256], byte.dtype) == (
+        257,
+        256,
+        0,
+        np.uint16,
+    )
     assert byte.eot_id not in byte.encode(TRAP)
 
 
@@ -73,13 +78,19 @@ def test_sizes_known_without_a_download_are_tiktokens(monkeypatch):
     from tiktoken_ext import openai_public
 
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {b"a": 0})
-    monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: {b"a": 0})
+    monkeypatch.setattr(
+        openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: {b"a": 0}
+    )
     for name, build in openai_public.ENCODING_CONSTRUCTORS.items():
         parts = build()
-        assert N_VOCAB[name] == parts.get("explicit_n_vocab", max(parts["special_tokens"].values()) + 1), name
+        assert N_VOCAB[name] == parts.get(
+            "explicit_n_vocab", max(parts["special_tokens"].values()) + 1
+        ), name
 
 
-@pytest.mark.parametrize("make", [lambda: load_tokenizer("byte"), lambda: char_tokenizer("hello\n")])
+@pytest.mark.parametrize(
+    "make", [lambda: load_tokenizer("byte"), lambda: char_tokenizer("hello\n")]
+)
 def test_a_saved_tokenizer_loads_as_itself(tmp_path, make):
     saved = make()
     saved.save(tmp_path)
@@ -98,8 +109,15 @@ def test_another_tokenizer_than_the_stored_one_is_refused(tmp_path):
         load_tokenizer("char", tmp_path)
 
 
-@pytest.mark.parametrize(("name", "says"), [
-    ("gtp2", "did you mean gpt2"), ("bytes", "did you mean byte"), ("char", "prepared corpus"), ("zzzzz", "one of")])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("gtp2", "did you mean gpt2"),
+        ("bytes", "did you mean byte"),
+        ("char", "prepared corpus"),
+        ("zzzzz", "one of"),
+    ],
+)
 def test_a_name_that_leads_nowhere_is_explained(name, says, tmp_path):
     with pytest.raises(UserError, match=says):
         load_tokenizer(name, tmp_path)

@@ -1,7 +1,7 @@
 """One run and its faults: started, hurt, started again on another number of workers, to its end; then compared.
 
 Eats the seed of a campaign and the number of a case; yields a `Report`. The driver's part between two attempts is the driver's own
-code (`runs.check_resumable`, `runs.open_attempt`).
+code (`identity.check_resumable`, `identity.begin_attempt`).
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.dataset import load_manifest
 from orchestrator.files import read_json
-from orchestrator.runs import folder as runs
-from orchestrator.runs import journal
+from orchestrator.runs import identity, journal
 from orchestrator.runs import stop as stopping
+from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import watchdog
 from tests.faults import kinds, rank
 from tests.faults.kinds import Fault
@@ -144,8 +144,10 @@ class Case:
     def attempt(self, world: int, fault: Fault | None) -> bool:
         """Start all ranks, let the fault happen, and wait for their end; True where the run is done."""
         self.report.attempts += 1
-        runs.check_resumable(self.run_dir, self.experiment, self.dataset, lambda message: None)
-        runs.open_attempt(self.run_dir, self.experiment, {}, {"workers": world})
+        identity.check_resumable(
+            RunFolder(self.run_dir), self.experiment, self.dataset, lambda message: None
+        )
+        identity.begin_attempt(RunFolder(self.run_dir), self.experiment, {}, {"workers": world})
         first_step, met, store = (
             self.folder / f"{name}-{self.report.attempts}"
             for name in ("first-step", "met", "store")

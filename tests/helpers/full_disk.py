@@ -16,9 +16,10 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
 from orchestrator.files import read_json
-from orchestrator.runs import events, journal
-from orchestrator.runs import folder as runs
+from orchestrator.runs import events, identity, journal, summary
 from orchestrator.runs import stop as stopping
+from orchestrator.runs.ending import Ending
+from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Run, train
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import ray_train as workers
@@ -68,7 +69,7 @@ def end(run_dir: Path) -> str:
         workers._begin_attempt(run_dir, [], "launch", 1)
     except OSError as error:
         workers._record_failure(run_dir, 0, error)
-    runs.summarise(run_dir, ("FAILED", 1), EXPERIMENT.tokens_per_step, None, 0.0)
+    summary.summarize(RunFolder(run_dir), Ending("failed"), EXPERIMENT.tokens_per_step, None, 0.0)
     return read_json(run_dir / "stopped.json")["reason"]
 
 
@@ -81,7 +82,7 @@ def run(name: str, fill, frees: bool) -> dict:
     )
     run_dir, torn, error = disk / "run", [], None
     run_dir.mkdir()
-    runs.open_attempt(run_dir, EXPERIMENT, {}, {})
+    identity.begin_attempt(RunFolder(run_dir), EXPERIMENT, {}, {})
     training = Run(EXPERIMENT, run_dir, DATA_DIR, Worker(cpus=1))
     try:
         for line in training:
@@ -116,7 +117,7 @@ def run(name: str, fill, frees: bool) -> dict:
             stopping.ask(run_dir, "SIGTERM")
             said["asked"] = stopping.asked(run_dir)
         free(disk)
-        runs.open_attempt(run_dir, EXPERIMENT, {}, {})
+        identity.begin_attempt(RunFolder(run_dir), EXPERIMENT, {}, {})
         train(EXPERIMENT, run_dir, DATA_DIR, Worker(cpus=1))
     return said | outcome(run_dir)
 

@@ -11,7 +11,7 @@ from orchestrator.data.batches import Batches, TokenStream
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.runs import journal
-from orchestrator.runs.folder import stored_experiment
+from orchestrator.runs.folder import RunFolder
 from orchestrator.train.inspect import batch_of, first_model, forward
 from orchestrator.train.numerics import Worker
 from pipelines.inspect_batch import main
@@ -25,7 +25,7 @@ def stored(trained_run):
 
 @pytest.fixture
 def experiment(stored) -> Experiment:
-    return stored_experiment(stored.parent)
+    return RunFolder(stored.parent).read_experiment()
 
 
 @pytest.mark.parametrize("step", [0, 7])

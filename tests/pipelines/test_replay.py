@@ -11,8 +11,8 @@ import pytest
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.errors import HeldError, UserError
 from orchestrator.runs import events, journal
-from orchestrator.runs import folder as runs
 from orchestrator.runs import lock as lease
+from orchestrator.runs.folder import RunFolder
 from pipelines.replay import main
 
 NUMBER = r"0x1\.\w+p\+1 \([\d.]+\)"
@@ -35,7 +35,7 @@ def nudge(run_dir: Path, step: int) -> None:
 
 def track(run_dir: Path):
     """Give the run what a driver gives it, by which it is tracked; its experiment."""
-    stored = runs.stored_experiment(run_dir / "checkpoints" / "step-00000012")
+    stored = RunFolder(run_dir / "checkpoints" / "step-00000012").read_experiment()
     (run_dir / "experiment.yaml").write_text(stored.to_yaml(), "utf-8")
     (run_dir / "run.json").write_text(
         json.dumps({"name": "tiny", "key": "a" * 32, "attempts": [{"from_step": 0}]}), "utf-8"

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from orchestrator.runs import events, journal
-from orchestrator.runs.console import (Console, format_record)
-from orchestrator.text import (duration, number, table)
+from orchestrator.runs.console import Console, format_record
 from orchestrator.runs.journal import Journal
+from orchestrator.text import duration, number, table
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,13 @@ def test_durations(seconds, text):
     ("record", "line"),
     [
         (
-            {"step": 100, "train/loss": 2.34561, "optim/lr": 1e-3, "perf/tokens_per_sec": 25600.4, "perf/mfu": 0.4123},
+            {
+                "step": 100,
+                "train/loss": 2.34561,
+                "optim/lr": 1e-3,
+                "perf/tokens_per_sec": 25600.4,
+                "perf/mfu": 0.4123,
+            },
             "step   100/2,000 | loss 2.3456 | lr 1.00e-03 | 25,600 tok/s | MFU 41.2% | ETA 19s",
         ),
         (
@@ -58,7 +64,10 @@ def test_durations(seconds, text):
             },
             "step 2,000/2,000 | loss 1.0000 | lr 6.00e-05 | 1 tok/s | ETA 0s | val loss 1.5000, 2.0000 bits/byte",
         ),
-        ({"step": 1, "train/loss": float("nan"), "optim/lr": 0.0}, "step     1/2,000 | loss nan | lr 0.00e+00"),
+        (
+            {"step": 1, "train/loss": float("nan"), "optim/lr": 0.0},
+            "step     1/2,000 | loss nan | lr 0.00e+00",
+        ),
     ],
 )
 def test_a_record_is_one_steady_line(record, line):
@@ -91,7 +100,8 @@ def test_a_table_is_aligned_and_leaves_out_what_is_none():
 def shown(capsys) -> list[int]:
     """Steps of the lines that were printed."""
     return [
-        int(line.split("/")[0].removeprefix("step").replace(",", "")) for line in capsys.readouterr().out.splitlines()
+        int(line.split("/")[0].removeprefix("step").replace(",", ""))
+        for line in capsys.readouterr().out.splitlines()
     ]
 
 
@@ -109,7 +119,9 @@ def test_every_record_is_printed_once_also_after_a_rewind(tmp_path, capsys):
     assert shown(capsys) == [1, 2, 3, 2, 3, 4]
 
 
-def test_records_of_one_millisecond_or_of_a_clock_behind_ours_are_printed_too(tmp_path, capsys, monkeypatch):
+def test_records_of_one_millisecond_or_of_a_clock_behind_ours_are_printed_too(
+    tmp_path, capsys, monkeypatch
+):
     log, times = Journal(tmp_path), iter([5, 5, 5, 3, 2])
     monkeypatch.setattr(journal.time, "time_ns", lambda: next(times) * 1_000_000)
     log.append(0, {})
@@ -127,8 +139,11 @@ def test_events_are_lines_too_and_those_of_before_are_not_told_again(tmp_path, c
         events.note(tmp_path, "hang", "rank 1 hung in gradient of step 2")
         time.sleep(0.1)
         events.note(tmp_path, "restart", "attempt 2 begins at step 0")
-    assert capsys.readouterr().out.splitlines() == ["step   1/100", "rank 1 hung in gradient of step 2",
-                                                    "attempt 2 begins at step 0"]
+    assert capsys.readouterr().out.splitlines() == [
+        "step   1/100",
+        "rank 1 hung in gradient of step 2",
+        "attempt 2 begins at step 0",
+    ]
 
 
 def test_what_is_torn_among_the_events_keeps_no_other_from_being_told(tmp_path, capsys):
@@ -142,12 +157,19 @@ def test_what_is_torn_among_the_events_keeps_no_other_from_being_told(tmp_path, 
 def test_a_disk_that_is_full_is_told_once_each_time(tmp_path, capsys, monkeypatch):
     free = [0]
     # The system's figures are invented here: a real full disk of a run is filled in `test_writer.py`.
-    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 100, free[0], free[0], 50, 9, 9, 0, 255)))
+    monkeypatch.setattr(
+        os,
+        "statvfs",
+        lambda path: os.statvfs_result((4096, 4096, 100, free[0], free[0], 50, 9, 9, 0, 255)),
+    )
     with Console(tmp_path, 100, 1, interval_s=0.01):
         for free[0] in (0, 5, 0):
             time.sleep(0.1)
-    assert capsys.readouterr().out.splitlines() == [f"{tmp_path}: the disk is full. Training goes on; lines and "
-                                                    "checkpoints wait for room"] * 2
+    assert (
+        capsys.readouterr().out.splitlines()
+        == [f"{tmp_path}: the disk is full. Training goes on; lines and checkpoints wait for room"]
+        * 2
+    )
 
 
 def test_the_last_records_are_printed_before_the_console_ends(tmp_path, capsys):

@@ -5,8 +5,17 @@ import pytest
 from orchestrator.runs import events
 
 
-@pytest.mark.parametrize("torn", [b'{"time": "2026-11-27T05:00:00+00:00", "ki', b"\xff", b"\n\n[1]\nnull\n{}\n" + b"[" * 100_000])
-def test_what_is_torn_or_no_event_is_passed_over_and_the_next_one_stands_on_a_line_of_its_own(tmp_path, torn):
+@pytest.mark.parametrize(
+    "torn",
+    [
+        b'{"time": "2026-11-27T05:00:00+00:00", "ki',
+        b"\xff",
+        b"\n\n[1]\nnull\n{}\n" + b"[" * 100_000,
+    ],
+)
+def test_what_is_torn_or_no_event_is_passed_over_and_the_next_one_stands_on_a_line_of_its_own(
+    tmp_path, torn
+):
     first = events.note(tmp_path, "hang", "rank 1 hangs", rank=1)
     with open(tmp_path / events.FILE, "ab") as file:
         file.write(torn)

@@ -12,21 +12,31 @@ import torch
 
 from model.schedule import learning_rate
 from orchestrator.checkpoint import store as checkpoint
-from orchestrator.runs import folder as runs, lock as lease, stop as stopping
 from orchestrator.config.experiment import Experiment, load_experiment
+from orchestrator.data.dataset import Manifest, Split, data_identity
 from orchestrator.errors import HeldError, UserError
+from orchestrator.files import read_json
+from orchestrator.runs import identity
+from orchestrator.runs import lock as lease
+from orchestrator.runs import stop as stopping
+from orchestrator.runs import summary as summary_file
+from orchestrator.runs.ending import Ending
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
-from orchestrator.data.dataset import Manifest, Split
-from orchestrator.data.dataset import (data_identity)
 from orchestrator.runs.storage import storage_root
 from tests.helpers.facts import FACTS
-from orchestrator.files import (read_json)
 
 HOLDER = (
     "from pathlib import Path; import sys, time; from orchestrator.runs.lock import held\n"
     "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
 )
-BASE = ["name=a", "train.max_steps=100", "train.micro_batch_size=1", "train.global_batch_size=8", "data.tokenizer=byte"]
+BASE = [
+    "name=a",
+    "train.max_steps=100",
+    "train.micro_batch_size=1",
+    "train.global_batch_size=8",
+    "data.tokenizer=byte",
+]
 
 # Another legal value of every field that is the run's identity.
 IDENTITY = {
@@ -91,23 +101,37 @@ def experiment(*words: str) -> Experiment:
 
 def dataset(stream: str = "s", directory: Path = Path("/data")) -> Manifest:
     splits = {name: Split(1000, 1, 1000, f"{stream}-{name}", ()) for name in ("train", "val")}
-    return Manifest(directory, 1, {"name": "byte", "n_vocab": 256}, {}, "uint16", splits, [], "digest")
+    return Manifest(
+        directory, 1, {"name": "byte", "n_vocab": 256}, {}, "uint16", splits, [], "digest"
+    )
 
 
 def commit(run_dir: Path, step: int, e: Experiment, **metrics: float) -> Path:
     weights = {"w": torch.full((3,), float(step))}
-    facts = {"metrics": metrics, "fingerprints": FACTS["fingerprints"] | {"data": data_identity(dataset())}}
-    return checkpoint.save(run_dir / "checkpoints", step, {"model": weights}, {"experiment.yaml": e.to_yaml()}, facts)
+    facts = {
+        "metrics": metrics,
+        "fingerprints": FACTS["fingerprints"] | {"data": data_identity(dataset())},
+    }
+    return checkpoint.save(
+        run_dir / "checkpoints", step, {"model": weights}, {"experiment.yaml": e.to_yaml()}, facts
+    )
 
 
 # ---- one writer ----
 def test_a_held_run_is_refused_naming_the_holder_and_free_again_when_the_holder_is_killed(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(HeldError, match=rf"held by process {holder.pid} on "), lease.held(tmp_path):
+        with (
+            pytest.raises(HeldError, match=rf"held by process {holder.pid} on "),
+            lease.held(tmp_path),
+        ):
             pytest.fail("two writers")
-        assert (tmp_path / ".lock").read_text().startswith(f"process {holder.pid} ")  # asking changes nothing
+        assert (
+            (tmp_path / ".lock").read_text().startswith(f"process {holder.pid} ")
+        )  # asking changes nothing
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait(20)
@@ -128,18 +152,22 @@ def test_every_field_is_either_identity_or_free_and_has_a_row():
 @pytest.mark.parametrize("field", IDENTITY)
 def test_a_changed_identity_field_is_refused_and_shown_with_both_values(field):
     wanted = experiment(f"{field}={IDENTITY[field]}")
-    lines = runs.identity_differences(experiment(), wanted, 10)
+    lines = identity.identity_differences(experiment(), wanted, 10)
     (line,) = [line for line in lines if line.startswith(f"{field}: ")]
     assert repr(wanted.flat()[field]) in line
     assert " there, " in line
     assert line.endswith(" here")
-    assert len(lines) == 1 + (field == "train.micro_batch_size")  # which also changes the number of slots
+    assert len(lines) == 1 + (
+        field == "train.micro_batch_size"
+    )  # which also changes the number of slots
 
 
 @pytest.mark.parametrize("field", FREE)
 def test_a_free_field_may_change(field):
     assert experiment().flat()[field] != experiment(f"{field}={FREE[field]}").flat()[field]
-    assert runs.identity_differences(experiment(), experiment(f"{field}={FREE[field]}"), 10) == []
+    assert (
+        identity.identity_differences(experiment(), experiment(f"{field}={FREE[field]}"), 10) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,13 +180,18 @@ def test_a_free_field_may_change(field):
     ],
 )
 def test_saying_what_null_means_changes_nothing(before, after):
-    assert runs.identity_differences(experiment(*before), experiment(*after), 10) == []
+    assert identity.identity_differences(experiment(*before), experiment(*after), 10) == []
 
 
 @pytest.mark.parametrize(
     ("before", "after", "step", "refused"),
     [
-        (("schedule.decay_steps=100",), ("schedule.decay_steps=100", "train.max_steps=200"), 100, False),
+        (
+            ("schedule.decay_steps=100",),
+            ("schedule.decay_steps=100", "train.max_steps=200"),
+            100,
+            False,
+        ),
         (
             (),
             ("schedule.decay_steps=100", "train.max_steps=200"),
@@ -167,18 +200,45 @@ def test_saying_what_null_means_changes_nothing(before, after):
         ),  # what the refusal of the next row advises
         ((), ("train.max_steps=200",), 10, True),
         ((), ("train.max_steps=200",), 1, False),  # the peak is the peak
-        (("schedule.kind=constant",), ("schedule.kind=constant", "train.max_steps=200"), 100, False),
+        (
+            ("schedule.kind=constant",),
+            ("schedule.kind=constant", "train.max_steps=200"),
+            100,
+            False,
+        ),
         (("schedule.kind=wsd",), ("schedule.kind=wsd", "train.max_steps=200"), 80, False),
         (("schedule.kind=wsd",), ("schedule.kind=wsd", "train.max_steps=200"), 82, True),
-        (("schedule.warmup_steps=20",), ("schedule.warmup_steps=20", "train.max_steps=200"), 21, False),
-        (("schedule.warmup_steps=20",), ("schedule.warmup_steps=20", "train.max_steps=200"), 22, True),
-        (("schedule.decay_steps=100",), ("schedule.decay_steps=100", "train.max_steps=50"), 50, False),
-        (("schedule.decay_steps=100",), ("schedule.decay_steps=100", "train.max_steps=49"), 50, True),
+        (
+            ("schedule.warmup_steps=20",),
+            ("schedule.warmup_steps=20", "train.max_steps=200"),
+            21,
+            False,
+        ),
+        (
+            ("schedule.warmup_steps=20",),
+            ("schedule.warmup_steps=20", "train.max_steps=200"),
+            22,
+            True,
+        ),
+        (
+            ("schedule.decay_steps=100",),
+            ("schedule.decay_steps=100", "train.max_steps=50"),
+            50,
+            False,
+        ),
+        (
+            ("schedule.decay_steps=100",),
+            ("schedule.decay_steps=100", "train.max_steps=49"),
+            50,
+            True,
+        ),
     ],
 )
-def test_max_steps_may_change_where_no_learning_rate_that_was_used_does(before, after, step, refused):
+def test_max_steps_may_change_where_no_learning_rate_that_was_used_does(
+    before, after, step, refused
+):
     stored, wanted = experiment(*before), experiment(*after)
-    lines = runs.identity_differences(stored, wanted, step)
+    lines = identity.identity_differences(stored, wanted, step)
     assert bool(lines) == refused, lines
     if not refused:
         rates = [[learning_rate(e.lr_schedule(), n) for n in range(step)] for e in (stored, wanted)]
@@ -187,16 +247,25 @@ def test_max_steps_may_change_where_no_learning_rate_that_was_used_does(before, 
         assert "train.max_steps" in lines[0]
 
 
-def test_an_experiment_goes_on_where_it_is_the_same_and_starts_over_before_the_first_checkpoint(tmp_path):
-    assert runs.check_resumable(tmp_path, experiment("train.seed=1"), dataset()) == 0
+def test_an_experiment_goes_on_where_it_is_the_same_and_starts_over_before_the_first_checkpoint(
+    tmp_path,
+):
+    assert identity.check_resumable(RunFolder(tmp_path), experiment("train.seed=1"), dataset()) == 0
     commit(tmp_path, 20, experiment())
-    assert runs.check_resumable(tmp_path, experiment("train.keep=5"), dataset(directory=Path("/moved"))) == 20
+    assert (
+        identity.check_resumable(
+            RunFolder(tmp_path), experiment("train.keep=5"), dataset(directory=Path("/moved"))
+        )
+        == 20
+    )
 
 
 def test_a_refusal_shows_every_difference_and_a_way_out(tmp_path):
     commit(tmp_path, 20, experiment())
     with pytest.raises(UserError) as caught:
-        runs.check_resumable(tmp_path, experiment("train.seed=1", "optim.beta1=0.5"), dataset("other"))
+        identity.check_resumable(
+            RunFolder(tmp_path), experiment("train.seed=1", "optim.beta1=0.5"), dataset("other")
+        )
     text = str(caught.value)
     for words in (
         "train.seed: 1337 there, 1 here",
@@ -213,13 +282,13 @@ def test_identity_is_that_of_the_latest_valid_checkpoint(tmp_path):
     torn = commit(tmp_path, 40, experiment("train.seed=1"))
     (torn / "model.safetensors").write_bytes(b"")
     told: list[str] = []
-    assert runs.check_resumable(tmp_path, experiment(), dataset(), told.append) == 20
+    assert identity.check_resumable(RunFolder(tmp_path), experiment(), dataset(), told.append) == 20
     assert "step-00000040" in told[0]
 
 
 def test_a_folder_without_an_experiment_is_called_so(tmp_path):
     with pytest.raises(UserError, match=r"experiment\.yaml"):
-        runs.stored_experiment(tmp_path)
+        RunFolder(tmp_path).read_experiment()
 
 
 # ---- where ----
@@ -245,25 +314,35 @@ def test_storage_is_absolute_and_never_a_jobs_throw_away_folder(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
-    for name, value in (("ESPALIER_STORAGE", variable), ("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}" if in_job else None)):
-        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    for name, value in (
+        ("ESPALIER_STORAGE", variable),
+        ("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}" if in_job else None),
+    ):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(
+            name, value
+        )
     wanted = expected.replace("CWD", str(tmp_path)).replace("HOME", "/home/somebody")
     assert storage_root(Experiment(storage=storage)) == Path(wanted)
 
 
 # ---- attempts and the summary ----
 def test_attempts_add_up_under_one_key_and_old_endings_go(tmp_path):
-    runs.open_attempt(tmp_path, experiment(), {"params": {"a": 1}}, {"n": 1})
+    identity.begin_attempt(RunFolder(tmp_path), experiment(), {"params": {"a": 1}}, {"n": 1})
     first = read_json(tmp_path / "run.json")
     for stale in ("summary.json", "stopped.json", "failure-rank0.txt"):
         (tmp_path / stale).write_text("{}")
-    runs.open_attempt(tmp_path, experiment(), {"params": {"a": 2}}, {"n": 2})
+    identity.begin_attempt(RunFolder(tmp_path), experiment(), {"params": {"a": 2}}, {"n": 2})
     second = read_json(tmp_path / "run.json")
     assert second["key"] == first["key"]
     assert (second["attempts"], second["params"]) == ([{"n": 1}, {"n": 2}], {"a": 2})
-    assert sorted(p.name for p in tmp_path.iterdir()) == [runs.RESERVE, "experiment.yaml", "run.json", "stop.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".reserve",
+        "experiment.yaml",
+        "run.json",
+        "stop.json",
+    ]
     assert stopping.asked(tmp_path) is None
-    assert runs.stored_experiment(tmp_path) == experiment()
+    assert RunFolder(tmp_path).read_experiment() == experiment()
 
 
 def test_a_summary_is_what_journal_and_checkpoints_say(tmp_path):
@@ -271,13 +350,19 @@ def test_a_summary_is_what_journal_and_checkpoints_say(tmp_path):
     log.append(0, {"val/loss": 9.0, "val/bits_per_byte": 9.0, "val/best_loss": 9.0})
     log.append(
         10,
-        {"train/loss": 5.0, "perf/step_time_s": 100.0, "val/loss": 4.0, "val/bits_per_byte": 3.0, "val/best_loss": 4.0},
+        {
+            "train/loss": 5.0,
+            "perf/step_time_s": 100.0,
+            "val/loss": 4.0,
+            "val/bits_per_byte": 3.0,
+            "val/best_loss": 4.0,
+        },
     )
     log.append(20, {"train/loss": 3.0, "perf/step_time_s": 0.5})
     log.append(30, {"train/loss": 2.0, "perf/step_time_s": 0.5})
     commit(tmp_path, 10, experiment())
     last = commit(tmp_path, 30, experiment())
-    summary = runs.summarise(tmp_path, ("FINISHED", 0), 128, "id", 12.34)
+    summary = summary_file.summarize(RunFolder(tmp_path), Ending("done"), 128, "id", 12.34)
     assert summary == json.loads((tmp_path / "summary.json").read_text("utf-8"))
     assert summary == {
         "status": "FINISHED",
@@ -297,23 +382,32 @@ def test_a_summary_is_what_journal_and_checkpoints_say(tmp_path):
 
 
 def test_a_run_that_died_at_once_has_a_summary_too(tmp_path):
-    summary = runs.summarise(tmp_path, ("KILLED", 75), 128, None, 0.0)
+    summary = summary_file.summarize(RunFolder(tmp_path), Ending("again"), 128, None, 0.0)
     assert (summary["status"], summary["step"], summary["tokens"]) == ("KILLED", 0, 0)
-    assert {summary[k] for k in ("train_loss", "val_loss", "checkpoint", "weights_sha256", "tokens_per_sec")} == {None}
+    assert {
+        summary[k]
+        for k in ("train_loss", "val_loss", "checkpoint", "weights_sha256", "tokens_per_sec")
+    } == {None}
 
 
 def test_a_writer_waits_for_the_one_before_it_and_no_longer_than_it_was_told(tmp_path):
-    with lease.held(tmp_path, ".writer"), pytest.raises(HeldError), lease.held(tmp_path, ".writer", wait_s=0.3):
+    with (
+        lease.held(tmp_path, ".writer"),
+        pytest.raises(HeldError),
+        lease.held(tmp_path, ".writer", wait_s=0.3),
+    ):
         pass
     with lease.held(tmp_path), lease.held(tmp_path, ".writer", wait_s=5):
         assert (tmp_path / ".writer").read_text() == (tmp_path / ".lock").read_text()
 
 
-def test_an_experiment_changed_before_its_first_checkpoint_starts_over_as_another_tracked_run(tmp_path):
+def test_an_experiment_changed_before_its_first_checkpoint_starts_over_as_another_tracked_run(
+    tmp_path,
+):
     facts = {"params": {}, "tags": {}, "dataset": {"digest": "d"}}
 
     def begin(*words: str) -> str:
-        runs.open_attempt(tmp_path, load_experiment(None, list(words)), facts, {})
+        identity.begin_attempt(RunFolder(tmp_path), load_experiment(None, list(words)), facts, {})
         return read_json(tmp_path / "run.json")["key"]
 
     first = begin()

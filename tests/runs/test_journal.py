@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from orchestrator.runs import events, journal
 from orchestrator.errors import UserError
+from orchestrator.runs import events, journal
 from orchestrator.runs.journal import Journal, Tail
 
 
@@ -29,7 +29,10 @@ def steps(records) -> list[int]:
 
 
 def aside(run_dir) -> list[list[int]]:
-    return [[json.loads(line)["step"] for line in p.read_text().splitlines()] for p in journal.aside_files(run_dir)]
+    return [
+        [json.loads(line)["step"] for line in p.read_text().splitlines()]
+        for p in journal.aside_files(run_dir)
+    ]
 
 
 # ---- append and read ----
@@ -70,7 +73,10 @@ def test_lines_for_which_a_full_disk_has_no_room_are_never_torn_and_come_later_i
             log.keep({"step": 3, "train/loss": 1.0})
         assert log.path.stat().st_size == size
         late = [log.append(step, {"train/loss": 1.0}) for step in (3, 4)]
-        with pytest.raises(UserError, match=f"{log.path}: no room for the line of step 3 .*run the same command again"):
+        with pytest.raises(
+            UserError,
+            match=f"{log.path}: no room for the line of step 3 .*run the same command again",
+        ):
             log.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -79,7 +85,9 @@ def test_lines_for_which_a_full_disk_has_no_room_are_never_torn_and_come_later_i
     late.append(log.append(5, {}))
     assert journal.read(tmp_path)[2:] == late, "not in order, or not as they were"
     log.close()
-    assert events.read(tmp_path)[-1]["message"].endswith("there is room again, and the lines that waited are written")
+    assert events.read(tmp_path)[-1]["message"].endswith(
+        "there is room again, and the lines that waited are written"
+    )
 
 
 # ---- rewind ----
@@ -95,13 +103,17 @@ def test_lines_for_which_a_full_disk_has_no_room_are_never_torn_and_come_later_i
         (99, [0, 10, 20, 30], []),
     ],
 )
-def test_a_rewind_keeps_what_the_checkpoint_knows_and_moves_the_rest_aside(tmp_path, step, kept, moved):
+def test_a_rewind_keeps_what_the_checkpoint_knows_and_moves_the_rest_aside(
+    tmp_path, step, kept, moved
+):
     log = filled(tmp_path, (0, 10, 20, 30))
     lines = log.path.read_bytes().splitlines()
     assert log.rewind(step) == 4 - len(kept)
     assert steps(journal.read(tmp_path)) == kept
     assert aside(tmp_path) == moved
-    everything = log.path.read_bytes() + b"".join(p.read_bytes() for p in journal.aside_files(tmp_path))
+    everything = log.path.read_bytes() + b"".join(
+        p.read_bytes() for p in journal.aside_files(tmp_path)
+    )
     assert everything.splitlines() == lines  # verbatim
 
 

@@ -23,8 +23,15 @@ except BaseException as end:
 """
 
 
-@pytest.mark.parametrize(("number", "end"), [(signal.SIGTERM, "Terminated"), (signal.SIGINT, "KeyboardInterrupt")])
+@pytest.mark.parametrize(
+    ("number", "end"), [(signal.SIGTERM, "Terminated"), (signal.SIGINT, "KeyboardInterrupt")]
+)
 def test_what_falls_into_a_fork_of_rays_start_is_heard_and_python_says_nothing(number, end):
-    done = subprocess.run([sys.executable, "-c", TOLD_IN_A_FORK, str(int(number))], cwd=REPO, capture_output=True, text=True,
-                          timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", TOLD_IN_A_FORK, str(int(number))],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, f"the exit was dropped\n{end}\n", "")

@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
-from orchestrator.runs.sources import (UNKNOWN, source_facts, source_tags, sources_sha256)
-from orchestrator.redact import (REDACTED, redact, redact_text)
+from orchestrator.redact import REDACTED, redact, redact_text
+from orchestrator.runs.sources import UNKNOWN, source_facts, source_tags, sources_sha256
 
 
 @pytest.fixture
@@ -30,7 +30,11 @@ def commit(folder):
 
 def test_a_checkout_is_its_commit_and_dirty_when_touched(checkout):
     head = commit(checkout)
-    assert source_facts(checkout) == {"commit": head, "dirty": False, "sources_sha256": sources_sha256(checkout)}
+    assert source_facts(checkout) == {
+        "commit": head,
+        "dirty": False,
+        "sources_sha256": sources_sha256(checkout),
+    }
     (checkout / "model" / "new.py").touch()
     assert source_facts(checkout)["dirty"] is True
 
@@ -52,7 +56,11 @@ def test_what_the_submitter_said_comes_first(checkout, monkeypatch):
     monkeypatch.setenv("ESPALIER_GIT_DIRTY", "1")
     tags = source_tags(source_facts(checkout), ray_job_id="7")
     assert tags["mlflow.source.git.commit"] == "abc"
-    assert (tags["source.dirty"], tags["mlflow.source.type"], tags["ray.job_id"]) == ("true", "JOB", "7")
+    assert (tags["source.dirty"], tags["mlflow.source.type"], tags["ray.job_id"]) == (
+        "true",
+        "JOB",
+        "7",
+    )
 
 
 def test_another_repository_around_a_copy_is_not_its_commit(checkout):
@@ -64,29 +72,42 @@ def test_another_repository_around_a_copy_is_not_its_commit(checkout):
     assert source_facts(copy)["commit"] == UNKNOWN
 
 
-@pytest.mark.parametrize("key", ["token", "api_key", "HF_TOKEN", "aws.secretAccessKey", "db-password", "mySecret"])
+@pytest.mark.parametrize(
+    "key", ["token", "api_key", "HF_TOKEN", "aws.secretAccessKey", "db-password", "mySecret"]
+)
 def test_keys_that_name_secrets(key):
     assert redact({key: "s3cr3t"}) == {key: REDACTED}
     assert redact({"section": [{key: 5}]}) == {"section": [{key: REDACTED}]}
 
 
-@pytest.mark.parametrize("key", ["train.eval_tokens", "data.tokenizer", "derived.tokens_per_step", "monkey"])
+@pytest.mark.parametrize(
+    "key", ["train.eval_tokens", "data.tokenizer", "derived.tokens_per_step", "monkey"]
+)
 def test_keys_that_do_not(key):
     assert redact({key: "gpt2"}) == {key: "gpt2"}
 
 
-@pytest.mark.parametrize(("text", "shown"), [
-    ("https://me:pw@host/x#sha256=" + "a" * 64, f"https://{REDACTED}@host/x#sha256=" + "a" * 64),
-    ("https://ghp_0123456789abcdefghij@github.com/a/b", f"https://{REDACTED}@github.com/a/b"),
-    ("see hf_abcdefghijklmnopqrstuvwx.", f"see {REDACTED}."),
-    ("AKIAABCDEFGHIJKLMNOP", REDACTED),
-    ("https://host/x.txt?token=abc123&v=1#a", f"https://host/x.txt?token={REDACTED}&v=1#a"),
-    ("s3://b/x?region=eu&token=abc123", f"s3://b/x?region=eu&token={REDACTED}"),
-    ("Authorization: Bearer abcdef0123456789", f"Authorization: Bearer {REDACTED}"),
-    ("-----BEGIN RSA PRIVATE KEY-----\nMII\n-----END RSA PRIVATE KEY-----", REDACTED),
-    ("api_key: 'very secret'\nmax_lr: 0.1", f"api_key: {REDACTED}\nmax_lr: 0.1"),
-    ("tokenizer: gpt2\ntracking:\n  uri: sqlite:////a/b.db", "tokenizer: gpt2\ntracking:\n  uri: sqlite:////a/b.db"),
-])
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "https://me:pw@host/x#sha256=" + "a" * 64,
+            f"https://{REDACTED}@host/x#sha256=" + "a" * 64,
+        ),
+        ("https://ghp_0123456789abcdefghij@github.com/a/b", f"https://{REDACTED}@github.com/a/b"),
+        ("see hf_abcdefghijklmnopqrstuvwx.", f"see {REDACTED}."),
+        ("AKIAABCDEFGHIJKLMNOP", REDACTED),
+        ("https://host/x.txt?token=abc123&v=1#a", f"https://host/x.txt?token={REDACTED}&v=1#a"),
+        ("s3://b/x?region=eu&token=abc123", f"s3://b/x?region=eu&token={REDACTED}"),
+        ("Authorization: Bearer abcdef0123456789", f"Authorization: Bearer {REDACTED}"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMII\n-----END RSA PRIVATE KEY-----", REDACTED),
+        ("api_key: 'very secret'\nmax_lr: 0.1", f"api_key: {REDACTED}\nmax_lr: 0.1"),
+        (
+            "tokenizer: gpt2\ntracking:\n  uri: sqlite:////a/b.db",
+            "tokenizer: gpt2\ntracking:\n  uri: sqlite:////a/b.db",
+        ),
+    ],
+)
 def test_texts(text, shown):
     assert redact_text(text) == shown
 
@@ -95,4 +116,6 @@ def test_values_of_secret_variables_are_known(monkeypatch):
     monkeypatch.setenv("MY_SERVICE_PASSWORD", "correct horse")
     monkeypatch.setenv("SHORT_KEY", "gpt2")
     assert redact({"data.corpus": "/x/correct horse/y", "data.tokenizer": "gpt2"}) == {
-        "data.corpus": f"/x/{REDACTED}/y", "data.tokenizer": "gpt2"}
+        "data.corpus": f"/x/{REDACTED}/y",
+        "data.tokenizer": "gpt2",
+    }

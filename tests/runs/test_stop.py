@@ -6,22 +6,42 @@ from pathlib import Path
 import pytest
 
 from orchestrator.checkpoint import store as checkpoint
-from orchestrator.runs import events, journal, stop as stopping
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
-from orchestrator.train.numerics import Worker
+from orchestrator.runs import events, journal
+from orchestrator.runs import stop as stopping
 from orchestrator.train.loop import Run, train
+from orchestrator.train.numerics import Worker
 
-SMALL = ["data.tokenizer=char", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16",
-         "model.dropout=0.1", "model.pad_vocab_to=1", "train.micro_batch_size=2", "train.global_batch_size=8",
-         "train.max_steps=12", "train.log_interval=3", "train.eval_interval=4", "train.eval_tokens=400",
-         "train.checkpoint_interval=100", "schedule.max_lr=1e-2"]
+SMALL = [
+    "data.tokenizer=char",
+    "model.n_layer=1",
+    "model.n_head=2",
+    "model.n_embd=16",
+    "model.block_size=16",
+    "model.dropout=0.1",
+    "model.pad_vocab_to=1",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=8",
+    "train.max_steps=12",
+    "train.log_interval=3",
+    "train.eval_interval=4",
+    "train.eval_tokens=400",
+    "train.checkpoint_interval=100",
+    "schedule.max_lr=1e-2",
+]
 
 
 def outcome(folder: Path) -> tuple:
     last = checkpoint.latest_valid(folder / "checkpoints")
-    losses = [{k: v for k, v in r.items() if k.startswith(("step", "train/", "val/", "optim/"))} for r in journal.read(folder)]
-    parts = [(last / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors", "state.json")]
+    losses = [
+        {k: v for k, v in r.items() if k.startswith(("step", "train/", "val/", "optim/"))}
+        for r in journal.read(folder)
+    ]
+    parts = [
+        (last / name).read_bytes()
+        for name in ("model.safetensors", "optimizer.safetensors", "state.json")
+    ]
     return last.name, parts, losses
 
 
@@ -33,26 +53,42 @@ def whole(tiny_dataset, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("question", range(0, 150, 7))
-def test_asked_at_any_question_it_stops_there_and_ends_as_if_nobody_had_asked(whole, tiny_dataset, tmp_path, question):
+def test_asked_at_any_question_it_stops_there_and_ends_as_if_nobody_had_asked(
+    whole, tiny_dataset, tmp_path, question
+):
     """Questions are asked in every slot of every step and before every batch of every evaluation."""
     asked = iter([False] * question + [True] * 10**6)
-    for _ in Run(load_experiment(None, SMALL), tmp_path, tiny_dataset, Worker(), stop_asked=lambda: next(asked)):
+    for _ in Run(
+        load_experiment(None, SMALL),
+        tmp_path,
+        tiny_dataset,
+        Worker(),
+        stop_asked=lambda: next(asked),
+    ):
         pass
     stopped = json.loads((tmp_path / "stopped.json").read_text())
     assert stopped["again"]
-    assert checkpoint.steps(tmp_path / "checkpoints") == ([stopped["step"]] if stopped["step"] else [])
+    assert checkpoint.steps(tmp_path / "checkpoints") == (
+        [stopped["step"]] if stopped["step"] else []
+    )
     train(load_experiment(None, SMALL), tmp_path, tiny_dataset)
     assert outcome(tmp_path) == outcome(whole)
 
 
 @pytest.mark.parametrize("question", range(100, 185, 6))
-def test_asked_in_an_evaluation_that_only_the_end_needs_its_window_is_not_lost(tiny_dataset, tmp_path, question):
-    experiment = load_experiment(None, [*SMALL, "train.eval_interval=5"])  # step 12 is due for a loss and not for an evaluation
+def test_asked_in_an_evaluation_that_only_the_end_needs_its_window_is_not_lost(
+    tiny_dataset, tmp_path, question
+):
+    experiment = load_experiment(
+        None, [*SMALL, "train.eval_interval=5"]
+    )  # step 12 is due for a loss and not for an evaluation
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     train(experiment, tmp_path / "whole", tiny_dataset)
     asked = iter([False] * question + [True] * 10**6)
-    for _ in Run(experiment, tmp_path / "cut", tiny_dataset, Worker(), stop_asked=lambda: next(asked)):
+    for _ in Run(
+        experiment, tmp_path / "cut", tiny_dataset, Worker(), stop_asked=lambda: next(asked)
+    ):
         pass
     train(experiment, tmp_path / "cut", tiny_dataset)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
@@ -63,8 +99,13 @@ def test_asked_again_and_again_it_still_gets_there(whole, tiny_dataset, tmp_path
     for _ in range(100):
         (tmp_path / "stopped.json").unlink(missing_ok=True)
         asked = iter([False] * 30 + [True] * 10**6)
-        run = Run(load_experiment(None, SMALL), tmp_path, tiny_dataset, Worker(),
-                  stop_asked=lambda questions=asked: next(questions))
+        run = Run(
+            load_experiment(None, SMALL),
+            tmp_path,
+            tiny_dataset,
+            Worker(),
+            stop_asked=lambda questions=asked: next(questions),
+        )
         for _ in run:
             pass
         steps.append(run.state.step)
@@ -92,11 +133,15 @@ def test_whatever_stands_in_the_file_the_bell_rings(tmp_path, text):
 
 
 # ---- what keeps a resume from the same bits ----
-@pytest.mark.parametrize(("words", "worker"), [
-    ([], Worker(cpus=2)),
-    (["train.micro_batch_size=4"], Worker()),
-    (["train.reduction_slots=1"], Worker()),
-], ids=["threads", "micro-batch", "slots"])
+@pytest.mark.parametrize(
+    ("words", "worker"),
+    [
+        ([], Worker(cpus=2)),
+        (["train.micro_batch_size=4"], Worker()),
+        (["train.reduction_slots=1"], Worker()),
+    ],
+    ids=["threads", "micro-batch", "slots"],
+)
 def test_a_drift_is_refused_until_it_is_allowed(tiny_dataset, tmp_path, words, worker):
     first = load_experiment(None, [*SMALL, "train.checkpoint_interval=2"])
     for line in Run(first, tmp_path, tiny_dataset, Worker()):
@@ -105,7 +150,15 @@ def test_a_drift_is_refused_until_it_is_allowed(tiny_dataset, tmp_path, words, w
     with pytest.raises(UserError, match="train.allow_drift=true"):
         train(load_experiment(None, [*SMALL, *words]), tmp_path, tiny_dataset, worker)
     assert events.read(tmp_path) == []
-    assert train(load_experiment(None, [*SMALL, *words, "train.allow_drift=true"]), tmp_path, tiny_dataset, worker) == 12
+    assert (
+        train(
+            load_experiment(None, [*SMALL, *words, "train.allow_drift=true"]),
+            tmp_path,
+            tiny_dataset,
+            worker,
+        )
+        == 12
+    )
     noted = events.read(tmp_path)
     assert noted
     assert {(e["kind"], e["step"]) for e in noted} == {("drift", 4)}

@@ -1,0 +1,183 @@
+"""Whether an experiment may go on in a run folder, and what makes two experiments the same run.
+
+A field is either free or a part of the identity. A free field may change between two attempts of
+the same run. A changed identity field would give other weights, so it is refused under the same
+name.
+"""
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from model.schedule import learning_rate
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.config.experiment import Experiment
+from orchestrator.data.dataset import Manifest, data_identity
+from orchestrator.errors import UserError
+from orchestrator.runs import stop
+from orchestrator.runs.folder import RunFolder, RunRecord
+
+# Fields, or prefixes of fields, that may change under the same name.
+FREE = (
+    "name",
+    "storage",
+    "data.dir",
+    "train.max_steps",
+    "train.log_interval",
+    "train.eval_interval",
+    "train.checkpoint_interval",
+    "train.keep",
+    "train.on_nonfinite",
+    "train.allow_drift",
+    "compute.",
+    "tracking.",
+)
+# These change only the order of the same additions; `train.allow_drift` permits that.
+DRIFT = ("train.micro_batch_size", "train.reduction_slots", "train.compile")
+
+
+def check_resumable(
+    folder: RunFolder,
+    experiment: Experiment,
+    dataset: Manifest,
+    warn: Callable[[str], None] = print,
+) -> int:
+    """Return the step from which `experiment` would resume in this folder; 0 without a checkpoint.
+
+    Args:
+        folder: Folder of the run.
+        experiment: What should be trained.
+        dataset: What it should be trained on.
+        warn: Called with a message for each damaged checkpoint that is skipped.
+
+    Raises:
+        UserError: The run was trained with another identity. The message shows each difference and
+            what the user can do.
+    """
+    found = checkpoint.latest_valid(folder.checkpoints, warn)
+    if found is None:
+        return 0
+    manifest = checkpoint.read_manifest(found)
+    differences = identity_differences(
+        RunFolder(found).read_experiment(), experiment, manifest["step"]
+    )
+    if manifest["fingerprints"]["data"] != data_identity(dataset):
+        differences.append(
+            f"data: the tokens in {dataset.directory} are not those that the run was trained on"
+        )
+    only_drift = all(line.startswith(DRIFT) for line in differences)
+    if differences and not (only_drift and experiment.train.allow_drift):
+        raise UserError(_refusal(folder, differences, only_drift))
+    return manifest["step"]
+
+
+def _refusal(folder: RunFolder, differences: list[str], only_drift: bool) -> str:
+    ways_out = "give it a new name (name=…), or change these back"
+    if only_drift:
+        ways_out += ", or set train.allow_drift=true: the results then differ in their last bits"
+    lines = [
+        f"{folder.path} was begun with another experiment:",
+        *(f"  {line}" for line in differences),
+        f"  {ways_out}",
+    ]
+    return "\n".join(lines)
+
+
+def identity_differences(stored: Experiment, wanted: Experiment, step: int) -> list[str]:
+    """Return one line per identity field that differs, and why `train.max_steps` may not change.
+
+    Args:
+        stored: Experiment that trained the first `step` updates.
+        wanted: Experiment that should go on.
+        step: Number of updates that are done.
+    """
+    before = _identity_fields(stored)
+    now = _identity_fields(wanted)
+    if stored.schedule.decay_steps == wanted.schedule.decay_steps:
+        # `null` in both: it follows max_steps, which is compared below.
+        before["schedule.decay_steps"] = now["schedule.decay_steps"] = None
+    lines = [
+        f"{key}: {before[key]!r} there, {now[key]!r} here"
+        for key in before
+        if before[key] != now[key]
+    ]
+    lines += _max_steps_differences(stored, wanted, step, has_others=bool(lines))
+    return lines
+
+
+def _identity_fields(experiment: Experiment) -> dict[str, Any]:
+    """Return the fields that decide the weights, with their defaults filled in."""
+    fields = {key: value for key, value in experiment.flat().items() if not key.startswith(FREE)}
+    # A corpus may move: its tokens are compared instead.
+    del fields["data.corpus"]
+    del fields["data.text_field"]
+    # `null` and the number that it stands for are the same.
+    fields["train.reduction_slots"] = experiment.slots
+    decay_steps = experiment.schedule.decay_steps or experiment.train.max_steps
+    fields["schedule.decay_steps"] = decay_steps
+    return fields
+
+
+def _max_steps_differences(
+    stored: Experiment, wanted: Experiment, step: int, has_others: bool
+) -> list[str]:
+    before = stored.train.max_steps
+    now = wanted.train.max_steps
+    if now < step:
+        return [f"train.max_steps: {now} here, but {step} steps are done"]
+    if has_others or before == now:
+        return []
+    changed = _first_changed_rate(stored, wanted, step)
+    if changed is None:
+        return []
+    return [
+        f"train.max_steps: {before} there, {now} here, which changes the learning rate of step "
+        f"{changed + 1}, already made; set schedule.decay_steps={before} or use a new name"
+    ]
+
+
+def _first_changed_rate(stored: Experiment, wanted: Experiment, step: int) -> int | None:
+    """Return the first update below `step` whose learning rate differs; None if all agree."""
+    old = stored.lr_schedule()
+    new = wanted.lr_schedule()
+    for update in range(step):
+        if learning_rate(old, update) != learning_rate(new, update):
+            return update
+    return None
+
+
+def begin_attempt(
+    folder: RunFolder, experiment: Experiment, facts: dict[str, Any], attempt: dict[str, Any]
+) -> None:
+    """Store what this attempt trains; an experiment that starts over becomes another tracked run.
+
+    Args:
+        folder: Folder of the run.
+        experiment: What is trained.
+        facts: `params`, `tags` and `dataset` for the tracking server.
+        attempt: Layout, first step and free fields of this start of the workers.
+    """
+    record = folder.read_record()
+    starts_over = record is not None and not attempt.get("from_step")
+    if record is None or (starts_over and _is_another(folder, experiment, facts, record)):
+        record = RunRecord(key=uuid.uuid4().hex, attempts=[])
+        folder.discard_history()
+    new: RunRecord = {
+        "name": experiment.name,
+        "key": record["key"],
+        **facts,  # type: ignore[typeddict-item]
+        "attempts": [*record["attempts"], attempt],
+    }
+    folder.begin_attempt(experiment, new)
+    stop.clear(folder.path)
+
+
+def _is_another(
+    folder: RunFolder, experiment: Experiment, facts: dict[str, Any], record: RunRecord
+) -> bool:
+    """Return whether the stored experiment differs from this one, so that it starts over."""
+    try:
+        changed = identity_differences(folder.read_experiment(), experiment, 0)
+    except UserError:  # written by another version
+        return True
+    return bool(changed) or record.get("dataset") != facts.get("dataset")

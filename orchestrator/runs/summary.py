@@ -1,0 +1,90 @@
+"""summary.json: how a run ended, its final losses and its speed."""
+
+from typing import Any, TypedDict
+
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.runs import journal
+from orchestrator.runs.ending import Ending
+from orchestrator.runs.folder import RunFolder
+
+
+class Summary(TypedDict, total=False):
+    """Content of summary.json; values that are not known are None."""
+
+    status: str  # MLflow's: FINISHED, FAILED or KILLED
+    exit_status: int
+    step: int  # of the last checkpoint
+    tokens: int
+    train_loss: float | None
+    val_loss: float | None
+    val_bits_per_byte: float | None
+    best_val_loss: float | None
+    checkpoint: str | None
+    weights_sha256: str | None  # only of a finished run
+    mlflow_run_id: str | None
+    wall_s: float
+    tokens_per_sec: float | None
+    estimated: dict[str, float]
+    measured: dict[str, float | None]
+
+
+def summarize(
+    folder: RunFolder,
+    ending: Ending,
+    tokens_per_step: int,
+    mlflow_run_id: str | None,
+    wall_s: float,
+) -> Summary:
+    """Return the summary of a run from its journal and its checkpoints, and write summary.json.
+
+    Args:
+        folder: Folder of the run.
+        ending: How the run ended. Only the weights of a finished run are hashed: a job that is
+            stopped has 3 s before SIGKILL.
+        tokens_per_step: Tokens of one update.
+        mlflow_run_id: None if the tracking server has not answered.
+        wall_s: Seconds since the workers were started.
+    """
+    folder.reserve_file.unlink(missing_ok=True)
+    lines = journal.read(folder.path)
+    step = max(folder.checkpoint_steps(), default=0)
+    found = None
+    weights_sha256 = None
+    if step > 0:
+        found = folder.checkpoint(step)
+        if ending.kind == "done":
+            weights_sha256 = checkpoint.weights_sha256(checkpoint.load_tensors(found, "model"))
+    summary: Summary = {
+        "status": ending.mlflow_status,
+        "exit_status": ending.exit_status,
+        "step": step,
+        "tokens": step * tokens_per_step,
+        "train_loss": last_value(lines, "train/loss"),
+        "val_loss": last_value(lines, "val/loss"),
+        "val_bits_per_byte": last_value(lines, "val/bits_per_byte"),
+        "best_val_loss": last_value(lines, "val/best_loss"),
+        "checkpoint": str(found) if found is not None else None,
+        "weights_sha256": weights_sha256,
+        "mlflow_run_id": mlflow_run_id,
+        "wall_s": round(wall_s, 1),
+        "tokens_per_sec": _tokens_per_sec(lines, tokens_per_step),
+    }
+    folder.write_summary(summary)
+    return summary
+
+
+def last_value(lines: list[dict[str, Any]], metric: str) -> float | None:
+    """Return the newest value of a metric; None if no line has it."""
+    for line in reversed(lines):
+        if metric in line:
+            return line[metric]
+    return None
+
+
+def _tokens_per_sec(lines: list[dict[str, Any]], tokens_per_step: int) -> float | None:
+    """Return the mean speed; the first log window is left out because it includes the warm-up."""
+    seconds = [line["perf/step_time_s"] for line in lines if "perf/step_time_s" in line]
+    seconds = seconds[1:] or seconds
+    if not seconds:
+        return None
+    return round(tokens_per_step * len(seconds) / sum(seconds), 1)

@@ -82,7 +82,7 @@ def test_what_is_no_file_of_the_run_is_refused_and_not_followed(tmp_path, victim
     run_dir = tmp_path / "run"
     plant(run_dir / name, kind, victim)
     with pytest.raises(
-        UserError, match=f"{name}: a link, a folder or a device where a file of the run belongs"
+        UserError, match=f"{name}: expected a plain file, found a symlink, folder or device"
     ):
         WRITES[name](run_dir)
     assert not victim.with_name("not-yet").exists()
@@ -92,7 +92,7 @@ def test_what_is_no_file_of_the_run_is_refused_and_not_followed(tmp_path, victim
 def test_an_event_is_not_worth_a_run_but_a_word(tmp_path, victim, capsys, kind):
     plant(tmp_path / "run" / events.FILE, kind, victim)
     events.note(tmp_path / "run", "hang", "rank 1 hangs")
-    assert "events.jsonl: a link" in capsys.readouterr().out
+    assert "events.jsonl: expected a plain file" in capsys.readouterr().out
 
 
 def test_a_run_below_a_link_writes_and_a_sample_replaces_what_was_planted(
@@ -120,5 +120,5 @@ def test_a_command_ends_in_one_line_and_waits_for_nothing(tmp_path, victim, kind
         env={**os.environ, "PYTHONPATH": str(REPO)},
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {tmp_path / 'quickstart' / '.lock'}: a link")
+    assert done.stderr.startswith(f"error: {tmp_path / 'quickstart' / '.lock'}: expected a plain file")
     assert done.stderr.count("\n") == 1

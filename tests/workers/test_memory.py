@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.orchestrator.test_stopping import SMALL
+from tests.runs.test_stop import SMALL
 
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import load_experiment

@@ -37,7 +37,11 @@ def main(argv: list[str]) -> int:
     run_dir = find_run(args.run)
     trials = sorted(run_dir.glob("trials/*/experiment.yaml"))  # a sweep's trials are tracked alike
     experiment = RunFolder(trials[0].parent if trials else run_dir).read_experiment()
-    send = sweep_tracking.replay if (run_dir / "sweep.yaml").exists() else tracking.replay
+    send = (
+        sweep_tracking.resend_sweep_metrics
+        if (run_dir / "sweep.yaml").exists()
+        else tracking.resend_metrics
+    )
     uri = absolute_uri(args.uri, "--uri") if args.uri else resolve_uri(experiment, run_dir.parent)
     if not send(run_dir, uri, experiment.tracking.experiment, args.deadline):
         print(f"{redact_text(uri)} did not take everything; nothing is lost, run this again")

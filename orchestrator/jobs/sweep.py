@@ -37,7 +37,7 @@ from orchestrator.sweep.stage_states import BLOCKED, DONE, FAILED, STOPPED
 from orchestrator.sweep.study import Study, check_sources, data_key, with_absolute_paths
 from orchestrator.sweep.table import Table
 from orchestrator.track.server import resolve_uri
-from orchestrator.track.sweep import SweepTracker, replay
+from orchestrator.track.sweep import SweepTracker, resend_sweep_metrics
 from orchestrator.train import init_from
 from orchestrator.workers.watch import Watch
 
@@ -239,6 +239,8 @@ def _show_again(study: Study, uri: str) -> int:
     ]:  # of a smaller grid
         report.summary |= {"best_trial": best[0], "best_value": best[1], "best_checkpoint": None}
     report.show(None)
-    if not replay(study.folder, uri, study.sweep.base.tracking.experiment, interrupts.EXIT_WAIT_S):
+    if not resend_sweep_metrics(
+        study.folder, uri, study.sweep.base.tracking.experiment, interrupts.EXIT_WAIT_S
+    ):
         print("the tracking server did not take everything; run this again when it is there")
     return EXIT_DONE

@@ -41,7 +41,8 @@ from orchestrator.runs.facts import facts_of, model_facts
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import check_writable, storage_root
 from orchestrator.text import duration, number, table
-from orchestrator.track.mlflow import Tracker, replay, resolve_uri
+from orchestrator.track.mlflow import Tracker, resend_metrics
+from orchestrator.track.server import resolve_uri
 from orchestrator.train import init_from, numerics
 from orchestrator.workers import oom_kill, watchdog
 from orchestrator.workers import ray_train as workers
@@ -274,7 +275,7 @@ def _show_again(run_dir: Path, experiment: Experiment, uri: str) -> int:
         f"{experiment.name} is finished; a larger train.max_steps goes on, a new name starts afresh"
     )
     _print_summary(run_dir, read_json(run_dir / "summary.json"), None)
-    if not replay(run_dir, uri, experiment.tracking.experiment, interrupts.EXIT_WAIT_S):
+    if not resend_metrics(run_dir, uri, experiment.tracking.experiment, interrupts.EXIT_WAIT_S):
         print("the tracking server did not take everything; run this again when it is there")
     return EXIT_DONE
 

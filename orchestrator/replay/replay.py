@@ -281,7 +281,9 @@ def changes(
                     f"the tokens in {dataset.directory} are not those that the run was trained on",
                 )
             )
-        for line in identity.identity_differences(RunFolder(path).read_experiment(), experiment, step):
+        for line in identity.identity_differences(
+            RunFolder(path).read_experiment(), experiment, step
+        ):
             kind = "seed" if line.startswith("train.seed:") else "experiment"
             found.append(
                 Cause(kind, f"{line} (there: the checkpoint's experiment.yaml, here: the run's)")

@@ -16,13 +16,19 @@ import numpy as np
 from orchestrator.sweep.ranking import Row, Setting, has_result, rank, shown, varying
 from orchestrator.sweep.tree import Plan
 from orchestrator.text import clip, short_names
-from orchestrator.track.figures import INK, points
 
+INK = "#333333"
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#000000")
 PALE, BEST = "#bbbbbb", "#d55e00"
 POINTS = 2000  # of a line: more than a figure has pixels across
 NAMED = len(PALETTE)  # trials that still get a colour and a name each
 LISTED = 120  # settings that still get a line each
+
+
+def points(records: Iterable[dict[str, Any]], metric: str) -> list[tuple[int, float]]:
+    """Return the finite (step, value) pairs of one metric."""
+    pairs = ((record["step"], record.get(metric)) for record in records)
+    return [(step, value) for step, value in pairs if value is not None and math.isfinite(value)]
 
 
 def tree(plan: Plan):

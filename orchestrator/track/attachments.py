@@ -1,6 +1,6 @@
 """Attachments: the files of a run's folder that a tracking server holds beside the curve.
 
-Eats samples/, experiment.yaml, summary.json, events.jsonl, the journal for its figures, and a projection (its folder, its
+Eats samples/, experiment.yaml, summary.json, events.jsonl, and a projection (its folder, its
 client, what was accepted); yields MLflow artifacts, texts without secrets. A file that was sent twice replaces itself.
 """
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from orchestrator import files as own_file
 from orchestrator.redact import redact_text
-from orchestrator.runs import events, journal
-from orchestrator.track import figures, outbox
+from orchestrator.runs import events
+from orchestrator.track import outbox
 
 DOCUMENTS = ("experiment.yaml", "summary.json")
 NOT_IN_TAGS = re.compile(r"[^\w./ -]")  # what MLflow refuses in a tag's name
@@ -28,14 +28,10 @@ def send_samples(image: Any, found: dict[Path, str]) -> None:
 
 
 def send_documents(image: Any) -> None:
-    """The experiment, the summary and the figures; a second time they replace the first."""
-    run_id, records = image.state["run_id"], journal.read(image.run_dir)
+    """The experiment and the summary; a second time they replace the first."""
+    run_id = image.state["run_id"]
     for path in outbox.own(image.run_dir / name for name in DOCUMENTS):
         image.client.log_text(run_id, redact_text(_text(path)), path.name)
-    if records:
-        image.client.log_figure(run_id, figures.loss_curve(records), "figures/loss.png")
-        lrs = figures.points(records, "optim/lr")
-        image.client.log_figure(run_id, figures.schedule_curve(lrs), "figures/schedule.png")
 
 
 def send_events(image: Any) -> None:

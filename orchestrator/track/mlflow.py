@@ -4,7 +4,7 @@ Eats what driver and rank 0 leave in the folder (run.json, journal, samples/, ch
 MLflow run that shows it. The folder is the truth and MLflow its image: every request may be made twice and says the
 same, so a crash, a dead server or a second sender costs time, never a point. `tracking.json` remembers how far it got.
 
-A `Tracker` does this in a thread beside the driver and never raises; `replay` does it later, without one. Importing
+A `Tracker` does this in a thread beside the driver and never raises; `resend_metrics` does it later. Importing
 mlflow costs a second, so it happens in the thread; a driver has made its own heavy imports before it starts one.
 """
 
@@ -22,7 +22,7 @@ from orchestrator.runs import lock as lease
 from orchestrator.runs import signals as interrupts
 from orchestrator.track import attachments, outbox
 from orchestrator.track.sender import Ending, GivenUpError, RefusedError, Sender
-from orchestrator.track.server import first, local_path, quieten, resolve_uri, run_url, whole  # noqa: F401 - resolve_uri: our callers'
+from orchestrator.track.server import first, local_path, quieten, run_url, whole
 
 STATE = "tracking.json"
 KEY_TAG = "espalier.run_key"
@@ -93,7 +93,7 @@ def refusals() -> Iterator[None]:
         raise
 
 
-def replay(
+def resend_metrics(
     run_dir: Path,
     uri: str,
     experiment_name: str,
@@ -126,7 +126,7 @@ class Projection:
             experiment_name,
             given_up,
         )
-        self.lines, self.client, self.run, self.told = outbox.Lines(run_dir), None, None, None
+        self.lines, self.client, self.run, self.told = outbox.MetricQueue(run_dir), None, None, None
         self.facts, self.state = (
             outbox.read_json(run_dir / "run.json"),
             outbox.read_json(run_dir / STATE),

@@ -25,7 +25,7 @@ Row = tuple[str, float, int, int]
 
 
 # ---- the curve ----
-class Lines:
+class MetricQueue:
     """The rows that are still to be sent, read once each; a resume (new file, new aside) makes it read everything again.
 
     Of each (key, step) the first value ever written counts, for it may have been sent, and what is made again has a later

@@ -14,8 +14,7 @@ from typing import Any
 
 from orchestrator.redact import redact_text
 from orchestrator.track import attachments, outbox
-from orchestrator.track.mlflow import KEY_TAG, STATE, Projection, Tracker, refusals
-from orchestrator.track.mlflow import replay as replay_run
+from orchestrator.track.mlflow import KEY_TAG, STATE, Projection, Tracker, refusals, resend_metrics
 from orchestrator.track.sender import Ending, RefusedError
 from orchestrator.track.server import PARENT_TAG, first, hits, sweep_url, sweep_view, whole
 
@@ -49,9 +48,11 @@ class SweepTracker(Tracker):
         return super().url if self._projection.state.get("view") else None
 
 
-def replay(sweep_dir: Path, uri: str, experiment_name: str, deadline_s: float = 60) -> bool:
+def resend_sweep_metrics(
+    sweep_dir: Path, uri: str, experiment_name: str, deadline_s: float = 60
+) -> bool:
     """Send what a sweep's folder holds and MLflow does not; True if all was accepted. Statuses are the summaries'."""
-    return replay_run(sweep_dir, uri, experiment_name, deadline_s, SweepTracker)
+    return resend_metrics(sweep_dir, uri, experiment_name, deadline_s, SweepTracker)
 
 
 class _Sweep(Projection):

@@ -16,7 +16,6 @@ from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.files import write_atomically
 from orchestrator.sweep.space import load_sweep, trial_name
-from orchestrator.track.outbox import write_state
 from tests.helpers.facts import FACTS
 
 ROOT = Path("/storage/runs")
@@ -127,7 +126,6 @@ def test_what_is_replaced_is_the_link_and_not_what_it_leads_to(tmp_path, victim,
     [
         lambda path: write_atomically(path, b"new"),
         lambda path: write_atomically(path, "new", durable=True),
-        lambda path: write_state(path, {}),
         lambda path: load_tokenizer("byte").save(path.parent),
     ],
 )

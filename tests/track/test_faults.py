@@ -17,7 +17,7 @@ import pytest
 
 from orchestrator.errors import UserError
 from orchestrator.runs.journal import Journal
-from orchestrator.track.mlflow import Tracker, replay
+from orchestrator.track.mlflow import Tracker, resend_metrics
 from pipelines import replay_metrics, ui
 from tests.helpers.gate import Gate, Server, free_port, locked
 from tests.helpers.tracked import curve, expected, log, rows, sent_step, wait_for
@@ -28,7 +28,7 @@ EXPERIMENT = "behind the gate"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     storage, cwd = tmp_path_factory.mktemp("served"), tmp_path_factory.mktemp("cwd")
-    assert replay(
+    assert resend_metrics(
         make_run(storage / "first", "first"), f"sqlite:///{storage}/mlflow/mlflow.db", "embedded"
     )
     server = Server(storage, cwd, free_port())
@@ -106,7 +106,7 @@ def test_a_server_that_is_away_from_the_start(server, gate, run_dir, fault, capl
     )  # a request that hangs is not yet an answer
     (run_dir / "summary.json").write_text('{"status": "FINISHED"}')
     gate.set("open")
-    assert replay(run_dir, uri, EXPERIMENT)
+    assert resend_metrics(run_dir, uri, EXPERIMENT)
     check(server, run_dir, "FINISHED")
 
 
@@ -202,7 +202,7 @@ def test_ctrl_c_ends_the_wait_for_a_server_that_is_away_and_nothing_else(gate, r
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
-    assert not replay(run_dir, f"http://127.0.0.1:{gate.port}", EXPERIMENT, 60)
+    assert not resend_metrics(run_dir, f"http://127.0.0.1:{gate.port}", EXPERIMENT, 60)
     signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 10
     assert "Ctrl-C ends the wait, and loses nothing" in capsys.readouterr().out
@@ -210,7 +210,7 @@ def test_ctrl_c_ends_the_wait_for_a_server_that_is_away_and_nothing_else(gate, r
 
 def test_who_waits_for_a_second_is_told_nothing(gate, run_dir, capsys):
     gate.set("refuse")
-    assert not replay(run_dir, f"http://127.0.0.1:{gate.port}", EXPERIMENT, 1)
+    assert not resend_metrics(run_dir, f"http://127.0.0.1:{gate.port}", EXPERIMENT, 1)
     assert capsys.readouterr().out == ""
 
 

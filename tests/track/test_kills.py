@@ -21,7 +21,7 @@ import pytest
 
 from orchestrator.runs import journal
 from orchestrator.runs.journal import Journal
-from orchestrator.track.mlflow import Projection, replay
+from orchestrator.track.mlflow import Projection, resend_metrics
 from tests.helpers import killable
 from tests.helpers.tracked import client, curve, expected, rows, sent_step, wait_for
 
@@ -49,7 +49,7 @@ def is_exact(store, run_dir):
 # ---- by chance ----
 def test_killed_at_random_moments_and_started_again(run_dir, store, uri):
     draw, found = random.Random(0), []
-    assert replay(run_dir, uri, EXPERIMENT)  # the store is made
+    assert resend_metrics(run_dir, uri, EXPERIMENT)  # the store is made
     command = [sys.executable, str(Path(killable.__file__)), uri, EXPERIMENT]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -68,7 +68,7 @@ def test_killed_at_random_moments_and_started_again(run_dir, store, uri):
             steps = [line["step"] for line in journal.read(run_dir)]
             found.append((len(steps), sent_step(run_dir), began))
         parent.stdin.close()
-    assert replay(run_dir, uri, EXPERIMENT)
+    assert resend_metrics(run_dir, uri, EXPERIMENT)
     assert is_exact(store, run_dir)
     steps = [line["step"] for line in journal.read(run_dir)]
     assert steps == list(range(len(steps)))

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -16,8 +18,8 @@ import pytest
 from orchestrator.errors import UserError
 from orchestrator.runs import events
 from orchestrator.runs.journal import Journal
-from orchestrator.track.mlflow import Projection, Tracker, replay
-from orchestrator.track.outbox import BATCH, Lines
+from orchestrator.track.mlflow import Projection, Tracker, resend_metrics
+from orchestrator.track.outbox import BATCH, MetricQueue
 from orchestrator.track.server import resolve_uri, run_url
 from tests.helpers.gate import locked
 from tests.helpers.tracked import client, curve, expected, log, rows, sent_step, wait_for
@@ -91,8 +93,6 @@ def test_projection_is_complete(run_dir, store, uri):
         "experiment.yaml",
         "summary.json",
         "samples/step-00000100.txt",
-        "figures/loss.png",
-        "figures/schedule.png",
     }
     assert "hunter2" not in (artifacts / "experiment.yaml").read_text()
     assert tracker.url.endswith(
@@ -119,7 +119,7 @@ def test_sent_twice_is_sent_once(run_dir, store, uri):
     for forget in (False, True):  # also where the memory of what was sent is lost
         if forget:
             (run_dir / "tracking.json").unlink()
-        assert replay(run_dir, uri, EXPERIMENT)
+        assert resend_metrics(run_dir, uri, EXPERIMENT)
         assert json.loads((run_dir / "tracking.json").read_text())["run_id"] == run_id
         assert [rows(store, run_id, everything.format(t)) for t in tables] == before
 
@@ -189,7 +189,7 @@ def test_what_only_the_second_making_of_a_step_logs_comes_too(run_dir, store, ur
     assert tracker.finish("KILLED", 60)
     log(run_dir, [95])
     log(run_dir, [100], **{"val/loss": 4.0})
-    assert replay(run_dir, uri, EXPERIMENT)  # and by another
+    assert resend_metrics(run_dir, uri, EXPERIMENT)  # and by another
     sent = rows(store, run_dir)
     assert sent == expected(run_dir)
     assert set(curve(run_dir)) <= {(key, step, value) for key, step, value, _ in sent}
@@ -219,7 +219,7 @@ def test_events_are_there_as_a_file_and_as_counts_whenever_there_are_more(run_di
     wait_for(lambda: "no room" in seen(tracker.run_id)[1])
     assert tracker.finish("KILLED", 60)
     events.note(run_dir, "hang", "rank 0 hangs", rank=0)
-    assert replay(run_dir, uri, EXPERIMENT)
+    assert resend_metrics(run_dir, uri, EXPERIMENT)
     tags, text = seen(tracker.run_id)
     assert tags == {"events.hang": "2", "events.disk_full": "1"}
     assert [json.loads(line)["kind"] for line in text.splitlines()] == ["hang", "disk_full", "hang"]
@@ -253,8 +253,6 @@ def test_what_does_not_belong_in_a_run_is_not_sent_and_keeps_nothing_back(
     assert {p.name for p in artifacts.rglob("*.*")} == {
         "step-00000015.txt",
         "events.jsonl",
-        "loss.png",
-        "schedule.png",
     }
     assert (artifacts / "samples" / "step-00000015.txt").read_text() == "To be\ufffd"
     run = client(uri).get_run(tracker.run_id)
@@ -278,7 +276,7 @@ def test_two_who_send_a_new_run_at_once_make_one_of_it(run_dir, uri, monkeypatch
     tracker.start()
     wait_for(lambda: made)
     with ThreadPoolExecutor() as pool:
-        second = pool.submit(replay, run_dir, uri, EXPERIMENT)
+        second = pool.submit(resend_metrics, run_dir, uri, EXPERIMENT)
         try:
             wait_for(lambda: f"held by process {os.getpid()} on " in caplog.text or len(made) > 1)
         finally:
@@ -296,7 +294,7 @@ def test_a_store_that_another_process_holds_is_waited_for(run_dir, store, uri):
     wait_for(lambda: sent_step(run_dir) == 49)
     with locked(store):
         log(run_dir, range(50, 100))
-        assert not replay(run_dir, uri, EXPERIMENT, deadline_s=2)
+        assert not resend_metrics(run_dir, uri, EXPERIMENT, deadline_s=2)
         assert sent_step(run_dir) == 49
         log(run_dir, range(100, 150))
     assert tracker.finish("FINISHED", 60)
@@ -329,7 +327,7 @@ def test_checkpoints_are_found_by_their_loss(run_dir, uri):
     }
     (commit(run_dir, 200) / "MANIFEST.json").unlink()
     commit(run_dir, 300, '{"made": "again"}')
-    assert replay(run_dir, uri, EXPERIMENT)
+    assert resend_metrics(run_dir, uri, EXPERIMENT)
     removed, again = ranked()
     assert (removed.tags.get("checkpoint.removed"), again.tags.get("checkpoint.removed")) == (
         "true",
@@ -344,7 +342,7 @@ def test_a_run_deleted_in_mlflow_is_left_alone_and_said_once(run_dir, uri, caplo
     client(uri).delete_run(tracker.run_id)
     log(run_dir, range(5, 9))
     with caplog.at_level(logging.WARNING):
-        assert not replay(run_dir, uri, EXPERIMENT, 30)
+        assert not resend_metrics(run_dir, uri, EXPERIMENT, 30)
     assert len(caplog.records) == 1
     assert "deleted in MLflow" in caplog.text
 
@@ -353,7 +351,7 @@ def test_another_store_gets_everything(run_dir, store, uri, tmp_path):
     log(run_dir, range(5))
     send(run_dir, uri)
     other = tmp_path / "other" / "mlflow.db"
-    assert replay(run_dir, f"sqlite:///{other}", EXPERIMENT)
+    assert resend_metrics(run_dir, f"sqlite:///{other}", EXPERIMENT)
     assert rows(other, json.loads((run_dir / "tracking.json").read_text())["run_id"]) == expected(
         run_dir
     )
@@ -366,7 +364,7 @@ def test_what_is_not_finite_is_not_sent(run_dir, store, uri):
 
 def test_batches_hold_whole_lines_and_leave_only_when_accepted(run_dir):
     log(run_dir, range(1200))
-    lines, nothing = Lines(run_dir), {"sent_step": -1, "asides": 0}
+    lines, nothing = MetricQueue(run_dir), {"sent_step": -1, "asides": 0}
     lines.refresh(nothing)
     mark, sent = next(lines.batches())
     assert (mark, len(sent)) == ({"sent_step": BATCH // 2 - 1}, BATCH)
@@ -393,3 +391,11 @@ def test_uris(tmp_path, monkeypatch):
     assert run_url("https://me:pw@host/x", "7", "r") == (
         "https://host/x/#/experiments/7/runs/r/model-metrics?workflowType=machine_learning"
     )
+
+
+def test_mlflow_matplotlib_and_torch_are_not_imported_with_the_module():
+    code = (
+        "import sys, orchestrator.track.mlflow; "
+        "sys.exit(bool({'matplotlib', 'mlflow', 'torch'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

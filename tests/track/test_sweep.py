@@ -18,7 +18,7 @@ from orchestrator.errors import UserError
 from orchestrator.runs import events
 from orchestrator.track import outbox
 from orchestrator.track.server import sweep_url
-from orchestrator.track.sweep import SweepTracker, replay
+from orchestrator.track.sweep import SweepTracker, resend_sweep_metrics
 from pipelines import replay_metrics
 from tests.helpers.tracked import client, expected, rows, sent_step, wait_for
 
@@ -210,7 +210,7 @@ def test_sent_twice_is_sent_once(sweep, store, uri):
     for forget in (False, True):  # also where the memory of what was sent is lost
         for file in sweep.rglob("tracking.json") if forget else ():
             file.unlink()
-        assert replay(sweep, uri, EXPERIMENT)
+        assert resend_sweep_metrics(sweep, uri, EXPERIMENT)
         assert json.loads((sweep / "tracking.json").read_text())["run_id"] == run_id
         assert counts(store) == before
 
@@ -243,10 +243,10 @@ def test_trials_that_have_not_changed_cost_no_request(sweep, uri, monkeypatch):
         "set_logged_model_tags",
     ):
         monkeypatch.setattr(MlflowClient, name, spied(name, getattr(MlflowClient, name)))
-    assert replay(sweep, uri, EXPERIMENT)
+    assert resend_sweep_metrics(sweep, uri, EXPERIMENT)
     assert asked == []
     put_curve(sweep / "trials" / "b", 120, 3.5)
-    assert replay(sweep, uri, EXPERIMENT)
+    assert resend_sweep_metrics(sweep, uri, EXPERIMENT)
     run_id = json.loads((sweep / "trials" / "b" / "tracking.json").read_text())["run_id"]
     assert asked == [("get_run", run_id), ("log_batch", run_id)]
 
@@ -386,7 +386,7 @@ def test_a_trial_deleted_in_mlflow_is_left_alone_and_the_others_go_on(sweep, sto
     put_curve(sweep / "trials" / "a", 200)
     put_curve(sweep / "trials" / "b", 200, 3.5)
     with caplog.at_level(logging.WARNING):
-        assert not replay(sweep, uri, EXPERIMENT, 30)
+        assert not resend_sweep_metrics(sweep, uri, EXPERIMENT, 30)
     assert len([r for r in caplog.records if "trial a: refused" in r.message]) == 1
     assert rows(store, sweep / "trials" / "b") == expected(sweep / "trials" / "b")
     assert len(rows(store, sweep / "trials" / "a")) == 22
@@ -421,7 +421,7 @@ def test_replay_of_a_sweep_that_has_not_ended_leaves_its_statuses(sweep, uri):
     put_trial(sweep, "c", 50, status=None)
     first = send(sweep, uri, "KILLED")
     put_curve(sweep / "trials" / "c", 80)
-    assert replay(sweep, uri, EXPERIMENT)
+    assert resend_sweep_metrics(sweep, uri, EXPERIMENT)
     assert statuses(uri, first)["c"] == "KILLED"
     assert client(uri).get_run(first.run_id).info.status == "KILLED"
 
@@ -429,14 +429,14 @@ def test_replay_of_a_sweep_that_has_not_ended_leaves_its_statuses(sweep, uri):
 def test_another_store_gets_everything(sweep, uri, tmp_path):
     send(sweep, uri)
     other = tmp_path / "other" / "mlflow.db"
-    assert replay(sweep, f"sqlite:///{other}", EXPERIMENT)
+    assert resend_sweep_metrics(sweep, f"sqlite:///{other}", EXPERIMENT)
     for name in "ab":
         assert rows(other, sweep / "trials" / name) == expected(sweep / "trials" / name)
 
 
 def test_lines_of_a_curve_that_was_written_again_longer_come_once(sweep):
     folder = sweep / "trials" / "a"
-    lines = outbox.Lines(folder)
+    lines = outbox.MetricQueue(folder)
     lines.refresh({"sent_step": -1, "asides": 0})
     assert [mark for mark, _ in lines.batches()] == [{"sent_step": 100}]
     for steps in (100, 150, 150, 300):

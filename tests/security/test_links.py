@@ -120,5 +120,7 @@ def test_a_command_ends_in_one_line_and_waits_for_nothing(tmp_path, victim, kind
         env={**os.environ, "PYTHONPATH": str(REPO)},
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {tmp_path / 'quickstart' / '.lock'}: expected a plain file")
+    assert done.stderr.startswith(
+        f"error: {tmp_path / 'quickstart' / '.lock'}: expected a plain file"
+    )
     assert done.stderr.count("\n") == 1

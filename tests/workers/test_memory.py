@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.runs.test_stop import SMALL
 
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import load_experiment
@@ -17,6 +16,7 @@ from orchestrator.train.numerics import Worker
 from orchestrator.workers import oom_kill, system_memory, watchdog
 from orchestrator.workers import ray_train as workers
 from orchestrator.workers.oom_kill import OomKill
+from tests.runs.test_stop import SMALL
 
 REPO = Path(__file__).resolve().parents[2]
 STARVED = """

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-from model.gpt import GPT
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.files import fsync
 from orchestrator.train import state
@@ -42,7 +41,7 @@ class Training:
         self.tokens = min(tokens, experiment.model.block_size)
         prepare_process(experiment, worker)
         self.experiment, self.worker, self.vocab_size = experiment, worker, vocab_size
-        self.state = state.build(experiment, GPT(experiment.gpt_config(vocab_size)), worker)
+        self.state = state.build(experiment, experiment.new_model(vocab_size), worker)
         self.step, self.generator = Step(experiment, self.state), torch.Generator().manual_seed(1)
 
     def run(self, steps: int) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 from sweep import PEAKS, experiment_tree, grid18, markdown, opened, parser, run_tree, start_ray
 
 from orchestrator.cluster.layout import Layout
-from orchestrator.config.experiment import SweepSection
+from orchestrator.config.sweep import SweepSection
 from orchestrator.errors import UserError
 from orchestrator.runs import lock as lease
 from orchestrator.sweep.study import Study
@@ -177,7 +177,7 @@ def _grid(study: Study, names: list[str]) -> Grid:
 
 def asha_rungs(study: Study) -> list[int]:
     """Those of `sweep.stop: asha` on trials of this length."""
-    settings = study.sweep.settings.model_copy(update={"stop": "asha"})
+    settings = study.sweep.settings.replace(stop="asha")
     words = replace(study, sweep=replace(study.sweep, settings=settings)).asha()
     assert words["reduction_factor"] == REDUCTION
     return rungs(words["grace_period"], words["max_t"], REDUCTION)

@@ -32,7 +32,8 @@ from ray import tune  # isort: skip
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.cluster import layout as launch
 from orchestrator.cluster.layout import Layout
-from orchestrator.config.experiment import Experiment, parse_experiment, parse_sweep
+from orchestrator.config.experiment import Experiment, parse_experiment
+from orchestrator.config.sweep import parse_sweep
 from orchestrator.data.corpus import STDLIB
 from orchestrator.data.prepare import dataset_dir, prepare
 from orchestrator.runs import journal

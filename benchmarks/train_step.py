@@ -111,7 +111,7 @@ def main() -> None:
     )
     worker = Worker(device="cuda:0" if device == "cuda" else "cpu", cpus=arguments.threads)
     prepare_process(experiment, worker)
-    model = GPT(experiment.gpt_config(vocab_size))
+    model = experiment.new_model(vocab_size)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     sides = {
         "ours": Ours(experiment, model, worker),

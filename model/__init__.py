@@ -1,1 +1,10 @@
-"""The mathematics of a GPT: torch and the standard library only. No files, no network, no Ray, no MLflow."""
+"""The mathematics of a GPT. Needs torch and the standard library; no files, no network.
+
+Start with `gpt.py`.
+
+- `gpt`: the model, `GPT(GPTConfig(…))`
+- `optim`, `schedule`, `models`: tables of optimizers, learning-rate schedules and models
+- `generate`: sampling from a model
+- `weights`: state dicts of Hugging Face and nanoGPT
+- `flops`: parameters, FLOPs and MFU
+"""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from orchestrator.config.experiment import field_docs, load_experiment
-from orchestrator.config.messages import Docs
+from orchestrator.config.fields import Docs
 from orchestrator.errors import (
     EXIT_AGAIN,
     EXIT_FAILED,
@@ -133,12 +133,6 @@ def help_text(doc: str, dry: bool, docs: Docs | None = None) -> str:
         "fields (type; default):",
     ]
     for key, field in (docs or field_docs()).items():
-        default = (
-            "null"
-            if field["default"] is None
-            else str(field["default"]).lower()
-            if isinstance(field["default"], bool)
-            else field["default"]
-        )
-        lines += [f"  {key}  ({field['type']}; {default})", f"      {field['description']}"]
+        lines += [f"  {key}  ({field.type}; {field.shown_default})", f"      {field.description}"]
+        lines += [f"        {choice}: {text}" for choice, text in field.choices.items()]
     return "\n".join(lines)

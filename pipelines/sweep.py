@@ -4,7 +4,7 @@
 Trials that agree up to a step, bit for bit in their learning rates, share the steps before it. Run the same command again
 and it goes on; with more values in the grid it runs only what is new."""
 
-from orchestrator.config.experiment import sweep_docs
+from orchestrator.config.sweep import sweep_docs
 from orchestrator.runs import lock as lease
 from orchestrator.runs import signals as interrupts
 from orchestrator.runs.storage import storage_root

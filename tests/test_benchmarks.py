@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.config.experiment import parse_sweep
+from orchestrator.config.sweep import parse_sweep
 from orchestrator.errors import UserError
 from orchestrator.sweep.space import expand
 from orchestrator.sweep.tree import Trial, grow

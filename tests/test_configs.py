@@ -5,13 +5,9 @@ from pathlib import Path
 import pytest
 
 from model.schedule import learning_rate
-from orchestrator.config.experiment import (
-    Experiment,
-    load_experiment,
-    parse_experiment,
-    parse_sweep,
-)
-from orchestrator.config.plain_yaml import read_yaml
+from orchestrator.config.experiment import Experiment, load_experiment, parse_experiment
+from orchestrator.config.load import read_yaml
+from orchestrator.config.sweep import parse_sweep
 from orchestrator.runs.facts import model_facts
 from orchestrator.sweep.space import load_sweep
 from orchestrator.sweep.tree import Trial, plan

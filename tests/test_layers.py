@@ -135,8 +135,8 @@ def bad_call(path: Path, name: str, call: ast.Call) -> list[str]:
         return ["torch.load outside of init_from, or without weights_only=True"]
     if name.startswith("yaml.") and "load" in name.removeprefix("yaml."):
         loader = ast.unparse(call.args[1]) if len(call.args) > 1 else words.get("Loader", "")
-        if (name, place_of(path), loader) != ("yaml.load", "config/plain_yaml", "_Loader"):
-            return [f"{name} with {loader or 'no loader'}; plain_yaml.read_yaml is the one reader"]
+        if (name, place_of(path), loader) != ("yaml.load", "config/load", "_Loader"):
+            return [f"{name} with {loader or 'no loader'}; config.load.read_yaml is the one reader"]
     return []
 
 
@@ -174,8 +174,8 @@ def test_a_file_knows_only_what_its_room_may_know_and_runs_no_data_as_code(path)
         ("orchestrator/train/init_from.py", "torch.load('x')"),
         ("orchestrator/train/init_from.py", "torch.load('x', weights_only=False)"),
         ("orchestrator/x.py", "yaml.load(t, _Loader)"),
-        ("orchestrator/config/plain_yaml.py", "yaml.load(t, yaml.Loader)"),
-        ("orchestrator/config/plain_yaml.py", "yaml.load(t)"),
+        ("orchestrator/config/load.py", "yaml.load(t, yaml.Loader)"),
+        ("orchestrator/config/load.py", "yaml.load(t)"),
         ("orchestrator/x.py", "yaml.unsafe_load(t)"),
         ("orchestrator/x.py", "np.load(p, allow_pickle=True)"),
         ("orchestrator/x.py", "subprocess.run(c, shell=True)"),
@@ -189,10 +189,10 @@ def test_each_rule_finds_its_breach(file, source):
 def test_the_one_reader_of_yaml_is_a_safe_one():
     import yaml
 
-    from orchestrator.config import plain_yaml
+    from orchestrator.config import load
 
-    assert issubclass(plain_yaml._Loader, yaml.SafeLoader)
-    assert not any("python" in str(tag) for tag in plain_yaml._Loader.yaml_constructors)
+    assert issubclass(load._Loader, yaml.SafeLoader)
+    assert not any("python" in str(tag) for tag in load._Loader.yaml_constructors)
 
 
 def test_no_pipeline_is_called_like_a_standard_module():

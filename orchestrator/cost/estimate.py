@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from model.optim import OPTIMIZERS
 from orchestrator.cluster import layout as launch
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost import measure as calibrate
@@ -138,7 +139,8 @@ def _data(e: Experiment, tokens: dict[str, Any]) -> list[str]:
 
 def _cost(e: Experiment, f: dict[str, Any]) -> list[str]:
     tokens, parameters = e.tokens_per_step * e.train.max_steps, f["parameters"]
-    checkpoint = 3 * 4 * parameters  # float32 weights and AdamW's two moments
+    state = 1 + OPTIMIZERS[e.optim.kind].moments  # float32 weights and the optimizer's moments
+    checkpoint = state * 4 * parameters
     buffers = (
         e.slots.bit_length()
     )  # W = 1 is the worst case: the running slot and log2(S) partial sums
@@ -146,7 +148,7 @@ def _cost(e: Experiment, f: dict[str, Any]) -> list[str]:
         f"{f['flops_per_token']:.4g} FLOPs per token × {tokens:,} tokens = {f['flops_per_token'] * tokens:.4g} FLOPs",
         f"checkpoint ≈ {_size(checkpoint)}; {e.train.keep} latest and the best one stay, one more while it is written: "
         f"≈ {_size(checkpoint * (e.train.keep + 2))} of disk",
-        f"memory for weights, moments and gradients ≈ {_size((3 + buffers) * 4 * parameters)} per worker, "
+        f"memory for weights, moments and gradients ≈ {_size((state + buffers) * 4 * parameters)} per worker, "
         f"activations not counted",
     ]
 

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from model.generate import generate
-from model.gpt import GPT
 from orchestrator.cluster.layout import WORKER_ENVIRONMENT
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.data.dataset import Manifest
@@ -185,16 +184,13 @@ def known(
 
 def _share(experiment: Experiment, workers: int) -> Experiment:
     """One worker's part of each step, as an experiment of its own; the state has random weights and is not compiled."""
-    train = experiment.train.model_copy(
-        update={
-            "global_batch_size": experiment.train.global_batch_size // workers,
-            "reduction_slots": experiment.slots // workers,
-            "init_from": "scratch",
-            "compile": False,
-        }
+    return experiment.replace(
+        train__global_batch_size=experiment.train.global_batch_size // workers,
+        train__reduction_slots=experiment.slots // workers,
+        train__init_from="scratch",
+        train__compile=False,
+        compute__num_workers=1,
     )
-    compute = experiment.compute.model_copy(update={"num_workers": 1})
-    return experiment.model_copy(update={"train": train, "compute": compute})
 
 
 def cache_file(
@@ -261,7 +257,7 @@ def _calibrate(
             )  # its times would be wrong, and the other's memory at risk
     prepare_process(experiment, worker)
     startup_s = time.time() - started
-    s = state.build(one_micro_batch(experiment), GPT(experiment.gpt_config(n_vocab)), worker)
+    s = state.build(one_micro_batch(experiment), experiment.new_model(n_vocab), worker)
     step_s, s, unused_bytes = _time_steps(experiment, s, worker, limit_s / 4)
     eval_tokens_per_s = _time_evaluation(experiment, s, worker)
     sample_s = _time_sample(experiment, s, worker, n_vocab)
@@ -273,10 +269,9 @@ def _calibrate(
 
 
 def one_micro_batch(experiment: Experiment) -> Experiment:
-    train = experiment.train.model_copy(
-        update={"global_batch_size": experiment.train.micro_batch_size, "reduction_slots": 1}
+    return experiment.replace(
+        train__global_batch_size=experiment.train.micro_batch_size, train__reduction_slots=1
     )
-    return experiment.model_copy(update={"train": train})
 
 
 def _time_steps(

@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.cluster import layout as launch
-from orchestrator.config.experiment import Experiment
+from orchestrator.config.experiment import FREE, Experiment
 from orchestrator.cost import estimate as plan
 from orchestrator.cost import measure as calibrate
 from orchestrator.data.dataset import Manifest, load_manifest
@@ -92,7 +92,7 @@ def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path) -> int
         "from_step": step,
         "layout": asdict(layout),
         **({"drift": "; ".join(drift)} if drift else {}),
-        **{k: v for k, v in experiment.flat().items() if k.startswith(identity.FREE)},
+        **{k: v for k, v in experiment.flat().items() if k.startswith(FREE)},
     }
     identity.begin_attempt(RunFolder(run_dir), experiment, facts, redact(attempt))
     tracker = Tracker(run_dir, uri, experiment.tracking.experiment)

@@ -201,12 +201,11 @@ def _make(
     """Train piece after piece; each goes on from the end of the one before. Returns why it ended early, if it did."""
     lr = run.rates(experiment)
     for piece in parts:
-        settings = piece.settings | {
-            "checkpoint_interval": None,
-            "keep": len(parts),
-        }  # all are compared at the end
-        as_then = experiment.model_copy(
-            update={"train": experiment.train.model_copy(update=settings)}
+        settings = {f"train__{field}": value for field, value in piece.settings.items()}
+        as_then = experiment.replace(
+            **settings,
+            train__checkpoint_interval=None,
+            train__keep=len(parts),  # all are compared at the end
         )
         parent = run.path(s.begin) if s.begin is not None else None
         again = Run(

@@ -4,6 +4,7 @@ Eats an experiment and its dataset; yields `params`, `tags` and `dataset` for ru
 """
 
 import functools
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,10 @@ def model_facts(experiment: Experiment, n_vocab: int) -> dict[str, Any]:
 def _facts_of_shape(config: GPTConfig) -> dict[str, Any]:
     with torch.device("meta"):
         model = GPT(config)
-    decayed_tensors, decayed, kept_tensors, kept = optim.decay_summary(model)
     return {
         "vocab_size": model.config.vocab_size,
         "parameters": model.num_parameters(),
         "parameters_without_positions": model.num_parameters(positions=False),
-        "decayed_tensors": decayed_tensors,
-        "decayed_parameters": decayed,
-        "undecayed_tensors": kept_tensors,
-        "undecayed_parameters": kept,
+        **asdict(optim.decay_summary(model)),
         "flops_per_token": flops_per_token(model.config),
     }

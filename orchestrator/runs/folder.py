@@ -15,7 +15,7 @@ from typing import Any, TypedDict, cast
 from orchestrator.checkpoint import format as checkpoint_format
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, parse_experiment
-from orchestrator.config.plain_yaml import read_yaml
+from orchestrator.config.load import read_yaml
 from orchestrator.errors import NO_ROOM, UserError
 from orchestrator.files import opener, read_json, write_atomically, write_json
 from orchestrator.runs.ending import Ending

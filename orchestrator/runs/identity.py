@@ -11,27 +11,12 @@ from typing import Any
 
 from model.schedule import learning_rate
 from orchestrator.checkpoint import store as checkpoint
-from orchestrator.config.experiment import Experiment
+from orchestrator.config.experiment import FREE, Experiment
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.errors import UserError
 from orchestrator.runs import stop
 from orchestrator.runs.folder import RunFolder, RunRecord
 
-# Fields, or prefixes of fields, that may change under the same name.
-FREE = (
-    "name",
-    "storage",
-    "data.dir",
-    "train.max_steps",
-    "train.log_interval",
-    "train.eval_interval",
-    "train.checkpoint_interval",
-    "train.keep",
-    "train.on_nonfinite",
-    "train.allow_drift",
-    "compute.",
-    "tracking.",
-)
 # These change only the order of the same additions; `train.allow_drift` permits that.
 DRIFT = ("train.micro_batch_size", "train.reduction_slots", "train.compile")
 

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.config.experiment import Experiment, SweepSection, field_docs
-from orchestrator.config.messages import shown, unknown
+from orchestrator.config.experiment import Experiment, field_docs
+from orchestrator.config.messages import shown, unknown_field
+from orchestrator.config.sweep import SweepSection
 from orchestrator.errors import UserError
 from orchestrator.sweep.dimensions import Choices, dimension, values_of
 
@@ -95,7 +96,7 @@ def _field_problems(settings: SweepSection) -> list[str]:
         if why := _fixed(key):
             found.append(f"{where}.{key}: cannot be swept: {why}")
         elif key not in known:
-            found.append(f"{where}.{unknown(key, known)}")
+            found.append(f"{where}.{unknown_field(key, known)}")
         else:
             try:
                 values_of(key, words) if isinstance(words, list) else dimension(key, words)

@@ -59,7 +59,7 @@ def values_of(key: str, values: list) -> tuple[Any, ...]:
 
 
 def _range(key: str, words: Mapping[str, Any]) -> Range:
-    kind = field_docs()[key]["type"]
+    kind = field_docs()[key].type
     if not kind.startswith(("an integer", "a number")):
         raise UserError(
             f"{key}: a range is for numbers and the field is {kind}; give a list of choices"
@@ -104,7 +104,7 @@ def _step(key: str, step: Any, width: float, log: bool, integer: bool) -> float:
         )
     if integer and step != int(step):
         raise UserError(
-            f"{key}: step={shown(step)} is not whole, and the field is {field_docs()[key]['type']}"
+            f"{key}: step={shown(step)} is not whole, and the field is {field_docs()[key].type}"
         )
     return int(step) if integer else float(step)
 

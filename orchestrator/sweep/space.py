@@ -14,15 +14,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.config.experiment import (
-    Experiment,
-    SweepSection,
-    field_value,
-    parse_experiment,
-    parse_sweep,
-)
-from orchestrator.config.overrides import read_tree
-from orchestrator.config.plain_yaml import write_yaml
+from orchestrator.config.experiment import Experiment, field_value, parse_experiment
+from orchestrator.config.load import read_tree, write_yaml
+from orchestrator.config.sweep import SweepSection, parse_sweep
 from orchestrator.errors import UserError
 from orchestrator.redact import redact_addresses
 from orchestrator.sweep.checks import LONGEST_NAME, problems, together, varied

@@ -88,15 +88,15 @@ def probes_of(candidates: Iterable[Candidate], step: int, steps: int) -> dict[st
         trunk = c.trial.key(step)
         if trunk not in probes:
             name = f"probe~{len(probes) + 1}"  # no trial can have it
-            train = c.experiment.train.model_copy(update={"max_steps": step + steps})
             # `rates` say what it does: the fields only have to agree with its length.
-            schedule = c.experiment.schedule.model_copy(
-                update={"kind": "constant", "warmup_steps": 0, "decay_steps": None}
+            experiment = c.experiment.replace(
+                name=name.replace("~", "-"),
+                train__max_steps=step + steps,
+                schedule__kind="constant",
+                schedule__warmup_steps=0,
+                schedule__decay_steps=None,
             )
-            parts = {"name": name.replace("~", "-"), "train": train, "schedule": schedule}
-            spec = replace(
-                c.spec, name=name, setting=name, experiment=c.experiment.model_copy(update=parts)
-            )
+            spec = replace(c.spec, name=name, setting=name, experiment=experiment)
             probes[trunk] = replace(
                 c, spec=spec, rates=replace(c.rates, anneal_at=step, anneal_steps=steps), probe=True
             )

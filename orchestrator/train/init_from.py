@@ -37,10 +37,10 @@ def initial_model(experiment: Experiment, n_vocab: int) -> GPT:
     wanted, source = experiment.gpt_config(n_vocab), experiment.train.init_from
     if source == "scratch":
         torch.manual_seed(experiment.train.seed)
-        return GPT(wanted)
+        return experiment.new_model(n_vocab)
     check_shape(experiment, n_vocab)
     _, load = _open(source)
-    model = GPT(wanted)
+    model = experiment.new_model(n_vocab)
     with _explained(source):
         tensors = load()
         tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][
@@ -60,8 +60,7 @@ def with_absolute_path(experiment: Experiment) -> Experiment:
     source = Path(experiment.train.init_from).expanduser()
     if not source.exists():
         return experiment  # scratch, a name, or a mistake that is told where it is read
-    train = experiment.train.model_copy(update={"init_from": str(source.absolute())})
-    return experiment.model_copy(update={"train": train})
+    return experiment.replace(train__init_from=str(source.absolute()))
 
 
 def _check_exists(source: str) -> None:

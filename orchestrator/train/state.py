@@ -48,13 +48,8 @@ def build(experiment: Experiment, model: GPT, worker: Worker) -> TrainState:
     """A fresh state around `model`, moved to the worker's device."""
     model = model.to(worker.device).train()
     o = experiment.optim
-    optimizer = optim.adamw(
-        model,
-        max_lr=experiment.schedule.max_lr,
-        beta1=o.beta1,
-        beta2=o.beta2,
-        weight_decay=o.weight_decay,
-    )
+    settings = optim.OptimizerSettings(experiment.schedule.max_lr, o.beta1, o.beta2, o.weight_decay)
+    optimizer = optim.build(o.kind, model, settings)
     scaler = torch.amp.GradScaler(
         torch.device(worker.device).type, enabled=experiment.train.dtype == "float16"
     )

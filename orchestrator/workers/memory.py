@@ -10,6 +10,7 @@ import traceback
 
 import torch
 
+from model.optim import OPTIMIZERS
 from orchestrator.config.experiment import Experiment
 from orchestrator.train.loop import Run
 from orchestrator.train.numerics import Worker, autocast
@@ -52,10 +53,7 @@ def smaller(experiment: Experiment, world_size: int) -> list[Experiment]:
     """The same steps in smaller micro-batches, the largest first."""
     t = experiment.train
     sizes = [s for s in range(t.micro_batch_size - 1, 0, -1) if t.micro_batch_size % s == 0]
-    found = [
-        experiment.model_copy(update={"train": t.model_copy(update={"micro_batch_size": size})})
-        for size in sizes
-    ]
+    found = [experiment.replace(train__micro_batch_size=size) for size in sizes]
     return [e for e in found if e.slots % world_size == 0]
 
 
@@ -83,9 +81,9 @@ def rest_of_a_step(experiment: Experiment, worker: Worker, s: TrainState) -> lis
     buffers = (
         experiment.slots // worker.world_size
     ).bit_length()  # log2 of the slots, and the running one
-    sizes = [s.gradients.n_params] * (0 if s.optimizer.state else 2) + [s.gradients.size] * (
-        buffers - 1 + (worker.world_size > 1)
-    )
+    sizes = [s.gradients.n_params] * (
+        0 if s.optimizer.state else OPTIMIZERS[experiment.optim.kind].moments
+    ) + [s.gradients.size] * (buffers - 1 + (worker.world_size > 1))
     return [torch.ones(size, device=worker.device) for size in sizes]
 
 

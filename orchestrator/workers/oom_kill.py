@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from model.gpt import GPT
 from orchestrator.cluster.layout import WORKER_ENVIRONMENT, Layout, oom_causes
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.cost import measure as calibrate
@@ -194,7 +193,7 @@ def _try_in_turn(
     """(micro-batch, bytes held at the peak) while they fit. What grows from one to the next grows with the sequences."""
     one = calibrate.one_micro_batch(experiment)
     prepare_process(one, worker)
-    s = state.build(one, GPT(one.gpt_config(n_vocab)), Worker(cpus=worker.cpus))
+    s = state.build(one, one.new_model(n_vocab), Worker(cpus=worker.cpus))
     candidates = [*reversed(memory.smaller(experiment, worker.world_size)), experiment]
     held = memory.rest_of_a_step(max(candidates, key=lambda e: e.slots), worker, s)
     held.append(

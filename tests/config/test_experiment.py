@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from model.schedule import learning_rate
 from orchestrator.config.experiment import Experiment, field_docs, load_experiment, parse_experiment
-from orchestrator.config.plain_yaml import read_yaml
+from orchestrator.config.load import read_yaml
 from orchestrator.errors import UserError
 from pipelines.common import help_text, split_words
 
@@ -366,7 +366,7 @@ def test_a_key_given_twice_is_refused_with_its_place(tmp_path, text, line):
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words\n", "5\n"])
 def test_a_file_without_sections_is_refused(tmp_path, text):
-    with pytest.raises(UserError, match="holds no sections"):
+    with pytest.raises(UserError, match="has no sections"):
         load_experiment(written(tmp_path, text))
 
 

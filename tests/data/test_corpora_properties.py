@@ -239,7 +239,7 @@ def test_unless_told_so_nothing_is_replaced(files):
         for _, content in files:
             content.decode()
         replaced = prepare(
-            data.model_copy(update={"invalid_utf8": "replace"}),
+            data.replace(invalid_utf8="replace"),
             Path(folder) / "r",
             progress=lambda *_: None,
         )

@@ -198,7 +198,7 @@ def test_a_dataset_of_an_earlier_format_is_named_and_a_default_folder_made_anew(
         match=f"format 1, this program reads {manifest.FORMAT}; delete the folder, or set another",
     ):
         prepared(data, dataset_dir(data, tmp_path))
-    by_default = data.model_copy(update={"dir": None})
+    by_default = data.replace(dir=None)
     now = dataset_dir(by_default, tmp_path)
     monkeypatch.setattr("orchestrator.data.prepared.FORMAT", 1)
     assert dataset_dir(by_default, tmp_path) != now

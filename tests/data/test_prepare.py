@@ -473,9 +473,7 @@ def test_a_download_is_prepared_from_the_cache_and_is_not_needed_again(here, tmp
     cached.unlink()
     assert prepare(settings, tmp_path / "d", progress=quiet) == made
     assert dataset_dir(settings, tmp_path) == where
-    other = settings.model_copy(
-        update={"corpus": f"https://example.invalid/input.txt#sha256={'0' * 64}"}
-    )
+    other = settings.replace(corpus=f"https://example.invalid/input.txt#sha256={'0' * 64}")
     with pytest.raises(UserError, match="has changed since then"):
         prepare(other, tmp_path / "d", progress=quiet)
 

@@ -96,7 +96,7 @@ def sweeps(tiny_dataset, tmp_path, lone_runs):
     def alone(study, trial: str) -> dict:
         """The trial by itself: its weights' hash and its curve. Trained once for all tests."""
         experiment = study.candidates[trial].experiment
-        known = experiment.model_copy(update={"name": "alone"}).model_dump_json()
+        known = experiment.replace(name="alone").model_dump_json()
         if known not in lone_runs:
             run_dir = tmp_path / f"alone-{trial}"
             run_dir.mkdir()

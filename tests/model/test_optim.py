@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from model.gpt import GPT, GPTConfig
-from model.optim import adamw, decay_summary, parameter_groups
+from model.optim import DecaySummary, OptimizerSettings, build, decay_summary, parameter_groups
 
 
 def test_known_numbers_of_gpt2():
     with torch.device("meta"):
         model = GPT(GPTConfig(bias=False))
-    assert decay_summary(model) == (50, 124_354_560, 25, 19_200)
+    assert decay_summary(model) == DecaySummary(50, 124_354_560, 25, 19_200)
 
 
 def test_every_parameter_is_in_one_group_under_its_name(small_gpt):
@@ -44,7 +44,7 @@ def test_frozen_parameters_are_left_out(small_gpt):
 def test_steps_equal_the_formula(small_gpt):
     model = small_gpt()
     lr, beta1, beta2, decay, eps = 1e-2, 0.9, 0.95, 0.1, 1e-8
-    optimizer = adamw(model, max_lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay)
+    optimizer = build("adamw", model, OptimizerSettings(lr, beta1, beta2, decay))
     expected = {name: p.detach().double() for name, p in model.named_parameters()}
     first = {name: torch.zeros_like(p) for name, p in expected.items()}
     second = {name: torch.zeros_like(p) for name, p in expected.items()}
@@ -66,12 +66,12 @@ def test_steps_equal_the_formula(small_gpt):
 
 def test_groups_survive_a_round_trip_of_the_optimizers_state(small_gpt):
     model = small_gpt()
-    settings = {"max_lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
-    optimizer = adamw(model, **settings)
+    settings = OptimizerSettings(max_lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1)
+    optimizer = build("adamw", model, settings)
     tokens = torch.arange(16).view(1, 16)
     model(tokens, tokens)[1].backward()
     optimizer.step()
-    restored = adamw(model, **settings)
+    restored = build("adamw", model, settings)
     restored.load_state_dict(optimizer.state_dict())
     assert [group["names"] for group in restored.param_groups] == [
         group["names"] for group in optimizer.param_groups

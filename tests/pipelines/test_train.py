@@ -257,7 +257,7 @@ def test_the_run_is_held_and_sigterm_is_heard_while_ray_starts(tiny_corpus, tmp_
         ("train.max_step=3", "did you mean train.max_steps"),
         (
             "schedule.warmup_steps=100",
-            "schedule.warmup_steps: 100 is not shorter than train.max_steps=60",
+            "schedule.warmup_steps: 100 must be below train.max_steps=60",
         ),
         ("data.corpus=/no/such/file", "/no/such/file"),
         ("train.init_from=/no/such/weights", "train.init_from: '/no/such/weights' does not exist"),

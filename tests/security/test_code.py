@@ -122,7 +122,7 @@ def test_no_module_does_any_of_it():
 def test_the_one_loader_of_yaml_is_a_safe_one():
     import yaml
 
-    from orchestrator.config.plain_yaml import _Loader
+    from orchestrator.config.load import _Loader
 
     assert issubclass(_Loader, yaml.SafeLoader)
     assert not issubclass(_Loader, (yaml.FullLoader, yaml.UnsafeLoader))

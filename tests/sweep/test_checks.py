@@ -36,12 +36,12 @@ def test_invalid_combinations_are_reported_all_at_once_a_line_for_each_trial():
     )
     assert lines[0] == "5 of 25 trials cannot be run"
     assert lines[1:] == [
-        f"trial tokenizer-{t}_kind-{kind}_warmup_steps-60_max_steps-40: schedule.warmup_steps: 60 is not "
-        "shorter than train.max_steps=40"
+        f"trial tokenizer-{t}_kind-{kind}_warmup_steps-60_max_steps-40: schedule.warmup_steps: 60 must "
+        "be below train.max_steps=40"
         for kind in ("cosine", "wsd")
         for t in ("byte", "char")
     ] + [
-        "trial wide: schedule.warmup_steps: 1000000 is not shorter than train.max_steps=2000; "
+        "trial wide: schedule.warmup_steps: 1000000 must be below train.max_steps=2000; "
         "model.n_head: 5 does not divide model.n_embd=768"
     ]
 
@@ -77,7 +77,7 @@ def test_mistakes_of_the_section_and_of_the_experiment_come_together():
 ONE_LINE = [  # words -> what the one line begins with, what else it says
     ([], "sweep: ", "nothing to vary"),
     (["sweep.seeds=3"], "sweep: ", "sweep.grid.train.seed"),
-    (["sweep=5"], "sweep: ", "no section"),
+    (["sweep=5"], "sweep: ", "not a section"),
     (["sweep.grid=[1]"], "sweep.grid: ", "[1] is not a mapping to a list of values"),
     (["sweep.grid.train.max_steps=[]"], "sweep.grid.train.max_steps: ", "of length at least 1"),
     (
@@ -244,7 +244,7 @@ def test_every_other_field_can_be_swept():
     flat = Experiment().flat()
     for key in free:
         (trial,) = load_sweep(None, [f"sweep.grid.{key}=[{json.dumps(flat[key])}]"]).trials
-        assert trial.experiment.model_copy(update={"name": "quickstart"}) == Experiment()
+        assert trial.experiment.replace(name="quickstart") == Experiment()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,197 @@
+"""Read an experiment file and `section.field=value` overrides; write a configuration as YAML.
+
+The YAML is a safe subset without the surprises of YAML 1.1: `6e-4` is a number, `010` is text and
+not 8, `1:30` is text and not 90, and a key that is given twice is an error.
+"""
+
+import os
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
+
+from orchestrator.errors import UserError
+
+# An experiment has thousands of characters. PyYAML needs a second for every 100,000.
+MAX_CHARACTERS = 1 << 20
+# Python refuses to print an integer of more than a few thousand digits.
+MAX_DIGITS = 40
+
+
+# ---- a file and its overrides ----
+
+
+def read_tree(
+    path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], str]:
+    """Read a file and apply overrides. Nothing is validated except the syntax.
+
+    Args:
+        path: The file; None for an empty configuration. Its stem is the default of `name`.
+        overrides: `section.field=value`; later ones win.
+
+    Returns:
+        Nested sections, and the place that error messages name.
+
+    Raises:
+        UserError: The file cannot be read or is not YAML, or an override has no field or value.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        tree = _read_file(path)
+    for override in overrides:
+        _apply(tree, override)
+    # A section is None if all its lines are comments.
+    tree = {key: value for key, value in tree.items() if value is not None}
+    if path is None:
+        return tree, "command line"
+    tree.setdefault("name", Path(path).stem)
+    return tree, str(path)
+
+
+def _read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: cannot be read as an experiment ({type(error).__name__}); give the path of a "
+            "YAML file"
+        ) from None
+    tree = read_yaml(text, str(path)) or {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: has no sections; write sections such as data:, model: and train:")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(
+            f"'{override}': expected section.field=value, for example train.max_steps=100"
+        )
+    if not all(key.split(".")):
+        raise UserError(f"'{override}': '{key}' is not a field; expected section.field=value")
+    *sections, field = _keys(key)
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise UserError(f"'{override}': {section} is not a section")
+    tree[field] = read_yaml(text, f"'{override[:80]}'")
+
+
+def _keys(field: str) -> list[str]:
+    """Split the name of a field into the keys of the nested sections.
+
+    In a sweep, the name of the varied field is one key: sweep.grid.train.seed has three keys. The
+    name of a trial, as in sweep.trials.lr-0.1.train.seed, may contain dots.
+    """
+    parts = field.split(".")
+    if parts[:2] in (["sweep", "grid"], ["sweep", "space"]) and len(parts) > 2:
+        return [*parts[:2], ".".join(parts[2:])]
+    if parts[:2] == ["sweep", "trials"] and len(parts) > 4:
+        return [*parts[:2], ".".join(parts[2:-2]), ".".join(parts[-2:])]
+    return parts
+
+
+# ---- YAML ----
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Parse YAML.
+
+    Args:
+        text: The YAML.
+        where: Start of the error message, such as the name of the file.
+
+    Raises:
+        UserError: The text is not YAML, or uses a part of it that is refused here.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(
+            f"{where}: has {len(text):,} characters, at most {MAX_CHARACTERS:,} are read; "
+            "give an experiment file"
+        )
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{where}{place}: not YAML: {problem}") from None
+    except (ValueError, RecursionError) as error:  # the date 2024-99-99; 10,000 open brackets
+        raise UserError(f"{where}: not YAML: {error}") from None
+
+
+def write_yaml(tree: Any) -> str:
+    """Return text that `read_yaml` reads back as an equal tree."""
+    # ASCII only: PyYAML writes some Unicode line breaks that it reads back as spaces.
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses duplicate keys and aliases, and reads numbers as `_use_plain_numbers` says."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        # No experiment needs an alias (`*name`), and a file of ten lines with nested aliases can
+        # expand to more values than fit in memory.
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise ComposerError(None, None, "aliases (*name) are not allowed", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # PyYAML refuses it below
+            if key in seen:
+                raise ConstructorError(None, None, f"'{key}' is given twice", node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        if len(node.value) > MAX_DIGITS:
+            problem = f"a number of {len(node.value)} digits"
+            raise ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that `_Loader` would read as numbers, such as a run with the name 1e5."""
+
+
+_INT = re.compile(r"^[-+]?(0|[1-9][\d_]*|0x[\da-fA-F][\da-fA-F_]*)$")
+_FLOAT = re.compile(
+    r"^([-+]?((\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?"
+    r"|\d[\d_]*[eE][-+]?\d+"
+    r"|\.(inf|Inf|INF))"
+    r"|\.(nan|NaN|NAN))$"
+)
+
+
+def _use_plain_numbers(cls: Any) -> None:
+    """Replace YAML 1.1's rules for numbers.
+
+    Base 60 and octal numbers go; exponents without a point or a sign, as in 6e-4 and 1e5, are read
+    as numbers.
+    """
+    cls.yaml_implicit_resolvers = {
+        first: [(tag, rule) for tag, rule in rules if not tag.endswith((":int", ":float"))]
+        for first, rules in cls.yaml_implicit_resolvers.items()
+    }
+    cls.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+    cls.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+_use_plain_numbers(_Loader)
+_use_plain_numbers(_Dumper)

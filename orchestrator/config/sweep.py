@@ -1,0 +1,101 @@
+"""The `sweep:` section of a file: which trials a sweep has, and when a trial is stopped.
+
+Only the section itself is checked here. `orchestrator.sweep` checks what it says about fields.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from orchestrator.config.experiment import Experiment
+from orchestrator.config.fields import Docs, Section, Steps, Text, describe_fields
+from orchestrator.config.messages import validate
+
+Values = Annotated[list[Any], Field(min_length=1)]
+
+
+class SweepSection(Section):
+    """The trials of a sweep and the rule that stops some of them early."""
+
+    grid: dict[Text, Values] = Field(
+        {}, description="section.field: [values]; one trial for each combination of the values"
+    )
+    trials: dict[Text, dict[Text, Any]] = Field(
+        {},
+        description="name: {section.field: value}; more trials, which are not combined with the "
+        "grid",
+    )
+    sampler: Literal["random", "optuna"] | None = Field(
+        None, description="method that draws more trials from sweep.space"
+    )
+    num_samples: Steps | None = Field(
+        None, description="number of trials to draw; a larger number keeps the earlier trials"
+    )
+    space: dict[Text, Values | dict[str, Any]] = Field(
+        {},
+        description="section.field: [choices] or {low, high, log: false, step}; the sampler draws "
+        "from these, low and high included",
+    )
+    seeds: Steps = Field(
+        1, description="repetitions of every trial, with train.seed, train.seed + 1, …"
+    )
+    stop: Literal["none", "anneal_probe", "asha"] = Field(
+        "none",
+        description="trials to stop early; none: only diverged ones, anneal_probe: those that a "
+        "short anneal shows to be worse, asha: those with a higher loss (for one schedule shape)",
+    )
+    probe_step: Steps | None = Field(
+        None, description="only for anneal_probe: step at which the short anneals start"
+    )
+    probe_steps: Steps | None = Field(
+        None, description="only for anneal_probe: steps in which the learning rate falls to 0"
+    )
+    probe_margin: float = Field(
+        0.05,
+        ge=0,
+        description="only for anneal_probe: trials go on if their probe is at most this many nats "
+        "above the best one",
+    )
+    diverged_above: float | None = Field(
+        None,
+        gt=0,
+        description="a trial has diverged if a logged train/loss is above this; null: only if it "
+        "is not finite",
+    )
+    from_: Text | None = Field(
+        None,
+        alias="from",
+        description="RUN@STEP: all trials start from the state of this run after STEP steps; null: "
+        "from step 0",
+    )
+    keep_branches: bool = Field(
+        True,
+        description="keep the checkpoints from which trials branch, so that the sweep can grow "
+        "without repeating a step; false: remove each when no pending stage needs it",
+    )
+
+
+class SweepFile(Experiment):
+    """A whole sweep file: an experiment and its `sweep:` section."""
+
+    sweep: SweepSection = SweepSection()
+
+
+def parse_sweep(tree: dict[str, Any], where: str) -> tuple[Experiment, SweepSection]:
+    """Validate a sweep file.
+
+    Returns:
+        The experiment that every trial starts from, and the section. The values in the section
+        are not validated yet.
+
+    Raises:
+        UserError: One line per mistake. Each starts with `where`.
+    """
+    file: SweepFile = validate(SweepFile, tree, where, sweep_docs())
+    base = Experiment.model_validate(file.model_dump(exclude={"sweep"}))
+    return base, file.sweep
+
+
+def sweep_docs() -> Docs:
+    """Describe every field of a sweep file, for `--help` and error messages."""
+    return describe_fields(SweepFile)

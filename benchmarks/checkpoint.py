@@ -21,8 +21,10 @@ import torch
 
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.files import fsync
+from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.journal import Journal
 from orchestrator.train import state
-from orchestrator.train.checkpointer import Writer
+from orchestrator.train.checkpointer import Checkpointer
 from orchestrator.train.numerics import Worker, available_cpus, device_name, prepare_process
 from orchestrator.train.step import Step
 
@@ -69,7 +71,7 @@ class Training:
 class Race:
     """The ways to write a state, in turns; seconds by name, a list of rounds each."""
 
-    def __init__(self, training: Training, writer: Writer, folder: Path):
+    def __init__(self, training: Training, writer: Checkpointer, folder: Path):
         self.training, self.writer, self.folder, self.number = training, writer, folder, 0
 
     def warm_up(self) -> int:
@@ -176,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     training = Training(experiment, VOCAB_SIZE[arguments.config], worker, arguments.tokens)
     with (
         tempfile.TemporaryDirectory(dir=arguments.folder, prefix="espalier-") as name,
-        Writer(Path(name) / "checkpoints", 1, Path(name)) as writer,
+        Checkpointer(RunFolder(name), 1, Journal(Path(name))) as writer,
     ):
         steps, seconds = Race(training, writer, Path(name)).run(arguments.rounds)
     total = sum(

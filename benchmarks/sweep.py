@@ -37,6 +37,7 @@ from orchestrator.config.sweep import parse_sweep
 from orchestrator.data.corpus import STDLIB
 from orchestrator.data.prepare import dataset_dir, prepare
 from orchestrator.runs import journal
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.progress import Keeper
 from orchestrator.sweep.space import Sweep, expand
@@ -192,7 +193,7 @@ class Alone(tune.Trainable):
         (self.folder / name).mkdir(parents=True)
         train(
             parse_experiment(self.experiments[name], name),
-            self.folder / name,
+            RunFolder(self.folder / name),
             self.data_dir,
             Worker(cpus=self.cpus),
         )

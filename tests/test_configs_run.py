@@ -14,6 +14,7 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.prepare import dataset_dir, prepare
 from orchestrator.runs import journal
+from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
 
@@ -54,7 +55,7 @@ def test_a_config_prepares_and_trains(path, ray_cluster, tiny_corpus, tmp_path, 
     data_dir = dataset_dir(experiment.data, tmp_path)
     prepare(experiment.data, data_dir)
     (tmp_path / "run").mkdir()
-    assert train(experiment, tmp_path / "run", data_dir, Worker(cpus=1)) == 2
+    assert train(experiment, RunFolder(tmp_path / "run"), data_dir, Worker(cpus=1)) == 2
     assert [r["step"] for r in journal.read(tmp_path / "run")] == [0, 1, 2]
     assert checkpoint.latest_valid(tmp_path / "run" / "checkpoints") is not None
 

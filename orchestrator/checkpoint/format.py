@@ -38,6 +38,11 @@ def steps(directory: Path) -> list[int]:
     )  # no `step-000000003`, nor other digits
 
 
+def step_of(path: Path) -> int:
+    """Return the step in the name of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
+
+
 def verify(path: Path) -> dict[str, Any]:
     """Check every byte of a checkpoint against its manifest; returns the manifest.
 

@@ -27,6 +27,7 @@ from orchestrator.checkpoint.format import (
     digest_of,
     path_of,
     read_manifest,
+    step_of,
     steps,
     text_of,
     verify,
@@ -34,6 +35,25 @@ from orchestrator.checkpoint.format import (
 from orchestrator.errors import UnreadableError, UserError
 from orchestrator.files import fsync
 
+__all__ = [
+    "MANIFEST",
+    "best",
+    "clear",
+    "commit",
+    "keep_only",
+    "latest_valid",
+    "load_tensors",
+    "parts_of",
+    "path_of",
+    "prune",
+    "read_manifest",
+    "remove",
+    "save",
+    "step_of",
+    "steps",
+    "verify",
+    "weights_sha256",
+]
 SPARE_BYTES = 1 << 20  # left to the journal and whatever else a run writes meanwhile
 _CHUNK = 4 << 20  # bytes hashed and written at a time, while they are in the processor's cache
 _ASIDE = ".aside"

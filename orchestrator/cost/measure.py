@@ -29,10 +29,11 @@ from orchestrator.cluster.layout import WORKER_ENVIRONMENT
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.data.dataset import Manifest
 from orchestrator.files import write_atomically
+from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.journal import Journal
 from orchestrator.train import state
-from orchestrator.train.checkpointer import Writer
-from orchestrator.train.evaluate import EvalSet
-from orchestrator.train.evaluator import SAMPLE_PROMPT, SAMPLE_TOKENS
+from orchestrator.train.checkpointer import Checkpointer
+from orchestrator.train.evaluate import SAMPLE_PROMPT, SAMPLE_TOKENS, EvalSet
 from orchestrator.train.meter import memory_metrics
 from orchestrator.train.numerics import Worker, autocast, device_name, prepare_process
 from orchestrator.train.step import Step
@@ -362,10 +363,9 @@ def _time_checkpoint(
         (Path(folder) / "tokenizer.json").write_text("{}", "utf-8")
         dataset = Manifest(Path(folder), 1, {}, {}, "uint16", {}, [], "")
         begun = time.perf_counter()
-        with Writer(
-            Path(folder) / "checkpoints", 1, Path(folder)
-        ) as writer:  # its copy of the state counts as memory
-            writer.save(s.step, *state.snapshot(s, experiment, dataset, worker, {}))
+        # Its copy of the state counts as memory.
+        with Checkpointer(RunFolder(folder), 1, Journal(Path(folder))) as checkpointer:
+            checkpointer.save(s.step, *state.snapshot(s, experiment, dataset, worker, {}))
         return time.perf_counter() - begun, folder_bytes(Path(folder) / "checkpoints")
 
 

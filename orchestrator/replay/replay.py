@@ -31,7 +31,7 @@ from orchestrator.runs import events, identity, journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.sources import source_facts
 from orchestrator.train import numerics
-from orchestrator.train.loop import Run
+from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
 
 SETTINGS = (
@@ -208,16 +208,16 @@ def _make(
             train__keep=len(parts),  # all are compared at the end
         )
         parent = run.path(s.begin) if s.begin is not None else None
-        again = Run(
+        again = Trainer(
             as_then,
-            scratch,
+            RunFolder(scratch),
             dataset.directory,
             Worker(device=device, cpus=piece.numerics["cpus_per_worker"]),
             parent=parent,
-            stop=piece.stop,
-            rates=lr,
+            end_step=piece.stop,
+            lr_at=lr,
         )
-        for line in again:
+        for line in again.run():
             say(line)
         if again.state.step < piece.stop:
             return (read_json(scratch / "stopped.json") or {}).get(

@@ -5,7 +5,7 @@
     stopped.json   with "again": it was asked to stop, left a checkpoint of that very step, and goes on from it
     result.json    how it ended, written last: with it the stage is done and is never run again
 
-A stage is a stretch of a run (`training.Run`), so whatever interrupts it, it goes on from its own last checkpoint.
+A stage is a stretch of a run (`train.loop.Trainer`), so whatever interrupts it, it goes on from its own last checkpoint.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from orchestrator.runs import lock as lease
 from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep.tree import Trial
 from orchestrator.train import rates
-from orchestrator.train.loop import Run
+from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker, fingerprint
 from orchestrator.workers.watchdog import HELD, Watchdog
 
@@ -74,7 +74,7 @@ def run_stage(
     on in.
 
     Args:
-        stop_asked: as `training.Run`'s.
+        stop_asked: as `train.loop.Trainer`'s.
     """
     order, started = read_order(folder), time.monotonic()
     experiment = parse_experiment(order.experiment, f"{folder}/stage.json")
@@ -92,19 +92,19 @@ def run_stage(
                 stale.unlink(missing_ok=True)
         if worker.is_main and order.start == order.stop:
             _take_over_line(folder, order)
-        run = Run(
+        run = Trainer(
             experiment,
-            folder,
+            RunFolder(folder),
             Path(order.data_dir),
             worker,
             parent=Path(order.begin) if order.begin else None,
-            stop=order.stop,
-            rates=rates.from_json(order.rates),
-            stop_asked=stop_asked,
-            beat=dog.beat,
+            end_step=order.stop,
+            lr_at=rates.from_json(order.rates),
+            stop_requested=stop_asked,
+            report_phase=dog.beat,
         )
         begun_at, limit, above = run.state.step, order.diverged_above, None
-        for line in run:
+        for line in run.run():
             dog.beat(HELD, run.state.step)
             yield line
             loss = line.get("train/loss", 0.0)

@@ -1,8 +1,4 @@
-"""Where a run begins: from its own latest valid checkpoint, from another one, or from first weights; on all workers alike.
-
-Eats a run's folder and the checkpoint that it may branch off; yields the state, on every worker the same. What stands in the
-way of the same bits is refused, or noted where the user allowed it.
-"""
+"""Where training starts: a checkpoint of the run, a checkpoint of another run, or new weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,68 +7,90 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UnreadableError, UserError
 from orchestrator.runs import events
-from orchestrator.train import numerics, state
+from orchestrator.runs.folder import RunFolder
+from orchestrator.train import numerics
 from orchestrator.train.init_from import initial_model
 from orchestrator.train.numerics import Worker, agree
+from orchestrator.train.state import TrainState, build, load_model, restore
 
 
 @dataclass(frozen=True)
 class Begin:
-    """`is_restored`: from a checkpoint; `is_own`: from one of this very folder."""
+    """State at the start of training.
 
-    state: state.TrainState
+    Attributes:
+        state: The state; the same on all ranks.
+        is_restored: It was read from a checkpoint.
+        is_own: The checkpoint is in the folder that is trained in.
+    """
+
+    state: TrainState
     is_restored: bool
     is_own: bool
 
 
 def begin(
-    experiment: Experiment, run_dir: Path, n_vocab: int, worker: Worker, parent: Path | None = None
+    experiment: Experiment,
+    folder: RunFolder,
+    n_vocab: int,
+    worker: Worker,
+    parent: Path | None = None,
 ) -> Begin:
-    """The state to go on with; damaged checkpoints of the folder are set aside, and noted.
+    """Build the state that training starts from.
+
+    Damaged checkpoints in `folder` are skipped: rank 0 renames them and records an event.
 
     Args:
-        parent: the checkpoint to begin from where the folder has none of its own; None: the experiment's first weights.
+        experiment: The configuration.
+        folder: Folder of the run. Its newest valid checkpoint is used.
+        n_vocab: Number of tokens of the tokenizer.
+        worker: This process. All ranks must call this function.
+        parent: Checkpoint to start from if `folder` has none. None: new weights, as
+            `train.init_from` says.
 
     Raises:
-        UserError: `parent` is damaged, or the last bits would be others and `train.allow_drift` is not set.
+        UserError: `parent` is damaged, or a resumed run would not give the same bits as before and
+            `train.allow_drift` is false.
     """
-    folder = run_dir / "checkpoints"
-    step = agree(_latest(folder, run_dir) if worker.is_main else 0, worker)
-    is_own = step >= 0
-    path = checkpoint.path_of(folder, step) if is_own else parent
+    own_step = agree(_newest_step(folder) if worker.is_main else 0, worker)
+    is_own = own_step != _NONE
+    path = folder.checkpoint(own_step) if is_own else parent
     if path is None:
-        return Begin(
-            state.build(experiment, initial_model(experiment, n_vocab), worker), False, False
-        )
+        model = initial_model(experiment, n_vocab)
+        return Begin(build(experiment, model, worker), is_restored=False, is_own=False)
     if not is_own:
         checkpoint.verify(path)
     elif not worker.is_main:
-        _verify_again(path)
-    s = state.build(experiment, state.load_model(path), worker)
-    state.restore(s, path)
+        _verify_as_rank_0_did(path)
+    state = build(experiment, load_model(path), worker)
+    restore(state, path)
     if is_own:
-        _compare_numerics(experiment, run_dir, path, s.step, worker)
-    return Begin(s, True, is_own)
+        _check_numerics(experiment, folder, path, worker, state.step)
+    return Begin(state, is_restored=True, is_own=is_own)
 
 
-def _latest(folder: Path, run_dir: Path) -> int:
-    """Step of the latest valid checkpoint, -1 where there is none; for rank 0, which alone writes there."""
+_NONE = -1
 
-    def passed_over(message: str) -> None:
+
+def _newest_step(folder: RunFolder) -> int:
+    """Return the step of the newest valid checkpoint, or `_NONE`. Only rank 0 calls this."""
+
+    def skip(message: str) -> None:
         print(message, flush=True)
-        events.note(run_dir, "checkpoint_damaged", message)
+        events.note(folder.path, "checkpoint_damaged", message)
 
     try:
-        found = checkpoint.latest_valid(folder, passed_over, set_aside=True)
-    except (
-        UnreadableError
-    ) as error:  # no mistake of the user's, and the next attempt may find it readable
+        path = checkpoint.latest_valid(folder.checkpoints, skip, set_aside=True)
+    except UnreadableError as error:
+        # Not the user's mistake: Ray starts the workers again, and they may find it readable.
         raise RuntimeError(str(error)) from error
-    return int(found.name.removeprefix("step-")) if found else -1
+    if path is None:
+        return _NONE
+    return checkpoint.step_of(path)
 
 
-def _verify_again(path: Path) -> None:
-    """What rank 0 has verified, as this machine sees it: where that differs, it is no mistake of the user's."""
+def _verify_as_rank_0_did(path: Path) -> None:
+    """Verify on this machine what rank 0 found valid. A difference is not the user's mistake."""
     try:
         checkpoint.verify(path)
     except UserError as error:
@@ -81,15 +99,15 @@ def _verify_again(path: Path) -> None:
         ) from error
 
 
-def _compare_numerics(
-    experiment: Experiment, run_dir: Path, path: Path, step: int, worker: Worker
+def _check_numerics(
+    experiment: Experiment, folder: RunFolder, path: Path, worker: Worker, step: int
 ) -> None:
+    """Refuse a start that would not give the same bits, or record an event if that is allowed."""
     before = checkpoint.read_manifest(path)["fingerprints"]["numerics"]
-    lines = numerics.check(before, numerics.fingerprint(experiment, worker), experiment, run_dir)
-    for line in lines if worker.is_main else ():
-        events.note(
-            run_dir,
-            "drift",
-            f"the last bits will differ from those of a run never stopped: {line}",
-            step=step,
-        )
+    now = numerics.fingerprint(experiment, worker)
+    differences = numerics.check(before, now, experiment, folder.path)
+    if not worker.is_main:
+        return
+    for difference in differences:
+        message = f"results will differ in their last bits from an uninterrupted run: {difference}"
+        events.note(folder.path, "drift", message, step=step)

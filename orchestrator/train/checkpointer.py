@@ -1,116 +1,139 @@
-"""The writer of a run's checkpoints: a copy in memory on the training thread, everything else in a thread of its own.
+"""Writes checkpoints in a background thread while training goes on.
 
-Eats the tensors, texts and facts of a state; yields a committed checkpoint a little later. The copies are made in buffers
-that are kept, so that a run pays for them once; they hold one state, so a save waits for the one before it.
+The training thread only copies the state into buffers in memory. The buffers are allocated once and
+hold one state, so a save waits until the one before it is on disk.
 """
 
 import sys
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.checkpoint import tensor_file
 from orchestrator.errors import NO_ROOM, UserError
 from orchestrator.runs import events, journal
+from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.journal import Journal
 
 
-class Writer:
-    """Commits to `directory` and prunes it down to the latest `keep` and the best. As a context it ends with `wait`.
+class Checkpointer:
+    """Saves checkpoints of a run, and removes all but the newest ones and the best one.
 
-    Where there is no room for a checkpoint, training goes on with the last good one: the event is noted in `run_dir`, the
-    next save tries again, and only `wait` raises, if it was the last.
+    If the disk is full, training goes on with the last checkpoint that was written: an event is
+    recorded, and the next save tries again. Only if the last save failed, `wait` raises an error.
+
+    As a context manager it waits for the last checkpoint at the end.
+
+    Args:
+        folder: Folder of the run.
+        keep: Number of newest checkpoints that stay, besides the one with the lowest val loss.
+        lines: Journal of the run.
     """
 
-    def __init__(self, directory: Path, keep: int, run_dir: Path):
-        self.directory, self.keep, self.run_dir = Path(directory), keep, Path(run_dir)
+    def __init__(self, folder: RunFolder, keep: int, lines: Journal) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.lines = lines
         self._files: dict[str, tensor_file.TensorFile] = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[UserError | None] | None = None
-        self._unwritten: UserError | None = None
+        self._not_written: UserError | None = None
 
     def save(
         self,
         step: int,
-        tensors: dict[str, dict[str, torch.Tensor]],
-        texts: dict[str, str],
-        facts: dict[str, Any],
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        texts: Mapping[str, str],
+        facts: Mapping[str, Any],
     ) -> None:
-        """Copy the state, and have it committed while the caller goes on; arguments as `checkpoint.save`'s.
+        """Copy the state and return; a thread writes the copy. For the arguments see `store.save`.
 
         Raises:
-            OSError and whatever else the commit before this one ended with, except for want of room.
+            OSError: The checkpoint before this one could not be written, for another reason than a
+                full disk.
         """
-        self._join()
+        self._finish_pending()
+        disk_full = self.lines.catch_up()
+        if disk_full is not None:
+            # Lines of the journal wait in memory. Then there must be no checkpoint: a run that is
+            # killed after it would resume after these lines and lose them.
+            self._not_written = self._report_full_disk(step, disk_full)
+            return
         self._files = tensor_file.fill(self._files, tensors)
-        self._pending = self._thread.submit(
-            self._commit, step, checkpoint.parts_of(self._files, texts), facts
-        )
-
-    def leave_out(self, step: int, error: OSError) -> None:
-        """`save`, where it is known that there is no room."""
-        self._join()
-        self._unwritten = self._no_room(step, error)
+        parts = checkpoint.parts_of(self._files, texts)
+        self._pending = self._thread.submit(self._commit, step, parts, facts)
 
     def wait(self) -> None:
-        """Until everything that was saved is committed.
+        """Wait until everything that was saved is on disk.
 
         Raises:
-            UserError: there was no room for the last one. Besides, what `save` raises.
+            UserError: The disk was full when the last checkpoint was to be written.
+            OSError: As in `save`.
         """
-        self._join()
-        if self._unwritten:
-            raise self._unwritten
+        self._finish_pending()
+        if self._not_written is not None:
+            raise self._not_written
 
     def close(self) -> None:
-        """End the thread once it has committed what was saved; a failure that nobody will ask for is printed."""
+        """Wait for the thread and end it; an error is printed."""
         try:
-            self._join()
+            self._finish_pending()
         except Exception as error:
-            print(
-                f"{self.directory}: the last checkpoint was not written: {error}",
-                file=sys.stderr,
-                flush=True,
-            )
+            message = f"{self.folder.checkpoints}: the last checkpoint was not written: {error}"
+            print(message, file=sys.stderr, flush=True)
         self._thread.shutdown()
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         try:
+            # If training failed, an error of the checkpointer must not replace the error of training.
             if kind is None:
                 self.wait()
         finally:
             self.close()
 
-    def _join(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending:
-            self._unwritten = pending.result()
+    def _finish_pending(self) -> None:
+        pending = self._pending
+        self._pending = None
+        if pending is not None:
+            self._not_written = pending.result()
 
     def _commit(
-        self, step: int, parts: dict[str, bytes | memoryview], facts: dict[str, Any]
+        self, step: int, parts: Mapping[str, bytes | memoryview], facts: Mapping[str, Any]
     ) -> UserError | None:
-        """Returns what the user is told where there was no room."""
+        """Write one checkpoint; return an error if the disk is full."""
         try:
-            journal.sync(self.run_dir)
-            checkpoint.commit(self.directory, step, parts, facts)
+            # Lines before a checkpoint must survive a power failure that the checkpoint survives.
+            journal.sync(self.folder.path)
+            checkpoint.commit(self.folder.checkpoints, step, parts, facts)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
-            return self._no_room(step, error)
-        checkpoint.prune(self.directory, self.keep)
+            return self._report_full_disk(step, error)
+        checkpoint.prune(self.folder.checkpoints, self.keep)
         return None
 
-    def _no_room(self, step: int, error: OSError) -> UserError:
-        last = max(checkpoint.steps(self.directory), default=None)
-        kept = "none is there yet" if last is None else f"the last one is of step {last}"
-        message = f"{self.directory}: no room for the checkpoint of step {step} ({error.strerror}); {kept}"
+    def _report_full_disk(self, step: int, error: OSError) -> UserError:
+        steps = self.folder.checkpoint_steps()
+        last = f"the last one is of step {steps[-1]}" if steps else "there is none yet"
+        message = (
+            f"{self.folder.checkpoints}: no room for the checkpoint of step {step} "
+            f"({error.strerror}); {last}"
+        )
         print(f"{message}; training goes on", flush=True)
-        events.note(self.run_dir, "disk_full", message, step=step)
+        events.note(self.folder.path, "disk_full", message, step=step)
         return UserError(
-            f"{message}. Free some room there and run the same command again: it goes on from the last one"
+            f"{message}. Free some space there and run the same command again: it continues from "
+            "the last checkpoint"
         )

@@ -1,72 +1,132 @@
-"""The open log window: losses and times since the last logged step, and the metrics that they make.
+"""Metrics of the training steps since the last log line: loss, speed, memory.
 
-The losses are part of a run's state (a checkpoint carries them), so that every logged loss is the same bits after a
-resume; the times belong to this process alone.
+The losses of the open log window are part of a run's state: a checkpoint has them, so that each
+logged loss has the same bits after a resume. The times belong to this process only.
 """
+
+from __future__ import annotations
 
 import math
 import resource
 import sys
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+
+from model.flops import mfu
+from orchestrator.config.experiment import Experiment
+from orchestrator.train.numerics import Worker, device_name
+
+if TYPE_CHECKING:
+    from orchestrator.train.state import TrainState
+
+Metrics = dict[str, float]
 
 
 @dataclass
 class Meter:
-    """`lap(name)` books the time since the last lap; `add` takes a step's M losses; `flush` yields the metrics."""
+    """Losses and times since the last log line.
 
+    Attributes:
+        last_step_only: Keep the losses of one step only. For runs that log only at their end: the
+            window must not grow with the run.
+        losses: Losses of all micro-batches (nats per token), in micro-batch order.
+        times: Seconds by name of the phase.
+        steps: Number of steps.
+        productive: Seconds that this process has spent on training steps.
+        started: Time at which this process started to train.
+    """
+
+    last_step_only: bool = False
     losses: list[float] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
     steps: int = 0
-    productive: float = 0.0  # seconds of training steps in this attempt
+    productive: float = 0.0
     started: float = field(default_factory=time.perf_counter)
     _mark: float = field(default_factory=time.perf_counter)
 
     def lap(self, name: str) -> None:
+        """Add the time since the last lap to the phase `name`."""
         now = time.perf_counter()
         self.times[name] = self.times.get(name, 0.0) + now - self._mark
         self._mark = now
 
     def add(self, losses: list[float]) -> None:
+        """Add a step with the losses of its micro-batches; a skipped step has none."""
+        if self.last_step_only:
+            self.losses = []
         self.losses += losses
         self.steps += 1
 
-    def flush(self, tokens_per_step: int) -> dict[str, float]:
-        """Metrics of the window, which then is empty; keys and units as in the table of metrics.
+    def flush(self, tokens_per_step: int) -> Metrics:
+        """Return the metrics of the window and empty it.
 
-        `perf/overhead_share` is the part of training that is not forward, backward, reduction or optimizer.
+        `perf/overhead_share` is the part of the training time that is not spent on forward,
+        backward, reduction or optimizer.
         """
-        compute, data, rest = (self.times.get(k, 0.0) for k in ("compute", "data", "rest"))
-        training = compute + data + rest
+        compute = self.times.get("compute", 0.0)
+        data = self.times.get("data", 0.0)
+        training = compute + data + self.times.get("rest", 0.0)
         self.productive += training
         metrics = {
             "perf/checkpoint_stall_s": self.times.get("checkpoint", 0.0),
             "run/goodput": self.productive / (time.perf_counter() - self.started),
         }
-        if self.losses:  # none where the update of every step was left out
-            # Micro-batch order is the order of the list, so the mean does not depend on the number of workers.
-            metrics |= {
-                "train/loss": math.fsum(self.losses) / len(self.losses),
-                "train/loss_max": max(self.losses),
-            }
+        if self.losses:
+            metrics["train/loss"] = math.fsum(self.losses) / len(self.losses)
+            metrics["train/loss_max"] = max(self.losses)
         if self.steps:
-            metrics |= {
-                "perf/tokens_per_sec": self.steps * tokens_per_step / training,
-                "perf/step_time_s": training / self.steps,
-                "perf/data_wait_s": data / self.steps,
-                "perf/overhead_share": (training - compute) / training,
-            }
-        self.losses, self.times, self.steps = [], {}, 0
+            metrics["perf/tokens_per_sec"] = self.steps * tokens_per_step / training
+            metrics["perf/step_time_s"] = training / self.steps
+            metrics["perf/data_wait_s"] = data / self.steps
+            metrics["perf/overhead_share"] = (training - compute) / training
+        self.losses = []
+        self.times = {}
+        self.steps = 0
         return metrics
 
 
-def memory_metrics(device: str) -> dict[str, float]:
-    """Peak memory in GiB: what torch allocated on the GPU, or this process's resident set on a CPU."""
+def log_metrics(
+    state: TrainState, experiment: Experiment, worker: Worker, epoch: float, lr: float
+) -> Metrics:
+    """Return what a log line has, and empty the log window.
+
+    Args:
+        state: State after the step of the line.
+        experiment: The configuration.
+        worker: This process.
+        epoch: Number of passes over the train split so far.
+        lr: Learning rate of the last update.
+    """
+    state.meter.lap("rest")
+    metrics = state.meter.flush(experiment.tokens_per_step)
+    metrics["train/tokens"] = state.step * experiment.tokens_per_step
+    metrics["train/epoch"] = epoch
+    metrics["optim/lr"] = lr
+    metrics["optim/grad_norm"] = state.grad_norm
+    metrics["run/attempt"] = worker.attempt
+    if state.skipped:
+        metrics["train/skipped_steps"] = state.skipped
+    if state.scaler.is_enabled():
+        metrics["optim/loss_scale"] = state.scaler.get_scale()
+    utilization = mfu(
+        metrics.get("perf/tokens_per_sec", 0.0),
+        state.model.config,
+        device_name(worker.device),
+        experiment.train.dtype,
+        worker.world_size,
+    )
+    if utilization is not None:
+        metrics["perf/mfu"] = utilization
+    return metrics | memory_metrics(worker.device)
+
+
+def memory_metrics(device: str) -> Metrics:
+    """Return the peak memory in GiB: torch's allocations on a GPU, the resident set on a CPU."""
     if device.startswith("cuda"):
         return {"memory/max_allocated_gib": torch.cuda.max_memory_allocated(device) / 2**30}
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
-    return {
-        "memory/max_resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    }
+    unit = 1 if sys.platform == "darwin" else 1024  # the system counts bytes or KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"memory/max_resident_gib": peak / 2**30}

@@ -1,11 +1,10 @@
-"""What happens to a step whose loss or gradient is not finite: one verdict, the same on every worker.
+"""Decides what happens to a step whose loss or gradient is not finite.
 
-Eats a step's reduced gradient, which every worker has to the bit; yields what to do with its update, and where the text
-lies that it came from: in `stopped.json` where the run ends by it, as an event where it goes on without it.
+All ranks decide the same, because they have the same bits of the gradient.
 """
 
 import math
-from pathlib import Path
+from typing import Any, Literal
 
 from orchestrator.config.experiment import Train
 from orchestrator.data.batches import Batches
@@ -15,47 +14,84 @@ from orchestrator.runs.folder import RunFolder
 from orchestrator.train.state import TrainState
 from orchestrator.train.step import Gradient
 
-APPLY, SKIP, STOP = "apply", "skip", "stop"
-PATIENCE = 10  # updates in a row that may be left out: then it is not the text
-SCALED_PATIENCE = 100  # of a float16 scaler, which halves its scale each time: by then none is left
+Verdict = Literal["apply", "skip", "stop"]
+APPLY: Verdict = "apply"
+SKIP: Verdict = "skip"
+STOP: Verdict = "stop"
+
+# Skipped updates in a row after which the run ends: the cause is then not one bad batch.
+PATIENCE = 10
+# The same for a float16 scaler, which halves its scale each time: after 100, no scale is left.
+SCALER_PATIENCE = 100
 
 
 class Guard:
-    """Judges every step of a run; only the worker that `writes` leaves words."""
+    """Judges each step of a run.
 
-    def __init__(self, run_dir: Path, train: Train, batches: Batches, writes: bool):
-        self.run_dir, self.train, self.batches, self.writes = run_dir, train, batches, writes
+    Args:
+        folder: Folder of the run.
+        config: Section `train`.
+        batches: Knows where the samples of a step lie in the train split.
+        is_writer: Whether this rank records events and how the run ended.
+    """
 
-    def judge(self, s: TrainState, gradient: Gradient) -> str:
-        """APPLY, SKIP or STOP for the update of `s` by `gradient`.
+    def __init__(self, folder: RunFolder, config: Train, batches: Batches, is_writer: bool) -> None:
+        self.folder = folder
+        self.config = config
+        self.batches = batches
+        self.is_writer = is_writer
 
-        A float16 scaler learns its scale by infinite gradients, and skips those by itself.
+    def judge(self, state: TrainState, gradient: Gradient) -> Verdict:
+        """Return what to do with the update; `train.on_nonfinite` chooses between SKIP and STOP.
+
+        APPLY is also returned for infinite gradients of a float16 scaler: it skips such updates
+        itself and lowers its scale.
         """
         bad = [m for m, loss in enumerate(gradient.losses) if not math.isfinite(loss)]
         if not bad and math.isfinite(gradient.norm):
-            s.nonfinite_in_a_row = 0
+            state.nonfinite_in_a_row = 0
             return APPLY
-        s.nonfinite_in_a_row += 1
-        if not bad and s.scaler.is_enabled() and s.nonfinite_in_a_row <= SCALED_PATIENCE:
+        state.nonfinite_in_a_row += 1
+        if not bad and state.scaler.is_enabled() and state.nonfinite_in_a_row <= SCALER_PATIENCE:
             return APPLY
-        skips = self.train.on_nonfinite == "skip" and s.nonfinite_in_a_row <= PATIENCE
-        if self.writes:
-            self._leave_word(s.step, bad, skips, s.nonfinite_in_a_row > PATIENCE)
-        return SKIP if skips else STOP
+        is_patient = state.nonfinite_in_a_row <= PATIENCE
+        verdict = SKIP if is_patient and self.config.on_nonfinite == "skip" else STOP
+        if self.is_writer:
+            self._record(state.step, bad, verdict, is_patient)
+        return verdict
 
-    def _leave_word(self, step: int, bad: list[int], skips: bool, lost: bool) -> None:
-        size, offsets = self.train.micro_batch_size, self.batches.offsets(step)
-        blamed = bad or range(self.train.global_batch_size // size)
-        windows = {m: [int(o) for o in offsets[m * size : (m + 1) * size]] for m in blamed}
-        again = f", as were the {PATIENCE} before it" if lost else ""
-        what = "loss" if bad else "gradient norm"
+    def _record(self, step: int, bad: list[int], verdict: Verdict, is_patient: bool) -> None:
+        """Record an event or the end of the run, with the samples to look at.
+
+        Args:
+            step: Number of updates before this one.
+            bad: Micro-batches whose loss is not finite. Empty: only the gradient norm is not, so
+                that each micro-batch of the step may be the cause.
+            verdict: SKIP or STOP.
+            is_patient: False after more than `PATIENCE` steps in a row.
+        """
+        windows = self._windows(step, bad)
         message = (
-            f"step {step + 1}: the {what} is not finite; the update was not applied{again}. Micro-batches and the "
-            f"offsets of their windows in train: {windows}. Lower schedule.max_lr or look at that text"
+            f"step {step + 1}: the {'loss' if bad else 'gradient norm'} is not finite; the update "
+            "was not applied"
         )
-        facts = {"step": step, "windows": windows}
-        if skips:
-            events.note(self.run_dir, "nonfinite", message, **facts)
+        if not is_patient:
+            message += f", as were the {PATIENCE} before it"
+        message += (
+            f". Micro-batches and the offsets of their windows in train: {windows}. "
+            "Lower schedule.max_lr or look at that text"
+        )
+        facts: dict[str, Any] = {"step": step, "windows": windows}
+        if verdict == SKIP:
+            events.note(self.folder.path, "nonfinite", message, **facts)
             return
-        hint = "" if again else "; train.on_nonfinite=skip goes on without it"
-        RunFolder(self.run_dir).write_ending(Ending("diverged", f"{message}{hint}.", facts))
+        if is_patient:
+            message += "; train.on_nonfinite=skip continues without it"
+        self.folder.write_ending(Ending("diverged", f"{message}.", facts))
+
+    def _windows(self, step: int, bad: list[int]) -> dict[int, list[int]]:
+        """Return the offsets of the samples of each suspect micro-batch in the train split."""
+        size = self.config.micro_batch_size
+        suspects = bad or range(self.config.global_batch_size // size)
+        offsets = self.batches.offsets(step)
+        return {m: offsets[m * size : (m + 1) * size].tolist() for m in suspects}

@@ -61,7 +61,8 @@ def build(experiment: Experiment, model: GPT, worker: Worker) -> TrainState:
         worker.world_size,
     )
     forward = torch.compile(model) if experiment.train.compile else model
-    return TrainState(model, forward, optimizer, scaler, gradients, Meter())
+    meter = Meter(last_step_only=experiment.train.log_interval is None)
+    return TrainState(model, forward, optimizer, scaler, gradients, meter)
 
 
 def snapshot(
@@ -93,7 +94,7 @@ def snapshot(
     }
     facts = {
         "generation": worker.attempt,
-        "metrics": metrics,
+        "metrics": {name: value for name, value in metrics.items() if name.startswith("val/")},
         "fingerprints": {
             "data": data_identity(dataset),
             "numerics": fingerprint(experiment, worker),

@@ -1,25 +1,35 @@
-"""One optimizer update: micro-batches in, losses, gradient norm and moved weights out. What the hardware is for.
+"""One optimizer step: forward, backward, sum over all ranks, update of the weights.
 
-The loop, the benchmarks and the stages of a sweep all make their updates here.
+The training loop, the stages of a sweep, the cost estimate and the benchmarks all use `Step`.
 
-Legend: B sequences per micro-batch, T tokens per sequence, M micro-batches per step over all workers.
+Notation: B sequences per micro-batch, T tokens per sequence, M micro-batches per step (all ranks).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from orchestrator.config.experiment import Experiment
+from orchestrator.data.batches import Batches
+from orchestrator.data.prefetch import Prefetcher
+from orchestrator.train.gradients import Gradients
 from orchestrator.train.numerics import autocast, keyed_seed
 from orchestrator.train.state import TrainState
+
+MicroBatch = tuple[Tensor, Tensor]  # inputs and targets, (B, T) int64 each
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """What a step's gradient was: the M losses (nats per token, in micro-batch order), its norm before clipping, and
-    whether a worker asked all to stop after this step. The same bits on every worker."""
+    """What is known about the gradient of a step. All ranks have the same bits.
+
+    Attributes:
+        losses: M losses in nats per token, in micro-batch order.
+        norm: L2 norm before clipping.
+        stop: A rank asked all ranks to stop after this step.
+    """
 
     losses: list[float]
     norm: float
@@ -27,80 +37,125 @@ class Gradient:
 
 
 class Step:
-    """`gradient` and then `update`, or `skip` where something is not finite; `state.step` counts the steps.
+    """Makes optimizer steps: call `gradient`, then `update` or `skip`.
 
     Args:
-        stop: asked in every step, on rank 0 alone: whether it is to be the last.
-        beat: told when another phase begins, and the step (for a watchdog).
+        experiment: The configuration.
+        state: State that the steps change.
+        stop_requested: Called once per slot. If it returns True, all ranks stop after this step.
+        report_phase: Called with (phase, step) when a phase of the step starts.
     """
 
     def __init__(
         self,
         experiment: Experiment,
         state: TrainState,
-        stop: Callable[[], bool] = lambda: False,
-        beat: Callable[[str, int], None] = lambda phase, step: None,
-    ):
-        self.experiment, self.state, self.stop, self.beat = experiment, state, stop, beat
+        stop_requested: Callable[[], bool] | None = None,
+        report_phase: Callable[[str, int], None] | None = None,
+    ) -> None:
+        self.experiment = experiment
+        self.state = state
+        self.stop_requested = stop_requested or _never_stop
+        self.report_phase = report_phase or ignore_phase
         self.autocast = autocast(experiment, str(state.gradients.device))
 
-    def gradient(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Gradient:
-        """Mean gradient over the step's M micro-batches, into every `param.grad`.
+    def gradient(self, batches: Iterator[MicroBatch]) -> Gradient:
+        """Compute the mean gradient of M micro-batches into the `grad` of every parameter.
 
-        Reading what it returns is the step's only wait for the GPU.
+        Reading the result is the only point of a step at which the CPU waits for the GPU.
 
         Args:
-            batches: this worker's micro-batches in order, (B, T) int64 inputs and targets on its device.
+            batches: The micro-batches of this rank, in order and on its device.
         """
-        s = self.state
-        self.beat("gradient", s.step)
-        for slot in s.gradients.my_slots():
-            s.gradients.begin_slot()
-            for m in slot:
-                s.meter.lap("rest")
+        state = self.state
+        gradients = state.gradients
+        self.report_phase("gradient", state.step)
+        for slot in gradients.my_slots():
+            gradients.begin_slot()
+            for micro_batch in slot:
+                state.meter.lap("rest")
                 inputs, targets = next(batches)
-                s.meter.lap("data")
-                self._forward_backward(m, inputs, targets)
-                s.meter.lap("compute")
-            if self.stop():
-                s.gradients.vote()
-            s.gradients.end_slot()
-        self.beat("exchange", s.step)
-        losses = s.gradients.reduce()
-        if s.scaler.is_enabled():
-            s.scaler.unscale_(s.optimizer)
-        *values, votes, norm = torch.cat(
-            (losses, s.gradients.votes().view(1), s.gradients.norm().view(1))
-        ).tolist()
-        self.beat("update", s.step)
-        return Gradient(values, norm, votes > 0)
+                state.meter.lap("data")
+                self._forward_backward(micro_batch, inputs, targets)
+                state.meter.lap("compute")
+            if self.stop_requested():
+                gradients.vote()
+            gradients.end_slot()
+
+        self.report_phase("exchange", state.step)
+        losses = gradients.reduce()
+        if state.scaler.is_enabled():
+            state.scaler.unscale_(state.optimizer)
+        votes = gradients.votes().view(1)
+        norm = gradients.norm().view(1)
+        *loss_values, vote_count, norm_value = torch.cat((losses, votes, norm)).tolist()
+        self.report_phase("update", state.step)
+        return Gradient(loss_values, norm_value, vote_count > 0)
 
     def update(self, lr: float) -> None:
-        """Clip, and let the optimizer move the weights at learning rate `lr`."""
-        s, limit = self.state, self.experiment.optim.max_grad_norm
-        if limit:
-            s.gradients.clip(limit)
-        for group in s.optimizer.param_groups:
+        """Clip the gradient and update the weights with learning rate `lr`."""
+        state = self.state
+        max_norm = self.experiment.optim.max_grad_norm
+        if max_norm:
+            state.gradients.clip(max_norm)
+        for group in state.optimizer.param_groups:
             group["lr"] = lr
-        s.scaler.step(s.optimizer)
-        s.scaler.update()
-        s.step += 1
-        s.meter.lap("compute")
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.step += 1
+        state.meter.lap("compute")
 
     def skip(self) -> None:
-        """Leave the update out: weights and moments stay, and the next step has the next windows."""
-        if self.state.scaler.is_enabled():
-            self.state.scaler.update()  # forgets what it unscaled
-        self.state.step += 1
-        self.state.skipped += 1
-        self.state.meter.lap("compute")
+        """Leave the update out: weights and moments stay, the next step reads the next windows."""
+        state = self.state
+        if state.scaler.is_enabled():
+            state.scaler.update()  # the scaler must not unscale the next gradient as this one
+        state.step += 1
+        state.skipped += 1
+        state.meter.lap("compute")
 
-    def _forward_backward(self, m: int, inputs: Tensor, targets: Tensor) -> None:
-        """Add the gradient of micro-batch m of this step."""
-        s = self.state
+    def _forward_backward(self, micro_batch: int, inputs: Tensor, targets: Tensor) -> None:
+        """Add the gradient of one micro-batch of this step."""
+        state = self.state
         if self.experiment.model.dropout:
-            torch.manual_seed(keyed_seed(self.experiment.train.seed, s.step, m))
+            seed = self.experiment.train.seed
+            torch.manual_seed(keyed_seed(seed, state.step, micro_batch))
         with self.autocast:
-            _, loss = s.forward(inputs, targets)
-        s.gradients.record_loss(m, loss)
-        s.scaler.scale(loss).backward()
+            _, loss = state.forward(inputs, targets)
+        state.gradients.record_loss(micro_batch, loss)
+        state.scaler.scale(loss).backward()
+
+
+def micro_batches(
+    batches: Batches, gradients: Gradients, steps: range
+) -> Generator[MicroBatch, None, None]:
+    """Yield the micro-batches of this rank on its device; a thread reads and pins the next ones.
+
+    Args:
+        batches: Micro-batches of all ranks.
+        gradients: Knows which micro-batches this rank has.
+        steps: Steps to read, rising.
+    """
+    device = gradients.device
+    mine = [micro_batch for slot in gradients.my_slots() for micro_batch in slot]
+    items = ((step, micro_batch) for step in steps for micro_batch in mine)
+
+    def fetch(item: tuple[int, int]) -> MicroBatch:
+        input_array, target_array = batches.micro_batch(*item)
+        inputs = torch.from_numpy(input_array)
+        targets = torch.from_numpy(target_array)
+        if device.type == "cuda":
+            return inputs.pin_memory(), targets.pin_memory()
+        return inputs, targets
+
+    with Prefetcher(fetch, items) as prefetched:
+        for inputs, targets in prefetched:
+            yield inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+
+def ignore_phase(phase: str, step: int) -> None:
+    """Report nothing: the default of `report_phase`."""
+
+
+def _never_stop() -> bool:
+    return False

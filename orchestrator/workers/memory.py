@@ -12,7 +12,7 @@ import torch
 
 from model.optim import OPTIMIZERS
 from orchestrator.config.experiment import Experiment
-from orchestrator.train.loop import Run
+from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker, autocast
 from orchestrator.train.state import TrainState
 
@@ -26,7 +26,9 @@ def is_exhausted(error: BaseException) -> bool:
     )
 
 
-def advice(experiment: Experiment, worker: Worker, run: Run | None, error: BaseException) -> str:
+def advice(
+    experiment: Experiment, worker: Worker, run: Trainer | None, error: BaseException
+) -> str:
     """What to do about it, in one line."""
     traceback.clear_frames(
         error.__traceback__
@@ -57,7 +59,7 @@ def smaller(experiment: Experiment, world_size: int) -> list[Experiment]:
     return [e for e in found if e.slots % world_size == 0]
 
 
-def largest_fitting(experiment: Experiment, worker: Worker, run: Run) -> int | None:
+def largest_fitting(experiment: Experiment, worker: Worker, run: Trainer) -> int | None:
     """The largest divisor of the micro-batch below it with which a step fits, by trying them; None: none does."""
     for candidate in smaller(experiment, worker.world_size):
         _forget(run)
@@ -100,7 +102,7 @@ def hold_a_micro_batch(
         torch.cuda.synchronize()
 
 
-def _forget(run: Run) -> None:
+def _forget(run: Trainer) -> None:
     """Free what the failed attempt held: its gradient buffers but one, and what lies in caches."""
     run.state.gradients.free.clear()
     del run.state.gradients.stack[1:]

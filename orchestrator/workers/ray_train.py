@@ -26,7 +26,7 @@ from orchestrator.runs import lock as lease
 from orchestrator.runs import stop as stopping
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
-from orchestrator.train.loop import Run
+from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker, agree
 from orchestrator.workers import memory, oom_kill, watchdog
 from orchestrator.workers.watchdog import Watchdog
@@ -149,10 +149,15 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker
     bell = stopping.Bell(run_dir) if worker.is_main else None
     run, failed = None, True
     try:
-        run = Run(
-            experiment, run_dir, data_dir, worker, stop_asked=bell or (lambda: False), beat=dog.beat
+        run = Trainer(
+            experiment,
+            RunFolder(run_dir),
+            data_dir,
+            worker,
+            stop_requested=bell or (lambda: False),
+            report_phase=dog.beat,
         )
-        for _ in run:
+        for _ in run.run():
             pass
         failed = False
     except Exception as error:

@@ -19,6 +19,7 @@ from orchestrator.data.dataset import load_manifest, write_manifest
 from orchestrator.data.prepared import dataset_dir, prepared
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
+from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -118,7 +119,9 @@ def test_the_loop_ends_before_its_first_token(copy, tmp_path, name):
     file.write_bytes(data)
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match=re.escape(str(file))):
-        train(load_experiment(None, [f"data.dir={copy}", *SMALL]), tmp_path / "run", copy)
+        train(
+            load_experiment(None, [f"data.dir={copy}", *SMALL]), RunFolder(tmp_path / "run"), copy
+        )
     assert not list((tmp_path / "run").glob("checkpoints/*"))
     assert not any(f.read_text() for f in (tmp_path / "run").glob("metrics.jsonl"))
 

@@ -19,10 +19,9 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.checkpoint import tensor_file
 from orchestrator.runs import journal
 from orchestrator.runs.journal import Journal
-from orchestrator.train import state
-from orchestrator.train.evaluator import Evaluator
+from orchestrator.train import begin, evaluate
+from orchestrator.train.evaluate import Evaluator
 from orchestrator.train.gradients import Gradients
-from orchestrator.train.loop import Run
 from orchestrator.train.step import Step
 
 POINTS = {
@@ -36,10 +35,10 @@ POINTS = {
     "copy": (tensor_file, "fill"),
     "commit": (checkpoint, "commit"),
     "prune": (checkpoint, "prune"),
-    "batch": (Run, "_goes_on"),
+    "batch": (evaluate, "agree"),
     "sample": (Evaluator, "_write_sample"),
     "verify": (checkpoint, "verify"),
-    "restore": (state, "restore"),
+    "restore": (begin, "restore"),
     "rewind": (Journal, "rewind"),
     "rewrite": (journal, "_write"),
     "mkdir": (os, "mkdir"),

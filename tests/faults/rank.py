@@ -23,7 +23,8 @@ import torch.distributed as dist
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.runs import lock as lease
 from orchestrator.runs import stop as stopping
-from orchestrator.train.loop import Run
+from orchestrator.runs.folder import RunFolder
+from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker, agree
 from orchestrator.workers import ray_train as workers
 from orchestrator.workers.watchdog import Watchdog
@@ -80,9 +81,15 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker
     """The loop, watched, and asked whether to stop."""
     dog = Watchdog(run_dir, worker, experiment.compute.hang_after_s)
     bell = stopping.Bell(run_dir) if worker.is_main else None
-    for _ in Run(
-        experiment, run_dir, data_dir, worker, stop_asked=bell or (lambda: False), beat=dog.beat
-    ):
+    trainer = Trainer(
+        experiment,
+        RunFolder(run_dir),
+        data_dir,
+        worker,
+        stop_requested=bell or (lambda: False),
+        report_phase=dog.beat,
+    )
+    for _ in trainer.run():
         pass
     dog.close()
 

@@ -22,7 +22,8 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import EXIT_AGAIN
 from orchestrator.runs import journal
-from orchestrator.train.loop import Run
+from orchestrator.runs.folder import RunFolder
+from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import watchdog
 from tests.faults import campaign
@@ -140,7 +141,9 @@ def differences(run_dir: Path, data_dir: Path, folder: Path, step: int) -> list[
     """What of the run's first `step` steps is not what one process makes of them."""
     golden = folder / "golden"
     golden.mkdir()
-    for _ in Run(load_experiment(EXPERIMENT, SMALL), golden, data_dir, Worker(cpus=1), stop=step):
+    experiment = load_experiment(EXPERIMENT, SMALL)
+    trainer = Trainer(experiment, RunFolder(golden), data_dir, Worker(cpus=1), end_step=step)
+    for _ in trainer.run():
         pass
     found = []
     for name in ("model.safetensors", "optimizer.safetensors"):

@@ -13,6 +13,7 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.cluster.layout import Layout
 from orchestrator.data.dataset import load_manifest
 from orchestrator.runs import journal
+from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
@@ -100,7 +101,7 @@ def sweeps(tiny_dataset, tmp_path, lone_runs):
         if known not in lone_runs:
             run_dir = tmp_path / f"alone-{trial}"
             run_dir.mkdir()
-            train(experiment, run_dir, tiny_dataset)
+            train(experiment, RunFolder(run_dir), tiny_dataset)
             lone_runs[known] = outcome(run_dir)
         return lone_runs[known]
 

@@ -20,7 +20,7 @@ from orchestrator.runs import events, identity, journal, summary
 from orchestrator.runs import stop as stopping
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
-from orchestrator.train.loop import Run, train
+from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import ray_train as workers
 
@@ -83,14 +83,14 @@ def run(name: str, fill, frees: bool) -> dict:
     run_dir, torn, error = disk / "run", [], None
     run_dir.mkdir()
     identity.begin_attempt(RunFolder(run_dir), EXPERIMENT, {}, {})
-    training = Run(EXPERIMENT, run_dir, DATA_DIR, Worker(cpus=1))
+    training = Trainer(EXPERIMENT, RunFolder(run_dir), DATA_DIR, Worker(cpus=1))
     try:
-        for line in training:
+        for line in training.run():
             if line["step"] in (6, 14):
                 with contextlib.suppress(
                     UserError
                 ):  # what is committed, is; the test must not race with it
-                    training.writer.wait()
+                    training.checkpointer.wait()
             if line["step"] == 6:
                 fill(disk)
             if line["step"] == 14:
@@ -118,12 +118,12 @@ def run(name: str, fill, frees: bool) -> dict:
             said["asked"] = stopping.asked(run_dir)
         free(disk)
         identity.begin_attempt(RunFolder(run_dir), EXPERIMENT, {}, {})
-        train(EXPERIMENT, run_dir, DATA_DIR, Worker(cpus=1))
+        train(EXPERIMENT, RunFolder(run_dir), DATA_DIR, Worker(cpus=1))
     return said | outcome(run_dir)
 
 
 (FOLDER / "golden").mkdir()
-train(EXPERIMENT, FOLDER / "golden", DATA_DIR, Worker(cpus=1))
+train(EXPERIMENT, RunFolder(FOLDER / "golden"), DATA_DIR, Worker(cpus=1))
 results = {"golden": outcome(FOLDER / "golden")}
 for kind, fill in (("bytes", fill_bytes), ("files", fill_files), ("all", fill_all)):
     for frees in (True, False):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from orchestrator.config.experiment import load_experiment
+from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
 
@@ -18,7 +19,7 @@ if job["world_size"] > 1:
     )
 train(
     load_experiment(job.get("file"), job["overrides"]),
-    Path(job["run_dir"]),
+    RunFolder(job["run_dir"]),
     Path(job["data_dir"]),
     Worker(job["rank"], job["world_size"], "cpu", cpus=1),
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from orchestrator.config.experiment import load_experiment
+from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
 from tests.helpers import small_run
@@ -52,7 +53,7 @@ def trained_run(tiny_corpus, tiny_dataset, tmp_path_factory) -> Path:
         None, ["name=tiny", f"data.corpus={tiny_corpus}", f"data.dir={tiny_dataset}", *SMALL]
     )
     before = torch.get_num_threads()
-    train(experiment, run_dir, tiny_dataset, Worker(cpus=1))
+    train(experiment, RunFolder(run_dir), tiny_dataset, Worker(cpus=1))
     torch.set_num_threads(before)
     return run_dir
 

@@ -14,6 +14,7 @@ from orchestrator.data.dataset import load_manifest, write_manifest
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.runs import journal
+from orchestrator.runs.folder import RunFolder
 from orchestrator.train import state
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
@@ -140,7 +141,7 @@ def test_a_checkpoint_named_from_its_own_folder_finds_its_tokens_beside_the_run(
     ]
     train(
         load_experiment(None, [f"data.corpus={tiny_corpus}", "data.tokenizer=char", *small]),
-        run_dir,
+        RunFolder(run_dir),
         beside,
         Worker(),
     )

@@ -20,6 +20,7 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.prepare import dataset_dir
 from orchestrator.runs import journal
+from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
 from tests.helpers.small_run import wait_for
@@ -241,7 +242,7 @@ def alone(golden, tmp_path_factory):
             run_dir.mkdir()
             train(
                 load_experiment(QUICKSTART, [*BASE, *words]),
-                run_dir,
+                RunFolder(run_dir),
                 golden.data,
                 Worker(cpus=CPUS),
             )

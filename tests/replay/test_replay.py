@@ -19,7 +19,8 @@ from orchestrator.errors import UserError
 from orchestrator.replay import verdict
 from orchestrator.replay.replay import Recorded, experiment_of, pieces, replay, stretch
 from orchestrator.runs import journal
-from orchestrator.train.loop import Run, train
+from orchestrator.runs.folder import RunFolder
+from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
 
 HELPER = Path(__file__).resolve().parent.parent / "helpers" / "train_rank.py"
@@ -56,7 +57,7 @@ def threads():
 
 def train_to(run_dir: Path, data_dir: Path, *words: str, cpus: int = 1) -> Path:
     run_dir.mkdir(exist_ok=True)
-    train(load_experiment(None, [*SMALL, *words]), run_dir, data_dir, Worker(cpus=cpus))
+    train(load_experiment(None, [*SMALL, *words]), RunFolder(run_dir), data_dir, Worker(cpus=cpus))
     return run_dir
 
 
@@ -165,9 +166,8 @@ def test_two_workers_are_one(tiny_dataset, tmp_path, again):
 
 def test_a_run_that_was_killed_is_made_again_to_its_last_line(tiny_dataset, tmp_path, again):
     (tmp_path / "killed").mkdir()
-    lines = iter(
-        Run(load_experiment(None, SMALL), tmp_path / "killed", tiny_dataset, Worker(cpus=1))
-    )
+    folder = RunFolder(tmp_path / "killed")
+    lines = Trainer(load_experiment(None, SMALL), folder, tiny_dataset, Worker(cpus=1)).run()
     assert next(line for line in lines if line["step"] == 18)
     lines.close()
     result = again(tmp_path / "killed")
@@ -179,10 +179,14 @@ def test_a_run_that_was_asked_to_stop_before_its_line_was_written(tiny_dataset, 
     run_dir, words = tmp_path / "asked", ["train.checkpoint_interval=null", "train.keep=9"]
     run_dir.mkdir()
     experiment = load_experiment(None, [*SMALL, *words])
-    run = Run(
-        experiment, run_dir, tiny_dataset, Worker(cpus=1), stop_asked=lambda: run.state.step >= 14
+    run = Trainer(
+        experiment,
+        RunFolder(run_dir),
+        tiny_dataset,
+        Worker(cpus=1),
+        stop_requested=lambda: run.state.step >= 14,
     )
-    assert [line["step"] for line in run][-1] == 12
+    assert [line["step"] for line in run.run()][-1] == 12
     assert checkpoint.steps(run_dir / "checkpoints") == [
         15
     ]  # whose line is due, and written by the next attempt
@@ -213,10 +217,14 @@ def test_every_attempt_has_its_own_intervals_and_threads(tiny_dataset, tmp_path,
     run_dir = tmp_path / "changed"
     keep = ["train.keep=1", "train.eval_interval=null", "train.allow_drift=true"]
     run_dir.mkdir()
-    first = Run(
-        load_experiment(None, [*SMALL, *keep]), run_dir, tiny_dataset, Worker(cpus=1), stop=7
+    first = Trainer(
+        load_experiment(None, [*SMALL, *keep]),
+        RunFolder(run_dir),
+        tiny_dataset,
+        Worker(cpus=1),
+        end_step=7,
     )
-    assert [line["step"] for line in first] == [3, 6]
+    assert [line["step"] for line in first.run()] == [3, 6]
     train_to(run_dir, tiny_dataset, *keep, "train.log_interval=4", cpus=2)
     assert checkpoint.steps(run_dir / "checkpoints") == [20]
     attempts = [

@@ -8,7 +8,8 @@ from model.schedule import learning_rate
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.runs import journal
-from orchestrator.train.loop import Run, train
+from orchestrator.runs.folder import RunFolder
+from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
 
 SMALL = [
@@ -50,22 +51,23 @@ def outcome(run_dir) -> tuple:
 def lone(run_dir, data_dir, *words):
     """The run by itself, to the end."""
     run_dir.mkdir(exist_ok=True)
-    train(load_experiment(None, [*SMALL, *words]), run_dir, data_dir)
+    train(load_experiment(None, [*SMALL, *words]), RunFolder(run_dir), data_dir)
     return outcome(run_dir)
 
 
 def stretch(run_dir, data_dir, stop, parent=None, words=(), **how):
     """One stretch in a folder of its own; its checkpoint."""
     run_dir.mkdir(exist_ok=True)
-    for _ in Run(
+    trainer = Trainer(
         load_experiment(None, [*SMALL, *words]),
-        run_dir,
+        RunFolder(run_dir),
         data_dir,
         Worker(),
         parent=parent,
-        stop=stop,
+        end_step=stop,
         **how,
-    ):
+    )
+    for _ in trainer.run():
         pass
     return checkpoint.path_of(run_dir / "checkpoints", stop)
 
@@ -105,7 +107,7 @@ def test_rates_of_ones_own_are_used_and_logged(tiny_dataset, tmp_path):
     schedule = load_experiment(None, SMALL).lr_schedule()
     other = dataclasses.replace(schedule, max_lr=5e-3)
     lone(tmp_path / "given", tiny_dataset, "schedule.max_lr=5e-3")
-    stretch(tmp_path / "rates", tiny_dataset, 20, rates=lambda step: learning_rate(other, step))
+    stretch(tmp_path / "rates", tiny_dataset, 20, lr_at=lambda step: learning_rate(other, step))
     assert outcome(tmp_path / "rates")[1:] == outcome(tmp_path / "given")[1:]
 
 
@@ -120,7 +122,7 @@ def test_a_damaged_parent_is_refused_by_name(tiny_dataset, tmp_path):
 
 def test_every_line_is_yielded_as_it_is_written(tiny_dataset, tmp_path):
     (tmp_path / "run").mkdir()
-    run = Run(load_experiment(None, SMALL), tmp_path / "run", tiny_dataset, Worker())
-    for line in run:
+    run = Trainer(load_experiment(None, SMALL), RunFolder(tmp_path / "run"), tiny_dataset, Worker())
+    for line in run.run():
         assert journal.read(tmp_path / "run")[-1] == line
     assert line["step"] == 20

@@ -10,7 +10,8 @@ from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
 from orchestrator.runs import events, journal
 from orchestrator.runs import stop as stopping
-from orchestrator.train.loop import Run, train
+from orchestrator.runs.folder import RunFolder
+from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
 
 SMALL = [
@@ -48,7 +49,7 @@ def outcome(folder: Path) -> tuple:
 @pytest.fixture(scope="module")
 def whole(tiny_dataset, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    train(load_experiment(None, SMALL), folder, tiny_dataset)
+    train(load_experiment(None, SMALL), RunFolder(folder), tiny_dataset)
     return folder
 
 
@@ -58,20 +59,21 @@ def test_asked_at_any_question_it_stops_there_and_ends_as_if_nobody_had_asked(
 ):
     """Questions are asked in every slot of every step and before every batch of every evaluation."""
     asked = iter([False] * question + [True] * 10**6)
-    for _ in Run(
+    trainer = Trainer(
         load_experiment(None, SMALL),
-        tmp_path,
+        RunFolder(tmp_path),
         tiny_dataset,
         Worker(),
-        stop_asked=lambda: next(asked),
-    ):
+        stop_requested=lambda: next(asked),
+    )
+    for _ in trainer.run():
         pass
     stopped = json.loads((tmp_path / "stopped.json").read_text())
     assert stopped["again"]
     assert checkpoint.steps(tmp_path / "checkpoints") == (
         [stopped["step"]] if stopped["step"] else []
     )
-    train(load_experiment(None, SMALL), tmp_path, tiny_dataset)
+    train(load_experiment(None, SMALL), RunFolder(tmp_path), tiny_dataset)
     assert outcome(tmp_path) == outcome(whole)
 
 
@@ -84,13 +86,13 @@ def test_asked_in_an_evaluation_that_only_the_end_needs_its_window_is_not_lost(
     )  # step 12 is due for a loss and not for an evaluation
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-    train(experiment, tmp_path / "whole", tiny_dataset)
+    train(experiment, RunFolder(tmp_path / "whole"), tiny_dataset)
     asked = iter([False] * question + [True] * 10**6)
-    for _ in Run(
-        experiment, tmp_path / "cut", tiny_dataset, Worker(), stop_asked=lambda: next(asked)
-    ):
+    cut = RunFolder(tmp_path / "cut")
+    trainer = Trainer(experiment, cut, tiny_dataset, Worker(), stop_requested=lambda: next(asked))
+    for _ in trainer.run():
         pass
-    train(experiment, tmp_path / "cut", tiny_dataset)
+    train(experiment, cut, tiny_dataset)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
@@ -99,14 +101,14 @@ def test_asked_again_and_again_it_still_gets_there(whole, tiny_dataset, tmp_path
     for _ in range(100):
         (tmp_path / "stopped.json").unlink(missing_ok=True)
         asked = iter([False] * 30 + [True] * 10**6)
-        run = Run(
+        run = Trainer(
             load_experiment(None, SMALL),
-            tmp_path,
+            RunFolder(tmp_path),
             tiny_dataset,
             Worker(),
-            stop_asked=lambda questions=asked: next(questions),
+            stop_requested=lambda questions=asked: next(questions),
         )
-        for _ in run:
+        for _ in run.run():
             pass
         steps.append(run.state.step)
         if not (tmp_path / "stopped.json").exists():
@@ -144,16 +146,16 @@ def test_whatever_stands_in_the_file_the_bell_rings(tmp_path, text):
 )
 def test_a_drift_is_refused_until_it_is_allowed(tiny_dataset, tmp_path, words, worker):
     first = load_experiment(None, [*SMALL, "train.checkpoint_interval=2"])
-    for line in Run(first, tmp_path, tiny_dataset, Worker()):
+    for line in Trainer(first, RunFolder(tmp_path), tiny_dataset, Worker()).run():
         if line["step"] == 6:
             break
     with pytest.raises(UserError, match="train.allow_drift=true"):
-        train(load_experiment(None, [*SMALL, *words]), tmp_path, tiny_dataset, worker)
+        train(load_experiment(None, [*SMALL, *words]), RunFolder(tmp_path), tiny_dataset, worker)
     assert events.read(tmp_path) == []
     assert (
         train(
             load_experiment(None, [*SMALL, *words, "train.allow_drift=true"]),
-            tmp_path,
+            RunFolder(tmp_path),
             tiny_dataset,
             worker,
         )

@@ -12,6 +12,7 @@ from orchestrator.errors import UserError
 from orchestrator.runs import events
 from orchestrator.runs import lock as lease
 from orchestrator.runs import stop as stopping
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
@@ -105,7 +106,7 @@ def test_a_run_below_a_link_writes_and_a_sample_replaces_what_was_planted(
     for write in WRITES.values():
         write(tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    train(load_experiment(None, SMALL), tmp_path / "run", tiny_dataset)
+    train(load_experiment(None, SMALL), RunFolder(tmp_path / "run"), tiny_dataset)
     assert not sample.is_symlink() and len(sample.read_text()) > 16
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
+from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 
 # The run is all trunk, so that a wsd schedule of any length branches off it as it would alone.
@@ -32,7 +33,7 @@ def source(sweeps, tiny_dataset):
         ],
     )
     (run_dir / "experiment.yaml").write_text(experiment.to_yaml())
-    train(experiment, run_dir, tiny_dataset)
+    train(experiment, RunFolder(run_dir), tiny_dataset)
     assert checkpoint.steps(run_dir / "checkpoints") == [8, 12, 16, 20]
     return run_dir
 

@@ -14,9 +14,10 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
 from orchestrator.runs import events, journal
+from orchestrator.runs.folder import RunFolder
 from orchestrator.track import outbox
-from orchestrator.train.checkpointer import Writer
-from orchestrator.train.loop import Run
+from orchestrator.train.checkpointer import Checkpointer
+from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
 from tests.helpers.facts import FACTS
 
@@ -57,9 +58,17 @@ def holds(path: Path, value: float, size: int = 1000) -> bool:
     )
 
 
+def checkpointer(run_dir: Path) -> Checkpointer:
+    return Checkpointer(RunFolder(run_dir), 2, journal.Journal(run_dir))
+
+
+def trainer(run_dir: Path, data_dir: Path) -> Trainer:
+    return Trainer(load_experiment(None, SMALL), RunFolder(run_dir), data_dir, Worker(cpus=1))
+
+
 @pytest.fixture
 def writer(tmp_path):
-    writer = Writer(tmp_path / "checkpoints", 2, tmp_path)
+    writer = checkpointer(tmp_path)
     yield writer
     writer.close()
 
@@ -164,14 +173,14 @@ def obstruct(directory: Path) -> None:
 
 def used(tmp_path: Path, then, size: int = 1000) -> None:
     """A writer as a context, with one checkpoint saved before `then(writer)`."""
-    with Writer(tmp_path / "checkpoints", 2, tmp_path) as writer:
+    with checkpointer(tmp_path) as writer:
         writer.save(1, state(1.0, size), {}, FACTS)
         then(writer)
 
 
 @pytest.mark.parametrize(
     "then",
-    [lambda writer: writer.save(2, state(2.0), {}, FACTS), Writer.wait, lambda writer: None],
+    [lambda writer: writer.save(2, state(2.0), {}, FACTS), Checkpointer.wait, lambda writer: None],
     ids=["save", "wait", "end"],
 )
 def test_a_failure_in_the_background_is_raised_by_the_next_call(tmp_path, then):
@@ -199,7 +208,7 @@ def test_what_was_saved_before_an_error_is_committed(tmp_path, error):
 
 def test_a_run_that_is_left_early_has_committed_what_it_saved(tiny_dataset, tmp_path):
     (tmp_path / "run").mkdir()
-    for line in Run(load_experiment(None, SMALL), tmp_path / "run", tiny_dataset, Worker(cpus=1)):
+    for line in trainer(tmp_path / "run", tiny_dataset).run():
         if line["step"] == 9:
             break
     assert (
@@ -212,18 +221,18 @@ def test_a_run_that_is_left_early_has_committed_what_it_saved(tiny_dataset, tmp_
 def test_damage_is_noted_once_for_each_checkpoint_and_start(tiny_dataset, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    for line in Run(load_experiment(None, SMALL), run_dir, tiny_dataset, Worker(cpus=1)):
+    for line in trainer(run_dir, tiny_dataset).run():
         if line["step"] == 13:
             break
     for step, part in ((12, "model.safetensors"), (8, "MANIFEST.json")):
         file = checkpoint.path_of(run_dir / "checkpoints", step) / part
         file.write_bytes(file.read_bytes()[:-1])
-    run = Run(load_experiment(None, SMALL), run_dir, tiny_dataset, Worker(cpus=1))
+    run = trainer(run_dir, tiny_dataset)
     assert run.state.step == 4
     noted = [e["message"] for e in events.read(run_dir) if e["kind"] == "checkpoint_damaged"]
     assert len(noted) == 2
     assert "step-00000012/model.safetensors" in noted[0] and "step-00000008" in noted[1]
-    for _ in run:
+    for _ in run.run():
         pass
     assert checkpoint.latest_valid(run_dir / "checkpoints", pytest.fail).name == "step-00000020"
 
@@ -321,7 +330,7 @@ def test_the_user_hears_of_a_full_disk_from_wait_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(
         os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 100, 10, 10, 0, 0, 0, 0, 255))
     )
-    writer = Writer(tmp_path / "checkpoints", 2, tmp_path)
+    writer = checkpointer(tmp_path)
     writer.save(1, state(1.0), {}, FACTS)
     writer.save(2, state(2.0), {}, FACTS)
     with pytest.raises(UserError, match="of step 2 .*none is there yet"):

@@ -16,7 +16,8 @@ from orchestrator.data.dataset import write_manifest
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.files import file_sha256
 from orchestrator.runs import journal
-from orchestrator.train.loop import Run, train
+from orchestrator.runs.folder import RunFolder
+from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -101,15 +102,16 @@ def test_stopped_and_resumed_in_another_process_equals_never_stopped(data, tmp_p
     experiment = load_experiment(None, [*SMALL, *words])
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-    train(experiment, tmp_path / "whole", data, GPU)
+    train(experiment, RunFolder(tmp_path / "whole"), data, GPU)
     asked = iter([False] * 13 + [True] * 100)
-    for _ in Run(experiment, tmp_path / "cut", data, GPU, stop_asked=lambda: next(asked)):
+    cut = RunFolder(tmp_path / "cut")
+    for _ in Trainer(experiment, cut, data, GPU, stop_requested=lambda: next(asked)).run():
         pass
     assert json.loads((tmp_path / "cut" / "stopped.json").read_text())["again"]
     code = (
         "import sys; from pathlib import Path; from orchestrator.config.experiment import load_experiment\n"
-        "from orchestrator.train.numerics import Worker; from orchestrator.train.loop import train\n"
-        "train(load_experiment(None, sys.argv[3:]), Path(sys.argv[1]), Path(sys.argv[2]), Worker(device='cuda:0'))"
+        "from orchestrator.runs.folder import RunFolder; from orchestrator.train.numerics import Worker; from orchestrator.train.loop import train\n"
+        "train(load_experiment(None, sys.argv[3:]), RunFolder(sys.argv[1]), Path(sys.argv[2]), Worker(device='cuda:0'))"
     )
     subprocess.run(
         [sys.executable, "-c", code, tmp_path / "cut", data, *SMALL, *words],
@@ -132,9 +134,9 @@ def test_memory_that_runs_out_is_answered_with_a_micro_batch_that_trains(data, t
     huge = load_experiment(
         None, [*SMALL, *words, "train.micro_batch_size=4096", "train.global_batch_size=4096"]
     )
-    run = Run(huge, tmp_path, data, GPU)
+    run = Trainer(huge, RunFolder(tmp_path), data, GPU)
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        list(run)
+        list(run.run())
     text = memory.advice(huge, GPU, run, caught.value)
     size = int(text.partition(" fits here")[0].rpartition("train.micro_batch_size=")[2])
     assert 1 <= size < 4096
@@ -143,4 +145,4 @@ def test_memory_that_runs_out_is_answered_with_a_micro_batch_that_trains(data, t
     fitting = load_experiment(
         None, [*SMALL, *words, f"train.micro_batch_size={size}", "train.global_batch_size=4096"]
     )
-    assert train(fitting, tmp_path, data, GPU) == 1
+    assert train(fitting, RunFolder(tmp_path), data, GPU) == 1

@@ -15,6 +15,7 @@ import torch
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.runs import journal
+from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
 
@@ -71,7 +72,7 @@ def finish(processes: list[subprocess.Popen]) -> None:
 
 def run_here(run_dir: Path, data_dir: Path, overrides: list[str]) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
-    return train(load_experiment(None, overrides), run_dir, data_dir, Worker(cpus=1))
+    return train(load_experiment(None, overrides), RunFolder(run_dir), data_dir, Worker(cpus=1))
 
 
 def outcome(run_dir: Path) -> dict:

@@ -9,8 +9,9 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.batches import Batches, TokenStream
 from orchestrator.runs import events, journal
+from orchestrator.runs.folder import RunFolder
 from orchestrator.train import nonfinite
-from orchestrator.train.loop import Run
+from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
 
 SMALL = [
@@ -31,7 +32,7 @@ SMALL = [
 ]
 
 
-def poisoned(run: Run, calls: set[int], value: float = math.nan) -> Run:
+def poisoned(run: Trainer, calls: set[int], value: float = math.nan) -> Trainer:
     """The loss of those forward passes (counted from 0, four a step) is `value`."""
     forward, seen = run.state.forward, [0]
 
@@ -44,9 +45,9 @@ def poisoned(run: Run, calls: set[int], value: float = math.nan) -> Run:
     return run
 
 
-def start(folder, data, *words: str) -> Run:
+def start(folder, data, *words: str) -> Trainer:
     folder.mkdir(exist_ok=True)
-    return Run(load_experiment(None, [*SMALL, *words]), folder, data, Worker())
+    return Trainer(load_experiment(None, [*SMALL, *words]), RunFolder(folder), data, Worker())
 
 
 def weights(folder, step: int) -> str:
@@ -61,7 +62,7 @@ def offsets(tiny_dataset):
 
 
 def test_stop_ends_before_the_update_and_names_the_windows(tiny_dataset, tmp_path, offsets):
-    list(poisoned(start(tmp_path, tiny_dataset), {5 * 4 + 2}))
+    list(poisoned(start(tmp_path, tiny_dataset), {5 * 4 + 2}).run())
     stopped = json.loads((tmp_path / "stopped.json").read_text())
     assert stopped["step"] == 5
     assert stopped["windows"] == {"2": offsets(5)[4:6].tolist()}
@@ -70,7 +71,7 @@ def test_stop_ends_before_the_update_and_names_the_windows(tiny_dataset, tmp_pat
 
 
 def test_skip_leaves_that_update_out_and_nothing_else(tiny_dataset, tmp_path, offsets):
-    list(poisoned(start(tmp_path, tiny_dataset, "train.on_nonfinite=skip"), {5 * 4 + 2}))
+    list(poisoned(start(tmp_path, tiny_dataset, "train.on_nonfinite=skip"), {5 * 4 + 2}).run())
     assert weights(tmp_path, 6) == weights(tmp_path, 5) != weights(tmp_path, 7)
     (event,) = events.read(tmp_path)
     assert (event["kind"], event["step"], event["windows"]) == (
@@ -86,11 +87,11 @@ def test_skip_leaves_that_update_out_and_nothing_else(tiny_dataset, tmp_path, of
 
 def test_a_run_that_skipped_goes_on_after_a_stop_as_if_it_had_not_stopped(tiny_dataset, tmp_path):
     words = ["train.on_nonfinite=skip"]
-    list(poisoned(start(tmp_path / "whole", tiny_dataset, *words), {5 * 4}))
-    for line in poisoned(start(tmp_path / "cut", tiny_dataset, *words), {5 * 4}):
+    list(poisoned(start(tmp_path / "whole", tiny_dataset, *words), {5 * 4}).run())
+    for line in poisoned(start(tmp_path / "cut", tiny_dataset, *words), {5 * 4}).run():
         if line["step"] == 7:
             break
-    list(start(tmp_path / "cut", tiny_dataset, *words))
+    list(start(tmp_path / "cut", tiny_dataset, *words).run())
     assert weights(tmp_path / "cut", 12) == weights(tmp_path / "whole", 12)
     read = [
         [
@@ -107,14 +108,14 @@ def test_an_infinite_gradient_of_finite_losses_is_not_applied_either(tiny_datase
     run.state.model.transformer.wte.weight.register_hook(
         lambda grad: grad * math.inf if run.state.step == 3 else grad
     )
-    list(run)
+    list(run.run())
     assert weights(tmp_path, 4) == weights(tmp_path, 3) != weights(tmp_path, 5)
     assert "gradient norm is not finite" in events.read(tmp_path)[0]["message"]
 
 
 def test_skipping_without_end_is_no_way_to_go_on(tiny_dataset, tmp_path):
     run = start(tmp_path, tiny_dataset, "train.on_nonfinite=skip", "train.max_steps=30")
-    list(poisoned(run, set(range(8, 200))))
+    list(poisoned(run, set(range(8, 200))).run())
     assert run.state.step == 2 + nonfinite.PATIENCE
     assert (
         "as were the 10 before it" in json.loads((tmp_path / "stopped.json").read_text())["reason"]
@@ -123,9 +124,9 @@ def test_skipping_without_end_is_no_way_to_go_on(tiny_dataset, tmp_path):
 
 def test_stopping_now_and_then_gives_no_more_patience(tiny_dataset, tmp_path):
     words = ["train.on_nonfinite=skip", "train.max_steps=30"]
-    for line in poisoned(start(tmp_path, tiny_dataset, *words), set(range(8, 200))):
+    for line in poisoned(start(tmp_path, tiny_dataset, *words), set(range(8, 200))).run():
         if line["step"] == 7:
             break
     run = poisoned(start(tmp_path, tiny_dataset, *words), set(range(200)))
-    list(run)
+    list(run.run())
     assert run.state.step == 2 + nonfinite.PATIENCE

@@ -25,13 +25,14 @@ from pathlib import Path
 from orchestrator.workers import memory
 from orchestrator.config.experiment import load_experiment
 from orchestrator.train.numerics import Worker
-from orchestrator.train.loop import Run
+from orchestrator.train.loop import Trainer
+from orchestrator.runs.folder import RunFolder
 experiment = load_experiment(None, sys.argv[3:])
-run = Run(experiment, Path(sys.argv[1]), Path(sys.argv[2]), Worker())
+run = Trainer(experiment, RunFolder(sys.argv[1]), Path(sys.argv[2]), Worker())
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, resource.RLIM_INFINITY))
 try:
-    list(run)
+    list(run.run())
 except Exception as error:
     assert memory.is_exhausted(error), error
     print(memory.advice(experiment, Worker(), run, error))

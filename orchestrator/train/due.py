@@ -1,0 +1,116 @@
+"""What a step requires: log line, evaluation, checkpoint; and what the end of a run adds.
+
+The end of a run may move: `train.max_steps` may grow after a run has ended, and trials of a sweep
+branch off at the end of another one. The result must equal that of a run that never ended there:
+
+1. The last line of a run has a training loss and an evaluation, also if no interval requires them.
+   Measuring them leaves the log window and the best loss of the state as they were.
+2. When the run goes on, metrics that only its end required leave the line (`rewind_journal`).
+3. If a step is trained before it is known to be the last one, its line lacks these metrics. The
+   next start adds them (`read_last_line`).
+"""
+
+from dataclasses import dataclass
+
+from orchestrator.config.experiment import Experiment, Train
+from orchestrator.runs import journal
+from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.journal import Journal
+from orchestrator.train.begin import Begin
+from orchestrator.train.numerics import Worker, agree
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is required after a step.
+
+    Attributes:
+        log, evaluate, checkpoint: The interval in the `train` section requires it.
+        end_of_run: This is the last step of the run, not only of a stage.
+    """
+
+    log: bool
+    evaluate: bool
+    checkpoint: bool
+    end_of_run: bool
+
+    @classmethod
+    def after(cls, step: int, end_step: int, config: Train) -> "Due":
+        """Return what is due after `step` updates. Step 0 has only the first evaluation.
+
+        Args:
+            step: Number of updates that are done.
+            end_step: Last step that this process trains.
+            config: Section `train`.
+        """
+        return cls(
+            log=step > 0 and _is_multiple(step, config.log_interval),
+            evaluate=_is_multiple(step, config.eval_interval),
+            checkpoint=step > 0 and _is_multiple(step, config.checkpoint_interval),
+            end_of_run=step == end_step == config.max_steps,
+        )
+
+    @property
+    def line(self) -> bool:
+        """Whether the step has a journal line."""
+        return self.log or self.evaluate or self.end_of_run
+
+
+def _is_multiple(step: int, interval: int | None) -> bool:
+    """Return whether an action with this interval is due; None means never."""
+    return interval is not None and step % interval == 0
+
+
+def rewind_journal(lines: Journal, start: Begin, experiment: Experiment, end_step: int) -> None:
+    """Move what this process writes again out of the journal.
+
+    Args:
+        lines: Journal of the run.
+        start: State that training starts from.
+        experiment: Configuration of this start, which may have other intervals than the last one.
+        end_step: Last step that this process trains.
+    """
+    config = experiment.train
+    step = start.state.step
+    if not start.is_restored or start.state.line_due:
+        lines.rewind(step - 1)
+    elif Due.after(step, end_step, config).end_of_run:
+        lines.rewind(step)
+    else:
+        lines.rewind(
+            step,
+            lambda line: journal.by_interval(line, config.log_interval, config.eval_interval),
+        )
+
+
+@dataclass(frozen=True)
+class LastLine:
+    """The journal line of the last step.
+
+    Attributes:
+        metrics: What the journal has; empty on other ranks than 0.
+        needs_log: The training loss is missing. The same on all ranks.
+        needs_evaluation: The val loss is missing. The same on all ranks.
+    """
+
+    metrics: dict[str, float]
+    needs_log: bool
+    needs_evaluation: bool
+
+
+def read_last_line(folder: RunFolder, step: int, worker: Worker) -> LastLine:
+    """Return what the journal has for the last step.
+
+    All ranks call this function: only rank 0 reads the journal, but all take part in the
+    evaluation.
+    """
+    metrics: dict[str, float] = {}
+    if worker.is_main:
+        lines = journal.read(folder.path)
+        if lines and lines[-1]["step"] == step:
+            metrics = {k: v for k, v in lines[-1].items() if k not in ("step", "timestamp")}
+    return LastLine(
+        metrics,
+        needs_log=bool(agree(int("train/loss" not in metrics), worker)),
+        needs_evaluation=bool(agree(int("val/loss" not in metrics), worker)),
+    )

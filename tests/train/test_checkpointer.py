@@ -333,7 +333,7 @@ def test_the_user_hears_of_a_full_disk_from_wait_alone(tmp_path, monkeypatch):
     writer = checkpointer(tmp_path)
     writer.save(1, state(1.0), {}, FACTS)
     writer.save(2, state(2.0), {}, FACTS)
-    with pytest.raises(UserError, match="of step 2 .*none is there yet"):
+    with pytest.raises(UserError, match="of step 2 .*there is none yet"):
         writer.wait()
     monkeypatch.undo()
     writer.save(3, state(3.0), {}, FACTS)

@@ -24,6 +24,7 @@ from sweep import experiment_tree, markdown, opened, parser, run_tree, spread, s
 from orchestrator.cluster.layout import Layout
 from orchestrator.errors import UserError
 from orchestrator.runs import journal
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.study import Study
 from orchestrator.sweep.tree import Plan, grow
@@ -65,7 +66,7 @@ def measure(study: Study) -> tuple[float, float]:
     spans, gaps = [], []
     for name in study.candidates:
         path = study.plan.path(name)
-        first = journal.read(books.stages / path[0].id)[0]["timestamp"] / 1000
+        first = journal.read(RunFolder(books.stages / path[0].id))[0]["timestamp"] / 1000
         spans.append(ended[path[-1].id] - first)
         gaps += [
             ended[s.id] - ended[before.id] - books.stored.results[s.id]["seconds"]

@@ -29,7 +29,8 @@ from sweep import PEAKS, experiment_tree, grid18, markdown, opened, parser, run_
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.sweep import SweepSection
 from orchestrator.errors import UserError
-from orchestrator.runs import lock as lease
+from orchestrator.runs import lock
+from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep.study import Study
 from orchestrator.sweep.tree import Trial, grow
 from pipelines.common import at_least, guarded
@@ -298,7 +299,7 @@ def main(argv: list[str]) -> int:
         )
     start_ray(a.cpus)
     study = study_of(a, Layout(1, 1, False))
-    with lease.held(study.folder):
+    with lock.held(RunFolder(study.folder).driver_lock):
         print(
             f"{study.plan.steps_to_run:,} of {study.plan.steps_in_tree:,} steps to run, in {study.folder}",
             flush=True,

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.runs import summary as summary_file
+from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep import (
     tune as sweep,  # before ray: it sets what Tune reads when it is imported
 )
@@ -37,7 +38,6 @@ from orchestrator.config.sweep import parse_sweep
 from orchestrator.data.corpus import STDLIB
 from orchestrator.data.prepare import dataset_dir, prepare
 from orchestrator.runs import journal
-from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.progress import Keeper
 from orchestrator.sweep.space import Sweep, expand
@@ -245,7 +245,7 @@ def outcome_alone(experiment: Experiment, run_dir: Path) -> tuple[str, float]:
     end = checkpoint.path_of(run_dir / "checkpoints", experiment.train.max_steps)
     return checkpoint.weights_sha256(
         checkpoint.load_tensors(end, "model")
-    ), summary_file.last_value(journal.read(run_dir), "val/loss")
+    ), summary_file.last_value(journal.read(RunFolder(run_dir)), "val/loss")
 
 
 def best_of(outcomes: dict[str, tuple[str, float]]) -> str:

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 from sweep import markdown, spread
 
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
 from orchestrator.track.mlflow import Tracker
 from pipelines.common import Options, at_least, guarded
@@ -40,7 +41,7 @@ LINE_S = 5e-5
 # ---- the process that trains ----
 def train(run_dir: str, steps: int, step_ms: float, logs: bool, pipe) -> None:
     """Send [(seconds of the line without those that it waited for a core, seconds of the line, seconds of the step)]."""
-    journal, matrix, laps = Journal(Path(run_dir)), np.eye(SIZE, dtype=np.float32), []
+    journal, matrix, laps = Journal(RunFolder(run_dir)), np.eye(SIZE, dtype=np.float32), []
     products, few = products_in(step_ms / 1000, matrix), products_in(LINE_S, matrix)
     for step in range(steps + 100):
         start = time.perf_counter()

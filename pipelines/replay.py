@@ -24,8 +24,9 @@ from orchestrator.redact import redact_text
 from orchestrator.replay import replay
 from orchestrator.replay.replay import Recorded, Stretch
 from orchestrator.replay.verdict import Verdict
-from orchestrator.runs import lock as lease
-from orchestrator.runs.console import format_record
+from orchestrator.runs import lock
+from orchestrator.runs.console import format_line
+from orchestrator.runs.folder import RunFolder
 from orchestrator.text import table
 from orchestrator.track import mlflow as tracking
 from orchestrator.track.server import resolve_uri
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     run_dir, steps = find_run(args.run), parse_steps(args.steps)
-    lease.check(run_dir)  # who writes there removes checkpoints
+    lock.check(RunFolder(run_dir))  # who writes there removes checkpoints
     run = Recorded.read(run_dir)
     s = replay.stretch(run, steps)
     experiment = replay.experiment_of(run, s)
@@ -91,7 +92,7 @@ def make(run: Recorded, s: Stretch, experiment: Experiment) -> tuple[Verdict, Pa
             s,
             dataset,
             folder,
-            lambda line: print(format_record(line, s.last, experiment.tokens_per_step), flush=True),
+            lambda line: print(format_line(line, s.last, experiment.tokens_per_step), flush=True),
         )
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

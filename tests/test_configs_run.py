@@ -56,7 +56,7 @@ def test_a_config_prepares_and_trains(path, ray_cluster, tiny_corpus, tmp_path, 
     prepare(experiment.data, data_dir)
     (tmp_path / "run").mkdir()
     assert train(experiment, RunFolder(tmp_path / "run"), data_dir, Worker(cpus=1)) == 2
-    assert [r["step"] for r in journal.read(tmp_path / "run")] == [0, 1, 2]
+    assert [r["step"] for r in journal.read(RunFolder(tmp_path / "run"))] == [0, 1, 2]
     assert checkpoint.latest_valid(tmp_path / "run" / "checkpoints") is not None
 
 

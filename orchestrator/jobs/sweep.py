@@ -23,9 +23,8 @@ from orchestrator.data.order import windows_per_epoch
 from orchestrator.data.prepare import dataset_dir, prepare
 from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from orchestrator.files import read_json
-from orchestrator.runs import lock as lease
+from orchestrator.runs import lock, stop
 from orchestrator.runs import signals as interrupts
-from orchestrator.runs import stop as stopping
 from orchestrator.runs.facts import model_facts
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import check_writable, storage_root
@@ -55,7 +54,7 @@ def run(sweep: Sweep) -> int:
         )
     if study := _finished(sweep, storage, folder):
         return _show_again(study, uri)
-    with lease.held(folder):
+    with lock.held(RunFolder(folder).driver_lock):
         return _run(sweep, storage, folder, uri)
 
 
@@ -70,7 +69,7 @@ def _run(sweep: Sweep, storage: Path, folder: Path, uri: str) -> int:
     }
     _check_shapes(sweep, datasets)
     study = Study.open(sweep, folder, layout, datasets)
-    stopping.clear(folder)
+    stop.clear(RunFolder(folder))
     # A cluster that grows does so for what waits: then everything that may run asks for its place.
     slots = max(
         1,
@@ -134,7 +133,7 @@ def _execute(
 
         with (
             Watch(study.folder, books.running),
-            interrupts.asking(lambda: stopping.ask(study.folder, "SIGTERM")),
+            interrupts.asking(lambda: stop.request(RunFolder(study.folder), "SIGTERM")),
         ):
             sweep.execute(books, books.stages, study.layout, slots, study.asha())
         code = _outcome(study)
@@ -161,7 +160,7 @@ def _execute(
 
 def _outcome(study: Study) -> int:
     """Exit status of a sweep in which nothing runs any more."""
-    if stopping.asked(study.folder) and not study.is_over:
+    if stop.requested(RunFolder(study.folder)) and not study.is_over:
         return EXIT_AGAIN
     states = {study.books.progress.trial(name) for name in study.candidates}
     probes = {study.books.progress.trial(probe.name) for probe in study.probes.values()}

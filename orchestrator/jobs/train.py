@@ -30,10 +30,8 @@ from orchestrator.errors import (
 )
 from orchestrator.files import read_json
 from orchestrator.redact import redact
-from orchestrator.runs import events, identity, journal
-from orchestrator.runs import lock as lease
+from orchestrator.runs import events, identity, journal, lock, metrics, stop
 from orchestrator.runs import signals as interrupts
-from orchestrator.runs import stop as stopping
 from orchestrator.runs import summary as summary_file
 from orchestrator.runs.console import Console
 from orchestrator.runs.ending import Ending, Kind
@@ -65,10 +63,10 @@ def run(experiment: Experiment) -> int:
     run_dir, data_dir = storage / experiment.name, dataset_dir(experiment.data, storage)
     if _is_finished(run_dir, experiment, data_dir):
         return _show_again(run_dir, experiment, uri)
-    with lease.held(run_dir) as vanished:
+    with lock.held(RunFolder(run_dir).driver_lock) as vanished:
         if vanished and (run_dir / "run.json").exists():
             message = f"{vanished} ended without freeing the run; it is taken over"
-            print(events.note(run_dir, "taken_over", message)["message"], flush=True)
+            print(events.note(RunFolder(run_dir), "taken_over", message)["message"], flush=True)
         return _run(experiment, uri, run_dir, data_dir)
 
 
@@ -120,9 +118,9 @@ def _train(
     try:
         tracker.start()
         with (
-            Console(run_dir, experiment.train.max_steps, experiment.tokens_per_step),
+            Console(RunFolder(run_dir), experiment.train.max_steps, experiment.tokens_per_step),
             watch,
-            interrupts.asking(lambda: stopping.ask(run_dir, "SIGTERM")),
+            interrupts.asking(lambda: stop.request(RunFolder(run_dir), "SIGTERM")),
         ):
             workers.fit(experiment, run_dir, data_dir, layout)
         status, code, reason = _outcome(run_dir)
@@ -191,7 +189,7 @@ def _outcome(run_dir: Path) -> tuple[str, int, str]:
     if not stopped:
         return "FINISHED", EXIT_DONE, ""
     if stopped.get("again"):
-        return "KILLED", EXIT_AGAIN, f"{stopping.asked(run_dir)}: {stopped['reason']}"
+        return "KILLED", EXIT_AGAIN, f"{stop.requested(RunFolder(run_dir))}: {stopped['reason']}"
     return "FAILED", EXIT_USER if stopped.get("user") else EXIT_FAILED, stopped["reason"]
 
 
@@ -245,10 +243,9 @@ def estimate_of(
 
 def _compare(run_dir: Path, summary: dict[str, Any], estimate: dict[str, float]) -> None:
     """Add to the summary what was expected and what came of it."""
-    seen = [v for r in journal.read(run_dir) for k, v in r.items() if k.startswith("memory/")]
     measured = {
         "time_s": summary["wall_s"],
-        "memory_gib": max(seen, default=None),
+        "memory_gib": metrics.peak_memory_gib(journal.read(RunFolder(run_dir))),
         "final_disk_bytes": calibrate.folder_bytes(run_dir / "checkpoints"),
     }
     summary |= {"estimated": estimate, "measured": measured}

@@ -15,6 +15,7 @@ from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
 from orchestrator.files import read_json
 from orchestrator.runs import journal
+from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep.stage import read_order
 from orchestrator.train import rates
 
@@ -32,7 +33,7 @@ class Recorded:
     @classmethod
     def read(cls, run_dir: Path) -> "Recorded":
         """Raises UserError where no checkpoint is whole: nothing else tells what the run's numerics and data were."""
-        lines = {line["step"]: line for line in journal.read(run_dir)}
+        lines = {line["step"]: line for line in journal.read(RunFolder(run_dir))}
         found = cls(run_dir, lines, read_json(run_dir / "run.json") or {})
         if next(found.whole(), None) is None:
             raise UserError(

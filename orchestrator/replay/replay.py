@@ -230,7 +230,7 @@ def _compare(
     run: Recorded, s: Stretch, scratch: Path, result: Verdict, ended_early: str | None
 ) -> None:
     """Fill in the verdict: line by line, checkpoint by checkpoint, by rising step."""
-    now = {line["step"]: line for line in journal.read(scratch)}
+    now = {line["step"]: line for line in journal.read(RunFolder(scratch))}
     made = set(checkpoint.steps(scratch / "checkpoints"))
     for step in sorted(filter(s.holds, {*run.lines, *now, *run.standing()})):
         if step in run.lines or step in now:
@@ -330,7 +330,7 @@ def keep(run_dir: Path, folder: Path, result: Verdict) -> Path:
         ),
     )
     events.note(
-        run_dir,
+        RunFolder(run_dir),
         "replay",
         result.sentence(),
         equal=result.equal,

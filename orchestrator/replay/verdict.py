@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-EXACT = (
-    "train/",
-    "val/",
-    "optim/",
-)  # of a line: what must not depend on the machine or on how the run got there
+from orchestrator.runs import metrics
+
 KINDS = ("data", "seed", "experiment", "numerics", "code")  # of causes, the likeliest first
 
 
@@ -110,7 +107,7 @@ class Verdict:
             if equal and self.first and step >= self.first.step
         ]
         found = sorted(self.changed, key=lambda cause: KINDS.index(cause.kind))
-        if after and self.first.key.startswith(("train/loss", "optim/")):
+        if after and metrics.of(self.first.key).interval == "log":
             found.insert(
                 0,
                 Cause(
@@ -145,7 +142,7 @@ class Verdict:
 
     def rows(self) -> dict[str, Any]:
         """The table that a person sees."""
-        wrong = {d.step for d in self.differences if d.key.startswith(EXACT)}
+        wrong = {d.step for d in self.differences if metrics.of(d.key).exact}
         start = f"the checkpoint of step {self.begin:,}" if self.begin is not None else "step 0"
         rows = {
             "steps": f"{self.first_step:,}..{self.last_step:,}, made again from {start}",
@@ -185,7 +182,7 @@ class Verdict:
 
 def of_lines(step: int, then: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
     """The keys of a journal's line that differ in a bit or are missing; an absent line is an empty one."""
-    keys = [key for key in {**then, **now} if key.startswith(EXACT)]
+    keys = [key for key in {**then, **now} if metrics.of(key).exact]
     return [
         Difference(step, key, then.get(key), now.get(key), ulps(then.get(key), now.get(key)))
         for key in keys

@@ -1,99 +1,133 @@
-"""What a person sees while a run goes on: one steady line per logged step, read from the run's journal, and its events.
+"""Prints what happens while a run trains: one line per logged step, and the messages of events.
 
-The driver follows the files as the tracking sender does, so that what is printed is what was recorded. Only of a disk that
-is full it hears nothing from them, and looks itself.
+The console reads the files of the run folder, so what is printed is what was recorded. Only a full
+disk leaves no trace in these files; the console checks for it itself.
 """
 
-import contextlib
 import os
 import threading
-from pathlib import Path
-from typing import Any
+from types import TracebackType
 
 from orchestrator.runs import events, journal
+from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.journal import Line
 from orchestrator.text import duration
 
-FULL_BYTES = 4096  # free, or fewer: not even an event may find room
+FULL_BYTES = 4096  # with less free space, even an event may not be written
 
 
 class Console:
-    """Prints the lines and events that are written in `run_dir` from now on; `with Console(…):` around the run."""
+    """Prints the lines and events that are written from now on, until the `with` block ends.
+
+    Args:
+        folder: Folder of the run.
+        max_steps: Last step of the run.
+        tokens_per_step: Tokens of one update, for the time that remains.
+        interval_s: Pause between two looks at the files.
+    """
 
     def __init__(
-        self, run_dir: Path, max_steps: int, tokens_per_step: int, interval_s: float = 0.3
-    ):
-        self.max_steps, self.tokens_per_step = max_steps, tokens_per_step
-        self.interval_s, self.done = interval_s, threading.Event()
-        self.run_dir, self.is_full = Path(run_dir), False
-        self.tail, self.told = journal.Tail(run_dir), len(events.read(run_dir))
-        self.seen = {_identity(record) for record in self.tail.poll()}
-        self.thread = threading.Thread(target=self._follow, name="console", daemon=True)
+        self, folder: RunFolder, max_steps: int, tokens_per_step: int, interval_s: float = 0.3
+    ) -> None:
+        self.folder = folder
+        self.max_steps = max_steps
+        self.tokens_per_step = tokens_per_step
+        self.interval_s = interval_s
+        self._tail = journal.Tail(folder)
+        self._printed = {_identity(line) for line in self._tail.poll()}
+        self._events_printed = len(events.read(folder))
+        self._disk_was_full = False
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="console", daemon=True)
 
     def __enter__(self) -> "Console":
-        self.thread.start()
+        self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
-        self.done.set()
-        self.thread.join(timeout=5)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        self._thread.join(timeout=5)
 
     def _follow(self) -> None:
-        ended = False
-        while not ended:
-            ended = self.done.wait(self.interval_s)  # after the end, one last look
-            self._look_for_room()
-            self._tell_events()
-            for record in self.tail.poll():
-                if _identity(record) not in self.seen:
-                    self.seen.add(_identity(record))
-                    print(format_record(record, self.max_steps, self.tokens_per_step), flush=True)
+        done = False
+        while not done:
+            done = self._done.wait(self.interval_s)
+            # Also once after the end, for what was written last.
+            self._print_if_disk_is_full()
+            self._print_events()
+            self._print_lines()
 
-    def _tell_events(self) -> None:
-        """There are few of them, so the file is read anew."""
-        happened = events.read(self.run_dir)
-        for event in happened[self.told :]:
+    def _print_lines(self) -> None:
+        for line in self._tail.poll():
+            if _identity(line) not in self._printed:
+                self._printed.add(_identity(line))
+                print(format_line(line, self.max_steps, self.tokens_per_step), flush=True)
+
+    def _print_events(self) -> None:
+        found = events.read(self.folder)
+        for event in found[self._events_printed :]:
             print(event.get("message"), flush=True)
-        self.told = len(happened)
+        self._events_printed = len(found)
 
-    def _look_for_room(self) -> None:
-        before, self.is_full = self.is_full, _is_full(self.run_dir)
-        if self.is_full and not before:
+    def _print_if_disk_is_full(self) -> None:
+        is_full = _is_disk_full(self.folder)
+        if is_full and not self._disk_was_full:
             print(
-                f"{self.run_dir}: the disk is full. Training goes on; lines and checkpoints wait for room",
+                f"{self.folder.path}: the disk is full. Training goes on; lines and checkpoints "
+                "wait for room",
                 flush=True,
             )
+        self._disk_was_full = is_full
 
 
-def _is_full(folder: Path) -> bool:
-    """Whether nothing more can be written there, as far as the system says so."""
-    with contextlib.suppress(OSError):
-        room = os.statvfs(folder)
-        return bool(room.f_blocks) and (
-            room.f_bavail * room.f_frsize < FULL_BYTES or bool(room.f_files) and not room.f_favail
-        )
-    return False
+def _is_disk_full(folder: RunFolder) -> bool:
+    """Return whether nothing can be written there; False if the file system does not tell."""
+    try:
+        disk = os.statvfs(folder.path)
+    except OSError:
+        return False
+    if disk.f_blocks == 0:
+        return False
+    no_space = disk.f_bavail * disk.f_frsize < FULL_BYTES
+    no_inodes = disk.f_files > 0 and disk.f_favail == 0
+    return no_space or no_inodes
 
 
-def _identity(record: dict[str, Any]) -> tuple[int, int]:
-    # With the time: a resumed attempt makes some steps again, and they are worth seeing. Not by it alone: two lines may
-    # share a millisecond, and clocks of two nodes differ.
-    return record["step"], record["timestamp"]
+def _identity(line: Line) -> tuple[int, int]:
+    """Return what tells two lines apart.
+
+    A resumed attempt trains some steps again, so the step is not enough. Two lines may have the
+    same millisecond, and the clocks of two nodes differ, so the timestamp is not enough either.
+    """
+    return line["step"], line["timestamp"]
 
 
-def format_record(record: dict[str, Any], max_steps: int, tokens_per_step: int) -> str:
-    """`step 100/2,000 | loss 2.3456 | lr 1.0e-03 | 25,600 tok/s | MFU 41 % | ETA 1m32s | val 2.41 …`."""
-    step, speed = record["step"], record.get("perf/tokens_per_sec")
-    parts = [f"step {step:>{len(f'{max_steps:,}')},}/{max_steps:,}"]
-    if "train/loss" in record:
-        parts += [f"loss {record['train/loss']:.4f}", f"lr {record['optim/lr']:.2e}"]
+def format_line(line: Line, max_steps: int, tokens_per_step: int) -> str:
+    """Return a journal line as text for people.
+
+    Example:
+        `step 100/2,000 | loss 2.3456 | lr 1.0e-03 | 25,600 tok/s | MFU 41 % | ETA 1m32s`
+    """
+    step = line["step"]
+    width = len(f"{max_steps:,}")
+    parts = [f"step {step:>{width},}/{max_steps:,}"]
+    if "train/loss" in line:
+        parts.append(f"loss {line['train/loss']:.4f}")
+        parts.append(f"lr {line['optim/lr']:.2e}")
+    speed = line.get("perf/tokens_per_sec")
     if speed:
         parts.append(f"{speed:,.0f} tok/s")
-    if "perf/mfu" in record:
-        parts.append(f"MFU {record['perf/mfu']:.1%}")
+    if "perf/mfu" in line:
+        parts.append(f"MFU {line['perf/mfu']:.1%}")
     if speed:
-        parts.append(f"ETA {duration((max_steps - step) * tokens_per_step / speed)}")
-    if "val/loss" in record:
-        parts.append(
-            f"val loss {record['val/loss']:.4f}, {record['val/bits_per_byte']:.4f} bits/byte"
-        )
+        seconds = (max_steps - step) * tokens_per_step / speed
+        parts.append(f"ETA {duration(seconds)}")
+    if "val/loss" in line:
+        bits = line["val/bits_per_byte"]
+        parts.append(f"val loss {line['val/loss']:.4f}, {bits:.4f} bits/byte")
     return " | ".join(parts)

@@ -1,61 +1,74 @@
-"""What happened to a run besides its steps: `events.jsonl` in its folder, and by `console.py` a line for whoever watches.
+"""Events of a run, events.jsonl: what happened besides its steps.
 
-    {"time": "2026-11-27T05:00:00+00:00", "kind": "checkpoint_damaged", "message": "passed over: …", …}
+    {"time": "2026-11-27T05:00:00+00:00", "kind": "checkpoint_damaged", "message": "…", "step": 40}
 
-An event is what a person would want to know later: a checkpoint passed over, a hang, an update that was not applied, a
-disk that was full, a drift that was allowed, a holder that vanished. Anyone who may write in the folder may note one; a
-line is whole or not there. The tracking server gets the file, and the number of events of each kind as tags.
+An event is what a person may want to know later: a damaged checkpoint that was skipped, a hang, an
+update that was not applied, a full disk. Any process of the run may append. The console prints the
+messages; MLflow gets the file, and the number of events of each kind as tags.
 """
 
-import contextlib
 import json
 import os
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from orchestrator import files
+from orchestrator.runs.folder import RunFolder
 
-FILE = "events.jsonl"
+Event = dict[str, Any]  # time, kind and message; more for some kinds
 
 
-def note(run_dir: Path, kind: str, message: str, **facts: Any) -> dict[str, Any]:
-    """Append one event with one system call, and return it. Never raises for want of room: a full disk is an event itself."""
-    event = {
-        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "kind": kind,
-        "message": message,
-        **facts,
-    }
-    line = json.dumps(event).encode() + b"\n"
+def note(folder: RunFolder, kind: str, message: str, **facts: Any) -> Event:
+    """Append an event and return it. If that is not possible, for example on a full disk, print it.
+
+    Args:
+        folder: Folder of the run or the sweep.
+        kind: One word, such as "hang"; see RELIABILITY.md.
+        message: One or more lines for the user.
+        facts: JSON values, such as `step`.
+    """
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    event = {"time": now, "kind": kind, "message": message, **facts}
     try:
-        fd = files.opener(Path(run_dir) / FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-        try:
-            start = os.fstat(fd).st_size
-            if (
-                start and os.pread(fd, 1, start - 1) != b"\n"
-            ):  # torn, by a kill or by a hand: nothing may be glued to it
-                line = b"\n" + line
-            if os.write(fd, line) != len(line):
-                os.ftruncate(fd, start)
-        finally:
-            os.close(fd)
+        _append(folder, json.dumps(event).encode() + b"\n")
     except OSError as error:
-        print(f"not noted in {Path(run_dir) / FILE} ({error}): {message}", flush=True)
+        print(f"not noted in {folder.events_file} ({error}): {message}", flush=True)
     return event
 
 
-def read(run_dir: Path) -> list[dict[str, Any]]:
-    """All events, oldest first; what is none is passed over."""
+def _append(folder: RunFolder, line: bytes) -> None:
+    """Append a line with one system call, so that several processes can append."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+    descriptor = files.opener(folder.events_file, flags)
     try:
-        data = files.read_bytes(Path(run_dir) / FILE)
-    except OSError:  # not there, or not readable at this moment
+        start = os.fstat(descriptor).st_size
+        if start > 0 and os.pread(descriptor, 1, start - 1) != b"\n":
+            line = b"\n" + line  # a killed process left an incomplete line
+        if os.write(descriptor, line) != len(line):
+            os.ftruncate(descriptor, start)
+    finally:
+        os.close(descriptor)
+
+
+def read(folder: RunFolder) -> list[Event]:
+    """Return all events, oldest first. Lines that are not events are skipped."""
+    try:
+        data = files.read_bytes(folder.events_file)
+    except OSError:  # missing, or not readable at the moment
         return []
-    return [event for event in map(_parsed, data.split(b"\n")[:-1]) if event]
+    events = []
+    for line in data.split(b"\n")[:-1]:
+        event = _parse(line)
+        if event is not None:
+            events.append(event)
+    return events
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    with contextlib.suppress(ValueError, RecursionError):
+def _parse(line: bytes) -> Event | None:
+    try:
         event = json.loads(line)
-        return event if isinstance(event, dict) and isinstance(event.get("kind"), str) else None
-    return None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
+        return None
+    return event

@@ -92,6 +92,14 @@ class RunFolder:
         """Thread stacks of a rank that hung; empty while it runs."""
         return self.path / f"hang-rank{rank}.txt"
 
+    def aside_file(self, number: int, first_step: int) -> Path:
+        """Journal lines that a resume moved away; `first_step` is the first one trained again."""
+        return self.path / f"metrics.aside-{number:04d}-from-{first_step}.jsonl"
+
+    def aside_files(self) -> list[Path]:
+        """All aside files in no order; see `journal.asides`."""
+        return list(self.path.glob("metrics.aside-*.jsonl"))
+
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after `step` updates."""
         return checkpoint_format.path_of(self.checkpoints, step)
@@ -116,7 +124,7 @@ class RunFolder:
 
     def discard_history(self) -> None:
         """Remove journal, events and samples, for an experiment that starts over in this folder."""
-        for file in self.path.glob("metrics.aside-*.jsonl"):
+        for file in self.aside_files():
             file.unlink(missing_ok=True)
         for file in (self.journal_file, self.attempts_file, self.events_file):
             file.unlink(missing_ok=True)

@@ -154,7 +154,7 @@ def begin_attempt(
         "attempts": [*record["attempts"], attempt],
     }
     folder.begin_attempt(experiment, new)
-    stop.clear(folder.path)
+    stop.clear(folder)
 
 
 def _is_another(

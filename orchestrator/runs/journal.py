@@ -1,231 +1,291 @@
-"""The metric journal: `metrics.jsonl` in a run's folder, the truth about its curve.
+"""The metric journal of a run, metrics.jsonl: one line per logged step.
 
-One line per logged step, `{"step": 10, "timestamp": 1764012345678, "train/loss": 3.21, …}`: `step` counts updates done,
-`timestamp` is in milliseconds and fixed here for ever, so that sending a line twice changes nothing. Rank 0 appends;
-everyone else reads. A resumed run moves the lines after its checkpoint's step aside, into `metrics.aside-<n>-from-<step>.jsonl`.
+    {"step": 10, "timestamp": 1764012345678, "train/loss": 3.21, "optim/lr": 0.001}
+
+`step` counts the updates done. `timestamp` is in milliseconds and never changes: MLflow stores a
+line that it receives twice only once. Rank 0 appends; console, tracking and reports read.
+
+A resumed run moves the lines after its checkpoint into an aside, metrics.aside-<number>-from-
+<step>.jsonl. They are kept because MLflow may have received them.
 """
 
 import contextlib
 import errno
 import json
 import os
+import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from orchestrator import files
 from orchestrator.errors import NO_ROOM, UserError
-from orchestrator.files import fsync
-from orchestrator.runs import events
+from orchestrator.files import fsync, write_atomically
+from orchestrator.runs import events, metrics
+from orchestrator.runs.folder import RunFolder
 
-FILE = "metrics.jsonl"
-TAIL_BYTES = 8192  # a line has some hundreds
+TAIL_BYTES = 8192  # several times the size of a line
+
+Line = dict[str, Any]
 
 
 class Journal:
-    """Appends to `run_dir/metrics.jsonl`; a line is either whole or not there.
+    """Appends lines to the journal of a run. Each line is written whole or not at all.
 
-    Where there is no room for one, it and those after it wait in memory, and are written in order once there is.
+    If the disk is full, lines wait in memory and are written in order as soon as there is room.
+
+    Args:
+        folder: Folder of the run, which must exist.
     """
 
-    def __init__(self, run_dir: Path):
-        self.path = Path(run_dir) / FILE
-        self.late: list[dict[str, Any]] = []
-        self.is_short = False  # of room, and said so
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.file = folder.journal_file
+        self.waiting: list[Line] = []
+        self._disk_was_full = False
 
-    def append(self, step: int, metrics: dict[str, float]) -> dict[str, Any]:
-        """Write one line, after those that are late; returns the record as readers will see it."""
-        record = {"step": step, "timestamp": time.time_ns() // 1_000_000, **metrics}
-        self.late.append(record)
+    def append(self, step: int, values: dict[str, float]) -> Line:
+        """Write the line of a step, after those that wait. Return the line."""
+        line = {"step": step, "timestamp": time.time_ns() // 1_000_000, **values}
+        self.waiting.append(line)
         self.catch_up()
-        return record
+        return line
 
     def catch_up(self) -> OSError | None:
-        """Write the lines that are late; returns why that is not possible yet, where there is no room."""
-        step = self.late[-1]["step"] if self.late else None
-        while self.late:
+        """Write the lines that wait. Return the error if the disk is still full, else None."""
+        while self.waiting:
             try:
-                self.keep(self.late[0])
+                self.write(self.waiting[0])
             except OSError as error:
                 if error.errno not in NO_ROOM:
                     raise
-                if not self.is_short:
-                    self._note(
-                        step,
-                        f"no room for the line of step {step} ({error.strerror}); it waits in memory, and "
-                        f"checkpoints wait for it; training goes on",
-                    )
-                self.is_short = True
+                self._note_full_disk(error)
                 return error
-            self.late.pop(0)
-        if self.is_short:
-            self._note(step, "there is room again, and the lines that waited are written")
-            self.is_short = False
+            step = self.waiting.pop(0)["step"]
+            if self._disk_was_full and not self.waiting:
+                self._note(step, "there is room again, and the lines that waited are written")
+                self._disk_was_full = False
         return None
 
     def close(self) -> None:
-        """After the last line.
+        """Write the lines that wait, after the last step.
 
         Raises:
-            UserError: there is no room for what is late.
+            UserError: The disk is still full.
         """
-        if error := self.catch_up():
+        error = self.catch_up()
+        if error is not None:
+            step = self.waiting[0]["step"]
             raise UserError(
-                f"{self.path}: no room for the line of step {self.late[0]['step']} ({error.strerror}). Free some room "
-                f"there and run the same command again: it goes on from the last checkpoint"
+                f"{self.file}: no room for the line of step {step} ({error.strerror}). Free some "
+                "room there and run the same command again: it goes on from the last checkpoint"
             )
 
-    def _note(self, step: int | None, message: str) -> None:
-        events.note(self.path.parent, "disk_full", f"{self.path}: {message}", step=step)
+    def write(self, line: Line) -> None:
+        """Write a line that has its timestamp already.
 
-    def keep(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Write one line, that has its time already, with one system call."""
-        line = json.dumps(record).encode() + b"\n"
-        with open(self.path, "ab", buffering=0, opener=files.opener) as file:
+        Raises:
+            OSError: For example, the disk is full. The journal is as before.
+        """
+        data = _encode(line)
+        with open(self.file, "ab", buffering=0, opener=files.opener) as file:
             start = file.seek(0, os.SEEK_END)
-            if file.write(line) != len(
-                line
-            ):  # a full disk takes what fits: the next line must not be glued to it
+            if file.write(data) != len(data):
+                # A full disk takes a part of the line. The next line must not follow it directly.
                 file.truncate(start)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        return record
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.file))
 
-    def rewind(
-        self, step: int, reduce: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None
-    ) -> int:
-        """Move every line after `step` aside, and drop a torn last line; returns how many lines moved.
+    def rewind(self, step: int, reduce: Callable[[Line], Line | None] | None = None) -> int:
+        """Move every line after `step` into an aside, and drop an incomplete last line.
 
         Args:
-            reduce: what of the line at `step` itself stays (None: nothing); one that it changes is kept aside as it was.
+            step: The last step whose line stays.
+            reduce: Maps the line at `step` to the part of it that stays (None: nothing). A line
+                that this changes is also kept in the aside as it was.
+
+        Returns:
+            The number of lines in the aside; 0 if there was nothing to move.
         """
-        keep, aside = [], []
-        for line in _whole_lines(self.path):
-            record = json.loads(line)
-            stays = (
-                reduce(record)
-                if reduce and record["step"] == step
-                else record
-                if record["step"] <= step
-                else None
-            )
-            keep += [line if stays == record else json.dumps(stays).encode()] if stays else []
-            aside += [line] if stays != record else []
-        if aside:
-            # The step is in the name, for a step made again need not be one that was moved: intervals may change.
-            _write(
-                self.path.with_name(
-                    f"metrics.aside-{generation(self.path.parent):04d}-from-{max(step, -1) + 1}.jsonl"
-                ),
-                aside,
-            )
-        if self.path.exists():
-            _write(self.path, keep)
-        return len(aside)
+        remaining: list[bytes] = []
+        archived: list[bytes] = []
+        for data in _whole_lines(self.file):
+            line = json.loads(data)
+            kept = _kept_part(line, step, reduce)
+            if kept == line:
+                remaining.append(data + b"\n")
+            else:
+                archived.append(data + b"\n")
+                if kept is not None:
+                    remaining.append(_encode(kept))
+        if archived:
+            # The name has the step, because the lines do not tell it: if the intervals change,
+            # other steps are logged after the resume than before.
+            aside = self.folder.aside_file(generation(self.folder), max(step, -1) + 1)
+            write_atomically(aside, b"".join(archived), durable=True)
+        if self.file.exists():
+            write_atomically(self.file, b"".join(remaining), durable=True)
+        return len(archived)
+
+    def _note_full_disk(self, error: OSError) -> None:
+        if self._disk_was_full:
+            return
+        self._disk_was_full = True
+        step = self.waiting[-1]["step"]
+        self._note(
+            step,
+            f"no room for the line of step {step} ({error.strerror}); it waits in memory, and "
+            "checkpoints wait for it; training goes on",
+        )
+
+    def _note(self, step: int, message: str) -> None:
+        events.note(self.folder, "disk_full", f"{self.file}: {message}", step=step)
 
 
-def read(run_dir: Path) -> list[dict[str, Any]]:
-    """The run's surviving history, one record per logged step, in order."""
-    return [json.loads(line) for line in _whole_lines(Path(run_dir) / FILE)]
+def _kept_part(line: Line, step: int, reduce: Callable[[Line], Line | None] | None) -> Line | None:
+    """Return what remains of a line when the journal is rewound to `step`."""
+    if line["step"] > step:
+        return None
+    if line["step"] == step and reduce is not None:
+        return reduce(line)
+    return line
 
 
-def sync(run_dir: Path) -> None:
-    """Have every line on the disk. What a checkpoint goes on from, or others were told, no power cut may take back."""
-    with contextlib.suppress(FileNotFoundError):
-        fsync(Path(run_dir) / FILE)
-        fsync(Path(run_dir))  # a resume puts another file in its place
+def by_interval(line: Line, log_interval: int | None, eval_interval: int | None) -> Line | None:
+    """Return the line that a run which does not end at this step writes; None if it writes none.
+
+    Args:
+        line: A line that may have metrics which only the end of the run requires.
+        log_interval: `train.log_interval` of the run.
+        eval_interval: `train.eval_interval` of the run.
+    """
+    intervals = {"log": log_interval, "eval": eval_interval}
+    due = {name for name, every in intervals.items() if every and line["step"] % every == 0}
+    kept = {
+        name: value
+        for name, value in line.items()
+        if name not in ("step", "timestamp") and metrics.of(name).interval in due
+    }
+    if not kept:
+        return None
+    return {"step": line["step"], "timestamp": line["timestamp"], **kept}
 
 
-def last(run_dir: Path) -> dict[str, Any] | None:
-    """The last whole line, from the end of the file: whoever asks twice a second does not read it all."""
+def read(folder: RunFolder) -> list[Line]:
+    """Return all lines of the journal in order, without those in asides."""
+    return [json.loads(data) for data in _whole_lines(folder.journal_file)]
+
+
+def last(folder: RunFolder) -> Line | None:
+    """Return the last line. Only the end of the file is read, so this can be called often."""
     try:
-        with open(Path(run_dir) / FILE, "rb", opener=files.opener) as file:
+        with open(folder.journal_file, "rb", opener=files.opener) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
             lines = file.read().split(b"\n")[:-1]
     except FileNotFoundError:
         return None
-    return json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else None
+    if not lines or not lines[-1].startswith(b"{"):
+        return None
+    return json.loads(lines[-1])
 
 
-def by_interval(
-    record: dict[str, Any], log_interval: int | None, eval_interval: int | None
-) -> dict[str, Any] | None:
-    """What a line would hold if its run did not end there; None where nothing was due."""
+def sync(folder: RunFolder) -> None:
+    """Force the journal to disk.
 
-    def due(key: str) -> bool:
-        interval = (
-            eval_interval if key.startswith("val/") or key == "train/eval_loss" else log_interval
-        )
-        return bool(interval) and record["step"] % interval == 0
-
-    kept = {k: v for k, v in record.items() if k not in ("step", "timestamp") and due(k)}
-    return {"step": record["step"], "timestamp": record["timestamp"], **kept} if kept else None
+    A power failure must not remove a line of a step that is not trained again after a resume, or
+    one that MLflow has received.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        fsync(folder.journal_file)
+        fsync(folder.path)  # after a resume the name stands for another file
 
 
 class Tail:
-    """Follows a growing journal without reading it again; `poll` returns the records that are new since the last one.
+    """Follows a growing journal and reads each line once.
 
-    A resume replaces the file: then everything that survived comes once more, and the caller tells by timestamps.
+    A resume replaces the file. All lines that remained are then returned again; the caller knows
+    them by their timestamps.
+
+    Attributes:
+        inode: Identifies the file that is read; None before the first line.
     """
 
-    def __init__(self, run_dir: Path):
-        self.path, self.file, self.inode, self.offset = Path(run_dir) / FILE, None, None, 0
+    def __init__(self, folder: RunFolder) -> None:
+        self.inode: int | None = None
+        self._path = folder.journal_file
+        self._file: BinaryIO | None = None
+        self._offset = 0
 
-    def poll(self) -> list[dict[str, Any]]:
-        if not self._open():
+    def poll(self) -> list[Line]:
+        """Return the lines that were written since the last call."""
+        self._reopen_if_replaced()
+        if self._file is None:
             return []
-        self.file.seek(self.offset)
-        whole, _, _ = self.file.read().rpartition(b"\n")
-        if not whole:
+        self._file.seek(self._offset)
+        whole, newline, _ = self._file.read().rpartition(b"\n")
+        if not newline:
             return []
-        self.offset += len(whole) + 1
-        return [json.loads(line) for line in whole.split(b"\n")]
+        self._offset += len(whole) + 1
+        return [json.loads(data) for data in whole.split(b"\n")]
 
-    def _open(self) -> bool:
-        """Whether `self.file` is what the path means now. Kept open: a file system gives a freed inode away again."""
+    def _reopen_if_replaced(self) -> None:
+        # The file stays open between two calls: otherwise the new file could get the same inode.
         try:
-            if os.stat(self.path).st_ino != self.inode:
-                file = open(self.path, "rb", buffering=0, opener=files.opener)  # noqa: SIM115 - closed when it is replaced or forgotten
-                self.file, self.inode, self.offset = file, os.fstat(file.fileno()).st_ino, 0
+            if os.stat(self._path).st_ino == self.inode:
+                return
+            file = open(self._path, "rb", buffering=0, opener=files.opener)  # noqa: SIM115
         except FileNotFoundError:
-            return False
-        return True
+            return
+        if self._file is not None:
+            self._file.close()
+        self._file = file
+        self._offset = 0
+        self.inode = os.fstat(file.fileno()).st_ino
 
 
-def aside_files(run_dir: Path) -> list[Path]:
-    """Files of lines that resumes moved aside, oldest first."""
-    return sorted(
-        filter(files.is_plain, Path(run_dir).glob("metrics.aside-*.jsonl")), key=number_of
-    )
+@dataclass(frozen=True)
+class Aside:
+    """Lines that one resume moved out of the journal.
+
+    Attributes:
+        number: Counts the resumes that moved lines, from 0.
+        first_step: First step that was trained again; 0 if the name of the file does not tell.
+    """
+
+    path: Path
+    number: int
+    first_step: int
+
+    def read(self) -> list[Line]:
+        """Return the lines in the order of the former journal."""
+        return [json.loads(data) for data in _whole_lines(self.path)]
 
 
-def number_of(aside: Path) -> int:
-    """The number in the name of an aside file."""
-    return int(aside.stem.split("-")[1])
+def asides(folder: RunFolder) -> list[Aside]:
+    """Return all asides, oldest first."""
+    found = []
+    for path in folder.aside_files():
+        match = re.fullmatch(r"\D*(\d+)(?:-from-(\d+))?", path.stem)
+        if match is not None and files.is_plain(path):
+            found.append(Aside(path, int(match[1]), int(match[2] or 0)))
+    return sorted(found, key=lambda aside: aside.number)
 
 
-def begin_of(aside: Path) -> int:
-    """The first step that was made again after the lines in this aside file; 0 where its name does not say."""
-    return int(([*aside.stem.split("-from-"), "0"])[1])
+def generation(folder: RunFolder) -> int:
+    """Return how often lines were moved into an aside, which is the number of the next one."""
+    found = asides(folder)
+    return found[-1].number + 1 if found else 0
 
 
-def generation(run_dir: Path) -> int:
-    """One more than the last aside's number: how often lines were moved aside, as long as nobody deletes the last."""
-    return max(map(number_of, aside_files(run_dir)), default=-1) + 1
+def _encode(line: Line) -> bytes:
+    return json.dumps(line).encode() + b"\n"
 
 
 def _whole_lines(path: Path) -> list[bytes]:
+    """Return the lines without their newlines. What follows the last newline is incomplete."""
     try:
         data = files.read_bytes(path)
     except FileNotFoundError:
         return []
-    return data.split(b"\n")[:-1]  # what follows the last newline is empty or torn
-
-
-def _write(path: Path, lines: list[bytes]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
-    with open(temporary, "wb") as file:
-        file.write(b"".join(line + b"\n" for line in lines))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    return data.split(b"\n")[:-1]

@@ -1,8 +1,10 @@
-"""One writer at a time: a lock in a run's folder that its holder's end frees, however it ends.
+"""Locks in a run folder: one driver, one writing worker and one sender to MLflow at a time.
 
-Eats a run's folder; yields the right to write there, or `HeldError` with the holder's name. The lock is the kernel's
-(flock), so a holder that was killed, or whose machine is gone, holds nothing any more; its name stays in the file, by
-which the next one knows that it vanished. Needs nothing heavy: a second job is refused before it imports torch.
+A lock is the kernel's (flock), so it is released when its holder ends, also if the holder is
+killed or its machine fails. The file holds the name of the holder. A holder that ends in good
+order removes the name, so a name in a free lock tells that the last holder was killed.
+
+This module imports nothing heavy: a second job is refused before torch is imported.
 """
 
 import contextlib
@@ -13,102 +15,110 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
 
 from orchestrator import files
 from orchestrator.errors import HeldError
+from orchestrator.runs.folder import RunFolder
 
-DRIVER, WRITER = (
-    ".lock",
-    ".writer",
-)  # of the run's driver; of the worker that writes, which may outlive it for a moment
-SENDER = ".tracking"  # of who sends the run to MLflow, for as long as one attempt takes
-PROBE_S = 0.5  # somebody who only asks holds the lock for microseconds
+PROBE_S = 0.5  # `check` holds a lock for microseconds: wait for that
+RETRY_S = 0.1
 
 
 @contextlib.contextmanager
-def held(run_dir: Path, name: str = DRIVER, wait_s: float = PROBE_S) -> Iterator[str]:
-    """Be the run's only driver (or, with another `name`, its only writing worker or its only sender).
+def held(file: Path, wait_s: float = PROBE_S) -> Iterator[str | None]:
+    """Hold a lock inside the `with` block.
+
+    Args:
+        file: A lock of a `RunFolder`, such as `folder.driver_lock`. Missing folders are created,
+            and removed at the end if nothing was written to them.
+        wait_s: Time to wait for another holder.
 
     Yields:
-        The name of a holder that vanished without freeing the lock; empty where there was none.
+        The name of the last holder if it was killed, else None.
 
     Raises:
-        HeldError: another process holds it, and still after `wait_s` seconds; names it.
+        HeldError: Another process still holds the lock after `wait_s`. The message names it.
     """
-    missing = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    with _locked(run_dir, name, time.monotonic() + wait_s) as file:
-        vanished = _read(file, "")
-        _write(file, _myself())
+    created = [folder for folder in file.parents if not folder.exists()]
+    with _acquire(file, time.monotonic() + wait_s) as opened:
+        killed_holder = _read_name(opened)
+        _write_name(opened, _own_name())
         try:
-            yield vanished
+            yield killed_holder
         finally:
-            if name == DRIVER:  # a worker's stays: who wrote last
-                _write(file, "")
-                _leave_nothing(run_dir / name, missing)
+            _write_name(opened, "")
+            if created:
+                _remove_unused(file, created)
 
 
-def _locked(run_dir: Path, name: str, deadline: float):
-    """The open and locked file of that name, as long as it is: a holder that made nothing removes its own."""
+def check(folder: RunFolder) -> None:
+    """Raise HeldError if a driver holds the lock of the run. Nothing is created or changed."""
+    try:
+        with open(folder.driver_lock, opener=files.opener) as file:
+            if not _try_lock(file, fcntl.LOCK_SH):
+                raise _held_error(folder.driver_lock, file)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return  # no run yet, or one that another user may read but not lock
+
+
+def _acquire(path: Path, deadline: float) -> TextIO:
+    """Return the open and locked file; the lock is held until the file is closed."""
     while True:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Another process may remove the folder now, if it created it and wrote nothing else. Then
+        # opening fails, or the file that we locked is no longer the one at this path.
         with contextlib.suppress(FileNotFoundError):
-            file = open(run_dir / name, "a+", opener=files.opener)  # noqa: SIM115 - the caller closes it
-            if _lock(file, fcntl.LOCK_EX) and os.path.samestat(
-                os.fstat(file.fileno()), os.stat(run_dir / name)
-            ):
+            file = open(path, "a+", opener=files.opener)  # noqa: SIM115 - the caller closes it
+            if _try_lock(file, fcntl.LOCK_EX) and _is_at(path, file):
                 return file
-            holder = _read(file)
+            error = _held_error(path, file)
             file.close()
             if time.monotonic() >= deadline:
-                raise HeldError(f"{run_dir}: held by {holder}")
-        time.sleep(0.1)
+                raise error
+        time.sleep(RETRY_S)
 
 
-def _leave_nothing(lock: Path, made: list[Path]) -> None:
-    """A holder that was refused, or stopped, before it did anything takes the folders with it that it made."""
-    with contextlib.suppress(OSError):
-        if made and os.listdir(lock.parent) == [lock.name]:
-            os.unlink(lock)
-            for folder in made:
-                os.rmdir(folder)
+def _is_at(path: Path, file: TextIO) -> bool:
+    return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
 
 
-def check(run_dir: Path) -> None:
-    """Raise HeldError where a driver holds the run now; makes and changes nothing."""
-    try:
-        with open(run_dir / DRIVER, opener=files.opener) as file:
-            if not _lock(file, fcntl.LOCK_SH):
-                raise HeldError(f"{run_dir}: held by {_read(file)}")
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return  # what is wrong with the folder is said by who needs it
-
-
-def _lock(file, kind: int) -> bool:
+def _try_lock(file: TextIO, kind: int) -> bool:
+    """Lock the file; False if another process holds a lock. Other errors are the file system's."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except (
-        BlockingIOError,
-        PermissionError,
-    ):  # other errors are the file system's: no lock, no room
+    except (BlockingIOError, PermissionError):
         return False
     return True
 
 
-def _read(file, otherwise: str = "another process") -> str:
+def _remove_unused(file: Path, created: list[Path]) -> None:
+    """Remove the folders that we created if they have nothing but the lock."""
+    with contextlib.suppress(OSError):
+        if os.listdir(file.parent) == [file.name]:
+            file.unlink()
+            for folder in created:
+                folder.rmdir()
+
+
+def _held_error(path: Path, file: TextIO) -> HeldError:
+    return HeldError(f"{path.parent}: held by {_read_name(file) or 'another process'}")
+
+
+def _read_name(file: TextIO) -> str | None:
     file.seek(0)
-    return file.read().strip() or otherwise
+    return file.read().strip() or None
 
 
-def _write(file, text: str) -> None:
-    with contextlib.suppress(
-        OSError
-    ):  # the name is for people: on a full disk the lock holds without one
+def _write_name(file: TextIO, name: str) -> None:
+    # Only people read the name. On a full disk the lock works without one.
+    with contextlib.suppress(OSError):
         file.truncate(0)
-        file.write(text)
+        file.write(name)
         file.flush()
 
 
-def _myself() -> str:
+def _own_name() -> str:
     job = f", Ray job {os.environ['RAY_JOB_ID']}" if "RAY_JOB_ID" in os.environ else ""
     since = datetime.now(UTC).isoformat(timespec="seconds")
     return f"process {os.getpid()} on {socket.gethostname()}{job} since {since}"

@@ -1,69 +1,74 @@
-"""How a run is asked to stop in good order: a file in its folder, which the worker that writes looks at.
+"""Asks a run to stop: a file in its folder that rank 0 looks at.
 
-Eats a reason; yields, some tenths of a second later, a true `Bell` on rank 0. The workers then agree on the step after
-which they stop (the question travels with the gradient), and leave a checkpoint of it.
+Within some tenths of a second the `Listener` of rank 0 is true. The request then travels with the
+gradient, so that all ranks stop after the same step and save a checkpoint.
 """
 
-import contextlib
 import json
 import os
 import threading
-from pathlib import Path
 
 from orchestrator import files
+from orchestrator.runs.folder import RunFolder
 
-FILE = "stop.json"
-SIZE = 1024  # bytes, always: a full disk has room for what is written over others
+FILE_BYTES = 1024  # fixed: the file is overwritten in place, which also works on a full disk
 POLL_S = 0.1
 
 
-def ask(run_dir: Path, reason: str) -> None:
-    """Ask the run to stop after its step, now or, where nobody trains at the moment, at its next attempt."""
-    _write(run_dir, json.dumps({"reason": reason}))
+def request(folder: RunFolder, reason: str) -> None:
+    """Ask the run to stop after its current step; if it does not train now, after its next one."""
+    _write(folder, json.dumps({"reason": reason}))
 
 
-def asked(run_dir: Path) -> str | None:
-    """Why the run was asked to stop; None where it was not."""
+def requested(folder: RunFolder) -> str | None:
+    """Return why the run was asked to stop; None if it was not."""
     try:
-        # Opened, not looked up: network file systems show a changed file to who opens it, and remember what was missing.
-        text = files.read_text(Path(run_dir) / FILE).strip()
-    except OSError:  # not there, or not readable at this moment
+        # NFS shows a change only when the file is opened, and caches that a file is missing.
+        text = files.read_text(folder.stop_request_file).strip()
+    except OSError:  # missing, or not readable at the moment
         return None
-    with contextlib.suppress(
-        ValueError, TypeError, LookupError, RecursionError
-    ):  # whatever else somebody wrote there
-        return json.loads(text)["reason"] if text else None
-    return "asked to stop"
-
-
-def clear(run_dir: Path) -> None:
-    """Nobody is asked any more. The file stays, blank (see `asked`)."""
-    _write(run_dir, "")
-
-
-def _write(run_dir: Path, text: str) -> None:
-    fd = files.opener(Path(run_dir) / FILE, os.O_WRONLY | os.O_CREAT)
+    if not text:
+        return None
     try:
-        os.pwrite(fd, text.encode()[:SIZE].ljust(SIZE), 0)
+        return json.loads(text)["reason"]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return "asked to stop"
+
+
+def clear(folder: RunFolder) -> None:
+    """Remove the request. The file stays, so that NFS clients notice the next request."""
+    _write(folder, "")
+
+
+def _write(folder: RunFolder, text: str) -> None:
+    descriptor = files.opener(folder.stop_request_file, os.O_WRONLY | os.O_CREAT)
+    try:
+        os.pwrite(descriptor, text.encode()[:FILE_BYTES].ljust(FILE_BYTES), 0)
     finally:
-        os.close(fd)
+        os.close(descriptor)
 
 
-class Bell:
-    """Looks at the file from a thread, so that a step never waits for a file system; call it to hear whether it has rung."""
+class Listener:
+    """Looks for a request in a thread, so that training never waits for the file system.
 
-    def __init__(self, run_dir: Path):
-        self.run_dir, self._rung, self._closed = Path(run_dir), threading.Event(), threading.Event()
-        threading.Thread(target=self._listen, name="bell", daemon=True).start()
+    Calling the listener returns whether the run should stop.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._requested = threading.Event()
+        self._closed = threading.Event()
+        threading.Thread(target=self._listen, name="stop-listener", daemon=True).start()
 
     def __call__(self) -> bool:
-        return self._rung.is_set()
+        return self._requested.is_set()
 
     def close(self) -> None:
+        """End the thread."""
         self._closed.set()
 
     def _listen(self) -> None:
         while not self._closed.wait(POLL_S):
-            if asked(self.run_dir):
-                self._rung.set()
+            if requested(self._folder):
+                self._requested.set()
                 return

@@ -46,7 +46,7 @@ def summarize(
         wall_s: Seconds since the workers were started.
     """
     folder.reserve_file.unlink(missing_ok=True)
-    lines = journal.read(folder.path)
+    lines = journal.read(folder)
     step = max(folder.checkpoint_steps(), default=0)
     found = None
     weights_sha256 = None

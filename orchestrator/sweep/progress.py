@@ -12,8 +12,8 @@ from typing import Any
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import parse_experiment
 from orchestrator.files import read_json
-from orchestrator.runs import events
-from orchestrator.runs import stop as stopping
+from orchestrator.runs import events, stop
+from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep import stage as stage_run
 from orchestrator.sweep.stage import Order
 from orchestrator.sweep.stage_states import (
@@ -83,7 +83,7 @@ class Keeper:
 
     # ---- what execute asks ----
     def next(self) -> str | None:
-        if stopping.asked(self.folder):
+        if stop.requested(RunFolder(self.folder)):
             return None
         self.judge()
         ready = self.progress.ready()
@@ -109,7 +109,7 @@ class Keeper:
             read_json(folder / "result.json"),
             read_json(folder / "stopped.json") or {},
         )
-        asked = stopping.asked(self.folder)
+        asked = stop.requested(RunFolder(self.folder))
         if not died and not asked and result is None:
             result = stage_run.note_stop(folder, "stopped by the scheduler")
         if result:  # then it died of nothing that matters
@@ -171,7 +171,7 @@ class Keeper:
     def _hang(self, stage: str) -> str | None:
         """The verdict on a hang that ended the stage's workers; they are gone, and so are their marks then."""
         if message := watchdog.report(self.stages / stage):
-            events.note(self.folder, "hang", message, stage=stage)
+            events.note(RunFolder(self.folder), "hang", message, stage=stage)
         return message
 
     def judge(self) -> None:

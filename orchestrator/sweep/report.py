@@ -15,8 +15,9 @@ from typing import Any
 from orchestrator.cost import estimate as cost_lines
 from orchestrator.files import read_json, write_atomically
 from orchestrator.redact import redact
-from orchestrator.runs import journal
+from orchestrator.runs import journal, metrics
 from orchestrator.runs.facts import facts_of
+from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep import figures as sweep_figures
 from orchestrator.sweep import ranking as comparison
 from orchestrator.sweep import trials
@@ -111,10 +112,10 @@ class Report:
             c = self.study.candidates.get(name)
             if c and (len(stage.trials) <= FEW or not self._is_pending(c)):
                 self._assemble(c)
-        step = (journal.last(self.folder) or {"step": 0})["step"] + 1
+        step = (journal.last(RunFolder(self.folder)) or {"step": 0})["step"] + 1
         best = self.study.best()
         plan = self.books.plan
-        journal.Journal(self.folder).append(
+        journal.Journal(RunFolder(self.folder)).append(
             step,
             {
                 "sweep/steps_run": self.books.steps_run,
@@ -207,11 +208,11 @@ class Report:
     def _memory_gib(self) -> float | None:
         """The most that a worker took in a stage of this sweep's plan."""
         lines = (
-            line for i in self.books.plan.to_run for line in journal.read(self.books.stages / i)
+            line
+            for i in self.books.plan.to_run
+            for line in journal.read(RunFolder(self.books.stages / i))
         )
-        return max(
-            (v for line in lines for k, v in line.items() if k.startswith("memory/")), default=None
-        )
+        return metrics.peak_memory_gib(lines)
 
     def show(self, url: str | None) -> None:
         """How the trials compare, where everything is, and what to type next."""

@@ -20,8 +20,7 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.errors import UserError
 from orchestrator.files import read_json, write_atomically
-from orchestrator.runs import journal
-from orchestrator.runs import lock as lease
+from orchestrator.runs import journal, lock
 from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep.tree import Trial
 from orchestrator.train import rates
@@ -82,7 +81,7 @@ def run_stage(
         return
     # The worker of a driver that was killed may live a little longer than it: nobody writes beside it.
     writing = (
-        lease.held(folder, lease.WRITER, WRITER_WAIT_S)
+        lock.held(RunFolder(folder).writer_lock, WRITER_WAIT_S)
         if worker.is_main
         else contextlib.nullcontext()
     )
@@ -134,7 +133,7 @@ def run_stage(
 
 def note_stop(folder: Path, reason: str) -> dict[str, Any]:
     """result.json of a stage that a scheduler ended at its last line."""
-    order, own = read_order(folder), journal.read(folder)
+    order, own = read_order(folder), journal.read(RunFolder(folder))
     step = own[-1]["step"] if own else order.start
     result = {
         "id": order.id,
@@ -156,10 +155,10 @@ def note_stop(folder: Path, reason: str) -> dict[str, Any]:
 
 def _take_over_line(folder: Path, order: Order) -> None:
     """Of a stage without steps, which only ends a trial where another folder's state stands: the line of its step."""
-    if not journal.read(folder):
+    if not journal.read(RunFolder(folder)):
         for line in lines(Path(order.parent), order.stop):
             if line["step"] == order.stop:
-                journal.Journal(folder).keep(line)
+                journal.Journal(RunFolder(folder)).write(line)
 
 
 def has_result(folder: Path, order: Order, experiment: Experiment) -> bool:
@@ -220,7 +219,7 @@ def lines(folder: Path, upto: int | None = None) -> list[dict[str, Any]]:
         folder: of a stage, or of a run that a sweep branches off.
         upto: the folder's own lines up to this step, as a run that goes on there has them; None: all.
     """
-    order, own = read_order(folder), journal.read(folder)
+    order, own = read_order(folder), journal.read(RunFolder(folder))
     if upto is not None:
         t = (
             parse_experiment(order.experiment, str(folder))

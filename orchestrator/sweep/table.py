@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from orchestrator.runs import journal
+from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep.progress import Keeper
 from orchestrator.sweep.stage_states import DONE, RUNNING, WAITING
 from orchestrator.sweep.tree import Stage
@@ -88,7 +89,7 @@ class Table:
         for stage in self.books.plan.stages:
             if self.books.progress.state[stage.id] == RUNNING:
                 folder = self.books.stages / stage.id
-                last = journal.last(folder) or {"step": stage.start}
+                last = journal.last(RunFolder(folder)) or {"step": stage.start}
                 loss = f"loss {last['train/loss']:.4f}" if "train/loss" in last else ""
                 where = (
                     f"  {stage.start:>7,}–{stage.stop:<7,} at {max(last['step'], stage.start):<7,}"

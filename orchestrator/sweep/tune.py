@@ -36,7 +36,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # n
 
 from orchestrator.cluster.layout import COLLECTIVE_TIMEOUT_S, Layout  # noqa: E402
 from orchestrator.files import write_atomically  # noqa: E402
-from orchestrator.runs import stop as stopping  # noqa: E402
+from orchestrator.runs import stop  # noqa: E402
+from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep.stage import read_order, run_stage  # noqa: E402
 from orchestrator.train.numerics import Worker  # noqa: E402
 
@@ -155,7 +156,7 @@ class StageTrainable(tune.Trainable):
             None,
             None,
         )
-        self.stop_asked = stopping.Bell(self.stages.parent)
+        self.stop_asked = stop.Listener(RunFolder(self.stages.parent))
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -165,7 +166,7 @@ class StageTrainable(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """To the end of the stage or, where results are reported, to its next evaluation."""
-        if self.run is None and stopping.asked(self.stages.parent):
+        if self.run is None and stop.requested(RunFolder(self.stages.parent)):
             return {**self.last, "done": True}
         try:
             self.crew = self.crew or Crew(self.layout)

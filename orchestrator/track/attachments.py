@@ -12,6 +12,7 @@ from typing import Any
 from orchestrator import files as own_file
 from orchestrator.redact import redact_text
 from orchestrator.runs import events
+from orchestrator.runs.folder import RunFolder
 from orchestrator.track import outbox
 
 DOCUMENTS = ("experiment.yaml", "summary.json")
@@ -36,11 +37,14 @@ def send_documents(image: Any) -> None:
 
 def send_events(image: Any) -> None:
     """What happened besides the steps, whenever there is more of it: the file, and how often as tags `events.<kind>`."""
-    file = image.run_dir / events.FILE
+    file = RunFolder(image.run_dir).events_file
     mark = outbox.own([file]).get(file)  # before it is read: what comes meanwhile changes it again
     if mark in (None, image.state["documents"].get(file.name)):
         return
-    text, kinds = _text(file), Counter(event["kind"] for event in events.read(image.run_dir))
+    text, kinds = (
+        _text(file),
+        Counter(event["kind"] for event in events.read(RunFolder(image.run_dir))),
+    )
     for kind, count in kinds.items():
         image.client.set_tag(image.state["run_id"], f"events.{NOT_IN_TAGS.sub('-', kind)}", count)
     image.client.log_text(image.state["run_id"], redact_text(text), file.name)

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.redact import redact_text
-from orchestrator.runs import lock as lease
+from orchestrator.runs import lock
 from orchestrator.runs import signals as interrupts
+from orchestrator.runs.folder import RunFolder
 from orchestrator.track import attachments, outbox
 from orchestrator.track.sender import Ending, GivenUpError, RefusedError, Sender
 from orchestrator.track.server import first, local_path, quieten, run_url, whole
@@ -76,7 +77,7 @@ class Tracker:
     def _attempt(self, ending: Ending | None) -> None:
         quieten()
         # MLflow has no "create if missing": of two who look, find nothing and create, each would make a run of its own.
-        with lease.held(self._projection.run_dir, lease.SENDER), refusals():
+        with lock.held(RunFolder(self._projection.run_dir).sender_lock), refusals():
             self._projection.send(self._reopen, ending)
 
 

@@ -16,10 +16,10 @@ from typing import Any
 from orchestrator import files as own_file
 from orchestrator.checkpoint import format as integrity
 from orchestrator.redact import redact
-from orchestrator.runs import journal
+from orchestrator.runs import journal, metrics
+from orchestrator.runs.folder import RunFolder
 
 BATCH = 1000  # rows in one request: MLflow's limit
-MARKED = ("train/loss", "val/loss", "val/bits_per_byte")  # by which checkpoints are ranked
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 Row = tuple[str, float, int, int]
 
@@ -36,7 +36,7 @@ class MetricQueue:
     def __init__(self, run_dir: Path):
         self.run_dir, self.tail, self.generation, self.last = (
             run_dir,
-            journal.Tail(run_dir),
+            journal.Tail(RunFolder(run_dir)),
             None,
             -1,
         )
@@ -49,7 +49,10 @@ class MetricQueue:
     def refresh(self, state: dict[str, Any]) -> None:
         """Read what is new; `state` is tracking.json's."""
         inode, new = self.tail.inode, self.tail.poll()
-        if (inode, self.generation) != (self.tail.inode, journal.generation(self.run_dir)):
+        if (inode, self.generation) != (
+            self.tail.inode,
+            journal.generation(RunFolder(self.run_dir)),
+        ):
             new = self._begin_again(state)
         for record in new:
             # A line that stands in both files will go in this moment, or was cut: its step may be made again, with more keys.
@@ -60,20 +63,20 @@ class MetricQueue:
                 self.last = record["step"]
                 self.waiting.append(({"sent_step": self.last}, self._first(record)))
         if self.waiting:
-            journal.sync(self.run_dir)
+            journal.sync(RunFolder(self.run_dir))
 
     def _begin_again(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """Queue the asides that are new; returns the journal's lines."""
         current = journal.read(
-            self.run_dir
+            RunFolder(self.run_dir)
         )  # before the asides: what moves meanwhile is then seen twice, not never
         self.waiting, self.taken, self.moved, self.last = [], set(), set(), state["sent_step"]
         self.generation, known = 0, state["asides"]
-        for file in journal.aside_files(self.run_dir):
-            self.generation = journal.number_of(file) + 1
+        for aside in journal.asides(RunFolder(self.run_dir)):
+            self.generation = aside.number + 1
             if self.generation > known:
-                self.last = min(self.last, journal.begin_of(file) - 1)
-            for record in (json.loads(line) for line in own_file.read_text(file).splitlines()):
+                self.last = min(self.last, aside.first_step - 1)
+            for record in aside.read():
                 rows = self._first(record)
                 self.moved.add((record["step"], record["timestamp"]))
                 self.taken |= {(key, step) for key, _, _, step in rows}
@@ -111,18 +114,14 @@ def rows_of(record: dict[str, Any]) -> list[Row]:
 
 def losses(run_dir: Path, step: int) -> list[Row]:
     """The losses logged at `step`, as the very rows of the curve."""
-    current = journal.read(run_dir)
-    moved = [
-        json.loads(line)
-        for file in journal.aside_files(run_dir)
-        for line in own_file.read_text(file).splitlines()
-    ]
+    current = journal.read(RunFolder(run_dir))
+    moved = [record for aside in journal.asides(RunFolder(run_dir)) for record in aside.read()]
     first: dict[str, Row] = {}
     for row in (
         row for record in [*moved, *current] if record["step"] == step for row in rows_of(record)
     ):
         first.setdefault(row[0], row)
-    return [row for key, row in first.items() if key in MARKED]
+    return [row for key, row in first.items() if metrics.of(key).ranks_checkpoints]
 
 
 # ---- the rest ----
@@ -178,7 +177,7 @@ def started_ms(run_dir: Path, facts: dict[str, Any]) -> int | None:
     """The run's first moment that anything recorded: a replay may come days later."""
     if started := (facts.get("attempts") or [{}])[0].get("started"):
         return round(datetime.fromisoformat(started).timestamp() * 1000)
-    return next((record["timestamp"] for record in journal.read(run_dir)), None)
+    return next((record["timestamp"] for record in journal.read(RunFolder(run_dir))), None)
 
 
 def status(run_dir: Path) -> str | None:

@@ -77,7 +77,7 @@ def _newest_step(folder: RunFolder) -> int:
 
     def skip(message: str) -> None:
         print(message, flush=True)
-        events.note(folder.path, "checkpoint_damaged", message)
+        events.note(folder, "checkpoint_damaged", message)
 
     try:
         path = checkpoint.latest_valid(folder.checkpoints, skip, set_aside=True)
@@ -110,4 +110,4 @@ def _check_numerics(
         return
     for difference in differences:
         message = f"results will differ in their last bits from an uninterrupted run: {difference}"
-        events.note(folder.path, "drift", message, step=step)
+        events.note(folder, "drift", message, step=step)

@@ -115,7 +115,7 @@ class Checkpointer:
         """Write one checkpoint; return an error if the disk is full."""
         try:
             # Lines before a checkpoint must survive a power failure that the checkpoint survives.
-            journal.sync(self.folder.path)
+            journal.sync(self.folder)
             checkpoint.commit(self.folder.checkpoints, step, parts, facts)
         except OSError as error:
             if error.errno not in NO_ROOM:
@@ -132,7 +132,7 @@ class Checkpointer:
             f"({error.strerror}); {last}"
         )
         print(f"{message}; training goes on", flush=True)
-        events.note(self.folder.path, "disk_full", message, step=step)
+        events.note(self.folder, "disk_full", message, step=step)
         return UserError(
             f"{message}. Free some space there and run the same command again: it continues from "
             "the last checkpoint"

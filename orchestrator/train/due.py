@@ -106,7 +106,7 @@ def read_last_line(folder: RunFolder, step: int, worker: Worker) -> LastLine:
     """
     metrics: dict[str, float] = {}
     if worker.is_main:
-        lines = journal.read(folder.path)
+        lines = journal.read(folder)
         if lines and lines[-1]["step"] == step:
             metrics = {k: v for k, v in lines[-1].items() if k not in ("step", "timestamp")}
     return LastLine(

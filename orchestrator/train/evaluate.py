@@ -255,4 +255,4 @@ class Evaluator:
             if error.errno not in NO_ROOM:
                 raise
             message = f"{file}: the disk is full; this sample is not written"
-            events.note(self.folder.path, "disk_full", message, step=state.step)
+            events.note(self.folder, "disk_full", message, step=state.step)

@@ -118,7 +118,7 @@ class Trainer:
         self.state = self.start.state
         self.step = Step(experiment, self.state, stop_requested, self.report_phase)
         self.guard = nonfinite.Guard(folder, config, self.batches, worker.is_main)
-        self.journal = Journal(folder.path)
+        self.journal = Journal(folder)
         self.checkpointer = Checkpointer(folder, config.keep, self.journal)
         self.evaluator: Evaluator | None = None
         if config.eval_interval is not None:

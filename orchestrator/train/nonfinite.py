@@ -83,7 +83,7 @@ class Guard:
         )
         facts: dict[str, Any] = {"step": step, "windows": windows}
         if verdict == SKIP:
-            events.note(self.folder.path, "nonfinite", message, **facts)
+            events.note(self.folder, "nonfinite", message, **facts)
             return
         if is_patient:
             message += "; train.on_nonfinite=skip continues without it"

@@ -117,7 +117,7 @@ def conclude(run_dir: Path, experiment: Experiment, data_dir: Path, layout: Layo
     kill = OomKill(**stored)
     print(f"{kill.by} for want of memory; looking for a micro-batch that fits …", flush=True)
     reason = advice(kill, experiment, load_manifest(data_dir).tokenizer["n_vocab"], layout)
-    events.note(run_dir, "out_of_memory", reason)
+    events.note(RunFolder(run_dir), "out_of_memory", reason)
     with contextlib.suppress(
         OSError
     ):  # no room: the one that stands says that it is not to be tried again

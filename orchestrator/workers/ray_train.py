@@ -21,9 +21,7 @@ from orchestrator.cluster.layout import COLLECTIVE_TIMEOUT_S, Layout, worker_env
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.errors import NO_ROOM, HeldError, UserError
 from orchestrator.files import write_atomically
-from orchestrator.runs import events
-from orchestrator.runs import lock as lease
-from orchestrator.runs import stop as stopping
+from orchestrator.runs import events, lock, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer
@@ -128,7 +126,7 @@ def _only_writer(run_dir: Path) -> Iterator[None]:
     """The worker of a driver that was killed may live a little longer than it: nobody writes beside it."""
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(lease.held(run_dir, lease.WRITER, WRITER_WAIT_S))
+            stack.enter_context(lock.held(RunFolder(run_dir).writer_lock, WRITER_WAIT_S))
         except HeldError as error:
             _stop(
                 run_dir,
@@ -146,7 +144,7 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker
     dog = Watchdog(
         run_dir, worker, experiment.compute.hang_after_s, ray.get_runtime_context().get_node_id()
     )
-    bell = stopping.Bell(run_dir) if worker.is_main else None
+    bell = stop.Listener(RunFolder(run_dir)) if worker.is_main else None
     run, failed = None, True
     try:
         run = Trainer(
@@ -163,7 +161,7 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker
     except Exception as error:
         if memory.is_exhausted(error):
             advice = memory.advice(experiment, worker, run, error)
-            events.note(run_dir, "out_of_memory", advice)
+            events.note(RunFolder(run_dir), "out_of_memory", advice)
             raise UserError(advice) from error
         raise
     finally:
@@ -203,7 +201,7 @@ def _begin_attempt(
         raise RuntimeError(reason)
     if any(a["launch"] == launch for a in earlier):
         events.note(
-            run_dir,
+            RunFolder(run_dir),
             "restart",
             f"attempt {len(earlier) + 1} begins at step {step}: a worker of the one before it died",
             step=step,

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from orchestrator.runs import stop as stopping
+from orchestrator.runs import stop
+from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import watchdog
 
 POLL_S = 1.0
@@ -59,7 +60,7 @@ class Watch:
             ready, _, _ = select.select([self.read], [], [], POLL_S)
             try:
                 if ready and signal.SIGTERM in os.read(self.read, 64):
-                    stopping.ask(self.folder, "SIGTERM")
+                    stop.request(RunFolder(self.folder), "SIGTERM")
                 elif not ready:
                     self._look()
             except (
@@ -111,7 +112,7 @@ class RunWatch(Watch):
         super()._look()
         marks = [m for m in watchdog.marks(self.folder) if _identity(m) not in self.before]
         if node := draining(marks):
-            stopping.ask(self.folder, f"the node {node} is drained")
+            stop.request(RunFolder(self.folder), f"the node {node} is drained")
         done = bool(marks) and all(m["phase"] == watchdog.DONE for m in marks)
         self.done_since = (self.done_since or time.monotonic()) if done else None
         if done and not self.over and time.monotonic() - self.done_since > self.exit_s:

@@ -27,6 +27,7 @@ from torch.distributed import distributed_c10d
 
 from orchestrator import files as own_file
 from orchestrator.runs import events
+from orchestrator.runs.folder import RunFolder
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import system_memory
 
@@ -272,7 +273,7 @@ def report(run_dir: Path) -> str | None:
             message = f"{verdict(seen)}; the stacks are in {folder}"
         except OSError as error:  # who hung is worth more than where
             message = f"{verdict(seen)}; the stacks are lost ({error.strerror})"
-        events.note(run_dir, "hang", message, marks=seen)
+        events.note(RunFolder(run_dir), "hang", message, marks=seen)
     for file in (
         *files,
         *(Path(run_dir) / ".ranks").glob("rank-*"),

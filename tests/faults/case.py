@@ -22,8 +22,7 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.dataset import load_manifest
 from orchestrator.files import read_json
-from orchestrator.runs import identity, journal
-from orchestrator.runs import stop as stopping
+from orchestrator.runs import identity, journal, metrics, stop
 from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import watchdog
 from tests.faults import kinds, rank
@@ -58,7 +57,6 @@ VARIANTS = [
 ]
 NAMED = re.compile(r"rank (\d+) \(process ")  # by the watchdog's verdict
 ATTEMPT_S = 120.0  # one that takes longer has failed
-EXACT = ("train/", "val/", "optim/")
 
 
 @dataclass
@@ -97,10 +95,7 @@ class Forge:
 
 def outcome(run_dir: Path) -> dict[str, Any]:
     """Everything that must not depend on what happened on the way: every logged loss, weights and moments to the byte."""
-    curve = [
-        {k: v for k, v in r.items() if k == "step" or k.startswith(EXACT)}
-        for r in journal.read(run_dir)
-    ]
+    curve = [metrics.exact_part(r) for r in journal.read(RunFolder(run_dir))]
     last = checkpoint.latest_valid(run_dir / "checkpoints")
     if last is None:
         return {"curve": curve, "step": None}
@@ -191,7 +186,7 @@ class Case:
             assert time.monotonic() < deadline, "no step was made"
         time.sleep(abs(fault.delay) / (2 if fault.delay > 0 else 1))
         if fault.kind in ("stop", "stop-kill"):
-            stopping.ask(self.run_dir, "SIGTERM")
+            stop.request(RunFolder(self.run_dir), "SIGTERM")
         if fault.kind == "stop-kill":
             time.sleep(fault.place * 0.2)
         victims = (
@@ -288,7 +283,7 @@ class Case:
 
     def _tear_tail(self, fault: Fault) -> None:
         """What comes after the latest checkpoint may be lost; what comes before it was on its way to the disk with it."""
-        file = self.run_dir / journal.FILE
+        file = RunFolder(self.run_dir).journal_file
         lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
         if lines and json.loads(lines[-1])["step"] > max(self._steps(), default=-1):
             last = lines.pop()
@@ -356,7 +351,7 @@ class Case:
             rows = db.execute(
                 "SELECT key, step, value FROM metrics WHERE run_uuid = ?", (run_id,)
             ).fetchall()
-        if sorted(r for r in rows if r[0].startswith(EXACT)) != wanted:
+        if sorted(r for r in rows if metrics.of(r[0]).exact) != wanted:
             return ["MLflow's history differs from the golden run's"]
         return []
 

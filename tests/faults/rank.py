@@ -21,8 +21,7 @@ import torch._dynamo  # noqa: F401 - the first optimizer would import it
 import torch.distributed as dist
 
 from orchestrator.config.experiment import Experiment, load_experiment
-from orchestrator.runs import lock as lease
-from orchestrator.runs import stop as stopping
+from orchestrator.runs import lock, stop
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker, agree
@@ -67,7 +66,7 @@ def _work(job: dict[str, Any], run_dir: Path) -> None:
     if fault and fault["kind"] == "full" and rank == 0:
         hooks.fill_disk(1 + int(fault["place"] * 3), lambda moment: _note(job["met"], moment))
     experiment, place = load_experiment(None, job["overrides"]), Worker(rank, world, cpus=1)
-    with lease.held(run_dir, lease.WRITER, 60) if rank == 0 else contextlib.nullcontext():
+    with lock.held(RunFolder(run_dir).writer_lock, 60) if rank == 0 else contextlib.nullcontext():
         number = (
             workers._begin_attempt(run_dir, workers._attempts(run_dir), job["launch"], world)
             if rank == 0
@@ -80,7 +79,7 @@ def _work(job: dict[str, Any], run_dir: Path) -> None:
 def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker) -> None:
     """The loop, watched, and asked whether to stop."""
     dog = Watchdog(run_dir, worker, experiment.compute.hang_after_s)
-    bell = stopping.Bell(run_dir) if worker.is_main else None
+    bell = stop.Listener(RunFolder(run_dir)) if worker.is_main else None
     trainer = Trainer(
         experiment,
         RunFolder(run_dir),

@@ -21,14 +21,13 @@ from pathlib import Path
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import EXIT_AGAIN
-from orchestrator.runs import journal
+from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import watchdog
 from tests.faults import campaign
 from tests.faults.campaign import REPO, quantiles
-from tests.faults.case import EXACT
 
 SMALL = [
     "name=small",
@@ -99,7 +98,7 @@ class Driver:
         return file.read_text().count("\n") if file.exists() else 0
 
     def last(self) -> dict:
-        return journal.last(self.run_dir) or {"step": -1, "timestamp": 0}
+        return journal.last(RunFolder(self.run_dir)) or {"step": -1, "timestamp": 0}
 
     def kill(self, rank: int) -> Again:
         """Kill a rank some steps after a new checkpoint, and wait for the next step."""
@@ -117,7 +116,7 @@ class Driver:
         born = _seconds(pid)[18] - since[1]
         self.wait(lambda: self.last()["timestamp"] > (since[0] + begun) * 1000)
         user, system = _seconds(pid)[10:12]
-        lines = [r["timestamp"] / 1000 - since[0] for r in journal.read(self.run_dir)]
+        lines = [r["timestamp"] / 1000 - since[0] for r in journal.read(RunFolder(self.run_dir))]
         return Again(max(0.0, born), begun, next(t for t in lines if t > begun), user + system)
 
     def stop(self) -> int:
@@ -157,8 +156,8 @@ def differences(run_dir: Path, data_dir: Path, folder: Path, step: int) -> list[
 
 
 def _curve(run_dir: Path, before: int) -> list[dict]:
-    lines = (r for r in journal.read(run_dir) if r["step"] < before)
-    return [{k: v for k, v in r.items() if k == "step" or k.startswith(EXACT)} for r in lines]
+    lines = (r for r in journal.read(RunFolder(run_dir)) if r["step"] < before)
+    return [metrics.exact_part(r) for r in lines]
 
 
 def table(again: list[Again], step: int, found: list[str]) -> str:

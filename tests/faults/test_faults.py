@@ -5,6 +5,7 @@ import random
 import pytest
 
 from orchestrator.runs import journal
+from orchestrator.runs.folder import RunFolder
 from tests.faults.campaign import Campaign
 from tests.faults.case import Case, outcome
 from tests.faults.kinds import KINDS, Fault, draw
@@ -66,8 +67,8 @@ def test_a_difference_is_told(campaign):
     golden = outcome(case.run_dir)
     case.compare(golden)
     assert case.report.problems == []
-    lines = journal.read(case.run_dir)
-    journal.Journal(case.run_dir).keep(lines[-1])
+    lines = journal.read(RunFolder(case.run_dir))
+    journal.Journal(RunFolder(case.run_dir)).write(lines[-1])
     case.compare(golden)
     assert case.report.problems == ["curve differs from the golden run's"]
     case.compare(golden | {"optimizer.safetensors": b""})

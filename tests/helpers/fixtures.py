@@ -12,7 +12,7 @@ import pytest
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.cluster.layout import Layout
 from orchestrator.data.dataset import load_manifest
-from orchestrator.runs import journal
+from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.loop import train
@@ -41,10 +41,7 @@ SMALL = [
 
 def exact(lines) -> list[dict]:
     """Of a curve all that must not depend on how it was made."""
-    return [
-        {k: v for k, v in r.items() if k.startswith(("step", "train/", "val/", "optim/"))}
-        for r in lines
-    ]
+    return [metrics.exact_part(r) for r in lines]
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +110,7 @@ def sweeps(tiny_dataset, tmp_path, lone_runs):
             "step": last.name,
             "weights": digest,
             "parts": parts,
-            "curve": exact(journal.read(run_dir)),
+            "curve": exact(journal.read(RunFolder(run_dir))),
         }
 
     return SimpleNamespace(

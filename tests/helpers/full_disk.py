@@ -16,8 +16,7 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
 from orchestrator.files import read_json
-from orchestrator.runs import events, identity, journal, summary
-from orchestrator.runs import stop as stopping
+from orchestrator.runs import events, identity, journal, metrics, stop, summary
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer, train
@@ -52,10 +51,7 @@ def free(disk: Path) -> None:
 
 def outcome(run_dir: Path) -> dict:
     found = checkpoint.latest_valid(run_dir / "checkpoints")
-    curve = [
-        {k: v for k, v in r.items() if k == "step" or k.startswith(("train/", "val/", "optim/"))}
-        for r in journal.read(run_dir)
-    ]
+    curve = [metrics.exact_part(r) for r in journal.read(RunFolder(run_dir))]
     return {
         "step": found.name,
         "weights": checkpoint.weights_sha256(checkpoint.load_tensors(found, "model")),
@@ -109,13 +105,13 @@ def run(name: str, fill, frees: bool) -> dict:
         "samples": sorted(
             int(p.stem.removeprefix("step-")) for p in (run_dir / "samples").iterdir()
         ),
-        "events": [(e["kind"], e["step"]) for e in events.read(run_dir)],
+        "events": [(e["kind"], e["step"]) for e in events.read(RunFolder(run_dir))],
     }
     if error:
         if fill == fill_all:
             said["stopped"] = end(run_dir)
-            stopping.ask(run_dir, "SIGTERM")
-            said["asked"] = stopping.asked(run_dir)
+            stop.request(RunFolder(run_dir), "SIGTERM")
+            said["asked"] = stop.requested(RunFolder(run_dir))
         free(disk)
         identity.begin_attempt(RunFolder(run_dir), EXPERIMENT, {}, {})
         train(EXPERIMENT, RunFolder(run_dir), DATA_DIR, Worker(cpus=1))

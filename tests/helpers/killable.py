@@ -18,10 +18,15 @@ def loss(step):
 
 def train(run_dir, uri, experiment, seed):
     """From the last checkpoint on, with one every ten steps; as a run does it, but in one process with its tracker."""
+    from orchestrator.runs.folder import RunFolder
     from orchestrator.runs.journal import Journal
     from orchestrator.track.mlflow import Tracker
 
-    draw, checkpoint, journal = random.Random(seed), run_dir / "checkpoint", Journal(run_dir)
+    draw, checkpoint, journal = (
+        random.Random(seed),
+        run_dir / "checkpoint",
+        Journal(RunFolder(run_dir)),
+    )
     Tracker(run_dir, uri, experiment).start()
     step = int(checkpoint.read_text()) if checkpoint.exists() else -1
     journal.rewind(step)

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from orchestrator.checkpoint import store as checkpoint
-from orchestrator.runs import journal
+from orchestrator.runs import journal, metrics
+from orchestrator.runs.folder import RunFolder
 
 REPO = Path(__file__).resolve().parent.parent.parent
 STEPS = 60
@@ -67,10 +68,7 @@ def run(
 
 
 def curve(run_dir: Path) -> list[dict]:
-    return [
-        {k: v for k, v in r.items() if k == "step" or k.startswith(("train/", "val/", "optim/"))}
-        for r in journal.read(run_dir)
-    ]
+    return [metrics.exact_part(r) for r in journal.read(RunFolder(run_dir))]
 
 
 def summary(run_dir: Path) -> dict:
@@ -79,7 +77,7 @@ def summary(run_dir: Path) -> dict:
 
 def logged(run_dir: Path) -> int:
     """The last step of the journal; -1 of none."""
-    return (journal.last(run_dir) or {"step": -1})["step"]
+    return (journal.last(RunFolder(run_dir)) or {"step": -1})["step"]
 
 
 def wait_for(condition, process: subprocess.Popen):

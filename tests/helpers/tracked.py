@@ -8,10 +8,13 @@ import time
 
 def log(run_dir, steps, **more):
     """Lines of a curve; a step made again has the same values."""
+    from orchestrator.runs.folder import RunFolder
     from orchestrator.runs.journal import Journal
 
     for step in steps:
-        Journal(run_dir).append(step, {"train/loss": 5 - step / 1000, "optim/lr": 1e-3, **more})
+        Journal(RunFolder(run_dir)).append(
+            step, {"train/loss": 5 - step / 1000, "optim/lr": 1e-3, **more}
+        )
 
 
 def expected(run_dir):

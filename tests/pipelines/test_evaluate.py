@@ -31,7 +31,7 @@ def table_of(capsys) -> dict[str, str]:
 @pytest.mark.parametrize("step", [4, 8, 12])
 def test_the_loss_is_the_logged_one(trained_run, tiny_dataset, capsys, step):
     folder = checkpoint.path_of(trained_run / "checkpoints", step)
-    [logged] = [r for r in journal.read(trained_run) if r["step"] == step]
+    [logged] = [r for r in journal.read(RunFolder(trained_run)) if r["step"] == step]
     result, _ = measure(open_checkpoint(folder, "cpu"), load_manifest(tiny_dataset), "val", None)
     assert (result.loss, result.bits_per_byte) == (logged["val/loss"], logged["val/bits_per_byte"])
     assert main([str(folder)]) == 0

@@ -58,7 +58,7 @@ def test_it_shows_shapes_vocabulary_and_the_first_loss(stored, trained_run, caps
     assert "(4, 32, 32) (B, T, V)" in output
     assert "(4, 1, 32) (B, 1, V)" in output
     assert f"{math.log(32):.4f} = ln 32" in output
-    logged = journal.read(trained_run)[1]
+    logged = journal.read(RunFolder(trained_run))[1]
     assert f"loss at initialisation  {logged['train/loss']:.4f} nats" in output
 
 
@@ -66,7 +66,7 @@ def test_the_first_loss_is_the_one_that_training_logs(experiment, trained_run, t
     n_vocab = load_tokenizer("char", tiny_dataset).n_vocab
     model, batch = first_model(experiment, n_vocab, Worker()), batch_of(experiment, tiny_dataset, 0)
     result = forward(model, batch, experiment, "cpu", n_vocab, 5)
-    assert result.loss == journal.read(trained_run)[1]["train/loss"]
+    assert result.loss == journal.read(RunFolder(trained_run))[1]["train/loss"]
     assert np.all(np.diff(result.probabilities, axis=1) <= 0)
     everything = forward(model, batch, experiment, "cpu", n_vocab, n_vocab)
     assert everything.probabilities.sum(axis=1) == pytest.approx(np.ones(4), abs=1e-6)

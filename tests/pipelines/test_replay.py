@@ -10,8 +10,7 @@ import pytest
 
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.errors import HeldError, UserError
-from orchestrator.runs import events, journal
-from orchestrator.runs import lock as lease
+from orchestrator.runs import events, journal, lock
 from orchestrator.runs.folder import RunFolder
 from pipelines.replay import main
 
@@ -26,11 +25,13 @@ def run_dir(trained_run, tmp_path) -> Path:
 
 def nudge(run_dir: Path, step: int) -> None:
     """Move one logged loss by one unit in the last place."""
-    lines = journal.read(run_dir)
+    lines = journal.read(RunFolder(run_dir))
     for line in lines:
         if line["step"] == step:
             line["train/loss"] = math.nextafter(line["train/loss"], 9.0)
-    (run_dir / journal.FILE).write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    RunFolder(run_dir).journal_file.write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), "utf-8"
+    )
 
 
 def track(run_dir: Path):
@@ -50,7 +51,7 @@ def own_files(run_dir: Path) -> dict[str, bytes]:
         for path in sorted(run_dir.rglob("*"))
         if path.is_file() and "replays" not in path.parts
     )
-    return {str(path): path.read_bytes() for path in files if path.name != events.FILE}
+    return {str(path): path.read_bytes() for path in files if path.name != "events.jsonl"}
 
 
 def test_an_equal_run(run_dir, capsys):
@@ -72,7 +73,7 @@ def test_an_equal_run(run_dir, capsys):
         4,
         [],
     )
-    [event] = events.read(run_dir)
+    [event] = events.read(RunFolder(run_dir))
     assert (event["kind"], event["equal"], event["verdict"]) == (
         "replay",
         True,
@@ -97,7 +98,7 @@ def test_what_differs_is_said_and_what_was_made_again_stays(run_dir, capsys):
 def test_equal_and_kept(run_dir):
     assert main([str(run_dir), "--steps", "5:6", "--keep"]) == 0
     folder, _ = sorted((run_dir / "replays").iterdir(), key=lambda path: path.suffix)
-    assert [line["step"] for line in journal.read(folder)] == [5, 6]
+    assert [line["step"] for line in journal.read(RunFolder(folder))] == [5, 6]
 
 
 def test_as_typed_by_name_with_the_verdict_in_mlflow(run_dir, tmp_path, type_command, monkeypatch):
@@ -161,5 +162,8 @@ def test_a_run_that_is_not_there_and_one_without_a_checkpoint(tmp_path, run_dir)
 
 
 def test_a_run_that_goes_on_is_left_alone(run_dir):
-    with lease.held(run_dir), pytest.raises(HeldError, match="held by process"):
+    with (
+        lock.held(RunFolder(run_dir).driver_lock),
+        pytest.raises(HeldError, match="held by process"),
+    ):
         main([str(run_dir)])

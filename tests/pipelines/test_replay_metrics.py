@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from orchestrator.runs import events
+from orchestrator.runs.folder import RunFolder
 from tests.helpers.small_run import REPO, begin, summary
 from tests.helpers.tracked import client, curve, expected, rows
 
@@ -49,7 +50,7 @@ def test_ctrl_c_ends_the_wait_for_a_server_and_what_it_had_to_leave_behind_is_se
         0,
         None,
     ]
-    events.note(run_dir, "disk_full", "there was no room for the checkpoint of step 10")
+    events.note(RunFolder(run_dir), "disk_full", "there was no room for the checkpoint of step 10")
     for _ in range(2):
         words = [
             sys.executable,

@@ -19,7 +19,7 @@ from model.schedule import learning_rate
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.prepare import dataset_dir
-from orchestrator.runs import journal
+from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
@@ -154,10 +154,7 @@ def results(sweep: Path) -> dict[str, tuple[int, bytes]]:
 
 def exact(run_dir: Path) -> list[dict]:
     """Of a curve all that must not depend on how it was made."""
-    return [
-        {k: v for k, v in r.items() if k.startswith(("step", "train/", "val/", "optim/"))}
-        for r in journal.read(run_dir)
-    ]
+    return [metrics.exact_part(r) for r in journal.read(RunFolder(run_dir))]
 
 
 def outcome(trial: Path) -> tuple[str, list[dict]]:
@@ -204,7 +201,7 @@ def assert_tracked(storage: Path, statuses: dict[str, str], whole: str) -> None:
     assert {name: status for name, (_, status, _) in runs.items()} == statuses
     assert {above for _, _, above in runs.values()} == {parent}
     for name, (run_id, _, _) in runs.items():
-        curve = journal.read(storage / "mixed" / "trials" / name)
+        curve = journal.read(RunFolder(storage / "mixed" / "trials" / name))
         assert points(storage, run_id) == [
             (r["step"], r["train/loss"]) for r in curve if "train/loss" in r
         ], name

@@ -13,6 +13,7 @@ import pytest
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.cost import estimate as plan
 from orchestrator.runs import events
+from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import watchdog
 from tests.helpers.small_run import (
     REPO,
@@ -222,7 +223,7 @@ def test_a_second_job_sigterm_and_a_rank_that_hangs(
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
     assert f"from step {stopped['step']} " in out
-    (hang,) = [e for e in events.read(run_dir) if e["kind"] == "hang"]
+    (hang,) = [e for e in events.read(RunFolder(run_dir)) if e["kind"] == "hang"]
     assert hang["message"].startswith(f"rank 1 (process {victim['pid']} on ")
     assert sorted(f.name for f in (run_dir / "hangs" / "0001").iterdir()) == [
         "hang-rank0.txt",

@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.runs import events
+from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import system_memory, watchdog
 from tests.helpers import cluster
 from tests.helpers.small_run import REPO, begin, command, curve, logged, run, summary, wait_for
@@ -67,7 +68,9 @@ def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_ha
     assert process.returncode == 2, out + err
     assert "out of memory on" in err
     assert "Ray's memory monitor ended " in err  # a worker, or what leads it
-    assert [e["kind"] for e in events.read(run_dir)] == ["out_of_memory"], "it was tried again"
+    assert [e["kind"] for e in events.read(RunFolder(run_dir))] == ["out_of_memory"], (
+        "it was tried again"
+    )
     assert (summary(run_dir)["status"], summary(run_dir)["step"]) == ("FAILED", step)
 
     run(head, tmp_path, tiny_corpus, *words)

@@ -7,7 +7,7 @@ import pytest
 from model.schedule import learning_rate
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
-from orchestrator.runs import journal
+from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
@@ -35,8 +35,7 @@ SMALL = [
 
 
 def curve(lines) -> list[dict]:
-    exact = ("step", "train/", "val/", "optim/")
-    return [{k: v for k, v in r.items() if k.startswith(exact)} for r in lines]
+    return [metrics.exact_part(r) for r in lines]
 
 
 def outcome(run_dir) -> tuple:
@@ -45,7 +44,7 @@ def outcome(run_dir) -> tuple:
         (last / name).read_bytes()
         for name in ("model.safetensors", "optimizer.safetensors", "state.json")
     ]
-    return last.name, parts, curve(journal.read(run_dir))
+    return last.name, parts, curve(journal.read(RunFolder(run_dir)))
 
 
 def lone(run_dir, data_dir, *words):
@@ -81,7 +80,7 @@ def whole(tiny_dataset, tmp_path_factory):
 def test_two_stretches_are_the_run(whole, tiny_dataset, tmp_path, cut):
     parent = stretch(tmp_path / "first", tiny_dataset, cut)
     stretch(tmp_path / "second", tiny_dataset, 20, parent)
-    first, second = (journal.read(tmp_path / name) for name in ("first", "second"))
+    first, second = (journal.read(RunFolder(tmp_path / name)) for name in ("first", "second"))
     assert [r["step"] for r in first] == sorted({0, *range(3, cut + 1, 3), *range(5, cut + 1, 5)})
     assert (*outcome(tmp_path / "second")[:2], curve(first + second)) == whole
 
@@ -124,5 +123,5 @@ def test_every_line_is_yielded_as_it_is_written(tiny_dataset, tmp_path):
     (tmp_path / "run").mkdir()
     run = Trainer(load_experiment(None, SMALL), RunFolder(tmp_path / "run"), tiny_dataset, Worker())
     for line in run.run():
-        assert journal.read(tmp_path / "run")[-1] == line
+        assert journal.read(RunFolder(tmp_path / "run"))[-1] == line
     assert line["step"] == 20

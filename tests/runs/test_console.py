@@ -6,7 +6,8 @@ import time
 import pytest
 
 from orchestrator.runs import events, journal
-from orchestrator.runs.console import Console, format_record
+from orchestrator.runs.console import Console, format_line
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
 from orchestrator.text import duration, number, table
 
@@ -71,7 +72,7 @@ def test_durations(seconds, text):
     ],
 )
 def test_a_record_is_one_steady_line(record, line):
-    assert format_record(record, 2000, 256) == line
+    assert format_line(record, 2000, 256) == line
 
 
 @pytest.mark.parametrize(
@@ -106,9 +107,9 @@ def shown(capsys) -> list[int]:
 
 
 def test_every_record_is_printed_once_also_after_a_rewind(tmp_path, capsys):
-    log = Journal(tmp_path)
+    log = Journal(RunFolder(tmp_path))
     log.append(0, {})  # of an earlier attempt: known already
-    with Console(tmp_path, 100, 1, interval_s=0.01):
+    with Console(RunFolder(tmp_path), 100, 1, interval_s=0.01):
         for step in (1, 2, 3):
             log.append(step, {})
         time.sleep(0.1)
@@ -122,23 +123,23 @@ def test_every_record_is_printed_once_also_after_a_rewind(tmp_path, capsys):
 def test_records_of_one_millisecond_or_of_a_clock_behind_ours_are_printed_too(
     tmp_path, capsys, monkeypatch
 ):
-    log, times = Journal(tmp_path), iter([5, 5, 5, 3, 2])
+    log, times = Journal(RunFolder(tmp_path)), iter([5, 5, 5, 3, 2])
     monkeypatch.setattr(journal.time, "time_ns", lambda: next(times) * 1_000_000)
     log.append(0, {})
-    with Console(tmp_path, 100, 1, interval_s=0.01):
+    with Console(RunFolder(tmp_path), 100, 1, interval_s=0.01):
         for step in (1, 2, 3, 4):
             log.append(step, {})
     assert shown(capsys) == [1, 2, 3, 4]
 
 
 def test_events_are_lines_too_and_those_of_before_are_not_told_again(tmp_path, capsys):
-    events.note(tmp_path, "drift", "the driver has said that")
-    with Console(tmp_path, 100, 1, interval_s=0.01):
-        Journal(tmp_path).append(1, {})
+    events.note(RunFolder(tmp_path), "drift", "the driver has said that")
+    with Console(RunFolder(tmp_path), 100, 1, interval_s=0.01):
+        Journal(RunFolder(tmp_path)).append(1, {})
         time.sleep(0.1)
-        events.note(tmp_path, "hang", "rank 1 hung in gradient of step 2")
+        events.note(RunFolder(tmp_path), "hang", "rank 1 hung in gradient of step 2")
         time.sleep(0.1)
-        events.note(tmp_path, "restart", "attempt 2 begins at step 0")
+        events.note(RunFolder(tmp_path), "restart", "attempt 2 begins at step 0")
     assert capsys.readouterr().out.splitlines() == [
         "step   1/100",
         "rank 1 hung in gradient of step 2",
@@ -147,10 +148,10 @@ def test_events_are_lines_too_and_those_of_before_are_not_told_again(tmp_path, c
 
 
 def test_what_is_torn_among_the_events_keeps_no_other_from_being_told(tmp_path, capsys):
-    with Console(tmp_path, 100, 1, interval_s=0.01):
-        (tmp_path / events.FILE).write_text('{"kind": "hang", "mess')
+    with Console(RunFolder(tmp_path), 100, 1, interval_s=0.01):
+        RunFolder(tmp_path).events_file.write_text('{"kind": "hang", "mess')
         time.sleep(0.1)
-        events.note(tmp_path, "restart", "attempt 2 begins at step 0")
+        events.note(RunFolder(tmp_path), "restart", "attempt 2 begins at step 0")
     assert capsys.readouterr().out == "attempt 2 begins at step 0\n"
 
 
@@ -162,7 +163,7 @@ def test_a_disk_that_is_full_is_told_once_each_time(tmp_path, capsys, monkeypatc
         "statvfs",
         lambda path: os.statvfs_result((4096, 4096, 100, free[0], free[0], 50, 9, 9, 0, 255)),
     )
-    with Console(tmp_path, 100, 1, interval_s=0.01):
+    with Console(RunFolder(tmp_path), 100, 1, interval_s=0.01):
         for free[0] in (0, 5, 0):
             time.sleep(0.1)
     assert (
@@ -173,7 +174,7 @@ def test_a_disk_that_is_full_is_told_once_each_time(tmp_path, capsys, monkeypatc
 
 
 def test_the_last_records_are_printed_before_the_console_ends(tmp_path, capsys):
-    log = Journal(tmp_path)
-    with Console(tmp_path, 100, 1, interval_s=30):
+    log = Journal(RunFolder(tmp_path))
+    with Console(RunFolder(tmp_path), 100, 1, interval_s=30):
         log.append(1, {})
     assert shown(capsys) == [1]

@@ -3,6 +3,7 @@
 import pytest
 
 from orchestrator.runs import events
+from orchestrator.runs.folder import RunFolder
 
 
 @pytest.mark.parametrize(
@@ -16,9 +17,9 @@ from orchestrator.runs import events
 def test_what_is_torn_or_no_event_is_passed_over_and_the_next_one_stands_on_a_line_of_its_own(
     tmp_path, torn
 ):
-    first = events.note(tmp_path, "hang", "rank 1 hangs", rank=1)
-    with open(tmp_path / events.FILE, "ab") as file:
+    first = events.note(RunFolder(tmp_path), "hang", "rank 1 hangs", rank=1)
+    with open(RunFolder(tmp_path).events_file, "ab") as file:
         file.write(torn)
-    assert events.read(tmp_path) == [first]
-    second = events.note(tmp_path, "drift", "of the clock")
-    assert events.read(tmp_path) == [first, second]
+    assert events.read(RunFolder(tmp_path)) == [first]
+    second = events.note(RunFolder(tmp_path), "drift", "of the clock")
+    assert events.read(RunFolder(tmp_path)) == [first, second]

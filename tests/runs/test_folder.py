@@ -16,9 +16,7 @@ from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.data.dataset import Manifest, Split, data_identity
 from orchestrator.errors import HeldError, UserError
 from orchestrator.files import read_json
-from orchestrator.runs import identity
-from orchestrator.runs import lock as lease
-from orchestrator.runs import stop as stopping
+from orchestrator.runs import identity, lock, stop
 from orchestrator.runs import summary as summary_file
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
@@ -28,7 +26,7 @@ from tests.helpers.facts import FACTS
 
 HOLDER = (
     "from pathlib import Path; import sys, time; from orchestrator.runs.lock import held\n"
-    "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    "with held(Path(sys.argv[1]) / '.lock'): print('held', flush=True); time.sleep(600)"
 )
 BASE = [
     "name=a",
@@ -126,7 +124,7 @@ def test_a_held_run_is_refused_naming_the_holder_and_free_again_when_the_holder_
         assert holder.stdout.readline() == "held\n"
         with (
             pytest.raises(HeldError, match=rf"held by process {holder.pid} on "),
-            lease.held(tmp_path),
+            lock.held(RunFolder(tmp_path).driver_lock),
         ):
             pytest.fail("two writers")
         assert (
@@ -135,11 +133,14 @@ def test_a_held_run_is_refused_naming_the_holder_and_free_again_when_the_holder_
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait(20)
-    with lease.held(tmp_path):
+    with lock.held(RunFolder(tmp_path).driver_lock):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} ")
-        with pytest.raises(HeldError, match=str(os.getpid())), lease.held(tmp_path):
+        with (
+            pytest.raises(HeldError, match=str(os.getpid())),
+            lock.held(RunFolder(tmp_path).driver_lock),
+        ):
             pytest.fail("two writers")
-    with lease.held(tmp_path):
+    with lock.held(RunFolder(tmp_path).driver_lock):
         pass
 
 
@@ -341,12 +342,12 @@ def test_attempts_add_up_under_one_key_and_old_endings_go(tmp_path):
         "run.json",
         "stop.json",
     ]
-    assert stopping.asked(tmp_path) is None
+    assert stop.requested(RunFolder(tmp_path)) is None
     assert RunFolder(tmp_path).read_experiment() == experiment()
 
 
 def test_a_summary_is_what_journal_and_checkpoints_say(tmp_path):
-    log = Journal(tmp_path)
+    log = Journal(RunFolder(tmp_path))
     log.append(0, {"val/loss": 9.0, "val/bits_per_byte": 9.0, "val/best_loss": 9.0})
     log.append(
         10,
@@ -392,12 +393,15 @@ def test_a_run_that_died_at_once_has_a_summary_too(tmp_path):
 
 def test_a_writer_waits_for_the_one_before_it_and_no_longer_than_it_was_told(tmp_path):
     with (
-        lease.held(tmp_path, ".writer"),
+        lock.held(RunFolder(tmp_path).writer_lock),
         pytest.raises(HeldError),
-        lease.held(tmp_path, ".writer", wait_s=0.3),
+        lock.held(RunFolder(tmp_path).writer_lock, wait_s=0.3),
     ):
         pass
-    with lease.held(tmp_path), lease.held(tmp_path, ".writer", wait_s=5):
+    with (
+        lock.held(RunFolder(tmp_path).driver_lock),
+        lock.held(RunFolder(tmp_path).writer_lock, wait_s=5),
+    ):
         assert (tmp_path / ".writer").read_text() == (tmp_path / ".lock").read_text()
 
 

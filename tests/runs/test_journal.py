@@ -1,6 +1,5 @@
 """The journal: lines are whole or not there, a resume loses none, and who follows the file sees each one."""
 
-import json
 import math
 import os
 import resource
@@ -14,11 +13,12 @@ import pytest
 
 from orchestrator.errors import UserError
 from orchestrator.runs import events, journal
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal, Tail
 
 
 def filled(run_dir, steps) -> Journal:
-    log = Journal(run_dir)
+    log = Journal(RunFolder(run_dir))
     for step in steps:
         log.append(step, {"train/loss": step / 3})
     return log
@@ -29,18 +29,15 @@ def steps(records) -> list[int]:
 
 
 def aside(run_dir) -> list[list[int]]:
-    return [
-        [json.loads(line)["step"] for line in p.read_text().splitlines()]
-        for p in journal.aside_files(run_dir)
-    ]
+    return [[line["step"] for line in aside.read()] for aside in journal.asides(RunFolder(run_dir))]
 
 
 # ---- append and read ----
 def test_what_is_appended_is_read_back_to_the_last_bit(tmp_path):
     values = {"a": 0.1 + 0.2, "b": 5e-324, "c": -0.0, "d": float("nan"), "e": float("inf"), "f": 3}
     before = time.time() * 1000
-    record = Journal(tmp_path).append(7, values)
-    (read,) = journal.read(tmp_path)
+    record = Journal(RunFolder(tmp_path)).append(7, values)
+    (read,) = journal.read(RunFolder(tmp_path))
     assert repr(read) == repr(record)
     assert {k: repr(v) for k, v in values.items()} == {k: repr(read[k]) for k in values}
     assert math.copysign(1, read["c"]) == -1
@@ -50,42 +47,42 @@ def test_what_is_appended_is_read_back_to_the_last_bit(tmp_path):
 
 
 def test_without_a_file_there_is_no_history(tmp_path):
-    assert journal.read(tmp_path) == []
-    assert Tail(tmp_path).poll() == []
-    assert journal.aside_files(tmp_path) == []
+    assert journal.read(RunFolder(tmp_path)) == []
+    assert Tail(RunFolder(tmp_path)).poll() == []
+    assert journal.asides(RunFolder(tmp_path)) == []
 
 
 def test_a_torn_last_line_is_not_read(tmp_path):
     log = filled(tmp_path, (1, 2))
-    whole = log.path.read_bytes()
+    whole = log.file.read_bytes()
     for cut in range(1, len(whole.splitlines()[1]) + 1):
-        log.path.write_bytes(whole[:-cut])
-        assert steps(journal.read(tmp_path)) == [1]
+        log.file.write_bytes(whole[:-cut])
+        assert steps(journal.read(RunFolder(tmp_path))) == [1]
 
 
 def test_lines_for_which_a_full_disk_has_no_room_are_never_torn_and_come_later_in_order(tmp_path):
     log = filled(tmp_path, (1, 2))
-    limits, size = resource.getrlimit(resource.RLIMIT_FSIZE), log.path.stat().st_size
+    limits, size = resource.getrlimit(resource.RLIMIT_FSIZE), log.file.stat().st_size
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, limits[1]))
     try:
         with pytest.raises(OSError):
-            log.keep({"step": 3, "train/loss": 1.0})
-        assert log.path.stat().st_size == size
+            log.write({"step": 3, "train/loss": 1.0})
+        assert log.file.stat().st_size == size
         late = [log.append(step, {"train/loss": 1.0}) for step in (3, 4)]
         with pytest.raises(
             UserError,
-            match=f"{log.path}: no room for the line of step 3 .*run the same command again",
+            match=f"{log.file}: no room for the line of step 3 .*run the same command again",
         ):
             log.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert log.path.stat().st_size == size
+    assert log.file.stat().st_size == size
     late.append(log.append(5, {}))
-    assert journal.read(tmp_path)[2:] == late, "not in order, or not as they were"
+    assert journal.read(RunFolder(tmp_path))[2:] == late, "not in order, or not as they were"
     log.close()
-    assert events.read(tmp_path)[-1]["message"].endswith(
+    assert events.read(RunFolder(tmp_path))[-1]["message"].endswith(
         "there is room again, and the lines that waited are written"
     )
 
@@ -107,31 +104,31 @@ def test_a_rewind_keeps_what_the_checkpoint_knows_and_moves_the_rest_aside(
     tmp_path, step, kept, moved
 ):
     log = filled(tmp_path, (0, 10, 20, 30))
-    lines = log.path.read_bytes().splitlines()
+    lines = log.file.read_bytes().splitlines()
     assert log.rewind(step) == 4 - len(kept)
-    assert steps(journal.read(tmp_path)) == kept
+    assert steps(journal.read(RunFolder(tmp_path))) == kept
     assert aside(tmp_path) == moved
-    everything = log.path.read_bytes() + b"".join(
-        p.read_bytes() for p in journal.aside_files(tmp_path)
+    everything = log.file.read_bytes() + b"".join(
+        aside.path.read_bytes() for aside in journal.asides(RunFolder(tmp_path))
     )
     assert everything.splitlines() == lines  # verbatim
 
 
 def test_a_rewind_before_any_line_does_nothing(tmp_path):
-    assert Journal(tmp_path).rewind(-1) == 0
+    assert Journal(RunFolder(tmp_path)).rewind(-1) == 0
     assert list(tmp_path.iterdir()) == []
-    Journal(tmp_path).path.write_bytes(b"")
-    assert Journal(tmp_path).rewind(5) == 0
-    assert Journal(tmp_path).path.read_bytes() == b""
+    Journal(RunFolder(tmp_path)).file.write_bytes(b"")
+    assert Journal(RunFolder(tmp_path)).rewind(5) == 0
+    assert Journal(RunFolder(tmp_path)).file.read_bytes() == b""
 
 
 def test_a_rewind_drops_a_torn_line_and_the_next_one_is_whole(tmp_path):
     log = filled(tmp_path, (1, 2))
-    with open(log.path, "ab") as file:
+    with open(log.file, "ab") as file:
         file.write(b'{"step": 3, "timest')
     assert log.rewind(2) == 0
     log.append(3, {})
-    assert steps(journal.read(tmp_path)) == [1, 2, 3]
+    assert steps(journal.read(RunFolder(tmp_path))) == [1, 2, 3]
     assert aside(tmp_path) == []
 
 
@@ -141,7 +138,7 @@ def test_each_rewind_has_an_aside_file_of_its_own_also_after_one_was_deleted(tmp
     filled(tmp_path, (3,))
     log.rewind(1)
     assert aside(tmp_path) == [[3], [2, 3]]
-    journal.aside_files(tmp_path)[0].unlink()
+    journal.asides(RunFolder(tmp_path))[0].path.unlink()
     filled(tmp_path, (2,))
     log.rewind(0)
     assert aside(tmp_path) == [[2, 3], [1, 2]]
@@ -150,7 +147,7 @@ def test_each_rewind_has_an_aside_file_of_its_own_also_after_one_was_deleted(tmp
 def test_a_rewind_loses_no_line_even_where_steps_do_not_rise(tmp_path):
     log = filled(tmp_path, (1, 5, 2, 6))
     log.rewind(2)
-    assert steps(journal.read(tmp_path)) == [1, 2]
+    assert steps(journal.read(RunFolder(tmp_path))) == [1, 2]
     assert aside(tmp_path) == [[5, 6]]
 
 
@@ -173,20 +170,22 @@ def test_a_rewind_that_dies_at_any_replacement_or_sync_loses_no_line(tmp_path, m
             patch.setattr(os, name, dies(name))
         with pytest.raises(KeyboardInterrupt):
             log.rewind(1)
-    assert set(steps(journal.read(tmp_path))) | {s for f in aside(tmp_path) for s in f} == {1, 2, 3}
+    assert set(steps(journal.read(RunFolder(tmp_path)))) | {
+        s for f in aside(tmp_path) for s in f
+    } == {1, 2, 3}
     log.rewind(1)
-    assert steps(journal.read(tmp_path)) == [1]
+    assert steps(journal.read(RunFolder(tmp_path))) == [1]
     assert aside(tmp_path)[-1] == [2, 3]
 
 
 # ---- following ----
 def test_a_tail_sees_each_line_once_and_a_torn_one_when_it_is_whole(tmp_path):
-    tail, log = Tail(tmp_path), Journal(tmp_path)
+    tail, log = Tail(RunFolder(tmp_path)), Journal(RunFolder(tmp_path))
     assert tail.poll() == []
     filled(tmp_path, (1, 2))
     assert steps(tail.poll()) == [1, 2]
     assert tail.poll() == []
-    with open(log.path, "ab") as file:
+    with open(log.file, "ab") as file:
         file.write(b'{"step": 3, "tim')
         file.flush()
         assert tail.poll() == []
@@ -200,7 +199,7 @@ def test_a_tail_sees_each_line_once_and_a_torn_one_when_it_is_whole(tmp_path):
 
 
 def test_a_replaced_file_is_told_again_from_its_start(tmp_path):
-    log, tail = filled(tmp_path, (1, 2, 3)), Tail(tmp_path)
+    log, tail = filled(tmp_path, (1, 2, 3)), Tail(RunFolder(tmp_path))
     first = tail.poll()
     log.rewind(2)
     assert tail.poll() == first[:2]
@@ -213,7 +212,7 @@ def test_a_file_replaced_several_times_between_two_looks_is_told_again_from_its_
     for number in range(1, 8):
         run_dir = tmp_path / str(number)
         run_dir.mkdir()
-        log, tail = filled(run_dir, (1, 2, 3)), Tail(run_dir)
+        log, tail = filled(run_dir, (1, 2, 3)), Tail(RunFolder(run_dir))
         tail.poll()
         for _ in range(number):
             log.rewind(1)
@@ -224,19 +223,19 @@ def test_a_file_replaced_several_times_between_two_looks_is_told_again_from_its_
 def test_a_reader_beside_a_writer_sees_every_line_once_and_no_half_ones(tmp_path):
     count, seen = 3000, []
     writer = f"""
-from pathlib import Path
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
-log = Journal(Path({str(tmp_path)!r}))
+log = Journal(RunFolder({str(tmp_path)!r}))
 for step in range({count}):
     log.append(step, {{"train/loss": 1 / 3, "padding": 10.0 ** -(step % 300)}})
 """
     process = subprocess.Popen([sys.executable, "-c", writer])
-    tail, done = Tail(tmp_path), threading.Event()
+    tail, done = Tail(RunFolder(tmp_path)), threading.Event()
     while not done.is_set():
         if process.poll() is not None:
             done.set()
         seen += tail.poll()
-        for record in journal.read(tmp_path)[-1:]:
+        for record in journal.read(RunFolder(tmp_path))[-1:]:
             assert record["train/loss"] == 1 / 3
     assert process.returncode == 0
     assert steps(seen) == list(range(count))

@@ -8,8 +8,7 @@ import pytest
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
-from orchestrator.runs import events, journal
-from orchestrator.runs import stop as stopping
+from orchestrator.runs import events, journal, metrics, stop
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
@@ -35,10 +34,7 @@ SMALL = [
 
 def outcome(folder: Path) -> tuple:
     last = checkpoint.latest_valid(folder / "checkpoints")
-    losses = [
-        {k: v for k, v in r.items() if k.startswith(("step", "train/", "val/", "optim/"))}
-        for r in journal.read(folder)
-    ]
+    losses = [metrics.exact_part(r) for r in journal.read(RunFolder(folder))]
     parts = [
         (last / name).read_bytes()
         for name in ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -118,20 +114,20 @@ def test_asked_again_and_again_it_still_gets_there(whole, tiny_dataset, tmp_path
 
 
 def test_a_bell_rings_once_somebody_asks(tmp_path):
-    stopping.clear(tmp_path)
-    bell = stopping.Bell(tmp_path)
+    stop.clear(RunFolder(tmp_path))
+    bell = stop.Listener(RunFolder(tmp_path))
     assert not bell()
-    assert stopping.asked(tmp_path) is None
-    stopping.ask(tmp_path, "SIGTERM")
-    assert bell._rung.wait(5)
-    assert stopping.asked(tmp_path) == "SIGTERM"
+    assert stop.requested(RunFolder(tmp_path)) is None
+    stop.request(RunFolder(tmp_path), "SIGTERM")
+    assert bell._requested.wait(5)
+    assert stop.requested(RunFolder(tmp_path)) == "SIGTERM"
 
 
 @pytest.mark.parametrize("text", ["1", "{}", "[]", "{", "[" * 100_000])
 def test_whatever_stands_in_the_file_the_bell_rings(tmp_path, text):
-    (tmp_path / stopping.FILE).write_text(text)
-    assert stopping.Bell(tmp_path)._rung.wait(5)
-    assert stopping.asked(tmp_path) == "asked to stop"
+    RunFolder(tmp_path).stop_request_file.write_text(text)
+    assert stop.Listener(RunFolder(tmp_path))._requested.wait(5)
+    assert stop.requested(RunFolder(tmp_path)) == "asked to stop"
 
 
 # ---- what keeps a resume from the same bits ----
@@ -151,7 +147,7 @@ def test_a_drift_is_refused_until_it_is_allowed(tiny_dataset, tmp_path, words, w
             break
     with pytest.raises(UserError, match="train.allow_drift=true"):
         train(load_experiment(None, [*SMALL, *words]), RunFolder(tmp_path), tiny_dataset, worker)
-    assert events.read(tmp_path) == []
+    assert events.read(RunFolder(tmp_path)) == []
     assert (
         train(
             load_experiment(None, [*SMALL, *words, "train.allow_drift=true"]),
@@ -161,6 +157,6 @@ def test_a_drift_is_refused_until_it_is_allowed(tiny_dataset, tmp_path, words, w
         )
         == 12
     )
-    noted = events.read(tmp_path)
+    noted = events.read(RunFolder(tmp_path))
     assert noted
     assert {(e["kind"], e["step"]) for e in noted} == {("drift", 4)}

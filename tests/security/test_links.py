@@ -9,9 +9,7 @@ import pytest
 
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
-from orchestrator.runs import events
-from orchestrator.runs import lock as lease
-from orchestrator.runs import stop as stopping
+from orchestrator.runs import events, lock, stop
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
 from orchestrator.train.loop import train
@@ -36,7 +34,7 @@ SMALL = [
 
 
 def hold(run_dir: Path) -> None:
-    with lease.held(run_dir):
+    with lock.held(RunFolder(run_dir).driver_lock):
         pass
 
 
@@ -46,10 +44,10 @@ def watch(run_dir: Path) -> None:
 
 WRITES = {
     ".lock": hold,
-    "stop.json": stopping.clear,
+    "stop.json": lambda run_dir: stop.clear(RunFolder(run_dir)),
     ".ranks/rank-0": watch,
     "hang-rank0.txt": watch,
-    "metrics.jsonl": lambda run_dir: Journal(run_dir).append(1, {"train/loss": 1.0}),
+    "metrics.jsonl": lambda run_dir: Journal(RunFolder(run_dir)).append(1, {"train/loss": 1.0}),
     "attempts.jsonl": lambda run_dir: workers._begin_attempt(run_dir, [], "a", 1),
 }
 
@@ -91,8 +89,8 @@ def test_what_is_no_file_of_the_run_is_refused_and_not_followed(tmp_path, victim
 
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_an_event_is_not_worth_a_run_but_a_word(tmp_path, victim, capsys, kind):
-    plant(tmp_path / "run" / events.FILE, kind, victim)
-    events.note(tmp_path / "run", "hang", "rank 1 hangs")
+    plant(tmp_path / "run" / "events.jsonl", kind, victim)
+    events.note(RunFolder(tmp_path / "run"), "hang", "rank 1 hangs")
     assert "events.jsonl: expected a plain file" in capsys.readouterr().out
 
 

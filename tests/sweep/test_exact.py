@@ -6,7 +6,8 @@ import random
 import pytest
 
 from orchestrator.checkpoint import store as checkpoint
-from orchestrator.runs import stop as stopping
+from orchestrator.runs import stop
+from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.numerics import Worker
 
@@ -95,16 +96,16 @@ def test_asked_to_stop_again_and_again_no_step_is_run_twice(sweeps, seed):
     draw, starts, run, over = random.Random(seed), 0, 0, False
     while not over:
         study, questions = sweeps.open(*words), iter([False] * draw.randrange(60))
-        stopping.clear(study.folder)
+        stop.clear(RunFolder(study.folder))
 
         def asked(study=study, questions=questions) -> bool:
             if next(questions, True):
-                stopping.ask(study.folder, "SIGTERM")
-            return bool(stopping.asked(study.folder))
+                stop.request(RunFolder(study.folder), "SIGTERM")
+            return bool(stop.requested(RunFolder(study.folder)))
 
         sweeps.run(study, stop_asked=asked)
         starts, run, over = starts + 1, run + study.summary["steps_run"], study.is_over
-        assert over or stopping.asked(study.folder)
+        assert over or stop.requested(RunFolder(study.folder))
         assert {"stopped", "failed"} & {row["state"] for row in study.rows()} == set()
     assert starts > 3
     assert (

@@ -17,6 +17,7 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.data.batches import Batches, TokenStream
 from orchestrator.data.dataset import FILE, load_manifest, write_manifest
 from orchestrator.runs import events
+from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep import tune as sweep
 from orchestrator.sweep.report import Report
 from orchestrator.sweep.stage_states import FAILED
@@ -278,7 +279,7 @@ def test_who_is_stopped_from_outside_is_ended_and_its_stage_goes_on_from_its_che
 
     seen = on_ray(study, layout, slots=1, tick=tick)
     assert_alone(sweeps, study)
-    (hang,) = events.read(study.folder)
+    (hang,) = events.read(RunFolder(study.folder))
     assert (hang["kind"], hang["stage"]) == ("hang", stage.id)
     assert hang["message"].startswith(f"rank {rank} (process {victims[0]} on ")
     assert seen.books.waits == {stage.id: f"{hang['message']}; once more"}

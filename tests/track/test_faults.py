@@ -16,6 +16,7 @@ from itertools import pairwise
 import pytest
 
 from orchestrator.errors import UserError
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
 from orchestrator.track.mlflow import Tracker, resend_metrics
 from pipelines import replay_metrics, ui
@@ -126,7 +127,7 @@ class Training:
     def resume(self):
         """The last steps are lost, and will be made again."""
         self.step = self.draw.randrange(self.step // 2, self.step) + 1
-        Journal(self.run_dir).rewind(self.step - 1)
+        Journal(RunFolder(self.run_dir)).rewind(self.step - 1)
 
     def is_sent(self):
         return sent_step(self.run_dir) == self.step - 1

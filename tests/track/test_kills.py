@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 
 from orchestrator.runs import journal
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
 from orchestrator.track.mlflow import Projection, resend_metrics
 from tests.helpers import killable
@@ -65,17 +66,17 @@ def test_killed_at_random_moments_and_started_again(run_dir, store, uri):
                 time.sleep(draw.random() * 0.4)
             finally:
                 kill(pid)
-            steps = [line["step"] for line in journal.read(run_dir)]
+            steps = [line["step"] for line in journal.read(RunFolder(run_dir))]
             found.append((len(steps), sent_step(run_dir), began))
         parent.stdin.close()
     assert resend_metrics(run_dir, uri, EXPERIMENT)
     assert is_exact(store, run_dir)
-    steps = [line["step"] for line in journal.read(run_dir)]
+    steps = [line["step"] for line in journal.read(RunFolder(run_dir))]
     assert steps == list(range(len(steps)))
     assert curve(run_dir) == sorted(
         (key, step, value) for step in steps for key, value in killable.loss(step).items()
     )
-    assert len(journal.aside_files(run_dir)) > 4
+    assert len(journal.asides(RunFolder(run_dir))) > 4
     assert len({sent for _, sent, _ in found}) > 4
 
 
@@ -97,24 +98,24 @@ class History:
     """
 
     def __init__(self, run_dir, monkeypatch, gap, keeps_line):
-        self.journal, self.gap, self.keeps_line = Journal(run_dir), gap, keeps_line
+        self.journal, self.gap, self.keeps_line = Journal(RunFolder(run_dir)), gap, keeps_line
         self.clock, self.writes, self.write = (
             itertools.count(1000),
             itertools.count(),
-            journal._write,
+            journal.write_atomically,
         )
-        monkeypatch.setattr(journal, "_write", self._write)
+        monkeypatch.setattr(journal, "write_atomically", self._write)
 
-    def _write(self, path, lines, dies_at=3):
+    def _write(self, path, content, *, durable, dies_at=3):
         self.gap()
         if next(self.writes) == dies_at:
             raise DeadError
-        self.write(path, lines)
+        self.write(path, content, durable=durable)
         self.gap()
 
     def log(self, *steps, **more):
         for step in steps:
-            self.journal.keep(
+            self.journal.write(
                 {
                     "step": step,
                     "timestamp": next(self.clock),

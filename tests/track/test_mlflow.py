@@ -17,6 +17,7 @@ import pytest
 
 from orchestrator.errors import UserError
 from orchestrator.runs import events
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
 from orchestrator.track.mlflow import Projection, Tracker, resend_metrics
 from orchestrator.track.outbox import BATCH, MetricQueue
@@ -128,7 +129,7 @@ def test_a_resume_adds_one_point_per_step(run_dir, store, uri):
     log(run_dir, range(0, 101, 10))
     first = send(run_dir, uri, "KILLED")
     log(run_dir, range(110, 131, 10))  # written, never sent, then moved aside
-    Journal(run_dir).rewind(50)
+    Journal(RunFolder(run_dir)).rewind(50)
     make_run(
         run_dir,
         "test_a_resume_adds_one_point_per_step",
@@ -159,7 +160,7 @@ def test_a_resume_while_the_tracker_runs(run_dir, store, uri):
     tracker.start()
     log(run_dir, range(0, 101, 10))
     wait_for(lambda: tracker.run_id and len(rows(store, tracker.run_id)) == 22)
-    Journal(run_dir).rewind(50)
+    Journal(RunFolder(run_dir)).rewind(50)
     log(run_dir, range(60, 121, 10))
     assert tracker.finish("FAILED", 60)
     assert rows(store, tracker.run_id) == expected(run_dir)
@@ -173,7 +174,7 @@ def test_what_only_the_second_making_of_a_step_logs_comes_too(run_dir, store, ur
     tracker = Tracker(run_dir, uri, EXPERIMENT)
     tracker.start()
     wait_for(lambda: sent_step(run_dir) == 100)
-    Journal(run_dir).rewind(50)
+    Journal(RunFolder(run_dir)).rewind(50)
     log(run_dir, [65])  # above no step that was sent, and sent by a tracker that goes on
     wait_for(
         lambda: (
@@ -213,12 +214,12 @@ def test_events_are_there_as_a_file_and_as_counts_whenever_there_are_more(run_di
     tracker.start()
     wait_for(lambda: sent_step(run_dir) == 4)
     assert seen(tracker.run_id) == ({}, "")
-    events.note(run_dir, "hang", "rank 1 hangs", rank=1)
-    events.note(run_dir, "disk_full", "no room at https://me:hunter2@host/bucket")
+    events.note(RunFolder(run_dir), "hang", "rank 1 hangs", rank=1)
+    events.note(RunFolder(run_dir), "disk_full", "no room at https://me:hunter2@host/bucket")
     wait_for(lambda: seen(tracker.run_id)[0] == {"events.hang": "1", "events.disk_full": "1"})
     wait_for(lambda: "no room" in seen(tracker.run_id)[1])
     assert tracker.finish("KILLED", 60)
-    events.note(run_dir, "hang", "rank 0 hangs", rank=0)
+    events.note(RunFolder(run_dir), "hang", "rank 0 hangs", rank=0)
     assert resend_metrics(run_dir, uri, EXPERIMENT)
     tags, text = seen(tracker.run_id)
     assert tags == {"events.hang": "2", "events.disk_full": "1"}
@@ -244,7 +245,7 @@ def test_what_does_not_belong_in_a_run_is_not_sent_and_keeps_nothing_back(
         (run_dir / name).symlink_to(secret)
     os.mkfifo(run_dir / "samples" / "step-00000002.txt")
     (run_dir / "samples" / "step-00000015.txt").write_bytes(b"To be\xff")
-    events.note(run_dir, "hang", "rank 1 hangs")
+    events.note(RunFolder(run_dir), "hang", "rank 1 hangs")
     with open(run_dir / "events.jsonl", "ab") as file:
         file.write(b'{"kind": "torn \xff\n')
     (tmp_path / "elsewhere").symlink_to(run_dir, target_is_directory=True)
@@ -304,7 +305,7 @@ def test_a_store_that_another_process_holds_is_waited_for(run_dir, store, uri):
 
 def test_checkpoints_are_found_by_their_loss(run_dir, uri):
     for step, loss in ((100, 3.5), (200, 3.1), (300, 3.3)):
-        Journal(run_dir).append(step, {"val/loss": loss, "train/loss": loss})
+        Journal(RunFolder(run_dir)).append(step, {"val/loss": loss, "train/loss": loss})
         commit(run_dir, step)
     tracker = send(run_dir, uri, "KILLED")
     mlflow, where = (

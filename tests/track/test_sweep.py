@@ -16,6 +16,7 @@ import pytest
 
 from orchestrator.errors import UserError
 from orchestrator.runs import events
+from orchestrator.runs.folder import RunFolder
 from orchestrator.track import outbox
 from orchestrator.track.server import sweep_url
 from orchestrator.track.sweep import SweepTracker, resend_sweep_metrics
@@ -153,7 +154,7 @@ def test_a_sweep_is_a_parent_with_a_whole_curve_per_trial(sweep, store, uri):
         '{"step": 1, "timestamp": 1767323045000, "sweep/steps_saved": 40}\n',
     )
     put(sweep / "summary.json", '{"status": "FINISHED"}')
-    events.note(sweep, "hang", "rank 0 hung", stage="leaf-a")
+    events.note(RunFolder(sweep), "hang", "rank 0 hung", stage="leaf-a")
     tracker = send(sweep, uri)
     parent, found = client(uri).get_run(tracker.run_id), children(uri, tracker)
     assert (parent.info.run_name, parent.info.status, parent.data.metrics) == (

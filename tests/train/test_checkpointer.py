@@ -229,7 +229,9 @@ def test_damage_is_noted_once_for_each_checkpoint_and_start(tiny_dataset, tmp_pa
         file.write_bytes(file.read_bytes()[:-1])
     run = trainer(run_dir, tiny_dataset)
     assert run.state.step == 4
-    noted = [e["message"] for e in events.read(run_dir) if e["kind"] == "checkpoint_damaged"]
+    noted = [
+        e["message"] for e in events.read(RunFolder(run_dir)) if e["kind"] == "checkpoint_damaged"
+    ]
     assert len(noted) == 2
     assert "step-00000012/model.safetensors" in noted[0] and "step-00000008" in noted[1]
     for _ in run.run():
@@ -340,7 +342,7 @@ def test_the_user_hears_of_a_full_disk_from_wait_alone(tmp_path, monkeypatch):
     writer.wait()
     writer.close()
     assert checkpoint.steps(tmp_path / "checkpoints") == [3]
-    assert [e["step"] for e in events.read(tmp_path)] == [1, 2]
+    assert [e["step"] for e in events.read(RunFolder(tmp_path))] == [1, 2]
 
 
 @pytest.fixture
@@ -361,12 +363,12 @@ def calls(monkeypatch):
 def test_the_journal_is_on_the_disk_before_a_checkpoint_has_its_name_and_before_others_are_told(
     calls, writer, tmp_path
 ):
-    journal.Journal(tmp_path).append(1, {"train/loss": 2.0})
+    journal.Journal(RunFolder(tmp_path)).append(1, {"train/loss": 2.0})
     writer.save(1, state(1.0), {}, {})
     writer.wait()
-    assert calls.index(journal.FILE) < calls.index("step-00000001")
+    assert calls.index("metrics.jsonl") < calls.index("step-00000001")
     calls.clear()
     lines = outbox.MetricQueue(tmp_path)
     lines.refresh({"sent_step": -1, "asides": 0})
     assert next(lines.batches())[1]
-    assert journal.FILE in calls
+    assert "metrics.jsonl" in calls

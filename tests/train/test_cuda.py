@@ -15,7 +15,7 @@ from orchestrator.data import shards
 from orchestrator.data.dataset import write_manifest
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.files import file_sha256
-from orchestrator.runs import journal
+from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
@@ -77,10 +77,7 @@ def data(tmp_path_factory) -> Path:
 
 def outcome(run_dir: Path) -> tuple:
     last = checkpoint.latest_valid(run_dir / "checkpoints")
-    losses = [
-        {k: v for k, v in r.items() if k.startswith(("step", "train/", "val/", "optim/"))}
-        for r in journal.read(run_dir)
-    ]
+    losses = [metrics.exact_part(r) for r in journal.read(RunFolder(run_dir))]
     return (
         last.name,
         [(last / f"{part}.safetensors").read_bytes() for part in ("model", "optimizer")],

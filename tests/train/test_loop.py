@@ -14,7 +14,7 @@ import torch
 
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
-from orchestrator.runs import journal
+from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
@@ -77,11 +77,7 @@ def run_here(run_dir: Path, data_dir: Path, overrides: list[str]) -> int:
 
 def outcome(run_dir: Path) -> dict:
     """Everything of a run that must not depend on how it got there: every logged loss, and the final state."""
-    exact = ("train/", "val/", "optim/")
-    curve = [
-        {k: v for k, v in r.items() if k == "step" or k.startswith(exact)}
-        for r in journal.read(run_dir)
-    ]
+    curve = [metrics.exact_part(r) for r in journal.read(RunFolder(run_dir))]
     last = checkpoint.latest_valid(run_dir / "checkpoints")
     parts = {
         name: (last / name).read_bytes()
@@ -172,14 +168,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny_dataset, tmp_pat
     assert done == stopped["step"] < 24
     assert f"step {done + 1}" in stopped["reason"]
     assert stopped["windows"]
-    assert journal.read(tmp_path / "small")[-1]["step"] == done
+    assert journal.read(RunFolder(tmp_path / "small"))[-1]["step"] == done
 
 
 def test_a_run_that_is_done_takes_no_step(golden, tiny_dataset, tmp_path):
     run_here(tmp_path / "small", tiny_dataset, SMALL)
-    before = journal.read(tmp_path / "small")
+    before = journal.read(RunFolder(tmp_path / "small"))
     assert run_here(tmp_path / "small", tiny_dataset, SMALL) == 24
-    assert journal.read(tmp_path / "small") == before
+    assert journal.read(RunFolder(tmp_path / "small")) == before
     assert outcome(tmp_path / "small") == golden
 
 

@@ -8,7 +8,7 @@ import pytest
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.batches import Batches, TokenStream
-from orchestrator.runs import events, journal
+from orchestrator.runs import events, journal, metrics
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train import nonfinite
 from orchestrator.train.loop import Trainer
@@ -73,13 +73,13 @@ def test_stop_ends_before_the_update_and_names_the_windows(tiny_dataset, tmp_pat
 def test_skip_leaves_that_update_out_and_nothing_else(tiny_dataset, tmp_path, offsets):
     list(poisoned(start(tmp_path, tiny_dataset, "train.on_nonfinite=skip"), {5 * 4 + 2}).run())
     assert weights(tmp_path, 6) == weights(tmp_path, 5) != weights(tmp_path, 7)
-    (event,) = events.read(tmp_path)
+    (event,) = events.read(RunFolder(tmp_path))
     assert (event["kind"], event["step"], event["windows"]) == (
         "nonfinite",
         5,
         {"2": offsets(5)[4:6].tolist()},
     )
-    lines = {r["step"]: r for r in journal.read(tmp_path)}
+    lines = {r["step"]: r for r in journal.read(RunFolder(tmp_path))}
     assert "train/loss" not in lines[6], "a loss of no update"
     assert all(math.isfinite(lines[n]["train/loss"]) for n in lines if n != 6)
     assert [lines[n].get("train/skipped_steps") for n in (5, 6, 12)] == [None, 1, 1]
@@ -94,10 +94,7 @@ def test_a_run_that_skipped_goes_on_after_a_stop_as_if_it_had_not_stopped(tiny_d
     list(start(tmp_path / "cut", tiny_dataset, *words).run())
     assert weights(tmp_path / "cut", 12) == weights(tmp_path / "whole", 12)
     read = [
-        [
-            {k: v for k, v in r.items() if k.startswith(("step", "train/", "optim/"))}
-            for r in journal.read(tmp_path / name)
-        ]
+        [metrics.exact_part(r) for r in journal.read(RunFolder(tmp_path / name))]
         for name in ("whole", "cut")
     ]
     assert read[0] == read[1]
@@ -110,7 +107,7 @@ def test_an_infinite_gradient_of_finite_losses_is_not_applied_either(tiny_datase
     )
     list(run.run())
     assert weights(tmp_path, 4) == weights(tmp_path, 3) != weights(tmp_path, 5)
-    assert "gradient norm is not finite" in events.read(tmp_path)[0]["message"]
+    assert "gradient norm is not finite" in events.read(RunFolder(tmp_path))[0]["message"]
 
 
 def test_skipping_without_end_is_no_way_to_go_on(tiny_dataset, tmp_path):

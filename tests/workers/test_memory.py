@@ -12,6 +12,7 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
 from orchestrator.runs import events
+from orchestrator.runs.folder import RunFolder
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import oom_kill, system_memory, watchdog
 from orchestrator.workers import ray_train as workers
@@ -235,7 +236,7 @@ def test_memory_that_torch_misses_in_a_worker_is_the_users_to_mend_and_an_event(
     )  # an embedding beyond any address space
     with pytest.raises(UserError, match="No smaller micro-batch fits here either") as told:
         workers._train(experiment, tmp_path, tiny_dataset, Worker())
-    (event,) = events.read(tmp_path)
+    (event,) = events.read(RunFolder(tmp_path))
     assert (event["kind"], event["message"]) == ("out_of_memory", str(told.value))
     assert [m["phase"] for m in watchdog.marks(tmp_path)] == [watchdog.FAILED]
 

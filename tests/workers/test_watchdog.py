@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.runs import events
+from orchestrator.runs.folder import RunFolder
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import watchdog
 from orchestrator.workers.watchdog import EXIT_HUNG, START_S, Pace, Watchdog
@@ -64,7 +65,7 @@ def test_a_worker_that_hangs_leaves_its_stacks_and_ends(tmp_path, how):
     said = watchdog.report(tmp_path)
     assert said.startswith(f"rank 0 (process {process.pid} on ")
     assert "hung in gradient of step 8" in said
-    assert [e["kind"] for e in events.read(tmp_path)] == ["hang"]
+    assert [e["kind"] for e in events.read(RunFolder(tmp_path))] == ["hang"]
     assert "wait_here" in (tmp_path / "hangs" / "0001" / "hang-rank0.txt").read_text()
     assert watchdog.report(tmp_path) is None, "one hang was reported twice"
 

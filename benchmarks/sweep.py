@@ -36,7 +36,8 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.config.sweep import parse_sweep
 from orchestrator.data.corpus import STDLIB
-from orchestrator.data.prepare import dataset_dir, prepare
+from orchestrator.data.prepare import prepare
+from orchestrator.data.prepared import dataset_dir
 from orchestrator.runs import journal
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.progress import Keeper

@@ -16,8 +16,8 @@ import time
 
 import torch
 
-from orchestrator.data.batches import TokenStream, eval_batches
-from orchestrator.data.prepare import Manifest
+from orchestrator.data.batches import EvalBatches, TokenStream
+from orchestrator.data.dataset import Manifest
 from orchestrator.errors import UserError
 from orchestrator.text import duration, table
 from orchestrator.train.evaluate import EvalResult, EvalSet
@@ -119,7 +119,7 @@ def measure(
     """The loss over the split's first `tokens` tokens (None: all), and the bytes of its targets."""
     stream = TokenStream(dataset.directory, split)
     limit = min(tokens or stream.tokens, stream.tokens)
-    batches = eval_batches(
+    batches = EvalBatches(
         stream, trained.model.config.block_size, trained.experiment.train.micro_batch_size, limit
     )
     targets = EvalSet(batches, trained.tokenizer.byte_lengths)

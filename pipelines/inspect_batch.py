@@ -13,8 +13,10 @@ import json
 import math
 
 from orchestrator.config.experiment import Experiment, load_experiment
+from orchestrator.data.dataset import Manifest
 from orchestrator.data.index import documents_of
-from orchestrator.data.prepare import Manifest, dataset_dir, prepare
+from orchestrator.data.prepare import prepare
+from orchestrator.data.prepared import dataset_dir
 from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
 from orchestrator.runs.storage import storage_root
 from orchestrator.text import table

@@ -6,7 +6,8 @@ import time
 
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost.estimate import show
-from orchestrator.data.prepare import dataset_dir, prepare
+from orchestrator.data.prepare import prepare
+from orchestrator.data.prepared import dataset_dir
 from orchestrator.errors import EXIT_DONE
 from orchestrator.runs.storage import storage_root
 from orchestrator.text import duration, table

@@ -12,7 +12,8 @@ from model.gpt import GPT
 from model.weights import config_to_huggingface, to_huggingface
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
-from orchestrator.data.prepare import dataset_dir, prepare
+from orchestrator.data.prepare import prepare
+from orchestrator.data.prepared import dataset_dir
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train

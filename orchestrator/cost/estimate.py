@@ -16,8 +16,8 @@ from orchestrator.cluster import layout as launch
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost import measure as calibrate
 from orchestrator.cost.measure import Timing
-from orchestrator.data.prepare import dataset_dir, estimate
-from orchestrator.data.prepared import prepared
+from orchestrator.data.estimate import estimate_tokens
+from orchestrator.data.prepared import dataset_dir, find_prepared
 from orchestrator.data.tasks import tail_cut
 from orchestrator.errors import UserError
 from orchestrator.runs.facts import model_facts
@@ -231,22 +231,22 @@ def _caveats(e: Experiment, layout: launch.Layout) -> str:
 def token_counts(e: Experiment) -> dict[str, Any]:
     """Counts from the manifest where there is one, else what `estimate` makes of the corpus."""
     directory = dataset_dir(e.data, storage_root(e))
-    if manifest := prepared(e.data, directory):
+    if manifest := find_prepared(e.data, directory):
         return {
             "directory": directory,
             "exact": True,
             "n_vocab": manifest.tokenizer["n_vocab"],
             **{split: manifest.splits[split].tokens for split in ("train", "val")},
         }
-    guess = estimate(e.data)
-    total = guess["tokens"]
+    guess = estimate_tokens(e.data)
+    total = guess.tokens
     val = None if total is None else total - tail_cut(total, e.data.val_fraction)
     # The split is made on characters or documents, so the shares of tokens are known only once they are counted.
-    exact = guess["exact"] and e.data.tokenizer == "char" and e.data.split == "tail"
+    exact = guess.exact and e.data.tokenizer == "char" and e.data.split == "tail"
     return {
         "directory": directory,
         "exact": exact,
-        "n_vocab": guess["n_vocab"],
+        "n_vocab": guess.n_vocab,
         "val": val,
         "train": None if total is None else total - val,
     }

@@ -361,7 +361,7 @@ def _time_checkpoint(
     """Seconds and bytes of one checkpoint, in the folder of temporary files; a run does most of it beside training."""
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
         (Path(folder) / "tokenizer.json").write_text("{}", "utf-8")
-        dataset = Manifest(Path(folder), 1, {}, {}, "uint16", {}, [], "")
+        dataset = Manifest(Path(folder), {}, {})
         begun = time.perf_counter()
         # Its copy of the state counts as memory.
         with Checkpointer(RunFolder(folder), 1, Journal(Path(folder))) as checkpointer:

@@ -1,81 +1,77 @@
-"""(dataset, seed, step) -> windows of tokens: what a training step and an evaluation read.
+"""Windows of tokens for training steps and evaluations, as a function of (dataset, seed, step).
 
-Eats a dataset's folder; yields int64 arrays. Shards are memory-mapped, so the workers of a node share one copy in the
-page cache, and nothing is kept from step to step: the state to save is the step. No Ray. The order is `order.py`'s.
+Shards are memory-mapped, so all workers of a node share one copy in the page cache. Nothing is kept
+from step to step: the only state to save is the step.
 
-Legend: N tokens of the split; T block_size; B micro_batch_size; G global_batch_size.
+Notation: N tokens of the split, T block_size, B micro_batch_size, G global_batch_size.
 """
 
 from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from orchestrator.data.dataset import load_manifest
-from orchestrator.data.index import documents_of
-from orchestrator.data.order import sample_offset, windows_per_epoch
-from orchestrator.data.prefetch import Prefetcher
+from orchestrator.data.dataset import load_manifest, verify
+from orchestrator.data.order import sample_offsets, windows_per_epoch
 from orchestrator.data.shards import map_shard
-from orchestrator.data.shards import verify as verify_file
 from orchestrator.errors import UserError
 
-__all__ = [
-    "Batches",
-    "EvalBatches",
-    "Prefetcher",
-    "TokenStream",
-    "documents_of",
-    "eval_batches",
-    "sample_offset",
-]
-AHEAD = 4096  # positions whose offsets are computed at once: a call costs 0.1 ms, for one of them or for hundreds
+# Offsets are computed for at least this many samples at once: one call takes 0.1 ms, for one sample
+# as for hundreds.
+AHEAD = 4096
 
 
 class TokenStream:
-    """One split of a dataset as one continuous stream of `tokens` ids.
+    """One split of a dataset as one stream of `tokens` ids.
 
     Args:
-        verify: compare each shard with its SHA-256 first, once per node and version of the file.
+        directory: Folder of the dataset.
+        split: `train` or `val`.
 
     Raises:
-        UserError: no such dataset or split; a shard that is missing, changed or laid out otherwise.
+        UserError: There is no such dataset or split, or a shard is missing or changed.
     """
 
-    def __init__(self, directory: Path, split: str, verify: bool = True):
+    def __init__(self, directory: Path, split: str):
+        self.directory = Path(directory)
+        self.split = split
         splits = load_manifest(directory).splits
         if split not in splits:
             raise UserError(f"{directory}: has no split '{split}', only {' and '.join(splits)}")
-        self.directory, self.split, self.tokens = Path(directory), split, splits[split].tokens
-        self.pieces: list[np.ndarray] = []
-        self.starts = [0]  # of the pieces, and the end; only the last piece has padding
+        self.tokens = splits[split].tokens
+        self.row_groups: list[np.ndarray] = []
+        self.starts = [0]  # first token of each row group, then the end of the last one
         for shard in splits[split].shards:
-            if verify:
-                verify_file(self.directory / shard.name, shard.sha256)
-            for piece in map_shard(self.directory / shard.name):
-                self.pieces.append(piece)
-                self.starts.append(self.starts[-1] + len(piece))
-        if self.starts[-1] < self.tokens:
-            raise UserError(
-                f"{directory}: its {split} shards hold {self.starts[-1]:,} tokens, the manifest says "
-                f"{self.tokens:,}; prepare the tokens again"
-            )
+            path = self.directory / shard.name
+            verify(path, shard.sha256)
+            for row_group in map_shard(path):
+                self.row_groups.append(row_group)
+                self.starts.append(self.starts[-1] + len(row_group))
 
     def read(self, offset: int, length: int) -> np.ndarray:
-        """Tokens [offset, offset + length) as uint16 or uint32, a view where they lie in one piece."""
+        """Return tokens [offset, offset + length), uint16 or uint32.
+
+        The result is a view of the file if the tokens lie in one row group, else a copy.
+        """
         if not 0 <= offset <= offset + length <= self.tokens:
             raise IndexError(
                 f"tokens [{offset}, {offset + length}) of {self.tokens} in {self.split}"
             )
-        i = bisect_right(self.starts, offset, hi=len(self.pieces)) - 1
+        i = bisect_right(self.starts, offset, hi=len(self.row_groups)) - 1
         start = offset - self.starts[i]
-        window = self.pieces[i][start : start + length]
+        window = self.row_groups[i][start : start + length]
         if len(window) == length:
             return window
-        return np.concatenate((window, self.read(offset + len(window), length - len(window))))
+        rest = self.read(offset + len(window), length - len(window))
+        return np.concatenate((window, rest))
 
 
 class Batches:
-    """The micro-batches of every step of a run: `step` counts updates already done."""
+    """The micro-batches of every step of a run. `step` counts the updates that are done."""
 
     def __init__(
         self,
@@ -86,56 +82,75 @@ class Batches:
         seed: int,
     ):
         assert global_batch_size % micro_batch_size == 0
-        self.stream, self.block_size, self.seed = stream, block_size, seed
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.stream = stream
+        self.block_size = block_size
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.seed = seed
         self.windows_per_epoch = windows_per_epoch(stream.tokens, block_size)
-        self._ahead = (0, np.empty(0, np.int64))  # a first position, and the offsets from there on
+        # First sample, and the offsets from there on.
+        self._ahead = (0, np.empty(0, np.int64))
 
     def epoch(self, step: int) -> float:
-        """Epochs seen after `step` updates."""
+        """Return the number of epochs that `step` updates have seen."""
         return step * self.global_batch_size / self.windows_per_epoch
 
     def offsets(self, step: int) -> np.ndarray:
-        """Where the windows of the update after `step` updates begin, (G,) int64."""
-        size, position = self.global_batch_size, step * self.global_batch_size
-        first, known = (
-            self._ahead
-        )  # read and replaced as one, so that threads at worst compute it twice
+        """Return the first token of each window of the update after `step` updates, (G,) int64."""
+        size = self.global_batch_size
+        position = step * size
+        # One read and one write of the pair: two threads at worst compute the same offsets twice.
+        first, known = self._ahead
         if not first <= position <= position + size <= first + len(known):
+            first = position
             positions = np.arange(position, position + max(size, AHEAD), dtype=np.int64)
-            first, known = (
-                position,
-                sample_offset(positions, self.stream.tokens, self.block_size, self.seed),
-            )
+            known = sample_offsets(positions, self.stream.tokens, self.block_size, self.seed)
             self._ahead = (first, known)
         return known[position - first : position - first + size]
 
     def micro_batch(self, step: int, m: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of micro-batch m, (B, T) int64 each: targets are the inputs moved by one."""
-        b, t = self.micro_batch_size, self.block_size
-        inputs, targets = np.empty((b, t), np.int64), np.empty((b, t), np.int64)
-        for row, offset in enumerate(self.offsets(step)[m * b : (m + 1) * b].tolist()):
-            window = self.stream.read(offset, t + 1)
-            inputs[row], targets[row] = window[:-1], window[1:]
+        """Return inputs and targets of micro-batch m, (B, T) int64 each."""
+        size = self.micro_batch_size
+        inputs = np.empty((size, self.block_size), np.int64)
+        targets = np.empty_like(inputs)
+        offsets = self.offsets(step)[m * size : (m + 1) * size]
+        for row, offset in enumerate(offsets.tolist()):
+            window = self.stream.read(offset, self.block_size + 1)
+            inputs[row] = window[:-1]
+            targets[row] = window[1:]
         return inputs, targets
 
 
 class EvalBatches:
-    """All N − 1 targets of the first N tokens of a split, once each: `[i] -> (inputs, targets, window_ids)`.
+    """All N − 1 targets of the first N tokens of a split, each exactly once.
 
-    Inputs and targets are (B, T) int64, window_ids (B,). Windows have stride T. The tail of the last window and the
-    rows that fill up the last batch have targets of -1, the latter a window id of -1. Every batch has the same shape,
-    and which worker takes which is not decided here, so that results do not depend on their number.
+    Batch i is `(inputs, targets, window_ids)`, (B, T), (B, T) and (B,) int64. Windows have stride
+    T. Targets after the last token are -1; a row that only fills up the last batch has window id
+    -1. All batches have the same shape, so the loss does not depend on the number of workers.
+
+    Args:
+        stream: The split.
+        block_size: T.
+        micro_batch_size: B.
+        tokens: N, at most `stream.tokens`; None for all.
+
+    Raises:
+        UserError: There are fewer than two tokens, so there is no target.
     """
 
-    def __init__(self, stream: TokenStream, block_size: int, micro_batch_size: int, tokens: int):
-        self.stream, self.block_size, self.micro_batch_size, self.tokens = (
-            stream,
-            block_size,
-            micro_batch_size,
-            tokens,
-        )
-        self.windows = -(-(tokens - 1) // block_size)
+    def __init__(
+        self, stream: TokenStream, block_size: int, micro_batch_size: int, tokens: int | None = None
+    ):
+        self.stream = stream
+        self.block_size = block_size
+        self.micro_batch_size = micro_batch_size
+        self.tokens = min(tokens or stream.tokens, stream.tokens)
+        if self.tokens < 2:
+            raise UserError(
+                f"{stream.directory}: {stream.split} has {self.tokens} token(s), and a loss needs 2; "
+                "use more text or another data.val_fraction"
+            )
+        self.windows = -(-(self.tokens - 1) // block_size)  # rounded up
 
     def __len__(self) -> int:
         return -(-self.windows // self.micro_batch_size)
@@ -143,34 +158,61 @@ class EvalBatches:
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        b, t = self.micro_batch_size, self.block_size
-        inputs, targets, ids = (
-            np.zeros((b, t), np.int64),
-            np.full((b, t), -1, np.int64),
-            np.full(b, -1, np.int64),
-        )
-        for row, window in enumerate(range(i * b, min((i + 1) * b, self.windows))):
-            real = self.stream.read(window * t, min(t + 1, self.tokens - window * t))
-            inputs[row, : len(real) - 1], targets[row, : len(real) - 1], ids[row] = (
-                real[:-1],
-                real[1:],
-                window,
-            )
-        return inputs, targets, ids
+        size = self.micro_batch_size
+        inputs = np.zeros((size, self.block_size), np.int64)
+        targets = np.full_like(inputs, -1)
+        window_ids = np.full(size, -1, np.int64)
+        for row, window in enumerate(range(i * size, min((i + 1) * size, self.windows))):
+            start = window * self.block_size
+            tokens = self.stream.read(start, min(self.block_size + 1, self.tokens - start))
+            inputs[row, : len(tokens) - 1] = tokens[:-1]
+            targets[row, : len(tokens) - 1] = tokens[1:]
+            window_ids[row] = window
+        return inputs, targets, window_ids
 
 
-def eval_batches(
-    stream: TokenStream, block_size: int, micro_batch_size: int, tokens_limit: int | None = None
-) -> EvalBatches:
-    """Batches over the first `tokens_limit` tokens of a split, or over all of it.
+class Prefetcher:
+    """Iterates over `fetch(item) for item in items`, in order, in a background thread.
 
-    Raises:
-        UserError: fewer than two tokens, so no target.
+    Up to `depth` results are ready before they are asked for. An exception of `fetch` or `items` is
+    raised where its result would have come. `close`, the end of a `with` block or dropping the
+    object ends the thread after the fetch that it is in.
     """
-    tokens = min(tokens_limit or stream.tokens, stream.tokens)
-    if tokens < 2:
-        raise UserError(
-            f"{stream.directory}: {stream.split} has {tokens} token(s), and a loss needs 2; use more text "
-            f"or another data.val_fraction"
-        )
-    return EvalBatches(stream, block_size, micro_batch_size, tokens)
+
+    def __init__(self, fetch: Callable[[Any], Any], items: Iterable[Any], depth: int = 2):
+        iterator = iter(items)
+
+        def fetch_next() -> Any:
+            return fetch(next(iterator))
+
+        # The thread does not know this object, and so does not keep an abandoned one alive.
+        self._fetch_next = fetch_next
+        self._thread = ThreadPoolExecutor(1, "prefetch")
+        self._results: deque[Future] = deque(self._submit() for _ in range(depth))
+
+    def __iter__(self) -> "Prefetcher":
+        return self
+
+    def __next__(self) -> Any:
+        if not self._results:
+            raise StopIteration
+        self._results.append(self._submit())
+        try:
+            return self._results.popleft().result()
+        except BaseException:  # also the StopIteration of `items`
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the thread and wait for it."""
+        self._results.clear()
+        self._thread.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _submit(self) -> Future:
+        return self._thread.submit(self._fetch_next)

@@ -1,47 +1,56 @@
-"""`manifest.json` is what makes a folder of token shards a dataset: written last, and all that a reader trusts.
+"""A prepared dataset: a folder of token shards and its manifest.
 
-Eats the folder; yields a `Manifest`. No Ray, no tokenizer, no Parquet: workers read it by the thousand. It has the
-SHA-256 of every other file and of itself, so that one changed byte anywhere is found before a token is read:
-`tokenizer.json`, which is small, whenever the manifest is loaded; a shard or `documents.parquet` when it is opened.
+`manifest.json` is written last; a folder without it is not a dataset. It holds the SHA-256 of every
+other file and of itself, so a changed byte is found before a token is read: `tokenizer.json` is
+compared whenever the manifest is loaded, a shard or `documents.parquet` when it is opened.
+
+Every training worker imports this module, so it imports neither Ray nor pydantic nor pyarrow.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
-import re
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from orchestrator.data.tokenizer import TokenizerFacts
 from orchestrator.errors import UserError
 from orchestrator.files import file_sha256, fsync, write_atomically
 
 FILE = "manifest.json"
 FORMAT = 2
-OTHER_FILES = ("documents.parquet", "tokenizer.json")  # beside the shards
+TOKENIZER_FILE = "tokenizer.json"
+INDEX_FILE = "documents.parquet"
 ROW_TOKENS = 1024  # W: tokens in one row of a shard
-_SHARD = re.compile(r"[a-z]+-[0-9]{5,}\.parquet")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A Parquet file: `rows` rows of W tokens of which `tokens` are real, the rest padding."""
+    """A Parquet file of `rows` rows of W tokens. The first `tokens` are real, the rest padding."""
 
     name: str
     rows: int
     tokens: int
     sha256: str
 
-    def __post_init__(self):
-        # A name is a file of the dataset's folder, and nothing that leads out of it.
-        if not _SHARD.fullmatch(self.name) or not (_is_count(self.rows) and _is_count(self.tokens)):
-            raise ValueError(
-                f"shard {self.name!r:.80} of {self.rows!r} rows and {self.tokens!r} tokens"
-            )
-
 
 @dataclass(frozen=True)
 class Split:
-    """One continuous stream of `tokens` ids out of `bytes` bytes of text in `documents` documents or parts of one."""
+    """A continuous stream of token ids: `train` or `val`.
+
+    Attributes:
+        tokens: Number of ids.
+        documents: Number of documents; a document that the split cuts counts in both splits.
+        bytes: UTF-8 bytes of the text.
+        stream_sha256: SHA-256 of the ids as little-endian integers, without padding.
+        shards: The files, in order.
+    """
 
     tokens: int
     documents: int
@@ -49,130 +58,172 @@ class Split:
     stream_sha256: str
     shards: tuple[Shard, ...]
 
-    def __post_init__(self):
-        if not all(map(_is_count, (self.tokens, self.documents, self.bytes))):
-            raise ValueError(
-                f"{self.tokens!r} tokens, {self.documents!r} documents, {self.bytes!r} bytes"
-            )
+
+class SourceFile(TypedDict):
+    """A file of the corpus, as the manifest lists it."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+class ManifestContent(TypedDict):
+    """What manifest.json says, besides its format version and hashes."""
+
+    dtype: str
+    row_tokens: int
+    settings: dict[str, Any]
+    splits: dict[str, dict[str, Any]]  # the fields of `Split`
+    sources: list[SourceFile]
+    tokenizer: TokenizerFacts
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """digest: SHA-256 of the manifest file, the dataset's identity. dtype: of the ids, uint16 or uint32. files: SHA-256
-    of `OTHER_FILES`."""
+    """A dataset.
+
+    Attributes:
+        directory: Its folder.
+        tokenizer: Name, size and SHA-256 of the tokenizer.
+        splits: `train` and `val`.
+        settings: Fields of the `data` section that decide the tokens.
+        dtype: Type of the ids, `uint16` or `uint32`.
+        sources: Files of the corpus.
+        files: SHA-256 of `tokenizer.json` and `documents.parquet`.
+        digest: SHA-256 of the manifest file.
+    """
 
     directory: Path
-    format_version: int
-    tokenizer: dict[str, Any]
-    settings: dict[str, Any]
-    dtype: str
+    tokenizer: TokenizerFacts
     splits: dict[str, Split]
-    sources: list[dict[str, Any]]
-    digest: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "uint16"
+    sources: list[SourceFile] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+    digest: str = ""
 
 
 def load_manifest(directory: Path) -> Manifest:
-    """Read the manifest of a dataset, and compare it and `tokenizer.json` with their hashes.
+    """Read the manifest of a dataset and compare it and `tokenizer.json` with their hashes.
 
     Raises:
-        UserError: the folder is no finished dataset, or one of another format; a file of it is not what was written.
+        UserError: The folder has no finished dataset, or one of another format, or a changed file.
     """
     file = Path(directory) / FILE
     try:
         data = file.read_bytes()
         raw = json.loads(data)
-        if raw["format_version"] != FORMAT:
-            raise UserError(
-                f"{file}: a dataset of format {raw['format_version']!r:.20}, this program reads {FORMAT}; delete "
-                f"the folder, or set another data.dir, to prepare it anew"
-            )
-        # Its text, not only its content: what JSON does not care about is a changed byte too.
-        if data != _text(raw) or raw.pop("sha256") != _digest(raw):
-            raise UserError(
-                f"{file}: not what was written (SHA-256 differs); delete the folder and prepare it again"
-            )
-        splits = {
-            name: Split(
-                s["tokens"],
-                s["documents"],
-                s["bytes"],
-                s["stream_sha256"],
-                tuple(Shard(**shard) for shard in s["shards"]),
-            )
-            for name, s in raw["splits"].items()
-        }
-        facts, files, sources = raw["tokenizer"], raw["files"], raw["sources"]
-        if not (
-            isinstance(facts["name"], str)
-            and _is_count(facts["n_vocab"])
-            and isinstance(sources, list)
-            and raw["dtype"] in ("uint16", "uint32")
-            and isinstance(raw["settings"], dict)
-        ):
-            raise ValueError("a field has a value of another kind")
-        found = Manifest(
-            Path(directory),
-            FORMAT,
-            facts,
-            raw["settings"],
-            raw["dtype"],
-            splits,
-            sources,
-            hashlib.sha256(data).hexdigest(),
-            files,
-        )
-        if "tokenizer.json" in files:
-            _verify_small(Path(directory) / "tokenizer.json", files["tokenizer.json"])
-        return found
+        version = raw["format_version"]
     except FileNotFoundError:
         raise UserError(
-            f"{directory}: no finished dataset, {FILE} is missing; run pipelines/prepare.py"
+            f"{directory}: not a finished dataset, {FILE} is missing; run pipelines/prepare.py"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{file}: cannot be read as a dataset's manifest ({error}); delete the folder and prepare it "
-            f"again"
+            f"{file}: cannot be read as a manifest ({error}); delete the folder and prepare it again"
         ) from None
+    if version != FORMAT:
+        raise UserError(
+            f"{file}: a dataset of format {version!r:.20}, this program reads {FORMAT}; delete the "
+            "folder, or set another data.dir, to prepare it anew"
+        )
+    sha256 = raw.pop("sha256", None)
+    # The text is compared as well: a changed byte may leave the content as it was.
+    if sha256 != _digest(raw) or data != _text({**raw, "sha256": sha256}):
+        raise UserError(f"{file}: {_CHANGED}")
+    manifest = Manifest(
+        Path(directory),
+        raw["tokenizer"],
+        {name: _split(stored) for name, stored in raw["splits"].items()},
+        raw["settings"],
+        raw["dtype"],
+        raw["sources"],
+        raw["files"],
+        hashlib.sha256(data).hexdigest(),
+    )
+    if TOKENIZER_FILE in manifest.files:
+        verify(manifest.directory / TOKENIZER_FILE, manifest.files[TOKENIZER_FILE])
+    return manifest
 
 
-def write_manifest(directory: Path, content: dict[str, Any]) -> None:
-    """Commit a dataset: the last thing that happens to it. `content` is the manifest without format and hashes."""
-    files = {
-        name: file_sha256(directory / name) for name in OTHER_FILES if (directory / name).exists()
+def write_manifest(directory: Path, content: ManifestContent) -> None:
+    """Write the manifest, the last file of a dataset. The folder is a dataset from then on."""
+    hashes = {
+        name: file_sha256(directory / name)
+        for name in (INDEX_FILE, TOKENIZER_FILE)
+        if (directory / name).exists()
     }
-    raw = {"format_version": FORMAT, "files": files, **content}
+    raw = {"format_version": FORMAT, "files": hashes, **content}
     write_atomically(directory / FILE, _text({**raw, "sha256": _digest(raw)}), durable=True)
     fsync(directory)
 
 
-def _text(raw: dict[str, Any]) -> bytes:
+def data_identity(dataset: Manifest) -> str:
+    """Return the SHA-256 of the tokenizer and the token streams: what training depends on."""
+    streams = {name: split.stream_sha256 for name, split in dataset.splits.items()}
+    content = json.dumps([dataset.tokenizer, streams], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _split(stored: Mapping[str, Any]) -> Split:
+    shards = tuple(Shard(**shard) for shard in stored["shards"])
+    return Split(**{**stored, "shards": shards})
+
+
+def _text(raw: Mapping[str, Any]) -> bytes:
     return (json.dumps(raw, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _digest(raw: dict[str, Any]) -> str:
+def _digest(raw: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
+# ---- files of a dataset ----
+
+_CHANGED = "not what was written (SHA-256 differs); delete the folder and prepare it again"
 
 
-def _verify_small(path: Path, sha256: str) -> None:
-    """Compare a file that needs no stamp: hashing it costs less than finding out whether that was done."""
+def verify(path: Path, sha256: str) -> None:
+    """Compare a file of a dataset with its SHA-256, once per node and version of the file.
+
+    A stamp in the temporary folder remembers that a file was verified. It is valid for one path,
+    inode, size, time of the last write and time of the last change, which no program can set back.
+
+    Raises:
+        UserError: The file is missing or changed.
+    """
     try:
-        changed = "is not what was written (SHA-256 differs)" if file_sha256(path) != sha256 else ""
+        found = path.stat()
     except FileNotFoundError:
-        changed = "is missing"
-    if changed:
-        raise UserError(f"{path}: {changed}; delete the folder and prepare it again")
+        raise UserError(f"{path}: is missing; delete the folder and prepare it again") from None
+    version = (
+        f"{path.resolve()}/{found.st_ino}/{found.st_size}"
+        f"/{found.st_mtime_ns}/{found.st_ctime_ns}/{sha256}"
+    )
+    with open(_stamps() / hashlib.sha256(version.encode()).hexdigest(), "a+") as stamp:
+        # The other workers of the node wait here, and then find the file verified.
+        fcntl.flock(stamp, fcntl.LOCK_EX)
+        stamp.seek(0)
+        if stamp.read() == "verified":
+            return
+        if file_sha256(path) != sha256:
+            raise UserError(f"{path}: {_CHANGED}")
+        stamp.write("verified")
 
 
-def data_identity(dataset: Manifest) -> str:
-    """SHA-256 of what the trainer sees of a dataset: its tokenizer and its token streams, wherever they lie."""
-    streams = {name: split.stream_sha256 for name, split in dataset.splits.items()}
-    return hashlib.sha256(
-        json.dumps([dataset.tokenizer, streams], sort_keys=True).encode()
-    ).hexdigest()
+def _stamps() -> Path:
+    """Return the folder of this user's stamps.
+
+    The temporary folder is world-writable: a stamp counts only in a folder that is ours alone.
+    """
+    folder = Path(tempfile.gettempdir()) / f"espalier-verified-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise UserError(
+            f"{folder}: not a folder of yours alone ({stat.filemode(found.st_mode)}, owner "
+            f"{found.st_uid}), so it cannot tell which files were verified; remove it, or set "
+            "TMPDIR to a folder of your own"
+        )
+    return folder

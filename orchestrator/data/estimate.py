@@ -4,7 +4,8 @@ Eats `config.Data`; yields counts. Exact for plain text as bytes or characters; 
 of the corpus are encoded, where its ranks are on this machine.
 """
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from orchestrator.data import corpus
 from orchestrator.data.corpus import Source
@@ -19,29 +20,35 @@ SAMPLES, SAMPLE_BYTES = 8, 64 << 10
 CHUNK_BYTES = 16 << 20
 
 
-def estimate(data: "Data") -> dict[str, Any]:
-    """`{"bytes", "tokens", "exact", "n_vocab"}` of the whole corpus; None for what cannot be known.
+@dataclass(frozen=True)
+class TokenEstimate:
+    """Size of a corpus; None for what cannot be known before it is downloaded or prepared."""
+
+    bytes: int | None
+    tokens: int | None
+    exact: bool
+    n_vocab: int | None
+
+
+def estimate_tokens(data: "Data") -> TokenEstimate:
+    """Estimate the size of the whole corpus.
 
     Raises:
         UserError: as preparing would: a missing path, an unknown tokenizer; for `char` also what is wrong inside.
     """
     sources = corpus.resolve(data.corpus)
     if any(s.size is None for s in sources):
-        return {"bytes": None, "tokens": None, "exact": False, "n_vocab": _n_vocab(data.tokenizer)}
+        return TokenEstimate(None, None, False, _n_vocab(data.tokenizer))
     size = sum(s.size for s in sources)
     plain = all(s.kind == "text" for s in sources)
     ends = len(sources) if plain and data.append_eot else 0
     if data.tokenizer == "char":
         count, seen = _characters(sources, data)
-        return {"bytes": size, "tokens": count, "exact": True, "n_vocab": len(seen)}
+        return TokenEstimate(size, count, True, len(seen))
     if data.tokenizer == "byte" and plain and data.invalid_utf8 == "stop":
-        return {"bytes": size, "tokens": size + ends, "exact": True, "n_vocab": 257}
-    return {
-        "bytes": size,
-        "tokens": round(size / _bytes_per_token(sources, data)) + ends,
-        "exact": False,
-        "n_vocab": _n_vocab(data.tokenizer),
-    }
+        return TokenEstimate(size, size + ends, True, 257)
+    tokens = round(size / _bytes_per_token(sources, data)) + ends
+    return TokenEstimate(size, tokens, False, _n_vocab(data.tokenizer))
 
 
 def _n_vocab(name: str) -> int | None:

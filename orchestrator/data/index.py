@@ -1,91 +1,83 @@
-"""`documents.parquet`: which document lies at which token of a split, so that a window's origin can be told.
+"""The index of documents: which document lies at which token of a split.
 
-Columns `split`, `offset` (the document's first token in its split) and `document`; train before val, offsets rising. A
-document that the split cuts has a row in both. Row groups hold one split each, so that their statistics find a token.
+`documents.parquet` has the columns `split`, `offset` (first token of the document in its split) and
+`document`; train before val, offsets rising. A document that the split cuts has a row in both. Each
+row group holds rows of one split, so that its statistics find a token quickly.
 """
 
 import os
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
-from orchestrator.data.dataset import load_manifest
-from orchestrator.data.shards import verify
+from orchestrator.data.dataset import INDEX_FILE, load_manifest, verify
 from orchestrator.files import fsync
 
-FILE = "documents.parquet"
 GROUP_ROWS = 65_536
 
+Entry = tuple[int, str]  # first token, document
 
-def write_index(directory: Path, rows: dict[str, Iterable[tuple[int, str]]]) -> None:
-    """Write the index from (offset, document) of each split, in order; one row group is in memory at a time."""
+
+def write_index(directory: Path, splits: dict[str, Iterable[Entry]]) -> None:
+    """Write the entries of each split, in order; one row group is in memory at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = pa.schema([("split", pa.string()), ("offset", pa.int64()), ("document", pa.string())])
-    temporary = directory / f".{FILE}.{os.getpid()}-{os.urandom(4).hex()}"
+    temporary = directory / f".{INDEX_FILE}.{os.getpid()}-{os.urandom(4).hex()}"
     try:
         with pq.ParquetWriter(
             temporary, schema, version="2.6", compression="zstd", store_schema=False
         ) as writer:
-            for split, entries in rows.items():
-                for group in _groups(iter(entries)):
-                    offsets, names = zip(*group, strict=True)
-                    table = pa.table([[split] * len(group), offsets, names], schema)
+            for split, entries in splits.items():
+                for group in _groups(entries):
+                    offsets, documents = zip(*group, strict=True)
+                    table = pa.table([[split] * len(group), offsets, documents], schema)
                     writer.write_table(table, row_group_size=GROUP_ROWS)
         fsync(temporary)
-        os.replace(temporary, directory / FILE)
+        os.replace(temporary, directory / INDEX_FILE)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def documents_of(directory: Path, split: str, offset: int, length: int) -> list[tuple[str, int]]:
-    """The documents that tokens [offset, offset + length) of a split come from.
+    """Return the documents that tokens [offset, offset + length) of a split come from.
 
     Returns:
-        (document, its first token in the split), in order; the first may begin before `offset`.
+        (document, its first token in the split), in order. The first one may begin before `offset`.
 
     Raises:
-        UserError: the index is missing, or not what was written.
+        UserError: The index is missing or changed.
     """
-    verify(Path(directory) / FILE, load_manifest(directory).files.get(FILE, ""))
-    return find(Path(directory) / FILE, split, offset, length)
+    file = Path(directory) / INDEX_FILE
+    verify(file, load_manifest(directory).files[INDEX_FILE])
+    return find_documents(file, split, offset, length)
 
 
-def find(file: Path, split: str, offset: int, length: int) -> list[tuple[str, int]]:
-    """`documents_of` an index that was verified."""
+def find_documents(file: Path, split: str, offset: int, length: int) -> list[tuple[str, int]]:
+    """Do the same as `documents_of` in an index that was verified."""
+    import numpy as np
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(file) as index:
-        groups = _groups_at(index, split, offset, offset + length)
-        table = index.read_row_groups(groups, columns=["document", "offset"]).to_pydict()
-    rows = list(zip(table["document"], table["offset"], strict=True))
-    # Of several documents that begin at one token, all but the last are empty.
     stop = offset + length
-    ends = [begins for _, begins in rows[1:]] + [stop]
+    rows = [("split", "=", split), ("offset", "<", stop)]
+    offsets = pq.read_table(file, columns=["offset"], filters=rows)["offset"].to_numpy()
+    begin = offsets[np.searchsorted(offsets, offset, side="right") - 1]
+
+    # The names are read for the few rows from there on.
+    rows.append(("offset", ">=", begin))
+    table = pq.read_table(file, columns=["document", "offset"], filters=rows).to_pydict()
+    starts = table["offset"]
+    ends = [*starts[1:], stop]
+    # Of several documents that begin at one token, all but the last are empty.
     return [
-        row for row, end in zip(rows, ends, strict=True) if row[1] < min(end, stop) and end > offset
+        (document, start)
+        for document, start, end in zip(table["document"], starts, ends, strict=True)
+        if start < end
     ]
 
 
-def _groups(entries: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    group: list[tuple[int, str]] = []
-    for entry in entries:
-        group.append(entry)
-        if len(group) == GROUP_ROWS:
-            yield group
-            group = []
-    if group:
+def _groups(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    rest = iter(entries)
+    while group := list(islice(rest, GROUP_ROWS)):
         yield group
-
-
-def _groups_at(index, split: str, first: int, end: int) -> list[int]:
-    """Row groups with documents that may overlap [first, end): from the last that begins at or before `first`."""
-    found: list[int] = []
-    for g in range(index.num_row_groups):
-        group = index.metadata.row_group(g)
-        begins = group.column(1).statistics.min
-        if group.column(0).statistics.min != split or begins >= end:
-            continue
-        # A group that begins exactly at `first` may only hold the end of a run of empty documents: keep the one before.
-        found = [*([] if begins < first else found), g]
-    return found

@@ -1,10 +1,14 @@
-"""The order of samples: a pure function of seed and position, so that every worker and every restart agrees on it.
+"""The order of samples: a pure function of seed and position, so that all workers and restarts agree.
 
-Legend: N tokens of a split; T block_size; windows of T + 1 tokens with stride T, (N − T) div T of them in an epoch
-whatever its phase. Sample i of step n is position n · global_batch_size + i, and position p is window p mod windows of
-epoch p div windows. An epoch visits its windows by a keyed permutation of its own, a function and not an array, and
-starts at a phase of its own, so that a small corpus is not cut at the same places in every epoch. This is a format:
-what a run has seen can be told only as long as these functions stay as they are.
+Notation: N tokens of a split, T block_size. A window has T + 1 tokens and windows have stride T, so
+an epoch has (N − T) div T windows. Position p, counted over all epochs, is window p mod windows of
+epoch p div windows; sample i of step n has position n · global_batch_size + i.
+
+Each epoch visits its windows in the order of its own keyed permutation, which is a function and not
+an array. Each epoch also starts at its own phase, so that a small corpus is not cut at the same
+places in every epoch.
+
+This is a format. A change here changes the samples of every run that is resumed or replayed.
 """
 
 import hashlib
@@ -13,69 +17,74 @@ import numpy as np
 
 from orchestrator.errors import UserError
 
-ROUNDS = (
-    4  # of the Feistel network: a pseudo-random permutation from four on (Luby and Rackoff, 1988)
-)
+# Rounds of the Feistel network. Four make a pseudo-random permutation (Luby and Rackoff, 1988).
+ROUNDS = 4
 
 
 def windows_per_epoch(n_tokens: int, block_size: int) -> int:
-    """(N − T) div T: as many windows of T + 1 tokens as fit whatever the phase.
+    """Return (N − T) div T: the number of windows that fit whatever the phase.
 
     Raises:
-        UserError: fewer than 2·T tokens.
+        UserError: There are fewer than 2·T tokens.
     """
     if n_tokens < 2 * block_size:
         raise UserError(
-            f"model.block_size: {block_size} needs at least {2 * block_size} tokens of train, there are "
-            f"{n_tokens}; use a smaller one or more text"
+            f"model.block_size: {block_size} needs at least {2 * block_size} tokens of train, there "
+            f"are {n_tokens}; use a smaller one or more text"
         )
     return (n_tokens - block_size) // block_size
 
 
-def sample_offset(
-    position: int | np.ndarray, n_tokens: int, block_size: int, seed: int
-) -> int | np.ndarray:
-    """The token at which the window of a position begins, at most N − T − 1.
+def sample_offsets(positions: np.ndarray, n_tokens: int, block_size: int, seed: int) -> np.ndarray:
+    """Return the first token of the window at each position, int64, at most N − T − 1.
 
     Args:
-        position: p ≥ 0 or an array of them; positions count samples from 0 over all epochs.
+        positions: Numbers of samples from 0 over all epochs, int64, of any shape.
+        n_tokens: N.
+        block_size: T.
+        seed: `train.seed`.
     """
     windows = windows_per_epoch(n_tokens, block_size)
-    epochs, samples = np.divmod(np.atleast_1d(np.asarray(position, dtype=np.int64)), windows)
+    epochs, samples = np.divmod(positions, windows)
     offsets = np.empty_like(samples)
     for epoch in np.unique(epochs).tolist():
         here = epochs == epoch
         phase = _hash(int(seed), epoch, "phase") % block_size
-        offsets[here] = (
-            permute(samples[here], windows, _hash(int(seed), epoch, "order")) * block_size + phase
-        )
-    return offsets if np.ndim(position) else int(offsets[0])
+        order = permute(samples[here], windows, _hash(int(seed), epoch, "order"))
+        offsets[here] = order * block_size + phase
+    return offsets
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """A permutation of range(n), chosen by `key` and evaluated at `index`, (k,) int64.
+    """Return a permutation of range(n), chosen by `key`, at the places `index`, (k,) int64.
 
-    A Feistel network on the smallest even number of bits that holds n, walked along its cycles until it is back in
-    range (Black and Rogaway, 2002): four applications at most are expected per index.
+    A Feistel network permutes the smallest range of 2^b numbers, b even, that contains range(n). A
+    result outside of range(n) is permuted again until it is inside (cycle walking, Black and
+    Rogaway, 2002). At most four applications per index are expected.
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     keys = [np.uint64(_hash(key, r, "round")) for r in range(ROUNDS)]
     result = _feistel(index.astype(np.uint64), half, keys)
-    while (outside := result >= n).any():
+    outside = result >= n
+    while outside.any():
         result[outside] = _feistel(result[outside], half, keys)
+        outside = result >= n
     return result.astype(np.int64)
 
 
 def _feistel(x: np.ndarray, half: int, keys: list[np.uint64]) -> np.ndarray:
-    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
-    left, right = x >> shift, x & mask
+    """Permute the numbers of 2 · `half` bits."""
+    mask = np.uint64((1 << half) - 1)
+    shift = np.uint64(half)
+    left = x >> shift
+    right = x & mask
     for key in keys:
         left, right = right, left ^ (_mix(right ^ key) & mask)
     return left << shift | right
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer (Steele et al. 2014): every output bit depends on every input bit."""
+    """Return splitmix64's finalizer: each bit depends on all input bits (Steele et al., 2014)."""
     with np.errstate(over="ignore"):
         x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
@@ -83,5 +92,5 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _hash(*key: int | str) -> int:
-    """64 bits that are a function of `key` alone."""
+    """Return 64 bits that depend on `key` alone."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")

@@ -29,18 +29,10 @@ from orchestrator.data import corpus
 from orchestrator.data import tasks as parts
 from orchestrator.data.assembly import Parts
 from orchestrator.data.corpus import Source
-from orchestrator.data.dataset import (
-    ROW_TOKENS,
-    Manifest,
-    Shard,
-    Split,
-    load_manifest,
-    write_manifest,
-)
+from orchestrator.data.dataset import ROW_TOKENS, Manifest, load_manifest, write_manifest
 from orchestrator.data.documents import Span, plan_spans
-from orchestrator.data.estimate import estimate
 from orchestrator.data.index import write_index
-from orchestrator.data.prepared import dataset_dir, prepared, settings_of
+from orchestrator.data.prepared import find_prepared, settings_of
 from orchestrator.data.progress import ProgressLine
 from orchestrator.data.shards import SHARD_ROWS
 from orchestrator.data.tasks import SPLITS, is_val, tail_cut
@@ -51,7 +43,6 @@ from orchestrator.redact import redact_text
 if TYPE_CHECKING:
     from orchestrator.config.experiment import Data
 
-__all__ = ["Manifest", "Shard", "Split", "dataset_dir", "estimate", "load_manifest", "prepare"]
 WORK = ".parts"  # inside the dataset's folder, gone when it is done
 HASH_BYTES = 64 << 20  # of small files that one task hashes
 Progress = Callable[[str, int, int], None]
@@ -76,14 +67,14 @@ def prepare(
         UserError: the folder holds another dataset, or something is wrong with the corpus or the tokenizer.
     """
     directory = Path(os.path.abspath(directory))
-    if done := prepared(data, directory):
+    if done := find_prepared(data, directory):
         return done
     corpus.resolve(data.corpus)  # a mistake in these two should leave no folder behind
     if data.tokenizer != "char":
         load_tokenizer(data.tokenizer)
     directory.mkdir(parents=True, exist_ok=True)
     with _alone(directory):
-        if done := prepared(data, directory):
+        if done := find_prepared(data, directory):
             return done
         try:
             with _ray():

@@ -1,7 +1,7 @@
-"""Is a dataset already there, and is it the one that was asked for? Where it lies follows from what it is made of.
+"""Where the dataset of a `data` section lies, and whether it was prepared already.
 
-Eats `config.Data` and a folder; yields its manifest, or None where it is still to be made. Reads names, sizes and times
-of the corpus, and its content only where a file is newer than the dataset.
+The folder's name is a fingerprint of the settings and of the names and sizes of the corpus. The
+content of the corpus is read only where a file is newer than the dataset.
 """
 
 import hashlib
@@ -19,107 +19,109 @@ from orchestrator.files import file_sha256
 if TYPE_CHECKING:
     from orchestrator.config.experiment import Data
 
+# Fields of the `data` section that decide the tokens, besides the corpus.
+SETTINGS = ("append_eot", "invalid_utf8", "split", "text_field", "tokenizer", "val_fraction")
+SHOWN = 3  # differences in one message
+
 
 def settings_of(data: "Data") -> dict[str, Any]:
-    """What beside the corpus decides the bytes of a dataset."""
-    keys = ("append_eot", "invalid_utf8", "split", "text_field", "tokenizer", "val_fraction")
-    return {key: getattr(data, key) for key in keys}
+    """Return the fields that decide the tokens of a corpus."""
+    return {key: getattr(data, key) for key in SETTINGS}
 
 
 def dataset_dir(data: "Data", storage: Path) -> Path:
-    """Where the dataset of these settings lies: `data.dir`, else `<storage>/data/<fingerprint>`; absolute.
+    """Return the folder of a dataset: `data.dir`, else `<storage>/data/<fingerprint>`; absolute.
 
     Raises:
-        UserError: the corpus is not there (its names and sizes are in the fingerprint).
+        UserError: The corpus does not exist, so that its fingerprint is unknown.
     """
     if data.dir is not None:
-        # Inside a Ray job the current directory is a throw-away copy: there it lies below the storage.
-        base = storage if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()
+        # Inside a Ray job the current directory is a temporary copy of the working directory.
+        in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        base = storage if in_job else Path.cwd()
         return Path(os.path.abspath(base / os.path.expanduser(data.dir)))
     sources = [[s.name, s.sha256 or s.size] for s in corpus.resolve(data.corpus)]
     content = json.dumps([FORMAT, settings_of(data), sources], sort_keys=True)
-    return (
-        Path(os.path.abspath(storage)) / "data" / hashlib.sha256(content.encode()).hexdigest()[:16]
-    )
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return Path(os.path.abspath(storage)) / "data" / fingerprint
 
 
-def prepared(data: "Data", directory: Path) -> Manifest | None:
-    """The finished dataset in `directory`, or None.
+def find_prepared(data: "Data", directory: Path) -> Manifest | None:
+    """Return the finished dataset in `directory`; None if there is none.
 
     Raises:
-        UserError: it was made with other settings or from another corpus, and says what differs.
+        UserError: It was made with other settings or from another corpus, or a shard is missing.
     """
     if not (directory / FILE).exists():
         return None
     manifest = load_manifest(directory)
-    try:
-        sources = corpus.resolve(data.corpus)
-    except UserError:
-        if not _names_cover(data, manifest):
-            raise
-        sources = []  # the tokens were brought here without their text, and nothing speaks against them
-    differences = _setting_differences(data, manifest) + (
-        _source_differences(sources, manifest) if sources else []
-    )
-    differences = differences or _changed_content(sources, manifest)
+    differences = _differences(data, manifest)
     if differences:
+        more = len(differences) - SHOWN
+        shown = differences[:SHOWN] + [f"and {more} more"] * (more > 0)
         raise UserError(
-            f"{directory} holds another dataset: {'; '.join(differences)}. Set another data.dir, or delete "
-            f"this folder to prepare it anew"
+            f"{directory} holds another dataset: {'; '.join(shown)}. Set another data.dir, or "
+            "delete this folder to prepare it anew"
         )
-    missing = [
-        s.name
-        for split in manifest.splits.values()
-        for s in split.shards
-        if not (directory / s.name).is_file()
-    ]
-    if missing:
-        raise UserError(
-            f"{directory}: {missing[0]} is missing; delete the folder and prepare it again"
-        )
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            if not (directory / shard.name).is_file():
+                raise UserError(
+                    f"{directory}: {shard.name} is missing; delete the folder and prepare it again"
+                )
     return manifest
 
 
-def _names_cover(data: "Data", manifest: Manifest) -> bool:
+def _differences(data: "Data", manifest: Manifest) -> list[str]:
+    """Return what differs between a dataset and the one that is wanted, one line each."""
+    differences = []
+    for key, wanted in settings_of(data).items():
+        stored = manifest.settings.get(key)
+        if stored != wanted:
+            differences.append(f"data.{key} is {stored} there and {wanted} here")
+    try:
+        sources = corpus.resolve(data.corpus)
+    except UserError:
+        # The dataset may have been copied here without its corpus.
+        if not _has_same_roots(data, manifest):
+            raise
+        return differences
+    differences += _source_differences(sources, manifest)
+    return differences or _changed_content(sources, manifest)
+
+
+def _has_same_roots(data: "Data", manifest: Manifest) -> bool:
     entries = [data.corpus] if isinstance(data.corpus, str) else data.corpus
     roots = {source["name"].split("/", 1)[0] for source in manifest.sources}
     return {corpus.root_name(entry) for entry in entries} == roots
 
 
-def _setting_differences(data: "Data", manifest: Manifest) -> list[str]:
-    asked = settings_of(data)
+def _source_differences(sources: list[Source], manifest: Manifest) -> list[str]:
+    before = [stored["name"] for stored in manifest.sources]
+    now = [source.name for source in sources]
+    removed = sorted(set(before) - set(now))
+    added = sorted(set(now) - set(before))
+    if removed or added:
+        return [f"{name} was in its corpus and is not in data.corpus" for name in removed] + [
+            f"{name} is in data.corpus and was not in its corpus" for name in added
+        ]
+    if before != now:
+        return ["data.corpus has the same files in another order"]
     return [
-        f"data.{key} is {manifest.settings.get(key)} there and {value} here"
-        for key, value in asked.items()
-        if manifest.settings.get(key) != value
+        f"{source.name} had {stored['size']} bytes and has {source.size}"
+        for source, stored in zip(sources, manifest.sources, strict=True)
+        if source.size not in (None, stored["size"])
     ]
 
 
-def _source_differences(sources: list[Source], manifest: Manifest) -> list[str]:
-    then, now = [s["name"] for s in manifest.sources], [s.name for s in sources]
-    lost = [f"{n} was in its corpus and is not in data.corpus" for n in then if n not in set(now)]
-    new = [f"{n} is in data.corpus and was not in its corpus" for n in now if n not in set(then)]
-    if lost or new:
-        more = len(lost) + len(new) - 3
-        return [*(lost + new)[:3], *([f"and {more} more files"] if more > 0 else [])]
-    if then != now:
-        return ["data.corpus has the same files in another order"]
-    pairs = [(s, old["size"]) for s, old in zip(sources, manifest.sources, strict=True)]
-    return [
-        f"{s.name} had {size} bytes and has {s.size}"
-        for s, size in pairs
-        if s.size not in (None, size)
-    ][:3]
-
-
 def _changed_content(sources: list[Source], manifest: Manifest) -> list[str]:
-    """Files that were touched after the dataset was made and now hold something else."""
+    """Return the files that were written after the dataset was made and have another content."""
     made = (manifest.directory / FILE).stat().st_mtime_ns
-    changed = []
-    for source, old in zip(sources, manifest.sources, strict=False):
-        touched = source.url is None and source.path.stat().st_mtime_ns >= made
-        if (source.sha256 or (file_sha256(source.path) if touched else old["sha256"])) != old[
-            "sha256"
-        ]:
-            changed.append(f"{source.name} has changed since then")
-    return changed
+    differences = []
+    for source, stored in zip(sources, manifest.sources, strict=True):
+        sha256 = source.sha256  # known for a download
+        if sha256 is None and source.path.stat().st_mtime_ns >= made:
+            sha256 = file_sha256(source.path)
+        if sha256 not in (None, stored["sha256"]):
+            differences.append(f"{source.name} has changed since then")
+    return differences

@@ -94,7 +94,7 @@ def assemble(job: dict[str, Any]) -> dict[str, Any]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
     try:
         rows = write_shard(
-            temporary, job["dtype"], _row_groups(job["slices"], np.dtype(job["dtype"]))
+            temporary, np.dtype(job["dtype"]), _row_groups(job["slices"], np.dtype(job["dtype"]))
         )
         fsync(temporary)
         sha256 = file_sha256(temporary)

@@ -11,12 +11,22 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from orchestrator.errors import UserError
 from orchestrator.files import write_atomically
+
+
+class TokenizerFacts(TypedDict, total=False):
+    """What a manifest says of its tokenizer."""
+
+    name: str
+    n_vocab: int
+    eot_id: int | None
+    sha256: str
+
 
 FILE = "tokenizer.json"
 MAX_BYTES = 16 << 20  # of that file: all characters of Unicode are 11 MB

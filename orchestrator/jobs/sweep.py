@@ -20,7 +20,8 @@ from orchestrator.config.experiment import Data, Experiment
 from orchestrator.cost import estimate as plan
 from orchestrator.data.dataset import Manifest, load_manifest
 from orchestrator.data.order import windows_per_epoch
-from orchestrator.data.prepare import dataset_dir, prepare
+from orchestrator.data.prepare import prepare
+from orchestrator.data.prepared import dataset_dir
 from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from orchestrator.files import read_json
 from orchestrator.runs import lock, stop

@@ -19,7 +19,8 @@ from orchestrator.cost import estimate as plan
 from orchestrator.cost import measure as calibrate
 from orchestrator.data.dataset import Manifest, load_manifest
 from orchestrator.data.order import windows_per_epoch
-from orchestrator.data.prepare import dataset_dir, prepare
+from orchestrator.data.prepare import prepare
+from orchestrator.data.prepared import dataset_dir
 from orchestrator.errors import (
     EXIT_AGAIN,
     EXIT_DONE,

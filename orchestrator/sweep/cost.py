@@ -13,8 +13,7 @@ from orchestrator.cost import estimate as plan
 from orchestrator.cost import measure as calibrate
 from orchestrator.cost.measure import Timing
 from orchestrator.data.dataset import Manifest
-from orchestrator.data.prepare import dataset_dir
-from orchestrator.data.prepared import prepared
+from orchestrator.data.prepared import dataset_dir, find_prepared
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep import figures as sweep_figures
@@ -158,8 +157,8 @@ def _results(study: Study) -> Callable[[Stage], int]:
 def _dataset(experiment, storage: Path) -> Manifest:
     """The prepared dataset; where there is none yet, one without tokens that only says which it would be."""
     directory = dataset_dir(experiment.data, storage)
-    return prepared(experiment.data, directory) or Manifest(
-        directory, 1, {"name": str(directory)}, {}, "uint16", {}, [], ""
+    return find_prepared(experiment.data, directory) or Manifest(
+        directory, {"name": str(directory)}, {}
     )
 
 

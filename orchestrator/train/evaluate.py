@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from model.generate import generate
 from orchestrator.config.experiment import Experiment
-from orchestrator.data.batches import TokenStream, eval_batches
+from orchestrator.data.batches import EvalBatches, TokenStream
 from orchestrator.data.tokenizer import Tokenizer
 from orchestrator.errors import NO_ROOM
 from orchestrator.files import write_atomically
@@ -36,7 +36,7 @@ EvalBatch = tuple[np.ndarray, np.ndarray, np.ndarray]  # inputs, targets (B, T);
 
 
 class EvalBatchList(Protocol):
-    """Batches of an evaluation, as `data.batches.eval_batches` returns them."""
+    """Batches of an evaluation, as `data.batches.EvalBatches` returns them."""
 
     def __len__(self) -> int: ...
 
@@ -181,7 +181,7 @@ class Evaluator:
         limit = min(experiment.train.eval_tokens or self.val.tokens, self.val.tokens)
         self.sets: dict[str, EvalSet] = {}
         for split, stream in streams.items():
-            batches = eval_batches(
+            batches = EvalBatches(
                 stream,
                 experiment.model.block_size,
                 experiment.train.micro_batch_size,

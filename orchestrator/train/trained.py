@@ -17,8 +17,9 @@ from model import weights
 from model.gpt import GPT
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import Data, Experiment, Model, Train, load_experiment
-from orchestrator.data.dataset import data_identity
-from orchestrator.data.prepare import Manifest, dataset_dir, load_manifest, prepare
+from orchestrator.data.dataset import Manifest, data_identity, load_manifest
+from orchestrator.data.prepare import prepare
+from orchestrator.data.prepared import dataset_dir
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.runs.storage import storage_root

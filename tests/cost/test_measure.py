@@ -109,7 +109,10 @@ def test_evaluations_and_checkpoints_are_those_of_the_loop(steps, interval):
 def test_an_evaluation_runs_the_batches_that_the_loop_would(limit, val, train):
     e = small(f"train.eval_tokens={limit}")
     reach = min(val, val if limit == "null" else limit)
-    batches = [len(EvalBatches(None, 32, 2, min(reach, tokens))) for tokens in (val, train)]
+    batches = [
+        len(EvalBatches(SimpleNamespace(tokens=min(reach, tokens)), 32, 2))
+        for tokens in (val, train)
+    ]
     seconds = calibrate.evaluation_seconds(e, val, train, TIMING)
     assert seconds == pytest.approx(sum(batches) * 2 * 32 / 1000.0 + 0.25)
 
@@ -272,9 +275,7 @@ def test_what_takes_too_long_or_fails_is_not_known_and_not_kept(monkeypatch, tmp
 SPLITS = {
     name: Split(tokens, 1, tokens, "", ()) for name, tokens in (("train", 5000), ("val", 1000))
 }
-DATASET = Manifest(
-    Path("tokens"), 1, {"name": "char", "n_vocab": N_VOCAB}, {}, "uint16", SPLITS, [], ""
-)
+DATASET = Manifest(Path("tokens"), {"name": "char", "n_vocab": N_VOCAB}, SPLITS)
 LAYOUT = Layout(num_workers=1, cpus_per_worker=1, use_gpu=False)
 
 

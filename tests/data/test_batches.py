@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.data import batches as module
+from orchestrator.data import dataset as dataset_module
 from orchestrator.data import shards
-from orchestrator.data.batches import Batches, Prefetcher, TokenStream, eval_batches, sample_offset
+from orchestrator.data.batches import Batches, EvalBatches, Prefetcher, TokenStream
 from orchestrator.data.dataset import load_manifest, write_manifest
-from orchestrator.data.order import permute, windows_per_epoch
-from orchestrator.data.tasks import file_sha256
+from orchestrator.data.order import permute, sample_offsets, windows_per_epoch
 from orchestrator.errors import UserError
+from orchestrator.files import file_sha256
 
 REPO = Path(__file__).resolve().parent.parent.parent
 GOLDEN = [197206, 74326, 276054, 105243, 95003, 136173]
@@ -67,10 +68,10 @@ def test_permutations_look_random():
 def test_an_epoch_visits_every_window_once_and_stays_inside(block, n, seed, epoch):
     if n < 2 * block:
         with pytest.raises(UserError, match=f"at least {2 * block} tokens"):
-            sample_offset(0, n, block, seed)
+            sample_offsets(np.arange(1), n, block, seed)
         return
     windows = (n - block) // block
-    offsets = sample_offset(np.arange(epoch * windows, (epoch + 1) * windows), n, block, seed)
+    offsets = sample_offsets(np.arange(epoch * windows, (epoch + 1) * windows), n, block, seed)
     phase = offsets.min()
     assert phase < block
     assert sorted(offsets) == [phase + block * i for i in range(windows)]
@@ -80,26 +81,29 @@ def test_an_epoch_visits_every_window_once_and_stays_inside(block, n, seed, epoc
 def test_epochs_and_seeds_differ_in_phase_and_order():
     windows = windows_per_epoch(64_000, 64)
     epochs = [
-        sample_offset(np.arange(e * windows, (e + 1) * windows), 64_000, 64, 1) for e in range(8)
+        sample_offsets(np.arange(e * windows, (e + 1) * windows), 64_000, 64, 1) for e in range(8)
     ]
     assert len({int(o.min()) for o in epochs}) > 5
     assert len({tuple((o // 64)[:10]) for o in epochs}) == 8
     assert (
-        sample_offset(np.arange(50), 64_000, 64, 1) != sample_offset(np.arange(50), 64_000, 64, 2)
+        sample_offsets(np.arange(50), 64_000, 64, 1) != sample_offsets(np.arange(50), 64_000, 64, 2)
     ).any()
 
 
 def test_the_order_is_a_format():
     """Runs are resumed by it: a change here is a change of every run."""
-    assert [sample_offset(p, 301_966, 1024, 1337) for p in (0, 1, 292, 293, 294, 10**6)] == GOLDEN
+    assert (
+        sample_offsets(np.array([0, 1, 292, 293, 294, 10**6]), 301_966, 1024, 1337).tolist()
+        == GOLDEN
+    )
     assert permute(np.arange(10), 10, 7).tolist() == GOLDEN_PERMUTATION
 
 
 def test_a_position_alone_is_what_it_is_among_others():
     positions = np.array([[5, 700], [123_456, 0]])
-    together = sample_offset(positions, 10_007, 64, 9)
+    together = sample_offsets(positions, 10_007, 64, 9)
     assert together.tolist() == [
-        [sample_offset(int(p), 10_007, 64, 9) for p in row] for row in positions
+        [sample_offsets(p[None], 10_007, 64, 9).item() for p in row] for row in positions
     ]
 
 
@@ -107,7 +111,7 @@ def test_a_position_alone_is_what_it_is_among_others():
 def test_micro_batches_are_the_samples_of_the_step_in_order():
     batches = Batches(Flat(10_007), 64, 12, 4, 3)
     for step in (0, 1, 37, 400, 2):  # forwards and back: nothing is remembered but what is computed
-        offsets = [sample_offset(step * 12 + i, 10_007, 64, 3) for i in range(12)]
+        offsets = sample_offsets(np.arange(step * 12, step * 12 + 12), 10_007, 64, 3).tolist()
         assert batches.offsets(step).tolist() == offsets
         for m in range(3):
             inputs, targets = batches.micro_batch(step, m)
@@ -123,7 +127,7 @@ def test_micro_batches_are_the_samples_of_the_step_in_order():
 def test_offsets_do_not_depend_on_how_far_ahead_they_are_computed(monkeypatch, ahead):
     monkeypatch.setattr(module, "AHEAD", ahead)
     batches = Batches(Flat(5_000), 32, 10, 2, 11)
-    expected = sample_offset(np.arange(2_000), 5_000, 32, 11).reshape(200, 10)
+    expected = sample_offsets(np.arange(2_000), 5_000, 32, 11).reshape(200, 10)
     assert (np.stack([batches.offsets(s) for s in range(200)]) == expected).all()
 
 
@@ -141,7 +145,7 @@ def test_epochs_count_windows():
     limit=st.none() | st.integers(2, 400),
 )
 def test_every_target_is_evaluated_once(n, block, rows, limit):
-    batches = eval_batches(Flat(n), block, rows, limit)
+    batches = EvalBatches(Flat(n), block, rows, limit)
     found = [batches[i] for i in range(len(batches))]
     assert {a.shape for triple in found for a in triple[:2]} == {(rows, block)}
     targets = np.concatenate([t[t >= 0] for _, t, _ in found])
@@ -159,7 +163,7 @@ def test_every_target_is_evaluated_once(n, block, rows, limit):
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_an_evaluation_needs_a_target(tokens):
     with pytest.raises(UserError, match="val has"):
-        eval_batches(Flat(tokens), 8, 2)
+        EvalBatches(Flat(tokens), 8, 2)
 
 
 # ---- shards ----
@@ -224,11 +228,6 @@ def test_a_shard_is_ordinary_parquet(dataset):
     assert table.schema.field("tokens").type == pa.binary(2048)
     assert not table.schema.field("tokens").nullable
     assert b"".join(table["tokens"].to_pylist()) == ids[:3072].tobytes()
-    assert shards.as_lists(table)["tokens"].to_pylist() == ids[:3072].reshape(3, 1024).tolist()
-    assert (
-        shards.as_lists(table.slice(1, 2))["tokens"].to_pylist()
-        == ids[1024:3072].reshape(2, 1024).tolist()
-    )
 
 
 def test_a_row_group_of_full_size_is_one_page(tmp_path):
@@ -245,7 +244,6 @@ def test_a_row_group_of_full_size_is_one_page(tmp_path):
         {"compression": "snappy"},
         {"use_dictionary": True},
         {"data_page_size": 4096},
-        {"data_page_version": "2.0"},
         {"write_statistics": True, "compression": "zstd"},
         {"max_rows_per_page": 1},
     ],
@@ -263,21 +261,6 @@ def test_a_shard_that_was_written_otherwise_is_refused_and_not_guessed_at(datase
     pq.write_table(pq.read_table(path), path, write_batch_size=1, **rewritten)
     with pytest.raises(UserError, match="prepare the tokens again"):
         shards.map_shard(path)
-
-
-def test_a_broken_page_header_is_refused_or_harmless(dataset):
-    ids = np.arange(3072, dtype=np.uint16)
-    path = dataset(ids) / "train-00000.parquet"
-    content, header = path.read_bytes(), range(4, path.read_bytes().index(ids[:1024].tobytes()))
-    refused = 0
-    for at in header:
-        for flip in (1, 2, 16, 128, 255):
-            path.write_bytes(content[:at] + bytes([content[at] ^ flip]) + content[at + 1 :])
-            try:
-                assert np.concatenate(shards.map_shard(path)).tobytes() == ids.tobytes()
-            except UserError:
-                refused += 1
-    assert refused > 0.6 * 5 * len(header)
 
 
 def test_one_changed_bit_names_its_shard_and_is_found_once_verified(dataset):
@@ -298,7 +281,7 @@ def test_one_changed_bit_names_its_shard_and_is_found_once_verified(dataset):
 def test_a_shard_is_verified_once_per_node(dataset, monkeypatch):
     folder = dataset(np.arange(14_500, dtype=np.uint16))
     TokenStream(folder, "train")
-    monkeypatch.setattr(shards, "file_sha256", lambda *_: pytest.fail("hashed again"))
+    monkeypatch.setattr(dataset_module, "file_sha256", lambda *_: pytest.fail("hashed again"))
     TokenStream(folder, "train")
 
 
@@ -385,7 +368,7 @@ def test_it_keeps_depth_results_ready_and_no_more():
 @pytest.mark.parametrize("end", ["close", "abandon", "exhaust"])
 def test_the_thread_ends(end):
     prefetcher = Prefetcher(lambda i: i, range(3 if end == "exhaust" else 10**9))
-    thread = prefetcher._thread
+    [thread] = [t for t in threading.enumerate() if t.name.startswith("prefetch")]
     next(iter(prefetcher))
     started = time.monotonic()
     if end == "close":

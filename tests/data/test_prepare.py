@@ -22,9 +22,13 @@ import pytest
 from orchestrator.config.experiment import Data
 from orchestrator.data import index as documents_module
 from orchestrator.data import prepare as tokens
-from orchestrator.data.batches import TokenStream, documents_of
+from orchestrator.data.batches import TokenStream
+from orchestrator.data.dataset import INDEX_FILE, load_manifest
 from orchestrator.data.documents import plan_spans
-from orchestrator.data.prepare import dataset_dir, estimate, load_manifest, prepare
+from orchestrator.data.estimate import TokenEstimate, estimate_tokens
+from orchestrator.data.index import documents_of
+from orchestrator.data.prepare import prepare
+from orchestrator.data.prepared import dataset_dir
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
 from tests.helpers.here import here
@@ -314,7 +318,7 @@ def test_documents_are_found_among_empty_ones_and_across_row_groups(
     lengths = [0, 3, 0, 0, 2, 1, 0, 4, 0]
     rows = [(sum(lengths[:i]), f"d{i}") for i in range(len(lengths))]
     documents_module.write_index(tmp_path, {"train": rows, "val": [(0, "v0"), (5, "v1")]})
-    index = tmp_path / documents_module.FILE
+    index = tmp_path / INDEX_FILE
     for offset in range(10):
         for length in range(1, 11 - offset):
             expected = [
@@ -322,11 +326,11 @@ def test_documents_are_found_among_empty_ones_and_across_row_groups(
                 for i, (first, _) in enumerate(rows)
                 if first < offset + length and first + lengths[i] > offset and lengths[i]
             ]
-            assert documents_module.find(index, "train", offset, length) == expected, (
+            assert documents_module.find_documents(index, "train", offset, length) == expected, (
                 offset,
                 length,
             )
-    assert documents_module.find(index, "val", 4, 2) == [("v0", 0), ("v1", 5)]
+    assert documents_module.find_documents(index, "val", 4, 2) == [("v0", 0), ("v1", 5)]
 
 
 # ---- the same bytes, however ----
@@ -552,17 +556,17 @@ def test_the_folder_follows_from_settings_and_corpus(mixed, tmp_path, monkeypatc
 )
 def test_an_exact_estimate_is_what_preparing_finds(here, mixed, tmp_path, fields):
     settings = data(mixed / "*.txt", **fields)
-    guess = estimate(settings)
+    guess = estimate_tokens(settings)
     made = prepare(settings, tmp_path / "d", progress=quiet)
-    assert guess["exact"]
-    assert guess["tokens"] == sum(s.tokens for s in made.splits.values())
-    assert guess["n_vocab"] == made.tokenizer["n_vocab"]
+    assert guess.exact
+    assert guess.tokens == sum(s.tokens for s in made.splits.values())
+    assert guess.n_vocab == made.tokenizer["n_vocab"]
 
 
 def test_an_estimate_is_near_and_says_that_it_is_none(shakespeare, gpt2_ranks):
-    guess = estimate(Data(corpus=str(shakespeare), tokenizer="gpt2"))
-    assert not guess["exact"]
-    assert guess["tokens"] == pytest.approx(338_025, rel=0.05)
+    guess = estimate_tokens(Data(corpus=str(shakespeare), tokenizer="gpt2"))
+    assert not guess.exact
+    assert guess.tokens == pytest.approx(338_025, rel=0.05)
 
 
 def test_an_estimate_downloads_nothing(tmp_path, monkeypatch, mixed):
@@ -575,9 +579,9 @@ def test_an_estimate_downloads_nothing(tmp_path, monkeypatch, mixed):
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "none"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
-    assert estimate(data(mixed, tokenizer="o200k_base"))["n_vocab"] == 200_019
-    unknown = estimate(Data(corpus=f"https://example.org/a.txt#sha256={'0' * 64}"))
-    assert unknown == {"bytes": None, "tokens": None, "exact": False, "n_vocab": 50_257}
+    assert estimate_tokens(data(mixed, tokenizer="o200k_base")).n_vocab == 200_019
+    unknown = estimate_tokens(Data(corpus=f"https://example.org/a.txt#sha256={'0' * 64}"))
+    assert unknown == TokenEstimate(None, None, False, 50_257)
     assert not (tmp_path / "none").exists()
 
 

@@ -18,7 +18,7 @@ import pytest
 from model.schedule import learning_rate
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
-from orchestrator.data.prepare import dataset_dir
+from orchestrator.data.prepared import dataset_dir
 from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train

@@ -99,9 +99,7 @@ def experiment(*words: str) -> Experiment:
 
 def dataset(stream: str = "s", directory: Path = Path("/data")) -> Manifest:
     splits = {name: Split(1000, 1, 1000, f"{stream}-{name}", ()) for name in ("train", "val")}
-    return Manifest(
-        directory, 1, {"name": "byte", "n_vocab": 256}, {}, "uint16", splits, [], "digest"
-    )
+    return Manifest(directory, {"name": "byte", "n_vocab": 256}, splits, digest="digest")
 
 
 def commit(run_dir: Path, step: int, e: Experiment, **metrics: float) -> Path:

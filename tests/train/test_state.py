@@ -41,7 +41,7 @@ def experiment(dtype: str) -> Experiment:
 def dataset(folder: Path, stream: str = "s", name: str = "byte") -> Manifest:
     (folder / "tokenizer.json").write_text('{"kind": "byte"}')
     splits = {split: Split(100, 1, 100, f"{stream}-{split}", ()) for split in ("train", "val")}
-    return Manifest(folder, 1, {"name": name, "n_vocab": VOCAB}, {}, "uint16", splits, [], "digest")
+    return Manifest(folder, {"name": name, "n_vocab": VOCAB}, splits, digest="digest")
 
 
 def built(e: Experiment, seed: int) -> state.TrainState:

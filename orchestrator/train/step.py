@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.config.experiment import Experiment
-from orchestrator.data.batches import Batches
-from orchestrator.data.prefetch import Prefetcher
+from orchestrator.data.batches import Batches, Prefetcher
 from orchestrator.train.gradients import Gradients
 from orchestrator.train.numerics import autocast, keyed_seed
 from orchestrator.train.state import TrainState

@@ -4,6 +4,7 @@ Everything that must outlive this process is in the run's folder before it is ne
 again goes on, whatever happened to the first one.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -22,11 +23,7 @@ from orchestrator.data.order import windows_per_epoch
 from orchestrator.data.prepare import prepare
 from orchestrator.data.prepared import dataset_dir
 from orchestrator.errors import (
-    EXIT_AGAIN,
     EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_USER,
     UserError,
 )
 from orchestrator.files import read_json
@@ -35,7 +32,7 @@ from orchestrator.runs import events, identity, journal, lock, metrics, stop
 from orchestrator.runs import signals as interrupts
 from orchestrator.runs import summary as summary_file
 from orchestrator.runs.console import Console
-from orchestrator.runs.ending import Ending, Kind
+from orchestrator.runs.ending import Ending
 from orchestrator.runs.facts import facts_of, model_facts
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import check_writable, storage_root
@@ -43,8 +40,8 @@ from orchestrator.text import duration, number, table
 from orchestrator.track.mlflow import Tracker, resend_metrics
 from orchestrator.track.server import resolve_uri
 from orchestrator.train import init_from, numerics
-from orchestrator.workers import oom_kill, watchdog
 from orchestrator.workers import ray_train as workers
+from orchestrator.workers.diagnose import advise, diagnose
 from orchestrator.workers.watch import RunWatch
 
 CALIBRATION_S = 10.0  # at most, before a run begins
@@ -114,8 +111,11 @@ def _train(
         f"in {run_dir} on {layout.num_workers} worker(s) with {device} each",
         flush=True,
     )
-    started, status, code, reason = time.monotonic(), "FAILED", EXIT_FAILED, ""
+    folder = RunFolder(run_dir)
+    started = time.monotonic()
     watch = RunWatch(run_dir, experiment.compute.hang_after_s)
+    error: Exception | None = None
+    ending: Ending | None = None
     try:
         tracker.start()
         with (
@@ -124,41 +124,34 @@ def _train(
             interrupts.asking(lambda: stop.request(RunFolder(run_dir), "SIGTERM")),
         ):
             workers.fit(experiment, run_dir, data_dir, layout)
-        status, code, reason = _outcome(run_dir)
     except (KeyboardInterrupt, SystemExit):  # Ray Train answers Ctrl-C with sys.exit(0)
-        if watch.over:
-            status, code, reason = _outcome(run_dir)
-        else:
-            status, code = "KILLED", EXIT_AGAIN if interrupts.was_terminated() else EXIT_INTERRUPTED
-    except Exception as error:
-        if kill := oom_kill.find(run_dir) or oom_kill.in_error(error, layout.num_workers):
-            oom_kill.stop(run_dir, kill)
-            status, code, reason = _outcome(run_dir)
-        else:
-            traces = [f.read_text("utf-8") for f in sorted(run_dir.glob("failure-rank*.txt"))]
-            reason = "\n".join(traces) or f"{error.__class__.__name__}: {error}"
+        if not watch.over:
+            ending = Ending("again" if interrupts.was_terminated() else "interrupted")
+    except Exception as raised:
+        error = raised
     interrupts.let_end()
-    reason = oom_kill.conclude(run_dir, experiment, data_dir, layout) or reason
-    if hang := watchdog.report(run_dir):
-        print(hang, file=sys.stderr)
+    if ending is None:
+        ending = diagnose(folder, error, layout.num_workers)
+        ending = _with_advice(ending, folder, experiment, data_dir, layout)
     # A job that is stopped has 3 s before SIGKILL: hashing the weights is for a run that is done.
     summary = summary_file.summarize(
-        RunFolder(run_dir),
-        Ending(_kind(code)),
+        folder,
+        ending,
         experiment.tokens_per_step,
         tracker.run_id,
         time.monotonic() - started,
     )
-    if estimate and status == "FINISHED":
+    if estimate and ending.kind == "done":
         _compare(run_dir, summary, estimate)
     sent = False
     with interrupts.may_be_cut():  # enough of waiting for a server
-        sent = tracker.finish(status, deadline_s=interrupts.ending_s(code))
+        sent = tracker.finish(
+            ending.mlflow_status, deadline_s=interrupts.ending_s(ending.exit_status)
+        )
     if summary["mlflow_run_id"] != tracker.run_id:  # a server that was slow to answer
         summary["mlflow_run_id"] = tracker.run_id
-        RunFolder(run_dir).write_summary(summary)
-    if reason:
-        print(f"error: {reason}" if code == EXIT_USER else reason, file=sys.stderr)
+        folder.write_summary(summary)
+    _print_reason(ending)
     _print_summary(run_dir, summary, tracker.url)
     if not sent:
         print(
@@ -166,32 +159,34 @@ def _train(
             f"pipelines/replay_metrics.py {run_dir}",
             flush=True,
         )
-    return code
+    return ending.exit_status
 
 
-def _kind(code: int) -> Kind:
-    kinds: dict[int, Kind] = {
-        EXIT_DONE: "done",
-        EXIT_FAILED: "failed",
-        EXIT_USER: "user",
-        EXIT_AGAIN: "again",
-        EXIT_INTERRUPTED: "interrupted",
-    }
-    return kinds[code]
+def _with_advice(
+    ending: Ending,
+    folder: RunFolder,
+    experiment: Experiment,
+    data_dir: Path,
+    layout: launch.Layout,
+) -> Ending:
+    """Complete an ending that is out of memory, in stopped.json too."""
+    if ending.cause != "out_of_memory":
+        return ending
+    ending = advise(ending, folder, experiment, load_manifest(data_dir), layout)
+    with contextlib.suppress(OSError):  # no room: stopped.json keeps the reason without advice
+        folder.write_ending(ending)
+    return ending
+
+
+def _print_reason(ending: Ending) -> None:
+    if ending.kind == "user":
+        print(f"error: {ending.reason}", file=sys.stderr)
+    elif ending.reason is not None:
+        print(ending.facts.get("traceback", ending.reason), file=sys.stderr)
 
 
 def _leave_to_rank_0(message: str) -> None:
     """A checkpoint that is passed over is an event, which rank 0 notes; saying it here too would say it twice."""
-
-
-def _outcome(run_dir: Path) -> tuple[str, int, str]:
-    """Status, exit status and reason of a run whose workers are done."""
-    stopped = read_json(run_dir / "stopped.json")
-    if not stopped:
-        return "FINISHED", EXIT_DONE, ""
-    if stopped.get("again"):
-        return "KILLED", EXIT_AGAIN, f"{stop.requested(RunFolder(run_dir))}: {stopped['reason']}"
-    return "FAILED", EXIT_USER if stopped.get("user") else EXIT_FAILED, stopped["reason"]
 
 
 def _drift(run_dir: Path, step: int, experiment: Experiment, layout: launch.Layout) -> list[str]:

@@ -19,14 +19,15 @@ from orchestrator import files
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.cluster.layout import COLLECTIVE_TIMEOUT_S, Layout, worker_environment
 from orchestrator.config.experiment import Experiment, parse_experiment
-from orchestrator.errors import NO_ROOM, HeldError, UserError
+from orchestrator.errors import HeldError
 from orchestrator.files import write_atomically
 from orchestrator.runs import events, lock, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker, agree
-from orchestrator.workers import memory, oom_kill, watchdog
+from orchestrator.workers import memory, watchdog
+from orchestrator.workers.diagnose import ending_of_tracebacks, out_of_memory
 from orchestrator.workers.watchdog import Watchdog
 
 PATIENCE = 3  # attempts in a row that may end where they began, before a fault is taken for a bug
@@ -103,9 +104,12 @@ def _work(config: dict[str, Any]) -> None:
             number = 0
             if place.is_main:
                 earlier, launch = _attempts(run_dir), config["launch"]
-                if any(a["launch"] == launch for a in earlier) and (kill := oom_kill.find(run_dir)):
-                    oom_kill.stop(run_dir, kill)
-                    raise RuntimeError(kill.by)  # the others wait for this worker
+                is_restart = any(a["launch"] == launch for a in earlier)
+                kill = memory.find_kill(RunFolder(run_dir)) if is_restart else None
+                if kill is not None:
+                    # Another attempt would need the same memory.
+                    RunFolder(run_dir).write_ending(out_of_memory(kill))
+                    raise RuntimeError(kill.by)  # the other ranks wait for this one
                 number = _begin_attempt(run_dir, earlier, launch, place.world_size)
             worker = Worker(
                 place.rank, place.world_size, place.device, place.cpus, agree(number, place)
@@ -117,7 +121,7 @@ def _work(config: dict[str, Any]) -> None:
                 worker,
             )
         except Exception as error:
-            _record_failure(run_dir, place.rank, error)
+            _record_failure(run_dir, place, error)
             raise
 
 
@@ -145,7 +149,7 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker
         run_dir, worker, experiment.compute.hang_after_s, ray.get_runtime_context().get_node_id()
     )
     bell = stop.Listener(RunFolder(run_dir)) if worker.is_main else None
-    run, failed = None, True
+    failed = True
     try:
         run = Trainer(
             experiment,
@@ -158,12 +162,6 @@ def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker
         for _ in run.run():
             pass
         failed = False
-    except Exception as error:
-        if memory.is_exhausted(error):
-            advice = memory.advice(experiment, worker, run, error)
-            events.note(RunFolder(run_dir), "out_of_memory", advice)
-            raise UserError(advice) from error
-        raise
     finally:
         dog.close(failed)
         if bell:
@@ -216,22 +214,15 @@ def _begin_attempt(
     return len(earlier) + 1
 
 
-def _record_failure(run_dir: Path, rank: int, error: Exception) -> None:
-    """Keep the traceback where the driver finds it, and end the run where it is the user's to mend."""
-    if isinstance(error, UserError):
-        _stop(run_dir, str(error), True)
-    elif (
-        isinstance(error, OSError) and error.errno in NO_ROOM
-    ):  # of what training cannot do without
-        _stop(
-            run_dir,
-            f"{run_dir}: no room to go on ({error}). Free some room there and run the same command again",
-            True,
-        )
+def _record_failure(run_dir: Path, worker: Worker, error: Exception) -> None:
+    """Keep the traceback for the driver, and end the run if the user has to change something."""
+    folder = RunFolder(run_dir)
+    text = "".join(traceback.format_exception(error))
+    ending = ending_of_tracebacks(folder, [text], worker.world_size)
+    if ending.kind == "user":
+        folder.write_ending(ending)
     with contextlib.suppress(OSError):
-        write_atomically(
-            run_dir / f"failure-rank{rank}.txt", "".join(traceback.format_exception(error))
-        )
+        write_atomically(folder.failure_file(worker.rank), text)
 
 
 def _stop(run_dir: Path, reason: str, user: bool) -> None:

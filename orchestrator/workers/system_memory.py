@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -34,12 +36,12 @@ _V1 = _Kind(
 
 def total_bytes() -> int:
     """The machine's memory, or the tightest limit around this process."""
-    return min([meminfo("MemTotal"), *(limit for limit, _ in _limits())])
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _limits())])
 
 
 def available_bytes() -> int:
     """What is left of it."""
-    return min([meminfo("MemAvailable"), *(left for _, left in _limits())])
+    return min([psutil.virtual_memory().available, *(left for _, left in _limits())])
 
 
 def oom_kills() -> int:
@@ -50,11 +52,6 @@ def oom_kills() -> int:
     with contextlib.suppress(OSError, LookupError):
         return _fields(PROC / "vmstat")["oom_kill"]
     return 0
-
-
-def meminfo(field: str) -> int:
-    """A field of /proc/meminfo in bytes."""
-    return _fields(PROC / "meminfo")[f"{field}:"] * 1024
 
 
 def _limits() -> Iterator[tuple[int, int]]:

@@ -64,7 +64,7 @@ def end(run_dir: Path) -> str:
     try:
         workers._begin_attempt(run_dir, [], "launch", 1)
     except OSError as error:
-        workers._record_failure(run_dir, 0, error)
+        workers._record_failure(run_dir, Worker(), error)
     summary.summarize(RunFolder(run_dir), Ending("failed"), EXPERIMENT.tokens_per_step, None, 0.0)
     return read_json(run_dir / "stopped.json")["reason"]
 

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from orchestrator.checkpoint import store as checkpoint
@@ -53,8 +54,9 @@ def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_ha
     )
     assert step >= logged(run_dir), "a logged step was lost"
 
-    total = system_memory.meminfo("MemTotal")
-    used = total - system_memory.meminfo("MemAvailable")
+    machine = psutil.virtual_memory()
+    total = machine.total
+    used = total - machine.available
     head.node(2, RAY_memory_usage_threshold=str((used + SPARE_BYTES) / total))
     process = begin(head, tmp_path, tiny_corpus, *words)
     wait_for(lambda: logged(run_dir) >= step + 5, process)

@@ -119,6 +119,7 @@ def test_stopped_and_resumed_in_another_process_equals_never_stopped(data, tmp_p
 
 
 def test_memory_that_runs_out_is_answered_with_a_micro_batch_that_trains(data, tmp_path):
+    from orchestrator.cluster.layout import Layout
     from orchestrator.workers import memory
 
     # 64 MiB of logits a sequence and their gradients: thousands of sequences fit no card.
@@ -134,11 +135,13 @@ def test_memory_that_runs_out_is_answered_with_a_micro_batch_that_trains(data, t
     run = Trainer(huge, RunFolder(tmp_path), data, GPU)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         list(run.run())
-    text = memory.advice(huge, GPU, run, caught.value)
-    size = int(text.partition(" fits here")[0].rpartition("train.micro_batch_size=")[2])
-    assert 1 <= size < 4096
+    fault = memory.allocation_failed(str(caught.value), "here", 1)
+    assert fault.of_gpu
     del run, caught
     torch.cuda.empty_cache()
+    text = memory.advice(fault, huge, 65, Layout(1, 1, True))
+    size = int(text.partition(" fits in ")[0].rpartition("train.micro_batch_size=")[2])
+    assert 1 <= size < 4096
     fitting = load_experiment(
         None, [*SMALL, *words, f"train.micro_batch_size={size}", "train.global_batch_size=4096"]
     )

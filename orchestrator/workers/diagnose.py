@@ -1,0 +1,170 @@
+"""Why the workers of a run or a stage ended: one answer for lone runs and for sweeps."""
+
+import socket
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from orchestrator.cluster.layout import Layout
+from orchestrator.config.experiment import Experiment
+from orchestrator.data.dataset import Manifest
+from orchestrator.runs import events, stop
+from orchestrator.runs.ending import Ending
+from orchestrator.runs.folder import RunFolder
+from orchestrator.workers import memory, watchdog
+from orchestrator.workers.memory import OutOfMemory
+
+# Parts of the message of an exception.
+OUT_OF_MEMORY = (
+    "OutOfMemoryError",
+    "MemoryError",
+    "can't allocate memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+DISK_FULL = ("[Errno 28]", "[Errno 122]")  # ENOSPC; EDQUOT: the user's quota
+USER_ERRORS = (
+    "orchestrator.errors.UserError: ",
+    "orchestrator.errors.UnreadableError: ",
+    "orchestrator.files.NotPlainFileError: ",
+)
+TRACEBACK = "Traceback (most recent call last):"
+
+
+def diagnose(folder: RunFolder, error: BaseException | None = None, workers: int = 1) -> Ending:
+    """Find out how the workers of a run or a stage ended.
+
+    Lone runs and stages both call this function after all workers have ended, so that the same
+    fault has the same message and exit status in both. A hang is noted in events.jsonl of the
+    folder, and its thread stacks move to `hangs/`.
+
+    Args:
+        folder: Folder of the run or stage.
+        error: The exception that ended the workers, as Ray reports it; None if they returned.
+        workers: Number of worker processes.
+
+    Returns:
+        The recorded ending if there is one. Otherwise the first of these that applies: done, out
+        of memory, a hang, an exception of a rank, a worker that was killed. Complete an ending
+        that is out of memory with `advise`.
+    """
+    # `watchdog.report` removes the marks of the ranks. The search for a kill reads them, so it
+    # comes first.
+    marks = watchdog.marks(folder.path)
+    kill = None if error is None else _find_kill(folder, error, workers)
+    hang = watchdog.report(folder.path)
+
+    recorded = folder.read_ending()
+    if recorded is not None:
+        return _with_stop_reason(folder, recorded)
+    if error is None:
+        return Ending("done")
+    if kill is not None:
+        return out_of_memory(kill)
+    if hang is not None:
+        return Ending("failed", hang, cause="hang")
+
+    tracebacks = folder.read_failures()
+    if not tracebacks:
+        reason = (
+            "a worker died without a traceback; its machine may be gone or out of memory "
+            f"({type(error).__name__}: {error})"
+        )
+        return Ending("failed", reason, cause="kill")
+    hosts = {mark["host"] for mark in marks}
+    return ending_of_tracebacks(folder, tracebacks, workers, hosts)
+
+
+def out_of_memory(fault: OutOfMemory) -> Ending:
+    """Return the ending of workers that ran out of memory, without advice."""
+    reason = f"out of memory on {fault.host}: {fault.by}"
+    return Ending("user", reason, {"oom_kill": asdict(fault)}, "out_of_memory")
+
+
+def ending_of_tracebacks(
+    folder: RunFolder, tracebacks: list[str], workers: int, hosts: Iterable[str] = ()
+) -> Ending:
+    """Return the ending that an exception of a rank stands for.
+
+    Args:
+        folder: Folder of the run or stage.
+        tracebacks: Oldest first. Only the first one counts: the other ranks then fail because a
+            connection was closed.
+        workers: Number of worker processes.
+        hosts: Names of the machines where the workers ran; empty if not known.
+    """
+    exception = _exception(tracebacks[0])
+    message = exception.partition("\n")[0]
+    for prefix in USER_ERRORS:
+        if exception.startswith(prefix):
+            return Ending("user", exception.removeprefix(prefix), cause="exception")
+    if _contains_any(exception, OUT_OF_MEMORY):
+        host = next(iter(hosts), socket.gethostname())
+        kill = memory.allocation_failed(message, host, workers)
+        return out_of_memory(kill)
+    if _contains_any(exception, DISK_FULL):
+        reason = (
+            f"{folder.path}: the disk is full ({message}). Free some room there and run the same "
+            "command again"
+        )
+        return Ending("user", reason, cause="disk_full")
+    return Ending("failed", message, {"traceback": "\n".join(tracebacks)}, "exception")
+
+
+def advise(
+    ending: Ending,
+    folder: RunFolder,
+    experiment: Experiment,
+    dataset: Manifest,
+    layout: Layout,
+    stages: int = 1,
+) -> Ending:
+    """Add the largest micro-batch that fits to an ending that is out of memory.
+
+    The search takes up to two minutes. A sweep calls this function once, at its end.
+
+    Args:
+        ending: Result of `diagnose`. Any other ending is returned as it is.
+        folder: Folder of the run or the sweep, whose events.jsonl gets an `out_of_memory` event.
+        experiment: What ran out of memory.
+        dataset: Its dataset.
+        layout: Its workers.
+        stages: Stages that the sweep runs at the same time.
+    """
+    facts = dict(ending.facts)
+    stored = facts.pop("oom_kill", None)
+    if ending.cause != "out_of_memory" or stored is None:
+        return ending
+    print("out of memory; looking for a micro-batch that fits …", flush=True)
+    fault = OutOfMemory(**stored)
+    reason = memory.advice(fault, experiment, dataset.tokenizer["n_vocab"], layout, stages)
+    events.note(folder, "out_of_memory", reason)
+    return Ending("user", reason, facts, "out_of_memory")
+
+
+def _find_kill(folder: RunFolder, error: BaseException, workers: int) -> OutOfMemory | None:
+    """Return the kill of a worker, or of the Ray process that leads the workers."""
+    kill = memory.find_kill(folder)
+    if kill is not None:
+        return kill
+    return memory.kill_in_error(error, workers)
+
+
+def _with_stop_reason(folder: RunFolder, ending: Ending) -> Ending:
+    """Add where the stop request came from, such as SIGTERM or a drained node."""
+    requested = stop.requested(folder)
+    if ending.kind != "again" or requested is None:
+        return ending
+    return Ending("again", f"{requested}: {ending.reason}", ending.facts)
+
+
+def _exception(traceback: str) -> str:
+    """Return the class and the message, of one or more lines, of the exception that was raised."""
+    lines = traceback.rpartition(TRACEBACK)[2].strip("\n").splitlines()
+    for number, line in enumerate(lines):
+        if line and not line[0].isspace():  # the lines of a stack frame are indented
+            return "\n".join(lines[number:]).strip()
+    return "an exception without a message"
+
+
+def _contains_any(text: str, words: tuple[str, ...]) -> bool:
+    return any(word in text for word in words)

@@ -1,0 +1,188 @@
+"""Each fault has one answer, whether a run or a stage of a sweep meets it."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cluster.layout import Layout
+from orchestrator.config.experiment import load_experiment
+from orchestrator.data.dataset import load_manifest
+from orchestrator.errors import UserError
+from orchestrator.files import NotPlainFileError
+from orchestrator.runs import events, stop
+from orchestrator.runs.ending import Ending
+from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.train.numerics import Worker
+from orchestrator.workers import memory, ray_train
+from orchestrator.workers.diagnose import advise, diagnose
+
+DIED = RuntimeError("a worker died")
+CUDA = """CUDA error: out of memory
+CUDA kernel errors might be asynchronously reported at some other API call.
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."""
+FAULTS = {
+    "CUDA out of memory, as torch words it first": (
+        RuntimeError(CUDA),
+        ("user", "out_of_memory", "CUDA error: out of memory"),
+    ),
+    "a failed allocation on the CPU": (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        ("user", "out_of_memory", "can't allocate memory"),
+    ),
+    "a failed allocation of Python": (MemoryError(), ("user", "out_of_memory", "MemoryError")),
+    "a full disk": (
+        OSError(28, "No space left on device"),
+        ("user", "disk_full", "Free some room there"),
+    ),
+    "a full quota": (OSError(122, "Disk quota exceeded"), ("user", "disk_full", "quota")),
+    "a mistake of the user": (
+        UserError("model.n_embd: 3\nlower it"),
+        ("user", "exception", "model.n_embd: 3\nlower it"),
+    ),
+    "a planted symlink": (NotPlainFileError("run.json: a symlink"), ("user", "exception", "run.j")),
+    "a bug": (KeyError("step"), ("failed", "exception", "KeyError: 'step'")),
+}
+
+
+@pytest.fixture(params=["run", "stage"])
+def folder(request, tmp_path) -> RunFolder:
+    found = SweepFolder(tmp_path).stage("a")
+    if request.param == "run":
+        found = RunFolder(tmp_path / "small")
+    found.path.mkdir(parents=True)
+    return found
+
+
+def fail(folder: RunFolder, rank: int, error: Exception) -> None:
+    """Leave the traceback that a rank leaves when it raises `error`."""
+    try:
+        raise error
+    except Exception as raised:
+        ray_train._record_failure(folder.path, Worker(rank, 2), raised)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_exception_of_a_rank(folder, name):
+    error, (kind, cause, words) = FAULTS[name]
+    fail(folder, 1, error)
+    fail(folder, 0, ConnectionError("rank 1 closed the connection"))
+    ending = diagnose(folder, DIED, 2)
+    assert (ending.kind, ending.cause) == (kind, cause)
+    assert words in ending.reason
+    assert not ending.may_be_transient
+    assert folder.ending_file.exists() == (kind == "user"), "no attempt may follow a user's mistake"
+    if kind == "failed":
+        assert "in fail" in ending.facts["traceback"]
+
+
+def test_only_the_last_exception_of_a_chain_counts(folder):
+    try:
+        raise UserError("not this one")
+    except UserError:
+        fail(folder, 0, KeyError("this one"))
+    assert diagnose(folder, DIED).reason == "KeyError: 'this one'"
+
+
+def test_workers_that_returned_are_done(folder):
+    assert diagnose(folder) == Ending("done")
+
+
+def test_recorded_ending_wins_and_names_the_stop_request(folder):
+    fail(folder, 0, KeyError("step"))
+    folder.write_ending(Ending("again", "asked to stop after step 7", {"step": 7}))
+    stop.request(folder, "the node n is drained")
+    ending = diagnose(folder, DIED)
+    assert ending.kind == "again"
+    assert ending.reason == "the node n is drained: asked to stop after step 7"
+    assert ending.facts == {"step": 7}
+
+
+def test_worker_that_died_without_a_word_may_be_started_again(folder):
+    ending = diagnose(folder, DIED)
+    assert (ending.kind, ending.cause, ending.may_be_transient) == ("failed", "kill", True)
+    assert "a worker died" in ending.reason
+
+
+def mark(folder: RunFolder, rank: int, phase: str, oom_kills: int) -> None:
+    folder.rank_marks.mkdir(exist_ok=True)
+    stored = {
+        "rank": rank,
+        "attempt": 1,
+        "pid": 10 + rank,
+        "born": "1",
+        "host": socket.gethostname(),
+        "node": "",
+        "step": 5,
+        "phase": phase,
+        "number": 1,
+        "limit": 30.0,
+        "oom_kills": oom_kills,
+    }
+    (folder.rank_marks / f"rank-{rank}").write_text(json.dumps(stored))
+
+
+@pytest.fixture
+def kernel(monkeypatch) -> None:
+    """A machine on which the kernel has ended three processes, and no cluster."""
+    monkeypatch.setattr(memory.system_memory, "oom_kills", lambda: 3)
+    monkeypatch.setattr(memory, "oom_causes", dict)
+
+
+def test_hang_is_named_and_noted(folder, kernel):
+    mark(folder, 0, "exchange", oom_kills=2)
+    mark(folder, 1, "gradient", oom_kills=2)
+    folder.hang_file(1).write_text("stacks")
+    fail(folder, 0, ConnectionError("rank 1 closed the connection"))
+    ending = diagnose(folder, DIED, 2)
+    assert (ending.kind, ending.cause, ending.may_be_transient) == ("failed", "hang", True)
+    assert ending.reason.startswith("rank 1 (process 11 on ")
+    assert [event["kind"] for event in events.read(folder)] == ["hang"]
+
+
+def test_kill_by_the_kernel_wins_over_its_consequences(folder, kernel):
+    mark(folder, 0, "failed", oom_kills=2)
+    mark(folder, 1, "gradient", oom_kills=2)
+    fail(folder, 0, ConnectionError("rank 1 closed the connection"))
+    ending = diagnose(folder, DIED, 2)
+    assert (ending.kind, ending.cause) == ("user", "out_of_memory")
+    assert "the kernel ended a worker" in ending.reason
+
+
+def test_kill_of_another_process_is_not_ours(folder, kernel):
+    mark(folder, 0, "gradient", oom_kills=3)
+    assert diagnose(folder, DIED).cause == "kill"
+
+
+def test_kill_of_the_process_that_leads_the_workers(folder):
+    ending = diagnose(folder, RuntimeError("killed due to the node running low on memory"), 2)
+    assert (ending.kind, ending.cause) == ("user", "out_of_memory")
+
+
+@pytest.fixture
+def experiment():
+    words = [f"model.{name}=32" for name in ("n_embd", "block_size")]
+    words += ["model.n_layer=1", "model.n_head=1"]
+    return load_experiment(None, [*words, "train.micro_batch_size=8", "train.global_batch_size=8"])
+
+
+def test_advice_names_a_micro_batch_that_fits(folder, experiment, tiny_dataset, capsys):
+    fail(folder, 0, MemoryError())
+    ending = diagnose(folder, DIED)
+    dataset = load_manifest(tiny_dataset)
+    advised = advise(ending, folder, experiment, dataset, Layout(1, 1, False))
+    assert "looking for a micro-batch that fits" in capsys.readouterr().out
+    assert "with train.micro_batch_size=8: MemoryError. It needs 0." in advised.reason
+    assert (advised.kind, advised.cause) == ("user", "out_of_memory")
+    [event] = events.read(folder)
+    assert (event["kind"], event["message"]) == ("out_of_memory", advised.reason)
+    again = advise(advised, folder, experiment, dataset, Layout(1, 1, False))
+    assert again == advised, "it was measured twice"
+
+
+def test_other_endings_need_no_advice(tmp_path, experiment, tiny_dataset):
+    ending = Ending("failed", "a bug", cause="exception")
+    dataset = load_manifest(Path(tiny_dataset))
+    assert advise(ending, RunFolder(tmp_path), experiment, dataset, Layout(1, 1, False)) == ending
+    assert events.read(RunFolder(tmp_path)) == []

@@ -1,9 +1,9 @@
-"""Sampling: a model and the ids of a prompt in, the prompt and its continuation out.
+"""Sampling: continue prompts with a model.
 
-The keys and values of tokens already seen are cached, so a new token costs one position and not the whole context,
-until the context is full. From then on the window slides, and with learned absolute positions every token in it gets
-another position, hence other keys: nothing can be reused, and each token costs a whole window. That is exact; a cache
-that kept the old keys would be another model.
+While the context is not full, the keys and values of earlier tokens are cached, so that a new token
+costs one position. Once the context is full, the window slides. With learned absolute positions,
+every token in the window then has another position and other keys, so nothing can be reused and
+each token costs a whole window. Old keys would give the results of another model.
 
 Shapes: B sequences, T tokens of prompt, N new tokens, V = vocab_size.
 """
@@ -28,48 +28,50 @@ def generate(
     seed: int | None = None,
     n_vocab: int | None = None,
     use_cache: bool = True,
-    stop_id: int | None = None,
 ) -> Tensor:
-    """Continue each of B prompts by N = max_new_tokens tokens: (B, T) int64 -> (B, T + N) int64.
+    """Continue B prompts by N = `max_new_tokens` tokens: (B, T) int64 -> (B, T + N) int64.
 
-    temperature: logits are divided by it; 0 takes the likeliest token (the first of equals). top_k: only the k
-    likeliest tokens (and those equal to the k-th). seed: of a generator of our own; None draws a fresh seed from the
-    system. n_vocab: ids from here on are padding of the vocabulary and never drawn. stop_id: a row that has drawn it
-    is filled with it, and the result is shorter when every row has.
+    Dropout is off. The global random generators and the train/eval mode do not change. Only the
+    last block_size tokens are context.
 
-    Works past block_size, on the last block_size tokens. Leaves the global RNGs and train/eval mode as they were;
-    dropout is off meanwhile. `tokens` lie on the model's device.
+    Args:
+        model: The model.
+        tokens: The prompts, (B, T), on the device of the model.
+        max_new_tokens: N.
+        temperature: Divides the logits. 0: take the most probable token, the first of equal ones.
+        top_k: Draw only from the k most probable tokens, and those equal to the k-th.
+        seed: Seed of a separate generator. None: a random seed from the system.
+        n_vocab: Ids from here on only pad the vocabulary and are never drawn.
+        use_cache: False computes the whole window for each token.
 
-    Raises ValueError for an empty prompt, ids outside the vocabulary, a negative temperature or length, top_k < 1.
+    Raises:
+        ValueError: The prompt is empty, an id is not in the vocabulary, or an option is out of
+            range.
     """
-    _check(model, tokens, max_new_tokens, temperature, top_k, n_vocab)
+    _check_prompt(tokens, model.config.vocab_size)
+    _check_options(max_new_tokens, temperature, top_k, n_vocab, model.config.vocab_size)
     generator = torch.Generator(device=tokens.device)
-    generator.seed() if seed is None else generator.manual_seed(seed)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
     cache = KVCache(model.config, tokens.size(1) + max_new_tokens) if use_cache else None
-    stopped = torch.zeros(tokens.size(0), 1, dtype=torch.bool, device=tokens.device)  # (B, 1)
     was_training = model.training
     model.eval()
     try:
         for _ in range(max_new_tokens):
             logits = _next_logits(model, tokens, cache)[:, :n_vocab]  # (B, n_vocab)
             drawn = _draw(logits, temperature, top_k, generator)  # (B, 1)
-            if stop_id is not None:
-                drawn = drawn.masked_fill(stopped, stop_id)
-                stopped |= drawn == stop_id
             tokens = torch.cat((tokens, drawn), dim=1)  # (B, T + 1)
-            if stop_id is not None and stopped.all():
-                break
     finally:
         model.train(was_training)
     return tokens
 
 
 def _next_logits(model: GPT, tokens: Tensor, cache: KVCache | None) -> Tensor:
-    """Logits after the last of `tokens`: (B, V) float32."""
+    """Return the logits after the last of `tokens`: (B, V) float32."""
     block_size = model.config.block_size
-    if (
-        cache is None or tokens.size(1) > block_size
-    ):  # no cache, or a window that slides: see the top of the file
+    if cache is None or tokens.size(1) > block_size:
         logits, _ = model(tokens[:, -block_size:])
     else:
         logits, _ = model(tokens[:, cache.length :], cache=cache)
@@ -79,41 +81,43 @@ def _next_logits(model: GPT, tokens: Tensor, cache: KVCache | None) -> Tensor:
 def _draw(
     logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
 ) -> Tensor:
-    """One id for each row of `logits`: (B, V) -> (B, 1)."""
+    """Draw one id for each row of `logits`: (B, V) -> (B, 1)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    # The largest logit is moved to 0 first: a tiny temperature must not overflow to inf - inf.
+    # Shift the largest logit to 0 first. Otherwise a small temperature could give inf - inf.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     return torch.multinomial(F.softmax(scaled, dim=-1), num_samples=1, generator=generator)
 
 
-def _check(
-    model: GPT,
-    tokens: Tensor,
+def _check_prompt(tokens: Tensor, vocab_size: int) -> None:
+    if tokens.dim() != 2 or not tokens.numel():
+        raise ValueError(
+            "the prompt must have shape (B, T) with at least one token, got shape "
+            f"{tuple(tokens.shape)}"
+        )
+    smallest = int(tokens.min())
+    largest = int(tokens.max())
+    if smallest < 0 or largest >= vocab_size:
+        raise ValueError(f"ids must be in 0..{vocab_size - 1}, got {smallest}..{largest}")
+
+
+def _check_options(
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
     n_vocab: int | None,
-):
-    vocab_size = model.config.vocab_size
-    if tokens.dim() != 2 or not tokens.numel():
-        raise ValueError(
-            f"a prompt of shape (B, T) with at least one token is needed, got {tuple(tokens.shape)}"
-        )
-    if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
-        raise ValueError(
-            f"ids {int(tokens.min())}..{int(tokens.max())} do not lie in 0..{vocab_size - 1}"
-        )
+    vocab_size: int,
+) -> None:
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    if not temperature >= 0:
+    if not temperature >= 0:  # also refuses NaN
         raise ValueError(f"temperature must be at least 0 (0 is greedy), got {temperature!r}")
     if top_k is not None and top_k < 1:
         raise ValueError(
-            f"top_k must be at least 1, got {top_k} (leave it out to draw from the whole vocabulary)"
+            f"top_k must be at least 1, got {top_k}; None draws from the whole vocabulary"
         )
     if n_vocab is not None and not 1 <= n_vocab <= vocab_size:
-        raise ValueError(f"n_vocab must lie in 1..{vocab_size}, got {n_vocab}")
+        raise ValueError(f"n_vocab must be in 1..{vocab_size}, got {n_vocab}")

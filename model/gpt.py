@@ -1,17 +1,17 @@
 """GPT-2: a decoder-only transformer with learned positions, pre-norm blocks and a tied head.
 
-Eats token ids, yields logits and a loss in nats per token. Architecture, parameter names and initialisation are those
-of GPT-2 (Radford et al. 2019) in the layout of nanoGPT (https://github.com/karpathy/nanoGPT), so that weights move in
-both directions by name. The head has no tensor of its own: it *is* `transformer.wte.weight`.
+Architecture, parameter names and initialization are those of GPT-2 (Radford et al. 2019) in the
+layout of nanoGPT (https://github.com/karpathy/nanoGPT), so that weights can be exchanged by name.
+The head has no tensor of its own: it uses `transformer.wte.weight`.
 
-Shapes: B sequences, T tokens in this call, S tokens seen so far (cache and call), C = n_embd, H = n_head,
-D = C / H, V = vocab_size.
+Shapes: B sequences, T tokens in this call, S tokens in the cache after this call, C = n_embd,
+H = n_head, D = C / H, V = vocab_size.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,21 @@ ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # our name -> nn.GELU's `ap
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a model; the defaults are GPT-2 124M with the vocabulary padded to a multiple of 128.
+    """Shape of a model. The defaults are GPT-2 124M with a padded vocabulary.
 
-    block_size: longest context, tokens. vocab_size: rows of the embedding (padded; ids of the tokenizer are fewer).
-    n_layer, n_head, n_embd: blocks, attention heads per block, width. dropout: probability, 0 <= dropout < 1.
-    bias: biases in the linear layers and LayerNorms (GPT-2 has them; without is slightly faster and not worse).
-    activation: "gelu" (exact, as nanoGPT) or "gelu_tanh" (the approximation that OpenAI's weights were trained with).
+    Attributes:
+        block_size: Longest context in tokens.
+        vocab_size: Rows of the embedding. It may be larger than the tokenizer's vocabulary.
+        n_layer: Transformer blocks.
+        n_head: Attention heads per block.
+        n_embd: Width of the residual stream.
+        dropout: Probability, 0 <= dropout < 1.
+        bias: Biases in the linear layers and LayerNorms. GPT-2 has them.
+        activation: "gelu" (exact, as in nanoGPT) or "gelu_tanh" (the approximation that OpenAI's
+            weights were trained with).
 
-    Raises ValueError, quoting the value, for a shape that no model can have.
+    Raises:
+        ValueError: No model can have this shape.
     """
 
     block_size: int = 1024
@@ -42,17 +49,18 @@ class GPTConfig:
     bias: bool = True
     activation: str = "gelu"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(
-                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: heads share it equally"
+                f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}: the heads divide "
+                "it equally"
             )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
@@ -60,56 +68,68 @@ class GPTConfig:
 
 
 class LayerCache:
-    """Keys and values of one attention layer, in buffers of fixed capacity that are filled from the left."""
+    """Keys and values of one attention layer, in buffers of fixed capacity.
 
-    def __init__(self, capacity: int):
+    Args:
+        capacity: Largest number of tokens.
+    """
+
+    def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+        self._buffers: tuple[Tensor, Tensor] | None = None  # keys and values, (B, H, capacity, D)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v, each (B, H, T, D), and return all that is stored, each (B, H, S, D)."""
-        b, h, t, d = k.shape
-        if self.keys is None:  # only now are batch, dtype (autocast!) and device known
-            self.keys, self.values = (
-                k.new_empty(b, h, self.capacity, d),
-                v.new_empty(b, h, self.capacity, d),
-            )
-        end = self.length + t
+        """Store k and v, each (B, H, T, D). Return all stored ones, each (B, H, S, D)."""
+        if self._buffers is None:
+            # Batch size, device and dtype (which depends on autocast) are known only now.
+            b, h, _, d = k.shape
+            shape = (b, h, self.capacity, d)
+            self._buffers = (k.new_empty(shape), v.new_empty(shape))
+        keys, values = self._buffers
+        start = self.length
+        end = start + k.size(2)
         assert end <= self.capacity, f"{end} tokens in a cache of {self.capacity}"
-        self.keys[:, :, self.length : end] = k
-        self.values[:, :, self.length : end] = v
+        keys[:, :, start:end] = k
+        values[:, :, start:end] = v
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return keys[:, :, :end], values[:, :, :end]
 
 
 class KVCache:
-    """What attention has already computed of one batch of sequences: one LayerCache per block.
+    """Keys and values of all attention layers for one batch of sequences.
 
-    Hand the same cache to consecutive forward calls, the prompt first and then one token at a time. `capacity` is the
-    largest number of tokens it may hold, at most block_size. For inference: call under torch.no_grad().
+    Pass the same cache to consecutive forward calls: first the prompt, then one token at a time.
+    Use it only under `torch.no_grad()`.
+
+    Args:
+        config: Shape of the model.
+        capacity: Largest number of tokens, at most block_size. None: block_size.
     """
 
-    def __init__(self, config: GPTConfig, capacity: int | None = None):
+    def __init__(self, config: GPTConfig, capacity: int | None = None) -> None:
         self.capacity = min(capacity or config.block_size, config.block_size)
         self.layers = [LayerCache(self.capacity) for _ in range(config.n_layer)]
 
     @property
     def length(self) -> int:
-        """Tokens stored so far."""
+        """Number of tokens stored so far."""
         return self.layers[0].length
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: GPTConfig):
+    """Multi-head attention in which a position sees itself and earlier positions."""
+
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head = config.n_head
+        self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
         b, t, c = x.shape
         q, k, v = (
             part.view(b, t, self.n_head, c // self.n_head).transpose(1, 2)  # (B, H, T, D)
@@ -117,18 +137,22 @@ class CausalSelfAttention(nn.Module):
         )
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D)
-        # SDPA aligns its causal mask with the first key. One query against a longer cache may see every key.
+        # PyTorch aligns the causal mask with the first key, which is wrong for queries that start
+        # later. A single query needs no mask: it may see every key.
         is_causal = k.size(2) == t
-        assert is_causal or t == 1, "after the prompt a cache takes one token at a time"
+        assert is_causal or t == 1, "after the prompt, a cache takes one token at a time"
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=is_causal
         )  # (B, H, T, D)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(b, t, c)))  # (B, T, C)
+        y = y.transpose(1, 2).reshape(b, t, c)  # (B, T, C)
+        return self.resid_dropout(self.c_proj(y))  # (B, T, C)
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPTConfig):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.gelu = nn.GELU(approximate=ACTIVATIONS[config.activation])
@@ -136,11 +160,15 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))  # (B, T, C)
+        """Map (B, T, C) to (B, T, C)."""
+        x = self.gelu(self.c_fc(x))  # (B, T, 4C)
+        return self.dropout(self.c_proj(x))  # (B, T, C)
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    """Attention and MLP, each on a normalized input and added to the residual stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
@@ -148,36 +176,54 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
         x = x + self.attn(self.ln_1(x), cache)  # (B, T, C)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
-class GPT(nn.Module):
-    """A GPT-2 of the shape `config`, with random weights that are a function of torch's global RNG alone."""
+class Transformer(nn.Module):
+    """The layers of GPT-2; their names are those of its state dict."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+
+    def forward(self, tokens: Tensor, start: int, cache: KVCache | None) -> Tensor:
+        """Map (B, T) tokens at positions `start` and following to (B, T, C)."""
+        # Positions are consecutive, so a slice does. Its gradient needs no scatter.
+        positions = self.wpe.weight[start : start + tokens.size(1)]  # (T, C)
+        x = self.drop(self.wte(tokens) + positions)  # (B, T, C)
+        for i, block in enumerate(self.h):
+            layer_cache = cache.layers[i] if cache is not None else None
+            x = block(x, layer_cache)  # (B, T, C)
+        return self.ln_f(x)
+
+
+class GPT(nn.Module):
+    """A GPT-2. The weights are random and depend only on torch's global generator."""
+
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
-            }
-        )
-        self._initialise()
+        self.transformer = Transformer(config)
+        self._initialize()
 
     @torch.no_grad()
-    def _initialise(self):
-        """GPT-2's: N(0, 0.02), zero biases; projections into the residual stream, 2 n_layer of them, scaled down."""
+    def _initialize(self) -> None:
+        """Draw all weights as GPT-2 does: from N(0, 0.02), and zeros for biases.
+
+        The 2 n_layer projections into the residual stream have a smaller deviation, so that their
+        sum does not grow with the depth.
+        """
         for name, parameter in self.named_parameters():
-            if parameter.dim() >= 2:
-                residual = name.endswith("c_proj.weight")
-                parameter.normal_(
-                    std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
-                )
+            if name.endswith("c_proj.weight"):
+                parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif parameter.dim() >= 2:
+                parameter.normal_(std=0.02)
             elif name.endswith("bias"):
                 parameter.zero_()
 
@@ -189,27 +235,29 @@ class GPT(nn.Module):
         reduction: str = "mean",
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits, and with targets the loss.
+        """Return logits, and with targets the loss in nats per token.
 
-        tokens: (B, T) int64. targets: (B, T) int64, where -1 means no target here. With targets the logits are
-        (B, T, V) and the loss, in nats and always float32, is the mean over the targets that count (NaN if none does),
-        or with reduction="none" a (B, T) tensor that is 0 where ignored. Without targets the logits are those of the
-        last position only, (B, 1, V), and the loss is None. cache: see KVCache; tokens then continue what it holds.
+        Args:
+            tokens: (B, T) int64. With a cache, they continue the tokens in it.
+            targets: (B, T) int64; -1 means that a position has no target.
+            reduction: "mean" over all targets, or "none".
+            cache: Keys and values of the tokens before.
 
-        Raises ValueError for more tokens than block_size and for an unknown reduction.
+        Returns:
+            With targets: logits (B, T, V), and the loss in float32: the mean (NaN without any
+            target), or for "none" a (B, T) tensor that is 0 where there is no target.
+            Without targets: logits of the last position (B, 1, V), and None.
+
+        Raises:
+            ValueError: There are more tokens than block_size, or `reduction` is unknown.
         """
         start = cache.length if cache is not None else 0
         end = start + tokens.size(1)
         if end > self.config.block_size:
             raise ValueError(
-                f"{end} tokens do not fit into block_size={self.config.block_size}: crop or window them"
+                f"{end} tokens do not fit into block_size={self.config.block_size}; use fewer"
             )
-        # A slice, not a look-up: positions are consecutive, and its gradient needs no scatter.
-        x = self.transformer.wte(tokens) + self.transformer.wpe.weight[start:end]  # (B, T, C)
-        x = self.transformer.drop(x)
-        for i, block in enumerate(self.transformer.h):
-            x = block(x, cache.layers[i] if cache is not None else None)  # (B, T, C)
-        x = self.transformer.ln_f(x)
+        x = self.transformer(tokens, start, cache)  # (B, T, C)
         if targets is None:
             return self._head(x[:, -1:]), None  # (B, 1, V)
         logits = self._head(x)  # (B, T, V)
@@ -219,31 +267,29 @@ class GPT(nn.Module):
         return F.linear(x, self.transformer.wte.weight)  # (B, T, V)
 
     def num_parameters(self, positions: bool = True) -> int:
-        """Number of parameters; without `positions` as nanoGPT reports it. The tied head counts once."""
-        total = sum(parameter.numel() for parameter in self.parameters())
-        return total if positions else total - self.transformer.wpe.weight.numel()
+        """Return the number of parameters. The tied head counts once.
 
-    def crop_block_size(self, block_size: int):
-        """Keep the first `block_size` positions only. Before the optimizer is made: the parameter is replaced.
-
-        Raises ValueError where the model has fewer positions than that.
+        Args:
+            positions: False leaves out the position embeddings, as nanoGPT does.
         """
-        if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(
-                f"block_size={block_size} must lie in 1..{self.config.block_size}, what the model has"
-            )
-        self.config = replace(self.config, block_size=block_size)
-        self.transformer.wpe = nn.Embedding.from_pretrained(
-            self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False
-        )
+        total = sum(parameter.numel() for parameter in self.parameters())
+        if positions:
+            return total
+        return total - self.transformer.wpe.weight.numel()
 
 
 def _loss(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Cross entropy in float32: bfloat16 keeps three digits (10.875 for 10.981), and half overflows."""
+    """Return the cross entropy, (B, T) or ().
+
+    It is computed in float32: bfloat16 keeps three digits (10.875 instead of 10.981), and float16
+    overflows.
+    """
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
     flat = logits.float().view(-1, logits.size(-1))  # (B*T, V)
     loss = F.cross_entropy(
         flat, targets.reshape(-1), ignore_index=IGNORED_TARGET, reduction=reduction
     )
-    return loss.view(targets.shape) if reduction == "none" else loss  # (B, T) or ()
+    if reduction == "none":
+        return loss.view(targets.shape)
+    return loss

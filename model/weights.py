@@ -1,13 +1,15 @@
-"""Weights of other GPT-2s under our names, and ours under theirs: dict of tensors in, dict of tensors out.
+"""Conversion of state dicts between our names and those of nanoGPT and Hugging Face.
 
-Ours are nanoGPT's names without its second name for the tied embedding (`lm_head.weight`). Hugging Face's GPT-2 keeps
-the four matrices of a block transposed (its Conv1D computes x W, a Linear x W^T) and always has biases.
-Nothing here reads files: the caller loads and saves. Tensors are shared with the input where nothing changes.
+Our names are nanoGPT's, without `lm_head.weight`, its second name of the tied embedding. Hugging
+Face stores the four matrices of a block transposed (its Conv1D computes x W, a Linear x W^T) and
+always has biases. This module reads no files. Tensors that do not change are shared with the input.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,26 +18,31 @@ from model.gpt import GPTConfig
 
 StateDict = dict[str, Tensor]
 
-HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+HEAD = "lm_head.weight"
+EMBEDDING = "transformer.wte.weight"
+POSITIONS = "transformer.wpe.weight"
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _IN_BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 _MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks that older versions stored as buffers
 
-GPT2_SIZES: dict[str, GPTConfig] = {
-    name: GPTConfig(
+
+def _gpt2(n_layer: int, n_head: int, n_embd: int) -> GPTConfig:
+    return GPTConfig(
         vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd, activation="gelu_tanh"
     )
-    for name, n_layer, n_head, n_embd in (
-        ("gpt2", 12, 12, 768),
-        ("gpt2-medium", 24, 16, 1024),
-        ("gpt2-large", 36, 20, 1280),
-        ("gpt2-xl", 48, 25, 1600),
-    )
+
+
+GPT2_SIZES: dict[str, GPTConfig] = {
+    "gpt2": _gpt2(12, 12, 768),
+    "gpt2-medium": _gpt2(24, 16, 1024),
+    "gpt2-large": _gpt2(36, 20, 1280),
+    "gpt2-xl": _gpt2(48, 25, 1600),
 }
 
 _ACTIVATION_FROM_HF = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _ACTIVATION_TO_HF = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
-# What GPT-2 of Hugging Face can be and ours cannot, with the one value (theirs by default) that is ours.
+# Settings of Hugging Face's GPT-2 that our model does not have, with the value (their default) that
+# equals our model.
 _FIXED_IN_HF = {
     "model_type": "gpt2",
     "layer_norm_epsilon": 1e-5,
@@ -47,9 +54,10 @@ _FIXED_IN_HF = {
 
 
 def from_nanogpt(state_dict: StateDict) -> StateDict:
-    """The "model" entry of nanoGPT's ckpt.pt (compiled or not) under our names.
+    """Convert the "model" entry of nanoGPT's ckpt.pt, compiled or not, to our names.
 
-    Raises ValueError that names a missing or unexpected key, or a head that differs from the embedding.
+    Raises:
+        ValueError: A name is missing or unexpected, or the head differs from the embedding.
     """
     ours = {name.removeprefix("_orig_mod."): tensor for name, tensor in state_dict.items()}
     ours = _without_masks(_without_head(ours))
@@ -58,41 +66,48 @@ def from_nanogpt(state_dict: StateDict) -> StateDict:
 
 
 def from_huggingface(state_dict: StateDict) -> StateDict:
-    """Weights of Hugging Face's GPT2LMHeadModel or GPT2Model (names without "transformer.") under our names.
+    """Convert weights of Hugging Face's GPT2LMHeadModel or GPT2Model to our names.
 
-    Raises ValueError that names a missing or unexpected key, or a head that differs from the embedding.
+    Raises:
+        ValueError: A name is missing or unexpected, or the head differs from the embedding.
     """
-    prefixed = {
-        name if name == HEAD or name.startswith("transformer.") else f"transformer.{name}": tensor
-        for name, tensor in state_dict.items()
-    }
+    prefixed: StateDict = {}
+    for name, tensor in state_dict.items():
+        # GPT2Model has names without "transformer.".
+        if name != HEAD and not name.startswith("transformer."):
+            name = f"transformer.{name}"
+        prefixed[name] = tensor
     ours = _without_masks(_without_head(prefixed))
     _check_names(ours)
     return _transpose(ours)
 
 
 def to_huggingface(state_dict: StateDict) -> StateDict:
-    """Ours under the names and layout of GPT2LMHeadModel; a model without biases gets biases of zero.
+    """Convert our weights to names and layout of Hugging Face's GPT2LMHeadModel.
 
-    The tied head is left out, as save_pretrained does: safetensors stores no tensor twice. Raises ValueError that
-    names a missing or unexpected key.
+    A model without biases gets biases of zero. The tied head is left out, as in their files:
+    safetensors stores no tensor twice.
+
+    Raises:
+        ValueError: A name is missing or unexpected.
     """
     _check_names(state_dict)
     theirs = _transpose(state_dict)
     for module in _modules(state_dict):
+        if f"{module}.bias" in theirs:
+            continue
         weight = state_dict[f"{module}.weight"]  # (out, in), or (C,) in a LayerNorm
-        if f"{module}.bias" not in theirs:
-            theirs[f"{module}.bias"] = torch.zeros_like(
-                weight[:, 0] if weight.dim() == 2 else weight
-            )
+        theirs[f"{module}.bias"] = weight.new_zeros(weight.size(0))
     return theirs
 
 
-def config_from_huggingface(config: dict) -> GPTConfig:
-    """Shape of the model that a GPT-2 config.json of Hugging Face describes.
+def config_from_huggingface(config: Mapping[str, Any]) -> GPTConfig:
+    """Return the shape that a GPT-2 config.json of Hugging Face describes.
 
-    Dropout is 0: it is a choice of the training to come, not a property of the weights. Raises ValueError that quotes
-    any setting which our model does not have.
+    Dropout is 0: it belongs to the training that follows, not to the weights.
+
+    Raises:
+        ValueError: Our model does not have one of the settings.
     """
     for key, ours in _FIXED_IN_HF.items():
         if config.get(key, ours) != ours:
@@ -100,12 +115,14 @@ def config_from_huggingface(config: dict) -> GPTConfig:
     activation = config.get("activation_function", "gelu_new")
     if activation not in _ACTIVATION_FROM_HF:
         raise ValueError(
-            f"config.json has activation_function={activation!r}, not {', '.join(_ACTIVATION_FROM_HF)}"
+            f"config.json has activation_function={activation!r}; only "
+            f"{', '.join(_ACTIVATION_FROM_HF)} can be loaded"
         )
     n_embd = config.get("n_embd", 768)
     if config.get("n_inner") not in (None, 4 * n_embd):
         raise ValueError(
-            f"config.json has n_inner={config['n_inner']!r}; only 4 * n_embd = {4 * n_embd} can be loaded"
+            f"config.json has n_inner={config['n_inner']!r}; only 4 * n_embd = {4 * n_embd} can be "
+            "loaded"
         )
     return GPTConfig(
         block_size=config.get("n_positions", 1024),
@@ -118,11 +135,13 @@ def config_from_huggingface(config: dict) -> GPTConfig:
     )
 
 
-def config_to_huggingface(config: GPTConfig) -> dict:
-    """The config.json under which Hugging Face's GPT2LMHeadModel computes what GPT(config) does."""
+def config_to_huggingface(config: GPTConfig) -> dict[str, Any]:
+    """Return the config.json with which Hugging Face's GPT2LMHeadModel equals GPT(config)."""
     return {
         **_FIXED_IN_HF,
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
         "architectures": ["GPT2LMHeadModel"],
         "activation_function": _ACTIVATION_TO_HF[config.activation],
         "n_positions": config.block_size,
@@ -134,17 +153,19 @@ def config_to_huggingface(config: GPTConfig) -> dict:
 
 
 def pad_vocab(state_dict: StateDict, vocab_size: int) -> StateDict:
-    """Our state dict with `vocab_size` rows in the embedding: cut, or grown by rows that are the mean of the others.
+    """Return our state dict with `vocab_size` rows in the embedding.
 
-    Why the mean: the embedding is also the head, and a row of zeros means a logit of 0, while GPT-2 gives its real
-    tokens logits far below 0: padding would win every prediction. A mean row's logit is the mean logit, so that
-    the loss grows by ln(1 + added / old) at most, 0.0009 for 50,257 -> 50,304 (Jensen; Hewitt, "Initializing New Word
-    Embeddings for Pretrained Language Models", 2021). Cutting afterwards restores the tensor.
+    Rows are cut off, or added as the mean of the others. The embedding is also the head: a row of
+    zeros would give a logit of 0, while GPT-2's logits are far below 0, and padding would win every
+    prediction. A mean row gives the mean logit, so that the loss grows by at most
+    ln(1 + added / old), 0.0009 for 50,257 -> 50,304 (Jensen's inequality).
+    Source: Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021.
 
-    Raises ValueError for vocab_size < 1 and where the embedding is missing.
+    Raises:
+        ValueError: `vocab_size` is below 1, or there is no embedding.
     """
     if EMBEDDING not in state_dict:
-        raise ValueError(f"no {EMBEDDING} among the weights")
+        raise ValueError(f"the weights have no {EMBEDDING}")
     if vocab_size < 1:
         raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
     rows = state_dict[EMBEDDING]  # (V, C)
@@ -156,10 +177,11 @@ def pad_vocab(state_dict: StateDict, vocab_size: int) -> StateDict:
 
 
 def _without_head(state_dict: StateDict) -> StateDict:
-    """Drop the head's second name for the embedding, once it is sure that it is one."""
-    head, embedding = state_dict.get(HEAD), state_dict.get(EMBEDDING)
+    """Drop the head after checking that it equals the embedding."""
+    head = state_dict.get(HEAD)
+    embedding = state_dict.get(EMBEDDING)
     if head is not None and embedding is not None and not torch.equal(head, embedding):
-        raise ValueError(f"{HEAD} differs from {EMBEDDING}: an untied head cannot be loaded")
+        raise ValueError(f"{HEAD} differs from {EMBEDDING}; only a tied head can be loaded")
     return {name: tensor for name, tensor in state_dict.items() if name != HEAD}
 
 
@@ -169,27 +191,30 @@ def _without_masks(state_dict: StateDict) -> StateDict:
 
 def _transpose(state_dict: StateDict) -> StateDict:
     return {
-        name: t.t().contiguous() if name.endswith(_TRANSPOSED) else t
-        for name, t in state_dict.items()
+        name: tensor.t().contiguous() if name.endswith(_TRANSPOSED) else tensor
+        for name, tensor in state_dict.items()
     }
 
 
 def _modules(state_dict: StateDict) -> list[str]:
-    """Names of all modules with a weight and, in a model with biases, a bias, for as many blocks as are there."""
-    found = {
-        match[1] for name in state_dict if (match := re.match(r"transformer\.h\.(\d+)\.", name))
-    }
+    """Return the modules that have a weight and may have a bias, for all blocks that are there."""
+    found = set()
+    for name in state_dict:
+        match = re.match(r"transformer\.h\.(\d+)\.", name)
+        if match:
+            found.add(match[1])
     blocks = [f"transformer.h.{i}.{part}" for i in range(len(found)) for part in _IN_BLOCK]
     return [*blocks, "transformer.ln_f"]
 
 
-def _check_names(state_dict: StateDict):
-    """ValueError unless the names are exactly those of a GPT, with biases everywhere or nowhere."""
+def _check_names(state_dict: StateDict) -> None:
+    """Raise ValueError unless the names are those of a GPT with all biases or with none."""
     modules = _modules(state_dict)
-    expected = {EMBEDDING, "transformer.wpe.weight", *(f"{module}.weight" for module in modules)}
+    expected = {EMBEDDING, POSITIONS, *(f"{module}.weight" for module in modules)}
     if any(name.endswith(".bias") for name in state_dict):
         expected |= {f"{module}.bias" for module in modules}
-    missing, unexpected = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
+    missing = sorted(expected - set(state_dict))
+    unexpected = sorted(set(state_dict) - expected)
     if missing or unexpected:
         raise ValueError(
             f"not the weights of a GPT-2: missing {_some(missing)}; unexpected {_some(unexpected)}"
@@ -199,5 +224,10 @@ def _check_names(state_dict: StateDict):
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3]) or "nothing"
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+    """Return up to three names and the number of the others."""
+    if not names:
+        return "nothing"
+    shown = ", ".join(names[:3])
+    if len(names) > 3:
+        return f"{shown} and {len(names) - 3} more"
+    return shown

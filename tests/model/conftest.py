@@ -1,4 +1,4 @@
-"""What the tests of the model share: one thread, and a small model whose every tensor matters."""
+"""Fixtures for tests of the model: one thread, and a small random model."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from model.gpt import GPT, GPTConfig
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """More threads than free cores stall each other; the models here are too small to gain from any."""
+    """Use one thread: more threads than free cores slow each other down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -17,7 +17,7 @@ def one_thread():
 
 @pytest.fixture
 def small_gpt():
-    """A maker of small models, in eval mode, with no tensor left at the zeros and ones of its initialisation."""
+    """Return a function that builds small models in eval mode; no tensor is all zeros or ones."""
 
     def make(**overrides) -> GPT:
         torch.manual_seed(1)

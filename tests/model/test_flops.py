@@ -1,8 +1,8 @@
-"""FLOPs: nanoGPT's formula, torch's own count of what is really computed, and a table that never guesses."""
+"""FLOPs equal nanoGPT's formula and torch's counter; unknown devices have no peak."""
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,7 +13,6 @@ from model.gpt import GPT, GPTConfig
 GPT2_124M = GPTConfig(bias=False)
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 3),
     st.integers(1, 4),
@@ -22,7 +21,7 @@ GPT2_124M = GPTConfig(bias=False)
     st.integers(1, 99),
     st.booleans(),
 )
-def test_the_count_without_a_model_is_the_models(
+def test_parameter_count_equals_that_of_built_model(
     n_layer, n_head, head_size, block_size, vocab_size, bias
 ):
     config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_head * head_size, bias=bias)
@@ -32,7 +31,7 @@ def test_the_count_without_a_model_is_the_models(
     assert parameter_count(config, positions=False) == model.num_parameters(positions=False)
 
 
-def test_known_number_of_gpt2():
+def test_gpt2_has_known_flops_per_token():
     heads_times_their_size = 12 * 64
     assert (
         flops_per_token(GPT2_124M)
@@ -41,11 +40,11 @@ def test_known_number_of_gpt2():
     )
 
 
-def test_torch_counts_the_same_products():
+def test_flops_equal_torch_flop_counter():
     config = GPTConfig(block_size=64, vocab_size=512, n_layer=3, n_head=4, n_embd=64, bias=False)
     model = GPT(config)
     tokens = torch.zeros(2, config.block_size, dtype=torch.long)
-    # Unfused attention: the fused kernel's backward computes the scores again, which is no useful work.
+    # Unfused attention: the fused kernel's backward computes the scores again, which is not useful work.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(tokens, tokens)[1].backward()
     # The counter sees matrix products only; our N has the LayerNorms' few weights too.
@@ -70,7 +69,7 @@ def test_torch_counts_the_same_products():
         ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
     ],
 )
-def test_peaks_under_the_names_that_drivers_give(name, dtype, tera):
+def test_device_names_of_drivers_have_known_peaks(name, dtype, tera):
     assert peak_flops(name, dtype) == pytest.approx(tera * 1e12)
 
 
@@ -86,23 +85,23 @@ def test_peaks_under_the_names_that_drivers_give(name, dtype, tera):
         "NVIDIA GeForce RTX 3090 Ti",
     ],
 )
-def test_an_unknown_device_has_no_peak_and_no_mfu(name):
+def test_unknown_device_has_no_peak_and_no_mfu(name):
     assert peak_flops(name, "bfloat16") is None
     assert mfu(1e5, GPT2_124M, name, "bfloat16") is None
 
 
 @pytest.mark.parametrize("name", ["Tesla T4", "Tesla V100-SXM2-32GB"])
-def test_a_unit_that_a_chip_lacks_has_no_peak(name):
+def test_dtype_without_hardware_support_has_no_peak(name):
     assert peak_flops(name, "bfloat16") is None
     assert peak_flops(name, "float16") > peak_flops(name, "float32")
 
 
-def test_an_unknown_dtype_is_refused():
+def test_unknown_dtype_is_refused():
     with pytest.raises(ValueError, match="'bf16'"):
         peak_flops("NVIDIA H200", "bf16")
 
 
-def test_mfu_of_nanogpts_published_run():
+def test_mfu_of_published_nanogpt_run():
     # 600,000 steps of 491,520 tokens in about four days on eight A100: nanoGPT's README.
     tokens_per_sec = 600_000 * 491_520 / (4 * 24 * 3600)
     share = mfu(tokens_per_sec, GPT2_124M, "NVIDIA A100-SXM4-40GB", "bfloat16", world_size=8)

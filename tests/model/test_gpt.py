@@ -1,4 +1,4 @@
-"""The model against plain mathematics, against itself, and against numbers that others published."""
+"""The model equals plain mathematics, itself in other forms, and published numbers."""
 
 import math
 
@@ -66,7 +66,7 @@ def test_logits_equal_plain_mathematics(small_gpt, bias, activation):
     tokens = some_tokens(model)
     logits, _ = model(tokens, tokens)
     expected = reference_logits(model, tokens)
-    assert expected.std() > 0.5  # or every logit would be near enough to every other
+    assert expected.std() > 0.5  # otherwise all logits would be within the tolerance
     torch.testing.assert_close(logits.double(), expected, atol=1e-5, rtol=0)
 
 
@@ -79,7 +79,7 @@ def test_loss_is_the_mean_negative_log_likelihood_in_nats(small_gpt):
     assert loss.item() == pytest.approx(-likelihoods.log().mean().item(), abs=1e-5)
 
 
-def test_a_target_of_minus_one_counts_nowhere(small_gpt):
+def test_target_minus_one_is_ignored(small_gpt):
     model = small_gpt()
     tokens = some_tokens(model)
     targets = tokens.clone()
@@ -94,7 +94,7 @@ def test_a_target_of_minus_one_counts_nowhere(small_gpt):
     assert mean.item() == pytest.approx(whole[counted].mean().item(), rel=1e-6)
 
 
-def test_without_targets_only_the_last_position(small_gpt):
+def test_without_targets_only_last_position_has_logits(small_gpt):
     model = small_gpt()
     tokens = some_tokens(model, steps=9)
     last, loss = model(tokens)
@@ -104,7 +104,7 @@ def test_without_targets_only_the_last_position(small_gpt):
     torch.testing.assert_close(last, every[:, -1:], atol=1e-5, rtol=0)
 
 
-def test_a_token_changes_nothing_before_it(small_gpt):
+def test_token_does_not_change_earlier_positions(small_gpt):
     model = small_gpt()
     tokens = some_tokens(model, batch=1)
     before, _ = model(tokens, tokens)
@@ -131,14 +131,14 @@ def test_accumulated_micro_batches_equal_the_full_batch(small_gpt, micro_batches
         torch.testing.assert_close(parameter.grad, full[name], atol=1e-6, rtol=1e-4)
 
 
-def test_known_number_of_parameters():
+def test_gpt2_has_known_number_of_parameters():
     with torch.device("meta"):
         model = GPT(GPT2_124M)
     assert model.num_parameters() == 124_373_760
     assert model.num_parameters(positions=False) == 123_587_328
 
 
-def test_the_tied_head_has_one_name(small_gpt):
+def test_tied_head_has_one_name(small_gpt):
     model = small_gpt()
     names = [name for name, _ in model.named_parameters()]
     assert names == list(model.state_dict())
@@ -150,7 +150,7 @@ def test_the_tied_head_has_one_name(small_gpt):
     } <= set(names)
 
 
-def test_loss_at_initialisation_is_that_of_guessing():
+def test_initial_loss_is_that_of_uniform_guess():
     torch.manual_seed(1337)
     model = GPT(GPT2_124M)
     tokens = some_tokens(model, batch=1, steps=129)
@@ -159,7 +159,7 @@ def test_loss_at_initialisation_is_that_of_guessing():
     assert 10.8 < loss.item() < 11.15  # ln 50,304 = 10.826
 
 
-def test_initialisation_is_gpt2s():
+def test_initialization_is_that_of_gpt2():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=512, n_layer=8, n_head=2, n_embd=128))
     for name, parameter in model.named_parameters():
@@ -171,7 +171,7 @@ def test_initialisation_is_gpt2s():
             assert abs(parameter.mean().item()) < 0.05 * expected, name
 
 
-def test_initialisation_is_a_function_of_the_global_seed():
+def test_initial_weights_depend_only_on_global_seed():
     def weights(seed: int) -> Tensor:
         torch.manual_seed(seed)
         model = GPT(GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=1, n_embd=8))
@@ -181,7 +181,7 @@ def test_initialisation_is_a_function_of_the_global_seed():
     assert not torch.equal(weights(5), weights(6))
 
 
-def test_dropout_follows_the_seed_and_is_off_in_eval(small_gpt):
+def test_dropout_depends_on_seed_and_is_off_in_eval(small_gpt):
     model = small_gpt(dropout=0.3)
     tokens = some_tokens(model)
     without = small_gpt()(tokens, tokens)[0]
@@ -196,7 +196,7 @@ def test_dropout_follows_the_seed_and_is_off_in_eval(small_gpt):
     assert not torch.allclose(drawn[0], without)
 
 
-def test_the_loss_is_float32_under_autocast(small_gpt):
+def test_loss_is_float32_under_autocast(small_gpt):
     model = small_gpt()
     tokens = some_tokens(model)
     _, exact = model(tokens, tokens)
@@ -211,7 +211,7 @@ def test_the_loss_is_float32_under_autocast(small_gpt):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_loss_of_a_model_in_half_precision_is_float32(small_gpt, dtype):
+def test_loss_of_half_precision_model_is_float32(small_gpt, dtype):
     model = small_gpt().to(dtype)
     tokens = some_tokens(model)
     logits, loss = model(tokens, tokens)
@@ -220,30 +220,12 @@ def test_the_loss_of_a_model_in_half_precision_is_float32(small_gpt, dtype):
     assert loss.item() == pytest.approx(from_its_logits.item(), abs=1e-5)
 
 
-def test_compiles_as_one_graph_to_the_same_loss(small_gpt):
+def test_compiled_model_is_one_graph_with_same_loss(small_gpt):
     model = small_gpt()
     tokens = some_tokens(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     _, loss = compiled(tokens, tokens)
     assert loss.item() == pytest.approx(model(tokens, tokens)[1].item(), abs=1e-6)
-
-
-def test_a_cropped_model_is_the_same_on_what_still_fits(small_gpt):
-    model, original = small_gpt(), small_gpt()
-    model.crop_block_size(7)
-    tokens = some_tokens(model)
-    assert torch.equal(model(tokens, tokens)[0], original(tokens, tokens)[0])
-    assert model.config.block_size == 7
-    assert model.num_parameters() == original.num_parameters() - 9 * 32
-    reloaded = GPT(model.config)
-    reloaded.load_state_dict(model.state_dict())
-    model(tokens, tokens)[1].backward()
-    assert model.transformer.wpe.weight.grad.shape == (7, 32)
-    with pytest.raises(ValueError, match="8 tokens.*block_size=7"):
-        model(some_tokens(model, steps=8))
-    for impossible in (0, 8):
-        with pytest.raises(ValueError, match=f"block_size={impossible} must lie in 1..7"):
-            model.crop_block_size(impossible)
 
 
 def test_too_many_tokens_are_refused(small_gpt):
@@ -252,7 +234,7 @@ def test_too_many_tokens_are_refused(small_gpt):
         model(some_tokens(model, steps=17))
 
 
-def test_an_unknown_reduction_is_refused(small_gpt):
+def test_unknown_reduction_is_refused(small_gpt):
     model = small_gpt()
     tokens = some_tokens(model)
     with pytest.raises(ValueError, match="'sum'"):
@@ -272,6 +254,6 @@ def test_an_unknown_reduction_is_refused(small_gpt):
         ({"activation": "relu"}, "activation.*'relu'"),
     ],
 )
-def test_impossible_shapes_are_refused(wrong, said):
+def test_invalid_shapes_are_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
         GPTConfig(**wrong)

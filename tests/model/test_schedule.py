@@ -1,4 +1,4 @@
-"""Schedules: tables worked out by hand, nanoGPT's formula, torch's schedulers, and properties of every kind."""
+"""Schedules: tables computed by hand, nanoGPT, torch's schedulers, and properties."""
 
 import doctest
 import math
@@ -49,7 +49,7 @@ def schedules(draw) -> Schedule:
 
 
 def torch_rates(scheduler_of, max_lr: float, steps: int) -> list[float]:
-    """What a torch scheduler, made by scheduler_of(optimizer), uses in each of `steps` updates."""
+    """Return the rate of each update with the torch scheduler `scheduler_of(optimizer)`."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=max_lr)
     scheduler = scheduler_of(optimizer)
     rates = []
@@ -65,7 +65,7 @@ def our_rates(schedule: Schedule, steps: int) -> list[float]:
 
 
 @pytest.mark.parametrize(("kind", "shape"), TABLES)
-def test_tables(kind, shape):
+def test_rates_equal_table(kind, shape):
     schedule = Schedule(
         kind, 1.0, 0.2, warmup_steps=3, decay_steps=11, decay_fraction=0.35, decay_shape=shape
     )
@@ -75,7 +75,7 @@ def test_tables(kind, shape):
     assert learning_rate(schedule, 99) == pytest.approx(late, rel=1e-12)
 
 
-def test_every_kind_and_shape_has_a_table():
+def test_every_schedule_and_decay_shape_has_a_table():
     assert {kind for kind, _ in TABLES} == set(SCHEDULES)
     assert {shape for kind, shape in TABLES if kind == "wsd"} == set(DECAY_SHAPES)
 
@@ -84,7 +84,7 @@ def test_every_kind_and_shape_has_a_table():
     ("warmup_iters", "lr_decay_iters", "ratio"),
     [(2000, 600_000, 0.1), (100, 2000, 0.1), (0, 50, 0)],
 )
-def test_cosine_equals_nanogpts_get_lr_to_the_last_bit(warmup_iters, lr_decay_iters, ratio):
+def test_cosine_equals_nanogpt_bit_for_bit(warmup_iters, lr_decay_iters, ratio):
     top = 6e-4
     bottom = top * ratio
 
@@ -105,7 +105,7 @@ def test_cosine_equals_nanogpts_get_lr_to_the_last_bit(warmup_iters, lr_decay_it
         assert learning_rate(schedule, step) == get_lr(step)
 
 
-def test_cosine_equals_torchs():
+def test_cosine_equals_torch():
     expected = torch_rates(
         lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=50, eta_min=3e-5), 3e-4, 51
     )
@@ -114,14 +114,14 @@ def test_cosine_equals_torchs():
     )
 
 
-def test_linear_equals_torchs():
+def test_linear_equals_torch():
     expected = torch_rates(lambda o: lr_scheduler.LinearLR(o, 1.0, 0.1, total_iters=50), 3e-4, 60)
     assert our_rates(Schedule("linear", 3e-4, 0.1, decay_steps=50), 60) == pytest.approx(
         expected, rel=1e-9
     )
 
 
-def test_constant_with_warmup_equals_torchs():
+def test_constant_with_warmup_equals_torch():
     expected = torch_rates(
         lambda o: lr_scheduler.LinearLR(o, 1 / 11, 1.0, total_iters=10), 3e-4, 30
     )
@@ -129,7 +129,7 @@ def test_constant_with_warmup_equals_torchs():
     assert our_rates(schedule, 30) == pytest.approx(expected, rel=1e-9)
 
 
-def test_inverse_sqrt_equals_a_lambda_of_torchs():
+def test_inverse_sqrt_equals_torch_lambda():
     def scheduler_of(
         optimizer,
     ):  # the formula of arXiv:1706.03762 with steps counted from 1, scaled to its peak
@@ -142,14 +142,14 @@ def test_inverse_sqrt_equals_a_lambda_of_torchs():
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 50))
-def test_inverse_sqrt_knows_no_end(one, other, warmup):
+def test_inverse_sqrt_does_not_depend_on_decay_steps(one, other, warmup):
     short, long = (
         Schedule("inverse_sqrt", 3e-4, warmup_steps=warmup, decay_steps=end) for end in (one, other)
     )
     assert our_rates(short, 300) == our_rates(long, 300)
 
 
-def test_wsd_equals_three_of_torchs_in_a_row():
+def test_wsd_equals_chain_of_torch_schedulers():
     def chain(optimizer):
         warmup = lr_scheduler.LinearLR(optimizer, 1 / 11, 1.0, total_iters=10)
         stable = lr_scheduler.ConstantLR(optimizer, 1.0)
@@ -161,7 +161,7 @@ def test_wsd_equals_three_of_torchs_in_a_row():
 
 
 @given(schedules())
-def test_rates_rise_to_the_peak_and_fall_to_the_floor(schedule):
+def test_rates_rise_to_peak_and_fall_to_floor(schedule):
     rates = our_rates(schedule, schedule.decay_steps + 5)
     rise, fall = rates[: schedule.warmup_steps], rates[schedule.warmup_steps :]
     near = schedule.max_lr * 1e-12
@@ -186,16 +186,14 @@ def test_rates_rise_to_the_peak_and_fall_to_the_floor(schedule):
     st.sampled_from(sorted(DECAY_SHAPES)),
     st.floats(1e-6, 1),
 )
-def test_wsd_runs_of_any_length_share_all_steps_up_to_the_first_of_their_decay(
-    length, more, shape, peak
-):
+def test_wsd_runs_of_different_length_share_steps_before_decay(length, more, shape, peak):
     short = Schedule("wsd", peak, warmup_steps=5, decay_steps=length, decay_shape=shape)
     long = Schedule("wsd", peak, warmup_steps=5, decay_steps=length + more, decay_shape=shape)
     shared = length - round(0.2 * length) + 1
     assert our_rates(short, shared) == our_rates(long, shared)
 
 
-def test_the_examples_in_the_docstrings():
+def test_docstring_examples():
     results = doctest.testmod(model.schedule)
     assert results.attempted >= 2 * len(SCHEDULES)
     assert results.failed == 0
@@ -218,11 +216,11 @@ def test_the_examples_in_the_docstrings():
         ({"kind": "wsd", "warmup_steps": 81}, "warmup_steps=81 must be at most 80"),
     ],
 )
-def test_impossible_schedules_are_refused(wrong, said):
+def test_invalid_schedules_are_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
         Schedule(**{"kind": "cosine", "max_lr": 1e-3, "decay_steps": 100, **wrong})
 
 
-def test_a_negative_step_is_refused():
+def test_negative_step_is_refused():
     with pytest.raises(ValueError, match="-1"):
         learning_rate(Schedule("constant", 1.0, decay_steps=1), -1)

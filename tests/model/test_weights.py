@@ -1,4 +1,4 @@
-"""Weights: the same logits in Hugging Face's GPT-2 and ours, in both directions; wrong names are refused by name."""
+"""Weights give the same logits in Hugging Face's GPT-2 and ours; wrong names are refused."""
 
 import math
 
@@ -24,7 +24,7 @@ TOKENS = torch.arange(30).view(2, 15)
 
 @pytest.fixture
 def huggingface():
-    """A maker of small GPT2LMHeadModels, in eval mode, with no tensor left as it was initialised."""
+    """Return a function that builds small GPT2LMHeadModels, in eval mode, with random tensors."""
 
     def make(**overrides):
         torch.manual_seed(4)
@@ -64,19 +64,17 @@ def test_huggingface_weights_give_huggingface_logits(huggingface, activation):
     )
 
 
-def test_the_activation_of_the_weights_is_needed_for_that(huggingface):
+def test_other_activation_gives_other_logits(huggingface):
     theirs = huggingface(activation_function="gelu_new")
     exact = GPTConfig(16, 61, 3, 4, 32, activation="gelu")
     difference = our_logits(exact, from_huggingface(theirs.state_dict())) - their_logits(theirs)
     assert difference.abs().max() > 1e-4
 
 
-def test_huggingface_weights_without_their_head_or_prefix_are_the_same(huggingface):
+def test_huggingface_weights_without_head_or_prefix_are_equal(huggingface):
     theirs = huggingface()
-    with_head, without = (
-        from_huggingface(theirs.state_dict()),
-        from_huggingface(theirs.transformer.state_dict()),
-    )
+    with_head = from_huggingface(theirs.state_dict())
+    without = from_huggingface(theirs.transformer.state_dict())
     assert with_head.keys() == without.keys()
     assert all(torch.equal(with_head[name], without[name]) for name in without)
 
@@ -94,7 +92,7 @@ def test_our_weights_give_our_logits_in_huggingface(small_gpt, bias, activation)
     assert_equal_logits(their_logits(theirs), our_logits(ours.config, ours.state_dict()))
 
 
-def test_an_export_opens_from_disk_with_from_pretrained(small_gpt, tmp_path):
+def test_export_loads_with_from_pretrained(small_gpt, tmp_path):
     from safetensors.torch import save_file
 
     ours = small_gpt(bias=False)
@@ -106,7 +104,7 @@ def test_an_export_opens_from_disk_with_from_pretrained(small_gpt, tmp_path):
     assert_equal_logits(their_logits(theirs), our_logits(ours.config, ours.state_dict()))
 
 
-def test_there_and_back_is_the_identity(small_gpt):
+def test_huggingface_round_trip_is_identity(small_gpt):
     weights = small_gpt().state_dict()
     back = from_huggingface(to_huggingface(weights))
     assert back.keys() == weights.keys()
@@ -114,7 +112,7 @@ def test_there_and_back_is_the_identity(small_gpt):
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-def test_configs_there_and_back(activation):
+def test_huggingface_config_round_trip_is_identity(activation):
     config = GPTConfig(64, 300, 2, 3, 24, activation=activation)
     assert config_from_huggingface(config_to_huggingface(config)) == config
 
@@ -128,7 +126,7 @@ def test_configs_there_and_back(activation):
         ("gpt2-xl", 1_557_611_200),
     ],
 )
-def test_the_four_sizes_have_huggingfaces_names_and_shapes(name, parameters):
+def test_gpt2_sizes_have_huggingface_names_and_shapes(name, parameters):
     config = GPT2_SIZES[name]
     with torch.device("meta"):
         ours = GPT(config)
@@ -147,7 +145,7 @@ def test_the_four_sizes_have_huggingfaces_names_and_shapes(name, parameters):
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_nanogpt_checkpoint_becomes_ours(small_gpt, prefix, bias):
+def test_nanogpt_checkpoint_is_converted(small_gpt, prefix, bias):
     ours = small_gpt(bias=bias).state_dict()
     masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril() for i in range(3)}
     theirs = {**ours, **masks, "lm_head.weight": ours["transformer.wte.weight"].clone()}
@@ -157,7 +155,7 @@ def test_a_nanogpt_checkpoint_becomes_ours(small_gpt, prefix, bias):
 
 
 @pytest.mark.parametrize("load", [from_nanogpt, from_huggingface, to_huggingface])
-def test_missing_and_unexpected_names_are_named(small_gpt, load):
+def test_error_names_missing_and_unexpected_weights(small_gpt, load):
     weights = small_gpt().state_dict()
     lacking = {
         name: tensor for name, tensor in weights.items() if name != "transformer.h.1.mlp.c_fc.bias"
@@ -177,7 +175,7 @@ def test_missing_and_unexpected_names_are_named(small_gpt, load):
 
 
 @pytest.mark.parametrize("load", [from_nanogpt, from_huggingface])
-def test_an_untied_head_is_refused(small_gpt, load):
+def test_untied_head_is_refused(small_gpt, load):
     weights = small_gpt().state_dict()
     with pytest.raises(ValueError, match=r"lm_head\.weight differs"):
         load({**weights, "lm_head.weight": weights["transformer.wte.weight"] + 1})
@@ -194,13 +192,13 @@ def test_an_untied_head_is_refused(small_gpt, load):
         {"model_type": "llama"},
     ],
 )
-def test_a_huggingface_model_that_ours_is_not_is_refused(wrong):
+def test_unsupported_huggingface_settings_are_refused(wrong):
     ((key, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{key}={value!r}"):
         config_from_huggingface({**transformers.GPT2Config().to_dict(), **wrong})
 
 
-def test_padding_the_vocabulary_keeps_logits_and_hardly_moves_the_loss(small_gpt):
+def test_vocabulary_padding_keeps_logits_and_nearly_keeps_loss(small_gpt):
     model = small_gpt()
     with torch.no_grad():
         model.transformer.wte.weight += 0.5
@@ -214,14 +212,14 @@ def test_padding_the_vocabulary_keeps_logits_and_hardly_moves_the_loss(small_gpt
     assert loss < padded_loss < loss + math.log(1 + 3 / 61)
 
 
-def test_growing_and_cutting_the_vocabulary_is_the_identity(small_gpt):
+def test_padding_and_cutting_vocabulary_is_identity(small_gpt):
     weights = small_gpt().state_dict()
     back = pad_vocab(pad_vocab(weights, 128), 61)
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], weights[name]) for name in weights)
 
 
-def test_a_vocabulary_that_cannot_be_padded_is_refused(small_gpt):
+def test_invalid_vocabulary_size_is_refused(small_gpt):
     with pytest.raises(ValueError, match="vocab_size.*0"):
         pad_vocab(small_gpt().state_dict(), 0)
     with pytest.raises(ValueError, match=r"transformer\.wte\.weight"):

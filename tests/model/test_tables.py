@@ -1,0 +1,82 @@
+"""Tables of models, optimizers and schedules: every entry works, and reading them is cheap."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from model.models import MODELS
+from model.optim import OPTIMIZERS, OptimizerSettings, build
+from model.schedule import DECAY_SHAPES, SCHEDULES
+
+SETTINGS = OptimizerSettings(max_lr=1e-2, beta1=0.9, beta2=0.95, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_optimizer_lowers_loss_and_keeps_the_stated_moments(kind, small_gpt):
+    model = small_gpt()
+    optimizer = build(kind, model, SETTINGS)
+    tokens = torch.arange(32).view(2, 16)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        _, loss = model(tokens, tokens)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for parameter in model.parameters():
+        state = optimizer.state[parameter].values()
+        moments = [value for value in state if value.shape == parameter.shape]
+        assert len(moments) == OPTIMIZERS[kind].moments
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_optimizer_resumed_from_its_state_takes_the_same_steps(kind, small_gpt):
+    tokens = torch.arange(32).view(2, 16)
+
+    def train(model, optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(tokens, tokens)[1].backward()
+            optimizer.step()
+
+    whole = small_gpt()
+    train(whole, build(kind, whole, SETTINGS), 4)
+    first = small_gpt()
+    optimizer = build(kind, first, SETTINGS)
+    train(first, optimizer, 2)
+    resumed = small_gpt()
+    resumed.load_state_dict(first.state_dict())
+    restored = build(kind, resumed, SETTINGS)
+    restored.load_state_dict(optimizer.state_dict())
+    train(resumed, restored, 2)
+    for ours, expected in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_model_returns_logits_and_loss(kind):
+    shape = MODELS[kind].shape(block_size=8, vocab_size=32, n_layer=1, n_head=2, n_embd=8)
+    tokens = torch.arange(16).view(2, 8)
+    logits, loss = MODELS[kind].build(shape)(tokens, tokens)
+    assert logits.shape == (2, 8, 32)
+    assert loss.shape == ()
+
+
+@pytest.mark.parametrize("table", [MODELS, OPTIMIZERS, SCHEDULES, DECAY_SHAPES])
+def test_every_entry_has_one_line_of_help(table):
+    for entry in table.values():
+        assert entry.help.strip()
+        assert "\n" not in entry.help
+
+
+def test_configuration_does_not_import_torch():
+    code = (
+        "import sys\n"
+        "from orchestrator.config.experiment import Experiment\n"
+        "Experiment().lr_schedule()\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -238,7 +238,7 @@ def run_plain(study: Study, folder: Path) -> float:
 # ---- what came of it ----
 def outcomes_of_tree(study: Study) -> dict[str, tuple[str, float]]:
     """{trial: (hash of its weights, its last val loss)}."""
-    return {row["trial"]: (row["weights_sha256"], row["final"]) for row in study.rows()}
+    return {row.trial: (row.weights_sha256, row.final) for row in study.rows()}
 
 
 def outcome_alone(experiment: Experiment, run_dir: Path) -> tuple[str, float]:

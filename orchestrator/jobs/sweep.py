@@ -26,20 +26,29 @@ from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRU
 from orchestrator.files import read_json
 from orchestrator.runs import lock, stop
 from orchestrator.runs import signals as interrupts
+from orchestrator.runs.ending import Ending, Kind
 from orchestrator.runs.facts import model_facts
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import check_writable, storage_root
 from orchestrator.sweep import cost as sweep_plan
-from orchestrator.sweep import view as tree_view
-from orchestrator.sweep.report import Report
+from orchestrator.sweep.report import view as tree_view
+from orchestrator.sweep.report.files import Report
+from orchestrator.sweep.report.summary import show
+from orchestrator.sweep.report.table import Table
 from orchestrator.sweep.space import Sweep
 from orchestrator.sweep.stage_states import BLOCKED, DONE, FAILED, STOPPED
 from orchestrator.sweep.study import Study, check_sources, data_key, with_absolute_paths
-from orchestrator.sweep.table import Table
 from orchestrator.track.server import resolve_uri
 from orchestrator.track.sweep import SweepTracker, resend_sweep_metrics
 from orchestrator.train import init_from
 from orchestrator.workers.watch import Watch
+
+_KINDS: dict[int, Kind] = {
+    EXIT_DONE: "done",
+    EXIT_FAILED: "failed",
+    EXIT_AGAIN: "again",
+    EXIT_INTERRUPTED: "interrupted",
+}
 
 
 def run(sweep: Sweep) -> int:
@@ -123,8 +132,9 @@ def _execute(
         if estimate and study.plan.steps_to_run
         else None
     )
-    table = Table(slots, study.best, step_s)
-    books = table.books = study.keeper(table.tick)
+    books = study.keeper(lambda: None)
+    table = Table(books, slots, study.best, step_s)
+    books.tick = table.tick
     report = Report(study, books, estimate)
     books.watch = lambda stage: (report.stage_ended(stage), table.stage_ended(stage))
     report.begin()
@@ -144,12 +154,13 @@ def _execute(
         traceback.print_exc()
         code = EXIT_FAILED
     interrupts.let_end()
-    status = {EXIT_DONE: "FINISHED", EXIT_FAILED: "FAILED"}.get(code, "KILLED")
-    report.finish((status, code), time.monotonic() - started, in_a_hurry=code == EXIT_AGAIN)
+    ending = Ending(_KINDS[code])
+    status = ending.mlflow_status
+    summary = report.finish(ending, time.monotonic() - started, quick=code == EXIT_AGAIN)
     sent = False
     with interrupts.may_be_cut():  # enough of waiting for a server
         sent = tracker.finish(status, deadline_s=interrupts.ending_s(code))
-    report.show(tracker.url)
+    show(study, summary, tracker.url)
     if not sent:
         print(
             f"the tracking server did not take everything; send the rest with\n  "
@@ -232,13 +243,11 @@ def _finished(sweep: Sweep, storage: Path, folder: Path) -> Study | None:
 
 def _show_again(study: Study, uri: str) -> int:
     print(f"{study.folder.name} is finished; more values in its grid run only what is new")
-    report = Report(study, study.books)
-    report.summary = read_json(study.folder / "summary.json")
-    if (best := study.winner(study.rows())) and best[0] != report.summary[
-        "best_trial"
-    ]:  # of a smaller grid
-        report.summary |= {"best_trial": best[0], "best_value": best[1], "best_checkpoint": None}
-    report.show(None)
+    summary = read_json(study.folder / "summary.json")
+    best = study.winner(study.rows())
+    if best and best[0] != summary["best_trial"]:  # the grid is smaller now
+        summary |= {"best_trial": best[0], "best_value": best[1], "best_checkpoint": None}
+    show(study, summary, None)
     if not resend_sweep_metrics(
         study.folder, uri, study.sweep.base.tracking.experiment, interrupts.EXIT_WAIT_S
     ):

@@ -16,9 +16,9 @@ from orchestrator.data.dataset import Manifest
 from orchestrator.data.prepared import dataset_dir, find_prepared
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import storage_root
-from orchestrator.sweep import figures as sweep_figures
-from orchestrator.sweep import view as tree_view
 from orchestrator.sweep.forecast import forecast
+from orchestrator.sweep.report import figures as sweep_figures
+from orchestrator.sweep.report import view as tree_view
 from orchestrator.sweep.space import Sweep
 from orchestrator.sweep.study import Study, check_sources, data_key, with_absolute_paths
 from orchestrator.sweep.tree import Stage

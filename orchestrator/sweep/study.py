@@ -18,10 +18,11 @@ from orchestrator.errors import UserError
 from orchestrator.files import read_json
 from orchestrator.runs import summary as summary_file
 from orchestrator.runs.folder import RunFolder
-from orchestrator.sweep import ranking as comparison
 from orchestrator.sweep import stage as stage_run
 from orchestrator.sweep import sweep_folder, trials
 from orchestrator.sweep.progress import Keeper
+from orchestrator.sweep.report import ranking
+from orchestrator.sweep.report.ranking import Row
 from orchestrator.sweep.sampler import Sampler
 from orchestrator.sweep.sampler import check as check_optuna
 from orchestrator.sweep.space import Sweep, TrialSpec, sampled
@@ -174,33 +175,32 @@ class Study:
         }
 
     # ---- what came of it ----
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         """One row a trial: how it ended, and the losses that it ended with."""
         return [self.row(c) for c in self.candidates.values()]
 
-    def row(self, c: Candidate) -> dict[str, Any]:
-        records, result, state = (
-            self.records(c),
-            self.books.result(c.name),
-            self.books.progress.trial(c.name),
+    def row(self, c: Candidate) -> Row:
+        """How a trial ended, as a row of comparison.csv."""
+        records = self.records(c)
+        state = self.books.progress.trial(c.name)
+        bits_per_byte = None
+        if state == DONE:
+            bits_per_byte = summary_file.last_value(records, "val/bits_per_byte")
+        return Row(
+            trial=c.name,
+            setting=c.spec.setting,
+            seed=c.spec.seed,
+            fields=c.spec.fields,
+            steps=c.trial.steps,
+            state=state,
+            metric=self.metric,
+            final=self.final(c),
+            best=min((r[self.metric] for r in records if self.metric in r), default=None),
+            val_bits_per_byte=bits_per_byte,
+            train_loss=summary_file.last_value(records, "train/loss"),
+            weights_sha256=self.books.result(c.name).get("weights_sha256"),
+            reason=self.reason(c.name),
         )
-        return {
-            "trial": c.name,
-            "setting": c.spec.setting,
-            "seed": c.spec.seed,
-            "fields": c.spec.fields,
-            "steps": c.trial.steps,
-            "state": state,
-            "metric": self.metric,
-            "final": self.final(c),
-            "best": min((r[self.metric] for r in records if self.metric in r), default=None),
-            "val_bits_per_byte": summary_file.last_value(records, "val/bits_per_byte")
-            if state == DONE
-            else None,
-            "train_loss": summary_file.last_value(records, "train/loss"),
-            "weights_sha256": result.get("weights_sha256"),
-            "reason": self.reason(c.name),
-        }
 
     def records(self, c: Candidate) -> list[dict[str, Any]]:
         """The trial's lines so far, from step 0."""
@@ -221,14 +221,16 @@ class Study:
             else self.books.reason(trial)
         )
 
-    def winner(self, rows: list[dict[str, Any]]) -> tuple[str, float] | None:
-        """The best seed of the best setting: the lowest loss of all may be a lucky seed of another. None: nothing is done."""
-        first = next((setting for setting in comparison.rank(rows) if setting.rank == 1), None)
-        if first is None:
+    def winner(self, rows: list[Row]) -> tuple[str, float] | None:
+        """Return the best trial of the best setting and its loss; None if no trial is done.
+
+        The lowest loss of all trials may be a lucky seed of another setting.
+        """
+        best = ranking.rank(rows)[:1]
+        if not best or best[0].rank is None:
             return self.best()
-        return min((row["final"], row["trial"]) for row in rows if row["setting"] == first.setting)[
-            ::-1
-        ]
+        loss, trial = min((row.final, row.trial) for row in best[0].trials if row.final is not None)
+        return trial, loss
 
     def best(self) -> tuple[str, float] | None:
         """The lowest loss of a trial that is done, and whose it is."""

@@ -13,6 +13,7 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.cluster.layout import Layout
 from orchestrator.data.dataset import load_manifest
 from orchestrator.runs import journal, metrics
+from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.loop import train
@@ -53,7 +54,7 @@ def lone_runs() -> dict:
 @pytest.fixture
 def sweeps(tiny_dataset, tmp_path, lone_runs):
     """`.open(words)` plans a sweep; `.run(study)` runs it here, without Ray; `.alone(study, trial)` runs one trial by itself."""
-    from orchestrator.sweep.report import Report
+    from orchestrator.sweep.report.files import Report
     from orchestrator.sweep.space import load_sweep
     from orchestrator.sweep.study import Study, data_key
 
@@ -75,7 +76,9 @@ def sweeps(tiny_dataset, tmp_path, lone_runs):
         """Up to `limit` stages; `fail(stage)` may raise in place of one, `stop_asked` end one. The ids of those that ran."""
         books = study.keeper(lambda: None)
         report, ran = Report(study, books), []
-        report._figure = lambda *_: None  # figures take a second each, and have tests of their own
+        report.save_figure = lambda *_: (
+            None
+        )  # figures take a second each, and have tests of their own
         books.watch = report.stage_ended
         report.begin()
         while (limit is None or len(ran) < limit) and (stage := books.next()):
@@ -88,7 +91,7 @@ def sweeps(tiny_dataset, tmp_path, lone_runs):
             except RuntimeError as error:
                 (books.stages / stage / "failure-rank0.txt").write_text(f"RuntimeError: {error}")
                 books.ended(stage, died=True)
-        study.summary = report.finish(("FINISHED", 0), 1.0)
+        study.summary = report.finish(Ending("done"), 1.0)
         return ran
 
     def alone(study, trial: str) -> dict:

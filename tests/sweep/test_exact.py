@@ -50,7 +50,7 @@ def test_a_mixed_sweep_is_its_trials(sweeps, keep):
         == study.plan.steps_to_run
         < study.plan.steps_asked
     )
-    assert {row["state"] for row in study.rows()} == {"done"}
+    assert {row.state for row in study.rows()} == {"done"}
 
 
 def test_killed_between_any_two_stages_nothing_is_run_twice(sweeps):
@@ -106,12 +106,12 @@ def test_asked_to_stop_again_and_again_no_step_is_run_twice(sweeps, seed):
         sweeps.run(study, stop_asked=asked)
         starts, run, over = starts + 1, run + study.summary["steps_run"], study.is_over
         assert over or stop.requested(RunFolder(study.folder))
-        assert {"stopped", "failed"} & {row["state"] for row in study.rows()} == set()
+        assert {"stopped", "failed"} & {row.state for row in study.rows()} == set()
     assert starts > 3
     assert (
         run == study.plan.steps_in_tree - 12
     )  # of the trial that diverges, all but its first step
-    assert {row["trial"]: row["state"] for row in study.rows() if row["state"] != "done"} == {
+    assert {row.trial: row.state for row in study.rows() if row.state != "done"} == {
         "hot": "diverged"
     }
     assert_alone(sweeps, study, [name for name in study.candidates if name != "hot"])
@@ -196,15 +196,15 @@ def test_a_trial_that_diverges_ends_alone_with_the_bits_that_it_had(sweeps):
     words = [*MIXED[:2], "sweep.trials.hot={schedule.max_lr: 1e38, optim.max_grad_norm: null}"]
     study = sweeps.open(*words)
     ran = sweeps.run(study)
-    states = {row["trial"]: row["state"] for row in study.rows()}
+    states = {row.trial: row.state for row in study.rows()}
     assert states == {"wsd-20": "done", "wsd-14": "done", "hot": "diverged"}
-    assert "not finite" in next(row["reason"] for row in study.rows() if row["trial"] == "hot")
+    assert "not finite" in next(row.reason for row in study.rows() if row.trial == "hot")
     assert_alone(sweeps, study, ["wsd-20", "wsd-14"])
     summary = json.loads((study.folder / "trials" / "hot" / "summary.json").read_text())
     assert summary["status"] == "FAILED" and summary["state"] == "diverged"
     again = sweeps.open(*words)
     assert sweeps.run(again) == [] and len(ran) == 4
-    assert {r["trial"]: r["state"] for r in again.rows()} == states
+    assert {r.trial: r.state for r in again.rows()} == states
 
 
 def test_a_trunk_that_diverges_takes_its_branches_and_is_never_run_again(sweeps):
@@ -217,8 +217,8 @@ def test_a_trunk_that_diverges_takes_its_branches_and_is_never_run_again(sweeps)
     sweeps.run(study)
     losses = [r["train/loss"] for r in sweeps.alone(study, "a")["curve"] if "train/loss" in r]
     assert max(losses) > 3.7, "the test needs a trial that gets worse"
-    assert [row["state"] for row in study.rows()] == ["diverged", "diverged", "done"]
-    assert "sweep.diverged_above=3.7" in study.rows()[0]["reason"]
+    assert [row.state for row in study.rows()] == ["diverged", "diverged", "done"]
+    assert "sweep.diverged_above=3.7" in study.rows()[0].reason
     grown = sweeps.open(
         *hot,
         "sweep.trials.c={schedule.max_lr: 0.9, train.max_steps: 40}",
@@ -227,7 +227,7 @@ def test_a_trunk_that_diverges_takes_its_branches_and_is_never_run_again(sweeps)
     assert grown.plan.to_run == frozenset()
     raised = sweeps.open(*hot, "sweep.diverged_above=1e9")
     sweeps.run(raised)
-    assert {row["state"] for row in raised.rows()} == {"done"}
+    assert {row.state for row in raised.rows()} == {"done"}
     assert_alone(sweeps, raised, ["a", "b"])
 
 
@@ -238,13 +238,13 @@ def test_an_error_ends_its_stage_and_what_follows_and_is_tried_again_next_time(s
 
     study = sweeps.open(*MIXED[:4])
     sweeps.run(study, fail=fail)
-    assert {row["trial"]: row["state"] for row in study.rows()} == {
+    assert {row.trial: row.state for row in study.rows()} == {
         "wsd-20": "done",
         "wsd-14": "done",
         "wsd-30-cosine": "done",
         "wsd-20-sqrt": "failed",
     }
-    assert "out of memory" in study.rows()[3]["reason"]
+    assert "out of memory" in study.rows()[3].reason
     study = sweeps.open(*MIXED[:4])
     assert len(sweeps.run(study)) == 1
     assert_alone(sweeps, study)
@@ -272,26 +272,24 @@ PROBED = [
 def test_probes_drop_what_is_worse_and_leave_the_others_their_bits(sweeps):
     study = sweeps.open(*PROBED, "sweep.probe_margin=0.01")
     ran = sweeps.run(study)
-    states = {row["trial"]: row["state"] for row in study.rows()}
+    states = {row.trial: row.state for row in study.rows()}
     assert set(states.values()) == {"done", "stopped"}
     assert all((state == "stopped") == ("1e-05" in name) for name, state in states.items())
     assert all(
-        "above the best probe's" in row["reason"]
-        for row in study.rows()
-        if row["state"] == "stopped"
+        "above the best probe's" in row.reason for row in study.rows() if row.state == "stopped"
     )
     assert_alone(sweeps, study, [name for name, state in states.items() if state == "done"])
     # two trunks up to the probe's fork, two probes, and one trunk with its two ends
     assert steps_of(study, ran) == 2 * 9 + 2 * 3 + (17 - 9) + 2 * 3
     again = sweeps.open(*PROBED, "sweep.probe_margin=0.01")
     assert sweeps.run(again) == []
-    assert {row["trial"]: row["state"] for row in again.rows()} == states
+    assert {row.trial: row.state for row in again.rows()} == states
 
 
 def test_a_wide_margin_drops_nothing(sweeps):
     study = sweeps.open(*PROBED, "sweep.probe_margin=100")
     sweeps.run(study)
-    assert {row["state"] for row in study.rows()} == {"done"}
+    assert {row.state for row in study.rows()} == {"done"}
     assert_alone(sweeps, study)
 
 
@@ -301,7 +299,7 @@ def test_seeds_are_judged_together(sweeps):
     sweeps.run(study)
     by_setting = {}
     for row in study.rows():
-        by_setting.setdefault(row["setting"], set()).add(row["state"])
+        by_setting.setdefault(row.setting, set()).add(row.state)
     assert sorted(map(tuple, by_setting.values())) == [
         ("done",),
         ("done",),
@@ -387,7 +385,7 @@ def test_a_probe_is_nobodys_trial(sweeps):
         "sweep.probe_margin=0.01",
     )
     sweeps.run(study)
-    assert {row["trial"]: row["state"] for row in study.rows()} == {
+    assert {row.trial: row.state for row in study.rows()} == {
         "probe-1": "done",
         "b": "stopped",
     }
@@ -407,7 +405,7 @@ def test_probes_that_fail_decide_nothing_and_are_told(sweeps):
 
     study = sweeps.open(*PROBED)
     sweeps.run(study, fail=fail)
-    assert {row["state"] for row in study.rows()} == {"done"}
+    assert {row.state for row in study.rows()} == {"done"}
     assert (study.summary["probes"], study.summary["probes_failed"]) == (2, 2)
 
 
@@ -417,7 +415,7 @@ def test_a_trial_that_was_done_before_the_probes_keeps_its_result_and_no_reason(
         "sweep.grid.schedule.max_lr=[1e-5,1e-2]", *PROBED[2:], "sweep.probe_margin=0.01"
     )
     sweeps.run(study)
-    assert [(row["state"], row["reason"]) for row in study.rows()] == [("done", None)] * 2
+    assert [(row.state, row.reason) for row in study.rows()] == [("done", None)] * 2
 
 
 def test_the_best_is_a_seed_of_the_best_setting(sweeps):
@@ -426,14 +424,11 @@ def test_the_best_is_a_seed_of_the_best_setting(sweeps):
     )
     sweeps.run(study)
     rows = study.rows()
-    means = {
-        s: sum(r["final"] for r in rows if r["setting"] == s) / 3
-        for s in {r["setting"] for r in rows}
-    }
+    means = {s: sum(r.final for r in rows if r.setting == s) / 3 for s in {r.setting for r in rows}}
     best = min(means, key=means.get)
     name, loss = study.winner(rows)
     assert (name, loss) == min(
-        ((r["trial"], r["final"]) for r in rows if r["setting"] == best), key=lambda x: x[1]
+        ((r.trial, r.final) for r in rows if r.setting == best), key=lambda x: x[1]
     )
     assert study.summary["best_trial"] == name
 

@@ -24,7 +24,7 @@ def test_samples_are_asked_one_after_the_other_and_share_their_trunk(sweeps):
     study = sweeps.open(*SPACE, "sweep.num_samples=5")
     sweeps.run(study)
     assert [len(study.samples), len(study.candidates)] == [5, 5]
-    assert {row["state"] for row in study.rows()} == {"done"}
+    assert {row.state for row in study.rows()} == {"done"}
     alone = sum(c.trial.steps for c in study.candidates.values())
     assert made(study) < alone == study.books.plan.steps_asked
     for name in study.candidates:
@@ -118,7 +118,7 @@ def test_a_diverging_trunk_is_known_to_the_next_sample(sweeps):
         "optim.max_grad_norm=null",
     )
     sweeps.run(study)
-    assert {row["state"] for row in study.rows()} == {"diverged"}
+    assert {row.state for row in study.rows()} == {"diverged"}
     assert len(list(study.folder.glob("stages/*/result.json"))) == 1
 
 
@@ -135,7 +135,7 @@ def test_a_space_may_be_narrowed_and_a_torn_line_is_dropped(sweeps):
     )
     sweeps.run(study)
     assert len(study.candidates) == 3
-    assert {row["state"] for row in study.rows()} == {"done"}
+    assert {row.state for row in study.rows()} == {"done"}
 
 
 def test_a_finished_sweep_is_not_finished_when_more_samples_are_wanted(sweeps):

@@ -17,9 +17,10 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.data.batches import Batches, TokenStream
 from orchestrator.data.dataset import FILE, load_manifest, write_manifest
 from orchestrator.runs import events
+from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep import tune as sweep
-from orchestrator.sweep.report import Report
+from orchestrator.sweep.report.files import Report
 from orchestrator.sweep.stage_states import FAILED
 from orchestrator.sweep.study import Study, data_key
 from orchestrator.workers import watchdog
@@ -51,12 +52,12 @@ def on_ray(ray_cluster) -> Callable:
         report.begin()
         with Watch(study.folder, books.running):
             sweep.execute(books, books.stages, layout, slots, study.asha(), reuse)
-        report.finish(("FINISHED", 0), 1.0)
+        report.finish(Ending("done"), 1.0)
         assert not books.progress.pending
         return SimpleNamespace(
             books=books,
-            states={row["trial"]: row["state"] for row in study.rows()},
-            reasons={row["trial"]: row["reason"] for row in study.rows()},
+            states={row.trial: row.state for row in study.rows()},
+            reasons={row.trial: row.reason for row in study.rows()},
         )
 
     return run
@@ -307,7 +308,7 @@ def test_asha_stops_some_and_what_it_leaves_has_its_bits_and_stays_stopped(sweep
     again = sweeps.open(*words)
     assert again.plan.to_run == frozenset()
     again.keeper(lambda: None)
-    assert {row["trial"]: row["state"] for row in again.rows()} == states
+    assert {row.trial: row.state for row in again.rows()} == states
     unstopped = sweeps.open(*words[:2])
     assert {s.trials[0] for s in unstopped.plan.stages if s.id in unstopped.plan.to_run} == {
         name for name, state in states.items() if state == "stopped"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.schedule import Schedule, learning_rate
-from orchestrator.sweep import view as tree_view
+from orchestrator.sweep.report import view as tree_view
 from orchestrator.sweep.tree import Trial, plan
 
 LINE = re.compile(

@@ -1,0 +1,251 @@
+"""Files that a sweep leaves behind for people and for MLflow, kept up to date while it runs.
+
+In the sweep's folder: run.json, metrics.jsonl, sweep.yaml, plan.txt, comparison.csv, figures/,
+summary.json and trials/<name>/, each with the layout of a lone run.
+"""
+
+import hashlib
+import io
+import json
+import uuid
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.files import write_atomically, write_json
+from orchestrator.redact import redact
+from orchestrator.runs import journal
+from orchestrator.runs.ending import Ending
+from orchestrator.runs.facts import facts_of
+from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.sweep import trials
+from orchestrator.sweep.progress import Keeper
+from orchestrator.sweep.report import figures, ranking, view
+from orchestrator.sweep.report.ranking import Row
+from orchestrator.sweep.report.summary import SweepSummary, summarize
+from orchestrator.sweep.stage_states import BLOCKED, DIVERGED, DONE, FAILED, STOPPED
+from orchestrator.sweep.study import Study, data_key
+from orchestrator.sweep.tree import Stage
+from orchestrator.sweep.trials import Candidate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SCRIPT = "pipelines/sweep.py"
+FEW = 8  # a stage that so many trials share updates the folders of all of them
+# MLflow's status of a trial that is over, by its state.
+MLFLOW_STATUS = {
+    DONE: "FINISHED",
+    FAILED: "FAILED",
+    DIVERGED: "FAILED",
+    BLOCKED: "FAILED",
+    STOPPED: "KILLED",
+}
+
+
+class Report:
+    """Files of one sweep: call `begin` once, `stage_ended` with each stage, then `finish`.
+
+    Args:
+        study: The sweep.
+        books: State of its stages.
+        estimate: Estimated time, memory and disk; None if unknown.
+    """
+
+    def __init__(
+        self, study: Study, books: Keeper, estimate: dict[str, float] | None = None
+    ) -> None:
+        self.study = study
+        self.books = books
+        self.folder = SweepFolder(study.folder)
+        self.estimate = estimate
+        record = self.folder.read_record() or {"key": uuid.uuid4().hex, "attempts": []}
+        self.key = record["key"]
+        self.attempts = record["attempts"]
+        self.facts: dict[str, dict[str, Any]] = {}  # of each trial, for MLflow
+
+    def begin(self) -> None:
+        """Write the sweep's own files, and the folders of trials that have something already."""
+        study = self.study
+        attempt = {
+            "started": _now(),
+            "layout": asdict(study.layout),
+            "trials": len(study.candidates),
+        }
+        self.attempts.append(redact(attempt))
+        write_atomically(self.folder.sweep_file, study.sweep.to_yaml())
+        write_json(self.folder.run_file, self._run_record())
+        self.folder.summary_file.unlink(missing_ok=True)
+        self._draw_plan()
+        for candidate in study.candidates.values():
+            if not self._has_summary(candidate) or not self._is_over(candidate):
+                self._assemble(candidate)
+
+    def stage_ended(self, stage: Stage) -> None:
+        """Update the trials of a stage, and append a line to the sweep's journal.
+
+        A stage that many trials share updates only those that are over: their folders are complete
+        now. One that few share updates all of them, so that MLflow shows their curves early.
+        """
+        for name in stage.trials:
+            candidate = self.study.candidates.get(name)
+            if candidate and (len(stage.trials) <= FEW or self._is_over(candidate)):
+                self._assemble(candidate)
+
+        plan = self.books.plan
+        done = [name for name in self.study.candidates if self.books.progress.trial(name) == DONE]
+        metrics: dict[str, float] = {
+            "sweep/steps_run": self.books.steps_run,
+            "sweep/steps_saved": plan.steps_asked - plan.steps_to_run,
+            "sweep/trials_done": len(done),
+        }
+        best = self.study.best()
+        if best is not None:
+            metric = self.study.metric.rpartition("/")[2]
+            metrics[f"sweep/best_{metric}"] = best[1]
+        last = journal.last(self.folder) or {"step": 0}
+        journal.Journal(self.folder).append(last["step"] + 1, metrics)
+
+    def finish(self, ending: Ending, wall_s: float, *, quick: bool = False) -> SweepSummary:
+        """Write the comparison and the summary of the trials, however the sweep ended.
+
+        Args:
+            ending: How the sweep ended.
+            wall_s: Seconds that it took.
+            quick: Write only what is necessary: no figures and no folders of trials. After SIGTERM
+                there may be three seconds left.
+        """
+        rows = self.study.rows()
+        if not quick:
+            for candidate in self.study.candidates.values():
+                if not self._has_summary(candidate):
+                    self._assemble(candidate)
+        summary = summarize(self.study, ending, self.estimate, wall_s)
+        write_json(self.folder.summary_file, summary)
+        write_atomically(self.folder.comparison_file, ranking.csv_text(rows))
+        if not quick:
+            self._draw_plan()
+            self._draw_results(rows)
+        return summary
+
+    # ---- the sweep ----
+
+    def _run_record(self) -> dict[str, Any]:
+        """Return run.json: what the trials have in common, for MLflow's parent run."""
+        study = self.study
+        experiments = [c.experiment for c in study.candidates.values()] or [study.sweep.base]
+        first = experiments[0]
+        facts = facts_of(first, study.datasets[data_key(first.data)], SCRIPT)
+        varied = {name for c in study.candidates.values() for name in c.spec.fields}
+        params = {
+            name: value
+            for name, value in facts["params"].items()
+            if name not in varied and not name.startswith("derived.")
+        }
+        for name, value in study.sweep.settings.model_dump(by_alias=True).items():
+            if value:
+                params[f"sweep.{name}"] = json.dumps(value)
+        tags = {
+            "sweep.trials": len(study.candidates),
+            "sweep.steps_asked": self.books.plan.steps_asked,
+            "sweep.steps_in_tree": self.books.plan.steps_in_tree,
+        }
+        return {
+            "name": study.sweep.base.name,
+            "key": self.key,
+            **facts,
+            "params": params,
+            "tags": facts["tags"] | tags,
+            "attempts": self.attempts,
+        }
+
+    def _draw_plan(self) -> None:
+        plan = self.books.plan
+        if not plan.stages:  # optuna has not asked for a trial yet
+            return
+        text = "\n".join([*view.summary(plan), "", view.text(plan), ""])
+        write_atomically(self.folder.plan_file, text)
+        self.save_figure("tree", figures.tree(plan))
+
+    def _draw_results(self, rows: list[Row]) -> None:
+        done = {row.trial for row in rows if row.final is not None}
+        if not done:
+            return
+        histories = {
+            name: self.study.records(c) for name, c in self.study.candidates.items() if name in done
+        }
+        self.save_figure("final_losses", figures.final_losses(rows))
+        self.save_figure("curves", figures.curves(rows, histories))
+
+    def save_figure(self, name: str, figure: "Figure") -> None:
+        """Write `figures/<name>.png`."""
+        self.folder.figures.mkdir(exist_ok=True)
+        picture = io.BytesIO()
+        figure.savefig(picture)
+        write_atomically(self.folder.figures / f"{name}.png", picture.getvalue())
+
+    # ---- one trial ----
+
+    def _trial_folder(self, candidate: Candidate) -> RunFolder:
+        return self.folder.trial(candidate.name)
+
+    def _has_summary(self, candidate: Candidate) -> bool:
+        return self._trial_folder(candidate).summary_file.exists()
+
+    def _is_over(self, candidate: Candidate) -> bool:
+        return self.books.progress.trial(candidate.name) in MLFLOW_STATUS
+
+    def _assemble(self, candidate: Candidate) -> None:
+        """Write the folder of a trial as far as its stages are done."""
+        last = self.books.last_stage(candidate.name)
+        if last is None and not self._is_over(candidate):
+            return
+        folder = self._trial_folder(candidate)
+        summary = self._trial_summary(candidate) if self._is_over(candidate) else None
+        trials.assemble(folder.path, last, candidate, self._trial_record(candidate), summary)
+
+    def _trial_record(self, candidate: Candidate) -> dict[str, Any]:
+        """Return run.json of a trial."""
+        name = candidate.name
+        if name not in self.facts:
+            self.facts[name] = facts_of(candidate.experiment, candidate.dataset, SCRIPT)
+        path = self.books.plan.path(name)
+        tags = {
+            "sweep.name": self.folder.name,
+            "sweep.setting": candidate.spec.setting,
+            "sweep.state": self.books.progress.trial(name),
+            "sweep.stages": " > ".join(f"{s.id[:8]}[{s.start}:{s.stop}]" for s in path),
+            "sweep.steps_shared": sum(s.steps for s in path if len(s.trials) > 1),
+        }
+        reason = self.study.reason(name)
+        if reason:
+            tags["sweep.reason"] = reason
+        known = self._trial_folder(candidate).read_record() or {}
+        first_attempt = {"started": _now(), "layout": asdict(self.study.layout)}
+        return {
+            "name": name,
+            "key": hashlib.sha256(f"{self.key}/{name}".encode()).hexdigest()[:32],
+            "trial": candidate.trial.key(candidate.trial.steps),
+            **self.facts[name],
+            "tags": self.facts[name]["tags"] | tags,
+            "attempts": known.get("attempts") or [first_attempt],
+        }
+
+    def _trial_summary(self, candidate: Candidate) -> dict[str, Any]:
+        """Return summary.json of a trial that is over."""
+        name = candidate.name
+        state = self.books.progress.trial(name)
+        results = [self.books.stored.results.get(s.id, {}) for s in self.books.plan.path(name)]
+        seconds = sum(result.get("seconds", 0) for result in results)
+        return trials.summary_of(
+            MLFLOW_STATUS[state],
+            self.study.records(candidate),
+            candidate,
+            self._trial_folder(candidate).path,
+            self.books.result(name),
+            {"state": state, "reason": self.study.reason(name), "wall_s": round(seconds, 1)},
+        )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

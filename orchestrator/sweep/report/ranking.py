@@ -1,0 +1,306 @@
+"""Rank the settings of a sweep, and find the differences that its seeds cannot tell from chance.
+
+Input: one `Row` per trial. Output: `Setting`s in order, the text of comparison.csv, and a table for
+the terminal. A lower metric is better.
+
+The rule for ties. The seed decides the order of the samples and the first weights. It often changes
+the loss more than a setting does, and it changes the loss of all settings in a similar way. So each
+setting is compared with the best one seed by seed. Let d_s = final(setting, s) - final(best, s) for
+the n seeds that both have. The setting ties with the best if
+|mean d| <= t(0.975, n - 1) sd(d) / sqrt(n), the two-sided paired t-test at 5 % ("Student",
+Biometrika 6, 1908). With one seed the spread is unknown, and only equal values tie.
+
+The rule has two limits. A tie does not mean that two settings are equal: more seeds may tell them
+apart. And each setting is tested on its own: of 20 settings that are as good as the best one, about
+one is called worse. The best one is also a little lucky, because it is the lowest of many.
+
+A setting has a rank only when all of its seeds have a result. Otherwise a setting whose bad seeds
+failed would look better than it is.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from statistics import fmean, stdev
+from typing import Any
+
+from orchestrator.text import aligned, clip
+
+WIDTH = 120  # columns of the table for the terminal
+_OTHER_COLUMNS = 62  # columns of that table beside the setting's name, at most
+_WORST_FIRST = ("failed", "diverged", "blocked", "stopped", "running", "waiting")
+_OUTCOME = (
+    "steps",
+    "state",
+    "metric",
+    "final",
+    "best",
+    "val_bits_per_byte",
+    "train_loss",
+    "weights_sha256",
+    "reason",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Outcome of one trial: a row of comparison.csv.
+
+    Attributes:
+        trial: Name of the trial.
+        setting: Name of the trial without its seed.
+        seed: `train.seed` of the trial.
+        fields: Values of the fields that the sweep varies, by `section.field`.
+        steps: Length of the trial.
+        state: A state of `stage_states`.
+        metric: Name of the metric that the sweep compares.
+        final: Last value of the metric; None unless the trial is done.
+        best: Lowest value of the metric so far.
+        val_bits_per_byte: Last value; None unless the trial is done.
+        train_loss: Last value.
+        weights_sha256: Hash of the final weights; None unless the trial is done.
+        reason: Why the trial has no result.
+    """
+
+    trial: str
+    setting: str
+    seed: int
+    fields: Mapping[str, Any]
+    steps: int
+    state: str
+    metric: str
+    final: float | None
+    best: float | None = None
+    val_bits_per_byte: float | None = None
+    train_loss: float | None = None
+    weights_sha256: str | None = None
+    reason: str | None = None
+
+    @property
+    def has_result(self) -> bool:
+        """Whether the trial is done with a finite final value."""
+        return self.state == "done" and self.final is not None and math.isfinite(self.final)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Outcome of one setting over its seeds.
+
+    Attributes:
+        name: Name of the setting.
+        trials: One row per seed.
+        rank: 1 is the best; equal means share a rank. None if a seed has no result.
+        ties: Whether the seeds cannot tell it from the best; False for the best itself.
+    """
+
+    name: str
+    trials: list[Row]
+    rank: int | None = None
+    ties: bool = False
+
+    @cached_property
+    def values(self) -> dict[int, float]:
+        """Final value of each seed that has a result, by seed."""
+        found = {row.seed: row.final for row in self.trials if row.has_result}
+        return {seed: value for seed, value in sorted(found.items()) if value is not None}
+
+    @property
+    def mean(self) -> float:
+        """Mean of the final values; infinite without any."""
+        return fmean(self.values.values()) if self.values else math.inf
+
+    @property
+    def spread(self) -> float | None:
+        """Sample standard deviation of the final values; None below two."""
+        return stdev(self.values.values()) if len(self.values) > 1 else None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Values of the varied fields that all of its trials have in common."""
+        first, *others = self.trials
+        return {
+            name: value
+            for name, value in first.fields.items()
+            if all(name in row.fields and row.fields[name] == value for row in others)
+        }
+
+    @property
+    def state(self) -> str:
+        """State of the worst trial."""
+        states = {row.state for row in self.trials}
+        return next((state for state in _WORST_FIRST if state in states), "done")
+
+    @property
+    def reason(self) -> str | None:
+        """Why the worst trials have no result, and how many they are."""
+        if self.state == "done":
+            complete = len(self.values) == len(self.trials)
+            return None if complete else f"no finite {self.trials[0].metric}"
+        worst = [row for row in self.trials if row.state == self.state]
+        parts = []
+        if len(self.trials) > 1:
+            parts.append(f"{len(worst)} of {len(self.trials)} seeds")
+        parts += [row.reason for row in worst if row.reason][:1]
+        return ": ".join(parts) or None
+
+
+def rank(rows: Iterable[Row]) -> list[Setting]:
+    """Return all settings, the best first.
+
+    Settings without a rank come last, those with some results before those without any.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.setting, []).append(row)
+    settings = [Setting(name, group) for name, group in groups.items()]
+    settings.sort(key=lambda s: s.mean)
+    complete = [s for s in settings if len(s.values) == len(s.trials)]
+    incomplete = [s for s in settings if len(s.values) < len(s.trials)]
+
+    means = [s.mean for s in complete]
+    ranked = [replace(s, rank=means.index(s.mean) + 1) for s in complete]
+    for i, setting in enumerate(ranked[1:], start=1):
+        ranked[i] = replace(setting, ties=tied(setting.values, ranked[0].values))
+    return ranked + incomplete
+
+
+def tied(values: Mapping[int, float], best: Mapping[int, float]) -> bool:
+    """Return whether the seeds cannot tell which of two settings is lower; see the module's rule.
+
+    Args:
+        values: Final values of a setting, by seed.
+        best: Final values of the best setting, by seed.
+    """
+    common = sorted(values.keys() & best.keys())
+    if len(common) < 2:
+        return list(values.values()) == list(best.values())
+    # Imported here because scipy takes half a second, and a sweep with one seed does not need it.
+    from scipy.special import stdtrit  # what scipy.stats.t.ppf computes; loads in half the time
+
+    differences = [values[seed] - best[seed] for seed in common]
+    standard_error = stdev(differences) / math.sqrt(len(common))
+    return abs(fmean(differences)) <= float(stdtrit(len(common) - 1, 0.975)) * standard_error
+
+
+def csv_text(rows: Iterable[Row]) -> str:
+    """Return comparison.csv: a line per trial, in the order of the ranking.
+
+    Each field that the sweep varies has a column. A cell is empty where nothing is known; floats
+    have all of their digits.
+    """
+    settings = rank(rows)
+    fields = _field_names(row.fields for s in settings for row in s.trials)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    of_setting = ["setting_mean", "setting_spread", "setting_seeds", "ties_with_best"]
+    writer.writerow(["rank", "trial", "setting", "seed", *fields, *_OUTCOME, *of_setting])
+    for s in settings:
+        mean = s.mean if s.values else None
+        ties = None if s.rank is None else s.ties
+        for row in s.trials:
+            cells: list[Any] = [s.rank, row.trial, s.name, row.seed]
+            cells += [_field(row, name) for name in fields]
+            cells += [getattr(row, name) for name in _OUTCOME]
+            cells += [mean, s.spread, len(s.values), ties]
+            writer.writerow([_csv_cell(cell) for cell in cells])
+    return text.getvalue()
+
+
+def _field_names(fields: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return every name once, in the order of its first use."""
+    return list(dict.fromkeys(name for values in fields for name in values))
+
+
+def _field(row: Row, name: str) -> Any:
+    """Return the value of a varied field; "null" tells an explicit null from no value."""
+    if name in row.fields and row.fields[name] is None:
+        return "null"
+    return row.fields.get(name)
+
+
+def _csv_cell(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, bool | list | dict) else value
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Return the table for the terminal: a line per setting, at most WIDTH columns.
+
+    Below it stand the settings that have no rank, with the reason.
+    """
+    settings = rank(rows)
+    ranked = [s for s in settings if s.rank is not None]
+    unranked = [s for s in settings if s.rank is None]
+    lines = []
+    if ranked:
+        lines += [_ranking(ranked), *_notes(ranked)]
+    if unranked:
+        lines.append("not ranked:" if ranked else "nothing to rank yet:")
+        width = min(max(len(s.name) for s in unranked), WIDTH // 2)
+        lines += [_unranked(s, width) for s in unranked]
+    return "\n".join(lines)
+
+
+def _ranking(ranked: list[Setting]) -> str:
+    """Return the table with a column per field if that fits, else with the settings' names."""
+    fields = _field_names(s.fields for s in ranked)
+    results = [_results(s, ranked[0]) for s in ranked]
+    result_heads = [ranked[0].trials[0].metric, "spread", "seeds", "above best", ""]
+
+    # The column of `train.max_steps` already has the steps.
+    step_head = [] if "train.max_steps" in fields else ["steps"]
+    lines = [["rank", *_short_heads(fields), *step_head, *result_heads]]
+    for s, result in zip(ranked, results, strict=True):
+        cells = [_shown(s.fields[name]) if name in s.fields else "-" for name in fields]
+        steps = [f"{s.trials[0].steps:,}" for _ in step_head]
+        lines.append([str(s.rank), *cells, *steps, *result])
+    text = aligned(lines, left=range(1, 1 + len(fields)))
+    if fields and max(len(line) for line in text.splitlines()) <= WIDTH:
+        return text
+
+    lines = [["rank", "setting", "steps", *result_heads]]
+    for s, result in zip(ranked, results, strict=True):
+        name = clip(s.name, WIDTH - _OTHER_COLUMNS)
+        lines.append([str(s.rank), name, f"{s.trials[0].steps:,}", *result])
+    return aligned(lines, left=(1,))
+
+
+def _short_heads(fields: list[str]) -> list[str]:
+    """Return the fields' names without their sections where that is unambiguous."""
+    short = [name.rpartition(".")[2] for name in fields]
+    return [s if short.count(s) == 1 else name for s, name in zip(short, fields, strict=True)]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _results(s: Setting, best: Setting) -> list[str]:
+    spread = "" if s.spread is None else f"{s.spread:.4f}"
+    above = "" if s is best else f"{s.mean - best.mean:+.4f}"
+    return [f"{s.mean:.4f}", spread, str(len(s.values)), above, "~" if s.ties else ""]
+
+
+def _notes(ranked: list[Setting]) -> list[str]:
+    """Return the line below the table that says what the seeds can tell apart."""
+    seeds = max(len(s.values) for s in ranked)
+    ties = sum(s.ties for s in ranked)
+    if seeds == 1:
+        note = "one seed: the spread is unknown, so small differences may be chance; try sweep.seeds=3"
+        return [note + (" (~: equal to the best)" if ties else "")]
+    if ties:
+        return [f"~ {ties} that {seeds} seeds cannot tell from the best (paired t-test at 5 %)"]
+    if len(ranked) > 1:
+        return [f"all others differ from the best over {seeds} seeds (paired t-test at 5 %)"]
+    return []
+
+
+def _unranked(s: Setting, width: int) -> str:
+    reason = " ".join((s.reason or "").split())
+    line = f"  {clip(s.name, width):<{width}}  {s.state:<8}  {reason}".rstrip()
+    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"

@@ -291,7 +291,9 @@ def _notes(ranked: list[Setting]) -> list[str]:
     seeds = max(len(s.values) for s in ranked)
     ties = sum(s.ties for s in ranked)
     if seeds == 1:
-        note = "one seed: the spread is unknown, so small differences may be chance; try sweep.seeds=3"
+        note = (
+            "one seed: the spread is unknown, so small differences may be chance; try sweep.seeds=3"
+        )
         return [note + (" (~: equal to the best)" if ties else "")]
     if ties:
         return [f"~ {ties} that {seeds} seeds cannot tell from the best (paired t-test at 5 %)"]

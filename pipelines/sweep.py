@@ -5,19 +5,15 @@ Trials that agree up to a step, bit for bit in their learning rates, share the s
 and it goes on; with more values in the grid it runs only what is new."""
 
 from orchestrator.config.sweep import sweep_docs
-from orchestrator.runs import lock
-from orchestrator.runs import signals as interrupts
-from orchestrator.runs.folder import RunFolder
-from orchestrator.runs.storage import storage_root
+from orchestrator.runs import lock, signals
+from orchestrator.runs.storage import run_folder
 from orchestrator.sweep.space import Sweep, load_sweep
 from pipelines.common import DEFAULT, experiment_command
 
 
 def run(sweep: Sweep) -> int:
-    with interrupts.signals():
-        lock.check(
-            RunFolder(storage_root(sweep.base) / sweep.base.name)
-        )  # before seconds of imports
+    with signals.sigterm_interrupts():
+        lock.check(run_folder(sweep.base))  # before the imports, which take seconds
         from orchestrator.jobs.sweep import run
 
         return run(sweep)

@@ -2,18 +2,14 @@
 """Train a GPT: prepare the tokens if they are missing, train on Ray, track in MLflow, and go on where a run stopped."""
 
 from orchestrator.config.experiment import Experiment
-from orchestrator.runs import lock
-from orchestrator.runs import signals as interrupts
-from orchestrator.runs.folder import RunFolder
-from orchestrator.runs.storage import storage_root
+from orchestrator.runs import lock, signals
+from orchestrator.runs.storage import run_folder
 from pipelines.common import experiment_command
 
 
 def run(experiment: Experiment) -> int:
-    with interrupts.signals():
-        lock.check(
-            RunFolder(storage_root(experiment) / experiment.name)
-        )  # before seconds of imports
+    with signals.sigterm_interrupts():
+        lock.check(run_folder(experiment))  # before the imports, which take seconds
         from orchestrator.jobs.train import run
 
         return run(experiment)

@@ -1,79 +1,97 @@
-"""What the tracking server is told of a run: every field and what follows from it, the dataset, the sources.
-
-Eats an experiment and its dataset; yields `params`, `tags` and `dataset` for run.json, without secrets.
-"""
+"""What MLflow is told about a run: configuration, model size, dataset and sources, without secrets."""
 
 import functools
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 from model import optim
 from model.flops import flops_per_token
 from model.gpt import GPT, GPTConfig
-from orchestrator.cluster import layout as launch
+from orchestrator.cluster import layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.dataset import Manifest
 from orchestrator.redact import redact
-from orchestrator.runs.sources import source_facts, source_tags
+from orchestrator.runs.folder import RunFacts
+from orchestrator.runs.sources import Sources, source_facts, source_tags
 
-SOURCES = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class ModelFacts(TypedDict):
+    """Size of a model."""
+
+    vocab_size: int  # with padding
+    parameters: int
+    parameters_without_positions: int
+    decayed_tensors: int  # with weight decay
+    decayed_parameters: int
+    undecayed_tensors: int
+    undecayed_parameters: int
+    flops_per_token: int  # forward and backward
 
 
 def facts_of(
     experiment: Experiment, dataset: Manifest, script: str = "pipelines/train.py"
-) -> dict[str, Any]:
-    """`params`, `tags` and `dataset` of an experiment that `script` runs."""
-    derived = model_facts(experiment, dataset.tokenizer["n_vocab"])
-    params = {
-        **experiment.flat(),
-        **{f"derived.{k}": v for k, v in derived.items()},
-        "derived.tokens_per_step": experiment.tokens_per_step,
-        "derived.reduction_slots": experiment.slots,
+) -> RunFacts:
+    """Return params, tags and dataset of an experiment.
+
+    Args:
+        experiment: What is trained.
+        dataset: What it is trained on.
+        script: The command, which MLflow shows as the source.
+    """
+    params = experiment.flat()
+    for name, value in model_facts(experiment, dataset.tokenizer["n_vocab"]).items():
+        params[f"derived.{name}"] = value
+    params["derived.tokens_per_step"] = experiment.tokens_per_step
+    params["derived.reduction_slots"] = experiment.slots
+
+    described = {
+        "name": f"{_corpus_names(experiment)} as {dataset.tokenizer['name']}",
+        "digest": dataset.digest,
+        "source": str(dataset.directory),
     }
-    splits = {f"{name}_tokens": split.tokens for name, split in dataset.splits.items()}
-    sources = _sources()
-    corpus = (
-        [experiment.data.corpus]
-        if isinstance(experiment.data.corpus, str)
-        else experiment.data.corpus
-    )
-    named = ", ".join(entry.partition("#")[0].rstrip("/").rpartition("/")[2] for entry in corpus)
+    tokens = {f"{name}_tokens": split.tokens for name, split in dataset.splits.items()}
     return {
-        "params": redact({k: v for k, v in params.items() if v is not None}),
-        "tags": redact(source_tags(sources, script, ray_job_id=launch.job_id())),
-        "dataset": redact(
-            {
-                "name": f"{named} as {dataset.tokenizer['name']}",
-                "digest": dataset.digest,
-                "source": str(dataset.directory),
-            }
-        )
-        | splits,
+        "params": redact({key: value for key, value in params.items() if value is not None}),
+        "tags": redact(source_tags(_own_sources(), script, ray_job_id=layout.job_id())),
+        "dataset": redact(described) | tokens,
     }
+
+
+def _corpus_names(experiment: Experiment) -> str:
+    """Return the last part of each corpus, such as `tinyshakespeare.txt`."""
+    corpus = experiment.data.corpus
+    entries = [corpus] if isinstance(corpus, str) else corpus
+    names = [entry.partition("#")[0].rstrip("/").rpartition("/")[2] for entry in entries]
+    return ", ".join(names)
 
 
 @functools.cache
-def _sources() -> dict[str, Any]:
-    """Asks git, once for all trials of a sweep."""
-    return source_facts(SOURCES)
+def _own_sources() -> Sources:
+    """Ask git only once for all trials of a sweep."""
+    return source_facts(REPOSITORY)
 
 
-def model_facts(experiment: Experiment, n_vocab: int) -> dict[str, Any]:
-    """Parameter counts of the model, without building it: total, without positions, decayed and not."""
+def model_facts(experiment: Experiment, n_vocab: int) -> ModelFacts:
+    """Return the size of the model. The weights are not allocated."""
     return _facts_of_shape(experiment.gpt_config(n_vocab))
 
 
 @functools.cache
-def _facts_of_shape(config: GPTConfig) -> dict[str, Any]:
+def _facts_of_shape(config: GPTConfig) -> ModelFacts:
     with torch.device("meta"):
         model = GPT(config)
+    decay = optim.decay_summary(model)
     return {
         "vocab_size": model.config.vocab_size,
         "parameters": model.num_parameters(),
         "parameters_without_positions": model.num_parameters(positions=False),
-        **asdict(optim.decay_summary(model)),
+        "decayed_tensors": decay.decayed_tensors,
+        "decayed_parameters": decay.decayed_parameters,
+        "undecayed_tensors": decay.undecayed_tensors,
+        "undecayed_parameters": decay.undecayed_parameters,
         "flops_per_token": flops_per_token(model.config),
     }

@@ -23,14 +23,19 @@ from orchestrator.runs.ending import Ending
 RESERVE_BYTES = 128 * 1024  # enough for stopped.json with the tracebacks of all ranks
 
 
-class RunRecord(TypedDict, total=False):
+class RunFacts(TypedDict, total=False):
+    """What MLflow is told about a run."""
+
+    params: dict[str, Any]
+    tags: dict[str, str]
+    dataset: dict[str, Any]
+
+
+class RunRecord(RunFacts, total=False):
     """Content of run.json."""
 
     name: str
     key: str  # identifies the run in MLflow, also after a restart
-    params: dict[str, Any]
-    tags: dict[str, str]
-    dataset: dict[str, Any]
     attempts: list[dict[str, Any]]  # layout, first step and free fields of each start
 
 

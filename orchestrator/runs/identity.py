@@ -15,7 +15,7 @@ from orchestrator.config.experiment import FREE, Experiment
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.errors import UserError
 from orchestrator.runs import stop
-from orchestrator.runs.folder import RunFolder, RunRecord
+from orchestrator.runs.folder import RunFacts, RunFolder, RunRecord
 
 # These change only the order of the same additions; `train.allow_drift` permits that.
 DRIFT = ("train.micro_batch_size", "train.reduction_slots", "train.compile")
@@ -132,35 +132,37 @@ def _first_changed_rate(stored: Experiment, wanted: Experiment, step: int) -> in
 
 
 def begin_attempt(
-    folder: RunFolder, experiment: Experiment, facts: dict[str, Any], attempt: dict[str, Any]
+    folder: RunFolder, experiment: Experiment, facts: RunFacts, attempt: dict[str, Any]
 ) -> None:
     """Store what this attempt trains; an experiment that starts over becomes another tracked run.
 
     Args:
         folder: Folder of the run.
         experiment: What is trained.
-        facts: `params`, `tags` and `dataset` for the tracking server.
+        facts: What the tracking server is told.
         attempt: Layout, first step and free fields of this start of the workers.
     """
     record = folder.read_record()
-    starts_over = record is not None and not attempt.get("from_step")
-    if record is None or (starts_over and _is_another(folder, experiment, facts, record)):
+    if record is None or _starts_over(folder, experiment, facts, record, attempt):
         record = RunRecord(key=uuid.uuid4().hex, attempts=[])
         folder.discard_history()
-    new: RunRecord = {
-        "name": experiment.name,
-        "key": record["key"],
-        **facts,  # type: ignore[typeddict-item]
-        "attempts": [*record["attempts"], attempt],
-    }
-    folder.begin_attempt(experiment, new)
+    attempts = [*record["attempts"], attempt]
+    folder.begin_attempt(
+        experiment, {"name": experiment.name, "key": record["key"], **facts, "attempts": attempts}
+    )
     stop.clear(folder)
 
 
-def _is_another(
-    folder: RunFolder, experiment: Experiment, facts: dict[str, Any], record: RunRecord
+def _starts_over(
+    folder: RunFolder,
+    experiment: Experiment,
+    facts: RunFacts,
+    record: RunRecord,
+    attempt: dict[str, Any],
 ) -> bool:
-    """Return whether the stored experiment differs from this one, so that it starts over."""
+    """Return whether another experiment is trained from step 0 in the folder of an earlier one."""
+    if attempt.get("from_step"):
+        return False
     try:
         changed = identity_differences(folder.read_experiment(), experiment, 0)
     except UserError:  # written by another version

@@ -1,4 +1,11 @@
-"""How a driver is told to stop: Ctrl-C and SIGTERM, told apart, beside a Ray that handles signals itself."""
+"""SIGTERM and Ctrl-C in a driver.
+
+Ctrl-C (SIGINT) ends a run at once. SIGTERM comes before a machine or a job is taken away: the run
+saves a checkpoint and ends, if that takes only a few seconds, and can be continued later.
+
+Order of use: `sigterm_interrupts` around the whole command, `while_ray_starts` around `ray.init`,
+`asking_to_stop` around the training, then `let_end` until the process exits.
+"""
 
 import contextlib
 import os
@@ -7,25 +14,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from orchestrator.errors import EXIT_AGAIN
+from orchestrator.runs.ending import Ending
 
-EXIT_WAIT_S = 60  # for a tracking server, at most
-NOTICE_S = 30.0  # that a machine gives between SIGTERM and SIGKILL, where nobody says: Kubernetes' and the spot markets'
+EXIT_WAIT_S = 60.0  # longest time to wait for a tracking server
+# Time between SIGTERM and SIGKILL if nothing else is known: as on Kubernetes and spot instances.
+NOTICE_S = 30.0
+RAY_JOB_NOTICE_S = 3.0  # default of `ray job stop`
+LAST_WORDS_S = 5.0  # part of the notice for the summary and the tracking server
+
+_sigterm_times: list[float] = []  # time.monotonic() of each SIGTERM
 
 
 class Terminated(BaseException):
-    """SIGTERM: a job was stopped or a machine is wanted back."""
-
-
-_since: list[float] = []  # when the first SIGTERM came
+    """SIGTERM ended the command."""
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[None]:
-    """SIGTERM inside arrives as KeyboardInterrupt, and leaves as `Terminated`."""
+def sigterm_interrupts() -> Iterator[None]:
+    """Raise `Terminated` if SIGTERM comes inside the block."""
     before = signal.getsignal(signal.SIGTERM)
-    _since.clear()
-    install_sigterm()
+    _sigterm_times.clear()
+    _install_handler()
     try:
         yield
     except KeyboardInterrupt:
@@ -38,57 +47,66 @@ def signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def while_ray_starts() -> Iterator[None]:
-    """`ray.init` puts a handler of its own in place, which exits; where that falls into a fork, Python drops the exit."""
+    """Handle signals while `ray.init` runs, which installs a handler of its own.
 
-    def unraisable(dropped) -> None:
-        if not isinstance(dropped.exc_value, SystemExit | KeyboardInterrupt):
-            hook(dropped)
+    Ray's handler raises SystemExit. If that happens while the process forks, Python drops the
+    exception. The pipe below receives every signal, whatever handles it, so none is lost.
 
-    read, write = os.pipe()
-    sys.unraisablehook, hook = (
-        unraisable,
-        sys.unraisablehook,
-    )  # what was dropped is heard below: no traceback of it
-    os.set_blocking(read, False)
-    os.set_blocking(write, False)
-    before = signal.set_wakeup_fd(
-        write, warn_on_full_buffer=False
-    )  # hears every signal, whoever handles it
+    Raises:
+        Terminated: SIGTERM came.
+        KeyboardInterrupt: Ctrl-C came.
+    """
+    read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
+    os.set_blocking(write_end, False)
+    pipe_before = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    hook_before = sys.unraisablehook
+    sys.unraisablehook = _without_exits(hook_before)
     try:
         yield
     finally:
-        install_sigterm()
-        sys.unraisablehook = hook
-        signal.set_wakeup_fd(before)
-        os.close(write)
-        with open(read, "rb") as pipe:
-            heard = pipe.read()
-        if signal.SIGTERM in heard:
+        _install_handler()
+        sys.unraisablehook = hook_before
+        signal.set_wakeup_fd(pipe_before)
+        os.close(write_end)
+        with open(read_end, "rb") as pipe:
+            received = pipe.read()
+        if signal.SIGTERM in received:
             raise Terminated from None
-        if signal.SIGINT in heard:
+        if signal.SIGINT in received:
             raise KeyboardInterrupt from None
 
 
-def install_sigterm() -> None:
-    """SIGTERM interrupts; once more where somebody replaced what was there."""
-    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+def _without_exits(
+    hook: Callable[["sys.UnraisableHookArgs"], object],
+) -> Callable[["sys.UnraisableHookArgs"], object]:
+    """Return a hook for dropped exceptions that prints no traceback for those of a signal."""
+
+    def report(dropped: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(dropped.exc_value, SystemExit | KeyboardInterrupt):
+            hook(dropped)
+
+    return report
 
 
 @contextlib.contextmanager
-def asking(ask: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM inside calls `ask`, and interrupts only what has not ended by itself some seconds later."""
+def asking_to_stop(request_stop: Callable[[], None]) -> Iterator[None]:
+    """Call `request_stop` if SIGTERM comes inside the block.
 
-    def terminate(*_):
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # a second one must not cut the orderly end short
-        _since.append(time.monotonic())
-        signal.signal(signal.SIGALRM, lambda *_: _interrupt())
+    If the block has not ended some seconds later, it is interrupted with KeyboardInterrupt.
+    """
+
+    def on_sigterm(*_: object) -> None:
+        # A second SIGTERM must not interrupt the stop that the first one began.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _sigterm_times.append(time.monotonic())
+        signal.signal(signal.SIGALRM, _interrupt)
         signal.setitimer(signal.ITIMER_REAL, stop_wait_s())
-        with contextlib.suppress(OSError):  # the file system is away, and the alarm ends the wait
-            ask()
+        # If the file system does not answer, the alarm ends the block.
+        with contextlib.suppress(OSError):
+            request_stop()
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:
@@ -96,47 +114,16 @@ def asking(ask: Callable[[], None]) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _interrupt() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _since.append(time.monotonic())
-    # While Ray waits it asks for signals itself and lets no other exception of a handler through.
-    raise KeyboardInterrupt
-
-
-def was_terminated() -> bool:
-    return bool(_since)
-
-
-def notice_s() -> float:
-    """Seconds from SIGTERM to SIGKILL: `ray job stop` gives 3, or what the head was started with."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        return float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", 3))
-    return NOTICE_S
-
-
-def stop_wait_s() -> float:
-    """How much of the notice a step and its checkpoint may take; the rest is for the last words."""
-    return max(1.5, notice_s() - 5)
-
-
-def ending_s(code: int) -> float:
-    """Seconds that the end of a driver with this exit status may take."""
-    if code != EXIT_AGAIN:
-        return EXIT_WAIT_S
-    spent = time.monotonic() - _since[0] if _since else 0.0
-    return min(EXIT_WAIT_S, max(1.0, notice_s() - spent - 1))
-
-
 def let_end() -> None:
-    """From here on SIGTERM and Ctrl-C change nothing: what is left takes a bounded time and tells how the run ended."""
+    """Ignore SIGTERM and Ctrl-C from now on. What remains takes a limited time."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, _do_nothing)
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @contextlib.contextmanager
-def may_be_cut() -> Iterator[None]:
-    """After `let_end`: Ctrl-C ends what is inside, and nothing else."""
+def ending_on_ctrl_c() -> Iterator[None]:
+    """End the block, and nothing else, if Ctrl-C comes. For use after `let_end`."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -144,3 +131,43 @@ def may_be_cut() -> Iterator[None]:
         pass
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def was_terminated() -> bool:
+    """Return whether SIGTERM came since the command began."""
+    return bool(_sigterm_times)
+
+
+def notice_s() -> float:
+    """Return the time between SIGTERM and SIGKILL."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", RAY_JOB_NOTICE_S))
+    return NOTICE_S
+
+
+def stop_wait_s() -> float:
+    """Return how long the last step and its checkpoint may take after SIGTERM."""
+    return max(1.5, notice_s() - LAST_WORDS_S)
+
+
+def tracking_wait_s(ending: Ending) -> float:
+    """Return how long a driver may wait for the tracking server after its run has ended."""
+    if ending.kind != "again":
+        return EXIT_WAIT_S
+    spent = time.monotonic() - _sigterm_times[0] if _sigterm_times else 0.0
+    return min(EXIT_WAIT_S, max(1.0, notice_s() - spent - 1))
+
+
+def _install_handler() -> None:
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _sigterm_times.append(time.monotonic())
+    # While Ray waits, it lets no exception of a handler through but this one.
+    raise KeyboardInterrupt
+
+
+def _do_nothing(*_: object) -> None:
+    pass

@@ -1,69 +1,85 @@
-"""Provenance: which sources a run came from, and what of its facts may be shown.
-
-Input: a working directory and the environment. Output: the commit (or, without a repository, a hash of the shipped
-sources) and MLflow's source tags.
-"""
+"""Sources of a run: the commit, or a hash of the Python files, as MLflow shows them."""
 
 import getpass
 import hashlib
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 PACKAGES = ("model", "orchestrator", "pipelines")
 UNKNOWN = "unknown"
+GIT_TIMEOUT_S = 20
 
 
-# ---- sources ----
-def source_facts(cwd: Path) -> dict[str, Any]:
-    """What the code in `cwd` is: `{"commit", "dirty", "sources_sha256"}`; `dirty` is None where the commit is unknown.
+class Sources(TypedDict):
+    """Identifies the code that runs."""
 
-    `ESPALIER_GIT_COMMIT` and `ESPALIER_GIT_DIRTY`, taken where a job was submitted, come before what is found here: the
-    copy that Ray ships has no repository. Without either the commit is "unknown" and the hash says what ran.
+    commit: str  # "unknown" without a repository
+    dirty: bool | None  # True: files differ from the commit; None: the commit is not known
+    sources_sha256: str
+
+
+def source_facts(directory: Path) -> Sources:
+    """Return which code is in `directory`.
+
+    ESPALIER_GIT_COMMIT and ESPALIER_GIT_DIRTY are set where a job is submitted. They take
+    precedence, because the copy that Ray ships has no repository.
     """
-    facts = {"commit": UNKNOWN, "dirty": None, "sources_sha256": sources_sha256(cwd)}
-    if commit := os.environ.get("ESPALIER_GIT_COMMIT"):
+    sources = Sources(commit=UNKNOWN, dirty=None, sources_sha256=sources_sha256(directory))
+    submitted = os.environ.get("ESPALIER_GIT_COMMIT")
+    if submitted:
         dirty = os.environ.get("ESPALIER_GIT_DIRTY", "").lower() in ("1", "true", "yes")
-        return facts | {"commit": commit, "dirty": dirty}
-    # A folder that merely lies inside somebody else's repository is not that repository's commit.
-    if _git(cwd, "ls-files", "--", *PACKAGES) and (commit := _git(cwd, "rev-parse", "HEAD")):
-        return facts | {"commit": commit, "dirty": bool(_git(cwd, "status", "--porcelain"))}
-    return facts
+        return {**sources, "commit": submitted, "dirty": dirty}
+    # A copy inside a folder of another repository is not that repository's commit.
+    if not _git(directory, "ls-files", "--", *PACKAGES):
+        return sources
+    commit = _git(directory, "rev-parse", "HEAD")
+    if not commit:
+        return sources
+    return {**sources, "commit": commit, "dirty": bool(_git(directory, "status", "--porcelain"))}
 
 
-def sources_sha256(cwd: Path) -> str:
-    """SHA-256 (hex) over sorted names, sizes and bytes of the Python files under model/, orchestrator/, pipelines/."""
-    cwd, digest = Path(cwd), hashlib.sha256()
-    for name in sorted(
-        p.relative_to(cwd).as_posix() for package in PACKAGES for p in (cwd / package).rglob("*.py")
-    ):
-        content = (cwd / name).read_bytes()
+def sources_sha256(directory: Path) -> str:
+    """Return the SHA-256 of names, sizes and contents of the Python files of our packages."""
+    names = [
+        path.relative_to(directory).as_posix()
+        for package in PACKAGES
+        for path in (directory / package).rglob("*.py")
+    ]
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        content = (directory / name).read_bytes()
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
 
 def source_tags(
-    facts: dict[str, Any], script: str = "pipelines/train.py", ray_job_id: str | None = None
+    sources: Sources, script: str = "pipelines/train.py", ray_job_id: str | None = None
 ) -> dict[str, str]:
-    """The tags under which MLflow's pages show where a run came from."""
+    """Return the tags in which MLflow's pages look for the source of a run."""
     tags = {
         "mlflow.source.name": script,
         "mlflow.source.type": "JOB",
-        "mlflow.source.git.commit": facts["commit"],
-        "source.sha256": facts["sources_sha256"],
+        "mlflow.source.git.commit": sources["commit"],
+        "source.sha256": sources["sources_sha256"],
         "mlflow.user": _user(),
     }
-    if facts["dirty"] is not None:
-        tags["source.dirty"] = str(facts["dirty"]).lower()
-    return tags | ({"ray.job_id": ray_job_id} if ray_job_id else {})
+    if sources["dirty"] is not None:
+        tags["source.dirty"] = str(sources["dirty"]).lower()
+    if ray_job_id is not None:
+        tags["ray.job_id"] = ray_job_id
+    return tags
 
 
-def _git(cwd: Path, *words: str) -> str:
-    """Standard output of git, or nothing where git or the repository is missing."""
+def _git(directory: Path, *words: str) -> str:
+    """Return the output of a git command; empty if git or the repository is missing."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(cwd), *words], capture_output=True, text=True, timeout=20
+            ["git", "-C", str(directory), *words],
+            capture_output=True,
+            text=True,
+            timeout=GIT_TIMEOUT_S,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
@@ -73,5 +89,5 @@ def _git(cwd: Path, *words: str) -> str:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user id without a name
+    except (KeyError, OSError):  # in a container, a user id need not have a name
         return UNKNOWN

@@ -1,33 +1,53 @@
-"""Where runs and data lie: `<storage>/<name>/`, `<storage>/data/`, `<storage>/mlflow/`. Needs nothing heavy."""
+"""Where runs and data are stored: `<storage>/<name>/`, `<storage>/data/`, `<storage>/mlflow/`."""
 
 import os
 from pathlib import Path
 
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
+from orchestrator.runs.folder import RunFolder
+
+DEFAULT = "runs"
+
+
+def storage_setting(experiment: Experiment) -> str:
+    """Return the storage as the user wrote it: `storage`, else $ESPALIER_STORAGE, else `runs`."""
+    return experiment.storage or os.environ.get("ESPALIER_STORAGE") or DEFAULT
 
 
 def storage_root(experiment: Experiment) -> Path:
-    """The absolute folder of runs and data.
+    """Return the absolute folder of runs and data.
 
-    Inside a Ray job the current directory is a throw-away copy, so a relative storage moves to the home directory.
+    Inside a Ray job the current directory is a copy that is deleted later. A relative storage is
+    then a folder in the home directory.
     """
-    text = experiment.storage or os.environ.get("ESPALIER_STORAGE") or "runs"
-    path = Path(text).expanduser()
+    setting = storage_setting(experiment)
+    path = Path(setting).expanduser()
     if path.is_absolute():
         return path
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        return Path("~/espalier").expanduser() / ("" if text == "runs" else text)
+        home = Path("~/espalier").expanduser()
+        return home if setting == DEFAULT else home / setting
     return path.absolute()
 
 
+def run_folder(experiment: Experiment) -> RunFolder:
+    """Return the folder of the run, or of the sweep that varies `experiment`."""
+    return RunFolder(storage_root(experiment) / experiment.name)
+
+
 def check_writable(storage: Path) -> None:
-    """Refuse a storage that cannot be made or written to; makes nothing."""
-    place = storage
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        why = "not writable" if place.is_dir() else "a file"
-        raise UserError(
-            f"storage: {storage} cannot be written to, {place} is {why}; set storage=… or ESPALIER_STORAGE"
-        )
+    """Raise UserError if nothing can be written to the storage. Nothing is created."""
+    existing = storage
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        problem = "a file"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        problem = "not writable"
+    else:
+        return
+    raise UserError(
+        f"storage: {storage} cannot be written to, {existing} is {problem}; "
+        "set storage=… or ESPALIER_STORAGE"
+    )

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.redact import redact_text
-from orchestrator.runs import lock
-from orchestrator.runs import signals as interrupts
+from orchestrator.runs import lock, signals
 from orchestrator.runs.folder import RunFolder
 from orchestrator.track import attachments, outbox
 from orchestrator.track.sender import Ending, GivenUpError, RefusedError, Sender
@@ -111,7 +110,7 @@ def resend_metrics(
     try:
         return tracker.finish(outbox.status(Path(run_dir)), deadline_s)
     except KeyboardInterrupt:
-        if interrupts.was_terminated():
+        if signals.was_terminated():
             raise
         return False
 

@@ -10,9 +10,9 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 TOLD_IN_A_FORK = """
 import os, signal, sys
-from orchestrator.runs import signals as interrupts
+from orchestrator.runs import signals
 try:
-    with interrupts.while_ray_starts():
+    with signals.while_ray_starts():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as ray.init does
         os.register_at_fork(before=lambda: os.kill(os.getpid(), int(sys.argv[1])))
         if os.fork() == 0:

@@ -24,8 +24,7 @@ from orchestrator.data.prepare import prepare
 from orchestrator.data.prepared import dataset_dir
 from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from orchestrator.files import read_json
-from orchestrator.runs import lock, stop
-from orchestrator.runs import signals as interrupts
+from orchestrator.runs import lock, signals, stop
 from orchestrator.runs.ending import Ending, Kind
 from orchestrator.runs.facts import model_facts
 from orchestrator.runs.folder import RunFolder
@@ -70,7 +69,7 @@ def run(sweep: Sweep) -> int:
 
 def _run(sweep: Sweep, storage: Path, folder: Path, uri: str) -> int:
     print("starting Ray …", flush=True)
-    with interrupts.while_ray_starts():
+    with signals.while_ray_starts():
         launch.connect(launch.worker_environment())
     launch.check_storage(sweep.base.storage or os.environ.get("ESPALIER_STORAGE") or "runs")
     layout = _layout(sweep, RunFolder(folder).recorded_layout())
@@ -144,22 +143,22 @@ def _execute(
 
         with (
             Watch(study.folder, books.running),
-            interrupts.asking(lambda: stop.request(RunFolder(study.folder), "SIGTERM")),
+            signals.asking_to_stop(lambda: stop.request(RunFolder(study.folder), "SIGTERM")),
         ):
             sweep.execute(books, books.stages, study.layout, slots, study.asha())
         code = _outcome(study)
     except (KeyboardInterrupt, SystemExit):
-        code = EXIT_AGAIN if interrupts.was_terminated() else EXIT_INTERRUPTED
+        code = EXIT_AGAIN if signals.was_terminated() else EXIT_INTERRUPTED
     except Exception:  # not a trial's: those end in their stages
         traceback.print_exc()
         code = EXIT_FAILED
-    interrupts.let_end()
+    signals.let_end()
     ending = Ending(_KINDS[code])
     status = ending.mlflow_status
     summary = report.finish(ending, time.monotonic() - started, quick=code == EXIT_AGAIN)
     sent = False
-    with interrupts.may_be_cut():  # enough of waiting for a server
-        sent = tracker.finish(status, deadline_s=interrupts.ending_s(code))
+    with signals.ending_on_ctrl_c():  # enough of waiting for a server
+        sent = tracker.finish(status, deadline_s=signals.tracking_wait_s(ending))
     show(study, summary, tracker.url)
     if not sent:
         print(
@@ -249,7 +248,7 @@ def _show_again(study: Study, uri: str) -> int:
         summary |= {"best_trial": best[0], "best_value": best[1], "best_checkpoint": None}
     show(study, summary, None)
     if not resend_sweep_metrics(
-        study.folder, uri, study.sweep.base.tracking.experiment, interrupts.EXIT_WAIT_S
+        study.folder, uri, study.sweep.base.tracking.experiment, signals.EXIT_WAIT_S
     ):
         print("the tracking server did not take everything; run this again when it is there")
     return EXIT_DONE

@@ -28,8 +28,7 @@ from orchestrator.errors import (
 )
 from orchestrator.files import read_json
 from orchestrator.redact import redact
-from orchestrator.runs import events, identity, journal, lock, metrics, stop
-from orchestrator.runs import signals as interrupts
+from orchestrator.runs import events, identity, journal, lock, metrics, signals, stop
 from orchestrator.runs import summary as summary_file
 from orchestrator.runs.console import Console
 from orchestrator.runs.ending import Ending
@@ -70,7 +69,7 @@ def run(experiment: Experiment) -> int:
 
 def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path) -> int:
     print("starting Ray …", flush=True)
-    with interrupts.while_ray_starts():
+    with signals.while_ray_starts():
         launch.connect()
     launch.check_storage(experiment.storage or os.environ.get("ESPALIER_STORAGE") or "runs")
     layout = launch.layout(experiment, RunFolder(run_dir).recorded_layout())
@@ -121,15 +120,15 @@ def _train(
         with (
             Console(RunFolder(run_dir), experiment.train.max_steps, experiment.tokens_per_step),
             watch,
-            interrupts.asking(lambda: stop.request(RunFolder(run_dir), "SIGTERM")),
+            signals.asking_to_stop(lambda: stop.request(RunFolder(run_dir), "SIGTERM")),
         ):
             workers.fit(experiment, run_dir, data_dir, layout)
     except (KeyboardInterrupt, SystemExit):  # Ray Train answers Ctrl-C with sys.exit(0)
         if not watch.over:
-            ending = Ending("again" if interrupts.was_terminated() else "interrupted")
+            ending = Ending("again" if signals.was_terminated() else "interrupted")
     except Exception as raised:
         error = raised
-    interrupts.let_end()
+    signals.let_end()
     if ending is None:
         ending = diagnose(folder, error, layout.num_workers)
         ending = _with_advice(ending, folder, experiment, data_dir, layout)
@@ -144,10 +143,8 @@ def _train(
     if estimate and ending.kind == "done":
         _compare(run_dir, summary, estimate)
     sent = False
-    with interrupts.may_be_cut():  # enough of waiting for a server
-        sent = tracker.finish(
-            ending.mlflow_status, deadline_s=interrupts.ending_s(ending.exit_status)
-        )
+    with signals.ending_on_ctrl_c():  # enough of waiting for a server
+        sent = tracker.finish(ending.mlflow_status, deadline_s=signals.tracking_wait_s(ending))
     if summary["mlflow_run_id"] != tracker.run_id:  # a server that was slow to answer
         summary["mlflow_run_id"] = tracker.run_id
         folder.write_summary(summary)
@@ -268,7 +265,7 @@ def _show_again(run_dir: Path, experiment: Experiment, uri: str) -> int:
         f"{experiment.name} is finished; a larger train.max_steps goes on, a new name starts afresh"
     )
     _print_summary(run_dir, read_json(run_dir / "summary.json"), None)
-    if not resend_metrics(run_dir, uri, experiment.tracking.experiment, interrupts.EXIT_WAIT_S):
+    if not resend_metrics(run_dir, uri, experiment.tracking.experiment, signals.EXIT_WAIT_S):
         print("the tracking server did not take everything; run this again when it is there")
     return EXIT_DONE
 

@@ -1,168 +1,251 @@
-"""The dry run of a sweep: its tree, and what it costs, before anything is written or started; and how wrong that was.
+"""What a sweep costs, before it runs: `--dry-run`, and the estimate that the end is compared with.
 
-Eats a sweep; yields text and a picture. Times come from a few seconds of training for each shape of model and batch that
-the sweep has (`calibrate.py`); the tree is then played through on a clock of paper (`forecast.py`).
+A few seconds of training, for each shape of model and batch, give the time of a step. `forecast`
+then simulates the schedule of the stages to estimate time and peak disk use.
 """
 
+import heapq
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from orchestrator.cluster import layout as launch
-from orchestrator.cost import estimate as plan
-from orchestrator.cost import measure as calibrate
+from orchestrator.config.experiment import Experiment
+from orchestrator.cost import estimate, measure
 from orchestrator.cost.measure import Timing
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.prepared import dataset_dir, find_prepared
-from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.folder import SweepFolder
 from orchestrator.runs.storage import storage_root
-from orchestrator.sweep.forecast import forecast
-from orchestrator.sweep.report import figures as sweep_figures
-from orchestrator.sweep.report import view as tree_view
+from orchestrator.sweep.report import figures, view
+from orchestrator.sweep.report.advice import advice
 from orchestrator.sweep.space import Sweep
+from orchestrator.sweep.stage_states import Progress
 from orchestrator.sweep.study import Study, check_sources, data_key, with_absolute_paths
-from orchestrator.sweep.tree import Stage
+from orchestrator.sweep.tree import Plan, Stage
 from orchestrator.sweep.trials import Candidate
 
-STARTS = (
-    2  # process starts before the first step: Tune's own, then those of the workers, side by side
-)
-MOST_SHAPES = (
-    6  # of models and batches to time: a sweep over more of them says that its time is not known
-)
+STARTS = 2  # process starts before the first step: that of Tune, then those of the workers
+MOST_SHAPES = 6  # shapes of model and batch that are timed, at most
+
+# For each `data_key`: n_vocab, and the tokens of train and val; None if unknown.
+Counts = Mapping[str, Mapping[str, Any]]
+
+
+# ---- dry run ----
 
 
 def show(sweep: Sweep) -> int:
-    """Print what `--dry-run` promises."""
-    storage, sweep = storage_root(sweep.base), with_absolute_paths(sweep)
+    """Print the tree of a sweep and its cost; what `--dry-run` does. Nothing is written or started.
+
+    Returns:
+        Exit status 0.
+    """
+    storage = storage_root(sweep.base)
+    sweep = with_absolute_paths(sweep)
     check_sources(sweep, storage)
     experiments = [spec.experiment for spec in sweep.trials] or [sweep.base]
-    counts = {data_key(e.data): plan.token_counts(e) for e in experiments}
+    counts = {data_key(e.data): estimate.token_counts(e) for e in experiments}
     datasets = {data_key(e.data): _dataset(e, storage) for e in experiments}
-    layout = RunFolder(storage / sweep.base.name).recorded_layout() or plan.local_layout(
-        experiments[0]
-    )
-    study = Study.open(sweep, storage / sweep.base.name, layout, datasets)
+    folder = SweepFolder(storage / sweep.base.name)
+    layout = folder.recorded_layout() or estimate.local_layout(experiments[0])
+    study = Study.open(sweep, folder.path, layout, datasets)
     if not study.plan.stages:
         print(
-            f"optuna will ask for {sweep.settings.num_samples} trials, one after the other; there is nothing to plan yet"
+            f"optuna will ask for {sweep.settings.num_samples} trials, one after the other; there "
+            "is nothing to plan yet"
         )
         return 0
-    slots = plan.local_slots(layout)
-    print(tree_view.text(study.plan) + "\n\n" + "\n".join(describe(study, slots, counts)))
-    print(f"picture: {_picture(study)}")
+    print(view.text(study.plan) + "\n")
+    print("\n".join(describe(study, estimate.local_slots(layout), counts)))
+    print(f"picture: {_save_tree(study)}")
     return 0
 
 
-def describe(study: Study, slots: int, counts: Mapping[str, dict]) -> list[str]:
-    """The steps, what would share more, and the cost."""
+def describe(study: Study, slots: int, counts: Counts) -> list[str]:
+    """Return what a sweep saves, what would share more steps, and what it costs.
+
+    Args:
+        study: The sweep.
+        slots: Number of stages that can run at the same time.
+        counts: Tokens and vocabulary of each dataset.
+    """
     schedules = {name: c.experiment.lr_schedule() for name, c in study.everyone.items()}
-    estimate, where = estimate_of(study, slots, counts), f"{slots} stage(s) at a time"
-    cost = (
-        ["expected time, memory and disk are unknown: " + estimate]
-        if isinstance(estimate, str)
-        else [f"expected: {plan.expected_line(estimate)} at most (checkpoints), {where}"]
-    )
-    return [*tree_view.summary(study.plan), *tree_view.advice(study.plan, schedules), *cost]
+    expected = estimate_of(study, slots, counts)
+    if isinstance(expected, str):
+        cost = f"expected time, memory and disk are unknown: {expected}"
+    else:
+        line = estimate.expected_line(expected)
+        cost = f"expected: {line} at most (checkpoints), {slots} stage(s) at a time"
+    return [*view.summary(study.plan), *advice(study.plan, schedules), cost]
 
 
-def estimate_of(study: Study, slots: int, counts: Mapping[str, dict]) -> dict[str, float] | str:
-    """What running the plan takes: `time_s`, `memory_gib` of a worker, `disk_bytes` of checkpoints; or why nobody knows."""
-    shapes: dict[Path, Candidate] = {}
-    for c in study.everyone.values():
-        n_vocab = counts[data_key(c.experiment.data)]["n_vocab"]
-        if n_vocab is None:
-            return "the vocabulary is the corpus's characters; run pipelines/prepare.py first"
-        shapes.setdefault(_shape(c, n_vocab, study.layout), c)
-    if len(shapes) > MOST_SHAPES:
-        return f"the sweep has {len(shapes)} shapes of model and batch, and more than {MOST_SHAPES} are not timed"
-    a = study.layout
-    timings = {
-        shape: calibrate.measure(
-            c.experiment,
-            counts[data_key(c.experiment.data)]["n_vocab"],
-            a.num_workers,
-            a.cpus_per_worker,
-            a.use_gpu,
+def _dataset(experiment: Experiment, storage: Path) -> Manifest:
+    """Return the prepared dataset, or one without tokens that has only its name."""
+    directory = dataset_dir(experiment.data, storage)
+    prepared = find_prepared(experiment.data, directory)
+    return prepared or Manifest(directory, {"name": str(directory)}, {})
+
+
+def _save_tree(study: Study) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix=f"espalier-{study.folder.name}-"))
+    figures.tree(study.plan).savefig(folder / "tree.png")
+    return folder / "tree.png"
+
+
+# ---- estimate ----
+
+
+def estimate_of(study: Study, slots: int, counts: Counts) -> dict[str, float] | str:
+    """Return what running the plan takes, or why that is unknown.
+
+    Returns:
+        `time_s`; `memory_gib` of a worker; `disk_bytes`, the most that checkpoints take at a time.
+    """
+    n_vocab = {name: counts[data_key(c.experiment.data)]["n_vocab"] for name, c in _all(study)}
+    if None in n_vocab.values():
+        return "the vocabulary is the corpus's characters; run pipelines/prepare.py first"
+    shapes = {name: _shape(study, c, n_vocab[name]) for name, c in _all(study)}
+    examples = {shape: name for name, shape in shapes.items()}
+    if len(examples) > MOST_SHAPES:
+        return (
+            f"the sweep has {len(examples)} shapes of model and batch, and more than {MOST_SHAPES} "
+            "are not timed"
         )
-        for shape, c in shapes.items()
-    }
-    if None in timings.values():
-        return "this machine has no room for a step, or not the devices"
-    by_name = {
-        name: timings[_shape(c, counts[data_key(c.experiment.data)]["n_vocab"], a)]
-        for name, c in study.everyone.items()
-    }
-    seen = forecast(
+    timings: dict[Path, Timing] = {}
+    for shape, name in examples.items():
+        layout = study.layout
+        timing = measure.measure(
+            study.everyone[name].experiment,
+            n_vocab[name],
+            layout.num_workers,
+            layout.cpus_per_worker,
+            layout.use_gpu,
+        )
+        if timing is None:
+            return "this machine has no room for a step, or not the devices"
+        timings[shape] = timing
+
+    by_trial = {name: timings[shape] for name, shape in shapes.items()}
+    found = forecast(
         study.plan,
         slots,
-        _seconds(study, by_name, counts),
-        _results(study),
-        study.sweep.settings.keep_branches,
+        seconds=lambda stage: _seconds(study, stage, by_trial, counts),
+        results=lambda stage: _results(study, stage),
+        keep_branches=study.sweep.settings.keep_branches,
     )
-    start = STARTS * max(timing.startup_s for timing in timings.values())
+    start = STARTS * max(t.startup_s for t in timings.values()) if study.plan.to_run else 0.0
     return {
-        "time_s": (start if study.plan.to_run else 0.0) + seen.seconds,
+        "time_s": start + found.seconds,
         "memory_gib": max(t.memory_gib for t in timings.values()),
-        "disk_bytes": seen.checkpoints * max(t.checkpoint_bytes for t in timings.values()),
+        "disk_bytes": found.checkpoints * max(t.checkpoint_bytes for t in timings.values()),
     }
 
 
-def _shape(c: Candidate, n_vocab: int, layout: launch.Layout) -> Path:
-    return calibrate.cache_file(
-        c.experiment, n_vocab, layout.num_workers, layout.cpus_per_worker, layout.use_gpu
+def _all(study: Study) -> list[tuple[str, Candidate]]:
+    return list(study.everyone.items())
+
+
+def _shape(study: Study, candidate: Candidate, n_vocab: int) -> Path:
+    """Return the cache file of a trial's timing: equal for trials whose steps cost the same."""
+    layout = study.layout
+    return measure.cache_file(
+        candidate.experiment, n_vocab, layout.num_workers, layout.cpus_per_worker, layout.use_gpu
     )
 
 
-def _seconds(
-    study: Study, timings: Mapping[str, Timing], counts: Mapping[str, dict]
-) -> Callable[[Stage], float]:
-    """Seconds of a stage: its steps, its evaluations, its checkpoints."""
+def _seconds(study: Study, stage: Stage, timings: Mapping[str, Timing], counts: Counts) -> float:
+    """Return the time of a stage: its steps, its evaluations and its checkpoints."""
+    experiment = study.everyone[(stage.ends or stage.trials)[0]].experiment
+    config = experiment.train
+    timing = timings[(stage.ends or stage.trials)[0]]
+    steps = study.plan.cost(stage)
+    first = stage.stop - steps
+    evaluations = _due(config.eval_interval, first, stage.stop) + (first == 0)
+    if stage.ends and config.eval_interval and stage.stop % config.eval_interval != 0:
+        evaluations += 1
+    checkpoints = _due(config.checkpoint_interval, first, stage.stop - 1) + 1
+    tokens = counts[data_key(experiment.data)]
+    evaluation_s = measure.evaluation_seconds(
+        experiment, tokens["val"] or 0, tokens["train"] or 0, timing
+    )
+    return (
+        measure.steps_seconds(steps, timing)
+        + evaluations * evaluation_s
+        + checkpoints * timing.checkpoint_s
+    )
 
-    def seconds(stage: Stage) -> float:
-        c = study.everyone[(stage.ends or stage.trials)[0]]
-        t, timing, tokens = c.experiment.train, timings[c.name], counts[data_key(c.experiment.data)]
-        steps = study.plan.cost(stage)
-        first = stage.stop - steps
-        evaluations = _due(t.eval_interval, first, stage.stop) + (first == 0)
-        evaluations += bool(stage.ends) and stage.stop % t.eval_interval != 0
-        checkpoints = _due(t.checkpoint_interval, first, stage.stop - 1) + 1
-        each = calibrate.evaluation_seconds(
-            c.experiment, tokens["val"] or 0, tokens["train"] or 0, timing
-        )
-        return (
-            calibrate.steps_seconds(steps, timing)
-            + evaluations * each
-            + checkpoints * timing.checkpoint_s
-        )
 
-    return seconds
+def _results(study: Study, stage: Stage) -> int:
+    """Return the number of checkpoints that the last stage of a trial keeps."""
+    config = study.everyone[stage.ends[0]].experiment.train
+    made = _due(config.checkpoint_interval, stage.start, stage.stop - 1) + 1
+    return min(made, config.keep)
 
 
 def _due(interval: int | None, after: int, upto: int) -> int:
+    """Return the number of multiples of an interval in (after, upto]."""
     return upto // interval - after // interval if interval else 0
 
 
-def _results(study: Study) -> Callable[[Stage], int]:
-    """Checkpoints that the last stage of a trial leaves: the latest `train.keep` that it made, and perhaps a better one."""
-
-    def results(stage: Stage) -> int:
-        t = study.everyone[stage.ends[0]].experiment.train
-        made = _due(t.checkpoint_interval, stage.start, stage.stop - 1) + 1
-        return min(made, t.keep)
-
-    return results
+# ---- simulation ----
 
 
-def _dataset(experiment, storage: Path) -> Manifest:
-    """The prepared dataset; where there is none yet, one without tokens that only says which it would be."""
-    directory = dataset_dir(experiment.data, storage)
-    return find_prepared(experiment.data, directory) or Manifest(
-        directory, {"name": str(directory)}, {}
-    )
+@dataclass(frozen=True)
+class Forecast:
+    """Result of a simulation.
+
+    Attributes:
+        seconds: Time from the start of the first stage to the end of the last one.
+        checkpoints: Number of checkpoints that are on disk at the same time, at most.
+    """
+
+    seconds: float
+    checkpoints: int
 
 
-def _picture(study: Study) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix=f"espalier-{study.folder.name}-"))
-    sweep_figures.tree(study.plan).savefig(folder / "tree.png")
-    return folder / "tree.png"
+def forecast(
+    plan: Plan,
+    slots: int,
+    seconds: Callable[[Stage], float],
+    results: Callable[[Stage], int],
+    keep_branches: bool,
+) -> Forecast:
+    """Simulate a plan in which every stage runs to its end.
+
+    Args:
+        plan: The plan.
+        slots: Number of stages that run at the same time.
+        seconds: Returns the time of a stage.
+        results: Returns the number of checkpoints that the last stage of a trial keeps.
+        keep_branches: Whether checkpoints at branches stay.
+    """
+
+    def kept(stage: str) -> int:
+        return results(plan.by_id[stage]) if plan.by_id[stage].ends else 1
+
+    progress = Progress(plan)
+    on_disk = {stage: kept(stage) for stage in plan.standing if stage in plan.by_id}
+    running: list[tuple[float, str]] = []  # (end, stage)
+    clock = 0.0
+    peak = 0
+    while True:
+        for stage in progress.ready()[: slots - len(running)]:
+            progress.start(stage.id)
+            heapq.heappush(running, (clock + seconds(stage), stage.id))
+        # Each running stage may be writing a checkpoint.
+        peak = max(peak, sum(on_disk.values()) + len(running))
+        if not running:
+            return Forecast(clock, peak)
+        clock, ended = heapq.heappop(running)
+        progress.end(ended)
+        on_disk[ended] = kept(ended)
+        peak = max(peak, sum(on_disk.values()) + len(running))
+        if not keep_branches:
+            needed = progress.needed()
+            on_disk = {
+                stage: count
+                for stage, count in on_disk.items()
+                if stage in needed or plan.by_id[stage].ends
+            }

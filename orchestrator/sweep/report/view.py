@@ -1,25 +1,33 @@
-"""A sweep's plan for people: its stage tree as text, what sharing saves, and what would share more. Pure.
+"""The plan of a sweep as text: its tree of stages, and what sharing saves.
 
-Eats a stages.Plan (and, for advice, the trials' Schedules); yields text.
-
-How to read the tree. A line is a stretch of steps [start, stop). Its branches stand below it, one place to the right; ┼
-goes straight on from the line above it in its own column, for the branch that most trials take. So a trunk with a hundred
-branches is a hundred lines, not a hundred indents: the depth is at most log2(trials).
+How to read the tree. A line is a range of steps [start, stop). Its branches stand below it, one
+column to the right. ┼ continues the line above it in the same column: it is the branch that most
+trials take. So a trunk with a hundred branches has a hundred lines and not a hundred indents; the
+depth is at most log2(trials).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from model.schedule import Schedule, wsd_decay_start
 from orchestrator.sweep.tree import Plan, Stage
 from orchestrator.text import clip, short_names
 
-GROUPS = 10  # of trials that are the same, named in a summary
+GROUPS = 10  # groups of equal trials that a summary names, at most
+HEAD = ("steps", "number", "learning rate", "trials", "")
+COLUMN_GAPS = 10  # spaces between the columns
 
 
 @dataclass(frozen=True, eq=False)
 class _Node:
-    """A line of the tree: one stage, or a chain of them that differs in nothing but stored states."""
+    """A line of the tree: a stage, or a chain of stages that only stored checkpoints separate.
+
+    Attributes:
+        stages: The chain.
+        mark: What the plan does with the stages, such as "to run" or "done".
+        rates: First and last learning rate.
+        children: The branches.
+    """
 
     stages: tuple[Stage, ...]
     mark: str
@@ -27,75 +35,97 @@ class _Node:
     children: tuple["_Node", ...]
 
     @property
-    def walk(self) -> list["_Node"]:
-        """The subtree, parents before children. A loop: a trunk may be thousands of nodes deep."""
-        found, waiting = [], [self]
+    def trials(self) -> int:
+        return len(self.stages[-1].trials)
+
+    def subtree(self) -> list["_Node"]:
+        """Return this node and all below it, parents first.
+
+        A loop and no recursion: a trunk may be thousands of nodes deep.
+        """
+        found = []
+        waiting = [self]
         while waiting:
-            found.append(waiting.pop())
-            waiting += found[-1].children[::-1]
+            node = waiting.pop()
+            found.append(node)
+            waiting += reversed(node.children)
         return found
 
-    @property
-    def shape(self) -> tuple:
-        """Equal for subtrees that look alike: other seeds, say."""
+    @cached_property
+    def shape(self) -> tuple[tuple[object, ...], ...]:
+        """Equal for trees that look alike, such as those of other seeds."""
         return tuple(
             (
                 n.stages[0].start,
                 n.stages[-1].stop,
                 n.rates,
                 n.mark,
-                len(n.stages[-1].trials),
+                n.trials,
                 len(n.stages[-1].ends),
                 len(n.children),
             )
-            for n in self.walk
+            for n in self.subtree()
         )
 
 
-# A prefix and its one node; or no prefix, and trees of the shape just drawn.
-_Line = tuple[str, list[_Node]]
+@dataclass(frozen=True)
+class _Line:
+    """A line of the drawing.
+
+    Attributes:
+        nodes: The node; or, without a prefix, the roots of trees of the shape that was just drawn.
+        prefix: Branch symbols before the node.
+    """
+
+    nodes: list[_Node]
+    prefix: str = ""
 
 
 def text(plan: Plan, width: int = 100, lines: int = 60) -> str:
-    """The stage tree, no line wider than `width`: steps, rates at both ends, trials, what stands, which trials end there.
+    """Return the tree: steps, learning rates, number of trials, mark, and which trials end there.
 
-    Trees of one shape are shown once, and of more than `lines` lines the middle is left out and counted.
+    Trees of the same shape are drawn once. The middle of a long drawing is left out and counted.
+
+    Args:
+        plan: The plan.
+        width: Columns of a line, at most.
+        lines: Lines of the drawing, at most.
     """
-    trees: dict[tuple, list[_Node]] = {}
-    for root in _nodes(plan):
-        trees.setdefault(root.shape, []).append(root)
     drawn: list[_Line] = []
+    trees: dict[tuple[tuple[object, ...], ...], list[_Node]] = {}
+    for root in _roots(plan):
+        trees.setdefault(root.shape, []).append(root)
     for alike in trees.values():
-        drawn += [(prefix, [node]) for prefix, node in _draw(alike[0], "", "")]
+        drawn += _draw(alike[0], "", "")
         if len(alike) > 1:
-            drawn.append(("", alike[1:]))
-    first, last = (
-        (len(drawn), 0) if len(drawn) <= lines else (lines * 2 // 3, lines - lines * 2 // 3)
-    )
-    hidden = drawn[first : len(drawn) - last]
-    out = _layout(
-        drawn[:first] + drawn[len(drawn) - last :], width, short_names(t.name for t in plan.trials)
-    )
-    if hidden:
-        out.insert(1 + first, _cut(_hidden(plan, hidden), width))
-    return "\n".join(out)
+            drawn.append(_Line(alike[1:]))
+
+    short = short_names(trial.name for trial in plan.trials)
+    if len(drawn) <= lines:
+        return "\n".join(_layout(drawn, width, short))
+    first = lines * 2 // 3
+    last = len(drawn) - (lines - first)
+    shown = _layout(drawn[:first] + drawn[last:], width, short)
+    shown.insert(1 + first, _cut(_hidden(plan, drawn[first:last]), width))
+    return "\n".join(shown)
 
 
-def _nodes(plan: Plan) -> list[_Node]:
-    """The roots of the tree, chains put together."""
+def _roots(plan: Plan) -> list[_Node]:
+    """Return the roots of the tree. Chains of stages are joined where their marks are equal."""
     rates = {trial.name: trial.rates for trial in plan.trials}
-    lost, made = plan.below(plan.dead), {}
+    lost = plan.below(plan.dead)
+    nodes: dict[str, _Node] = {}
     for stage in reversed(plan.stages):  # children before parents
-        below = tuple(made[child.id] for child in plan.children.get(stage.id, ()))
-        mark, curve = "lost" if stage.id in lost else _mark(plan, stage), rates[stage.trials[0]]
-        start, stop = float(curve[stage.start]), float(curve[stage.stop - 1])
-        if len(below) == 1 and not stage.ends and below[0].mark == mark:
-            made[stage.id] = replace(
-                below[0], stages=(stage, *below[0].stages), rates=(start, below[0].rates[1])
-            )
-        else:
-            made[stage.id] = _Node((stage,), mark, (start, stop), below)
-    return [made[stage.id] for stage in plan.children.get(None, ())]
+        children = tuple(nodes[child.id] for child in plan.children.get(stage.id, ()))
+        mark = "lost" if stage.id in lost else _mark(plan, stage)
+        curve = rates[stage.trials[0]]
+        first, last = float(curve[stage.start]), float(curve[stage.stop - 1])
+        node = _Node((stage,), mark, (first, last), children)
+        if len(children) == 1 and not stage.ends and children[0].mark == mark:
+            child = children[0]
+            node = replace(child, stages=(stage, *child.stages), rates=(first, child.rates[1]))
+        nodes[stage.id] = node
+    return [nodes[stage.id] for stage in plan.children.get(None, ())]
 
 
 def _mark(plan: Plan, stage: Stage) -> str:
@@ -108,90 +138,107 @@ def _mark(plan: Plan, stage: Stage) -> str:
     return "stands" if stage.id in plan.standing else "not needed"
 
 
-def _draw(node: _Node, head: str, column: str) -> list[tuple[str, _Node]]:
-    """(prefix, node) of every line of a subtree. `head` starts its first line, `column` all others."""
-    drawn = [(head + ("┬ " if node.children else "─ "), node)]
+def _draw(node: _Node, head: str, column: str) -> list[_Line]:
+    """Return the lines of a subtree.
+
+    Args:
+        node: Root of the subtree.
+        head: Symbols before its first line.
+        column: Symbols before all other lines.
+    """
+    lines = [_Line([node], head + ("┬ " if node.children else "─ "))]
     while node.children:
-        heavy = _straight_on(node)
-        side = [child for child in node.children if child is not heavy]
-        for i, child in enumerate(side):
-            last = heavy is None and i == len(side) - 1
-            drawn += _draw(child, column + ("└" if last else "├"), column + (" " if last else "│"))
-        if heavy is None:
+        main = _main_branch(node)
+        side = [child for child in node.children if child is not main]
+        for child in side:
+            is_last = main is None and child is side[-1]
+            symbol, below = ("└", " ") if is_last else ("├", "│")
+            lines += _draw(child, column + symbol, column + below)
+        if main is None:
             break
-        drawn.append((column + "┼ ", heavy))
-        node = heavy
-    return drawn
+        lines.append(_Line([main], column + "┼ "))
+        node = main
+    return lines
 
 
-def _straight_on(node: _Node) -> _Node | None:
-    """The branch that more trials take than any other and that branches again, if there is one."""
-    sizes = sorted((len(child.stages[0].trials) for child in node.children), reverse=True)
-    most = max(node.children, key=lambda child: len(child.stages[0].trials))
-    return most if most.children and (len(sizes) == 1 or sizes[0] > sizes[1]) else None
+def _main_branch(node: _Node) -> _Node | None:
+    """Return the branch that more trials take than any other, if it branches again."""
+    first, *others = sorted(node.children, key=_trials_at_start, reverse=True)
+    if not first.children:
+        return None
+    if others and _trials_at_start(others[0]) == _trials_at_start(first):
+        return None
+    return first
+
+
+def _trials_at_start(node: _Node) -> int:
+    return len(node.stages[0].trials)
 
 
 def _layout(drawn: list[_Line], width: int, short: Mapping[str, str]) -> list[str]:
-    head = ("steps", "number", "learning rate", "trials", "")
-    cells = [_cells(prefix, nodes[0]) if prefix else None for prefix, nodes in drawn]
-    widths = [max(len(row[i]) for row in [head, *filter(None, cells)]) for i in range(5)]
-    room = width - sum(widths) - 10
-    names = [" = ".join(nodes[0].stages[-1].ends) if prefix else "" for prefix, nodes in drawn]
-    if max(map(len, names)) > room:
-        names = [
-            " = ".join(short[end] for end in nodes[0].stages[-1].ends) if prefix else ""
-            for prefix, nodes in drawn
-        ]
-    out = [_columns(head, widths, "trials that end here", width)]
-    for row, name, (_, nodes) in zip(cells, names, drawn, strict=True):
-        out.append(_columns(row, widths, name, width) if row else _cut(_alike(nodes, short), width))
-    return out
+    """Align the columns. Long names of trials are shortened."""
+    cells = [_cells(line) if line.prefix else None for line in drawn]
+    widths = [max(len(row[i]) for row in (HEAD, *filter(None, cells))) for i in range(len(HEAD))]
+    ends = [line.nodes[0].stages[-1].ends if line.prefix else () for line in drawn]
+    names = [" = ".join(trials) for trials in ends]
+    if max(len(name) for name in names) > width - sum(widths) - COLUMN_GAPS:
+        names = [" = ".join(short[trial] for trial in trials) for trials in ends]
+
+    lines = [_columns(HEAD, widths, "trials that end here", width)]
+    for line, row, name in zip(drawn, cells, names, strict=True):
+        if row is None:
+            lines.append(_cut(_same_shape(line.nodes, short), width))
+        else:
+            lines.append(_columns(row, widths, name, width))
+    return lines
 
 
-def _cells(prefix: str, node: _Node) -> tuple[str, ...]:
-    first, last = node.stages[0], node.stages[-1]
+def _cells(line: _Line) -> tuple[str, ...]:
+    node = line.nodes[0]
+    start, stop = node.stages[0].start, node.stages[-1].stop
     return (
-        f"{prefix}[{first.start:,}, {last.stop:,})",
-        f"{last.stop - first.start:,}",
+        f"{line.prefix}[{start:,}, {stop:,})",
+        f"{stop - start:,}",
         f"{node.rates[0]:.2e} → {node.rates[1]:.2e}",
-        f"{len(last.trials):,}",
+        f"{node.trials:,}",
         node.mark,
     )
 
 
 def _columns(row: tuple[str, ...], widths: list[int], names: str, width: int) -> str:
-    w = widths
+    steps, number, rates, trials, mark = widths
     line = (
-        f"{row[0]:<{w[0]}}  {row[1]:>{w[1]}}  {row[2]:<{w[2]}}  {row[3]:>{w[3]}}  {row[4]:<{w[4]}}"
+        f"{row[0]:<{steps}}  {row[1]:>{number}}  {row[2]:<{rates}}  {row[3]:>{trials}}  "
+        f"{row[4]:<{mark}}"
     )
     room = width - len(line) - 2
-    return clip(f"{line}  {clip(names, room) if room > 8 else ''}".rstrip(), width)
+    shown = clip(names, room) if room > 8 else ""
+    return clip(f"{line}  {shown}".rstrip(), width)
 
 
-def _alike(roots: list[_Node], short: Mapping[str, str]) -> str:
+def _same_shape(roots: list[_Node], short: Mapping[str, str]) -> str:
     trials = [root.stages[0].trials for root in roots]
-    total = sum(map(len, trials))
+    total = sum(len(names) for names in trials)
+    first = ", ".join(short[names[0]] for names in trials)
     return (
-        f"  … {len(roots):,} more {_plural(len(roots), 'tree')} of this shape ({total:,} {_plural(total, 'trial')}), with "
-        + ", ".join(short[names[0]] for names in trials)
+        f"  … {_count(len(roots), 'more tree')} of this shape ({_count(total, 'trial')}), "
+        f"with {first}"
     )
 
 
-def _hidden(plan: Plan, hidden: list[_Line]) -> str:
-    nodes = [
-        node
-        for prefix, group in hidden
-        for top in group
-        for node in ([top] if prefix else top.walk)
-    ]
-    stages = [stage for node in nodes for stage in node.stages]
-    ends, runs = (
-        sum(len(s.ends) for s in stages),
-        sum(plan.cost(s) for s in stages if s.id in plan.to_run),
-    )
+def _hidden(plan: Plan, lines: list[_Line]) -> str:
+    """Return the line that stands for those that are left out."""
+    stages = []
+    for line in lines:
+        for top in line.nodes:
+            nodes = [top] if line.prefix else top.subtree()
+            stages += [stage for node in nodes for stage in node.stages]
+    ends = sum(len(s.ends) for s in stages)
+    steps = sum(s.steps for s in stages)
+    to_run = sum(plan.cost(s) for s in stages if s.id in plan.to_run)
     return (
-        f"┊ … {len(stages):,} more {_plural(len(stages), 'stage')}, where {ends:,} {_plural(ends, 'trial')} end: "
-        f"{sum(s.steps for s in stages):,} steps, {runs:,} of them to run"
+        f"┊ … {_count(len(stages), 'more stage')}, where {_count(ends, 'trial')} end: "
+        f"{steps:,} steps, {to_run:,} of them to run"
     )
 
 
@@ -199,153 +246,42 @@ def _cut(line: str, width: int) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def _plural(n: int, word: str) -> str:
-    return word if n == 1 else word + "s"
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def summary(plan: Plan) -> list[str]:
-    """Steps asked, to run and saved (shared between trials; stored already), the tree's size, trials that are the same."""
-    probes = sum(
-        s.steps for s in plan.stages if not any(t.asked for t in plan.trials if t.name in s.trials)
-    )
-    asked, tree = plan.steps_asked, plan.steps_in_tree - probes
-    lost = sum(plan.by_id[i].steps for i in plan.dead | plan.below(plan.dead) if i in plan.by_id)
+    """Return the steps asked for, to run and saved, the tree's size, and trials that are equal."""
+    asked_trials = {trial.name for trial in plan.trials if trial.asked}
+    probes = sum(s.steps for s in plan.stages if asked_trials.isdisjoint(s.trials))
+    asked = plan.steps_asked
     to_run = plan.steps_to_run
-    shared, stored = asked - tree, tree + probes - to_run - lost
-    trials, stages = sum(t.asked for t in plan.trials), len(plan.stages)
-    out = [
-        f"{trials:,} {_plural(trials, 'trial')} in {stages:,} {_plural(stages, 'stage')}; one by one they take {asked:,} steps",
+    lost_ids = plan.dead | plan.below(plan.dead)
+    lost = sum(plan.by_id[stage].steps for stage in lost_ids if stage in plan.by_id)
+    shared = asked - (plan.steps_in_tree - probes)
+    stored = plan.steps_in_tree - to_run - lost
+    lines = [
+        f"{_count(len(asked_trials), 'trial')} in {_count(len(plan.stages), 'stage')}; "
+        f"trained one by one, they take {asked:,} steps",
         f"to run: {to_run:,} steps ({_share(to_run, asked)})",
         f"saved: {shared + stored:,} steps ({_share(shared + stored, asked)}): "
         f"{shared:,} shared between trials, {stored:,} stored already",
     ]
     if probes:
-        out.append(
-            f"probes: {probes:,} steps, that nobody asked for, in the hope of saving more of the others"
-        )
-    if again := plan.steps_again:
-        out.append(
-            f"run again: {again:,} steps that were run before and left no checkpoint to branch off"
+        lines.append(f"probes: {probes:,} additional steps, which may save more of the others")
+    if plan.steps_again:
+        lines.append(
+            f"run again: {plan.steps_again:,} steps whose checkpoint is missing where a new trial "
+            "branches off"
         )
     if lost:
-        out.append(
-            f"not run: {lost:,} steps ({_share(lost, asked)}), as training diverged at or above them"
-        )
-    same = [stage for stage in plan.stages if len(stage.ends) > 1]
-    out += [
-        f"the same training at every step, so run once: {' = '.join(stage.ends)}"
-        for stage in same[:GROUPS]
-    ]
-    if len(same) > GROUPS:
-        out.append(f"… and {len(same) - GROUPS:,} more groups of trials that are the same")
-    return out
+        lines.append(f"not run: {lost:,} steps ({_share(lost, asked)}), because training diverged")
+    equal = [" = ".join(stage.ends) for stage in plan.stages if len(stage.ends) > 1]
+    lines += [f"equal at every step, so run once: {names}" for names in equal[:GROUPS]]
+    if len(equal) > GROUPS:
+        lines.append(f"… and {len(equal) - GROUPS:,} more groups of equal trials")
+    return lines
 
 
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "0.0%"
-
-
-def advice(plan: Plan, experiments_schedules: Mapping[str, Schedule]) -> list[str]:
-    """Where trials share nothing or little, why, and what would share; each line holds for this very plan."""
-    schedules = {trial.name: experiments_schedules[trial.name] for trial in plan.trials}
-    if len(schedules) < 2:
-        return []
-    shared = plan.steps_asked - plan.steps_in_tree
-    out = (
-        []
-        if shared
-        else ["no two trials share a step: this sweep costs as much as its trials one by one"]
-    )
-    roots = {trial.name: trial.root for trial in plan.trials}
-    if len(set(roots.values())) > 1:
-        out.append(
-            f"{len(set(roots.values())):,} groups of trials differ in seed, data, model, optimizer or batch: "
-            "no step is shared between two groups"
-        )
-    out += [
-        line
-        for field in ("max_lr", "warmup_steps")
-        if (line := _parted(plan, roots, schedules, field))
-    ]
-    late = (
-        []
-        if shared
-        else [
-            "what shares is what acts late in a run: its length, decay_fraction and decay_shape with "
-            "schedule.kind=wsd, or only its length with constant and inverse_sqrt"
-        ]
-    )
-    return out + (_horizons(plan, roots, schedules) or late)
-
-
-def _parted(
-    plan: Plan, roots: Mapping[str, str], schedules: Mapping[str, Schedule], field: str
-) -> str | None:
-    """Says so where trials with different values of a field, else of one root, have not even the first step in common."""
-    values = {name: getattr(schedule, field) for name, schedule in schedules.items()}
-    differ = len({(roots[name], value) for name, value in values.items()}) > len(
-        set(roots.values())
-    )
-    if not differ or any(
-        len({values[name] for name in stage.trials}) > 1 for stage in plan.children.get(None, ())
-    ):
-        return None
-    return f"schedule.{field} changes the learning rate from the first step on: trials that differ in it share nothing"
-
-
-def _horizons(plan: Plan, roots: Mapping[str, str], schedules: Mapping[str, Schedule]) -> list[str]:
-    """For cosine and linear of several lengths: how little they share, and what the same lengths would cost as wsd."""
-    groups: dict[tuple, list[str]] = {}
-    for name, s in schedules.items():
-        if s.kind in ("cosine", "linear"):
-            groups.setdefault((s.kind, roots[name], s.max_lr, s.warmup_steps), []).append(name)
-    groups = {
-        key: names
-        for key, names in groups.items()
-        if len({schedules[n].decay_steps for n in names}) > 1
-    }
-    out, steps = [], {trial.name: trial.steps for trial in plan.trials}
-    for kind in sorted({key[0] for key in groups}):
-        alike = [names for key, names in groups.items() if key[0] == kind]
-        most = _common(plan, {name for name, s in schedules.items() if s.kind == kind}, schedules)
-        longest = max(steps[name] for names in alike for name in names)
-        out.append(
-            f"{kind} decays from the end of its warmup on, at a pace that its end sets: {kind} trials of different "
-            f"schedule.decay_steps share at most their first {most:,} of up to {longest:,} steps"
-        )
-    members = {name for names in groups.values() for name in names}
-    now = sum(s.steps for s in plan.stages if members & set(s.trials))
-    as_wsd = [_as_wsd(names, schedules, steps) for names in groups.values()]
-    if groups and None not in as_wsd and sum(as_wsd) < now:
-        share = sorted({schedules[n].decay_fraction for n in members})
-        out.append(
-            "schedule.kind=wsd would share: runs of different lengths have every step before the shorter one's decay in "
-            f"common. As wsd with decay_fraction {', '.join(f'{f:g}' for f in share)} these lengths take at most "
-            f"{sum(as_wsd):,} steps, not {now:,}"
-        )
-    return out
-
-
-def _common(plan: Plan, names: set[str], schedules: Mapping[str, Schedule]) -> int:
-    """Steps that two of these trials with different decay_steps have in common, at most."""
-    return max(
-        (
-            s.stop
-            for s in plan.stages
-            if len({schedules[n].decay_steps for n in s.trials if n in names}) > 1
-        ),
-        default=0,
-    )
-
-
-def _as_wsd(
-    names: list[str], schedules: Mapping[str, Schedule], steps: Mapping[str, int]
-) -> int | None:
-    """Steps that trials of one root, peak and warmup take at most as wsd: the longest trunk, and each trial's own decay."""
-    try:
-        starts = {
-            n: min(steps[n], wsd_decay_start(replace(schedules[n], kind="wsd"))) for n in names
-        }
-    except ValueError:  # the warmup is longer than the stable part
-        return None
-    return max(starts.values()) + sum(steps[n] - start for n, start in starts.items())

@@ -118,21 +118,6 @@ def capacity(asked: Layout) -> int:
     )
 
 
-def oom_causes() -> dict[tuple[str, int], str]:
-    """What Ray says of each worker process that its memory monitor ended, by node and process."""
-    from ray._private.state import actors  # the public way needs a dashboard
-
-    try:
-        causes = {(a["Address"]["NodeID"], a["Pid"]): a["DeathCause"] for a in actors().values()}
-    except Exception:  # the cluster is not there at this moment
-        return {}
-    return {
-        place: c.oom_context.error_message
-        for place, c in causes.items()
-        if c is not None and c.HasField("oom_context")
-    }
-
-
 def layout(experiment: Experiment, recorded: Layout | None = None) -> Layout:
     """Resolve `compute` against the connected cluster.
 

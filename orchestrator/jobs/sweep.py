@@ -142,7 +142,7 @@ def _execute(
         from orchestrator.sweep import tune as sweep  # imports Tune
 
         with (
-            Watch(study.folder, books.running),
+            Watch(RunFolder(study.folder), lambda: map(RunFolder, books.running())),
             signals.asking_to_stop(lambda: stop.request(RunFolder(study.folder), "SIGTERM")),
         ):
             sweep.execute(books, books.stages, study.layout, slots, study.asha())

@@ -39,7 +39,7 @@ from orchestrator.text import duration, number, table
 from orchestrator.track.mlflow import Tracker, resend_metrics
 from orchestrator.track.server import resolve_uri
 from orchestrator.train import init_from, numerics
-from orchestrator.workers import ray_train as workers
+from orchestrator.workers import ray_train
 from orchestrator.workers.diagnose import advise, diagnose
 from orchestrator.workers.watch import RunWatch
 
@@ -112,7 +112,7 @@ def _train(
     )
     folder = RunFolder(run_dir)
     started = time.monotonic()
-    watch = RunWatch(run_dir, experiment.compute.hang_after_s)
+    watch = RunWatch(folder, experiment.compute.hang_after_s)
     error: Exception | None = None
     ending: Ending | None = None
     try:
@@ -122,7 +122,7 @@ def _train(
             watch,
             signals.asking_to_stop(lambda: stop.request(RunFolder(run_dir), "SIGTERM")),
         ):
-            workers.fit(experiment, run_dir, data_dir, layout)
+            ray_train.fit(experiment, folder, data_dir, layout)
     except (KeyboardInterrupt, SystemExit):  # Ray Train answers Ctrl-C with sys.exit(0)
         if not watch.over:
             ending = Ending("again" if signals.was_terminated() else "interrupted")

@@ -28,7 +28,7 @@ from orchestrator.sweep.stage_states import (
 from orchestrator.sweep.sweep_folder import Stored
 from orchestrator.sweep.tree import Plan, Stage
 from orchestrator.sweep.trials import Candidate
-from orchestrator.workers import watchdog
+from orchestrator.workers import hangs
 
 MISSING = "its process died twice without a word: out of memory, or its machine is gone"
 
@@ -170,7 +170,7 @@ class Keeper:
 
     def _hang(self, stage: str) -> str | None:
         """The verdict on a hang that ended the stage's workers; they are gone, and so are their marks then."""
-        if message := watchdog.report(self.stages / stage):
+        if message := hangs.report(RunFolder(self.stages / stage)):
             events.note(RunFolder(self.folder), "hang", message, stage=stage)
         return message
 

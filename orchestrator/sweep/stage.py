@@ -26,7 +26,8 @@ from orchestrator.sweep.tree import Trial
 from orchestrator.train import rates
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker, fingerprint
-from orchestrator.workers.watchdog import HELD, Watchdog
+from orchestrator.workers.marks import HELD
+from orchestrator.workers.watchdog import Watchdog
 
 DONE, DIVERGED, STOPPED = "done", "diverged", "stopped"
 WRITER_WAIT_S = 60
@@ -85,7 +86,7 @@ def run_stage(
         if worker.is_main
         else contextlib.nullcontext()
     )
-    with writing, Watchdog(folder, worker, experiment.compute.hang_after_s) as dog:
+    with writing, Watchdog(RunFolder(folder), worker, experiment.compute.hang_after_s) as dog:
         if worker.is_main:
             for stale in (folder / "stopped.json", folder / "result.json"):
                 stale.unlink(missing_ok=True)
@@ -100,11 +101,11 @@ def run_stage(
             end_step=order.stop,
             lr_at=rates.from_json(order.rates),
             stop_requested=stop_asked,
-            report_phase=dog.beat,
+            report_phase=dog.report_phase,
         )
         begun_at, limit, above = run.state.step, order.diverged_above, None
         for line in run.run():
-            dog.beat(HELD, run.state.step)
+            dog.report_phase(HELD, run.state.step)
             yield line
             loss = line.get("train/loss", 0.0)
             # An end's own line has another window than that of the trials that go on: it decides nothing.

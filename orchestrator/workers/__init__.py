@@ -1,0 +1,13 @@
+"""Worker processes: starting them on Ray, watching them, and finding out why they ended.
+
+    ray_train.py   `fit`: train one run on Ray Train; dead workers are started again
+    watchdog.py    `Watchdog`: each rank reports its phase and is ended if it hangs
+    watch.py       `Watch`, `RunWatch`: what the driver looks for while the workers train
+    diagnose.py    `diagnose`: how a run or a stage ended; `advise`: which micro-batch fits
+    marks.py       the current phase of each rank, on disk
+    hangs.py       ends a stuck rank, keeps its thread stacks, names the rank that hung
+    memory.py      free memory, and which processes the system killed for lack of it
+    fitting.py     the largest micro-batch that fits
+
+Start with `ray_train.fit`, then read `diagnose.diagnose`.
+"""

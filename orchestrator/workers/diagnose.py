@@ -10,7 +10,7 @@ from orchestrator.data.dataset import Manifest
 from orchestrator.runs import events, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
-from orchestrator.workers import memory, watchdog
+from orchestrator.workers import fitting, hangs, marks, memory
 from orchestrator.workers.memory import OutOfMemory
 
 # Parts of the message of an exception.
@@ -47,11 +47,11 @@ def diagnose(folder: RunFolder, error: BaseException | None = None, workers: int
         of memory, a hang, an exception of a rank, a worker that was killed. Complete an ending
         that is out of memory with `advise`.
     """
-    # `watchdog.report` removes the marks of the ranks. The search for a kill reads them, so it
+    # `hangs.report` removes the marks of the ranks. The search for a kill reads them, so it
     # comes first.
-    marks = watchdog.marks(folder.path)
+    hosts = [mark.host for mark in marks.read(folder)]
     kill = None if error is None else _find_kill(folder, error, workers)
-    hang = watchdog.report(folder.path)
+    hang = hangs.report(folder)
 
     recorded = folder.read_ending()
     if recorded is not None:
@@ -70,7 +70,6 @@ def diagnose(folder: RunFolder, error: BaseException | None = None, workers: int
             f"({type(error).__name__}: {error})"
         )
         return Ending("failed", reason, cause="kill")
-    hosts = {mark["host"] for mark in marks}
     return ending_of_tracebacks(folder, tracebacks, workers, hosts)
 
 
@@ -136,7 +135,7 @@ def advise(
         return ending
     print("out of memory; looking for a micro-batch that fits …", flush=True)
     fault = OutOfMemory(**stored)
-    reason = memory.advice(fault, experiment, dataset.tokenizer["n_vocab"], layout, stages)
+    reason = fitting.advice(fault, experiment, dataset.tokenizer["n_vocab"], layout, stages)
     events.note(folder, "out_of_memory", reason)
     return Ending("user", reason, facts, "out_of_memory")
 

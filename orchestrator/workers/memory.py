@@ -1,53 +1,39 @@
-"""Memory that runs out: which fault it was, and the largest micro-batch that fits.
+"""Memory of this machine, and processes that were ended because it ran out.
 
-The kernel and Ray's memory monitor end a process by SIGKILL, which leaves no traceback; `find_kill`
-recognizes these kills. `advice` then measures two small micro-batches in a process of its own
-(`python -m orchestrator.workers.memory`), computes which one fits, and checks that one.
+A container has less memory than its machine. Its limits are files of the control group, in version
+1 or 2; psutil does not read them.
 """
 
 import contextlib
-import functools
-import json
-import os
 import re
-import resource
 import socket
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
-import torch
 
-from model.optim import OPTIMIZERS
-from orchestrator.cluster.layout import WORKER_ENVIRONMENT, Layout, oom_causes
-from orchestrator.config.experiment import Experiment, parse_experiment
-from orchestrator.cost import measure
+from orchestrator.cluster import private
 from orchestrator.runs.folder import RunFolder
-from orchestrator.train import state
-from orchestrator.train.numerics import Worker, autocast, prepare_process
-from orchestrator.workers import system_memory, watchdog
+from orchestrator.workers import hangs, marks
 
-GIB = 2**30
-RESERVED = 0.05  # share of the memory that Ray's monitor keeps free by default
-MARGIN = 0.9  # of the free memory: other processes on the machine grow and shrink
-MEASURE_S = 120.0
+PROC = Path("/proc")
+GROUPS = Path("/sys/fs/cgroup")
+RESERVED = 0.05  # share of the memory that Ray's memory monitor keeps free by default
 # How Ray's monitor describes its limit.
 THRESHOLD = re.compile(r"exceeded threshold of (\d+)B \(\S+ of (\d+)B limit\)")
 
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """One fault.
+    """Memory ran out.
 
     Attributes:
         by: What ended the worker, in words.
         host: Name of its machine.
         workers: Workers of the run on that machine.
         reserved: Bytes that must stay free there.
-        of_gpu: Whether the memory of a GPU ran out.
+        of_gpu: Whether it was the memory of a GPU.
     """
 
     by: str
@@ -57,43 +43,29 @@ class OutOfMemory:
     of_gpu: bool = False
 
 
-@dataclass(frozen=True)
-class Fit:
-    """Result of a measurement.
-
-    Attributes:
-        micro_batch_size: The largest one that fits; None: not even one sequence does.
-        needed_bytes: Memory of a worker with that micro-batch.
-    """
-
-    micro_batch_size: int | None
-    needed_bytes: int = 0
-
-
 # ---- what ended a worker ----
 
 
 def find_kill(folder: RunFolder) -> OutOfMemory | None:
     """Return the kill that ended the last attempt; None: the attempt ended in another way.
 
-    Call it after all workers have ended and before `watchdog.report`, which removes the marks of
-    the ranks. A kill by the kernel is only found on this machine.
+    Call it after all workers have ended and before `hangs.report`, which removes the marks of the
+    ranks. A kill by the kernel is only found on this machine.
     """
-    marks = watchdog.marks(folder.path)
-    causes = oom_causes()
-    kills = system_memory.oom_kills()
-    if watchdog.has_hung(folder.path):
+    seen = marks.read(folder)
+    causes = private.oom_causes()
+    kills = oom_kills()
+    if hangs.has_hung(folder):
         kills = 0  # a rank that hung was killed for that
-    for mark in marks:
-        workers = sum(other["host"] == mark["host"] for other in marks)
-        message = causes.get((mark["node"], mark["pid"]))
+    for mark in seen:
+        workers = sum(other.host == mark.host for other in seen)
+        message = causes.get((mark.node, mark.pid))
         if message is not None:
             by = "Ray's memory monitor ended a worker"
-            return OutOfMemory(by, mark["host"], workers, _reserved(message))
-        vanished = mark["phase"] not in (watchdog.DONE, watchdog.FAILED)
-        is_local = mark["host"] == socket.gethostname()
-        if vanished and is_local and kills > mark["oom_kills"]:
-            return OutOfMemory("the kernel ended a worker", mark["host"], workers, _reserved())
+            return OutOfMemory(by, mark.host, workers, _reserved(message))
+        is_local = mark.host == socket.gethostname()
+        if is_local and not mark.is_over and kills > mark.oom_kills:
+            return OutOfMemory("the kernel ended a worker", mark.host, workers, _reserved())
     return None
 
 
@@ -107,7 +79,7 @@ def kill_in_error(error: BaseException, workers: int) -> OutOfMemory | None:
 
 
 def allocation_failed(message: str, host: str, workers: int) -> OutOfMemory:
-    """Return the fault for an exception of a worker, as torch raises it."""
+    """Return the fault for the message of an exception, as torch raises it in a worker."""
     of_gpu = "CUDA" in message or "CUBLAS" in message
     return OutOfMemory(message, host, workers, _reserved(), of_gpu)
 
@@ -116,221 +88,97 @@ def _reserved(message: str = "") -> int:
     """Return the bytes that must stay free so that Ray's monitor does not kill a process."""
     numbers = THRESHOLD.search(message)
     if numbers is None:
-        return int(RESERVED * system_memory.total_bytes())
+        return int(RESERVED * total_bytes())
     return int(numbers[2]) - int(numbers[1])
 
 
-# ---- what to do about it ----
+# ---- how much memory there is ----
 
 
-def advice(
-    fault: OutOfMemory, experiment: Experiment, n_vocab: int, layout: Layout, stages: int = 1
-) -> str:
-    """Return one line that says what to change. Measuring takes up to two minutes.
+@dataclass(frozen=True)
+class _Version:
+    """Where one version of control groups has the files of its memory controller."""
 
-    Args:
-        fault: What happened.
-        experiment: The experiment that ran out of memory.
-        n_vocab: Size of its vocabulary.
-        layout: Its workers.
-        stages: Stages of a sweep that run at the same time.
+    root: str
+    limit: str
+    usage: str
+    reclaimable: str  # key in memory.stat: file cache that the kernel can drop
+    events: str
+
+
+_V1 = _Version(
+    "memory",
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    "total_inactive_file",
+    "memory.oom_control",
+)
+_V2 = _Version("", "memory.max", "memory.current", "inactive_file", "memory.events")
+
+
+def total_bytes() -> int:
+    """Return the memory of the machine, or the tightest limit around this process."""
+    limits = [limit for limit, _ in _limits()]
+    return min([psutil.virtual_memory().total, *limits])
+
+
+def available_bytes() -> int:
+    """Return the memory that this process can still allocate."""
+    left = [limit - used for limit, used in _limits()]
+    return min([psutil.virtual_memory().available, *left])
+
+
+def oom_kills() -> int:
+    """Return how many processes the kernel has killed for lack of memory.
+
+    Those of the control group of this process are counted, or those of the machine if it has none.
     """
-    size = experiment.train.micro_batch_size
-    problem = f"out of memory on {fault.host} with train.micro_batch_size={size}: {fault.by}"
-    if layout.use_gpu and not fault.of_gpu:
-        return (
-            f"{problem}. It was the machine's memory, not the GPU's: use a machine with more, or "
-            "fewer processes on it"
-        )
-    room = _free_bytes(fault, stages)
-    fit = None if room is None else largest_fitting(experiment, n_vocab, layout, room)
-    if room is None or fit is None:
-        return f"{problem}. Use a smaller train.micro_batch_size, a smaller model or more memory"
-    where = f"in the {max(0, room) / GIB:.2f} GiB that a worker has there now"
-    if fit.micro_batch_size is None:
-        return (
-            f"{problem}. No smaller micro-batch fits {where} either: use a smaller model, a "
-            "shorter model.block_size or more memory"
-        )
-    if fit.micro_batch_size == size:
-        return (
-            f"{problem}. It needs {fit.needed_bytes / GIB:.2f} GiB and would fit {where}: something"
-            " else took the memory; free it and run the same command again"
-        )
-    return (
-        f"{problem}. train.micro_batch_size={fit.micro_batch_size} fits {where}, with the same "
-        "train.global_batch_size; a run that has begun needs train.allow_drift=true for it"
-    )
+    files = [groups[-1] / version.events for version, groups in _groups()]
+    for file in [*files, PROC / "vmstat"]:
+        with contextlib.suppress(OSError, LookupError):
+            return _read_numbers(file)["oom_kill"]
+    return 0
 
 
-def _free_bytes(fault: OutOfMemory, stages: int) -> int | None:
-    """Return the memory for each worker; None: it cannot be known in this process."""
-    if fault.of_gpu:
-        if not torch.cuda.is_available():
-            return None
-        free, _ = torch.cuda.mem_get_info()
-        return int(MARGIN * free)
-    if fault.host != socket.gethostname():
-        return None
-    free = system_memory.available_bytes() - fault.reserved
-    return int(MARGIN * free / (fault.workers * stages))
+def _limits() -> Iterator[tuple[int, int]]:
+    """Yield (limit, bytes in use) of each control group around this process that has a limit."""
+    for version, groups in _groups():
+        for group in groups:
+            with contextlib.suppress(OSError, LookupError, ValueError):  # no limit: "max"
+                limit = int((group / version.limit).read_text("utf-8"))
+                used = int((group / version.usage).read_text("utf-8"))
+                yield limit, used - _read_numbers(group / "memory.stat")[version.reclaimable]
 
 
-def largest_fitting(experiment: Experiment, n_vocab: int, layout: Layout, limit: int) -> Fit | None:
-    """Find the largest micro-batch, up to that of `experiment`, that fits into `limit` bytes.
+def _groups() -> Iterator[tuple[_Version, list[Path]]]:
+    """Yield the folders of the control groups around this process, the outermost first.
 
-    The global batch stays the same. None: it could not be measured.
+    Inside a container, only the root may be visible.
     """
-    job = {
-        "experiment": experiment.model_dump(),
-        "n_vocab": n_vocab,
-        "layout": asdict(layout),
-        "limit": limit,
-    }
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "orchestrator.workers.memory"],
-            input=json.dumps(job).encode(),
-            capture_output=True,
-            timeout=MEASURE_S,
-            cwd=measure.SOURCES,
-            env={**os.environ, **WORKER_ENVIRONMENT},
-        )
-    except (subprocess.TimeoutExpired, OSError):
-        return None
-    if done.returncode != 0:
-        return None
-    return Fit(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def sizes_of_same_steps(experiment: Experiment, num_workers: int) -> list[int]:
-    """Return the micro-batches, rising, with which the same workers make the same steps."""
-    size = experiment.train.micro_batch_size
-    found = []
-    for smaller in range(1, size + 1):
-        if size % smaller == 0:
-            candidate = _with_micro_batch(experiment, smaller)
-            if candidate.slots % num_workers == 0:
-                found.append(smaller)
-    return found
-
-
-def _with_micro_batch(experiment: Experiment, size: int) -> Experiment:
-    return experiment.replace(train__micro_batch_size=size, train__compile=False)
-
-
-# ---- in a process of its own ----
-
-
-def main() -> None:
-    """Read a job from stdin; write a `Fit` to stdout."""
-    measure.be_expendable()
-    job: dict[str, Any] = json.loads(sys.stdin.read())
-    experiment = parse_experiment(job["experiment"], "job")
-    layout = Layout(**job["layout"])
-    try:
-        fit = _measure(experiment, job["n_vocab"], layout, job["limit"])
-    except Exception as error:
-        if not _is_exhausted(error):
-            raise
-        fit = Fit(None)  # not even the model fits
-    print(json.dumps(asdict(fit)), flush=True)
-
-
-def _measure(experiment: Experiment, n_vocab: int, layout: Layout, limit: int) -> Fit:
-    """Measure two small micro-batches, compute which one fits, and check that one."""
-    device = "cuda:0" if layout.use_gpu else "cpu"
-    worker = Worker(0, 1, device, layout.cpus_per_worker)
-    sizes = sizes_of_same_steps(experiment, layout.num_workers)
-    smallest = _with_micro_batch(experiment, sizes[0])  # has the most gradient buffers
-    one = measure.one_micro_batch(smallest)
-    prepare_process(one, worker)
-    held = state.build(one, one.new_model(n_vocab), worker)
-    rest = rest_of_a_step(smallest, layout, held)
-    hold = functools.partial(hold_a_micro_batch, experiment, device, held)
-
-    hold(sizes[0])  # without a limit, so that all threads of torch are started
-    first = _peak_bytes(device)
-    if first > limit:
-        return Fit(None)
-    if len(sizes) == 1:
-        return Fit(sizes[0], first)
-    _limit_memory(device, limit)
-    if not _fits(hold, sizes[1]):
-        return Fit(sizes[0], first)
-    second = _peak_bytes(device)
-    per_sequence = (second - first) / (sizes[1] - sizes[0])
-
-    for size in reversed(sizes):
-        needed = int(first + per_sequence * (size - sizes[0]))
-        if needed <= limit and _fits(hold, size):
-            del rest  # was held beside the micro-batches
-            return Fit(size, max(needed, _peak_bytes(device)))
-    return Fit(sizes[0], first)
-
-
-def _fits(hold: Callable[[int], None], size: int) -> bool:
-    try:
-        hold(size)
-    except Exception as error:
-        if not _is_exhausted(error):
-            raise
-        return False
-    return True
-
-
-def rest_of_a_step(
-    experiment: Experiment, layout: Layout, held: state.TrainState
-) -> list[torch.Tensor]:
-    """Allocate what a step needs besides the weights, one gradient buffer and a micro-batch."""
-    parameters = held.gradients.n_params
-    slots = experiment.slots // layout.num_workers
-    # log2(slots) partial sums beside the running one, and a buffer for the exchange.
-    buffers = slots.bit_length() - 1 + (layout.num_workers > 1)
-    moments = OPTIMIZERS[experiment.optim.kind].moments
-    sizes = [parameters] * moments + [held.gradients.size] * buffers
-    if not layout.use_gpu:
-        sizes.append((1 + moments) * parameters)  # the copy from which a checkpoint is written
-    return [torch.ones(size, device=held.gradients.device) for size in sizes]
-
-
-def hold_a_micro_batch(
-    experiment: Experiment, device: str, held: state.TrainState, size: int
-) -> None:
-    """Run forward and backward of `size` sequences."""
-    shape = (size, experiment.model.block_size)
-    tokens = torch.zeros(shape, dtype=torch.int64, device=device)  # (B, T)
-    with autocast(experiment, device):
-        _, loss = held.forward(tokens, tokens)
-    loss.backward()
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-def _limit_memory(device: str, limit: int) -> None:
-    """Let allocations beyond `limit` fail, so that measuring takes no memory from others."""
-    if device != "cpu":
-        _, total = torch.cuda.mem_get_info()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+        lines = (PROC / "self" / "cgroup").read_text("utf-8").splitlines()
+    except OSError:
         return
-    # RLIMIT_DATA counts allocated pages, also before they are used.
-    left = max(0, limit - _peak_bytes(device))
-    allocated = psutil.Process().memory_info().data
-    with contextlib.suppress(ValueError, OSError):  # a lower limit is set already
-        resource.setrlimit(resource.RLIMIT_DATA, (allocated + left, resource.RLIM_INFINITY))
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        version = _V1 if controllers else _V2
+        group = GROUPS / version.root
+        groups = [group]
+        for part in path.strip("/").split("/"):
+            group = group / part
+            groups.append(group)
+        existing = [group for group in groups if (group / version.usage).exists()]
+        if existing:
+            yield version, existing
 
 
-def _peak_bytes(device: str) -> int:
-    return int(measure.peak_gib(device) * GIB)
-
-
-def _is_exhausted(error: BaseException) -> bool:
-    text = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    is_runtime_error = isinstance(error, RuntimeError)
-    return is_runtime_error and ("can't allocate memory" in text or "out of memory" in text)
-
-
-if __name__ == "__main__":
-    main()
+def _read_numbers(file: Path) -> dict[str, int]:
+    """Read lines of a name and a number; other lines are skipped."""
+    numbers = {}
+    for line in file.read_text("utf-8").splitlines():
+        name, _, value = line.partition(" ")
+        if value.isdecimal():
+            numbers[name] = int(value)
+    return numbers

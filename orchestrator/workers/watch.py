@@ -1,8 +1,7 @@
-"""What a driver looks after while its workers train: signals that cannot wait, nodes that are taken away, processes that
-are stopped or do not end.
+"""What the driver looks for while its workers train.
 
-Eats the folder of a run, or of a sweep and its stages; asks the run to stop (`stopping`), ends what is stuck on this
-machine, and ends the wait for a run's workers that are done and do not exit (torch's shutdown can deadlock).
+It passes on SIGTERM at once, asks a run to stop when Ray drains one of its nodes, ends processes of
+this machine that are stuck, and ends the wait for workers that are done but do not exit.
 """
 
 import os
@@ -11,131 +10,138 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
+from orchestrator.cluster import private
 from orchestrator.runs import stop
 from orchestrator.runs.folder import RunFolder
-from orchestrator.workers import watchdog
+from orchestrator.workers import hangs, marks
+from orchestrator.workers.marks import DONE, Mark
 
 POLL_S = 1.0
-EXIT_S = (
-    2.0,
-    20.0,
-)  # the least and the most that workers that are done have to end: less than a SIGTERM's notice
-GRACE_S = 5.0  # beyond the limit of a worker that watches itself
+GRACE_S = 5.0  # beyond the limit of a rank, whose own watchdog comes first
+# Least and most time that workers have to exit once they are done. The most is shorter than the
+# notice that a SIGTERM usually gives.
+EXIT_S = (2.0, 20.0)
+
+Report = tuple[int, int]  # pid, number of the mark
 
 
 class Watch:
-    """`with watch:` around Ray's wait, in the main thread.
+    """Watches the workers in a thread; used as a context manager around Ray's wait.
+
+    Enter it in the main thread, because Python sets signal handlers only there.
 
     Args:
-        folder: of the run or the sweep, which a SIGTERM asks to stop.
-        places: the folders in which workers train now; asked for by another thread.
+        folder: Folder of the run or the sweep. A SIGTERM asks it to stop.
+        places: Returns the folders in which workers train now. Called by the thread.
     """
 
-    def __init__(self, folder: Path, places: Callable[[], Iterable[Path]]):
-        self.folder, self.places, self.closed = Path(folder), places, threading.Event()
-        # (folder, rank): (its last mark, since when by our own clock)
-        self.seen: dict[tuple[Path, int], tuple[tuple[int, int], float]] = {}
+    def __init__(self, folder: RunFolder, places: Callable[[], Iterable[RunFolder]]) -> None:
+        self.folder = folder
+        self.places = places
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        # Last report of each rank, and when it was first seen by our own clock.
+        self._seen: dict[tuple[str, int], tuple[Report, float]] = {}
 
     def __enter__(self) -> "Watch":
-        # The interpreter runs a handler once the main thread comes back from Ray's wait, a second later; this pipe at once.
-        self.read, self.write = os.pipe()
-        os.set_blocking(self.write, False)
-        self.fd_before = signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)
-        self.thread = threading.Thread(target=self._loop, name="watch", daemon=True)
-        self.thread.start()
+        # While the main thread waits for Ray, Python runs a signal handler up to a second late.
+        # The number of the signal arrives in this pipe at once.
+        self._pipe_out, self._pipe_in = os.pipe()
+        os.set_blocking(self._pipe_in, False)
+        self._fd_before = signal.set_wakeup_fd(self._pipe_in, warn_on_full_buffer=False)
+        self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
-        signal.set_wakeup_fd(self.fd_before)
-        self.closed.set()
-        os.write(self.write, b"\0")
-        self.thread.join()
-        os.close(self.read)
-        os.close(self.write)
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._fd_before)
+        self._closed.set()
+        os.write(self._pipe_in, b"\0")
+        self._thread.join()
+        os.close(self._pipe_out)
+        os.close(self._pipe_in)
 
-    def _loop(self) -> None:
-        while not self.closed.is_set():
-            ready, _, _ = select.select([self.read], [], [], POLL_S)
+    def _watch(self) -> None:
+        while not self._closed.is_set():
+            ready, _, _ = select.select([self._pipe_out], [], [], POLL_S)
             try:
-                if ready and signal.SIGTERM in os.read(self.read, 64):
-                    stop.request(RunFolder(self.folder), "SIGTERM")
-                elif not ready:
+                if not ready:
                     self._look()
-            except (
-                OSError
-            ) as error:  # a full disk, a file system that is away: the next look may see more
-                print(f"watching {self.folder}: {error}", flush=True)
+                elif signal.SIGTERM in os.read(self._pipe_out, 64):
+                    stop.request(self.folder, "SIGTERM")
+            except OSError as error:  # such as a full disk; the next look may succeed
+                print(f"watching {self.folder.path}: {error}", flush=True)
 
     def _look(self) -> None:
+        """End the processes of this machine that are stuck."""
         for place in self.places():
-            for mark in watchdog.marks(place):
-                if (
-                    mark["phase"] not in (watchdog.DONE, watchdog.FAILED)
-                    and self._age(place, mark) > mark["limit"] + GRACE_S
-                ):
-                    watchdog.end_stuck(place, mark)
+            for mark in marks.read(place):
+                if not mark.is_over and self._age(place, mark) > mark.limit + GRACE_S:
+                    hangs.end_stuck(place, mark)
 
-    def _age(self, place: Path, mark: dict) -> float:
-        """Seconds since a worker's mark was another one."""
-        known, since = self.seen.get((place, mark["rank"]), (None, 0.0))
-        if known != _identity(mark):
-            since = time.monotonic()
-            self.seen[place, mark["rank"]] = _identity(mark), since
-        return time.monotonic() - since
+    def _age(self, place: RunFolder, mark: Mark) -> float:
+        """Return the seconds since the rank reported something new."""
+        key = (str(place.path), mark.rank)
+        known = self._seen.get(key)
+        now = time.monotonic()
+        if known is None or known[0] != _report(mark):
+            self._seen[key] = (_report(mark), now)
+            return 0.0
+        return now - known[1]
 
 
 class RunWatch(Watch):
-    """Of a lone run, whose workers end with it; `over`: it ended the wait for workers that were done.
+    """Watches a lone run, whose workers exit when it ends.
+
+    Attributes:
+        over: True after it ended the wait for workers that were done. torch's shutdown can
+            deadlock.
 
     Args:
-        hang_after_s: after which a step counts as hung. An end that takes so long hangs, within the bounds of `EXIT_S`.
+        folder: Folder of the run.
+        hang_after_s: `compute.hang_after_s`. Workers that are done have this time to exit, within
+            the bounds of `EXIT_S`.
     """
 
-    def __init__(self, run_dir: Path, hang_after_s: float):
-        super().__init__(run_dir, lambda: [self.folder])
-        self.exit_s, self.done_since, self.over = (
-            min(max(hang_after_s, EXIT_S[0]), EXIT_S[1]),
-            None,
-            False,
-        )
+    def __init__(self, folder: RunFolder, hang_after_s: float) -> None:
+        super().__init__(folder, lambda: [folder])
+        least, most = EXIT_S
+        self.over = False
+        self._exit_s = min(max(hang_after_s, least), most)
+        self._done_since: float | None = None
+        self._earlier: set[Report] = set()
 
     def __enter__(self) -> "RunWatch":
-        self.before = {
-            _identity(mark) for mark in watchdog.marks(self.folder)
-        }  # of earlier workers
+        self._earlier = {_report(mark) for mark in marks.read(self.folder)}  # of earlier workers
         super().__enter__()
         return self
 
     def _look(self) -> None:
         super()._look()
-        marks = [m for m in watchdog.marks(self.folder) if _identity(m) not in self.before]
-        if node := draining(marks):
-            stop.request(RunFolder(self.folder), f"the node {node} is drained")
-        done = bool(marks) and all(m["phase"] == watchdog.DONE for m in marks)
-        self.done_since = (self.done_since or time.monotonic()) if done else None
-        if done and not self.over and time.monotonic() - self.done_since > self.exit_s:
+        current = [mark for mark in marks.read(self.folder) if _report(mark) not in self._earlier]
+        node = draining_node(current)
+        if node is not None:
+            stop.request(self.folder, f"the node {node} is drained")
+        if not current or any(mark.phase != DONE for mark in current):
+            self._done_since = None
+            return
+        now = time.monotonic()
+        if self._done_since is None:
+            self._done_since = now
+        if not self.over and now - self._done_since > self._exit_s:
             self.over = True
-            os.kill(
-                os.getpid(), signal.SIGINT
-            )  # Ray's own way out of its wait: it kills the workers
+            # SIGINT makes Ray Train kill the workers and end its wait.
+            os.kill(os.getpid(), signal.SIGINT)
 
 
-def _identity(mark: dict) -> tuple[int, int]:
-    return mark["pid"], mark["number"]
+def draining_node(current: list[Mark]) -> str | None:
+    """Return the name of a node with workers that Ray is going to take away."""
+    ours = {mark.node for mark in current}
+    for node, name in private.draining_nodes().items():
+        if node in ours:
+            return name
+    return None
 
 
-def draining(marks: list[dict]) -> str | None:
-    """The name of a node that Ray is taking away and that workers are on."""
-    import ray
-
-    try:
-        leaving = (
-            ray._private.state.state.get_draining_nodes()
-        )  # where Ray Train's own watcher looks; there is no public way
-        names = {n["NodeID"]: n["NodeManagerHostname"] for n in ray.nodes()} if leaving else {}
-    except Exception:  # the cluster is not there at this moment
-        return None
-    ours = {mark["node"] for mark in marks}
-    return next((names.get(node, node) for node in leaving if node in ours), None)
+def _report(mark: Mark) -> Report:
+    return mark.pid, mark.number

@@ -6,7 +6,8 @@ from orchestrator.cluster import layout as launch
 from orchestrator.cluster.layout import Layout, resolve_layout
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
-from orchestrator.workers import ray_train as workers
+from orchestrator.runs.folder import RunFolder
+from orchestrator.workers import ray_train
 
 EIGHT = ["train.micro_batch_size=1", "train.global_batch_size=8"]  # eight slots
 TWO = ["train.micro_batch_size=3", "train.global_batch_size=18"]  # six micro-batches in two slots
@@ -151,7 +152,7 @@ def test_workers_start_without_processes_that_nobody_needs(ray_cluster, monkeypa
     monkeypatch.setattr(
         TorchTrainer, "fit", lambda trainer: started.extend(trainer._create_default_callbacks())
     )
-    workers.fit(load_experiment(None, []), tmp_path, tmp_path, Layout(1, 1, False))
+    ray_train.fit(load_experiment(None, []), RunFolder(tmp_path), tmp_path, Layout(1, 1, False))
     names = {type(callback).__name__ for callback in started}
     assert "BackendSetupCallback" in names
     assert "DatasetsCallback" not in names

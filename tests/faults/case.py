@@ -24,7 +24,7 @@ from orchestrator.data.dataset import load_manifest
 from orchestrator.files import read_json
 from orchestrator.runs import identity, journal, metrics, stop
 from orchestrator.runs.folder import RunFolder
-from orchestrator.workers import watchdog
+from orchestrator.workers import hangs
 from tests.faults import kinds, rank
 from tests.faults.kinds import Fault
 
@@ -248,7 +248,7 @@ class Case:
                 )
             return
         if fault.kind == "hang" and (
-            named := NAMED.findall(watchdog.report(self.run_dir) or "")
+            named := NAMED.findall(hangs.report(RunFolder(self.run_dir)) or "")
         ) != [str(fault.rank)]:
             self.report.problems.append(
                 f"rank {fault.rank} was stopped in attempt {self.report.attempts}, and found: {named}"

@@ -20,13 +20,11 @@ import torch
 import torch._dynamo  # noqa: F401 - the first optimizer would import it
 import torch.distributed as dist
 
-from orchestrator.config.experiment import Experiment, load_experiment
-from orchestrator.runs import lock, stop
+from orchestrator.config.experiment import load_experiment
+from orchestrator.runs import lock
 from orchestrator.runs.folder import RunFolder
-from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker, agree
-from orchestrator.workers import ray_train as workers
-from orchestrator.workers.watchdog import Watchdog
+from orchestrator.workers import ray_train
 from tests.faults import hooks
 
 TIMEOUT_S = 60
@@ -68,29 +66,10 @@ def _work(job: dict[str, Any], run_dir: Path) -> None:
     experiment, place = load_experiment(None, job["overrides"]), Worker(rank, world, cpus=1)
     with lock.held(RunFolder(run_dir).writer_lock, 60) if rank == 0 else contextlib.nullcontext():
         number = (
-            workers._begin_attempt(run_dir, workers._attempts(run_dir), job["launch"], world)
-            if rank == 0
-            else 0
+            ray_train.begin_attempt(RunFolder(run_dir), job["launch"], world) if rank == 0 else 0
         )
         worker = Worker(rank, world, cpus=1, attempt=agree(number, place))
-        _train(experiment, run_dir, Path(job["data_dir"]), worker)
-
-
-def _train(experiment: Experiment, run_dir: Path, data_dir: Path, worker: Worker) -> None:
-    """The loop, watched, and asked whether to stop."""
-    dog = Watchdog(run_dir, worker, experiment.compute.hang_after_s)
-    bell = stop.Listener(RunFolder(run_dir)) if worker.is_main else None
-    trainer = Trainer(
-        experiment,
-        RunFolder(run_dir),
-        data_dir,
-        worker,
-        stop_requested=bell or (lambda: False),
-        report_phase=dog.beat,
-    )
-    for _ in trainer.run():
-        pass
-    dog.close()
+        ray_train.train(experiment, RunFolder(run_dir), Path(job["data_dir"]), worker)
 
 
 def _note(path: str, moment: str) -> None:

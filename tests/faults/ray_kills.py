@@ -25,7 +25,7 @@ from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
-from orchestrator.workers import watchdog
+from orchestrator.workers import marks
 from tests.faults import campaign
 from tests.faults.campaign import REPO, quantiles
 
@@ -107,7 +107,7 @@ class Driver:
         time.sleep(random.random())
         attempts, since = self.attempts(), (time.time(), time.clock_gettime(time.CLOCK_BOOTTIME))
         os.kill(
-            next(m for m in watchdog.marks(self.run_dir) if m["rank"] == rank)["pid"],
+            next(m.pid for m in marks.read(RunFolder(self.run_dir)) if m.rank == rank),
             signal.SIGKILL,
         )
         self.wait(lambda: self.attempts() > attempts)

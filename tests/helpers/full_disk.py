@@ -21,7 +21,7 @@ from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
-from orchestrator.workers import ray_train as workers
+from orchestrator.workers import ray_train
 
 FOLDER, DATA_DIR, OVERRIDES = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 LEFT_BYTES, LEFT_FILES = 500_000, 4
@@ -62,9 +62,9 @@ def outcome(run_dir: Path) -> dict:
 def end(run_dir: Path) -> str:
     """The next attempt of the workers and the driver's last word, on a disk that is full: the reason that the driver shows."""
     try:
-        workers._begin_attempt(run_dir, [], "launch", 1)
+        ray_train.begin_attempt(RunFolder(run_dir), "launch", 1)
     except OSError as error:
-        workers._record_failure(run_dir, Worker(), error)
+        ray_train.record_failure(RunFolder(run_dir), Worker(), error)
     summary.summarize(RunFolder(run_dir), Ending("failed"), EXPERIMENT.tokens_per_step, None, 0.0)
     return read_json(run_dir / "stopped.json")["reason"]
 

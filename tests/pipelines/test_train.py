@@ -14,7 +14,7 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.cost import estimate as plan
 from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
-from orchestrator.workers import watchdog
+from orchestrator.workers import marks
 from tests.helpers.small_run import (
     REPO,
     STEPS,
@@ -210,16 +210,14 @@ def test_a_second_job_sigterm_and_a_rank_that_hangs(
         lambda: next(
             (
                 m
-                for m in watchdog.marks(run_dir)
-                if m["rank"] == 1
-                and m["step"] > stopped["step"] + 2
-                and m["step"] % 10 in (3, 4, 5)
+                for m in marks.read(RunFolder(run_dir))
+                if m.rank == 1 and m.step > stopped["step"] + 2 and m.step % 10 in (3, 4, 5)
             ),
             None,
         ),
         process,
     )
-    os.kill(victim["pid"], signal.SIGSTOP)
+    os.kill(victim.pid, signal.SIGSTOP)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
     assert f"from step {stopped['step']} " in out

@@ -13,7 +13,7 @@ import pytest
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
-from orchestrator.workers import system_memory, watchdog
+from orchestrator.workers import marks, memory
 from tests.helpers import cluster
 from tests.helpers.small_run import REPO, begin, command, curve, logged, run, summary, wait_for
 
@@ -37,14 +37,14 @@ def head(tmp_path_factory):
 def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_happened(
     head, tiny_corpus, tiny_dataset, tmp_path
 ):
-    if system_memory.available_bytes() < SPARE_BYTES + 5 * 2**30:
+    if memory.available_bytes() < SPARE_BYTES + 5 * 2**30:
         pytest.skip("less than 12 GiB are free: what starves a node here could starve others")
     run_dir, words = tmp_path / "small", [f"data.dir={tiny_dataset}", *WORDS]
     golden = undisturbed(command(tmp_path, tiny_corpus, *words), tmp_path / "golden", tiny_dataset)
     head.node(2)
     process = begin(head, tmp_path, tiny_corpus, *words)
     wait_for(lambda: logged(run_dir) >= 5, process)
-    drain(head, watchdog.marks(run_dir)[0]["node"])
+    drain(head, marks.read(RunFolder(run_dir))[0].node)
     out, err = process.communicate(timeout=90)
     assert process.returncode == 75, out + err
     assert "is drained: asked to stop after step" in err
@@ -60,8 +60,8 @@ def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_ha
     head.node(2, RAY_memory_usage_threshold=str((used + SPARE_BYTES) / total))
     process = begin(head, tmp_path, tiny_corpus, *words)
     wait_for(lambda: logged(run_dir) >= step + 5, process)
-    taken, victim = [], watchdog.marks(run_dir)[0]
-    while watchdog.is_here(victim) and len(taken) < 24:
+    taken, victim = [], marks.read(RunFolder(run_dir))[0]
+    while victim.is_local() and len(taken) < 24:
         taken.append(
             mmap.mmap(-1, 2**29, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
         )

@@ -23,7 +23,7 @@ from orchestrator.sweep import tune as sweep
 from orchestrator.sweep.report.files import Report
 from orchestrator.sweep.stage_states import FAILED
 from orchestrator.sweep.study import Study, data_key
-from orchestrator.workers import watchdog
+from orchestrator.workers import marks
 from orchestrator.workers.watch import Watch
 
 ONE, TWO = Layout(1, 1, False), Layout(2, 1, False)
@@ -50,7 +50,7 @@ def on_ray(ray_cluster) -> Callable:
         report = Report(study, books)
         books.watch = report.stage_ended
         report.begin()
-        with Watch(study.folder, books.running):
+        with Watch(RunFolder(study.folder), lambda: map(RunFolder, books.running())):
             sweep.execute(books, books.stages, layout, slots, study.asha(), reuse)
         report.finish(Ending("done"), 1.0)
         assert not books.progress.pending
@@ -267,16 +267,16 @@ def test_who_is_stopped_from_outside_is_ended_and_its_stage_goes_on_from_its_che
     folder = study.folder / "stages" / stage.id
 
     def tick() -> None:
-        for mark in [] if victims else watchdog.marks(folder):
+        for mark in [] if victims else marks.read(RunFolder(folder)):
             # Far from a checkpoint, behind which more time is given.
             if (
-                mark["rank"] == rank
-                and mark["step"] > 100
-                and 10 < mark["step"] % 100 < 80
-                and mark["limit"] == 2.0
+                mark.rank == rank
+                and mark.step > 100
+                and 10 < mark.step % 100 < 80
+                and mark.limit == 2.0
             ):
-                os.kill(mark["pid"], signal.SIGSTOP)
-                victims.append(mark["pid"])
+                os.kill(mark.pid, signal.SIGSTOP)
+                victims.append(mark.pid)
 
     seen = on_ray(study, layout, slots=1, tick=tick)
     assert_alone(sweeps, study)

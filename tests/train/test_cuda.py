@@ -120,7 +120,7 @@ def test_stopped_and_resumed_in_another_process_equals_never_stopped(data, tmp_p
 
 def test_memory_that_runs_out_is_answered_with_a_micro_batch_that_trains(data, tmp_path):
     from orchestrator.cluster.layout import Layout
-    from orchestrator.workers import memory
+    from orchestrator.workers import fitting, memory
 
     # 64 MiB of logits a sequence and their gradients: thousands of sequences fit no card.
     words = [
@@ -139,7 +139,7 @@ def test_memory_that_runs_out_is_answered_with_a_micro_batch_that_trains(data, t
     assert fault.of_gpu
     del run, caught
     torch.cuda.empty_cache()
-    text = memory.advice(fault, huge, 65, Layout(1, 1, True))
+    text = fitting.advice(fault, huge, 65, Layout(1, 1, True))
     size = int(text.partition(" fits in ")[0].rpartition("train.micro_batch_size=")[2])
     assert 1 <= size < 4096
     fitting = load_experiment(

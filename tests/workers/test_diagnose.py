@@ -60,7 +60,7 @@ def fail(folder: RunFolder, rank: int, error: Exception) -> None:
     try:
         raise error
     except Exception as raised:
-        ray_train._record_failure(folder.path, Worker(rank, 2), raised)
+        ray_train.record_failure(folder, Worker(rank, 2), raised)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -126,8 +126,7 @@ def mark(folder: RunFolder, rank: int, phase: str, oom_kills: int) -> None:
 @pytest.fixture
 def kernel(monkeypatch) -> None:
     """A machine on which the kernel has ended three processes, and no cluster."""
-    monkeypatch.setattr(memory.system_memory, "oom_kills", lambda: 3)
-    monkeypatch.setattr(memory, "oom_causes", dict)
+    monkeypatch.setattr(memory, "oom_kills", lambda: 3)
 
 
 def test_hang_is_named_and_noted(folder, kernel):

@@ -138,7 +138,7 @@ def one_round(
         json.dumps({"name": "race", "key": folder.name, "attempts": [{}]})
     )
     with {"healthy": healthy, "hanging": hanging, "refusing": refusing}[name](folder) as uri:
-        tracker = Tracker(folder, uri, "race")
+        tracker = Tracker(RunFolder(folder), uri, "race")
         tracker.start()
         laps = lone_loop(folder, steps, step_ms, logs=True)
         complete = tracker.finish("FINISHED", 60 if name == "healthy" else 0)

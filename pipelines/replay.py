@@ -111,7 +111,9 @@ def send(run_dir: Path, experiment: Experiment, deadline_s: float) -> None:
         )
         return
     uri = resolve_uri(experiment, run_dir.parent)
-    if not tracking.resend_metrics(run_dir, uri, experiment.tracking.experiment, deadline_s):
+    if not tracking.resend_metrics(
+        RunFolder(run_dir), uri, experiment.tracking.experiment, deadline_s
+    ):
         print(
             f"{redact_text(uri)} did not take the verdict; pipelines/replay_metrics.py {run_dir} sends it later"
         )

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
 from orchestrator.redact import redact_text
-from orchestrator.runs.folder import RunFolder
-from orchestrator.track import mlflow as tracking
-from orchestrator.track import sweep as sweep_tracking
+from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.track.mlflow import resend_metrics
 from orchestrator.track.server import absolute_uri, resolve_uri
+from orchestrator.track.sweep import resend_sweep_metrics
 from pipelines.common import Options, at_least, guarded
 
 
@@ -37,13 +37,16 @@ def main(argv: list[str]) -> int:
     run_dir = find_run(args.run)
     trials = sorted(run_dir.glob("trials/*/experiment.yaml"))  # a sweep's trials are tracked alike
     experiment = RunFolder(trials[0].parent if trials else run_dir).read_experiment()
-    send = (
-        sweep_tracking.resend_sweep_metrics
-        if (run_dir / "sweep.yaml").exists()
-        else tracking.resend_metrics
-    )
     uri = absolute_uri(args.uri, "--uri") if args.uri else resolve_uri(experiment, run_dir.parent)
-    if not send(run_dir, uri, experiment.tracking.experiment, args.deadline):
+    if SweepFolder(run_dir).sweep_file.exists():
+        is_sent = resend_sweep_metrics(
+            SweepFolder(run_dir), uri, experiment.tracking.experiment, args.deadline
+        )
+    else:
+        is_sent = resend_metrics(
+            RunFolder(run_dir), uri, experiment.tracking.experiment, args.deadline
+        )
+    if not is_sent:
         print(f"{redact_text(uri)} did not take everything; nothing is lost, run this again")
         return EXIT_FAILED
     print(f"{redact_text(uri)} has everything of {run_dir}")

@@ -30,7 +30,7 @@ APART = {
 }  # neither knows the other
 ONLY_IN = {  # library: packages and modules that may import it
     "ray": {"cluster", "data/prepare", "workers", "sweep/tune"},
-    "mlflow": {"track/mlflow", "track/sweep"},
+    "mlflow": {"track"},
     "tiktoken": {"data/tokenizer"},
     "pydantic": {"config"},
 }

@@ -27,7 +27,7 @@ from orchestrator.files import read_json
 from orchestrator.runs import lock, signals, stop
 from orchestrator.runs.ending import Ending, Kind
 from orchestrator.runs.facts import model_facts
-from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.storage import check_writable, storage_root
 from orchestrator.sweep import cost as sweep_plan
 from orchestrator.sweep.report import view as tree_view
@@ -87,7 +87,10 @@ def _run(sweep: Sweep, storage: Path, folder: Path, uri: str) -> int:
     )
     estimate = _describe(study, slots)
     return _execute(
-        study, slots, SweepTracker(folder, uri, sweep.base.tracking.experiment), estimate
+        study,
+        slots,
+        SweepTracker(SweepFolder(folder), uri, sweep.base.tracking.experiment),
+        estimate,
     )
 
 
@@ -248,7 +251,7 @@ def _show_again(study: Study, uri: str) -> int:
         summary |= {"best_trial": best[0], "best_value": best[1], "best_checkpoint": None}
     show(study, summary, None)
     if not resend_sweep_metrics(
-        study.folder, uri, study.sweep.base.tracking.experiment, signals.EXIT_WAIT_S
+        SweepFolder(study.folder), uri, study.sweep.base.tracking.experiment, signals.EXIT_WAIT_S
     ):
         print("the tracking server did not take everything; run this again when it is there")
     return EXIT_DONE

@@ -90,7 +90,7 @@ def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path) -> int
         **{k: v for k, v in experiment.flat().items() if k.startswith(FREE)},
     }
     identity.begin_attempt(RunFolder(run_dir), experiment, facts, redact(attempt))
-    tracker = Tracker(run_dir, uri, experiment.tracking.experiment)
+    tracker = Tracker(RunFolder(run_dir), uri, experiment.tracking.experiment)
     return _train(experiment, run_dir, data_dir, layout, tracker, step, estimate)
 
 
@@ -265,7 +265,9 @@ def _show_again(run_dir: Path, experiment: Experiment, uri: str) -> int:
         f"{experiment.name} is finished; a larger train.max_steps goes on, a new name starts afresh"
     )
     _print_summary(run_dir, read_json(run_dir / "summary.json"), None)
-    if not resend_metrics(run_dir, uri, experiment.tracking.experiment, signals.EXIT_WAIT_S):
+    if not resend_metrics(
+        RunFolder(run_dir), uri, experiment.tracking.experiment, signals.EXIT_WAIT_S
+    ):
         print("the tracking server did not take everything; run this again when it is there")
     return EXIT_DONE
 

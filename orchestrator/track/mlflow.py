@@ -1,360 +1,252 @@
-"""Tracking: the projection of a run's folder into MLflow. With sweep_tracking, the only user of mlflow.
+"""Shows a run in MLflow while it is trained, and sends later what a server did not receive.
 
-Eats what driver and rank 0 leave in the folder (run.json, journal, samples/, checkpoints/, summary.json); yields one
-MLflow run that shows it. The folder is the truth and MLflow its image: every request may be made twice and says the
-same, so a crash, a dead server or a second sender costs time, never a point. `tracking.json` remembers how far it got.
-
-A `Tracker` does this in a thread beside the driver and never raises; `resend_metrics` does it later. Importing
-mlflow costs a second, so it happens in the thread; a driver has made its own heavy imports before it starts one.
+The run folder is the only source. Everything may be sent twice: MLflow then stores the same. So no
+value is lost or repeated after a crash, or when two processes send the same folder.
 """
 
 import contextlib
-import os
-import re
-import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from orchestrator.redact import redact_text
 from orchestrator.runs import lock, signals
+from orchestrator.runs.ending import MlflowStatus
 from orchestrator.runs.folder import RunFolder
-from orchestrator.track import attachments, outbox
-from orchestrator.track.sender import Ending, GivenUpError, RefusedError, Sender
-from orchestrator.track.server import first, local_path, quieten, run_url, whole
+from orchestrator.track import attachments, checkpoints, contents, server
+from orchestrator.track.mlflow_run import MlflowRun
+from orchestrator.track.outbox import MetricQueue, file_mark
+from orchestrator.track.sender import RefusedError, Sender
 
-STATE = "tracking.json"
-KEY_TAG = "espalier.run_key"
-PASSING = (
-    "BAD_REQUEST",
-    "ENDPOINT_NOT_FOUND",
-)  # a server out of connections says so; a proxy whose server is starting
+Status = MlflowStatus | Literal["RUNNING"]
+# Error codes of 4xx responses that may be transient: a server out of connections, and a proxy whose
+# server is not up yet.
+TRANSIENT = ("BAD_REQUEST", "ENDPOINT_NOT_FOUND")
+
+
+class Projection(MlflowRun):
+    """Sends a run folder to its MLflow run."""
+
+    queue: MetricQueue
+    _sent_marks: list[str | None] | None = None
+
+    def load(self) -> None:
+        """Read run.json and tracking.json."""
+        super().load()
+        self.queue = MetricQueue(self.folder)
+
+    @property
+    def url(self) -> str | None:
+        """Page with the metrics of the run; None until the server has answered."""
+        if self.sent.experiment_id is None or self.sent.run_id is None:
+            return None
+        return server.run_url(self.uri, self.sent.experiment_id, self.sent.run_id)
+
+    def send(self, status: Status | None) -> None:
+        """Send everything that MLflow does not have.
+
+        Args:
+            status: Status of the MLflow run; None leaves it as it is.
+
+        Raises:
+            RefusedError: The run was deleted in MLflow.
+        """
+        if self.run is None:
+            self.attach()
+        # Metrics and status first: users look at them.
+        self.send_metrics()
+        self._send_record()
+        self._send_status(status)
+        if self._has_own_checkpoints():
+            checkpoints.send(self)
+        attachments.send_changed(self, self._samples(), self.sent.samples)
+        attachments.send_changed(self, self._documents(), self.sent.documents)
+
+    def _has_own_checkpoints(self) -> bool:
+        return True
+
+    def _samples(self) -> list[Path]:
+        """Files of generated text, oldest first."""
+        return sorted(self.folder.samples.glob("step-*.txt"))
+
+    def _documents(self) -> list[Path]:
+        """Texts and figures that are sent whenever they change; not all need to exist."""
+        folder = self.folder
+        files = [folder.experiment_file, folder.summary_file, folder.events_file]
+        return files + contents.replay_reports(folder)
+
+    def send_metrics(self) -> None:
+        """Send the journal lines that are new."""
+        from mlflow.entities import Metric
+
+        self.queue.refresh(self.sent)
+        for batch in self.queue.batches():
+            if batch.rows:
+                metrics = [Metric(*row) for row in batch.rows]
+                self.client.log_batch(self.sent.run_id, metrics=metrics)
+            if batch.asides != self.sent.asides:
+                checkpoints.measure_again(self.sent, self.queue.resume_step)
+            self.sent.sent_step = batch.sent_step
+            self.sent.asides = batch.asides
+            self.save()
+
+    def _send_record(self) -> None:
+        """Send parameters, tags and dataset that are new or have changed."""
+        from mlflow.entities import Param, RunTag
+
+        # Removing secrets from all texts takes tens of milliseconds: only after a change.
+        sources = (self.folder.run_file, self.folder.events_file, self.folder.replays)
+        marks = [file_mark(path) for path in sources]
+        if marks == self._sent_marks:
+            return
+        self.record = self.folder.read_record() or self.record
+        assert self.run is not None
+        known = self.run.data
+        params = contents.params(self.record)
+        tags = contents.tags(self.folder, self.record, params | known.params) | self.first_tags
+        new_params = {name: text for name, text in params.items() if name not in known.params}
+        new_tags = {name: text for name, text in tags.items() if known.tags.get(name) != text}
+        if new_params or new_tags:
+            self.client.log_batch(
+                self.sent.run_id,
+                params=[Param(*param) for param in new_params.items()],
+                tags=[RunTag(*tag) for tag in new_tags.items()],
+            )
+            known.params.update(new_params)
+            known.tags.update(new_tags)
+        self._send_dataset()
+        self._sent_marks = marks
+
+    def _send_dataset(self) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        fields = contents.dataset(self.record)
+        assert self.run is not None
+        known = [entry.dataset.digest for entry in self.run.inputs.dataset_inputs]
+        if fields is None or fields["digest"] in known:
+            return
+        entry = DatasetInput(Dataset(**fields), [InputTag("mlflow.data.context", "train")])
+        self.client.log_inputs(self.sent.run_id, [entry])
+
+    def _send_status(self, status: Status | None) -> None:
+        """Set the status, also of a run that had ended and now goes on."""
+        assert self.run is not None
+        info = self.run.info
+        ended_ms = None if status == "RUNNING" else contents.ended_ms(self.folder)
+        if status is None or (info.status == status and ended_ms in (None, info.end_time)):
+            return
+        if status == "RUNNING":
+            self.client.update_run(info.run_id, status=status)
+        else:
+            self.client.set_terminated(info.run_id, status, ended_ms)
+        self.run = self.fetch()
 
 
 class Tracker:
-    """Keeps MLflow's image of a run up to date from a thread: no method raises or waits for a server, but `finish`."""
+    """Sends a run folder to MLflow from a thread.
 
-    _page = staticmethod(run_url)
+    Only `finish` waits for the server, and no method raises an error of the server.
 
-    def __init__(self, run_dir: Path, uri: str, experiment_name: str):
+    Args:
+        folder: Folder of the run.
+        uri: Tracking URI.
+        experiment_name: Name of the MLflow experiment.
+        status: Status of the MLflow run until `finish`; None leaves it as it is.
+    """
+
+    projection_class: type[Projection] = Projection
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        uri: str,
+        experiment_name: str,
+        status: Status | None = "RUNNING",
+    ) -> None:
+        self._status = status
         self._sender = Sender(self._attempt, f"tracking to {redact_text(uri)}")
-        self._projection = self._image(Path(run_dir), uri, experiment_name, self._sender.given_up)
-        self._reopen = True
-
-    def _image(self, *where: Any) -> "Projection":
-        return Projection(*where)
+        self._projection = self.projection_class(
+            folder, uri, experiment_name, self._sender.given_up
+        )
 
     def start(self) -> None:
-        """Begin to follow the folder, in which run.json already stands; returns at once."""
+        """Start to send the folder, which must have a run.json."""
+        self._projection.load()
         self._sender.start()
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run; None until the server has told it."""
-        return self._projection.state["run_id"]
+        """MLflow's id of the run; None until the server has answered."""
+        return self._projection.sent.run_id
 
     @property
     def url(self) -> str | None:
-        """The page of its curves; None while the run has no id."""
-        state = self._projection.state
-        return (
-            self._page(self._projection.uri, state["experiment_id"], state["run_id"])
-            if state["run_id"]
-            else None
-        )
+        """Page of the run; None until the server has answered."""
+        return self._projection.url
 
-    def finish(self, status: str | None, deadline_s: float = 60) -> bool:
-        """Send the rest and set the status; False if not all was accepted within `deadline_s` s. The caller says so.
+    def finish(self, status: MlflowStatus | None, deadline_s: float = 60) -> bool:
+        """Send the rest and set the status.
 
         Args:
-            status: FINISHED, FAILED or KILLED; None leaves it as it is.
-        """
-        assert status is None or status in outbox.STATUSES, status
-        return self._sender.finish(Ending(status), deadline_s)
+            status: Status of the MLflow run; None leaves it as it is.
+            deadline_s: Seconds to wait for the server.
 
-    def _attempt(self, ending: Ending | None) -> None:
-        quieten()
-        # MLflow has no "create if missing": of two who look, find nothing and create, each would make a run of its own.
-        with lock.held(RunFolder(self._projection.run_dir).sender_lock), refusals():
-            self._projection.send(self._reopen, ending)
+        Returns:
+            Whether the server has accepted everything.
+        """
+        self._status = status
+        return self._sender.finish(deadline_s)
+
+    def _attempt(self) -> None:
+        server.set_client_options()
+        # MLflow cannot create a run "if it does not exist": without the lock, two processes that
+        # send a new run at the same time would create two.
+        with lock.held(self._projection.folder.sender_lock), refusals():
+            self._projection.send(self._status)
 
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """Tell a server that says no (`RefusedError`) from one that could not be asked."""
+    """Raise `RefusedError` if the server rejects a request for a reason that is not transient."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except MlflowException as error:
-        if 400 <= error.get_http_status_code() < 408 and error.error_code not in PASSING:
+        # From 408 on, timeouts and overload: they may pass.
+        is_refusal = 400 <= error.get_http_status_code() < 408
+        if is_refusal and error.error_code not in TRANSIENT:
             raise RefusedError(str(error)) from error
         raise
 
 
 def resend_metrics(
-    run_dir: Path,
+    folder: RunFolder,
     uri: str,
     experiment_name: str,
     deadline_s: float = 60,
-    kind: type[Tracker] = Tracker,
+    tracker_class: type[Tracker] = Tracker,
 ) -> bool:
-    """Send what a run's folder holds and MLflow does not; True if all was accepted. The status is summary.json's.
+    """Send what a run folder has and MLflow does not. Ctrl-C ends the wait.
 
-    Ctrl-C ends the wait and nothing else.
+    The MLflow run gets the status that summary.json has.
+
+    Args:
+        folder: Folder of the run.
+        uri: Tracking URI.
+        experiment_name: Name of the MLflow experiment.
+        deadline_s: Seconds to wait for the server.
+        tracker_class: The tracker of this kind of folder.
+
+    Returns:
+        Whether the server has accepted everything.
     """
-    tracker = kind(run_dir, uri, experiment_name)
-    tracker._reopen = False
+    status = contents.recorded_status(folder)
+    tracker = tracker_class(folder, uri, experiment_name, status)
     tracker.start()
     try:
-        return tracker.finish(outbox.status(Path(run_dir)), deadline_s)
+        return tracker.finish(status, deadline_s)
     except KeyboardInterrupt:
         if signals.was_terminated():
             raise
         return False
-
-
-class Projection:
-    """One run's folder and its image. Every method sends what is missing, and remembers what was accepted."""
-
-    def __init__(self, run_dir: Path, uri: str, experiment_name: str, given_up: threading.Event):
-        self.tags: dict[str, str] = {}  # that the run has from its first moment, besides its key
-        self.run_dir, self.uri, self.experiment_name, self.given_up = (
-            run_dir,
-            uri,
-            experiment_name,
-            given_up,
-        )
-        self.lines, self.client, self.run, self.told = outbox.MetricQueue(run_dir), None, None, None
-        self.facts, self.state = (
-            outbox.read_json(run_dir / "run.json"),
-            outbox.read_json(run_dir / STATE),
-        )
-        if (self.state.get("uri"), self.state.get("key")) != (
-            redact_text(uri),
-            self.facts.get("key"),
-        ):
-            self.state = {}  # another server, or another run under the same name
-        self.state = self._blank() | self.state
-
-    def _blank(self) -> dict[str, Any]:
-        return outbox.blank_state(
-            redact_text(self.uri), self.facts.get("key"), self.experiment_name
-        )
-
-    def save(self) -> None:
-        if self.given_up.is_set():
-            raise GivenUpError
-        outbox.write_state(self.run_dir / STATE, self.state)
-
-    def send(self, reopen: bool, ending: Ending | None) -> None:
-        """Everything that is missing; curve and status first, for they are what people look at."""
-        if self.run is None:
-            self.attach(reopen)
-        self.send_metrics()
-        self.send_facts()
-        if ending and ending.status:
-            self.client.set_terminated(
-                self.state["run_id"], ending.status, outbox.ended_ms(self.run_dir)
-            )
-        self.send_checkpoints()
-        attachments.send_samples(self, outbox.samples(self.run_dir))
-        attachments.send_events(self)
-        attachments.send_replays(self)
-        if ending:
-            self.send_documents()
-
-    def send_documents(self) -> None:
-        attachments.send_documents(self)
-
-    # ---- the run ----
-    def attach(self, reopen: bool) -> None:
-        """Find the run, by its id or its key, or create it; make it RUNNING again if `reopen`."""
-        from mlflow import MlflowClient
-
-        self.facts = outbox.read_json(self.run_dir / "run.json")
-        if not self.facts.get("key"):
-            raise FileNotFoundError(f"{self.run_dir / 'run.json'}: missing; it names the run")
-        if local := local_path(self.uri):
-            local.parent.mkdir(parents=True, exist_ok=True)
-        self.client = self.client or MlflowClient(tracking_uri=self.uri)
-        run = self._known_run() or self._found_run() or self._created_run()
-        if run.info.lifecycle_stage == "deleted":
-            raise RefusedError(
-                f"the run was deleted in MLflow: restore it there, or remove {self.run_dir / STATE} to "
-                f"send it as a new one"
-            )
-        self.state |= {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
-        self.save()
-        if reopen and run.info.status != "RUNNING":
-            self.client.update_run(run.info.run_id, status="RUNNING")
-        self.run = run
-
-    def _known_run(self):
-        if not self.state["run_id"]:
-            return None
-        try:
-            return self._get_run()
-        except Exception as error:
-            if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            self.state = self._blank()  # the store was emptied: what it had is sent anew
-            return None
-
-    def _get_run(self):
-        run = self.client.get_run(self.state["run_id"])
-        return whole(run, run.info.run_id)
-
-    def _found_run(self):
-        """The run of an attempt that ended between creating it and remembering it."""
-        experiment = self.client.get_experiment_by_name(self.experiment_name)
-        if experiment is None:
-            local = local_path(self.uri)
-            location = (local.parent / "artifacts").as_uri() if local else None
-            made = self.client.create_experiment(self.experiment_name, location)
-            self.state["experiment_id"] = whole(made, made)
-            return None
-        if experiment.lifecycle_stage == "deleted":
-            raise RefusedError(
-                f"the experiment '{self.experiment_name}' was deleted in MLflow: restore it there, "
-                f"or set tracking.experiment"
-            )
-        self.state["experiment_id"] = whole(experiment.experiment_id, experiment.experiment_id)
-        query = f"tags.`{KEY_TAG}` = '{self.facts['key']}'"
-        return first(self.client.search_runs, [experiment.experiment_id], query)
-
-    def _created_run(self):
-        started, tags = (
-            outbox.started_ms(self.run_dir, self.facts),
-            {KEY_TAG: self.facts["key"], **self.tags},
-        )
-        run = self.client.create_run(
-            self.state["experiment_id"], started, tags, self.facts.get("name")
-        )
-        return whole(run, run.info.run_id)
-
-    # ---- its curve ----
-    def send_metrics(self) -> None:
-        from mlflow.entities import Metric
-
-        self.lines.refresh(self.state)
-        for mark, rows in self.lines.batches():
-            if rows:
-                self.client.log_batch(self.state["run_id"], metrics=[Metric(*row) for row in rows])
-            self.state |= mark
-            if (
-                "asides" in mark
-            ):  # a resume went back: losses that a checkpoint's step lacked may come
-                for name, known in self.state["checkpoints"].items():
-                    known["measured"] &= outbox.step_of(name) <= self.state["sent_step"]
-            self.save()
-
-    # ---- its facts ----
-    def send_facts(self) -> None:
-        """Parameters, tags and the dataset, where run.json is not what it was."""
-        from mlflow.entities import Param, RunTag
-
-        facts, data = outbox.read_json(self.run_dir / "run.json") or self.facts, self.run.data
-        if facts == self.told:
-            return
-        params = outbox.wanted_params(facts)
-        tags = outbox.wanted_tags(facts, params, data.params) | self.tags
-        tags = {k: v for k, v in tags.items() if data.tags.get(k) != v}
-        params = {k: v for k, v in params.items() if k not in data.params}
-        if params or tags:
-            self.client.log_batch(
-                self.state["run_id"],
-                params=[Param(*p) for p in params.items()],
-                tags=[RunTag(*t) for t in tags.items()],
-            )
-        self._send_dataset(outbox.dataset(facts))
-        data.params.update(params)
-        data.tags.update(tags)
-        self.told = facts
-
-    def _send_dataset(self, words: dict[str, str]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        known = [(d.dataset.name, d.dataset.digest) for d in self.run.inputs.dataset_inputs]
-        if words and (words["name"], words["digest"]) not in known:
-            entry = DatasetInput(Dataset(**words), [InputTag("mlflow.data.context", "train")])
-            self.client.log_inputs(self.state["run_id"], [entry])
-
-    # ---- its checkpoints ----
-    def send_checkpoints(self) -> None:
-        """Register new checkpoints by reference (nothing is copied), with their losses once these are sent."""
-        found, known = outbox.checkpoints(self.run_dir), self.state["checkpoints"]
-        for name, digest in found.items():
-            if name not in known:
-                known[name] = {
-                    "model_id": self._model(name, digest),
-                    "sha256": digest,
-                    "measured": False,
-                }
-                self.save()
-            elif known[name]["sha256"] != digest:  # made again after a resume
-                self._mark(
-                    name, digest, self._whereabouts(name, digest) | {"checkpoint.removed": "false"}
-                )
-            if not known[name]["measured"] and self.state["sent_step"] >= outbox.step_of(name):
-                self._measure(name)
-        for name in known:
-            if name not in found and known[name]["sha256"]:
-                self._mark(name, None, {"checkpoint.removed": "true"})
-
-    def _mark(self, name: str, digest: str | None, tags: dict[str, str]) -> None:
-        known = self.state["checkpoints"][name]
-        self.client.set_logged_model_tags(known["model_id"], tags)
-        known["sha256"] = digest
-        self.save()
-
-    def _whereabouts(self, name: str, digest: str) -> dict[str, str]:
-        path = (
-            self.run_dir / "checkpoints" / name
-        ).resolve()  # a trial's folder is a link to a stage's
-        return {"checkpoint.sha256": digest, "checkpoint.uri": str(path)}
-
-    def _model(self, name: str, digest: str) -> str:
-        """The id of MLflow's external model for one checkpoint: what `create_external_model` does, with our client."""
-        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-        from mlflow.models.utils import get_external_mlflow_model_spec
-
-        run_id, experiment_id = self.state["run_id"], self.state["experiment_id"]
-        title = re.sub(r"""[/:.%"']""", "-", f"{self.facts.get('name', 'run')}-{name}")
-        query = f"source_run_id = '{run_id}' AND name = '{title}'"
-        tags = {"mlflow.model.isExternal": "true", **self._whereabouts(name, digest)}
-        model = first(
-            self.client.search_logged_models, [experiment_id], query
-        ) or self.client.create_logged_model(
-            experiment_id, title, run_id, tags, {"step": str(outbox.step_of(name))}, "checkpoint"
-        )
-        whole(model, model.model_id)
-        with tempfile.TemporaryDirectory() as folder:
-            get_external_mlflow_model_spec(model).save(
-                os.path.join(folder, "MLmodel")
-            )  # makes it registrable
-            self.client.log_model_artifacts(model.model_id, folder)
-        self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-        if model.model_id not in [o.model_id for o in self._get_run().outputs.model_outputs]:
-            self.client.log_outputs(
-                run_id, [LoggedModelOutput(model.model_id, outbox.step_of(name))]
-            )
-        return model.model_id
-
-    def _measure(self, name: str) -> None:
-        """The losses of its step: searched by them, checkpoints can be ranked."""
-        from mlflow.entities import Metric
-
-        known, run_id = self.state["checkpoints"][name], self.state["run_id"]
-        if rows := outbox.losses(self.run_dir, outbox.step_of(name)):
-            data = outbox.dataset(self.facts)
-            links = {
-                "dataset_name": data.get("name"),
-                "dataset_digest": data.get("digest"),
-                "model_id": known["model_id"],
-                "run_id": run_id,
-            }
-            self.client.log_batch(run_id, metrics=[Metric(*row, **links) for row in rows])
-        known["measured"] = True
-        self.save()

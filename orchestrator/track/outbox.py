@@ -1,263 +1,254 @@
-"""The outbox: what a run's folder holds for a tracking server, and what of it was accepted.
+"""What a run folder has for MLflow, and what MLflow has accepted. Imports no mlflow."""
 
-Eats run.json, the journal with the lines that resumes moved aside, checkpoints/, samples/ and documents; yields rows (key,
-value, timestamp in ms, step), redacted facts, digests and marks. It knows no server, changes nothing but `tracking.json`.
-"""
-
-import contextlib
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Iterator
-from datetime import datetime
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from orchestrator import files as own_file
-from orchestrator.checkpoint import format as integrity
-from orchestrator.redact import redact
-from orchestrator.runs import journal, metrics
+from orchestrator import files
+from orchestrator.errors import UserError
+from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.journal import Line
 
-BATCH = 1000  # rows in one request: MLflow's limit
-STATUSES = ("FINISHED", "FAILED", "KILLED")
-Row = tuple[str, float, int, int]
-
-
-# ---- the curve ----
-class MetricQueue:
-    """The rows that are still to be sent, read once each; a resume (new file, new aside) makes it read everything again.
-
-    Of each (key, step) the first value ever written counts, for it may have been sent, and what is made again has a later
-    time. So the lines that resumes moved aside go first, and then the journal's from the step to which the resume went
-    back, less what an aside holds. `sent_step` counts in the journal as it was after `asides` resumes.
-    """
-
-    def __init__(self, run_dir: Path):
-        self.run_dir, self.tail, self.generation, self.last = (
-            run_dir,
-            journal.Tail(RunFolder(run_dir)),
-            None,
-            -1,
-        )
-        self.waiting: list[
-            tuple[dict[str, int], list[Row]]
-        ] = []  # (what the state is once they are accepted, rows of a line)
-        self.taken: set[tuple[str, int]] = set()  # (key, step) of rows that an aside holds
-        self.moved: set[tuple[int, int]] = set()  # (step, timestamp) of lines that an aside holds
-
-    def refresh(self, state: dict[str, Any]) -> None:
-        """Read what is new; `state` is tracking.json's."""
-        inode, new = self.tail.inode, self.tail.poll()
-        if (inode, self.generation) != (
-            self.tail.inode,
-            journal.generation(RunFolder(self.run_dir)),
-        ):
-            new = self._begin_again(state)
-        for record in new:
-            # A line that stands in both files will go in this moment, or was cut: its step may be made again, with more keys.
-            if (
-                record["step"] > self.last
-                and (record["step"], record["timestamp"]) not in self.moved
-            ):
-                self.last = record["step"]
-                self.waiting.append(({"sent_step": self.last}, self._first(record)))
-        if self.waiting:
-            journal.sync(RunFolder(self.run_dir))
-
-    def _begin_again(self, state: dict[str, Any]) -> list[dict[str, Any]]:
-        """Queue the asides that are new; returns the journal's lines."""
-        current = journal.read(
-            RunFolder(self.run_dir)
-        )  # before the asides: what moves meanwhile is then seen twice, not never
-        self.waiting, self.taken, self.moved, self.last = [], set(), set(), state["sent_step"]
-        self.generation, known = 0, state["asides"]
-        for aside in journal.asides(RunFolder(self.run_dir)):
-            self.generation = aside.number + 1
-            if self.generation > known:
-                self.last = min(self.last, aside.first_step - 1)
-            for record in aside.read():
-                rows = self._first(record)
-                self.moved.add((record["step"], record["timestamp"]))
-                self.taken |= {(key, step) for key, _, _, step in rows}
-                if self.generation > known:
-                    self.waiting.append(({}, rows))
-        if self.generation != known:
-            self.waiting.append(({"asides": self.generation, "sent_step": self.last}, []))
-        return current
-
-    def _first(self, record: dict[str, Any]) -> list[Row]:
-        return [row for row in rows_of(record) if (row[0], row[3]) not in self.taken]
-
-    def batches(self) -> Iterator[tuple[dict[str, int], list[Row]]]:
-        """(what the state is then, rows of whole lines); a batch leaves once the caller comes back for the next."""
-        while self.waiting:
-            mark, rows, count = {}, [], 0
-            for then, more in self.waiting:
-                if rows and len(rows) + len(more) > BATCH:
-                    break
-                mark, rows, count = mark | then, rows + more, count + 1
-            yield mark, rows
-            del self.waiting[:count]
-
-
-def rows_of(record: dict[str, Any]) -> list[Row]:
-    """A line's numbers. MLflow draws inf as 1.8e308, which ruins a chart: what is not finite stays in the journal."""
-    return [
-        (key, float(value), record["timestamp"], record["step"])
-        for key, value in record.items()
-        if key not in ("step", "timestamp")
-        and isinstance(value, (int, float))
-        and math.isfinite(value)
-    ]
-
-
-def losses(run_dir: Path, step: int) -> list[Row]:
-    """The losses logged at `step`, as the very rows of the curve."""
-    current = journal.read(RunFolder(run_dir))
-    moved = [record for aside in journal.asides(RunFolder(run_dir)) for record in aside.read()]
-    first: dict[str, Row] = {}
-    for row in (
-        row for record in [*moved, *current] if record["step"] == step for row in rows_of(record)
-    ):
-        first.setdefault(row[0], row)
-    return [row for key, row in first.items() if metrics.of(key).ranks_checkpoints]
-
-
-# ---- the rest ----
-def wanted_tags(
-    facts: dict[str, Any], params: dict[str, str], known: dict[str, str]
-) -> dict[str, str]:
-    """Tags of the run, and of each attempt what its parameters (the `known` ones are for ever) do not say already."""
-    attempts, tags = facts.get("attempts") or [], redact(facts.get("tags") or {})
-    fixed = params | known
-    for number, attempt in enumerate(attempts, 1):
-        words = {k: as_text(v) for k, v in _flat(redact(attempt)).items()}
-        tags |= {f"attempt.{number}.{k}": v for k, v in words.items() if fixed.get(k) != v}
-    tags |= {f"attempt.{len(attempts)}.{k}": v for k, v in params.items() if fixed[k] != v}
-    return {k: as_text(v)[:8000] for k, v in tags.items()}
-
-
-def _flat(facts: dict[str, Any]) -> dict[str, Any]:
-    """One level, `layout.num_workers`: MLflow filters by a tag's whole value."""
-    rows: dict[str, Any] = {}
-    for key, value in facts.items():
-        rows |= (
-            {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-        )
-    return rows
-
-
-def wanted_params(facts: dict[str, Any]) -> dict[str, str]:
-    return {k: as_text(v)[:6000] for k, v in redact(facts.get("params") or {}).items()}
-
-
-def dataset(facts: dict[str, Any]) -> dict[str, str]:
-    """The run's dataset in MLflow's words, or nothing; its digest may have 36 characters."""
-    facts = redact(facts.get("dataset") or {})
-    if not facts:
-        return {}
-    profile = {k: v for k, v in facts.items() if k not in ("name", "source")}
-    schema = {"mlflow_colspec": [{"name": "tokens", "type": "binary", "required": True}]}
-    return {
-        "name": facts["name"],
-        "digest": facts["digest"][:36],
-        "source_type": "local",
-        "schema": json.dumps(schema),
-        "source": json.dumps({"uri": as_text(facts.get("source", ""))}),
-        "profile": json.dumps(profile),
-    }
-
-
-def as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def started_ms(run_dir: Path, facts: dict[str, Any]) -> int | None:
-    """The run's first moment that anything recorded: a replay may come days later."""
-    if started := (facts.get("attempts") or [{}])[0].get("started"):
-        return round(datetime.fromisoformat(started).timestamp() * 1000)
-    return next((record["timestamp"] for record in journal.read(RunFolder(run_dir))), None)
-
-
-def status(run_dir: Path) -> str | None:
-    """How summary.json says that it ended; None where it has not."""
-    word = str(read_json(run_dir / "summary.json").get("status")).upper()
-    return word if word in STATUSES else None
-
-
-def ended_ms(run_dir: Path) -> int | None:
-    """When the driver wrote its summary; None where it did not."""
-    try:
-        return (run_dir / "summary.json").stat().st_mtime_ns // 1_000_000
-    except FileNotFoundError:
-        return None
-
-
-def checkpoints(run_dir: Path) -> dict[str, str]:
-    """`{"step-00000100": SHA-256 of its manifest}` of what stands there now."""
-    found, folder = {}, run_dir / "checkpoints"
-    for path in (integrity.path_of(folder, step) for step in integrity.steps(folder)):
-        with contextlib.suppress(
-            FileNotFoundError, NotADirectoryError, own_file.NotPlainFileError
-        ):  # pruned in this moment, or none
-            found[path.name] = hashlib.sha256(
-                own_file.read_bytes(path / integrity.MANIFEST)
-            ).hexdigest()
-    return found
-
-
-def step_of(name: str) -> int:
-    """The step in a checkpoint's name."""
-    return int(name.removeprefix("step-"))
-
-
-def samples(run_dir: Path) -> dict[Path, str]:
-    """Files of generated text, each with a mark that changes when it is written again."""
-    return own(sorted((run_dir / "samples").glob("step-*.txt")))
-
-
-def own(files: Iterable[Path]) -> dict[Path, str]:
-    """`marked`, of what may be sent: a link in the folder could lead to any file of this machine."""
-    return marked(filter(own_file.is_plain, files))
-
-
-def marked(files: Iterable[Path]) -> dict[Path, str]:
-    """Those of `files` that are there (a folder counts, a dangling link does not), each with its size and time."""
-    found = {}
-    for file in files:
-        with contextlib.suppress(FileNotFoundError):
-            stat = file.stat()
-            found[file] = f"{stat.st_size} {stat.st_mtime_ns}"
-    return found
+BATCH = 1000  # rows of one request; MLflow's limit
 
 
 # ---- what was accepted ----
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's content; nothing where it is missing or torn."""
+
+
+@dataclass
+class SentCheckpoint:
+    """MLflow's record of a checkpoint.
+
+    Attributes:
+        model_id: MLflow's id of the logged model.
+        sha256: SHA-256 of the checkpoint's manifest; None after the checkpoint was removed.
+        measured: True after the losses of its step were added to the logged model.
+    """
+
+    model_id: str
+    sha256: str | None
+    measured: bool
+
+
+@dataclass
+class Sent:
+    """Content of tracking.json: what the server has accepted.
+
+    Attributes:
+        uri: Tracking URI without secrets.
+        key: Key of the run in run.json.
+        experiment: Name of the MLflow experiment.
+        experiment_id: MLflow's id of the experiment.
+        run_id: MLflow's id of the run.
+        sent_step: Last step that was sent from the journal. Step 0 is the evaluation before
+            training, so -1 means none.
+        asides: Number of asides that were sent; see `runs.journal`. `sent_step` refers to the
+            journal as it was after that many resumes.
+        checkpoints: Logged models, by name of the checkpoint's folder.
+        samples: Mark (see `file_mark`) of each file of generated text, by file name.
+        documents: Mark of each other file, by its path in the run folder.
+        view: Value of the tag that stores the view of a sweep.
+        best: Model id of a sweep's best checkpoint, to which the alias in the registry points.
+        mark: State of a trial's files when all of them were sent.
+    """
+
+    uri: str
+    key: str | None
+    experiment: str = ""
+    experiment_id: str | None = None
+    run_id: str | None = None
+    sent_step: int = -1
+    asides: int = 0
+    checkpoints: dict[str, SentCheckpoint] = field(default_factory=dict)
+    samples: dict[str, str] = field(default_factory=dict)
+    documents: dict[str, str] = field(default_factory=dict)
+    view: str | None = None
+    best: str | None = None
+    mark: str | None = None
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> "Sent | None":
+        """Read tracking.json; None if it is missing or was damaged by a power failure."""
+        try:
+            stored = files.read_json(folder.tracking_file)
+        except UserError:
+            return None
+        if stored is None:
+            return None
+        sent = cls(**stored)
+        for name, known in stored.get("checkpoints", {}).items():
+            sent.checkpoints[name] = SentCheckpoint(**known)
+        return sent
+
+    def write(self, folder: RunFolder) -> None:
+        """Replace tracking.json.
+
+        Not forced to disk: after a power failure the same is sent again, which changes nothing.
+        """
+        files.write_json(folder.tracking_file, asdict(self))
+
+
+def file_mark(path: Path) -> str | None:
+    """Return size and time of a file or folder, which change if it is written again.
+
+    None if it does not exist.
+    """
     try:
-        content = json.loads(own_file.read_text(path))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
-def blank_state(uri: str, key: str | None, experiment: str) -> dict[str, Any]:
-    """Nothing was sent yet. `sent_step` is below step 0, the evaluation before training."""
-    return {
-        "uri": uri,
-        "key": key,
-        "experiment": experiment,
-        "experiment_id": None,
-        "run_id": None,
-        "sent_step": -1,
-        "asides": 0,
-        "checkpoints": {},
-        "samples": {},
-        "documents": {},
-    }
+# ---- metrics ----
 
 
-def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Replace tracking.json. Not synced: if power fails, the same is sent again, which changes nothing."""
-    own_file.write_atomically(path, json.dumps(state, indent=1))
+class Row(NamedTuple):
+    """One value of a metric. The order is that of `mlflow.entities.Metric`."""
+
+    key: str
+    value: float
+    timestamp: int  # milliseconds
+    step: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that are sent together.
+
+    Attributes:
+        rows: At most `BATCH` rows, unless one journal line has more. All rows of a line are in the
+            same batch.
+        sent_step: `Sent.sent_step` after the server has accepted the rows.
+        asides: `Sent.asides` after the server has accepted the rows.
+    """
+
+    rows: list[Row]
+    sent_step: int
+    asides: int
+
+
+class MetricQueue:
+    """Rows of a run that are still to be sent.
+
+    Each (metric, step) is sent once. After a resume the first value written wins: it may have been
+    sent already, and the value of the repeated step has a later timestamp, which would be a second
+    point for MLflow. Therefore the asides of resumes come first. Then
+    come the lines of the journal after the step from which the run was resumed, without the values
+    that an aside has.
+
+    Args:
+        folder: Folder of the run.
+
+    Attributes:
+        resume_step: Step from which the journal is sent again after the resumes that the server
+            does not know yet.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.resume_step = -1
+        self._tail = journal.Tail(folder)
+        self._waiting: list[Batch] = []  # one for each line
+        self._last_step = -1  # last step that was read from the journal
+        self._asides = -1  # number of asides that were read; -1 before the first read
+        self._aside_values: set[tuple[str, int]] = set()  # (metric, step)
+        self._aside_lines: set[tuple[int, int]] = set()  # (step, timestamp)
+
+    def refresh(self, sent: Sent) -> None:
+        """Read the lines that are new, or all lines after a resume."""
+        inode = self._tail.inode
+        lines = self._tail.poll()
+        is_replaced = inode != self._tail.inode
+        if is_replaced or self._asides != journal.generation(self.folder):
+            lines = self._read_all(sent)
+        for line in lines:
+            self._add_line(line)
+        if self._waiting:
+            # A power failure must not take back what MLflow was told.
+            journal.sync(self.folder)
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the rows in order. A batch leaves the queue when the next one is requested."""
+        while self._waiting:
+            count = self._batch_size()
+            lines = self._waiting[:count]
+            rows = [row for line in lines for row in line.rows]
+            yield Batch(rows, lines[-1].sent_step, lines[-1].asides)
+            del self._waiting[:count]
+
+    def _batch_size(self) -> int:
+        """Return how many lines fit into one request; at least one."""
+        rows = 0
+        for count, line in enumerate(self._waiting):
+            rows += len(line.rows)
+            if count and rows > BATCH:
+                return count
+        return len(self._waiting)
+
+    def _read_all(self, sent: Sent) -> list[Line]:
+        """Queue the asides that were not sent yet. Return all lines of the journal."""
+        # The journal is read first: a line that a resume moves meanwhile is then read twice. In the
+        # other order it would be missed.
+        lines = journal.read(self.folder)
+        self._waiting = []
+        self._aside_values = set()
+        self._aside_lines = set()
+        self._last_step = sent.sent_step
+        self._asides = 0
+        for aside in journal.asides(self.folder):
+            self._asides = aside.number + 1
+            is_new = self._asides > sent.asides
+            if is_new:
+                self._last_step = min(self._last_step, aside.first_step - 1)
+            for line in aside.read():
+                rows = self._without_aside_values(line)
+                self._aside_lines.add((line["step"], line["timestamp"]))
+                self._aside_values.update((row.key, row.step) for row in rows)
+                if is_new:
+                    self._waiting.append(Batch(rows, sent.sent_step, sent.asides))
+        self.resume_step = self._last_step
+        if self._asides != sent.asides:
+            self._waiting.append(Batch([], self._last_step, self._asides))
+        return lines
+
+    def _add_line(self, line: Line) -> None:
+        # A line in both files was just moved, or the resume was killed before it cut the journal.
+        # Its step may be repeated and then log more metrics.
+        is_moved = (line["step"], line["timestamp"]) in self._aside_lines
+        if line["step"] <= self._last_step or is_moved:
+            return
+        self._last_step = line["step"]
+        rows = self._without_aside_values(line)
+        self._waiting.append(Batch(rows, self._last_step, self._asides))
+
+    def _without_aside_values(self, line: Line) -> list[Row]:
+        return [row for row in rows_of(line) if (row.key, row.step) not in self._aside_values]
+
+
+def rows_of(line: Line) -> list[Row]:
+    """Return the finite numbers of a journal line.
+
+    MLflow would draw infinity as 1.8e308, which spoils the chart. The journal has all values.
+    """
+    rows = []
+    for key, value in line.items():
+        is_number = key not in ("step", "timestamp") and isinstance(value, (int, float))
+        if is_number and math.isfinite(value):
+            rows.append(Row(key, float(value), line["timestamp"], line["step"]))
+    return rows
+
+
+def first_rows(folder: RunFolder, step: int) -> list[Row]:
+    """Return the rows of `step` that were or will be sent, one per metric."""
+    lines = journal.read(folder)
+    moved = [line for aside in journal.asides(folder) for line in aside.read()]
+    first: dict[str, Row] = {}
+    for line in moved + lines:
+        if line["step"] == step:
+            for row in rows_of(line):
+                first.setdefault(row.key, row)
+    return list(first.values())

@@ -1,116 +1,133 @@
-"""A thread that repeats one idempotent attempt until it succeeds, so that nobody else ever waits for a server.
-
-Eats an attempt (a function that sends whatever is missing, or raises); yields a log line per outage and, at the end, one for
-whoever waits and whether all was sent. What the attempt says twice must mean the same as said once.
-"""
+"""A thread that sends until a server has accepted everything, so that nothing else waits for it."""
 
 import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from orchestrator.redact import redact_text
 
-POLL_S = 2.0
-LOOK_S, SILENCE_S = (
-    0.2,
-    10.0,
-)  # at the end: whoever waits for longer, or for a server that is away, is told so
-PAUSES_S = (
-    1.0,
-    30.0,
-)  # first and longest pause while a server is away; at the end never longer than the first
+POLL_S = 2.0  # between two attempts while the server can be reached
+PAUSES_S = (1.0, 30.0)  # first and longest pause while it cannot
+WAKE_S = 0.2  # how often `finish` looks whether it should print a message
+QUIET_S = 10.0  # `finish` waits that long without a message
+ERROR_LENGTH = 300  # characters
 log = logging.getLogger(__name__)
 
 
 class RefusedError(Exception):
-    """The server is there and says no: sending again would change nothing."""
+    """The server rejects the request: sending it again would not help."""
 
 
 class GivenUpError(Exception):
-    """The deadline has passed; nobody waits for this attempt any longer."""
-
-
-@dataclass(frozen=True)
-class Ending:
-    """The last attempt's order: send everything, then set this status (None: leave it as it is)."""
-
-    status: str | None
+    """The deadline of `Sender.finish` has passed."""
 
 
 class Sender:
-    """`attempt(ending)` in a daemon thread, every `POLL_S` seconds; `ending` is None until `finish`."""
+    """Calls `attempt` from a daemon thread until it has succeeded after the end of the run.
 
-    def __init__(self, attempt: Callable[[Ending | None], None], what: str):
-        self.attempt, self.what = attempt, what
-        self.ending: Ending | None = None
-        self.complete = self.away = False
-        self.given_up, self._wake, self._ended = (
-            threading.Event(),
-            threading.Event(),
-            threading.Event(),
-        )
+    Args:
+        attempt: Sends what is missing, or raises. It may be called again after it has sent some or
+            all.
+        name: What is sent and where; opens every message.
+
+    Attributes:
+        given_up: Set when `finish` returns. An attempt that is still running should stop.
+    """
+
+    def __init__(self, attempt: Callable[[], None], name: str) -> None:
+        self.given_up = threading.Event()
+        self._attempt = attempt
+        self._name = name
+        self._is_last = False
+        self._is_away = False
+        self._is_complete = False
+        self._pause = 0.0
+        self._wake = threading.Event()
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="tracking", daemon=True)
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
-    def finish(self, ending: Ending, deadline_s: float) -> bool:
-        """Send the rest; True if all of it was accepted within `deadline_s` seconds."""
-        deadline, told, self.ending = time.monotonic() + deadline_s, False, ending
+    def finish(self, deadline_s: float) -> bool:
+        """Send the rest. Return whether everything was accepted within `deadline_s` seconds."""
+        self._is_last = True
         self._wake.set()
+        deadline = time.monotonic() + deadline_s
+        is_told = False
         try:
-            while (left := deadline - time.monotonic()) > 0 and not self._ended.wait(
-                min(left, LOOK_S)
-            ):
-                if not told and left > 1 and (self.away or left < deadline_s - SILENCE_S):
-                    told = True
-                    print(
-                        f"{self.what}: sending the rest, for up to {left:.0f} s; Ctrl-C ends the wait, and loses nothing",
-                        flush=True,
-                    )
+            while True:
+                left = deadline - time.monotonic()
+                if left <= 0 or self._ended.wait(min(left, WAKE_S)):
+                    break
+                waits_long = self._is_away or deadline_s - left > QUIET_S
+                if waits_long and left > 1 and not is_told:
+                    is_told = True
+                    self._print_wait(left)
         finally:
             self.given_up.set()
-        return self.complete
+        return self._is_complete
+
+    def _print_wait(self, left_s: float) -> None:
+        print(
+            f"{self._name}: sending the rest, for up to {left_s:.0f} s; Ctrl-C ends the wait, and "
+            "loses nothing",
+            flush=True,
+        )
 
     def _loop(self) -> None:
-        pause = 0.0
-        while not self.given_up.is_set():
-            ending = (
-                self.ending
-            )  # before the attempt: all that was written until the end goes with it
-            try:
-                self.attempt(ending)
-            except GivenUpError:
-                break
-            except RefusedError as error:
-                log.warning(
-                    "%s: refused, and not sent any more: %s. It is kept; pipelines/replay_metrics.py sends it",
-                    self.what,
-                    _line(error),
-                )
-                break
-            except Exception as error:
-                if not self.away:
-                    log.warning("%s: not reached, trying on: %s", self.what, _line(error))
-                pause = min(
-                    2 * pause if self.away else PAUSES_S[0], PAUSES_S[0 if self.ending else 1]
-                )
-                self.away = True
-            else:
-                if ending is not None:
-                    self.complete = True
-                    break
-                if self.away:
-                    log.warning("%s: reached again", self.what)
-                self.away, pause = False, POLL_S
-            self._wake.wait(pause)
+        while not self.given_up.is_set() and self._try_once():
+            self._wake.wait(self._pause)
             self._wake.clear()
         self._ended.set()
 
+    def _try_once(self) -> bool:
+        """Make one attempt. Return whether another one should follow after the pause."""
+        # Read before the attempt, so that the last attempt includes all that the run has written.
+        is_last = self._is_last
+        try:
+            self._attempt()
+        except GivenUpError:
+            return False
+        except RefusedError as error:
+            log.warning(
+                "%s: rejected by the server, nothing more is sent: %s. The run folder keeps all "
+                "data; pipelines/replay_metrics.py sends it later",
+                self._name,
+                _one_line(error),
+            )
+            return False
+        except Exception as error:
+            self._note_outage(error)
+            return True
+        if is_last:
+            self._is_complete = True
+            return False
+        if self._is_away:
+            log.warning("%s: reached again", self._name)
+        self._is_away = False
+        self._pause = POLL_S
+        return True
 
-def _line(error: Exception) -> str:
-    """One readable line of an error, without secrets: MLflow puts the whole URI into its messages."""
+    def _note_outage(self, error: Exception) -> None:
+        """Log the first failure of an outage, and double the pause after each further one."""
+        first, longest = PAUSES_S
+        if self._is_away:
+            self._pause *= 2
+        else:
+            self._pause = first
+            log.warning("%s: not reached, retrying: %s", self._name, _one_line(error))
+        if self._is_last:
+            longest = first  # the driver waits for this thread
+        self._pause = min(self._pause, longest)
+        self._is_away = True
+
+
+def _one_line(error: Exception) -> str:
+    """Return the error as one line without secrets: MLflow's messages contain the whole URI."""
     text = redact_text(f"{type(error).__name__}: {error}".replace("\n", " "))
-    return text if len(text) <= 300 else text[:299] + "…"
+    if len(text) > ERROR_LENGTH:
+        return text[: ERROR_LENGTH - 1] + "…"
+    return text

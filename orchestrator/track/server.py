@@ -1,7 +1,4 @@
-"""Tracking stores: which MLflow a run is sent to, what its answers are worth, and at which address a browser finds it.
-
-Needs no mlflow.
-"""
+"""Tracking URI, links to the UI, checks for truncated responses. Imports no mlflow."""
 
 import json
 import logging
@@ -12,74 +9,117 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
 from orchestrator.redact import redact_text
 
 UI_PORT = 5000
-PARENT_TAG = "mlflow.parentRunId"  # MLflow's own name for what makes a run a child of another
+PARENT_TAG = "mlflow.parentRunId"  # MLflow's tag that makes a run the child of another
 ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # to try again is the sender's business
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # `sender.Sender` retries
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # the sender says once what MLflow repeats with tracebacks
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # the sender logs each outage once, without a traceback
 }
-_MODE = "workflowType=machine_learning"  # else MLflow opens its GenAI pages, which are empty here
+# Without it, MLflow opens its GenAI pages, which are empty for these runs.
+_WORKFLOW = "workflowType=machine_learning"
 
 
 def store_path(storage: Path) -> Path:
-    """The embedded store's database; its artifacts lie beside it."""
+    """Return the database of the embedded store. Its artifacts lie beside it."""
     return Path(storage).absolute() / "mlflow" / "mlflow.db"
 
 
-def resolve_uri(experiment, storage: Path) -> str:
-    """The absolute tracking URI: `tracking.uri`, else $MLFLOW_TRACKING_URI, else the embedded store of `storage`.
+def resolve_uri(experiment: Experiment, storage: Path) -> str:
+    """Return `tracking.uri`, else $MLFLOW_TRACKING_URI, else the embedded store of `storage`.
 
     Raises:
-        UserError: the variable holds something that MLflow 3 does not serve.
+        UserError: MLflow 3 does not support the URI.
     """
     if experiment.tracking.uri:
         return absolute_uri(experiment.tracking.uri, "tracking.uri")
-    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if uri:
         return absolute_uri(uri, "MLFLOW_TRACKING_URI")
     return f"sqlite:///{store_path(storage)}"
 
 
-def absolute_uri(uri: str, where: str) -> str:
-    """`uri`, valid from any directory; `where` opens the message of a `UserError`."""
+def absolute_uri(uri: str, source: str) -> str:
+    """Return `uri` in a form that does not depend on the current directory.
+
+    Args:
+        uri: Tracking URI.
+        source: Field, variable or option that has it; opens the error message.
+
+    Raises:
+        UserError: MLflow 3 does not support the URI.
+    """
     if not re.match(r"^(https?|sqlite|postgresql|mysql)[+a-z0-9]*://.", uri):
         raise UserError(
-            f"{where}: '{redact_text(uri)}' is none of http(s)://…, sqlite:///…, postgresql://…"
+            f"{source}: '{redact_text(uri)}' is not a tracking URI; use http(s)://…, sqlite:///… "
+            "or postgresql://…"
         )
-    local = local_path(uri)
-    return f"sqlite:///{local}" if local else uri.rstrip("/")
+    database = local_path(uri)
+    if database is not None:
+        return f"sqlite:///{database}"
+    return uri.rstrip("/")
 
 
 def local_path(uri: str) -> Path | None:
-    """The absolute database file of a sqlite URI: MLflow resolves a relative one in each process anew."""
-    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+    """Return the absolute path of a sqlite database; None for a server."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(uri.removeprefix("sqlite:///")).absolute()
+
+
+def set_client_options() -> None:
+    """Set MLflow's environment variables. Call it before mlflow is imported.
+
+    Variables that the user has set stay.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+
+
+# ---- links to the UI ----
 
 
 def experiment_url(base: str, experiment_id: str) -> str:
-    """The list of an experiment's runs."""
-    return f"{base}/#/experiments/{experiment_id}/runs?{_MODE}"
+    """Return the page with all runs of an experiment."""
+    return f"{base}/#/experiments/{experiment_id}/runs?{_WORKFLOW}"
 
 
 def run_url(uri: str, experiment_id: str, run_id: str) -> str:
-    """The page with a run's curves. An embedded store's page exists while `make ui` serves it."""
-    return f"{_base(uri)}/#/experiments/{experiment_id}/runs/{run_id}/model-metrics?{_MODE}"
+    """Return the page with the metrics of a run.
+
+    The page of an embedded store exists only while `pipelines/ui.py` serves it.
+    """
+    page = f"experiments/{experiment_id}/runs/{run_id}/model-metrics"
+    return f"{_server_address(uri)}/#/{page}?{_WORKFLOW}"
 
 
 def sweep_url(uri: str, experiment_id: str, run_id: str) -> str:
-    """The trials of the sweep `run_id`, ranked, beside all their curves; the experiment needs the tag of `sweep_view`."""
-    return f"{_base(uri)}/#/experiments/{experiment_id}/runs?{_MODE}&compareRunsMode=CHART&viewStateShareKey={run_id}"
+    """Return the page that ranks the trials of a sweep and draws all their curves.
+
+    The experiment needs the tag of `sweep_view`.
+    """
+    page = f"experiments/{experiment_id}/runs?{_WORKFLOW}"
+    view = f"compareRunsMode=CHART&viewStateShareKey={run_id}"
+    return f"{_server_address(uri)}/#/{page}&{view}"
 
 
 def sweep_view(run_id: str, metric: str = "val/loss") -> tuple[str, str]:
-    """(key, value) of the tag that holds the view of a sweep: ranked by the last `metric`, lowest first.
+    """Return key and value of the experiment tag that stores the view of a sweep.
 
-    Of itself MLflow nests a sweep's trials out of sight while they are in order of time, draws the curves of ten, and no
-    address can say otherwise but one of a stored view. Its charts are filtered: about thirty would come before the loss.
+    MLflow's default view hides the trials below the sweep and draws ten curves. Only a stored view
+    changes that. It shows two charts, because MLflow would place about thirty before the loss.
+
+    Args:
+        run_id: MLflow run of the sweep.
+        metric: Ranks the trials by its last value, lowest first.
     """
     view = {
         "searchFilter": f"tags.`{PARENT_TAG}` = '{run_id}'",
@@ -91,37 +131,38 @@ def sweep_view(run_id: str, metric: str = "val/loss") -> tuple[str, str]:
     return f"mlflow.sharedViewState.{run_id}", json.dumps(view)
 
 
-def _base(uri: str) -> str:
-    """Where a browser finds the server of `uri`, without a password."""
+def _server_address(uri: str) -> str:
+    """Return the address for a browser, without user name and password."""
     if not uri.startswith("http"):
         return f"http://127.0.0.1:{UI_PORT}"
     parts = urlsplit(uri)
-    return urlunsplit(
-        (parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", "")
-    )
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
 
 
-# ---- answers ----
-def whole(answer: Any, its_id: str | None) -> Any:
-    """`answer`, unless it was cut: MLflow takes an empty body for an empty object."""
-    if not its_id:
-        raise ConnectionError("the server's answer was cut")
-    return answer
+# ---- truncated responses ----
 
 
-def hits(search: Callable, *query: Any, **options: Any) -> Any:
-    """What `search` finds. Asked again where that is nothing: an answer that was cut reads like no hit."""
-    return next((found for _ in range(3) if (found := search(*query, **options))), [])
+def check_complete(response_id: str | None) -> None:
+    """Check that a response was not cut: MLflow reads an empty body as an empty object.
+
+    Args:
+        response_id: The id in the response, which is never empty in a complete one.
+
+    Raises:
+        ConnectionError: The id is missing.
+    """
+    if not response_id:
+        raise ConnectionError("the server's response was truncated")
 
 
-def first(search: Callable, *query: Any) -> Any:
-    """The first hit or None."""
-    return next(iter(hits(search, *query)), None)
+def search_one(function: Callable[..., Any], *query: Any) -> Any:
+    """Return the first hit of a search function of MLflow's client; None without hits.
 
-
-def quieten() -> None:
-    """Set MLflow's own knobs, in this process and before it is imported; what the user set stays."""
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    Asks up to three times, because a truncated response has no hits either.
+    """
+    for _ in range(3):
+        hits = function(*query)
+        if hits:
+            return hits[0]
+    return None

@@ -1,169 +1,152 @@
-"""Sweep tracking: the projection of a sweep's folder into MLflow, one parent run and under it a run per trial.
+"""Shows a sweep in MLflow: one parent run, and a child run for each trial.
 
-Eats `<sweep>/` (run.json, metrics.jsonl, events.jsonl, summary.json, sweep.yaml, plan.txt, comparison.csv, figures/) and
-each `<sweep>/trials/<trial>/`, which looks like a lone run's folder; yields MLflow runs that show them, and in the registry the
-best trial's checkpoint under the sweep's name and the alias `best`. As for a run, the folder is the truth: everything may
-be sent twice. A trial whose folder has not changed since it was sent costs no request, in this process or the next.
+The checkpoint of the best trial is in the model registry. A trial whose folder has not changed
+since it was sent costs no request, also after a restart.
 """
 
 import json
 import logging
 import re
 from pathlib import Path
-from typing import Any
 
+from orchestrator import files
 from orchestrator.redact import redact_text
-from orchestrator.track import attachments, outbox
-from orchestrator.track.mlflow import KEY_TAG, STATE, Projection, Tracker, refusals, resend_metrics
-from orchestrator.track.sender import Ending, RefusedError
-from orchestrator.track.server import PARENT_TAG, first, hits, sweep_url, sweep_view, whole
+from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.track import contents, server
+from orchestrator.track.mlflow import Projection, Status, Tracker, refusals, resend_metrics
+from orchestrator.track.outbox import Sent, file_mark
+from orchestrator.track.sender import RefusedError
 
-BEST = "best"  # the registry's alias
-VERSIONS_TAG = (
-    "mlflow.modelVersions"  # by this the pages of a checkpoint's model name its registered versions
-)
-DOCUMENTS = ("sweep.yaml", "plan.txt", "comparison.csv", "summary.json")
-TRIAL_DOCUMENTS = ("experiment.yaml", "summary.json")
-WATCHED = (
-    "run.json",
-    "metrics.jsonl",
-    "summary.json",
-    "checkpoints",
-    "samples",
-)  # by these a trial's changes are seen
+ALIAS = "best"  # of the best trial's checkpoint in the model registry
+VERSIONS_TAG = "mlflow.modelVersions"  # MLflow's page of a logged model shows what it lists
 log = logging.getLogger(__name__)
 
 
-class SweepTracker(Tracker):
-    """A `Tracker` of a sweep's folder and all its trials. `url` is the page of the ranked trials with their curves."""
+class SweepProjection(Projection):
+    """Sends the folder of a sweep to its MLflow run, and each trial to a child run."""
 
-    _page = staticmethod(sweep_url)
+    folder: SweepFolder
 
-    def _image(self, *where: Any) -> Projection:
-        return _Sweep(*where)
+    def load(self) -> None:
+        """Read run.json and tracking.json."""
+        super().load()
+        # State of each trial when it was sent or rejected, by name.
+        self._seen: dict[str, tuple[str, Status | None]] = {}
+        self._rejected: set[str] = set()
 
     @property
     def url(self) -> str | None:
-        """None until MLflow holds the view that it shows."""
-        return super().url if self._projection.state.get("view") else None
+        """Page with the ranked trials and their curves; None until MLflow has its view."""
+        sent = self.sent
+        if sent.experiment_id is None or sent.run_id is None or sent.view is None:
+            return None
+        return server.sweep_url(self.uri, sent.experiment_id, sent.run_id)
 
+    def send(self, status: Status | None) -> None:
+        """Send everything that MLflow does not have; see `Projection.send`.
 
-def resend_sweep_metrics(
-    sweep_dir: Path, uri: str, experiment_name: str, deadline_s: float = 60
-) -> bool:
-    """Send what a sweep's folder holds and MLflow does not; True if all was accepted. Statuses are the summaries'."""
-    return resend_metrics(sweep_dir, uri, experiment_name, deadline_s, SweepTracker)
+        Raises:
+            RefusedError: The sweep has ended and MLflow has rejected a trial; the rest was sent.
+        """
+        super().send(status)
+        self._send_view()
+        # A trial without a summary runs as long as its sweep does.
+        unfinished: Status | None = status if status in (None, "RUNNING") else "KILLED"
+        for run_file in sorted(self.folder.path.glob("trials/*/run.json")):
+            self._send_trial(RunFolder(run_file.parent), unfinished)
+        self._register_best()
+        if self._rejected and status != "RUNNING":
+            raise RefusedError(f"trials {', '.join(sorted(self._rejected))}")
 
+    def _documents(self) -> list[Path]:
+        folder = self.folder
+        texts = [folder.sweep_file, folder.plan_file, folder.comparison_file]
+        return super()._documents() + texts + sorted(folder.figures.glob("*.png"))
 
-class _Sweep(Projection):
-    """The parent run; it knows its trials by their folders."""
-
-    def __init__(self, *where: Any):
-        super().__init__(*where)
-        self.seen: dict[Path, tuple[str, str | None]] = {}
-        self.refused: set[str] = set()
-
-    def send(self, reopen: bool, ending: Ending | None) -> None:
-        super().send(reopen, ending)
-        self.send_view()
-        if ending is None:
-            self.send_documents()
-        # A trial without a summary runs while its sweep does; a sweep that ended has killed it.
-        default = (ending.status and "KILLED") if ending else ("RUNNING" if reopen else None)
-        self.send_trials(default)
-        self.send_best()
-        if ending and self.refused:
-            raise RefusedError(f"trials {', '.join(sorted(self.refused))}")
-
-    def send_view(self) -> None:
-        key, value = sweep_view(self.state["run_id"])
-        if self.state.get("view") != value:
-            self.client.set_experiment_tag(self.state["experiment_id"], key, value)
-            self.state["view"] = value
+    def _send_view(self) -> None:
+        assert self.sent.run_id is not None
+        tag, view = server.sweep_view(self.sent.run_id)
+        if self.sent.view != view:
+            self.client.set_experiment_tag(self.sent.experiment_id, tag, view)
+            self.sent.view = view
             self.save()
 
-    def send_documents(self) -> None:
-        pictures = sorted((self.run_dir / "figures").glob("*.png"))
-        attachments.send_changed(self, [*(self.run_dir / name for name in DOCUMENTS), *pictures])
+    def _send_trial(self, folder: RunFolder, unfinished: Status | None) -> None:
+        """Send a trial if it has changed. If MLflow rejects it, log this once.
 
-    # ---- its trials ----
-    def send_trials(self, default: str | None) -> None:
-        """Every trial that is not as it was sent; `default` is the status of those without a summary."""
-        changed = []
-        for file in sorted(self.run_dir.glob("trials/*/run.json"), reverse=True):
-            folder = file.parent
-            look = " ".join(
-                f"{path.name} {mark}"
-                for path, mark in outbox.marked(folder / n for n in WATCHED).items()
-            )
-            if self.seen.get(folder) != (look, default):
-                status = outbox.status(folder) or default
-                trial = _Trial(folder, self, f"{self.state['run_id']} {status} {look}", status)
-                if trial.is_sent:
-                    self.seen[folder] = look, default
-                elif trial.facts.get("key"):
-                    changed.append((trial, look))
-        known = (
-            self._known_trials() if any(not trial.state["run_id"] for trial, _ in changed) else {}
-        )
-        while changed:  # taken out one by one: each has files open while it is there
-            trial, look = changed.pop()
-            self._send_trial(trial, known)
-            self.seen[trial.run_dir] = look, default
-
-    def _send_trial(self, trial: "_Trial", known: dict[str, Any]) -> None:
-        """One trial; where MLflow says no to it, the others go on."""
-        name = trial.run_dir.name
+        Args:
+            folder: Folder of the trial.
+            unfinished: Status of a trial without a summary; None leaves it as it is.
+        """
+        name = folder.name
+        state = (_file_state(folder), unfinished)
+        if self._seen.get(name) == state:
+            return
         try:
             with refusals():
-                trial.send_all(known)
-            self.refused.discard(name)
+                # A new object each time: hundreds of trials must not keep hundreds of files open.
+                TrialProjection(folder, self, state[0]).send(unfinished)
+            self._rejected.discard(name)
         except RefusedError as error:
-            if name not in self.refused:
-                log.warning(
-                    "trial %s: refused by MLflow, the others go on: %s",
-                    name,
-                    redact_text(str(error)),
-                )
-            self.refused.add(name)
+            if name not in self._rejected:
+                message = redact_text(str(error))
+                log.warning("trial %s: rejected by MLflow, the others go on: %s", name, message)
+            self._rejected.add(name)
+        self._seen[name] = state
 
-    def _known_trials(self) -> dict[str, Any]:
-        """MLflow's runs of this sweep by their keys: one search for all trials, not one for each."""
-        found, page = {}, None
-        query = f"tags.`{PARENT_TAG}` = '{self.state['run_id']}'"
-        while True:
-            runs = hits(
-                self.client.search_runs,
-                [self.state["experiment_id"]],
-                query,
-                max_results=1000,
-                page_token=page,
-            )
-            found |= {run.data.tags.get(KEY_TAG): run for run in runs}
-            page = getattr(runs, "token", None)
-            if not page:
-                return found
+    # ---- best checkpoint ----
 
-    # ---- its best checkpoint ----
-    def send_best(self) -> None:
-        """Register the final checkpoint of summary.json's `best_trial`, by reference, and point the alias at it."""
-        trial = outbox.read_json(self.run_dir / "summary.json").get("best_trial")
-        sent = outbox.read_json(self.run_dir / "trials" / str(trial) / STATE)
-        standing = {
-            name: c["model_id"] for name, c in sent.get("checkpoints", {}).items() if c["sha256"]
-        }
-        if not standing or sent["uri"] != self.state["uri"]:
-            return  # none yet, or its trial was refused
-        model_id = standing[max(standing)]
-        if self.state.get("best") != model_id:
-            name = re.sub(r"[/:]", "-", self.facts.get("name") or self.run_dir.name)
-            version = self._version(name, model_id, trial)
-            self.client.set_registered_model_alias(name, BEST, version)
-            self.state["best"] = model_id
+    def _register_best(self) -> None:
+        """Point the alias in the model registry to the last checkpoint of the best trial."""
+        best_trial = (files.read_json(self.folder.summary_file) or {}).get("best_trial")
+        if best_trial is None:
+            return
+        trial = Sent.read(self.folder.trial(best_trial))
+        if trial is None or trial.uri != self.sent.uri:
+            return  # MLflow has rejected the trial
+        existing = [name for name, known in trial.checkpoints.items() if known.sha256 is not None]
+        if not existing:
+            return
+        model_id = trial.checkpoints[max(existing)].model_id
+        if self.sent.best != model_id:
+            model_name = re.sub(r"[/:]", "-", self.record.get("name", self.folder.name))
+            version = self._version(model_name, model_id, best_trial)
+            self.client.set_registered_model_alias(model_name, ALIAS, version)
+            self.sent.best = model_id
             self.save()
 
-    def _version(self, name: str, model_id: str, trial: str) -> str:
-        """The registered version of a checkpoint's model, found or made."""
+    def _version(self, model_name: str, model_id: str, trial: str) -> str:
+        """Return the version of a checkpoint in the model registry; create it if necessary."""
+        self._create_registered_model(model_name)
+        query = f"name = '{model_name}' AND tags.`model_id` = '{model_id}'"
+        known = server.search_one(self.client.search_model_versions, query)
+        if known is not None:
+            return known.version
+
+        model = self.client.get_logged_model(model_id)
+        server.check_complete(model.model_id)
+        tags = {
+            "model_id": model_id,
+            "trial": trial,
+            "checkpoint.uri": model.tags["checkpoint.uri"],
+        }
+        # The artifacts are given by their location. MLflow would look up `models:/<id>` in the
+        # store of the process, which may be another one.
+        created = self.client.create_model_version(
+            model_name,
+            model.artifact_location,
+            model.source_run_id,
+            tags,
+            model_id=model_id,
+            await_creation_for=0,
+        )
+        server.check_complete(created.version)
+        versions = json.loads(model.tags.get(VERSIONS_TAG, "[]"))
+        versions.append({"name": model_name, "version": created.version})
+        self.client.set_logged_model_tags(model_id, {VERSIONS_TAG: json.dumps(versions)})
+        return created.version
+
+    def _create_registered_model(self, name: str) -> None:
         from mlflow.exceptions import MlflowException
 
         try:
@@ -171,75 +154,71 @@ class _Sweep(Projection):
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        if known := first(
-            self.client.search_model_versions, f"name = '{name}' AND tags.`model_id` = '{model_id}'"
-        ):
-            return known.version
-        model = self.client.get_logged_model(model_id)
-        whole(model, model.model_id)
-        words = {
-            "model_id": model_id,
-            "trial": trial,
-            "checkpoint.uri": model.tags["checkpoint.uri"],
-        }
-        # Its artifacts by their place: MLflow looks `models:/<id>` up in the store of the process, not in this client's.
-        made = self.client.create_model_version(
-            name,
-            model.artifact_location,
-            model.source_run_id,
-            words,
-            model_id=model_id,
-            await_creation_for=0,
-        )
-        named = [
-            *json.loads(model.tags.get(VERSIONS_TAG, "[]")),
-            {"name": name, "version": whole(made, made.version).version},
-        ]
-        self.client.set_logged_model_tags(model_id, {VERSIONS_TAG: json.dumps(named)})
-        return made.version
 
 
-class _Trial(Projection):
-    """A child run. Made anew for every change of its folder: hundreds of trials must not keep hundreds of files open."""
+class TrialProjection(Projection):
+    """Sends the folder of a trial to its MLflow run.
 
-    def __init__(self, folder: Path, sweep: _Sweep, mark: str, status: str | None):
+    Args:
+        folder: Folder of the trial.
+        sweep: Its sweep, which has an MLflow run.
+        state: State of the trial's files; see `_file_state`.
+    """
+
+    def __init__(self, folder: RunFolder, sweep: SweepProjection, state: str) -> None:
         super().__init__(folder, sweep.uri, sweep.experiment_name, sweep.given_up)
-        self.client, self.parent, self.mark, self.status = sweep.client, sweep, mark, status
-        self.tags = {PARENT_TAG: sweep.state["run_id"]}
-        self.known: dict[str, Any] = {}
+        assert sweep.sent.run_id is not None
+        self.client = sweep.client
+        self.first_tags = {server.PARENT_TAG: sweep.sent.run_id}
+        self._state = state
+        self._recorded_status = contents.recorded_status(folder)
+        self.load()
 
-    @property
-    def is_sent(self) -> bool:
-        return self.state.get("mark") == self.mark
+    def send(self, status: Status | None) -> None:
+        """Send everything that MLflow does not have, if the trial has changed since it was sent.
 
-    def send_all(self, known: dict[str, Any]) -> None:
-        """Everything that is missing. `known`: MLflow's runs of the sweep, by key."""
-        self.known = known
-        self.attach(reopen=False)
-        self.send_metrics()
-        self.send_facts()
-        self.send_status()
-        if outbox.status(
-            self.run_dir
-        ):  # until then its checkpoints are those of a stage that it shares
-            self.send_checkpoints()
-        samples = list(outbox.samples(self.run_dir).items())
-        attachments.send_samples(self, dict(samples[-1:]))  # the last one: there are many trials
-        attachments.send_changed(self, [self.run_dir / name for name in TRIAL_DOCUMENTS])
-        self.state["mark"] = self.mark  # what changed since it was taken changes it again
-        self.save()
+        Args:
+            status: Status of the MLflow run if the trial has no summary.
+        """
+        status = self._recorded_status or status
+        # The state was read first, so a file that changes meanwhile gives another mark.
+        mark = f"{self.first_tags[server.PARENT_TAG]} {status} {self._state}"
+        if self.sent.mark != mark:
+            super().send(status)
+            self.sent.mark = mark
+            self.save()
 
-    def _found_run(self):
-        self.state["experiment_id"] = self.parent.state["experiment_id"]
-        return self.known.get(self.facts["key"])
+    def _has_own_checkpoints(self) -> bool:
+        # While it runs, its checkpoints are those of a stage that other trials share.
+        return self._recorded_status is not None
 
-    def send_status(self) -> None:
-        """Also of a run that had ended and goes on, because its sweep has grown or was started again."""
-        info, ended = self.run.info, outbox.ended_ms(self.run_dir)
-        if self.status == "RUNNING" and info.status != "RUNNING":
-            self.client.update_run(info.run_id, status="RUNNING")
-        elif self.status in outbox.STATUSES and (info.status, info.end_time) != (
-            self.status,
-            ended or info.end_time,
-        ):
-            self.client.set_terminated(info.run_id, self.status, ended)
+    def _samples(self) -> list[Path]:
+        """Only the last one, because there are many trials."""
+        return super()._samples()[-1:]
+
+
+class SweepTracker(Tracker):
+    """Sends the folder of a sweep and all its trials to MLflow from a thread."""
+
+    projection_class = SweepProjection
+
+
+def resend_sweep_metrics(
+    folder: SweepFolder, uri: str, experiment_name: str, deadline_s: float = 60
+) -> bool:
+    """Send what the folder of a sweep has and MLflow does not; see `resend_metrics`."""
+    return resend_metrics(folder, uri, experiment_name, deadline_s, SweepTracker)
+
+
+def _file_state(folder: RunFolder) -> str:
+    """Return a text that changes if something in the folder of a trial changes."""
+    watched = [
+        folder.run_file,
+        folder.journal_file,
+        folder.summary_file,
+        folder.checkpoints,
+        folder.samples,
+        folder.replays,
+    ]
+    marks = [(path.name, file_mark(path)) for path in watched]
+    return " ".join(f"{name} {mark}" for name, mark in marks if mark is not None)

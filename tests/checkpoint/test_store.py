@@ -20,7 +20,8 @@ import torch
 from orchestrator.checkpoint import format as integrity
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.errors import NO_ROOM, UnreadableError, UserError
-from orchestrator.track import outbox
+from orchestrator.runs.folder import RunFolder
+from orchestrator.track import contents
 from tests.helpers.facts import FACTS
 
 # Every file-system call that a commit makes.
@@ -503,7 +504,7 @@ def test_readers_beside_a_writer_always_find_a_whole_one_and_never_fail(tmp_path
             assert (
                 latest >= before - 1
             )  # while one is replaced, the one before it may be the latest
-            assert len(outbox.checkpoints(tmp_path)) <= 2
+            assert len(contents.checkpoints(RunFolder(tmp_path))) <= 2
             checkpoint.best(directory)
     finally:
         writer.join()
@@ -536,7 +537,7 @@ def test_a_folder_that_is_only_called_like_a_checkpoint_is_none(tmp_path, name):
         2
     ]  # else the next line would look for the third for ever
     assert checkpoint.latest_valid(path.parent, pytest.fail) == path
-    assert list(outbox.checkpoints(tmp_path / "run")) == ["step-00000002"]
+    assert list(contents.checkpoints(RunFolder(tmp_path / "run"))) == ["step-00000002"]
 
 
 def test_a_dangling_link_with_a_checkpoints_name_is_passed_over(tmp_path):
@@ -687,7 +688,8 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 from orchestrator.checkpoint import store as checkpoint
-from orchestrator.track import outbox
+from orchestrator.runs.folder import RunFolder
+from orchestrator.track import contents
 
 facts = {"fingerprints": {"data": "d", "numerics": {"cpus_per_worker": 1, "device": "cpu"}}}
 

@@ -341,7 +341,9 @@ class Case:
         if self.tracked and now:
             from orchestrator.track.mlflow import resend_metrics
 
-            if not resend_metrics(self.run_dir, f"sqlite:///{self.tracked}", "faults", 60):
+            if not resend_metrics(
+                RunFolder(self.run_dir), f"sqlite:///{self.tracked}", "faults", 60
+            ):
                 self.report.problems.append("MLflow did not take everything")
 
     def _compare_history(self, curve: list[dict[str, Any]]) -> list[str]:

@@ -27,7 +27,7 @@ def train(run_dir, uri, experiment, seed):
         run_dir / "checkpoint",
         Journal(RunFolder(run_dir)),
     )
-    Tracker(run_dir, uri, experiment).start()
+    Tracker(RunFolder(run_dir), uri, experiment).start()
     step = int(checkpoint.read_text()) if checkpoint.exists() else -1
     journal.rewind(step)
     while True:
@@ -43,10 +43,9 @@ def train(run_dir, uri, experiment, seed):
 def main(uri, experiment):
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - what a tracker imports first, and takes seconds
 
-    from orchestrator.track import mlflow as tracking
-    from orchestrator.track import outbox, sender
+    from orchestrator.track import outbox, sender, server
 
-    tracking.quieten()
+    server.set_client_options()
     sender.POLL_S, outbox.BATCH = 0.01, 20  # many requests, and moments between them
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     print("ready", flush=True)

@@ -30,7 +30,9 @@ EXPERIMENT = "behind the gate"
 def server(tmp_path_factory):
     storage, cwd = tmp_path_factory.mktemp("served"), tmp_path_factory.mktemp("cwd")
     assert resend_metrics(
-        make_run(storage / "first", "first"), f"sqlite:///{storage}/mlflow/mlflow.db", "embedded"
+        RunFolder(make_run(storage / "first", "first")),
+        f"sqlite:///{storage}/mlflow/mlflow.db",
+        "embedded",
     )
     server = Server(storage, cwd, free_port())
     server.start()
@@ -95,7 +97,7 @@ def test_a_server_that_is_away_from_the_start(server, gate, run_dir, fault, capl
     uri = f"http://127.0.0.1:{gate.port}"
     gate.set(fault)
     began = time.monotonic()
-    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    tracker = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
     tracker.start()
     assert time.monotonic() - began < 0.5  # 1 ms on an idle machine
     assert tracker.url is None
@@ -107,7 +109,7 @@ def test_a_server_that_is_away_from_the_start(server, gate, run_dir, fault, capl
     )  # a request that hangs is not yet an answer
     (run_dir / "summary.json").write_text('{"status": "FINISHED"}')
     gate.set("open")
-    assert resend_metrics(run_dir, uri, EXPERIMENT)
+    assert resend_metrics(RunFolder(run_dir), uri, EXPERIMENT)
     check(server, run_dir, "FINISHED")
 
 
@@ -153,7 +155,7 @@ def test_one_outage_after_another(server, gate, run_dir, caplog, monkeypatch):
         "killed",
     ]
     training.draw.shuffle(faults)
-    tracker = Tracker(run_dir, f"http://127.0.0.1:{gate.port}", EXPERIMENT)
+    tracker = Tracker(RunFolder(run_dir), f"http://127.0.0.1:{gate.port}", EXPERIMENT)
     tracker.start()
     for fault in faults:
         training.go_on()
@@ -203,7 +205,7 @@ def test_ctrl_c_ends_the_wait_for_a_server_that_is_away_and_nothing_else(gate, r
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
-    assert not resend_metrics(run_dir, f"http://127.0.0.1:{gate.port}", EXPERIMENT, 60)
+    assert not resend_metrics(RunFolder(run_dir), f"http://127.0.0.1:{gate.port}", EXPERIMENT, 60)
     signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 10
     assert "Ctrl-C ends the wait, and loses nothing" in capsys.readouterr().out
@@ -211,14 +213,14 @@ def test_ctrl_c_ends_the_wait_for_a_server_that_is_away_and_nothing_else(gate, r
 
 def test_who_waits_for_a_second_is_told_nothing(gate, run_dir, capsys):
     gate.set("refuse")
-    assert not resend_metrics(run_dir, f"http://127.0.0.1:{gate.port}", EXPERIMENT, 1)
+    assert not resend_metrics(RunFolder(run_dir), f"http://127.0.0.1:{gate.port}", EXPERIMENT, 1)
     assert capsys.readouterr().out == ""
 
 
 def test_refused_for_good_is_said_once_and_kept(gate, run_dir, caplog):
     log(run_dir, range(3))
     gate.set("401 Unauthorized")
-    tracker = Tracker(run_dir, f"http://me:hunter2@127.0.0.1:{gate.port}", EXPERIMENT)
+    tracker = Tracker(RunFolder(run_dir), f"http://me:hunter2@127.0.0.1:{gate.port}", EXPERIMENT)
     tracker.start()
     began = time.monotonic()
     assert not tracker.finish("FINISHED", 60)

@@ -20,7 +20,7 @@ from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
 from orchestrator.track.mlflow import Projection, Tracker, resend_metrics
-from orchestrator.track.outbox import BATCH, MetricQueue
+from orchestrator.track.outbox import BATCH, MetricQueue, Sent
 from orchestrator.track.server import resolve_uri, run_url
 from tests.helpers.gate import locked
 from tests.helpers.tracked import client, curve, expected, log, rows, sent_step, wait_for
@@ -60,7 +60,7 @@ def commit(run_dir, step, content="{}"):
 
 
 def send(run_dir, uri, status="FINISHED"):
-    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    tracker = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
     tracker.start()
     assert tracker.finish(status, 60)
     return tracker
@@ -120,7 +120,7 @@ def test_sent_twice_is_sent_once(run_dir, store, uri):
     for forget in (False, True):  # also where the memory of what was sent is lost
         if forget:
             (run_dir / "tracking.json").unlink()
-        assert resend_metrics(run_dir, uri, EXPERIMENT)
+        assert resend_metrics(RunFolder(run_dir), uri, EXPERIMENT)
         assert json.loads((run_dir / "tracking.json").read_text())["run_id"] == run_id
         assert [rows(store, run_id, everything.format(t)) for t in tables] == before
 
@@ -136,7 +136,7 @@ def test_a_resume_adds_one_point_per_step(run_dir, store, uri):
         attempts=[{"workers": 1}, {"workers": 2, "layout": {"use_gpu": False}, "model.n_layer": 2}],
         params={"model.n_layer": 2, "schedule.kind": "wsd"},
     )
-    second = Tracker(run_dir, uri, EXPERIMENT)
+    second = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
     second.start()
     wait_for(lambda: client(uri).get_run(first.run_id).info.status == "RUNNING")
     log(run_dir, range(60, 201, 10))
@@ -156,7 +156,7 @@ def test_a_resume_adds_one_point_per_step(run_dir, store, uri):
 
 
 def test_a_resume_while_the_tracker_runs(run_dir, store, uri):
-    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    tracker = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
     tracker.start()
     log(run_dir, range(0, 101, 10))
     wait_for(lambda: tracker.run_id and len(rows(store, tracker.run_id)) == 22)
@@ -171,7 +171,7 @@ def test_what_only_the_second_making_of_a_step_logs_comes_too(run_dir, store, ur
     """A resume with other intervals; the last step evaluated only when it was known to be the last."""
     log(run_dir, range(0, 101, 10))
     commit(run_dir, 100)
-    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    tracker = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
     tracker.start()
     wait_for(lambda: sent_step(run_dir) == 100)
     Journal(RunFolder(run_dir)).rewind(50)
@@ -190,7 +190,7 @@ def test_what_only_the_second_making_of_a_step_logs_comes_too(run_dir, store, ur
     assert tracker.finish("KILLED", 60)
     log(run_dir, [95])
     log(run_dir, [100], **{"val/loss": 4.0})
-    assert resend_metrics(run_dir, uri, EXPERIMENT)  # and by another
+    assert resend_metrics(RunFolder(run_dir), uri, EXPERIMENT)  # and by another
     sent = rows(store, run_dir)
     assert sent == expected(run_dir)
     assert set(curve(run_dir)) <= {(key, step, value) for key, step, value, _ in sent}
@@ -210,7 +210,7 @@ def test_events_are_there_as_a_file_and_as_counts_whenever_there_are_more(run_di
         }, file.read_text() if file.exists() else ""
 
     log(run_dir, range(5))
-    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    tracker = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
     tracker.start()
     wait_for(lambda: sent_step(run_dir) == 4)
     assert seen(tracker.run_id) == ({}, "")
@@ -220,7 +220,7 @@ def test_events_are_there_as_a_file_and_as_counts_whenever_there_are_more(run_di
     wait_for(lambda: "no room" in seen(tracker.run_id)[1])
     assert tracker.finish("KILLED", 60)
     events.note(RunFolder(run_dir), "hang", "rank 0 hangs", rank=0)
-    assert resend_metrics(run_dir, uri, EXPERIMENT)
+    assert resend_metrics(RunFolder(run_dir), uri, EXPERIMENT)
     tags, text = seen(tracker.run_id)
     assert tags == {"events.hang": "2", "events.disk_full": "1"}
     assert [json.loads(line)["kind"] for line in text.splitlines()] == ["hang", "disk_full", "hang"]
@@ -265,19 +265,19 @@ def test_what_does_not_belong_in_a_run_is_not_sent_and_keeps_nothing_back(
 def test_two_who_send_a_new_run_at_once_make_one_of_it(run_dir, uri, monkeypatch, caplog):
     """The first is held up where MLflow has not been told of the run yet, until the second has met it."""
     log(run_dir, range(10))
-    met, real, made = threading.Event(), Projection._created_run, []
+    met, real, made = threading.Event(), Projection._create, []
 
     def slow(projection):
         made.append(projection)
         assert met.wait(30)
         return real(projection)
 
-    monkeypatch.setattr(Projection, "_created_run", slow)
-    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    monkeypatch.setattr(Projection, "_create", slow)
+    tracker = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
     tracker.start()
     wait_for(lambda: made)
     with ThreadPoolExecutor() as pool:
-        second = pool.submit(resend_metrics, run_dir, uri, EXPERIMENT)
+        second = pool.submit(resend_metrics, RunFolder(run_dir), uri, EXPERIMENT)
         try:
             wait_for(lambda: f"held by process {os.getpid()} on " in caplog.text or len(made) > 1)
         finally:
@@ -290,12 +290,12 @@ def test_two_who_send_a_new_run_at_once_make_one_of_it(run_dir, uri, monkeypatch
 def test_a_store_that_another_process_holds_is_waited_for(run_dir, store, uri):
     """MLflow itself waits for 20 s; then the sender would try again."""
     log(run_dir, range(50))
-    tracker = Tracker(run_dir, uri, EXPERIMENT)
+    tracker = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
     tracker.start()
     wait_for(lambda: sent_step(run_dir) == 49)
     with locked(store):
         log(run_dir, range(50, 100))
-        assert not resend_metrics(run_dir, uri, EXPERIMENT, deadline_s=2)
+        assert not resend_metrics(RunFolder(run_dir), uri, EXPERIMENT, deadline_s=2)
         assert sent_step(run_dir) == 49
         log(run_dir, range(100, 150))
     assert tracker.finish("FINISHED", 60)
@@ -328,7 +328,7 @@ def test_checkpoints_are_found_by_their_loss(run_dir, uri):
     }
     (commit(run_dir, 200) / "MANIFEST.json").unlink()
     commit(run_dir, 300, '{"made": "again"}')
-    assert resend_metrics(run_dir, uri, EXPERIMENT)
+    assert resend_metrics(RunFolder(run_dir), uri, EXPERIMENT)
     removed, again = ranked()
     assert (removed.tags.get("checkpoint.removed"), again.tags.get("checkpoint.removed")) == (
         "true",
@@ -343,7 +343,7 @@ def test_a_run_deleted_in_mlflow_is_left_alone_and_said_once(run_dir, uri, caplo
     client(uri).delete_run(tracker.run_id)
     log(run_dir, range(5, 9))
     with caplog.at_level(logging.WARNING):
-        assert not resend_metrics(run_dir, uri, EXPERIMENT, 30)
+        assert not resend_metrics(RunFolder(run_dir), uri, EXPERIMENT, 30)
     assert len(caplog.records) == 1
     assert "deleted in MLflow" in caplog.text
 
@@ -352,7 +352,7 @@ def test_another_store_gets_everything(run_dir, store, uri, tmp_path):
     log(run_dir, range(5))
     send(run_dir, uri)
     other = tmp_path / "other" / "mlflow.db"
-    assert resend_metrics(run_dir, f"sqlite:///{other}", EXPERIMENT)
+    assert resend_metrics(RunFolder(run_dir), f"sqlite:///{other}", EXPERIMENT)
     assert rows(other, json.loads((run_dir / "tracking.json").read_text())["run_id"]) == expected(
         run_dir
     )
@@ -365,16 +365,16 @@ def test_what_is_not_finite_is_not_sent(run_dir, store, uri):
 
 def test_batches_hold_whole_lines_and_leave_only_when_accepted(run_dir):
     log(run_dir, range(1200))
-    lines, nothing = MetricQueue(run_dir), {"sent_step": -1, "asides": 0}
+    lines, nothing = MetricQueue(RunFolder(run_dir)), Sent("", None)
     lines.refresh(nothing)
-    mark, sent = next(lines.batches())
-    assert (mark, len(sent)) == ({"sent_step": BATCH // 2 - 1}, BATCH)
-    assert next(lines.batches()) == (mark, sent)
+    batch = next(lines.batches())
+    assert (batch.sent_step, len(batch.rows)) == (BATCH // 2 - 1, BATCH)
+    assert next(lines.batches()) == batch
     lines.refresh(nothing)
-    assert [mark["sent_step"] for mark, _ in lines.batches()] == [499, 999, 1199]
+    assert [batch.sent_step for batch in lines.batches()] == [499, 999, 1199]
     log(run_dir, [1200])
-    lines.refresh({"sent_step": 1199, "asides": 0})
-    assert [mark for mark, _ in lines.batches()] == [{"sent_step": 1200}]
+    lines.refresh(Sent("", None, sent_step=1199))
+    assert [batch.sent_step for batch in lines.batches()] == [1200]
 
 
 def test_uris(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 
 from orchestrator.errors import UserError
 from orchestrator.runs import events
-from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.track import outbox
 from orchestrator.track.server import sweep_url
 from orchestrator.track.sweep import SweepTracker, resend_sweep_metrics
@@ -100,7 +100,7 @@ def sweep(tmp_path, request):
 
 
 def start(sweep, uri):
-    tracker = SweepTracker(sweep, uri, EXPERIMENT)
+    tracker = SweepTracker(SweepFolder(sweep), uri, EXPERIMENT)
     tracker.start()
     return tracker
 
@@ -211,7 +211,7 @@ def test_sent_twice_is_sent_once(sweep, store, uri):
     for forget in (False, True):  # also where the memory of what was sent is lost
         for file in sweep.rglob("tracking.json") if forget else ():
             file.unlink()
-        assert resend_sweep_metrics(sweep, uri, EXPERIMENT)
+        assert resend_sweep_metrics(SweepFolder(sweep), uri, EXPERIMENT)
         assert json.loads((sweep / "tracking.json").read_text())["run_id"] == run_id
         assert counts(store) == before
 
@@ -244,10 +244,10 @@ def test_trials_that_have_not_changed_cost_no_request(sweep, uri, monkeypatch):
         "set_logged_model_tags",
     ):
         monkeypatch.setattr(MlflowClient, name, spied(name, getattr(MlflowClient, name)))
-    assert resend_sweep_metrics(sweep, uri, EXPERIMENT)
+    assert resend_sweep_metrics(SweepFolder(sweep), uri, EXPERIMENT)
     assert asked == []
     put_curve(sweep / "trials" / "b", 120, 3.5)
-    assert resend_sweep_metrics(sweep, uri, EXPERIMENT)
+    assert resend_sweep_metrics(SweepFolder(sweep), uri, EXPERIMENT)
     run_id = json.loads((sweep / "trials" / "b" / "tracking.json").read_text())["run_id"]
     assert asked == [("get_run", run_id), ("log_batch", run_id)]
 
@@ -307,8 +307,8 @@ def test_a_tracker_killed_anywhere_loses_and_repeats_nothing(sweep, store, uri):
     for name in names:
         put_trial(sweep, name, 2000)
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom orchestrator.track.sweep import SweepTracker\n"
-        "SweepTracker(Path(sys.argv[1]), sys.argv[2], sys.argv[3]).start()\ntime.sleep(60)"
+        "import sys, time\nfrom orchestrator.runs.folder import SweepFolder\nfrom orchestrator.track.sweep import SweepTracker\n"
+        "SweepTracker(SweepFolder(sys.argv[1]), sys.argv[2], sys.argv[3]).start()\ntime.sleep(60)"
     )
 
     def begun():
@@ -387,8 +387,8 @@ def test_a_trial_deleted_in_mlflow_is_left_alone_and_the_others_go_on(sweep, sto
     put_curve(sweep / "trials" / "a", 200)
     put_curve(sweep / "trials" / "b", 200, 3.5)
     with caplog.at_level(logging.WARNING):
-        assert not resend_sweep_metrics(sweep, uri, EXPERIMENT, 30)
-    assert len([r for r in caplog.records if "trial a: refused" in r.message]) == 1
+        assert not resend_sweep_metrics(SweepFolder(sweep), uri, EXPERIMENT, 30)
+    assert len([r for r in caplog.records if "trial a: rejected" in r.message]) == 1
     assert rows(store, sweep / "trials" / "b") == expected(sweep / "trials" / "b")
     assert len(rows(store, sweep / "trials" / "a")) == 22
 
@@ -422,7 +422,7 @@ def test_replay_of_a_sweep_that_has_not_ended_leaves_its_statuses(sweep, uri):
     put_trial(sweep, "c", 50, status=None)
     first = send(sweep, uri, "KILLED")
     put_curve(sweep / "trials" / "c", 80)
-    assert resend_sweep_metrics(sweep, uri, EXPERIMENT)
+    assert resend_sweep_metrics(SweepFolder(sweep), uri, EXPERIMENT)
     assert statuses(uri, first)["c"] == "KILLED"
     assert client(uri).get_run(first.run_id).info.status == "KILLED"
 
@@ -430,17 +430,17 @@ def test_replay_of_a_sweep_that_has_not_ended_leaves_its_statuses(sweep, uri):
 def test_another_store_gets_everything(sweep, uri, tmp_path):
     send(sweep, uri)
     other = tmp_path / "other" / "mlflow.db"
-    assert resend_sweep_metrics(sweep, f"sqlite:///{other}", EXPERIMENT)
+    assert resend_sweep_metrics(SweepFolder(sweep), f"sqlite:///{other}", EXPERIMENT)
     for name in "ab":
         assert rows(other, sweep / "trials" / name) == expected(sweep / "trials" / name)
 
 
 def test_lines_of_a_curve_that_was_written_again_longer_come_once(sweep):
     folder = sweep / "trials" / "a"
-    lines = outbox.MetricQueue(folder)
-    lines.refresh({"sent_step": -1, "asides": 0})
-    assert [mark for mark, _ in lines.batches()] == [{"sent_step": 100}]
+    lines = outbox.MetricQueue(RunFolder(folder))
+    lines.refresh(outbox.Sent("", None))
+    assert [batch.sent_step for batch in lines.batches()] == [100]
     for steps in (100, 150, 150, 300):
         put_curve(folder, steps)
-        lines.refresh({"sent_step": 100, "asides": 0})
-    assert [mark["sent_step"] for mark, _ in lines.waiting] == list(range(110, 301, 10))
+        lines.refresh(outbox.Sent("", None, sent_step=100))
+    assert [line.sent_step for line in lines._waiting] == list(range(110, 301, 10))

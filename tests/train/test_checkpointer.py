@@ -368,7 +368,7 @@ def test_the_journal_is_on_the_disk_before_a_checkpoint_has_its_name_and_before_
     writer.wait()
     assert calls.index("metrics.jsonl") < calls.index("step-00000001")
     calls.clear()
-    lines = outbox.MetricQueue(tmp_path)
-    lines.refresh({"sent_step": -1, "asides": 0})
-    assert next(lines.batches())[1]
+    lines = outbox.MetricQueue(RunFolder(tmp_path))
+    lines.refresh(outbox.Sent("", None))
+    assert next(lines.batches()).rows
     assert "metrics.jsonl" in calls

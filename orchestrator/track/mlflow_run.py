@@ -1,0 +1,141 @@
+"""The MLflow run of a run folder: how it is found or created, and what it has accepted so far."""
+
+import functools
+import threading
+from typing import TYPE_CHECKING
+
+from orchestrator.redact import redact_text
+from orchestrator.runs.folder import RunFolder, RunRecord
+from orchestrator.track import contents, server
+from orchestrator.track.outbox import Sent
+from orchestrator.track.sender import GivenUpError, RefusedError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+KEY_TAG = "espalier.run_key"
+
+
+class MlflowRun:
+    """The MLflow run of a run folder. Creating the object reads no file.
+
+    Args:
+        folder: Folder of the run.
+        uri: Tracking URI.
+        experiment_name: Name of the MLflow experiment.
+        given_up: Set when nothing more should be sent; see `Sender`.
+
+    Attributes:
+        record: Content of run.json.
+        sent: Content of tracking.json: what MLflow has accepted.
+        run: MLflow's run; None before `attach`.
+        first_tags: Tags that a new run gets besides its key.
+    """
+
+    def __init__(
+        self, folder: RunFolder, uri: str, experiment_name: str, given_up: threading.Event
+    ) -> None:
+        self.folder = folder
+        self.uri = uri
+        self.experiment_name = experiment_name
+        self.given_up = given_up
+        self.record = RunRecord()
+        self.sent = self._nothing_sent()
+        self.run: Run | None = None
+        self.first_tags: dict[str, str] = {}
+
+    def _nothing_sent(self) -> Sent:
+        return Sent(redact_text(self.uri), self.record.get("key"), self.experiment_name)
+
+    def load(self) -> None:
+        """Read run.json and tracking.json."""
+        self.record = self.folder.read_record() or self.record
+        blank = self._nothing_sent()
+        stored = Sent.read(self.folder) or blank
+        # Else it was sent to another server, or another run had this name.
+        is_same = (stored.uri, stored.key) == (blank.uri, blank.key)
+        self.sent = stored if is_same else blank
+
+    def save(self) -> None:
+        """Write tracking.json.
+
+        Raises:
+            GivenUpError: The driver no longer waits. Another process may send this folder now.
+        """
+        if self.given_up.is_set():
+            raise GivenUpError
+        self.sent.write(self.folder)
+
+    @functools.cached_property
+    def client(self) -> "MlflowClient":
+        """MLflow's client. Created on first use, because the import of mlflow takes a second."""
+        from mlflow import MlflowClient
+
+        database = server.local_path(self.uri)
+        if database is not None:
+            database.parent.mkdir(parents=True, exist_ok=True)
+        return MlflowClient(tracking_uri=self.uri)
+
+    def attach(self) -> None:
+        """Find the run by its id or by its key, or create it.
+
+        Raises:
+            RefusedError: The run was deleted in MLflow.
+        """
+        run = self._find_by_id() or self._find_by_key() or self._create()
+        if run.info.lifecycle_stage == "deleted":
+            raise RefusedError(
+                "the run was deleted in MLflow; restore it there, or remove "
+                f"{self.folder.tracking_file} to send it as a new one"
+            )
+        self.sent.run_id = run.info.run_id
+        self.sent.experiment_id = run.info.experiment_id
+        self.save()
+        self.run = run
+
+    def fetch(self) -> "Run":
+        """Return the run as MLflow has it now."""
+        run = self.client.get_run(self.sent.run_id)
+        server.check_complete(run.info.run_id)
+        return run
+
+    def _find_by_id(self) -> "Run | None":
+        if self.sent.run_id is None:
+            return None
+        try:
+            return self.fetch()
+        except Exception as error:
+            if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            # The server has lost its data: send everything again.
+            self.sent = self._nothing_sent()
+            return None
+
+    def _find_by_key(self) -> "Run | None":
+        """Find a run whose creator was killed before it could store the id."""
+        experiment = self.client.get_experiment_by_name(self.experiment_name)
+        if experiment is None:
+            self.sent.experiment_id = self._create_experiment()
+            return None
+        server.check_complete(experiment.experiment_id)
+        self.sent.experiment_id = experiment.experiment_id
+        query = f"tags.`{KEY_TAG}` = '{self.record['key']}'"
+        return server.search_one(self.client.search_runs, [experiment.experiment_id], query)
+
+    def _create_experiment(self) -> str:
+        artifacts = None
+        database = server.local_path(self.uri)
+        if database is not None:
+            artifacts = (database.parent / "artifacts").as_uri()
+        experiment_id = self.client.create_experiment(self.experiment_name, artifacts)
+        server.check_complete(experiment_id)
+        return experiment_id
+
+    def _create(self) -> "Run":
+        started_ms = contents.started_ms(self.record)
+        tags = {KEY_TAG: self.record["key"], **self.first_tags}
+        name = self.record.get("name")
+        run = self.client.create_run(self.sent.experiment_id, started_ms, tags, name)
+        server.check_complete(run.info.run_id)
+        return run

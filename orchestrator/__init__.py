@@ -1,1 +1,19 @@
-"""Everything between a corpus and a trained, tracked GPT. Imports run downward: pipelines -> orchestrator -> model."""
+"""From a corpus to a trained, tracked GPT.
+
+Imports run downward: `pipelines` uses `orchestrator`, which uses `model`. Start with
+`train/loop.py` for the training loop, or with `jobs/train.py` for the life of a run.
+
+- `config`: all settings of a run or a sweep
+- `cluster`: Ray's nodes, and how many workers run where
+- `data`: corpus to token shards; batches
+- `checkpoint`: checkpoint folders
+- `runs`: the folder of a run and its files
+- `train`: the training loop, without Ray
+- `track`: MLflow
+- `cost`: estimates before a run
+- `workers`: training processes on Ray, hangs and lack of memory
+- `sweep`: many trials that share steps
+- `replay`: repeat a part of a run and compare bits
+- `jobs`: the life cycle of a run and of a sweep
+- `errors`, `files`, `redact`, `text`: used by all packages
+"""

@@ -1,11 +1,10 @@
-"""Secrets in texts and facts, replaced before anything is stored, shown or sent."""
+"""Replace secrets in texts and facts before they are stored, shown or sent."""
 
 import os
 import re
 from typing import Any
 
 REDACTED = "[redacted]"
-
 
 _SECRET_WORDS = {
     "token",
@@ -21,7 +20,8 @@ _SECRET_WORDS = {
     "credentials",
 }
 
-
+# Private keys, and tokens of Hugging Face, GitHub, GitLab, OpenAI, Slack, Databricks and AWS; JSON
+# web tokens; bearer tokens.
 _SECRET_SHAPES = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
     r"|\b(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abprs]-|dapi)[A-Za-z0-9_-]{16,}"
@@ -31,13 +31,13 @@ _SECRET_SHAPES = re.compile(
     re.DOTALL,
 )
 
-
+# The user and password in scheme://user:password@host
 _USERINFO = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")
 
-
+# ?name=value in an address
 _PARAMETER = re.compile(r"""(?P<head>[?&](?P<name>[^=&#\s]+)=)(?P<value>[^&#\s"']+)""")
 
-
+# name=value and name: value
 _ASSIGNMENT = re.compile(
     r"""(?P<head>(?P<quote>["']?)(?P<name>[A-Za-z_][\w.-]*)(?P=quote)\s*[=:]\s*)"""
     r"""(?P<value>"[^"]*"|'[^']*'|[^\s&,;}"']+)"""
@@ -45,50 +45,74 @@ _ASSIGNMENT = re.compile(
 
 
 def redact(facts: dict[str, Any]) -> dict[str, Any]:
-    """The same dict without secrets: values of keys named like one, and what looks like one inside any text."""
-    return {
-        k: REDACTED if _names_secret(k) and v not in (None, "") else _redact_value(v)
-        for k, v in facts.items()
-    }
+    """Return a copy without secrets: values whose key names one, and secrets inside texts."""
+    redacted = {}
+    for key, value in facts.items():
+        if _names_secret(key) and value not in (None, ""):
+            redacted[key] = REDACTED
+        else:
+            redacted[key] = _redact_value(value)
+    return redacted
 
 
 def redact_text(text: str) -> str:
-    """`text` without URL userinfo, tokens of known shapes, `password=…` words and values of secret variables."""
+    """Return a text without secrets.
+
+    These are users and passwords in addresses, tokens of known shapes, words such as `password=…`,
+    and the values of environment variables whose names are those of secrets.
+    """
     for value in _environment_secrets():
         text = text.replace(value, REDACTED)
-    text = _SECRET_SHAPES.sub(REDACTED, _USERINFO.sub(REDACTED, text))
-    for rule in (
-        _PARAMETER,
-        _ASSIGNMENT,
-    ):  # `https:` is an assignment too, and would have a whole query for its value
-        text = rule.sub(lambda m: m["head"] + REDACTED if _names_secret(m["name"]) else m[0], text)
-    return text
+    text = _USERINFO.sub(REDACTED, text)
+    text = _SECRET_SHAPES.sub(REDACTED, text)
+    # Parameters first: for the second rule, a whole address is one value, that of `https:`.
+    text = _PARAMETER.sub(_redact_match, text)
+    return _ASSIGNMENT.sub(_redact_match, text)
 
 
 def redact_addresses(tree: Any) -> Any:
-    """The same tree of dicts and lists, its addresses (`scheme://…`) without passwords and tokens."""
+    """Return a copy of nested dicts and lists whose addresses (`scheme://…`) have no secrets."""
     if isinstance(tree, dict):
         return {key: redact_addresses(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [redact_addresses(value) for value in tree]
-    return redact_text(tree) if isinstance(tree, str) and "://" in tree else tree
+    if isinstance(tree, str) and "://" in tree:
+        return redact_text(tree)
+    return tree
 
 
 def _redact_value(value: Any) -> Any:
     if isinstance(value, dict):
         return redact(value)
     if isinstance(value, (list, tuple)):
-        return [_redact_value(v) for v in value]
-    return redact_text(value) if isinstance(value, str) else value
+        return [_redact_value(part) for part in value]
+    if isinstance(value, str):
+        return redact_text(value)
+    return value
+
+
+def _redact_match(match: re.Match[str]) -> str:
+    if _names_secret(match["name"]):
+        return match["head"] + REDACTED
+    return match[0]
 
 
 def _names_secret(name: str) -> bool:
-    """Whether a field is named like a secret: `api_key` and `hfToken` are, `eval_tokens` and `tokenizer` are not."""
-    words = [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", str(name))]
-    return any(w in _SECRET_WORDS or "password" in w or "secret" in w for w in words)
+    """Return whether a name is that of a secret: `api_key`, `hfToken`; not `eval_tokens`."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", str(name))
+    for word in words:
+        word = word.lower()
+        if word in _SECRET_WORDS or "password" in word or "secret" in word:
+            return True
+    return False
 
 
 def _environment_secrets() -> list[str]:
-    """Values of variables named like secrets, longest first; too short ones would redact ordinary words."""
-    values = (v for k, v in os.environ.items() if _names_secret(k) and len(v) >= 8)
+    """Return the values of secret environment variables, longest first.
+
+    Values of fewer than 8 characters are left out: they would redact ordinary words.
+    """
+    values = [
+        value for name, value in os.environ.items() if _names_secret(name) and len(value) >= 8
+    ]
     return sorted(values, key=len, reverse=True)

@@ -1,12 +1,12 @@
-"""Numbers, durations and tables as text for people."""
+"""Numbers, durations and tables as text."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 
 def duration(seconds: float) -> str:
-    """`58s`, `4m10s`, `3h05m`, `2d04h`."""
+    """Return a duration as `58s`, `4m10s`, `3h05m` or `2d04h`."""
     s = round(seconds)
     if s < 60:
         return f"{s}s"
@@ -17,28 +17,34 @@ def duration(seconds: float) -> str:
     return f"{s // 86400}d{s % 86400 // 3600:02d}h"
 
 
-def table(rows: dict[str, Any]) -> str:
-    """Two aligned columns; None is left out."""
-    rows = {k: v for k, v in rows.items() if v is not None}
-    width = max(map(len, rows), default=0)
-    return "\n".join(f"  {key:<{width}}  {value}" for key, value in rows.items())
+def table(rows: Mapping[str, Any]) -> str:
+    """Return names and values as two aligned columns. Rows with the value None are left out."""
+    shown = {name: value for name, value in rows.items() if value is not None}
+    width = max((len(name) for name in shown), default=0)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in shown.items())
 
 
 def number(value: Any) -> str:
-    """Integers and floats with separators, floats below 1,000 with four decimals, the rest as it is."""
+    """Return a number with separators; a float below 1,000 has four decimals.
+
+    Dicts and lists are returned as JSON, other values as `str` gives them.
+    """
+    if isinstance(value, (dict, list)):
+        return json.dumps(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
-    return (
-        f"{value:,}"
-        if isinstance(value, int)
-        else f"{value:,.4f}"
-        if abs(value) < 1000
-        else f"{value:,.0f}"
-    )
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if abs(value) < 1000:
+        return f"{value:,.4f}"
+    return f"{value:,.0f}"
 
 
 def clip(text: str, width: int) -> str:
-    """The text, or both its ends with … between them: names differ at the end as often as at the start."""
+    """Return the text, or its start and its end with … between them.
+
+    Names of trials differ at the end as often as at the start.
+    """
     if len(text) <= width:
         return text
     tail = (width - 1) // 2
@@ -46,30 +52,46 @@ def clip(text: str, width: int) -> str:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """{name: the name without the parts, between underscores, that all names of as many parts have in common}.
+    """Return each name without the parts that all names share; parts are separated by `_`.
+
+    Names are compared with those of the same number of parts.
 
     >>> short_names(["kind-wsd_max_lr-0.1_seed-1", "kind-wsd_max_lr-0.2_seed-1"])
     {'kind-wsd_max_lr-0.1_seed-1': 'lr-0.1', 'kind-wsd_max_lr-0.2_seed-1': 'lr-0.2'}
     """
-    groups: dict[int, list[list[str]]] = {}
+    groups: dict[int, list[str]] = {}
     for name in dict.fromkeys(names):
-        groups.setdefault(name.count("_"), []).append(name.split("_"))
-    short = {}
+        groups.setdefault(name.count("_"), []).append(name)
+    short: dict[str, str] = {}
     for group in groups.values():
-        kept = [i for i in range(len(group[0])) if len({parts[i] for parts in group}) > 1]
-        short |= {
-            "_".join(parts): "_".join(parts[i] for i in kept) or "_".join(parts) for parts in group
-        }
-    return short if len(set(short.values())) == len(short) else {name: name for name in short}
+        short |= _without_common_parts(group)
+    if len(set(short.values())) < len(short):  # two short names are equal
+        return {name: name for name in short}
+    return short
 
 
-def aligned(lines: list[list[str]], left: Iterable[int]) -> str:
-    """Columns two spaces apart; those in `left` to the left, the rest, numbers, to the right."""
-    left, widths = set(left), [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+def _without_common_parts(names: Sequence[str]) -> dict[str, str]:
+    columns = zip(*(name.split("_") for name in names), strict=True)
+    differs = [len(set(column)) > 1 for column in columns]
+    short = {}
+    for name in names:
+        parts = zip(name.split("_"), differs, strict=True)
+        short[name] = "_".join(part for part, is_different in parts if is_different) or name
+    return short
+
+
+def aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> str:
+    """Return lines of cells as columns, two spaces apart.
+
+    Args:
+        lines: Cells of each line. All lines have the same number of cells.
+        left: Indices of columns that are aligned to the left; the others hold numbers.
+    """
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    rows = []
+    for line in lines:
+        cells = []
+        for i, cell in enumerate(line):
+            cells.append(cell.ljust(widths[i]) if i in left else cell.rjust(widths[i]))
+        rows.append("  ".join(cells).rstrip())
+    return "\n".join(rows)

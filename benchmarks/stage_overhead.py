@@ -28,7 +28,7 @@ from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.study import Study
 from orchestrator.sweep.tree import Plan, grow
-from pipelines.common import at_least, guarded
+from pipelines.common import at_least, run_command
 
 CALIBRATION_STEPS, WINDOW = 60, 20
 
@@ -159,4 +159,4 @@ def report(a: Namespace, step: float, length: int, costs: list[tuple[float, floa
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_command(main)

@@ -33,7 +33,7 @@ from orchestrator.runs import lock
 from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep.study import Study
 from orchestrator.sweep.tree import Trial, grow
-from pipelines.common import at_least, guarded
+from pipelines.common import at_least, run_command
 
 REDUCTION = 3
 EVALUATIONS = 18  # in a run: a ninth, a third and the half of it are among them
@@ -314,4 +314,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_command(main)

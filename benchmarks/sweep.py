@@ -47,7 +47,7 @@ from orchestrator.sweep.study import Study, data_key
 from orchestrator.sweep.tree import Stage, Trial
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
-from pipelines.common import Options, at_least, guarded
+from pipelines.common import Options, at_least, run_command
 
 PEAKS = (1e-3, 3e-3, 1e-2)
 SHAPES = {
@@ -385,4 +385,4 @@ def report(a: Namespace, study: Study, rounds: list[tuple[float, float, str]]) -
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_command(main)

@@ -30,7 +30,7 @@ from sweep import markdown, spread
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
 from orchestrator.track.mlflow import Tracker
-from pipelines.common import Options, at_least, guarded
+from pipelines.common import Options, at_least, run_command
 
 REPO = Path(__file__).resolve().parent.parent
 METRICS = {f"metric/{n}": 1 / (n + 3) for n in range(15)}
@@ -192,4 +192,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_command(main)

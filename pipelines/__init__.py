@@ -1,1 +1,4 @@
-"""Commands: argv -> configuration -> one call -> a table."""
+"""Commands. Each reads its arguments, makes one call and prints a table.
+
+`train.py` and `sweep.py` are the main ones; `common.py` has what all commands share.
+"""

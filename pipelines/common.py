@@ -1,17 +1,18 @@
-"""What every command shares: its arguments, its help, and how it ends (see `orchestrator.errors` for the statuses)."""
+"""Arguments, `--help` and exit statuses of all commands (statuses: see `orchestrator.errors`)."""
 
 import argparse
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from orchestrator.config.experiment import field_docs, load_experiment
+from orchestrator.config.experiment import Experiment, field_docs, load_experiment
 from orchestrator.config.fields import Docs
 from orchestrator.errors import (
     EXIT_AGAIN,
+    EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_USER,
@@ -19,62 +20,182 @@ from orchestrator.errors import (
     HeldError,
     UserError,
 )
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.signals import Terminated
+from orchestrator.runs.storage import storage_root
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-def guarded(main: Callable[[list[str]], int]) -> None:
-    """Run `main(argv)` and exit: a user's mistake is one line (or one per mistake) and status 2, as is a full disk; a
-    run that somebody else writes to or SIGTERM 75, Ctrl-C 130."""
+def run_command(main: Callable[[list[str]], int]) -> NoReturn:
+    """Call `main(argv)` and exit with its status.
+
+    Expected errors are printed without a traceback: a user error or a full disk ends with status 2,
+    a run that another process writes to and SIGTERM with 75, Ctrl-C with 130.
+    """
     try:
         status = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = EXIT_USER
+        status = _print_error(f"error: {error}", EXIT_USER)
     except HeldError as error:
-        print(f"{error}; run this again when it has ended", file=sys.stderr)
-        status = EXIT_AGAIN
+        status = _print_error(f"{error}; run this command again when it has ended", EXIT_AGAIN)
     except Terminated:
-        print("terminated before it began; run the same command again", file=sys.stderr)
-        status = EXIT_AGAIN
+        status = _print_error("terminated before it began; run the same command again", EXIT_AGAIN)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = EXIT_INTERRUPTED
-    except BrokenPipeError:  # `… --help | head`: nobody reads on
+        status = _print_error("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:  # for example `… --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_FAILED
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        print(f"error: no room ({error}); free some there and run this again", file=sys.stderr)
-        status = EXIT_USER
+        message = f"error: the disk is full ({error}); free some space and run this command again"
+        status = _print_error(message, EXIT_USER)
     sys.stdout.flush()
     sys.exit(status)
 
 
-class Options(argparse.ArgumentParser):
-    """argparse for commands with options of their own; a wrong one is a `UserError`, one line and status 2."""
+def _print_error(message: str, status: int) -> int:
+    print(message, file=sys.stderr)
+    return status
 
-    def __init__(self, doc: str, **settings):
+
+# ---- commands that take an experiment ----
+
+
+def experiment_command(
+    doc: str,
+    run: Callable[[Any], int],
+    *,
+    dry_run: Callable[[Any], int],
+    load: Callable[[Path, list[str]], Any] = load_experiment,
+    docs: Callable[[], Docs] = field_docs,
+    default: Path = DEFAULT,
+) -> NoReturn:
+    """Run a command `[EXPERIMENT.yaml] [section.field=value …] [--dry-run]` and exit.
+
+    Args:
+        doc: Description for `--help`.
+        run: The command; it takes what `load` returns.
+        dry_run: Prints estimates instead.
+        load: Reads a file and applies overrides.
+        docs: Describes the fields for `--help`.
+        default: The experiment, if none is given.
+    """
+
+    def main(argv: list[str]) -> int:
+        if "-h" in argv or "--help" in argv:
+            print(help_text(doc, docs()))
+            return EXIT_DONE
+        for argument in argv:
+            if argument.startswith("-") and argument != "--dry-run":
+                raise UserError(f"{argument}: no such option; --help lists all options")
+        words = [argument for argument in argv if argument != "--dry-run"]
+        experiment = load(*split_words(words, default))
+        if "--dry-run" in argv:
+            return dry_run(experiment)
+        return run(experiment)
+
+    run_command(main)
+
+
+def split_words(words: Sequence[str], default: Path = DEFAULT) -> tuple[Path, list[str]]:
+    """Separate the path of the experiment from the overrides.
+
+    Raises:
+        UserError: There is more than one path.
+    """
+    files = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    if len(files) > 1:
+        raise UserError(
+            f"'{files[1]}': give one experiment at a time; an override is section.field=value"
+        )
+    path = Path(files[0]) if files else default
+    return path, overrides
+
+
+def help_text(doc: str, docs: Docs) -> str:
+    """Return the description of a command and of every field: type, default and meaning."""
+    lines = [
+        doc.strip(),
+        "",
+        "usage: [EXPERIMENT.yaml] [section.field=value …] [--dry-run]",
+        "",
+        "  --dry-run  print parameters, FLOPs, memory, disk and time; train nothing",
+        "",
+        "fields (type; default):",
+    ]
+    for key, field in docs.items():
+        lines.append(f"  {key}  ({field.type}; {field.shown_default})")
+        lines.append(f"      {field.description}")
+        lines += [f"        {choice}: {text}" for choice, text in field.choices.items()]
+    return "\n".join(lines)
+
+
+# ---- commands with other options ----
+
+
+class Options(argparse.ArgumentParser):
+    """An argparse parser whose errors are `UserError`: one line and status 2."""
+
+    def __init__(self, doc: str, epilog: str | None = None) -> None:
         super().__init__(
             description=doc.strip(),
+            epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
-            **settings,
         )
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists what there is")
+        """Raise UserError."""
+        raise UserError(f"{message}; --help lists all options")
+
+    def add_number(self, name: str, metavar: str, least: float, default: Any, text: str) -> None:
+        """Add an option for a number of at least `least`, an integer if `least` is one.
+
+        Its default is shown in `--help`. None is for options that have none.
+        """
+        if default is not None:
+            text = f"{text} (default: {default:g})"
+        self.add_argument(name, metavar=metavar, type=at_least(least), default=default, help=text)
+
+    def add_best(self) -> None:
+        """Add `--best`."""
+        self.add_argument(
+            "--best",
+            action="store_true",
+            help="use the checkpoint of the run with the lowest val loss, not the latest",
+        )
+
+    def add_device(self) -> None:
+        """Add `--device`."""
+        self.add_argument(
+            "--device",
+            default="auto",
+            help="cpu, cuda:1 … or auto, the first GPU if there is one (default: auto)",
+        )
+
+    def add_dtype(self, default: str) -> None:
+        """Add `--dtype`; `default` describes its default."""
+        self.add_argument(
+            "--dtype", choices=DTYPES, help=f"type of matrix products (default: {default})"
+        )
 
 
-def at_least(least: int | float) -> Callable[[str], int | float]:
-    """For `type=` of an option: a finite number like `least` (whole where that is), and not below it."""
-    kind, limit = ("a whole number", 2**53) if isinstance(least, int) else ("a number", math.inf)
+def at_least(least: float) -> Callable[[str], float]:
+    """Return a `type=` for argparse: a finite number of at least `least`.
 
-    def parse(text: str) -> int | float:
+    It is an integer if `least` is one.
+    """
+    is_int = isinstance(least, int)
+    kind = "a whole number" if is_int else "a number"
+    limit = 2**53 if is_int else math.inf
+
+    def parse(text: str) -> float:
         try:
-            value = type(least)(text)
+            value = int(text) if is_int else float(text)
         except ValueError:
             value = math.nan
         if not least <= value < limit:
@@ -84,55 +205,15 @@ def at_least(least: int | float) -> Callable[[str], int | float]:
     return parse
 
 
-def experiment_command(
-    doc: str,
-    run: Callable[[Any], int],
-    *,
-    dry_run: Callable[[Any], int] | None = None,
-    load: Callable[[Path, list[str]], Any] = load_experiment,
-    docs: Callable[[], Docs] = field_docs,
-    default: Path = DEFAULT,
-) -> None:
-    """`[EXPERIMENT.yaml] [section.field=value …] [--dry-run]`, without a file `default`.
-
-    `load` makes what `run` and `dry_run` take out of the path and the words; `docs` gives the fields that `--help` lists.
-    """
-
-    def main(argv: list[str]) -> int:
-        if {"-h", "--help"} & set(argv):
-            print(help_text(doc, dry_run is not None, docs()))
-            return 0
-        flags = {a for a in argv if a.startswith("-")}
-        unknown = flags - ({"--dry-run"} if dry_run else set())
-        if unknown:
-            raise UserError(f"{sorted(unknown)[0]}: no such option; --help lists what there is")
-        words = [a for a in argv if a not in flags]
-        experiment = load(*split_words(words, default))
-        return dry_run(experiment) if "--dry-run" in flags else run(experiment)
-
-    guarded(main)
+def run_places(word: str) -> list[RunFolder]:
+    """Return the folders that `word`, the path or the name of a run, may mean."""
+    path = Path(word).expanduser().absolute()
+    return [RunFolder(path), RunFolder(storage_root(Experiment()) / word)]
 
 
-def split_words(words: list[str], default: Path = DEFAULT) -> tuple[Path, list[str]]:
-    """The experiment's path, in front, and the overrides."""
-    files = [w for w in words if "=" not in w]
-    if len(files) > 1:
-        raise UserError(
-            f"'{files[1]}': one experiment at a time; overrides are section.field=value"
-        )
-    return Path(files[0]) if files else default, [w for w in words if "=" in w]
-
-
-def help_text(doc: str, dry: bool, docs: Docs | None = None) -> str:
-    """The command's description and every field (of `docs`, else of an experiment) with its type and default."""
-    lines = [
-        doc.strip(),
-        "",
-        "usage: [EXPERIMENT.yaml] [section.field=value …]" + (" [--dry-run]" if dry else ""),
-        "",
-        "fields (type; default):",
-    ]
-    for key, field in (docs or field_docs()).items():
-        lines += [f"  {key}  ({field.type}; {field.shown_default})", f"      {field.description}"]
-        lines += [f"        {choice}: {text}" for choice, text in field.choices.items()]
-    return "\n".join(lines)
+def no_run(word: str, file: str) -> UserError:
+    """Return the error for a run that is in none of `run_places`."""
+    places = " and ".join(str(folder.path) for folder in run_places(word))
+    return UserError(
+        f"'{word}': there is no run with this name or path (looked for {file} in {places})"
+    )

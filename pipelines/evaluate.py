@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Measure a trained GPT: loss, perplexity and bits per byte over a whole split, every token of it once.
+"""Evaluate a trained GPT: loss, perplexity and bits per byte over a whole split.
 
-It is the evaluation that training makes: on the same device, with the same dtype and threads (all are the run's unless
-you say otherwise), it gives the loss that was logged at that step, to the last bit; of a run with train.compile=true
-the last digits differ. The tokens are those that the run was trained on: another dataset is refused.
+On the same device, with the same dtype and number of threads (by default those of the run), the
+loss equals the one that training logged at this step, to the last bit; with train.compile=true
+the last digits differ. The tokens must be those that the run was trained on.
 
   pipelines/evaluate.py quickstart
   pipelines/evaluate.py runs/quickstart --best --split train --tokens 1000000
@@ -13,12 +13,14 @@ the last digits differ. The tokens are those that the run was trained on: anothe
 import math
 import sys
 import time
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from orchestrator.data.batches import EvalBatches, TokenStream
 from orchestrator.data.dataset import Manifest
-from orchestrator.errors import UserError
+from orchestrator.errors import EXIT_DONE, UserError
 from orchestrator.text import duration, table
 from orchestrator.train.evaluate import EvalResult, EvalSet
 from orchestrator.train.numerics import autocast, device_name
@@ -29,136 +31,167 @@ from orchestrator.train.trained import (
     open_checkpoint,
     tokens_of,
 )
-from pipelines.common import Options, at_least, guarded
+from pipelines.common import Options, run_command
 
 FREE = ("data.dir", "storage", "train.micro_batch_size", "compute.cpus_per_worker")
 
 
-class Progress:
-    """Batches that say on stderr how far they are read, once reading takes longer than a moment."""
+@dataclass(frozen=True)
+class Measured:
+    """Result of an evaluation.
 
-    def __init__(self, batches, every_s: float):
-        self.batches, self.every_s = batches, every_s
-        self.started = self.said = time.monotonic()
+    Attributes:
+        result: Loss and bits per byte.
+        targets_bytes: Bytes of text of all target tokens.
+        seconds: Duration.
+    """
+
+    result: EvalResult
+    targets_bytes: int
+    seconds: float
+
+
+class Progress:
+    """Batches that print to stderr how many of them were read.
+
+    Args:
+        batches: The batches, by index.
+        every_s: Seconds between two lines, and before the first one.
+    """
+
+    def __init__(self, batches: EvalBatches, every_s: float) -> None:
+        self.batches = batches
+        self.every_s = every_s
+        self.started = time.monotonic()
+        self.printed = self.started
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, i: int):
+    def __getitem__(self, i: int) -> Any:
         now = time.monotonic()
-        if i and now - self.said > self.every_s:
-            self.said = now
+        if i > 0 and now - self.printed > self.every_s:
+            self.printed = now
             left = (now - self.started) / i * (len(self) - i)
-            self._say(f"batch {i:,} of {len(self):,} ({i / len(self):.0%}), {duration(left)} left")
-        if i == len(self) - 1 and self.said > self.started:
-            self._say("all batches read")
+            share = i / len(self)
+            self._print(f"batch {i:,} of {len(self):,} ({share:.0%}), {duration(left)} left")
+        if i == len(self) - 1 and self.printed > self.started:
+            self._print("all batches read")
         return self.batches[i]
 
     @staticmethod
-    def _say(line: str) -> None:
-        terminal = (
-            sys.stderr.isatty()
-        )  # there the line is written over, and gone before the table comes
-        end = "\r" if terminal else "\n"
-        print(f"{line:<60}" if terminal else line, end=end, file=sys.stderr, flush=True)
+    def _print(line: str) -> None:
+        if sys.stderr.isatty():
+            # The next line, and then the table, overwrite this one.
+            print(f"{line:<60}", end="\r", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
 
 def options() -> Options:
+    """Return the parser of the command's arguments."""
     parser = Options(__doc__)
     parser.add_argument(
         "model",
         metavar="RUN_OR_CHECKPOINT",
-        help=("a run's name or folder (its latest valid checkpoint), or a checkpoint's folder"),
+        help="name or folder of a run (its latest valid checkpoint is used), or of a checkpoint",
     )
     parser.add_argument(
         "overrides",
         nargs="*",
         default=[],
         metavar="section.field=value",
-        help=(f"what is another here: {', '.join(FREE)}"),
+        help=f"fields that may differ from the run: {', '.join(FREE)}",
     )
     parser.add_argument(
-        "--split", choices=("val", "train"), default="val", help="what to measure it on (val)"
+        "--split", choices=("val", "train"), default="val", help="split to evaluate (default: val)"
     )
-    parser.add_argument(
-        "--tokens", metavar="N", type=at_least(2), help="only the first N tokens of it (all)"
-    )
-    parser.add_argument(
-        "--best", action="store_true", help="of a run: the checkpoint with the lowest val loss"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto (the first GPU if there is one), cpu, cuda:1 …"
-    )
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of matrix products (the run's)"
-    )
+    parser.add_number("--tokens", "N", 2, None, "only the first N tokens of it (default: all)")
+    parser.add_best()
+    parser.add_device()
+    parser.add_dtype("that of the run")
     return parser
 
 
 def main(argv: list[str]) -> int:
+    """Evaluate one checkpoint and print the result."""
     args = options().parse_intermixed_args(argv)
-    for word in args.overrides:
-        if word.partition("=")[0] not in FREE or "=" not in word:
+    for override in args.overrides:
+        field, equals, _ = override.partition("=")
+        if field not in FREE or not equals:
             raise UserError(
-                f"'{word}': an evaluation takes everything from the checkpoint but {', '.join(FREE)}"
+                f"'{override}': cannot be changed for an evaluation; only {', '.join(FREE)} can"
             )
-    overrides = args.overrides + ([f"train.dtype={args.dtype}"] if args.dtype else [])
-    trained = open_checkpoint(
-        find_checkpoint(args.model, best=args.best), find_device(args.device), overrides
-    )
+    overrides = list(args.overrides)
+    if args.dtype:
+        overrides.append(f"train.dtype={args.dtype}")
+    checkpoint = find_checkpoint(args.model, best=args.best)
+    trained = open_checkpoint(checkpoint, find_device(args.device), overrides)
     dataset = tokens_of(trained)
+    measured = measure(trained, dataset, args.split, args.tokens)
+    print(table(rows(trained, dataset, args.split, measured)))
+    return EXIT_DONE
+
+
+def measure(trained: Trained, dataset: Manifest, split: str, tokens: int | None) -> Measured:
+    """Evaluate on the first `tokens` tokens of a split; None: on all of them."""
     started = time.monotonic()
-    result, size = measure(trained, dataset, args.split, args.tokens)
-    print(table(rows(trained, dataset, args.split, result, size, time.monotonic() - started)))
-    return 0
-
-
-def measure(
-    trained: Trained, dataset: Manifest, split: str, tokens: int | None
-) -> tuple[EvalResult, int]:
-    """The loss over the split's first `tokens` tokens (None: all), and the bytes of its targets."""
+    experiment = trained.experiment
     stream = TokenStream(dataset.directory, split)
     limit = min(tokens or stream.tokens, stream.tokens)
     batches = EvalBatches(
-        stream, trained.model.config.block_size, trained.experiment.train.micro_batch_size, limit
+        stream, trained.model.config.block_size, experiment.train.micro_batch_size, limit
     )
     targets = EvalSet(batches, trained.tokenizer.byte_lengths)
     targets.batches = Progress(batches, every_s=0.5 if sys.stderr.isatty() else 30)
     result = targets.evaluate(
-        trained.model, torch.device(trained.device), autocast(trained.experiment, trained.device)
+        trained.model, torch.device(trained.device), autocast(experiment, trained.device)
     )
-    return result, targets.bytes
+    return Measured(result, targets.bytes, time.monotonic() - started)
 
 
-def rows(
-    trained: Trained, dataset: Manifest, split: str, result: EvalResult, size: int, seconds: float
-) -> dict:
-    """The table's lines; `size` in bytes."""
-    n_vocab, step = trained.tokenizer.n_vocab, trained.manifest["step"]
+def rows(trained: Trained, dataset: Manifest, split: str, measured: Measured) -> dict[str, Any]:
+    """Return the table that the command prints."""
+    result = measured.result
+    uniform = math.log(trained.tokenizer.n_vocab)
+    dtype = trained.experiment.train.dtype
+    speed = result.tokens / measured.seconds
+    perplexity = math.exp(min(result.loss, 700))  # exp(710) overflows
     return {
-        "checkpoint": f"{trained.checkpoint} (step {step:,})",
+        "checkpoint": f"{trained.checkpoint} (step {_manifest(trained)['step']:,})",
         "tokens of": f"{split}, in {dataset.directory}",
-        "loss": f"{result.loss:.6f} nats per token (a uniform guess: {math.log(n_vocab):.4f})",
-        "logged then": compared(trained, dataset, split, result),
-        "perplexity": f"{math.exp(min(result.loss, 700)):,.4f}",
+        "loss": f"{result.loss:.6f} nats per token (a uniform guess: {uniform:.4f})",
+        "logged then": compare_with_logged(trained, dataset, split, result),
+        "perplexity": f"{perplexity:,.4f}",
         "bits per byte": f"{result.bits_per_byte:.6f}",
-        "targets": f"{result.tokens:,} tokens, {size:,} bytes",
-        "computed": f"in {trained.experiment.train.dtype} on {device_name(trained.device)}, "
-        f"{result.tokens / seconds:,.0f} tokens/s",
+        "targets": f"{result.tokens:,} tokens, {measured.targets_bytes:,} bytes",
+        "computed": f"in {dtype} on {device_name(trained.device)}, {speed:,.0f} tokens/s",
     }
 
 
-def compared(trained: Trained, dataset: Manifest, split: str, result: EvalResult) -> str | None:
-    """The val loss that training logged at this step, where it was measured on the same targets."""
-    logged, there = (
-        trained.manifest.get("metrics", {}).get("val/loss"),
-        dataset.splits["val"].tokens,
-    )
-    measured = min(trained.experiment.train.eval_tokens or there, there) - 1
-    if logged is None or split != "val" or result.tokens != measured:
+def compare_with_logged(
+    trained: Trained, dataset: Manifest, split: str, result: EvalResult
+) -> str | None:
+    """Return the val loss that training logged at this step, and how it differs.
+
+    None if training logged none, or measured it on other targets.
+    """
+    logged = _manifest(trained).get("metrics", {}).get("val/loss")
+    if logged is None or split != "val":
         return None
-    return f"{logged:.6f} ({'the same bits' if logged == result.loss else f'{result.loss - logged:+.1e} now'})"
+    all_tokens = dataset.splits["val"].tokens
+    tokens_then = min(trained.experiment.train.eval_tokens or all_tokens, all_tokens)
+    if result.tokens != tokens_then - 1:
+        return None
+    if logged == result.loss:
+        return f"{logged:.6f} (the same bits)"
+    return f"{logged:.6f} ({result.loss - logged:+.1e} now)"
+
+
+def _manifest(trained: Trained) -> dict[str, Any]:
+    assert trained.manifest is not None  # `find_checkpoint` returns a checkpoint of a run
+    return trained.manifest
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_command(main)

@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Prepare the tokens of an experiment: corpus -> Parquet token shards and a manifest. Training does it by itself."""
+"""Prepare the tokens of an experiment: from a corpus to Parquet token shards and a manifest.
+
+Training also does this if the tokens are missing.
+"""
 
 import functools
 import time
@@ -15,12 +18,12 @@ from pipelines.common import experiment_command
 
 
 def main(experiment: Experiment) -> int:
-    """Prepare what `experiment.data` describes, unless it is there, and show it."""
+    """Prepare the dataset unless it exists, and print its size."""
     started = time.monotonic()
     directory = dataset_dir(experiment.data, storage_root(experiment))
     manifest = prepare(experiment.data, directory)
     rows = {
-        "folder": directory,
+        "folder": str(directory),
         "tokenizer": f"{manifest.tokenizer['name']}, {manifest.tokenizer['n_vocab']:,} ids",
     }
     for name, split in manifest.splits.items():
@@ -28,9 +31,9 @@ def main(experiment: Experiment) -> int:
             f"{split.tokens:,} tokens, {split.documents:,} documents, "
             f"{split.bytes / split.tokens:.3f} bytes/token, {len(split.shards)} shards"
         )
-    print(
-        f"\ntokens\n{table({**rows, 'digest': manifest.digest[:16], 'time': duration(time.monotonic() - started)})}"
-    )
+    rows["digest"] = manifest.digest[:16]
+    rows["time"] = duration(time.monotonic() - started)
+    print(f"\ntokens\n{table(rows)}")
     print("\nnext: pipelines/train.py with the same experiment and overrides")
     return EXIT_DONE
 

@@ -1,22 +1,23 @@
 #!/usr/bin/env python3
-"""Make a stretch of a run again and compare every logged loss, the weights and the moments, bit for bit.
+"""Repeat some steps of a run and compare every logged loss, the weights and the moments bit by bit.
 
-It begins at the nearest checkpoint at or before the first step, trains in a folder of its own, in one process with the
-run's threads and kind of device, and changes nothing of the run. The verdict is kept in RUN/replays/ and in MLflow. What
-was made again is removed where it is equal, and stays beside the verdict where it is not.
+The replay starts at the last checkpoint at or before the first step. It trains in a folder of its
+own, in one process with the threads and the kind of device of the run, and does not change the run.
+The verdict is stored in RUN/replays/ and in MLflow. The repeated steps are removed if they are
+equal, and kept beside the verdict if they are not.
 
   pipelines/replay.py quickstart                      # from the last checkpoint but one to the end
   pipelines/replay.py quickstart --steps 500:600
   pipelines/replay.py runs/quickstart --steps :       # the whole run
 
-Ends with status 0 where all is equal, 1 where something differs, 2 where there is nothing to compare, 75 where
-the run is going on.
+Exit status: 0 all is equal, 1 something differs, 2 there is nothing to compare, 75 the run has not
+ended.
 """
 
-import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
@@ -26,125 +27,128 @@ from orchestrator.replay.replay import Recorded, Stretch
 from orchestrator.replay.verdict import Verdict
 from orchestrator.runs import lock
 from orchestrator.runs.console import format_line
-from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.text import table
-from orchestrator.track import mlflow as tracking
+from orchestrator.track.mlflow import resend_metrics
 from orchestrator.track.server import resolve_uri
 from orchestrator.train.trained import find_tokens
-from pipelines.common import Options, at_least, guarded
+from pipelines.common import Options, no_run, run_command, run_places
 
 
-def main(argv: list[str]) -> int:
+def options() -> Options:
+    """Return the parser of the command's arguments."""
     parser = Options(__doc__)
     parser.add_argument(
-        "run", metavar="RUN", help="a run's folder, or its name in $ESPALIER_STORAGE (else runs)"
+        "run",
+        metavar="RUN",
+        help="folder of a run, or its name in $ESPALIER_STORAGE (default: runs)",
     )
     parser.add_argument(
         "--steps",
         metavar="A:B",
-        help=("steps A to B, either may be left out (from the last checkpoint but one to the end)"),
+        help="repeat steps A to B; either may be left out (default: from the last checkpoint but "
+        "one to the end)",
     )
     parser.add_argument(
-        "--keep", action="store_true", help="keep what was made again also where it is equal"
+        "--keep", action="store_true", help="keep the repeated steps also if they are equal"
     )
-    parser.add_argument(
-        "--deadline",
-        metavar="S",
-        type=at_least(1.0),
-        default=60.0,
-        help=("seconds for MLflow to take the verdict (60)"),
-    )
-    args = parser.parse_args(argv)
-    run_dir, steps = find_run(args.run), parse_steps(args.steps)
-    lock.check(RunFolder(run_dir))  # who writes there removes checkpoints
-    run = Recorded.read(run_dir)
-    s = replay.stretch(run, steps)
-    experiment = replay.experiment_of(run, s)
-    result, folder = make(run, s, experiment)
-    path = replay.keep(run_dir, folder, result)
-    if result.equal and not args.keep:
-        shutil.rmtree(folder)
-    rows = result.rows() | {
-        "verdict in": path,
-        "made again in": folder if folder.exists() else None,
+    parser.add_number("--deadline", "S", 1.0, 60.0, "seconds to wait for MLflow")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Replay, store and print the verdict, and send it to MLflow."""
+    args = options().parse_args(argv)
+    folder = find_run(args.run)
+    steps = parse_steps(args.steps)
+    lock.check(folder)  # a running training removes checkpoints
+    run = Recorded.read(folder.path)
+    stretch = replay.stretch(run, steps)
+    experiment = replay.experiment_of(run, stretch)
+    verdict, repeated = repeat(run, stretch, experiment)
+    stored = replay.keep(folder.path, repeated, verdict)
+    if verdict.equal and not args.keep:
+        shutil.rmtree(repeated)
+    rows = verdict.rows() | {
+        "verdict in": stored,
+        "repeated in": repeated if repeated.exists() else None,
     }
-    print(f"\n{run_dir.name}\n{table(rows)}\n{result.sentence()}", flush=True)
-    send(run_dir, experiment, args.deadline)
-    return EXIT_DONE if result.equal else EXIT_FAILED
+    print(f"\n{folder.name}\n{table(rows)}\n{verdict.sentence()}", flush=True)
+    send(folder, experiment, args.deadline)
+    return EXIT_DONE if verdict.equal else EXIT_FAILED
 
 
-def make(run: Recorded, s: Stretch, experiment: Experiment) -> tuple[Verdict, Path]:
-    """The stretch made again, and the folder in which it was: gone where it did not come to an end."""
-    begin = "step 0" if s.begin is None else f"the checkpoint of step {s.begin:,}"
-    wanted = replay.data_wanted(run, s)
+def repeat(run: Recorded, stretch: Stretch, experiment: Experiment) -> tuple[Verdict, Path]:
+    """Train the steps again.
+
+    Returns:
+        The verdict, and the folder of the repeated steps. The folder is removed after an error.
+    """
+    begin = "step 0"
+    if stretch.begin is not None:
+        begin = f"the checkpoint of step {stretch.begin:,}"
     storage = run.run_dir.parents[2 if run.run_dir.parent.name == "trials" else 0]
-    dataset = find_tokens(experiment, wanted, storage)
-    device = replay.device_of(run, s)
+    dataset = find_tokens(experiment, replay.data_wanted(run, stretch), storage)
+    device = replay.device_of(run, stretch)
     print(
-        f"replaying steps {s.first:,}..{s.last:,} of {run.run_dir} from {begin} on {device}, "
-        f"tokens of {dataset.directory}",
+        f"replaying steps {stretch.first:,}..{stretch.last:,} of {run.run_dir} from {begin} on "
+        f"{device}, tokens of {dataset.directory}",
         flush=True,
     )
+
+    def print_line(line: dict[str, Any]) -> None:
+        print(format_line(line, stretch.last, experiment.tokens_per_step), flush=True)
+
     folder = replay.new_folder(run.run_dir)
     try:
-        result = replay.replay(
-            run,
-            s,
-            dataset,
-            folder,
-            lambda line: print(format_line(line, s.last, experiment.tokens_per_step), flush=True),
-        )
+        verdict = replay.replay(run, stretch, dataset, folder, print_line)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return result, folder
+    return verdict, folder
 
 
-def send(run_dir: Path, experiment: Experiment, deadline_s: float) -> None:
-    """Bring the verdict to where the run is tracked."""
-    if not (run_dir / "run.json").is_file():
-        print("this run is not tracked (it holds no run.json): the verdict stays in its folder")
+def send(folder: RunFolder, experiment: Experiment, deadline_s: float) -> None:
+    """Send the verdict to the MLflow server of the run."""
+    if not folder.run_file.is_file():
+        print("this run is not tracked (it has no run.json); the verdict stays in its folder")
         return
-    if (run_dir.parents[1] / "sweep.yaml").exists():
-        print(
-            f"pipelines/replay_metrics.py {run_dir.parents[1]} sends the verdict to MLflow, with the sweep"
-        )
+    sweep = SweepFolder(folder.path.parents[1])
+    if sweep.sweep_file.exists():
+        print(f"pipelines/replay_metrics.py {sweep.path} sends the verdict to MLflow")
         return
-    uri = resolve_uri(experiment, run_dir.parent)
-    if not tracking.resend_metrics(
-        RunFolder(run_dir), uri, experiment.tracking.experiment, deadline_s
-    ):
+    uri = resolve_uri(experiment, folder.path.parent)
+    if not resend_metrics(folder, uri, experiment.tracking.experiment, deadline_s):
         print(
-            f"{redact_text(uri)} did not take the verdict; pipelines/replay_metrics.py {run_dir} sends it later"
+            f"{redact_text(uri)} did not accept the verdict; "
+            f"pipelines/replay_metrics.py {folder.path} sends it later"
         )
 
 
-def find_run(word: str) -> Path:
-    """The absolute folder of a run given by path or by name."""
-    places = [
-        Path(word).expanduser(),
-        Path(os.environ.get("ESPALIER_STORAGE") or "runs").expanduser() / word,
-    ]
-    for place in (p.absolute() for p in places):
-        if (place / "sweep.yaml").exists():
-            raise UserError(f"'{word}': is a sweep; give one of its trials, {place}/trials/…")
-        if (place / "metrics.jsonl").is_file() or (place / "checkpoints").is_dir():
-            return place
-    raise UserError(
-        f"'{word}': no run there (looked for metrics.jsonl in {' and '.join(map(str, places))})"
-    )
+def find_run(word: str) -> RunFolder:
+    """Find the folder of a run by its path or name.
+
+    Raises:
+        UserError: There is none, or it is a whole sweep.
+    """
+    for folder in run_places(word):
+        if SweepFolder(folder).sweep_file.exists():
+            raise UserError(f"'{word}': is a sweep; give one of its trials, {folder.path}/trials/…")
+        if folder.journal_file.is_file() or folder.checkpoints.is_dir():
+            return folder
+    raise no_run(word, "metrics.jsonl")
 
 
 def parse_steps(text: str | None) -> tuple[int | None, int | None] | None:
-    """`A:B`, `A:`, `:B` or `:` as numbers."""
+    """Parse `A:B`, `A:`, `:B` or `:`."""
     if text is None:
         return None
-    found = re.fullmatch(r"(\d*):(\d*)", text)
-    if not found:
-        raise UserError(f"--steps: '{text}' is not A:B with two step numbers, like 500:600")
-    first, last = (int(word) if word else None for word in found.groups())
-    return first, last
+    match = re.fullmatch(r"(\d*):(\d*)", text)
+    if match is None:
+        raise UserError(f"--steps: '{text}' is not A:B with two step numbers, such as 500:600")
+    first, last = match.groups()
+    return int(first) if first else None, int(last) if last else None
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_command(main)

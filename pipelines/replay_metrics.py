@@ -1,13 +1,10 @@
 #!/usr/bin/env python3
-"""Send to MLflow what a run or a sweep had to leave behind when its server was away. Doing it twice changes nothing.
+"""Send metrics to MLflow that a run or a sweep could not send. Sending twice changes nothing.
 
 pipelines/replay_metrics.py quickstart
 pipelines/replay_metrics.py sweep-schedules        # the sweep and all its trials
 pipelines/replay_metrics.py runs/quickstart --deadline 600
 """
-
-import os
-from pathlib import Path
 
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
 from orchestrator.redact import redact_text
@@ -15,63 +12,71 @@ from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.track.mlflow import resend_metrics
 from orchestrator.track.server import absolute_uri, resolve_uri
 from orchestrator.track.sweep import resend_sweep_metrics
-from pipelines.common import Options, at_least, guarded
+from pipelines.common import Options, no_run, run_command, run_places
 
 
-def main(argv: list[str]) -> int:
+def options() -> Options:
+    """Return the parser of the command's arguments."""
     parser = Options(__doc__)
     parser.add_argument(
         "run",
         metavar="RUN",
-        help="folder of a run or a sweep, or its name in $ESPALIER_STORAGE (else runs)",
+        help="folder of a run or a sweep, or its name in $ESPALIER_STORAGE (default: runs)",
     )
-    parser.add_argument("--uri", help="MLflow to send to (default: where the experiment says)")
-    parser.add_argument(
-        "--deadline",
-        metavar="S",
-        type=at_least(1.0),
-        default=300.0,
-        help="seconds to try for (300)",
-    )
-    args = parser.parse_args(argv)
-    run_dir = find_run(args.run)
-    trials = sorted(run_dir.glob("trials/*/experiment.yaml"))  # a sweep's trials are tracked alike
-    experiment = RunFolder(trials[0].parent if trials else run_dir).read_experiment()
-    uri = absolute_uri(args.uri, "--uri") if args.uri else resolve_uri(experiment, run_dir.parent)
-    if SweepFolder(run_dir).sweep_file.exists():
-        is_sent = resend_sweep_metrics(
-            SweepFolder(run_dir), uri, experiment.tracking.experiment, args.deadline
-        )
+    parser.add_argument("--uri", help="MLflow tracking URI (default: that of the experiment)")
+    parser.add_number("--deadline", "S", 1.0, 300.0, "give up after this many seconds")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Send, and print whether MLflow accepted everything."""
+    args = options().parse_args(argv)
+    folder = find_run(args.run)
+    experiment = _experiment_folder(folder).read_experiment()
+    if args.uri:
+        uri = absolute_uri(args.uri, "--uri")
     else:
-        is_sent = resend_metrics(
-            RunFolder(run_dir), uri, experiment.tracking.experiment, args.deadline
-        )
+        uri = resolve_uri(experiment, folder.path.parent)
+    name = experiment.tracking.experiment
+    sweep = SweepFolder(folder)
+    if sweep.sweep_file.exists():
+        is_sent = resend_sweep_metrics(sweep, uri, name, args.deadline)
+    else:
+        is_sent = resend_metrics(folder, uri, name, args.deadline)
     if not is_sent:
-        print(f"{redact_text(uri)} did not take everything; nothing is lost, run this again")
+        print(
+            f"{redact_text(uri)} did not accept everything; nothing is lost, run this command again"
+        )
         return EXIT_FAILED
-    print(f"{redact_text(uri)} has everything of {run_dir}")
-    if not (run_dir / "summary.json").exists():
-        print("it has not ended (it holds no summary.json): its status was left as it is")
+    print(f"{redact_text(uri)} has everything of {folder.path}")
+    if not folder.summary_file.exists():
+        print("the run has not ended (there is no summary.json); its status was not changed")
     return EXIT_DONE
 
 
-def find_run(word: str) -> Path:
-    """The absolute folder of a run or a sweep given by path or by name."""
-    places = [
-        Path(word).expanduser(),
-        Path(os.environ.get("ESPALIER_STORAGE") or "runs").expanduser() / word,
-    ]
-    for place in (p.absolute() for p in places):
-        if (place / "run.json").is_file():
-            if place.parent.name == "trials" and (place.parents[1] / "sweep.yaml").exists():
-                raise UserError(
-                    f"'{word}': a trial is sent with its sweep; give {place.parents[1]}"
-                )
-            return place
-    raise UserError(
-        f"'{word}': no run there (looked for run.json in {' and '.join(map(str, places))})"
-    )
+def _experiment_folder(folder: RunFolder) -> RunFolder:
+    """Return the folder with an experiment.yaml: of a sweep, its first trial."""
+    trials = sorted(folder.path.glob("trials/*/experiment.yaml"))
+    if trials:
+        return RunFolder(trials[0].parent)
+    return folder
+
+
+def find_run(word: str) -> RunFolder:
+    """Find the folder of a run or a sweep by its path or name.
+
+    Raises:
+        UserError: There is none, or it is one trial of a sweep.
+    """
+    for folder in run_places(word):
+        if not folder.run_file.is_file():
+            continue
+        sweep = SweepFolder(folder.path.parent.parent)
+        if folder.path.parent.name == "trials" and sweep.sweep_file.exists():
+            raise UserError(f"'{word}': a trial is sent with its sweep; give {sweep.path}")
+        return folder
+    raise no_run(word, "run.json")
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_command(main)

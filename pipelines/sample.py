@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
-"""Let a trained GPT write: the latest checkpoint of a run (or the best, or any) continues a prompt.
+"""Generate text with a trained GPT: continue a prompt with a checkpoint of a run.
 
-Sample number i is drawn with seed + i - 1, so asking for more of them changes none.
+Sample number i is drawn with seed + i - 1, so that more samples do not change the first ones.
 
   pipelines/sample.py quickstart --prompt 'def ' --max-new-tokens 300
   pipelines/sample.py runs/quickstart/checkpoints/step-00001000 --temperature 0
 """
 
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 
 from model.generate import generate
-from orchestrator.errors import UserError
+from orchestrator.errors import EXIT_DONE, UserError
 from orchestrator.train.numerics import autocast
 from orchestrator.train.trained import (
     Trained,
@@ -22,76 +23,52 @@ from orchestrator.train.trained import (
     open_checkpoint,
     open_gpt2,
 )
-from pipelines.common import Options, at_least, guarded
+from pipelines.common import Options, run_command
 
 
 def options() -> Options:
+    """Return the parser of the command's arguments."""
     parser = Options(__doc__)
     parser.add_argument(
         "model",
         metavar="RUN_OR_CHECKPOINT",
-        help=(
-            "a run's name or folder, a checkpoint's folder, a Hugging Face folder of a GPT-2, or gpt2, gpt2-medium …"
-        ),
+        help="name or folder of a run (its latest valid checkpoint is used), folder of a "
+        "checkpoint, Hugging Face folder of a GPT-2, or gpt2, gpt2-medium …",
     )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
         "--prompt",
         metavar="TEXT",
-        help=("text to go on from (default: a new line, or what begins a document)"),
+        help="text to continue (default: a line break, or the token before every document)",
     )
     prompt.add_argument(
-        "--prompt-file",
-        metavar="FILE",
-        type=Path,
-        help="the same from a UTF-8 file, every byte of it",
+        "--prompt-file", metavar="FILE", type=Path, help="UTF-8 file with the text to continue"
     )
-    parser.add_argument(
-        "--max-new-tokens", metavar="N", type=at_least(1), default=200, help="tokens to write (200)"
-    )
-    parser.add_argument(
-        "--num-samples", metavar="N", type=at_least(1), default=1, help="continuations (1)"
-    )
-    parser.add_argument(
+    parser.add_number("--max-new-tokens", "N", 1, 200, "tokens to generate")
+    parser.add_number("--num-samples", "N", 1, 1, "number of continuations")
+    parser.add_number(
         "--temperature",
-        metavar="X",
-        type=at_least(0.0),
-        default=0.8,
-        help=(
-            "below 1 bolder in what is likely, above 1 more even, 0 always the likeliest token (0.8)"
-        ),
+        "X",
+        0.0,
+        0.8,
+        "below 1: prefer probable tokens more; above 1: less; 0: always the most probable token",
     )
-    parser.add_argument(
-        "--top-k",
-        metavar="K",
-        type=at_least(1),
-        default=200,
-        help=("draw among the K likeliest tokens (200)"),
-    )
-    parser.add_argument(
-        "--seed", metavar="N", type=at_least(0), default=1337, help="of the first sample (1337)"
-    )
-    parser.add_argument(
-        "--best", action="store_true", help="of a run: the checkpoint with the lowest val loss"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto (the first GPU if there is one), cpu, cuda:1 …"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help=("of matrix products (default: the run's on a GPU, float32 on a CPU)"),
-    )
+    parser.add_number("--top-k", "K", 1, 200, "draw only from the K most probable tokens")
+    parser.add_number("--seed", "N", 0, 1337, "seed of the first sample")
+    parser.add_best()
+    parser.add_device()
+    parser.add_dtype("float32 on a CPU, else that of the run")
     return parser
 
 
 def main(argv: list[str]) -> int:
+    """Print the samples."""
     args = options().parse_args(argv)
     trained = open_model(args)
-    prompt, products = prompt_ids(trained, args), autocast(trained.experiment, trained.device)
+    prompt = prompt_ids(trained, args)
     print(title(trained, args))
     for i in range(args.num_samples):
-        with products:
+        with autocast(trained.experiment, trained.device):
             drawn = generate(
                 trained.model,
                 prompt,
@@ -103,57 +80,70 @@ def main(argv: list[str]) -> int:
             )
         print(f"\n──── sample {i + 1} of {args.num_samples} (seed {args.seed + i}) ────")
         print(trained.tokenizer.decode(drawn[0].tolist()), flush=True)
-    return 0
+    return EXIT_DONE
 
 
-def open_model(args) -> Trained:
-    """What RUN_OR_CHECKPOINT means, on its device."""
+def open_model(args: Namespace) -> Trained:
+    """Load the model that RUN_OR_CHECKPOINT names."""
     device = find_device(args.device)
-    dtype = args.dtype or ("float32" if device == "cpu" else None)
+    dtype = args.dtype
+    if dtype is None and device == "cpu":
+        dtype = "float32"
     if is_gpt2(args.model) and not args.best:
         return open_gpt2(args.model, device, dtype or "bfloat16")
-    found = find_checkpoint(args.model, best=args.best)
-    return open_checkpoint(found, device, [f"train.dtype={dtype}"] if dtype else [])
+    overrides = [f"train.dtype={dtype}"] if dtype else []
+    return open_checkpoint(find_checkpoint(args.model, best=args.best), device, overrides)
 
 
-def title(trained: Trained, args) -> str:
-    """Who writes, and how."""
+def title(trained: Trained, args: Namespace) -> str:
+    """Return a line that names the checkpoint and the settings."""
     step = f", step {trained.manifest['step']:,}" if trained.manifest else ""
-    how = (
-        f"temperature {args.temperature}, top-k {args.top_k}"
-        if args.temperature
-        else "the likeliest each time"
-    )
-    return f"{trained.checkpoint or args.model}{step}: {args.max_new_tokens} new tokens, {how}"
+    method = f"temperature {args.temperature}, top-k {args.top_k}"
+    if args.temperature == 0:
+        method = "always the most probable token"
+    return f"{trained.checkpoint or args.model}{step}: {args.max_new_tokens} new tokens, {method}"
 
 
-def prompt_ids(trained: Trained, args) -> torch.Tensor:
-    """The prompt as (1, T) int64 on the model's device."""
-    text, tokenizer = args.prompt, trained.tokenizer
+def prompt_ids(trained: Trained, args: Namespace) -> torch.Tensor:
+    """Return the prompt as (1, T) int64 on the device of the model."""
+    text = args.prompt
     if args.prompt_file:
-        try:
-            text = args.prompt_file.read_bytes().decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"--prompt-file: {args.prompt_file} cannot be read as UTF-8 text ({error})"
-            ) from None
-    if text == "":
-        raise UserError("--prompt: it is empty; leave it out to begin anew")
-    if text is not None and not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise UserError("--prompt: it is not UTF-8; give bytes like these in a file that is")
-    ids = opening(trained) if text is None else [int(i) for i in tokenizer.encode(text)]
+        text = _read_prompt(args.prompt_file)
+    if text is None:
+        ids = default_prompt(trained)
+    else:
+        _check_prompt(text)
+        ids = [int(i) for i in trained.tokenizer.encode(text)]
     return torch.tensor(ids, dtype=torch.int64, device=trained.device)[None]  # (1, T)
 
 
-def opening(trained: Trained) -> list[int]:
-    """What a text begins after: the end of the document before it where the model knows one, else a new line."""
+def _read_prompt(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt-file: {file} cannot be read as UTF-8 text ({error})") from None
+
+
+def _check_prompt(text: str) -> None:
+    if text == "":
+        raise UserError("--prompt: is empty; leave it out to start a new text")
+    # Python decodes bytes of an argument that are not UTF-8 to surrogates.
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError("--prompt: is not UTF-8; use a UTF-8 file and --prompt-file")
+
+
+def default_prompt(trained: Trained) -> list[int]:
+    """Return the ids after which a text starts: end of text if the model knows it, or a line break.
+
+    A corpus of characters may have no line break; then the first id of the vocabulary.
+    """
     if trained.experiment.data.append_eot:
         return [trained.tokenizer.eot_id]
     try:
         return [int(i) for i in trained.tokenizer.encode("\n")]
-    except ValueError:  # a corpus of characters without lines
+    except ValueError:
         return [0]
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_command(main)

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Sweep schedules, or any other field: every trial of the file's `sweep:` section, on Ray Tune, each step run once.
+"""Sweep schedules, or any other field: run the trials of the `sweep:` section on Ray Tune.
 
-Trials that agree up to a step, bit for bit in their learning rates, share the steps before it. Run the same command again
-and it goes on; with more values in the grid it runs only what is new."""
+Trials with the same learning rates up to a step share these steps: each step is run once. The same
+command resumes a sweep that was stopped, and runs only what is new if the sweep has grown.
+"""
 
 from orchestrator.config.sweep import sweep_docs
 from orchestrator.runs import lock, signals
@@ -12,17 +13,20 @@ from pipelines.common import DEFAULT, experiment_command
 
 
 def run(sweep: Sweep) -> int:
+    """Run the trials that are not finished and print the comparison."""
     with signals.sigterm_interrupts():
-        lock.check(run_folder(sweep.base))  # before the imports, which take seconds
-        from orchestrator.jobs.sweep import run
+        # Before the imports, which take seconds: refuse a second job for this sweep at once.
+        lock.check(run_folder(sweep.base))
+        from orchestrator.jobs import sweep as job
 
-        return run(sweep)
+        return job.run(sweep)
 
 
 def show(sweep: Sweep) -> int:
-    from orchestrator.sweep.cost import show
+    """Print the estimates of `--dry-run`."""
+    from orchestrator.sweep import cost
 
-    return show(sweep)
+    return cost.show(sweep)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Train a GPT: prepare the tokens if they are missing, train on Ray, track in MLflow, and go on where a run stopped."""
+"""Train a GPT on Ray and track it in MLflow.
+
+Tokens are prepared first if they are missing. The same command resumes a run that was stopped.
+"""
 
 from orchestrator.config.experiment import Experiment
 from orchestrator.runs import lock, signals
@@ -8,17 +11,20 @@ from pipelines.common import experiment_command
 
 
 def run(experiment: Experiment) -> int:
+    """Train, or print the summary of a finished run."""
     with signals.sigterm_interrupts():
-        lock.check(run_folder(experiment))  # before the imports, which take seconds
-        from orchestrator.jobs.train import run
+        # Before the imports, which take seconds: refuse a second job for this run at once.
+        lock.check(run_folder(experiment))
+        from orchestrator.jobs import train
 
-        return run(experiment)
+        return train.run(experiment)
 
 
 def show(experiment: Experiment) -> int:
-    from orchestrator.cost.estimate import show
+    """Print the estimates of `--dry-run`."""
+    from orchestrator.cost import estimate
 
-    return show(experiment)
+    return estimate.show(experiment)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Look at the runs of a storage in a browser: serves its embedded MLflow store on this machine only, until Ctrl-C.
+"""Show the runs of a storage in a browser, with MLflow on this machine only. Ctrl-C ends it.
 
   pipelines/ui.py               # $ESPALIER_STORAGE, else runs
   pipelines/ui.py /shared/runs --port 5001
 
-From another machine: ssh -L 5000:127.0.0.1:5000 HOST. A store of a server's own (tracking.uri) has its own pages.
+From another machine: ssh -L 5000:127.0.0.1:5000 HOST. If runs are tracked by an MLflow server
+(tracking.uri), use the pages of that server.
 """
 
-import json
 import os
 import socket
 import sys
@@ -15,33 +15,39 @@ from pathlib import Path
 from typing import NoReturn
 
 from orchestrator.errors import UserError
+from orchestrator.files import read_json
 from orchestrator.track.server import UI_PORT, experiment_url, store_path
-from pipelines.common import Options, at_least, guarded
+from pipelines.common import Options, run_command
 
 ENVIRONMENT = {
-    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 13 processes and 2.4 GB that only GenAI features need
+    # Saves 13 processes and 2.4 GB, which only features for generative AI need.
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 
 
-def main(argv: list[str]) -> int:
+def options() -> Options:
+    """Return the parser of the command's arguments."""
     parser = Options(__doc__)
     parser.add_argument(
         "storage",
         nargs="?",
         type=Path,
         default=Path(os.environ.get("ESPALIER_STORAGE") or "runs"),
-        help="folder of the runs ($ESPALIER_STORAGE, else runs)",
+        help="folder of the runs (default: $ESPALIER_STORAGE, else runs)",
     )
-    parser.add_argument(
-        "--port", metavar="N", type=at_least(1), default=UI_PORT, help=f"on 127.0.0.1 ({UI_PORT})"
-    )
-    args = parser.parse_args(argv)
+    parser.add_number("--port", "N", 1, UI_PORT, "port on 127.0.0.1")
+    return parser
+
+
+def main(argv: list[str]) -> NoReturn:
+    """Print the addresses of the pages and become the MLflow server."""
+    args = options().parse_args(argv)
     store = store_path(args.storage.expanduser())
     if not store.is_file():
         raise UserError(
-            f"{args.storage}: holds no tracked runs ({store} is missing); give the storage of a run as "
-            f"argument or in ESPALIER_STORAGE"
+            f"{args.storage}: has no tracked runs ({store} is missing); give the storage of a run "
+            "as argument or in $ESPALIER_STORAGE"
         )
     check_port(args.port)
     print("\n".join(links(store.parent.parent, args.port)), flush=True)
@@ -49,55 +55,53 @@ def main(argv: list[str]) -> int:
 
 
 def check_port(port: int) -> None:
-    """Raise where something listens already: MLflow would say so in a traceback, after seconds."""
+    """Raise UserError if the port is in use. MLflow would print a traceback, after seconds."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or "no such port"
+            other = port + 1 if port < 65535 else UI_PORT
             raise UserError(
-                f"--port: {port} cannot be had ({reason}); take another, for example "
-                f"--port {port + 1 if port < 65535 else UI_PORT}"
+                f"--port: {port} cannot be used ({reason}); try another, such as --port {other}"
             ) from None
 
 
 def links(storage: Path, port: int) -> list[str]:
-    """A page per experiment that this storage's runs are in: MLflow itself would open its GenAI side."""
-    found = {}
+    """Return a link for each MLflow experiment of the storage.
+
+    Without them, MLflow opens its pages for generative AI.
+    """
+    server = f"http://127.0.0.1:{port}"
+    names: dict[str, str] = {}
     for file in sorted(storage.glob("*/tracking.json")):
-        state = json.loads(file.read_text("utf-8"))
-        if state["uri"].startswith("sqlite") and state["experiment_id"]:
-            found[state["experiment_id"]] = state["experiment"]
-    pages = [
-        f"{name}: {experiment_url(f'http://127.0.0.1:{port}', number)}"
-        for number, name in found.items()
-    ]
-    return pages or [f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning"]
+        state = read_json(file) or {}
+        if state.get("experiment_id") and state["uri"].startswith("sqlite"):
+            names[state["experiment_id"]] = state["experiment"]
+    if not names:
+        return [f"{server}/#/experiments?workflowType=machine_learning"]
+    return [f"{name}: {experiment_url(server, number)}" for number, name in names.items()]
 
 
 def serve(store: Path, port: int) -> NoReturn:
-    """Become MLflow's server: one worker, loopback, nothing written outside the store's folder."""
-    # MLflow starts uvicorn by name, which is beside this Python even where its environment is not activated.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    """Replace this process by MLflow's server: one worker, on loopback, files beside the store."""
     command = [
         sys.executable,
         "-m",
         "mlflow",
         "server",
-        "--backend-store-uri",
-        f"sqlite:///{store}",
-        "--artifacts-destination",
-        str(store.parent / "artifacts"),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
+        f"--backend-store-uri=sqlite:///{store}",
+        f"--artifacts-destination={store.parent / 'artifacts'}",
+        "--host=127.0.0.1",
+        f"--port={port}",
+        "--workers=1",
     ]
+    # MLflow starts uvicorn by its name. It is beside this Python, also if the virtual environment
+    # is not activated.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     os.execve(sys.executable, command, {**os.environ, **ENVIRONMENT, "PATH": path})
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_command(main)

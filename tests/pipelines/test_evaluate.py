@@ -32,7 +32,9 @@ def table_of(capsys) -> dict[str, str]:
 def test_the_loss_is_the_logged_one(trained_run, tiny_dataset, capsys, step):
     folder = checkpoint.path_of(trained_run / "checkpoints", step)
     [logged] = [r for r in journal.read(RunFolder(trained_run)) if r["step"] == step]
-    result, _ = measure(open_checkpoint(folder, "cpu"), load_manifest(tiny_dataset), "val", None)
+    result = measure(
+        open_checkpoint(folder, "cpu"), load_manifest(tiny_dataset), "val", None
+    ).result
     assert (result.loss, result.bits_per_byte) == (logged["val/loss"], logged["val/bits_per_byte"])
     assert main([str(folder)]) == 0
     assert table_of(capsys)["logged then"] == f"{logged['val/loss']:.6f} (the same bits)"
@@ -106,9 +108,9 @@ def test_other_tokens_are_refused(trained_run, tiny_dataset, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["train.max_steps=5"], "an evaluation takes everything from the checkpoint but data.dir"),
-        (["more"], "'more': an evaluation takes"),
-        (["data.dir=/nowhere"], "/nowhere: no finished dataset"),
+        (["train.max_steps=5"], "cannot be changed for an evaluation; only data.dir"),
+        (["more"], "'more': cannot be changed"),
+        (["data.dir=/nowhere"], "/nowhere: not a finished dataset"),
         (["--split", "test"], "invalid choice: 'test'"),
         (["--tokens", "1"], "'1' is not a whole number of at least 2"),
     ],

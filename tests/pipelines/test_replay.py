@@ -153,7 +153,7 @@ def test_a_wrong_word_is_named(trained_run, words, said):
 
 
 def test_a_run_that_is_not_there_and_one_without_a_checkpoint(tmp_path, run_dir):
-    with pytest.raises(UserError, match="'nobody': no run there"):
+    with pytest.raises(UserError, match="'nobody': there is no run"):
         main(["nobody"])
     shutil.rmtree(run_dir / "checkpoints")
     with pytest.raises(UserError, match="holds no whole checkpoint"):

@@ -141,7 +141,7 @@ def test_a_hugging_face_folder(tmp_path, gpt2_ranks, capsys):
         (["--top-k", "0"], "'0' is not a whole number of at least 1"),
         (["--max-new-tokens", "many"], "'many' is not a whole number"),
         (["--temprature", "1"], "unrecognized arguments: --temprature"),
-        (["--prompt", ""], "--prompt: it is empty"),
+        (["--prompt", ""], "--prompt: is empty"),
         (["--prompt-file", "/nowhere/prompt.txt"], "/nowhere/prompt.txt cannot be read"),
         (["--device", "abacus"], "'abacus' cannot be used here"),
         (["--prompt", "a", "--prompt-file", "b"], "not allowed with argument"),

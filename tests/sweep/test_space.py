@@ -216,7 +216,7 @@ def test_a_train_command_given_a_sweep_says_so_in_one_line_and_writes_nothing(tm
 def test_help_lists_a_sweeps_fields_only_where_they_are_offered():
     assert list(sweep_docs())[: len(field_docs())] == list(field_docs())
     entries = re.findall(
-        r"^  (sweep\.\S+)  \(.*\)\n      \S", help_text("Sweeps.", True, sweep_docs()), re.MULTILINE
+        r"^  (sweep\.\S+)  \(.*\)\n      \S", help_text("Sweeps.", sweep_docs()), re.MULTILINE
     )
     assert entries == [
         f"sweep.{name}"
@@ -236,7 +236,7 @@ def test_help_lists_a_sweeps_fields_only_where_they_are_offered():
             "keep_branches",
         )
     ]
-    assert "sweep." not in help_text("Trains.", True)
+    assert "sweep." not in help_text("Trains.", field_docs())
 
 
 # ---- names ----

@@ -231,11 +231,11 @@ def test_refused_for_good_is_said_once_and_kept(gate, run_dir, caplog):
 
 
 def test_ui_and_replay_explain_what_is_wrong(server, tmp_path):
-    with pytest.raises(UserError, match="holds no tracked runs"):
+    with pytest.raises(UserError, match="has no tracked runs"):
         ui.main([str(tmp_path)])
-    with pytest.raises(UserError, match="cannot be had"):
+    with pytest.raises(UserError, match="cannot be used"):
         ui.main([str(server.storage), "--port", str(server.port)])
-    with pytest.raises(UserError, match="no run there"):
+    with pytest.raises(UserError, match="there is no run"):
         replay_metrics.main(["nobody"])
     first = (server.storage / "server.log").read_text().splitlines()[0]
     assert (

@@ -24,10 +24,9 @@ from sweep import experiment_tree, markdown, opened, parser, run_tree, spread, s
 from orchestrator.cluster.layout import Layout
 from orchestrator.errors import UserError
 from orchestrator.runs import journal
-from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.study import Study
-from orchestrator.sweep.tree import Plan, grow
+from orchestrator.sweep.tree import StageTree, grow
 from pipelines.common import at_least, run_command
 
 CALIBRATION_STEPS, WINDOW = 60, 20
@@ -52,8 +51,8 @@ def chains_tree(a: Namespace, steps: int) -> dict[str, Any]:
 
 def cut(study: Study, length: int) -> Study:
     """`study`, each of whose trials now is a chain of stages of `length` steps."""
-    trials = study.plan.trials
-    study.plan = Plan(
+    trials = study.tree.branches
+    study.tree = StageTree(
         trials, tuple(grow(trials, {t.name: range(length, t.steps, length) for t in trials}))
     )
     return study
@@ -62,14 +61,14 @@ def cut(study: Study, length: int) -> Study:
 def measure(study: Study) -> tuple[float, float]:
     """Run it; seconds of a chain, and of these the ones between two stages, outside of `run_stage`: means over the chains."""
     ended: dict[str, float] = {}
-    books, _ = run_tree(study, lambda stage: ended.update({stage.id: time.time()}))
+    progress, _ = run_tree(study, lambda stage: ended.update({stage.id: time.time()}))
     spans, gaps = [], []
-    for name in study.candidates:
-        path = study.plan.path(name)
-        first = journal.read(RunFolder(books.stages / path[0].id))[0]["timestamp"] / 1000
+    for name in study.trials:
+        path = study.tree.stages_of(name)
+        first = journal.read(progress.folder.stage(path[0].id))[0]["timestamp"] / 1000
         spans.append(ended[path[-1].id] - first)
         gaps += [
-            ended[s.id] - ended[before.id] - books.stored.results[s.id]["seconds"]
+            ended[s.id] - ended[before.id] - progress.stored.results[s.id].seconds
             for before, s in pairwise(path)
         ]
     return statistics.mean(spans), statistics.mean(gaps or [0.0])
@@ -79,7 +78,7 @@ def step_seconds(a: Namespace, layout: Layout, place: Path) -> float:
     """Seconds of a step as these workers make it, the first window, which holds the warm-up, left out."""
     study = opened(chains_tree(a, CALIBRATION_STEPS), place / "calibration", layout)
     run_tree(study)
-    lines = [line for c in study.candidates.values() for line in study.records(c)]
+    lines = [line for c in study.trials.values() for line in study.curve(c)]
     return statistics.median(line["perf/step_time_s"] for line in lines if line["step"] > WINDOW)
 
 

@@ -30,9 +30,8 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.sweep import SweepSection
 from orchestrator.errors import UserError
 from orchestrator.runs import lock
-from orchestrator.runs.folder import RunFolder
-from orchestrator.sweep.study import Study
-from orchestrator.sweep.tree import Trial, grow
+from orchestrator.sweep.study import Study, asha_rule
+from orchestrator.sweep.tree import Branch, grow
 from pipelines.common import at_least, run_command
 
 REDUCTION = 3
@@ -43,12 +42,12 @@ EVALUATIONS = 18  # in a run: a ninth, a third and the half of it are among them
 class Grid:
     """What was recorded on one seed, by trial: `curves` {step: val loss}, `finals`, `probes` (the loss of its trunk's probe)."""
 
-    trials: dict[str, Trial]
+    trials: dict[str, Branch]
     peaks: dict[str, float]
     curves: dict[str, dict[int, float]]
     finals: dict[str, float]
     probes: dict[str, float]
-    probe_trials: dict[str, Trial]
+    probe_trials: dict[str, Branch]
 
     @property
     def best(self) -> str:
@@ -97,7 +96,7 @@ def regret(finals: Mapping[str, float], stopped: Collection[str]) -> tuple[float
 
 
 def steps_shared(
-    trials: Mapping[str, Trial], stopped: Mapping[str, int], more: Collection[Trial] = ()
+    trials: Mapping[str, Branch], stopped: Mapping[str, int], more: Collection[Branch] = ()
 ) -> int:
     """Steps of the tree of trials that end where they were stopped, and of `more`."""
     cut = [replace(t, rates=t.rates[: stopped.get(name, t.steps)]) for name, t in trials.items()]
@@ -143,45 +142,44 @@ def study_of(a: Namespace, layout: Layout) -> Study:
 
 def recorded(study: Study) -> dict[int, Grid]:
     """{seed: what was recorded}."""
-    seeds = sorted({c.spec.seed for c in study.candidates.values()})
+    seeds = sorted({c.seed for c in study.trials.values()})
     return {
-        seed: _grid(study, [n for n, c in study.candidates.items() if c.spec.seed == seed])
-        for seed in seeds
+        seed: _grid(study, [n for n, c in study.trials.items() if c.seed == seed]) for seed in seeds
     }
 
 
 def _grid(study: Study, names: list[str]) -> Grid:
     """A trial or probe that diverged has an infinite loss."""
-    candidates = {name: study.candidates[name] for name in names}
+    candidates = {name: study.trials[name] for name in names}
     curves = {
-        name: {r["step"]: r["val/loss"] for r in study.records(c) if "val/loss" in r}
+        name: {r["step"]: r["val/loss"] for r in study.curve(c) if "val/loss" in r}
         for name, c in candidates.items()
     }
-    finals = {name: curves[name].get(c.trial.steps, math.inf) for name, c in candidates.items()}
+    finals = {name: curves[name].get(c.branch.steps, math.inf) for name, c in candidates.items()}
     probes = {name: study.probes[name] for name in names}
     ends = {
-        p.name: {r["step"]: r.get("val/loss") for r in study.records(p)}.get(p.trial.steps)
+        p.name: {r["step"]: r.get("val/loss") for r in study.curve(p)}.get(p.branch.steps)
         for p in probes.values()
     }
     losses = {
         name: math.inf if ends[p.name] is None else ends[p.name] for name, p in probes.items()
     }
     return Grid(
-        {name: c.trial for name, c in candidates.items()},
+        {name: c.branch for name, c in candidates.items()},
         {name: c.experiment.schedule.max_lr for name, c in candidates.items()},
         curves,
         finals,
         losses,
-        {p.name: p.trial for p in probes.values()},
+        {p.name: p.branch for p in probes.values()},
     )
 
 
 def asha_rungs(study: Study) -> list[int]:
     """Those of `sweep.stop: asha` on trials of this length."""
-    settings = study.sweep.settings.replace(stop="asha")
-    words = replace(study, sweep=replace(study.sweep, settings=settings)).asha()
-    assert words["reduction_factor"] == REDUCTION
-    return rungs(words["grace_period"], words["max_t"], REDUCTION)
+    longest = max(trial.branch.steps for trial in study.trials.values())
+    rule = asha_rule(study.metric, longest, study.sweep.base.train.eval_interval)
+    assert rule.reduction_factor == REDUCTION
+    return rungs(rule.grace_period, rule.max_t, REDUCTION)
 
 
 # ---- the tables ----
@@ -299,14 +297,14 @@ def main(argv: list[str]) -> int:
         )
     start_ray(a.cpus)
     study = study_of(a, Layout(1, 1, False))
-    with lock.held(RunFolder(study.folder).driver_lock):
+    with lock.held(study.folder.driver_lock):
         print(
-            f"{study.plan.steps_to_run:,} of {study.plan.steps_in_tree:,} steps to run, in {study.folder}",
+            f"{study.tree.steps_to_run:,} of {study.tree.steps_in_tree:,} steps to run, in {study.folder.path}",
             flush=True,
         )
         run_tree(
             study,
-            lambda stage: print(f"{study.books.steps_run:,} steps run", end="\r", flush=True),
+            lambda stage: print(f"{study.progress.steps_run:,} steps run", end="\r", flush=True),
             judge=False,
         )
     print("\n" + report(a, study, recorded(study)))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.runs import summary as summary_file
-from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.sweep import (
     tune as sweep,  # before ray: it sets what Tune reads when it is imported
 )
@@ -40,11 +40,11 @@ from orchestrator.data.prepare import prepare
 from orchestrator.data.prepared import dataset_dir
 from orchestrator.runs import journal
 from orchestrator.runs.storage import storage_root
-from orchestrator.sweep.progress import Keeper
-from orchestrator.sweep.space import Sweep, expand
-from orchestrator.sweep.stage_states import DIVERGED, DONE
+from orchestrator.sweep.progress import Progress
+from orchestrator.sweep.space.expand import Sweep, expand
+from orchestrator.sweep.states import DIVERGED, DONE
 from orchestrator.sweep.study import Study, data_key
-from orchestrator.sweep.tree import Stage, Trial
+from orchestrator.sweep.tree import Branch, Stage
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
 from pipelines.common import Options, at_least, run_command
@@ -127,12 +127,12 @@ def opened(tree: dict[str, Any], folder: Path | None, layout: Layout) -> Study:
     storage = storage_root(base)
     planned = Sweep(base, settings, expand(base.model_dump(), settings))
     dataset = prepare(base.data, dataset_dir(base.data, storage))
-    return Study.open(
-        planned, folder or storage / base.name, layout, {data_key(base.data): dataset}
+    return Study(
+        planned, SweepFolder(folder or storage / base.name), layout, {data_key(base.data): dataset}
     )
 
 
-def distinct_prefixes(trials: Iterable[Trial]) -> int:
+def distinct_prefixes(trials: Iterable[Branch]) -> int:
     """The fewest steps that make all trials, by brute force: states that differ, each a root and the rates that led to it."""
     return len({trial.key(step) for trial in trials for step in range(1, trial.steps + 1)})
 
@@ -155,17 +155,19 @@ def start_ray(cpus: int) -> None:
 
 def run_tree(
     study: Study, watch: Callable[[Stage], None] = lambda stage: None, judge: bool = True
-) -> tuple[Keeper, float]:
-    """Run the tree, without tracking or reports; its books, and the seconds it took. `judge`: whether probes may drop trials."""
-    books = study.keeper(lambda: None)
-    books.watch, books.verdict = watch, books.verdict if judge else tuple
+) -> tuple[Progress, float]:
+    """Run the tree, without tracking or reports; its progress, and the seconds it took. `judge`: whether probes may drop trials."""
+    progress = study.progress
+    progress.on_stage_end = watch
+    if not judge:
+        progress.judge_probes = tuple
     started = time.perf_counter()
-    sweep.execute(books, books.stages, study.layout, launch.capacity(study.layout))
+    sweep.execute(progress, progress.folder, study.layout, launch.capacity(study.layout))
     seconds = time.perf_counter() - started
-    for name in books.candidates:  # probes among them
-        if (state := books.progress.trial(name)) not in (DONE, DIVERGED):
-            raise RuntimeError(f"trial {name} is {state}: {books.reason(name)}")
-    return books, seconds
+    for name in progress.trials:  # probes among them
+        if (state := progress.states.of_trial(name)) not in (DONE, DIVERGED):
+            raise RuntimeError(f"trial {name} is {state}: {progress.reason(name)}")
+    return progress, seconds
 
 
 class Alone(tune.Trainable):
@@ -208,9 +210,9 @@ class Alone(tune.Trainable):
 
 def run_plain(study: Study, folder: Path) -> float:
     """Every trial of the study by itself, in folders below `folder`, as a grid of Tune; the seconds it took."""
-    experiments = {name: c.experiment.model_dump() for name, c in study.candidates.items()}
+    experiments = {name: c.experiment.model_dump() for name, c in study.trials.items()}
     data_dir, cpus = (
-        next(iter(study.candidates.values())).dataset.directory,
+        next(iter(study.trials.values())).dataset.directory,
         study.layout.cpus_per_worker,
     )
     trainable = tune.with_parameters(
@@ -238,7 +240,7 @@ def run_plain(study: Study, folder: Path) -> float:
 # ---- what came of it ----
 def outcomes_of_tree(study: Study) -> dict[str, tuple[str, float]]:
     """{trial: (hash of its weights, its last val loss)}."""
-    return {row.trial: (row.weights_sha256, row.final) for row in study.rows()}
+    return {row.trial: (row.weights_sha256, row.final) for row in study.results()}
 
 
 def outcome_alone(experiment: Experiment, run_dir: Path) -> tuple[str, float]:
@@ -268,16 +270,16 @@ def one_round(
     study, seconds = opened(tree, place / "tree", layout), {}
     for side in ("tree", "plain") if tree_first else ("plain", "tree"):
         seconds[side] = run_tree(study)[1] if side == "tree" else run_plain(study, place / "plain")
-    fewest = distinct_prefixes(c.trial for c in study.candidates.values())
-    if not study.books.steps_run == study.plan.steps_in_tree == fewest:
+    fewest = distinct_prefixes(c.branch for c in study.trials.values())
+    if not study.progress.steps_run == study.tree.steps_in_tree == fewest:
         raise RuntimeError(
-            f"{study.books.steps_run} steps were run, {study.plan.steps_in_tree} are in the tree, and "
+            f"{study.progress.steps_run} steps were run, {study.tree.steps_in_tree} are in the tree, and "
             f"{fewest} are distinct"
         )
     found = outcomes_of_tree(study)
     check_same(
         found,
-        {n: outcome_alone(c.experiment, place / "plain" / n) for n, c in study.candidates.items()},
+        {n: outcome_alone(c.experiment, place / "plain" / n) for n, c in study.trials.items()},
     )
     return seconds["tree"], seconds["plain"], best_of(found)
 
@@ -352,7 +354,7 @@ def main(argv: list[str]) -> int:
 
 def report(a: Namespace, study: Study, rounds: list[tuple[float, float, str]]) -> str:
     ours, plain, winners = zip(*rounds, strict=True)
-    asked, ran = study.plan.steps_asked, study.plan.steps_in_tree
+    asked, ran = study.tree.steps_asked, study.tree.steps_in_tree
     header = [
         "study",
         "trials",
@@ -367,7 +369,7 @@ def report(a: Namespace, study: Study, rounds: list[tuple[float, float, str]]) -
     ]
     row = [
         a.study,
-        len(study.candidates),
+        len(study.trials),
         f"{asked:,}",
         f"{ran:,}",
         f"{asked / ran:.2f}",
@@ -375,7 +377,7 @@ def report(a: Namespace, study: Study, rounds: list[tuple[float, float, str]]) -
         spread(plain, 1),
         spread([b / c for b, c in zip(plain, ours, strict=True)], 2),
         ", ".join(sorted(set(winners))),
-        f"{len(study.candidates)} of {len(study.candidates)}",
+        f"{len(study.trials)} of {len(study.trials)}",
     ]
     return (
         f"{markdown(header, [row])}\n\n{a.layers} layers × {a.width}, 12 × 64 tokens a step, {a.cpus} processes of 1 CPU; "

@@ -8,7 +8,7 @@ command resumes a sweep that was stopped, and runs only what is new if the sweep
 from orchestrator.config.sweep import sweep_docs
 from orchestrator.runs import lock, signals
 from orchestrator.runs.storage import run_folder
-from orchestrator.sweep.space import Sweep, load_sweep
+from orchestrator.sweep.space.expand import Sweep, load_sweep
 from pipelines.common import DEFAULT, experiment_command
 
 

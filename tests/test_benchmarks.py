@@ -11,8 +11,8 @@ import pytest
 
 from orchestrator.config.sweep import parse_sweep
 from orchestrator.errors import UserError
-from orchestrator.sweep.space import expand
-from orchestrator.sweep.tree import Trial, grow
+from orchestrator.sweep.space.expand import expand
+from orchestrator.sweep.tree import Branch, grow
 from orchestrator.train.rates import Rates
 
 REPO = Path(__file__).resolve().parent.parent
@@ -42,11 +42,11 @@ def arguments():
     )
 
 
-def trials_of(tree) -> dict[str, Trial]:
+def trials_of(tree) -> dict[str, Branch]:
     """The trials of a sweep's file, without its tokens."""
     base, settings = parse_sweep(tree, "test")
     return {
-        s.name: Trial(
+        s.name: Branch(
             s.name,
             f"seed {s.experiment.train.seed}",
             Rates(s.experiment.lr_schedule()).first(s.experiment.train.max_steps),
@@ -80,9 +80,9 @@ def test_the_tree_of_a_study_has_its_distinct_prefixes_and_no_more(arguments, st
 def test_a_wrong_count_of_prefixes_would_be_seen():
     rates = np.linspace(1.0, 2.0, 5)
     trials = [
-        Trial("a", "root", rates),
-        Trial("b", "root", rates[:3]),
-        Trial("c", "other", rates[:2]),
+        Branch("a", "root", rates),
+        Branch("b", "root", rates[:3]),
+        Branch("c", "other", rates[:2]),
     ]
     assert bench.distinct_prefixes(trials) == 5 + 0 + 2
 
@@ -105,8 +105,8 @@ def test_one_bit_that_differs_ends_the_benchmark(alone):
 # ---- the cost of a stage ----
 def test_a_chain_makes_the_same_states_as_its_one_stage(arguments):
     trials = tuple(trials_of(stage_overhead.chains_tree(arguments, 12)).values())
-    one = stage_overhead.Plan(trials, tuple(grow(trials)))
-    many = stage_overhead.cut(Namespace(plan=one), 4).plan
+    one = stage_overhead.StageTree(trials, tuple(grow(trials)))
+    many = stage_overhead.cut(Namespace(tree=one), 4).tree
     assert [s.steps for s in one.stages] == [
         12,
         12,
@@ -186,9 +186,9 @@ def test_steps_of_stopped_trials_are_the_distinct_prefixes_that_are_left(grid):
         dict.fromkeys(names, 20),
         dict(zip(names, itertools.cycle((20, 60)), strict=False)),
     ):
-        left = [Trial(n, t.root, t.rates[: stopped.get(n, t.steps)]) for n, t in grid.items()]
+        left = [Branch(n, t.root, t.rates[: stopped.get(n, t.steps)]) for n, t in grid.items()]
         assert stopping.steps_shared(grid, stopped) == bench.distinct_prefixes(left)
-    probe = Trial("probe", grid[names[0]].root, np.append(grid[names[0]].rates[:60], np.zeros(5)))
+    probe = Branch("probe", grid[names[0]].root, np.append(grid[names[0]].rates[:60], np.zeros(5)))
     assert stopping.steps_shared(grid, {}, [probe]) == stopping.steps_shared(grid, {}) + 5
 
 

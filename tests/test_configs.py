@@ -9,8 +9,8 @@ from orchestrator.config.experiment import Experiment, load_experiment, parse_ex
 from orchestrator.config.load import read_yaml
 from orchestrator.config.sweep import parse_sweep
 from orchestrator.runs.facts import model_facts
-from orchestrator.sweep.space import load_sweep
-from orchestrator.sweep.tree import Trial, plan
+from orchestrator.sweep.space.expand import load_sweep
+from orchestrator.sweep.tree import Branch, build_tree
 from orchestrator.train.rates import Rates
 
 FILES = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
@@ -103,10 +103,10 @@ def test_the_sweep_of_schedules_runs_two_fifths_of_what_it_asks():
     sweep = load_sweep(SWEEPS[0])
     assert parse_sweep(read_yaml(sweep.to_yaml(), "again"), "again") == (sweep.base, sweep.settings)
     trials = [
-        Trial(s.name, "", Rates(s.experiment.lr_schedule()).first(s.experiment.train.max_steps))
+        Branch(s.name, "", Rates(s.experiment.lr_schedule()).first(s.experiment.train.max_steps))
         for s in sweep.trials
     ]
-    tree = plan(trials)
+    tree = build_tree(trials)
     assert (len(trials), tree.steps_asked, tree.steps_in_tree) == (21, 15750, 6381)
     assert sweep.base.data.corpus == "builtin:stdlib"  # no download
     assert SWEEPS[0].read_text("utf-8").startswith("# ")

@@ -27,15 +27,15 @@ from orchestrator.files import read_json
 from orchestrator.runs import lock, signals, stop
 from orchestrator.runs.ending import Ending, Kind
 from orchestrator.runs.facts import model_facts
-from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.runs.folder import SweepFolder
 from orchestrator.runs.storage import check_writable, storage_root
 from orchestrator.sweep import cost as sweep_plan
 from orchestrator.sweep.report import view as tree_view
 from orchestrator.sweep.report.files import Report
 from orchestrator.sweep.report.summary import show
 from orchestrator.sweep.report.table import Table
-from orchestrator.sweep.space import Sweep
-from orchestrator.sweep.stage_states import BLOCKED, DONE, FAILED, STOPPED
+from orchestrator.sweep.space.expand import Sweep
+from orchestrator.sweep.states import BLOCKED, DONE, FAILED, STOPPED
 from orchestrator.sweep.study import Study, check_sources, data_key, with_absolute_paths
 from orchestrator.track.server import resolve_uri
 from orchestrator.track.sweep import SweepTracker, resend_sweep_metrics
@@ -63,7 +63,7 @@ def run(sweep: Sweep) -> int:
         )
     if study := _finished(sweep, storage, folder):
         return _show_again(study, uri)
-    with lock.held(RunFolder(folder).driver_lock):
+    with lock.held(SweepFolder(folder).driver_lock):
         return _run(sweep, storage, folder, uri)
 
 
@@ -72,36 +72,33 @@ def _run(sweep: Sweep, storage: Path, folder: Path, uri: str) -> int:
     with signals.while_ray_starts():
         launch.connect(launch.worker_environment())
     launch.check_storage(sweep.base.storage or os.environ.get("ESPALIER_STORAGE") or "runs")
-    layout = _layout(sweep, RunFolder(folder).recorded_layout())
+    layout = _layout(sweep, SweepFolder(folder).recorded_layout())
     datasets = {
         key: prepare(data, dataset_dir(data, storage)) for key, data in _data_of(sweep).items()
     }
     _check_shapes(sweep, datasets)
-    study = Study.open(sweep, folder, layout, datasets)
-    stop.clear(RunFolder(folder))
+    study = Study(sweep, SweepFolder(folder), layout, datasets)
+    stop.clear(SweepFolder(folder))
     # A cluster that grows does so for what waits: then everything that may run asks for its place.
     slots = max(
         1,
         launch.capacity(layout),
-        len(study.plan.to_run) if os.environ.get("ESPALIER_AUTOSCALING") else 0,
+        len(study.tree.to_run) if os.environ.get("ESPALIER_AUTOSCALING") else 0,
     )
     estimate = _describe(study, slots)
     return _execute(
-        study,
-        slots,
-        SweepTracker(SweepFolder(folder), uri, sweep.base.tracking.experiment),
-        estimate,
+        study, slots, SweepTracker(study.folder, uri, sweep.base.tracking.experiment), estimate
     )
 
 
 def _describe(study: Study, slots: int) -> dict[str, float] | None:
     """Say what will be run and what it will cost; the estimate, where there is one."""
-    print("\n".join(tree_view.summary(study.plan)))
+    print("\n".join(tree_view.summary(study.tree)))
     print(
-        f"{slots} stage(s) at a time, {study.layout.num_workers} worker(s) each, in {study.folder}",
+        f"{slots} stage(s) at a time, {study.layout.num_workers} worker(s) each, in {study.folder.path}",
         flush=True,
     )
-    if not study.plan.to_run:
+    if not study.tree.to_run:
         return None
     counts = {
         key: {
@@ -130,25 +127,25 @@ def _execute(
     """From the plan to the last line of the comparison."""
     started, code = time.monotonic(), None
     step_s = (
-        estimate["time_s"] * slots / study.plan.steps_to_run
-        if estimate and study.plan.steps_to_run
+        estimate["time_s"] * slots / study.tree.steps_to_run
+        if estimate and study.tree.steps_to_run
         else None
     )
-    books = study.keeper(lambda: None)
-    table = Table(books, slots, study.best, step_s)
-    books.tick = table.tick
-    report = Report(study, books, estimate)
-    books.watch = lambda stage: (report.stage_ended(stage), table.stage_ended(stage))
+    progress = study.progress
+    table = Table(progress, slots, study.best, step_s)
+    progress.tick = table.tick
+    report = Report(study, progress, estimate)
+    progress.on_stage_end = lambda stage: (report.stage_ended(stage), table.stage_ended(stage))
     report.begin()
     try:
         tracker.start()
         from orchestrator.sweep import tune as sweep  # imports Tune
 
         with (
-            Watch(RunFolder(study.folder), lambda: map(RunFolder, books.running())),
-            signals.asking_to_stop(lambda: stop.request(RunFolder(study.folder), "SIGTERM")),
+            Watch(study.folder, progress.running),
+            signals.asking_to_stop(lambda: stop.request(study.folder, "SIGTERM")),
         ):
-            sweep.execute(books, books.stages, study.layout, slots, study.asha())
+            sweep.execute(progress, progress.folder, study.layout, slots, study.asha())
         code = _outcome(study)
     except (KeyboardInterrupt, SystemExit):
         code = EXIT_AGAIN if signals.was_terminated() else EXIT_INTERRUPTED
@@ -166,7 +163,7 @@ def _execute(
     if not sent:
         print(
             f"the tracking server did not take everything; send the rest with\n  "
-            f"pipelines/replay_metrics.py {study.folder}",
+            f"pipelines/replay_metrics.py {study.folder.path}",
             flush=True,
         )
     return code
@@ -174,10 +171,10 @@ def _execute(
 
 def _outcome(study: Study) -> int:
     """Exit status of a sweep in which nothing runs any more."""
-    if stop.requested(RunFolder(study.folder)) and not study.is_over:
+    if stop.requested(study.folder) and not study.is_over:
         return EXIT_AGAIN
-    states = {study.books.progress.trial(name) for name in study.candidates}
-    probes = {study.books.progress.trial(probe.name) for probe in study.probes.values()}
+    states = {study.progress.states.of_trial(name) for name in study.trials}
+    probes = {study.progress.states.of_trial(probe.name) for probe in study.probes.values()}
     return (
         EXIT_DONE if states <= {DONE, STOPPED} and not probes & {FAILED, BLOCKED} else EXIT_FAILED
     )
@@ -229,29 +226,32 @@ def _check_shapes(sweep: Sweep, datasets: Mapping[str, Manifest]) -> None:
 def _finished(sweep: Sweep, storage: Path, folder: Path) -> Study | None:
     """The study, where it is known without a cluster that nothing is left to run."""
     layout, manifests = (
-        RunFolder(folder).recorded_layout(),
+        SweepFolder(folder).recorded_layout(),
         {k: dataset_dir(d, storage) for k, d in _data_of(sweep).items()},
     )
     if layout is None or not all((path / "manifest.json").exists() for path in manifests.values()):
         return None
     if (read_json(folder / "summary.json") or {}).get("status") != "FINISHED":
         return None
-    study = Study.open(
-        sweep, folder, layout, {k: load_manifest(path) for k, path in manifests.items()}
+    study = Study(
+        sweep,
+        SweepFolder(folder),
+        layout,
+        {k: load_manifest(path) for k, path in manifests.items()},
     )
-    study.keeper(lambda: None).judge()
+    study.progress.release_judged()
     return study if study.is_over else None
 
 
 def _show_again(study: Study, uri: str) -> int:
     print(f"{study.folder.name} is finished; more values in its grid run only what is new")
-    summary = read_json(study.folder / "summary.json")
-    best = study.winner(study.rows())
+    summary = read_json(study.folder.summary_file)
+    best = study.winner(study.results())
     if best and best[0] != summary["best_trial"]:  # the grid is smaller now
         summary |= {"best_trial": best[0], "best_value": best[1], "best_checkpoint": None}
     show(study, summary, None)
     if not resend_sweep_metrics(
-        SweepFolder(study.folder), uri, study.sweep.base.tracking.experiment, signals.EXIT_WAIT_S
+        study.folder, uri, study.sweep.base.tracking.experiment, signals.EXIT_WAIT_S
     ):
         print("the tracking server did not take everything; run this again when it is there")
     return EXIT_DONE

@@ -16,7 +16,7 @@ from orchestrator.errors import UserError
 from orchestrator.files import read_json
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
-from orchestrator.sweep.stage import read_order
+from orchestrator.sweep.stage import read_spec
 from orchestrator.train import rates
 
 
@@ -91,7 +91,7 @@ class Recorded:
 
     def rates(self, experiment: Experiment) -> Callable[[int], float]:
         """Of a sweep's trial, whose checkpoints are those of its last stage, the stage's; else the schedule's."""
-        order = read_order((self.run_dir / "checkpoints").resolve().parent)
+        order = read_spec(RunFolder((self.run_dir / "checkpoints").resolve().parent))
         return (
             rates.from_json(order.rates)
             if order

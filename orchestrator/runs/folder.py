@@ -122,6 +122,10 @@ class RunFolder:
         write_json(self.run_file, record)
         write_atomically(self.experiment_file, experiment.to_yaml())
         write_atomically(self.reserve_file, b" " * RESERVE_BYTES)
+        self.clear_ending()
+
+    def clear_ending(self) -> None:
+        """Remove the records of how the last attempt ended, except the result of a stage."""
         self.summary_file.unlink(missing_ok=True)
         self.ending_file.unlink(missing_ok=True)
         for file in self.path.glob("failure-rank*.txt"):
@@ -226,6 +230,10 @@ class SweepFolder(RunFolder):
     def stage(self, stage_id: str) -> RunFolder:
         """Folder of a stage: steps that one or more trials share."""
         return RunFolder(self.path / "stages" / stage_id)
+
+    def stages(self) -> list[RunFolder]:
+        """Folders of all stages on disk."""
+        return [RunFolder(path) for path in sorted((self.path / "stages").glob("*"))]
 
     def trial(self, name: str) -> RunFolder:
         """Folder of a trial, with the layout of a lone run."""

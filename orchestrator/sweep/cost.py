@@ -20,11 +20,11 @@ from orchestrator.runs.folder import SweepFolder
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.report import figures, view
 from orchestrator.sweep.report.advice import advice
-from orchestrator.sweep.space import Sweep
-from orchestrator.sweep.stage_states import Progress
+from orchestrator.sweep.space.expand import Sweep
+from orchestrator.sweep.states import StageStates
 from orchestrator.sweep.study import Study, check_sources, data_key, with_absolute_paths
-from orchestrator.sweep.tree import Plan, Stage
-from orchestrator.sweep.trials import Candidate
+from orchestrator.sweep.tree import Stage, StageTree
+from orchestrator.sweep.trials import PlannedTrial
 
 STARTS = 2  # process starts before the first step: that of Tune, then those of the workers
 MOST_SHAPES = 6  # shapes of model and batch that are timed, at most
@@ -50,14 +50,14 @@ def show(sweep: Sweep) -> int:
     datasets = {data_key(e.data): _dataset(e, storage) for e in experiments}
     folder = SweepFolder(storage / sweep.base.name)
     layout = folder.recorded_layout() or estimate.local_layout(experiments[0])
-    study = Study.open(sweep, folder.path, layout, datasets)
-    if not study.plan.stages:
+    study = Study(sweep, folder, layout, datasets)
+    if not study.tree.stages:
         print(
             f"optuna will ask for {sweep.settings.num_samples} trials, one after the other; there "
             "is nothing to plan yet"
         )
         return 0
-    print(view.text(study.plan) + "\n")
+    print(view.text(study.tree) + "\n")
     print("\n".join(describe(study, estimate.local_slots(layout), counts)))
     print(f"picture: {_save_tree(study)}")
     return 0
@@ -71,14 +71,14 @@ def describe(study: Study, slots: int, counts: Counts) -> list[str]:
         slots: Number of stages that can run at the same time.
         counts: Tokens and vocabulary of each dataset.
     """
-    schedules = {name: c.experiment.lr_schedule() for name, c in study.everyone.items()}
+    schedules = {name: c.experiment.lr_schedule() for name, c in study.trials_and_probes.items()}
     expected = estimate_of(study, slots, counts)
     if isinstance(expected, str):
         cost = f"expected time, memory and disk are unknown: {expected}"
     else:
         line = estimate.expected_line(expected)
         cost = f"expected: {line} at most (checkpoints), {slots} stage(s) at a time"
-    return [*view.summary(study.plan), *advice(study.plan, schedules), cost]
+    return [*view.summary(study.tree), *advice(study.tree, schedules), cost]
 
 
 def _dataset(experiment: Experiment, storage: Path) -> Manifest:
@@ -90,7 +90,7 @@ def _dataset(experiment: Experiment, storage: Path) -> Manifest:
 
 def _save_tree(study: Study) -> Path:
     folder = Path(tempfile.mkdtemp(prefix=f"espalier-{study.folder.name}-"))
-    figures.tree(study.plan).savefig(folder / "tree.png")
+    figures.tree(study.tree).savefig(folder / "tree.png")
     return folder / "tree.png"
 
 
@@ -117,7 +117,7 @@ def estimate_of(study: Study, slots: int, counts: Counts) -> dict[str, float] | 
     for shape, name in examples.items():
         layout = study.layout
         timing = measure.measure(
-            study.everyone[name].experiment,
+            study.trials_and_probes[name].experiment,
             n_vocab[name],
             layout.num_workers,
             layout.cpus_per_worker,
@@ -129,13 +129,13 @@ def estimate_of(study: Study, slots: int, counts: Counts) -> dict[str, float] | 
 
     by_trial = {name: timings[shape] for name, shape in shapes.items()}
     found = forecast(
-        study.plan,
+        study.tree,
         slots,
         seconds=lambda stage: _seconds(study, stage, by_trial, counts),
         results=lambda stage: _results(study, stage),
         keep_branches=study.sweep.settings.keep_branches,
     )
-    start = STARTS * max(t.startup_s for t in timings.values()) if study.plan.to_run else 0.0
+    start = STARTS * max(t.startup_s for t in timings.values()) if study.tree.to_run else 0.0
     return {
         "time_s": start + found.seconds,
         "memory_gib": max(t.memory_gib for t in timings.values()),
@@ -143,11 +143,11 @@ def estimate_of(study: Study, slots: int, counts: Counts) -> dict[str, float] | 
     }
 
 
-def _all(study: Study) -> list[tuple[str, Candidate]]:
-    return list(study.everyone.items())
+def _all(study: Study) -> list[tuple[str, PlannedTrial]]:
+    return list(study.trials_and_probes.items())
 
 
-def _shape(study: Study, candidate: Candidate, n_vocab: int) -> Path:
+def _shape(study: Study, candidate: PlannedTrial, n_vocab: int) -> Path:
     """Return the cache file of a trial's timing: equal for trials whose steps cost the same."""
     layout = study.layout
     return measure.cache_file(
@@ -157,10 +157,10 @@ def _shape(study: Study, candidate: Candidate, n_vocab: int) -> Path:
 
 def _seconds(study: Study, stage: Stage, timings: Mapping[str, Timing], counts: Counts) -> float:
     """Return the time of a stage: its steps, its evaluations and its checkpoints."""
-    experiment = study.everyone[(stage.ends or stage.trials)[0]].experiment
+    experiment = study.trials_and_probes[(stage.ends or stage.trials)[0]].experiment
     config = experiment.train
     timing = timings[(stage.ends or stage.trials)[0]]
-    steps = study.plan.cost(stage)
+    steps = study.tree.cost(stage)
     first = stage.stop - steps
     evaluations = _due(config.eval_interval, first, stage.stop) + (first == 0)
     if stage.ends and config.eval_interval and stage.stop % config.eval_interval != 0:
@@ -179,7 +179,7 @@ def _seconds(study: Study, stage: Stage, timings: Mapping[str, Timing], counts: 
 
 def _results(study: Study, stage: Stage) -> int:
     """Return the number of checkpoints that the last stage of a trial keeps."""
-    config = study.everyone[stage.ends[0]].experiment.train
+    config = study.trials_and_probes[stage.ends[0]].experiment.train
     made = _due(config.checkpoint_interval, stage.start, stage.stop - 1) + 1
     return min(made, config.keep)
 
@@ -206,7 +206,7 @@ class Forecast:
 
 
 def forecast(
-    plan: Plan,
+    plan: StageTree,
     slots: int,
     seconds: Callable[[Stage], float],
     results: Callable[[Stage], int],
@@ -225,8 +225,8 @@ def forecast(
     def kept(stage: str) -> int:
         return results(plan.by_id[stage]) if plan.by_id[stage].ends else 1
 
-    progress = Progress(plan)
-    on_disk = {stage: kept(stage) for stage in plan.standing if stage in plan.by_id}
+    progress = StageStates(plan)
+    on_disk = {stage: kept(stage) for stage in plan.stored if stage in plan.by_id}
     running: list[tuple[float, str]] = []  # (end, stage)
     clock = 0.0
     peak = 0

@@ -1,293 +1,333 @@
-"""Keeps the books of a sweep while it runs: what may start, what has ended and how, which checkpoints may go.
+"""The state of a running sweep: which stages can start, how stages ended, which checkpoints can go.
 
-Eats a plan and what is stored; answers to `sweep.execute` and to whoever watches. It knows folders, and no Ray.
+`Progress` answers the questions of `tune.execute` and of the reports. It writes stage.json of each
+stage that starts, and knows no Ray.
 """
 
 import contextlib
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from orchestrator.checkpoint import store as checkpoint
-from orchestrator.config.experiment import parse_experiment
-from orchestrator.files import read_json
 from orchestrator.runs import events, stop
-from orchestrator.runs.folder import RunFolder
-from orchestrator.sweep import stage as stage_run
-from orchestrator.sweep.stage import Order
-from orchestrator.sweep.stage_states import (
-    DIVERGED,
-    DONE,
-    FAILED,
-    RUNNING,
-    STOPPED,
-    WAITING,
-    Progress,
+from orchestrator.runs.ending import Ending
+from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.sweep.stage import (
+    StageResult,
+    StageSpec,
+    has_result,
+    read_result,
+    read_spec,
+    write_stopped,
 )
-from orchestrator.sweep.sweep_folder import Stored
-from orchestrator.sweep.tree import Plan, Stage
-from orchestrator.sweep.trials import Candidate
+from orchestrator.sweep.states import DONE, FAILED, RUNNING, WAITING, StageStates
+from orchestrator.sweep.stored import StoredStages, StoredState
+from orchestrator.sweep.tree import Stage, StageTree
+from orchestrator.sweep.trials import PlannedTrial
 from orchestrator.workers import hangs
 
-MISSING = "its process died twice without a word: out of memory, or its machine is gone"
+MISSING = "its process died twice without a traceback: out of memory, or its machine is gone"
 
 
-class Keeper:
-    """One sweep's progress on disk.
+class Progress:
+    """The state of a running sweep.
 
     Args:
-        folder: of the sweep. stored: what `scan` found. candidates: by name, probes among them.
-        watch: called with each stage that has ended. verdict: called once when all probes have ended;
-            returns the names of the trials to drop. more: trials that a sampler wants to have now, when
-            nothing else is ready.
+        folder: Folder of the sweep.
+        tree: The stages.
+        stored: What was on disk when the tree was built.
+        trials: Trials and probes by name.
+        keep_branches: False: remove checkpoints from which no later stage starts.
+        diverged_above: `sweep.diverged_above`.
+        probe_step: Step at which the probes leave their trials.
+        judge_probes: Called once when all probes have ended; returns the trials to drop.
+        next_sample: Called when nothing else is ready; returns more trials, or none.
+
+    Attributes:
+        states: State of every stage.
+        on_stage_end: Called with each stage that has ended.
+        tick: Called several times a second.
+        steps_run: Updates made in this process.
+        reasons: Why a stage failed, diverged or was stopped, by its id.
+        wait_reasons: Why a stage that had started waits again, by its id.
+        retried: Stages that were tried a second time.
+        peak_bytes: The most bytes that the checkpoints took on disk.
     """
 
     def __init__(
         self,
-        folder: Path,
-        plan: Plan,
-        stored: Stored,
-        candidates: dict[str, Candidate],
+        folder: SweepFolder,
+        tree: StageTree,
+        stored: StoredStages,
+        trials: dict[str, PlannedTrial],
         *,
         keep_branches: bool = True,
         diverged_above: float | None = None,
         probe_step: int | None = None,
-        watch: Callable[[Stage], None] = lambda stage: None,
-        tick: Callable[[], None] = lambda: None,
-        verdict: Callable[[], Collection[str]] = tuple,
-        more: Callable[[], list[Candidate]] = list,
-    ):
-        self.folder, self.stages, self.plan, self.candidates = (
-            folder,
-            folder / "stages",
-            plan,
-            candidates,
-        )
-        self.stored, self.keep_branches, self.diverged_above = stored, keep_branches, diverged_above
-        self.watch, self.tick, self.verdict, self.more = watch, tick, verdict, more
-        self.probes = [c.name for c in candidates.values() if c.probe]
-        held = (
-            [
-                s.id
-                for s in plan.stages
-                if s.start >= probe_step and not set(s.trials) & set(self.probes)
-            ]
-            if self.probes
-            else ()
-        )
-        self.progress = Progress(plan, held)
-        self.steps_run, self.tried_again, self.reasons = 0, set(), {}
-        self.waits: dict[str, str] = {}  # why a stage that had begun waits again
+        judge_probes: Callable[[], Collection[str]] = tuple,
+        next_sample: Callable[[], list[PlannedTrial]] = list,
+    ) -> None:
+        self.folder = folder
+        self.tree = tree
+        self.stored = stored
+        self.trials = dict(trials)
+        self.keep_branches = keep_branches
+        self.diverged_above = diverged_above
+        self.judge_probes = judge_probes
+        self.next_sample = next_sample
+        self.on_stage_end: Callable[[Stage], object] = _ignore_stage
+        self.tick: Callable[[], object] = _ignore_tick
+
+        self.probes = {trial.name for trial in trials.values() if trial.is_probe}
+        self.states = StageStates(tree, self._stages_after_probes(probe_step))
+        self.steps_run = 0
+        self.retried: set[str] = set()
+        self.reasons: dict[str, str | None] = {}
+        self.wait_reasons: dict[str, str | None] = {}
         self.peak_bytes = 0
 
-    # ---- what execute asks ----
-    def next(self) -> str | None:
-        if stop.requested(RunFolder(self.folder)):
-            return None
-        self.judge()
-        ready = self.progress.ready()
-        while not ready and (wanted := self.more()):
-            self._add(wanted)
-            ready = self.progress.ready()
-        if not ready:
-            return None
-        stage, folder = ready[0], self.stages / ready[0].id
-        self._order(stage).write(folder)
-        self._hang(stage.id)  # of an attempt whose driver was killed
-        for old in (folder / "stopped.json", *folder.glob("failure-rank*.txt")):
-            old.unlink(missing_ok=True)
-        if not self._is_done(stage):
-            (folder / "result.json").unlink(missing_ok=True)
-        self.progress.start(stage.id)
-        return stage.id
-
-    def ended(self, stage: str, died: bool) -> None:
-        folder, hang = self.stages / stage, self._hang(stage)
-        # A stage that starts removes what was there.
-        result, stopped = (
-            read_json(folder / "result.json"),
-            read_json(folder / "stopped.json") or {},
-        )
-        asked = stop.requested(RunFolder(self.folder))
-        if not died and not asked and result is None:
-            result = stage_run.note_stop(folder, "stopped by the scheduler")
-        if result:  # then it died of nothing that matters
-            state = result["outcome"]
-        elif asked and (stopped.get("again") or not died):
-            state = self._stopped_as_asked(stage, stopped)
-        else:
-            state = self._failed(stage, folder, hang)
-        if state in (DIVERGED, STOPPED):
-            self.reasons[stage] = result["reason"]
-        if state != WAITING:
-            self.progress.end(stage, state)
-        if result:
-            self.steps_run += result["steps_run"]
-            self.stored.add(stage, folder, result)
-        self._note_disk()
-        self.judge()
-        self.tidy()
-        self.watch(self.plan.by_id[stage])
-
-    def _add(self, candidates: list[Candidate]) -> None:
-        """Each begins from the longest stored prefix of its own; what runs at this moment it cannot share."""
-        self.candidates |= {c.name: c for c in candidates}
-        self.plan = self.plan.joined(
-            self.stored.plan([c.trial for c in candidates], at_plateaus=True)
-        )
-        self.progress.extend(self.plan)
-
-    # ---- decisions ----
-    def _is_done(self, stage: Stage) -> bool:
-        """Whether it has all that it can have, and its end stands: then a worker has nothing to do."""
-        folder = self.stages / stage.id
-        order = stage_run.read_order(folder)
-        return stage_run.has_result(folder, order, parse_experiment(order.experiment, str(folder)))
-
-    def _failed(self, stage: str, folder: Path, hang: str | None) -> str:
-        """FAILED, or WAITING where a process hung, or died without raising anything: that is tried once more."""
-        files = sorted(
-            folder.glob("failure-rank*.txt"), key=lambda f: f.stat().st_mtime_ns
-        )  # the others are its echo
-        traces = [f.read_text("utf-8") for f in files]
-        if (hang or not traces) and stage not in self.tried_again:
-            self.tried_again.add(stage)
-            return self._waits(stage, f"{hang or 'its process died'}; once more")
-        # What the others raise where one hung and was ended is its echo too.
-        self.reasons[stage] = hang or (traces[0].strip().splitlines()[-1] if traces else MISSING)
-        return FAILED
-
-    def _stopped_as_asked(self, stage: str, stopped: dict[str, Any]) -> str:
-        """WAITING: the next start of the sweep goes on from the checkpoint of its last step, if it had begun."""
-        self.steps_run += stopped.get("steps_run", 0)
-        return self._waits(stage, stopped.get("reason", "asked to stop before it began"))
-
-    def _waits(self, stage: str, why: str) -> str:
-        self.waits[stage] = why
-        self.progress.again(stage)
-        return WAITING
-
-    def _hang(self, stage: str) -> str | None:
-        """The verdict on a hang that ended the stage's workers; they are gone, and so are their marks then."""
-        if message := hangs.report(RunFolder(self.stages / stage)):
-            events.note(RunFolder(self.folder), "hang", message, stage=stage)
-        return message
-
-    def judge(self) -> None:
-        """Once every probe is over, drop the trials that they speak against, and let the others go on."""
-        if self.progress.held and all(
-            self.progress.trial(p) not in (WAITING, RUNNING) for p in self.probes
-        ):
-            self.progress.release(self.verdict())
-
-    def _order(self, stage: Stage) -> Order:
-        """What stage.json says: of the trials that make the stage, one that ends with it if any does."""
-        candidate = self.candidates[(stage.ends or stage.trials)[0]]
-        data = candidate.dataset.directory
-        order = Order(
-            stage.id,
-            candidate.trial.root,
-            stage.start,
-            stage.stop,
-            candidate.experiment.model_dump(),
-            candidate.rates.to_json(),
-            str(data),
-            diverged_above=self.diverged_above,
-        )
-        before = stage_run.read_order(self.stages / stage.id)
-        if stage.id in self.plan.standing:
-            place, step = self.stored.states[stage.id]
-            if place == self.stages / stage.id:  # its steps are made: it only ends a trial now
-                return replace(order, start=before.start, parent=before.parent, begin=before.begin)
-            return replace(
-                order,
-                start=step,
-                parent=str(place),
-                begin=str(checkpoint.path_of(place / "checkpoints", step)),
-            )
-        if stage.parent is None:
-            return order
-        place, step = self.stored.states[stage.parent]
-        return replace(
-            order, parent=str(place), begin=str(checkpoint.path_of(place / "checkpoints", step))
-        )
-
-    # ---- disk ----
-    def tidy(self) -> None:
-        """Remove checkpoints that nobody will begin from: of probes that are judged and, without `keep_branches`, all that
-        no stage to come begins from and that are no trial's result.
-        """
-        needed = {
-            self.stored.states[key] for key in self.progress.needed() if key in self.stored.states
-        }
-        coming = {
-            s.id
-            for s in self.plan.stages
-            if self.progress.state[s.id] in (WAITING, RUNNING, FAILED)
-        }
-        probes = set(self.probes) if not self.progress.held else set()
-        if self.keep_branches and not probes:
-            return
-        for folder in [p.parent for p in self.stages.glob("*/checkpoints")]:
-            stage, result = (
-                self.plan.by_id.get(folder.name),
-                read_json(folder / "result.json") or {},
-            )
-            is_probe = stage is not None and set(stage.trials) <= probes
-            if (
-                folder.name in coming
-                or (self.keep_branches or result.get("is_whole"))
-                and not is_probe
-            ):
-                continue
-            for step in checkpoint.steps(folder / "checkpoints"):
-                if (folder, step) not in needed:
-                    checkpoint.remove(checkpoint.path_of(folder / "checkpoints", step))
-                    self.stored.forget(folder, step)
-
-    def _note_disk(self) -> None:
-        """Others write and rename there meanwhile: what has gone is not counted."""
-        total = 0
-        for part in self.stages.glob("*/checkpoints/*/*"):
-            with contextlib.suppress(OSError):
-                total += part.stat().st_size
-        self.peak_bytes = max(self.peak_bytes, total)
-
-    # ---- what watchers ask ----
-    def running(self) -> list[Path]:
-        """Folders of the stages that run now. Another thread may ask."""
+    def _stages_after_probes(self, probe_step: int | None) -> list[str]:
+        """Return the stages that wait until the probes have been judged."""
+        if not self.probes or probe_step is None:
+            return []
         return [
-            self.stages / stage
-            for stage, state in list(self.progress.state.items())
-            if state == RUNNING
+            stage.id
+            for stage in self.tree.stages
+            if stage.start >= probe_step and self.probes.isdisjoint(stage.trials)
         ]
 
-    def last_stage(self, trial: str) -> tuple[Path, int] | None:
-        """The folder of the trial's last stage that has lines, done or not, and the trial's step at its end."""
-        # From its end: a stage that stands has its whole curve, whatever new branches now cut on the way to it.
-        for stage in reversed(self.plan.path(trial)):
-            folder = self.stored.folders.get(stage.id) or self.stages / stage.id
-            if not (folder / "metrics.jsonl").exists():
-                folder = self.stored.states.get(stage.id, (None, 0))[0]
-            if folder:
-                return (
-                    (folder, stage.stop) if folder.parent == self.stages else None
-                )  # the run it branches off is no stage
+    # ---- what `tune.execute` asks ----
+
+    def next(self) -> str | None:
+        """Return the id of a stage to start, with its folder prepared; None: none is ready."""
+        if stop.requested(self.folder):
+            return None
+        self.release_judged()
+        stage = self._first_ready()
+        if stage is None:
+            return None
+        self._prepare(stage)
+        self.states.start(stage.id)
+        return stage.id
+
+    def _first_ready(self) -> Stage | None:
+        while True:
+            ready = self.states.ready()
+            if ready:
+                return ready[0]
+            sample = self.next_sample()
+            if not sample:
+                return None
+            self._add(sample)
+
+    def _add(self, trials: list[PlannedTrial]) -> None:
+        """Add trials. They start from stored states, and share nothing with stages that run now."""
+        self.trials |= {trial.name: trial for trial in trials}
+        new = self.stored.tree([trial.branch for trial in trials], at_decays=True)
+        self.tree = self.tree.merged_with(new)
+        self.states.extend(self.tree)
+
+    def _prepare(self, stage: Stage) -> None:
+        folder = self.folder.stage(stage.id)
+        spec = self._spec(stage)
+        spec.write(folder)
+        self._report_hang(stage.id)  # of an attempt whose driver was killed
+        folder.clear_ending()
+        # The workers leave a stage alone that has all that it can have.
+        if not has_result(folder, spec, spec.parsed_experiment()):
+            folder.result_file.unlink(missing_ok=True)
+
+    def _spec(self, stage: Stage) -> StageSpec:
+        """Return stage.json, with the experiment of a trial that ends here if there is one."""
+        trial = self.trials[(stage.ends or stage.trials)[0]]
+        spec = StageSpec(
+            id=stage.id,
+            root=trial.branch.root,
+            start=stage.start,
+            stop=stage.stop,
+            experiment=trial.experiment.model_dump(),
+            rates=trial.rates.to_json(),
+            data_dir=str(trial.dataset.directory),
+            diverged_above=self.diverged_above,
+        )
+        if stage.id in self.tree.stored:
+            # All its steps are made; it only completes the end of a trial.
+            end = self.stored.states[stage.id]
+            folder = self.folder.stage(stage.id)
+            if end.path == folder.path:
+                old = read_spec(folder)
+                assert old is not None
+                return replace(spec, start=old.start, parent=old.parent, begin=old.begin)
+            return replace(_starting_at(spec, end), start=end.step)
+        if stage.parent is None:
+            return spec
+        return _starting_at(spec, self.stored.states[stage.parent])
+
+    def ended(self, stage: str, died: bool) -> None:
+        """Record how a stage ended.
+
+        Args:
+            stage: Id of the stage.
+            died: True if it ended with an exception, or its process died.
+        """
+        folder = self.folder.stage(stage)
+        hang = self._report_hang(stage)
+        stop_requested = stop.requested(self.folder) is not None
+        result = read_result(folder)
+        if result is None and not died and not stop_requested:
+            result = write_stopped(folder, "stopped by the scheduler")
+
+        if result is not None:  # also if the process died after it had written the result
+            self._record_result(stage, result)
+        elif stop_requested and (not died or _is_again(folder.read_ending())):
+            self._wait_for_next_start(stage, folder.read_ending())
+        else:
+            self._record_failure(stage, folder, hang)
+        self._measure_disk()
+        self.release_judged()
+        self.remove_unneeded()
+        self.on_stage_end(self.tree.by_id[stage])
+
+    def _record_result(self, stage: str, result: StageResult) -> None:
+        if result.outcome != DONE:
+            self.reasons[stage] = result.reason
+        self.states.end(stage, result.outcome)
+        self.steps_run += result.steps_run
+        self.stored.add(stage, self.folder.stage(stage), result)
+
+    def _wait_for_next_start(self, stage: str, ending: Ending | None) -> None:
+        """Leave a stage that was asked to stop to the next start of the sweep."""
+        if ending is None:
+            self._wait(stage, "asked to stop before it began")
+            return
+        self.steps_run += ending.facts.get("steps_run", 0)
+        self._wait(stage, ending.reason)
+
+    def _record_failure(self, stage: str, folder: RunFolder, hang: str | None) -> None:
+        """Try a stage once more if its process hung or died without a traceback, else let it fail."""
+        tracebacks = folder.read_failures()
+        if (hang or not tracebacks) and stage not in self.retried:
+            self.retried.add(stage)
+            self._wait(stage, f"{hang or 'its process died'}; once more")
+            return
+        # The other ranks of one that hung fail with a closed connection, which is no reason.
+        reason = hang or MISSING
+        if hang is None and tracebacks:
+            reason = tracebacks[0].strip().splitlines()[-1]
+        self.reasons[stage] = reason
+        self.states.end(stage, FAILED)
+
+    def _wait(self, stage: str, reason: str | None) -> None:
+        self.wait_reasons[stage] = reason
+        self.states.again(stage)
+
+    def _report_hang(self, stage: str) -> str | None:
+        """Return what hung, if that ended the workers of a stage, and note it for the sweep."""
+        message = hangs.report(self.folder.stage(stage))
+        if message is not None:
+            events.note(self.folder, "hang", message, stage=stage)
+        return message
+
+    def release_judged(self) -> None:
+        """Once all probes have ended, let the trials go on that they do not speak against."""
+        if not self.states.on_hold:
+            return
+        if all(self.states.of_trial(probe) not in (WAITING, RUNNING) for probe in self.probes):
+            self.states.release(self.judge_probes())
+
+    # ---- disk ----
+
+    def remove_unneeded(self) -> None:
+        """Remove checkpoints of judged probes and, without `keep_branches`, those of branch points.
+
+        A checkpoint from which a stage will start, or that is the result of a trial, stays.
+        """
+        judged_probes: set[str] = set() if self.states.on_hold else self.probes
+        if self.keep_branches and not judged_probes:
+            return
+        needed = {self.stored.states.get(key) for key in self.states.needed()}
+        for folder in self.folder.stages():
+            if self._keeps_checkpoints(folder, judged_probes):
+                continue
+            for step in folder.checkpoint_steps():
+                state = StoredState(folder.path, step)
+                if state not in needed:
+                    checkpoint.remove(state.checkpoint)
+                    self.stored.forget(state)
+
+    def _keeps_checkpoints(self, folder: RunFolder, judged_probes: set[str]) -> bool:
+        stage = self.tree.by_id.get(folder.name)
+        if stage is not None:
+            if self.states.by_stage[stage.id] in (WAITING, RUNNING, FAILED):
+                return True
+            if judged_probes.issuperset(stage.trials):
+                return False
+        if self.keep_branches:
+            return True
+        result = read_result(folder)
+        return result is not None and result.is_whole
+
+    def _measure_disk(self) -> None:
+        total = 0
+        for folder in self.folder.stages():
+            for part in folder.checkpoints.glob("*/*"):
+                # Other stages rename and remove files meanwhile.
+                with contextlib.suppress(OSError):
+                    total += part.stat().st_size
+        self.peak_bytes = max(self.peak_bytes, total)
+
+    # ---- what the reports ask ----
+
+    def running(self) -> list[RunFolder]:
+        """Return the folders of the stages that run now. Other threads may call this."""
+        states = list(self.states.by_stage.items())
+        return [self.folder.stage(stage) for stage, state in states if state == RUNNING]
+
+    def last_stage(self, trial: str) -> StoredState | None:
+        """Return the folder and the end of a trial's last stage that has lines, done or not."""
+        # Search from the end: a stored stage has its whole curve, however new branches cut the
+        # steps before it.
+        for stage in reversed(self.tree.stages_of(trial)):
+            own = self.folder.stage(stage.id)
+            folder = self.stored.folders.get(stage.id, own)
+            if not folder.journal_file.exists():
+                state = self.stored.states.get(stage.id)
+                if state is None:
+                    continue
+                folder = state.folder
+            if folder.path.parent != own.path.parent:
+                return None  # the run that the sweep branches off
+            return StoredState(folder.path, stage.stop)
         return None
 
-    def result(self, trial: str) -> dict[str, Any]:
-        """result.json of the trial's end; nothing where it has none."""
-        if self.progress.trial(trial) != DONE:
-            return {}
-        return self.stored.results.get(self.plan.path(trial)[-1].id, {})
+    def result(self, trial: str) -> StageResult | None:
+        """Return the result of the last stage of a trial that is done."""
+        if self.states.of_trial(trial) != DONE:
+            return None
+        return self.stored.results.get(self.tree.stages_of(trial)[-1].id)
 
     def reason(self, trial: str) -> str | None:
-        """Why the trial has no result."""
-        for stage in self.plan.path(trial):
+        """Return why a trial has no result."""
+        for stage in self.tree.stages_of(trial):
             if stage.id in self.reasons:
                 return self.reasons[stage.id]
             result = self.stored.results.get(stage.id)
-            if result and result["outcome"] != DONE:
-                return result["reason"]
+            if result is not None and result.outcome != DONE:
+                return result.reason
         return None
+
+
+def _starting_at(spec: StageSpec, state: StoredState) -> StageSpec:
+    return replace(spec, parent=str(state.path), begin=str(state.checkpoint))
+
+
+def _is_again(ending: Ending | None) -> bool:
+    return ending is not None and ending.kind == "again"
+
+
+def _ignore_stage(stage: Stage) -> None:
+    pass
+
+
+def _ignore_tick() -> None:
+    pass

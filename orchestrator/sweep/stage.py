@@ -1,41 +1,53 @@
-"""One stage of a sweep, run in its folder `stages/<id>/`. Knows no Ray and no tree.
+"""One stage of a sweep, trained in its folder `stages/<id>/`. No Ray here.
 
-    stage.json     what to run: experiment, rates, steps [start, stop), the checkpoint to begin from
-    metrics.jsonl, checkpoints/, samples/    as in a run's folder, for these steps alone
-    stopped.json   with "again": it was asked to stop, left a checkpoint of that very step, and goes on from it
-    result.json    how it ended, written last: with it the stage is done and is never run again
+    stage.json     what to train (`StageSpec`)
+    metrics.jsonl, checkpoints/, samples/    as in the folder of a run, for these steps alone
+    stopped.json   the stage was asked to stop; it left a checkpoint and goes on from it
+    result.json    how the stage ended (`StageResult`), written last: the stage never runs again
 
-A stage is a stretch of a run (`train.loop.Trainer`), so whatever interrupts it, it goes on from its own last checkpoint.
+A stage is a part of a run, so it resumes from its own last checkpoint after any interruption.
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.errors import UserError
-from orchestrator.files import read_json, write_atomically
+from orchestrator.files import read_json, write_json
 from orchestrator.runs import journal, lock
 from orchestrator.runs.folder import RunFolder
-from orchestrator.sweep.tree import Trial
+from orchestrator.sweep.states import DIVERGED, DONE, STOPPED, State
+from orchestrator.sweep.tree import Branch
 from orchestrator.train import rates
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker, fingerprint
 from orchestrator.workers.marks import HELD
 from orchestrator.workers.watchdog import Watchdog
 
-DONE, DIVERGED, STOPPED = "done", "diverged", "stopped"
 WRITER_WAIT_S = 60
+JournalLine = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Order:
-    """stage.json. `parent`: the folder whose lines come before this stage's; `begin`: the checkpoint, both absolute."""
+class StageSpec:
+    """Content of stage.json: what a stage trains.
+
+    Attributes:
+        id: Key of the state at the end of the stage.
+        root: Identifies all that never changes within a run; see `tree.Branch`.
+        start, stop: The stage makes the updates [start, stop).
+        experiment: One trial of the stage; one that ends with it, if there is any.
+        rates: The learning rates, as `Rates.to_json` stores them.
+        data_dir: Folder of the token shards.
+        parent: Folder whose journal lines come before this stage's; None at step 0.
+        begin: Checkpoint to start from; None at step 0.
+        diverged_above: `sweep.diverged_above`.
+    """
 
     id: str
     root: str
@@ -48,192 +60,298 @@ class Order:
     begin: str | None = None
     diverged_above: float | None = None
 
-    def write(self, folder: Path) -> None:
-        """Another stage's folder is named from this one: the whole sweep may be moved."""
+    def write(self, folder: RunFolder) -> None:
+        """Write stage.json. The parent in the same sweep is relative, so that a sweep may be moved."""
         stored = asdict(self)
-        if self.parent and Path(self.parent).parent == folder.parent:
+        if self.parent is not None and Path(self.parent).parent == folder.path.parent:
             stored["parent"] = f"../{Path(self.parent).name}"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "stage.json", json.dumps(stored, indent=1))
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_json(folder.stage_file, stored)
+
+    def parsed_experiment(self) -> Experiment:
+        return parse_experiment(self.experiment, f"stage {self.id}")
+
+    def key(self, step: int) -> str:
+        """Return the key of the state after `step` updates."""
+        return self.keys([step])[step]
+
+    def keys(self, steps: list[int]) -> dict[int, str]:
+        """Return the keys of the states after some rising numbers of updates."""
+        made = rates.from_json(self.rates).first(max(steps, default=0))
+        return Branch("", self.root, made).keys(steps)
 
 
-def read_order(folder: Path) -> Order | None:
-    stored = read_json(folder / "stage.json")
-    if stored and stored["parent"] and stored["parent"].startswith("../"):
-        stored["parent"] = str(folder.parent / stored["parent"][3:])
-    return Order(**stored) if stored else None
+def read_spec(folder: RunFolder) -> StageSpec | None:
+    """Read stage.json; None if the folder is not that of a stage."""
+    stored = read_json(folder.stage_file)
+    if stored is None:
+        return None
+    parent = stored["parent"]
+    if parent is not None and parent.startswith("../"):
+        stored["parent"] = str(folder.path.parent / parent.removeprefix("../"))
+    return StageSpec(**stored)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """Content of result.json: how a stage ended.
+
+    Attributes:
+        id, start, stop: As in stage.json.
+        step: Updates after which the stage ended.
+        outcome: done, diverged or stopped.
+        key: Key of the state after `step` updates: what the result is about in any later tree.
+        seconds, steps_run: Time and updates of the last attempt.
+        is_whole: True if a trial ends here, with the evaluation at its end.
+        limit: `sweep.diverged_above` if the stage diverged by it.
+        weights_sha256: Only of a stage where a trial ends.
+        reason: Why it is not done.
+        numerics: Fingerprint of the numerics.
+    """
+
+    id: str
+    start: int
+    stop: int
+    step: int
+    outcome: State
+    key: str
+    seconds: float
+    steps_run: int
+    is_whole: bool = False
+    limit: float | None = None
+    weights_sha256: str | None = None
+    reason: str | None = None
+    numerics: dict[str, Any] | None = None
+
+    def write(self, folder: RunFolder) -> None:
+        stored = asdict(self)
+        if self.numerics is None:
+            del stored["numerics"]
+        write_json(folder.result_file, stored)
+
+
+def read_result(folder: RunFolder) -> StageResult | None:
+    """Read result.json; None if the stage has not ended."""
+    stored = read_json(folder.result_file)
+    return None if stored is None else StageResult(**stored)
 
 
 def run_stage(
-    folder: Path, worker: Worker, stop_asked: Callable[[], bool] | None = None
-) -> Iterator[dict[str, Any]]:
-    """Run the stage of `folder` to its end, watched; yields each line of its journal, on every worker alike.
+    folder: RunFolder, worker: Worker, stop_requested: Callable[[], bool] | None = None
+) -> Iterator[JournalLine]:
+    """Train the stage of a folder to its end, watched for hangs. Yield each line of its journal.
 
-    Every worker calls it, with torch.distributed initialised where there are several. Ends without a line where the
-    stage has its result, and without a result where it was asked to stop. An exception leaves the folder as it is, to go
-    on in.
+    Every worker calls this function and yields the same lines. With several workers,
+    torch.distributed must be initialized. A stage that has its result yields nothing. A stage
+    that is asked to stop, or raises, gets no result and can be continued.
 
     Args:
-        stop_asked: as `train.loop.Trainer`'s.
+        folder: The stage.
+        worker: Rank, world size and device of this process.
+        stop_requested: As for the trainer of a run.
     """
-    order, started = read_order(folder), time.monotonic()
-    experiment = parse_experiment(order.experiment, f"{folder}/stage.json")
-    if has_result(folder, order, experiment):
+    spec = read_spec(folder)
+    assert spec is not None, f"{folder.path} has no stage.json"
+    experiment = spec.parsed_experiment()
+    if has_result(folder, spec, experiment):
         return
-    # The worker of a driver that was killed may live a little longer than it: nobody writes beside it.
-    writing = (
-        lock.held(RunFolder(folder).writer_lock, WRITER_WAIT_S)
-        if worker.is_main
-        else contextlib.nullcontext()
-    )
-    with writing, Watchdog(RunFolder(folder), worker, experiment.compute.hang_after_s) as dog:
+    started = time.monotonic()
+    watchdog = Watchdog(folder, worker, experiment.compute.hang_after_s)
+    with _sole_writer(folder, worker), watchdog:
         if worker.is_main:
-            for stale in (folder / "stopped.json", folder / "result.json"):
-                stale.unlink(missing_ok=True)
-        if worker.is_main and order.start == order.stop:
-            _take_over_line(folder, order)
-        run = Trainer(
+            _begin(folder, spec)
+        trainer = Trainer(
             experiment,
-            RunFolder(folder),
-            Path(order.data_dir),
+            folder,
+            Path(spec.data_dir),
             worker,
-            parent=Path(order.begin) if order.begin else None,
-            end_step=order.stop,
-            lr_at=rates.from_json(order.rates),
-            stop_requested=stop_asked,
-            report_phase=dog.report_phase,
+            parent=Path(spec.begin) if spec.begin is not None else None,
+            end_step=spec.stop,
+            lr_at=rates.from_json(spec.rates),
+            stop_requested=stop_requested,
+            report_phase=watchdog.report_phase,
         )
-        begun_at, limit, above = run.state.step, order.diverged_above, None
-        for line in run.run():
-            dog.report_phase(HELD, run.state.step)
+        first_step = trainer.state.step
+        line_above: JournalLine | None = None
+        for line in trainer.run():
+            # Tune may leave this process waiting here between two evaluations.
+            watchdog.report_phase(HELD, trainer.state.step)
             yield line
-            loss = line.get("train/loss", 0.0)
-            # An end's own line has another window than that of the trials that go on: it decides nothing.
-            if (
-                limit
-                and loss > limit
-                and line["step"] % (experiment.train.log_interval or order.stop) == 0
-            ):
-                above = (
-                    line["step"],
-                    f"step {line['step']}: train/loss {loss:.4f} is above sweep.diverged_above={limit:g}",
-                )
+            if _is_above_limit(line, spec, experiment):
+                line_above = line
                 break
         if worker.is_main:
-            facts = {"seconds": time.monotonic() - started, "steps_run": run.state.step - begun_at}
-            stopped = read_json(folder / "stopped.json") or {}
-            if stopped.get("again"):
-                write_atomically(folder / "stopped.json", json.dumps(stopped | facts, indent=1))
-                return
-            if stopped:  # the loss of the next step was not finite, on every worker
-                above = run.state.step + 1, stopped["reason"]
-            step, reason = above or (order.stop, None)
-            facts |= {"reason": reason, "numerics": fingerprint(experiment, worker)}
-            _write_result(folder, order, experiment, step, DIVERGED if reason else DONE, facts)
+            attempt = _Attempt(
+                trainer.state.step,
+                time.monotonic() - started,
+                trainer.state.step - first_step,
+                fingerprint(experiment, worker),
+            )
+            _record_end(folder, spec, experiment, attempt, line_above)
 
 
-def note_stop(folder: Path, reason: str) -> dict[str, Any]:
-    """result.json of a stage that a scheduler ended at its last line."""
-    order, own = read_order(folder), journal.read(RunFolder(folder))
-    step = own[-1]["step"] if own else order.start
-    result = {
-        "id": order.id,
-        "start": order.start,
-        "stop": order.stop,
-        "step": order.stop,
-        "outcome": STOPPED,
-        "key": order.id,
-        "is_whole": False,
-        "limit": None,
-        "weights_sha256": None,
-        "reason": f"{reason} after step {step}",
-        "seconds": 0.0,
-        "steps_run": step - order.start,
-    }
-    write_atomically(folder / "result.json", json.dumps(result, indent=1))
+def _sole_writer(
+    folder: RunFolder, worker: Worker
+) -> contextlib.AbstractContextManager[str | None]:
+    """Wait until no worker of an earlier driver, which may outlive it, writes in the folder."""
+    if not worker.is_main:
+        return contextlib.nullcontext()
+    return lock.held(folder.writer_lock, WRITER_WAIT_S)
+
+
+def _begin(folder: RunFolder, spec: StageSpec) -> None:
+    folder.ending_file.unlink(missing_ok=True)
+    folder.result_file.unlink(missing_ok=True)
+    if spec.start < spec.stop or journal.read(folder):
+        return
+    # The stage has no steps: it only ends a trial at a state of another folder. The end of the
+    # trial completes the line that this folder has for its last step.
+    assert spec.parent is not None
+    for line in curve(RunFolder(spec.parent), spec.stop):
+        if line["step"] == spec.stop:
+            journal.Journal(folder).write(line)
+
+
+def _is_above_limit(line: JournalLine, spec: StageSpec, experiment: Experiment) -> bool:
+    """Return whether a stage diverged by the loss of a line."""
+    if spec.diverged_above is None or line.get("train/loss", 0.0) <= spec.diverged_above:
+        return False
+    # The line at the end of a trial has a shorter log window than a trial that goes on has there,
+    # so it decides nothing.
+    return line["step"] % (experiment.train.log_interval or spec.stop) == 0
+
+
+# ---- how a stage ends ----
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """What one attempt at a stage did: its last step, its cost, and the numerics."""
+
+    step: int
+    seconds: float
+    steps_run: int
+    numerics: dict[str, Any] | None = None
+
+
+def _record_end(
+    folder: RunFolder,
+    spec: StageSpec,
+    experiment: Experiment,
+    attempt: _Attempt,
+    line_above: JournalLine | None,
+) -> None:
+    """Write result.json; if the stage was asked to stop, add the cost to stopped.json instead."""
+    ending = folder.read_ending()
+    if ending is not None and ending.kind == "again":
+        cost = {"seconds": attempt.seconds, "steps_run": attempt.steps_run}
+        folder.write_ending(replace(ending, facts={**ending.facts, **cost}))
+        return
+    if ending is not None:  # the loss of the next step is not finite, on every worker
+        result = _result(spec, attempt, DIVERGED, attempt.step + 1, reason=ending.reason)
+    elif line_above is not None:
+        step = line_above["step"]
+        limit = spec.diverged_above
+        reason = (
+            f"step {step}: train/loss {line_above['train/loss']:.4f} is above "
+            f"sweep.diverged_above={limit:g}"
+        )
+        result = _result(spec, attempt, DIVERGED, step, reason=reason, limit=limit)
+    else:
+        result = _result(spec, attempt, DONE, spec.stop, **_end_of_trial(folder, spec, experiment))
+    result.write(folder)
+
+
+def _end_of_trial(folder: RunFolder, spec: StageSpec, experiment: Experiment) -> dict[str, Any]:
+    """Return the hash of the weights if a trial ends here, else keep only the last checkpoint."""
+    if spec.stop < experiment.train.max_steps:
+        checkpoint.keep_only(folder.checkpoints, spec.stop)
+        return {}
+    weights = checkpoint.load_tensors(folder.checkpoint(spec.stop), "model")
+    return {"is_whole": True, "weights_sha256": checkpoint.weights_sha256(weights)}
+
+
+def write_stopped(folder: RunFolder, reason: str) -> StageResult:
+    """Write the result of a stage that a scheduler ended at its last line."""
+    spec = read_spec(folder)
+    assert spec is not None
+    last = journal.last(folder)
+    step = spec.start if last is None else last["step"]
+    attempt = _Attempt(step, 0.0, step - spec.start)
+    result = _result(spec, attempt, STOPPED, spec.stop, reason=f"{reason} after step {step}")
+    result.write(folder)
     return result
 
 
-def _take_over_line(folder: Path, order: Order) -> None:
-    """Of a stage without steps, which only ends a trial where another folder's state stands: the line of its step."""
-    if not journal.read(RunFolder(folder)):
-        for line in lines(Path(order.parent), order.stop):
-            if line["step"] == order.stop:
-                journal.Journal(RunFolder(folder)).write(line)
+def _result(
+    spec: StageSpec, attempt: _Attempt, outcome: State, step: int, **more: Any
+) -> StageResult:
+    return StageResult(
+        id=spec.id,
+        start=spec.start,
+        stop=spec.stop,
+        step=step,
+        outcome=outcome,
+        key=spec.key(step),
+        seconds=attempt.seconds,
+        steps_run=attempt.steps_run,
+        numerics=attempt.numerics,
+        **more,
+    )
 
 
-def has_result(folder: Path, order: Order, experiment: Experiment) -> bool:
-    """Whether the stage needs no run: it is done, also as an end if it is one now, or diverged below today's limit."""
-    result = read_json(folder / "result.json")
-    if not result or result["outcome"] == STOPPED:
+def has_result(folder: RunFolder, spec: StageSpec, experiment: Experiment) -> bool:
+    """Return whether a stage has all that it can have, so that it need not run.
+
+    A stage that is done runs again if a trial now ends with it, or if its last checkpoint is
+    missing or damaged. One that diverged runs again if `sweep.diverged_above` has changed.
+    """
+    result = read_result(folder)
+    if result is None or result.outcome == STOPPED:
         return False
-    if result["outcome"] == DIVERGED:
-        return result["limit"] is None or result["limit"] == order.diverged_above
-    if not result["is_whole"] and order.stop == experiment.train.max_steps:
+    if result.outcome == DIVERGED:
+        return result.limit is None or result.limit == spec.diverged_above
+    if not result.is_whole and spec.stop == experiment.train.max_steps:
         return False
     try:
-        checkpoint.verify(checkpoint.path_of(folder / "checkpoints", order.stop))
-    except UserError:  # removed or damaged, and needed again
+        checkpoint.verify(folder.checkpoint(spec.stop))
+    except UserError:
         return False
     return True
 
 
-def _write_result(
-    folder: Path,
-    order: Order,
-    experiment: Experiment,
-    step: int,
-    outcome: str,
-    facts: dict[str, Any],
-) -> None:
-    """result.json, and of a stage that others only begin from, its end as the only checkpoint."""
-    is_whole = outcome == DONE and order.stop == experiment.train.max_steps
-    checkpoints = folder / "checkpoints"
-    if outcome == DONE and not is_whole:
-        checkpoint.keep_only(checkpoints, step)
-    by_loss = outcome == DIVERGED and not (folder / "stopped.json").exists()
-    weights = (
-        checkpoint.load_tensors(checkpoint.path_of(checkpoints, step), "model")
-        if is_whole
-        else None
-    )
-    result = {
-        "id": order.id,
-        "start": order.start,
-        "stop": order.stop,
-        "step": step,
-        "outcome": outcome,
-        # What it proves is about the state after `step` updates, whatever stages a later plan has.
-        "key": Trial("", order.root, rates.from_json(order.rates).first(step)).key(step),
-        "is_whole": is_whole,
-        "limit": order.diverged_above if by_loss else None,
-        "weights_sha256": checkpoint.weights_sha256(weights) if weights else None,
-        **facts,
-    }
-    write_atomically(folder / "result.json", json.dumps(result, indent=1))
+# ---- the curve ----
 
 
-def lines(folder: Path, upto: int | None = None) -> list[dict[str, Any]]:
-    """The curve from step 0 through this stage: its ancestors' lines and its own.
+def curve(folder: RunFolder, last_step: int | None = None) -> list[JournalLine]:
+    """Return the journal lines from step 0 through a stage: those of its parents and its own.
 
     Args:
-        folder: of a stage, or of a run that a sweep branches off.
-        upto: the folder's own lines up to this step, as a run that goes on there has them; None: all.
+        folder: A stage, or a run that a sweep branches off.
+        last_step: Leave out the folder's own lines after this step, and reduce the line at it to
+            what a run that goes on has there. None: all lines as they are.
     """
-    order, own = read_order(folder), journal.read(RunFolder(folder))
-    if upto is not None:
-        t = (
-            parse_experiment(order.experiment, str(folder))
-            if order
-            else RunFolder(folder).read_experiment()
-        ).train
-        here = [
-            journal.by_interval(line, t.log_interval, t.eval_interval)
-            for line in own
-            if line["step"] == upto
-        ]
-        own = [line for line in own if line["step"] < upto] + [line for line in here if line]
-    if order is None or order.parent is None:
+    spec = read_spec(folder)
+    own = journal.read(folder)
+    if last_step is not None:
+        experiment = folder.read_experiment() if spec is None else spec.parsed_experiment()
+        own = _lines_of_longer_run(own, last_step, experiment)
+    if spec is None or spec.parent is None:
         return own
-    before = lines(Path(order.parent), order.start)
+    before = curve(RunFolder(spec.parent), spec.start)
     return [line for line in before if not own or line["step"] < own[0]["step"]] + own
+
+
+def _lines_of_longer_run(
+    lines: list[JournalLine], last_step: int, experiment: Experiment
+) -> list[JournalLine]:
+    config = experiment.train
+    found = []
+    for line in lines:
+        if line["step"] < last_step:
+            found.append(line)
+        elif line["step"] == last_step:
+            reduced = journal.by_interval(line, config.log_interval, config.eval_interval)
+            if reduced:
+                found.append(reduced)
+    return found

@@ -1,391 +1,384 @@
-"""One sweep, ready to run: its trials, their tree, what stands of it, and what it thinks of its trials.
-
-Eats a resolved `Sweep`, its folder, its datasets and the layout of its workers; yields a plan, a keeper of its books, and
-rows that say of every trial how it ended.
-"""
+"""A sweep that is ready to run: its trials, their tree, what of it is stored, and the results."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Data
-from orchestrator.data.dataset import Manifest, data_identity
+from orchestrator.data.dataset import Manifest
 from orchestrator.errors import UserError
-from orchestrator.files import read_json
-from orchestrator.runs import summary as summary_file
-from orchestrator.runs.folder import RunFolder
-from orchestrator.sweep import stage as stage_run
-from orchestrator.sweep import sweep_folder, trials
-from orchestrator.sweep.progress import Keeper
+from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.runs.summary import last_value
+from orchestrator.sweep import stored, trials
+from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.report import ranking
 from orchestrator.sweep.report.ranking import Row
-from orchestrator.sweep.sampler import Sampler
-from orchestrator.sweep.sampler import check as check_optuna
-from orchestrator.sweep.space import Sweep, TrialSpec, sampled
-from orchestrator.sweep.stage_states import DIVERGED, DONE, RUNNING, STOPPED, WAITING
-from orchestrator.sweep.trials import Candidate
+from orchestrator.sweep.space import sampler
+from orchestrator.sweep.space.expand import Sweep, Trial, sampled
+from orchestrator.sweep.space.sampler import Sampler
+from orchestrator.sweep.stage import JournalLine
+from orchestrator.sweep.states import DIVERGED, DONE, RUNNING, STOPPED, WAITING
+from orchestrator.sweep.tree import StageTree
+from orchestrator.sweep.trials import PlannedTrial, Source
 from orchestrator.train import init_from
 from orchestrator.train.rates import Rates
 
 
-@dataclass
+class Best(NamedTuple):
+    """The best trial and its final loss."""
+
+    trial: str
+    loss: float
+
+
+@dataclass(frozen=True)
+class AshaRule:
+    """Arguments of Tune's ASHAScheduler, and the metric of the journal that it compares."""
+
+    metric: str
+    max_t: int
+    grace_period: int
+    reduction_factor: int
+
+
 class Study:
-    """`candidates` by name; `probes`: the probe of each trial that has one; `samples`: trials of each of optuna's samples."""
+    """A sweep that is ready to run. Creating the object reads its folder and writes nothing.
 
-    sweep: Sweep
-    folder: Path
-    layout: Layout
-    datasets: Mapping[str, Manifest]
-    candidates: dict[str, Candidate] = field(default_factory=dict)
-    probes: dict[str, Candidate] = field(default_factory=dict)
-    samples: dict[int, list[str]] = field(default_factory=dict)
-    source: "Source | None" = None
-    sampler: Sampler | None = None
-    finals: dict[str, float] = field(default_factory=dict)
-    dropped: dict[str, str] = field(
-        default_factory=dict
-    )  # trials that the probes speak against, with the reason
+    Args:
+        sweep: The resolved sweep.
+        folder: Its folder.
+        layout: Workers of each stage.
+        datasets: The prepared tokens, by `data_key`.
 
-    @classmethod
-    def open(
-        cls, sweep: Sweep, folder: Path, layout: Layout, datasets: Mapping[str, Manifest]
-    ) -> "Study":
-        """Read what stands in `folder` and plan; writes nothing.
+    Attributes:
+        trials: By name; optuna's are added while the sweep runs.
+        probes: The probe of each trial that has one, by the trial's name.
+        samples: Names of the trials of each of optuna's samples.
+        dropped: Why trials do not go on after their probes.
+        tree: The stages as planned when the object was created; `progress.tree` is the newest.
 
-        Args:
-            datasets: by `data_key` of the trials' data.
+    Raises:
+        UserError: The name of a trial stands for something else in the folder, or the run that the
+            sweep branches off does not fit.
+    """
 
-        Raises:
-            UserError: a trial's name stands for something else there, or the run to branch off does not fit.
-        """
-        s, self = sweep.settings, cls(sweep, folder, layout, datasets)
-        self.source = Source.of(sweep, folder.parent) if s.from_ else None
+    def __init__(
+        self,
+        sweep: Sweep,
+        folder: SweepFolder,
+        layout: Layout,
+        datasets: Mapping[str, Manifest],
+    ) -> None:
+        settings = sweep.settings
+        self.sweep = sweep
+        self.folder = folder
+        self.layout = layout
+        self.datasets = datasets
+        self.trials: dict[str, PlannedTrial] = {}
+        self.probes: dict[str, PlannedTrial] = {}
+        self.samples: dict[int, list[str]] = {}
+        self.dropped: dict[str, str] = {}
+        self.sampler: Sampler | None = None
+        self.source: Source | None = None
+        self._final_losses: dict[str, float | None] = {}
+
+        if settings.from_ is not None:
+            self.source = Source.of(sweep, folder.path.parent)
         self._add(sweep.trials)
-        if s.sampler == "optuna":
-            self.sampler = Sampler(folder, s.space, sweep.base.train.seed)
-            for number, values in enumerate(self.sampler.earlier[: s.num_samples]):
+        if settings.sampler == "optuna":
+            self.sampler = Sampler(folder, settings.space, sweep.base.train.seed)
+            for number, values in enumerate(self.sampler.earlier[: settings.num_samples]):
                 self._add_sample(number, values)
-        _check_names(folder, self.candidates)
-        if s.stop == "anneal_probe":
-            self.probes = trials.probes_of(self.candidates.values(), s.probe_step, s.probe_steps)
-        everyone = [c.trial for c in self.everyone.values()]
-        self.stored = sweep_folder.scan(
-            folder / "stages", everyone, s.diverged_above, s.stop == "asha"
+        _check_names(folder, self.trials)
+        if settings.stop == "anneal_probe":
+            assert settings.probe_step is not None and settings.probe_steps is not None
+            self.probes = trials.probes_of(
+                self.trials.values(), settings.probe_step, settings.probe_steps
+            )
+        branches = [trial.branch for trial in self.trials_and_probes.values()]
+        self.stored = stored.scan(
+            folder, branches, settings.diverged_above, keeps_stopped=settings.stop == "asha"
         )
-        if self.source:
-            self.source.check(self.candidates.values())
-            sweep_folder.add_run(self.stored, self.source.folder, everyone[0], self.source.step)
-        self.plan = self.stored.plan(everyone, at_plateaus=s.sampler == "optuna")
-        while damaged := self.stored.damaged(self.plan):
-            print("\n".join(f"not begun from: {error}" for error in damaged), flush=True)
-            self.plan = self.stored.plan(everyone, at_plateaus=s.sampler == "optuna")
-        return self
+        if self.source is not None:
+            self.source.check(self.trials.values())
+            self.stored.add_run(RunFolder(self.source.folder), branches[0], self.source.step)
+        self.tree = self._build_tree()
+
+    def _build_tree(self) -> StageTree:
+        """Return the tree of the trials; it uses no damaged checkpoint."""
+        branches = [trial.branch for trial in self.trials_and_probes.values()]
+        while True:
+            # Later samples of optuna may branch off where the learning rate begins to fall.
+            tree = self.stored.tree(branches, at_decays=self.sampler is not None)
+            problems = self.stored.forget_damaged(tree)
+            if not problems:
+                return tree
+            for problem in problems:
+                print(f"not used: {problem}", flush=True)
 
     @property
-    def everyone(self) -> dict[str, Candidate]:
-        return self.candidates | {probe.name: probe for probe in self.probes.values()}
+    def trials_and_probes(self) -> dict[str, PlannedTrial]:
+        return self.trials | {probe.name: probe for probe in self.probes.values()}
 
     @cached_property
     def metric(self) -> str:
-        """Losses per token of different tokenizers do not compare; bits per byte do."""
-        tokenizers = {c.experiment.data.tokenizer for c in self.candidates.values()}
+        """The loss that is compared. Losses per token of different tokenizers do not compare."""
+        tokenizers = {trial.experiment.data.tokenizer for trial in self.trials.values()}
         return "val/bits_per_byte" if len(tokenizers) > 1 else "val/loss"
 
-    def keeper(self, tick: Callable[[], None]) -> Keeper:
-        """The books of this study; they ask it for more trials, and which ones the probes speak against."""
-        s = self.sweep.settings
-        self.books = Keeper(
+    @cached_property
+    def progress(self) -> Progress:
+        """The state of this sweep while it runs."""
+        settings = self.sweep.settings
+        return Progress(
             self.folder,
-            self.plan,
+            self.tree,
             self.stored,
-            self.everyone,
-            tick=tick,
-            verdict=self.verdict,
-            more=self.more,
-            # A later sample may branch off anything.
-            keep_branches=s.keep_branches or self.sampler is not None,
-            diverged_above=s.diverged_above,
-            probe_step=s.probe_step,
+            self.trials_and_probes,
+            # A later sample may branch off anywhere.
+            keep_branches=settings.keep_branches or self.sampler is not None,
+            diverged_above=settings.diverged_above,
+            probe_step=settings.probe_step,
+            judge_probes=self.judge_probes,
+            next_sample=self.next_sample,
         )
-        return self.books
 
-    def _add(self, specs: Iterable[TrialSpec]) -> list[Candidate]:
-        found = []
-        for spec in specs:
-            schedule = spec.experiment.lr_schedule()
-            rates = (
-                Rates(schedule, self.source.experiment.lr_schedule(), self.source.step)
-                if self.source
-                else Rates(schedule)
-            )
-            dataset = self.datasets[data_key(spec.experiment.data)]
-            found.append(Candidate(spec, rates, dataset, self.layout.cpus_per_worker))
-        self.candidates |= {c.name: c for c in found}
-        return found
+    def _add(self, new: Iterable[Trial]) -> list[PlannedTrial]:
+        planned = []
+        for trial in new:
+            rates = Rates(trial.experiment.lr_schedule())
+            if self.source is not None:
+                before = self.source.experiment.lr_schedule()
+                rates = replace(rates, before=before, splice=self.source.step)
+            dataset = self.datasets[data_key(trial.experiment.data)]
+            cpus = self.layout.cpus_per_worker
+            planned.append(PlannedTrial(**vars(trial), rates=rates, dataset=dataset, cpus=cpus))
+        self.trials |= {trial.name: trial for trial in planned}
+        return planned
 
-    # ---- optuna's samples ----
-    def _add_sample(self, number: int, values: dict[str, Any]) -> list[Candidate]:
-        """The trials of a sample; none where its values contradict each other, which optuna cannot know."""
+    # ---- samples of optuna ----
+
+    def _add_sample(self, number: int, values: dict[str, Any]) -> list[PlannedTrial]:
+        """Add the trials of a sample; none if its values contradict each other."""
+        assert self.sampler is not None
         try:
-            found = self._add(
-                sampled(self.sweep.settings, self.sweep.base.model_dump(), number, values)
-            )
+            new = sampled(self.sweep.settings, self.sweep.base.model_dump(), number, values)
         except UserError as error:
-            print(f"sample-{number} is passed over: {error}", flush=True)
+            print(f"sample-{number} is left out: {error}", flush=True)
             self.sampler.tell(number, None)
             return []
-        self.samples[number] = [c.name for c in found]
-        return found
+        added = self._add(new)
+        self.samples[number] = [trial.name for trial in added]
+        return added
 
-    def more(self) -> list[Candidate]:
-        """The next sample's trials, once optuna knows how the earlier ones ended; none: there are enough."""
+    def next_sample(self) -> list[PlannedTrial]:
+        """Tell optuna how the samples ended, and return the trials of the next; none if all exist."""
         if self.sampler is None:
             return []
         for number, names in self.samples.items():
-            states = [self.books.progress.trial(name) for name in names]
-            if not {WAITING, RUNNING} & set(states):
-                losses = [self.final(self.candidates[name]) for name in names]
-                self.sampler.tell(number, None if None in losses else sum(losses) / len(losses))
-        while len(self.sampler.earlier) < self.sweep.settings.num_samples:
-            if found := self._add_sample(*self.sampler.ask()):
-                return found
+            self._tell(self.sampler, number, names)
+        while self._wants_samples():
+            added = self._add_sample(*self.sampler.ask())
+            if added:
+                return added
         return []
+
+    def _tell(self, told: Sampler, number: int, names: list[str]) -> None:
+        """Tell optuna the mean loss of a sample over its seeds, if all of them have ended."""
+        if any(self.progress.states.of_trial(name) in (WAITING, RUNNING) for name in names):
+            return
+        losses = [self.final_loss(self.trials[name]) for name in names]
+        known = [loss for loss in losses if loss is not None]
+        told.tell(number, sum(known) / len(known) if len(known) == len(losses) else None)
+
+    def _wants_samples(self) -> bool:
+        if self.sampler is None:
+            return False
+        return len(self.sampler.earlier) < (self.sweep.settings.num_samples or 0)
 
     @property
     def is_over(self) -> bool:
         """Whether nothing is left to run."""
-        wanted = self.sampler and len(self.sampler.earlier) < self.sweep.settings.num_samples
-        return not self.books.progress.pending and not wanted
+        return not self.progress.states.pending and not self._wants_samples()
 
-    def asha(self) -> dict[str, Any] | None:
-        """Arguments of Tune's scheduler: rungs at a ninth, a third and the whole of the run, or later where it evaluates."""
+    def asha(self) -> AshaRule | None:
+        """Return the rule by which Tune stops trials, if the sweep has one."""
         if self.sweep.settings.stop != "asha":
             return None
-        longest, e = max(c.trial.steps for c in self.candidates.values()), self.sweep.base
-        first = min(max(e.train.eval_interval, longest // 9), longest)
-        return {
-            "metric": self.metric,
-            "max_t": longest,
-            "grace_period": first,
-            "reduction_factor": 3,
-        }
+        longest = max(trial.branch.steps for trial in self.trials.values())
+        return asha_rule(self.metric, longest, self.sweep.base.train.eval_interval)
 
-    # ---- what came of it ----
-    def rows(self) -> list[Row]:
-        """One row a trial: how it ended, and the losses that it ended with."""
-        return [self.row(c) for c in self.candidates.values()]
+    # ---- results ----
 
-    def row(self, c: Candidate) -> Row:
-        """How a trial ended, as a row of comparison.csv."""
-        records = self.records(c)
-        state = self.books.progress.trial(c.name)
-        bits_per_byte = None
-        if state == DONE:
-            bits_per_byte = summary_file.last_value(records, "val/bits_per_byte")
+    def results(self) -> list[Row]:
+        """Return how every trial ended."""
+        return [self.result_of(trial) for trial in self.trials.values()]
+
+    def result_of(self, trial: PlannedTrial) -> Row:
+        """Return how a trial ended, with its losses."""
+        lines = self.curve(trial)
+        end = self.progress.result(trial.name)
+        state = self.progress.states.of_trial(trial.name)
+        losses = [line[self.metric] for line in lines if self.metric in line]
+        bits_per_byte = last_value(lines, "val/bits_per_byte") if state == DONE else None
         return Row(
-            trial=c.name,
-            setting=c.spec.setting,
-            seed=c.spec.seed,
-            fields=c.spec.fields,
-            steps=c.trial.steps,
+            trial=trial.name,
+            setting=trial.setting,
+            seed=trial.seed,
+            fields=trial.fields,
+            steps=trial.branch.steps,
             state=state,
             metric=self.metric,
-            final=self.final(c),
-            best=min((r[self.metric] for r in records if self.metric in r), default=None),
+            final=self.final_loss(trial),
+            best=min(losses, default=None),
             val_bits_per_byte=bits_per_byte,
-            train_loss=summary_file.last_value(records, "train/loss"),
-            weights_sha256=self.books.result(c.name).get("weights_sha256"),
-            reason=self.reason(c.name),
+            train_loss=last_value(lines, "train/loss"),
+            weights_sha256=end.weights_sha256 if end is not None else None,
+            reason=self.reason(trial.name),
         )
 
-    def records(self, c: Candidate) -> list[dict[str, Any]]:
-        """The trial's lines so far, from step 0."""
-        return trials.curve(self.books.last_stage(c.name), c)
+    def curve(self, trial: PlannedTrial) -> list[JournalLine]:
+        """Return the journal lines of a trial so far, from step 0."""
+        return trials.curve(self.progress.last_stage(trial.name), trial)
 
-    def final(self, c: Candidate) -> float | None:
-        """The loss that a trial which is done ended with."""
-        if c.name not in self.finals and self.books.progress.trial(c.name) == DONE:
-            self.finals[c.name] = summary_file.last_value(self.records(c), self.metric)
-        return self.finals.get(c.name)
+    def final_loss(self, trial: PlannedTrial) -> float | None:
+        """Return the last loss of a trial that is done."""
+        if self.progress.states.of_trial(trial.name) != DONE:
+            return None
+        if trial.name not in self._final_losses:
+            self._final_losses[trial.name] = last_value(self.curve(trial), self.metric)
+        return self._final_losses[trial.name]
 
     def reason(self, trial: str) -> str | None:
-        """Why it has no result."""
-        stopped = self.books.progress.trial(trial) == STOPPED
-        return (
-            self.dropped.get(trial)
-            if stopped and trial in self.dropped
-            else self.books.reason(trial)
-        )
+        """Return why a trial has no result."""
+        if trial in self.dropped and self.progress.states.of_trial(trial) == STOPPED:
+            return self.dropped[trial]
+        return self.progress.reason(trial)
 
-    def winner(self, rows: list[Row]) -> tuple[str, float] | None:
-        """Return the best trial of the best setting and its loss; None if no trial is done.
+    def winner(self, rows: list[Row]) -> Best | None:
+        """Return the best seed of the best setting; None if nothing is done.
 
-        The lowest loss of all trials may be a lucky seed of another setting.
+        The trial with the lowest loss may be a lucky seed of another setting.
         """
-        best = ranking.rank(rows)[:1]
-        if not best or best[0].rank is None:
+        settings = ranking.rank(rows)
+        if not settings or settings[0].rank is None:
             return self.best()
-        loss, trial = min((row.final, row.trial) for row in best[0].trials if row.final is not None)
-        return trial, loss
+        return _lowest({row.trial: row.final for row in settings[0].trials})
 
-    def best(self) -> tuple[str, float] | None:
-        """The lowest loss of a trial that is done, and whose it is."""
-        done = [
-            (final, name)
-            for name, c in self.candidates.items()
-            if (final := self.final(c)) is not None
-        ]
-        return min(done)[::-1] if done else None
+    def best(self) -> Best | None:
+        """Return the trial with the lowest final loss."""
+        return _lowest({name: self.final_loss(trial) for name, trial in self.trials.items()})
 
     # ---- probes ----
-    def verdict(self) -> list[str]:
-        """The trials not worth going on with: their probes, averaged over seeds, end above the best by more than the margin."""
+
+    def judge_probes(self) -> list[str]:
+        """Return the trials to drop: their probes end above the best by more than the margin.
+
+        Losses are averaged over seeds. A probe that failed says nothing; one that diverged is worse
+        than all others.
+        """
         losses: dict[str, list[float]] = defaultdict(list)
         for name, probe in self.probes.items():
-            final = self.final(probe)
-            diverged = self.books.progress.trial(probe.name) == DIVERGED
-            # A probe that failed says nothing about its trunk, one that diverged says all.
-            losses[self.candidates[name].spec.setting] += (
-                [final] if final is not None else [float("inf")] if diverged else []
-            )
-        means = {setting: sum(values) / len(values) for setting, values in losses.items() if values}
-        least, margin = min(means.values(), default=0.0), self.sweep.settings.probe_margin
+            setting = self.trials[name].setting
+            final = self.final_loss(probe)
+            if final is not None:
+                losses[setting].append(final)
+            elif self.progress.states.of_trial(probe.name) == DIVERGED:
+                losses[setting].append(float("inf"))
+        means = {setting: sum(values) / len(values) for setting, values in losses.items()}
+        least = min(means.values(), default=0.0)
+        margin = self.sweep.settings.probe_margin
         for name in self.probes:
-            mean = means.get(self.candidates[name].spec.setting)
+            mean = means.get(self.trials[name].setting)
             if mean is not None and mean > least + margin:
                 self.dropped[name] = (
-                    f"its probe ended at {mean:.4f}, more than sweep.probe_margin={margin:g} above the best "
-                    f"probe's {least:.4f}"
+                    f"its probe ended at {mean:.4f}, more than sweep.probe_margin={margin:g} above "
+                    f"the best probe's {least:.4f}"
                 )
         return list(self.dropped)
 
 
+def _lowest(losses: Mapping[str, float | None]) -> Best | None:
+    known = [(loss, name) for name, loss in losses.items() if loss is not None]
+    if not known:
+        return None
+    loss, name = min(known)
+    return Best(name, loss)
+
+
+def asha_rule(metric: str, longest: int, eval_interval: int | None) -> AshaRule:
+    """Return successive halving with rungs at a ninth, a third and the whole of the longest trial.
+
+    The first rung is not before the first evaluation.
+    """
+    first = min(max(eval_interval or 1, longest // 9), longest)
+    return AshaRule(metric, longest, first, 3)
+
+
 def data_key(data: Data) -> str:
-    """Equal for experiments that are trained on the same prepared tokens."""
+    """Return a text that is equal for experiments trained on the same prepared tokens."""
     return data.model_dump_json()
 
 
 def with_absolute_paths(sweep: Sweep) -> Sweep:
-    """Workers run in another folder."""
-    trials = tuple(
-        replace(s, experiment=init_from.with_absolute_path(s.experiment)) for s in sweep.trials
+    """Return the sweep with absolute paths: workers run in another folder."""
+    absolute = tuple(
+        replace(trial, experiment=init_from.with_absolute_path(trial.experiment))
+        for trial in sweep.trials
     )
-    return replace(sweep, base=init_from.with_absolute_path(sweep.base), trials=trials)
+    return replace(sweep, base=init_from.with_absolute_path(sweep.base), trials=absolute)
 
 
 def check_sources(sweep: Sweep, storage: Path) -> None:
-    """All trials whose first weights cannot be had, at once, and the run to branch off."""
+    """Check that first weights, and the run to branch off, exist.
+
+    Raises:
+        UserError: One line for each trial whose first weights do not exist.
+    """
     problems = []
     if sweep.settings.sampler == "optuna":
-        check_optuna()
+        sampler.check()
         init_from.check(sweep.base)
-    for spec in sweep.trials:
+    for trial in sweep.trials:
         try:
-            init_from.check(spec.experiment)
+            init_from.check(trial.experiment)
         except UserError as error:
-            problems.append(f"trial {spec.name}: {error}")
+            problems.append(f"trial {trial.name}: {error}")
     if problems:
         raise UserError("\n".join(problems))
-    if sweep.settings.from_:
+    if sweep.settings.from_ is not None:
         Source.of(sweep, storage)
 
 
-def _check_names(folder: Path, candidates: Mapping[str, Candidate]) -> None:
-    """A name stands for one trial for ever: its curve is in the tracking server under it."""
-    changed = [
-        name
-        for name, c in candidates.items()
-        if (read_json(folder / "trials" / name / "run.json") or {}).get(
-            "trial", c.trial.key(c.trial.steps)
-        )
-        != c.trial.key(c.trial.steps)
+def _check_names(folder: SweepFolder, planned: Mapping[str, PlannedTrial]) -> None:
+    """Refuse a name that stood for another experiment: the tracking server has its curve."""
+    changed = []
+    for name, trial in planned.items():
+        record = folder.trial(name).read_record()
+        if record is not None and record.get("trial", trial.key) != trial.key:
+            changed.append(name)
+    if not changed:
+        return
+    name = changed[0]
+    others = f" and {len(changed) - 3} more trials" if len(changed) > 3 else ""
+    before = folder.trial(name).read_experiment().flat()
+    now = planned[name].experiment.flat()
+    lines = [
+        f"  {name}: {key}: {before.get(key)!r} there, {now[key]!r} here"
+        for key in now
+        if before.get(key) != now[key]
+        and not key.startswith(("name", "storage", "tracking.", "train.keep"))
     ]
-    if changed:
-        name = changed[0]
-        there, here = (
-            e.flat()
-            for e in (
-                RunFolder(folder / "trials" / name).read_experiment(),
-                candidates[name].experiment,
-            )
-        )
+    if not lines:
         lines = [
-            f"  {name}: {k}: {there.get(k)!r} there, {here[k]!r} here"
-            for k in here
-            if there.get(k) != here[k]
-            and k not in ("name", "storage")
-            and not k.startswith(("tracking.", "train.keep"))
+            f"  {name}: equal fields, but another torch version, other tokens or CPUs per worker"
         ]
-        lines = lines or [
-            f"  {name}: the same fields with another version of torch, other tokens or CPUs per worker"
-        ]
-        raise UserError(
-            f"{folder} was begun with other experiments: {', '.join(changed[:3])}"
-            f"{f' and {len(changed) - 3} more trials' if len(changed) > 3 else ''} would not be what they were "
-            f"there; give the sweep a new name (name=…), or change back:\n" + "\n".join(lines)
-        )
-
-
-@dataclass(frozen=True)
-class Source:
-    """The run that a sweep branches off, and the step at which it does."""
-
-    folder: Path
-    step: int
-    experiment: Any
-
-    @classmethod
-    def of(cls, sweep: Sweep, storage: Path) -> "Source":
-        word, _, step = sweep.settings.from_.rpartition("@")
-        folder = next((p for p in (storage / word, Path(word).expanduser()) if p.is_dir()), None)
-        if folder is None:
-            raise UserError(f"sweep.from: no run '{word}' in {storage}, nor a folder of that name")
-        found = cls(folder.absolute(), int(step), RunFolder(folder).read_experiment())
-        order = stage_run.read_order((folder / "checkpoints").resolve().parent)
-        if order and order.rates["before"]:
-            raise UserError(
-                f"sweep.from: '{word}' is a trial that branched off {order.rates['splice']:,} steps of another run "
-                f"itself; branch off that one, or train it alone"
-            )
-        late = [s.name for s in sweep.trials if s.experiment.train.max_steps <= found.step]
-        if found.step > found.experiment.train.max_steps:
-            raise UserError(
-                f"sweep.from: '{word}' has {found.experiment.train.max_steps} steps, and none {found.step}"
-            )
-        if late:
-            raise UserError(
-                f"sweep.from: {late[0]} ends at or before step {found.step}, where it would branch off; "
-                f"raise train.max_steps"
-            )
-        return found
-
-    def check(self, candidates) -> None:
-        """Before the branch the trials are the run: all that a step depends on must be its own."""
-        for c in candidates:
-            theirs, ours = (
-                {k: v for k, v in e.flat().items() if not k.startswith(trials.OUTSIDE)}
-                for e in (self.experiment, c.experiment)
-            )
-            lines = [
-                f"{k}: {theirs[k]!r} there, {ours[k]!r} here" for k in ours if theirs[k] != ours[k]
-            ]
-            if self.experiment.slots != c.experiment.slots:
-                lines.append(
-                    f"train.reduction_slots: {self.experiment.slots} there, {c.experiment.slots} here"
-                )
-            found = init_from.checkpoint_of(self.folder)
-            if sweep_folder.data_of(found) != data_identity(c.dataset):
-                lines.append("data: the tokens are not those that the run was trained on")
-            if lines:
-                raise UserError(
-                    "\n".join(
-                        [
-                            f"sweep.from: {self.folder} was another experiment:",
-                            *(f"  {x}" for x in lines),
-                        ]
-                    )
-                )
+    raise UserError(
+        f"{folder.path} was begun with other experiments: {', '.join(changed[:3])}{others} would "
+        "not be what they were there; give the sweep a new name (name=…), or change back:\n"
+        + "\n".join(lines)
+    )

@@ -1,66 +1,83 @@
-"""The plan of a sweep: trials in, a tree of stages out. Pure: no files, no Ray, no clock.
+"""The tree of stages of a sweep: steps that several trials share are one stage, which runs once.
 
-A trial is what it does at each step: a root (all that is the same at every step of a run: data, model, optimizer, batch,
-seed) and the learning rate of every step. Trials with one root whose rates agree, bit for bit, before step n make the
-same weights in their first n steps, so these are run once: a stage is a stretch of steps that the same trials share.
-The tree of stages is a trie over the steps, so the steps in it are the fewest that can be run.
-Source of the idea: Shin et al., "Hippo: Sharing Computations in Hyper-Parameter Optimization", PVLDB 15(5), 2022.
+A branch is a trial as the tree sees it: a root (all that is the same at every step: data, model,
+optimizer, batch, seed) and the learning rate of every step. Branches with one root whose rates are
+equal, bit for bit, before step n have the same weights after n steps. The tree of stages is a trie
+over the steps, so no plan of the same trials has fewer steps. Source of the idea: Shin et al.,
+"Hippo: Sharing Computations in Hyper-Parameter Optimization", PVLDB 15(5), 2022.
 
-Legend: steps [start, stop) are updates counted from 0; the state after `stop` updates is the stage's end.
+This module reads no files. Steps [start, stop) are updates counted from 0; a stage ends in the
+state after `stop` updates. A state has a key, and equal keys mean equal weights.
 """
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
+
+LearningRates: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
-    """`rates`: the learning rate of every update, float64 (max_steps,). `root`: what never changes within a run.
+class Branch:
+    """A trial as the tree sees it.
 
-    `asked`: False for a probe, which nobody asked for.
+    Attributes:
+        name: Name of the trial.
+        root: Identifies all that never changes within a run.
+        rates: Learning rate of every update, float64, (max_steps,).
+        is_probe: True for a probe, which the user did not ask for.
     """
 
     name: str
     root: str
-    rates: np.ndarray
-    asked: bool = True
+    rates: LearningRates
+    is_probe: bool = False
 
     @property
     def steps(self) -> int:
         return len(self.rates)
 
-    def plateau(self) -> list[int]:
-        """The end of the last stretch of equal rates, where the trial goes on differently; none: nothing."""
+    def decay_start(self) -> int | None:
+        """Return the step at which the last stretch of equal rates ends; None if nothing follows."""
         equal = np.flatnonzero(np.diff(self.rates) == 0)
-        end = int(equal[-1]) + 2 if len(equal) else self.steps
-        return [end] if end < self.steps else []
+        if len(equal) == 0:
+            return None
+        end = int(equal[-1]) + 2
+        return end if end < self.steps else None
 
     def key(self, step: int) -> str:
-        """Names the state after `step` updates, across trials, sweeps and processes: equal keys are equal weights."""
+        """Return the key of the state after `step` updates, the same in all sweeps and processes."""
         return self.keys([step])[step]
 
     def keys(self, steps: Iterable[int]) -> dict[int, str]:
-        """`key` of each of some rising steps, in one pass over the rates."""
-        digest, rates, before, found = (
-            hashlib.sha256(f"{self.root}/".encode()),
-            self.rates.astype("<f8"),
-            0,
-            {},
-        )
+        """Return `key` of each of some rising steps, in one pass over the rates."""
+        digest = hashlib.sha256(f"{self.root}/".encode())
+        rates = self.rates.astype("<f8")
+        before = 0
+        found = {}
         for step in steps:
             assert before <= step <= self.steps
             digest.update(rates[before:step].data)
-            found[step], before = digest.copy().hexdigest()[:20], step
+            found[step] = digest.copy().hexdigest()[:20]
+            before = step
         return found
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps [start, stop) of every trial in `trials`; those in `ends` have no step after them."""
+    """Steps [start, stop) that some trials share.
+
+    Attributes:
+        id: Key of the state after `stop` updates.
+        parent: Id of the stage before it; None at step 0.
+        trials: Names of the trials that share these steps.
+        ends: Names of the trials that have no step after them.
+    """
 
     id: str
     parent: str | None
@@ -74,69 +91,80 @@ class Stage:
         return self.stop - self.start
 
 
-def grow(trials: Iterable[Trial], cuts: Mapping[str, Collection[int]] | None = None) -> list[Stage]:
-    """The tree of the trials' stages, parents before children, in the order of the trials.
+Cuts = Mapping[str, Collection[int]]  # by name of the branch
+
+
+def grow(branches: Iterable[Branch], cuts: Cuts | None = None) -> list[Stage]:
+    """Return the stages of a tree, parents before children, in the order of the branches.
 
     Args:
-        cuts: steps at which a trial's stages end besides where the tree branches: where a state is stored.
+        branches: The trials.
+        cuts: Steps at which the stages of a branch end, besides those where the tree branches.
     """
-    cuts, stages = cuts or {}, []
-    # A group has one root, one parent, and one rate at step `start`: it shares at least that step.
-    waiting = [(group, 0, None) for group in _apart(list(trials), 0)][::-1]
+    cuts = cuts or {}
+    stages: list[Stage] = []
+    # All branches of a group have one root, one parent and an equal rate at step `start`.
+    waiting: list[tuple[list[Branch], int, str | None]] = []
+    waiting += [(group, 0, None) for group in reversed(_groups(list(branches), 0))]
     while waiting:
         group, start, parent = waiting.pop()
         stop = _end(group, start, cuts)
         stage = Stage(
-            group[0].key(stop),
-            parent,
-            start,
-            stop,
-            tuple(t.name for t in group),
-            tuple(t.name for t in group if t.steps == stop),
+            id=group[0].key(stop),
+            parent=parent,
+            start=start,
+            stop=stop,
+            trials=tuple(branch.name for branch in group),
+            ends=tuple(branch.name for branch in group if branch.steps == stop),
         )
         stages.append(stage)
-        rest = [t for t in group if t.steps > stop]
-        waiting += [(branch, stop, stage.id) for branch in _apart(rest, stop)][::-1]
+        longer = [branch for branch in group if branch.steps > stop]
+        waiting += [(next_, stop, stage.id) for next_ in reversed(_groups(longer, stop))]
     return stages
 
 
-def _apart(trials: list[Trial], step: int) -> list[list[Trial]]:
-    """Trials that make step `step` alike, together."""
-    groups: dict[tuple[str, bytes], list[Trial]] = {}
-    for trial in trials:
-        groups.setdefault((trial.root, trial.rates[step].tobytes()), []).append(trial)
+def _groups(branches: list[Branch], step: int) -> list[list[Branch]]:
+    """Put branches together that make the same update at `step`."""
+    groups: dict[tuple[str, bytes], list[Branch]] = {}
+    for branch in branches:
+        groups.setdefault((branch.root, branch.rates[step].tobytes()), []).append(branch)
     return list(groups.values())
 
 
-def _end(group: list[Trial], start: int, cuts: Mapping[str, Collection[int]]) -> int:
-    """Where the group's common stretch from `start` ends: at a trial's end, a divergence or a cut."""
-    stop = min(t.steps for t in group)
-    stop = min([stop, *(cut for t in group for cut in cuts.get(t.name, ()) if start < cut)])
-    first = (
-        group[0].rates[start:stop].view(np.int64)
-    )  # bits, not values: 0.0 and -0.0 are two rates
-    for other in group[1:]:
-        differs = np.flatnonzero(first != other.rates[start:stop].view(np.int64))
-        if len(differs):
-            stop = start + int(differs[0])
-            first = first[: stop - start]
+def _end(group: list[Branch], start: int, cuts: Cuts) -> int:
+    """Return where the common steps of a group end: at a branch's end, a cut or a first difference."""
+    stops = [branch.steps for branch in group]
+    for branch in group:
+        stops += [cut for cut in cuts.get(branch.name, ()) if cut > start]
+    stop = min(stops)
+    # Compare bits, not values: 0.0 and -0.0 are two rates.
+    common = group[0].rates[start:stop].view(np.int64)
+    for branch in group[1:]:
+        different = np.flatnonzero(common != branch.rates[start:stop].view(np.int64))
+        if len(different) > 0:
+            stop = start + int(different[0])
+            common = common[: stop - start]
     return stop
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A tree, and what of it stands already.
+class StageTree:
+    """A tree of stages, and which of them need not run.
 
-    standing: ids whose end is there as a checkpoint. finished: ids at which the trials that end there have their
-    results. dead: ids at which training diverged, so that nothing below them will ever run. stopped: ids of stages that a
-    scheduler ended early.
+    Attributes:
+        branches: The trials, and the probes.
+        stages: Parents before children.
+        stored: Ids of stages whose end is on disk as a checkpoint.
+        finished: Ids of stages whose trials have their results.
+        diverged: Ids of stages that diverged, so that no stage below them can run.
+        stopped: Ids of stages that a scheduler ended early.
     """
 
-    trials: tuple[Trial, ...]
+    branches: tuple[Branch, ...]
     stages: tuple[Stage, ...]
-    standing: frozenset[str] = frozenset()
+    stored: frozenset[str] = frozenset()
     finished: frozenset[str] = frozenset()
-    dead: frozenset[str] = frozenset()
+    diverged: frozenset[str] = frozenset()
     stopped: frozenset[str] = frozenset()
 
     @cached_property
@@ -145,6 +173,7 @@ class Plan:
 
     @cached_property
     def children(self) -> dict[str | None, list[Stage]]:
+        """Stages by the id of their parent."""
         found: dict[str | None, list[Stage]] = {}
         for stage in self.stages:
             found.setdefault(stage.parent, []).append(stage)
@@ -152,69 +181,74 @@ class Plan:
 
     @cached_property
     def to_run(self) -> frozenset[str]:
-        """The stages without which a trial has no result: the fewest, given what stands."""
-        runs: set[str] = set()
-        lost = self.below(self.dead | self.stopped) | self.dead | self.stopped
+        """Ids of the fewest stages that give every trial its result, with what is stored."""
+        ended_early = self.diverged | self.stopped
+        lost = ended_early | self.below(ended_early)
+        found: set[str] = set()
         for stage in reversed(self.stages):  # children before parents
             if stage.id in lost:
                 continue
-            ending = bool(stage.ends) and stage.id not in self.finished
-            wanted = any(
-                child.id in runs and child.id not in self.standing
+            lacks_result = bool(stage.ends) and stage.id not in self.finished
+            starts_another = any(
+                child.id in found and child.id not in self.stored
                 for child in self.children.get(stage.id, ())
             )
-            if ending or wanted and stage.id not in self.standing:
-                runs.add(stage.id)
-        return frozenset(runs)
+            if lacks_result or (starts_another and stage.id not in self.stored):
+                found.add(stage.id)
+        return frozenset(found)
 
     def below(self, ids: Collection[str]) -> frozenset[str]:
-        """All descendants of `ids`."""
+        """Return the ids of all descendants of some stages."""
         found: set[str] = set()
         for stage in self.stages:
             if stage.parent in ids or stage.parent in found:
                 found.add(stage.id)
         return frozenset(found)
 
-    def joined(self, other: "Plan") -> "Plan":
-        """This plan and, beside it, another's trials; a stage of both is one. Nothing that runs already is cut."""
-        mine = {stage.id: stage for stage in self.stages}
+    def merged_with(self, other: "StageTree") -> "StageTree":
+        """Return this tree with another one's trials added. No stage of this tree is cut.
+
+        What is stored, finished, diverged or stopped of a stage in both trees is what this tree
+        says: the stage may be running.
+        """
+        merged = dict(self.by_id)
         for stage in other.stages:
-            known = mine.get(stage.id)
-            mine[stage.id] = (
-                replace(known, trials=known.trials + stage.trials, ends=known.ends + stage.ends)
-                if known
-                else stage
-            )
-        new = {stage.id for stage in other.stages} - {stage.id for stage in self.stages}
-        return Plan(
-            self.trials + other.trials,
-            tuple(mine.values()),
-            self.standing | other.standing & new,
-            self.finished | other.finished & new,
-            self.dead | other.dead & new,
-            self.stopped | other.stopped & new,
+            known = merged.get(stage.id)
+            if known is not None:
+                stage = replace(
+                    known, trials=known.trials + stage.trials, ends=known.ends + stage.ends
+                )
+            merged[stage.id] = stage
+        new = other.by_id.keys() - self.by_id.keys()
+        return StageTree(
+            self.branches + other.branches,
+            tuple(merged.values()),
+            stored=self.stored | (other.stored & new),
+            finished=self.finished | (other.finished & new),
+            diverged=self.diverged | (other.diverged & new),
+            stopped=self.stopped | (other.stopped & new),
         )
 
     @cached_property
-    def _paths(self) -> dict[str, list[Stage]]:
+    def _stages_of(self) -> dict[str, list[Stage]]:
         found: dict[str, list[Stage]] = {}
-        for stage in self.stages:
+        for stage in sorted(self.stages, key=lambda stage: stage.stop):
             for trial in stage.trials:
                 found.setdefault(trial, []).append(stage)
-        return {trial: sorted(path, key=lambda stage: stage.stop) for trial, path in found.items()}
+        return found
 
-    def path(self, trial: str) -> list[Stage]:
-        """The trial's stages from step 0 on."""
-        return self._paths[trial]
+    def stages_of(self, trial: str) -> list[Stage]:
+        """Return the stages of a trial from step 0 on."""
+        return self._stages_of[trial]
 
     def cost(self, stage: Stage) -> int:
-        """Steps that running it takes: none where its end stands and only a result is missing."""
-        return 0 if stage.id in self.standing else stage.steps
+        """Return the steps that a stage takes; 0 if its end is stored and only a result is missing."""
+        return 0 if stage.id in self.stored else stage.steps
 
     @property
     def steps_asked(self) -> int:
-        """What the trials cost one by one."""
-        return sum(trial.steps for trial in self.trials if trial.asked)
+        """Steps of all trials if each is trained alone."""
+        return sum(branch.steps for branch in self.branches if not branch.is_probe)
 
     @property
     def steps_in_tree(self) -> int:
@@ -222,47 +256,52 @@ class Plan:
 
     @property
     def steps_to_run(self) -> int:
-        return sum(self.cost(self.by_id[i]) for i in self.to_run)
+        return sum(self.cost(self.by_id[id_]) for id_ in self.to_run)
 
     @property
     def steps_again(self) -> int:
-        """Of these the ones that were run before, where no checkpoint stands from which to branch off."""
-        made = {*self.standing, *self.finished, *self.dead}
+        """Steps to run that were run before: no checkpoint is stored from which to branch off."""
+        made = {*self.stored, *self.finished, *self.diverged}
         for stage in reversed(self.stages):
-            if stage.id in made and stage.parent:
+            if stage.id in made and stage.parent is not None:
                 made.add(stage.parent)
-        return sum(self.cost(self.by_id[i]) for i in self.to_run if i in made)
+        return sum(self.cost(self.by_id[id_]) for id_ in self.to_run if id_ in made)
 
 
-def plan(
-    trials: Iterable[Trial],
+def build_tree(
+    branches: Iterable[Branch],
     states: Mapping[str, int] | None = None,
-    standing: Collection[str] = (),
+    stored: Collection[str] = (),
     finished: Collection[str] = (),
-    dead: Collection[str] = (),
+    diverged: Collection[str] = (),
     stopped: Collection[str] = (),
-    at_plateaus: bool = False,
-) -> Plan:
-    """The tree of `trials`, cut where something is stored.
+    at_decays: bool = False,
+) -> StageTree:
+    """Return the tree of some branches, cut at each state that is known.
 
     Args:
-        states: `{key: step}` of everything stored; the others say what each key is.
-        at_plateaus: cut also where a trial's rate begins to fall: trials that nobody knows yet may branch off there.
+        branches: The trials.
+        states: Step of each known state, by its key.
+        stored, finished, diverged, stopped: Keys of states; see `StageTree`.
+        at_decays: Cut also where the rate of a branch begins to fall: trials that are not known
+            yet may branch off there.
     """
-    trials, states = tuple(trials), states or {}
-    assert len({t.name for t in trials}) == len(trials), "trials have names of their own"
+    branches = tuple(branches)
+    states = states or {}
+    assert len({branch.name for branch in branches}) == len(branches), "names must differ"
     steps = sorted(set(states.values()))
-    cuts = {
-        t.name: [s for s, key in t.keys(s for s in steps if s <= t.steps).items() if key in states]
-        for t in trials
-    }
-    if at_plateaus:
-        cuts = {t.name: [*cuts[t.name], *t.plateau()] for t in trials}
-    return Plan(
-        trials,
-        tuple(grow(trials, cuts)),
-        frozenset(standing),
+    cuts = {}
+    for branch in branches:
+        keys = branch.keys(step for step in steps if step <= branch.steps)
+        cuts[branch.name] = [step for step, key in keys.items() if key in states]
+        decay_start = branch.decay_start()
+        if at_decays and decay_start is not None:
+            cuts[branch.name].append(decay_start)
+    return StageTree(
+        branches,
+        tuple(grow(branches, cuts)),
+        frozenset(stored),
         frozenset(finished),
-        frozenset(dead),
+        frozenset(diverged),
         frozenset(stopped),
     )

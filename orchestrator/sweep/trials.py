@@ -1,13 +1,13 @@
-"""Trials of a sweep: from what was asked for to what the tree is made of, and back to folders that look like lone runs.
+"""Trials that are ready to be planned, their probes, and their folders.
 
-Eats the specifications of trials (`space.py`), their datasets and the folders of their stages; yields `Candidate`s for
-the plan, and `trials/<name>/`: the whole curve from step 0, the checkpoints of the last stage, a summary.
+A `PlannedTrial` is a trial of the sweep with its learning rates and its dataset. `assemble` makes
+`trials/<name>/` look like the folder of a lone run: the whole curve from step 0, the checkpoints of
+the last stage, a summary.
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,17 +15,25 @@ from typing import Any
 
 import torch
 
+from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.dataset import Manifest, data_identity
+from orchestrator.errors import UserError
 from orchestrator.files import write_atomically
-from orchestrator.runs import summary as summary_file
-from orchestrator.sweep import stage as stage_run
-from orchestrator.sweep.space import TrialSpec
-from orchestrator.sweep.tree import Trial
+from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.summary import last_value
+from orchestrator.sweep import stage
+from orchestrator.sweep.space.checks import origin
+from orchestrator.sweep.space.expand import Sweep, Trial
+from orchestrator.sweep.stage import JournalLine, StageResult
+from orchestrator.sweep.stored import StoredState
+from orchestrator.sweep.tree import Branch
+from orchestrator.train.init_from import checkpoint_of
 from orchestrator.train.rates import Rates
 
-# Not of what a step does: where things are, how wide it runs, when a checkpoint is written, and what `Rates` says.
-OUTSIDE = (
+# Fields, or prefixes of fields, that do not change what a step computes, and those of the learning
+# rate, which `Rates` has.
+OUTSIDE_OF_ROOT = (
     "name",
     "storage",
     "data.",
@@ -41,150 +49,235 @@ OUTSIDE = (
 
 
 @dataclass(frozen=True, eq=False)
-class Candidate:
-    """A trial and all that running it takes. `probe`: it only tells whether others are worth going on with."""
+class PlannedTrial(Trial):
+    """A trial with all that running it needs.
 
-    spec: TrialSpec
+    Attributes:
+        rates: Learning rate of every step.
+        dataset: The prepared tokens.
+        cpus: CPUs per worker, which are part of the numerics.
+        is_probe: True for a short anneal that only shows whether other trials should go on.
+    """
+
     rates: Rates
     dataset: Manifest
     cpus: int
-    probe: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def experiment(self) -> Experiment:
-        return self.spec.experiment
+    is_probe: bool = False
 
     @cached_property
-    def trial(self) -> Trial:
-        return Trial(
-            self.name,
-            root_of(self.experiment, data_identity(self.dataset), self.cpus),
-            self.rates.first(self.experiment.train.max_steps),
-            asked=not self.probe,
-        )
+    def branch(self) -> Branch:
+        """The trial as the tree of stages sees it."""
+        root = root_of(self.experiment, data_identity(self.dataset), self.cpus)
+        rates = self.rates.first(self.experiment.train.max_steps)
+        return Branch(self.name, root, rates, self.is_probe)
+
+    @property
+    def key(self) -> str:
+        """Key of the state at the end of the trial."""
+        return self.branch.key(self.branch.steps)
 
 
 def root_of(experiment: Experiment, data: str, cpus: int) -> str:
-    """Names all that is the same at every step: equal roots and equal rates make equal bits (on one kind of machine)."""
-    fields = {k: v for k, v in experiment.flat().items() if not k.startswith(OUTSIDE)}
-    facts = [fields, experiment.slots, data, cpus, torch.__version__]
+    """Return a hash of all that is the same at every step.
+
+    Trials with equal roots and equal learning rates have equal bits on one kind of machine.
+
+    Args:
+        experiment: The trial.
+        data: Identity of the tokens.
+        cpus: CPUs per worker.
+    """
+    facts = [fields_of_root(experiment), experiment.slots, data, cpus, torch.__version__]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def probes_of(candidates: Iterable[Candidate], step: int, steps: int) -> dict[str, Candidate]:
-    """One probe for each trunk that goes on beyond `step`: `{trial: its trunk's probe}`.
+def fields_of_root(experiment: Experiment) -> dict[str, Any]:
+    """Return the fields that change what a step computes, without data and learning rate."""
+    fields = experiment.flat()
+    return {key: value for key, value in fields.items() if not key.startswith(OUTSIDE_OF_ROOT)}
 
-    A trunk is what trials agree on until `step`; the probe leaves it there and goes to zero in `steps` steps.
+
+def probes_of(trials: Iterable[PlannedTrial], step: int, steps: int) -> dict[str, PlannedTrial]:
+    """Return the probe of every trial that goes on beyond `step`, by the name of the trial.
+
+    Trials that are equal up to `step` share one probe. It leaves them there, and its learning rate
+    goes to zero in `steps` steps.
     """
-    probes: dict[str, Candidate] = {}
-    found: dict[str, Candidate] = {}
-    for c in candidates:
-        if c.trial.steps <= step:
+    by_key: dict[str, PlannedTrial] = {}
+    found: dict[str, PlannedTrial] = {}
+    for trial in trials:
+        if trial.branch.steps <= step:
             continue
-        trunk = c.trial.key(step)
-        if trunk not in probes:
-            name = f"probe~{len(probes) + 1}"  # no trial can have it
-            # `rates` say what it does: the fields only have to agree with its length.
-            experiment = c.experiment.replace(
-                name=name.replace("~", "-"),
-                train__max_steps=step + steps,
-                schedule__kind="constant",
-                schedule__warmup_steps=0,
-                schedule__decay_steps=None,
-            )
-            spec = replace(c.spec, name=name, setting=name, experiment=experiment)
-            probes[trunk] = replace(
-                c, spec=spec, rates=replace(c.rates, anneal_at=step, anneal_steps=steps), probe=True
-            )
-        found[c.name] = probes[trunk]
+        key = trial.branch.key(step)
+        if key not in by_key:
+            by_key[key] = _probe(trial, len(by_key) + 1, step, steps)
+        found[trial.name] = by_key[key]
     return found
 
 
-# ---- folders ----
+def _probe(trial: PlannedTrial, number: int, step: int, steps: int) -> PlannedTrial:
+    # `rates` has the learning rate of the probe; the fields only have to agree with its length.
+    experiment = trial.experiment.replace(
+        name=f"probe-{number}",
+        train__max_steps=step + steps,
+        schedule__kind="constant",
+        schedule__warmup_steps=0,
+        schedule__decay_steps=None,
+    )
+    name = f"probe~{number}"  # a name that no trial can have
+    return replace(
+        trial,
+        name=name,
+        setting=name,
+        experiment=experiment,
+        rates=replace(trial.rates, anneal_at=step, anneal_steps=steps),
+        is_probe=True,
+    )
+
+
+# ---- the run that a sweep branches off ----
+
+
+@dataclass(frozen=True)
+class Source:
+    """The run that a sweep branches off, and the step at which it does."""
+
+    folder: Path
+    step: int
+    experiment: Experiment
+
+    @classmethod
+    def of(cls, sweep: Sweep, storage: Path) -> "Source":
+        """Find the run that `sweep.from` names.
+
+        Raises:
+            UserError: There is no such run, it has too few steps, or a trial ends before the step.
+        """
+        name, step = origin(sweep.settings.from_ or "")
+        folders = (storage / name, Path(name).expanduser())
+        folder = next((path for path in folders if path.is_dir()), None)
+        if folder is None:
+            raise UserError(f"sweep.from: no run '{name}' in {storage}, nor a folder of that name")
+        found = cls(folder.absolute(), step, RunFolder(folder).read_experiment())
+        found._check_steps(name, sweep)
+        return found
+
+    def _check_steps(self, name: str, sweep: Sweep) -> None:
+        # The checkpoints of a trial of another sweep are those of its last stage.
+        last_stage = RunFolder(self.folder).checkpoints.resolve().parent
+        spec = stage.read_spec(RunFolder(last_stage))
+        if spec is not None and spec.rates["before"]:
+            raise UserError(
+                f"sweep.from: '{name}' is a trial that branched off {spec.rates['splice']:,} steps "
+                "of another run itself; branch off that one, or train it alone"
+            )
+        steps = self.experiment.train.max_steps
+        if self.step > steps:
+            raise UserError(f"sweep.from: '{name}' has {steps} steps, and none {self.step}")
+        for trial in sweep.trials:
+            if trial.experiment.train.max_steps <= self.step:
+                raise UserError(
+                    f"sweep.from: {trial.name} ends at or before step {self.step}, where it would "
+                    "branch off; raise train.max_steps"
+                )
+
+    def check(self, trials: Iterable[PlannedTrial]) -> None:
+        """Refuse trials whose steps before the branch would not be those of the run.
+
+        Raises:
+            UserError: With one line for each difference.
+        """
+        data = checkpoint.read_manifest(checkpoint_of(self.folder))["fingerprints"]["data"]
+        before = fields_of_root(self.experiment) | {"train.reduction_slots": self.experiment.slots}
+        for trial in trials:
+            now = fields_of_root(trial.experiment)
+            now["train.reduction_slots"] = trial.experiment.slots
+            lines = [
+                f"  {key}: {before[key]!r} there, {now[key]!r} here"
+                for key in now
+                if before[key] != now[key]
+            ]
+            if data != data_identity(trial.dataset):
+                lines.append("  data: the tokens are not those that the run was trained on")
+            if lines:
+                first = f"sweep.from: {self.folder} was another experiment:"
+                raise UserError("\n".join([first, *lines]))
+
+
+# ---- the folder of a trial ----
+
+
 def assemble(
-    folder: Path,
-    last: tuple[Path, int] | None,
-    candidate: Candidate,
-    run: dict[str, Any],
-    summary: dict[str, Any] | None,
+    folder: RunFolder,
+    last: StoredState | None,
+    trial: PlannedTrial,
+    record: Mapping[str, Any],
+    summary: Mapping[str, Any] | None,
 ) -> None:
-    """Make `folder` what a lone run's is as far as its stages are done; `last`: the folder and end of the last of them.
+    """Make the folder of a trial like that of a lone run, as far as its stages are done.
 
     Args:
-        run: run.json, for the tracking server. summary: None while the trial is not over.
+        folder: Folder of the trial.
+        last: Folder and end of its last stage that has lines; None if no stage has any.
+        trial: The trial.
+        record: Content of run.json.
+        summary: Content of summary.json; None while the trial is not over.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    records = curve(last, candidate)
-    _write_if_new(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records))
-    _write_if_new(folder / "experiment.yaml", candidate.experiment.to_yaml())
-    _write_if_new(folder / "run.json", json.dumps(run, indent=1))
-    for name in ("checkpoints", "samples") if last else ():
-        _link(folder / name, Path(os.path.relpath(last[0] / name, folder)))
-    if summary:
-        _write_if_new(folder / "summary.json", json.dumps(summary, indent=1))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(line) + "\n" for line in curve(last, trial)]
+    _write_if_changed(folder.journal_file, "".join(lines))
+    _write_if_changed(folder.experiment_file, trial.experiment.to_yaml())
+    _write_if_changed(folder.run_file, json.dumps(record, indent=1))
+    if last is not None:
+        folder.link_to_stage(last.folder)
+    if summary is not None:
+        _write_if_changed(folder.summary_file, json.dumps(summary, indent=1))
     else:
-        (folder / "summary.json").unlink(missing_ok=True)
+        folder.summary_file.unlink(missing_ok=True)
 
 
-def curve(last: tuple[Path, int] | None, candidate: Candidate) -> list[dict[str, Any]]:
-    """The trial's lines from step 0 to the end of its last stage; an end that is another trial's leaves no trace in it."""
+def curve(last: StoredState | None, trial: PlannedTrial) -> list[JournalLine]:
+    """Return the journal lines of a trial from step 0 to the end of its last stage.
+
+    If another trial ends where this one goes on, the lines do not show it.
+    """
     if last is None:
         return []
-    folder, stop = last
-    ends_here = stop == candidate.experiment.train.max_steps == stage_run.read_order(folder).stop
-    return stage_run.lines(folder, None if ends_here else stop)
+    spec = stage.read_spec(last.folder)
+    assert spec is not None
+    if last.step == trial.experiment.train.max_steps == spec.stop:
+        return stage.curve(last.folder)
+    return stage.curve(last.folder, last.step)
 
 
 def summary_of(
     status: str,
-    records: list[dict[str, Any]],
-    candidate: Candidate,
-    folder: Path,
-    result: dict[str, Any],
-    more: dict[str, Any],
+    lines: list[JournalLine],
+    trial: PlannedTrial,
+    folder: RunFolder,
+    result: StageResult | None,
 ) -> dict[str, Any]:
-    """summary.json of a trial, with the fields of a lone run's."""
-    step = records[-1]["step"] if records else 0
+    """Return the fields of a trial's summary.json that a lone run's has as well."""
+    step = lines[-1]["step"] if lines else 0
+    is_finished = status == "FINISHED"
     return {
         "status": status,
         "step": step,
-        "tokens": step * candidate.experiment.tokens_per_step,
-        **{
-            key: summary_file.last_value(records, metric)
-            for key, metric in (
-                ("train_loss", "train/loss"),
-                ("val_loss", "val/loss"),
-                ("val_bits_per_byte", "val/bits_per_byte"),
-                ("best_val_loss", "val/best_loss"),
-            )
-        },
-        "checkpoint": str(folder / "checkpoints" / f"step-{step:08d}")
-        if status == "FINISHED"
-        else None,
-        "weights_sha256": result.get("weights_sha256"),
-        **more,
+        "tokens": step * trial.experiment.tokens_per_step,
+        "train_loss": last_value(lines, "train/loss"),
+        "val_loss": last_value(lines, "val/loss"),
+        "val_bits_per_byte": last_value(lines, "val/bits_per_byte"),
+        "best_val_loss": last_value(lines, "val/best_loss"),
+        "checkpoint": str(folder.checkpoint(step)) if is_finished else None,
+        "weights_sha256": result.weights_sha256 if result is not None else None,
     }
 
 
-def _write_if_new(path: Path, text: str) -> None:
-    """Unchanged files keep their time: a tracker sends what is newer."""
+def _write_if_changed(path: Path, text: str) -> None:
+    """Write a file unless it has this content: the tracker sends files that are newer."""
     try:
         if path.read_text("utf-8") == text:
             return
     except FileNotFoundError:
         pass
     write_atomically(path, text)
-
-
-def _link(path: Path, target: Path) -> None:
-    """Point `path` at `target`, in one step where it pointed elsewhere."""
-    if path.is_symlink() and path.readlink() == target:
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    os.replace(temporary, path)

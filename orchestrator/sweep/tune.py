@@ -1,17 +1,18 @@
-"""Ray Tune executes a tree of stages: each stage is a Tune trial that a searcher releases once its parent is done.
+"""Run a tree of stages with Ray Tune: each stage is a Tune trial that starts once its parent is done.
 
-Eats `Work` (what may start, what has ended) and the folder of the stages; yields when nothing is left. A Tune trial's
-configuration is its stage's id alone, all else lies in `stages/<id>/`, which is the truth: Tune keeps no checkpoints and
-is never restored. Processes are reused from stage to stage. Of several workers the trial's own process is rank 0 and the
-others are actors in its placement group, so a stage has all of its resources or waits without any.
+The configuration of a Tune trial is only the id of its stage. All else is in `stages/<id>/`; Tune
+keeps no checkpoints and is never restored. A searcher suggests a stage when it may start. Processes
+are reused from stage to stage. With several workers, the process of the trial is rank 0 and the
+other ranks are actors in its placement group, so a stage has all of its resources or waits without
+holding any.
 """
 
-import contextlib
 import inspect
 import logging
 import math
 import os
 import shutil
+import socket
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,86 +20,92 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
-ENVIRONMENT = {  # read when Tune is imported
+ENVIRONMENT = {  # Tune reads these when it is imported
     "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the table is ours
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C comes out of fit() as what it is
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # so that Ctrl-C raises KeyboardInterrupt in fit()
 }
 for _key, _value in ENVIRONMENT.items():
     os.environ.setdefault(_key, _value)
 
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
+from ray.tune.schedulers import ASHAScheduler  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402
 
 from orchestrator.cluster.layout import COLLECTIVE_TIMEOUT_S, Layout  # noqa: E402
 from orchestrator.files import write_atomically  # noqa: E402
 from orchestrator.runs import stop  # noqa: E402
-from orchestrator.runs.folder import RunFolder
-from orchestrator.sweep.stage import read_order, run_stage  # noqa: E402
+from orchestrator.runs.folder import RunFolder, SweepFolder  # noqa: E402
+from orchestrator.sweep.stage import JournalLine, read_spec, run_stage  # noqa: E402
+from orchestrator.sweep.study import AshaRule  # noqa: E402
 from orchestrator.train.numerics import Worker  # noqa: E402
 
-METRIC, TIME = "val_loss", "optimizer_step"  # of the results that a Tune scheduler sees
-DEATH_SHOWS_S = 5  # Ray notices a dead process in less
+# Names in the results that a Tune scheduler compares.
+METRIC = "val_loss"
+TIME = "optimizer_step"
+DEATH_SHOWS_S = 5  # Ray notices a dead process sooner than this
 
 
 class Work(Protocol):
-    """What the tree's keeper answers to the searcher."""
+    """What the stages of a sweep wait for; see `progress.Progress`."""
+
+    tick: Callable[[], object]
 
     def next(self) -> str | None:
-        """Id of a stage that may start now, whose stage.json stands; it counts as started. None: none is ready."""
+        """Return the id of a stage that may start now; it counts as started. None: none is ready."""
 
     def ended(self, stage: str, died: bool) -> None:
-        """The stage's trial is over; `died`: with an exception or its process."""
-
-    def tick(self) -> None:
-        """Called several times a second."""
+        """Record that a stage is over; `died`: with an exception or its process."""
 
 
 def execute(
     work: Work,
-    stages: Path,
+    folder: SweepFolder,
     layout: Layout,
     slots: int,
-    asha: dict[str, Any] | None = None,
+    asha: AshaRule | None = None,
     reuse: bool = True,
 ) -> None:
-    """Run stages until `work` has none; failed ones end nothing but themselves.
+    """Run stages until `work` has none. A stage that fails does not end the others.
 
-    Asked to stop (`stopping`, in the folder above `stages`), those that run end after their step, and none begins.
+    After a stop request in the folder of the sweep, stages end after their step and none starts.
 
     Args:
-        slots: how many stages the cluster holds at a time. A suggested stage is fixed, so none is suggested earlier.
-        asha: arguments of Tune's ASHAScheduler (`max_t`, `grace_period` …) and the `metric` of the journal that it judges by;
-            then a stage reports each of its evaluations.
-        reuse: run stage after stage in one process; False: each in a new one, which costs seconds and changes no bit.
+        work: Which stages may start.
+        folder: Folder of the sweep.
+        layout: Workers of each stage.
+        slots: How many stages the cluster can run at a time. Tune cannot take back a suggested
+            stage, so no more are suggested.
+        asha: Tune's rule for stopping trials; every stage then reports its evaluations.
+        reuse: Run stage after stage in one process. False: each in a new one, which takes seconds
+            more and changes no result.
     """
     for name in ("ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    scratch = stages.parent / ".tune"
-    bundle = {"CPU": layout.cpus_per_worker, **({"GPU": 1} if layout.use_gpu else {})}
     trainable = tune.with_parameters(
-        StageTrainable, stages=str(stages), layout=layout, reports=asha and asha["metric"]
+        StageTrainable,
+        folder=folder.path,
+        layout=layout,
+        reported_metric=None if asha is None else asha.metric,
     )
-    rungs = {key: value for key, value in (asha or {}).items() if key != "metric"}
-    scheduler = tune.schedulers.ASHAScheduler(TIME, METRIC, "min", **rungs) if asha else None
     tuner = tune.Tuner(
-        tune.with_resources(trainable, tune.PlacementGroupFactory([bundle] * layout.num_workers)),
+        tune.with_resources(trainable, _resources(layout)),
         tune_config=tune.TuneConfig(
-            search_alg=_Gate(work),
+            search_alg=_StageSearcher(work),
             num_samples=-1,
             max_concurrent_trials=slots,
             reuse_actors=reuse,
-            scheduler=scheduler,
-            trial_name_creator=lambda trial: trial.trial_id,
-            trial_dirname_creator=lambda trial: trial.trial_id,
+            scheduler=_scheduler(asha),
+            trial_name_creator=_trial_id,
+            trial_dirname_creator=_trial_id,
         ),
         run_config=tune.RunConfig(
             name=uuid.uuid4().hex[:8],
-            storage_path=str(scratch),
+            storage_path=str(folder.tune_scratch),
             verbose=0,
             callbacks=[_Ticks(work)],
             failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),
@@ -107,15 +114,41 @@ def execute(
     try:
         tuner.fit()
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(folder.tune_scratch, ignore_errors=True)
 
 
-class _Gate(Searcher):
-    """Suggests what may start. With nothing ready and nothing running the search is over."""
+def _resources(layout: Layout) -> tune.PlacementGroupFactory:
+    """Return one bundle for each worker of a stage."""
+    bundle: dict[str, float] = {"CPU": layout.cpus_per_worker}
+    if layout.use_gpu:
+        bundle["GPU"] = 1
+    return tune.PlacementGroupFactory([bundle] * layout.num_workers)
 
-    def __init__(self, work: Work):
+
+def _scheduler(asha: AshaRule | None) -> ASHAScheduler | None:
+    if asha is None:
+        return None
+    return ASHAScheduler(
+        time_attr=TIME,
+        metric=METRIC,
+        mode="min",
+        max_t=asha.max_t,
+        grace_period=asha.grace_period,
+        reduction_factor=asha.reduction_factor,
+    )
+
+
+def _trial_id(trial: Any) -> str:
+    return trial.trial_id
+
+
+class _StageSearcher(Searcher):
+    """Suggests the stages that may start. It ends the search if none is ready and none runs."""
+
+    def __init__(self, work: Work) -> None:
         super().__init__()
-        self.work, self.running = work, {}
+        self.work = work
+        self.running: dict[str, str] = {}  # stage of each Tune trial
 
     def suggest(self, trial_id: str) -> dict[str, str] | str | None:
         stage = self.work.next()
@@ -130,120 +163,137 @@ class _Gate(Searcher):
         self.work.ended(self.running.pop(trial_id), error)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the folder of the stages is the truth."""
+        """Do nothing: the stages are on disk."""
 
     restore = save
 
 
 class _Ticks(tune.Callback):
-    def __init__(self, work: Work):
+    """Calls `Work.tick` in Tune's loop."""
+
+    def __init__(self, work: Work) -> None:
         self.work = work
 
-    def on_step_end(self, iteration: int, trials: list, **_) -> None:
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.work.tick()
 
 
 class StageTrainable(tune.Trainable):
-    """Rank 0 of stage after stage; the crew of its other workers and their process group outlive a stage."""
+    """Rank 0 of one stage after the other. Its other workers stay for the next stage."""
 
     def setup(
-        self, config: dict[str, Any], stages: str, layout: Layout, reports: str | None
+        self,
+        config: dict[str, Any],
+        folder: Path,
+        layout: Layout,
+        reported_metric: str | None,
     ) -> None:
-        self.stages, self.layout, self.reports, self.crew, self.run = (
-            Path(stages),
-            layout,
-            reports,
-            None,
-            None,
-        )
-        self.stop_asked = stop.Listener(RunFolder(self.stages.parent))
-        self._begin(config)
+        self.sweep = SweepFolder(folder)
+        self.layout = layout
+        self.reported_metric = reported_metric
+        self.stop_requested = stop.Listener(self.sweep)
+        self.crew: Crew | None = None
+        self.lines: Iterator[JournalLine] | None = None
+        self.reported: dict[str, Any] = {}
+        self._begin(config["stage"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._abandon()
-        self._begin(new_config)
+        self._begin(new_config["stage"])
         return True
 
     def step(self) -> dict[str, Any]:
-        """To the end of the stage or, where results are reported, to its next evaluation."""
-        if self.run is None and stop.requested(RunFolder(self.stages.parent)):
-            return {**self.last, "done": True}
+        """Train to the end of the stage or, if a metric is reported, to the next evaluation."""
+        if self.lines is None and stop.requested(self.sweep):
+            return {**self.reported, "done": True}
         try:
-            self.crew = self.crew or Crew(self.layout)
-            self.run = self.run or self.crew.run(self.folder, self.stop_asked)
-            for line in self.run:
-                # The last evaluation is the end: a scheduler must not stop the stage before its result is written.
-                if self.reports in line and line["step"]:
-                    self.last = {TIME: line["step"], METRIC: line[self.reports]}
-                    if line["step"] < self.stop:
-                        return self.last
+            is_over = self._train()
         except Exception as error:
-            # Where a peer died this is the echo, a closed connection; the peer has left its own word, or was killed.
-            if not (self.crew and self.crew.has_lost_a_peer()):
-                write_atomically(
-                    self.folder / "failure-rank0.txt", "".join(traceback.format_exception(error))
-                )
+            # If another rank died, this is only the closed connection to it.
+            if self.crew is None or not self.crew.has_lost_a_peer():
+                _record_failure(self.folder, 0, error)
             raise
-        return {**self.last, "done": True}
+        return {**self.reported, "done": True} if is_over else self.reported
+
+    def _train(self) -> bool:
+        """Return True at the end of the stage, False at an evaluation before it."""
+        if self.crew is None:
+            self.crew = Crew(self.layout)
+        if self.lines is None:
+            self.lines = self.crew.run(self.folder, self.stop_requested)
+        for line in self.lines:
+            if self.reported_metric not in line or line["step"] == 0:
+                continue
+            self.reported = {TIME: line["step"], METRIC: line[self.reported_metric]}
+            # At the last evaluation a scheduler must not stop the stage: its result is not written.
+            if line["step"] < self.last_step:
+                return False
+        return True
 
     def cleanup(self) -> None:
-        self.stop_asked.close()
+        self.stop_requested.close()
         self._abandon()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: stages commit their own."""
+        """Do nothing: stages write their own checkpoints."""
 
     load_checkpoint = save_checkpoint
 
-    def _begin(self, config: dict[str, Any]) -> None:
-        self.folder, self.run = self.stages / config["stage"], None
-        self.stop, self.last = read_order(self.folder).stop, {TIME: 0, METRIC: math.inf}
+    def _begin(self, stage: str) -> None:
+        self.folder = self.sweep.stage(stage)
+        self.lines = None
+        spec = read_spec(self.folder)
+        assert spec is not None
+        self.last_step = spec.stop
+        self.reported = {TIME: 0, METRIC: math.inf}
 
     def _abandon(self) -> None:
-        """A stage that a scheduler stopped leaves peers in the middle of a step: they go."""
-        if self.run is None or inspect.getgeneratorstate(self.run) == inspect.GEN_CLOSED:
+        """End a stage that a scheduler stopped; its other ranks are in the middle of a step."""
+        if self.lines is None or inspect.getgeneratorstate(self.lines) == inspect.GEN_CLOSED:  # type: ignore[arg-type]
             return
-        self.run.close()
-        if self.crew.peers:
+        self.lines.close()  # type: ignore[attr-defined]
+        if self.crew is not None and self.crew.peers:
             self.crew.disband()
             self.crew = None
 
 
 class Crew:
-    """The workers of one placement group: this process as rank 0, and an actor for each other rank."""
+    """The workers of a stage: this process as rank 0, and an actor for each other rank."""
 
-    def __init__(self, layout: Layout):
-        self.layout, self.peers, self.theirs = layout, [], []
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.peers: list[Any] = []
+        self.running: list[ray.ObjectRef] = []
         if layout.num_workers > 1:
-            self._assemble()
+            self._start_peers()
 
-    def _assemble(self) -> None:
-        group, gpus = ray.util.get_current_placement_group(), int(self.layout.use_gpu)
-        peer = ray.remote(_Peer)
+    def _start_peers(self) -> None:
+        group = ray.util.get_current_placement_group()
         for rank in range(1, self.layout.num_workers):
-            place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-            options = {
-                "num_cpus": self.layout.cpus_per_worker,
-                "num_gpus": gpus,
-                "scheduling_strategy": place,
-            }
-            self.peers.append(peer.options(**options).remote())
+            actor = ray.remote(_Peer).options(
+                num_cpus=self.layout.cpus_per_worker,
+                num_gpus=int(self.layout.use_gpu),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    group, placement_group_bundle_index=rank
+                ),
+            )
+            self.peers.append(actor.remote(rank, self.layout))
         address = f"tcp://{ray.util.get_node_ip_address()}:{_free_port()}"
-        joined = [p.join.remote(address, rank, self.layout) for rank, p in enumerate(self.peers, 1)]
+        joining = [peer.join.remote(address) for peer in self.peers]
         _join(address, 0, self.layout)
-        ray.get(joined)
+        ray.get(joining)
 
-    def run(self, folder: Path, stop_asked: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-        """The lines of the stage, while every worker runs it."""
-        self.theirs = [p.run.remote(str(folder)) for p in self.peers]
-        yield from run_stage(folder, _worker(0, self.layout), stop_asked)
-        ray.get(self.theirs)
+    def run(self, folder: RunFolder, stop_requested: Callable[[], bool]) -> Iterator[JournalLine]:
+        """Train a stage on all workers; yield the lines of its journal."""
+        self.running = [peer.run.remote(folder.path) for peer in self.peers]
+        yield from run_stage(folder, _worker(0, self.layout), stop_requested)
+        ray.get(self.running)
 
     def has_lost_a_peer(self) -> bool:
-        """Whether a worker of the stage that just failed is dead; one that only waits for this process is not."""
-        if not self.theirs:
+        """Return whether another worker is dead after the stage failed, not only waiting for this one."""
+        if not self.running:
             return False
-        over, _ = ray.wait(self.theirs, num_returns=len(self.theirs), timeout=DEATH_SHOWS_S)
+        over, _ = ray.wait(self.running, num_returns=len(self.running), timeout=DEATH_SHOWS_S)
         for peer in over:
             try:
                 ray.get(peer)
@@ -260,24 +310,30 @@ class Crew:
 
 
 class _Peer:
-    """A worker that is not rank 0."""
+    """An actor for a rank other than 0."""
 
-    def join(self, address: str, rank: int, layout: Layout) -> None:
-        self.rank, self.layout = rank, layout
-        _join(address, rank, layout)
+    def __init__(self, rank: int, layout: Layout) -> None:
+        self.rank = rank
+        self.layout = layout
 
-    def run(self, folder: str) -> None:
+    def join(self, address: str) -> None:
+        _join(address, self.rank, self.layout)
+
+    def run(self, path: Path) -> None:
+        folder = RunFolder(path)
         try:
-            for _ in run_stage(Path(folder), _worker(self.rank, self.layout), lambda: False):
+            # `stop_requested` of rank 0 decides, but all ranks must pass a function.
+            for _ in run_stage(folder, _worker(self.rank, self.layout), lambda: False):
                 pass
         except Exception as error:
-            write_atomically(
-                Path(folder) / f"failure-rank{self.rank}.txt",
-                "".join(traceback.format_exception(error)),
-            )
-            os._exit(
-                1
-            )  # the others stand in a collective: a closed connection ends their wait, an exception here does not
+            _record_failure(folder, self.rank, error)
+            # The other ranks wait for this one. A closed connection ends that, an exception does not.
+            os._exit(1)
+
+
+def _record_failure(folder: RunFolder, rank: int, error: Exception) -> None:
+    text = "".join(traceback.format_exception(error))
+    write_atomically(folder.failure_file(rank), text)
 
 
 def _join(address: str, rank: int, layout: Layout) -> None:
@@ -293,15 +349,12 @@ def _join(address: str, rank: int, layout: Layout) -> None:
 
 
 def _worker(rank: int, layout: Layout) -> Worker:
-    # Ray shows a worker its own GPU alone.
-    return Worker(
-        rank, layout.num_workers, "cuda:0" if layout.use_gpu else "cpu", layout.cpus_per_worker
-    )
+    # Ray shows each worker only its own GPU.
+    device = "cuda:0" if layout.use_gpu else "cpu"
+    return Worker(rank, layout.num_workers, device, layout.cpus_per_worker)
 
 
 def _free_port() -> int:
-    import socket
-
-    with contextlib.closing(socket.socket()) as s:
-        s.bind(("", 0))
-        return s.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]

@@ -14,7 +14,7 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.data.dataset import load_manifest
 from orchestrator.runs import journal, metrics
 from orchestrator.runs.ending import Ending
-from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
@@ -55,7 +55,7 @@ def lone_runs() -> dict:
 def sweeps(tiny_dataset, tmp_path, lone_runs):
     """`.open(words)` plans a sweep; `.run(study)` runs it here, without Ray; `.alone(study, trial)` runs one trial by itself."""
     from orchestrator.sweep.report.files import Report
-    from orchestrator.sweep.space import load_sweep
+    from orchestrator.sweep.space.expand import load_sweep
     from orchestrator.sweep.study import Study, data_key
 
     dataset = load_manifest(tiny_dataset)
@@ -68,35 +68,35 @@ def sweeps(tiny_dataset, tmp_path, lone_runs):
         (tmp_path / name).mkdir(exist_ok=True)
         datasets = {
             data_key(e.data): dataset
-            for e in [sweep.base, *(spec.experiment for spec in sweep.trials)]
+            for e in [sweep.base, *(trial.experiment for trial in sweep.trials)]
         }
-        return Study.open(sweep, tmp_path / name, Layout(1, 1, False), datasets)
+        return Study(sweep, SweepFolder(tmp_path / name), Layout(1, 1, False), datasets)
 
     def run(study, limit: int | None = None, fail=lambda stage: None, stop_asked=lambda: False):
         """Up to `limit` stages; `fail(stage)` may raise in place of one, `stop_asked` end one. The ids of those that ran."""
-        books = study.keeper(lambda: None)
-        report, ran = Report(study, books), []
+        progress = study.progress
+        report, ran = Report(study, progress), []
         report.save_figure = lambda *_: (
             None
         )  # figures take a second each, and have tests of their own
-        books.watch = report.stage_ended
+        progress.on_stage_end = report.stage_ended
         report.begin()
-        while (limit is None or len(ran) < limit) and (stage := books.next()):
+        while (limit is None or len(ran) < limit) and (stage := progress.next()):
             ran.append(stage)
             try:
-                fail(books.plan.by_id[stage])
-                for _ in run_stage(books.stages / stage, Worker(), stop_asked):
+                fail(progress.tree.by_id[stage])
+                for _ in run_stage(progress.folder.stage(stage), Worker(), stop_asked):
                     pass
-                books.ended(stage, died=False)
+                progress.ended(stage, died=False)
             except RuntimeError as error:
-                (books.stages / stage / "failure-rank0.txt").write_text(f"RuntimeError: {error}")
-                books.ended(stage, died=True)
+                progress.folder.stage(stage).failure_file(0).write_text(f"RuntimeError: {error}")
+                progress.ended(stage, died=True)
         study.summary = report.finish(Ending("done"), 1.0)
         return ran
 
     def alone(study, trial: str) -> dict:
         """The trial by itself: its weights' hash and its curve. Trained once for all tests."""
-        experiment = study.candidates[trial].experiment
+        experiment = study.trials[trial].experiment
         known = experiment.replace(name="alone").model_dump_json()
         if known not in lone_runs:
             run_dir = tmp_path / f"alone-{trial}"
@@ -105,7 +105,8 @@ def sweeps(tiny_dataset, tmp_path, lone_runs):
             lone_runs[known] = outcome(run_dir)
         return lone_runs[known]
 
-    def outcome(run_dir: Path) -> dict:
+    def outcome(folder) -> dict:
+        run_dir = Path(folder)
         last = checkpoint.latest_valid(run_dir / "checkpoints")
         digest = checkpoint.weights_sha256(checkpoint.load_tensors(last, "model"))
         parts = [(last / name).read_bytes() for name in ("optimizer.safetensors", "state.json")]

@@ -248,8 +248,8 @@ def test_a_checkpoint_tells_the_threads_that_run_json_does_not(tiny_dataset, tmp
 def test_a_trial_of_a_sweep_is_made_again_as_one_run(sweeps, again):
     """The curve is put together from stages, the checkpoints are the last one's."""
     study = sweeps.open("sweep.grid={train.max_steps: [10, 20]}")
-    assert len(sweeps.run(study)) > len(study.candidates)
-    for trial in study.candidates:
+    assert len(sweeps.run(study)) > len(study.trials)
+    for trial in study.trials:
         result = again(sweeps.folder / "sweep" / "trials" / trial, (None, None))
         assert result.equal
         assert result.weights

@@ -7,8 +7,8 @@ import pytest
 
 from orchestrator.config.experiment import Experiment, field_docs
 from orchestrator.errors import UserError
-from orchestrator.sweep.checks import FIXED
-from orchestrator.sweep.space import load_sweep
+from orchestrator.sweep.space.checks import FIXED
+from orchestrator.sweep.space.expand import load_sweep
 
 PEAKS = "sweep.grid.schedule.max_lr=[1e-3, 2e-3]"
 PROBE = ["sweep.stop=anneal_probe", "sweep.probe_step=40", "sweep.probe_steps=10"]

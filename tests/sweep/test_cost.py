@@ -8,16 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.sweep.cost import forecast
-from orchestrator.sweep.tree import Plan, Trial, plan
+from orchestrator.sweep.tree import Branch, StageTree, build_tree
 
 
-def tree(*lengths: int) -> Plan:
+def tree(*lengths: int) -> StageTree:
     """Return a trunk of 4 steps with one branch of each length."""
     trials = []
     for i, length in enumerate(lengths):
         rates = [1.0] * 4 + [float(i + 2)] * length
-        trials.append(Trial(f"t{i}", "r", np.array(rates)))
-    return plan(trials)
+        trials.append(Branch(f"t{i}", "r", np.array(rates)))
+    return build_tree(trials)
 
 
 def one_second_a_step(stage):
@@ -37,7 +37,7 @@ def test_time_of_a_schedule_by_hand(slots, seconds):
 def test_stored_stages_take_no_time():
     p = tree(1, 3)
     ids = {s.id: s.stop for s in p.stages}
-    done = plan(p.trials, ids, ids, {s.id for s in p.stages if s.ends})
+    done = build_tree(p.branches, ids, ids, {s.id for s in p.stages if s.ends})
     assert simulate(done).seconds == 0
 
 
@@ -53,7 +53,7 @@ def test_time_lies_between_the_longest_path_and_the_sum(lengths, slots, seed):
     draw = random.Random(seed)
     cost = {s.id: draw.random() + 0.1 for s in p.stages}
     found = simulate(p, slots, lambda s: cost[s.id])
-    paths = [sum(cost[s.id] for s in p.path(t.name)) for t in p.trials]
+    paths = [sum(cost[s.id] for s in p.stages_of(t.name)) for t in p.branches]
     whole = sum(cost.values())
     assert max([*paths, whole / slots]) <= found.seconds + 1e-9
     assert found.seconds <= whole + 1e-9

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.sweep.dimensions import Choices, Range, dimension, draw, pick
+from orchestrator.sweep.space.dimensions import Choices, Range, dimension, draw, pick
 
 
 def test_a_field_beside_it_does_not_change_a_draw():

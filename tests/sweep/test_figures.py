@@ -18,15 +18,15 @@ from orchestrator.sweep.report.figures import (
     tree,
 )
 from orchestrator.sweep.report.ranking import Row
-from orchestrator.sweep.tree import Trial, plan
+from orchestrator.sweep.tree import Branch, build_tree
 
 
 def plan_of(*schedules):
     trials = []
     for i, schedule in enumerate(schedules):
         rates = [learning_rate(schedule, step) for step in range(schedule.decay_steps)]
-        trials.append(Trial(f"t{i}", "r", np.array(rates)))
-    return plan(trials)
+        trials.append(Branch(f"t{i}", "r", np.array(rates)))
+    return build_tree(trials)
 
 
 def wsd(*lengths, peak=1e-3):
@@ -78,7 +78,7 @@ def test_shared_steps_are_drawn_once():
     assert drawn == expected
 
     for stage, line in zip(p.stages, stages, strict=True):
-        rates = next(t.rates for t in p.trials if t.name in stage.trials)
+        rates = next(t.rates for t in p.branches if t.name in stage.trials)
         steps = range(max(1, stage.start), stage.stop + 1)
         assert line.tolist() == [[n, rates[n - 1]] for n in steps]
     ends = [s.stop for s in p.stages if len(p.children.get(s.id, ())) > 1]
@@ -101,14 +101,14 @@ def test_title_counts_saved_and_stored_steps():
     expected = "2 trials: 150 steps asked, 109 run, 41 saved (27.3%)"
     assert title(tree(p).axes[0]) == expected
     trunk = p.stages[0]
-    stored = plan(p.trials, {trunk.id: trunk.stop}, standing=[trunk.id])
+    stored = build_tree(p.branches, {trunk.id: trunk.stop}, stored=[trunk.id])
     assert "109 run (41 of them stored already), 41 saved" in title(tree(stored).axes[0])
 
 
 def test_title_counts_lines_that_lie_under_equal_ones():
     p = plan_of(*wsd(50, 100))
-    others = [Trial(f"{t.name}-again", "other", t.rates) for t in p.trials]
-    axes = tree(plan([*p.trials, *others])).axes[0]
+    others = [Branch(f"{t.name}-again", "other", t.rates) for t in p.branches]
+    axes = tree(build_tree([*p.branches, *others])).axes[0]
     assert title(axes).endswith("; lines of 3 stages lie under equal ones")
 
 
@@ -121,7 +121,7 @@ def test_peaks_of_several_decades_have_a_logarithmic_axis():
 
 def test_long_stage_is_thinned_and_keeps_its_ends():
     rates = np.linspace(1, 0, 300_000)
-    (line,) = lines(tree(plan([Trial("t", "r", rates)])).axes[0])
+    (line,) = lines(tree(build_tree([Branch("t", "r", rates)])).axes[0])
     assert len(line) == POINTS
     assert line[0].tolist() == [1, 1] and line[-1].tolist() == [300_000, 0]
 

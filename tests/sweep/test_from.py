@@ -40,8 +40,7 @@ def source(sweeps, tiny_dataset):
 
 def made(study, ran) -> int:
     return sum(
-        json.loads((study.folder / "stages" / i / "result.json").read_text())["steps_run"]
-        for i in ran
+        json.loads((study.folder.stage(i).result_file).read_text())["steps_run"] for i in ran
     )
 
 
@@ -54,20 +53,20 @@ def test_trials_branch_off_a_run_and_are_what_they_are_alone(sweeps, source, ste
     alone = len(
         {
             (c.rates.first(n).tobytes())
-            for c in study.candidates.values()
-            for n in range(step + 1, c.trial.steps + 1)
+            for c in study.trials.values()
+            for n in range(step + 1, c.branch.steps + 1)
         }
     )
-    assert made(study, ran) == study.plan.steps_to_run == alone + again
-    for name in study.candidates:
-        assert sweeps.outcome(study.folder / "trials" / name) == sweeps.alone(study, name), name
+    assert made(study, ran) == study.tree.steps_to_run == alone + again
+    for name in study.trials:
+        assert sweeps.outcome(study.folder.trial(name)) == sweeps.alone(study, name), name
 
 
 def test_the_end_of_a_finished_run_is_a_trunk_to_extend(sweeps, source):
     """Its last line and its open log window are those of a run that ended there; the trials' are not."""
     study = sweeps.open(TRIALS[2], "sweep.from=source@20")
     assert made(study, sweeps.run(study)) == 20
-    assert sweeps.outcome(study.folder / "trials" / "longer") == sweeps.alone(study, "longer")
+    assert sweeps.outcome(study.folder.path / "trials" / "longer") == sweeps.alone(study, "longer")
 
 
 def test_a_schedule_that_is_not_the_runs_follows_the_runs_rates_up_to_the_branch(sweeps, source):
@@ -76,10 +75,10 @@ def test_a_schedule_that_is_not_the_runs_follows_the_runs_rates_up_to_the_branch
         "sweep.from=source@12",
     )
     sweeps.run(study)
-    lines = sweeps.outcome(study.folder / "trials" / "lower")["curve"]
+    lines = sweeps.outcome(study.folder.path / "trials" / "lower")["curve"]
     rates = {line["step"]: line["optim/lr"] for line in lines if "optim/lr" in line}
     assert rates[12] == 1e-2  # the run's
-    linear = study.candidates["lower"].experiment.lr_schedule()
+    linear = study.trials["lower"].experiment.lr_schedule()
     assert rates[15] == pytest.approx(5e-4 + 4.5e-3 * (1 - (14 - 4) / (24 - 4)))
     assert linear.kind == "linear"
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from orchestrator.jobs import sweep as sweep_driver
-from orchestrator.sweep.stage_states import DONE
+from orchestrator.sweep.states import DONE
 
 SPACE = [
     "sweep.sampler=optuna",
@@ -16,28 +16,28 @@ SPACE = [
 
 
 def made(study) -> int:
-    results = [json.loads(f.read_text()) for f in study.folder.glob("stages/*/result.json")]
+    results = [json.loads(f.read_text()) for f in study.folder.path.glob("stages/*/result.json")]
     return sum(r["steps_run"] for r in results)
 
 
 def test_samples_are_asked_one_after_the_other_and_share_their_trunk(sweeps):
     study = sweeps.open(*SPACE, "sweep.num_samples=5")
     sweeps.run(study)
-    assert [len(study.samples), len(study.candidates)] == [5, 5]
-    assert {row.state for row in study.rows()} == {"done"}
-    alone = sum(c.trial.steps for c in study.candidates.values())
-    assert made(study) < alone == study.books.plan.steps_asked
-    for name in study.candidates:
-        assert sweeps.outcome(study.folder / "trials" / name) == sweeps.alone(study, name), name
+    assert [len(study.samples), len(study.trials)] == [5, 5]
+    assert {row.state for row in study.results()} == {"done"}
+    alone = sum(c.branch.steps for c in study.trials.values())
+    assert made(study) < alone == study.progress.tree.steps_asked
+    for name in study.trials:
+        assert sweeps.outcome(study.folder.trial(name)) == sweeps.alone(study, name), name
 
 
 def test_optuna_is_told_every_loss(sweeps):
     study = sweeps.open(*SPACE, "sweep.num_samples=4")
     sweeps.run(study)
-    assert study.more() == []
+    assert study.next_sample() == []
     told = {t.number: t.value for t in study.sampler.study.trials}
     assert told == {
-        n: study.final(study.candidates[names[0]]) for n, names in study.samples.items()
+        n: study.final_loss(study.trials[names[0]]) for n, names in study.samples.items()
     }
 
 
@@ -45,12 +45,12 @@ def test_a_sweep_that_goes_on_has_the_samples_that_it_had(sweeps):
     first = sweeps.open(*SPACE, "sweep.num_samples=4")
     ran = sweeps.run(first, limit=3)
     study = sweeps.open(*SPACE, "sweep.num_samples=4")
-    assert list(study.candidates) == list(first.candidates)
+    assert list(study.trials) == list(first.trials)
     ran += sweeps.run(study)
-    assert len(ran) == len(set(ran)) and len(study.candidates) == 4
+    assert len(ran) == len(set(ran)) and len(study.trials) == 4
     grown = sweeps.open(*SPACE, "sweep.num_samples=6")
     more = sweeps.run(grown)
-    assert not set(more) & set(ran) and len(grown.candidates) == 6
+    assert not set(more) & set(ran) and len(grown.trials) == 6
     values = [t.value for t in grown.sampler.study.trials if t.value is not None]
     assert len(values) >= 4, "what is known is told again"
 
@@ -58,9 +58,10 @@ def test_a_sweep_that_goes_on_has_the_samples_that_it_had(sweeps):
 def test_seeds_of_a_sample_are_one_answer(sweeps):
     study = sweeps.open(*SPACE, "sweep.num_samples=2", "sweep.seeds=2")
     sweeps.run(study)
-    study.more()
+    study.next_sample()
     means = [
-        sum(study.final(study.candidates[n]) for n in names) / 2 for names in study.samples.values()
+        sum(study.final_loss(study.trials[n]) for n in names) / 2
+        for names in study.samples.values()
     ]
     assert [t.value for t in study.sampler.study.trials] == means
 
@@ -75,20 +76,18 @@ def test_a_sample_that_contradicts_itself_is_passed_over(sweeps, capsys):
     )
     sweeps.run(study)
     assert (
-        "sample-" in (out := capsys.readouterr().out)
-        and "is passed over: " in out
-        and "warmup" in out
+        "sample-" in (out := capsys.readouterr().out) and "is left out: " in out and "warmup" in out
     )
-    assert 0 < len(study.candidates) < 6
-    assert all(study.books.progress.trial(name) == DONE for name in study.candidates)
+    assert 0 < len(study.trials) < 6
+    assert all(study.progress.states.of_trial(name) == DONE for name in study.trials)
 
 
 def test_random_samples_are_a_tree_like_any_other(sweeps):
     study = sweeps.open(*SPACE[1:], "sweep.sampler=random", "sweep.num_samples=5")
     sweeps.run(study)
-    assert made(study) == study.plan.steps_in_tree < study.plan.steps_asked
-    for name in study.candidates:
-        assert sweeps.outcome(study.folder / "trials" / name) == sweeps.alone(study, name), name
+    assert made(study) == study.tree.steps_in_tree < study.tree.steps_asked
+    for name in study.trials:
+        assert sweeps.outcome(study.folder.trial(name)) == sweeps.alone(study, name), name
 
 
 def test_without_optuna_there_is_one_clear_line(sweeps, monkeypatch):
@@ -118,14 +117,14 @@ def test_a_diverging_trunk_is_known_to_the_next_sample(sweeps):
         "optim.max_grad_norm=null",
     )
     sweeps.run(study)
-    assert {row.state for row in study.rows()} == {"diverged"}
-    assert len(list(study.folder.glob("stages/*/result.json"))) == 1
+    assert {row.state for row in study.results()} == {"diverged"}
+    assert len(list(study.folder.path.glob("stages/*/result.json"))) == 1
 
 
 def test_a_space_may_be_narrowed_and_a_torn_line_is_dropped(sweeps):
     study = sweeps.open(*SPACE, "sweep.num_samples=2")
     sweeps.run(study)
-    with open(study.folder / "samples.jsonl", "a") as out:
+    with open(study.folder.path / "samples.jsonl", "a") as out:
         out.write('{"train.max')
     study = sweeps.open(
         *SPACE[:1],
@@ -134,8 +133,8 @@ def test_a_space_may_be_narrowed_and_a_torn_line_is_dropped(sweeps):
         "sweep.num_samples=3",
     )
     sweeps.run(study)
-    assert len(study.candidates) == 3
-    assert {row.state for row in study.rows()} == {"done"}
+    assert len(study.trials) == 3
+    assert {row.state for row in study.results()} == {"done"}
 
 
 def test_a_finished_sweep_is_not_finished_when_more_samples_are_wanted(sweeps):

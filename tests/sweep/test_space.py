@@ -21,8 +21,8 @@ from orchestrator.config.experiment import (
 from orchestrator.config.load import read_yaml
 from orchestrator.config.sweep import SweepSection, sweep_docs
 from orchestrator.errors import UserError
-from orchestrator.sweep.checks import origin
-from orchestrator.sweep.space import LONGEST_NAME, expand, load_sweep, sampled, trial_name
+from orchestrator.sweep.space.checks import origin
+from orchestrator.sweep.space.expand import LONGEST_NAME, expand, load_sweep, sampled, trial_name
 from pipelines.common import help_text
 
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -347,7 +347,7 @@ def test_a_long_name_is_cut_and_stays_one_of_its_own():
 # ---- random samples ----
 def test_samples_are_the_same_in_any_process_and_more_of_them_keep_the_earlier_ones():
     here = load_sweep(None, DRAWN)
-    code = "import sys; from orchestrator.sweep.space import load_sweep; print(load_sweep(None, sys.argv[1:]).trials)"
+    code = "import sys; from orchestrator.sweep.space.expand import load_sweep; print(load_sweep(None, sys.argv[1:]).trials)"
     there = [
         subprocess.run(
             [sys.executable, "-c", code, *DRAWN],

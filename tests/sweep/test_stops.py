@@ -74,12 +74,12 @@ def test_sigterm_stops_every_stage_after_its_step_and_the_next_start_goes_on_the
         ]
 
     again, planned = begin("compute.num_workers=1"), sweeps.open(*WORDS, name="planned")
-    alone = {name: sweeps.alone(planned, name) for name in planned.candidates}  # meanwhile
+    alone = {name: sweeps.alone(planned, name) for name in planned.trials}  # meanwhile
     out, err = again.communicate(timeout=240)
     assert again.returncode == 0, out + err
     study = sweeps.open(*WORDS)
     summary = json.loads((sweeps.folder / "sweep" / "summary.json").read_text())
-    assert summary["steps_run"] == study.plan.steps_in_tree - sum(stopped.values())
-    assert len(study.candidates) == 3
-    for name in study.candidates:
-        assert sweeps.outcome(study.folder / "trials" / name) == alone[name], name
+    assert summary["steps_run"] == study.tree.steps_in_tree - sum(stopped.values())
+    assert len(study.trials) == 3
+    for name in study.trials:
+        assert sweeps.outcome(study.folder.trial(name)) == alone[name], name

@@ -21,27 +21,27 @@ def study(sweeps):
 
 
 @pytest.fixture
-def books(study):
-    return study.keeper(lambda: None)
+def progress(study):
+    return study.progress
 
 
-def test_status_counts_stages_trials_and_steps_and_estimates_the_end(books, study):
-    table = Table(books, 2, study.best, seconds_per_step=0.5, out=io.StringIO())
+def test_status_counts_stages_trials_and_steps_and_estimates_the_end(progress, study):
+    table = Table(progress, 2, study.best, seconds_per_step=0.5, out=io.StringIO())
     # A trunk of 17 steps and two branches of 3: the longest path has 20 steps.
     assert table.status() == "stages 0/3 | trials 0/2 | 0 of 23 steps run, 17 saved | ETA 10s"
 
 
 def test_estimate_follows_the_stages_that_ran(sweeps, study):
     sweeps.run(study, limit=1)
-    table = Table(study.books, 1, study.best, seconds_per_step=1000.0, out=io.StringIO())
+    table = Table(study.progress, 1, study.best, seconds_per_step=1000.0, out=io.StringIO())
     assert "stages 1/3 | trials 0/2 | 17 of 23 steps run" in table.status()
     assert table.seconds_left() < 6 * 1000.0
 
 
-def test_log_file_gets_steady_lines(books, study):
+def test_log_file_gets_steady_lines(progress, study):
     out = io.StringIO()
-    table = Table(books, 1, study.best, out=out)
-    stage = books.plan.by_id[books.next()]
+    table = Table(progress, 1, study.best, out=out)
+    stage = progress.tree.by_id[progress.next()]
     table.last = math.inf  # the last line was printed a moment ago
     table.tick()
     assert out.getvalue() == ""
@@ -49,11 +49,11 @@ def test_log_file_gets_steady_lines(books, study):
     assert "\x1b" not in out.getvalue() and out.getvalue().count("\n") == 2
 
 
-def test_terminal_shows_one_table_that_is_redrawn(books, study):
+def test_terminal_shows_one_table_that_is_redrawn(progress, study):
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as out:
-        table = Table(books, 1, study.best, out=out)
-        books.next()
+        table = Table(progress, 1, study.best, out=out)
+        progress.next()
         for _ in range(2):
             table.last = -math.inf
             table.tick()
@@ -72,5 +72,5 @@ def test_failed_stage_is_reported_with_its_reason(sweeps, study):
 
     sweeps.run(study, fail=fail)
     out = io.StringIO()
-    Table(study.books, 1, study.best, out=out).stage_ended(study.plan.stages[0])
+    Table(study.progress, 1, study.best, out=out).stage_ended(study.tree.stages[0])
     assert "steps 0–17 of a and 1 more: failed: RuntimeError: no room" in out.getvalue()

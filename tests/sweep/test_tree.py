@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.sweep.stage_states import (
+from orchestrator.sweep.states import (
     BLOCKED,
     DIVERGED,
     DONE,
@@ -13,17 +13,17 @@ from orchestrator.sweep.stage_states import (
     RUNNING,
     STOPPED,
     WAITING,
-    Progress,
+    StageStates,
 )
-from orchestrator.sweep.tree import Plan, Trial, grow, plan
+from orchestrator.sweep.tree import Branch, StageTree, build_tree, grow
 
 
-def trial(name, rates, root="root") -> Trial:
-    return Trial(name, root, np.array(rates, np.float64))
+def trial(name, rates, root="root") -> Branch:
+    return Branch(name, root, np.array(rates, np.float64))
 
 
 @st.composite
-def trials(draw, least=1, most=7) -> list[Trial]:
+def trials(draw, least=1, most=7) -> list[Branch]:
     """Trials that share a lot: two rates, two roots, up to nine steps."""
     rates = st.lists(st.sampled_from([1.0, 0.5]), min_size=1, max_size=9)
     found = draw(st.lists(st.tuples(rates, st.sampled_from("ab")), min_size=least, max_size=most))
@@ -38,7 +38,7 @@ def prefixes(found) -> set:
 # ---- the tree ----
 @given(trials())
 def test_the_tree_has_one_step_for_every_state_and_no_more(found):
-    assert plan(found).steps_in_tree == plan(found).steps_to_run == len(prefixes(found))
+    assert build_tree(found).steps_in_tree == build_tree(found).steps_to_run == len(prefixes(found))
 
 
 @given(trials(), st.data())
@@ -59,13 +59,13 @@ def test_cuts_change_no_step(found, data):
 
 @given(trials())
 def test_each_trial_is_the_chain_of_its_stages(found):
-    stages = plan(found)
+    stages = build_tree(found)
     seen = set()
     for stage in stages.stages:
         assert stage.parent is None or stage.parent in seen  # parents before children
         seen.add(stage.id)
     for t in found:
-        path = stages.path(t.name)
+        path = stages.stages_of(t.name)
         assert [s.start for s in path] == [0, *(s.stop for s in path[:-1])]
         assert [s.parent for s in path] == [None, *(s.id for s in path[:-1])]
         assert path[-1].stop == t.steps
@@ -76,7 +76,7 @@ def test_each_trial_is_the_chain_of_its_stages(found):
 @given(trials())
 def test_no_stage_could_be_longer(found):
     """A boundary is there only because a trial ends or two part."""
-    stages = plan(found)
+    stages = build_tree(found)
     for stage in stages.stages:
         assert stage.ends or len(stages.children.get(stage.id, [])) > 1
 
@@ -89,13 +89,13 @@ def test_the_order_of_the_trials_does_not_change_the_tree(found, draw):
 
 def test_rates_are_compared_bit_for_bit():
     nearly = np.nextafter(1.0, 2.0)
-    assert plan([trial("a", [1.0, 1.0]), trial("b", [1.0, nearly])]).steps_in_tree == 3
-    assert plan([trial("a", [0.0, 1.0]), trial("b", [-0.0, 1.0])]).steps_in_tree == 4
+    assert build_tree([trial("a", [1.0, 1.0]), trial("b", [1.0, nearly])]).steps_in_tree == 3
+    assert build_tree([trial("a", [0.0, 1.0]), trial("b", [-0.0, 1.0])]).steps_in_tree == 4
 
 
 def test_another_root_shares_nothing_and_a_twin_costs_nothing():
-    assert plan([trial("a", [1, 1]), trial("b", [1, 1], "other")]).steps_in_tree == 4
-    twins = plan([trial("a", [1, 1]), trial("b", [1, 1])])
+    assert build_tree([trial("a", [1, 1]), trial("b", [1, 1], "other")]).steps_in_tree == 4
+    twins = build_tree([trial("a", [1, 1]), trial("b", [1, 1])])
     assert twins.steps_in_tree == 2 and twins.stages[0].ends == ("a", "b")
 
 
@@ -116,10 +116,10 @@ def test_long_trials_are_planned_at_once():
     """24 trials of 600,000 steps: a real sweep's plan is a matter of seconds, not of minutes."""
     rates = np.full(600_000, 1e-3)
     found = [
-        Trial(f"t{i}", "r", np.concatenate([rates[: 500_000 + i], rates[500_000 + i :] * 0.5]))
+        Branch(f"t{i}", "r", np.concatenate([rates[: 500_000 + i], rates[500_000 + i :] * 0.5]))
         for i in range(24)
     ]
-    assert plan(found).steps_in_tree == 500_000 + 23 + sum(100_000 - i for i in range(24))
+    assert build_tree(found).steps_in_tree == 500_000 + 23 + sum(100_000 - i for i in range(24))
 
 
 # ---- what stands already ----
@@ -130,7 +130,7 @@ def test_with_something_stored_exactly_what_is_missing_runs(found, data):
     ids = [s.id for s in stages]
     standing = data.draw(st.sets(st.sampled_from(ids)))
     finished = data.draw(st.sets(st.sampled_from(ids)))
-    p = plan(found, {}, standing, finished)
+    p = build_tree(found, {}, standing, finished)
 
     def must_run(stage) -> bool:
         if stage.ends and stage.id not in finished:
@@ -145,10 +145,10 @@ def test_with_something_stored_exactly_what_is_missing_runs(found, data):
 @given(trials(2), trials(1))
 def test_a_grown_sweep_runs_only_what_is_new(first, more):
     """With every state of the first sweep still there, the second one pays for no step of it again."""
-    more = [Trial(f"new-{t.name}", t.root, t.rates) for t in more]
-    old = plan(first)
+    more = [Branch(f"new-{t.name}", t.root, t.rates) for t in more]
+    old = build_tree(first)
     states = {s.id: s.stop for s in old.stages}
-    p = plan([*first, *more], states, states, {s.id for s in old.stages if s.ends})
+    p = build_tree([*first, *more], states, states, {s.id for s in old.stages if s.ends})
     new = prefixes(more) - prefixes(first)
     assert (
         p.steps_to_run == len(new) + p.steps_again
@@ -160,47 +160,47 @@ def test_a_grown_sweep_runs_only_what_is_new(first, more):
 @given(trials(2))
 def test_a_sweep_that_is_done_runs_nothing(found):
     ids = {s.id: s.stop for s in grow(found)}
-    assert plan(found, ids, ids, set(ids)).to_run == frozenset()
+    assert build_tree(found, ids, ids, set(ids)).to_run == frozenset()
     assert (
-        plan(found, ids, (), {s.id for s in grow(found) if s.ends}).to_run == frozenset()
+        build_tree(found, ids, (), {s.id for s in grow(found) if s.ends}).to_run == frozenset()
     )  # only results are left
 
 
 def test_a_result_where_a_state_stands_costs_no_step():
     trunk = trial("trunk", [1.0] * 10)
     states = {trunk.key(6): 6, trunk.key(10): 10}
-    p = plan([trunk, trial("short", [1.0] * 6)], states, states, {trunk.key(10)})
+    p = build_tree([trunk, trial("short", [1.0] * 6)], states, states, {trunk.key(10)})
     assert p.to_run == {trunk.key(6)}
     assert p.steps_to_run == 0
-    progress = Progress(p)
-    assert [s.id for s in progress.ready()] == [trunk.key(6)]
-    assert progress.needed() == {trunk.key(6)}
+    states = StageStates(p)
+    assert [s.id for s in states.ready()] == [trunk.key(6)]
+    assert states.needed() == {trunk.key(6)}
 
 
 def test_what_diverged_is_not_tried_again_on_any_branch_that_passes_it():
     rates = [1.0] * 8
     found = [trial("a", rates), trial("b", [*rates[:6], 0.5])]
     dead = found[0].key(4)
-    p = plan(found, {dead: 4}, (), (), {dead})
+    p = build_tree(found, {dead: 4}, (), (), {dead})
     assert p.to_run == frozenset()
-    assert {Progress(p).trial(t.name) for t in found} == {DIVERGED}
+    assert {StageStates(p).of_trial(t.name) for t in found} == {DIVERGED}
 
 
-# ---- progress ----
-def play(p: Plan, draw, outcomes=(DONE,), slots=3, held=(), drop=()):
-    """Run a plan in any order that `ready` allows; yields the progress after every event."""
-    progress, running = Progress(p, held), []
+# ---- states ----
+def play(p: StageTree, draw, outcomes=(DONE,), slots=3, on_hold=(), drop=()):
+    """Run a plan in any order that `ready` allows; yields the states after every event."""
+    states, running = StageStates(p, on_hold), []
     while True:
-        ready = progress.ready()
-        yield progress, running
+        ready = states.ready()
+        yield states, running
         if ready and len(running) < slots and (not running or draw.random() < 0.6):
             stage = ready[0] if draw.random() < 0.5 else draw.choice(ready)
-            progress.start(stage.id)
+            states.start(stage.id)
             running.append(stage.id)
         elif running:
-            progress.end(running.pop(draw.randrange(len(running))), draw.choice(outcomes))
-        elif progress.held:
-            progress.release(drop)
+            states.end(running.pop(draw.randrange(len(running))), draw.choice(outcomes))
+        elif states.on_hold:
+            states.release(drop)
         else:
             return
 
@@ -208,38 +208,38 @@ def play(p: Plan, draw, outcomes=(DONE,), slots=3, held=(), drop=()):
 @settings(deadline=None)
 @given(trials(2), st.randoms(use_true_random=False), st.data())
 def test_no_checkpoint_goes_that_is_needed_and_none_stays_that_is_not(found, draw, data):
-    """The keeper removes what is not `needed`; a stage whose start was removed could never run."""
+    """`Progress` removes what is not `needed`; a stage whose start was removed could never run."""
     outcomes = data.draw(
         st.sampled_from([(DONE,), (DONE, DONE, FAILED), (DONE, DONE, DIVERGED, STOPPED)])
     )
-    p = plan(found)
+    p = build_tree(found)
     there: set[str] = set()
     begun: set[str] = set()
-    for progress, running in play(p, draw, outcomes):
+    for states, running in play(p, draw, outcomes):
         for stage in running:
             if stage not in begun:
                 begun.add(stage)
                 assert p.by_id[stage].parent is None or p.by_id[stage].parent in there
-        ended = {s.id for s in p.stages if progress.state[s.id] == DONE}
-        there = {i for i in ended if i in progress.needed()}
+        ended = {s.id for s in p.stages if states.by_stage[s.id] == DONE}
+        there = {i for i in ended if i in states.needed()}
         coming = [
-            s for s in p.stages if progress.state[s.id] in (WAITING, RUNNING, FAILED, BLOCKED)
+            s for s in p.stages if states.by_stage[s.id] in (WAITING, RUNNING, FAILED, BLOCKED)
         ]
-        assert progress.needed() == {s.parent for s in coming} - {None}
+        assert states.needed() == {s.parent for s in coming} - {None}
     # In the end only what a failed stage will begin from, when the sweep is run again.
-    failed = {s.parent for s in p.stages if progress.state[s.id] in (FAILED, BLOCKED)}
-    assert there == progress.needed() & ended and there <= failed
+    failed = {s.parent for s in p.stages if states.by_stage[s.id] in (FAILED, BLOCKED)}
+    assert there == states.needed() & ended and there <= failed
 
 
 @settings(deadline=None)
 @given(trials(2), st.randoms(use_true_random=False), st.sampled_from([FAILED, DIVERGED, STOPPED]))
 def test_a_stage_that_ends_badly_takes_its_descendants_and_nothing_else(found, draw, how):
-    p = plan(found)
-    *_, (progress, _) = play(p, draw, (DONE, DONE, how))
+    p = build_tree(found)
+    *_, (states, _) = play(p, draw, (DONE, DONE, how))
     bad = [
         s
         for s in p.stages
-        if progress.state[s.id] == how and (s.parent is None or progress.state[s.parent] == DONE)
+        if states.by_stage[s.id] == how and (s.parent is None or states.by_stage[s.parent] == DONE)
     ]
     lost = p.below([s.id for s in bad])
     for stage in p.stages:
@@ -250,63 +250,63 @@ def test_a_stage_that_ends_badly_takes_its_descendants_and_nothing_else(found, d
             if stage in bad
             else {DONE}
         )
-        assert progress.state[stage.id] in expected
+        assert states.by_stage[stage.id] in expected
     for t in found:
-        assert (progress.trial(t.name) == DONE) == all(
-            progress.state[s.id] == DONE for s in p.path(t.name)
+        assert (states.of_trial(t.name) == DONE) == all(
+            states.by_stage[s.id] == DONE for s in p.stages_of(t.name)
         )
-    assert progress.pending == []
+    assert states.pending == []
 
 
 @given(trials(2))
 def test_the_longest_remaining_path_comes_first(found):
-    progress = Progress(plan(found))
+    states = StageStates(build_tree(found))
     longest = {
         s.id: max(t.steps for t in found if t.name in s.trials) - s.start
-        for s in progress.plan.stages
+        for s in states.tree.stages
     }
-    ready = [longest[s.id] for s in progress.ready()]
+    ready = [longest[s.id] for s in states.ready()]
     assert ready == sorted(ready, reverse=True)
-    assert all(s.parent is None for s in progress.ready())
+    assert all(s.parent is None for s in states.ready())
 
 
 @given(trials(2), st.randoms(use_true_random=False), st.data())
 def test_held_stages_wait_for_the_verdict_and_dropped_trials_end_there(found, draw, data):
-    p = plan(found)
+    p = build_tree(found)
     step = data.draw(st.integers(1, 5))
     held = {s.id for s in p.stages if s.start >= step}
     drop = set(data.draw(st.sets(st.sampled_from([t.name for t in found]))))
-    for progress, _ in play(p, draw, held=held, drop=drop):
-        if progress.held:
-            assert all(progress.state[i] == WAITING for i in held)
+    for states, _ in play(p, draw, on_hold=held, drop=drop):
+        if states.on_hold:
+            assert all(states.by_stage[i] == WAITING for i in held)
     for t in found:
-        path = p.path(t.name)
+        path = p.stages_of(t.name)
         stopped = any(s.id in held and set(s.trials) <= drop for s in path)
-        assert progress.trial(t.name) == (STOPPED if stopped else DONE)
+        assert states.of_trial(t.name) == (STOPPED if stopped else DONE)
 
 
 def test_a_process_that_died_is_tried_again():
-    progress = Progress(plan([trial("a", [1.0])]))
-    (stage,) = progress.ready()
-    progress.start(stage.id)
-    assert progress.ready() == [] and progress.trial("a") == RUNNING
-    progress.again(stage.id)
-    assert progress.ready() == [stage]
+    states = StageStates(build_tree([trial("a", [1.0])]))
+    (stage,) = states.ready()
+    states.start(stage.id)
+    assert states.ready() == [] and states.of_trial("a") == RUNNING
+    states.again(stage.id)
+    assert states.ready() == [stage]
 
 
 def test_a_failure_leaves_alone_what_begins_from_a_stored_state():
     """The trunk's early part is run again for a new branch and fails; an old branch that stands below it goes on."""
     old, new = trial("old", [1.0] * 6 + [0.5] * 2), trial("new", [1.0] * 3 + [0.1])
-    p = plan([old, new], {old.key(6): 6}, {old.key(6)})
-    progress = Progress(p)
-    root = p.path("new")[0]
+    p = build_tree([old, new], {old.key(6): 6}, {old.key(6)})
+    states = StageStates(p)
+    root = p.stages_of("new")[0]
     assert root.stop == 3 and root.id in p.to_run
-    progress.start(root.id)
-    progress.end(root.id, FAILED)
-    assert progress.trial("new") == FAILED
-    assert [s.start for s in progress.ready()] == [6]
+    states.start(root.id)
+    states.end(root.id, FAILED)
+    assert states.of_trial("new") == FAILED
+    assert [s.start for s in states.ready()] == [6]
 
 
 def test_names_are_unique():
     with pytest.raises(AssertionError, match="names"):
-        plan([trial("a", [1.0]), trial("a", [2.0])])
+        build_tree([trial("a", [1.0]), trial("a", [2.0])])

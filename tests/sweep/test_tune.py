@@ -18,10 +18,10 @@ from orchestrator.data.batches import Batches, TokenStream
 from orchestrator.data.dataset import FILE, load_manifest, write_manifest
 from orchestrator.runs import events
 from orchestrator.runs.ending import Ending
-from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.folder import SweepFolder
 from orchestrator.sweep import tune as sweep
 from orchestrator.sweep.report.files import Report
-from orchestrator.sweep.stage_states import FAILED
+from orchestrator.sweep.states import FAILED
 from orchestrator.sweep.study import Study, data_key
 from orchestrator.workers import marks
 from orchestrator.workers.watch import Watch
@@ -46,18 +46,19 @@ def on_ray(ray_cluster) -> Callable:
     def run(
         study: Study, layout: Layout, slots: int, reuse: bool = True, tick: Callable = lambda: None
     ) -> SimpleNamespace:
-        books = study.keeper(tick)
-        report = Report(study, books)
-        books.watch = report.stage_ended
+        progress = study.progress
+        progress.tick = tick
+        report = Report(study, progress)
+        progress.on_stage_end = report.stage_ended
         report.begin()
-        with Watch(RunFolder(study.folder), lambda: map(RunFolder, books.running())):
-            sweep.execute(books, books.stages, layout, slots, study.asha(), reuse)
+        with Watch(study.folder, progress.running):
+            sweep.execute(progress, progress.folder, layout, slots, study.asha(), reuse)
         report.finish(Ending("done"), 1.0)
-        assert not books.progress.pending
+        assert not progress.states.pending
         return SimpleNamespace(
-            books=books,
-            states={row.trial: row.state for row in study.rows()},
-            reasons={row.trial: row.reason for row in study.rows()},
+            progress=progress,
+            states={row.trial: row.state for row in study.results()},
+            reasons={row.trial: row.reason for row in study.results()},
         )
 
     return run
@@ -65,19 +66,21 @@ def on_ray(ray_cluster) -> Callable:
 
 def writers(study: Study) -> dict[str, tuple[float, int]]:
     """By stage: when it began, and in which process."""
-    files = study.folder.glob("stages/*/.writer")
+    files = study.folder.path.glob("stages/*/.writer")
     return {
         f.parent.name: (f.stat().st_mtime, int(f.read_text().split()[1])) for f in files
     }  # "process PID on host"
 
 
 def ended(study: Study) -> dict[str, float]:
-    return {f.parent.name: f.stat().st_mtime for f in study.folder.glob("stages/*/result.json")}
+    return {
+        f.parent.name: f.stat().st_mtime for f in study.folder.path.glob("stages/*/result.json")
+    }
 
 
 def assert_alone(sweeps, study: Study, names=None) -> None:
-    for name in names or study.candidates:
-        assert sweeps.outcome(study.folder / "trials" / name) == sweeps.alone(study, name), name
+    for name in names or study.trials:
+        assert sweeps.outcome(study.folder.trial(name)) == sweeps.alone(study, name), name
 
 
 # ---- processes and order ----
@@ -89,9 +92,9 @@ def test_processes_reused_and_new_ones_give_the_bits_of_the_lone_runs(sweeps, on
     assert (len(writers(kept)), len({pid for _, pid in writers(kept).values()})) == (8, 1)
     assert (len(writers(fresh)), len({pid for _, pid in writers(fresh).values()})) == (3, 3)
     assert_alone(sweeps, kept)
-    for name in fresh.candidates:
-        assert sweeps.outcome(fresh.folder / "trials" / name) == sweeps.outcome(
-            kept.folder / "trials" / name
+    for name in fresh.trials:
+        assert sweeps.outcome(fresh.folder.trial(name)) == sweeps.outcome(
+            kept.folder.trial(name)
         ), name
     assert_order(kept)
     assert_parents_first(fresh)
@@ -100,7 +103,7 @@ def test_processes_reused_and_new_ones_give_the_bits_of_the_lone_runs(sweeps, on
 def assert_order(study: Study) -> None:
     """Of all stages that could have begun, each time one of those with the longest path still ahead."""
     begun = [stage for _, stage in sorted((at, stage) for stage, (at, _) in writers(study).items())]
-    plan = study.plan
+    plan = study.tree
 
     def ahead(stage) -> int:
         return stage.steps + max(
@@ -116,7 +119,7 @@ def assert_order(study: Study) -> None:
 
 def assert_parents_first(study: Study) -> None:
     began, end = writers(study), ended(study)
-    children = [stage for stage in study.plan.stages if stage.parent]
+    children = [stage for stage in study.tree.stages if stage.parent]
     assert children
     for stage in children:
         assert began[stage.id][0] >= end[stage.parent]
@@ -196,18 +199,18 @@ def test_a_peer_that_raises_ends_its_stage_and_one_that_is_killed_costs_its_stag
 ):
     """Both leave the other worker with a closed connection, which is no reason of its own."""
     sound = sweeps.open("sweep.grid.train.seed=[1, 2]", FORK[1], "train.max_steps=80")
-    dataset = next(iter(sound.candidates.values())).dataset.directory
+    dataset = next(iter(sound.trials.values())).dataset.directory
     bad = load_manifest(spoiled(dataset, tmp_path / "bad", read_by_one_peer(sound, dataset)))
-    study = Study.open(
+    study = Study(
         sound.sweep,
-        tmp_path / "sweep",
+        SweepFolder(tmp_path / "sweep"),
         TWO,
         {data_key(s.experiment.data): bad for s in sound.sweep.trials},
     )
     killed, head = [], ray_head.pid  # Tune pickles what its searcher knows
 
     def tick() -> None:
-        if FAILED in study.books.progress.state.values() and not killed:
+        if FAILED in study.progress.states.by_stage.values() and not killed:
             killed.extend(
                 pid for pid in descendants(head) if title(pid).startswith("ray::_Peer.run")
             )
@@ -215,15 +218,15 @@ def test_a_peer_that_raises_ends_its_stage_and_one_that_is_killed_costs_its_stag
                 os.kill(pid, signal.SIGKILL)
 
     seen = on_ray(study, TWO, slots=1, tick=tick)
-    first, second = ([n for n in study.candidates if f"seed-{seed}" in n] for seed in (1, 2))
+    first, second = ([n for n in study.trials if f"seed-{seed}" in n] for seed in (1, 2))
     assert [seen.states[name] for name in first + second] == ["failed"] * 2 + ["done"] * 2
     assert {seen.reasons[name] for name in first} == {"IndexError: index out of range in self"}
-    assert [f.name for f in study.folder.glob("stages/*/failure-rank*.txt")] == [
+    assert [f.name for f in study.folder.path.glob("stages/*/failure-rank*.txt")] == [
         "failure-rank1.txt"
     ]
-    assert (len(killed), len(seen.books.tried_again)) == (1, 1)
+    assert (len(killed), len(seen.progress.retried)) == (1, 1)
     for name in second:
-        ours, alone = sweeps.outcome(study.folder / "trials" / name), sweeps.alone(sound, name)
+        ours, alone = sweeps.outcome(study.folder.trial(name)), sweeps.alone(sound, name)
         assert (ours["weights"], ours["curve"]) == (
             alone["weights"],
             alone["curve"],
@@ -263,11 +266,11 @@ def test_who_is_stopped_from_outside_is_ended_and_its_stage_goes_on_from_its_che
         "train.log_interval=50",
         "compute.hang_after_s=2",
     )
-    (stage,), rank, victims = study.plan.stages, layout.num_workers - 1, []
-    folder = study.folder / "stages" / stage.id
+    (stage,), rank, victims = study.tree.stages, layout.num_workers - 1, []
+    folder = study.folder.stage(stage.id)
 
     def tick() -> None:
-        for mark in [] if victims else marks.read(RunFolder(folder)):
+        for mark in [] if victims else marks.read(folder):
             # Far from a checkpoint, behind which more time is given.
             if (
                 mark.rank == rank
@@ -280,10 +283,10 @@ def test_who_is_stopped_from_outside_is_ended_and_its_stage_goes_on_from_its_che
 
     seen = on_ray(study, layout, slots=1, tick=tick)
     assert_alone(sweeps, study)
-    (hang,) = events.read(RunFolder(study.folder))
+    (hang,) = events.read(study.folder)
     assert (hang["kind"], hang["stage"]) == ("hang", stage.id)
     assert hang["message"].startswith(f"rank {rank} (process {victims[0]} on ")
-    assert seen.books.waits == {stage.id: f"{hang['message']}; once more"}
+    assert seen.progress.wait_reasons == {stage.id: f"{hang['message']}; once more"}
     assert sorted(f.name for f in folder.glob("hangs/0001/*")) == [
         f"hang-rank{r}.txt" for r in range(layout.num_workers)
     ]
@@ -306,10 +309,9 @@ def test_asha_stops_some_and_what_it_leaves_has_its_bits_and_stays_stopped(sweep
     assert "stopped by the scheduler after step 5" in seen.reasons["max_lr-1e-07"]
     assert_alone(sweeps, study, [name for name, state in states.items() if state == "done"])
     again = sweeps.open(*words)
-    assert again.plan.to_run == frozenset()
-    again.keeper(lambda: None)
-    assert {row.trial: row.state for row in again.rows()} == states
+    assert again.tree.to_run == frozenset()
+    assert {row.trial: row.state for row in again.results()} == states
     unstopped = sweeps.open(*words[:2])
-    assert {s.trials[0] for s in unstopped.plan.stages if s.id in unstopped.plan.to_run} == {
+    assert {s.trials[0] for s in unstopped.tree.stages if s.id in unstopped.tree.to_run} == {
         name for name, state in states.items() if state == "stopped"
     }

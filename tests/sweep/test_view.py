@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from model.schedule import Schedule, learning_rate
 from orchestrator.sweep.report import view
 from orchestrator.sweep.report.advice import advice
-from orchestrator.sweep.tree import Trial, plan
+from orchestrator.sweep.tree import Branch, build_tree
 
 LINE = re.compile(
     r"([│├└┬┼─ ]+)\[([\d,]+), ([\d,]+)\)\s+([\d,]+)  \S+ → \S+\s+([\d,]+)  "
@@ -20,7 +20,7 @@ LINE = re.compile(
 
 def trial(name, schedule, steps=None, root="r"):
     steps = steps or schedule.decay_steps
-    return Trial(name, root, np.array([learning_rate(schedule, step) for step in range(steps)]))
+    return Branch(name, root, np.array([learning_rate(schedule, step) for step in range(steps)]))
 
 
 def build(schedules, roots=("r",), **stored):
@@ -29,7 +29,7 @@ def build(schedules, roots=("r",), **stored):
         for i, root in enumerate(roots)
         for name, s in schedules.items()
     ]
-    return plan(trials, **stored)
+    return build_tree(trials, **stored)
 
 
 def wsd(*lengths, shapes=("linear",), peak=1e-3, **more):
@@ -131,11 +131,11 @@ def test_marks_follow_the_plan():
     trunk, leaf, *_ = fresh.stages
     assert {line[4] for line in parsed(view.text(fresh))} == {"to run"}
     states = {trunk.id: trunk.stop, leaf.id: leaf.stop}
-    done = build(schedules, states=states, standing=states, finished=[leaf.id])
+    done = build(schedules, states=states, stored=states, finished=[leaf.id])
     assert [line[4] for line in parsed(view.text(done))[:3]] == ["stands", "done", "to run"]
-    half = build(schedules, states=states, standing=states)
+    half = build(schedules, states=states, stored=states)
     assert [line[4] for line in parsed(view.text(half))[:2]] == ["stands", "result only"]
-    dead = build(schedules, states={trunk.id: trunk.stop}, dead=[trunk.id])
+    dead = build(schedules, states={trunk.id: trunk.stop}, diverged=[trunk.id])
     assert [line[4] for line in parsed(view.text(dead))] == ["diverged"] + ["lost"] * (
         len(dead.stages) - 1
     )
@@ -146,7 +146,7 @@ def test_marks_follow_the_plan():
 def test_checkpoints_on_a_trunk_do_not_split_its_line():
     schedules, alone = wsd(100, 200), trial("x", *wsd(100).values())
     cuts = {alone.key(step): step for step in (20, 40, 60)}
-    whole = build(schedules, states=cuts, standing=cuts)
+    whole = build(schedules, states=cuts, stored=cuts)
     assert len(whole.stages) == len(build(schedules).stages) + 3
     assert [line[0:2] + (line[4],) for line in parsed(view.text(whole))[:2]] == [
         (0, 60, "stands"),
@@ -183,7 +183,7 @@ def test_middle_of_a_large_tree_is_left_out_and_counted(width):
 
 def test_trunk_deeper_than_the_stack_is_drawn():
     rates = np.ones(1200)
-    p = plan([Trial(f"t{n}", "r", np.append(rates[:n], 0.5)) for n in range(1, 1200)])
+    p = build_tree([Branch(f"t{n}", "r", np.append(rates[:n], 0.5)) for n in range(1, 1200)])
     assert len(view.text(p).splitlines()) == 62
 
 
@@ -191,7 +191,7 @@ def test_numbers_of_the_summary_add_up():
     schedules = {**wsd(100, 200), "same": wsd(100)["decay_shape-linear_max_steps-100"]}
     p = build(schedules)
     trunk = p.stages[0]
-    stored = build(schedules, states={trunk.id: trunk.stop}, standing=[trunk.id])
+    stored = build(schedules, states={trunk.id: trunk.stop}, stored=[trunk.id])
     lines = view.summary(stored)
     assert lines[0] == "3 trials in 3 stages; trained one by one, they take 400 steps"
     to_run, (saved, shared, kept) = (
@@ -209,14 +209,14 @@ def test_numbers_of_the_summary_add_up():
 def test_diverged_steps_are_not_called_saved():
     p = build(wsd(100, 200))
     trunk = p.stages[0]
-    lines = view.summary(build(wsd(100, 200), states={trunk.id: trunk.stop}, dead=[trunk.id]))
+    lines = view.summary(build(wsd(100, 200), states={trunk.id: trunk.stop}, diverged=[trunk.id]))
     assert lines[1].startswith("to run: 0 steps") and "0 stored" in lines[2]
     assert lines[3].startswith(f"not run: {p.steps_in_tree} steps")
 
 
 def advised(schedules, **more):
     p = build(schedules, **more)
-    by_trial = {t.name: schedules[t.name.rpartition("_seed")[0] or t.name] for t in p.trials}
+    by_trial = {t.name: schedules[t.name.rpartition("_seed")[0] or t.name] for t in p.branches}
     return p, " | ".join(advice(p, by_trial))
 
 

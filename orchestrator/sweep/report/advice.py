@@ -4,23 +4,23 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from model.schedule import Schedule, wsd_decay_start
-from orchestrator.sweep.tree import Plan
+from orchestrator.sweep.tree import StageTree
 
 
-def advice(plan: Plan, schedules: Mapping[str, Schedule]) -> list[str]:
+def advice(plan: StageTree, schedules: Mapping[str, Schedule]) -> list[str]:
     """Return one line for each reason. Each line holds for exactly this plan.
 
     Args:
         plan: The plan.
         schedules: Learning-rate schedule of each trial, by its name.
     """
-    if len(plan.trials) < 2:
+    if len(plan.branches) < 2:
         return []
     shares = plan.steps_asked > plan.steps_in_tree
     lines = []
     if not shares:
         lines.append("no two trials share a step: the sweep costs as much as its trials one by one")
-    roots = len({trial.root for trial in plan.trials})
+    roots = len({trial.root for trial in plan.branches})
     if roots > 1:
         lines.append(
             f"{roots:,} groups of trials differ in seed, data, model, optimizer or batch: no step "
@@ -43,28 +43,28 @@ def advice(plan: Plan, schedules: Mapping[str, Schedule]) -> list[str]:
     return lines
 
 
-def _parts_all(plan: Plan, schedules: Mapping[str, Schedule], field: str) -> bool:
+def _parts_all(plan: StageTree, schedules: Mapping[str, Schedule], field: str) -> bool:
     """Return whether trials of one root that differ in a field never share the first step."""
-    values = {trial.name: getattr(schedules[trial.name], field) for trial in plan.trials}
-    roots = {trial.root for trial in plan.trials}
-    if len({(trial.root, values[trial.name]) for trial in plan.trials}) == len(roots):
+    values = {trial.name: getattr(schedules[trial.name], field) for trial in plan.branches}
+    roots = {trial.root for trial in plan.branches}
+    if len({(trial.root, values[trial.name]) for trial in plan.branches}) == len(roots):
         return False
     first_stages = plan.children.get(None, ())
     return all(len({values[name] for name in stage.trials}) == 1 for stage in first_stages)
 
 
-def _several_lengths(plan: Plan, schedules: Mapping[str, Schedule]) -> list[str]:
+def _several_lengths(plan: StageTree, schedules: Mapping[str, Schedule]) -> list[str]:
     """Return advice for cosine and linear schedules that differ in their length.
 
     Says how little they share, and what the same lengths would cost as wsd.
     """
     groups: dict[tuple[str, str, float, int], list[str]] = {}
-    for trial in plan.trials:
+    for trial in plan.branches:
         s = schedules[trial.name]
         if s.kind in ("cosine", "linear"):
             groups.setdefault((s.kind, trial.root, s.max_lr, s.warmup_steps), []).append(trial.name)
     groups = {key: names for key, names in groups.items() if _differ_in_length(names, schedules)}
-    steps = {trial.name: trial.steps for trial in plan.trials}
+    steps = {trial.name: trial.steps for trial in plan.branches}
 
     lines = []
     for kind in sorted({key[0] for key in groups}):

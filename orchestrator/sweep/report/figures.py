@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from orchestrator.sweep.report.ranking import Row, Setting, rank
-from orchestrator.sweep.tree import Plan
+from orchestrator.sweep.tree import StageTree
 from orchestrator.text import clip, short_names
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ LISTED = 120  # settings in the figure of final losses, at most
 POINTS = 2000  # points of a line, at most: more than a figure has pixels
 
 
-def tree(plan: Plan) -> "Figure":
+def tree(plan: StageTree) -> "Figure":
     """Draw the learning rate over the steps; steps that trials share are drawn once.
 
     Lines are wider and darker where more trials share them, and dots mark the branches. The x-axis
@@ -35,7 +35,7 @@ def tree(plan: Plan) -> "Figure":
     the last point of its parent.
     """
     figure, (axes,) = _panels([("step", "learning rate")])
-    rates = {trial.name: trial.rates for trial in plan.trials}
+    rates = {trial.name: trial.rates for trial in plan.branches}
     most = max((len(stage.trials) for stage in plan.stages), default=1)
     for stage in plan.stages:
         steps = _thinned(max(1, stage.start), stage.stop)
@@ -55,7 +55,7 @@ def tree(plan: Plan) -> "Figure":
     for count in sorted({1, most}):
         axes.plot([], [], label=f"trials: {count:,}", **_line_style(count, most))
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-    _scale_rates(axes, [float(trial.rates.max()) for trial in plan.trials])
+    _scale_rates(axes, [float(trial.rates.max()) for trial in plan.branches])
     axes.set_title(_tree_title(plan), fontsize=10, color=INK, loc="left")
     return figure
 
@@ -78,16 +78,16 @@ def _thinned(first: int, last: int) -> np.ndarray:
     return np.unique(steps.round().astype(int))
 
 
-def _tree_title(plan: Plan) -> str:
+def _tree_title(plan: StageTree) -> str:
     asked = plan.steps_asked
     saved = asked - plan.steps_in_tree
     stored = plan.steps_in_tree - plan.steps_to_run
-    title = f"{len(plan.trials):,} trials: {asked:,} steps asked, {plan.steps_in_tree:,} run"
-    if stored and not plan.dead:
+    title = f"{len(plan.branches):,} trials: {asked:,} steps asked, {plan.steps_in_tree:,} run"
+    if stored and not plan.diverged:
         title += f" ({stored:,} of them stored already)"
     title += f", {saved:,} saved ({saved / max(1, asked):.1%})"
 
-    rates = {trial.name: trial.rates for trial in plan.trials}
+    rates = {trial.name: trial.rates for trial in plan.branches}
     visible = {
         (s.start, s.stop, rates[s.trials[0]][s.start : s.stop].tobytes()) for s in plan.stages
     }

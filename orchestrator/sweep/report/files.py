@@ -17,16 +17,16 @@ from orchestrator.redact import redact
 from orchestrator.runs import journal
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.facts import facts_of
-from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep import trials
-from orchestrator.sweep.progress import Keeper
+from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.report import figures, ranking, view
 from orchestrator.sweep.report.ranking import Row
 from orchestrator.sweep.report.summary import SweepSummary, summarize
-from orchestrator.sweep.stage_states import BLOCKED, DIVERGED, DONE, FAILED, STOPPED
+from orchestrator.sweep.states import BLOCKED, DIVERGED, DONE, FAILED, STOPPED
 from orchestrator.sweep.study import Study, data_key
 from orchestrator.sweep.tree import Stage
-from orchestrator.sweep.trials import Candidate
+from orchestrator.sweep.trials import PlannedTrial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,21 +48,21 @@ class Report:
 
     Args:
         study: The sweep.
-        books: State of its stages.
+        progress: State of its stages.
         estimate: Estimated time, memory and disk; None if unknown.
     """
 
     def __init__(
-        self, study: Study, books: Keeper, estimate: dict[str, float] | None = None
+        self, study: Study, progress: Progress, estimate: dict[str, float] | None = None
     ) -> None:
         self.study = study
-        self.books = books
-        self.folder = SweepFolder(study.folder)
+        self.progress = progress
+        self.folder = study.folder
         self.estimate = estimate
         record = self.folder.read_record() or {"key": uuid.uuid4().hex, "attempts": []}
         self.key = record["key"]
         self.attempts = record["attempts"]
-        self.facts: dict[str, dict[str, Any]] = {}  # of each trial, for MLflow
+        self.facts: dict[str, Any] = {}  # of each trial, for MLflow
 
     def begin(self) -> None:
         """Write the sweep's own files, and the folders of trials that have something already."""
@@ -70,14 +70,14 @@ class Report:
         attempt = {
             "started": _now(),
             "layout": asdict(study.layout),
-            "trials": len(study.candidates),
+            "trials": len(study.trials),
         }
         self.attempts.append(redact(attempt))
         write_atomically(self.folder.sweep_file, study.sweep.to_yaml())
         write_json(self.folder.run_file, self._run_record())
         self.folder.summary_file.unlink(missing_ok=True)
         self._draw_plan()
-        for candidate in study.candidates.values():
+        for candidate in study.trials.values():
             if not self._has_summary(candidate) or not self._is_over(candidate):
                 self._assemble(candidate)
 
@@ -88,14 +88,14 @@ class Report:
         now. One that few share updates all of them, so that MLflow shows their curves early.
         """
         for name in stage.trials:
-            candidate = self.study.candidates.get(name)
+            candidate = self.study.trials.get(name)
             if candidate and (len(stage.trials) <= FEW or self._is_over(candidate)):
                 self._assemble(candidate)
 
-        plan = self.books.plan
-        done = [name for name in self.study.candidates if self.books.progress.trial(name) == DONE]
+        plan = self.progress.tree
+        done = [name for name in self.study.trials if self.progress.states.of_trial(name) == DONE]
         metrics: dict[str, float] = {
-            "sweep/steps_run": self.books.steps_run,
+            "sweep/steps_run": self.progress.steps_run,
             "sweep/steps_saved": plan.steps_asked - plan.steps_to_run,
             "sweep/trials_done": len(done),
         }
@@ -115,9 +115,9 @@ class Report:
             quick: Write only what is necessary: no figures and no folders of trials. After SIGTERM
                 there may be three seconds left.
         """
-        rows = self.study.rows()
+        rows = self.study.results()
         if not quick:
-            for candidate in self.study.candidates.values():
+            for candidate in self.study.trials.values():
                 if not self._has_summary(candidate):
                     self._assemble(candidate)
         summary = summarize(self.study, ending, self.estimate, wall_s)
@@ -133,10 +133,10 @@ class Report:
     def _run_record(self) -> dict[str, Any]:
         """Return run.json: what the trials have in common, for MLflow's parent run."""
         study = self.study
-        experiments = [c.experiment for c in study.candidates.values()] or [study.sweep.base]
+        experiments = [c.experiment for c in study.trials.values()] or [study.sweep.base]
         first = experiments[0]
         facts = facts_of(first, study.datasets[data_key(first.data)], SCRIPT)
-        varied = {name for c in study.candidates.values() for name in c.spec.fields}
+        varied = {name for c in study.trials.values() for name in c.fields}
         params = {
             name: value
             for name, value in facts["params"].items()
@@ -146,9 +146,9 @@ class Report:
             if value:
                 params[f"sweep.{name}"] = json.dumps(value)
         tags = {
-            "sweep.trials": len(study.candidates),
-            "sweep.steps_asked": self.books.plan.steps_asked,
-            "sweep.steps_in_tree": self.books.plan.steps_in_tree,
+            "sweep.trials": len(study.trials),
+            "sweep.steps_asked": self.progress.tree.steps_asked,
+            "sweep.steps_in_tree": self.progress.tree.steps_in_tree,
         }
         return {
             "name": study.sweep.base.name,
@@ -160,7 +160,7 @@ class Report:
         }
 
     def _draw_plan(self) -> None:
-        plan = self.books.plan
+        plan = self.progress.tree
         if not plan.stages:  # optuna has not asked for a trial yet
             return
         text = "\n".join([*view.summary(plan), "", view.text(plan), ""])
@@ -172,7 +172,7 @@ class Report:
         if not done:
             return
         histories = {
-            name: self.study.records(c) for name, c in self.study.candidates.items() if name in done
+            name: self.study.curve(c) for name, c in self.study.trials.items() if name in done
         }
         self.save_figure("final_losses", figures.final_losses(rows))
         self.save_figure("curves", figures.curves(rows, histories))
@@ -186,34 +186,34 @@ class Report:
 
     # ---- one trial ----
 
-    def _trial_folder(self, candidate: Candidate) -> RunFolder:
+    def _trial_folder(self, candidate: PlannedTrial) -> RunFolder:
         return self.folder.trial(candidate.name)
 
-    def _has_summary(self, candidate: Candidate) -> bool:
+    def _has_summary(self, candidate: PlannedTrial) -> bool:
         return self._trial_folder(candidate).summary_file.exists()
 
-    def _is_over(self, candidate: Candidate) -> bool:
-        return self.books.progress.trial(candidate.name) in MLFLOW_STATUS
+    def _is_over(self, candidate: PlannedTrial) -> bool:
+        return self.progress.states.of_trial(candidate.name) in MLFLOW_STATUS
 
-    def _assemble(self, candidate: Candidate) -> None:
+    def _assemble(self, candidate: PlannedTrial) -> None:
         """Write the folder of a trial as far as its stages are done."""
-        last = self.books.last_stage(candidate.name)
+        last = self.progress.last_stage(candidate.name)
         if last is None and not self._is_over(candidate):
             return
         folder = self._trial_folder(candidate)
         summary = self._trial_summary(candidate) if self._is_over(candidate) else None
-        trials.assemble(folder.path, last, candidate, self._trial_record(candidate), summary)
+        trials.assemble(folder, last, candidate, self._trial_record(candidate), summary)
 
-    def _trial_record(self, candidate: Candidate) -> dict[str, Any]:
+    def _trial_record(self, candidate: PlannedTrial) -> dict[str, Any]:
         """Return run.json of a trial."""
         name = candidate.name
         if name not in self.facts:
             self.facts[name] = facts_of(candidate.experiment, candidate.dataset, SCRIPT)
-        path = self.books.plan.path(name)
+        path = self.progress.tree.stages_of(name)
         tags = {
             "sweep.name": self.folder.name,
-            "sweep.setting": candidate.spec.setting,
-            "sweep.state": self.books.progress.trial(name),
+            "sweep.setting": candidate.setting,
+            "sweep.state": self.progress.states.of_trial(name),
             "sweep.stages": " > ".join(f"{s.id[:8]}[{s.start}:{s.stop}]" for s in path),
             "sweep.steps_shared": sum(s.steps for s in path if len(s.trials) > 1),
         }
@@ -225,26 +225,28 @@ class Report:
         return {
             "name": name,
             "key": hashlib.sha256(f"{self.key}/{name}".encode()).hexdigest()[:32],
-            "trial": candidate.trial.key(candidate.trial.steps),
+            "trial": candidate.key,
             **self.facts[name],
             "tags": self.facts[name]["tags"] | tags,
             "attempts": known.get("attempts") or [first_attempt],
         }
 
-    def _trial_summary(self, candidate: Candidate) -> dict[str, Any]:
+    def _trial_summary(self, candidate: PlannedTrial) -> dict[str, Any]:
         """Return summary.json of a trial that is over."""
         name = candidate.name
-        state = self.books.progress.trial(name)
-        results = [self.books.stored.results.get(s.id, {}) for s in self.books.plan.path(name)]
-        seconds = sum(result.get("seconds", 0) for result in results)
-        return trials.summary_of(
+        state = self.progress.states.of_trial(name)
+        stages = self.progress.tree.stages_of(name)
+        results = [self.progress.stored.results.get(stage.id) for stage in stages]
+        seconds = sum(result.seconds for result in results if result is not None)
+        summary = trials.summary_of(
             MLFLOW_STATUS[state],
-            self.study.records(candidate),
+            self.study.curve(candidate),
             candidate,
-            self._trial_folder(candidate).path,
-            self.books.result(name),
-            {"state": state, "reason": self.study.reason(name), "wall_s": round(seconds, 1)},
+            self._trial_folder(candidate),
+            self.progress.result(name),
         )
+        summary |= {"state": state, "reason": self.study.reason(name)}
+        return summary | {"wall_s": round(seconds, 1)}
 
 
 def _now() -> str:

@@ -8,7 +8,7 @@ from orchestrator.runs import journal, metrics
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import SweepFolder
 from orchestrator.sweep.report import ranking
-from orchestrator.sweep.stage_states import BLOCKED, DONE, FAILED
+from orchestrator.sweep.states import BLOCKED, DONE, FAILED
 from orchestrator.sweep.study import Study
 from orchestrator.text import duration, number, table
 
@@ -53,15 +53,15 @@ def summarize(
         estimate: Estimated time, memory and disk; None if unknown.
         wall_s: Seconds that it took.
     """
-    books = study.books
-    plan = books.plan
-    states = [row.state for row in study.rows()]
+    progress = study.progress
+    plan = progress.tree
+    states = [row.state for row in study.results()]
     counts: Any = {state: states.count(state) for state in sorted(set(states))}
     probes = {probe.name for probe in study.probes.values()}
     if probes:
-        failed = [name for name in probes if books.progress.trial(name) in (FAILED, BLOCKED)]
+        failed = [name for name in probes if progress.states.of_trial(name) in (FAILED, BLOCKED)]
         counts |= {"probes": len(probes), "probes_failed": len(failed)}
-    best, value = study.winner(study.rows()) or (None, None)
+    best, value = study.winner(study.results()) or (None, None)
     summary: SweepSummary = {
         "status": ending.mlflow_status,
         "exit_status": ending.exit_status,
@@ -69,8 +69,8 @@ def summarize(
         **counts,
         "steps_asked": plan.steps_asked,
         "steps_in_tree": plan.steps_in_tree,
-        "steps_run": books.steps_run,
-        "stages_run": sum(books.progress.state[stage] == DONE for stage in plan.to_run),
+        "steps_run": progress.steps_run,
+        "stages_run": sum(progress.states.by_stage[stage] == DONE for stage in plan.to_run),
         "metric": study.metric,
         "best_trial": best,
         "best_value": value,
@@ -78,23 +78,23 @@ def summarize(
         "wall_s": round(wall_s, 1),
     }
     if best is not None:
-        trial = read_json(SweepFolder(study.folder).trial(best).summary_file) or {}
+        trial = read_json(study.folder.trial(best).summary_file) or {}
         summary["best_checkpoint"] = trial.get("checkpoint")
-    if estimate and books.steps_run == plan.steps_to_run:
+    if estimate and progress.steps_run == plan.steps_to_run:
         summary["estimated"] = estimate
         summary["measured"] = {
             "time_s": summary["wall_s"],
             "memory_gib": _peak_memory_gib(study),
-            "disk_bytes": books.peak_bytes,
+            "disk_bytes": progress.peak_bytes,
         }
     return summary
 
 
 def _peak_memory_gib(study: Study) -> float | None:
     """Return the most that a worker used in the stages of this plan; None if unknown."""
-    folder = SweepFolder(study.folder)
+    folder = study.folder
     lines = (
-        line for stage in study.books.plan.to_run for line in journal.read(folder.stage(stage))
+        line for stage in study.progress.tree.to_run for line in journal.read(folder.stage(stage))
     )
     return metrics.peak_memory_gib(lines)
 
@@ -107,8 +107,8 @@ def show(study: Study, summary: SweepSummary, url: str | None) -> None:
         summary: What `Report.finish` returned, or the summary.json of a finished sweep.
         url: MLflow's page of the trials; None if there is none.
     """
-    folder = SweepFolder(study.folder)
-    print("\n" + ranking.table(study.rows()))
+    folder = study.folder
+    print("\n" + ranking.table(study.results()))
     shown: dict[str, Any] = {
         key: number(value)
         for key, value in summary.items()

@@ -1,4 +1,4 @@
-"""Progress of a running sweep: a table that redraws itself, or steady lines if nothing can redraw.
+"""StageStates of a running sweep: a table that redraws itself, or steady lines if nothing can redraw.
 
 In a terminal, the table has one line for the sweep and one for each running stage. In a log file,
 the line of the sweep is written when a stage ends, and every half minute.
@@ -10,9 +10,8 @@ from collections.abc import Callable
 from typing import TextIO
 
 from orchestrator.runs import journal
-from orchestrator.runs.folder import RunFolder
-from orchestrator.sweep.progress import Keeper
-from orchestrator.sweep.stage_states import DONE, RUNNING, WAITING
+from orchestrator.sweep.progress import Progress
+from orchestrator.sweep.states import DONE, RUNNING, WAITING
 from orchestrator.sweep.tree import Stage
 from orchestrator.text import duration
 
@@ -26,7 +25,7 @@ class Table:
     """Prints the progress of a sweep: call `tick` often, and `stage_ended` with each stage.
 
     Args:
-        books: State of the sweep's stages.
+        progress: State of the sweep's stages.
         slots: Number of stages that can run at the same time.
         best: Returns the best trial so far and its loss; None if no trial is done.
         seconds_per_step: Estimated time of a step, used until a stage has ended.
@@ -35,13 +34,13 @@ class Table:
 
     def __init__(
         self,
-        books: Keeper,
+        progress: Progress,
         slots: int,
         best: Callable[[], tuple[str, float] | None],
         seconds_per_step: float | None = None,
         out: TextIO | None = None,
     ) -> None:
-        self.books = books
+        self.progress = progress
         self.slots = slots
         self.best = best
         self.seconds_per_step = seconds_per_step
@@ -52,13 +51,13 @@ class Table:
 
     def stage_ended(self, stage: Stage) -> None:
         """Print how a stage ended, above the table."""
-        state = self.books.progress.state[stage.id]
+        state = self.progress.states.by_stage[stage.id]
         if state == WAITING:
-            outcome = self.books.waits[stage.id]
+            outcome = self.progress.wait_reasons[stage.id]
         elif state == DONE:
             outcome = " ".join(["done", *(f"| {name} has ended" for name in stage.ends)])
         else:
-            outcome = f"{state}: {self.books.reasons.get(stage.id, '')}"
+            outcome = f"{state}: {self.progress.reasons.get(stage.id, '')}"
         lines = [f"steps {stage.start:,}–{stage.stop:,} of {_trials_of(stage)}: {outcome}"]
         if not self.redraws:
             lines.append(self.status())
@@ -78,17 +77,17 @@ class Table:
 
     def status(self) -> str:
         """Return one line: stages, trials, steps, the best trial, the time left."""
-        books = self.books
-        plan = books.plan
-        states = [books.progress.state[stage] for stage in plan.to_run]
+        progress = self.progress
+        plan = progress.tree
+        states = [progress.states.by_stage[stage] for stage in plan.to_run]
         ended = [state for state in states if state not in (WAITING, RUNNING)]
-        names = [c.name for c in books.candidates.values() if not c.probe]
-        done = [name for name in names if books.progress.trial(name) == DONE]
+        names = [c.name for c in progress.trials.values() if not c.is_probe]
+        done = [name for name in names if progress.states.of_trial(name) == DONE]
         saved = plan.steps_asked - plan.steps_to_run
         parts = [
             f"stages {len(ended)}/{len(states)}",
             f"trials {len(done)}/{len(names)}",
-            f"{books.steps_run:,} of {plan.steps_to_run:,} steps run, {saved:,} saved",
+            f"{progress.steps_run:,} of {plan.steps_to_run:,} steps run, {saved:,} saved",
         ]
         best = self.best()
         if best is not None:
@@ -100,15 +99,15 @@ class Table:
 
     def running(self) -> list[str]:
         """Return a line for each running stage: its steps, its loss, its trials."""
-        states = self.books.progress.state
-        stages = [s for s in self.books.plan.stages if states[s.id] == RUNNING]
+        states = self.progress.states.by_stage
+        stages = [s for s in self.progress.tree.stages if states[s.id] == RUNNING]
         lines = [self._running_line(stage) for stage in stages[:SHOWN]]
         if len(stages) > SHOWN:
             lines.append(f"  … and {len(stages) - SHOWN} more")
         return lines
 
     def _running_line(self, stage: Stage) -> str:
-        folder = RunFolder(self.books.stages / stage.id)
+        folder = self.progress.folder.stage(stage.id)
         last = journal.last(folder) or {"step": stage.start}
         step = max(last["step"], stage.start)
         if not folder.writer_lock.exists():
@@ -120,17 +119,19 @@ class Table:
 
     def seconds_left(self) -> float | None:
         """Return an estimate from the stages that have run, else from `seconds_per_step`."""
-        books = self.books
+        progress = self.progress
         each = self.seconds_per_step
-        results = [r for stage, r in books.stored.results.items() if stage in books.plan.to_run]
-        results = [r for r in results if r["steps_run"] and r["seconds"]]
+        results = [
+            r for stage, r in progress.stored.results.items() if stage in progress.tree.to_run
+        ]
+        results = [r for r in results if r.steps_run and r.seconds]
         if results:
-            each = sum(r["seconds"] for r in results) / sum(r["steps_run"] for r in results)
+            each = sum(r.seconds for r in results) / sum(r.steps_run for r in results)
         if each is None:
             return None
-        pending = books.progress.pending
-        steps_per_slot = sum(books.plan.cost(s) for s in pending) / self.slots
-        longest_path = max((books.progress.remaining[s.id] for s in pending), default=0)
+        pending = progress.states.pending
+        steps_per_slot = sum(progress.tree.cost(s) for s in pending) / self.slots
+        longest_path = max((progress.states.remaining[s.id] for s in pending), default=0)
         return each * max(steps_per_slot, longest_path)
 
     def _print(self, lines: list[str]) -> None:

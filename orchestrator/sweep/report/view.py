@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from orchestrator.sweep.tree import Plan, Stage
+from orchestrator.sweep.tree import Stage, StageTree
 from orchestrator.text import clip, short_names
 
 GROUPS = 10  # groups of equal trials that a summary names, at most
@@ -81,7 +81,7 @@ class _Line:
     prefix: str = ""
 
 
-def text(plan: Plan, width: int = 100, lines: int = 60) -> str:
+def text(plan: StageTree, width: int = 100, lines: int = 60) -> str:
     """Return the tree: steps, learning rates, number of trials, mark, and which trials end there.
 
     Trees of the same shape are drawn once. The middle of a long drawing is left out and counted.
@@ -100,7 +100,7 @@ def text(plan: Plan, width: int = 100, lines: int = 60) -> str:
         if len(alike) > 1:
             drawn.append(_Line(alike[1:]))
 
-    short = short_names(trial.name for trial in plan.trials)
+    short = short_names(trial.name for trial in plan.branches)
     if len(drawn) <= lines:
         return "\n".join(_layout(drawn, width, short))
     first = lines * 2 // 3
@@ -110,10 +110,10 @@ def text(plan: Plan, width: int = 100, lines: int = 60) -> str:
     return "\n".join(shown)
 
 
-def _roots(plan: Plan) -> list[_Node]:
+def _roots(plan: StageTree) -> list[_Node]:
     """Return the roots of the tree. Chains of stages are joined where their marks are equal."""
-    rates = {trial.name: trial.rates for trial in plan.trials}
-    lost = plan.below(plan.dead)
+    rates = {trial.name: trial.rates for trial in plan.branches}
+    lost = plan.below(plan.diverged)
     nodes: dict[str, _Node] = {}
     for stage in reversed(plan.stages):  # children before parents
         children = tuple(nodes[child.id] for child in plan.children.get(stage.id, ()))
@@ -128,14 +128,14 @@ def _roots(plan: Plan) -> list[_Node]:
     return [nodes[stage.id] for stage in plan.children.get(None, ())]
 
 
-def _mark(plan: Plan, stage: Stage) -> str:
-    if stage.id in plan.dead:
+def _mark(plan: StageTree, stage: Stage) -> str:
+    if stage.id in plan.diverged:
         return "diverged"
     if stage.id in plan.to_run:
-        return "result only" if stage.id in plan.standing else "to run"
+        return "result only" if stage.id in plan.stored else "to run"
     if stage.id in plan.finished:
         return "done"
-    return "stands" if stage.id in plan.standing else "not needed"
+    return "stands" if stage.id in plan.stored else "not needed"
 
 
 def _draw(node: _Node, head: str, column: str) -> list[_Line]:
@@ -226,7 +226,7 @@ def _same_shape(roots: list[_Node], short: Mapping[str, str]) -> str:
     )
 
 
-def _hidden(plan: Plan, lines: list[_Line]) -> str:
+def _hidden(plan: StageTree, lines: list[_Line]) -> str:
     """Return the line that stands for those that are left out."""
     stages = []
     for line in lines:
@@ -250,13 +250,13 @@ def _count(n: int, noun: str) -> str:
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
-def summary(plan: Plan) -> list[str]:
+def summary(plan: StageTree) -> list[str]:
     """Return the steps asked for, to run and saved, the tree's size, and trials that are equal."""
-    asked_trials = {trial.name for trial in plan.trials if trial.asked}
+    asked_trials = {trial.name for trial in plan.branches if not trial.is_probe}
     probes = sum(s.steps for s in plan.stages if asked_trials.isdisjoint(s.trials))
     asked = plan.steps_asked
     to_run = plan.steps_to_run
-    lost_ids = plan.dead | plan.below(plan.dead)
+    lost_ids = plan.diverged | plan.below(plan.diverged)
     lost = sum(plan.by_id[stage].steps for stage in lost_ids if stage in plan.by_id)
     shared = asked - (plan.steps_in_tree - probes)
     stored = plan.steps_in_tree - to_run - lost

@@ -10,10 +10,10 @@ from orchestrator.config.experiment import Experiment, field_docs
 from orchestrator.config.messages import shown, unknown_field
 from orchestrator.config.sweep import SweepSection
 from orchestrator.errors import UserError
-from orchestrator.sweep.dimensions import Choices, dimension, values_of
+from orchestrator.sweep.space.dimensions import Choices, dimension, values_of
 
 if TYPE_CHECKING:
-    from orchestrator.sweep.space import TrialSpec
+    from orchestrator.sweep.space.expand import Trial
 
 MOST_TRIALS = 10_000
 LONGEST_NAME = 100  # a run's name has 128 characters: the seed follows
@@ -168,7 +168,7 @@ def _stopping(settings: SweepSection) -> list[str]:
     ]
 
 
-def _probing(settings: SweepSection, trials: "Sequence[TrialSpec]") -> list[str]:
+def _probing(settings: SweepSection, trials: "Sequence[Trial]") -> list[str]:
     """A probe compares trunks, and a warmup or what lies before a branch is none yet."""
     if settings.stop != "anneal_probe" or not settings.probe_step:
         return []
@@ -220,7 +220,7 @@ def origin(text: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
-def together(settings: SweepSection, trials: "Sequence[TrialSpec]") -> list[str]:
+def together(settings: SweepSection, trials: "Sequence[Trial]") -> list[str]:
     """Lines about what the trials may not be beside each other."""
     found = [
         f"sweep.trials: {shown(name)} names two trials; choose another name"
@@ -244,7 +244,7 @@ def together(settings: SweepSection, trials: "Sequence[TrialSpec]") -> list[str]
     return found + (_crossing(settings, trials) if settings.stop == "asha" else [])
 
 
-def _crossing(settings: SweepSection, trials: "Sequence[TrialSpec]") -> list[str]:
+def _crossing(settings: SweepSection, trials: "Sequence[Trial]") -> list[str]:
     """Why asha may not judge these trials, if it may not."""
     flats = [trial.experiment.flat() for trial in trials]
     shape = [

@@ -19,14 +19,14 @@ from orchestrator.config.load import read_tree, write_yaml
 from orchestrator.config.sweep import SweepSection, parse_sweep
 from orchestrator.errors import UserError
 from orchestrator.redact import redact_addresses
-from orchestrator.sweep.checks import LONGEST_NAME, problems, together, varied
-from orchestrator.sweep.dimensions import dimension, draw
+from orchestrator.sweep.space.checks import LONGEST_NAME, problems, together, varied
+from orchestrator.sweep.space.dimensions import dimension, draw
 
 Tree = Mapping[str, Any]  # Experiment.model_dump()
 
 
 @dataclass(frozen=True)
-class TrialSpec:
+class Trial:
     """`setting`: the name without the seed. `fields`: the trial's value of every field that the sweep speaks of."""
 
     name: str
@@ -42,7 +42,7 @@ class Sweep:
 
     base: Experiment
     settings: SweepSection
-    trials: tuple[TrialSpec, ...]
+    trials: tuple[Trial, ...]
 
     def to_yaml(self) -> str:
         """A file that `load_sweep` reads back as an equal sweep, but for passwords in addresses."""
@@ -69,7 +69,7 @@ def load_sweep(
         raise UserError("\n".join(f"{where}: {line}" for line in str(error).split("\n"))) from None
 
 
-def expand(base_tree: Tree, settings: SweepSection) -> tuple[TrialSpec, ...]:
+def expand(base_tree: Tree, settings: SweepSection) -> tuple[Trial, ...]:
     """The trials, those of the grid first, then the named ones, then the random ones."""
     base = parse_experiment(dict(base_tree), "")
     if lines := problems(base, settings):
@@ -89,7 +89,7 @@ def expand(base_tree: Tree, settings: SweepSection) -> tuple[TrialSpec, ...]:
 
 def sampled(
     settings: SweepSection, base_tree: Tree, number: int, values: Mapping[str, Any]
-) -> list[TrialSpec]:
+) -> list[Trial]:
     """The trials, one per seed, of sample `number`, 0-based, which somebody drew from `sweep.space`.
 
     Raises UserError where `values` contradict each other or the experiment.
@@ -117,7 +117,7 @@ def _settings(base: Experiment, settings: SweepSection) -> Iterator[tuple[str, d
 
 def _per_seed(
     settings: SweepSection, base_tree: Tree, setting: str, fields: Mapping[str, Any]
-) -> list[TrialSpec]:
+) -> list[Trial]:
     tree = _with(base_tree, fields)
     first, found = tree["train"]["seed"], []
     for seed in range(first, first + settings.seeds):
@@ -125,7 +125,7 @@ def _per_seed(
         experiment = parse_experiment(_with(tree, {"train.seed": seed}) | {"name": name}, "")
         flat = experiment.flat()
         found.append(
-            TrialSpec(name, setting, seed, {key: flat[key] for key in varied(settings)}, experiment)
+            Trial(name, setting, seed, {key: flat[key] for key in varied(settings)}, experiment)
         )
     return found
 

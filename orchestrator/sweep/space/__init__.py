@@ -1,0 +1,7 @@
+"""Which trials a sweep has: reads a sweep's file, checks it, and yields one experiment per trial.
+
+- `expand`: `load_sweep` reads a file; `expand` makes its trials. Start here.
+- `checks`: all mistakes in a `sweep:` section, one line for each.
+- `dimensions`: one dimension of `sweep.space`, and random draws from it.
+- `sampler`: asks optuna for trials. The only module that imports optuna.
+"""

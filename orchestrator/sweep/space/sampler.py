@@ -1,0 +1,118 @@
+"""Ask optuna for samples of `sweep.space`, and tell it how they ended. The only module with optuna.
+
+`samples.jsonl` in the folder of the sweep has every sample before it is trained. A sweep that is
+continued has the samples that it had, and optuna is told their losses again.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import UserError
+from orchestrator.files import write_atomically
+from orchestrator.runs.folder import SweepFolder
+from orchestrator.sweep.space.dimensions import Choices, Range, dimension
+
+if TYPE_CHECKING:
+    import optuna
+
+DIGITS = 6  # of a float, as in random samples
+
+
+class Sampler:
+    """Samples of a sweep.
+
+    Args:
+        folder: Folder of the sweep.
+        space: `sweep.space`.
+        seed: Seed of the sampler.
+
+    Attributes:
+        earlier: The values of all samples, by their number.
+    """
+
+    def __init__(self, folder: SweepFolder, space: Mapping[str, Any], seed: int) -> None:
+        optuna = import_optuna()
+        self.file = folder.optuna_file
+        self.distributions = {
+            key: _distribution(dimension(key, words)) for key, words in space.items()
+        }
+        self.earlier = self._read()
+        # Other seeds after a restart: else optuna would draw the same samples again.
+        sampler = optuna.samplers.TPESampler(seed=seed + len(self.earlier))
+        self.study = optuna.create_study(sampler=sampler)
+        self.asked: dict[int, Any] = {}  # optuna's trials
+        self.told: set[int] = set()
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.file.exists():
+            return []
+        # A line without a newline is incomplete, and its sample was never used.
+        lines = self.file.read_text("utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def ask(self) -> tuple[int, dict[str, Any]]:
+        """Return the number of a new sample and its values, after they were written to disk."""
+        trial = self.study.ask(self.distributions)
+        number = len(self.earlier)
+        values = {key: _rounded(trial.params[key]) for key in self.distributions}
+        self.asked[number] = trial
+        self.earlier.append(values)
+        lines = [json.dumps(sample) + "\n" for sample in self.earlier]
+        write_atomically(self.file, "".join(lines), durable=True)
+        return number, values
+
+    def tell(self, number: int, loss: float | None) -> None:
+        """Tell optuna the loss of a sample once; None if it has none."""
+        optuna = import_optuna()
+        if number in self.told:
+            return
+        self.told.add(number)
+        states = optuna.trial.TrialState
+        state = states.FAIL if loss is None else states.COMPLETE
+        if number in self.asked:
+            self.study.tell(self.asked[number], loss, state=state)
+            return
+        try:
+            trial = optuna.trial.create_trial(
+                state=state,
+                value=loss,
+                params=self.earlier[number],
+                distributions=self.distributions,
+            )
+            self.study.add_trial(trial)
+        except ValueError:
+            pass  # drawn before a restart, from a space that has changed since
+
+
+def check() -> None:
+    """Refuse a sweep that needs optuna if it is not installed."""
+    import_optuna()
+
+
+def import_optuna() -> Any:
+    """Import optuna, which takes a second and need not be installed."""
+    try:
+        import optuna
+    except ImportError:
+        raise UserError(
+            "sweep.sampler: optuna is not installed; pip install 'espalier[optuna]', or use random"
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _distribution(dimension: Choices | Range) -> "optuna.distributions.BaseDistribution":
+    kinds = import_optuna().distributions
+    if isinstance(dimension, Choices):
+        return kinds.CategoricalDistribution(dimension.values)
+    low = dimension.low
+    high = dimension.high
+    if dimension.integer:
+        step = int(dimension.step or 1)
+        return kinds.IntDistribution(int(low), int(high), log=dimension.log, step=step)
+    return kinds.FloatDistribution(low, high, log=dimension.log, step=dimension.step)
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value

@@ -1,0 +1,152 @@
+"""The state of every stage of a tree: which stages may start, which are lost, which are still needed.
+
+This module reads no files.
+"""
+
+from collections.abc import Collection
+from typing import Literal
+
+from orchestrator.sweep.tree import Stage, StageTree
+
+State = Literal["waiting", "running", "done", "failed", "diverged", "blocked", "stopped"]
+WAITING: State = "waiting"
+RUNNING: State = "running"
+DONE: State = "done"
+FAILED: State = "failed"
+DIVERGED: State = "diverged"
+BLOCKED: State = "blocked"  # the stage that it would start from failed
+STOPPED: State = "stopped"  # by a scheduler, or because of its probe
+
+
+class StageStates:
+    """The state of every stage of a tree.
+
+    Args:
+        tree: The stages.
+        on_hold: Ids of stages that wait until `release`, also if their parents are done.
+    """
+
+    def __init__(self, tree: StageTree, on_hold: Collection[str] = ()) -> None:
+        self.tree = tree
+        self.on_hold = set(on_hold)
+        self.by_stage: dict[str, State] = {}
+        for stage in tree.stages:
+            self.by_stage[stage.id] = self._first_state(stage)
+        for diverged in tree.diverged & self.by_stage.keys():
+            self._lose(diverged, DIVERGED)
+        for stopped in tree.stopped & self.by_stage.keys():
+            self._lose(stopped, STOPPED)
+        self.remaining = self._remaining_steps()
+
+    def extend(self, tree: StageTree) -> None:
+        """Continue with a tree that has more stages; see `StageTree.merged_with`."""
+        new = [stage for stage in tree.stages if stage.id not in self.by_stage]
+        self.tree = tree
+        for stage in new:
+            self.by_stage[stage.id] = self._first_state(stage)
+        for stage in new:
+            parent = self.by_stage[stage.parent] if stage.parent is not None else None
+            if stage.id in tree.diverged or parent == DIVERGED:
+                self._lose(stage.id, DIVERGED)
+            elif parent in (FAILED, BLOCKED, STOPPED) and stage.id not in tree.stored:
+                self.by_stage[stage.id] = BLOCKED
+        self.remaining = self._remaining_steps()
+
+    def _first_state(self, stage: Stage) -> State:
+        return WAITING if stage.id in self.tree.to_run else DONE
+
+    def _remaining_steps(self) -> dict[str, int]:
+        """Return the steps of the longest path of stages to run, from each stage on."""
+        longest: dict[str, int] = {}
+        for stage in reversed(self.tree.stages):
+            children = self.tree.children.get(stage.id, ())
+            steps = max((longest[child.id] for child in children), default=0)
+            if stage.id in self.tree.to_run:
+                steps += self.tree.cost(stage)
+            longest[stage.id] = steps
+        return longest
+
+    def ready(self) -> list[Stage]:
+        """Return the stages that may start now, the one with the longest remaining path first."""
+        ready = [stage for stage in self.tree.stages if self._may_start(stage)]
+        # The sort is stable: stages with equal paths keep the order of the tree.
+        return sorted(ready, key=lambda stage: -self.remaining[stage.id])
+
+    def _may_start(self, stage: Stage) -> bool:
+        if self.by_stage[stage.id] != WAITING or stage.id in self.on_hold:
+            return False
+        if stage.parent is None or stage.id in self.tree.stored:
+            return True
+        return self.by_stage[stage.parent] == DONE
+
+    def start(self, stage: str) -> None:
+        """Note that a stage runs."""
+        assert self.by_stage[stage] == WAITING
+        self.by_stage[stage] = RUNNING
+
+    def again(self, stage: str) -> None:
+        """Let a stage wait again that ended before its last step and may go on."""
+        assert self.by_stage[stage] == RUNNING
+        self.by_stage[stage] = WAITING
+
+    def end(self, stage: str, state: State = DONE) -> None:
+        """Note how a stage ended. Stages that would start from one that is not done are lost."""
+        assert self.by_stage[stage] == RUNNING
+        if state == DONE:
+            self.by_stage[stage] = DONE
+        else:
+            self._lose(stage, state)
+
+    def _lose(self, stage: str, state: State) -> None:
+        """Give a stage and those below it a final state, except what starts from a stored state."""
+        assert state in (FAILED, DIVERGED, STOPPED)
+        self.by_stage[stage] = state
+        state_below = BLOCKED if state == FAILED else state
+        lost = {stage}
+        for other in self.tree.stages:
+            if other.parent not in lost or other.id in self.tree.stored:
+                continue
+            lost.add(other.id)
+            is_open = self.by_stage[other.id] in (WAITING, DONE)
+            if is_open and other.id not in self.tree.finished:
+                self.by_stage[other.id] = state_below
+
+    def release(self, dropped: Collection[str] = ()) -> None:
+        """Let the stages on hold start, except those that only `dropped` trials need."""
+        for stage in self.tree.stages:
+            waits = stage.id in self.on_hold and self.by_stage[stage.id] == WAITING
+            if waits and set(stage.trials) <= set(dropped):
+                self.by_stage[stage.id] = STOPPED
+        self.on_hold.clear()
+
+    def of_trial(self, name: str) -> State:
+        """Return DONE for a trial with a result, the first fault of its stages, RUNNING or WAITING."""
+        states = [self.by_stage[stage.id] for stage in self.tree.stages_of(name)]
+        for state in states:
+            if state not in (WAITING, RUNNING, DONE):
+                return state
+        if states[-1] != WAITING or set(states) == {WAITING}:
+            return states[-1]
+        return RUNNING
+
+    @property
+    def pending(self) -> list[Stage]:
+        """Stages that wait or run."""
+        return [
+            stage for stage in self.tree.stages if self.by_stage[stage.id] in (WAITING, RUNNING)
+        ]
+
+    def needed(self) -> set[str]:
+        """Return the ids of the stored ends that a stage starts from, or lacks only a result at.
+
+        Stages that failed count: the next start of the sweep tries them again.
+        """
+        found: set[str] = set()
+        for stage in self.tree.stages:
+            if self.by_stage[stage.id] not in (WAITING, RUNNING, FAILED, BLOCKED):
+                continue
+            if stage.id in self.tree.stored:
+                found.add(stage.id)
+            elif stage.parent is not None:
+                found.add(stage.parent)
+        return found

@@ -1,0 +1,160 @@
+"""What of a sweep's stages is on disk, whichever tree they were made for. Nothing is removed here.
+
+States are found by their key, so that a tree with other branches finds what an earlier one left.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.errors import UserError
+from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.sweep.stage import StageResult, read_result, read_spec
+from orchestrator.sweep.states import DIVERGED, DONE, STOPPED, State
+from orchestrator.sweep.tree import Branch, StageTree, build_tree, grow
+
+
+@dataclass(frozen=True)
+class StoredState:
+    """The state after `step` updates in the folder of a stage or a run."""
+
+    path: Path
+    step: int
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.path)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder.checkpoint(self.step)
+
+
+class StoredStages:
+    """States and results that are on disk, by the key of the state.
+
+    Attributes:
+        states: Checkpoints.
+        results: How stages ended.
+        folders: Folders of the results.
+        ends: Keys of the states at which a stage ended. Other states are inside of stages, and are
+            used where they save steps.
+    """
+
+    def __init__(self) -> None:
+        self.states: dict[str, StoredState] = {}
+        self.results: dict[str, StageResult] = {}
+        self.folders: dict[str, RunFolder] = {}
+        self.ends: set[str] = set()
+
+    def tree(self, branches: Iterable[Branch], at_decays: bool = False) -> StageTree:
+        """Return the tree of some branches, cut at what is stored; see `build_tree`."""
+        branches = list(branches)
+        finished = {
+            key
+            for key, result in self.results.items()
+            if result.outcome == DONE and result.is_whole
+        }
+        used = set(self.ends)
+        for branch in branches:
+            if branch.key(branch.steps) not in finished:
+                used |= self._latest(branch)
+        steps = {key: state.step for key, state in self.states.items() if key in used}
+        steps |= {key: result.step for key, result in self.results.items()}
+        return build_tree(
+            branches,
+            steps,
+            stored=self.states,
+            finished=finished,
+            diverged=self._keys_with(DIVERGED),
+            stopped=self._keys_with(STOPPED),
+            at_decays=at_decays,
+        )
+
+    def _keys_with(self, outcome: State) -> set[str]:
+        return {key for key, result in self.results.items() if result.outcome == outcome}
+
+    def _latest(self, branch: Branch) -> set[str]:
+        """Return the key of the last stored state of a branch, or nothing."""
+        steps = sorted({state.step for state in self.states.values() if state.step <= branch.steps})
+        keys = [key for key in branch.keys(steps).values() if key in self.states]
+        return set(keys[-1:])
+
+    def add(self, stage: str, folder: RunFolder, result: StageResult) -> None:
+        """Add a stage that ended in this process."""
+        # A stage that diverged did so before its end: the result is found by both keys.
+        for key in {stage, result.key}:
+            self.results[key] = result
+            self.folders[key] = folder
+        if result.outcome == DONE:
+            self.states[stage] = StoredState(folder.path, result.step)
+            self.ends.add(stage)
+
+    def add_run(self, folder: RunFolder, branch: Branch, last_step: int) -> None:
+        """Add the checkpoints of a lone run as states of a branch, which begins with the run's steps."""
+        steps = [step for step in folder.checkpoint_steps() if step <= last_step]
+        for step, key in branch.keys(steps).items():
+            self.states[key] = StoredState(folder.path, step)
+
+    def forget(self, state: StoredState) -> None:
+        """Note that a checkpoint was removed."""
+        self.states = {key: known for key, known in self.states.items() if known != state}
+
+    def forget_damaged(self, tree: StageTree) -> list[str]:
+        """Forget damaged checkpoints from which stages of a tree would start.
+
+        Returns:
+            What is wrong with each.
+        """
+        starts = [id_ if id_ in tree.stored else tree.by_id[id_].parent for id_ in tree.to_run]
+        problems = []
+        for key in set(starts):
+            if key is None or key not in self.states or key not in tree.stored:
+                continue
+            try:
+                checkpoint.verify(self.states[key].checkpoint)
+            except UserError as error:
+                problems.append(str(error))
+                del self.states[key]
+        return problems
+
+
+def scan(
+    sweep: SweepFolder,
+    branches: Iterable[Branch],
+    diverged_above: float | None = None,
+    keeps_stopped: bool = False,
+) -> StoredStages:
+    """Read what the stages of a sweep hold.
+
+    An interrupted stage goes on in its own folder. Its checkpoints are states for other stages only
+    if the tree of `branches` has no such stage.
+
+    Args:
+        sweep: Folder of the sweep.
+        branches: The trials.
+        diverged_above: Stages that diverged by another limit than this one may run again.
+        keeps_stopped: True if stages that a scheduler stopped may not run again.
+    """
+    found = StoredStages()
+    wanted = {stage.id for stage in grow(branches)}
+    for folder in sweep.stages():
+        spec = read_spec(folder)
+        if spec is None:
+            continue
+        result = read_result(folder)
+        if result is not None:
+            if result.outcome == DIVERGED and result.limit not in (None, diverged_above):
+                continue
+            if result.outcome == STOPPED and not keeps_stopped:
+                continue
+            found.results[result.key] = result
+            found.folders[result.key] = folder
+        is_done = result is not None and result.outcome == DONE
+        if is_done or (result is None and spec.id not in wanted):
+            for step, key in spec.keys(folder.checkpoint_steps()).items():
+                found.states[key] = StoredState(folder.path, step)
+        if is_done and result is not None and result.key in found.states:
+            found.ends.add(result.key)
+    return found

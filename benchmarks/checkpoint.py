@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     training = Training(experiment, VOCAB_SIZE[arguments.config], worker, arguments.tokens)
     with (
         tempfile.TemporaryDirectory(dir=arguments.folder, prefix="espalier-") as name,
-        Checkpointer(RunFolder(name), 1, Journal(Path(name))) as writer,
+        Checkpointer(RunFolder(name), 1, Journal(RunFolder(name))) as writer,
     ):
         steps, seconds = Race(training, writer, Path(name)).run(arguments.rounds)
     total = sum(

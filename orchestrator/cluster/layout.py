@@ -1,49 +1,77 @@
-"""The cluster: finds it or starts one, and decides which workers a run has on it.
-
-Eats an experiment; yields a `Layout`, or an error that shows what was asked and what there is.
-"""
+"""Which workers a run gets on the cluster, and how a driver joins or starts the cluster."""
 
 import atexit
 import logging
 import os
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from orchestrator.cluster import local as local_ray
+from orchestrator.cluster import local
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
 
 COLLECTIVE_TIMEOUT_S = 1800
+PROBE_S = 10
+# Of the driver, before Ray starts.
 ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # no call to the network that nobody asked for
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray's 2 s are the latency of every report and of the end
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for each group of workers; `watch` looks itself, and sooner
+    "RAY_USAGE_STATS_ENABLED": "0",  # no network traffic that the user did not ask for
+    # Ray's 2 s would be the latency of every report and of the end.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # It takes a process for each group of workers; `RunWatch` looks for drained nodes itself.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-# A thread that waits for another by spinning takes the CPU from it: beside one other busy process, two threads that spin
-# for libgomp's 300,000 rounds make a step 20 times slower. 1,000 rounds cost a few percent on an idle machine, none 70 %.
+# A thread that waits for another by spinning takes the CPU from it. Beside one other busy process,
+# two threads that spin for the 300,000 rounds of libgomp's default make a step 20 times slower.
+# 1,000 rounds cost a few percent on an idle machine; no rounds cost 70 %.
 WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
-PASSED_ON = (
-    "GOMP_SPINCOUNT",
-    "TIKTOKEN_CACHE_DIR",
-    "XDG_CACHE_HOME",
-)  # a node's own environment may lack them
+# Variables of the driver that workers on other nodes may lack.
+PASSED_ON = ("GOMP_SPINCOUNT", "TIKTOKEN_CACHE_DIR", "XDG_CACHE_HOME")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a run takes of the cluster: `num_workers` processes with `cpus_per_worker` CPUs, and one GPU each or none."""
+    """The worker processes of a run.
+
+    Attributes:
+        num_workers: Number of processes.
+        cpus_per_worker: CPUs of each, and threads.
+        use_gpu: Whether each has one GPU.
+    """
 
     num_workers: int
     cpus_per_worker: int
     use_gpu: bool
 
+    @property
+    def device(self) -> str:
+        """Device of a worker in torch's words. Ray shows each worker only its own GPU."""
+        return "cuda:0" if self.use_gpu else "cpu"
+
+
+@dataclass(frozen=True)
+class Node:
+    """CPUs and GPUs of one machine."""
+
+    cpus: int
+    gpus: int = 0
+
+
+# ---- the cluster ----
+
 
 def connect(environment: dict[str, str] | None = None) -> None:
-    """Join the cluster of $RAY_ADDRESS (`ray job submit` sets it), or start one on this machine for this process.
+    """Join the cluster of $RAY_ADDRESS, or start one on this machine for this process.
+
+    `ray job submit` sets $RAY_ADDRESS.
 
     Args:
-        environment: variables of every worker process, where whoever starts them has no other way to set them.
+        environment: Variables of all worker processes; only needed if nothing else sets them.
+
+    Raises:
+        UserError: No cluster answers at $RAY_ADDRESS.
     """
     import ray
 
@@ -51,157 +79,193 @@ def connect(environment: dict[str, str] | None = None) -> None:
         return
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    # Ray tells at every start that a token protects the cluster, as it should.
-    quiet = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        **({"runtime_env": {"env_vars": environment}} if environment else {}),
-    }
-    if address := os.environ.get("RAY_ADDRESS"):
+    # At every start, Ray would print that a token protects the cluster.
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if environment:
+        settings["runtime_env"] = {"env_vars": environment}
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
         _probe(address)
-        ray.init(**quiet)
+        ray.init(**settings)
     else:
-        local_ray.start(**quiet)
-    atexit.register(
-        ray.shutdown
-    )  # before Ray's own, which first waits half a second for what workers might still print
+        local.start(**settings)
+    # Registered last, so it runs before Ray's own function, which first waits half a second for
+    # output of the workers.
+    atexit.register(ray.shutdown)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
 
 
 def _probe(address: str) -> None:
-    """Refuse an address at which nobody answers: Ray itself would wait for minutes."""
+    """Refuse an address that does not answer; Ray itself would wait for minutes."""
     host, _, port = address.rpartition(":")
     if not host or "//" in address or not port.isdigit():
-        return  # auto, local, ray://…
+        return  # such as auto, local, ray://…
     try:
-        socket.create_connection((host, int(port)), timeout=10).close()
+        socket.create_connection((host, int(port)), timeout=PROBE_S).close()
     except OSError as error:
         raise UserError(
-            f"RAY_ADDRESS: no cluster answers at {address} ({error}); start one, or unset RAY_ADDRESS to use "
-            f"this machine alone"
+            f"RAY_ADDRESS: no cluster answers at {address} ({error}); start one, or unset "
+            "RAY_ADDRESS to use this machine alone"
         ) from None
 
 
 def job_id() -> str | None:
-    """Ray's id of the submission, or of this driver where there is none; None without Ray."""
+    """Return Ray's id of the submitted job, or of this driver; None without Ray."""
     import ray
 
-    return os.environ.get("RAY_JOB_ID") or (
-        ray.get_runtime_context().get_job_id() if ray.is_initialized() else None
-    )
+    submitted = os.environ.get("RAY_JOB_ID")
+    if submitted:
+        return submitted
+    if not ray.is_initialized():
+        return None
+    return ray.get_runtime_context().get_job_id()
 
 
 def has_several_nodes() -> bool:
-    """Whether the connected cluster has, or may get, other machines than this one."""
-    import ray
-
-    return sum(n["Alive"] for n in ray.nodes()) > 1 or bool(os.environ.get("ESPALIER_AUTOSCALING"))
+    """Return whether the connected cluster has, or may get, more than one machine."""
+    return len(_nodes()) > 1 or _grows()
 
 
 def check_storage(storage: str) -> None:
-    """Several nodes must see one folder, and a relative path is another one on each."""
+    """Refuse a relative storage on several nodes: it would be another folder on each.
+
+    Raises:
+        UserError: The path is relative and the cluster has or may get several nodes.
+    """
     if has_several_nodes() and not Path(storage).expanduser().is_absolute():
         raise UserError(
-            f"storage: '{storage}' is relative and the cluster has or may get several nodes; set storage=… or "
-            f"ESPALIER_STORAGE to an absolute path that all of them share"
+            f"storage: '{storage}' is relative and the cluster has or may get several nodes; set "
+            "storage=… or ESPALIER_STORAGE to an absolute path that all of them share"
         )
 
 
-def capacity(asked: Layout) -> int:
-    """How many groups of workers the connected cluster holds at a time."""
+def capacity(layout: Layout) -> int:
+    """Return how many groups of workers fit on the connected cluster at the same time."""
+    return places(_nodes(), layout) // layout.num_workers
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the variables of a worker process on any node."""
+    passed_on = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
+    return WORKER_ENVIRONMENT | passed_on
+
+
+def _nodes() -> list[Node]:
     import ray
 
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    return (
-        places([(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes], asked)
-        // asked.num_workers
-    )
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in alive]
 
 
-def layout(experiment: Experiment, recorded: Layout | None = None) -> Layout:
-    """Resolve `compute` against the connected cluster.
+def _grows() -> bool:
+    return bool(os.environ.get("ESPALIER_AUTOSCALING"))
 
-    Args:
-        recorded: an earlier attempt's layout; its CPUs per worker belong to the numerics, so they are kept.
 
-    Raises:
-        UserError: asked for more than there is, and the cluster does not grow.
-    """
-    import ray
+# ---- the workers of a run ----
 
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    return resolve_layout(
-        experiment,
-        [(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes],
-        recorded,
-        grows=bool(os.environ.get("ESPALIER_AUTOSCALING")),
-    )
+
+def find_layout(experiment: Experiment, recorded: Layout | None = None) -> Layout:
+    """Return `resolve_layout` for the nodes of the connected cluster."""
+    return resolve_layout(experiment, _nodes(), recorded, grows=_grows())
 
 
 def resolve_layout(
     experiment: Experiment,
-    nodes: list[tuple[int, int]],
+    nodes: list[Node],
     recorded: Layout | None = None,
     grows: bool = False,
 ) -> Layout:
-    """`layout` as a pure function of `nodes`, a list of (CPUs, GPUs)."""
-    c = experiment.compute
-    cpus, gpus = sum(n[0] for n in nodes), sum(n[1] for n in nodes)
-    if grows and not gpus and (c.use_gpu == "auto" or c.use_gpu and c.num_workers == "auto"):
-        raise UserError(
-            "compute.use_gpu: the cluster grows on demand and has no GPU yet; set compute.use_gpu to true or "
-            "false, and compute.num_workers"
-        )
-    use_gpu = gpus > 0 if c.use_gpu == "auto" else c.use_gpu
-    workers = c.num_workers
-    if workers == "auto":
-        devices = gpus if use_gpu else 1
-        workers = max(w for w in range(1, max(devices, 1) + 1) if experiment.slots % w == 0)
-        if workers < devices:
-            print(
-                f"{devices - workers} of {devices} GPUs stay idle: the {experiment.slots} reduction slots of "
-                f"{experiment.micro_batches} micro-batches have no divisor nearer to {devices}; a smaller "
-                f"train.micro_batch_size (now {experiment.train.micro_batch_size}) or another train.reduction_slots "
-                f"would use them",
-                flush=True,
-            )
-    per_worker = c.cpus_per_worker
-    if per_worker == "auto":
-        whole_node = max((n[0] for n in nodes), default=0) or 1
-        per_worker = (
-            recorded.cpus_per_worker
-            if recorded
-            else whole_node
-            if workers == 1 and not use_gpu
-            else 1
-        )
-        if recorded and places(nodes, Layout(workers, per_worker, use_gpu)) < workers and not grows:
-            per_worker = whole_node if workers == 1 and not use_gpu else 1
-            print(
-                f"{recorded.cpus_per_worker} CPU(s) per worker, as before, do not fit {workers} worker(s) on this "
-                f"cluster: with {per_worker} the last bits will differ from an uninterrupted run",
-                flush=True,
-            )
-    asked = Layout(workers, per_worker, use_gpu)
-    if places(nodes, asked) < workers and not grows:
-        gpu = " and 1 GPU" if use_gpu else ""
-        raise UserError(
-            f"compute: asked for {workers} worker(s) with {per_worker} CPU(s){gpu} each, found {cpus} CPU(s) "
-            f"and {gpus} GPU(s) on {len(nodes)} node(s); lower compute.num_workers or "
-            f"compute.cpus_per_worker"
-            + (", or set compute.use_gpu=false" if use_gpu and not gpus else "")
-        )
-    return asked
+    """Choose workers and devices as the section `compute` requires.
+
+    Args:
+        experiment: The configuration.
+        nodes: The machines of the cluster.
+        recorded: Layout of the last attempt. Its CPUs per worker are kept if they fit: the number
+            of threads decides the last bits of the result.
+        grows: Whether the cluster adds machines on demand.
+
+    Raises:
+        UserError: More is asked for than there is, and the cluster does not grow.
+    """
+    use_gpu = _resolve_use_gpu(experiment, nodes, grows)
+    workers = _resolve_workers(experiment, nodes, use_gpu)
+    cpus = experiment.compute.cpus_per_worker
+    if cpus == "auto":
+        cpus = _resolve_cpus(nodes, workers, use_gpu, recorded, grows)
+    layout = Layout(workers, cpus, use_gpu)
+    if places(nodes, layout) < workers and not grows:
+        raise _too_much(nodes, layout)
+    return layout
 
 
-def places(nodes: list[tuple[int, int]], asked: Layout) -> int:
-    """How many workers fit on `nodes`, (CPUs, GPUs) each; a worker lies on one node."""
-    return sum(
-        min(n[0] // asked.cpus_per_worker, n[1]) if asked.use_gpu else n[0] // asked.cpus_per_worker
-        for n in nodes
+def places(nodes: Iterable[Node], layout: Layout) -> int:
+    """Return how many workers fit on the nodes; a worker uses one node."""
+    total = 0
+    for node in nodes:
+        fitting = node.cpus // layout.cpus_per_worker
+        total += min(fitting, node.gpus) if layout.use_gpu else fitting
+    return total
+
+
+def _resolve_use_gpu(experiment: Experiment, nodes: list[Node], grows: bool) -> bool:
+    compute = experiment.compute
+    has_gpu = any(node.gpus > 0 for node in nodes)
+    if compute.use_gpu is False:
+        return False
+    if grows and not has_gpu and "auto" in (compute.use_gpu, compute.num_workers):
+        raise UserError(
+            "compute.use_gpu: the cluster grows on demand and has no GPU yet; set compute.use_gpu "
+            "to true or false, and compute.num_workers"
+        )
+    return has_gpu if compute.use_gpu == "auto" else True
+
+
+def _resolve_workers(experiment: Experiment, nodes: list[Node], use_gpu: bool) -> int:
+    """Return the number of workers: without a number, one per GPU as far as the slots allow."""
+    if experiment.compute.num_workers != "auto":
+        return experiment.compute.num_workers
+    slots = experiment.slots
+    devices = max(1, sum(node.gpus for node in nodes)) if use_gpu else 1
+    workers = max(number for number in range(1, devices + 1) if slots % number == 0)
+    if workers < devices:
+        print(
+            f"{devices - workers} of {devices} GPUs stay idle: the {slots} reduction slots of "
+            f"{experiment.micro_batches} micro-batches have no divisor nearer to {devices}; a "
+            f"smaller train.micro_batch_size (now {experiment.train.micro_batch_size}) or another "
+            "train.reduction_slots would use them",
+            flush=True,
+        )
+    return workers
+
+
+def _resolve_cpus(
+    nodes: list[Node], workers: int, use_gpu: bool, recorded: Layout | None, grows: bool
+) -> int:
+    """Return the CPUs of each worker: as before, else all for one worker, else 1."""
+    cpus = 1
+    if workers == 1 and not use_gpu:
+        cpus = max((node.cpus for node in nodes), default=0) or 1
+    if recorded is None:
+        return cpus
+    before = recorded.cpus_per_worker
+    if grows or places(nodes, Layout(workers, before, use_gpu)) >= workers:
+        return before
+    print(
+        f"{before} CPU(s) per worker, as before, do not fit {workers} worker(s) on this cluster: "
+        f"with {cpus} the last bits will differ from an uninterrupted run",
+        flush=True,
     )
+    return cpus
 
 
-def worker_environment() -> dict[str, str]:
-    """What the driver's environment says that workers on any node must know."""
-    return WORKER_ENVIRONMENT | {key: os.environ[key] for key in PASSED_ON if key in os.environ}
+def _too_much(nodes: list[Node], layout: Layout) -> UserError:
+    cpus = sum(node.cpus for node in nodes)
+    gpus = sum(node.gpus for node in nodes)
+    message = (
+        f"compute: asked for {layout.num_workers} worker(s) with {layout.cpus_per_worker} CPU(s)"
+        f"{' and 1 GPU' if layout.use_gpu else ''} each, found {cpus} CPU(s) and {gpus} GPU(s) on "
+        f"{len(nodes)} node(s); lower compute.num_workers or compute.cpus_per_worker"
+    )
+    if layout.use_gpu and gpus == 0:
+        message += ", or set compute.use_gpu=false"
+    return UserError(message)

@@ -1,269 +1,334 @@
-"""The dry run: what an experiment is and costs, before anything is written, downloaded or started; and how wrong that was.
+"""The dry run of a run: what it is and what it costs, before anything is written or downloaded.
 
-Eats an experiment; yields rows of text. What is estimated is marked with ≈. Time and memory come from a few seconds of
-training in a process of its own (`calibrate.py`), which leaves nothing but its numbers in the user's cache.
+Numbers that are estimated are marked with ≈. Time and memory come from some seconds of training in
+a process of its own, see `measure`.
 """
 
 import math
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from model.optim import OPTIMIZERS
-from orchestrator.cluster import layout as launch
+from orchestrator.cluster.layout import Layout, Node, places, resolve_layout
 from orchestrator.config.experiment import Experiment
-from orchestrator.cost import measure as calibrate
-from orchestrator.cost.measure import Timing
+from orchestrator.cost import timing as cost
+from orchestrator.cost.measure import LIMIT_S, measure
+from orchestrator.cost.timing import Estimate, Timing
+from orchestrator.data.dataset import Manifest
 from orchestrator.data.estimate import estimate_tokens
 from orchestrator.data.prepared import dataset_dir, find_prepared
 from orchestrator.data.tasks import tail_cut
 from orchestrator.errors import UserError
-from orchestrator.runs.facts import model_facts
+from orchestrator.runs.facts import ModelFacts, model_facts
 from orchestrator.runs.storage import storage_root
 from orchestrator.text import duration
 from orchestrator.train import init_from
 from orchestrator.train.numerics import available_cpus, device_name
 
 
+@dataclass(frozen=True)
+class TokenCounts:
+    """Size of a dataset; None for what is not known before it is prepared.
+
+    Attributes:
+        n_vocab: Size of the vocabulary.
+        train: Tokens of the split `train`.
+        val: Tokens of the split `val`.
+        directory: Folder of the token shards, which may not exist yet.
+        is_exact: False if tokens were estimated.
+    """
+
+    n_vocab: int | None
+    train: int | None
+    val: int | None
+    directory: Path
+    is_exact: bool = True
+
+    @classmethod
+    def of(cls, dataset: Manifest) -> "TokenCounts":
+        """Return the counts of a prepared dataset."""
+        n_vocab = dataset.tokenizer["n_vocab"]
+        splits = dataset.splits
+        return cls(n_vocab, splits["train"].tokens, splits["val"].tokens, dataset.directory)
+
+    def expected(self, experiment: Experiment, timing: Timing) -> Estimate:
+        """Return what a whole run on these tokens takes; unknown counts are taken as 0."""
+        return cost.expected(experiment, self.val or 0, self.train or 0, timing)
+
+
 def show(experiment: Experiment, timed: bool = True) -> int:
-    """Print the resolved experiment, its arithmetic and its cost; what `--dry-run` does. `timed`: with seconds of training."""
+    """Print the dry run, and return the exit status.
+
+    Args:
+        experiment: The configuration.
+        timed: Time some seconds of training too.
+    """
     print(experiment.to_yaml())
-    for title, lines in dry_run(experiment, timed):
-        print(f"{title}\n" + "\n".join(f"  {line}" for line in lines))
+    for title, lines in dry_run(experiment, timed).items():
+        print(title)
+        for line in lines:
+            print(f"  {line}")
     return 0
 
 
-def dry_run(experiment: Experiment, timed: bool = True) -> list[tuple[str, list[str]]]:
-    """Sections of lines: batch arithmetic, model, data, cost, and what was measured of it."""
+def dry_run(experiment: Experiment, timed: bool = True) -> dict[str, list[str]]:
+    """Return the sections of the dry run: title and lines."""
     init_from.check(experiment)
     tokens = token_counts(experiment)
-    if tokens["n_vocab"] is None:
-        unknown = [
-            "the vocabulary is the corpus's characters, so parameters and cost are known once it is here: "
-            "run pipelines/prepare.py first"
-        ]
-        return [
-            ("batch", _batch(experiment)),
-            ("data", _data(experiment, tokens)),
-            ("model and cost", unknown),
-        ]
-    facts = model_facts(experiment, tokens["n_vocab"])
-    return [
-        ("batch", _batch(experiment)),
-        ("model", _model(facts)),
-        ("data", _data(experiment, tokens)),
-        ("cost", _cost(experiment, facts)),
-        *([("expected", _expected(experiment, tokens))] if timed else []),
-    ]
+    batch = _batch_lines(experiment)
+    data = _data_lines(experiment, tokens)
+    if tokens.n_vocab is None:
+        unknown = (
+            "the vocabulary is the corpus's characters, so parameters and cost are known once it is"
+            " here: run pipelines/prepare.py first"
+        )
+        return {"batch": batch, "data": data, "model and cost": [unknown]}
+    facts = model_facts(experiment, tokens.n_vocab)
+    sections = {
+        "batch": batch,
+        "model": _model_lines(facts),
+        "data": data,
+        "cost": _cost_lines(experiment, facts),
+    }
+    if timed:
+        sections["expected"] = _expected_lines(experiment, tokens, tokens.n_vocab)
+    return sections
 
 
-def expected_line(estimate: dict[str, float]) -> str:
-    """`1m50s, 0.52 GiB per worker, 28.5 MiB of disk`, of what `calibrate.expected` gives."""
+def token_counts(experiment: Experiment) -> TokenCounts:
+    """Read the size of the dataset from its manifest, or estimate it from the corpus."""
+    data = experiment.data
+    directory = dataset_dir(data, storage_root(experiment))
+    manifest = find_prepared(data, directory)
+    if manifest is not None:
+        return TokenCounts.of(manifest)
+    guess = estimate_tokens(data)
+    if guess.tokens is None:
+        return TokenCounts(guess.n_vocab, None, None, directory, is_exact=False)
+    val = guess.tokens - tail_cut(guess.tokens, data.val_fraction)
+    # Characters or documents are divided, so the tokens of a split are known once all are counted.
+    is_exact = guess.exact and data.tokenizer == "char" and data.split == "tail"
+    return TokenCounts(guess.n_vocab, guess.tokens - val, val, directory, is_exact)
+
+
+# ---- estimate and result ----
+
+
+def expected_line(estimate: Estimate) -> str:
+    """Return a line such as `1m50s, 0.52 GiB per worker, 28.5 MiB of disk`."""
     return (
         f"{duration(estimate['time_s'])}, {estimate['memory_gib']:.3g} GiB per worker, "
         f"{_size(estimate['disk_bytes'])} of disk"
     )
 
 
-def comparison_line(estimated: dict[str, float], measured: dict[str, float | None]) -> str:
-    """`expected 1m50s, took 1m58s (+7 %); memory …; disk …`; what was not measured is left out.
+def comparison_line(
+    estimated: Mapping[str, float | None], measured: Mapping[str, float | None]
+) -> str:
+    """Return a line such as `expected 1m50s, took 1m58s (+7%); memory …; disk …`.
 
-    Of the disk a run measures what is there at the end, a sweep the most that was there at a time.
+    Numbers that were not measured are left out. For the disk, a run measures what is there at the
+    end, and a sweep the most that was there.
     """
-
-    def part(key: str, words: str, shown: Callable[[float], str]) -> list[str]:
-        before, after = estimated.get(key), measured.get(key)
-        return (
-            [f"{words.format(shown(before), shown(after))} ({after / before - 1:+.0%})"]
-            if after is not None
-            else []
-        )
-
-    return "; ".join(
-        [
-            *part("time_s", "expected {}, took {}", duration),
-            *part("memory_gib", "memory {} expected, {} seen", lambda gib: _size(gib * 2**30)),
-            *part("final_disk_bytes", "disk at the end {} expected, {} seen", _size),
-            *part("disk_bytes", "checkpoints at most {} expected, {} seen", _size),
-        ]
-    )
+    rows: list[tuple[str, str, Callable[[float], str]]] = [
+        ("time_s", "expected {}, took {}", duration),
+        ("memory_gib", "memory {} expected, {} seen", _gib),
+        ("final_disk_bytes", "disk at the end {} expected, {} seen", _size),
+        ("disk_bytes", "checkpoints at most {} expected, {} seen", _size),
+    ]
+    parts = []
+    for key, words, shown in rows:
+        before = estimated.get(key)
+        after = measured.get(key)
+        if before is not None and after is not None:
+            text = words.format(shown(before), shown(after))
+            parts.append(f"{text} ({after / before - 1:+.0%})")
+    return "; ".join(parts)
 
 
-def _batch(e: Experiment) -> list[str]:
-    t, m, s = e.train, e.micro_batches, e.slots
-    workers = [w for w in range(1, s + 1) if s % w == 0]
+# ---- sections ----
+
+
+def _batch_lines(experiment: Experiment) -> list[str]:
+    train = experiment.train
+    count = experiment.micro_batches
+    slots = experiment.slots
+    tokens = experiment.tokens_per_step
+    workers = [number for number in range(1, slots + 1) if slots % number == 0]
     lines = [
-        f"{t.global_batch_size} sequences per step / {t.micro_batch_size} per micro-batch = {m} micro-batches",
-        f"{m} micro-batches in {s} reduction slots = {m // s} per slot; workers may be {', '.join(map(str, workers))}",
+        f"{train.global_batch_size} sequences per step / {train.micro_batch_size} per micro-batch "
+        f"= {count} micro-batches",
+        f"{count} micro-batches in {slots} reduction slots = {count // slots} per slot; workers may"
+        f" be {', '.join(map(str, workers))}",
     ]
-    lines += [
-        f"with {w} worker(s): {m} / {w} = {m // w} micro-batches per worker (grad_accum_steps)"
-        for w in workers
-    ]
-    return [
-        *lines,
-        f"{t.global_batch_size} sequences × {e.model.block_size} tokens = {e.tokens_per_step:,} tokens per step",
-        f"{e.tokens_per_step:,} tokens × {t.max_steps:,} steps = {e.tokens_per_step * t.max_steps:,} tokens in all",
-    ]
-
-
-def _model(f: dict[str, Any]) -> list[str]:
-    return [
-        f"{f['parameters']:,} parameters, {f['parameters_without_positions']:,} without positions; "
-        f"vocabulary padded to {f['vocab_size']:,}",
-        f"weight decay on {f['decayed_tensors']} tensors / {f['decayed_parameters']:,} parameters, "
-        f"none on {f['undecayed_tensors']} / {f['undecayed_parameters']:,}",
-        f"loss of a uniform guess: ln {f['vocab_size']:,} = {math.log(f['vocab_size']):.4f} nats per token",
-    ]
-
-
-def _data(e: Experiment, tokens: dict[str, Any]) -> list[str]:
-    if tokens["train"] is None:
-        return [
-            f"{_corpus(e)}: not downloaded yet, so its size is unknown; tokens go to {tokens['directory']}"
-        ]
-    about = "" if tokens["exact"] else "≈ "
-    steps_per_epoch = tokens["train"] / e.tokens_per_step
-    if tokens["train"] < 2 * e.model.block_size:
-        raise UserError(
-            f"model.block_size: {e.model.block_size} needs at least {2 * e.model.block_size} tokens of train, "
-            f"{_corpus(e)} has {about}{tokens['train']:,}"
+    for number in workers:
+        lines.append(
+            f"with {number} worker(s): {count} / {number} = {count // number} micro-batches per "
+            "worker (grad_accum_steps)"
         )
+    lines.append(
+        f"{train.global_batch_size} sequences × {experiment.model.block_size} tokens = {tokens:,} "
+        "tokens per step"
+    )
+    total = tokens * train.max_steps
+    lines.append(f"{tokens:,} tokens × {train.max_steps:,} steps = {total:,} tokens in all")
+    return lines
+
+
+def _model_lines(facts: ModelFacts) -> list[str]:
+    vocab_size = facts["vocab_size"]
     return [
-        f"{_corpus(e)}: {about}{tokens['train']:,} tokens of train, {about}{tokens['val']:,} of val, in {tokens['directory']}",
-        f"{e.train.max_steps:,} steps = {about}{e.train.max_steps / steps_per_epoch:.2f} epochs",
+        f"{facts['parameters']:,} parameters, {facts['parameters_without_positions']:,} without "
+        f"positions; vocabulary padded to {vocab_size:,}",
+        f"weight decay on {facts['decayed_tensors']} tensors / {facts['decayed_parameters']:,} "
+        f"parameters, none on {facts['undecayed_tensors']} / {facts['undecayed_parameters']:,}",
+        f"loss of a uniform guess: ln {vocab_size:,} = {math.log(vocab_size):.4f} nats per token",
     ]
 
 
-def _cost(e: Experiment, f: dict[str, Any]) -> list[str]:
-    tokens, parameters = e.tokens_per_step * e.train.max_steps, f["parameters"]
-    state = 1 + OPTIMIZERS[e.optim.kind].moments  # float32 weights and the optimizer's moments
-    checkpoint = state * 4 * parameters
-    buffers = (
-        e.slots.bit_length()
-    )  # W = 1 is the worst case: the running slot and log2(S) partial sums
+def _data_lines(experiment: Experiment, tokens: TokenCounts) -> list[str]:
+    corpus = experiment.data.corpus
+    entries = [corpus] if isinstance(corpus, str) else corpus
+    name = ", ".join(entry.partition("#")[0] for entry in entries)
+    if tokens.train is None or tokens.val is None:
+        return [
+            f"{name}: not downloaded yet, so its size is unknown; tokens go to {tokens.directory}"
+        ]
+    about = "" if tokens.is_exact else "≈ "
+    block_size = experiment.model.block_size
+    if tokens.train < 2 * block_size:
+        raise UserError(
+            f"model.block_size: {block_size} needs at least {2 * block_size} tokens of train, "
+            f"{name} has {about}{tokens.train:,}"
+        )
+    steps = experiment.train.max_steps
+    epochs = steps * experiment.tokens_per_step / tokens.train
     return [
-        f"{f['flops_per_token']:.4g} FLOPs per token × {tokens:,} tokens = {f['flops_per_token'] * tokens:.4g} FLOPs",
-        f"checkpoint ≈ {_size(checkpoint)}; {e.train.keep} latest and the best one stay, one more while it is written: "
-        f"≈ {_size(checkpoint * (e.train.keep + 2))} of disk",
-        f"memory for weights, moments and gradients ≈ {_size((state + buffers) * 4 * parameters)} per worker, "
-        f"activations not counted",
+        f"{name}: {about}{tokens.train:,} tokens of train, {about}{tokens.val:,} of val, in "
+        f"{tokens.directory}",
+        f"{steps:,} steps = {about}{epochs:.2f} epochs",
     ]
 
 
-def _expected(e: Experiment, tokens: dict[str, Any]) -> list[str]:
-    """Time, memory and disk, from steps that are really made."""
-    layout = local_layout(e)
+def _cost_lines(experiment: Experiment, facts: ModelFacts) -> list[str]:
+    tokens = experiment.tokens_per_step * experiment.train.max_steps
+    flops = facts["flops_per_token"]
+    tensor = 4 * facts["parameters"]  # bytes of one float32 value per parameter
+    state = (1 + OPTIMIZERS[experiment.optim.kind].moments) * tensor
+    # One worker needs most: the running slot and log2(slots) partial sums.
+    gradients = experiment.slots.bit_length() * tensor
+    keep = experiment.train.keep
+    return [
+        f"{flops:.4g} FLOPs per token × {tokens:,} tokens = {flops * tokens:.4g} FLOPs",
+        f"checkpoint ≈ {_size(state)}; {keep} latest and the best one stay, one more while it is "
+        f"written: ≈ {_size(state * (keep + 2))} of disk",
+        f"memory for weights, moments and gradients ≈ {_size(state + gradients)} per worker, "
+        "activations not counted",
+    ]
+
+
+def _expected_lines(experiment: Experiment, tokens: TokenCounts, n_vocab: int) -> list[str]:
+    layout = local_layout(experiment)
     if layout.use_gpu and not torch.cuda.is_available():
         return [
-            "time and memory are unknown: the run asks for a GPU, and this machine has none to time it on"
+            "time and memory are unknown: the run asks for a GPU, and this machine has none to "
+            "time it on"
         ]
-    timing = calibrate.measure(
-        e, tokens["n_vocab"], layout.num_workers, layout.cpus_per_worker, layout.use_gpu
-    )
+    timing = measure(experiment, n_vocab, layout)
     if timing is None:
         return [
-            f"time and memory are unknown: this machine has no room for a step, is in use, or makes none within "
-            f"{calibrate.LIMIT_S:.0f} s"
+            "time and memory are unknown: this machine has no room for a step, is in use, or makes "
+            f"none within {LIMIT_S:.0f} s"
         ]
-    estimate = calibrate.expected(e, tokens["val"] or 0, tokens["train"] or 0, timing)
-    unknown = tokens["val"] is None and e.train.eval_interval
+    expected = tokens.expected(experiment, timing)
+    missing = ""
+    if tokens.val is None and experiment.train.eval_interval is not None:
+        missing = ", evaluations not counted"
     memory = "allocated on each worker's GPU" if layout.use_gpu else "resident per worker"
+    parts = ", ".join(_time_parts(experiment, tokens, timing))
     return [
-        f"≈ {duration(estimate['time_s'])}"
-        + (", evaluations not counted: " if unknown else ": ")
-        + _parts_of_time(e, tokens, timing),
-        f"≈ {estimate['memory_gib']:.3g} GiB {memory}, activations counted",
-        f"≈ {_size(estimate['disk_bytes'])} of disk at most, {_size(estimate['final_disk_bytes'])} at the end",
-        f"timed on {device_name('cuda:0' if layout.use_gpu else 'cpu')} for {layout.num_workers} worker(s) with "
-        f"{layout.cpus_per_worker} CPU(s) each{_caveats(e, layout)}",
+        f"≈ {duration(expected['time_s'])}{missing}: {parts}",
+        f"≈ {expected['memory_gib']:.3g} GiB {memory}, activations counted",
+        f"≈ {_size(expected['disk_bytes'])} of disk at most, "
+        f"{_size(expected['final_disk_bytes'])} at the end",
+        f"timed on {device_name(layout.device)} for {layout.num_workers} worker(s) with "
+        f"{layout.cpus_per_worker} CPU(s) each{_caveats(experiment, layout)}",
     ]
 
 
-def _parts_of_time(e: Experiment, tokens: dict[str, Any], timing: Timing) -> str:
-    parts = [
-        f"{e.train.max_steps:,} steps of {_seconds(timing.step_s)}",
-        f"{calibrate.checkpoints(e)} checkpoint(s) of {_seconds(timing.checkpoint_s)}",
-        f"{_seconds(calibrate.start_seconds(timing))} to start",
-    ]
-    if e.train.eval_interval and tokens["val"] is not None:
-        each = calibrate.evaluation_seconds(e, tokens["val"], tokens["train"], timing)
-        parts.insert(1, f"{calibrate.evaluations(e)} evaluations of {_seconds(each)}")
-    return ", ".join(parts)
+def _time_parts(experiment: Experiment, tokens: TokenCounts, timing: Timing) -> list[str]:
+    parts = [f"{experiment.train.max_steps:,} steps of {_seconds(timing.step_s)}"]
+    if experiment.train.eval_interval is not None and tokens.val is not None:
+        each = cost.evaluation_seconds(experiment, tokens.val, tokens.train or 0, timing)
+        parts.append(f"{cost.evaluations(experiment)} evaluations of {_seconds(each)}")
+    count = cost.checkpoints(experiment)
+    parts.append(f"{count} checkpoint(s) of {_seconds(timing.checkpoint_s)}")
+    parts.append(f"{_seconds(cost.start_seconds(timing))} to start")
+    return parts
 
 
-def local_layout(e: Experiment) -> launch.Layout:
-    """What the run would take of this machine; where that is too much, what it asks for."""
-    cpus, gpus, c = available_cpus(), torch.cuda.device_count(), e.compute
-    try:
-        return launch.resolve_layout(e, [(cpus, gpus)])
-    except UserError:
-        workers = 1 if c.num_workers == "auto" else c.num_workers
-        use_gpu = gpus > 0 if c.use_gpu == "auto" else c.use_gpu
-        whole = cpus if workers == 1 and not use_gpu else 1
-        return launch.Layout(
-            workers, whole if c.cpus_per_worker == "auto" else c.cpus_per_worker, use_gpu
-        )
-
-
-def local_slots(layout: launch.Layout) -> int:
-    """How many groups of workers this machine holds at a time; one, if it holds none: of a cluster nothing is known here."""
-    return max(
-        1,
-        launch.places([(available_cpus(), torch.cuda.device_count())], layout)
-        // layout.num_workers,
-    )
-
-
-def _caveats(e: Experiment, layout: launch.Layout) -> str:
-    wanted = layout.num_workers * layout.cpus_per_worker
-    known = {
-        f"as if this machine had {wanted} CPUs": wanted > available_cpus(),
+def _caveats(experiment: Experiment, layout: Layout) -> str:
+    cpus = layout.num_workers * layout.cpus_per_worker
+    caveats = {
+        f"as if this machine had {cpus} CPUs": cpus > available_cpus(),
         "traffic between workers not counted": layout.num_workers > 1,
-        "without train.compile, which makes steps shorter and the start longer": e.train.compile,
+        "without train.compile, which makes steps shorter and the start longer": (
+            experiment.train.compile
+        ),
         "not on the cluster of $RAY_ADDRESS": bool(os.environ.get("RAY_ADDRESS")),
     }
-    return "".join(f"; {words}" for words, holds in known.items() if holds)
+    return "".join(f"; {words}" for words, applies in caveats.items() if applies)
 
 
-def token_counts(e: Experiment) -> dict[str, Any]:
-    """Counts from the manifest where there is one, else what `estimate` makes of the corpus."""
-    directory = dataset_dir(e.data, storage_root(e))
-    if manifest := find_prepared(e.data, directory):
-        return {
-            "directory": directory,
-            "exact": True,
-            "n_vocab": manifest.tokenizer["n_vocab"],
-            **{split: manifest.splits[split].tokens for split in ("train", "val")},
-        }
-    guess = estimate_tokens(e.data)
-    total = guess.tokens
-    val = None if total is None else total - tail_cut(total, e.data.val_fraction)
-    # The split is made on characters or documents, so the shares of tokens are known only once they are counted.
-    exact = guess.exact and e.data.tokenizer == "char" and e.data.split == "tail"
-    return {
-        "directory": directory,
-        "exact": exact,
-        "n_vocab": guess.n_vocab,
-        "val": val,
-        "train": None if total is None else total - val,
-    }
+# ---- this machine ----
 
 
-def _corpus(e: Experiment) -> str:
-    entries = [e.data.corpus] if isinstance(e.data.corpus, str) else e.data.corpus
-    return ", ".join(entry.partition("#")[0] for entry in entries)
+def local_layout(experiment: Experiment) -> Layout:
+    """Return the workers that the run would have here; if that is too many, those it asks for."""
+    here = _this_machine()
+    try:
+        return resolve_layout(experiment, [here])
+    except UserError:
+        compute = experiment.compute
+        workers = 1 if compute.num_workers == "auto" else compute.num_workers
+        use_gpu = here.gpus > 0 if compute.use_gpu == "auto" else compute.use_gpu
+        cpus = compute.cpus_per_worker
+        if cpus == "auto":
+            cpus = here.cpus if workers == 1 and not use_gpu else 1
+        return Layout(workers, cpus, use_gpu)
 
 
-def _seconds(s: float) -> str:
-    return f"{s * 1000:.3g} ms" if s < 1 else f"{s:.2g} s" if s < 10 else duration(s)
+def local_slots(layout: Layout) -> int:
+    """Return how many groups of workers fit on this machine at the same time; at least 1."""
+    return max(1, places([_this_machine()], layout) // layout.num_workers)
 
 
-def _size(n: float) -> str:
+def _this_machine() -> Node:
+    return Node(available_cpus(), torch.cuda.device_count())
+
+
+# ---- text ----
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1000:.3g} ms"
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    return duration(seconds)
+
+
+def _gib(gib: float) -> str:
+    return _size(gib * 2**30)
+
+
+def _size(size: float) -> str:
     for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if n < 1024:
-            return f"{n:.4g} {unit}"
-        n /= 1024
-    return f"{n:.4g} TiB"
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"

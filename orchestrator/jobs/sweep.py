@@ -17,7 +17,8 @@ from pathlib import Path
 
 from orchestrator.cluster import layout as launch
 from orchestrator.config.experiment import Data, Experiment
-from orchestrator.cost import estimate as plan
+from orchestrator.cost.estimate import TokenCounts, expected_line
+from orchestrator.cost.timing import Estimate
 from orchestrator.data.dataset import Manifest, load_manifest
 from orchestrator.data.order import windows_per_epoch
 from orchestrator.data.prepare import prepare
@@ -91,7 +92,7 @@ def _run(sweep: Sweep, storage: Path, folder: Path, uri: str) -> int:
     )
 
 
-def _describe(study: Study, slots: int) -> dict[str, float] | None:
+def _describe(study: Study, slots: int) -> Estimate | None:
     """Say what will be run and what it will cost; the estimate, where there is one."""
     print("\n".join(tree_view.summary(study.tree)))
     print(
@@ -100,30 +101,20 @@ def _describe(study: Study, slots: int) -> dict[str, float] | None:
     )
     if not study.tree.to_run:
         return None
-    counts = {
-        key: {
-            "n_vocab": d.tokenizer["n_vocab"],
-            **{name: split.tokens for name, split in d.splits.items()},
-        }
-        for key, d in study.datasets.items()
-    }
+    counts = {key: TokenCounts.of(dataset) for key, dataset in study.datasets.items()}
     try:
         estimate = sweep_plan.estimate_of(study, slots, counts)
     except Exception as error:  # no estimate is worth a sweep
         estimate = f"{error.__class__.__name__}: {error}"
     known = isinstance(estimate, dict)
     print(
-        f"expected: {plan.expected_line(estimate)}"
-        if known
-        else f"no estimate of the cost: {estimate}",
+        f"expected: {expected_line(estimate)}" if known else f"no estimate of the cost: {estimate}",
         flush=True,
     )
     return estimate if known else None
 
 
-def _execute(
-    study: Study, slots: int, tracker: SweepTracker, estimate: dict[str, float] | None
-) -> int:
+def _execute(study: Study, slots: int, tracker: SweepTracker, estimate: Estimate | None) -> int:
     """From the plan to the last line of the comparison."""
     started, code = time.monotonic(), None
     step_s = (
@@ -194,7 +185,7 @@ def _experiments(sweep: Sweep) -> list[Experiment]:
 def _layout(sweep: Sweep, recorded: launch.Layout | None) -> launch.Layout:
     """One for all trials."""
     by_slots = {e.slots: e for e in _experiments(sweep)}
-    found = {launch.layout(e, recorded) for e in by_slots.values()}
+    found = {launch.find_layout(e, recorded) for e in by_slots.values()}
     if len(found) > 1:
         raise UserError(
             f"compute.num_workers: trials would run on {' or '.join(str(a.num_workers) for a in found)} workers; "

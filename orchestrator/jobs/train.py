@@ -16,8 +16,10 @@ from typing import Any
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.cluster import layout as launch
 from orchestrator.config.experiment import FREE, Experiment
-from orchestrator.cost import estimate as plan
-from orchestrator.cost import measure as calibrate
+from orchestrator.cost import cache
+from orchestrator.cost.estimate import TokenCounts, comparison_line, expected_line
+from orchestrator.cost.measure import folder_bytes, measure
+from orchestrator.cost.timing import Estimate, Timing
 from orchestrator.data.dataset import Manifest, load_manifest
 from orchestrator.data.order import windows_per_epoch
 from orchestrator.data.prepare import prepare
@@ -72,7 +74,7 @@ def _run(experiment: Experiment, uri: str, run_dir: Path, data_dir: Path) -> int
     with signals.while_ray_starts():
         launch.connect()
     launch.check_storage(experiment.storage or os.environ.get("ESPALIER_STORAGE") or "runs")
-    layout = launch.layout(experiment, RunFolder(run_dir).recorded_layout())
+    layout = launch.find_layout(experiment, RunFolder(run_dir).recorded_layout())
     dataset = prepare(experiment.data, data_dir)
     windows_per_epoch(dataset.splits["train"].tokens, experiment.model.block_size)
     init_from.check_shape(experiment, dataset.tokenizer["n_vocab"])
@@ -101,7 +103,7 @@ def _train(
     layout: launch.Layout,
     tracker: Tracker,
     step: int,
-    estimate: dict[str, float] | None,
+    estimate: Estimate | None,
 ) -> int:
     """From the first worker to the last line of the summary."""
     device = "GPU" if layout.use_gpu else f"{layout.cpus_per_worker} CPU(s)"
@@ -208,38 +210,41 @@ def _drift(run_dir: Path, step: int, experiment: Experiment, layout: launch.Layo
 # ---- known before, measured after ----
 def estimate_of(
     experiment: Experiment, dataset: Manifest, layout: launch.Layout
-) -> dict[str, float] | None:
-    """What the whole run will cost, and say so; None where that is not known within seconds. Never the end of a run."""
-    n_vocab, tokens = (
-        dataset.tokenizer["n_vocab"],
-        {name: split.tokens for name, split in dataset.splits.items()},
-    )
-    asked = experiment, n_vocab, layout.num_workers, layout.cpus_per_worker, layout.use_gpu
+) -> Estimate | None:
+    """Estimate and print what the whole run takes; None if that is not known within seconds.
+
+    An estimate that fails does not end the run.
+    """
+    tokens = TokenCounts.of(dataset)
     try:
-        micro_batch = experiment.train.micro_batch_size * experiment.model.block_size
-        flops = model_facts(experiment, n_vocab)["flops_per_token"] * micro_batch
-        timing = calibrate.known(*asked)
-        if timing is None and (layout.use_gpu or flops < CALIBRATION_FLOPS):
-            timing = calibrate.measure(*asked, limit_s=CALIBRATION_S)
-        estimate = (
-            calibrate.expected(experiment, tokens["val"], tokens["train"], timing)
-            if timing
-            else None
-        )
+        timing = _timing(experiment, dataset.tokenizer["n_vocab"], layout)
+        if timing is None:
+            return None
+        estimate = tokens.expected(experiment, timing)
     except Exception as error:
-        print(f"no estimate of the cost: {error.__class__.__name__}: {error}", flush=True)
+        print(f"no estimate of the cost: {type(error).__name__}: {error}", flush=True)
         return None
-    if estimate:
-        print(f"expected: {plan.expected_line(estimate)}", flush=True)
+    print(f"expected: {expected_line(estimate)}", flush=True)
     return estimate
 
 
-def _compare(run_dir: Path, summary: dict[str, Any], estimate: dict[str, float]) -> None:
+def _timing(experiment: Experiment, n_vocab: int, layout: launch.Layout) -> Timing | None:
+    known = cache.read(experiment, n_vocab, layout)
+    if known is not None:
+        return known
+    micro_batch = experiment.train.micro_batch_size * experiment.model.block_size
+    flops = model_facts(experiment, n_vocab)["flops_per_token"] * micro_batch
+    if flops >= CALIBRATION_FLOPS and not layout.use_gpu:
+        return None
+    return measure(experiment, n_vocab, layout, limit_s=CALIBRATION_S)
+
+
+def _compare(run_dir: Path, summary: dict[str, Any], estimate: Estimate) -> None:
     """Add to the summary what was expected and what came of it."""
     measured = {
         "time_s": summary["wall_s"],
         "memory_gib": metrics.peak_memory_gib(journal.read(RunFolder(run_dir))),
-        "final_disk_bytes": calibrate.folder_bytes(run_dir / "checkpoints"),
+        "final_disk_bytes": folder_bytes(run_dir / "checkpoints"),
     }
     summary |= {"estimated": estimate, "measured": measured}
     RunFolder(run_dir).write_summary(summary)
@@ -280,7 +285,7 @@ def _print_summary(run_dir: Path, summary: dict[str, Any], url: str | None) -> N
         if v is not None and k not in ("wall_s", "estimated", "measured")
     }
     cost = (
-        plan.comparison_line(summary["estimated"], summary["measured"])
+        comparison_line(summary["estimated"], summary["measured"])
         if "estimated" in summary
         else None
     )

@@ -9,11 +9,12 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from orchestrator.config.experiment import Experiment
-from orchestrator.cost import estimate, measure
-from orchestrator.cost.measure import Timing
+from orchestrator.cost import cache, estimate
+from orchestrator.cost.estimate import TokenCounts
+from orchestrator.cost.measure import measure
+from orchestrator.cost.timing import Estimate, Timing, evaluation_seconds
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.prepared import dataset_dir, find_prepared
 from orchestrator.runs.folder import SweepFolder
@@ -30,7 +31,7 @@ STARTS = 2  # process starts before the first step: that of Tune, then those of 
 MOST_SHAPES = 6  # shapes of model and batch that are timed, at most
 
 # For each `data_key`: n_vocab, and the tokens of train and val; None if unknown.
-Counts = Mapping[str, Mapping[str, Any]]
+Counts = Mapping[str, TokenCounts]
 
 
 # ---- dry run ----
@@ -97,15 +98,18 @@ def _save_tree(study: Study) -> Path:
 # ---- estimate ----
 
 
-def estimate_of(study: Study, slots: int, counts: Counts) -> dict[str, float] | str:
+def estimate_of(study: Study, slots: int, counts: Counts) -> Estimate | str:
     """Return what running the plan takes, or why that is unknown.
 
     Returns:
         `time_s`; `memory_gib` of a worker; `disk_bytes`, the most that checkpoints take at a time.
     """
-    n_vocab = {name: counts[data_key(c.experiment.data)]["n_vocab"] for name, c in _all(study)}
-    if None in n_vocab.values():
-        return "the vocabulary is the corpus's characters; run pipelines/prepare.py first"
+    n_vocab: dict[str, int] = {}
+    for name, candidate in _all(study):
+        size = counts[data_key(candidate.experiment.data)].n_vocab
+        if size is None:
+            return "the vocabulary is the corpus's characters; run pipelines/prepare.py first"
+        n_vocab[name] = size
     shapes = {name: _shape(study, c, n_vocab[name]) for name, c in _all(study)}
     examples = {shape: name for name, shape in shapes.items()}
     if len(examples) > MOST_SHAPES:
@@ -115,14 +119,7 @@ def estimate_of(study: Study, slots: int, counts: Counts) -> dict[str, float] | 
         )
     timings: dict[Path, Timing] = {}
     for shape, name in examples.items():
-        layout = study.layout
-        timing = measure.measure(
-            study.trials_and_probes[name].experiment,
-            n_vocab[name],
-            layout.num_workers,
-            layout.cpus_per_worker,
-            layout.use_gpu,
-        )
+        timing = measure(study.trials_and_probes[name].experiment, n_vocab[name], study.layout)
         if timing is None:
             return "this machine has no room for a step, or not the devices"
         timings[shape] = timing
@@ -149,10 +146,7 @@ def _all(study: Study) -> list[tuple[str, PlannedTrial]]:
 
 def _shape(study: Study, candidate: PlannedTrial, n_vocab: int) -> Path:
     """Return the cache file of a trial's timing: equal for trials whose steps cost the same."""
-    layout = study.layout
-    return measure.cache_file(
-        candidate.experiment, n_vocab, layout.num_workers, layout.cpus_per_worker, layout.use_gpu
-    )
+    return cache.file_of(candidate.experiment, n_vocab, study.layout)
 
 
 def _seconds(study: Study, stage: Stage, timings: Mapping[str, Timing], counts: Counts) -> float:
@@ -167,14 +161,8 @@ def _seconds(study: Study, stage: Stage, timings: Mapping[str, Timing], counts: 
         evaluations += 1
     checkpoints = _due(config.checkpoint_interval, first, stage.stop - 1) + 1
     tokens = counts[data_key(experiment.data)]
-    evaluation_s = measure.evaluation_seconds(
-        experiment, tokens["val"] or 0, tokens["train"] or 0, timing
-    )
-    return (
-        measure.steps_seconds(steps, timing)
-        + evaluations * evaluation_s
-        + checkpoints * timing.checkpoint_s
-    )
+    evaluation_s = evaluation_seconds(experiment, tokens.val or 0, tokens.train or 0, timing)
+    return steps * timing.step_s + evaluations * evaluation_s + checkpoints * timing.checkpoint_s
 
 
 def _results(study: Study, stage: Stage) -> int:

@@ -7,7 +7,6 @@ orchestrator.workers.fitting`), computes which one fits, and checks that one.
 import contextlib
 import functools
 import json
-import os
 import resource
 import socket
 import subprocess
@@ -20,7 +19,7 @@ import psutil
 import torch
 
 from model.optim import OPTIMIZERS
-from orchestrator.cluster.layout import WORKER_ENVIRONMENT, Layout
+from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.cost import measure
 from orchestrator.train import state
@@ -110,14 +109,7 @@ def largest_fitting(experiment: Experiment, n_vocab: int, layout: Layout, limit:
         "limit": limit,
     }
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "orchestrator.workers.fitting"],
-            input=json.dumps(job).encode(),
-            capture_output=True,
-            timeout=MEASURE_S,
-            cwd=measure.SOURCES,
-            env={**os.environ, **WORKER_ENVIRONMENT},
-        )
+        done = measure.run_module("orchestrator.workers.fitting", job, MEASURE_S)
     except (subprocess.TimeoutExpired, OSError):
         return None
     if done.returncode != 0:
@@ -161,7 +153,7 @@ def main() -> None:
 
 def _measure(experiment: Experiment, n_vocab: int, layout: Layout, limit: int) -> Fit:
     """Measure two small micro-batches, compute which one fits, and check that one."""
-    device = "cuda:0" if layout.use_gpu else "cpu"
+    device = layout.device
     worker = Worker(0, 1, device, layout.cpus_per_worker)
     sizes = sizes_of_same_steps(experiment, layout.num_workers)
     smallest = _with_micro_batch(experiment, sizes[0])  # has the most gradient buffers

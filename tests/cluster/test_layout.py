@@ -1,13 +1,10 @@
-"""What a run takes of a cluster, as a table."""
+"""Which workers a run gets on a cluster, as tables."""
 
 import pytest
 
-from orchestrator.cluster import layout as launch
-from orchestrator.cluster.layout import Layout, resolve_layout
+from orchestrator.cluster.layout import Layout, Node, resolve_layout, worker_environment
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
-from orchestrator.runs.folder import RunFolder
-from orchestrator.workers import ray_train
 
 EIGHT = ["train.micro_batch_size=1", "train.global_batch_size=8"]  # eight slots
 TWO = ["train.micro_batch_size=3", "train.global_batch_size=18"]  # six micro-batches in two slots
@@ -16,7 +13,7 @@ TABLE = [
     # words, (CPUs, GPUs) of each node, workers, CPUs of each, GPU
     ([], [(2, 0)], 1, 2, False),
     (EIGHT, [(2, 0)], 1, 2, False),
-    (EIGHT, [(2, 0), (8, 0)], 1, 8, False),  # one worker lies on one node
+    (EIGHT, [(2, 0), (8, 0)], 1, 8, False),  # a worker uses one node
     ([*EIGHT, "compute.num_workers=2"], [(2, 0)], 2, 1, False),
     ([*EIGHT, "compute.num_workers=4"], [(2, 0), (2, 0)], 4, 1, False),
     ([*EIGHT, "compute.num_workers=2", "compute.cpus_per_worker=4"], [(8, 0)], 2, 4, False),
@@ -33,13 +30,11 @@ TABLE = [
 
 
 def resolved(words: list[str], nodes, **more) -> Layout:
-    return resolve_layout(load_experiment(None, words), nodes, **more)
+    return resolve_layout(load_experiment(None, words), [Node(*node) for node in nodes], **more)
 
 
 @pytest.mark.parametrize(("words", "nodes", "workers", "cpus", "gpu"), TABLE)
-def test_the_layout_is_the_largest_that_the_slots_and_the_devices_allow(
-    words, nodes, workers, cpus, gpu
-):
+def test_layout_is_the_largest_that_slots_and_devices_allow(words, nodes, workers, cpus, gpu):
     assert resolved(words, nodes) == Layout(workers, cpus, gpu)
 
 
@@ -54,13 +49,13 @@ def test_the_layout_is_the_largest_that_the_slots_and_the_devices_allow(
         ([*EIGHT, "compute.use_gpu=false"], [(16, 8)], None),
     ],
 )
-def test_idle_gpus_are_named_with_what_would_use_them(capsys, words, nodes, idle):
+def test_idle_gpus_are_reported(capsys, words, nodes, idle):
     resolved(words, nodes)
-    said = capsys.readouterr().out
-    assert (f"{idle} GPUs stay idle" in said) if idle else said == ""
+    output = capsys.readouterr().out
+    assert (f"{idle} GPUs stay idle" in output) if idle else output == ""
     if idle:
-        assert "train.micro_batch_size" in said
-        assert "train.reduction_slots" in said
+        assert "train.micro_batch_size" in output
+        assert "train.reduction_slots" in output
 
 
 @pytest.mark.parametrize(
@@ -99,7 +94,7 @@ def test_idle_gpus_are_named_with_what_would_use_them(capsys, words, nodes, idle
         ([], [], "1 worker(s)", "0 CPU(s) and 0 GPU(s) on 0 node(s)"),
     ],
 )
-def test_more_than_there_is_shows_asked_and_found_unless_the_cluster_grows(
+def test_too_large_request_shows_asked_and_found_unless_the_cluster_grows(
     words, nodes, asked, found
 ):
     with pytest.raises(UserError) as caught:
@@ -115,14 +110,14 @@ def test_more_than_there_is_shows_asked_and_found_unless_the_cluster_grows(
     assert isinstance(resolved([*words, *explicit], nodes, grows=True), Layout)
 
 
-def test_workers_are_told_where_the_driver_finds_its_tokenizer_and_how_to_wait(monkeypatch):
+def test_workers_get_variables_of_the_driver(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/somewhere")
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    assert launch.worker_environment()["TIKTOKEN_CACHE_DIR"] == "/somewhere"
-    assert launch.worker_environment()["GOMP_SPINCOUNT"] == "1000"
+    assert worker_environment()["TIKTOKEN_CACHE_DIR"] == "/somewhere"
+    assert worker_environment()["GOMP_SPINCOUNT"] == "1000"
 
 
-def test_a_growing_cluster_without_a_gpu_yet_is_not_taken_for_one_without_gpus():
+def test_growing_cluster_without_a_gpu_needs_explicit_settings():
     with pytest.raises(UserError, match="compute.use_gpu"):
         resolved([], [(4, 0)], grows=True)
     with pytest.raises(UserError, match="compute.num_workers"):
@@ -133,27 +128,12 @@ def test_a_growing_cluster_without_a_gpu_yet_is_not_taken_for_one_without_gpus()
 @pytest.mark.parametrize(
     ("words", "nodes", "recorded", "cpus"),
     [
-        ([], [(8, 0)], Layout(1, 2, False), 2),  # of the numerics, so kept on a larger machine
+        ([], [(8, 0)], Layout(1, 2, False), 2),  # kept on a larger machine
         ([*EIGHT, "compute.num_workers=2"], [(8, 0)], Layout(1, 4, False), 4),
         ([*EIGHT, "compute.num_workers=4"], [(4, 0)], Layout(1, 4, False), 1),  # would not fit
         ([], [(2, 0)], Layout(1, 8, False), 2),
-        (["compute.cpus_per_worker=3"], [(8, 0)], Layout(1, 2, False), 3),  # said is said
+        (["compute.cpus_per_worker=3"], [(8, 0)], Layout(1, 2, False), 3),  # explicit
     ],
 )
-def test_the_cpus_of_a_worker_stay_what_they_were_where_they_fit(words, nodes, recorded, cpus):
+def test_recorded_cpus_per_worker_are_kept_if_they_fit(words, nodes, recorded, cpus):
     assert resolved(words, nodes, recorded=recorded).cpus_per_worker == cpus
-
-
-def test_workers_start_without_processes_that_nobody_needs(ray_cluster, monkeypatch, tmp_path):
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
-
-    started = []
-    monkeypatch.setattr(
-        TorchTrainer, "fit", lambda trainer: started.extend(trainer._create_default_callbacks())
-    )
-    ray_train.fit(load_experiment(None, []), RunFolder(tmp_path), tmp_path, Layout(1, 1, False))
-    names = {type(callback).__name__ for callback in started}
-    assert "BackendSetupCallback" in names
-    assert "DatasetsCallback" not in names
-    assert launch.ENVIRONMENT[ENABLE_PREEMPTION_WATCHER_ENV_VAR] == "0"

@@ -1,4 +1,4 @@
-"""What a run is expected to cost: counted as the loop counts, measured in a process of its own, and never in a run's way."""
+"""What a run takes: counted as the training loop counts, measured in a process of its own."""
 
 import json
 import math
@@ -12,21 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-from model.gpt import GPT
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, load_experiment
-from orchestrator.cost import estimate as plan
-from orchestrator.cost import measure as calibrate
-from orchestrator.cost.measure import Timing
+from orchestrator.cost import cache, timing
+from orchestrator.cost import measure as module
+from orchestrator.cost.estimate import comparison_line, dry_run
+from orchestrator.cost.measure import RAY_GIB, Bench, measure, share_of_worker
+from orchestrator.cost.timing import Timing
 from orchestrator.data.batches import EvalBatches
 from orchestrator.data.dataset import Manifest, Split
-from orchestrator.jobs import train as driver
+from orchestrator.jobs import train as job
 from orchestrator.runs.facts import model_facts
-from orchestrator.train import state
 from orchestrator.train.gradients import Gradients
 from orchestrator.train.numerics import Worker
 
 N_VOCAB = 65
+ONE_WORKER = Layout(num_workers=1, cpus_per_worker=1, use_gpu=False)
 TIMING = Timing(
     step_s=0.5,
     eval_tokens_per_s=1000.0,
@@ -38,7 +39,7 @@ TIMING = Timing(
 )
 
 
-def small(*overrides: str) -> Experiment:
+def small(*words: str) -> Experiment:
     return load_experiment(
         None,
         [
@@ -52,30 +53,18 @@ def small(*overrides: str) -> Experiment:
             "train.max_steps=24",
             "train.eval_interval=8",
             "train.checkpoint_interval=4",
-            *overrides,
+            *words,
         ],
     )
 
 
-def measure(*overrides: str, workers: int = 1, **settings) -> Timing | None:
-    return calibrate.measure(small(*overrides), N_VOCAB, workers, 1, False, **settings)
-
-
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> tuple[Timing, str]:
-    """One real measurement, started by a process that is larger than what is measured; and the cache that has it."""
-    cache = tmp_path_factory.mktemp("cache")
-    ballast = np.ones(1 << 27)  # 1 GiB
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache))
-        timing = measure()
-    assert ballast.nbytes == 1 << 30
-    return timing, str(cache)
+def measured(*words: str) -> Timing | None:
+    return measure(small(*words), N_VOCAB, ONE_WORKER)
 
 
 @pytest.fixture
 def started(monkeypatch, tmp_path) -> list[list[str]]:
-    """An empty cache, and the processes that were asked for: each ends at once with `TIMING`."""
+    """An empty cache, and the processes that are started: each ends at once with `TIMING`."""
     commands = []
 
     def run(command, **_):
@@ -87,103 +76,102 @@ def started(monkeypatch, tmp_path) -> list[list[str]]:
     return commands
 
 
-# ---- counting ----
+# ---- arithmetic ----
+
+
 @pytest.mark.parametrize("steps", [1, 7, 8, 9, 24])
 @pytest.mark.parametrize("interval", [None, 1, 4, 8, 100])
 def test_evaluations_and_checkpoints_are_those_of_the_loop(steps, interval):
-    shown = "null" if interval is None else interval
-    e = small(
+    word = "null" if interval is None else interval
+    experiment = small(
         f"train.max_steps={steps}",
-        f"train.eval_interval={shown}",
-        f"train.checkpoint_interval={shown}",
+        f"train.eval_interval={word}",
+        f"train.checkpoint_interval={word}",
     )
     due = {n for n in range(1, steps + 1) if n == steps or interval and n % interval == 0}
-    assert calibrate.checkpoints(e) == len(due)
-    assert calibrate.evaluations(e) == (len(due) + 1 if interval else 0)
+    assert timing.checkpoints(experiment) == len(due)
+    assert timing.evaluations(experiment) == (len(due) + 1 if interval else 0)
 
 
 @pytest.mark.parametrize(
     ("limit", "val", "train"),
     [("null", 1000, 5000), (200, 1000, 5000), (5000, 1000, 700), (64, 64, 65)],
 )
-def test_an_evaluation_runs_the_batches_that_the_loop_would(limit, val, train):
-    e = small(f"train.eval_tokens={limit}")
-    reach = min(val, val if limit == "null" else limit)
-    batches = [
-        len(EvalBatches(SimpleNamespace(tokens=min(reach, tokens)), 32, 2))
-        for tokens in (val, train)
-    ]
-    seconds = calibrate.evaluation_seconds(e, val, train, TIMING)
-    assert seconds == pytest.approx(sum(batches) * 2 * 32 / 1000.0 + 0.25)
+def test_evaluation_has_the_batches_of_the_loop(limit, val, train):
+    experiment = small(f"train.eval_tokens={limit}")
+    tokens = min(val, val if limit == "null" else limit)
+    batches = 0
+    for split in (val, train):
+        stream = SimpleNamespace(tokens=split)
+        batches += len(EvalBatches(stream, 32, 2, min(tokens, split)))
+    seconds = timing.evaluation_seconds(experiment, val, train, TIMING)
+    assert seconds == pytest.approx(batches * 2 * 32 / 1000.0 + 0.25)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 10])
 @pytest.mark.parametrize("interval", ["null", 4, 12])
-def test_the_most_that_lies_on_disk_is_what_writing_and_removing_leaves_at_worst(keep, interval):
-    e, lying, most = small(f"train.keep={keep}", f"train.checkpoint_interval={interval}"), [], 0
+def test_disk_is_what_writing_and_removing_leaves_at_worst(keep, interval):
+    experiment = small(f"train.keep={keep}", f"train.checkpoint_interval={interval}")
+    kept = []
+    most = 0
     for step in [24] if interval == "null" else range(interval, 25, interval):
-        lying.append(step)
-        most = max(most, len(lying))
-        lying = sorted({lying[0], *lying[-keep:]})  # at worst the best one is the first
-    found = calibrate.expected(e, 1000, 5000, TIMING)
-    assert found["disk_bytes"] == most * 1e6
-    assert len(lying) - 1 <= found["final_disk_bytes"] / 1e6 <= len(lying)
+        kept.append(step)
+        most = max(most, len(kept))
+        kept = sorted({kept[0], *kept[-keep:]})  # at worst, the best one is the first
+    expected = timing.expected(experiment, 1000, 5000, TIMING)
+    assert expected["disk_bytes"] == most * 1e6
+    assert len(kept) - 1 <= expected["final_disk_bytes"] / 1e6 <= len(kept)
 
 
-def test_the_time_of_a_run_is_the_sum_of_its_parts():
-    found = calibrate.expected(small(), 1000, 5000, TIMING)
-    evaluation = calibrate.evaluation_seconds(small(), 1000, 5000, TIMING)
-    assert found["time_s"] == pytest.approx(
-        24 * 0.5 + 4 * evaluation + 6 * 2.0 + calibrate.start_seconds(TIMING)
-    )
+def test_time_of_a_run_is_the_sum_of_its_parts():
+    expected = timing.expected(small(), 1000, 5000, TIMING)
+    evaluation_s = timing.evaluation_seconds(small(), 1000, 5000, TIMING)
+    assert expected["time_s"] == pytest.approx(5 * 2.0 + 24 * 0.5 + 4 * evaluation_s + 6 * 2.0)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4, 8])
-def test_a_workers_share_is_its_micro_batches_in_its_slots(workers):
-    e, parameters = small(), [torch.nn.Parameter(torch.zeros(4))]
-    share = calibrate._share(e, workers)
-    theirs = Gradients(parameters, e.micro_batches, e.slots, 0, workers).my_slots()
-    assert Gradients(parameters, share.micro_batches, share.slots).my_slots() == theirs
+def test_share_of_a_worker_is_its_micro_batches_in_its_slots(workers):
+    experiment = small()
+    parameters = [torch.nn.Parameter(torch.zeros(4))]
+    whole = Gradients(parameters, experiment.micro_batches, experiment.slots, 0, workers)
+    share = share_of_worker(experiment, workers)
+    alone = Gradients(parameters, share.micro_batches, share.slots)
+    assert alone.my_slots() == whole.my_slots()
 
 
-def test_where_one_micro_batch_stands_for_a_step_the_buffers_of_a_step_are_counted(monkeypatch):
-    monkeypatch.setattr(calibrate, "STEPS_S", 0.3)
-    e, worker = small(), Worker()
-    model = GPT(e.gpt_config(N_VOCAB))
-
-    def first() -> state.TrainState:
-        return state.build(calibrate.one_micro_batch(e), model, worker)
-
-    scaled, _, unused = calibrate._time_steps(e, first(), worker, budget_s=0.0)
-    whole, s, nothing = calibrate._time_steps(e, first(), worker, budget_s=100.0)
-    taken = len(s.gradients.free) + len(s.gradients.stack) + 1
-    assert nothing == 0
-    assert unused == pytest.approx((taken - 1) * s.gradients.size * 4, rel=0.01)
-    assert whole / 20 < scaled < whole * 20
+def test_buffers_of_a_step_are_counted_if_one_micro_batch_stands_for_it(monkeypatch):
+    monkeypatch.setattr(module, "STEPS_S", 0.3)
+    scaled = Bench(small(), N_VOCAB, Worker(), step_budget_s=0.0)
+    whole = Bench(small(), N_VOCAB, Worker(), step_budget_s=100.0)
+    assert scaled.time_steps() > 0
+    assert whole.time_steps() > 0
+    gradients = whole.state.gradients
+    buffers = len(gradients.free) + len(gradients.stack)  # beside the current one
+    assert whole.unused_bytes == 0
+    assert scaled.unused_bytes == pytest.approx(buffers * gradients.size * 4, rel=0.01)
 
 
-# ---- measuring ----
-def test_a_measurement_is_that_of_its_own_process(measured):
-    timing, _ = measured
+# ---- measurement ----
+
+
+def test_measurement_is_that_of_its_own_process_and_is_kept(monkeypatch, tmp_path):
+    ballast = np.ones(1 << 27)  # 1 GiB in this process
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # works from any folder
+    found = measured()
+    assert ballast.nbytes == 1 << 30
     parameters = model_facts(small(), N_VOCAB)["parameters"]
-    assert timing.checkpoint_bytes == pytest.approx(3 * 4 * parameters, rel=0.05)  # and some text
-    assert calibrate.RAY_GIB + 0.1 < timing.memory_gib < 0.9, "this process has more than 1 GiB"
-    assert timing.step_s < 1 < timing.eval_tokens_per_s
+    assert found.checkpoint_bytes == pytest.approx(3 * 4 * parameters, rel=0.05)  # and some text
+    assert RAY_GIB + 0.1 < found.memory_gib < 0.9
+    assert found.step_s > 0 < found.eval_tokens_per_s
 
-
-def test_a_second_measurement_of_the_same_starts_nothing(measured, monkeypatch, started):
-    timing, cache = measured
-    monkeypatch.setenv("XDG_CACHE_HOME", cache)
-    assert (
-        measure()
-        == measure("train.max_steps=48", "schedule.max_lr=1e-5", "train.seed=3", "name=other")
-        == timing
-    )
-    assert started == []
+    monkeypatch.setattr(subprocess, "run", None)  # nothing more is started
+    others = ["train.max_steps=48", "schedule.max_lr=1e-5", "train.seed=3", "name=other"]
+    assert measured() == measured(*others) == found
 
 
 @pytest.mark.parametrize(
-    "other",
+    "word",
     [
         "model.n_embd=64",
         "model.dropout=0.1",
@@ -194,16 +182,27 @@ def test_a_second_measurement_of_the_same_starts_nothing(measured, monkeypatch, 
         "optim.max_grad_norm=null",
     ],
 )
-def test_what_changes_a_step_is_measured_anew(started, other):
-    assert measure() is not None
-    assert measure(other) is not None
+def test_what_changes_a_step_is_measured_again(started, word):
+    assert measured() is not None
+    assert measured(word) is not None
     assert len(started) == 2
 
 
-def test_fresh_measures_again_and_several_workers_evaluate_side_by_side(started):
-    assert measure() == measure(fresh=True) == TIMING
-    assert measure(workers=2).eval_tokens_per_s == 2 * TIMING.eval_tokens_per_s
-    assert len(started) == 3
+def test_several_workers_evaluate_side_by_side(started):
+    two = measure(small(), N_VOCAB, Layout(2, 1, False))
+    assert two.eval_tokens_per_s == 2 * TIMING.eval_tokens_per_s
+
+
+CHANGES = [
+    {"step_s": math.nan},
+    {"step_s": math.inf},
+    {"step_s": -1},
+    {"step_s": 0},
+    {"step_s": True},
+    {"step_s": "1"},
+    {"step_s": None},
+    {"more": 1.0},
+]
 
 
 @pytest.mark.parametrize(
@@ -216,103 +215,78 @@ def test_fresh_measures_again_and_several_workers_evaluate_side_by_side(started)
         b"null",
         b"[" * 100_000,
         b'{"step_s": 1}',
-        *(
-            json.dumps(asdict(TIMING) | change).encode()
-            for change in (
-                {"step_s": math.nan},
-                {"step_s": math.inf},
-                {"step_s": -1},
-                {"step_s": 0},
-                {"step_s": True},
-                {"step_s": "1"},
-                {"step_s": None},
-                {"more": 1.0},
-            )
-        ),
+        *(json.dumps(asdict(TIMING) | change).encode() for change in CHANGES),
     ],
 )
-def test_a_damaged_cache_is_measured_again_and_mended(started, tmp_path, damage):
-    measure()
+def test_damaged_cache_is_measured_again_and_replaced(started, tmp_path, damage):
+    measured()
     [file] = tmp_path.rglob("*.json")
     file.write_bytes(damage)
-    assert calibrate.known(small(), N_VOCAB, 1, 1, False) is None
-    assert measure() == TIMING
+    assert cache.read(small(), N_VOCAB, ONE_WORKER) is None
+    assert measured() == TIMING
     assert len(started) == 2
-    assert calibrate.known(small(), N_VOCAB, 1, 1, False) == TIMING
+    assert cache.read(small(), N_VOCAB, ONE_WORKER) == TIMING
 
 
-def test_a_cache_that_cannot_be_written_costs_nothing_but_time(started, monkeypatch, tmp_path):
+def test_cache_that_cannot_be_written_is_not_needed(started, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert measure() == TIMING
+    assert measured() == TIMING
 
 
-def test_without_a_gpu_a_run_on_gpus_is_not_guessed(started, monkeypatch):
+def test_run_on_gpus_is_unknown_without_a_gpu(started, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert calibrate.measure(small(), N_VOCAB, 1, 1, True) is None
+    assert measure(small(), N_VOCAB, Layout(1, 1, True)) is None
     assert started == []
-    lines = dict(
-        plan.dry_run(
-            small("compute.use_gpu=true", "data.tokenizer=byte", "data.corpus=builtin:stdlib")
-        )
-    )["expected"]
-    assert lines == [
-        "time and memory are unknown: the run asks for a GPU, and this machine has none to time it on"
-    ]
+    words = ["compute.use_gpu=true", "data.tokenizer=byte", "data.corpus=builtin:stdlib"]
+    [line] = dry_run(small(*words))["expected"]
+    assert line.startswith("time and memory are unknown: the run asks for a GPU, and this machine")
 
 
-def test_what_takes_too_long_or_fails_is_not_known_and_not_kept(monkeypatch, tmp_path):
+def test_measurement_that_takes_too_long_or_fails_is_unknown_and_not_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert measure(limit_s=0.05) is None
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    assert measure() is None
-    monkeypatch.setattr(sys, "executable", "/no/such/python")
-    assert measure() is None
+    assert measure(small(), N_VOCAB, ONE_WORKER, limit_s=0.05) is None
+    for python in ("/bin/false", "/no/such/python"):
+        monkeypatch.setattr(sys, "executable", python)
+        assert measured() is None
     assert list(tmp_path.rglob("*.json")) == []
 
 
 # ---- in a run ----
+
 SPLITS = {
     name: Split(tokens, 1, tokens, "", ()) for name, tokens in (("train", 5000), ("val", 1000))
 }
 DATASET = Manifest(Path("tokens"), {"name": "char", "n_vocab": N_VOCAB}, SPLITS)
-LAYOUT = Layout(num_workers=1, cpus_per_worker=1, use_gpu=False)
 
 
-def test_a_run_says_what_it_will_cost(started, capsys):
-    assert driver.estimate_of(small(), DATASET, LAYOUT) == calibrate.expected(
-        small(), 1000, 5000, TIMING
-    )
+def test_run_prints_what_it_will_take(started, capsys):
+    estimate = job.estimate_of(small(), DATASET, ONE_WORKER)
+    assert estimate == timing.expected(small(), 1000, 5000, TIMING)
     assert capsys.readouterr().out.startswith("expected: ")
 
 
-def test_an_estimate_that_fails_does_not_end_a_run(monkeypatch, started, capsys):
-    def fail(*_, **__):
-        raise OSError("no processes left")
-
-    monkeypatch.setattr(subprocess, "run", fail)
-    assert driver.estimate_of(small(), DATASET, LAYOUT) is None
-    monkeypatch.setattr(calibrate, "measure", fail)
-    assert driver.estimate_of(small(), DATASET, LAYOUT) is None
-    assert capsys.readouterr().out == "no estimate of the cost: OSError: no processes left\n"
+def test_estimate_that_fails_does_not_end_a_run(monkeypatch, started, capsys):
+    monkeypatch.setattr(subprocess, "run", None)
+    assert job.estimate_of(small(), DATASET, ONE_WORKER) is None
+    assert "no estimate of the cost: TypeError: " in capsys.readouterr().out
 
 
-def test_a_large_run_waits_for_no_measurement_but_uses_one_that_is_there(started):
-    large = small(
-        "model.n_layer=48", "model.n_embd=1600", "model.n_head=25", "train.micro_batch_size=16"
-    )
-    assert driver.estimate_of(large, DATASET, LAYOUT) is None
+def test_large_run_waits_for_no_measurement_but_uses_a_stored_one(started):
+    words = ["model.n_layer=48", "model.n_embd=1600", "model.n_head=25"]
+    large = small(*words, "train.micro_batch_size=16")
+    assert job.estimate_of(large, DATASET, ONE_WORKER) is None
     assert started == []
-    calibrate.measure(large, N_VOCAB, 1, 1, False)
-    assert driver.estimate_of(large, DATASET, LAYOUT) is not None
+    measure(large, N_VOCAB, ONE_WORKER)
+    assert job.estimate_of(large, DATASET, ONE_WORKER) is not None
     assert len(started) == 1
 
 
-def test_the_comparison_shows_both_and_leaves_out_what_nobody_saw():
+def test_comparison_shows_both_and_leaves_out_what_was_not_measured():
     expected = {"time_s": 110.0, "memory_gib": 0.5, "disk_bytes": 3e6, "final_disk_bytes": 1 << 20}
     seen = {"time_s": 118.0, "memory_gib": 0.625, "final_disk_bytes": 1 << 20}
-    assert plan.comparison_line(expected, seen) == (
+    assert comparison_line(expected, seen) == (
         "expected 1m50s, took 1m58s (+7%); memory 512 MiB expected, 640 MiB seen (+25%); "
         "disk at the end 1 MiB expected, 1 MiB seen (+0%)"
     )
-    assert "memory" not in plan.comparison_line(expected, {**seen, "memory_gib": None})
+    assert "memory" not in comparison_line(expected, {**seen, "memory_gib": None})

@@ -1,0 +1,78 @@
+"""Timings of earlier measurements, in `$XDG_CACHE_HOME/espalier/calibration/`.
+
+Other users may be able to write there: a file that does not hold exactly the numbers of a `Timing`
+counts as missing.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+from orchestrator.cluster.layout import Layout
+from orchestrator.config.experiment import Experiment
+from orchestrator.cost.timing import Timing
+from orchestrator.files import write_atomically
+from orchestrator.train.numerics import device_name
+
+FORMAT = 2  # raise it if something else is measured
+
+
+def file_of(experiment: Experiment, n_vocab: int, layout: Layout) -> Path:
+    """Return the file of a timing: the same for experiments whose steps cost the same."""
+    train = experiment.train
+    key = [
+        FORMAT,
+        asdict(experiment.gpt_config(n_vocab)),
+        train.micro_batch_size,
+        train.global_batch_size,
+        experiment.slots,
+        train.dtype,
+        experiment.optim.model_dump(),
+        layout.num_workers,
+        layout.cpus_per_worker,
+        device_name(layout.device),
+        torch.__version__,
+    ]
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "espalier" / "calibration" / f"{name}.json"
+
+
+def read(experiment: Experiment, n_vocab: int, layout: Layout) -> Timing | None:
+    """Return a stored timing; None if there is none for this layout on this machine."""
+    if layout.use_gpu and not torch.cuda.is_available():
+        return None
+    try:
+        return parse(file_of(experiment, n_vocab, layout).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def write(experiment: Experiment, n_vocab: int, layout: Layout, timing: Timing) -> None:
+    """Store a timing, if the folder can be written to."""
+    file = file_of(experiment, n_vocab, layout)
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(asdict(timing)))
+
+
+def parse(text: str) -> Timing | None:
+    """Return the timing that `text` holds as JSON; None if it is anything else."""
+    try:
+        stored = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    names = {field.name for field in fields(Timing)}
+    if not isinstance(stored, dict) or stored.keys() != names:
+        return None
+    if any(type(value) not in (int, float) for value in stored.values()):  # True is no number
+        return None
+    if not all(0 < value < math.inf for value in stored.values()):
+        return None
+    return Timing(**stored)

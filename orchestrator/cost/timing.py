@@ -1,0 +1,105 @@
+"""Time, memory and disk of a run, computed from a few measured numbers."""
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+from orchestrator.config.experiment import Experiment
+
+# Starts of a process that take as long as the time between launch and first step: Ray starts its
+# controller, then the workers, on shared CPUs.
+STARTS = 5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Measurements of one layout of workers on one machine.
+
+    Attributes:
+        step_s: Seconds of an update.
+        eval_tokens_per_s: Tokens per second of an evaluation, over all workers.
+        sample_s: Seconds of the text that is generated in an evaluation.
+        checkpoint_s: Seconds of a checkpoint.
+        checkpoint_bytes: Size of a checkpoint.
+        memory_gib: Peak memory of a worker: resident on a CPU, allocated by torch on a GPU.
+        startup_s: Seconds from the start of a process until it can build a model.
+    """
+
+    step_s: float
+    eval_tokens_per_s: float
+    sample_s: float
+    checkpoint_s: float
+    checkpoint_bytes: float
+    memory_gib: float
+    startup_s: float
+
+
+class Estimate(TypedDict, total=False):
+    """What a run or a sweep takes; `estimated` in summary.json."""
+
+    time_s: float
+    memory_gib: float  # of a worker
+    disk_bytes: float  # the most that checkpoints take at the same time
+    final_disk_bytes: float  # of a run: checkpoints at its end, if the best is among the latest
+
+
+def expected(
+    experiment: Experiment, n_val_tokens: int, n_train_tokens: int, timing: Timing
+) -> Estimate:
+    """Return what a whole run takes from step 0.
+
+    Args:
+        experiment: The configuration.
+        n_val_tokens: Tokens of the split `val`.
+        n_train_tokens: Tokens of the split `train`.
+        timing: Measured on the machine that will train.
+    """
+    train = experiment.train
+    written = checkpoints(experiment)
+    # The latest ones, the best one, and one that is being written.
+    most = train.keep + 1
+    if train.eval_interval is not None:
+        most += 1
+    evaluation_s = evaluation_seconds(experiment, n_val_tokens, n_train_tokens, timing)
+    return {
+        "time_s": start_seconds(timing)
+        + train.max_steps * timing.step_s
+        + evaluations(experiment) * evaluation_s
+        + written * timing.checkpoint_s,
+        "memory_gib": timing.memory_gib,
+        "disk_bytes": timing.checkpoint_bytes * min(written, most),
+        "final_disk_bytes": timing.checkpoint_bytes * min(written, train.keep),
+    }
+
+
+def start_seconds(timing: Timing) -> float:
+    """Return the seconds from the launch of a run to its first evaluation or step."""
+    return STARTS * timing.startup_s
+
+
+def evaluation_seconds(
+    experiment: Experiment, n_val_tokens: int, n_train_tokens: int, timing: Timing
+) -> float:
+    """Return the seconds of one evaluation: on val, on as many tokens of train, and the sample."""
+    limit = min(experiment.train.eval_tokens or n_val_tokens, n_val_tokens)
+    batch = experiment.train.micro_batch_size * experiment.model.block_size
+    tokens = 0
+    for split in (n_val_tokens, n_train_tokens):
+        batches = -(-min(limit, split) // batch)
+        tokens += batches * batch
+    return tokens / timing.eval_tokens_per_s + timing.sample_s
+
+
+def evaluations(experiment: Experiment) -> int:
+    """Return the number of evaluations of a run: at both ends and at every interval."""
+    interval = experiment.train.eval_interval
+    if interval is None:
+        return 0
+    return 1 + -(-experiment.train.max_steps // interval)
+
+
+def checkpoints(experiment: Experiment) -> int:
+    """Return the number of checkpoints that a run writes: at every interval and at the end."""
+    interval = experiment.train.checkpoint_interval
+    if interval is None:
+        return 1
+    return -(-experiment.train.max_steps // interval)

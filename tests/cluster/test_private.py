@@ -1,0 +1,107 @@
+"""Private functions of Ray, torch and tiktoken: a failure here says what an upgrade broke."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cluster import layout, private
+from orchestrator.cluster.layout import Layout
+from orchestrator.config.experiment import load_experiment
+from orchestrator.runs.folder import RunFolder
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def test_local_cluster_starts_without_the_api_server():
+    from ray._private import node, services
+
+    original = services.start_api_server
+    with private.without_api_server():
+        assert services.start_api_server(include_dashboard=False) == (None, None)
+    assert services.start_api_server is original
+    call = "ray._private.services.start_api_server("
+    assert call in Path(node.__file__).read_text("utf-8"), (
+        "Ray starts its API server in another way: it would call the metadata addresses of clouds"
+    )
+
+
+def test_causes_of_death_are_read_from_the_table_of_actors(ray_cluster):
+    import ray
+
+    @ray.remote
+    class Actor:
+        def end(self) -> None:
+            sys.exit(1)
+
+    actor = Actor.remote()
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(actor.end.remote())
+    assert private.oom_causes() == {}, "this actor did not run out of memory"
+
+    from ray._private.state import actors
+    from ray.core.generated.common_pb2 import ActorDeathCause
+
+    [record] = [found for found in actors().values() if found["DeathCause"] is not None]
+    assert isinstance(record["DeathCause"], ActorDeathCause)
+    assert record["Address"]["NodeID"] == ray.get_runtime_context().get_node_id()
+    assert isinstance(record["Pid"], int)
+    fields = ActorDeathCause.DESCRIPTOR.fields_by_name["oom_context"].message_type.fields_by_name
+    assert "error_message" in fields
+
+
+def test_draining_nodes_are_read_from_the_state_of_the_cluster(ray_cluster):
+    import ray._private.state
+
+    assert ray._private.state.state.get_draining_nodes() == {}
+    assert private.draining_nodes() == {}
+
+
+def test_workers_start_without_unused_processes(ray_cluster, monkeypatch, tmp_path):
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
+
+    from orchestrator.workers import ray_train
+
+    started = []
+
+    def fit(trainer: TorchTrainer) -> None:
+        started.extend(trainer._create_default_callbacks())
+
+    monkeypatch.setattr(TorchTrainer, "fit", fit)
+    ray_train.fit(load_experiment(None, []), RunFolder(tmp_path), tmp_path, Layout(1, 1, False))
+    names = {type(callback).__name__ for callback in started}
+    assert "BackendSetupCallback" in names
+    assert "DatasetsCallback" not in names
+    assert layout.ENVIRONMENT[ENABLE_PREEMPTION_WATCHER_ENV_VAR] == "0"
+
+
+TIMEOUT = """
+import sys
+import torch.distributed as dist
+from orchestrator.cluster import private
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/group", rank=0, world_size=1)
+private.set_collective_timeout(7.0)
+print("set")
+"""
+
+
+def test_timeout_of_collectives_can_be_changed(tmp_path):
+    """`tests/workers/test_watchdog.py` shows that a collective then ends."""
+    done = subprocess.run(
+        [sys.executable, "-c", TIMEOUT, tmp_path], cwd=REPO, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "set\n"
+
+
+def test_encodings_of_tiktoken_show_their_ranks():
+    """`data/tokenizer.py` hashes them and counts the bytes of each token."""
+    from tiktoken import Encoding
+
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    encoding = Encoding("bytes", pat_str=".", mergeable_ranks=ranks, special_tokens={"<end>": 256})
+    assert encoding._mergeable_ranks == ranks
+    assert encoding._special_tokens == {"<end>": 256}
+    assert encoding._pat_str == "."

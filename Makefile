@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STORAGE ?= runs
 
-.PHONY: install quickstart test test-slow faults lint size ui submit clean
+.PHONY: install quickstart test test-slow faults lint size reference ui submit clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,9 @@ lint: install                ## format, lint rules and types, as CI checks them
 
 size: install                ## lines, tokens, files and the longest function of each package
 	$(BIN)/python benchmarks/size.py
+
+reference: install           ## docs/reference.md, the page of all fields, from the configuration
+	$(BIN)/python -m orchestrator.config.reference > docs/reference.md
 
 ui: install                  ## MLflow's pages for the runs in $(STORAGE), on loopback
 	$(BIN)/python pipelines/ui.py $(STORAGE)

@@ -21,19 +21,8 @@ class Peak:
 
     names: str  # regular expression for the whole name of the device
     bfloat16: float | None
-    float16: float | None
-    float32: float | None
-
-    def tflops(self, dtype: str) -> float | None:
-        """Return the peak for matrix products of this type."""
-        by_dtype = {
-            "bfloat16": self.bfloat16,
-            "float16": self.float16,
-            "float32": self.float32,
-        }
-        if dtype not in by_dtype:
-            raise ValueError(f"dtype must be one of {', '.join(by_dtype)}, got {dtype!r}")
-        return by_dtype[dtype]
+    float16: float
+    float32: float
 
 
 # The names must match completely: MIG slices, laptop chips and "Ti" or "D" variants have other
@@ -67,7 +56,7 @@ _PEAKS = (
     # NVIDIA Ampere GA102 GPU architecture whitepaper, appendix A: GeForce RTX 3090, FP32 accumulate
     Peak(r"GeForce RTX 3090", 71, 71, 35.6),
 )
-_UNKNOWN = Peak("", None, None, None)
+_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def parameter_count(config: GPTConfig, positions: bool = True) -> int:
@@ -107,12 +96,13 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     Raises:
         ValueError: Another dtype.
     """
-    found = _UNKNOWN
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     for peak in _PEAKS:
         if re.fullmatch(f"((NVIDIA|Tesla) )?({peak.names})", device_name):
-            found = peak
-    tera = found.tflops(dtype)
-    return None if tera is None else tera * 1e12
+            tera = getattr(peak, dtype)
+            return None if tera is None else tera * 1e12
+    return None
 
 
 def mfu(

@@ -44,10 +44,10 @@ def test_flops_equal_torch_flop_counter():
     config = GPTConfig(block_size=64, vocab_size=512, n_layer=3, n_head=4, n_embd=64, bias=False)
     model = GPT(config)
     tokens = torch.zeros(2, config.block_size, dtype=torch.long)
-    # Unfused attention: the fused kernel's backward computes the scores again, which is not useful work.
+    # The backward pass of fused attention computes the scores again, which MFU does not count.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(tokens, tokens)[1].backward()
-    # The counter sees matrix products only; our N has the LayerNorms' few weights too.
+    # The counter sees only matrix products; our N also has the few weights of the LayerNorms.
     assert counter.get_total_flops() / tokens.numel() == pytest.approx(
         flops_per_token(config), rel=0.005
     )

@@ -12,8 +12,8 @@ from torch.optim import lr_scheduler
 import model.schedule
 from model.schedule import DECAY_SHAPES, SCHEDULES, Schedule, learning_rate
 
-# kind and shape -> rates at steps 0..11 and 99 for max_lr 1, floor 0.2, 3 steps of warmup, the end at 11;
-# wsd decays over the last 4 of 11 steps (0.35 * 11 = 3.85), so from step 7.
+# (kind, shape) -> rates at steps 3..11, for max_lr 1, floor 0.2, 3 steps of warmup and the end at 11.
+# wsd decays over the last 4 of 11 steps (0.35 * 11 = 3.85), from step 7 on.
 HALF = math.sqrt(0.5)
 WARMUP = [0.25, 0.5, 0.75]
 TABLES = {

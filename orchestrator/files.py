@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,23 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
         # On a full disk, an incomplete file must not keep the last free bytes.
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def replacement(path: Path) -> Iterator[Path]:
+    """Replace a file in one step by one that the `with` block writes.
+
+    Yields:
+        A temporary path in the same folder. At the end of the block the file there is forced to
+        disk and gets the name `path`; after an exception it is removed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        yield temporary
+        fsync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -5,13 +5,12 @@
 row group holds rows of one split, so that its statistics find a token quickly.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 from orchestrator.data.dataset import INDEX_FILE, load_manifest, verify
-from orchestrator.files import fsync
+from orchestrator.files import replacement
 
 GROUP_ROWS = 65_536
 
@@ -24,20 +23,17 @@ def write_index(directory: Path, splits: dict[str, Iterable[Entry]]) -> None:
     import pyarrow.parquet as pq
 
     schema = pa.schema([("split", pa.string()), ("offset", pa.int64()), ("document", pa.string())])
-    temporary = directory / f".{INDEX_FILE}.{os.getpid()}-{os.urandom(4).hex()}"
-    try:
-        with pq.ParquetWriter(
+    with (
+        replacement(directory / INDEX_FILE) as temporary,
+        pq.ParquetWriter(
             temporary, schema, version="2.6", compression="zstd", store_schema=False
-        ) as writer:
-            for split, entries in splits.items():
-                for group in _groups(entries):
-                    offsets, documents = zip(*group, strict=True)
-                    table = pa.table([[split] * len(group), offsets, documents], schema)
-                    writer.write_table(table, row_group_size=GROUP_ROWS)
-        fsync(temporary)
-        os.replace(temporary, directory / INDEX_FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
+        ) as writer,
+    ):
+        for split, entries in splits.items():
+            for group in _groups(entries):
+                offsets, documents = zip(*group, strict=True)
+                table = pa.table([[split] * len(group), offsets, documents], schema)
+                writer.write_table(table, row_group_size=GROUP_ROWS)
 
 
 def documents_of(directory: Path, split: str, offset: int, length: int) -> list[tuple[str, int]]:

@@ -74,44 +74,38 @@ def find_prepared(data: "Data", directory: Path) -> Manifest | None:
 
 def _differences(data: "Data", manifest: Manifest) -> list[str]:
     """Return what differs between a dataset and the one that is wanted, one line each."""
-    differences = []
-    for key, wanted in settings_of(data).items():
-        stored = manifest.settings.get(key)
-        if stored != wanted:
-            differences.append(f"data.{key} is {stored} there and {wanted} here")
+    before = {f"data.{key}": value for key, value in manifest.settings.items()}
+    now = {f"data.{key}": value for key, value in settings_of(data).items()}
     try:
         sources = corpus.resolve(data.corpus)
     except UserError:
         # The dataset may have been copied here without its corpus.
         if not _has_same_roots(data, manifest):
             raise
+        sources = []
+    else:
+        before |= {stored["name"]: f"{stored['size']} bytes" for stored in manifest.sources}
+        for source in sources:
+            if source.size is None:  # a download that is not on this machine
+                now[source.name] = before.get(source.name)
+            else:
+                now[source.name] = f"{source.size} bytes"
+    differences = [
+        f"{name} is {before.get(name, 'missing')} there and {now.get(name, 'missing')} here"
+        for name in before | now
+        if before.get(name) != now.get(name)
+    ]
+    if differences or not sources:
         return differences
-    differences += _source_differences(sources, manifest)
-    return differences or _changed_content(sources, manifest)
+    if [source.name for source in sources] != [stored["name"] for stored in manifest.sources]:
+        return ["data.corpus has the same files in another order"]
+    return _changed_content(sources, manifest)
 
 
 def _has_same_roots(data: "Data", manifest: Manifest) -> bool:
     entries = [data.corpus] if isinstance(data.corpus, str) else data.corpus
     roots = {source["name"].split("/", 1)[0] for source in manifest.sources}
     return {corpus.root_name(entry) for entry in entries} == roots
-
-
-def _source_differences(sources: list[Source], manifest: Manifest) -> list[str]:
-    before = [stored["name"] for stored in manifest.sources]
-    now = [source.name for source in sources]
-    removed = sorted(set(before) - set(now))
-    added = sorted(set(now) - set(before))
-    if removed or added:
-        return [f"{name} was in its corpus and is not in data.corpus" for name in removed] + [
-            f"{name} is in data.corpus and was not in its corpus" for name in added
-        ]
-    if before != now:
-        return ["data.corpus has the same files in another order"]
-    return [
-        f"{source.name} had {stored['size']} bytes and has {source.size}"
-        for source, stored in zip(sources, manifest.sources, strict=True)
-        if source.size not in (None, stored["size"])
-    ]
 
 
 def _changed_content(sources: list[Source], manifest: Manifest) -> list[str]:

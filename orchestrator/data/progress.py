@@ -1,44 +1,48 @@
-"""One steady line for work that is measured in bytes: how far, how fast, how long still."""
+"""One line about work that is measured in bytes: how far, how fast, how much longer."""
 
 import sys
 import time
 
 from orchestrator.text import duration
 
-INTERVAL_S = 5.0  # between two lines where there is no terminal to rewrite one
+TERMINAL_INTERVAL_S = 0.2
+FILE_INTERVAL_S = 5.0  # where no terminal can rewrite the line
 
 
 class ProgressLine:
-    """Call it with (stage, done, total) in bytes; a stage ends when done reaches total."""
+    """Prints the progress; call it with (stage, bytes done, bytes in all)."""
 
-    def __init__(self):
-        self.stage, self.started, self.shown = "", 0.0, 0.0
+    def __init__(self) -> None:
+        self.stage = ""
+        self.started = 0.0
+        self.shown = 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
         if stage != self.stage:
-            self.stage, self.started, self.shown = stage, now, now
-        terminal, ended = sys.stdout.isatty(), done >= total
-        if not ended and now - self.shown < (0.2 if terminal else INTERVAL_S):
+            self.stage = stage
+            self.started = now
+            self.shown = now
+        terminal = sys.stdout.isatty()
+        interval = TERMINAL_INTERVAL_S if terminal else FILE_INTERVAL_S
+        ended = done >= total
+        if not ended and now - self.shown < interval:
             return
         self.shown = now
         line = format_progress(stage, done, total, now - self.started)
-        print(
-            f"\r{line}\x1b[K" if terminal else line,
-            end="" if terminal and not ended else "\n",
-            flush=True,
-        )
+        if terminal:
+            line = f"\r{line}\x1b[K"
+        print(line, end="" if terminal and not ended else "\n", flush=True)
 
 
 def format_progress(stage: str, done: int, total: int, seconds: float) -> str:
-    """`tokenizing 512.0 of 1,024.0 MB | 50 % | 11.2 MB/s | ETA 46s`."""
+    """Return `tokenizing 512.0 of 1,024.0 MB |  50% | 11.2 MB/s | ETA 46s`."""
     speed = done / seconds if seconds > 0 else 0.0
-    share = done / total if total else 1.0
-    parts = [
-        f"{stage} {done / 1e6:,.1f} of {total / 1e6:,.1f} MB",
-        f"{share:4.0%}",
-        f"{speed / 1e6:.1f} MB/s",
-    ]
-    if speed and done < total:
-        parts.append(f"ETA {duration((total - done) / speed)}")
-    return " | ".join(parts)
+    share = done / total if total > 0 else 1.0
+    line = (
+        f"{stage} {done / 1e6:,.1f} of {total / 1e6:,.1f} MB | {share:4.0%} | "
+        f"{speed / 1e6:.1f} MB/s"
+    )
+    if speed > 0 and done < total:
+        line += f" | ETA {duration((total - done) / speed)}"
+    return line

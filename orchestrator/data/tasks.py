@@ -1,268 +1,240 @@
-"""The three jobs of a preparation, each a pure function of a file system and a small dict: survey, tokenize, assemble.
+"""The work of a preparation, as tasks that run on any node and in any order: survey and tokenize.
 
-Ray runs them anywhere and in any order (see `tokens.py`); none knows of Ray. A chunk's ids go to part files, one for
-each split, with a sidecar that is written last: `00000012.train.bin`, `00000012.val.bin`, `00000012.json`. A part whose
-sidecar and SHA-256 are right is not made again. Shards are exact slices of the parts laid end to end.
+Each task is a function of files and of arguments that can be stored as JSON. `prepare.py` runs the
+tasks on Ray; this module does not import Ray. The third task is `parts.write_slices`.
 """
 
 import functools
 import hashlib
 import json
-import os
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from orchestrator.data.dataset import ROW_TOKENS
-from orchestrator.data.documents import Piece, Span, pieces
-from orchestrator.data.shards import ROW_GROUP_ROWS, write_shard
+from orchestrator.data.corpus import Source
+from orchestrator.data.documents import Piece, Span, read_pieces, reader_of
+from orchestrator.data.parts import SPLITS, Part, PartFacts, find_complete, sidecar_file
 from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
 from orchestrator.errors import UserError
-from orchestrator.files import file_sha256, fsync, write_atomically
+from orchestrator.files import file_sha256, write_atomically
 
-SPLITS = ("train", "val")
-_LONG_SPACE = re.compile(r"\s{100000,}")
+if TYPE_CHECKING:
+    from orchestrator.config.experiment import Data
 
-
-def survey(job: dict[str, Any]) -> dict[str, Any]:
-    """SHA-256 of whole files, or the characters of a chunk.
-
-    `{"sources": [[number, path], …]}` -> `{"bytes", "sha256": [[number, hex], …]}`;
-    `{"id", "spans", "text_field"}` -> `{"bytes", "id", "characters", "seen"}`.
-    """
-    if "sources" in job:
-        return {
-            "bytes": sum(os.path.getsize(path) for _, path in job["sources"]),
-            "sha256": [[number, file_sha256(path)] for number, path in job["sources"]],
-        }
-    count, seen = 0, set()
-    for piece in _pieces(job):
-        count += len(piece.text)
-        seen.update(piece.text)
-    return {
-        "bytes": sum(span["end"] - span["start"] for span in job["spans"]),
-        "id": job["id"],
-        "characters": count,
-        "seen": "".join(sorted(seen)),
-    }
+SpanJson = dict[str, Any]  # the fields of `Span`
+Job = dict[str, Any]  # the arguments of one task
 
 
-def tokenize(job: dict[str, Any]) -> dict[str, Any]:
-    """Turn a chunk into its part files, unless they are there.
-
-    Args:
-        job: `id`, `spans`, `text_field`, `tokenizer` (name, SHA-256), `directory`, `parts`, `append_eot`, and what
-            decides the split: `cut` (characters of this chunk that come before val), or `val_fraction` and `val_spans`
-            (whether a span of a text file is val, whose hash is known beforehand; None for other kinds).
+def plan_chunks(sources: list[Source], chunk_bytes: int, data: "Data") -> list[list[Span]]:
+    """Lay the files end to end and cut them every `chunk_bytes` bytes.
 
     Returns:
-        `{"id", "train": {"tokens", "bytes", "documents"}, "val": {…}}`.
+        The spans of each chunk. An empty file has one empty span.
     """
-    stem = os.path.join(job["parts"], f"{job['id']:08d}")
-    done = _complete(stem)
-    if done is None:
-        tokenizer = _tokenizer(*job["tokenizer"], job["directory"])
-        writers = {split: _Writer(f"{stem}.{split}.bin", tokenizer) for split in SPLITS}
-        try:
-            for split, piece, opens in _assigned(job):
-                writers[split].add(piece, opens, job["append_eot"])
-            done = {split: writer.close() for split, writer in writers.items()}
-        finally:
-            for writer in writers.values():
-                writer.discard()
-        write_atomically(Path(f"{stem}.json"), json.dumps(done), durable=True)
-    return {
-        "id": job["id"],
-        **{
-            split: {"tokens": d["tokens"], "bytes": d["bytes"], "documents": len(d["index"])}
-            for split, d in done.items()
-        },
+    replace_invalid = data.invalid_utf8 == "replace"
+    chunks: list[list[Span]] = [[]]
+    room = chunk_bytes
+    for source in sources:
+        path = str(source.path)
+        size = source.bytes
+        start = 0
+        while True:
+            if room == 0:
+                chunks.append([])
+                room = chunk_bytes
+            end = min(size, start + room)
+            span = Span(path, source.name, size, start, end, data.text_field, replace_invalid)
+            chunks[-1].append(span)
+            room -= end - start
+            start = end
+            if start == size:
+                break
+    return chunks
+
+
+# ---- survey ----
+
+
+class Survey(TypedDict):
+    """What a chunk contains."""
+
+    sha256: dict[str, str]  # of each file that begins in the chunk, by path
+    characters: int
+    seen: str  # the characters that occur
+
+
+def survey_jobs(chunks: list[list[Span]], count_characters: bool) -> list[Job]:
+    """Return the arguments of `survey` for each chunk."""
+    return [
+        {"spans": [asdict(span) for span in spans], "count_characters": count_characters}
+        for spans in chunks
+    ]
+
+
+def survey(spans: list[SpanJson], count_characters: bool) -> Survey:
+    """Hash the files that begin in a chunk, and count its characters."""
+    chunk = _from_json(spans)
+    hashes = {span.path: file_sha256(span.path) for span in chunk if span.start == 0}
+    characters, seen = count(chunk) if count_characters else (0, set())
+    return {"sha256": hashes, "characters": characters, "seen": "".join(sorted(seen))}
+
+
+def count(spans: Iterable[Span]) -> tuple[int, set[str]]:
+    """Return the number of characters, and which characters occur."""
+    characters = 0
+    seen: set[str] = set()
+    for span in spans:
+        for piece in read_pieces(span):
+            characters += len(piece.text)
+            seen.update(piece.text)
+    return characters, seen
+
+
+def _from_json(spans: list[SpanJson]) -> list[Span]:
+    return [Span(**span) for span in spans]
+
+
+# ---- tokenize ----
+
+
+def tokenize_jobs(chunks: list[list[Span]], surveys: list[Survey], data: "Data") -> list[Job]:
+    """Return the arguments of `tokenize` that differ between the chunks."""
+    before = [0, *accumulate(survey["characters"] for survey in surveys)]
+    cut = tail_cut(before[-1], data.val_fraction)
+    val_files = {
+        path
+        for survey in surveys
+        for path, sha256 in survey["sha256"].items()
+        if is_val(sha256, data.val_fraction)
     }
+    return [
+        {
+            "chunk": i,
+            "spans": [asdict(span) for span in spans],
+            "train_characters": cut - before[i] if data.split == "tail" else None,
+            "val_files": [span.path for span in spans if span.path in val_files],
+        }
+        for i, spans in enumerate(chunks)
+    ]
 
 
-def assemble(job: dict[str, Any]) -> dict[str, Any]:
-    """Write one shard; under its name it is whole or not there.
+def tokenize(
+    chunk: int,
+    spans: list[SpanJson],
+    train_characters: int | None,
+    val_files: list[str],
+    *,
+    val_fraction: float,
+    tokenizer: tuple[str, str],
+    append_eot: bool,
+    dataset: str,
+    folder: str,
+) -> dict[str, PartFacts]:
+    """Write the part files of a chunk, unless they are complete.
 
-    `path`, `tokens`, `dtype`, `slices`: [[part file, first token, count], …] -> its entry in the manifest.
+    Args:
+        chunk: Its number.
+        spans: Its spans.
+        train_characters: Number of characters of the chunk that are train, if `split` is `tail`.
+            None: the hash of each document decides.
+        val_files: Files that are val if they are one document; their hashes are known already.
+        val_fraction: Share of all other documents that are val.
+        tokenizer: Its name and SHA-256.
+        append_eot: End each document with the end-of-text id.
+        dataset: Folder of the dataset, which has the tokenizer.
+        folder: Folder of the part files.
+
+    Returns:
+        The sidecar of the chunk.
     """
-    path = Path(job["path"])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
-    try:
-        rows = write_shard(
-            temporary, np.dtype(job["dtype"]), _row_groups(job["slices"], np.dtype(job["dtype"]))
-        )
-        fsync(temporary)
-        sha256 = file_sha256(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return {"name": path.name, "rows": rows, "tokens": job["tokens"], "sha256": sha256}
+    parts = Path(folder)
+    facts = find_complete(parts, chunk)
+    if facts is not None:
+        return facts
+    encoder = _tokenizer(*tokenizer, dataset)
+    made = {split: Part() for split in SPLITS}
+    for split, piece, begins in _split_pieces(spans, train_characters, val_files, val_fraction):
+        part = made[split]
+        if begins:
+            part.index.append((piece.document, part.tokens))
+        try:
+            part.add(encoder.encode(piece.text))
+        except UserError as error:
+            raise UserError(f"{piece.document}: {error}") from None
+        part.bytes += len(piece.text.encode())
+        if append_eot and piece.ends:
+            part.add(np.array([encoder.eot_id], encoder.dtype))
+    facts = {split: part.save(parts, chunk, split) for split, part in made.items()}
+    write_atomically(sidecar_file(parts, chunk), json.dumps(facts), durable=True)
+    return facts
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenizer(name: str, _sha256: str, dataset: str) -> Tokenizer:
+    """Load a tokenizer once per process.
+
+    The SHA-256 is in the key of the cache: a process may prepare another corpus in the same folder,
+    which has other characters.
+    """
+    return load_tokenizer(name, Path(dataset))
+
+
+# ---- which split a piece belongs to ----
 
 
 def tail_cut(characters: int, val_fraction: float) -> int:
-    """`split: tail`: how many characters are train. As an exact fraction: 1 - 0.9 as a float is less than 0.1."""
+    """Return the number of characters that are train if `split` is `tail`.
+
+    It is computed as an exact fraction: as a float, 1 − 0.9 is less than 0.1.
+    """
     return int((1 - Fraction(str(val_fraction))) * characters)
 
 
 def is_val(content_sha256: str, val_fraction: float) -> bool:
-    """`split: hash`: a document's own hash decides, so that other documents never move it."""
+    """Return whether a document is val if `split` is `hash`.
+
+    Only its own content decides, so other documents never move it.
+    """
     return int(content_sha256[:16], 16) < val_fraction * 2**64
 
 
-# ---- which split ----
-def _assigned(job: dict[str, Any]) -> Iterator[tuple[str, Piece, bool]]:
-    """Pieces with their split, and whether a document (or the val part of one that is cut) begins there."""
-    if job["cut"] is None:
-        for span, val in zip(job["spans"], job["val_spans"], strict=True):
-            for piece in pieces(Span(**span), job["text_field"]):
-                if span["kind"] != "text":
-                    val = is_val(
-                        hashlib.sha256(piece.text.encode()).hexdigest(), job["val_fraction"]
-                    )
-                yield SPLITS[val], piece, piece.starts
-        return
-    position = 0
-    for piece in _pieces(job):
-        yield from _cut(piece, job["cut"] - position)
-        position += len(piece.text)
+def _split_pieces(
+    spans: list[SpanJson],
+    train_characters: int | None,
+    val_files: list[str],
+    val_fraction: float,
+) -> Iterator[tuple[str, Piece, bool]]:
+    """Return split and piece, and whether a document or the val part of one begins with it."""
+    for span in _from_json(spans):
+        one_document = reader_of(span.name).one_document
+        for piece in read_pieces(span):
+            if train_characters is not None:
+                yield from _cut(piece, train_characters)
+                train_characters -= len(piece.text)
+                continue
+            if one_document:
+                val = span.path in val_files
+            else:
+                val = is_val(hashlib.sha256(piece.text.encode()).hexdigest(), val_fraction)
+            yield SPLITS[val], piece, piece.starts
 
 
 def _cut(piece: Piece, cut: int) -> Iterator[tuple[str, Piece, bool]]:
-    """Split a piece after `cut` characters. An end belongs to the split of the last character before it."""
-    n = len(piece.text)
-    if n == 0 and not piece.starts:
-        # The empty rest of a document whose last character is exactly at the cut: its end must not slip into val.
+    """Cut a piece after `cut` characters. The end of a document follows its last character."""
+    text = piece.text
+    if not text and not piece.starts:
+        # The empty rest of a document whose last character is just before the cut stays in train.
         yield SPLITS[cut < 0], piece, False
-    elif cut >= n and cut > 0:
-        yield "train", piece, piece.starts
     elif cut <= 0:
         yield "val", piece, piece.starts or cut == 0
+    elif cut >= len(text):
+        yield "train", piece, piece.starts
     else:
-        yield (
-            "train",
-            Piece(piece.document, piece.text[:cut], piece.offset, piece.starts, False),
-            piece.starts,
-        )
-        rest = piece.offset + len(piece.text[:cut].encode())
-        yield "val", Piece(piece.document, piece.text[cut:], rest, False, piece.ends), True
-
-
-def _pieces(job: dict[str, Any]) -> Iterator[Piece]:
-    for span in job["spans"]:
-        yield from pieces(Span(**span), job["text_field"])
-
-
-# ---- parts ----
-@dataclass
-class _Writer:
-    """Ids of one split of one chunk, under a name of its own: a killed driver's orphans may still write theirs."""
-
-    path: str
-    tokenizer: Tokenizer
-    tokens: int = 0
-    bytes: int = 0
-    index: list[tuple[str, int]] = field(
-        default_factory=list
-    )  # document, its first token in this part
-
-    def __post_init__(self):
-        self.temporary = f"{self.path}.{os.getpid()}-{os.urandom(4).hex()}"
-        self.file, self.digest = open(self.temporary, "wb"), hashlib.sha256()  # noqa: SIM115 - closed by close or discard
-
-    def add(self, piece: Piece, opens: bool, append_eot: bool) -> None:
-        if opens:
-            self.index.append((piece.document, self.tokens))
-        self._write(encode(self.tokenizer, piece))
-        self.bytes += len(piece.text.encode())
-        if append_eot and piece.ends:
-            self._write(np.array([self.tokenizer.eot_id], self.tokenizer.dtype))
-
-    def _write(self, ids: np.ndarray) -> None:
-        self.file.write(ids.data)
-        self.digest.update(ids.data)
-        self.tokens += len(ids)
-
-    def close(self) -> dict[str, Any]:
-        self.file.close()
-        os.replace(self.temporary, self.path)
-        return {
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "sha256": self.digest.hexdigest(),
-            "index": self.index,
-        }
-
-    def discard(self) -> None:
-        self.file.close()
-        Path(self.temporary).unlink(missing_ok=True)
-
-
-def encode(tokenizer: Tokenizer, piece: Piece) -> np.ndarray:
-    """Ids of a piece, (tokens,).
-
-    Raises:
-        UserError: about 1,000,000 whitespace characters in a row are more than tiktoken can take.
-    """
-    try:
-        return tokenizer.encode(piece.text)
-    except BaseException as error:
-        # tiktoken's regular expressions overflow with a ValueError or with Rust's panic, which is no Exception.
-        if type(error).__name__ != "PanicException" and not (
-            isinstance(error, ValueError) and "Regex" in str(error)
-        ):
-            raise
-        run = _LONG_SPACE.search(piece.text)
-        where = (
-            f"{len(run[0]):,} whitespace characters in a row"
-            if run
-            else "a run too long for its pattern"
-        )
-        at = (
-            f" from its byte {piece.offset + len(piece.text[: run.start()].encode())} on"
-            if run
-            else ""
-        )
-        raise UserError(
-            f"{piece.document}: {where}{at}, more than tiktoken can take; shorten it in the corpus, or use "
-            f"data.tokenizer=byte"
-        ) from None
-
-
-@functools.lru_cache(maxsize=2)
-def _tokenizer(name: str, sha256: str, directory: str) -> Tokenizer:
-    # The hash is in the key: a worker lives longer than a dataset, and `char` in the same folder may be another one.
-    return load_tokenizer(name, Path(directory))
-
-
-def _complete(stem: str) -> dict[str, Any] | None:
-    try:
-        done = json.loads(Path(f"{stem}.json").read_bytes())
-        whole = all(file_sha256(f"{stem}.{split}.bin") == done[split]["sha256"] for split in SPLITS)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return done if whole else None
-
-
-# ---- shards ----
-def _row_groups(slices: list[list[Any]], dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Slices of part files end to end, in row groups; the last one padded with zeros to whole rows."""
-    size = ROW_GROUP_ROWS * ROW_TOKENS
-    group, filled = np.zeros(size, dtype), 0
-    for path, first, count in slices:
-        with open(path, "rb") as file:
-            file.seek(first * dtype.itemsize)
-            while count:
-                ids = np.fromfile(file, dtype, min(count, size - filled))
-                assert len(ids), f"{path} is shorter than its sidecar says"
-                group[filled : filled + len(ids)] = ids
-                filled, count = filled + len(ids), count - len(ids)
-                if filled == size:
-                    yield group
-                    group, filled = np.zeros(size, dtype), 0
-    if filled:
-        yield group[: -(-filled // ROW_TOKENS) * ROW_TOKENS]
+        yield "train", replace(piece, text=text[:cut], ends=False), piece.starts
+        offset = piece.offset + len(text[:cut].encode())
+        yield "val", replace(piece, text=text[cut:], offset=offset, starts=False), True

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 
 from orchestrator.config.experiment import Data
 from orchestrator.data.batches import TokenStream
-from orchestrator.data.documents import Span, pieces, plan_spans
+from orchestrator.data.corpus import Source
+from orchestrator.data.documents import Span, read_pieces
 from orchestrator.data.prepare import prepare
+from orchestrator.data.tasks import plan_chunks
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
 from tests.helpers.here import here
@@ -148,7 +150,7 @@ def check(
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_any_corpus_reads_back(gpt2_ranks, name):
-    @settings(relaxed, max_examples=40)
+    @relaxed
     @given(files=corpora, chunks=st.integers(1, 7))
     @example(files=[("txt", b"")], chunks=1)
     @example(files=[("txt", "\ufeff".encode()), ("jsonl", b""), ("txt", b"\0")], chunks=4)
@@ -209,17 +211,13 @@ def test_what_is_no_utf8_is_replaced_alike_wherever_the_text_is_cut(content, chu
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "t.txt"
         file.write_bytes(content)
-        spans = [
-            Span(str(file), "t.txt", "text", len(content), a, b, True)
-            for chunk in plan_spans([len(content)], chunk_bytes)
-            for _, a, b in chunk
-        ]
-        assert "".join(p.text for span in spans for p in pieces(span, "text")) == content.decode(
-            "utf-8", "replace"
-        )
+        source = Source("t.txt", file, len(content))
+        chunks = plan_chunks([source], chunk_bytes, Data(invalid_utf8="replace"))
+        found = [p.text for spans in chunks for span in spans for p in read_pieces(span)]
+        assert "".join(found) == content.decode("utf-8", "replace")
 
 
-@settings(relaxed, max_examples=40)
+@relaxed
 @given(files=corpora)
 def test_unless_told_so_nothing_is_replaced(files):
     """By default such a corpus is refused with the file's name and the byte; any other one gives the same streams."""
@@ -256,11 +254,11 @@ def test_invalid_utf8_in_parquet_is_replaced_too(tmp_path, raw):
     pq.write_table(pa.table({"text": column}), tmp_path / "p.parquet")
     size = (tmp_path / "p.parquet").stat().st_size
     for replace in (True, False):
-        span = Span(str(tmp_path / "p.parquet"), "p.parquet", "parquet", size, 0, size, replace)
+        span = Span(str(tmp_path / "p.parquet"), "p.parquet", size, 0, size, replace=replace)
         if replace:
-            assert [p.text for p in pieces(span, "text")] == [
+            assert [p.text for p in read_pieces(span)] == [
                 (b"a" + raw + b"z").decode("utf-8", "replace")
             ]
         else:
             with pytest.raises(UserError, match="row 0, byte 1 of 'text' is not UTF-8"):
-                list(pieces(span, "text"))
+                list(read_pieces(span))

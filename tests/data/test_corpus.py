@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import itertools
 import json
 import threading
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data import corpus
-from orchestrator.data.corpus import fetch, resolve, root_name
-from orchestrator.data.documents import Span, pieces, plan_spans
+from orchestrator.config.experiment import Data
+from orchestrator.data.corpus import Source, fetch, resolve, root_name
+from orchestrator.data.documents import read_pieces
+from orchestrator.data.tasks import plan_chunks
 from orchestrator.errors import UserError
 
 
@@ -143,17 +145,12 @@ def test_an_address_that_does_not_answer_is_a_users_error(server):
 
 
 # ---- documents ----
-def read_all(path: Path, chunk_bytes: int, kind: str = "text") -> list:
-    size = path.stat().st_size
-    return [
-        piece
-        for chunk in plan_spans([size], chunk_bytes)
-        for _, start, end in chunk
-        for piece in pieces(Span(str(path), path.name, kind, size, start, end), "text")
-    ]
+def read_all(path: Path, chunk_bytes: int) -> list:
+    source = Source(path.name, path, path.stat().st_size)
+    chunks = plan_chunks([source], chunk_bytes, Data())
+    return [piece for spans in chunks for span in spans for piece in read_pieces(span)]
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60), chunk=st.integers(1, 70)
 )
@@ -174,7 +171,7 @@ def test_every_json_line_is_read_once_wherever_the_file_is_cut(tmp_path, chunk):
     path.write_bytes(
         "\n".join([lines[0], "", *lines[1:]]).encode()
     )  # a blank line, and none at the end
-    found = read_all(path, chunk, "jsonl")
+    found = read_all(path, chunk)
     assert [p.text for p in found] == texts
     data = path.read_bytes()
     for p in found:  # a document's name says where its line begins
@@ -186,7 +183,7 @@ def test_every_row_of_parquet_is_read_once(tmp_path, chunk):
     texts = [f"document {i} " * (i % 5) for i in range(50)]
     path = tmp_path / "d.parquet"
     pq.write_table(pa.table({"id": list(range(50)), "text": texts}), path, row_group_size=7)
-    found = read_all(path, chunk, "parquet")
+    found = read_all(path, chunk)
     assert [p.text for p in found] == texts
     assert [p.document for p in found] == [f"d.parquet#{i}" for i in range(50)]
 
@@ -194,7 +191,7 @@ def test_every_row_of_parquet_is_read_once(tmp_path, chunk):
 def test_half_a_surrogate_pair_in_json_becomes_a_replacement_character(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"text": "a\\ud800b \\ud83d\\ude00"}')
-    assert [p.text for p in read_all(path, 100, "jsonl")] == ["a\ufffdb 😀"]
+    assert [p.text for p in read_all(path, 100)] == ["a\ufffdb 😀"]
 
 
 @pytest.mark.parametrize(
@@ -203,10 +200,10 @@ def test_half_a_surrogate_pair_in_json_becomes_a_replacement_character(tmp_path)
         ("t.txt", b"abc \xff def", r"t\.txt: byte 4 \(0xff\)"),
         ("t.txt", b"word " * 50 + b"\xe4\xb8", "byte 250"),
         ("d.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "byte 24"),
-        ("d.jsonl", b'{"text": "a"}\n{"text": \n', "line at byte 14 is no JSON"),
+        ("d.jsonl", b'{"text": "a"}\n{"text": \n', "line at byte 14 is not JSON"),
         ("d.jsonl", b'{"body": "a"}\n', "no field 'text'.*body"),
-        ("d.jsonl", b'{"text": null}\n', "no text but None"),
-        ("d.jsonl", b"[1]\n", "no JSON object"),
+        ("d.jsonl", b'{"text": null}\n', "not text but None"),
+        ("d.jsonl", b"[1]\n", "not a JSON object"),
         ("d.parquet", b"PAR1 no", "cannot be read as Parquet"),
     ],
 )
@@ -214,7 +211,7 @@ def test_half_a_surrogate_pair_in_json_becomes_a_replacement_character(tmp_path)
 def test_what_cannot_be_read_is_located(tmp_path, name, content, says, chunk):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=says):
-        read_all(tmp_path / name, chunk, corpus._kind(name))
+        read_all(tmp_path / name, chunk)
 
 
 @pytest.mark.parametrize(
@@ -228,17 +225,18 @@ def test_what_cannot_be_read_is_located(tmp_path, name, content, says, chunk):
 def test_parquet_without_text_is_explained(tmp_path, column, says):
     pq.write_table(pa.table(column), tmp_path / "d.parquet")
     with pytest.raises(UserError, match=says):
-        read_all(tmp_path / "d.parquet", 10**6, "parquet")
+        read_all(tmp_path / "d.parquet", 10**6)
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.integers(1, 60))
-def test_spans_cover_every_byte_once_in_order(sizes, chunk):
-    chunks = plan_spans(sizes, chunk)
-    flat = [span for c in chunks for span in c]
-    assert [n for n, _, _ in flat] == sorted(n for n, _, _ in flat)
-    for number, size in enumerate(sizes):
-        mine = [(a, b) for n, a, b in flat if n == number]
+def test_spans_cover_every_byte_once_in_order(sizes, chunk_bytes):
+    sources = [Source(f"{n:02d}", Path(f"{n:02d}"), size) for n, size in enumerate(sizes)]
+    chunks = plan_chunks(sources, chunk_bytes, Data())
+    spans = [span for chunk in chunks for span in chunk]
+    assert [span.name for span in spans] == sorted(span.name for span in spans)
+    for source in sources:
+        mine = [(span.start, span.end) for span in spans if span.name == source.name]
         assert mine[0][0] == 0
-        assert mine[-1][1] == size
-        assert all(left[1] == right[0] for left, right in zip(mine, mine[1:], strict=False))
-    assert all(sum(b - a for _, a, b in c) <= chunk for c in chunks)
+        assert mine[-1][1] == source.size
+        assert all(left[1] == right[0] for left, right in itertools.pairwise(mine))
+    assert all(sum(span.end - span.start for span in chunk) <= chunk_bytes for chunk in chunks)

@@ -195,13 +195,14 @@ def test_ranks_with_one_changed_byte_are_named_and_not_used(gpt2_ranks, tmp_path
     cache = Path(shutil.copytree(gpt2_ranks, tmp_path / "ranks"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
     monkeypatch.setattr(tiktoken.load, "read_file", unreachable)
-    monkeypatch.setattr(tokenizer, "_named", tokenizer._named.__wrapped__)
+    tokenizer._tiktoken.cache_clear()
     before, found = load_tokenizer("gpt2").sha256, []
     for file in sorted(cache.iterdir()):
         content = file.read_bytes()
         monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
         file.write_bytes(content[:999] + bytes([content[999] ^ 1]) + content[1000:])
-        used = str(file) in refusal(lambda: load_tokenizer("gpt2"))
+        tokenizer._tiktoken.cache_clear()
+        used = "a damaged file is removed" in refusal(lambda: load_tokenizer("gpt2"))
         found.append(used)
         if used:
             file.write_bytes(content)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,16 @@ import pytest
 
 from orchestrator.config.experiment import Data
 from orchestrator.data import index as documents_module
-from orchestrator.data import prepare as tokens
+from orchestrator.data import parts, tasks
+from orchestrator.data import prepare as prepare_module
 from orchestrator.data.batches import TokenStream
+from orchestrator.data.corpus import Source
 from orchestrator.data.dataset import INDEX_FILE, load_manifest
-from orchestrator.data.documents import plan_spans
 from orchestrator.data.estimate import TokenEstimate, estimate_tokens
-from orchestrator.data.index import documents_of
+from orchestrator.data.index import documents_of, write_index
 from orchestrator.data.prepare import prepare
 from orchestrator.data.prepared import dataset_dir
+from orchestrator.data.tasks import plan_chunks
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
 from tests.helpers.here import here
@@ -209,35 +212,30 @@ def test_every_cut_of_every_chunking_puts_every_character_and_end_where_it_belon
 
 
 def by_hand(folder: Path, texts: list[str], chunk_bytes: int, cut: int, append_eot: bool) -> dict:
-    """`parts` run over a corpus: {split: (ids, [(document, first token)])}."""
+    """Run the tasks over a corpus: {split: (ids, [(document, first token)])}."""
     out = folder / f"{chunk_bytes}-{cut}"
     out.mkdir()
-    common = {
-        "text_field": "text",
-        "tokenizer": ["byte", ""],
-        "directory": str(folder),
-        "parts": str(out),
-        "append_eot": append_eot,
-    }
-    ids, index, before = {"train": [], "val": []}, {"train": [], "val": []}, 0
-    for i, chunk in enumerate(plan_spans([len(t) for t in texts], chunk_bytes)):
-        spans = [
-            {
-                "path": str(folder / str(n)),
-                "name": str(n),
-                "kind": "text",
-                "size": len(texts[n]),
-                "start": a,
-                "end": b,
-            }
-            for n, a, b in chunk
-        ]
-        tokens.parts.tokenize({**common, "id": i, "spans": spans, "cut": cut - before})
-        before += tokens.parts.survey({**common, "id": i, "spans": spans})["characters"]
-        for split, made in json.loads((out / f"{i:08d}.json").read_bytes()).items():
-            index[split] += [
-                (document, first + len(ids[split])) for document, first in made["index"]
-            ]
+    ids: dict = {"train": [], "val": []}
+    index: dict = {"train": [], "val": []}
+    before = 0
+    sources = [Source(str(i), folder / str(i), len(text)) for i, text in enumerate(texts)]
+    for i, spans in enumerate(plan_chunks(sources, chunk_bytes, Data())):
+        json_spans = [asdict(span) for span in spans]
+        tasks.tokenize(
+            chunk=i,
+            spans=json_spans,
+            train_characters=cut - before,
+            val_files=[],
+            val_fraction=0.5,
+            tokenizer=("byte", ""),
+            append_eot=append_eot,
+            dataset=str(folder),
+            folder=str(out),
+        )
+        before += tasks.survey(json_spans, True)["characters"]
+        for split in ids:
+            made = json.loads((out / f"{i:08d}.{split}.json").read_bytes())
+            index[split] += [(document, first + len(ids[split])) for document, first in made]
             ids[split] += np.fromfile(out / f"{i:08d}.{split}.bin", "<u2").tolist()
     return {split: (ids[split], index[split]) for split in ids}
 
@@ -420,14 +418,18 @@ def test_killed_while_tokenizing_it_is_no_dataset_and_goes_on(
     assert not (out / "manifest.json").exists()
     with pytest.raises(UserError, match="prepare"):
         load_manifest(out)
-    encoded = []
-    original = tokens.parts.encode
-    monkeypatch.setattr(tokens.parts, "encode", lambda *args: encoded.append(1) or original(*args))
+    made = {file: file.stat().st_mtime_ns for file in out.glob(".parts/*/*.json")}
+    kept = {}
+
+    def note_parts(*args):
+        kept.update({file: file.stat().st_mtime_ns for file in out.glob(".parts/*/*.json")})
+        write_index(*args)
+
+    monkeypatch.setattr(prepare_module, "write_index", note_parts)
     prepare(data(mixed), out, progress=quiet, chunk_bytes=100)
-    resumed = len(encoded)
+    assert sum(kept.get(file) == time_ns for file, time_ns in made.items()) >= 5
     prepare(data(mixed), tmp_path / "fresh", progress=quiet, chunk_bytes=100)
     assert fingerprint(out) == fingerprint(tmp_path / "fresh")
-    assert resumed <= len(encoded) - resumed - 5  # the parts that were complete were kept
 
 
 def test_a_part_that_is_torn_is_made_again(here, mixed, tmp_path, monkeypatch):
@@ -435,7 +437,7 @@ def test_a_part_that_is_torn_is_made_again(here, mixed, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokens.parts, "write_shard", full_disk)
+        patch.setattr(parts, "write_shard", full_disk)
         with pytest.raises(OSError, match="disk full"):
             prepare(data(mixed), tmp_path / "d", progress=quiet, chunk_bytes=500)
     [part, *_] = sorted((tmp_path / "d").glob(".parts/*/*.train.bin"))
@@ -451,7 +453,9 @@ def test_a_part_that_is_torn_is_made_again(here, mixed, tmp_path, monkeypatch):
 def test_preparing_again_does_nothing(here, mixed, tmp_path, monkeypatch):
     first = prepare(data(mixed), tmp_path / "d", progress=quiet)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "d").iterdir()}
-    monkeypatch.setattr(tokens, "_ray", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(
+        prepare_module.RayTasks, "__enter__", lambda _: pytest.fail("Ray was started")
+    )
     assert prepare(data(mixed), tmp_path / "d", progress=quiet) == first
     os.utime(mixed / "a.txt")  # newer than the dataset, and still the same
     assert prepare(data(mixed), tmp_path / "d", progress=quiet) == first
@@ -516,9 +520,12 @@ def test_another_setting_in_the_same_folder_is_refused(here, mixed, tmp_path, ch
             ),
             "a.txt has changed",
         ),
-        (lambda f: (f / "a.txt").write_bytes(b"short"), "a.txt had"),
-        (lambda f: (f / "e.txt").unlink(), "e.txt was"),
-        (lambda f: (f / "f.txt").write_text("new"), "f.txt is in data.corpus"),
+        (
+            lambda f: (f / "a.txt").write_bytes(b"short"),
+            "a.txt is 4280 bytes there and 5 bytes here",
+        ),
+        (lambda f: (f / "e.txt").unlink(), "e.txt is .* bytes there and missing here"),
+        (lambda f: (f / "f.txt").write_text("new"), "f.txt is missing there"),
     ],
 )
 def test_a_corpus_that_changed_is_refused(here, mixed, tmp_path, change, says):
@@ -529,9 +536,11 @@ def test_a_corpus_that_changed_is_refused(here, mixed, tmp_path, change, says):
 
 
 def test_a_corpus_that_changes_meanwhile_is_no_dataset(here, mixed, tmp_path, monkeypatch):
-    original = tokens.write_index
+    original = prepare_module.write_index
     monkeypatch.setattr(
-        tokens, "write_index", lambda *a: (original(*a), (mixed / "a.txt").write_text("other"))
+        prepare_module,
+        "write_index",
+        lambda *a: (original(*a), (mixed / "a.txt").write_text("other")),
     )
     with pytest.raises(UserError, match="while it was prepared"):
         prepare(data(mixed), tmp_path / "d", progress=quiet)
@@ -586,11 +595,9 @@ def test_an_estimate_downloads_nothing(tmp_path, monkeypatch, mixed):
 
 
 # ---- mistakes ----
-def test_a_long_run_of_spaces_is_located(here, gpt2_ranks, tmp_path):
+def test_too_long_a_run_of_spaces_is_a_user_error(here, gpt2_ranks, tmp_path):
     (tmp_path / "t.txt").write_bytes(b"some words, then " + b" " * 1_100_000 + b"and the end")
-    with pytest.raises(
-        UserError, match=r"t\.txt: 1,100,001 whitespace characters in a row from its byte 16 on"
-    ):
+    with pytest.raises(UserError, match=r"t\.txt: a run of whitespace too long"):
         prepare(
             data(tmp_path / "t.txt", tokenizer="gpt2", val_fraction=0.000001),
             tmp_path / "d",

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data import tokenizer as module
-from orchestrator.data.tokenizer import N_VOCAB, char_tokenizer, load_tokenizer
+from orchestrator.data import tokenizer
+from orchestrator.data.tokenizer import TOKENIZERS, CharacterTokenizer, load_tokenizer
 from orchestrator.errors import UserError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
@@ -39,14 +39,14 @@ def test_characters_are_those_of_nanogpt(shakespeare):
     text = shakespeare.read_text("utf-8")
     chars = sorted(set(text))  # nanoGPT, data/shakespeare_char/prepare.py
     stoi = {c: i for i, c in enumerate(chars)}
-    char = char_tokenizer(text)
+    char = CharacterTokenizer(text)
     assert char.n_vocab == 65
     assert char.encode(text[:5000]).tolist() == [stoi[c] for c in text[:5000]]
 
 
 @given(TEXTS.filter(bool))
 def test_characters_read_back(text):
-    char = char_tokenizer(text)
+    char = CharacterTokenizer(text)
     assert char.decode(char.encode(text)) == text
     assert char.byte_lengths[char.encode(text)].sum() == len(text.encode())
     assert char.n_vocab == len(set(text))
@@ -54,7 +54,7 @@ def test_characters_read_back(text):
 
 def test_a_character_that_the_corpus_lacks_is_named():
     with pytest.raises(UserError, match="'x'"):
-        char_tokenizer("abc").encode("abxc")
+        CharacterTokenizer("abc").encode("abxc")
 
 
 @pytest.mark.parametrize("text", [TRAP, "", " ", "Hello world", "\n\n\n  x"])
@@ -83,24 +83,24 @@ def test_sizes_known_without_a_download_are_tiktokens(monkeypatch):
     )
     for name, build in openai_public.ENCODING_CONSTRUCTORS.items():
         parts = build()
-        assert N_VOCAB[name] == parts.get(
+        assert TOKENIZERS[name].n_vocab == parts.get(
             "explicit_n_vocab", max(parts["special_tokens"].values()) + 1
         ), name
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: load_tokenizer("byte"), lambda: char_tokenizer("hello\n")]
+    "make", [lambda: load_tokenizer("byte"), lambda: CharacterTokenizer("hello\n")]
 )
 def test_a_saved_tokenizer_loads_as_itself(tmp_path, make):
     saved = make()
     saved.save(tmp_path)
     loaded = load_tokenizer(saved.name, tmp_path)
-    assert loaded.describe() == saved.describe()
+    assert loaded.stored() == saved.stored()
     assert loaded.encode("hello").tolist() == saved.encode("hello").tolist()
 
 
 def test_another_tokenizer_than_the_stored_one_is_refused(tmp_path):
-    char_tokenizer("abc").save(tmp_path)
+    CharacterTokenizer("abc").save(tmp_path)
     with pytest.raises(UserError, match="'char', not 'byte'"):
         load_tokenizer("byte", tmp_path)
     stored = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
@@ -115,7 +115,7 @@ def test_another_tokenizer_than_the_stored_one_is_refused(tmp_path):
         ("gtp2", "did you mean gpt2"),
         ("bytes", "did you mean byte"),
         ("char", "prepared corpus"),
-        ("zzzzz", "one of"),
+        ("zzzzz", "use one of byte, char, gpt2"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_explained(name, says, tmp_path):
@@ -133,6 +133,6 @@ def test_no_ranks_and_no_network_explains_the_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(tiktoken.load, "read_file", unreachable)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    monkeypatch.setattr(module, "_named", module._named.__wrapped__)
+    tokenizer._tiktoken.cache_clear()
     with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
         load_tokenizer("p50k_base")

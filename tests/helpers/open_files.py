@@ -16,7 +16,7 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.batches import TokenStream
 from orchestrator.data.dataset import load_manifest
-from orchestrator.data.documents import Span, pieces
+from orchestrator.data.documents import Span, read_pieces
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.train import init_from, trained
@@ -52,7 +52,7 @@ def open_dataset(path: Path) -> None:
 
 def open_lines(path: Path) -> None:
     size = path.stat().st_size
-    list(pieces(Span(str(path), path.name, "jsonl", size, 0, size), "text"))
+    list(read_pieces(Span(str(path), path.name, size, 0, size)))
 
 
 OPEN = {

@@ -1,0 +1,14 @@
+"""From a corpus to token shards, and from token shards to batches.
+
+Prepare: `prepare.prepare` makes the dataset of a `data` section, or finds it. `prepared.dataset_dir`
+is its folder, `prepared.find_prepared` looks without preparing, and `estimate.estimate_tokens`
+estimates its size. `corpus.py` lists the files, `documents.py` reads them, `tokenizer.py` encodes
+them, `tasks.py` and `parts.py` do the work on any node.
+
+Train: `dataset.load_manifest` reads a dataset. `batches.TokenStream`, `Batches` and `EvalBatches`
+read its tokens, in the order of `order.py`; `batches.Prefetcher` reads ahead.
+`index.documents_of` names the documents behind a window.
+
+Start reading with `prepare.py`, then `batches.py`. To add a kind of file or of tokenizer, see
+`documents.READERS` and `tokenizer.TOKENIZERS`.
+"""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.errors import UserError
+from orchestrator.files import replacement
 from orchestrator.redact import redact_text
 
 STDLIB = "builtin:stdlib"
@@ -51,6 +52,11 @@ class Source:
         """Size of a file that is on this machine."""
         assert self.size is not None, f"{self.name} was not downloaded"
         return self.size
+
+    def version(self) -> tuple[int, int]:
+        """Return size and time of the last write, which differ once the file was changed."""
+        found = self.path.stat()
+        return found.st_size, found.st_mtime_ns
 
 
 def resolve(corpus: str | list[str]) -> list[Source]:
@@ -188,31 +194,38 @@ def _resolve_url(entry: str) -> Source:
     return Source(name, path, size, sha256, url)
 
 
-def fetch(source: Source, progress: Progress = lambda *_: None) -> Source:
-    """Download a source, unless it is on this machine, and compare it with its SHA-256.
+def fetch(source: Source, folder: Path, progress: Progress = lambda *_: None) -> Source:
+    """Return a source that all nodes can read.
+
+    A download is fetched into the cache of this machine, if it is not there, and then linked into
+    `folder`.
 
     Args:
         source: A file of the corpus.
+        folder: Folder that all nodes see.
         progress: Called with ("downloading", bytes done, bytes in all).
 
     Raises:
         UserError: The address does not answer, or the file has another SHA-256.
     """
-    if source.url is None or source.size is not None:
+    if source.url is None:
         return source
-    source.path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = source.path.with_name(f".{os.urandom(8).hex()}")
+    if source.size is None:
+        source.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacement(source.path) as temporary:
+            sha256 = _download(source, source.url, temporary, progress)
+            if sha256 != source.sha256:
+                raise UserError(
+                    f"{redact_text(source.url)}: its SHA-256 is {sha256}, data.corpus says "
+                    f"{source.sha256}; the file has changed or the download is broken"
+                )
+    path = folder / source.path.name
+    path.unlink(missing_ok=True)
     try:
-        sha256 = _download(source, source.url, temporary, progress)
-        if sha256 != source.sha256:
-            raise UserError(
-                f"{redact_text(source.url)}: its SHA-256 is {sha256}, data.corpus says "
-                f"{source.sha256}; the file has changed or the download is broken"
-            )
-        os.replace(temporary, source.path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return replace(source, size=source.path.stat().st_size)
+        os.link(source.path, path)
+    except OSError:  # another file system
+        shutil.copyfile(source.path, path)
+    return replace(source, path=path, size=path.stat().st_size)
 
 
 def _download(source: Source, url: str, file: Path, progress: Progress) -> str:
@@ -239,14 +252,3 @@ def _download(source: Source, url: str, file: Path, progress: Progress) -> str:
             "or name a local copy in data.corpus"
         ) from None
     return digest.hexdigest()
-
-
-def link(source: Source, folder: Path) -> Source:
-    """Give a file a second name in `folder`; copy it if that is on another file system."""
-    path = folder / source.path.name
-    path.unlink(missing_ok=True)
-    try:
-        os.link(source.path, path)
-    except OSError:
-        shutil.copyfile(source.path, path)
-    return replace(source, path=path)

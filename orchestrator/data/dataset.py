@@ -71,7 +71,6 @@ class ManifestContent(TypedDict):
     """What manifest.json says, besides its format version and hashes."""
 
     dtype: str
-    row_tokens: int
     settings: dict[str, Any]
     splits: dict[str, dict[str, Any]]  # the fields of `Split`
     sources: list[SourceFile]
@@ -153,7 +152,7 @@ def write_manifest(directory: Path, content: ManifestContent) -> None:
         for name in (INDEX_FILE, TOKENIZER_FILE)
         if (directory / name).exists()
     }
-    raw = {"format_version": FORMAT, "files": hashes, **content}
+    raw = {"format_version": FORMAT, "row_tokens": ROW_TOKENS, "files": hashes, **content}
     write_atomically(directory / FILE, _text({**raw, "sha256": _digest(raw)}), durable=True)
     fsync(directory)
 

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from orchestrator.data.corpus import Source
+from orchestrator.data.corpus import Source, cache_folder
+from orchestrator.data.dataset import SourceFile
 from orchestrator.data.documents import Piece, Span, read_pieces, reader_of
 from orchestrator.data.parts import SPLITS, Part, PartFacts, find_complete, sidecar_file
 from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.files import file_sha256, write_atomically
+from orchestrator.redact import redact_text
 
 if TYPE_CHECKING:
     from orchestrator.config.experiment import Data
@@ -93,6 +95,25 @@ def count(spans: Iterable[Span]) -> tuple[int, set[str]]:
             characters += len(piece.text)
             seen.update(piece.text)
     return characters, seen
+
+
+def source_files(sources: list[Source], surveys: list[Survey]) -> list[SourceFile]:
+    """Return the files of the corpus with their hashes.
+
+    Raises:
+        UserError: The cached copy of a download was changed.
+    """
+    hashes = {path: sha256 for survey in surveys for path, sha256 in survey["sha256"].items()}
+    found: list[SourceFile] = []
+    for source in sources:
+        sha256 = hashes[str(source.path)]
+        if source.url is not None and source.sha256 != sha256:
+            raise UserError(
+                f"{redact_text(source.url)}: its copy in {cache_folder()} is not what its SHA-256 "
+                "says; delete it"
+            )
+        found.append({"name": source.name, "size": source.bytes, "sha256": sha256})
+    return found
 
 
 def _from_json(spans: list[SpanJson]) -> list[Span]:

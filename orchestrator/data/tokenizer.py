@@ -35,21 +35,13 @@ class TokenizerFacts(TypedDict, total=False):
 
 @dataclass(eq=False)
 class Tokenizer:
-    """Base of all tokenizers. An id is the number of a row in `tokens`.
+    """Base of all tokenizers. An id is the number of a row in `tokens`."""
 
-    Attributes:
-        name: Value of `data.tokenizer`.
-        tokens: Bytes of each id, (n_vocab,). Ids that are not used are empty.
-        special: Ids that stand for no text.
-        eot_id: Id of the end of a text; None if there is none.
-        pattern: Regular expression that splits a text before its bytes are merged.
-    """
-
-    name: str
-    tokens: list[bytes]
-    special: frozenset[int] = frozenset()
-    eot_id: int | None = None
-    pattern: str = ""
+    name: str  # value of `data.tokenizer`
+    tokens: list[bytes]  # of each id, (n_vocab,); empty for ids that are not used
+    special: frozenset[int] = frozenset()  # ids that stand for no text
+    eot_id: int | None = None  # end of text
+    pattern: str = ""  # regular expression that splits a text before its bytes are merged
 
     @property
     def n_vocab(self) -> int:
@@ -81,8 +73,7 @@ class Tokenizer:
         """Return the ids of a text, (tokens,) of `dtype`, without an end-of-text id.
 
         Raises:
-            UserError: The text has a character that `char` does not know, or tiktoken cannot match
-                a run of about 1,000,000 whitespace characters.
+            UserError: The text cannot be encoded.
         """
         raise NotImplementedError
 
@@ -123,11 +114,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharacterTokenizer(Tokenizer):
-    """The characters of one corpus, ordered by code point, as in nanoGPT.
-
-    Args:
-        characters: All characters of the corpus, in any order and number.
-    """
+    """The characters of one corpus, ordered by code point, as in nanoGPT."""
 
     def __init__(self, characters: str):
         if not characters:
@@ -156,11 +143,7 @@ def _code_points(text: str) -> np.ndarray:
 
 
 class TiktokenTokenizer(Tokenizer):
-    """A byte-pair encoding of tiktoken.
-
-    Args:
-        encoding: A `tiktoken.Encoding`.
-    """
+    """A byte-pair encoding: a `tiktoken.Encoding`."""
 
     def __init__(self, encoding: Any):
         # tiktoken has no public names for these three tables.
@@ -274,8 +257,7 @@ def load_tokenizer(name: str, directory: Path | None = None) -> Tokenizer:
 
     Args:
         name: Value of `data.tokenizer`.
-        directory: Folder of a dataset or checkpoint. Its `tokenizer.json`, if there is one, must be
-            of the same tokenizer. `char` needs it for its characters.
+        directory: Folder of a dataset or checkpoint, whose `tokenizer.json` must be the same.
 
     Raises:
         UserError: The name is unknown, the ranks cannot be downloaded, or the folder has another

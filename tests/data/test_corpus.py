@@ -114,7 +114,7 @@ def server(tmp_path, monkeypatch):
         http_server.shutdown()
 
 
-def test_a_download_is_verified_once_and_then_cached(server):
+def test_a_download_is_verified_once_and_then_cached(server, tmp_path):
     url, served, seen = server
     (served / "input.txt").write_text("some text")
     entry = f"{url}/input.txt#sha256={hashlib.sha256(b'some text').hexdigest()}"
@@ -124,10 +124,10 @@ def test_a_download_is_verified_once_and_then_cached(server):
         None,
         [],
     )  # resolving downloads nothing
-    assert fetch(source).path.read_text() == "some text"
+    assert fetch(source, tmp_path).path.read_text() == "some text"
     [again] = resolve(entry)
     assert again.size == 9
-    assert fetch(again) == again
+    assert fetch(again, tmp_path).path.read_text() == "some text"
     assert len(seen) == 1
 
 
@@ -135,13 +135,13 @@ def test_a_download_that_is_something_else_leaves_nothing(server, tmp_path):
     url, served, _ = server
     (served / "input.txt").write_text("tampered")
     with pytest.raises(UserError, match="SHA-256"):
-        fetch(resolve(f"{url}/input.txt#sha256={'0' * 64}")[0])
+        fetch(resolve(f"{url}/input.txt#sha256={'0' * 64}")[0], tmp_path)
     assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []
 
 
-def test_an_address_that_does_not_answer_is_a_users_error(server):
+def test_an_address_that_does_not_answer_is_a_users_error(server, tmp_path):
     with pytest.raises(UserError, match="cannot be downloaded"):
-        fetch(resolve(f"{server[0]}/missing.txt#sha256={'0' * 64}")[0])
+        fetch(resolve(f"{server[0]}/missing.txt#sha256={'0' * 64}")[0], tmp_path)
 
 
 # ---- documents ----

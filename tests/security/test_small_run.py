@@ -262,5 +262,5 @@ def test_messages_about_an_address_leave_its_secrets_out(ran):
 
     for entry in (ran.corpus.partition("#")[0], ran.corpus[:-64] + "0" * 64):
         with pytest.raises(UserError) as caught:
-            corpus.fetch(*corpus.resolve(entry))
+            corpus.fetch(*corpus.resolve(entry), ran.base)
         assert not [name for name, value in SECRETS.items() if value in str(caught.value)]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from orchestrator.jobs import sweep as sweep_driver
+from orchestrator.jobs.sweep import SweepJob
 from orchestrator.sweep.states import DONE
 
 SPACE = [
@@ -137,9 +137,9 @@ def test_a_space_may_be_narrowed_and_a_torn_line_is_dropped(sweeps):
     assert {row.state for row in study.results()} == {"done"}
 
 
-def test_a_finished_sweep_is_not_finished_when_more_samples_are_wanted(sweeps):
+def test_a_finished_sweep_is_not_finished_when_more_samples_are_wanted(sweeps, monkeypatch):
+    monkeypatch.setenv("ESPALIER_STORAGE", str(sweeps.folder))
     sweeps.run(sweeps.open(*SPACE, "sweep.num_samples=2"))
-    folder = sweeps.folder / "sweep"
     same, more = (sweeps.load(*SPACE, f"sweep.num_samples={n}") for n in (2, 3))
-    assert sweep_driver._finished(same, sweeps.folder, folder) is not None
-    assert sweep_driver._finished(more, sweeps.folder, folder) is None
+    assert SweepJob(same).is_finished()
+    assert not SweepJob(more).is_finished()

@@ -1,0 +1,167 @@
+"""What a run and a sweep have in common: one life cycle, from the lock to the exit status.
+
+Everything that must outlive this process is written to the folder before it is needed. After a
+crash, the same command therefore continues.
+"""
+
+import abc
+import sys
+import time
+from contextlib import AbstractContextManager
+
+from orchestrator.cluster import layout as cluster
+from orchestrator.config.experiment import Experiment
+from orchestrator.errors import EXIT_DONE
+from orchestrator.runs import events, lock, signals, stop
+from orchestrator.runs.ending import Ending
+from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.storage import check_writable, storage_root, storage_setting
+from orchestrator.track.mlflow import Tracker
+from orchestrator.track.server import resolve_uri
+
+
+class Job(abc.ABC):
+    """A run or a sweep. Read `run` first; the abstract methods are its steps.
+
+    Args:
+        experiment: What is trained, or what the trials of a sweep vary.
+
+    Attributes:
+        storage: Folder of all runs and datasets.
+        folder: Folder of this run or sweep.
+        uri: Tracking server.
+        tracker: Sends the folder to the tracking server; set by `prepare`.
+    """
+
+    tracker: Tracker
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.storage = storage_root(experiment)
+        self.folder = RunFolder(self.storage / experiment.name)
+        self.uri = resolve_uri(experiment, self.storage)
+
+    def run(self) -> int:
+        """Do the job and print its result. Return the exit status of the driver.
+
+        Raises:
+            UserError: The job cannot be done as it is configured.
+            HeldError: Another driver works in the folder.
+        """
+        self.check()
+        check_writable(self.storage)
+        if self.is_finished():
+            self.show_again()
+            return EXIT_DONE
+        with lock.held(self.folder.driver_lock) as killed_holder:
+            if killed_holder is not None and self.folder.run_file.exists():
+                message = f"{killed_holder} was killed; this process takes over"
+                print(events.note(self.folder, "taken_over", message)["message"], flush=True)
+            self._start_ray()
+            self.prepare()
+            return self._work_and_track().exit_status
+
+    def _start_ray(self) -> None:
+        print("starting Ray …", flush=True)
+        with signals.while_ray_starts():
+            self.connect()
+        cluster.check_storage(storage_setting(self.experiment))
+
+    def _work_and_track(self) -> Ending:
+        """Do the work; whatever happens, write and print how it ended."""
+        started = time.monotonic()
+        error: Exception | None = None
+        ending: Ending | None = None
+        try:
+            self.tracker.start()
+            with self.watching(), signals.asking_to_stop(self._request_stop):
+                self.work()
+        except (KeyboardInterrupt, SystemExit):  # Ray Train turns Ctrl-C into sys.exit(0)
+            ending = self.interrupted()
+        except Exception as raised:
+            error = raised
+        # What follows takes a limited time and must not be interrupted.
+        signals.let_end()
+        if ending is None:
+            ending = self.diagnose(error)
+        self.summarize(ending, time.monotonic() - started)
+        all_sent = False
+        with signals.ending_on_ctrl_c():
+            wait_s = signals.tracking_wait_s(ending)
+            all_sent = self.tracker.finish(ending.mlflow_status, deadline_s=wait_s)
+        _print_reason(ending)
+        self.show()
+        if not all_sent:
+            print(
+                "the tracking server did not take everything; send the rest with\n"
+                f"  pipelines/replay_metrics.py {self.folder.path}",
+                flush=True,
+            )
+        return ending
+
+    def _request_stop(self) -> None:
+        stop.request(self.folder, "SIGTERM")
+
+    # ---- steps that differ ----
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Raise UserError for a mistake that can be found without Ray. Write nothing."""
+
+    @abc.abstractmethod
+    def is_finished(self) -> bool:
+        """Return whether an earlier job did all of the work, as far as is known without Ray."""
+
+    @abc.abstractmethod
+    def show_again(self) -> None:
+        """Print the result of a finished job; send to the tracking server what it lacks."""
+
+    @abc.abstractmethod
+    def connect(self) -> None:
+        """Connect to the Ray cluster, or start a local one."""
+
+    @abc.abstractmethod
+    def prepare(self) -> None:
+        """Prepare datasets and folder, set `tracker`, and print what will be done."""
+
+    @abc.abstractmethod
+    def watching(self) -> AbstractContextManager[object]:
+        """Return what watches the workers and prints the progress while `work` runs."""
+
+    @abc.abstractmethod
+    def work(self) -> None:
+        """Train until everything is done or the job is asked to stop."""
+
+    @abc.abstractmethod
+    def diagnose(self, error: Exception | None) -> Ending:
+        """Return how the work ended.
+
+        Args:
+            error: What `work` raised; None if it returned.
+        """
+
+    def interrupted(self) -> Ending | None:
+        """Return how work ended that a signal interrupted; None: ask `diagnose`."""
+        return Ending("again" if signals.was_terminated() else "interrupted")
+
+    @abc.abstractmethod
+    def summarize(self, ending: Ending, wall_s: float) -> None:
+        """Write summary.json. After SIGTERM there may be only seconds left for it.
+
+        Args:
+            ending: How the job ended.
+            wall_s: Seconds that the work took.
+        """
+
+    @abc.abstractmethod
+    def show(self) -> None:
+        """Print the summary and the next commands."""
+
+
+def _print_reason(ending: Ending) -> None:
+    if ending.reason is None:
+        return
+    if ending.kind == "user":
+        print(f"error: {ending.reason}", file=sys.stderr)
+    else:
+        print(ending.facts.get("traceback", ending.reason), file=sys.stderr)

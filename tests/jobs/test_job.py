@@ -1,0 +1,184 @@
+"""The life cycle of a job, with work that takes no time instead of training."""
+
+import contextlib
+import os
+import signal
+
+import pytest
+
+from orchestrator.config.experiment import load_experiment
+from orchestrator.errors import HeldError
+from orchestrator.files import write_json
+from orchestrator.jobs.job import Job
+from orchestrator.runs import events, lock, signals, stop
+from orchestrator.runs.ending import Ending
+
+
+class Tracker:
+    """Stands for a tracking server that takes everything, or nothing."""
+
+    def __init__(self, done, accepts):
+        self.done = done
+        self.accepts = accepts
+
+    def start(self):
+        self.done.append("track")
+
+    def finish(self, status, deadline_s):
+        self.done.append(f"tell the server {status}")
+        return self.accepts
+
+
+class SmallJob(Job):
+    """Notes its steps in `done`; `act` is called instead of training."""
+
+    def __init__(self, experiment, act=lambda: None, finished=False, accepts=True):
+        super().__init__(experiment)
+        self.act = act
+        self.finished = finished
+        self.done = []
+        self.tracker = Tracker(self.done, accepts)
+
+    def check(self):
+        self.done.append("check")
+
+    def is_finished(self):
+        return self.finished
+
+    def show_again(self):
+        self.done.append("show again")
+
+    def connect(self):
+        self.done.append("connect")
+
+    def prepare(self):
+        self.done.append("prepare")
+        stop.clear(self.folder)
+
+    @contextlib.contextmanager
+    def watching(self):
+        yield
+
+    def work(self):
+        self.done.append("work")
+        self.act()
+
+    def diagnose(self, error):
+        if error is not None:
+            return Ending("failed", str(error))
+        if stop.requested(self.folder):
+            return Ending("again", "asked to stop")
+        return Ending("done")
+
+    def summarize(self, ending, wall_s):
+        self.done.append(f"summarize {ending.kind}")
+
+    def show(self):
+        self.done.append("show")
+
+
+@pytest.fixture
+def new_job(tmp_path, monkeypatch):
+    """Make a job in an empty storage; the test's own signal handlers are restored."""
+    monkeypatch.setattr("orchestrator.cluster.layout.check_storage", lambda storage: None)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    experiment = load_experiment(None, ["name=small", f"storage={tmp_path}"])
+    with signals.sigterm_interrupts():
+        yield lambda **settings: SmallJob(experiment, **settings)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_steps_of_a_job_come_in_order(new_job, capsys):
+    job = new_job()
+    assert job.run() == 0
+    assert job.done == [
+        "check",
+        "connect",
+        "prepare",
+        "track",
+        "work",
+        "summarize done",
+        "tell the server FINISHED",
+        "show",
+    ]
+    assert capsys.readouterr().out == "starting Ray …\n"
+
+
+def test_finished_job_is_shown_again_without_ray_and_without_a_lock(new_job):
+    job = new_job(finished=True)
+    with lock.held(job.folder.driver_lock):
+        assert job.run() == 0
+    assert job.done == ["check", "show again"]
+
+
+def test_second_job_is_refused_before_ray_starts(new_job):
+    job = new_job()
+    with lock.held(job.folder.driver_lock), pytest.raises(HeldError, match="held by process"):
+        job.run()
+    assert job.done == ["check"]
+
+
+def fail():
+    raise RuntimeError("a worker died")
+
+
+def press_ctrl_c():
+    raise KeyboardInterrupt
+
+
+def exit_as_ray_train_does():
+    raise SystemExit(0)
+
+
+@pytest.mark.parametrize(
+    ("act", "status", "told", "printed"),
+    [
+        (fail, 1, "FAILED", "a worker died\n"),
+        (press_ctrl_c, 130, "KILLED", ""),
+        (exit_as_ray_train_does, 130, "KILLED", ""),
+    ],
+)
+def test_exit_status_says_how_the_work_ended(new_job, capsys, act, status, told, printed):
+    job = new_job(act=act)
+    assert job.run() == status
+    assert job.done[-2:] == [f"tell the server {told}", "show"]
+    assert capsys.readouterr().err == printed
+
+
+def test_sigterm_asks_the_job_to_stop_and_gives_status_75(new_job, capsys):
+    job = new_job(act=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert job.run() == 75
+    assert stop.requested(job.folder) == "SIGTERM"
+    assert capsys.readouterr().err == "asked to stop\n"
+
+
+def test_signals_after_the_work_do_not_interrupt_the_summary(new_job):
+    job = new_job()
+    show = job.show
+
+    def be_signalled():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        show()
+
+    job.show = be_signalled
+    assert job.run() == 0
+    assert job.done[-1] == "show"
+
+
+def test_metrics_that_were_not_sent_are_mentioned(new_job, capsys):
+    job = new_job(accepts=False)
+    assert job.run() == 0
+    assert f"pipelines/replay_metrics.py {job.folder.path}\n" in capsys.readouterr().out
+
+
+def test_taking_over_from_a_killed_driver_is_an_event(new_job):
+    job = new_job()
+    job.folder.path.mkdir()
+    write_json(job.folder.run_file, {})
+    job.folder.driver_lock.write_text("process 7 on another machine")
+    assert job.run() == 0
+    (event,) = events.read(job.folder)
+    assert event["kind"] == "taken_over"
+    assert "process 7 on another machine" in event["message"]

@@ -39,6 +39,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in long)
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """An empty folder of a run."""
+    from orchestrator.runs.folder import RunFolder
+
+    return RunFolder(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def ray_head(tmp_path_factory):
     """A cluster's head with four logical CPUs and token authentication; `.env` is a client's environment."""

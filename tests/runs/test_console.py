@@ -1,44 +1,17 @@
-"""What a person sees: the words of a line, and each line once."""
+"""The console: the text of a line, and each line and event once."""
 
 import os
-import time
 
 import pytest
 
 from orchestrator.runs import events, journal
 from orchestrator.runs.console import Console, format_line
-from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
-from orchestrator.text import duration, number, table
+from tests.helpers.wait import wait_until
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0s"),
-        (0.4, "0s"),
-        (0.6, "1s"),
-        (59.4, "59s"),
-        (59.6, "1m00s"),
-        (60, "1m00s"),
-        (61, "1m01s"),
-        (250, "4m10s"),
-        (3599, "59m59s"),
-        (3599.6, "1h00m"),
-        (3600, "1h00m"),
-        (11100, "3h05m"),
-        (86399, "23h59m"),
-        (86400, "1d00h"),
-        (187200, "2d04h"),
-        (10**9, "11574d01h"),
-    ],
-)
-def test_durations(seconds, text):
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("record", "line"),
+    ("line", "text"),
     [
         (
             {
@@ -63,7 +36,8 @@ def test_durations(seconds, text):
                 "val/loss": 1.5,
                 "val/bits_per_byte": 2,
             },
-            "step 2,000/2,000 | loss 1.0000 | lr 6.00e-05 | 1 tok/s | ETA 0s | val loss 1.5000, 2.0000 bits/byte",
+            "step 2,000/2,000 | loss 1.0000 | lr 6.00e-05 | 1 tok/s | ETA 0s | "
+            "val loss 1.5000, 2.0000 bits/byte",
         ),
         (
             {"step": 1, "train/loss": float("nan"), "optim/lr": 0.0},
@@ -71,110 +45,99 @@ def test_durations(seconds, text):
         ),
     ],
 )
-def test_a_record_is_one_steady_line(record, line):
-    assert format_line(record, 2000, 256) == line
+def test_text_of_a_line(line, text):
+    assert format_line(line, 2000, 256) == text
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (1234567, "1,234,567"),
-        (0, "0"),
-        (1.5, "1.5000"),
-        (1234567.891, "1,234,568"),
-        ("FINISHED", "FINISHED"),
-        (True, "True"),
-        (None, "None"),
-        ([1, "a"], '[1, "a"]'),
-        ({"a": 1}, '{"a": 1}'),
-    ],
-)
-def test_numbers(value, text):
-    assert number(value) == text
+class Screen:
+    """What was printed so far."""
+
+    def __init__(self, capsys):
+        self.capsys = capsys
+        self.text = ""
+
+    def lines(self) -> list[str]:
+        self.text += self.capsys.readouterr().out
+        return self.text.splitlines()
+
+    def wait_for(self, count: int) -> None:
+        wait_until(lambda: len(self.lines()) >= count)
 
 
-def test_a_table_is_aligned_and_leaves_out_what_is_none():
-    assert table({"a": 1, "long name": "x", "gone": None}) == "  a          1\n  long name  x"
-    assert table({}) == table({"gone": None}) == ""
+@pytest.fixture
+def screen(capsys):
+    return Screen(capsys)
 
 
-def shown(capsys) -> list[int]:
-    """Steps of the lines that were printed."""
-    return [
-        int(line.split("/")[0].removeprefix("step").replace(",", ""))
-        for line in capsys.readouterr().out.splitlines()
-    ]
+def console(folder, interval_s=0.01) -> Console:
+    return Console(folder, 100, 1, interval_s=interval_s)
 
 
-def test_every_record_is_printed_once_also_after_a_rewind(tmp_path, capsys):
-    log = Journal(RunFolder(tmp_path))
-    log.append(0, {})  # of an earlier attempt: known already
-    with Console(RunFolder(tmp_path), 100, 1, interval_s=0.01):
+def lines_of(*steps: int) -> list[str]:
+    return [f"step {step:>3}/100" for step in steps]
+
+
+def test_every_line_is_printed_once_also_after_a_rewind(folder, screen):
+    log = Journal(folder)
+    log.append(0, {})  # an earlier attempt printed it
+    with console(folder):
         for step in (1, 2, 3):
             log.append(step, {})
-        time.sleep(0.1)
+        screen.wait_for(3)
         log.rewind(1)
-        time.sleep(0.1)
         for step in (2, 3, 4):
             log.append(step, {})
-    assert shown(capsys) == [1, 2, 3, 2, 3, 4]
+    assert screen.lines() == lines_of(1, 2, 3, 2, 3, 4)
 
 
-def test_records_of_one_millisecond_or_of_a_clock_behind_ours_are_printed_too(
-    tmp_path, capsys, monkeypatch
-):
-    log, times = Journal(RunFolder(tmp_path)), iter([5, 5, 5, 3, 2])
+def test_lines_of_the_same_millisecond_or_of_a_slow_clock_are_printed(folder, screen, monkeypatch):
+    times = iter([5, 5, 5, 3, 2])
     monkeypatch.setattr(journal.time, "time_ns", lambda: next(times) * 1_000_000)
+    log = Journal(folder)
     log.append(0, {})
-    with Console(RunFolder(tmp_path), 100, 1, interval_s=0.01):
+    with console(folder):
         for step in (1, 2, 3, 4):
             log.append(step, {})
-    assert shown(capsys) == [1, 2, 3, 4]
+    assert screen.lines() == lines_of(1, 2, 3, 4)
 
 
-def test_events_are_lines_too_and_those_of_before_are_not_told_again(tmp_path, capsys):
-    events.note(RunFolder(tmp_path), "drift", "the driver has said that")
-    with Console(RunFolder(tmp_path), 100, 1, interval_s=0.01):
-        Journal(RunFolder(tmp_path)).append(1, {})
-        time.sleep(0.1)
-        events.note(RunFolder(tmp_path), "hang", "rank 1 hung in gradient of step 2")
-        time.sleep(0.1)
-        events.note(RunFolder(tmp_path), "restart", "attempt 2 begins at step 0")
-    assert capsys.readouterr().out.splitlines() == [
-        "step   1/100",
+def test_events_are_printed_but_not_those_of_earlier_attempts(folder, screen):
+    events.note(folder, "drift", "the driver has printed this")
+    with console(folder):
+        Journal(folder).append(1, {})
+        screen.wait_for(1)
+        events.note(folder, "hang", "rank 1 hung in gradient of step 2")
+        screen.wait_for(2)
+        folder.events_file.write_bytes(folder.events_file.read_bytes() + b'{"kind": "hang", "mess')
+        events.note(folder, "restart", "attempt 2 begins at step 0")
+    assert screen.lines() == [
+        *lines_of(1),
         "rank 1 hung in gradient of step 2",
         "attempt 2 begins at step 0",
     ]
 
 
-def test_what_is_torn_among_the_events_keeps_no_other_from_being_told(tmp_path, capsys):
-    with Console(RunFolder(tmp_path), 100, 1, interval_s=0.01):
-        RunFolder(tmp_path).events_file.write_text('{"kind": "hang", "mess')
-        time.sleep(0.1)
-        events.note(RunFolder(tmp_path), "restart", "attempt 2 begins at step 0")
-    assert capsys.readouterr().out == "attempt 2 begins at step 0\n"
+def test_full_disk_is_printed_once_each_time(folder, screen, monkeypatch):
+    # A real full disk is filled in tests/train/test_checkpointer.py.
+    free = 0
+    looks = 0
+
+    def statvfs(path):
+        nonlocal looks
+        looks += 1
+        return os.statvfs_result((4096, 4096, 100, free, free, 50, 9, 9, 0, 255))
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    with console(folder):
+        for free in (0, 5, 0):
+            seen = looks
+            wait_until(lambda seen=seen: looks > seen + 1)
+    message = "the disk is full. Training goes on; lines and checkpoints wait for room"
+    assert screen.lines() == [f"{folder.path}: {message}"] * 2
 
 
-def test_a_disk_that_is_full_is_told_once_each_time(tmp_path, capsys, monkeypatch):
-    free = [0]
-    # The system's figures are invented here: a real full disk of a run is filled in `test_writer.py`.
-    monkeypatch.setattr(
-        os,
-        "statvfs",
-        lambda path: os.statvfs_result((4096, 4096, 100, free[0], free[0], 50, 9, 9, 0, 255)),
-    )
-    with Console(RunFolder(tmp_path), 100, 1, interval_s=0.01):
-        for free[0] in (0, 5, 0):
-            time.sleep(0.1)
-    assert (
-        capsys.readouterr().out.splitlines()
-        == [f"{tmp_path}: the disk is full. Training goes on; lines and checkpoints wait for room"]
-        * 2
-    )
-
-
-def test_the_last_records_are_printed_before_the_console_ends(tmp_path, capsys):
-    log = Journal(RunFolder(tmp_path))
-    with Console(RunFolder(tmp_path), 100, 1, interval_s=30):
+def test_last_lines_are_printed_before_the_console_ends(folder, screen):
+    log = Journal(folder)
+    with console(folder, interval_s=30):
         log.append(1, {})
-    assert shown(capsys) == [1]
+    assert screen.lines() == lines_of(1)

@@ -1,25 +1,29 @@
-"""Events: a line is whole or passed over, and no line spoils its neighbours."""
+"""Events: each line is whole or skipped, and a damaged line does not damage its neighbors."""
 
 import pytest
 
 from orchestrator.runs import events
-from orchestrator.runs.folder import RunFolder
 
 
 @pytest.mark.parametrize(
-    "torn",
+    "damaged",
     [
         b'{"time": "2026-11-27T05:00:00+00:00", "ki',
         b"\xff",
         b"\n\n[1]\nnull\n{}\n" + b"[" * 100_000,
     ],
 )
-def test_what_is_torn_or_no_event_is_passed_over_and_the_next_one_stands_on_a_line_of_its_own(
-    tmp_path, torn
-):
-    first = events.note(RunFolder(tmp_path), "hang", "rank 1 hangs", rank=1)
-    with open(RunFolder(tmp_path).events_file, "ab") as file:
-        file.write(torn)
-    assert events.read(RunFolder(tmp_path)) == [first]
-    second = events.note(RunFolder(tmp_path), "drift", "of the clock")
-    assert events.read(RunFolder(tmp_path)) == [first, second]
+def test_lines_that_are_no_events_are_skipped(folder, damaged):
+    first = events.note(folder, "hang", "rank 1 hangs", rank=1)
+    with open(folder.events_file, "ab") as file:
+        file.write(damaged)
+    assert events.read(folder) == [first]
+    second = events.note(folder, "drift", "the torch version changed")
+    assert events.read(folder) == [first, second]
+
+
+def test_event_that_cannot_be_written_is_printed(folder, capsys):
+    folder.events_file.mkdir()
+    events.note(folder, "hang", "rank 1 hangs")
+    assert capsys.readouterr().out.endswith("rank 1 hangs\n")
+    assert events.read(folder) == []

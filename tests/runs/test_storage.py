@@ -1,0 +1,50 @@
+"""Where runs and data are stored."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config.experiment import Experiment
+from orchestrator.errors import UserError
+from orchestrator.runs.storage import check_writable, run_folder, storage_root
+
+
+@pytest.mark.parametrize(
+    ("storage", "variable", "in_job", "expected"),
+    [
+        (None, None, False, "CWD/runs"),
+        ("x/y", None, False, "CWD/x/y"),
+        ("/abs", None, False, "/abs"),
+        ("~/s", None, False, "HOME/s"),
+        (None, "/env", False, "/env"),
+        (None, "env", False, "CWD/env"),
+        ("/abs", "/env", False, "/abs"),
+        (None, None, True, "HOME/espalier"),
+        ("x", None, True, "HOME/espalier/x"),
+        ("/abs", None, True, "/abs"),
+        (None, "/env", True, "/env"),
+        ("~/s", None, True, "HOME/s"),
+    ],
+)
+def test_storage_is_absolute_and_outside_the_copy_that_a_ray_job_runs_in(
+    tmp_path, monkeypatch, storage, variable, in_job, expected
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/user")
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    if in_job:
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    if variable is not None:
+        monkeypatch.setenv("ESPALIER_STORAGE", variable)
+    wanted = expected.replace("CWD", str(tmp_path)).replace("HOME", "/home/user")
+    experiment = Experiment(storage=storage, name="small")
+    assert storage_root(experiment) == Path(wanted)
+    assert run_folder(experiment).path == Path(wanted) / "small"
+
+
+def test_storage_below_a_file_is_refused_and_nothing_is_created(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="storage: .*/file is a file"):
+        check_writable(tmp_path / "file" / "runs")
+    check_writable(tmp_path / "new" / "runs")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -193,16 +193,18 @@ class SweepJob(Job):
         step_s = None
         if estimate is not None and self.study.tree.steps_to_run:
             step_s = estimate["time_s"] * self.slots / self.study.tree.steps_to_run
-        self.books = self.study.keeper(lambda: None)
-        table = Table(self.books, self.slots, self.study.best, step_s)
-        self.report = Report(self.study, self.books, estimate)
+        progress = self.study.progress
+        table = Table(progress, self.slots, self.study.best, step_s)
+        report = Report(self.study, progress, estimate)
 
+        # Tune pickles this function, so it must not refer to the job, whose tracker has a thread.
         def stage_ended(stage: Stage) -> None:
-            self.report.stage_ended(stage)
+            report.stage_ended(stage)
             table.stage_ended(stage)
 
         progress.tick = table.tick
         progress.on_stage_end = stage_ended
+        self.report = report
         report.begin()
 
     # ---- while the stages run ----

@@ -24,7 +24,7 @@ class Summary(TypedDict, total=False):
     mlflow_run_id: str | None
     wall_s: float
     tokens_per_sec: float | None
-    estimated: dict[str, float]
+    estimated: Any  # cost.timing.Estimate, which this package cannot import
     measured: dict[str, float | None]
 
 

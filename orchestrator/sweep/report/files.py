@@ -12,6 +12,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.cost.timing import Estimate
 from orchestrator.files import write_atomically, write_json
 from orchestrator.redact import redact
 from orchestrator.runs import journal
@@ -52,9 +53,7 @@ class Report:
         estimate: Estimated time, memory and disk; None if unknown.
     """
 
-    def __init__(
-        self, study: Study, progress: Progress, estimate: dict[str, float] | None = None
-    ) -> None:
+    def __init__(self, study: Study, progress: Progress, estimate: Estimate | None = None) -> None:
         self.study = study
         self.progress = progress
         self.folder = study.folder

@@ -3,6 +3,7 @@
 from typing import Any, TypedDict
 
 from orchestrator.cost import estimate as estimates
+from orchestrator.cost.timing import Estimate
 from orchestrator.files import read_json
 from orchestrator.runs import journal, metrics
 from orchestrator.runs.ending import Ending
@@ -38,12 +39,12 @@ class SweepSummary(TypedDict, total=False):
     best_value: float | None
     best_checkpoint: str | None
     wall_s: float
-    estimated: dict[str, float]  # only if the sweep ran what was estimated
+    estimated: Estimate  # only if the sweep ran what was estimated
     measured: dict[str, float | None]
 
 
 def summarize(
-    study: Study, ending: Ending, estimate: dict[str, float] | None, wall_s: float
+    study: Study, ending: Ending, estimate: Estimate | None, wall_s: float
 ) -> SweepSummary:
     """Return the summary of a sweep that has ended.
 

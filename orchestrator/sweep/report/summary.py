@@ -39,7 +39,7 @@ class SweepSummary(TypedDict, total=False):
     best_value: float | None
     best_checkpoint: str | None
     wall_s: float
-    estimated: Estimate  # only if the sweep ran what was estimated
+    estimated: Any  # cost.timing.Estimate; only if the sweep ran what was estimated
     measured: dict[str, float | None]
 
 

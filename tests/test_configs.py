@@ -1,4 +1,4 @@
-"""The experiments that people start from: each parses, bears its file's name and has the numbers that it promises."""
+"""The experiments in configs/: each is valid and has the numbers that its comments promise."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ SWEEPS = [path for path in FILES if path.name.startswith("sweep-")]
 CONFIGS = [path for path in FILES if path not in SWEEPS]
 GPT2, BYTE, CHAR = 50257, 257, 65  # n_vocab
 
-# A length of None is tuned to a time, not known from elsewhere.
+# Steps are None where only the duration matters.
 # name: (n_vocab, tokens per step, steps, micro-batches, slots, parameters, without positions, decayed, undecayed)
 KNOWN = {
     "quickstart": (BYTE, 768, None, 1, 1, 828672, 820480, (18, 827520), (9, 1152)),
@@ -34,23 +34,23 @@ def by_name(name: str) -> Experiment:
     return load_experiment(next(path for path in CONFIGS if path.stem == name))
 
 
-def test_every_config_has_a_row_of_known_numbers():
+def test_every_config_has_known_numbers():
     assert {path.stem for path in CONFIGS} == set(KNOWN)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_a_config_bears_its_files_name_and_survives_being_resolved(path):
+def test_config_is_named_after_its_file_and_reads_back_equal(path):
     experiment = load_experiment(path)
     assert experiment.name == path.stem
     assert parse_experiment(read_yaml(experiment.to_yaml(), "again"), "again") == experiment
-    assert experiment.storage is None  # no machine's path in what people start from
+    assert experiment.storage is None  # no path of one machine
     assert experiment.data.dir is None
     assert experiment.tracking.uri is None
-    assert path.read_text("utf-8").startswith("# ")  # says what it is
+    assert path.read_text("utf-8").startswith("# ")  # a comment that describes it
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_the_known_numbers_come_out(name):
+def test_config_has_known_numbers(name):
     n_vocab, tokens, steps, micro_batches, slots, total, without, decayed, kept = KNOWN[name]
     e = by_name(name)
     facts = model_facts(e, n_vocab)
@@ -91,15 +91,15 @@ def test_the_known_numbers_come_out(name):
         ("finetune-gpt2", "schedule.kind", "constant"),
     ],
 )
-def test_what_a_config_is_for_stands_in_it(name, field, value):
+def test_config_has_the_values_of_its_source(name, field, value):
     assert by_name(name).flat()[field] == value
 
 
-def test_every_sweep_has_a_test_of_its_own():
+def test_every_sweep_is_tested():
     assert [path.stem for path in SWEEPS] == ["sweep-schedules"]
 
 
-def test_the_sweep_of_schedules_runs_two_fifths_of_what_it_asks():
+def test_sweep_schedules_runs_40_percent_of_its_steps():
     sweep = load_sweep(SWEEPS[0])
     assert parse_sweep(read_yaml(sweep.to_yaml(), "again"), "again") == (sweep.base, sweep.settings)
     trials = [
@@ -112,7 +112,7 @@ def test_the_sweep_of_schedules_runs_two_fifths_of_what_it_asks():
     assert SWEEPS[0].read_text("utf-8").startswith("# ")
 
 
-def test_shakespeare_is_fetched_with_the_hash_that_is_known():
+def test_shakespeare_is_downloaded_with_its_hash():
     known = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
     corpora = {path.stem: load_experiment(path).data.corpus for path in CONFIGS}
     fetched = {

@@ -1,4 +1,4 @@
-"""Every experiment in configs/ prepares its tokens and trains, made small by overrides; nothing else of it changes."""
+"""Every experiment in configs/ prepares its tokens and trains, shortened by overrides."""
 
 import json
 from dataclasses import asdict
@@ -32,13 +32,13 @@ SMALL = [
     "schedule.warmup_steps=1",
     "compute.num_workers=1",
     "train.compile=false",
-]  # torch.compile takes a minute on a CPU; its own runs are on GPUs
+]  # torch.compile takes a minute on a CPU
 
 
 @pytest.mark.parametrize(
     "path", [path for path in CONFIGS if path not in SWEEPS], ids=lambda p: p.stem
 )
-def test_a_config_prepares_and_trains(path, ray_cluster, tiny_corpus, tmp_path, request):
+def test_config_prepares_and_trains(path, ray_cluster, tiny_corpus, tmp_path, request):
     words = [*SMALL, f"storage={tmp_path}"]
     shipped = load_experiment(path)
     if shipped.data.corpus != "builtin:stdlib":
@@ -62,7 +62,7 @@ def test_a_config_prepares_and_trains(path, ray_cluster, tiny_corpus, tmp_path, 
 
 
 def _documents(corpus: Path, folder: Path) -> Path:
-    """The corpus in twenty files, for a split by documents."""
+    """Write the corpus as twenty files, for a split by documents."""
     folder.mkdir()
     text = corpus.read_text()
     for i in range(20):
@@ -71,7 +71,7 @@ def _documents(corpus: Path, folder: Path) -> Path:
 
 
 def _hugging_face_folder(experiment, folder: Path) -> Path:
-    """Random weights where OpenAI's would be downloaded: there is no network here."""
+    """Write random weights in place of OpenAI's, which would be downloaded."""
     folder.mkdir()
     torch.manual_seed(0)
     model = GPT(experiment.gpt_config(50257))

@@ -1,114 +1,163 @@
-"""Which checkpoints there are, and whether one is what was written: `MANIFEST.json` has the size and SHA-256 of its parts.
+"""Format of a checkpoint folder, and the check that it holds what was written.
 
-Eats a folder that anyone may have damaged or forged; yields its manifest, or a refusal that names the part.
+    step-00000100/
+        MANIFEST.json          step, fingerprints, and size and SHA-256 of each other file
+        model.safetensors      weights
+        optimizer.safetensors  state of the optimizer
+        state.json, experiment.yaml, model.json, tokenizer.json
+
+The manifest also holds its own SHA-256. safetensors has no checksum: without these hashes, a
+flipped bit would be loaded unnoticed.
 """
 
 import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError, safe_open
+from typing import Any, TypedDict
 
 from orchestrator.errors import UnreadableError, UserError
+from orchestrator.files import file_sha256
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
-PARTS = {
-    "model.safetensors"
-}  # that each has; the other ones are refused by who reads them and finds them missing
-NAME = re.compile(r"^step-(\d{8,})$")
-_PART = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")  # a name in the folder, never a way out of it
-_MANIFEST_LIMIT = 1 << 20  # bytes; it has some thousands
+_NAME = re.compile(r"step-(\d{8,})")
+_MAX_MANIFEST_BYTES = 1 << 20  # a real one has some thousands
+
+
+class Part(TypedDict):
+    """Entry of one file in the manifest."""
+
+    size: int  # bytes
+    sha256: str
+
+
+class Fingerprints(TypedDict):
+    """What decides the bits of a run, besides its configuration."""
+
+    data: str  # data.dataset.data_identity
+    numerics: dict[str, Any]  # train.numerics.fingerprint
+
+
+class CheckpointManifest(TypedDict, total=False):
+    """Content of MANIFEST.json without its own hash."""
+
+    format: int
+    step: int
+    parts: dict[str, Part]
+    generation: int  # attempt of the run that wrote the checkpoint
+    metrics: dict[str, float]  # of an evaluation at this step; empty if there was none
+    fingerprints: Fingerprints
+
+
+# ---- names ----
 
 
 def path_of(directory: Path, step: int) -> Path:
+    """Return the folder of a checkpoint in a run's `checkpoints/`."""
     return Path(directory) / f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int | None:
+    """Return the step that the name of a folder says; None if it is not a checkpoint's name."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        return None
+    step = int(match[1])
+    # Other digits than 0-9, or too many leading zeros, also match the pattern.
+    return step if path_of(path.parent, step).name == path.name else None
+
+
 def steps(directory: Path) -> list[int]:
-    """Steps of the committed checkpoints in a run's `checkpoints/`, rising; verified is none of them."""
-    names = os.listdir(directory) if Path(directory).is_dir() else []
-    found = ((int(match[1]), match.string) for match in map(NAME.match, names) if match)
-    return sorted(
-        step for step, name in found if path_of(directory, step).name == name
-    )  # no `step-000000003`, nor other digits
+    """Return the steps of all checkpoints in a run's `checkpoints/`, rising. None is verified."""
+    if not Path(directory).is_dir():
+        return []
+    found = (step_of(Path(name)) for name in os.listdir(directory))
+    return sorted(step for step in found if step is not None)
 
 
-def step_of(path: Path) -> int:
-    """Return the step in the name of a checkpoint's folder."""
-    return int(path.name.removeprefix("step-"))
+# ---- verification ----
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """Check every byte of a checkpoint against its manifest; returns the manifest.
+def verify(path: Path) -> CheckpointManifest:
+    """Compare every byte of a checkpoint with its manifest, and return the manifest.
 
     Raises:
-        UserError: names the part that is missing or changed.
+        UnreadableError: A file cannot be read at the moment.
+        UserError: A file is missing or changed, or the folder has the name of another step.
     """
     manifest = read_manifest(path)
-    named = NAME.match(path.name)
-    if named and int(named[1]) != manifest["step"]:
+    if step_of(path) not in (None, manifest["step"]):
         raise UserError(
-            f"{path}: holds step {manifest['step']}, whatever its name says; give it back its name"
+            f"{path}: contains the checkpoint of step {manifest['step']}, not of the step in its "
+            "name; rename it back"
         )
     try:
         _verify_parts(path, manifest["parts"])
-    except OSError as error:  # an unreadable sector, or it is being removed in this moment
-        raise _unreadable(path, error) from None
-    return manifest
-
-
-def _verify_parts(path: Path, parts: dict[str, dict[str, Any]]) -> None:
-    for name, part in parts.items():
-        if not (path / name).is_file():
-            raise UserError(f"{path / name}: missing; the checkpoint is not whole, use another")
-        size = (path / name).stat().st_size
-        if size != part["size"]:
-            raise UserError(
-                f"{path / name}: {size} bytes, written were {part['size']}; use another"
-            )
-    actual = _hash_parts([path / name for name in parts])
-    for name, part in parts.items():
-        if actual[name] != part:
-            raise UserError(
-                f"{path / name}: its content is not what was written (SHA-256 differs); use another"
-            )
-        if name.endswith(".safetensors"):
-            _check_header(path / name)
-
-
-def _check_header(path: Path) -> None:
-    """Refuse a file whose manifest is right and whose layout is not: whoever can write one can write the other."""
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise UserError(f"{path}: no safetensors file ({error}); use another") from None
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, itself verified; the parts are not."""
-    try:
-        text = _read_small(path / MANIFEST).decode()
-        manifest = json.loads(text)
-        # Its text, not only its content: 1e-05 may not become 1E-05.
-        unchanged = text == text_of(manifest) and manifest.pop("sha256") == digest_of(manifest)
-        whole = unchanged and manifest["format"] == FORMAT and _has_shape(manifest)
-    except FileNotFoundError:
-        whole = False
     except OSError as error:
         raise _unreadable(path, error) from None
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        whole = False
-    if not whole:
-        raise UserError(
-            f"{path}: no checkpoint of this program (its {MANIFEST} is missing or changed)"
-        )
     return manifest
+
+
+def _verify_parts(path: Path, parts: Mapping[str, Part]) -> None:
+    # Sizes first: they are read at once, and exclude pipes, devices and huge files.
+    for name, part in parts.items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{file}: missing; the checkpoint is incomplete, use another one")
+        size = file.stat().st_size
+        if size != part["size"]:
+            raise UserError(f"{file}: has {size} bytes instead of {part['size']}; use another one")
+    # hashlib releases the GIL, so that threads hash several files at once.
+    with ThreadPoolExecutor() as threads:
+        hashes = threads.map(file_sha256, [path / name for name in parts])
+        for (name, part), sha256 in zip(parts.items(), hashes, strict=True):
+            if sha256 != part["sha256"]:
+                raise UserError(
+                    f"{path / name}: its content has changed (SHA-256 differs); use another one"
+                )
+
+
+def read_manifest(path: Path) -> CheckpointManifest:
+    """Read and verify the manifest of a checkpoint. The other files are not verified.
+
+    Raises:
+        UnreadableError: The manifest cannot be read at the moment.
+        UserError: The manifest is missing, changed or of another format.
+    """
+    try:
+        manifest = _parse(_read_small(path / MANIFEST).decode())
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"{path}: not a checkpoint of this program (its {MANIFEST} is missing or changed)"
+        ) from None
+    return manifest
+
+
+def _parse(text: str) -> CheckpointManifest:
+    """Return the manifest, or raise ValueError, TypeError, … if it is not one that we wrote."""
+    stored = json.loads(text)
+    # The text is compared as well: a changed byte may leave the meaning as it was.
+    is_as_written = text == _to_text(stored)
+    if not is_as_written or stored.pop("sha256") != _sha256(stored) or stored["format"] != FORMAT:
+        raise ValueError("changed, or another format")
+    return stored
+
+
+def _read_small(file: Path) -> bytes:
+    """Read a file that may be huge or a pipe if it is not a manifest."""
+    if not file.is_file():
+        raise ValueError("not a file")
+    with open(file, "rb") as opened:
+        content = opened.read(_MAX_MANIFEST_BYTES + 1)
+    if len(content) > _MAX_MANIFEST_BYTES:
+        raise ValueError("too large")
+    return content
 
 
 def _unreadable(path: Path, error: OSError) -> UnreadableError:
@@ -118,51 +167,15 @@ def _unreadable(path: Path, error: OSError) -> UnreadableError:
     )
 
 
-def _has_shape(manifest: dict[str, Any]) -> bool:
-    """Whether what everybody takes for granted is there: whoever can write a part can write its hash."""
-    fingerprints = manifest["fingerprints"]
-    cpus, device = (fingerprints["numerics"][key] for key in ("cpus_per_worker", "device"))
-    return (
-        type(manifest["step"]) is int
-        and isinstance(manifest.get("metrics", {}), dict)
-        and isinstance(fingerprints["data"], str)
-        and type(cpus) is int
-        and cpus > 0
-        and isinstance(device, str)
-        and manifest["parts"].keys() >= PARTS
-        and all(
-            _PART.match(name) and part.keys() == {"size", "sha256"}
-            for name, part in manifest["parts"].items()
-        )
-    )
+def manifest_text(step: int, parts: Mapping[str, Part], facts: Mapping[str, Any]) -> str:
+    """Return the content of MANIFEST.json."""
+    manifest = {"format": FORMAT, "step": step, "parts": parts, **facts}
+    return _to_text({**manifest, "sha256": _sha256(manifest)})
 
 
-def _read_small(path: Path) -> bytes:
-    """The content of a manifest; no device, no pipe, nothing larger than one can be."""
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    with open(path, "rb") as file:
-        content = file.read(_MANIFEST_LIMIT + 1)
-    if len(content) > _MANIFEST_LIMIT:
-        raise ValueError(f"{path}: more than {_MANIFEST_LIMIT} bytes")
-    return content
-
-
-def text_of(manifest: dict[str, Any]) -> str:
+def _to_text(manifest: Mapping[str, Any]) -> str:
     return json.dumps(manifest, indent=1)
 
 
-def digest_of(manifest: dict[str, Any]) -> str:
+def _sha256(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _hash_parts(paths: list[Path]) -> dict[str, dict[str, Any]]:
-    # hashlib releases the GIL, so parts are hashed side by side.
-    with ThreadPoolExecutor() as pool:
-        return {p.name: part for p, part in zip(paths, pool.map(_hash_part, paths), strict=True)}
-
-
-def _hash_part(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}

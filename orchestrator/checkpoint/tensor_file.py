@@ -1,13 +1,22 @@
-"""A safetensors file as one buffer in memory: laid out once, filled again for every checkpoint.
+"""safetensors files: as one reusable buffer in memory for writing, and read back into tensors.
 
-Eats named tensors on any device; yields the bytes of their file. The format: the header's length (8 bytes, little-endian),
-the header (JSON: dtype, shape and offsets of each tensor, padded with spaces), then the tensors, contiguous. With the file
-laid out like this a checkpoint is one copy, and what is written and hashed while training goes on is plain memory.
+A checkpoint is copied into such buffers while training waits, and written from them in the
+background. The buffers are allocated once and filled again for each checkpoint.
+
+Layout of the file: length of the header (8 bytes, little-endian); the header (JSON: dtype, shape
+and offsets of each tensor, padded with spaces); the tensors, contiguous.
 """
 
+import hashlib
 import json
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
 
 _DTYPES = {
     torch.float64: "F64",
@@ -21,19 +30,28 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_ALIGNMENT = 8
+_ALIGNMENT = 8  # bytes
 
 
 class TensorFile:
-    """`fill` copies tensors into the buffer; `data` is the file's bytes. Pinned where there is a tensor on a GPU."""
+    """A safetensors file in memory. The memory is pinned if a tensor is on a GPU.
 
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        # Wide types first: then every tensor lies at a multiple of its element's size.
+    Args:
+        tensors: Tensors of the shapes, dtypes and devices that `fill` will be given.
+
+    Attributes:
+        data: The bytes of the file, complete after `fill`.
+    """
+
+    def __init__(self, tensors: Tensors) -> None:
+        self._layout = _layout(tensors)
+        # Large elements first, so that each tensor starts at a multiple of its element size.
         names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-        header, spans, end = {}, {}, 0
+        header = {}
+        end = 0
         for name in names:
-            start, end = end, end + tensors[name].numel() * tensors[name].element_size()
-            spans[name] = start, end
+            start = end
+            end += tensors[name].nbytes
             header[name] = {
                 "dtype": _DTYPES[tensors[name].dtype],
                 "shape": list(tensors[name].shape),
@@ -41,44 +59,63 @@ class TensorFile:
             }
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
+
         first = _ALIGNMENT + len(text)
-        self._shapes = _shapes(tensors)
-        self._buffer = torch.empty(
-            first + end, dtype=torch.uint8, pin_memory=any(t.is_cuda for t in tensors.values())
-        )
-        self.data = memoryview(self._buffer.numpy())
+        is_pinned = any(tensor.is_cuda for tensor in tensors.values())
+        self._buffer = torch.empty(first + end, dtype=torch.uint8, pin_memory=is_pinned)
+        self.data = self._buffer.numpy().data
         self.data[:first] = len(text).to_bytes(_ALIGNMENT, "little") + text
-        self._views = {
-            name: self._buffer[first + start : first + end]
-            .view(tensors[name].dtype)
-            .view(tensors[name].shape)
-            for name, (start, end) in spans.items()
-        }
+        self._views = {}
+        for name in names:
+            size = tensors[name].nbytes
+            part = self._buffer[first : first + size]
+            self._views[name] = part.view(tensors[name].dtype).view(tensors[name].shape)
+            first += size
 
-    def fits(self, tensors: dict[str, torch.Tensor]) -> bool:
-        """Whether the layout is that of `tensors`."""
-        return self._shapes == _shapes(tensors)
+    def fits(self, tensors: Tensors) -> bool:
+        """Return whether `fill` can be called with these tensors."""
+        return self._layout == _layout(tensors)
 
-    def fill(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Copy; from a GPU the copies have only begun: synchronize before the bytes are read or the tensors changed."""
+    def fill(self, tensors: Tensors) -> None:
+        """Start to copy. Synchronize a GPU before the bytes are read or the tensors are changed."""
         for name, view in self._views.items():
             view.copy_(tensors[name].detach(), non_blocking=True)
 
 
-def fill(
-    files: dict[str, TensorFile], tensors: dict[str, dict[str, torch.Tensor]]
-) -> dict[str, TensorFile]:
-    """A filled file for each group of tensors, out of `files` where one fits; when it returns the bytes are there."""
-    files = {
-        name: file if (file := files.get(name)) and file.fits(group) else TensorFile(group)
-        for name, group in tensors.items()
-    }
-    for name, group in tensors.items():
-        files[name].fill(group)
-    for device in {t.device for group in tensors.values() for t in group.values() if t.is_cuda}:
+def _layout(tensors: Tensors) -> dict[str, tuple[torch.dtype, torch.Size, bool]]:
+    return {name: (tensor.dtype, tensor.shape, tensor.is_cuda) for name, tensor in tensors.items()}
+
+
+def fill(files: Mapping[str, TensorFile], groups: Mapping[str, Tensors]) -> dict[str, TensorFile]:
+    """Copy each group of tensors into a file, and return the files when the copies are complete.
+
+    Args:
+        files: Files of an earlier call, used again where the layout is the same.
+        groups: Tensors by name of the file and name of the tensor.
+    """
+    filled = {}
+    devices = set()
+    for name, tensors in groups.items():
+        file = files.get(name)
+        if file is None or not file.fits(tensors):
+            file = TensorFile(tensors)
+        file.fill(tensors)
+        filled[name] = file
+        devices |= {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+    for device in devices:
         torch.cuda.current_stream(device).synchronize()
-    return files
+    return filled
 
 
-def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, torch.Size, bool]]:
-    return {name: (t.dtype, t.shape, t.is_cuda) for name, t in tensors.items()}
+def load_tensors(path: Path, name: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Load `<name>.safetensors` of a checkpoint, which must be verified before."""
+    return load_file(path / f"{name}.safetensors", device=str(device))
+
+
+def weights_sha256(weights: Tensors) -> str:
+    """Return the SHA-256 of the sorted names and the float32 bytes of a model's weights."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().to("cpu", torch.float32).contiguous().numpy().data)
+    return digest.hexdigest()

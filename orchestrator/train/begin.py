@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.checkpoint import store as checkpoint
+from orchestrator.checkpoint import store
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UnreadableError, UserError
 from orchestrator.runs import events
@@ -59,7 +59,7 @@ def begin(
         model = initial_model(experiment, n_vocab)
         return Begin(build(experiment, model, worker), is_restored=False, is_own=False)
     if not is_own:
-        checkpoint.verify(path)
+        store.verify(path)
     elif not worker.is_main:
         _verify_as_rank_0_did(path)
     state = build(experiment, load_model(path), worker)
@@ -80,19 +80,19 @@ def _newest_step(folder: RunFolder) -> int:
         events.note(folder, "checkpoint_damaged", message)
 
     try:
-        path = checkpoint.latest_valid(folder.checkpoints, skip, set_aside=True)
+        path = store.latest_valid(folder.checkpoints, skip, set_aside=True)
     except UnreadableError as error:
         # Not the user's mistake: Ray starts the workers again, and they may find it readable.
         raise RuntimeError(str(error)) from error
     if path is None:
         return _NONE
-    return checkpoint.step_of(path)
+    return store.read_manifest(path)["step"]
 
 
 def _verify_as_rank_0_did(path: Path) -> None:
     """Verify on this machine what rank 0 found valid. A difference is not the user's mistake."""
     try:
-        checkpoint.verify(path)
+        store.verify(path)
     except UserError as error:
         raise RuntimeError(
             f"rank 0 could read this checkpoint, and this worker cannot: {error}"
@@ -103,7 +103,7 @@ def _check_numerics(
     experiment: Experiment, folder: RunFolder, path: Path, worker: Worker, step: int
 ) -> None:
     """Refuse a start that would not give the same bits, or record an event if that is allowed."""
-    before = checkpoint.read_manifest(path)["fingerprints"]["numerics"]
+    before = store.read_manifest(path)["fingerprints"]["numerics"]
     now = numerics.fingerprint(experiment, worker)
     differences = numerics.check(before, now, experiment, folder.path)
     if not worker.is_main:

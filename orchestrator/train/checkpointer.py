@@ -10,10 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor
-
-from orchestrator.checkpoint import store as checkpoint
-from orchestrator.checkpoint import tensor_file
+from orchestrator.checkpoint import store, tensor_file
 from orchestrator.errors import NO_ROOM, UserError
 from orchestrator.runs import events, journal
 from orchestrator.runs.folder import RunFolder
@@ -46,7 +43,7 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        tensors: Mapping[str, Mapping[str, Tensor]],
+        tensors: Mapping[str, tensor_file.Tensors],
         texts: Mapping[str, str],
         facts: Mapping[str, Any],
     ) -> None:
@@ -64,7 +61,7 @@ class Checkpointer:
             self._not_written = self._report_full_disk(step, disk_full)
             return
         self._files = tensor_file.fill(self._files, tensors)
-        parts = checkpoint.parts_of(self._files, texts)
+        parts = store.parts_of(self._files, texts)
         self._pending = self._thread.submit(self._commit, step, parts, facts)
 
     def wait(self) -> None:
@@ -109,19 +106,17 @@ class Checkpointer:
         if pending is not None:
             self._not_written = pending.result()
 
-    def _commit(
-        self, step: int, parts: Mapping[str, bytes | memoryview], facts: Mapping[str, Any]
-    ) -> UserError | None:
+    def _commit(self, step: int, parts: store.Parts, facts: Mapping[str, Any]) -> UserError | None:
         """Write one checkpoint; return an error if the disk is full."""
         try:
             # Lines before a checkpoint must survive a power failure that the checkpoint survives.
             journal.sync(self.folder)
-            checkpoint.commit(self.folder.checkpoints, step, parts, facts)
+            store.commit(self.folder.checkpoints, step, parts, facts)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
             return self._report_full_disk(step, error)
-        checkpoint.prune(self.folder.checkpoints, self.keep)
+        store.prune(self.folder.checkpoints, self.keep)
         return None
 
     def _report_full_disk(self, step: int, error: OSError) -> UserError:

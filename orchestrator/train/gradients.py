@@ -1,13 +1,19 @@
-"""One gradient out of many micro-batches and workers, by the same additions in the same order on any number of workers.
+"""Sum of the gradients of all micro-batches, with the same bits for any number of ranks.
 
-A step has M micro-batches in S canonical slots (S a power of two that divides M); worker r of W owns slots
-[r·S/W, (r+1)·S/W). A slot's micro-batches are added left to right by autograd, slots in a balanced binary tree: locally
-with a binary counter of buffers, across workers once per step (all_to_all of W chunks, tree sum in rank order,
-all_gather: the bytes of a ring all-reduce). So the sum is the same bits on 1, 2, 4 … S workers, which DDP's is not.
+Floating-point addition is not associative, so the order of the additions is fixed. The M
+micro-batches of a step are divided into S canonical slots; rank r of W has slots r S/W to
+(r+1) S/W - 1. The micro-batches of a slot are added from left to right by autograd. The slots are
+added in a balanced binary tree: the lower levels on each rank, the upper levels across ranks, once
+per step. Such a tree is the same for W = 1, 2, 4, …, S. torch's DistributedDataParallel has another
+order for each W, and after a resume.
 
-Legend: P numbers of parameters; a buffer is float32 (P + M + 1 + padding), the gradients followed by the M losses of the
-step's micro-batches and a vote. A loss has one owner and is zero elsewhere, so that the same additions bring it everywhere
-exactly; so does the vote, by which workers agree to stop after a step without another message.
+Across ranks, each rank sums one chunk of the buffer: an all-to-all, a tree sum in rank order, an
+all-gather. That moves as many bytes as a ring all-reduce.
+
+Notation: M micro-batches per step, S slots, W ranks, P parameters. A buffer is a float32 vector of P
+gradients, M losses, one vote, and padding to a multiple of S. Each loss is set on one rank and zero
+on the others, so that the same additions bring it to all ranks exactly. The vote makes all ranks
+stop after the same step, without another message.
 """
 
 import torch
@@ -16,14 +22,17 @@ from torch import Tensor, nn
 
 
 class Gradients:
-    """Owns `param.grad` of every parameter.
+    """Gradient buffers of one rank. They are the `grad` of every parameter.
 
-    Per step: `begin_slot`/`end_slot` around each of this worker's slots with `record_loss` inside, then `reduce`.
+    In each step: `begin_slot` and `end_slot` around each slot of this rank, with `record_loss`
+    between them; then `reduce`.
 
     Args:
-        params: all float32 and on one device.
-        micro_batches: M of a step over all workers.
-        slots: S, a power of two that divides M and that the number of workers divides.
+        params: Parameters, float32, all on one device.
+        micro_batches: M.
+        slots: S, a power of two that divides M and is a multiple of W.
+        rank: This rank.
+        world_size: W.
     """
 
     def __init__(
@@ -33,47 +42,52 @@ class Gradients:
         slots: int,
         rank: int = 0,
         world_size: int = 1,
-    ):
+    ) -> None:
         assert slots & (slots - 1) == 0 and micro_batches % slots == 0 and slots % world_size == 0
-        assert all(p.dtype == torch.float32 for p in params)
-        self.params, self.micro_batches, self.slots = params, micro_batches, slots
-        self.rank, self.world_size = rank, world_size
-        self.n_params = sum(p.numel() for p in params)
-        # Padded to a multiple of S, not of W: the buffer must not depend on the number of workers.
-        self.size = -(-(self.n_params + micro_batches + 1) // slots) * slots
+        assert all(param.dtype == torch.float32 for param in params)
+        self.params = params
+        self.micro_batches = micro_batches
+        self.slots = slots
+        self.rank = rank
+        self.world_size = world_size
         self.device = params[0].device
+        self.n_params = sum(param.numel() for param in params)
+        # Padded to a multiple of S, not of W: the buffer must not depend on the number of ranks.
+        self.size = -(-(self.n_params + micro_batches + 1) // slots) * slots
         self.free: list[_Buffer] = []
-        self.stack: list[_Buffer] = []  # sums of 2^k slots, k falling
+        self.stack: list[_Buffer] = []  # sums of subtrees, the largest first
         self.slots_done = 0
         self.current = self._bind(self._take())
+        self.last_norm: Tensor | None = None
 
     @property
     def slots_per_worker(self) -> int:
+        """S / W."""
         return self.slots // self.world_size
 
     def my_slots(self) -> list[range]:
-        """Micro-batch numbers of this step in each slot of this worker."""
-        size, first = self.micro_batches // self.slots, self.rank * self.slots_per_worker
-        return [
-            range(s * size, (s + 1) * size) for s in range(first, first + self.slots_per_worker)
-        ]
+        """Return the micro-batches of each slot of this rank."""
+        size = self.micro_batches // self.slots
+        first = self.rank * self.slots_per_worker
+        mine = range(first, first + self.slots_per_worker)
+        return [range(slot * size, (slot + 1) * size) for slot in mine]
 
     def begin_slot(self) -> None:
-        """Clear the buffer that `backward` adds to."""
+        """Provide a buffer of zeros, to which `backward` adds."""
         if self.slots_done:
             self._bind(self._take())
         self.current.flat.zero_()
 
     def record_loss(self, micro_batch: int, loss: Tensor) -> None:
-        """Let the loss of micro-batch `micro_batch` (0-dim, nats per token) travel with its gradient."""
+        """Store the loss of a micro-batch (0-dim, nats per token) beside its gradient."""
         self.current.flat[self.n_params + micro_batch].copy_(loss.detach())
 
     def vote(self) -> None:
-        """Let `votes` of this step be above zero on every worker."""
+        """Make `votes` of this step positive on all ranks."""
         self.current.flat[self.n_params + self.micro_batches] = 1.0
 
     def end_slot(self) -> None:
-        """Merge equal subtrees: like carrying in a binary counter."""
+        """Add up subtrees of equal size, as a binary counter carries."""
         self.stack.append(self.current)
         self.slots_done += 1
         carry = self.slots_done
@@ -84,7 +98,11 @@ class Gradients:
             carry //= 2
 
     def reduce(self) -> Tensor:
-        """Sum over all slots of all workers, divided by M, into every `param.grad`; returns the M losses, (M,)."""
+        """Set the `grad` of every parameter to the mean over M micro-batches.
+
+        Returns:
+            The M losses, (M,).
+        """
         assert self.slots_done == self.slots_per_worker and len(self.stack) == 1
         total = self._bind(self.stack.pop())
         self.slots_done = 0
@@ -95,32 +113,39 @@ class Gradients:
         return total.flat[self.n_params : self.n_params + self.micro_batches]
 
     def votes(self) -> Tensor:
-        """How many slots voted in the step that was reduced, 0-dim."""
+        """Return how many slots voted in the step that was reduced, 0-dim."""
         return self.current.flat[self.n_params + self.micro_batches]
 
     def norm(self) -> Tensor:
-        """Global L2 norm of the reduced gradient, 0-dim (torch.nn.utils.clip_grad_norm_ computes the same)."""
+        """Return the L2 norm of the reduced gradient, 0-dim, as `clip_grad_norm_` computes it."""
         self.last_norm = nn.utils.get_total_norm(self.current.views)
         return self.last_norm
 
     def clip(self, max_norm: float) -> None:
-        """Scale the gradient down to `max_norm` where its `norm()` is above it, as clip_grad_norm_ does."""
-        self.current.flat[: self.n_params].mul_(
-            torch.clamp(max_norm / (self.last_norm + 1e-6), max=1.0)
-        )
+        """Scale the gradient to `max_norm` if its norm is above, as `clip_grad_norm_` does.
+
+        `norm` must have been called for this gradient.
+        """
+        assert self.last_norm is not None
+        scale = torch.clamp(max_norm / (self.last_norm + 1e-6), max=1.0)
+        self.current.flat[: self.n_params].mul_(scale)
 
     def _exchange(self, flat: Tensor) -> None:
+        """Sum `flat` over all ranks, in place."""
         chunks = torch.empty_like(flat)
-        dist.all_to_all_single(chunks, flat)  # row r: rank r's part of my chunk
+        dist.all_to_all_single(chunks, flat)  # row r is what rank r has of the chunk of this rank
         rows = list(chunks.view(self.world_size, -1).unbind())
         while len(rows) > 1:
             rows = [left.add_(right) for left, right in zip(rows[::2], rows[1::2], strict=True)]
         dist.all_gather_into_tensor(flat, rows[0].contiguous())
 
     def _take(self) -> "_Buffer":
-        return self.free.pop() if self.free else _Buffer(self.params, self.size, self.device)
+        if self.free:
+            return self.free.pop()
+        return _Buffer(self.params, self.size, self.device)
 
     def _bind(self, buffer: "_Buffer") -> "_Buffer":
+        """Make `buffer` the `grad` of every parameter."""
         for param, view in zip(self.params, buffer.views, strict=True):
             param.grad = view
         self.current = buffer
@@ -128,11 +153,12 @@ class Gradients:
 
 
 class _Buffer:
-    """A flat float32 buffer and, in front, one view per parameter in its shape."""
+    """A flat float32 vector, and a view of its first elements for each parameter."""
 
-    def __init__(self, params: list[nn.Parameter], size: int, device: torch.device):
+    def __init__(self, params: list[nn.Parameter], size: int, device: torch.device) -> None:
         self.flat = torch.zeros(size, dtype=torch.float32, device=device)
-        self.views, offset = [], 0
-        for p in params:
-            self.views.append(self.flat[offset : offset + p.numel()].view_as(p))
-            offset += p.numel()
+        self.views: list[Tensor] = []
+        offset = 0
+        for param in params:
+            self.views.append(self.flat[offset : offset + param.numel()].view_as(param))
+            offset += param.numel()

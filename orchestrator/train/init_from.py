@@ -1,7 +1,7 @@
-"""Where a run's first weights come from: `train.init_from`.
+"""First weights of a run, as `train.init_from` says.
 
-Eats an experiment and the real vocabulary size; yields a GPT of exactly the experiment's shape on the CPU: random, or
-OpenAI's GPT-2 or another Hugging Face folder, or a nanoGPT `ckpt.pt`, or a run or checkpoint of ours.
+Sources: random, OpenAI's GPT-2 or another Hugging Face folder, a nanoGPT `ckpt.pt`, a run or a
+checkpoint of this program.
 """
 
 import contextlib
@@ -10,184 +10,205 @@ import os
 import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from model import weights
 from model.gpt import GPT, GPTConfig
-from orchestrator.checkpoint import store as checkpoint
+from orchestrator.checkpoint import store
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
-from orchestrator.train import state
+from orchestrator.runs.folder import RunFolder
+from orchestrator.train.state import NOT_LOADABLE, shape_of
 
-MAX_PADDING = 1024  # vocabulary rows beyond the tokenizer's; more means another tokenizer
+SCRATCH = "scratch"
+MAX_PADDING = 1024  # more vocabulary rows than tokens: it is another tokenizer
 HUB = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
-Source = tuple[GPTConfig, Callable[[], dict[str, torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights that were not read yet."""
+
+    shape: GPTConfig
+    load: Callable[[], weights.StateDict]
 
 
 def initial_model(experiment: Experiment, n_vocab: int) -> GPT:
-    """A GPT of the experiment's shape with the weights that `train.init_from` names.
+    """Return a model of the experiment's shape on the CPU, with its first weights.
 
-    A longer context is cropped and vocabulary rows are padded or cut; every other difference of shape is refused.
+    A longer context is cropped, and vocabulary rows are padded or cut.
+
+    Raises:
+        UserError: See `check` and `check_shape`, or the weights cannot be read.
     """
-    wanted, source = experiment.gpt_config(n_vocab), experiment.train.init_from
-    if source == "scratch":
+    name = experiment.train.init_from
+    if name == SCRATCH:
         torch.manual_seed(experiment.train.seed)
         return experiment.new_model(n_vocab)
-    check_shape(experiment, n_vocab)
-    _, load = _open(source)
+    source = _open_fitting(experiment, n_vocab)
     model = experiment.new_model(n_vocab)
-    with _explained(source):
-        tensors = load()
-        tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][
-            : wanted.block_size
-        ].clone()
-        model.load_state_dict(weights.pad_vocab(tensors, wanted.vocab_size))
+    with _as_user_error(name):
+        tensors = source.load()
+        positions = tensors[weights.POSITIONS]
+        tensors[weights.POSITIONS] = positions[: model.config.block_size].clone()
+        model.load_state_dict(weights.pad_vocab(tensors, model.config.vocab_size))
     return model
 
 
 def check(experiment: Experiment) -> None:
-    """Refuse a `train.init_from` that leads nowhere, before anything is prepared; reads no weights."""
-    _check_exists(experiment.train.init_from)
+    """Check that `train.init_from` names something that exists. Nothing is read.
 
-
-def with_absolute_path(experiment: Experiment) -> Experiment:
-    """Workers run in another folder: a relative `train.init_from` is one of this one's."""
-    source = Path(experiment.train.init_from).expanduser()
-    if not source.exists():
-        return experiment  # scratch, a name, or a mistake that is told where it is read
-    return experiment.replace(train__init_from=str(source.absolute()))
-
-
-def _check_exists(source: str) -> None:
-    if source == "scratch" or source in weights.GPT2_SIZES or Path(source).expanduser().exists():
+    Raises:
+        UserError: It does not exist.
+    """
+    name = experiment.train.init_from
+    if name == SCRATCH or name in weights.GPT2_SIZES or Path(name).expanduser().exists():
         return
     raise UserError(
-        f"train.init_from: '{source}' does not exist; use scratch, one of {', '.join(weights.GPT2_SIZES)}"
-        f", a Hugging Face folder, a nanoGPT ckpt.pt, or a run or checkpoint folder"
+        f"train.init_from: '{name}' does not exist; use {SCRATCH}, one of "
+        f"{', '.join(weights.GPT2_SIZES)}, a Hugging Face folder, a nanoGPT ckpt.pt, or a run or "
+        "checkpoint folder"
     )
 
 
 def check_shape(experiment: Experiment, n_vocab: int) -> None:
-    """Refuse weights of another shape or vocabulary, naming every difference; reads their configuration alone."""
-    wanted, source = experiment.gpt_config(n_vocab), experiment.train.init_from
-    if source == "scratch":
-        return
-    config, _ = _open(source)
-    if not n_vocab <= config.vocab_size <= n_vocab + MAX_PADDING:
-        raise UserError(
-            f"train.init_from: {source} has {config.vocab_size:,} vocabulary rows, data.tokenizer="
-            f"{experiment.data.tokenizer} has {n_vocab:,} tokens; use the tokenizer that it was trained with"
-        )
-    fits = replace(
-        config,
-        vocab_size=wanted.vocab_size,
-        dropout=wanted.dropout,
-        block_size=min(config.block_size, wanted.block_size),
-    )
-    differences = [
-        f"model.{k}={v} there and {asdict(wanted)[k]} here"
-        for k, v in asdict(fits).items()
-        if v != asdict(wanted)[k]
-    ]
-    if differences:
-        raise UserError(f"train.init_from: {source} has another shape: {'; '.join(differences)}")
+    """Check that the weights fit the model and the tokenizer. No weights are read.
+
+    Raises:
+        UserError: The vocabulary or the shape differs; the message names every difference.
+    """
+    if experiment.train.init_from != SCRATCH:
+        _open_fitting(experiment, n_vocab)
+
+
+def with_absolute_path(experiment: Experiment) -> Experiment:
+    """Return the experiment with an absolute `train.init_from`: workers have another directory."""
+    source = Path(experiment.train.init_from).expanduser()
+    if not source.exists():
+        return experiment  # scratch, a name, or a mistake that `check` finds
+    return experiment.replace(train__init_from=str(source.absolute()))
 
 
 def checkpoint_of(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the latest valid one of a run's folder."""
-    if (path / checkpoint.MANIFEST).is_file():
-        checkpoint.verify(path)
+    """Return a verified checkpoint: `path` itself, or the newest valid one of a run's folder.
+
+    Raises:
+        UserError: There is none, or `path` is a damaged checkpoint.
+    """
+    if (path / store.MANIFEST).is_file():
+        store.verify(path)
         return path
-    found = checkpoint.latest_valid(path / "checkpoints")
+    found = store.latest_valid(RunFolder(path).checkpoints)
     if found is None:
         raise UserError(
             f"{path}: neither a checkpoint nor a run with one; give <storage>/<name> or a folder "
-            f"step-… below its checkpoints/"
+            "step-… in its checkpoints/"
         )
     return found
 
 
-@contextlib.contextmanager
-def _explained(source: str) -> Iterator[None]:
-    """What is wrong with somebody's files is somebody's to mend."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (
-        AttributeError,
-        KeyError,
-        OSError,
-        RuntimeError,
-        SafetensorError,
-        TypeError,
-        ValueError,
-    ) as error:
+def _open_fitting(experiment: Experiment, n_vocab: int) -> Source:
+    """Open `train.init_from`; see `check_shape`."""
+    name = experiment.train.init_from
+    source = _open(experiment)
+    rows = source.shape.vocab_size
+    if not n_vocab <= rows <= n_vocab + MAX_PADDING:
         raise UserError(
-            f"train.init_from: {source}: {' '.join(str(error).split())[:400]}"
-        ) from None
+            f"train.init_from: {name} has {rows:,} vocabulary rows, data.tokenizer="
+            f"{experiment.data.tokenizer} has {n_vocab:,} tokens; use the tokenizer that it was "
+            "trained with"
+        )
+    wanted = experiment.gpt_config(n_vocab)
+    usable = replace(
+        source.shape,
+        vocab_size=wanted.vocab_size,
+        dropout=wanted.dropout,
+        block_size=min(source.shape.block_size, wanted.block_size),
+    )
+    here = asdict(wanted)
+    differences = [
+        f"model.{key}={value} there and {here[key]} here"
+        for key, value in asdict(usable).items()
+        if value != here[key]
+    ]
+    if differences:
+        raise UserError(f"train.init_from: {name} has another shape: {'; '.join(differences)}")
+    return source
 
 
-def _open(source: str) -> Source:
-    """The shape of the weights that `source` names, and a function that reads them."""
-    _check_exists(source)
-    path = Path(source).expanduser()
-    with _explained(source):
-        if source in weights.GPT2_SIZES:
-            return _open_hugging_face(_download(source))
+def _open(experiment: Experiment) -> Source:
+    check(experiment)
+    name = experiment.train.init_from
+    path = Path(name).expanduser()
+    with _as_user_error(name):
+        if name in weights.GPT2_SIZES:
+            return _open_hugging_face(_download(name))
         if path.is_file():
             return _open_nanogpt(path)
         if (path / "config.json").is_file():
             return _open_hugging_face(path)
         found = checkpoint_of(path)
-        return state.shape_of(found), lambda: checkpoint.load_tensors(found, "model")
+        return Source(shape_of(found), lambda: store.load_tensors(found, "model"))
 
 
 def _open_hugging_face(folder: Path) -> Source:
-    config = weights.config_from_huggingface(
-        json.loads((folder / "config.json").read_text("utf-8"))
-    )
+    config = json.loads((folder / "config.json").read_text("utf-8"))
     file = folder / "model.safetensors"
     if not file.is_file():
         raise UserError(
-            f"train.init_from: {folder} has no model.safetensors; save it with safe_serialization=True"
+            f"train.init_from: {folder} has no model.safetensors; save it with "
+            "safe_serialization=True"
         )
-    return config, lambda: weights.from_huggingface(load_file(file))
+    shape = weights.config_from_huggingface(config)
+    return Source(shape, lambda: weights.from_huggingface(load_file(file)))
 
 
 def _open_nanogpt(file: Path) -> Source:
-    # The one place that unpickles, on explicit request, and only tensors and plain values.
+    # The only unpickling in this program. weights_only admits tensors and plain values.
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True)
         arguments = stored["model_args"]
-    except Exception as error:
+    except Exception as error:  # torch raises many kinds for a file that is not its own
         raise UserError(
-            f"train.init_from: {file} is no nanoGPT checkpoint that loads with weights_only "
-            f"({error.__class__.__name__})"
+            f"train.init_from: {file} is not a nanoGPT checkpoint that loads with weights_only "
+            f"({type(error).__name__})"
         ) from None
-    return GPTConfig(**arguments), lambda: weights.from_nanogpt(stored["model"])
+    return Source(GPTConfig(**arguments), lambda: weights.from_nanogpt(stored["model"]))
 
 
 def _download(name: str) -> Path:
-    """OpenAI's weights, from the network once and from the cache ever after."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "espalier" / name
+    """Return the cache folder with OpenAI's weights, which are downloaded if they are missing."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    folder = cache / "espalier" / name
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "model.safetensors"):
-        if not (folder / file).is_file():
-            url = HUB.format(name=name, file=file)
-            part = folder / f".{file}.{os.getpid()}"
-            try:
-                with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as out:
-                    shutil.copyfileobj(response, out)
-            except OSError as error:
-                raise UserError(
-                    f"train.init_from: {name} is not in {folder} and {url} cannot be reached ({error}); "
-                    f"put config.json and model.safetensors there"
-                ) from None
-            os.replace(part, folder / file)
+        if (folder / file).is_file():
+            continue
+        url = HUB.format(name=name, file=file)
+        part = folder / f".{file}.{os.getpid()}"
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as out:
+                shutil.copyfileobj(response, out)
+        except OSError as error:
+            raise UserError(
+                f"train.init_from: {name} is not in {folder} and {url} cannot be reached "
+                f"({error}); put config.json and model.safetensors there"
+            ) from None
+        os.replace(part, folder / file)
     return folder
+
+
+@contextlib.contextmanager
+def _as_user_error(name: str) -> Iterator[None]:
+    """Convert errors in loading a user's file to UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except NOT_LOADABLE as error:
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"train.init_from: {name}: {reason}") from None

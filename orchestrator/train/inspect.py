@@ -1,9 +1,6 @@
-"""One batch looked at closely: what a training step eats, where it came from, and what a fresh model makes of it.
+"""A close look at one batch: what a training step reads, and what a new model makes of it.
 
-Eats an experiment, its dataset and a step; yields the very arrays of that step's first micro-batch, the documents that
-they were cut from, and the shapes, loss and probabilities of the experiment's first model. No Ray, no printing.
-
-Legend: B sequences per micro-batch, T = block_size, V = vocab_size (padded).
+Notation: B sequences per micro-batch, T tokens per sequence, V rows of the vocabulary (padded).
 """
 
 from dataclasses import dataclass
@@ -23,8 +20,13 @@ from orchestrator.train.numerics import Worker, autocast, prepare_process
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs, targets: (B, T) int64. offsets: where in the train stream each row begins, (B,). following: the token
-    after each row's inputs, read from the stream once more, (B,)."""
+    """First micro-batch of a step.
+
+    Attributes:
+        inputs, targets: Token ids, (B, T) int64.
+        offsets: Position in the train split at which each row starts, (B,).
+        following: Token after the inputs of each row, read from the split once more, (B,).
+    """
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -33,15 +35,22 @@ class Batch:
 
     @property
     def moved_by_one(self) -> bool:
-        """Is each target the input after it, and the last one the token that follows in the text?"""
+        """Whether each target is the token that follows its input in the text."""
         within = np.array_equal(self.targets[:, :-1], self.inputs[:, 1:])
         return within and np.array_equal(self.targets[:, -1], self.following)
 
 
 @dataclass(frozen=True)
 class Forward:
-    """What the model gave: shapes of its logits with and without targets, the mean loss in nats per token, and for
-    each row the likeliest next ids and their probabilities, (B, k) each."""
+    """Result of a forward pass.
+
+    Attributes:
+        with_targets: Shape of the logits if targets are given.
+        without_targets: Shape of the logits if none are given.
+        loss: Mean loss in nats per token.
+        next_ids: Most probable next tokens of each row, (B, k), the most probable first.
+        probabilities: Their probabilities, (B, k).
+    """
 
     with_targets: tuple[int, ...]
     without_targets: tuple[int, ...]
@@ -51,18 +60,27 @@ class Forward:
 
 
 def batch_of(experiment: Experiment, directory: Path, step: int) -> Batch:
-    """The first micro-batch of the update that takes a run from `step` to `step + 1`."""
-    t, length = experiment.train, experiment.model.block_size
+    """Return the first micro-batch of the update from `step` to `step + 1`.
+
+    Args:
+        experiment: The configuration.
+        directory: Folder of the dataset.
+        step: Number of updates before.
+    """
+    config = experiment.train
+    length = experiment.model.block_size
     stream = TokenStream(directory, "train")
-    batches = Batches(stream, length, t.global_batch_size, t.micro_batch_size, t.seed)
+    batches = Batches(
+        stream, length, config.global_batch_size, config.micro_batch_size, config.seed
+    )
     inputs, targets = batches.micro_batch(step, 0)
-    offsets = batches.offsets(step)[: t.micro_batch_size]
-    following = np.array([stream.read(int(o) + length, 1)[0] for o in offsets], np.int64)
-    return Batch(inputs, targets, offsets, following)
+    offsets = batches.offsets(step)[: config.micro_batch_size]
+    following = [stream.read(offset + length, 1)[0] for offset in offsets.tolist()]
+    return Batch(inputs, targets, offsets, np.array(following, np.int64))
 
 
 def first_model(experiment: Experiment, n_vocab: int, worker: Worker) -> GPT:
-    """The model that training would begin with, in a process set up as a worker's; dropout is off."""
+    """Return the model that training starts with, in evaluation mode, on the device of `worker`."""
     prepare_process(experiment, worker)
     return initial_model(experiment, n_vocab).to(worker.device).eval()
 
@@ -71,20 +89,28 @@ def first_model(experiment: Experiment, n_vocab: int, worker: Worker) -> GPT:
 def forward(
     model: GPT, batch: Batch, experiment: Experiment, device: str, n_vocab: int, k: int
 ) -> Forward:
-    """Run the model on the batch with targets, as training does, and without, as sampling does."""
-    inputs, targets = (
-        torch.from_numpy(a).to(device) for a in (batch.inputs, batch.targets)
-    )  # (B, T)
+    """Run the model on a batch, with targets as in training and without as in sampling.
+
+    Args:
+        model: The model, on `device`.
+        batch: The batch.
+        experiment: The configuration.
+        device: Device of the model.
+        n_vocab: Number of tokens of the tokenizer. Padding rows are not predicted.
+        k: Number of next tokens to return for each row.
+    """
+    inputs = torch.from_numpy(batch.inputs).to(device)  # (B, T)
+    targets = torch.from_numpy(batch.targets).to(device)  # (B, T)
     with autocast(experiment, device):
         logits, loss = model(inputs, targets)  # (B, T, V)
         with_targets = tuple(logits.shape)
-        del logits  # a gigabyte and more for a GPT-2
+        del logits  # more than a gigabyte for a GPT-2
         last, _ = model(inputs)  # (B, 1, V)
-    probabilities, ids = _likeliest(last[:, -1, :n_vocab], min(k, n_vocab))
+    probabilities, ids = _most_probable(last[:, -1, :n_vocab], min(k, n_vocab))
     return Forward(with_targets, tuple(last.shape), loss.item(), ids, probabilities)
 
 
-def _likeliest(logits: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities and ids of the k likeliest, (B, k) each, the likeliest first."""
+def _most_probable(logits: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the k highest probabilities and their ids, (B, k) each, the highest first."""
     best = F.softmax(logits.float(), dim=-1).topk(k)
     return best.values.cpu().numpy(), best.indices.cpu().numpy()

@@ -1,12 +1,11 @@
-"""What decides the last bit: the state of the process, the seed of each draw, and the fingerprint of both.
-
-Eats an experiment and a `Worker`; yields a process in a known state whatever ran in it before.
-"""
+"""What decides the last bit of a result: settings of the process, seeds, and their fingerprint."""
 
 import contextlib
 import hashlib
 import os
 import platform
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,15 @@ from orchestrator.errors import UserError
 
 @dataclass(frozen=True)
 class Worker:
-    """This process's place: `rank` of `world_size`, its device ("cpu", "cuda:0"), its CPUs, and which attempt this is."""
+    """Place of this process among the training processes of a run.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
+        device: "cpu", "cuda:0" and so on.
+        cpus: Number of CPUs, and so of torch's threads.
+        attempt: Number of this start of the processes, from 1.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -30,34 +37,46 @@ class Worker:
 
     @property
     def is_main(self) -> bool:
+        """Whether this process writes the files of the run."""
         return self.rank == 0
 
 
 def prepare_process(experiment: Experiment, worker: Worker) -> None:
-    """Set everything global that arithmetic depends on; a reused process leaks what it was set to before."""
+    """Set all global settings that arithmetic depends on.
+
+    A Ray process that is used again still has the settings of what it did before.
+    """
+    on_gpu = worker.device.startswith("cuda")
     torch.set_num_threads(worker.cpus)
     torch.set_default_dtype(torch.float32)
-    torch.set_float32_matmul_precision(
-        "high" if worker.device.startswith("cuda") else "highest"
-    )  # TF32 on GPUs
+    torch.set_float32_matmul_precision("high" if on_gpu else "highest")  # high: TF32
     torch.backends.cudnn.allow_tf32 = True
-    on_gpu = worker.device.startswith("cuda")
     if on_gpu:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # else cuBLAS may add in another order on each stream
-    # The backward of attention and of the embedding adds with atomics otherwise, in an order that no two runs share; not
-    # `warn_only`, with which cuDNN's attention keeps its atomics. It costs 3 % of a step (benchmarks/RESULTS.md).
+        # Without this setting, cuBLAS may add in another order on each stream.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # The backward passes of attention and embedding otherwise add with atomics, whose order changes
+    # from run to run. Not with `warn_only`: cuDNN's attention then keeps its atomics. The cost is
+    # 3 % of a step (benchmarks/RESULTS.md).
     torch.use_deterministic_algorithms(on_gpu)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(experiment.train.seed)
     if on_gpu:
         torch.cuda.set_device(worker.device)
         torch.cuda.reset_peak_memory_stats()
 
 
+def autocast(experiment: Experiment, device: str) -> AbstractContextManager:
+    """Return the context in which matrix products have `train.dtype`.
+
+    Parameters and gradients are float32.
+    """
+    if experiment.train.dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, getattr(torch, experiment.train.dtype))
+
+
 def agree(number: int, worker: Worker) -> int:
-    """Rank 0's `number`, on every worker."""
+    """Return the `number` of rank 0 on all ranks, which must all call this function."""
     if worker.world_size == 1:
         return number
     shared = torch.tensor([number], dtype=torch.int64, device=worker.device)
@@ -65,26 +84,31 @@ def agree(number: int, worker: Worker) -> int:
     return int(shared.item())
 
 
-def autocast(experiment: Experiment, device: str):
-    """The context in which products are computed in `train.dtype`; parameters and gradients stay float32."""
-    if experiment.train.dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, getattr(torch, experiment.train.dtype))
+def keyed_seed(seed: int, *key: int) -> int:
+    """Return a seed for `torch.manual_seed` that depends on `seed` and `key` only.
+
+    Dropout uses the key (step, micro-batch).
+    """
+    text = "/".join(str(number) for number in (seed, *key))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use, which on a shared machine are fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of CPUs that this process may use, which may be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def keyed_seed(seed: int, *key: int) -> int:
-    """A seed that is a function of `seed` and `key` alone, for torch.manual_seed: (seed, step, micro-batch) of dropout."""
-    text = "/".join(map(str, (seed, *key)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+# ---- fingerprint ----
 
 
 def fingerprint(experiment: Experiment, worker: Worker) -> dict[str, Any]:
-    """What must stay the same for a resumed run to give the same bits; the number of workers is not part of it."""
+    """Return what must stay the same for a resumed run to have the same bits.
+
+    The number of workers is not part of it: results do not depend on it.
+    """
     return {
         "micro_batch": [experiment.train.micro_batch_size, experiment.model.block_size],
         "reduction_slots": experiment.slots,
@@ -96,30 +120,8 @@ def fingerprint(experiment: Experiment, worker: Worker) -> dict[str, Any]:
     }
 
 
-def check(
-    before: dict[str, Any], now: dict[str, Any], experiment: Experiment, where: Any
-) -> list[str]:
-    """Refuse to go on with other last bits, unless `train.allow_drift` says so; returns what differs, as `changes`.
-
-    Raises:
-        UserError: shows what differs.
-    """
-    lines = changes(before, now)
-    if lines and not experiment.train.allow_drift:
-        raise UserError(
-            "\n".join(
-                [
-                    f"{where}: from here on the last bits would not be those of a run never stopped:",
-                    *(f"  {line}" for line in lines),
-                    "  go on where it began, set train.allow_drift=true, or use a new name (name=…)",
-                ]
-            )
-        )
-    return lines
-
-
-def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What of two fingerprints differs, a line each: from here on the last bits may."""
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return one line for each difference between two fingerprints."""
     return [
         f"{key}: {before.get(key)} before, {now[key]} now"
         for key in now
@@ -127,18 +129,41 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
+def check(
+    before: Mapping[str, Any], now: Mapping[str, Any], experiment: Experiment, where: object
+) -> list[str]:
+    """Return `changes(before, now)`, or refuse them unless `train.allow_drift` is set.
+
+    Args:
+        before: Fingerprint of the run so far.
+        now: Fingerprint of this start.
+        experiment: The configuration.
+        where: Folder of the run, for the message.
+
+    Raises:
+        UserError: There are changes, and `train.allow_drift` is false.
+    """
+    lines = changes(before, now)
+    if lines and not experiment.train.allow_drift:
+        message = [
+            f"{where}: results would differ in their last bits from an uninterrupted run:",
+            *(f"  {line}" for line in lines),
+            "  continue as before, set train.allow_drift=true, or use a new name (name=…)",
+        ]
+        raise UserError("\n".join(message))
+    return lines
+
+
 def device_name(device: str) -> str:
-    """The GPU's name, or the processor's with the instruction set that torch found."""
+    """Return the name of the GPU, or of the processor with the instruction set that torch uses."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

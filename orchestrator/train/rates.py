@@ -1,6 +1,7 @@
-"""The learning rate of every step of a trial: a schedule's, or one that leaves another run's or ends in a probe's anneal.
+"""Learning rate of each step of a trial in a sweep.
 
-Eats schedules; yields numbers. Plain values in and out of JSON, so that a stage carries its rates wherever it runs.
+A trial may follow the schedule of another run up to the step at which it branches off, and a probe
+ends with an anneal to zero.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,10 +14,15 @@ from model.schedule import Schedule, learning_rate
 
 @dataclass(frozen=True)
 class Rates:
-    """`schedule` at every step; but `before` up to step `splice`, and from step `anneal_at` on a straight line to zero.
+    """Learning rate as a function of the 0-based step.
 
-    The first annealed step still has its full rate and the last of `anneal_steps` has 1/anneal_steps of it, as wsd's
-    linear decay with a floor of zero.
+    Attributes:
+        schedule: The schedule from step `splice` on.
+        before: The schedule before step `splice`; None: `schedule`, too.
+        splice: First step of `schedule`.
+        anneal_at: First step of a straight line to zero; None: no anneal.
+        anneal_steps: Length of that line. The first of its steps has the full rate and the last one
+            1/anneal_steps of it, as in wsd's linear decay to a floor of zero.
     """
 
     schedule: Schedule
@@ -26,31 +32,30 @@ class Rates:
     anneal_steps: int = 1
 
     def __call__(self, step: int) -> float:
-        if self.anneal_at is not None and step >= self.anneal_at:
-            return self._planned(self.anneal_at) * (
-                1.0 - (step - self.anneal_at) / self.anneal_steps
-            )
-        return self._planned(step)
+        """Return the learning rate of the update made at `step`."""
+        if self.anneal_at is None or step < self.anneal_at:
+            return self._rate_before_anneal(step)
+        share = 1.0 - (step - self.anneal_at) / self.anneal_steps
+        return self._rate_before_anneal(self.anneal_at) * share
 
-    def _planned(self, step: int) -> float:
-        return learning_rate(
-            self.before if self.before and step < self.splice else self.schedule, step
-        )
+    def _rate_before_anneal(self, step: int) -> float:
+        if self.before is not None and step < self.splice:
+            return learning_rate(self.before, step)
+        return learning_rate(self.schedule, step)
 
     def first(self, steps: int) -> np.ndarray:
-        """The rates of steps 0 … steps - 1, float64."""
-        return np.fromiter((self(step) for step in range(steps)), np.float64, steps)
+        """Return the learning rates of steps 0 to steps - 1, (steps,) float64."""
+        return np.array([self(step) for step in range(steps)], np.float64)
 
     def to_json(self) -> dict[str, Any]:
+        """Return JSON values for `from_json`."""
         return asdict(self)
 
 
 def from_json(stored: dict[str, Any]) -> Rates:
-    before = stored["before"]
-    return Rates(
-        **{
-            **stored,
-            "schedule": Schedule(**stored["schedule"]),
-            "before": Schedule(**before) if before else None,
-        }
-    )
+    """Return the rates that `Rates.to_json` stored."""
+    fields = dict(stored)
+    fields["schedule"] = Schedule(**stored["schedule"])
+    if stored["before"]:
+        fields["before"] = Schedule(**stored["before"])
+    return Rates(**fields)

@@ -1,18 +1,21 @@
-"""The state of a run: weights, moments, the step and a few numbers; built fresh, saved whole, restored to the last bit."""
+"""State of a run: weights, optimizer state, the step and a few numbers.
 
-import contextlib
+It is built new, stored in a checkpoint, and restored to the last bit. Nothing here depends on the
+optimizer: whatever tensors it keeps per parameter are stored.
+"""
+
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from model import optim
 from model.gpt import GPT, GPTConfig
-from orchestrator.checkpoint import store as checkpoint
+from orchestrator.checkpoint import store
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.errors import UserError
@@ -20,18 +23,38 @@ from orchestrator.train.gradients import Gradients
 from orchestrator.train.meter import Meter
 from orchestrator.train.numerics import Worker, fingerprint
 
+NOT_LOADABLE = (
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)  # errors of torch, safetensors and json for a file of another kind or version
+
 
 @dataclass
 class TrainState:
-    """`step` counts updates done, `grad_norm` is the last one's norm before clipping.
+    """State of a run.
 
-    `skipped`: updates left out because something was not finite; `nonfinite_in_a_row`: steps just now that were not.
-    `line_due`: the run was asked to stop before it had measured what is due at this step. `model` is the plain module;
-    `forward` is what the loop calls (maybe compiled).
+    Attributes:
+        model: The model, whose parameters are float32.
+        forward: What the training loop calls: the model, or its compiled version.
+        optimizer: The optimizer of the model's parameters.
+        scaler: Loss scale of float16; disabled for other types.
+        gradients: Gradient buffers of this rank.
+        meter: Losses and times since the last log line.
+        step: Number of steps done.
+        grad_norm: L2 norm of the last gradient, before clipping.
+        best_val_loss: Lowest val loss so far.
+        skipped: Number of updates that were skipped because a value was not finite.
+        nonfinite_in_a_row: Number of such steps up to the current one.
+        line_due: A stop request came before the journal line of this step was measured.
     """
 
     model: GPT
-    forward: torch.nn.Module
+    forward: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     gradients: Gradients
@@ -45,11 +68,17 @@ class TrainState:
 
 
 def build(experiment: Experiment, model: GPT, worker: Worker) -> TrainState:
-    """A fresh state around `model`, moved to the worker's device."""
+    """Return the state of step 0. The model is moved to the device of `worker`."""
     model = model.to(worker.device).train()
-    o = experiment.optim
-    settings = optim.OptimizerSettings(experiment.schedule.max_lr, o.beta1, o.beta2, o.weight_decay)
-    optimizer = optim.build(o.kind, model, settings)
+    forward: nn.Module = model
+    if experiment.train.compile:
+        forward = torch.compile(model)  # type: ignore[assignment]
+    settings = optim.OptimizerSettings(
+        max_lr=experiment.schedule.max_lr,
+        beta1=experiment.optim.beta1,
+        beta2=experiment.optim.beta2,
+        weight_decay=experiment.optim.weight_decay,
+    )
     scaler = torch.amp.GradScaler(
         torch.device(worker.device).type, enabled=experiment.train.dtype == "float16"
     )
@@ -60,9 +89,14 @@ def build(experiment: Experiment, model: GPT, worker: Worker) -> TrainState:
         worker.rank,
         worker.world_size,
     )
-    forward = torch.compile(model) if experiment.train.compile else model
-    meter = Meter(last_step_only=experiment.train.log_interval is None)
-    return TrainState(model, forward, optimizer, scaler, gradients, meter)
+    return TrainState(
+        model,
+        forward,
+        optim.build(experiment.optim.kind, model, settings),
+        scaler,
+        gradients,
+        Meter(last_step_only=experiment.train.log_interval is None),
+    )
 
 
 def snapshot(
@@ -71,10 +105,17 @@ def snapshot(
     dataset: Manifest,
     worker: Worker,
     metrics: dict[str, float],
-) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str], dict[str, Any]]:
-    """(tensors, texts, facts) of a checkpoint that also says what it is: experiment, model shape, tokenizer, fingerprints.
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], dict[str, Any]]:
+    """Return (tensors, texts, facts) as `checkpoint.store.save` takes them.
 
-    The tensors are the state's own: the next step changes them.
+    The tensors are those of the state, which the next step changes.
+
+    Args:
+        state: The state.
+        experiment: Configuration of the run.
+        dataset: Dataset of the run. Its tokenizer becomes a part of the checkpoint.
+        worker: This process.
+        metrics: Metrics of the current step. Those of `val/` decide which checkpoint is the best.
     """
     numbers = {
         "step": state.step,
@@ -86,6 +127,7 @@ def snapshot(
         "nonfinite_in_a_row": state.nonfinite_in_a_row,
         "line_due": state.line_due,
     }
+    tensors = {"model": dict(state.model.state_dict()), "optimizer": _optimizer_tensors(state)}
     texts = {
         "experiment.yaml": experiment.to_yaml(),
         "model.json": json.dumps(asdict(state.model.config), indent=1),
@@ -100,88 +142,69 @@ def snapshot(
             "numerics": fingerprint(experiment, worker),
         },
     }
-    return {"model": dict(state.model.state_dict()), "optimizer": _moments(state)}, texts, facts
+    return tensors, texts, facts
+
+
+def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    """Return what the optimizer keeps, by "<parameter>/<name>"; nothing before the first update."""
+    tensors = {}
+    for name, parameter in state.model.named_parameters():
+        for key, value in state.optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{key}"] = value
+    return tensors
 
 
 def restore(state: TrainState, path: Path) -> None:
-    """Fill `state` from a verified checkpoint of the same experiment."""
-    numbers = json.loads((path / "state.json").read_text("utf-8"))
-    state.model.load_state_dict(checkpoint.load_tensors(path, "model"))
-    device = next(state.model.parameters()).device
-    moments = checkpoint.load_tensors(path, "optimizer", device)
+    """Fill a state that was built for the same experiment from a verified checkpoint."""
+    state.model.load_state_dict(store.load_tensors(path, "model"))
     parameters = dict(state.model.named_parameters())
-    for key, value in moments.items():
-        name, _, moment = key.rpartition("/")
-        state.optimizer.state[parameters[name]][moment] = value
-    state.step, state.grad_norm, state.best_val_loss = (
-        numbers[k] for k in ("step", "grad_norm", "best_val_loss")
-    )
-    state.skipped, state.nonfinite_in_a_row = (
-        numbers.get("skipped", 0),
-        numbers.get("nonfinite_in_a_row", 0),
-    )
-    state.line_due = numbers.get("line_due", False)
+    for name, value in store.load_tensors(path, "optimizer", state.gradients.device).items():
+        parameter, _, key = name.rpartition("/")
+        state.optimizer.state[parameters[parameter]][key] = value
+
+    numbers = json.loads((path / "state.json").read_text("utf-8"))
+    state.step = numbers["step"]
+    state.grad_norm = numbers["grad_norm"]
+    state.best_val_loss = numbers["best_val_loss"]
     state.meter.losses = numbers["open_losses"]
+    # Checkpoints of earlier versions do not have these three.
+    state.skipped = numbers.get("skipped", 0)
+    state.nonfinite_in_a_row = numbers.get("nonfinite_in_a_row", 0)
+    state.line_due = numbers.get("line_due", False)
     if numbers["scaler"]:
         state.scaler.load_state_dict(numbers["scaler"])
 
 
-def _moments(state: TrainState) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}/{key}": value
-        for name, parameter in state.model.named_parameters()
-        for key, value in state.optimizer.state.get(parameter, {}).items()
-    }
-
-
 def load_model(path: Path) -> GPT:
-    """The model of a verified checkpoint, on the CPU, in evaluation mode."""
-    config, tensors = shape_of(path), checkpoint.load_tensors(path, "model")
-    with _explained(path):
-        with torch.device("meta"):
-            model = GPT(config)
+    """Load the model of a verified checkpoint on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: Another version of this program wrote the checkpoint.
+    """
+    shape = shape_of(path)
+    tensors = store.load_tensors(path, "model")
+    try:
+        with torch.device("meta"):  # without memory: the weights are replaced
+            model = GPT(shape)
         model.load_state_dict(tensors, assign=True)
+    except NOT_LOADABLE as error:
+        raise _of_another_version(path, error) from None
     return model.eval()
 
 
 def shape_of(path: Path) -> GPTConfig:
-    """The shape of a verified checkpoint's model: what model.json says, if its tensors say so too. Builds and loads nothing.
+    """Return the shape of the model of a verified checkpoint, without loading the weights.
 
     Raises:
-        UserError: they differ, or it is no shape.
+        UserError: Another version of this program wrote the checkpoint.
     """
-    with _explained(path):
-        config = GPTConfig(**json.loads((path / "model.json").read_text("utf-8")))
-        with safe_open(path / "model.safetensors", framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no dictionary
-        blocks = {name.split(".")[2] for name in shapes if name.startswith("transformer.h.")}
-        told = [
-            [config.vocab_size, config.n_embd],
-            [config.block_size, config.n_embd],
-            config.n_layer,
-        ]
-        found = [shapes["transformer.wte.weight"], shapes["transformer.wpe.weight"], len(blocks)]
-        if told != found:
-            raise ValueError(
-                f"model.json tells of a vocabulary, positions and blocks of {told}, the tensors of {found}"
-            )
-        return config
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """A checkpoint whose hashes are right and whose content is not: somebody forged it, or another version wrote it."""
     try:
-        yield
-    except (
-        AttributeError,
-        FileNotFoundError,
-        LookupError,
-        RuntimeError,
-        SafetensorError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise UserError(
-            f"{path}: no model of this program ({' '.join(str(error).split())[:400]}); use another"
-        ) from None
+        fields = json.loads((path / "model.json").read_text("utf-8"))
+        return GPTConfig(**fields)
+    except NOT_LOADABLE as error:
+        raise _of_another_version(path, error) from None
+
+
+def _of_another_version(path: Path, error: BaseException) -> UserError:
+    reason = " ".join(str(error).split())[:400]
+    return UserError(f"{path}: its model cannot be loaded ({reason}); use another checkpoint")

@@ -1,10 +1,10 @@
-"""Writes checkpoints so that each is complete or absent, finds the newest valid one, removes others.
+"""Writes checkpoints that are complete or absent, finds the newest valid one, removes others.
 
 A commit writes and fsyncs all files under a temporary name, the manifest last; then it renames the
 folder and fsyncs its parent. A kill or a power failure at any point leaves complete checkpoints.
 
-A run's `checkpoints/` has one writer, which holds the lock of the run. Readers may come at any time:
-a checkpoint that they have listed may be removed or replaced while they read it.
+A run's `checkpoints/` has one writer, which holds the lock of the run. Readers may come at any
+time: a checkpoint that they have listed may be removed or replaced while they read it.
 """
 
 import contextlib

@@ -94,7 +94,7 @@ class Checkpointer:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            # If training failed, an error of the checkpointer must not replace the error of training.
+            # If training failed, our error must not replace the error of training.
             if kind is None:
                 self.wait()
         finally:

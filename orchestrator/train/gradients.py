@@ -10,10 +10,10 @@ order for each W, and after a resume.
 Across ranks, each rank sums one chunk of the buffer: an all-to-all, a tree sum in rank order, an
 all-gather. That moves as many bytes as a ring all-reduce.
 
-Notation: M micro-batches per step, S slots, W ranks, P parameters. A buffer is a float32 vector of P
-gradients, M losses, one vote, and padding to a multiple of S. Each loss is set on one rank and zero
-on the others, so that the same additions bring it to all ranks exactly. The vote makes all ranks
-stop after the same step, without another message.
+Notation: M micro-batches per step, S slots, W ranks, P parameters. A buffer is a float32 vector of
+P gradients, M losses, one vote, and padding to a multiple of S. Each loss is set on one rank and
+zero on the others, so that the same additions bring it to all ranks exactly. The vote makes all
+ranks stop after the same step, without another message.
 """
 
 import torch

@@ -134,7 +134,7 @@ def open_checkpoint(path: Path, device: str, overrides: Sequence[str] = ()) -> T
     experiment = load_experiment(RunFolder(path).experiment_file, overrides)
     cpus = experiment.compute.cpus_per_worker
     if not isinstance(cpus, int):  # "auto"
-        recorded = manifest["fingerprints"]["numerics"]["cpus_per_worker"]
+        recorded: int = manifest["fingerprints"]["numerics"]["cpus_per_worker"]
         cpus = min(recorded, available_cpus())
     prepare_process(experiment, Worker(device=device, cpus=cpus))
     tokenizer = load_tokenizer(experiment.data.tokenizer, path)

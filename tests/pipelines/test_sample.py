@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(damaged_run, capsys):
     main([str(damaged_run), "--max-new-tokens", "1"])
     out, err = capsys.readouterr()
     assert "step-00000008, step 8:" in out
-    assert "passed over" in err
+    assert "skipped: " in err
     assert "step-00000012/model.safetensors" in err
 
 

@@ -1,0 +1,56 @@
+"""Small checkpoints for tests: written, compared, damaged."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from orchestrator.checkpoint import store
+from tests.helpers.facts import FACTS
+
+
+def tensors(seed: int) -> dict[str, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "model": {"wte": draw(5, 3), "ln": draw(3)},
+        "optimizer": {"wte/exp_avg": draw(5, 3), "wte/step": torch.tensor(7.0)},
+    }
+
+
+def commit(directory: Path, step: int, seed: int | None = None, loss: float | None = None) -> Path:
+    """Write a checkpoint whose tensors depend on `seed` (None: on the step)."""
+    texts = {"state.json": json.dumps({"step": step}), "experiment.yaml": "name: schön\n"}
+    facts = {"metrics": {} if loss is None else {"val/loss": loss}, **FACTS}
+    return store.save(directory, step, tensors(step if seed is None else seed), texts, facts)
+
+
+def holds(path: Path, seed: int) -> bool:
+    """Whether a checkpoint has the tensors of `seed`."""
+    store.verify(path)
+    for group, expected in tensors(seed).items():
+        loaded = store.load_tensors(path, group)
+        if not all(torch.equal(loaded[name], value) for name, value in expected.items()):
+            return False
+    return True
+
+
+def flip(content: bytes, position: int, bit: int = 0) -> bytes:
+    """Return `content` with one bit changed."""
+    changed = bytearray(content)
+    changed[position] ^= 1 << bit
+    return bytes(changed)
+
+
+def damage(path: Path, part: str = "model.safetensors") -> None:
+    """Change the last byte of a part."""
+    content = (path / part).read_bytes()
+    (path / part).write_bytes(flip(content, len(content) - 1))
+
+
+def hidden(directory: Path) -> list[str]:
+    """Names of leftovers."""
+    return sorted(path.name for path in directory.glob(".*"))

@@ -132,10 +132,11 @@ def open_checkpoint(path: Path, device: str, overrides: Sequence[str] = ()) -> T
     """
     manifest = store.read_manifest(path)
     experiment = load_experiment(RunFolder(path).experiment_file, overrides)
-    cpus = experiment.compute.cpus_per_worker
-    if not isinstance(cpus, int):  # "auto"
-        recorded: int = manifest["fingerprints"]["numerics"]["cpus_per_worker"]
-        cpus = min(recorded, available_cpus())
+    cpus: int = manifest["fingerprints"]["numerics"]["cpus_per_worker"]
+    if isinstance(experiment.compute.cpus_per_worker, int):
+        cpus = experiment.compute.cpus_per_worker
+    else:
+        cpus = min(cpus, available_cpus())
     prepare_process(experiment, Worker(device=device, cpus=cpus))
     tokenizer = load_tokenizer(experiment.data.tokenizer, path)
     model = load_model(path).to(device)

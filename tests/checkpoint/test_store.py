@@ -198,8 +198,20 @@ def test_reader_that_restores_the_old_checkpoint_does_not_stop_its_replacement(
 
 # ---- a full disk; kills are in test_crash.py ----
 
-NAMES = "mkdir rename open write fsync close scandir unlink rmdir stat statvfs".split()
-CALLS = [*((os, name) for name in NAMES), (builtins, "open")]
+CALLS = [
+    (os, "mkdir"),
+    (os, "rename"),
+    (os, "open"),
+    (os, "write"),
+    (os, "fsync"),
+    (os, "close"),
+    (os, "scandir"),
+    (os, "unlink"),
+    (os, "rmdir"),
+    (os, "stat"),
+    (os, "statvfs"),
+    (builtins, "open"),
+]
 
 
 def fail_at(number: int | None, action) -> int:

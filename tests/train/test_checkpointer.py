@@ -1,4 +1,4 @@
-"""Checkpoints beside training: the bytes of the moment of `save`, in order, whole, and whatever fails is heard of."""
+"""Checkpoints during training: the state at the moment of `save`, in order; full disks."""
 
 import json
 import os
@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.checkpoint import store as checkpoint
+from orchestrator.checkpoint import store
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
-from orchestrator.runs import events, journal
+from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.journal import Journal
 from orchestrator.track import outbox
 from orchestrator.train.checkpointer import Checkpointer
 from orchestrator.train.loop import Trainer
@@ -39,6 +40,7 @@ SMALL = [
     "train.keep=9",
     "schedule.max_lr=1e-2",
 ]
+FULL_DISK = os.statvfs_result((4096, 4096, 100, 10, 10, 0, 0, 0, 0, 255))  # 10 free blocks
 
 
 def state(value: float, size: int = 1000) -> dict[str, dict[str, torch.Tensor]]:
@@ -49,251 +51,240 @@ def state(value: float, size: int = 1000) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def holds(path: Path, value: float, size: int = 1000) -> bool:
-    checkpoint.verify(path)
-    return all(
-        torch.equal(loaded, state(value, size)[group][name])
-        and loaded.dtype == state(value, size)[group][name].dtype
-        for group in ("model", "optimizer")
-        for name, loaded in checkpoint.load_tensors(path, group).items()
-    )
-
-
-def checkpointer(run_dir: Path) -> Checkpointer:
-    return Checkpointer(RunFolder(run_dir), 2, journal.Journal(run_dir))
-
-
-def trainer(run_dir: Path, data_dir: Path) -> Trainer:
-    return Trainer(load_experiment(None, SMALL), RunFolder(run_dir), data_dir, Worker(cpus=1))
+    store.verify(path)
+    for group, expected in state(value, size).items():
+        for name, loaded in store.load_tensors(path, group).items():
+            if loaded.dtype != expected[name].dtype or not torch.equal(loaded, expected[name]):
+                return False
+    return True
 
 
 @pytest.fixture
-def writer(tmp_path):
-    writer = checkpointer(tmp_path)
-    yield writer
-    writer.close()
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
+def open_checkpointer(folder: RunFolder) -> Checkpointer:
+    return Checkpointer(folder, 2, Journal(folder))
+
+
+@pytest.fixture
+def checkpointer(folder):
+    opened = open_checkpointer(folder)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Commits begin when it is set."""
-    gate, real = threading.Event(), checkpoint.commit
+    """Commits start when this event is set."""
+    gate = threading.Event()
+    commit = store.commit
 
-    def commit(*args):
+    def wait_and_commit(*args):
         assert gate.wait(60)
-        return real(*args)
+        return commit(*args)
 
-    monkeypatch.setattr(checkpoint, "commit", commit)
+    monkeypatch.setattr(store, "commit", wait_and_commit)
     yield gate
     gate.set()
 
 
-# ---- what is committed ----
-def test_the_bytes_of_the_moment_of_save_are_committed_although_training_goes_on(
-    writer, gate, tmp_path
-):
+# ---- what is written ----
+
+
+def test_state_at_the_moment_of_save_is_written(checkpointer, gate, folder):
     tensors = state(1.0)
-    writer.save(1, tensors, {"a.txt": "one"}, FACTS)
+    checkpointer.save(1, tensors, {"a.txt": "one"}, FACTS)
     for group in tensors.values():
         for tensor in group.values():
             tensor.fill_(7.0)
-    assert checkpoint.steps(tmp_path / "checkpoints") == []  # it has not even begun
+    assert folder.checkpoint_steps() == [], "the commit has not started"
     gate.set()
-    writer.wait()
-    path = checkpoint.path_of(tmp_path / "checkpoints", 1)
-    assert holds(path, 1.0)
-    assert (path / "a.txt").read_text() == "one"
+    checkpointer.wait()
+    assert holds(folder.checkpoint(1), 1.0)
+    assert (folder.checkpoint(1) / "a.txt").read_text() == "one"
 
 
-def test_a_save_waits_for_the_commit_before_it_and_does_not_touch_its_bytes(writer, gate, tmp_path):
-    writer.save(1, state(1.0), {}, FACTS)
-    second = threading.Thread(target=writer.save, args=(2, state(2.0), {}, FACTS))
+def test_save_waits_for_the_commit_before_it(checkpointer, gate, folder):
+    checkpointer.save(1, state(1.0), {}, FACTS)
+    second = threading.Thread(target=checkpointer.save, args=(2, state(2.0), {}, FACTS))
     second.start()
     second.join(0.3)
     assert second.is_alive()
     gate.set()
     second.join(60)
-    writer.wait()
-    assert [
-        holds(checkpoint.path_of(tmp_path / "checkpoints", step), float(step)) for step in (1, 2)
-    ] == [True, True]
+    checkpointer.wait()
+    assert holds(folder.checkpoint(1), 1.0) and holds(folder.checkpoint(2), 2.0)
 
 
-def test_buffers_are_kept_while_they_fit(writer, tmp_path):
-    def buffers():
-        writer.wait()
-        return [file.data.obj.ctypes.data for file in writer._files.values()]
+def test_buffers_are_kept_while_they_fit(checkpointer, folder):
+    def addresses() -> list[int]:
+        checkpointer.wait()
+        return [file._buffer.data_ptr() for file in checkpointer._files.values()]
 
-    writer.save(1, state(1.0), {}, FACTS)
-    first = buffers()
-    writer.save(2, state(2.0), {}, FACTS)
-    assert buffers() == first
-    writer.save(3, state(3.0, size=2000), {}, FACTS)
-    assert buffers()[0] != first[0] and buffers()[1] == first[1]
-    writer.save(4, {"model": state(4.0)["model"], "optimizer": {}}, {}, FACTS)
-    writer.wait()
-    assert holds(checkpoint.path_of(tmp_path / "checkpoints", 3), 3.0, size=2000)
-    assert holds(checkpoint.path_of(tmp_path / "checkpoints", 4), 4.0)
-    assert checkpoint.steps(tmp_path / "checkpoints") == [3, 4]  # pruned to the latest two
+    checkpointer.save(1, state(1.0), {}, FACTS)
+    first = addresses()
+    checkpointer.save(2, state(2.0), {}, FACTS)
+    assert addresses() == first
+    checkpointer.save(3, state(3.0, size=2000), {}, FACTS)
+    assert addresses()[0] != first[0] and addresses()[1] == first[1]
+    checkpointer.save(4, {"model": state(4.0)["model"], "optimizer": {}}, {}, FACTS)
+    checkpointer.wait()
+    assert holds(folder.checkpoint(3), 3.0, size=2000)
+    assert holds(folder.checkpoint(4), 4.0)
+    assert folder.checkpoint_steps() == [3, 4], "only the newest two are kept"
 
 
-def test_it_writes_what_saving_at_once_writes(writer, tmp_path):
-    writer.save(5, state(5.0), {"a.txt": "ä"}, {"metrics": {"val/loss": 1.5}})
-    writer.wait()
-    ours = checkpoint.path_of(tmp_path / "checkpoints", 5)
-    other = checkpoint.save(
-        tmp_path / "other", 5, state(5.0), {"a.txt": "ä"}, {"metrics": {"val/loss": 1.5}}
-    )
-    assert {p.name: p.read_bytes() for p in ours.iterdir()} == {
+def test_checkpointer_writes_the_same_bytes_as_save(checkpointer, folder, tmp_path):
+    content = (5, state(5.0), {"a.txt": "ä"}, {"metrics": {"val/loss": 1.5}})
+    checkpointer.save(*content)
+    checkpointer.wait()
+    other = store.save(tmp_path / "other", *content)
+    assert {p.name: p.read_bytes() for p in folder.checkpoint(5).iterdir()} == {
         p.name: p.read_bytes() for p in other.iterdir()
     }
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no GPU: copies into pinned memory are not tried"
-)
-def test_a_state_on_a_gpu_is_copied_before_save_returns(writer, tmp_path):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_state_on_a_gpu_is_copied_before_save_returns(checkpointer, folder):
     tensors = {
         "model": {"w": torch.full((5_000_000,), 1.0, device="cuda")},
         "optimizer": {"w/step": torch.tensor(1.0)},
     }
-    writer.save(1, tensors, {}, FACTS)
+    checkpointer.save(1, tensors, {}, FACTS)
     tensors["model"]["w"].fill_(7.0)
-    writer.wait()
-    assert writer._files["model"]._buffer.is_pinned()
-    loaded = checkpoint.load_tensors(checkpoint.path_of(tmp_path / "checkpoints", 1), "model")["w"]
+    checkpointer.wait()
+    assert checkpointer._files["model"]._buffer.is_pinned()
+    loaded = store.load_tensors(folder.checkpoint(1), "model")["w"]
     assert torch.equal(loaded, torch.full((5_000_000,), 1.0))
 
 
-# ---- how it ends ----
-def obstruct(directory: Path) -> None:
-    """Something that no commit can get past, and that is no full disk."""
-    directory.parent.mkdir(exist_ok=True)
-    directory.write_text("a file where the folder should be")
+# ---- errors ----
 
 
-def used(tmp_path: Path, then, size: int = 1000) -> None:
-    """A writer as a context, with one checkpoint saved before `then(writer)`."""
-    with checkpointer(tmp_path) as writer:
-        writer.save(1, state(1.0, size), {}, FACTS)
-        then(writer)
+def save_and(folder: RunFolder, then, size: int = 1000) -> None:
+    with open_checkpointer(folder) as checkpointer:
+        checkpointer.save(1, state(1.0, size), {}, FACTS)
+        then(checkpointer)
 
 
 @pytest.mark.parametrize(
     "then",
-    [lambda writer: writer.save(2, state(2.0), {}, FACTS), Checkpointer.wait, lambda writer: None],
+    [
+        lambda checkpointer: checkpointer.save(2, state(2.0), {}, FACTS),
+        lambda checkpointer: checkpointer.wait(),
+        lambda checkpointer: None,
+    ],
     ids=["save", "wait", "end"],
 )
-def test_a_failure_in_the_background_is_raised_by_the_next_call(tmp_path, then):
-    obstruct(tmp_path / "checkpoints")
+def test_failure_in_the_background_is_raised_by_the_next_call(folder, then):
+    folder.checkpoints.write_text("a file where the folder should be")
     with pytest.raises(FileExistsError):
-        used(tmp_path, then)
+        save_and(folder, then)
 
 
-def test_an_error_of_training_is_not_hidden_by_one_of_the_writer(tmp_path, capsys):
-    obstruct(tmp_path / "checkpoints")
+def test_error_of_training_is_not_replaced_by_one_of_the_checkpointer(folder, capsys):
+    folder.checkpoints.write_text("a file where the folder should be")
     with pytest.raises(ZeroDivisionError):
-        used(tmp_path, lambda writer: 1 / 0)
+        save_and(folder, lambda checkpointer: 1 / 0)
     assert "the last checkpoint was not written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, GeneratorExit])
-def test_what_was_saved_before_an_error_is_committed(tmp_path, error):
-    def fail(writer):
+def test_checkpoint_saved_before_an_error_is_written(folder, error):
+    def fail(checkpointer):
         raise error
 
     with pytest.raises(error):
-        used(tmp_path, fail, size=3_000_000)
-    assert holds(checkpoint.path_of(tmp_path / "checkpoints", 1), 1.0, size=3_000_000)
+        save_and(folder, fail, size=3_000_000)
+    assert holds(folder.checkpoint(1), 1.0, size=3_000_000)
 
 
-def test_a_run_that_is_left_early_has_committed_what_it_saved(tiny_dataset, tmp_path):
-    (tmp_path / "run").mkdir()
-    for line in trainer(tmp_path / "run", tiny_dataset).run():
-        if line["step"] == 9:
+# ---- in a run ----
+
+
+def open_trainer(folder: RunFolder, data_dir: Path) -> Trainer:
+    return Trainer(load_experiment(None, SMALL), folder, data_dir, Worker(cpus=1))
+
+
+def train_until(step: int, folder: RunFolder, data_dir: Path) -> None:
+    for line in open_trainer(folder, data_dir).run():
+        if line["step"] == step:
             break
-    assert (
-        checkpoint.latest_valid(tmp_path / "run" / "checkpoints", pytest.fail).name
-        == "step-00000008"
-    )
-    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
-def test_damage_is_noted_once_for_each_checkpoint_and_start(tiny_dataset, tmp_path):
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    for line in trainer(run_dir, tiny_dataset).run():
-        if line["step"] == 13:
-            break
+def test_run_that_is_left_early_has_written_what_it_saved(tiny_dataset, folder):
+    train_until(9, folder, tiny_dataset)
+    assert store.latest_valid(folder.checkpoints, pytest.fail) == folder.checkpoint(8)
+    assert not list(folder.checkpoints.glob(".*"))
+
+
+def test_damage_is_recorded_once_for_each_checkpoint(tiny_dataset, folder):
+    train_until(13, folder, tiny_dataset)
     for step, part in ((12, "model.safetensors"), (8, "MANIFEST.json")):
-        file = checkpoint.path_of(run_dir / "checkpoints", step) / part
+        file = folder.checkpoint(step) / part
         file.write_bytes(file.read_bytes()[:-1])
-    run = trainer(run_dir, tiny_dataset)
-    assert run.state.step == 4
-    noted = [
-        e["message"] for e in events.read(RunFolder(run_dir)) if e["kind"] == "checkpoint_damaged"
-    ]
-    assert len(noted) == 2
-    assert "step-00000012/model.safetensors" in noted[0] and "step-00000008" in noted[1]
-    for _ in run.run():
+    trainer = open_trainer(folder, tiny_dataset)
+    assert trainer.state.step == 4
+    recorded = [event for event in events.read(folder) if event["kind"] == "checkpoint_damaged"]
+    assert len(recorded) == 2
+    assert "step-00000012/model.safetensors" in recorded[0]["message"]
+    assert "step-00000008" in recorded[1]["message"]
+    for _ in trainer.run():
         pass
-    assert checkpoint.latest_valid(run_dir / "checkpoints", pytest.fail).name == "step-00000020"
+    assert store.latest_valid(folder.checkpoints, pytest.fail) == folder.checkpoint(20)
 
 
 # ---- a full disk ----
+
+
 @pytest.fixture(scope="module")
 def full_disks(tiny_dataset, tmp_path_factory) -> dict:
-    """Real runs on real small disks, in a mount namespace of their own."""
+    """Results of runs on small disks, which are mounted for one process only."""
     folder = tmp_path_factory.mktemp("disks")
     (folder / "try").mkdir()
-    alone = ["unshare", "--mount", "--propagation", "private"]
+    unshare = ["unshare", "--mount", "--propagation", "private"]
+    mount = [*unshare, "mount", "-t", "tmpfs", "none", str(folder / "try")]
     try:
-        tried = subprocess.run(
-            [*alone, "mount", "-t", "tmpfs", "none", str(folder / "try")],
-            capture_output=True,
-            text=True,
-        )
-        why = tried.returncode and tried.stderr.strip()
+        tried = subprocess.run(mount, capture_output=True, text=True)
+        reason = tried.stderr.strip() if tried.returncode else ""
     except OSError as error:
-        why = str(error)
-    if why:
-        pytest.skip(f"a small disk cannot be mounted here: {why}")
-    command = [
-        *alone,
-        sys.executable,
-        str(HELPER),
-        str(folder),
-        str(tiny_dataset),
-        json.dumps([*SMALL, "train.eval_interval=5", "train.eval_tokens=200"]),
-    ]
+        reason = str(error)
+    if reason:
+        pytest.skip(f"a small disk cannot be mounted here: {reason}")
+    overrides = json.dumps([*SMALL, "train.eval_interval=5", "train.eval_tokens=200"])
     done = subprocess.run(
-        command,
+        [*unshare, sys.executable, str(HELPER), str(folder), str(tiny_dataset), overrides],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]) | {"output": done.stdout}
 
 
+def equals_uninterrupted(full_disks: dict, result: dict) -> bool:
+    golden = full_disks["golden"]
+    return {key: result[key] for key in golden} == golden
+
+
 @pytest.mark.parametrize("kind", ["bytes", "files"])
-def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(full_disks, kind):
-    result, golden = full_disks[f"{kind} for a while"], full_disks["golden"]
+def test_disk_that_is_full_for_a_while_costs_only_checkpoints(full_disks, kind):
+    result = full_disks[f"{kind} for a while"]
     assert result["error"] is None
     assert result["events"] == [["disk_full", 8], ["disk_full", 12]]
     assert result["torn"] == []
     assert result["steps"] == [4, 16, 20]
-    assert {key: result[key] for key in golden} == golden
+    assert equals_uninterrupted(full_disks, result)
     assert "no room for the checkpoint of step 8" in full_disks["output"]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "files"])
-def test_a_disk_that_is_full_at_the_end_is_an_error_that_says_what_to_do_and_loses_nothing(
-    full_disks, kind
-):
-    result, golden = full_disks[f"{kind} for ever"], full_disks["golden"]
-    assert result["updates"] == 20
-    assert result["steps"] == [4]
+def test_disk_that_is_full_at_the_end_is_an_error_and_loses_nothing(full_disks, kind):
+    result = full_disks[f"{kind} for ever"]
+    assert (result["updates"], result["steps"]) == (20, [4])
     assert result["events"] == [["disk_full", step] for step in (8, 12, 16, 20)]
     for words in (
         "/run/checkpoints: no room for the checkpoint of step 20",
@@ -302,73 +293,78 @@ def test_a_disk_that_is_full_at_the_end_is_an_error_that_says_what_to_do_and_los
         "run the same command again",
     ):
         assert words in result["error"]
-    assert {key: result[key] for key in golden} == golden  # the same command again, with room
+    assert equals_uninterrupted(full_disks, result), "after the same command, with space"
 
 
-def test_a_disk_without_a_byte_for_a_while_costs_checkpoints_and_samples_and_nothing_else(
-    full_disks,
-):
-    result, golden = full_disks["all for a while"], full_disks["golden"]
+def test_disk_without_a_free_byte_for_a_while_costs_only_checkpoints_and_samples(full_disks):
+    result = full_disks["all for a while"]
     assert result["error"] is None
     assert result["steps"] == [4, 16, 20]
     assert result["samples"] == [0, 5, 15, 20]
     assert result["torn"] == []
-    assert result["events"] == [["disk_full", 15]], "there is room again"
-    assert {key: result[key] for key in golden} == golden
+    assert result["events"] == [["disk_full", 15]], "only the event that there is space again"
+    assert equals_uninterrupted(full_disks, result)
 
 
-def test_a_disk_without_a_byte_at_the_end_ends_the_run_with_words_and_loses_nothing(full_disks):
-    result, golden = full_disks["all for ever"], full_disks["golden"]
-    assert result["asked"] == "SIGTERM", "a full disk does not hear a stop"
+def test_disk_without_a_free_byte_at_the_end_is_an_error_and_loses_nothing(full_disks):
+    result = full_disks["all for ever"]
+    assert result["asked"] == "SIGTERM", "a stop can be requested on a full disk"
     assert (result["updates"], result["steps"], result["samples"]) == (20, [4], [0, 5])
     assert "/run/metrics.jsonl: no room for the line of step " in result["error"]
-    for words in ("No space left on device", "Free some room there and run the same command again"):
+    for words in ("No space left on device", "run the same command again"):
         assert words in result["error"]
         assert words in result["stopped"]
-    assert {key: result[key] for key in golden} == golden  # the same command again, with room
+    assert equals_uninterrupted(full_disks, result), "after the same command, with space"
 
 
-def test_the_user_hears_of_a_full_disk_from_wait_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 100, 10, 10, 0, 0, 0, 0, 255))
-    )
-    writer = checkpointer(tmp_path)
-    writer.save(1, state(1.0), {}, FACTS)
-    writer.save(2, state(2.0), {}, FACTS)
+def test_only_wait_raises_an_error_for_a_full_disk(folder, monkeypatch):
+    monkeypatch.setattr(os, "statvfs", lambda path: FULL_DISK)
+    checkpointer = open_checkpointer(folder)
+    checkpointer.save(1, state(1.0), {}, FACTS)
+    checkpointer.save(2, state(2.0), {}, FACTS)
     with pytest.raises(UserError, match="of step 2 .*there is none yet"):
-        writer.wait()
+        checkpointer.wait()
     monkeypatch.undo()
-    writer.save(3, state(3.0), {}, FACTS)
-    writer.wait()
-    writer.close()
-    assert checkpoint.steps(tmp_path / "checkpoints") == [3]
-    assert [e["step"] for e in events.read(RunFolder(tmp_path))] == [1, 2]
+    checkpointer.save(3, state(3.0), {}, FACTS)
+    checkpointer.wait()
+    checkpointer.close()
+    assert folder.checkpoint_steps() == [3]
+    assert [event["step"] for event in events.read(folder)] == [1, 2]
+
+
+# ---- order on disk ----
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """What is synced and renamed, in order: a power cut cannot be had here."""
-    calls, fsync, rename = [], os.fsync, os.rename
-    monkeypatch.setattr(
-        os,
-        "fsync",
-        lambda fd: (calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)),
-    )
-    monkeypatch.setattr(
-        os, "rename", lambda old, new: (rename(old, new), calls.append(os.path.basename(new)))
-    )
-    return calls
+def synced_and_renamed(monkeypatch) -> list[str]:
+    """Names that are passed to fsync and rename, in order. Replaces a power failure."""
+    names: list[str] = []
+    fsync = os.fsync
+    rename = os.rename
+
+    def record_fsync(descriptor):
+        names.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def record_rename(source, target):
+        rename(source, target)
+        names.append(os.path.basename(target))
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    return names
 
 
-def test_the_journal_is_on_the_disk_before_a_checkpoint_has_its_name_and_before_others_are_told(
-    calls, writer, tmp_path
+def test_journal_is_on_disk_before_the_checkpoint_and_before_it_is_sent(
+    synced_and_renamed, checkpointer, folder
 ):
-    journal.Journal(RunFolder(tmp_path)).append(1, {"train/loss": 2.0})
-    writer.save(1, state(1.0), {}, {})
-    writer.wait()
-    assert calls.index("metrics.jsonl") < calls.index("step-00000001")
-    calls.clear()
-    lines = outbox.MetricQueue(RunFolder(tmp_path))
-    lines.refresh(outbox.Sent("", None))
-    assert next(lines.batches()).rows
-    assert "metrics.jsonl" in calls
+    checkpointer.lines.append(1, {"train/loss": 2.0})
+    checkpointer.save(1, state(1.0), {}, {})
+    checkpointer.wait()
+    journal = folder.journal_file.name
+    assert synced_and_renamed.index(journal) < synced_and_renamed.index("step-00000001")
+    synced_and_renamed.clear()
+    queue = outbox.MetricQueue(folder)
+    queue.refresh(outbox.Sent("", None))
+    assert next(queue.batches()).rows
+    assert journal in synced_and_renamed

@@ -1,6 +1,5 @@
-"""On a GPU: the same bits after a stop, and an answer to memory that runs out. Skipped, and counted, where there is none."""
+"""On a GPU: a resumed run has the same bits; out of memory is answered with a size that fits."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.checkpoint import store as checkpoint
+from orchestrator.checkpoint import store
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data import shards
 from orchestrator.data.dataset import write_manifest
@@ -39,11 +38,22 @@ SMALL = [
     "schedule.max_lr=1e-3",
 ]
 GPU = Worker(device="cuda:0")
+RESUME = """
+import sys
+from pathlib import Path
+from orchestrator.config.experiment import load_experiment
+from orchestrator.runs.folder import RunFolder
+from orchestrator.train.loop import train
+from orchestrator.train.numerics import Worker
+
+experiment = load_experiment(None, sys.argv[3:])
+train(experiment, RunFolder(sys.argv[1]), Path(sys.argv[2]), Worker(device="cuda:0"))
+"""
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Bytes of this repository's sources as a dataset, without Ray."""
+    """Dataset of the bytes of this repository's sources, prepared without Ray."""
     folder, root = tmp_path_factory.mktemp("bytes"), Path(__file__).resolve().parents[2]
     text = b"".join(p.read_bytes() for p in sorted(root.glob("orchestrator/**/*.py")))
     splits = {}
@@ -75,14 +85,10 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def outcome(run_dir: Path) -> tuple:
-    last = checkpoint.latest_valid(run_dir / "checkpoints")
-    losses = [metrics.exact_part(r) for r in journal.read(RunFolder(run_dir))]
-    return (
-        last.name,
-        [(last / f"{part}.safetensors").read_bytes() for part in ("model", "optimizer")],
-        losses,
-    )
+def outcome(folder: RunFolder) -> tuple:
+    last = store.latest_valid(folder.checkpoints)
+    parts = [(last / f"{part}.safetensors").read_bytes() for part in ("model", "optimizer")]
+    return last.name, parts, [metrics.exact_part(line) for line in journal.read(folder)]
 
 
 @pytest.mark.parametrize(
@@ -95,34 +101,30 @@ def outcome(run_dir: Path) -> tuple:
     ],
     ids=" ".join,
 )
-def test_stopped_and_resumed_in_another_process_equals_never_stopped(data, tmp_path, words):
+def test_run_resumed_in_another_process_equals_uninterrupted_run(data, tmp_path, words):
     experiment = load_experiment(None, [*SMALL, *words])
-    for name in ("whole", "cut"):
-        (tmp_path / name).mkdir()
-    train(experiment, RunFolder(tmp_path / "whole"), data, GPU)
-    asked = iter([False] * 13 + [True] * 100)
+    whole = RunFolder(tmp_path / "whole")
     cut = RunFolder(tmp_path / "cut")
+    for folder in (whole, cut):
+        folder.path.mkdir()
+    train(experiment, whole, data, GPU)
+    asked = iter([False] * 13 + [True] * 100)
     for _ in Trainer(experiment, cut, data, GPU, stop_requested=lambda: next(asked)).run():
         pass
-    assert json.loads((tmp_path / "cut" / "stopped.json").read_text())["again"]
-    code = (
-        "import sys; from pathlib import Path; from orchestrator.config.experiment import load_experiment\n"
-        "from orchestrator.runs.folder import RunFolder; from orchestrator.train.numerics import Worker; from orchestrator.train.loop import train\n"
-        "train(load_experiment(None, sys.argv[3:]), RunFolder(sys.argv[1]), Path(sys.argv[2]), Worker(device='cuda:0'))"
-    )
+    assert cut.read_ending().kind == "again"
     subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "cut", data, *SMALL, *words],
+        [sys.executable, "-c", RESUME, cut, data, *SMALL, *words],
         check=True,
         cwd=Path(__file__).resolve().parents[2],
     )
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    assert outcome(cut) == outcome(whole)
 
 
-def test_memory_that_runs_out_is_answered_with_a_micro_batch_that_trains(data, tmp_path):
+def test_out_of_memory_names_a_micro_batch_that_fits(data, tmp_path):
     from orchestrator.cluster.layout import Layout
     from orchestrator.workers import fitting, memory
 
-    # 64 MiB of logits a sequence and their gradients: thousands of sequences fit no card.
+    # 64 MiB of logits per sequence, and their gradients: 4096 sequences fit no GPU.
     words = [
         "model.block_size=1024",
         "model.pad_vocab_to=16384",
@@ -132,17 +134,15 @@ def test_memory_that_runs_out_is_answered_with_a_micro_batch_that_trains(data, t
     huge = load_experiment(
         None, [*SMALL, *words, "train.micro_batch_size=4096", "train.global_batch_size=4096"]
     )
-    run = Trainer(huge, RunFolder(tmp_path), data, GPU)
+    trainer = Trainer(huge, RunFolder(tmp_path), data, GPU)
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        list(run.run())
+        list(trainer.run())
     fault = memory.allocation_failed(str(caught.value), "here", 1)
     assert fault.of_gpu
-    del run, caught
+    del trainer, caught
     torch.cuda.empty_cache()
     text = fitting.advice(fault, huge, 65, Layout(1, 1, True))
     size = int(text.partition(" fits in ")[0].rpartition("train.micro_batch_size=")[2])
     assert 1 <= size < 4096
-    fitting = load_experiment(
-        None, [*SMALL, *words, f"train.micro_batch_size={size}", "train.global_batch_size=4096"]
-    )
-    assert train(fitting, RunFolder(tmp_path), data, GPU) == 1
+    smaller = huge.replace(train__micro_batch_size=size)
+    assert train(smaller, RunFolder(tmp_path), data, GPU) == 1

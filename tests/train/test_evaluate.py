@@ -1,4 +1,4 @@
-"""Evaluation: every target once, the same bits on any number of workers."""
+"""Evaluation: each target once, the same bits for any number of ranks."""
 
 import contextlib
 import math
@@ -9,20 +9,12 @@ import pytest
 import torch
 
 from model.gpt import GPT, GPTConfig
-from orchestrator.train import evaluate as evaluation
+from orchestrator.train import evaluate as evaluate_module
 from orchestrator.train.evaluate import EvalSet
 
 T, B, VOCAB = 8, 3, 17
 STREAM = np.random.default_rng(1).integers(0, VOCAB, 100)
 BYTES = np.arange(1, VOCAB + 1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def batches(tokens: int = len(STREAM)) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -53,10 +45,10 @@ def evaluate(gpt: GPT, data, **worker):
 
 
 @pytest.mark.parametrize("tokens", [2, 8, 9, 10, 25, 99, 100])
-def test_the_loss_is_the_mean_over_every_target_once_and_bits_are_over_their_bytes(tokens):
+def test_loss_is_the_mean_over_all_targets_and_bits_are_per_byte(tokens):
     gpt = model()
     total = 0.0
-    for i in range(1, tokens):  # each target by itself, after its own window's tokens
+    for i in range(1, tokens):  # each target by itself, after the tokens of its window
         start = (i - 1) // T * T
         logits = gpt(torch.from_numpy(STREAM[start:i])[None])[0][0, -1].double()
         total -= torch.log_softmax(logits, 0)[STREAM[i]].item()
@@ -69,8 +61,8 @@ def test_the_loss_is_the_mean_over_every_target_once_and_bits_are_over_their_byt
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 8])
-def test_any_number_of_workers_gives_the_same_bits_on_each(world, monkeypatch):
-    # The workers are threads and their all_reduce a sum behind a barrier, which is what gloo does.
+def test_any_number_of_ranks_gives_the_same_bits(world, monkeypatch):
+    # The ranks are threads; their all_reduce is a sum after a barrier, as in gloo.
     gpt, barrier, shared = model().eval(), threading.Barrier(world), []
 
     def all_reduce(sums):
@@ -78,7 +70,7 @@ def test_any_number_of_workers_gives_the_same_bits_on_each(world, monkeypatch):
         barrier.wait()
         sums.copy_(torch.stack(shared).sum(dim=0))
 
-    monkeypatch.setattr(evaluation.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(evaluate_module.dist, "all_reduce", all_reduce)
     results = [None] * world
 
     def rank(r: int) -> None:
@@ -92,7 +84,7 @@ def test_any_number_of_workers_gives_the_same_bits_on_each(world, monkeypatch):
     assert results == [evaluate(gpt, batches())] * world
 
 
-def test_evaluation_is_without_dropout_and_leaves_the_model_as_it_was():
+def test_evaluation_has_no_dropout_and_does_not_change_the_model():
     gpt = model(dropout=0.5)
     for training in (True, False):
         gpt.train(training)

@@ -1,4 +1,4 @@
-"""One gradient on any number of workers, to the last bit, and the right one: real processes, real collectives."""
+"""The gradient is correct, and has the same bits for any number of ranks (real processes)."""
 
 import math
 import os
@@ -66,7 +66,7 @@ def fill(model: GPT, gradients: Gradients, dtype: str, step: int) -> None:
 def reduced(
     slots: int, dtype: str, rank: int = 0, world: int = 1, max_norm: float = 0.5
 ) -> list[dict]:
-    """Losses, gradient, norm and clipped gradient of two steps; the first must leave nothing in the second."""
+    """Losses, gradient, norm and clipped gradient of two steps, made in the same buffers."""
     model, results = new_model(), []
     gradients = Gradients(list(model.parameters()), M, slots, rank, world)
     for step in range(2):
@@ -93,7 +93,7 @@ def work(rank: int, world: int, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def by_world(tmp_path_factory) -> dict[int, list[dict]]:
-    """{world size: what each of its ranks ended with}."""
+    """By world size: the results of each rank."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(
@@ -105,18 +105,10 @@ def by_world(tmp_path_factory) -> dict[int, list[dict]]:
     }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("slots", [4, 8])
 @pytest.mark.parametrize("world", [2, 4])
-def test_gradient_losses_and_norm_are_the_same_bits_on_every_rank_of_every_world(
+def test_gradient_losses_and_norm_have_the_same_bits_for_any_number_of_ranks(
     by_world, world, slots, dtype
 ):
     golden = by_world[1][0][f"{slots}-{dtype}"]
@@ -132,7 +124,7 @@ def test_gradient_losses_and_norm_are_the_same_bits_on_every_rank_of_every_world
 
 
 def full_batch(step: int) -> tuple[torch.Tensor, torch.Tensor, GPT]:
-    """The reference: one forward over all sequences, without our accumulation; the losses of its parts."""
+    """The reference: losses and gradient of one forward pass over all sequences."""
     model = new_model()
     inputs, targets = (
         torch.cat(parts) for parts in zip(*(micro_batch(step, m) for m in range(M)), strict=True)
@@ -143,7 +135,7 @@ def full_batch(step: int) -> tuple[torch.Tensor, torch.Tensor, GPT]:
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4, 8])
-def test_the_reduced_gradient_is_the_full_batch_gradient(slots):
+def test_reduced_gradient_is_the_full_batch_gradient(slots):
     for step, got in enumerate(reduced(slots, "float32")):
         losses, gradient, model = full_batch(step)
         assert torch.allclose(got["losses"], losses, atol=1e-6, rtol=0)
@@ -155,7 +147,7 @@ def test_the_reduced_gradient_is_the_full_batch_gradient(slots):
 
 
 @pytest.mark.parametrize("max_norm", [1e-3, 0.5, 1e6])
-def test_norm_and_clip_are_torchs_bit_for_bit(max_norm):
+def test_norm_and_clip_have_the_same_bits_as_those_of_torch(max_norm):
     model, reference = new_model(), new_model()
     gradients = Gradients(list(model.parameters()), M, 4)
     fill(model, gradients, "float32", 0)
@@ -169,7 +161,7 @@ def test_norm_and_clip_are_torchs_bit_for_bit(max_norm):
 
 
 def test_adding_left_to_right_gives_other_bits(by_world):
-    # Were this equal, the equality of worlds above would show nothing about the order of additions.
+    # Otherwise the equality for all world sizes would not show that the order is fixed.
     model = new_model()
     for m in range(M):
         model(*micro_batch(0, m))[1].backward()
@@ -177,7 +169,9 @@ def test_adding_left_to_right_gives_other_bits(by_world):
     ours = by_world[1][0]["8-float32"][0]["gradient"]
     assert torch.allclose(naive, ours, atol=1e-7, rtol=1e-4)
     assert not torch.equal(naive, ours)
-    assert not torch.equal(reduced(2, "float32")[0]["gradient"], ours)  # which is why S is recorded
+    assert not torch.equal(
+        reduced(2, "float32")[0]["gradient"], ours
+    )  # S is recorded for this reason
     assert not torch.equal(by_world[1][0]["8-bfloat16"][0]["gradient"], ours)
 
 
@@ -213,7 +207,7 @@ def test_slots_are_added_as_a_balanced_tree_in_few_buffers(slots, world):
     ("micro_batches", "slots", "world"),
     [(8, 4, 1), (8, 4, 2), (8, 4, 4), (40, 8, 8), (1, 1, 1), (12, 4, 2)],
 )
-def test_every_micro_batch_has_one_slot_on_one_worker_in_order(micro_batches, slots, world):
+def test_each_micro_batch_is_in_one_slot_in_order(micro_batches, slots, world):
     weight = torch.nn.Parameter(torch.zeros(1))
     mine = [
         Gradients([weight], micro_batches, slots, rank, world).my_slots() for rank in range(world)
@@ -226,12 +220,12 @@ def test_every_micro_batch_has_one_slot_on_one_worker_in_order(micro_batches, sl
 @pytest.mark.parametrize(
     ("micro_batches", "slots", "world"), [(6, 3, 1), (6, 4, 1), (8, 4, 3), (8, 2, 4)]
 )
-def test_a_shape_that_has_no_canonical_order_is_a_programmers_error(micro_batches, slots, world):
+def test_slots_that_are_not_canonical_are_an_assertion_error(micro_batches, slots, world):
     with pytest.raises(AssertionError):
         Gradients([torch.nn.Parameter(torch.zeros(1))], micro_batches, slots, 0, world)
 
 
-def test_a_missing_slot_is_noticed():
+def test_missing_slot_is_an_assertion_error():
     gradients = Gradients([torch.nn.Parameter(torch.zeros(1))], 2, 2)
     gradients.begin_slot()
     gradients.end_slot()
@@ -239,7 +233,7 @@ def test_a_missing_slot_is_noticed():
         gradients.reduce()
 
 
-def test_one_bad_loss_reaches_the_step_and_no_other_loss():
+def test_loss_that_is_not_finite_does_not_change_the_other_losses():
     weight = torch.nn.Parameter(torch.ones(1))
     gradients = Gradients([weight], 4, 4)
     for (m,) in gradients.my_slots():

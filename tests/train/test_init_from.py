@@ -1,4 +1,4 @@
-"""First weights from elsewhere: the same model as theirs, every difference of shape shown, nothing executed."""
+"""First weights: the same model as the source, all differences shown, nothing executed."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from model.gpt import GPT, GPTConfig
-from orchestrator.checkpoint import store as checkpoint
+from orchestrator.checkpoint import store
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.errors import UserError
 from orchestrator.train import init_from
@@ -32,14 +32,6 @@ OURS = GPTConfig(16, N_VOCAB, 2, 2, 8, bias=True)
 TOKENS = torch.arange(12).view(2, 6)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def wanting(source, *words: str) -> Experiment:
     return load_experiment(None, [*SHAPE, f"train.init_from={json.dumps(str(source))}", *words])
 
@@ -51,7 +43,7 @@ def some_gpt(config: GPTConfig = OURS) -> GPT:
 
 def our_checkpoint(directory, model: GPT, step: int = 5):
     texts = {"model.json": json.dumps(asdict(model.config))}
-    return checkpoint.save(
+    return store.save(
         directory / "checkpoints", step, {"model": dict(model.state_dict())}, texts, FACTS
     )
 
@@ -100,14 +92,14 @@ def refusal(experiment: Experiment, n_vocab: int = N_VOCAB) -> str:
 
 
 # ---- sources ----
-def test_from_scratch_the_weights_are_a_function_of_the_seed():
+def test_new_weights_depend_on_the_seed_only():
     first, again = (initial_model(wanting("scratch"), N_VOCAB).state_dict() for _ in range(2))
     other = initial_model(wanting("scratch", "train.seed=2"), N_VOCAB).state_dict()
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not torch.equal(first["transformer.wte.weight"], other["transformer.wte.weight"])
 
 
-def test_a_checkpoint_and_a_run_of_ours_give_their_weights_bit_for_bit(tmp_path):
+def test_checkpoint_and_run_give_their_weights_bit_for_bit(tmp_path):
     old, new = some_gpt(), GPT(OURS)
     our_checkpoint(tmp_path, old, 5)
     path = our_checkpoint(tmp_path, new, 6)
@@ -117,7 +109,7 @@ def test_a_checkpoint_and_a_run_of_ours_give_their_weights_bit_for_bit(tmp_path)
     assert checkpoint_of(tmp_path) == checkpoint_of(path) == path
 
 
-def test_a_changed_checkpoint_is_refused_and_a_run_falls_back_to_the_one_before(tmp_path):
+def test_damaged_checkpoint_is_refused_and_a_run_gives_the_one_before(tmp_path):
     old = some_gpt()
     before, last = our_checkpoint(tmp_path, old, 5), our_checkpoint(tmp_path, GPT(OURS), 6)
     with open(last / "model.safetensors", "r+b") as file:
@@ -128,7 +120,7 @@ def test_a_changed_checkpoint_is_refused_and_a_run_falls_back_to_the_one_before(
     assert torch.equal(logits(initial_model(wanting(tmp_path), N_VOCAB)), logits(old))
 
 
-def test_a_hugging_face_folder_gives_its_logits(hugging_face):
+def test_hugging_face_folder_gives_its_logits(hugging_face):
     folder, theirs = hugging_face
     model = initial_model(wanting(folder, "model.activation=gelu_tanh"), N_VOCAB)
     with torch.no_grad():
@@ -136,21 +128,21 @@ def test_a_hugging_face_folder_gives_its_logits(hugging_face):
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-def test_a_nanogpt_file_gives_its_logits_compiled_or_not(tmp_path, prefix):
+def test_nanogpt_file_gives_its_logits(tmp_path, prefix):
     theirs = some_gpt()
     model = initial_model(wanting(nanogpt_file(tmp_path / "ckpt.pt", theirs, prefix)), N_VOCAB)
     assert torch.equal(logits(model), logits(theirs))
 
 
 # ---- shapes ----
-def test_a_longer_context_is_cropped_and_its_start_computes_the_same(tmp_path):
+def test_longer_context_is_cropped(tmp_path):
     theirs = some_gpt()
     model = initial_model(wanting(our_checkpoint(tmp_path, theirs), "model.block_size=6"), N_VOCAB)
     assert model.config.block_size == 6
     assert torch.equal(logits(model), logits(theirs))
 
 
-def test_vocabulary_rows_are_padded_and_the_real_ones_stay(tmp_path):
+def test_vocabulary_rows_are_padded(tmp_path):
     theirs = some_gpt()
     model = initial_model(
         wanting(our_checkpoint(tmp_path, theirs), "model.pad_vocab_to=64"), N_VOCAB
@@ -159,12 +151,12 @@ def test_vocabulary_rows_are_padded_and_the_real_ones_stay(tmp_path):
     assert torch.allclose(logits(model)[..., :N_VOCAB], logits(theirs), atol=1e-6)
 
 
-def test_dropout_is_the_experiments(tmp_path):
+def test_dropout_is_that_of_the_experiment(tmp_path):
     path = our_checkpoint(tmp_path, some_gpt())
     assert initial_model(wanting(path, "model.dropout=0.25"), N_VOCAB).config.dropout == 0.25
 
 
-def test_every_difference_of_shape_is_listed_at_once(tmp_path):
+def test_all_differences_of_shape_are_listed_at_once(tmp_path):
     message = refusal(
         wanting(
             our_checkpoint(tmp_path, some_gpt()),
@@ -188,15 +180,15 @@ def test_every_difference_of_shape_is_listed_at_once(tmp_path):
     assert "vocab_size" not in message
 
 
-def test_tensors_that_are_not_of_the_shape_beside_them_are_refused(tmp_path):
+def test_tensors_of_another_shape_than_stated_are_refused(tmp_path):
     path = nanogpt_file(
         tmp_path / "ckpt.pt", some_gpt(GPTConfig(16, N_VOCAB, 2, 2, 4, bias=True)), n_embd=8
     )
     assert "tensors" in refusal(wanting(path))
 
 
-# ---- what is no source ----
-def test_what_is_not_there_or_no_weights_is_one_line(tmp_path, hugging_face):
+# ---- refusals ----
+def test_missing_or_unusable_sources_are_refused_in_one_line(tmp_path, hugging_face):
     folder, _ = hugging_face
     assert "does not exist" in refusal(wanting(tmp_path / "absent"))
     assert "neither a checkpoint nor a run" in refusal(wanting(tmp_path))
@@ -211,7 +203,7 @@ def test_what_is_not_there_or_no_weights_is_one_line(tmp_path, hugging_face):
         assert str(half) in refusal(wanting(half))
 
 
-def test_files_that_are_no_nanogpt_checkpoint_are_one_line(tmp_path):
+def test_other_files_than_nanogpt_checkpoints_are_refused_in_one_line(tmp_path):
     file = tmp_path / "ckpt.pt"
     good = nanogpt_file(tmp_path / "good.pt", some_gpt()).read_bytes()
     for content in (b"", b"text", good[: len(good) // 2]):
@@ -232,7 +224,7 @@ def test_files_that_are_no_nanogpt_checkpoint_are_one_line(tmp_path):
 
 
 class Canary:
-    """Unpickled, it makes a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -241,7 +233,7 @@ class Canary:
         return os.mkdir, (self.path,)
 
 
-def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path):
+def test_malicious_pickle_is_refused_and_not_executed(tmp_path):
     file, canary = tmp_path / "ckpt.pt", tmp_path / "canary"
     for write in (
         lambda value: torch.save(value, file),
@@ -250,11 +242,11 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path):
         write({"model": {"a": Canary(canary)}, "model_args": {}})
         assert "weights_only" in refusal(wanting(file))
         assert not canary.exists()
-    pickle.loads(file.read_bytes())  # the bait would have worked
+    pickle.loads(file.read_bytes())  # without the check it is executed
     assert canary.exists()
 
 
-# ---- the network: there is none here, so its absence is the one thing that is pretended ----
+# ---- downloads ----
 @pytest.mark.parametrize(
     "error",
     [
@@ -263,7 +255,7 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path):
         urllib.error.HTTPError("https://x", 503, "busy", {}, None),
     ],
 )
-def test_without_a_network_the_message_says_where_to_put_the_files(tmp_path, monkeypatch, error):
+def test_without_network_the_message_says_where_to_put_the_files(tmp_path, monkeypatch, error):
     def fails(*_, **__):
         raise error
 
@@ -281,7 +273,7 @@ def test_without_a_network_the_message_says_where_to_put_the_files(tmp_path, mon
     assert list((tmp_path / "espalier" / "gpt2-medium").iterdir()) == []
 
 
-def test_what_lies_in_the_cache_is_taken_without_a_network(tmp_path, monkeypatch, hugging_face):
+def test_cached_weights_need_no_network(tmp_path, monkeypatch, hugging_face):
     folder, theirs = hugging_face
     cache = tmp_path / "espalier" / "gpt2"
     cache.mkdir(parents=True)
@@ -294,7 +286,7 @@ def test_what_lies_in_the_cache_is_taken_without_a_network(tmp_path, monkeypatch
         assert torch.allclose(logits(model), theirs(TOKENS).logits, atol=1e-5)
 
 
-def test_names_of_safetensors_that_are_no_gpt2_are_named(tmp_path, hugging_face):
+def test_unexpected_tensor_names_are_in_the_message(tmp_path, hugging_face):
     (tmp_path / "config.json").write_text((hugging_face[0] / "config.json").read_text())
     save_file({"strange": torch.ones(2)}, tmp_path / "model.safetensors")
     assert "strange" in refusal(wanting(tmp_path, "model.activation=gelu_tanh"))

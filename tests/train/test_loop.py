@@ -1,23 +1,23 @@
-"""Killed = never killed, one worker = two = four: weights, moments and every logged loss, to the last bit."""
+"""A run has the same weights, moments and logged losses, to the last bit, however it got there."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 
 import pytest
 import torch
 
-from orchestrator.checkpoint import store as checkpoint
+from orchestrator.checkpoint import store
 from orchestrator.config.experiment import load_experiment
 from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
+from tests.helpers.checkpoints import damage
 
 HELPER = Path(__file__).resolve().parent.parent / "helpers" / "train_rank.py"
 SMALL = [
@@ -40,164 +40,137 @@ SMALL = [
 ]
 
 
-def start(
-    run_dir: Path, data_dir: Path, overrides: list[str], world_size: int = 1
-) -> list[subprocess.Popen]:
-    """Real processes, one per rank."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    store = run_dir.parent / f"store-{uuid.uuid4().hex}"
-    jobs = [
-        {
-            "rank": r,
+def start_ranks(folder: RunFolder, data_dir: Path, world_size: int) -> list[subprocess.Popen]:
+    """Start one process for each rank."""
+    rendezvous = folder.path.parent / f"store-{uuid.uuid4().hex}"
+    processes = []
+    for rank in range(world_size):
+        job = {
+            "rank": rank,
             "world_size": world_size,
-            "store": str(store),
-            "run_dir": str(run_dir),
+            "store": str(rendezvous),
+            "run_dir": str(folder.path),
             "data_dir": str(data_dir),
-            "overrides": overrides,
+            "overrides": SMALL,
         }
-        for r in range(world_size)
-    ]
-    return [
-        subprocess.Popen(
-            [sys.executable, str(HELPER), json.dumps(job)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for job in jobs
-    ]
+        command = [sys.executable, str(HELPER), json.dumps(job)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        processes.append(subprocess.Popen(command, env=environment))
+    return processes
 
 
-def finish(processes: list[subprocess.Popen]) -> None:
-    assert [p.wait(120) for p in processes] == [0] * len(processes)
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return new_folder(tmp_path / "small")
 
 
-def run_here(run_dir: Path, data_dir: Path, overrides: list[str]) -> int:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    return train(load_experiment(None, overrides), RunFolder(run_dir), data_dir, Worker(cpus=1))
+def new_folder(path: Path) -> RunFolder:
+    path.mkdir()
+    return RunFolder(path)
 
 
-def outcome(run_dir: Path) -> dict:
-    """Everything of a run that must not depend on how it got there: every logged loss, and the final state."""
-    curve = [metrics.exact_part(r) for r in journal.read(RunFolder(run_dir))]
-    last = checkpoint.latest_valid(run_dir / "checkpoints")
-    parts = {
-        name: (last / name).read_bytes()
-        for name in ("model.safetensors", "optimizer.safetensors", "state.json")
+def train_here(folder: RunFolder, data_dir: Path, *overrides: str) -> int:
+    return train(load_experiment(None, [*SMALL, *overrides]), folder, data_dir, Worker(cpus=1))
+
+
+def outcome(folder: RunFolder) -> dict:
+    """Return the final state and all exact metrics."""
+    last = store.latest_valid(folder.checkpoints)
+    files = ("model.safetensors", "optimizer.safetensors", "state.json")
+    return {
+        "curve": [metrics.exact_part(line) for line in journal.read(folder)],
+        "step": last.name,
+        **{name: (last / name).read_bytes() for name in files},
     }
-    return {"curve": curve, "step": last.name, **parts}
 
 
 @pytest.fixture(scope="module")
 def golden(tiny_dataset, tmp_path_factory) -> dict:
-    """The uninterrupted run on one worker."""
-    run_dir = tmp_path_factory.mktemp("golden") / "small"
-    run_here(run_dir, tiny_dataset, SMALL)
-    return outcome(run_dir)
+    """Outcome of the uninterrupted run on one worker."""
+    folder = new_folder(tmp_path_factory.mktemp("golden") / "small")
+    train_here(folder, tiny_dataset)
+    return outcome(folder)
 
 
-def test_training_lowers_the_loss_and_logs_every_interval(golden):
-    losses = [r["train/loss"] for r in golden["curve"] if "train/loss" in r]
+def test_training_lowers_the_loss_and_logs_at_every_interval(golden):
+    losses = [line["train/loss"] for line in golden["curve"] if "train/loss" in line]
     assert losses[-1] < losses[0] - 0.3
-    assert [r["step"] for r in golden["curve"]] == [0, 5, 8, 10, 15, 16, 20, 24]
+    assert [line["step"] for line in golden["curve"]] == [0, 5, 8, 10, 15, 16, 20, 24]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_more_workers_make_the_same_bits(golden, tiny_dataset, tmp_path, world_size):
-    finish(start(tmp_path / "small", tiny_dataset, SMALL, world_size))
-    assert outcome(tmp_path / "small") == golden
+def test_several_workers_have_the_same_bits_as_one(golden, tiny_dataset, folder, world_size):
+    processes = start_ranks(folder, tiny_dataset, world_size)
+    assert [process.wait(300) for process in processes] == [0] * world_size
+    assert outcome(folder) == golden
 
 
-def test_killed_on_two_workers_and_resumed_on_one_equals_never_killed(
-    golden, tiny_dataset, tmp_path
+def test_killed_on_two_workers_and_resumed_on_one_equals_uninterrupted_run(
+    golden, tiny_dataset, folder
 ):
-    processes = start(tmp_path / "small", tiny_dataset, SMALL, 2)
-    deadline = time.monotonic() + 60
-    while (
-        time.monotonic() < deadline
-        and max(checkpoint.steps(tmp_path / "small" / "checkpoints"), default=0) < 8
-    ):
-        time.sleep(0.01)
-    for p in processes:
-        p.send_signal(signal.SIGKILL)
-    assert {p.wait(30) for p in processes} == {-signal.SIGKILL}, (
-        "the run ended before it could be killed"
-    )
-    assert run_here(tmp_path / "small", tiny_dataset, SMALL) == 24
-    assert outcome(tmp_path / "small") == golden
+    processes = start_ranks(folder, tiny_dataset, 2)
+    while max(folder.checkpoint_steps(), default=0) < 8:
+        assert all(process.poll() is None for process in processes)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    assert {process.wait(60) for process in processes} == {-signal.SIGKILL}
+    assert train_here(folder, tiny_dataset) == 24
+    assert outcome(folder) == golden
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_run_cut_between_checkpoints_goes_on_to_the_same_bits(tiny_dataset, tmp_path, dtype):
-    overrides = [*SMALL, f"train.dtype={dtype}", "schedule.decay_steps=24"]
-    run_here(tmp_path / "whole", tiny_dataset, overrides)
-    run_here(tmp_path / "cut", tiny_dataset, [*overrides, "train.max_steps=10"])
-    last = checkpoint.path_of(tmp_path / "cut" / "checkpoints", 10)
-    last.rename(
-        last.with_name(".gone")
-    )  # as if killed after step 8 was committed and step 10 was not
-    run_here(tmp_path / "cut", tiny_dataset, overrides)
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+def test_resumed_between_checkpoints_equals_uninterrupted_run(tiny_dataset, tmp_path, dtype):
+    words = [f"train.dtype={dtype}", "schedule.decay_steps=24"]
+    whole = new_folder(tmp_path / "whole")
+    cut = new_folder(tmp_path / "cut")
+    train_here(whole, tiny_dataset, *words)
+    train_here(cut, tiny_dataset, *words, "train.max_steps=10")
+    # As if it was killed after the checkpoint of step 8 and before that of step 10.
+    store.remove(cut.checkpoint(10))
+    train_here(cut, tiny_dataset, *words)
+    assert outcome(cut) == outcome(whole)
 
 
-def test_a_checkpoint_with_a_flipped_bit_is_passed_over(golden, tiny_dataset, tmp_path, capsys):
-    run_here(
-        tmp_path / "small", tiny_dataset, [*SMALL, "schedule.decay_steps=24", "train.max_steps=12"]
-    )
-    file = checkpoint.path_of(tmp_path / "small" / "checkpoints", 12) / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-100] ^= 1
-    file.write_bytes(data)
-    run_here(tmp_path / "small", tiny_dataset, SMALL)
+def test_checkpoint_with_a_flipped_bit_is_skipped(golden, tiny_dataset, folder, capsys):
+    train_here(folder, tiny_dataset, "schedule.decay_steps=24", "train.max_steps=12")
+    damage(folder.checkpoint(12))
+    train_here(folder, tiny_dataset)
     assert "skipped: " in capsys.readouterr().out
-    assert outcome(tmp_path / "small") == golden
+    assert outcome(folder) == golden
 
 
-def test_what_a_step_sees_does_not_depend_on_logging_or_evaluation(golden, tiny_dataset, tmp_path):
-    run_here(
-        tmp_path / "small",
-        tiny_dataset,
-        [*SMALL, "train.eval_interval=null", "train.log_interval=null"],
-    )
-    last = checkpoint.latest_valid(tmp_path / "small" / "checkpoints")
-    assert (last / "model.safetensors").read_bytes() == golden["model.safetensors"]
+def test_weights_do_not_depend_on_logging_and_evaluation(golden, tiny_dataset, folder):
+    train_here(folder, tiny_dataset, "train.eval_interval=null", "train.log_interval=null")
+    weights = folder.checkpoint(24) / "model.safetensors"
+    assert weights.read_bytes() == golden["model.safetensors"]
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(tiny_dataset, tmp_path):
-    overrides = [*SMALL, "train.log_interval=1", "schedule.max_lr=1e38", "optim.max_grad_norm=null"]
-    done = run_here(tmp_path / "small", tiny_dataset, overrides)
-    stopped = json.loads((tmp_path / "small" / "stopped.json").read_text())
-    assert done == stopped["step"] < 24
-    assert f"step {done + 1}" in stopped["reason"]
-    assert stopped["windows"]
-    assert journal.read(RunFolder(tmp_path / "small"))[-1]["step"] == done
+def test_loss_that_is_not_finite_stops_before_the_update(tiny_dataset, folder):
+    words = ["train.log_interval=1", "schedule.max_lr=1e38", "optim.max_grad_norm=null"]
+    done = train_here(folder, tiny_dataset, *words)
+    ending = folder.read_ending()
+    assert done == ending.facts["step"] < 24
+    assert f"step {done + 1}" in ending.reason
+    assert ending.facts["windows"]
+    assert journal.read(folder)[-1]["step"] == done
 
 
-def test_a_run_that_is_done_takes_no_step(golden, tiny_dataset, tmp_path):
-    run_here(tmp_path / "small", tiny_dataset, SMALL)
-    before = journal.read(RunFolder(tmp_path / "small"))
-    assert run_here(tmp_path / "small", tiny_dataset, SMALL) == 24
-    assert journal.read(RunFolder(tmp_path / "small")) == before
-    assert outcome(tmp_path / "small") == golden
+def test_finished_run_makes_no_step(golden, tiny_dataset, folder):
+    train_here(folder, tiny_dataset)
+    before = journal.read(folder)
+    assert train_here(folder, tiny_dataset) == 24
+    assert journal.read(folder) == before
+    assert outcome(folder) == golden
+    samples = sorted(file.name for file in folder.samples.iterdir())
+    assert samples == [f"step-{step:08d}.txt" for step in (0, 8, 16, 24)]
 
 
-def test_accumulated_micro_batches_make_the_step_of_the_whole_batch(tiny_dataset, tmp_path):
-    base = [
-        *SMALL,
-        "model.dropout=0",
-        "train.max_steps=3",
-        "train.log_interval=1",
-        "train.eval_interval=null",
-    ]
-    run_here(tmp_path / "accumulated", tiny_dataset, base)
-    run_here(tmp_path / "whole", tiny_dataset, [*base, "train.micro_batch_size=16"])
-    ours, reference = (
-        checkpoint.load_tensors(checkpoint.latest_valid(tmp_path / d / "checkpoints"), "optimizer")
-        for d in ("accumulated", "whole")
-    )
-    for name in ours:
-        torch.testing.assert_close(ours[name], reference[name], rtol=1e-3, atol=1e-5)
-
-
-def test_samples_are_written_at_every_evaluation(golden, tiny_dataset, tmp_path):
-    run_here(tmp_path / "small", tiny_dataset, SMALL)
-    names = sorted(p.name for p in (tmp_path / "small" / "samples").iterdir())
-    assert names == [f"step-{s:08d}.txt" for s in (0, 8, 16, 24)]
+def test_accumulated_micro_batches_equal_the_whole_batch(tiny_dataset, tmp_path):
+    words = ["model.dropout=0", "train.max_steps=3", "train.eval_interval=null"]
+    accumulated = new_folder(tmp_path / "accumulated")
+    whole = new_folder(tmp_path / "whole")
+    train_here(accumulated, tiny_dataset, *words)
+    train_here(whole, tiny_dataset, *words, "train.micro_batch_size=16")
+    expected = store.load_tensors(whole.checkpoint(3), "optimizer")
+    for name, value in store.load_tensors(accumulated.checkpoint(3), "optimizer").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)

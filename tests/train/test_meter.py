@@ -1,4 +1,4 @@
-"""The open log window: means in a fixed order, times that add up, and nothing that leaks into the next window."""
+"""The log window: exact means, times that add up, and an empty window after each line."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from orchestrator.train.meter import Meter, memory_metrics
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only the test moves."""
+    """Replace the clock; the test moves it."""
     now = [0.0]
     monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
 
@@ -30,14 +30,14 @@ def window(clock, *laps: tuple[str, float], losses=((1.0,),)) -> dict[str, float
     return m.flush(tokens_per_step=100)
 
 
-def test_the_loss_is_the_exact_mean_over_every_micro_batch_of_every_step(clock):
-    losses = [[1e16, 1.0], [-1e16, 1.0]]  # which left to right would give 0.25
+def test_loss_is_the_exact_mean_over_all_micro_batches(clock):
+    losses = [[1e16, 1.0], [-1e16, 1.0]]  # added from left to right, the mean would be 0.25
     metrics = window(clock, ("compute", 1.0), losses=losses)
     assert metrics["train/loss"] == 0.5
     assert metrics["train/loss_max"] == 1e16
 
 
-def test_times_are_booked_where_they_were_spent(clock):
+def test_times_are_added_to_their_phase(clock):
     metrics = window(
         clock,
         ("data", 1.0),
@@ -55,7 +55,7 @@ def test_times_are_booked_where_they_were_spent(clock):
     assert metrics["run/goodput"] == 8 / 20
 
 
-def test_a_window_starts_empty_after_the_one_before(clock):
+def test_flush_empties_the_window(clock):
     m = Meter(started=0.0, _mark=0.0)
     for loss, seconds in ((9.0, 8.0), (1.0, 2.0)):
         clock(seconds)
@@ -71,7 +71,7 @@ def test_a_window_starts_empty_after_the_one_before(clock):
     assert m.losses == []
 
 
-def test_losses_of_an_earlier_attempt_count_for_the_mean_and_not_for_the_speed(clock):
+def test_restored_losses_count_for_the_mean_and_not_for_the_speed(clock):
     m = Meter(started=0.0, _mark=0.0)
     m.losses = [3.0, 3.0]  # restored from a checkpoint
     clock(2.0)
@@ -82,7 +82,7 @@ def test_losses_of_an_earlier_attempt_count_for_the_mean_and_not_for_the_speed(c
     assert metrics["perf/step_time_s"] == 2.0
 
 
-def test_the_mean_does_not_depend_on_where_the_window_was_cut_by_a_resume(clock):
+def test_mean_does_not_depend_on_where_a_resume_cut_the_window(clock):
     steps = [[0.1 * i, 0.7 / (i + 1)] for i in range(6)]
     whole = window(clock, ("compute", 1.0), losses=steps)["train/loss"]
     for cut in range(1, 6):
@@ -93,6 +93,13 @@ def test_the_mean_does_not_depend_on_where_the_window_was_cut_by_a_resume(clock)
         for step in steps[cut:]:
             m.add(step)
         assert m.flush(1)["train/loss"] == whole
+
+
+def test_window_of_a_run_that_logs_only_at_its_end_has_the_losses_of_one_step():
+    m = Meter(last_step_only=True)
+    for losses in ([3.0, 3.0], [1.0, 1.0]):
+        m.add(losses)
+    assert m.losses == [1.0, 1.0]
 
 
 def test_memory_is_in_gib():

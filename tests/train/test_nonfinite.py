@@ -1,11 +1,11 @@
-"""A loss or gradient that is not finite: the update is not applied, its windows are known, the run stops or goes on."""
+"""A loss or gradient that is not finite: the update is skipped, and the run stops or continues."""
 
-import json
 import math
+from pathlib import Path
 
 import pytest
 
-from orchestrator.checkpoint import store as checkpoint
+from orchestrator.checkpoint import store
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.batches import Batches, TokenStream
 from orchestrator.runs import events, journal, metrics
@@ -14,6 +14,7 @@ from orchestrator.train import nonfinite
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
 
+SKIP = "train.on_nonfinite=skip"
 SMALL = [
     "data.tokenizer=char",
     "model.n_layer=1",
@@ -32,98 +33,99 @@ SMALL = [
 ]
 
 
-def poisoned(run: Trainer, calls: set[int], value: float = math.nan) -> Trainer:
-    """The loss of those forward passes (counted from 0, four a step) is `value`."""
-    forward, seen = run.state.forward, [0]
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path)
 
-    def poison(*args, **options):
+
+def new_trainer(folder: RunFolder, data_dir: Path, *words: str, bad: set[int]) -> Trainer:
+    """Return a trainer; the loss of the forward passes in `bad` is NaN. A step has four."""
+    folder.path.mkdir(exist_ok=True)
+    trainer = Trainer(load_experiment(None, [*SMALL, *words]), folder, data_dir, Worker())
+    forward = trainer.state.forward
+    count = 0
+
+    def poisoned(*args, **options):
+        nonlocal count
         logits, loss = forward(*args, **options)
-        seen[0] += 1
-        return logits, loss * value if seen[0] - 1 in calls else loss
+        if count in bad:
+            loss = loss * math.nan
+        count += 1
+        return logits, loss
 
-    run.state.forward = poison
-    return run
-
-
-def start(folder, data, *words: str) -> Trainer:
-    folder.mkdir(exist_ok=True)
-    return Trainer(load_experiment(None, [*SMALL, *words]), RunFolder(folder), data, Worker())
+    trainer.state.forward = poisoned
+    return trainer
 
 
-def weights(folder, step: int) -> str:
-    return checkpoint.weights_sha256(
-        checkpoint.load_tensors(checkpoint.path_of(folder / "checkpoints", step), "model")
-    )
+def run(trainer: Trainer, until: int | None = None) -> None:
+    for line in trainer.run():
+        if line["step"] == until:
+            return
+
+
+def weights(folder: RunFolder, step: int) -> str:
+    return store.weights_sha256(store.load_tensors(folder.checkpoint(step), "model"))
 
 
 @pytest.fixture
-def offsets(tiny_dataset):
-    return Batches(TokenStream(tiny_dataset, "train"), 16, 8, 2, 1337).offsets
+def windows(tiny_dataset) -> list[int]:
+    """Positions of the samples of micro-batch 2 in the update after step 5."""
+    batches = Batches(TokenStream(tiny_dataset, "train"), 16, 8, 2, 1337)
+    return batches.offsets(5)[4:6].tolist()
 
 
-def test_stop_ends_before_the_update_and_names_the_windows(tiny_dataset, tmp_path, offsets):
-    list(poisoned(start(tmp_path, tiny_dataset), {5 * 4 + 2}).run())
-    stopped = json.loads((tmp_path / "stopped.json").read_text())
-    assert stopped["step"] == 5
-    assert stopped["windows"] == {"2": offsets(5)[4:6].tolist()}
-    assert "step 6: the loss is not finite" in stopped["reason"]
-    assert checkpoint.steps(tmp_path / "checkpoints")[-1] == 5
+def test_run_stops_before_the_update_and_records_the_samples(tiny_dataset, folder, windows):
+    run(new_trainer(folder, tiny_dataset, bad={5 * 4 + 2}))
+    ending = folder.read_ending()
+    assert ending.kind == "diverged"
+    assert ending.facts == {"step": 5, "windows": {"2": windows}}
+    assert "step 6: the loss is not finite" in ending.reason
+    assert folder.checkpoint_steps()[-1] == 5
 
 
-def test_skip_leaves_that_update_out_and_nothing_else(tiny_dataset, tmp_path, offsets):
-    list(poisoned(start(tmp_path, tiny_dataset, "train.on_nonfinite=skip"), {5 * 4 + 2}).run())
-    assert weights(tmp_path, 6) == weights(tmp_path, 5) != weights(tmp_path, 7)
-    (event,) = events.read(RunFolder(tmp_path))
-    assert (event["kind"], event["step"], event["windows"]) == (
-        "nonfinite",
-        5,
-        {"2": offsets(5)[4:6].tolist()},
+def test_only_the_update_is_skipped(tiny_dataset, folder, windows):
+    run(new_trainer(folder, tiny_dataset, SKIP, bad={5 * 4 + 2}))
+    assert weights(folder, 6) == weights(folder, 5) != weights(folder, 7)
+    (event,) = events.read(folder)
+    assert (event["kind"], event["step"]) == ("nonfinite", 5)
+    assert event["windows"] == {"2": windows}
+    lines = {line["step"]: line for line in journal.read(folder)}
+    assert "train/loss" not in lines[6]
+    assert all(math.isfinite(lines[step]["train/loss"]) for step in lines if step != 6)
+    assert [lines[step].get("train/skipped_steps") for step in (5, 6, 12)] == [None, 1, 1]
+
+
+def test_resumed_run_with_a_skipped_update_equals_uninterrupted_run(tiny_dataset, tmp_path):
+    whole = RunFolder(tmp_path / "whole")
+    cut = RunFolder(tmp_path / "cut")
+    run(new_trainer(whole, tiny_dataset, SKIP, bad={5 * 4}))
+    run(new_trainer(cut, tiny_dataset, SKIP, bad={5 * 4}), until=7)
+    run(new_trainer(cut, tiny_dataset, SKIP, bad=set()))
+    assert weights(cut, 12) == weights(whole, 12)
+    curves = [[metrics.exact_part(line) for line in journal.read(f)] for f in (whole, cut)]
+    assert curves[0] == curves[1]
+
+
+def test_infinite_gradient_of_finite_losses_is_not_applied(tiny_dataset, folder):
+    trainer = new_trainer(folder, tiny_dataset, SKIP, bad=set())
+    trainer.state.model.transformer.wte.weight.register_hook(
+        lambda grad: grad * math.inf if trainer.state.step == 3 else grad
     )
-    lines = {r["step"]: r for r in journal.read(RunFolder(tmp_path))}
-    assert "train/loss" not in lines[6], "a loss of no update"
-    assert all(math.isfinite(lines[n]["train/loss"]) for n in lines if n != 6)
-    assert [lines[n].get("train/skipped_steps") for n in (5, 6, 12)] == [None, 1, 1]
+    run(trainer)
+    assert weights(folder, 4) == weights(folder, 3) != weights(folder, 5)
+    assert "gradient norm is not finite" in events.read(folder)[0]["message"]
 
 
-def test_a_run_that_skipped_goes_on_after_a_stop_as_if_it_had_not_stopped(tiny_dataset, tmp_path):
-    words = ["train.on_nonfinite=skip"]
-    list(poisoned(start(tmp_path / "whole", tiny_dataset, *words), {5 * 4}).run())
-    for line in poisoned(start(tmp_path / "cut", tiny_dataset, *words), {5 * 4}).run():
-        if line["step"] == 7:
-            break
-    list(start(tmp_path / "cut", tiny_dataset, *words).run())
-    assert weights(tmp_path / "cut", 12) == weights(tmp_path / "whole", 12)
-    read = [
-        [metrics.exact_part(r) for r in journal.read(RunFolder(tmp_path / name))]
-        for name in ("whole", "cut")
-    ]
-    assert read[0] == read[1]
+def test_run_ends_after_too_many_skipped_updates_in_a_row(tiny_dataset, folder):
+    trainer = new_trainer(folder, tiny_dataset, SKIP, "train.max_steps=30", bad=set(range(8, 200)))
+    run(trainer)
+    assert trainer.state.step == 2 + nonfinite.PATIENCE
+    assert "as were the 10 before it" in folder.read_ending().reason
 
 
-def test_an_infinite_gradient_of_finite_losses_is_not_applied_either(tiny_dataset, tmp_path):
-    run = start(tmp_path, tiny_dataset, "train.on_nonfinite=skip")
-    run.state.model.transformer.wte.weight.register_hook(
-        lambda grad: grad * math.inf if run.state.step == 3 else grad
-    )
-    list(run.run())
-    assert weights(tmp_path, 4) == weights(tmp_path, 3) != weights(tmp_path, 5)
-    assert "gradient norm is not finite" in events.read(RunFolder(tmp_path))[0]["message"]
-
-
-def test_skipping_without_end_is_no_way_to_go_on(tiny_dataset, tmp_path):
-    run = start(tmp_path, tiny_dataset, "train.on_nonfinite=skip", "train.max_steps=30")
-    list(poisoned(run, set(range(8, 200))).run())
-    assert run.state.step == 2 + nonfinite.PATIENCE
-    assert (
-        "as were the 10 before it" in json.loads((tmp_path / "stopped.json").read_text())["reason"]
-    )
-
-
-def test_stopping_now_and_then_gives_no_more_patience(tiny_dataset, tmp_path):
-    words = ["train.on_nonfinite=skip", "train.max_steps=30"]
-    for line in poisoned(start(tmp_path, tiny_dataset, *words), set(range(8, 200))).run():
-        if line["step"] == 7:
-            break
-    run = poisoned(start(tmp_path, tiny_dataset, *words), set(range(200)))
-    list(run.run())
-    assert run.state.step == 2 + nonfinite.PATIENCE
+def test_resume_does_not_reset_the_count_of_skipped_updates(tiny_dataset, folder):
+    words = [SKIP, "train.max_steps=30"]
+    run(new_trainer(folder, tiny_dataset, *words, bad=set(range(8, 200))), until=7)
+    trainer = new_trainer(folder, tiny_dataset, *words, bad=set(range(200)))
+    run(trainer)
+    assert trainer.state.step == 2 + nonfinite.PATIENCE

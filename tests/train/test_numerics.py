@@ -1,4 +1,4 @@
-"""What decides the last bit is set on purpose, keyed, and written down."""
+"""Settings, seeds and fingerprint that decide the last bit."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from orchestrator.train.numerics import (
 )
 
 
-def test_a_process_ends_in_one_state_whatever_ran_in_it_before():
+def test_prepared_process_does_not_depend_on_its_earlier_settings():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -44,7 +44,7 @@ def test_a_process_ends_in_one_state_whatever_ran_in_it_before():
         torch.set_num_threads(threads)
 
 
-def test_seeds_are_keyed_differ_and_are_the_same_in_every_process():
+def test_keyed_seeds_differ_and_are_the_same_in_all_processes():
     keys = [
         (seed, step, m) for seed in (0, 1, 1337) for step in (0, 1, 11, 10**6) for m in (0, 1, 11)
     ]
@@ -68,7 +68,7 @@ def test_seeds_are_keyed_differ_and_are_the_same_in_every_process():
 @pytest.mark.parametrize(
     ("dtype", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
 )
-def test_products_are_computed_in_the_dtype_asked_for(dtype, expected):
+def test_matrix_products_have_the_configured_dtype(dtype, expected):
     context = autocast(load_experiment(None, [f"train.dtype={dtype}"]), "cpu")
     for _ in range(2):  # it is entered once per micro-batch
         with context:
@@ -86,14 +86,14 @@ def test_products_are_computed_in_the_dtype_asked_for(dtype, expected):
         ["train.compile=true"],
     ],
 )
-def test_the_fingerprint_changes_with_what_changes_bits(words):
+def test_fingerprint_changes_with_settings_that_change_bits(words):
     base = ["train.global_batch_size=12"]
     assert fingerprint(load_experiment(None, [*base, *words]), Worker()) != fingerprint(
         load_experiment(None, base), Worker()
     )
 
 
-def test_the_fingerprint_knows_cpus_and_machine_but_no_rank():
+def test_fingerprint_has_cpus_and_device_but_not_the_rank():
     one = fingerprint(Experiment(), Worker(rank=0, world_size=1, cpus=2, attempt=1))
     assert fingerprint(Experiment(), Worker(rank=3, world_size=4, cpus=2, attempt=9)) == one
     assert fingerprint(Experiment(), Worker(cpus=1)) != one

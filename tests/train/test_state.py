@@ -1,4 +1,4 @@
-"""The state of a run: saved, restored into a fresh one, and from there on the same bits."""
+"""State of a run: saved and restored, it continues with the same bits."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.gpt import GPT
-from orchestrator.checkpoint import store as checkpoint
+from orchestrator.checkpoint import store
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.data.dataset import Manifest, Split, data_identity
 from orchestrator.train import state
@@ -26,14 +26,6 @@ WORDS = [
 VOCAB = 31
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def experiment(dtype: str) -> Experiment:
     return load_experiment(None, [*WORDS, f"train.dtype={dtype}"])
 
@@ -50,7 +42,7 @@ def built(e: Experiment, seed: int) -> state.TrainState:
 
 
 def advance(s: state.TrainState, steps: int) -> None:
-    """Updates with data that is a function of the step."""
+    """Make updates whose data depends on the step."""
     for _ in range(steps):
         for slot in s.gradients.my_slots():
             s.gradients.begin_slot()
@@ -72,7 +64,7 @@ def advance(s: state.TrainState, steps: int) -> None:
 def save(
     s: state.TrainState, e: Experiment, folder: Path, worker: Worker, metrics: dict[str, float]
 ) -> Path:
-    return checkpoint.save(
+    return store.save(
         folder, s.step, *state.snapshot(s, e, dataset(folder.parent), worker, metrics)
     )
 
@@ -92,7 +84,7 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_restored_state_is_the_saved_one_and_goes_on_with_the_same_bits(tmp_path, dtype):
+def test_restored_state_equals_the_saved_one_and_continues_with_the_same_bits(tmp_path, dtype):
     e = experiment(dtype)
     s = built(e, 1)
     advance(s, 3)
@@ -117,7 +109,7 @@ def test_a_restored_state_is_the_saved_one_and_goes_on_with_the_same_bits(tmp_pa
     assert fresh.meter.losses == s.meter.losses
 
 
-def test_a_scaler_that_has_moved_comes_back_where_it_was(tmp_path):
+def test_loss_scale_is_restored(tmp_path):
     e = experiment("float16")
     s = built(e, 1)
     advance(s, 1)
@@ -129,12 +121,12 @@ def test_a_scaler_that_has_moved_comes_back_where_it_was(tmp_path):
     assert fresh.scaler.get_scale() == 1024.0
 
 
-def test_a_checkpoint_says_what_it_is(tmp_path):
+def test_checkpoint_has_experiment_tokenizer_and_fingerprints(tmp_path):
     e, worker = experiment("float32"), Worker(attempt=4)
     s = built(e, 1)
     advance(s, 1)
     path = save(s, e, tmp_path / "c", worker, {"val/loss": 2.5})
-    manifest = checkpoint.verify(path)
+    manifest = store.verify(path)
     assert (manifest["step"], manifest["generation"], manifest["metrics"]) == (
         1,
         4,
@@ -157,7 +149,7 @@ def test_a_checkpoint_says_what_it_is(tmp_path):
     assert json.loads((path / "state.json").read_text("utf-8"))["step"] == 1
 
 
-def test_a_loaded_model_is_the_saved_one(tmp_path):
+def test_loaded_model_equals_the_saved_one(tmp_path):
     e = experiment("float32")
     s = built(e, 1)
     path = save(s, e, tmp_path / "c", Worker(), {})
@@ -167,7 +159,7 @@ def test_a_loaded_model_is_the_saved_one(tmp_path):
     assert same_bits(dict(model.state_dict()), dict(s.model.state_dict()))
 
 
-def test_the_identity_of_data_is_its_tokens_and_tokenizer_wherever_it_lies(tmp_path):
+def test_data_identity_depends_on_tokens_and_tokenizer_only(tmp_path):
     (tmp_path / "b").mkdir()
     here = data_identity(dataset(tmp_path))
     assert data_identity(dataset(tmp_path / "b")) == here

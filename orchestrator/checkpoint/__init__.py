@@ -1,0 +1,9 @@
+"""Checkpoints on disk: written completely or not at all, verified before they are read, no pickle.
+
+Start with `format`, which shows what is in the folder of a checkpoint. The main names are:
+
+- `store.commit`: write a checkpoint. `store.latest_valid`: find one. `store.prune`: remove others.
+- `format.verify`: compare every byte with the hashes in the manifest.
+- `tensor_file`: safetensors files as buffers in memory.
+- `folders`: renames and removals that a kill cannot break.
+"""

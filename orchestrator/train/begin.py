@@ -11,7 +11,7 @@ from orchestrator.runs.folder import RunFolder
 from orchestrator.train import numerics
 from orchestrator.train.init_from import initial_model
 from orchestrator.train.numerics import Worker, agree
-from orchestrator.train.state import TrainState, build, load_model, restore
+from orchestrator.train.state import TrainState, build, restore
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ def begin(
         store.verify(path)
     elif not worker.is_main:
         _verify_as_rank_0_did(path)
-    state = build(experiment, load_model(path), worker)
-    restore(state, path)
+    state = restore(experiment, path, worker)
     if is_own:
         _check_numerics(experiment, folder, path, worker, state.step)
     return Begin(state, is_restored=True, is_own=is_own)

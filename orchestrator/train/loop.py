@@ -13,7 +13,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from model.schedule import learning_rate
 from orchestrator.config.experiment import Experiment
@@ -22,7 +21,7 @@ from orchestrator.data.dataset import load_manifest
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
-from orchestrator.runs.journal import Journal
+from orchestrator.runs.journal import Journal, Line
 from orchestrator.train import nonfinite
 from orchestrator.train.begin import begin
 from orchestrator.train.checkpointer import Checkpointer
@@ -32,8 +31,6 @@ from orchestrator.train.meter import Metrics, log_metrics
 from orchestrator.train.numerics import Worker, prepare_process
 from orchestrator.train.state import snapshot
 from orchestrator.train.step import Step, ignore_phase, micro_batches
-
-JournalLine = dict[str, Any]  # {"step": 10, "timestamp": 1764012345678, "train/loss": 3.21, ...}
 
 
 def train(
@@ -70,8 +67,8 @@ class Trainer:
         end_step: Last step to train. None: `train.max_steps`. A smaller value is the end of a
             stage, not of the run, and adds no end-of-run evaluation.
         lr_at: Learning rate of the update made at a 0-based step. None: the configured schedule.
-        stop_requested: Returns True once the run should stop. Only the answer on rank 0 counts,
-            but either all ranks or none must pass a function.
+        stop_requested: Returns True on rank 0 once the run should stop, and False on other ranks.
+            Either all ranks or none pass a function.
         report_phase: Called on every rank with (phase, step) when a phase of the step starts. The
             watchdog uses it to find a rank that hangs.
 
@@ -134,7 +131,7 @@ class Trainer:
         if worker.is_main:
             rewind_journal(self.journal, self.start, experiment, self.end_step)
 
-    def run(self) -> Iterator[JournalLine]:
+    def run(self) -> Iterator[Line]:
         """Train to `end_step`. Yield each journal line after it was written.
 
         All ranks yield at the same steps, so a caller can end all of them at the same line.
@@ -183,7 +180,7 @@ class Trainer:
                 self._save_and_stop()
             self.journal.close()
 
-    def _finish_step(self) -> Iterator[JournalLine]:
+    def _finish_step(self) -> Iterator[Line]:
         """Evaluate, log and checkpoint if they are due after the current step."""
         state = self.state
         due = self._due()
@@ -225,7 +222,7 @@ class Trainer:
                 Ending("again", f"asked to stop after step {step}", {"step": step})
             )
 
-    def _finish_without_steps(self) -> Iterator[JournalLine]:
+    def _finish_without_steps(self) -> Iterator[Line]:
         """Complete a run or stage that starts at its last step."""
         if self._due().end_of_run:
             yield from self._complete_last_line()
@@ -276,13 +273,13 @@ class Trainer:
             self.state.meter.losses = window
         return metrics
 
-    def _write_line(self, metrics: Metrics) -> JournalLine:
+    def _write_line(self, metrics: Metrics) -> Line:
         """Append the line of the current step on rank 0; return it on every rank."""
         if self.worker.is_main:
             return self.journal.append(self.state.step, metrics)
         return {"step": self.state.step, **metrics}
 
-    def _complete_last_line(self) -> Iterator[JournalLine]:
+    def _complete_last_line(self) -> Iterator[Line]:
         """Add what an end of run requires to the line of the last step, if the line lacks it."""
         line = read_last_line(self.folder, self.end_step, self.worker)
         added: Metrics = {}

@@ -154,9 +154,13 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     return tensors
 
 
-def restore(state: TrainState, path: Path) -> None:
-    """Fill a state that was built for the same experiment from a verified checkpoint."""
-    state.model.load_state_dict(store.load_tensors(path, "model"))
+def restore(experiment: Experiment, path: Path, worker: Worker) -> TrainState:
+    """Return the state that a verified checkpoint of the same experiment holds.
+
+    Raises:
+        UserError: Another version of this program wrote the checkpoint.
+    """
+    state = build(experiment, load_model(path), worker)
     parameters = dict(state.model.named_parameters())
     for name, value in store.load_tensors(path, "optimizer", state.gradients.device).items():
         parameter, _, key = name.rpartition("/")
@@ -173,6 +177,7 @@ def restore(state: TrainState, path: Path) -> None:
     state.line_due = numbers.get("line_due", False)
     if numbers["scaler"]:
         state.scaler.load_state_dict(numbers["scaler"])
+    return state
 
 
 def load_model(path: Path) -> GPT:

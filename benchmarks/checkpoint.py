@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""What a checkpoint costs training: the pause of a background write beside a synchronous one and torch.save, as ratios.
+"""Measure what a checkpoint costs training, as ratios to a synchronous write.
 
-    benchmarks/checkpoint.py [--config 124m|small] [--device cpu|cuda] [--rounds 7] [--folder WHERE_TO_WRITE]
+    benchmarks/checkpoint.py [--config 124m|small] [--device cpu|cuda] [--rounds 7]
+                             [--folder FOLDER]
 
-One state (weights and both moments), written in turns: by torch.save and an fsync (no hash, no commit); by our writer, waited
-for; and by our writer while training goes on. Of the last, `pause` is the time until `save` returns, and `cost` is how
-much longer the same steps take with the checkpoint than alone, pause and everything that the write takes from them included.
+One state (weights and both moments) is written in three ways, in turns: by torch.save and an fsync
+(no hash, no commit); by our checkpointer, waiting until it is done; and by our checkpointer while
+training goes on. For the last one, `pause` is the time until `save` returns. `cost` is how much
+longer the same steps take with the checkpoint than without it, pause included.
 """
 
 import argparse
@@ -42,9 +44,12 @@ class Training:
     def __init__(self, experiment: Experiment, vocab_size: int, worker: Worker, tokens: int):
         self.tokens = min(tokens, experiment.model.block_size)
         prepare_process(experiment, worker)
-        self.experiment, self.worker, self.vocab_size = experiment, worker, vocab_size
+        self.experiment = experiment
+        self.worker = worker
+        self.vocab_size = vocab_size
         self.state = state.build(experiment, experiment.new_model(vocab_size), worker)
-        self.step, self.generator = Step(experiment, self.state), torch.Generator().manual_seed(1)
+        self.step = Step(experiment, self.state)
+        self.generator = torch.Generator().manual_seed(1)
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
@@ -52,11 +57,10 @@ class Training:
             self.step.update(LR)
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        size = self.experiment.train.micro_batch_size, self.tokens + 1
+        size = (self.experiment.train.micro_batch_size, self.tokens + 1)
         for _ in range(self.experiment.micro_batches):
-            tokens = torch.randint(self.vocab_size, size, generator=self.generator).to(
-                self.worker.device
-            )
+            tokens = torch.randint(self.vocab_size, size, generator=self.generator)
+            tokens = tokens.to(self.worker.device)
             yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -69,13 +73,16 @@ class Training:
 
 
 class Race:
-    """The ways to write a state, in turns; seconds by name, a list of rounds each."""
+    """Writes a state in different ways, in turns."""
 
-    def __init__(self, training: Training, writer: Checkpointer, folder: Path):
-        self.training, self.writer, self.folder, self.number = training, writer, folder, 0
+    def __init__(self, training: Training, checkpointer: Checkpointer, folder: Path):
+        self.training = training
+        self.checkpointer = checkpointer
+        self.folder = folder
+        self.saved = 0
 
     def warm_up(self) -> int:
-        """Fill the buffers and caches once; the number of steps that a write in the background lasts, and some more."""
+        """Fill buffers and caches; return a number of steps that take longer than a write."""
         self.training.run(2)
         self.synchronous()
         self.torch_save()
@@ -92,18 +99,26 @@ class Race:
         return seconds
 
     def synchronous(self) -> float:
-        return self._timed(lambda: (self._save(), self.writer.wait()))
+        def save() -> None:
+            self._save()
+            self.checkpointer.wait()
+
+        return self._timed(save)
 
     def beside(self, steps: int) -> tuple[float, float]:
-        """(until `save` returns, until the steps are made and the checkpoint is committed)."""
-        pause, _, both = self._laps(self._save, lambda: self.training.run(steps), self.writer.wait)
+        """Return the seconds until `save` returns, and until steps and checkpoint are done."""
+        pause, _, both = self._laps(
+            self._save, lambda: self.training.run(steps), self.checkpointer.wait
+        )
         return pause, both
 
     def alone(self, steps: int) -> float:
         return self._timed(lambda: self.training.run(steps))
 
     def run(self, rounds: int) -> tuple[int, dict[str, list[float]]]:
-        steps, seconds = self.warm_up(), {}
+        """Return the number of steps beside a checkpoint, and the seconds of each round by name."""
+        steps = self.warm_up()
+        seconds: dict[str, list[float]] = {}
         ways = {
             ("torch.save",): lambda: [self.torch_save()],
             ("synchronous",): lambda: [self.synchronous()],
@@ -118,18 +133,19 @@ class Race:
         return steps, seconds
 
     def _save(self) -> None:
-        self.number += 1
-        self.writer.save(self.number, self.training.tensors(), {}, {})
+        self.saved += 1
+        self.checkpointer.save(self.saved, self.training.tensors(), {}, {})
 
-    def _timed(self, what: Callable[[], object]) -> float:
-        return self._laps(what)[0]
+    def _timed(self, action: Callable[[], object]) -> float:
+        return self._laps(action)[0]
 
-    def _laps(self, *what: Callable[[], object]) -> list[float]:
-        """Seconds from now until each is done, one after the other."""
+    def _laps(self, *actions: Callable[[], object]) -> list[float]:
+        """Do one action after the other; return the seconds from the start to the end of each."""
         self._synchronize()
-        start, laps = time.perf_counter(), []
-        for part in what:
-            part()
+        start = time.perf_counter()
+        laps = []
+        for action in actions:
+            action()
             self._synchronize()
             laps.append(time.perf_counter() - start)
         return laps
@@ -140,12 +156,12 @@ class Race:
 
 
 def rows(steps: int, seconds: dict[str, list[float]]) -> list[list[str]]:
-    """The table: what was measured, its seconds, and as a share of the synchronous write of the same round."""
+    """Return the table: median seconds, and ratios to the synchronous write of the same round."""
 
-    def row(what: str, values: list[float]) -> list[str]:
+    def row(name: str, values: list[float]) -> list[str]:
         shares = [a / b for a, b in zip(values, seconds["synchronous"], strict=True)]
         return [
-            what,
+            name,
             f"{statistics.median(values):.3f}",
             f"{statistics.median(shares):.3f} ({min(shares):.3f} – {max(shares):.3f})",
         ]
@@ -178,18 +194,19 @@ def main(argv: list[str] | None = None) -> None:
     training = Training(experiment, VOCAB_SIZE[arguments.config], worker, arguments.tokens)
     with (
         tempfile.TemporaryDirectory(dir=arguments.folder, prefix="espalier-") as name,
-        Checkpointer(RunFolder(name), 1, Journal(RunFolder(name))) as writer,
+        Checkpointer(RunFolder(name), 1, Journal(RunFolder(name))) as checkpointer,
     ):
-        steps, seconds = Race(training, writer, Path(name)).run(arguments.rounds)
+        steps, seconds = Race(training, checkpointer, Path(name)).run(arguments.rounds)
     total = sum(
         t.numel() * t.element_size()
         for group in training.tensors().values()
         for t in group.values()
     )
     print(
-        f"{arguments.config}: {training.state.model.num_parameters():,} parameters, a state of {total / 1e9:.2f} GB; "
-        f"{size} × {training.tokens} tokens a step, {device_name(device)}, {worker.cpus} threads of "
-        f"{os.cpu_count()} CPUs, torch {torch.__version__}; medians of {arguments.rounds} rounds\n"
+        f"{arguments.config}: {training.state.model.num_parameters():,} parameters, a state of "
+        f"{total / 1e9:.2f} GB; {size} × {training.tokens} tokens a step, {device_name(device)}, "
+        f"{worker.cpus} threads of {os.cpu_count()} CPUs, torch {torch.__version__}; medians of "
+        f"{arguments.rounds} rounds\n"
     )
     for cells in (
         ["what", "s", "÷ synchronous, median (range)"],
@@ -199,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"| {' | '.join(cells)} |")
 
 
-def _arguments(argv: list[str] | None):
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -210,11 +227,13 @@ def _arguments(argv: list[str] | None):
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--micro-batch-size", type=int, default=1, help="sequences a step")
     parser.add_argument(
-        "--tokens", type=int, default=1024, help="of a sequence, at most the model's block_size"
+        "--tokens", type=int, default=1024, help="tokens of a sequence, at most block_size"
     )
-    parser.add_argument("--threads", type=int, default=None, help="torch threads; all CPUs")
     parser.add_argument(
-        "--folder", type=Path, default=None, help="where to write; the folder of temporary files"
+        "--threads", type=int, default=None, help="torch threads; default: all CPUs"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where to write; default: the temporary folder"
     )
     return parser.parse_args(argv)
 

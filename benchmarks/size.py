@@ -3,8 +3,9 @@
 
     benchmarks/size.py [FOLDER]
 
-Tokens are those of Python's `tokenize` without comments, docstrings, newlines and indentation. A code
-line is a line that has at least one such token. Tokens per code line tell how dense the code is.
+Tokens are those of Python's `tokenize` without comments, docstrings, newlines and indentation. A
+code line is a line that has at least one such token. Tokens per code line tell how dense the code
+is.
 """
 
 import ast

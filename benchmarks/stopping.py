@@ -1,20 +1,24 @@
 #!/usr/bin/env python3
-"""What stopping trials early saves, and what it loses: the 18-schedule grid on several seeds.
+"""Measure what stopping trials early saves and loses, on the 18-schedule grid with several seeds.
 
     benchmarks/stopping.py [--seeds 3] [--steps 540] [--layers 2] [--width 64] [--corpus FILE]
 
-The whole grid (three peaks × cosine, linear, constant and wsd with a decay of 10, 20 and 40 %) is run to its end on every
-seed, as one tree, together with a probe of every trunk. Training is exact, so what a rule that stops trials would have done
-is then read off these same curves: a replay is what would happen. That holds for rungs at which all trials meet; Tune's ASHA
-is asynchronous, and what it stops depends on which trial gets to a rung first.
+The whole grid (three peaks × cosine, linear, constant and wsd with a decay of 10, 20 and 40 %) is
+trained to its end with every seed, as one tree, together with all probes. Training is exact, so the
+decisions of a stopping rule can be computed from these curves. This assumes that all trials reach a
+rung before a decision. Tune's ASHA is asynchronous: its decisions depend on which trial reports
+first.
 
-asha: successive halving by a factor of 3 at the rungs that `sweep.stop: asha` has (which refuses such a grid).
-anneal_probe: trials whose probe ends more than a margin above the best probe go no further than `--probe-step`. The margin is
-the smallest one without regret on the first seed, rounded up to 0.01, and is judged on the others. Each seed is judged by
-itself; a sweep of several seeds averages their probes.
+asha: successive halving by a factor of 3 at the rungs of `sweep.stop: asha` (which refuses this
+grid).
+anneal_probe: a trial whose probe ends more than a margin above the best probe stops at
+`--probe-step`. The margin is the smallest one without regret on the first seed, rounded up to 0.01;
+the other seeds test it. Each seed is judged alone, while a sweep of several seeds averages their
+probes.
 regret: final val loss of the best trial that is left, minus that of the best trial of all.
 
-Interrupted, it goes on where it was; run again, it prints its table from what stands in `--storage`.
+If it is interrupted, run it again: it resumes, and prints the table from the results in
+`--storage`.
 """
 
 import math
@@ -23,7 +27,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
+from scipy.stats import spearmanr
 from sweep import PEAKS, experiment_tree, grid18, markdown, opened, parser, run_tree, start_ray
 
 from orchestrator.cluster.layout import Layout
@@ -31,16 +35,25 @@ from orchestrator.config.sweep import SweepSection
 from orchestrator.errors import UserError
 from orchestrator.runs import lock
 from orchestrator.sweep.study import Study, asha_rule
-from orchestrator.sweep.tree import Branch, grow
+from orchestrator.sweep.tree import Branch, Stage, grow
 from pipelines.common import at_least, run_command
 
 REDUCTION = 3
-EVALUATIONS = 18  # in a run: a ninth, a third and the half of it are among them
+EVALUATIONS = 18  # of a run; a ninth, a third and a half of its steps are among them
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What was recorded on one seed, by trial: `curves` {step: val loss}, `finals`, `probes` (the loss of its trunk's probe)."""
+    """Results of one seed, by the name of the trial.
+
+    Attributes:
+        trials: The trials.
+        peaks: Peak learning rates.
+        curves: Val loss by step.
+        finals: Final val losses.
+        probes: Final losses of the probes.
+        probe_trials: The probes, by their own names.
+    """
 
     trials: dict[str, Branch]
     peaks: dict[str, float]
@@ -54,9 +67,9 @@ class Grid:
         return min(self.finals, key=self.finals.get)
 
 
-# ---- rules, replayed ----
+# ---- stopping rules ----
 def rungs(first: int, longest: int, reduction: int) -> list[int]:
-    """Steps before the end at which successive halving looks."""
+    """Return the steps at which successive halving stops trials."""
     found = []
     while first < longest:
         found.append(first)
@@ -67,8 +80,9 @@ def rungs(first: int, longest: int, reduction: int) -> list[int]:
 def halving(
     curves: Mapping[str, Mapping[int, float]], at: Sequence[int], reduction: int
 ) -> dict[str, int]:
-    """{trial: the rung at which it is stopped}; the others run to their ends. A trial without a loss there is the worst."""
-    left, stopped = list(curves), {}
+    """Return the rung at which each stopped trial stops. A trial without a loss is the worst."""
+    left = list(curves)
+    stopped: dict[str, int] = {}
     for rung in at:
         ranked = sorted(left, key=lambda name: curves[name].get(rung, math.inf))
         keep = max(1, len(left) // reduction)
@@ -78,47 +92,42 @@ def halving(
 
 
 def outside(probes: Mapping[str, float], margin: float) -> list[str]:
-    """The trials whose probe ends more than `margin` above the best."""
+    """Return the trials whose probe ends more than `margin` above the best."""
     least = min(probes.values())
     return [name for name, loss in probes.items() if loss > least + margin]
 
 
 def least_margin(grid: Grid) -> float:
-    """The smallest margin, rounded up to 0.01, that does not drop the best trial."""
+    """Return the smallest margin, rounded up to 0.01, that does not drop the best trial."""
     exact = grid.probes[grid.best] - min(grid.probes.values())
     return math.ceil(round(exact * 100, 9)) / 100
 
 
 def regret(finals: Mapping[str, float], stopped: Collection[str]) -> tuple[float, int]:
-    """(loss of the best trial that ran to its end minus the best of all, its rank among all, from 1)."""
+    """Return how much worse the best trial that is left is than the best of all, and its rank."""
     picked = min(loss for name, loss in finals.items() if name not in stopped)
-    return picked - min(finals.values()), 1 + sum(loss < picked for loss in finals.values())
+    rank = 1 + sum(loss < picked for loss in finals.values())
+    return picked - min(finals.values()), rank
 
 
 def steps_shared(
     trials: Mapping[str, Branch], stopped: Mapping[str, int], more: Collection[Branch] = ()
 ) -> int:
-    """Steps of the tree of trials that end where they were stopped, and of `more`."""
+    """Return the steps of the tree of trials that end where they are stopped, and of `more`."""
     cut = [replace(t, rates=t.rates[: stopped.get(name, t.steps)]) for name, t in trials.items()]
     return sum(stage.steps for stage in grow([*cut, *more]))
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's: Pearson's correlation of the ranks, ties at their mean rank; NaN where all of one side are equal."""
-    ranks = [_ranks(np.asarray(values, np.float64)) for values in (a, b)]
-    if any(np.ptp(r) == 0 for r in ranks):
+    """Return Spearman's rank correlation; NaN if all values of one side are equal."""
+    if len(set(a)) == 1 or len(set(b)) == 1:
         return math.nan
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    below, equal = values[:, None] > values[None], values[:, None] == values[None]
-    return below.sum(1) + (equal.sum(1) + 1) / 2
+    return float(spearmanr(a, b).statistic)
 
 
 # ---- running ----
 def study_of(a: Namespace, layout: Layout) -> Study:
-    """The grid on every seed, with the probes."""
+    """Plan the grid with every seed, and the probes."""
     section = grid18(a.steps) | {
         "seeds": a.seeds,
         "stop": "anneal_probe",
@@ -126,22 +135,13 @@ def study_of(a: Namespace, layout: Layout) -> Study:
         "probe_steps": a.probe_steps or a.steps // 9,
     }
     every = a.steps // EVALUATIONS
-    return opened(
-        experiment_tree(
-            a,
-            "benchmark-stopping",
-            section,
-            a.steps,
-            eval_interval=every,
-            checkpoint_interval=a.steps // 3,
-        ),
-        None,
-        layout,
-    )
+    intervals = {"eval_interval": every, "checkpoint_interval": a.steps // 3}
+    tree = experiment_tree(a, "benchmark-stopping", section, a.steps, **intervals)
+    return opened(tree, None, layout)
 
 
 def recorded(study: Study) -> dict[int, Grid]:
-    """{seed: what was recorded}."""
+    """Return the results of each seed."""
     seeds = sorted({c.seed for c in study.trials.values()})
     return {
         seed: _grid(study, [n for n, c in study.trials.items() if c.seed == seed]) for seed in seeds
@@ -149,7 +149,7 @@ def recorded(study: Study) -> dict[int, Grid]:
 
 
 def _grid(study: Study, names: list[str]) -> Grid:
-    """A trial or probe that diverged has an infinite loss."""
+    """Return the results of one seed. The loss of a trial or probe that diverged is infinite."""
     candidates = {name: study.trials[name] for name in names}
     curves = {
         name: {r["step"]: r["val/loss"] for r in study.curve(c) if "val/loss" in r}
@@ -157,25 +157,22 @@ def _grid(study: Study, names: list[str]) -> Grid:
     }
     finals = {name: curves[name].get(c.branch.steps, math.inf) for name, c in candidates.items()}
     probes = {name: study.probes[name] for name in names}
-    ends = {
-        p.name: {r["step"]: r.get("val/loss") for r in study.curve(p)}.get(p.branch.steps)
-        for p in probes.values()
-    }
-    losses = {
-        name: math.inf if ends[p.name] is None else ends[p.name] for name, p in probes.items()
-    }
+    probe_finals = {}
+    for probe in probes.values():
+        losses = {r["step"]: r["val/loss"] for r in study.curve(probe) if "val/loss" in r}
+        probe_finals[probe.name] = losses.get(probe.branch.steps, math.inf)
     return Grid(
-        {name: c.branch for name, c in candidates.items()},
-        {name: c.experiment.schedule.max_lr for name, c in candidates.items()},
-        curves,
-        finals,
-        losses,
-        {p.name: p.branch for p in probes.values()},
+        trials={name: c.branch for name, c in candidates.items()},
+        peaks={name: c.experiment.schedule.max_lr for name, c in candidates.items()},
+        curves=curves,
+        finals=finals,
+        probes={name: probe_finals[probe.name] for name, probe in probes.items()},
+        probe_trials={probe.name: probe.branch for probe in probes.values()},
     )
 
 
 def asha_rungs(study: Study) -> list[int]:
-    """Those of `sweep.stop: asha` on trials of this length."""
+    """Return the rungs of `sweep.stop: asha` for trials of this length."""
     longest = max(trial.branch.steps for trial in study.trials.values())
     rule = asha_rule(study.metric, longest, study.sweep.base.train.eval_interval)
     assert rule.reduction_factor == REDUCTION
@@ -186,53 +183,53 @@ def asha_rungs(study: Study) -> list[int]:
 def rows(
     grids: Mapping[int, Grid], at: Sequence[int], probe_step: int, margin: float
 ) -> list[list[Any]]:
-    """A line for each rule and seed."""
-    fitted, found = next(iter(grids)), []
+    """Return a line for each rule and seed.
+
+    Args:
+        grids: Results of each seed.
+        at: Rungs of asha.
+        probe_step: Step of the probes.
+        margin: Margin that was chosen on the first seed.
+    """
     default = SweepSection.model_fields["probe_margin"].default
-    for rule, allowed in (
-        ("none", None),
-        ("asha", None),
-        ("anneal_probe", margin),
-        ("anneal_probe", default),
-    ):
+    fitted = next(iter(grids))
+    lines = [_row("none", seed, grid, {}) for seed, grid in grids.items()]
+    for seed, grid in grids.items():
+        lines.append(_row("asha", seed, grid, halving(grid.curves, at, REDUCTION)))
+    for allowed in (margin, default):
+        rule = f"anneal_probe, margin {allowed:.2f}" + (" (default)" if allowed == default else "")
         for seed, grid in grids.items():
-            stopped, more = {}, ()
-            if rule == "asha":
-                stopped = halving(grid.curves, at, REDUCTION)
-            elif rule == "anneal_probe":
-                stopped, more = (
-                    dict.fromkeys(outside(grid.probes, allowed), probe_step),
-                    grid.probe_trials.values(),
-                )
-            loss, rank = regret(grid.finals, stopped)
-            ran = steps_shared(grid.trials, stopped, more)
-            alone, shared = (
-                sum(t.steps for t in grid.trials.values()),
-                steps_shared(grid.trials, {}),
-            )
-            note = " (margin chosen here)" if allowed == margin and seed == fitted else ""
-            name = (
-                rule
-                if allowed is None
-                else f"{rule}, margin {allowed:.2f}{' (default)' if allowed == default else ''}"
-            )
-            found.append(
-                [
-                    name,
-                    f"{seed}{note}",
-                    f"{loss:.4f}",
-                    f"{rank} of {len(grid.finals)}",
-                    len(grid.finals) - len(stopped),
-                    f"{ran:,}",
-                    f"{ran / alone:.2f}",
-                    f"{ran / shared:.2f}",
-                ]
-            )
-    return found
+            stopped = dict.fromkeys(outside(grid.probes, allowed), probe_step)
+            chosen = allowed == margin and seed == fitted
+            note = f"{seed} (margin chosen here)" if chosen else seed
+            lines.append(_row(rule, note, grid, stopped, grid.probe_trials.values()))
+    return lines
+
+
+def _row(
+    rule: str,
+    seed: int | str,
+    grid: Grid,
+    stopped: Mapping[str, int],
+    probes: Collection[Branch] = (),
+) -> list[Any]:
+    loss, rank = regret(grid.finals, stopped)
+    steps = steps_shared(grid.trials, stopped, probes)
+    alone = sum(trial.steps for trial in grid.trials.values())
+    return [
+        rule,
+        str(seed),
+        f"{loss:.4f}",
+        f"{rank} of {len(grid.finals)}",
+        len(grid.finals) - len(stopped),
+        f"{steps:,}",
+        f"{steps / alone:.2f}",
+        f"{steps / steps_shared(grid.trials, {}):.2f}",
+    ]
 
 
 def correlations(grids: Mapping[int, Grid], half: int) -> list[list[str]]:
-    """A line for each peak: the rank correlation of the losses half-way and at the end, of each seed."""
+    """Return a line per peak: rank correlation of the losses half-way and at the end, per seed."""
     return [
         [f"{peak:g}", *(f"{_correlation(grid, half, peak):+.2f}" for grid in grids.values())]
         for peak in PEAKS
@@ -247,7 +244,8 @@ def _correlation(grid: Grid, half: int, peak: float) -> float:
 
 
 def report(a: Namespace, study: Study, grids: Mapping[int, Grid]) -> str:
-    at, probe_step = asha_rungs(study), study.sweep.settings.probe_step
+    at = asha_rungs(study)
+    settings = study.sweep.settings
     margin = least_margin(next(iter(grids.values())))
     header = [
         "rule",
@@ -259,16 +257,17 @@ def report(a: Namespace, study: Study, grids: Mapping[int, Grid]) -> str:
         "÷ all trials alone",
         "÷ all trials as a tree",
     ]
-    first = markdown(header, rows(grids, at, probe_step, margin))
+    first = markdown(header, rows(grids, at, settings.probe_step, margin))
     second = markdown(
         ["peak", *(f"seed {seed}" for seed in grids)], correlations(grids, a.steps // 2)
     )
     return (
-        f"{first}\n\n{a.layers} layers × {a.width}, 12 × 64 tokens a step, {a.steps} steps. asha: rungs at "
-        f"{', '.join(map(str, at))} steps, factor {REDUCTION}; a replay, with all trials meeting at each rung. anneal_probe: "
-        f"at step {probe_step}, {study.sweep.settings.probe_steps} steps long (their steps are in 'steps run'). "
-        f"Steps run: every rule shares what its trials have in common.\n\n"
-        f"Rank correlation (Spearman) of val loss at step {a.steps // 2} and at the end, within one peak:\n\n{second}"
+        f"{first}\n\n{a.layers} layers × {a.width}, 12 × 64 tokens a step, {a.steps} steps. "
+        f"asha: rungs at {', '.join(map(str, at))} steps, factor {REDUCTION}, computed from the "
+        f"curves. anneal_probe: at step {settings.probe_step}, {settings.probe_steps} steps long; "
+        "'steps run' includes the probes. With every rule, trials share their common steps.\n\n"
+        f"Rank correlation (Spearman) of val loss at step {a.steps // 2} and at the end, for each "
+        f"peak:\n\n{second}"
     )
 
 
@@ -278,7 +277,7 @@ def main(argv: list[str]) -> int:
         "--steps",
         type=at_least(EVALUATIONS),
         default=540,
-        help=f"of every trial, a multiple of {EVALUATIONS}",
+        help=f"steps of every trial, a multiple of {EVALUATIONS}",
     )
     p.add_argument("--seeds", type=at_least(1), default=3)
     p.add_argument(
@@ -293,20 +292,19 @@ def main(argv: list[str]) -> int:
     a = p.parse_args(argv)
     if a.steps % EVALUATIONS:
         raise UserError(
-            f"--steps {a.steps}: give a multiple of {EVALUATIONS}, so that every rung is an evaluation"
+            f"--steps {a.steps}: give a multiple of {EVALUATIONS}, so that rungs have evaluations"
         )
     start_ray(a.cpus)
     study = study_of(a, Layout(1, 1, False))
     with lock.held(study.folder.driver_lock):
-        print(
-            f"{study.tree.steps_to_run:,} of {study.tree.steps_in_tree:,} steps to run, in {study.folder.path}",
-            flush=True,
-        )
-        run_tree(
-            study,
-            lambda stage: print(f"{study.progress.steps_run:,} steps run", end="\r", flush=True),
-            judge=False,
-        )
+        tree = study.tree
+        folder = study.folder.path
+        print(f"{tree.steps_to_run:,} of {tree.steps_in_tree:,} steps to run, in {folder}")
+
+        def print_progress(stage: Stage) -> None:
+            print(f"{study.progress.steps_run:,} steps run", end="\r", flush=True)
+
+        run_tree(study, print_progress, judge=False)
     print("\n" + report(a, study, recorded(study)))
     return 0
 

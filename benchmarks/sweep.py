@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""A sweep as a tree of stages, beside the plain Tune grid of the same trials: steps, seconds, and the same weights.
+"""Compare a sweep as a tree of stages with the plain Tune grid of the same trials.
 
-    benchmarks/sweep.py [--study wsd|grid18] [--corpus FILE] [--steps 400] [--rounds 3] [--layers 4] [--width 128]
+    benchmarks/sweep.py [--study wsd|grid18] [--corpus FILE] [--steps 400] [--rounds 3]
+                        [--layers 4] [--width 128]
 
-wsd: two peaks × four horizons × three decay shapes. grid18: three peaks × cosine, linear, constant and wsd with a decay of
-10, 20 and 40 %, one horizon. The plain side is `tune.Tuner` over the same trials, each trained from step 0 by itself by the
-same loop with the same evaluations and checkpoints, in as many reused processes of the same size. Both sides are without
-tracking. A round runs both, taking turns in going first, each in a new folder. The benchmark fails where the steps that were
-run are not the distinct prefixes of the trials' learning rates, or where one trial's weights or losses differ.
+wsd: two peaks × four lengths × three decay shapes. grid18: three peaks × cosine, linear, constant
+and wsd with a decay of 10, 20 and 40 %, one length. The plain side is `tune.Tuner` over the same
+trials. It trains each of them from step 0, with the same loop, the same evaluations and
+checkpoints, in the same number of reused processes. There is no tracking. A round runs both sides,
+each in a new folder; they take turns in being first. The benchmark fails if the steps that were run
+are not the distinct beginnings of the trials' learning rates, or if the weights or losses of a
+trial differ.
 """
 
 import logging
@@ -61,9 +64,9 @@ SHAPES = {
 }
 
 
-# ---- what is swept ----
+# ---- studies ----
 def wsd(steps: int) -> dict[str, Any]:
-    """`sweep:` of two peaks × four horizons, the longest of `steps`, × three decay shapes."""
+    """Return the `sweep` section: two peaks × four lengths up to `steps` × three decay shapes."""
     return {
         "grid": {
             "schedule.max_lr": list(PEAKS[:2]),
@@ -74,7 +77,7 @@ def wsd(steps: int) -> dict[str, Any]:
 
 
 def grid18(steps: int) -> dict[str, Any]:
-    """`sweep:` of three peaks × six schedules; every trial has the experiment's `steps`."""
+    """Return the `sweep` section: three peaks × six schedules, all of the experiment's length."""
     return {
         "trials": {
             f"{name}_{peak:g}": {
@@ -93,7 +96,7 @@ STUDIES: dict[str, Callable[[int], dict[str, Any]]] = {"wsd": wsd, "grid18": gri
 def experiment_tree(
     a: Namespace, name: str, section: dict[str, Any], steps: int, **train_fields: Any
 ) -> dict[str, Any]:
-    """A sweep's file as a dictionary: the quickstart's model and batch, or smaller ones, with `section` as its `sweep:`."""
+    """Return the configuration of a sweep: the quickstart's model and batch, or smaller ones."""
     corpus = a.corpus if a.corpus.startswith("builtin:") else str(Path(a.corpus).absolute())
     return {
         "name": name,
@@ -122,24 +125,23 @@ def experiment_tree(
 
 
 def opened(tree: dict[str, Any], folder: Path | None, layout: Layout) -> Study:
-    """The study of a sweep's file in `folder` (None: where `pipelines/sweep.py` has it), its tokens prepared."""
+    """Prepare the tokens and plan a sweep in `folder`; None: where `pipelines/sweep.py` has it."""
     base, settings = parse_sweep(tree, "the benchmark")
     storage = storage_root(base)
     planned = Sweep(base, settings, expand(base.model_dump(), settings))
     dataset = prepare(base.data, dataset_dir(base.data, storage))
-    return Study(
-        planned, SweepFolder(folder or storage / base.name), layout, {data_key(base.data): dataset}
-    )
+    sweep_folder = SweepFolder(folder or storage / base.name)
+    return Study(planned, sweep_folder, layout, {data_key(base.data): dataset})
 
 
 def distinct_prefixes(trials: Iterable[Branch]) -> int:
-    """The fewest steps that make all trials, by brute force: states that differ, each a root and the rates that led to it."""
+    """Count the fewest steps that train all trials by brute force: the distinct states."""
     return len({trial.key(step) for trial in trials for step in range(1, trial.steps + 1)})
 
 
 # ---- running ----
 def start_ray(cpus: int) -> None:
-    """A Ray of this process, with `cpus` logical CPUs whatever the machine has."""
+    """Start Ray in this process with `cpus` logical CPUs, independent of the machine."""
     for key, value in launch.ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     ray.init(
@@ -156,7 +158,13 @@ def start_ray(cpus: int) -> None:
 def run_tree(
     study: Study, watch: Callable[[Stage], None] = lambda stage: None, judge: bool = True
 ) -> tuple[Progress, float]:
-    """Run the tree, without tracking or reports; its progress, and the seconds it took. `judge`: whether probes may drop trials."""
+    """Run the tree without tracking or reports; return its progress and the seconds that it took.
+
+    Args:
+        study: The sweep.
+        watch: Called with each stage that has ended.
+        judge: Whether probes may drop trials.
+    """
     progress = study.progress
     progress.on_stage_end = watch
     if not judge:
@@ -164,14 +172,15 @@ def run_tree(
     started = time.perf_counter()
     sweep.execute(progress, progress.folder, study.layout, launch.capacity(study.layout))
     seconds = time.perf_counter() - started
-    for name in progress.trials:  # probes among them
-        if (state := progress.states.of_trial(name)) not in (DONE, DIVERGED):
+    for name in progress.trials:  # probes included
+        state = progress.states.of_trial(name)
+        if state not in (DONE, DIVERGED):
             raise RuntimeError(f"trial {name} is {state}: {progress.reason(name)}")
     return progress, seconds
 
 
 class Alone(tune.Trainable):
-    """A trial of the plain grid: from step 0 to its end, by itself."""
+    """Trains a trial of the plain grid from step 0 to its end."""
 
     def setup(
         self,
@@ -181,12 +190,10 @@ class Alone(tune.Trainable):
         data_dir: str,
         cpus: int,
     ) -> None:
-        self.folder, self.experiments, self.data_dir, self.cpus = (
-            Path(folder),
-            experiments,
-            Path(data_dir),
-            cpus,
-        )
+        self.folder = Path(folder)
+        self.experiments = experiments
+        self.data_dir = Path(data_dir)
+        self.cpus = cpus
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         return True
@@ -203,18 +210,16 @@ class Alone(tune.Trainable):
         return {"done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: training commits its own."""
+        """Do nothing: the training loop saves its own checkpoints."""
 
     load_checkpoint = save_checkpoint
 
 
 def run_plain(study: Study, folder: Path) -> float:
-    """Every trial of the study by itself, in folders below `folder`, as a grid of Tune; the seconds it took."""
+    """Train every trial alone, as a grid of Tune in `folder`; return the seconds that it took."""
     experiments = {name: c.experiment.model_dump() for name, c in study.trials.items()}
-    data_dir, cpus = (
-        next(iter(study.trials.values())).dataset.directory,
-        study.layout.cpus_per_worker,
-    )
+    data_dir = next(iter(study.trials.values())).dataset.directory
+    cpus = study.layout.cpus_per_worker
     trainable = tune.with_parameters(
         Alone, folder=str(folder), experiments=experiments, data_dir=str(data_dir), cpus=cpus
     )
@@ -237,18 +242,18 @@ def run_plain(study: Study, folder: Path) -> float:
     return seconds
 
 
-# ---- what came of it ----
+# ---- results ----
 def outcomes_of_tree(study: Study) -> dict[str, tuple[str, float]]:
-    """{trial: (hash of its weights, its last val loss)}."""
+    """Return the hash of the weights and the last val loss of each trial."""
     return {row.trial: (row.weights_sha256, row.final) for row in study.results()}
 
 
 def outcome_alone(experiment: Experiment, run_dir: Path) -> tuple[str, float]:
-    """The same of a trial that ran by itself."""
-    end = checkpoint.path_of(run_dir / "checkpoints", experiment.train.max_steps)
-    return checkpoint.weights_sha256(
-        checkpoint.load_tensors(end, "model")
-    ), summary_file.last_value(journal.read(RunFolder(run_dir)), "val/loss")
+    """Return the same of a trial that was trained alone."""
+    folder = RunFolder(run_dir)
+    end = folder.checkpoint(experiment.train.max_steps)
+    weights = checkpoint.weights_sha256(checkpoint.load_tensors(end, "model"))
+    return weights, summary_file.last_value(journal.read(folder), "val/loss")
 
 
 def best_of(outcomes: dict[str, tuple[str, float]]) -> str:
@@ -256,25 +261,30 @@ def best_of(outcomes: dict[str, tuple[str, float]]) -> str:
 
 
 def check_same(tree: dict[str, tuple[str, float]], alone: dict[str, tuple[str, float]]) -> None:
-    """Raises RuntimeError, naming the trials, where weights or losses differ in a single bit."""
-    if differ := sorted(name for name in {*tree, *alone} if tree.get(name) != alone.get(name)):
-        raise RuntimeError(
-            f"{len(differ)} trials are not what they are alone: {', '.join(differ[:3])}"
-        )
+    """Compare the outcomes bit for bit.
+
+    Raises:
+        RuntimeError: Weights or losses differ; the message names the trials.
+    """
+    differ = sorted(name for name in {*tree, *alone} if tree.get(name) != alone.get(name))
+    if differ:
+        raise RuntimeError(f"{len(differ)} trials differ from those alone: {', '.join(differ[:3])}")
 
 
 def one_round(
     tree: dict[str, Any], layout: Layout, place: Path, tree_first: bool
 ) -> tuple[float, float, str]:
-    """Both sides in new folders of `place`, compared; (seconds as a tree, seconds as a plain grid, the winner)."""
-    study, seconds = opened(tree, place / "tree", layout), {}
-    for side in ("tree", "plain") if tree_first else ("plain", "tree"):
+    """Run and compare both sides; return the seconds of tree and grid, and the best trial."""
+    study = opened(tree, place / "tree", layout)
+    seconds = {}
+    sides = ("tree", "plain") if tree_first else ("plain", "tree")
+    for side in sides:
         seconds[side] = run_tree(study)[1] if side == "tree" else run_plain(study, place / "plain")
     fewest = distinct_prefixes(c.branch for c in study.trials.values())
     if not study.progress.steps_run == study.tree.steps_in_tree == fewest:
         raise RuntimeError(
-            f"{study.progress.steps_run} steps were run, {study.tree.steps_in_tree} are in the tree, and "
-            f"{fewest} are distinct"
+            f"{study.progress.steps_run} steps were run, {study.tree.steps_in_tree} are in the tree, "
+            f"and {fewest} are distinct"
         )
     found = outcomes_of_tree(study)
     check_same(
@@ -285,46 +295,48 @@ def one_round(
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table as RESULTS.md has them."""
+    """Return a table in Markdown, as in RESULTS.md."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines).replace(" --- ", "---")
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """`median (least – largest)`."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} – {max(values):.{digits}f})"
+    """Return `median (least – largest)`."""
+    median = statistics.median(values)
+    return f"{median:.{digits}f} ({min(values):.{digits}f} – {max(values):.{digits}f})"
 
 
 def parser(doc: str, *, layers: int, width: int, eval_tokens: int) -> Options:
-    """The options that all benchmarks of sweeps have, with their defaults."""
+    """Return a parser with the options that all benchmarks of sweeps have."""
     p = Options(doc)
     p.add_argument(
-        "--corpus", default=STDLIB, help="a file of text; default: the running Python's own library"
+        "--corpus", default=STDLIB, help="a text file; default: the library of the running Python"
     )
     p.add_argument(
         "--storage",
         default=None,
-        help="folder of tokens and rounds; default: $ESPALIER_STORAGE, else runs",
+        help="folder for tokens and runs; default: $ESPALIER_STORAGE, else runs",
     )
-    p.add_argument(
-        "--cpus", type=at_least(1), default=2, help="logical CPUs of the cluster that it starts"
-    )
+    p.add_argument("--cpus", type=at_least(1), default=2, help="logical CPUs of Ray")
     p.add_argument("--layers", type=at_least(1), default=layers)
     p.add_argument(
-        "--width", type=at_least(4), default=width, help="a multiple of 4, the number of heads"
+        "--width",
+        type=at_least(4),
+        default=width,
+        help="n_embd, a multiple of 4, the number of heads",
     )
     p.add_argument(
         "--eval-tokens",
         type=at_least(2),
         default=eval_tokens,
-        help="of val (and as many of train) per evaluation",
+        help="tokens of val, and of train, per evaluation",
     )
     return p
 
 
 def main(argv: list[str]) -> int:
     p = parser(__doc__, layers=4, width=128, eval_tokens=16384)
-    p.add_argument("--steps", type=at_least(10), default=400, help="of the longest trial")
+    p.add_argument("--steps", type=at_least(10), default=400, help="steps of the longest trial")
     p.add_argument("--study", choices=tuple(STUDIES), default="wsd")
     p.add_argument("--rounds", type=at_least(1), default=3)
     a = p.parse_args(argv)
@@ -339,22 +351,22 @@ def main(argv: list[str]) -> int:
     )
     layout = Layout(1, 1, False)
     start_ray(a.cpus)
-    study, rounds = opened(tree, None, layout), []  # prepares the tokens; its folder stays unmade
+    study = opened(tree, None, layout)  # prepares the tokens; creates no folder
     storage = storage_root(study.sweep.base)
+    rounds = []
     for number in range(a.rounds):
         with tempfile.TemporaryDirectory(dir=storage) as place:
             rounds.append(one_round(tree, layout, Path(place), tree_first=number % 2 == 0))
-        print(
-            f"round {number + 1}: tree {rounds[-1][0]:.1f} s, plain {rounds[-1][1]:.1f} s",
-            flush=True,
-        )
+        tree_s, plain_s, _ = rounds[-1]
+        print(f"round {number + 1}: tree {tree_s:.1f} s, plain {plain_s:.1f} s", flush=True)
     print("\n" + report(a, study, rounds))
     return 0
 
 
 def report(a: Namespace, study: Study, rounds: list[tuple[float, float, str]]) -> str:
     ours, plain, winners = zip(*rounds, strict=True)
-    asked, ran = study.tree.steps_asked, study.tree.steps_in_tree
+    asked = study.tree.steps_asked
+    ran = study.tree.steps_in_tree
     header = [
         "study",
         "trials",
@@ -364,7 +376,7 @@ def report(a: Namespace, study: Study, rounds: list[tuple[float, float, str]]) -
         "tree, s",
         "plain Tune grid, s",
         "plain ÷ tree",
-        "winner (both)",
+        "best trial (both)",
         "trials with the same weights and loss",
     ]
     row = [
@@ -380,9 +392,9 @@ def report(a: Namespace, study: Study, rounds: list[tuple[float, float, str]]) -
         f"{len(study.trials)} of {len(study.trials)}",
     ]
     return (
-        f"{markdown(header, [row])}\n\n{a.layers} layers × {a.width}, 12 × 64 tokens a step, {a.cpus} processes of 1 CPU; "
-        f"{len(rounds)} round(s), median (range); both sides without tracking. The tree's seconds include the hash of every "
-        f"trial's weights, the plain grid's do not."
+        f"{markdown(header, [row])}\n\n{a.layers} layers × {a.width}, 12 × 64 tokens a step, "
+        f"{a.cpus} processes of 1 CPU; {len(rounds)} round(s), median (range); both sides without "
+        "tracking. The tree's time includes hashing all weights; the grid's time does not."
     )
 
 

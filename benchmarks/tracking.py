@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""What tracking adds to a step: a training process that logs every step beside one that logs nothing, in milliseconds.
+"""Measure what tracking adds to a step, in milliseconds.
 
     benchmarks/tracking.py [--steps 3000] [--step-ms 5] [--rounds 3]
 
-As in a run, the loop is in a process of its own and the sender in its driver, which follows the journal to a real server
-(`pipelines/ui.py`) that is healthy, hangs (connections are accepted and never answered) or refuses them. A step is
-matrix products for about `--step-ms`; then its line is appended, with fifteen numbers: the only thing that tracking does in
-that process. `line` is how long the loop stands still for it, without the time for which the thread was ready and had no
-core (Linux counts it): whose fault that is, a busy machine does not tell. `on the clock` has it in. Beside them stands
-the loop without journal, sender and server, which in place of a line has 0.05 ms of products. Rounds take turns.
+As in a run, the loop has its own process, and the sender is in the driver. The sender follows the
+journal and sends it to a real server (`pipelines/ui.py`) that works, or to one that hangs (it
+accepts connections and never answers), or to one that refuses connections. A step is matrix
+products for about `--step-ms`. Then a line with fifteen numbers is appended to the journal;
+tracking does nothing else in that process. `line` is the time that the loop waits for it, without
+the time for which its thread was ready but had no core (Linux counts this), because a busy machine
+causes it. `on the clock` includes that time. For comparison, a loop without journal, sender and
+server computes 0.05 ms of products in place of a line. The loops take turns.
 """
 
 import contextlib
@@ -22,6 +24,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -34,20 +37,28 @@ from pipelines.common import Options, at_least, run_command
 
 REPO = Path(__file__).resolve().parent.parent
 METRICS = {f"metric/{n}": 1 / (n + 3) for n in range(15)}
-SIZE = 64  # of the matrices
-LINE_S = 5e-5
+SIZE = 64  # rows of the matrices
+LINE_S = 5e-5  # time of the products in place of a line
 
 
 # ---- the process that trains ----
-def train(run_dir: str, steps: int, step_ms: float, logs: bool, pipe) -> None:
-    """Send [(seconds of the line without those that it waited for a core, seconds of the line, seconds of the step)]."""
-    journal, matrix, laps = Journal(RunFolder(run_dir)), np.eye(SIZE, dtype=np.float32), []
-    products, few = products_in(step_ms / 1000, matrix), products_in(LINE_S, matrix)
+# Seconds of a line without waiting for a core, seconds of a line, seconds of the step.
+Lap = tuple[float, float, float]
+
+
+def train(run_dir: str, steps: int, step_ms: float, logs: bool, pipe: Connection) -> None:
+    """Send a `Lap` for each step through `pipe`; the first 100 steps are not counted."""
+    journal = Journal(RunFolder(run_dir))
+    matrix = np.eye(SIZE, dtype=np.float32)
+    products = products_in(step_ms / 1000, matrix)
+    few = products_in(LINE_S, matrix)
+    laps: list[Lap] = []
     for step in range(steps + 100):
         start = time.perf_counter()
         for _ in range(products):
             matrix = matrix @ matrix
-        waited, stopped = waited_s(), time.perf_counter()
+        waited = waited_s()
+        stopped = time.perf_counter()
         if logs:
             journal.append(step, METRICS)
         else:
@@ -59,21 +70,20 @@ def train(run_dir: str, steps: int, step_ms: float, logs: bool, pipe) -> None:
 
 
 def waited_s() -> float:
-    """For how long this thread was ready to run, and was not running."""
+    """Return for how long this thread was ready to run but had no core."""
     with open("/proc/thread-self/schedstat", "rb") as file:
         return int(file.read().split()[1]) / 1e9
 
 
 def products_in(seconds: float, matrix: np.ndarray) -> int:
+    """Return the number of matrix products that take about this time."""
     start = time.perf_counter()
     for _ in range(2000):
         matrix = matrix @ matrix
     return max(1, round(2000 * seconds / (time.perf_counter() - start)))
 
 
-def lone_loop(
-    folder: Path, steps: int, step_ms: float, logs: bool
-) -> list[tuple[float, float, float]]:
+def lone_loop(folder: Path, steps: int, step_ms: float, logs: bool) -> list[Lap]:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=train, args=(str(folder), steps, step_ms, logs, there))
@@ -86,7 +96,8 @@ def lone_loop(
 # ---- servers ----
 @contextlib.contextmanager
 def healthy(storage: Path) -> Iterator[str]:
-    store, port = storage / "mlflow" / "mlflow.db", free_port()
+    store = storage / "mlflow" / "mlflow.db"
+    port = free_port()
     store.parent.mkdir(parents=True, exist_ok=True)
     store.touch()
     process = subprocess.Popen(
@@ -127,17 +138,18 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-# ---- the race ----
-def one_round(
-    name: str, folder: Path, steps: int, step_ms: float
-) -> list[tuple[float, float, float]]:
-    """A run of `steps` steps with its tracker; the server has been at work since before the first."""
+# ---- rounds ----
+SERVERS = {"healthy": healthy, "hanging": hanging, "refusing": refusing}
+
+
+def one_round(name: str, folder: Path, steps: int, step_ms: float) -> list[Lap]:
+    """Run the loop with a tracker and the server `name`, which starts before the first step."""
     if name == "none":
         return lone_loop(folder, steps, step_ms, logs=False)
     (folder / "run.json").write_text(
         json.dumps({"name": "race", "key": folder.name, "attempts": [{}]})
     )
-    with {"healthy": healthy, "hanging": hanging, "refusing": refusing}[name](folder) as uri:
+    with SERVERS[name](folder) as uri:
         tracker = Tracker(RunFolder(folder), uri, "race")
         tracker.start()
         laps = lone_loop(folder, steps, step_ms, logs=True)
@@ -147,7 +159,7 @@ def one_round(
 
 
 def quantile(seconds: list[float], percent: int) -> float:
-    """In ms; 100 is the largest."""
+    """Return a percentile in ms; 100 is the largest value."""
     ordered = sorted(seconds)
     return 1000 * ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
 
@@ -159,7 +171,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=at_least(1), default=3)
     a = parser.parse_args(argv)
     os.environ.update(dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1"))
-    names, laps = ["none", "healthy", "hanging", "refusing"], {}
+    names = ["none", *SERVERS]
+    laps: dict[str, list[list[Lap]]] = {}
     for number in range(a.rounds):
         for name in names[number % 4 :] + names[: number % 4]:
             with tempfile.TemporaryDirectory() as folder:

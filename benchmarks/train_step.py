@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""The training step, ours beside nanoGPT's: seconds as ratios, and the loss after the same steps.
+"""Compare our training step with nanoGPT's: the ratio of the times, and the losses.
 
-    benchmarks/train_step.py --nanogpt PATH_OF_A_CHECKOUT [--config char|124m] [--steps 20] [--rounds 7]
+    benchmarks/train_step.py --nanogpt CHECKOUT [--config char|124m] [--steps 20] [--rounds 7]
 
-Both sides start from the same weights, see the same batches and update with the same rates; rounds of each alternate in
-one process, so that a noisy machine is noisy for both. A ratio below 1 means that ours is faster. nanoGPT's side is its
-own `model.py` and the inner loop of its `train.py`. With a GPU, 124m runs in bfloat16 with torch.compile on both sides.
+Both sides start from the same weights, see the same batches and use the same learning rate. Their
+rounds alternate in one process, so that noise of the machine hits both. A ratio below 1 means that
+ours is faster. nanoGPT's side is its own `model.py` and the inner loop of its `train.py`. With a
+GPU, 124m runs in bfloat16 with torch.compile on both sides.
 """
 
 import argparse
@@ -34,11 +35,12 @@ class Ours:
 
     def __init__(self, experiment: Experiment, model: GPT, worker: Worker):
         self.state = build(experiment, model, worker)
-        self.step, self.on_gpu = Step(experiment, self.state), worker.device != "cpu"
+        self.step = Step(experiment, self.state)
+        self.on_gpu = worker.device != "cpu"
 
     def run(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-        """One update; returns its mean loss."""
-        torch.use_deterministic_algorithms(self.on_gpu)  # as a worker of ours runs
+        """Make one update; return its mean loss."""
+        torch.use_deterministic_algorithms(self.on_gpu)  # as in our workers
         losses = self.step.gradient(iter(batches)).losses
         self.step.update(LR)
         return sum(losses) / len(losses)
@@ -78,14 +80,13 @@ class NanoGPT:
         self.optimizer = model.configure_optimizers(
             o.weight_decay, LR, (o.beta1, o.beta2), torch.device(device).type
         )
-        self.model, self.max_norm = (
-            torch.compile(model) if experiment.train.compile else model,
-            o.max_grad_norm,
-        )
-        dtype, kind = experiment.train.dtype, torch.device(device).type
-        self.context = (
-            nullcontext() if dtype == "float32" else torch.amp.autocast(kind, getattr(torch, dtype))
-        )
+        self.model = torch.compile(model) if experiment.train.compile else model
+        self.max_norm = o.max_grad_norm
+        self.context = nullcontext()
+        dtype = experiment.train.dtype
+        if dtype != "float32":
+            kind = torch.device(device).type
+            self.context = torch.amp.autocast(kind, getattr(torch, dtype))
         self.parameters = list(model.parameters())
 
     def run(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -122,10 +123,15 @@ def main() -> None:
 
 
 def _race(sides, experiment: Experiment, vocab_size: int, device: str, arguments):
-    """Rounds of `--steps` steps, the sides taking turns in going first; the first round warms up and is not timed."""
-    seconds, losses = {name: [] for name in sides}, {name: [] for name in sides}
+    """Run rounds of `--steps` steps; return seconds per step and losses of each side.
+
+    The sides take turns in being first. The first round is a warm-up and is not timed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    losses: dict[str, list[float]] = {name: [] for name in sides}
     generator = torch.Generator().manual_seed(1)
-    t, m = experiment.train, experiment.model
+    t = experiment.train
+    m = experiment.model
     for number in range(arguments.rounds + 1):
         rounds = [
             [
@@ -150,25 +156,26 @@ def _report(experiment, model, worker, seconds, losses, arguments) -> None:
     where = device_name(worker.device)
     print(
         f"{arguments.config}: {model.num_parameters():,} parameters, {experiment.micro_batches} × "
-        f"{experiment.train.micro_batch_size} × {experiment.model.block_size} tokens, {experiment.train.dtype}, "
-        f"compile {experiment.train.compile}, {where}, {worker.cpus} threads, torch {torch.__version__}"
+        f"{experiment.train.micro_batch_size} × {experiment.model.block_size} tokens, "
+        f"{experiment.train.dtype}, compile {experiment.train.compile}, {where}, "
+        f"{worker.cpus} threads, torch {torch.__version__}"
     )
     for name, values in seconds.items():
         median = statistics.median(values)
         speed = experiment.tokens_per_step / median
         share = mfu(speed, model.config, where, experiment.train.dtype)
-        print(
-            f"  {name:<8} {median * 1e3:9.2f} ms per step (min {min(values) * 1e3:.2f}), {speed:12,.0f} tokens/s"
-            + ("" if share is None else f", MFU {share:.1%}")
-        )
+        least = min(values) * 1e3
+        time_ms = f"{median * 1e3:9.2f} ms per step (min {least:.2f})"
+        utilization = "" if share is None else f", MFU {share:.1%}"
+        print(f"  {name:<8} {time_ms}, {speed:12,.0f} tokens/s{utilization}")
     print(
         f"  ours / nanoGPT: median {statistics.median(ratios):.3f} of {len(ratios)} rounds "
         f"({min(ratios):.3f} … {max(ratios):.3f})"
     )
     apart = max(abs(a - b) for a, b in zip(losses["ours"], losses["nanoGPT"], strict=True))
     print(
-        f"  loss after {len(losses['ours'])} steps: {losses['ours'][-1]:.6f} ours, {losses['nanoGPT'][-1]:.6f} nanoGPT; "
-        f"largest difference on the way {apart:.2e}"
+        f"  loss after {len(losses['ours'])} steps: {losses['ours'][-1]:.6f} ours, "
+        f"{losses['nanoGPT'][-1]:.6f} nanoGPT; largest difference of all steps {apart:.2e}"
     )
 
 
@@ -192,7 +199,7 @@ def _experiment(
 
 
 def _batch(generator, vocab_size: int, b: int, t: int, device: str):
-    """Random tokens with structure (a walk of small steps), so that the loss has something to learn."""
+    """Return random tokens with structure (a walk of small steps), so that the loss can fall."""
     walk = torch.randint(-3, 4, (b, t + 1), generator=generator).cumsum(1) % vocab_size
     return walk[:, :-1].contiguous().to(device), walk[:, 1:].contiguous().to(device)
 
@@ -206,9 +213,7 @@ def _arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--nanogpt", type=Path, required=True, help="a checkout of nanoGPT (for its model.py)"
-    )
+    parser.add_argument("--nanogpt", type=Path, required=True, help="folder of a nanoGPT checkout")
     parser.add_argument("--config", choices=("char", "124m"), default="char")
     parser.add_argument("--steps", type=int, default=20, help="steps per round")
     parser.add_argument("--rounds", type=int, default=7)

@@ -283,8 +283,8 @@ def one_round(
     fewest = distinct_prefixes(c.branch for c in study.trials.values())
     if not study.progress.steps_run == study.tree.steps_in_tree == fewest:
         raise RuntimeError(
-            f"{study.progress.steps_run} steps were run, {study.tree.steps_in_tree} are in the tree, "
-            f"and {fewest} are distinct"
+            f"{study.progress.steps_run} steps were run, {study.tree.steps_in_tree} are in the "
+            f"tree, and {fewest} are distinct"
         )
     found = outcomes_of_tree(study)
     check_same(

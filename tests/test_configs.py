@@ -19,7 +19,8 @@ CONFIGS = [path for path in FILES if path not in SWEEPS]
 GPT2, BYTE, CHAR = 50257, 257, 65  # n_vocab
 
 # Steps are None where only the duration matters.
-# name: (n_vocab, tokens per step, steps, micro-batches, slots, parameters, without positions, decayed, undecayed)
+# name: (n_vocab, tokens per step, steps, micro-batches, slots, parameters, parameters without
+# positions, decayed (tensors, parameters), not decayed)
 KNOWN = {
     "quickstart": (BYTE, 768, None, 1, 1, 828672, 820480, (18, 827520), (9, 1152)),
     "shakespeare": (GPT2, 12288, 10, 1, 1, 124373760, 123587328, (50, 124354560), (25, 19200)),

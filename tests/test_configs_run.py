@@ -49,9 +49,8 @@ def test_config_prepares_and_trains(path, ray_cluster, tiny_corpus, tmp_path, re
     if shipped.data.tokenizer == "gpt2":
         request.getfixturevalue("gpt2_ranks")
     if shipped.train.init_from == "gpt2":
-        words.append(
-            f"train.init_from={_hugging_face_folder(load_experiment(path, words), tmp_path / 'weights')}"
-        )
+        folder = _hugging_face_folder(load_experiment(path, words), tmp_path / "weights")
+        words.append(f"train.init_from={folder}")
     experiment = load_experiment(path, words)
     data_dir = dataset_dir(experiment.data, tmp_path)
     prepare(experiment.data, data_dir)

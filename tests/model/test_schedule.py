@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 import model.schedule
 from model.schedule import DECAY_SHAPES, SCHEDULES, Schedule, learning_rate
 
-# (kind, shape) -> rates at steps 3..11, for max_lr 1, floor 0.2, 3 steps of warmup and the end at 11.
+# (kind, shape) -> rates at steps 3..11, for max_lr 1, floor 0.2, warmup of 3 steps, end at step 11.
 # wsd decays over the last 4 of 11 steps (0.35 * 11 = 3.85), from step 7 on.
 HALF = math.sqrt(0.5)
 WARMUP = [0.25, 0.5, 0.75]

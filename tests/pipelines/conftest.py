@@ -1,4 +1,4 @@
-"""What the tests of the commands share: one small run, trained in this process, and a way to type commands."""
+"""Fixtures for tests of the commands: a small trained run, and a function that runs a command."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ SMALL = [
 
 @pytest.fixture(autouse=True)
 def threads():
-    """One: more than free cores stall each other. Commands set what their run had; other tests keep their own."""
+    """Use one thread: more threads than free cores slow each other down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,7 +46,7 @@ def threads():
 
 @pytest.fixture(scope="session")
 def trained_run(tiny_corpus, tiny_dataset, tmp_path_factory) -> Path:
-    """`<storage>/tiny`: 12 steps, an evaluation and a checkpoint every 4."""
+    """A run of 12 steps in `<storage>/tiny`, with an evaluation and a checkpoint every 4 steps."""
     run_dir = tmp_path_factory.mktemp("storage") / "tiny"
     run_dir.mkdir()
     experiment = load_experiment(
@@ -60,7 +60,7 @@ def trained_run(tiny_corpus, tiny_dataset, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def golden(ray_head, tiny_corpus, tmp_path_factory) -> tuple[Path, str]:
-    """`train.py` on one worker, never killed: its folder and what it printed."""
+    """Folder and output of an undisturbed `train.py` on one worker."""
     storage = tmp_path_factory.mktemp("golden")
     return storage / "small", small_run.run(
         ray_head, storage, tiny_corpus, "compute.num_workers=1"
@@ -69,7 +69,7 @@ def golden(ray_head, tiny_corpus, tmp_path_factory) -> tuple[Path, str]:
 
 @pytest.fixture
 def damaged_run(trained_run, tmp_path) -> Path:
-    """The same run with one bit of its last checkpoint flipped."""
+    """A copy of the run with one flipped bit in its last checkpoint."""
     copy = tmp_path / "damaged"
     shutil.copytree(trained_run, copy)
     part = copy / "checkpoints" / "step-00000012" / "model.safetensors"
@@ -81,7 +81,7 @@ def damaged_run(trained_run, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def type_command():
-    """Run `pipelines/<script>` as a shell would; returns the finished process, its output as text."""
+    """Return a function that runs `pipelines/<script>` and returns the finished process."""
 
     def run(script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""evaluate.py measures what training measured, to the last bit, and nothing but the run's own tokens."""
+"""evaluate.py gives the loss that training logged, bit for bit, on the tokens of the run only."""
 
 import json
 import math
@@ -23,13 +23,13 @@ from pipelines.evaluate import main, measure
 
 
 def table_of(capsys) -> dict[str, str]:
-    """The printed table's rows by name."""
+    """Return the rows of the printed table by name."""
     lines = capsys.readouterr().out.splitlines()
     return dict(map(str.strip, line.strip().split("  ", 1)) for line in lines)
 
 
 @pytest.mark.parametrize("step", [4, 8, 12])
-def test_the_loss_is_the_logged_one(trained_run, tiny_dataset, capsys, step):
+def test_loss_equals_logged_loss(trained_run, tiny_dataset, capsys, step):
     folder = checkpoint.path_of(trained_run / "checkpoints", step)
     [logged] = [r for r in journal.read(RunFolder(trained_run)) if r["step"] == step]
     result = measure(
@@ -40,8 +40,8 @@ def test_the_loss_is_the_logged_one(trained_run, tiny_dataset, capsys, step):
     assert table_of(capsys)["logged then"] == f"{logged['val/loss']:.6f} (the same bits)"
 
 
-def test_the_numbers_are_those_of_the_definitions(trained_run, tiny_dataset, capsys):
-    """Window by window through the model, without any of the code that training evaluates with."""
+def test_numbers_equal_their_definitions(trained_run, tiny_dataset, capsys):
+    """The expected values are computed window by window, without the code of the evaluation."""
     folder = checkpoint.path_of(trained_run / "checkpoints", 12)
     model, stream = state.load_model(folder), TokenStream(tiny_dataset, "val")
     lengths = load_tokenizer("char", folder).byte_lengths
@@ -64,7 +64,7 @@ def test_the_numbers_are_those_of_the_definitions(trained_run, tiny_dataset, cap
     assert float(table["bits per byte"]) == pytest.approx(nats / math.log(2) / size, abs=2e-6)
 
 
-def test_a_part_of_the_other_split(trained_run, capsys):
+def test_first_tokens_of_train_split(trained_run, capsys):
     main([str(trained_run), "--split", "train", "--tokens", "501"])
     table = table_of(capsys)
     assert table["targets"].startswith("500 tokens")
@@ -72,9 +72,7 @@ def test_a_part_of_the_other_split(trained_run, capsys):
     assert "logged then" not in table
 
 
-def test_a_copied_checkpoint_finds_its_tokens_where_it_is_told(
-    trained_run, tiny_dataset, tmp_path, capsys
-):
+def test_copied_checkpoint_uses_given_data_dir(trained_run, tiny_dataset, tmp_path, capsys):
     shutil.copytree(tiny_dataset, tmp_path / "tokens")
     shutil.copytree(trained_run / "checkpoints" / "step-00000012", tmp_path / "copied")
     main([str(tmp_path / "copied"), f"data.dir={tmp_path / 'tokens'}"])
@@ -83,9 +81,7 @@ def test_a_copied_checkpoint_finds_its_tokens_where_it_is_told(
     assert "the same bits" in table["logged then"]
 
 
-def test_tokens_in_the_storage_are_known_by_their_content(
-    trained_run, tiny_dataset, tmp_path, capsys
-):
+def test_dataset_in_storage_is_found_by_content(trained_run, tiny_dataset, tmp_path, capsys):
     shutil.copytree(trained_run, tmp_path / "tiny")
     shutil.copytree(tiny_dataset, tmp_path / "data" / "wherever")
     (tmp_path / "data" / "unfinished").mkdir()
@@ -115,12 +111,12 @@ def test_other_tokens_are_refused(trained_run, tiny_dataset, tmp_path):
         (["--tokens", "1"], "'1' is not a whole number of at least 2"),
     ],
 )
-def test_a_wrong_word_is_named(trained_run, words, said):
+def test_wrong_argument_is_named(trained_run, words, said):
     with pytest.raises(UserError, match=said):
         main([str(trained_run), *words])
 
 
-def test_as_typed(damaged_run, type_command):
+def test_damaged_checkpoint_is_skipped(damaged_run, type_command):
     done = type_command("evaluate.py", damaged_run)
     assert done.returncode == 0
     assert "(step 8)" in done.stdout
@@ -128,7 +124,7 @@ def test_as_typed(damaged_run, type_command):
     assert done.stderr.count("skipped: ") == 1
 
 
-def test_a_checkpoint_named_from_its_own_folder_finds_its_tokens_beside_the_run(
+def test_relative_checkpoint_path_finds_dataset_beside_the_run(
     tiny_corpus, tiny_dataset, tmp_path, monkeypatch, capsys
 ):
     beside, run_dir = tmp_path / "data" / "some", tmp_path / "alone"

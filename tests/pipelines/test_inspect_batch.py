@@ -1,4 +1,4 @@
-"""inspect_batch.py shows the very batch of a training step, and the loss that training logs for it."""
+"""inspect_batch.py shows the batch of a training step and the loss that training logs for it."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from pipelines.inspect_batch import main
 
 @pytest.fixture
 def stored(trained_run):
-    """The experiment file that travels with the run's last checkpoint: what a person would inspect."""
+    """The experiment file in the last checkpoint of the run."""
     return trained_run / "checkpoints" / "step-00000012" / "experiment.yaml"
 
 
@@ -29,7 +29,7 @@ def experiment(stored) -> Experiment:
 
 
 @pytest.mark.parametrize("step", [0, 7])
-def test_it_shows_the_batch_that_training_takes(stored, tiny_dataset, capsys, step):
+def test_batch_equals_that_of_training(stored, tiny_dataset, capsys, step):
     batches = Batches(TokenStream(tiny_dataset, "train"), 32, 4, 4, 1337)
     inputs, targets = batches.micro_batch(step, 0)
     assert main([str(stored), "--step", str(step), "--rows", "3"]) == 0
@@ -49,7 +49,7 @@ def test_it_shows_the_batch_that_training_takes(stored, tiny_dataset, capsys, st
     assert not any(line.startswith("row 3:") for line in lines)
 
 
-def test_it_shows_shapes_vocabulary_and_the_first_loss(stored, trained_run, capsys):
+def test_output_has_shapes_vocabulary_and_first_loss(stored, trained_run, capsys):
     main([str(stored)])
     output = capsys.readouterr().out
     n_vocab = load_tokenizer("char", stored.parent).n_vocab
@@ -62,7 +62,7 @@ def test_it_shows_shapes_vocabulary_and_the_first_loss(stored, trained_run, caps
     assert f"loss at initialisation  {logged['train/loss']:.4f} nats" in output
 
 
-def test_the_first_loss_is_the_one_that_training_logs(experiment, trained_run, tiny_dataset):
+def test_first_loss_equals_logged_loss(experiment, trained_run, tiny_dataset):
     n_vocab = load_tokenizer("char", tiny_dataset).n_vocab
     model, batch = first_model(experiment, n_vocab, Worker()), batch_of(experiment, tiny_dataset, 0)
     result = forward(model, batch, experiment, "cpu", n_vocab, 5)
@@ -72,7 +72,7 @@ def test_the_first_loss_is_the_one_that_training_logs(experiment, trained_run, t
     assert everything.probabilities.sum(axis=1) == pytest.approx(np.ones(4), abs=1e-6)
 
 
-def test_moved_by_one_can_be_false(experiment, tiny_dataset):
+def test_moved_by_one_is_false_for_other_targets(experiment, tiny_dataset):
     batch = batch_of(experiment, tiny_dataset, 3)
     assert batch.moved_by_one
     for targets in (
@@ -93,11 +93,11 @@ def test_moved_by_one_can_be_false(experiment, tiny_dataset):
         (["other.yaml"], "one experiment at a time"),
     ],
 )
-def test_a_wrong_word_is_named(stored, words, said):
+def test_wrong_argument_is_named(stored, words, said):
     with pytest.raises(UserError, match=said):
         main([str(stored), *words])
 
 
-def test_as_typed(stored, type_command):
+def test_command_prints_no_errors(stored, type_command):
     done = type_command("inspect_batch.py", stored, "--step", "2", "--rows", "1")
     assert (done.returncode, done.stderr) == (0, "")

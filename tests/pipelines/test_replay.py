@@ -1,4 +1,4 @@
-"""replay.py: the verdict as printed, as a status, in the run's folder, among its events and in MLflow."""
+"""replay.py: verdict in the output, exit status, folder, events and MLflow."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def run_dir(trained_run, tmp_path) -> Path:
 
 
 def nudge(run_dir: Path, step: int) -> None:
-    """Move one logged loss by one unit in the last place."""
+    """Change one logged loss by one unit in the last place."""
     lines = journal.read(RunFolder(run_dir))
     for line in lines:
         if line["step"] == step:
@@ -35,7 +35,7 @@ def nudge(run_dir: Path, step: int) -> None:
 
 
 def track(run_dir: Path):
-    """Give the run what a driver gives it, by which it is tracked; its experiment."""
+    """Write run.json and experiment.yaml, as a driver does; return the experiment."""
     stored = RunFolder(run_dir / "checkpoints" / "step-00000012").read_experiment()
     (run_dir / "experiment.yaml").write_text(stored.to_yaml(), "utf-8")
     (run_dir / "run.json").write_text(
@@ -45,7 +45,7 @@ def track(run_dir: Path):
 
 
 def own_files(run_dir: Path) -> dict[str, bytes]:
-    """What a replay may not touch."""
+    """Return the content of all files that a replay must not change."""
     files = (
         path
         for path in sorted(run_dir.rglob("*"))
@@ -54,7 +54,7 @@ def own_files(run_dir: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in files if path.name != "events.jsonl"}
 
 
-def test_an_equal_run(run_dir, capsys):
+def test_equal_replay_is_reported_and_removed(run_dir, capsys):
     before = own_files(run_dir)
     assert main([str(run_dir)]) == 0
     said = capsys.readouterr().out
@@ -65,7 +65,7 @@ def test_an_equal_run(run_dir, capsys):
         11,
         12,
     ]
-    [kept] = (run_dir / "replays").iterdir()  # and nothing of what was trained
+    [kept] = (run_dir / "replays").iterdir()  # the repeated steps were removed
     verdict = json.loads(kept.read_text("utf-8"))
     assert (verdict["equal"], verdict["steps"], verdict["lines"], verdict["causes"]) == (
         True,
@@ -82,7 +82,7 @@ def test_an_equal_run(run_dir, capsys):
     assert own_files(run_dir) == before
 
 
-def test_what_differs_is_said_and_what_was_made_again_stays(run_dir, capsys):
+def test_different_replay_is_reported_and_kept(run_dir, capsys):
     nudge(run_dir, 10)
     assert main([str(run_dir), "--steps", "9:"]) == 1
     said = capsys.readouterr().out
@@ -95,13 +95,13 @@ def test_what_differs_is_said_and_what_was_made_again_stays(run_dir, capsys):
     assert json.loads(kept.read_text("utf-8"))["first"]["ulps"] == 1
 
 
-def test_equal_and_kept(run_dir):
+def test_keep_option_keeps_equal_replay(run_dir):
     assert main([str(run_dir), "--steps", "5:6", "--keep"]) == 0
     folder, _ = sorted((run_dir / "replays").iterdir(), key=lambda path: path.suffix)
     assert [line["step"] for line in journal.read(RunFolder(folder))] == [5, 6]
 
 
-def test_as_typed_by_name_with_the_verdict_in_mlflow(run_dir, tmp_path, type_command, monkeypatch):
+def test_verdict_is_sent_to_mlflow(run_dir, tmp_path, type_command, monkeypatch):
     from mlflow import MlflowClient
 
     uri, experiment = f"sqlite:///{tmp_path / 'mlflow.db'}", track(run_dir).tracking.experiment
@@ -130,7 +130,7 @@ def test_as_typed_by_name_with_the_verdict_in_mlflow(run_dir, tmp_path, type_com
     assert [cause["kind"] for cause in verdict["causes"]] == ["journal"]
 
 
-def test_a_server_that_is_away_changes_no_verdict(run_dir, monkeypatch, capsys):
+def test_unreachable_server_does_not_change_verdict(run_dir, monkeypatch, capsys):
     track(run_dir)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert main([str(run_dir), "--deadline", "1"]) == 0
@@ -147,12 +147,12 @@ def test_a_server_that_is_away_changes_no_verdict(run_dir, monkeypatch, capsys):
         (["--what"], "unrecognized arguments: --what"),
     ],
 )
-def test_a_wrong_word_is_named(trained_run, words, said):
+def test_wrong_argument_is_named(trained_run, words, said):
     with pytest.raises(UserError, match=re.escape(said)):
         main([str(trained_run), *words])
 
 
-def test_a_run_that_is_not_there_and_one_without_a_checkpoint(tmp_path, run_dir):
+def test_missing_run_and_missing_checkpoint_are_refused(tmp_path, run_dir):
     with pytest.raises(UserError, match="'nobody': there is no run"):
         main(["nobody"])
     shutil.rmtree(run_dir / "checkpoints")
@@ -161,7 +161,7 @@ def test_a_run_that_is_not_there_and_one_without_a_checkpoint(tmp_path, run_dir)
     assert not (run_dir / "replays").exists()
 
 
-def test_a_run_that_goes_on_is_left_alone(run_dir):
+def test_running_run_is_refused(run_dir):
     with (
         lock.held(RunFolder(run_dir).driver_lock),
         pytest.raises(HeldError, match="held by process"),

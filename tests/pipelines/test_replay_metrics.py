@@ -1,4 +1,4 @@
-"""A real run whose tracking server is away, Ctrl-C in the wait for it, and `pipelines/replay_metrics.py` afterwards."""
+"""A run with an unreachable MLflow server: Ctrl-C ends the wait, replay_metrics.py sends later."""
 
 import json
 import signal
@@ -25,7 +25,7 @@ SMALLER = [
 ]
 
 
-def test_ctrl_c_ends_the_wait_for_a_server_and_what_it_had_to_leave_behind_is_sent_later(
+def test_ctrl_c_ends_wait_for_server_and_metrics_are_sent_later(
     ray_head, tiny_corpus, tiny_dataset, tmp_path
 ):
     run_dir, database = tmp_path / "small", tmp_path / "later.db"

@@ -1,4 +1,4 @@
-"""sample.py writes what `generate` draws from the checkpoint that was meant, and says in one line why it cannot."""
+"""sample.py prints what `generate` draws from the given checkpoint, or one line of error."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from pipelines.sample import main
 
 
 def written(capsys, *args) -> list[str]:
-    """The text of each sample that the command prints."""
+    """Run the command and return the text of each sample."""
     assert main([str(a) for a in args]) == 0
     output = capsys.readouterr().out
     parts = output.split("\n──── sample ")[1:]
@@ -32,7 +32,7 @@ def drawn(folder, prompt: str, n: int, **how) -> str:
     return tokenizer.decode(generate(model, ids, n, n_vocab=tokenizer.n_vocab, **how)[0].tolist())
 
 
-def test_greedy_is_generate_each_time(trained_run, capsys):
+def test_greedy_output_equals_generate(trained_run, capsys):
     args = [trained_run, "--prompt", "the cat", "--temperature", "0", "--max-new-tokens", "50"]
     first = written(capsys, *args)
     last = checkpoint.path_of(trained_run / "checkpoints", 12)
@@ -64,20 +64,20 @@ def test_every_option_reaches_generate(trained_run, tmp_path, capsys):
     assert texts[0] != texts[1]
 
 
-def test_without_a_prompt_a_text_begins_anew(trained_run, capsys):
+def test_default_prompt_is_a_line_break(trained_run, capsys):
     [text] = written(capsys, trained_run, "--max-new-tokens", "5")
     assert text.startswith("\n")
     assert len(text) == 6
 
 
-def test_a_name_is_looked_up_in_the_storage(trained_run, monkeypatch, capsys, tmp_path):
+def test_run_name_is_found_in_storage(trained_run, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ESPALIER_STORAGE", str(trained_run.parent))
     main(["tiny", "--max-new-tokens", "1"])
     assert "step 12" in capsys.readouterr().out
 
 
-def test_best_is_the_lowest_val_loss(trained_run, tmp_path, capsys):
+def test_best_has_the_lowest_val_loss(trained_run, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(trained_run, run)
     last = checkpoint.path_of(run / "checkpoints", 12)
@@ -96,7 +96,7 @@ def test_best_is_the_lowest_val_loss(trained_run, tmp_path, capsys):
         assert f"step {step}:" in capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_word(damaged_run, capsys):
+def test_damaged_checkpoint_is_skipped_with_a_message(damaged_run, capsys):
     main([str(damaged_run), "--max-new-tokens", "1"])
     out, err = capsys.readouterr()
     assert "step-00000008, step 8:" in out
@@ -104,12 +104,12 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(damaged_run, capsys):
     assert "step-00000012/model.safetensors" in err
 
 
-def test_a_damaged_checkpoint_that_was_named_is_refused(damaged_run):
+def test_damaged_checkpoint_given_by_path_is_refused(damaged_run):
     with pytest.raises(UserError, match="SHA-256"):
         main([str(damaged_run / "checkpoints" / "step-00000012")])
 
 
-def test_a_hugging_face_folder(tmp_path, gpt2_ranks, capsys):
+def test_hugging_face_folder_is_sampled(tmp_path, gpt2_ranks, capsys):
     torch.manual_seed(0)
     shape = {
         "block_size": 16,
@@ -147,12 +147,12 @@ def test_a_hugging_face_folder(tmp_path, gpt2_ranks, capsys):
         (["--prompt", "a", "--prompt-file", "b"], "not allowed with argument"),
     ],
 )
-def test_a_wrong_option_is_named(trained_run, words, said):
+def test_wrong_option_is_named(trained_run, words, said):
     with pytest.raises(UserError, match=said):
         main([str(trained_run), *words])
 
 
-def test_a_run_that_is_not_there(tmp_path, monkeypatch):
+def test_missing_run_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ESPALIER_STORAGE", str(tmp_path))
     with pytest.raises(UserError, match=f"no-such-run or {tmp_path}/no-such-run"):
         main(["no-such-run"])
@@ -161,7 +161,7 @@ def test_a_run_that_is_not_there(tmp_path, monkeypatch):
         main(["empty"])
 
 
-def test_a_character_that_the_corpus_never_had(trained_run, type_command):
+def test_character_outside_the_vocabulary_is_refused(trained_run, type_command):
     done = type_command("sample.py", trained_run, "--prompt", "the β")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "'β'" in done.stderr

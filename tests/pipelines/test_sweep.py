@@ -1,4 +1,4 @@
-"""`pipelines/sweep.py` as a person runs it, on a real cluster: every trial is its lone run, whatever is killed on the way."""
+"""`pipelines/sweep.py` on a real cluster: every trial equals its own run, also after kills."""
 
 import csv
 import itertools
@@ -49,20 +49,20 @@ BASE = [
     f"compute.cpus_per_worker={CPUS}",
 ]
 PEAKS, HORIZONS, SHAPES = ["0.01", "0.003"], ["20", "30"], ["linear", "cosine"]
-WRITERS = "stages/*/.writer"  # who writes there
+WRITERS = "stages/*/.writer"  # lock of the process that trains a stage
 NAMED = {
     "cosine": ["schedule.kind=cosine", "train.max_steps=30"],
     "other": ["optim.weight_decay=0.3"],
 }
-# 25 steps branch off inside a stretch that ended at no checkpoint: up to there it is run again.
+# The trials of 25 steps branch off between two checkpoints: the steps before are run again.
 MORE_PEAKS, MORE_HORIZONS = [*PEAKS, "0.03"], [*HORIZONS, "25"]
-AGAIN = (
-    2 * 4
-)  # both peaks, 17 to 21 (or 16 to 20, where the last bit of the first rate of a decay is not the peak's)
+# Both peaks, steps 17 to 21; or 16 to 20, where the first rate of a decay differs from the peak in
+# its last bit.
+AGAIN = 2 * 4
 
 
 def space(peaks=PEAKS, horizons=HORIZONS) -> list[str]:
-    """The sweep's words: wsd with two ends, beside each other peaks and horizons; a cosine; another field."""
+    """Return overrides of a sweep: a grid of wsd schedules, a cosine, and another field."""
     named = [f"sweep.trials.{name}.{word}" for name, words in NAMED.items() for word in words]
     return [
         f"sweep.grid.schedule.max_lr=[{', '.join(peaks)}]",
@@ -73,7 +73,7 @@ def space(peaks=PEAKS, horizons=HORIZONS) -> list[str]:
 
 
 def trials(peaks=PEAKS, horizons=HORIZONS) -> dict[str, list[str]]:
-    """What each trial of `space` changes, written down a second time."""
+    """Return the overrides of each trial of `space`, written by hand."""
     grid = {
         f"decay_shape-{shape}_max_lr-{peak}_max_steps-{steps}": [
             f"schedule.decay_shape={shape}",
@@ -86,7 +86,7 @@ def trials(peaks=PEAKS, horizons=HORIZONS) -> dict[str, list[str]]:
 
 
 def trie(asked: dict[str, list[str]]) -> int:
-    """Steps that differ from each other, by brute force: one for each prefix of learning rates under each other field."""
+    """Count the different steps by brute force: prefixes of learning rates and other fields."""
     prefixes = set()
     for words in asked.values():
         e = load_experiment(QUICKSTART, [*BASE, *words])
@@ -128,7 +128,7 @@ def run(
 
 
 def begin(ray_head, storage: Path, corpus: Path, *words: str) -> subprocess.Popen:
-    # A shell in the background ignores Ctrl-C for all that it starts; who types it is in front.
+    # Processes that a background shell starts ignore Ctrl-C; a terminal does not set this.
     return subprocess.Popen(
         command(storage, corpus, *words),
         env=ray_head.env,
@@ -139,13 +139,13 @@ def begin(ray_head, storage: Path, corpus: Path, *words: str) -> subprocess.Pope
     )
 
 
-# ---- what it left ----
+# ---- results ----
 def read(path: Path):
     return json.loads(path.read_text())
 
 
 def results(sweep: Path) -> dict[str, tuple[int, bytes]]:
-    """When each result.json was written, and what it says."""
+    """Return the time and content of each result.json."""
     return {
         file.parent.name: (file.stat().st_mtime_ns, file.read_bytes())
         for file in sweep.glob("stages/*/result.json")
@@ -153,7 +153,7 @@ def results(sweep: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def exact(run_dir: Path) -> list[dict]:
-    """Of a curve all that must not depend on how it was made."""
+    """Return the exact metrics of a run."""
     return [metrics.exact_part(r) for r in journal.read(RunFolder(run_dir))]
 
 
@@ -162,22 +162,22 @@ def outcome(trial: Path) -> tuple[str, list[dict]]:
 
 
 def ranking(text: str) -> list[str]:
-    """The lines of the comparison that a sweep ends with."""
+    """Return the lines of the printed comparison."""
     lines = text.splitlines()
     first = next(n for n, line in enumerate(lines) if line.startswith("rank "))
     return lines[first : lines.index("", first)]
 
 
 def outcomes(sweep: Path) -> dict[str, tuple[str, list[dict]]]:
-    """Of the trials that are over."""
+    """Return the outcomes of all trials that ended."""
     return {file.parent.name: outcome(file.parent) for file in sweep.glob("trials/*/summary.json")}
 
 
 def mlflow_runs(storage: Path) -> dict[str, tuple[str, str, str | None]]:
-    """`{name: (run id, status, the parent's id)}` of the store."""
+    """Return `{name: (run id, status, id of the parent)}` from the MLflow store."""
     query = (
-        "select name, r.run_uuid, status, t.value from runs r left join tags t on t.run_uuid = r.run_uuid "
-        "and t.key = 'mlflow.parentRunId'"
+        "select name, r.run_uuid, status, t.value from runs r left join tags t "
+        "on t.run_uuid = r.run_uuid and t.key = 'mlflow.parentRunId'"
     )
     with sqlite3.connect(storage / "mlflow" / "mlflow.db") as db:
         rows = db.execute(query).fetchall()
@@ -187,14 +187,15 @@ def mlflow_runs(storage: Path) -> dict[str, tuple[str, str, str | None]]:
 
 def points(storage: Path, run_id: str) -> list[tuple[int, float]]:
     with sqlite3.connect(storage / "mlflow" / "mlflow.db") as db:
-        return db.execute(
-            "select step, value from metrics where key = 'train/loss' and run_uuid = ? order by step",
-            [run_id],
-        ).fetchall()
+        query = (
+            "select step, value from metrics where key = 'train/loss' and run_uuid = ? "
+            "order by step"
+        )
+        return db.execute(query, [run_id]).fetchall()
 
 
 def assert_tracked(storage: Path, statuses: dict[str, str], whole: str) -> None:
-    """MLflow has the sweep, its trials below it with these statuses, and each trial's curve once, from step 0 on."""
+    """Check in MLflow: the sweep, its trials and their statuses, and each curve from step 0 on."""
     runs = mlflow_runs(storage)
     parent, status, _ = runs.pop("mixed")
     assert status == whole
@@ -209,7 +210,7 @@ def assert_tracked(storage: Path, statuses: dict[str, str], whole: str) -> None:
 
 @pytest.fixture(scope="module")
 def golden(ray_head, tiny_corpus, tmp_path_factory) -> SimpleNamespace:
-    """The mixed sweep, never killed: what it printed and left, before another test goes on with it."""
+    """An undisturbed sweep: its output and results. A later test extends it."""
     storage = tmp_path_factory.mktemp("golden")
     text = run(ray_head, storage, tiny_corpus, *space()).stdout
     sweep, data = (
@@ -229,7 +230,7 @@ def golden(ray_head, tiny_corpus, tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def alone(golden, tmp_path_factory):
-    """`alone(words)`: that trial by itself, in this process."""
+    """Return a function that trains one trial as a run of its own, in this process."""
     folder, known = tmp_path_factory.mktemp("alone"), {}
 
     def one(words: list[str]) -> tuple[str, list[dict]]:
@@ -253,8 +254,8 @@ def alone(golden, tmp_path_factory):
     return one
 
 
-# ---- to the end ----
-def test_every_trial_is_its_lone_run_and_no_step_is_run_twice(golden, alone):
+# ---- undisturbed ----
+def test_every_trial_equals_its_own_run_and_no_step_runs_twice(golden, alone):
     asked = trials()
     assert set(golden.outcomes) == set(asked)
     for name, words in asked.items():
@@ -274,7 +275,7 @@ def test_every_trial_is_its_lone_run_and_no_step_is_run_twice(golden, alone):
     assert s["stages_run"] == len(golden.results)
 
 
-def test_the_end_ranks_the_trials_and_names_the_best(golden):
+def test_output_ranks_trials_and_names_the_best(golden):
     losses = {name: curve[-1]["val/loss"] for name, (_, curve) in golden.outcomes.items()}
     best = min(losses, key=losses.get)
     assert (golden.summary["best_trial"], golden.summary["best_value"]) == (best, losses[best])
@@ -293,11 +294,11 @@ def test_the_end_ranks_the_trials_and_names_the_best(golden):
     }
 
 
-def test_mlflow_has_each_trial_below_the_sweep_with_its_whole_curve(golden):
+def test_mlflow_has_every_trial_with_its_whole_curve(golden):
     assert_tracked(golden.storage, dict.fromkeys(golden.outcomes, "FINISHED"), "FINISHED")
 
 
-def test_again_runs_nothing_and_ranks_once_more(golden, ray_head, tiny_corpus):
+def test_finished_sweep_runs_nothing_and_prints_ranking_again(golden, ray_head, tiny_corpus):
     again = run(ray_head, golden.storage, tiny_corpus, *space())
     assert "is finished" in again.stdout
     assert ranking(again.stdout) == ranking(golden.text)
@@ -306,11 +307,9 @@ def test_again_runs_nothing_and_ranks_once_more(golden, ray_head, tiny_corpus):
     assert read(golden.sweep / "summary.json") == golden.summary
 
 
-# ---- grown, and killed while it is at it ----
-def test_grown_and_stopped_in_every_way_it_runs_what_is_new_once(
-    golden, alone, ray_head, tiny_corpus
-):
-    """The driver by SIGKILL, SIGTERM and Ctrl-C, then a worker by SIGKILL; what stood before is never run again."""
+# ---- extended and killed ----
+def test_extended_sweep_runs_only_new_steps_after_any_kill(golden, alone, ray_head, tiny_corpus):
+    """Kill the driver by SIGKILL, SIGTERM and Ctrl-C, then a worker. Finished stages stay."""
     words, sweep, stood = space(MORE_PEAKS, MORE_HORIZONS), golden.sweep, golden.results
     for how, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 130)):
         process, enough = begin(ray_head, golden.storage, tiny_corpus, *words), len(stood) + 2
@@ -346,7 +345,7 @@ def test_grown_and_stopped_in_every_way_it_runs_what_is_new_once(
 
 
 def finish_without_a_worker(process: subprocess.Popen, sweep: Path) -> str:
-    """Kill the first process that begins to write in a stage's folder; what the sweep says until it is done."""
+    """Kill the first process that starts a stage; return the output of the sweep."""
     marks = {f: f.stat().st_mtime_ns for f in sweep.glob(WRITERS)}
 
     def begun() -> Path | None:
@@ -367,17 +366,17 @@ def finish_without_a_worker(process: subprocess.Popen, sweep: Path) -> str:
     return out
 
 
-# ---- what goes wrong in a trial ----
+# ---- failing trials ----
 FAILING = [
     "sweep.trials.first.train.max_steps=20",
     "sweep.trials.last.train.max_steps=30",
     "sweep.trials.hot={schedule.max_lr: 1e38, optim.max_grad_norm: null}",
-    f"sweep.trials.huge.model.pad_vocab_to={2**42}",  # an embedding beyond any address space
+    f"sweep.trials.huge.model.pad_vocab_to={2**42}",  # an embedding larger than the address space
     f"sweep.trials.huge-too={{model.pad_vocab_to: {2**42}, schedule.decay_shape: cosine}}",
 ]
 
 
-def test_a_trial_that_fails_or_diverges_ends_alone_and_every_report_says_so(
+def test_failed_and_diverged_trials_do_not_stop_others_and_are_reported(
     golden, ray_head, tiny_corpus, tmp_path
 ):
     done = run(ray_head, tmp_path, tiny_corpus, *FAILING, f"data.dir={golden.data}", status=1)
@@ -416,10 +415,10 @@ def test_a_trial_that_fails_or_diverges_ends_alone_and_every_report_says_so(
     )
 
 
-# ---- mistakes ----
+# ---- user errors ----
 @pytest.fixture
 def typed(monkeypatch, capsys):
-    """A command in this process, which is quicker: `(status, what it said)`. Nothing of it may reach Ray."""
+    """Return a function that runs a command in this process, without Ray: (status, stderr)."""
 
     def type_(script: str, *words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [script, *words])
@@ -480,7 +479,7 @@ def typed(monkeypatch, capsys):
         ),
     ],
 )
-def test_mistakes_are_a_line_each_with_status_2_and_nothing_written(
+def test_each_user_error_is_one_line_with_status_2_and_writes_nothing(
     typed, tiny_corpus, tmp_path, words, says
 ):
     status, text = typed("sweep.py", *command(tmp_path / "storage", tiny_corpus, *words)[2:])
@@ -491,7 +490,7 @@ def test_mistakes_are_a_line_each_with_status_2_and_nothing_written(
     assert not (tmp_path / "storage").exists()
 
 
-def test_train_refuses_a_sweeps_file_and_says_what_runs_it(typed, tmp_path):
+def test_train_refuses_sweep_file(typed, tmp_path):
     file = tmp_path / "peaks.yaml"
     file.write_text("sweep:\n  grid:\n    schedule.max_lr: [1e-3, 2e-3]\n")
     status, text = typed("train.py", str(file), f"storage={tmp_path / 'storage'}")
@@ -500,7 +499,7 @@ def test_train_refuses_a_sweeps_file_and_says_what_runs_it(typed, tmp_path):
     assert not (tmp_path / "storage").exists()
 
 
-def test_more_than_the_cluster_has_is_refused_before_anything_runs(ray_head, tiny_corpus, tmp_path):
+def test_request_beyond_the_cluster_is_refused_before_training(ray_head, tiny_corpus, tmp_path):
     words = [*space(), "compute.num_workers=4", "compute.cpus_per_worker=64"]
     done = run(ray_head, tmp_path / "storage", tiny_corpus, *words, status=2)
     assert "found 4 CPU(s)" in done.stderr

@@ -1,4 +1,4 @@
-"""`pipelines/train.py` as a person runs it, on a real cluster: real workers, real kills, one run to the last bit."""
+"""`pipelines/train.py` on a real cluster: killed runs equal undisturbed ones bit for bit."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from tests.helpers.small_run import (
 )
 
 
-def test_the_end_says_where_everything_is_and_what_comes_next(golden):
+def test_output_and_summary_of_a_finished_run(golden):
     run_dir, text = golden
     facts = summary(run_dir)
     assert facts["status"] == "FINISHED"
@@ -54,7 +54,7 @@ def test_the_end_says_where_everything_is_and_what_comes_next(golden):
         assert words in text
 
 
-def test_the_run_is_one_finished_run_in_mlflow_with_every_point_once(golden):
+def test_mlflow_has_one_finished_run_with_each_point_once(golden):
     run_dir, _ = golden
     with sqlite3.connect(run_dir.parent / "mlflow" / "mlflow.db") as db:
         runs = db.execute("select run_uuid, status from runs").fetchall()
@@ -65,8 +65,8 @@ def test_the_run_is_one_finished_run_in_mlflow_with_every_point_once(golden):
     assert points == [(r["step"], r["train/loss"]) for r in curve(run_dir) if "train/loss" in r]
 
 
-# A worker whose end deadlocks with the interpreter in its hands, as torch's process group can, not at will: here it sleeps so,
-# once it has said that it is done. Ray itself would wait for an answer of it for ten minutes.
+# torch's process group can deadlock at the end of a worker while it holds the GIL. This hook sleeps
+# in the same way after the worker has reported its end. Ray would wait for it for ten minutes.
 STICK = """
 import sys, threading, time
 def stick():
@@ -78,13 +78,13 @@ def stick():
     def close_and_sleep(self, *args):
         close(self, *args)
         pathlib.Path(__file__).with_name(f"slept-{self.rank}").touch()
-        ctypes.PyDLL(None).sleep(3600)  # PyDLL keeps the interpreter's lock
+        ctypes.PyDLL(None).sleep(3600)  # PyDLL keeps the GIL
     dog.close = close_and_sleep
 threading.Thread(target=stick, daemon=True).start()
 """
 
 
-def test_a_dead_worker_is_restarted_two_workers_equal_one_and_are_ended_where_they_do_not_end(
+def test_dead_worker_is_restarted_and_two_workers_equal_one(
     golden, ray_head, tiny_corpus, tiny_dataset, tmp_path
 ):
     hook = tmp_path / "hook"
@@ -92,7 +92,7 @@ def test_a_dead_worker_is_restarted_two_workers_equal_one_and_are_ended_where_th
     (hook / "sitecustomize.py").write_text(STICK)
     job = {
         "runtime_env": {"env_vars": {"PYTHONPATH": f"{hook}{os.pathsep}{REPO}"}}
-    }  # of a job, which its workers have
+    }  # workers inherit the runtime environment of a job
     process = begin(
         ray_head,
         tmp_path,
@@ -111,16 +111,16 @@ def test_a_dead_worker_is_restarted_two_workers_equal_one_and_are_ended_where_th
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
     assert len((tmp_path / "small" / "attempts.jsonl").read_text().splitlines()) == 2, (
-        "nothing was restarted"
+        "no worker was restarted"
     )
     assert sorted(p.name for p in hook.glob("slept-*")) == ["slept-0", "slept-1"], (
-        "no worker was kept from its end"
+        "the hook did not run"
     )
     assert curve(tmp_path / "small") == curve(golden[0])
     assert summary(tmp_path / "small")["weights_sha256"] == summary(golden[0])["weights_sha256"]
 
 
-def test_a_killed_driver_on_two_workers_and_the_same_command_on_one_equal_never_killed(
+def test_driver_killed_on_two_workers_and_resumed_on_one_equals_undisturbed_run(
     golden, ray_head, tiny_corpus, tmp_path
 ):
     process = begin(ray_head, tmp_path, tiny_corpus, "compute.num_workers=2")
@@ -133,7 +133,7 @@ def test_a_killed_driver_on_two_workers_and_the_same_command_on_one_equal_never_
     again = run(ray_head, tmp_path, tiny_corpus, "compute.num_workers=1")
     assert "resuming small from step" in again.stdout
     assert "estimated" not in summary(tmp_path / "small"), (
-        "a part of a run is compared with the whole"
+        "the estimate of a whole run was compared with a part of it"
     )
     assert curve(tmp_path / "small") == curve(golden[0])
     assert summary(tmp_path / "small")["weights_sha256"] == summary(golden[0])["weights_sha256"]
@@ -145,7 +145,7 @@ def test_a_killed_driver_on_two_workers_and_the_same_command_on_one_equal_never_
     assert points == [(r["step"], 1) for r in curve(golden[0]) if "train/loss" in r]
 
 
-def test_ctrl_c_ends_as_killed_with_130_and_a_valid_checkpoint(
+def test_ctrl_c_ends_with_status_130_and_a_valid_checkpoint(
     ray_head, tiny_corpus, tiny_dataset, tmp_path
 ):
     process = begin(ray_head, tmp_path, tiny_corpus, f"data.dir={tiny_dataset}")
@@ -157,7 +157,7 @@ def test_ctrl_c_ends_as_killed_with_130_and_a_valid_checkpoint(
     assert checkpoint.latest_valid(tmp_path / "small" / "checkpoints") is not None
 
 
-def test_a_finished_run_prints_its_summary_again_and_another_experiment_is_refused(
+def test_finished_run_prints_summary_again_and_other_experiment_is_refused(
     golden, ray_head, tiny_corpus
 ):
     run_dir, _ = golden
@@ -171,15 +171,15 @@ def test_a_finished_run_prints_its_summary_again_and_another_experiment_is_refus
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_second_job_sigterm_and_a_rank_that_hangs(
+def test_second_job_is_refused_sigterm_stops_and_hanging_rank_is_restarted(
     golden, ray_head, tiny_corpus, tiny_dataset, tmp_path
 ):
-    """The job is refused, the signal costs no step, the rank is named and its group starts again."""
+    """The second job is refused, SIGTERM loses no step, the hanging rank is named and restarted."""
     run_dir, words = tmp_path / "small", [f"data.dir={tiny_dataset}", "compute.num_workers=2"]
     process = begin(ray_head, tmp_path, tiny_corpus, *words, "train.checkpoint_interval=40")
     assert (
         process.stdout.readline() == "starting Ray …\n"
-    )  # it holds the run, and will not train for some seconds
+    )  # the run is locked; training starts some seconds later
     second = subprocess.run(
         command(tmp_path, tiny_corpus, *words),
         env=ray_head.env,
@@ -205,7 +205,7 @@ def test_a_second_job_sigterm_and_a_rank_that_hangs(
     assert stopped["step"] >= logged(run_dir), "a logged step was lost"
 
     process = begin(ray_head, tmp_path, tiny_corpus, *words, "compute.hang_after_s=2")
-    # Far from a checkpoint, behind which more time is given.
+    # Not shortly after a checkpoint, when the limit is higher.
     victim = wait_for(
         lambda: next(
             (
@@ -233,8 +233,8 @@ def test_a_second_job_sigterm_and_a_rank_that_hangs(
     )
 
 
-def test_the_run_is_held_and_sigterm_is_heard_while_ray_starts(tiny_corpus, tmp_path):
-    """A Ray of one's own, which takes seconds to start and puts handlers of its own in place."""
+def test_run_is_locked_and_sigterm_works_while_ray_starts(tiny_corpus, tmp_path):
+    """A local Ray needs seconds to start and installs its own signal handlers."""
     head = SimpleNamespace(env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"})
     process = begin(head, tmp_path, tiny_corpus)
     assert process.stdout.readline() == "starting Ray …\n"
@@ -247,7 +247,7 @@ def test_the_run_is_held_and_sigterm_is_heard_while_ray_starts(tiny_corpus, tmp_
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, out + err
     assert err == "terminated before it began; run the same command again\n"
-    assert os.listdir(tmp_path) == [], "it left something where it made nothing"
+    assert os.listdir(tmp_path) == [], "it left files behind"
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_the_run_is_held_and_sigterm_is_heard_while_ray_starts(tiny_corpus, tmp_
         ("compute.num_workers=4 compute.cpus_per_worker=64", "found 4 CPU(s)"),
     ],
 )
-def test_a_mistake_is_one_line_with_status_2_and_nothing_written(
+def test_user_error_is_one_line_with_status_2_and_writes_nothing(
     ray_head, tiny_corpus, tmp_path, override, words
 ):
     done = run(ray_head, tmp_path / "storage", tiny_corpus, *override.split(), status=2)
@@ -282,7 +282,7 @@ def test_a_mistake_is_one_line_with_status_2_and_nothing_written(
         ({"RAY_ADDRESS": "127.0.0.1:1"}, "no cluster answers at 127.0.0.1:1"),
     ],
 )
-def test_an_environment_that_leads_nowhere_is_one_line_with_status_2(
+def test_wrong_environment_variable_is_one_line_with_status_2(
     tmp_path, tiny_corpus, variables, words
 ):
     argv = [w for w in command(tmp_path / "storage", tiny_corpus) if not w.startswith("storage=")]
@@ -294,7 +294,7 @@ def test_an_environment_that_leads_nowhere_is_one_line_with_status_2(
     assert not (tmp_path / "storage").exists()
 
 
-def test_the_dry_run_counts_and_writes_nothing(tmp_path, tiny_corpus):
+def test_dry_run_prints_estimates_and_writes_nothing(tmp_path, tiny_corpus):
     words = [*command(tmp_path / "storage", tiny_corpus), "--dry-run"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
     for text in (
@@ -313,9 +313,7 @@ def cached(folder: Path) -> dict[str, int]:
     }
 
 
-def test_what_the_dry_run_expects_the_run_expects_too_and_is_compared_with(
-    ray_head, tiny_corpus, tmp_path
-):
+def test_run_uses_and_reports_the_estimate_of_the_dry_run(ray_head, tiny_corpus, tmp_path):
     words = command(
         tmp_path / "storage",
         tiny_corpus,

@@ -1,4 +1,4 @@
-"""What a cluster does to its nodes, on two of them: one is drained while the run trains there, on the other memory runs low."""
+"""A run on two nodes: one is drained during training, the other runs low on memory."""
 
 import json
 import mmap
@@ -23,18 +23,19 @@ WORDS = [
     "train.checkpoint_interval=600",
     "compute.num_workers=1",
 ]
-# From what is in use when the node begins to where its monitor kills: more than other tests begin to use meanwhile.
+# Memory between the use at the start of the node and the limit of its monitor. It must be more than
+# other tests start to use meanwhile.
 SPARE_BYTES = 7 * 2**30
 
 
 @pytest.fixture
 def head(tmp_path_factory):
-    """Without CPUs, so that workers run on the nodes that a test adds."""
+    """A head without CPUs, so that workers run on the nodes that a test adds."""
     with cluster.head(tmp_path_factory.mktemp("nodes"), cpus=0) as head:
         yield head
 
 
-def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_happened(
+def test_run_survives_drained_node_and_low_memory_bit_for_bit(
     head, tiny_corpus, tiny_dataset, tmp_path
 ):
     if memory.available_bytes() < SPARE_BYTES + 5 * 2**30:
@@ -86,7 +87,7 @@ def test_one_node_is_drained_and_one_starved_and_the_run_is_as_if_nothing_had_ha
 
 
 def undisturbed(words: list[str], run_dir: Path, data_dir: Path) -> subprocess.Popen:
-    """The run that a command asks for, in a process of its own, without Ray."""
+    """Train the run of a command in a separate process, without Ray."""
     run_dir.mkdir()
     job = {
         "file": words[2],
@@ -102,7 +103,7 @@ def undisturbed(words: list[str], run_dir: Path, data_dir: Path) -> subprocess.P
 
 
 def drain(head, node: str) -> None:
-    """As an autoscaler does where a spot machine is taken back, and `ray drain-node`."""
+    """Drain a node, as an autoscaler or `ray drain-node` does."""
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 

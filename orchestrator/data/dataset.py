@@ -19,13 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from orchestrator.data.tokenizer import TokenizerFacts
+from orchestrator.data.tokenizer import TOKENIZER_FILE, TokenizerFacts
 from orchestrator.errors import UserError
 from orchestrator.files import file_sha256, fsync, write_atomically
 
 FILE = "manifest.json"
 FORMAT = 2
-TOKENIZER_FILE = "tokenizer.json"
 INDEX_FILE = "documents.parquet"
 ROW_TOKENS = 1024  # W: tokens in one row of a shard
 
@@ -72,7 +71,7 @@ class ManifestContent(TypedDict):
 
     dtype: str
     settings: dict[str, Any]
-    splits: dict[str, dict[str, Any]]  # the fields of `Split`
+    splits: dict[str, Split]
     sources: list[SourceFile]
     tokenizer: TokenizerFacts
 
@@ -170,11 +169,11 @@ def _split(stored: Mapping[str, Any]) -> Split:
 
 
 def _text(raw: Mapping[str, Any]) -> bytes:
-    return (json.dumps(raw, indent=1, sort_keys=True) + "\n").encode()
+    return (json.dumps(raw, indent=1, sort_keys=True, default=vars) + "\n").encode()
 
 
 def _digest(raw: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(raw, sort_keys=True, default=vars).encode()).hexdigest()
 
 
 # ---- files of a dataset ----

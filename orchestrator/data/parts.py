@@ -10,7 +10,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypedDict
@@ -24,7 +24,6 @@ from orchestrator.files import file_sha256, replacement, write_atomically
 
 SPLITS = ("train", "val")
 _BLOCK = 1 << 20
-
 
 Index = list[tuple[str, int]]  # document, its first token in the part
 Slice = tuple[str, int, int]  # part file, first token, number of tokens
@@ -63,18 +62,11 @@ def find_complete(folder: Path, chunk: int) -> dict[str, PartFacts] | None:
 
 @dataclass
 class Part:
-    """The ids of one split of a chunk, in memory.
-
-    Attributes:
-        arrays: The ids.
-        tokens: Their number.
-        bytes: UTF-8 bytes of their text.
-        index: The documents that begin in it.
-    """
+    """The ids of one split of a chunk, in memory."""
 
     arrays: list[np.ndarray] = field(default_factory=list)
     tokens: int = 0
-    bytes: int = 0
+    bytes: int = 0  # of UTF-8 text
     index: Index = field(default_factory=list)
 
     def add(self, ids: np.ndarray) -> None:
@@ -171,18 +163,14 @@ class Parts:
         return digest.hexdigest()
 
 
-def write_slices(path: str, dtype: str, slices: list[Slice]) -> dict[str, Any]:
-    """Write slices of part files as one shard, which is complete or not there.
-
-    Returns:
-        The fields of a `Shard`.
-    """
+def write_slices(path: str, dtype: str, slices: list[Slice]) -> Shard:
+    """Write slices of part files as one shard, which is complete or not there."""
     file = Path(path)
     kind = np.dtype(dtype)
     with replacement(file) as temporary:
         rows = write_shard(temporary, kind, _row_groups(slices, kind))
     tokens = sum(count for _, _, count in slices)
-    return asdict(Shard(file.name, rows, tokens, file_sha256(file)))
+    return Shard(file.name, rows, tokens, file_sha256(file))
 
 
 def _row_groups(slices: list[Slice], dtype: np.dtype) -> Iterator[np.ndarray]:

@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +125,8 @@ class _Preparation:
 
         # The characters are counted if the split or the tokenizer depends on them.
         learn = kind_of(self.data.tokenizer).learn
-        jobs = tasks.survey_jobs(chunks, self.data.split == "tail" or learn is not None)
+        count = self.data.split == "tail" or learn is not None
+        jobs: list[Job] = [{"spans": spans, "count_characters": count} for spans in chunks]
         surveys = self._map("reading", tasks.survey, jobs, sizes)
         source_files = tasks.source_files(sources, surveys)
         if learn is None:
@@ -147,7 +148,7 @@ class _Preparation:
             {
                 "dtype": tokenizer.dtype.name,
                 "settings": settings_of(self.data),
-                "splits": {name: asdict(split) for name, split in splits.items()},
+                "splits": splits,
                 "sources": source_files,
                 "tokenizer": tokenizer.facts(),
             },
@@ -167,11 +168,12 @@ class _Preparation:
         """Return the results of a task for each job, in order; `sizes` are the bytes of the jobs."""
         results = [None] * len(jobs)
         done = 0
-        self.progress(stage, done, sum(sizes))
+        total = sum(sizes)
+        self.progress(stage, done, total)
         for number, result in self.ray_tasks.map(task, jobs):
             results[number] = result
             done += sizes[number]
-            self.progress(stage, done, sum(sizes))
+            self.progress(stage, done, total)
         return results
 
     def _tokenize(
@@ -183,7 +185,7 @@ class _Preparation:
     ) -> Parts:
         """Write the part files, in a folder whose name depends on all that decides them."""
         jobs = tasks.tokenize_jobs(chunks, surveys, self.data)
-        content = json.dumps([settings_of(self.data), tokenizer.sha256, jobs, surveys])
+        content = _to_json([settings_of(self.data), tokenizer.sha256, jobs, surveys])
         folder = self.directory / WORK / hashlib.sha256(content.encode()).hexdigest()[:16]
         folder.mkdir(exist_ok=True)
         task = functools.partial(
@@ -202,8 +204,7 @@ class _Preparation:
         if empty:
             raise UserError(
                 f"data.split: {self.data.split} with data.val_fraction={self.data.val_fraction} "
-                f"leaves {' and '.join(empty)} without a token; use another fraction, another split "
-                "or more text"
+                f"leaves {' and '.join(empty)} without a token; use another split or more text"
             )
         jobs = {
             split: parts.shard_jobs(split, self.directory, self.shard_rows, dtype)
@@ -259,7 +260,7 @@ class RayTasks:
         Raises:
             UserError: A task raised it, or a file of the corpus cannot be opened.
         """
-        rows = [{"job": json.dumps([number, job])} for number, job in enumerate(jobs)]
+        rows = [{"job": _to_json([number, job])} for number, job in enumerate(jobs)]
         run = functools.partial(_run_job, task, os.environ.get("TIKTOKEN_CACHE_DIR"))
         for row in self.run_rows(run, rows):
             number, result, error = json.loads(row["result"])
@@ -294,4 +295,8 @@ def _run_job(
     except (UserError, PermissionError, FileNotFoundError) as raised:
         # Returned, not raised: Ray wraps exceptions and runs some tasks again.
         error = str(raised)
-    return {"result": json.dumps([number, result, error])}
+    return {"result": _to_json([number, result, error])}
+
+
+def _to_json(content: list[Any]) -> str:
+    return json.dumps(content, default=vars)  # dataclasses become dicts

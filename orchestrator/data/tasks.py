@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
@@ -28,8 +28,8 @@ from orchestrator.redact import redact_text
 if TYPE_CHECKING:
     from orchestrator.config.experiment import Data
 
+Job = dict[str, Any]  # the arguments of one task; a dataclass arrives there as a dict
 SpanJson = dict[str, Any]  # the fields of `Span`
-Job = dict[str, Any]  # the arguments of one task
 
 
 def plan_chunks(sources: list[Source], chunk_bytes: int, data: "Data") -> list[list[Span]]:
@@ -70,19 +70,11 @@ class Survey(TypedDict):
     seen: str  # the characters that occur
 
 
-def survey_jobs(chunks: list[list[Span]], count_characters: bool) -> list[Job]:
-    """Return the arguments of `survey` for each chunk."""
-    return [
-        {"spans": [asdict(span) for span in spans], "count_characters": count_characters}
-        for spans in chunks
-    ]
-
-
 def survey(spans: list[SpanJson], count_characters: bool) -> Survey:
     """Hash the files that begin in a chunk, and count its characters."""
-    chunk = _from_json(spans)
+    chunk = [Span(**span) for span in spans]
     hashes = {span.path: file_sha256(span.path) for span in chunk if span.start == 0}
-    characters, seen = count(chunk) if count_characters else (0, set())
+    characters, seen = count(chunk if count_characters else [])
     return {"sha256": hashes, "characters": characters, "seen": "".join(sorted(seen))}
 
 
@@ -116,10 +108,6 @@ def source_files(sources: list[Source], surveys: list[Survey]) -> list[SourceFil
     return found
 
 
-def _from_json(spans: list[SpanJson]) -> list[Span]:
-    return [Span(**span) for span in spans]
-
-
 # ---- tokenize ----
 
 
@@ -136,7 +124,7 @@ def tokenize_jobs(chunks: list[list[Span]], surveys: list[Survey], data: "Data")
     return [
         {
             "chunk": i,
-            "spans": [asdict(span) for span in spans],
+            "spans": spans,
             "train_characters": cut - before[i] if data.split == "tail" else None,
             "val_files": [span.path for span in spans if span.path in val_files],
         }
@@ -179,7 +167,9 @@ def tokenize(
         return facts
     encoder = _tokenizer(*tokenizer, dataset)
     made = {split: Part() for split in SPLITS}
-    for split, piece, begins in _split_pieces(spans, train_characters, val_files, val_fraction):
+    chunk_spans = [Span(**span) for span in spans]
+    pieces = _split_pieces(chunk_spans, train_characters, val_files, val_fraction)
+    for split, piece, begins in pieces:
         part = made[split]
         if begins:
             part.index.append((piece.document, part.tokens))
@@ -225,13 +215,13 @@ def is_val(content_sha256: str, val_fraction: float) -> bool:
 
 
 def _split_pieces(
-    spans: list[SpanJson],
+    spans: list[Span],
     train_characters: int | None,
     val_files: list[str],
     val_fraction: float,
 ) -> Iterator[tuple[str, Piece, bool]]:
-    """Return split and piece, and whether a document or the val part of one begins with it."""
-    for span in _from_json(spans):
+    """Yield split and piece, and whether a document or the val part of one begins with it."""
+    for span in spans:
         one_document = reader_of(span.name).one_document
         for piece in read_pieces(span):
             if train_characters is not None:
@@ -242,15 +232,16 @@ def _split_pieces(
                 val = span.path in val_files
             else:
                 val = is_val(hashlib.sha256(piece.text.encode()).hexdigest(), val_fraction)
-            yield SPLITS[val], piece, piece.starts
+            yield "val" if val else "train", piece, piece.starts
 
 
 def _cut(piece: Piece, cut: int) -> Iterator[tuple[str, Piece, bool]]:
     """Cut a piece after `cut` characters. The end of a document follows its last character."""
     text = piece.text
     if not text and not piece.starts:
-        # The empty rest of a document whose last character is just before the cut stays in train.
-        yield SPLITS[cut < 0], piece, False
+        # The empty rest of a document. It belongs to the split of the document's last character,
+        # which is train if the document ends exactly at the cut.
+        yield "val" if cut < 0 else "train", piece, False
     elif cut <= 0:
         yield "val", piece, piece.starts or cut == 0
     elif cut >= len(text):

@@ -21,7 +21,7 @@ import numpy as np
 from orchestrator.errors import UserError
 from orchestrator.files import read_json, write_atomically
 
-FILE = "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
 
 
 class TokenizerFacts(TypedDict, total=False):
@@ -99,7 +99,7 @@ class Tokenizer:
     def save(self, directory: Path) -> None:
         """Write `tokenizer.json` into `directory`."""
         text = json.dumps(self.stored(), indent=1, ensure_ascii=False) + "\n"
-        write_atomically(Path(directory) / FILE, text, durable=True)
+        write_atomically(Path(directory) / TOKENIZER_FILE, text, durable=True)
 
 
 class ByteTokenizer(Tokenizer):
@@ -178,7 +178,6 @@ class TiktokenTokenizer(Tokenizer):
 
 # ---- the table of tokenizers ----
 
-
 Stored = Mapping[str, Any]  # content of tokenizer.json
 
 
@@ -200,7 +199,8 @@ class TokenizerKind:
 def _load_characters(_name: str, stored: Stored | None) -> Tokenizer:
     if stored is None:
         raise UserError(
-            f"data.tokenizer: char takes its characters from a prepared corpus; there is no {FILE}"
+            f"data.tokenizer: char takes its characters from a prepared corpus; there is no "
+            f"{TOKENIZER_FILE}"
         )
     return CharacterTokenizer(stored["characters"])
 
@@ -238,11 +238,7 @@ TOKENIZERS: dict[str, TokenizerKind] = {
 
 
 def kind_of(name: str) -> TokenizerKind:
-    """Return the entry of `TOKENIZERS`.
-
-    Raises:
-        UserError: There is none of that name.
-    """
+    """Return the entry of `TOKENIZERS`. An unknown name is a UserError."""
     if name not in TOKENIZERS:
         near = difflib.get_close_matches(name, TOKENIZERS, 3, 0.4)
         hint = f"use one of {', '.join(TOKENIZERS)}"
@@ -263,25 +259,25 @@ def load_tokenizer(name: str, directory: Path | None = None) -> Tokenizer:
         UserError: The name is unknown, the ranks cannot be downloaded, or the folder has another
             tokenizer.
     """
-    stored = None if directory is None else read_json(Path(directory) / FILE)
+    stored = None if directory is None else read_json(Path(directory) / TOKENIZER_FILE)
     if stored is None:
         return kind_of(name).load(name, None)
-    if stored.get("name") != name:
+    made_with = stored.get("name")
+    if made_with != name:
         raise UserError(
-            f"{directory}: made with tokenizer {stored.get('name')!r:.60}, not '{name}'; set "
-            "data.tokenizer to that, or another data.dir"
+            f"{directory}: made with tokenizer {made_with!r:.60}, not '{name}'; set data.tokenizer "
+            "to that, or another data.dir"
         )
     try:
         tokenizer = kind_of(name).load(name, stored)
     except (KeyError, TypeError, UnicodeError):
         raise UserError(
-            f"{directory}: {FILE} is not one of this program; prepare the dataset again"
+            f"{directory}: {TOKENIZER_FILE} is not one of this program; prepare the dataset again"
         ) from None
     if stored.get("sha256") != tokenizer.sha256:
         raise UserError(
-            f"{directory}: its ids were made with another '{name}' than this one (SHA-256 of ranks "
-            f"and pattern {stored.get('sha256')!r:.16}, here {tokenizer.sha256[:12]}; another "
-            "version of tiktoken?)"
+            f"{directory}: its ids were made with another '{name}' than this one; its ranks or its "
+            "pattern have another SHA-256 (another version of tiktoken?)"
         )
     return tokenizer
 

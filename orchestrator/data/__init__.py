@@ -1,9 +1,9 @@
 """From a corpus to token shards, and from token shards to batches.
 
-Prepare: `prepare.prepare` makes the dataset of a `data` section, or finds it. `prepared.dataset_dir`
-is its folder, `prepared.find_prepared` looks without preparing, and `estimate.estimate_tokens`
-estimates its size. `corpus.py` lists the files, `documents.py` reads them, `tokenizer.py` encodes
-them, `tasks.py` and `parts.py` do the work on any node.
+Prepare: `prepare.prepare` makes the dataset of a `data` section, or finds it.
+`prepared.dataset_dir` is its folder, `prepared.find_prepared` looks without preparing, and
+`estimate.estimate_tokens` estimates its size. `corpus.py` lists the files, `documents.py` reads
+them, `tokenizer.py` encodes them, `tasks.py` and `parts.py` do the work on any node.
 
 Train: `dataset.load_manifest` reads a dataset. `batches.TokenStream`, `Batches` and `EvalBatches`
 read its tokens, in the order of `order.py`; `batches.Prefetcher` reads ahead.

@@ -147,8 +147,8 @@ class EvalBatches:
         self.tokens = min(tokens or stream.tokens, stream.tokens)
         if self.tokens < 2:
             raise UserError(
-                f"{stream.directory}: {stream.split} has {self.tokens} token(s), and a loss needs 2; "
-                "use more text or another data.val_fraction"
+                f"{stream.directory}: {stream.split} has {self.tokens} token(s), and a loss needs "
+                "2; use more text or another data.val_fraction"
             )
         self.windows = -(-(self.tokens - 1) // block_size)  # rounded up
 

@@ -184,8 +184,8 @@ def _resolve_url(entry: str) -> Source:
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
     if match is None:
         raise UserError(
-            f"data.corpus: '{redact_text(entry)}' needs its SHA-256, so that everyone trains on the "
-            f"same text: {redact_text(url)}#sha256=HEX, where `curl -L URL | sha256sum` prints HEX"
+            f"data.corpus: '{redact_text(entry)}' needs its SHA-256, so that everyone trains on "
+            f"the same text: {redact_text(url)}#sha256=HEX, where `curl -L URL | sha256sum` prints HEX"
         )
     sha256 = match[1].lower()
     name = _url_name(url)

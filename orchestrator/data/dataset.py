@@ -118,7 +118,8 @@ def load_manifest(directory: Path) -> Manifest:
         ) from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{file}: cannot be read as a manifest ({error}); delete the folder and prepare it again"
+            f"{file}: cannot be read as a manifest ({error}); delete the folder and prepare it "
+            "again"
         ) from None
     if version != FORMAT:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of seed and position, so that all workers and restarts agree.
+"""The order of samples: a pure function of seed and position, the same on all workers.
 
 Notation: N tokens of a split, T block_size. A window has T + 1 tokens and windows have stride T, so
 an epoch has (N − T) div T windows. Position p, counted over all epochs, is window p mod windows of
@@ -29,8 +29,8 @@ def windows_per_epoch(n_tokens: int, block_size: int) -> int:
     """
     if n_tokens < 2 * block_size:
         raise UserError(
-            f"model.block_size: {block_size} needs at least {2 * block_size} tokens of train, there "
-            f"are {n_tokens}; use a smaller one or more text"
+            f"model.block_size: {block_size} needs at least {2 * block_size} tokens of train, "
+            f"there are {n_tokens}; use a smaller one or more text"
         )
     return (n_tokens - block_size) // block_size
 

@@ -1,4 +1,4 @@
-"""Prepare a dataset: token shards, `documents.parquet`, `tokenizer.json` and, last, `manifest.json`.
+"""Prepare a dataset: token shards, `documents.parquet`, `tokenizer.json` and `manifest.json`.
 
 Read `_Preparation.run` first. The corpus is cut into chunks by a function of its sizes. Ray runs a
 task for each chunk, which writes part files and returns only counts: tokens never enter Ray's
@@ -76,14 +76,13 @@ def prepare(
     if kind_of(data.tokenizer).learn is None:
         load_tokenizer(data.tokenizer)
     directory.mkdir(parents=True, exist_ok=True)
+    shown = progress or ProgressLine()
     with _lock(directory):
         found = find_prepared(data, directory)
         if found is not None:
             return found
-        with RayTasks() as ray_tasks:
-            preparation = _Preparation(
-                data, directory, ray_tasks, progress or ProgressLine(), chunk_bytes, shard_rows
-            )
+        with RayTasks() as ray:
+            preparation = _Preparation(data, directory, ray, shown, chunk_bytes, shard_rows)
             try:
                 return preparation.run()
             except UserError:
@@ -116,9 +115,8 @@ class _Preparation:
     def run(self) -> Manifest:
         work = self.directory / WORK
         work.mkdir(exist_ok=True)
-        sources = [
-            corpus.fetch(source, work, self.progress) for source in corpus.resolve(self.data.corpus)
-        ]
+        found = corpus.resolve(self.data.corpus)
+        sources = [corpus.fetch(source, work, self.progress) for source in found]
         versions = [source.version() for source in sources]
         chunks = tasks.plan_chunks(sources, self._chunk_bytes(sources), self.data)
         sizes = [sum(span.end - span.start for span in spans) for spans in chunks]
@@ -165,7 +163,7 @@ class _Preparation:
     def _map(
         self, stage: str, task: Callable[..., Any], jobs: list[Job], sizes: list[int]
     ) -> list[Any]:
-        """Return the results of a task for each job, in order; `sizes` are the bytes of the jobs."""
+        """Return the result of a task for each job, in order; `sizes` are their bytes."""
         results = [None] * len(jobs)
         done = 0
         total = sum(sizes)
@@ -271,7 +269,7 @@ class RayTasks:
     def run_rows(
         self, run: Callable[[dict[str, str]], dict[str, str]], rows: list[dict[str, str]]
     ) -> Iterator[dict[str, str]]:
-        """Run a function of small rows in parallel."""
+        """Run a function of small rows on Ray Data, each on its own."""
         import ray.data
 
         context = ray.data.DataContext.get_current()
@@ -299,4 +297,4 @@ def _run_job(
 
 
 def _to_json(content: list[Any]) -> str:
-    return json.dumps(content, default=vars)  # dataclasses become dicts
+    return json.dumps(content, default=vars)  # vars: a dataclass becomes a dict

@@ -76,7 +76,8 @@ def map_shard(path: Path) -> list[np.ndarray]:
             or not 0 < header <= MAX_PAGE_HEADER
         ):
             raise UserError(
-                f"{path}: row group {i} is not one plain, uncompressed page; prepare the tokens again"
+                f"{path}: row group {i} is not one plain, uncompressed page; prepare the tokens "
+                "again"
             )
         # A plain ndarray over the mapping: slicing np.memmap itself takes twice as long per window.
         start = chunk.data_page_offset + header

@@ -164,8 +164,7 @@ class TiktokenTokenizer(Tokenizer):
             # As encode_ordinary, without a list of Python integers.
             ids = self.encoding.encode_to_numpy(text, disallowed_special=())
         except BaseException as error:
-            # The regular expressions overflow with a ValueError, or with a panic of Rust, which is
-            # not an Exception.
+            # An overflow is a ValueError, or a panic of Rust, which is not an Exception.
             panic = type(error).__name__ == "PanicException"
             if panic or (isinstance(error, ValueError) and "Regex" in str(error)):
                 raise UserError(
@@ -217,10 +216,10 @@ def _tiktoken(name: str) -> Tokenizer:
         return TiktokenTokenizer(tiktoken.get_encoding(name))
     except Exception as error:  # of the network, of the cache, or a wrong hash
         raise UserError(
-            f"data.tokenizer: the ranks of '{name}' are not on this machine and cannot be downloaded "
-            f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that holds them (filled "
-            f"by tiktoken.get_encoding('{name}') where there is a network; a damaged file is removed "
-            "from it), or use data.tokenizer=byte"
+            f"data.tokenizer: the ranks of '{name}' are not on this machine and cannot be "
+            f"downloaded ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that holds "
+            f"them (filled by tiktoken.get_encoding('{name}') where there is a network; a damaged "
+            "file is removed from it), or use data.tokenizer=byte"
         ) from error
 
 

@@ -185,7 +185,8 @@ def _resolve_url(entry: str) -> Source:
     if match is None:
         raise UserError(
             f"data.corpus: '{redact_text(entry)}' needs its SHA-256, so that everyone trains on "
-            f"the same text: {redact_text(url)}#sha256=HEX, where `curl -L URL | sha256sum` prints HEX"
+            f"the same text: {redact_text(url)}#sha256=HEX, where HEX is the output of "
+            "`curl -L URL | sha256sum`"
         )
     sha256 = match[1].lower()
     name = _url_name(url)

@@ -1,6 +1,6 @@
-"""Any corpus survives its preparation: its tokens decode to its text, document by document, and the counts add up.
+"""The tokens of any corpus decode to its text, document by document, and the counts are right.
 
-Most examples run the jobs in this process, in a shuffled order and cut anew each time; a few run them on Ray.
+Most examples run the tasks in this process, in random order; a few run them on Ray.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ INVALID = [
     b"\xef\xbb",
 ]
 TOKENIZERS = ["byte", "char", "gpt2"]
-# JSON has escapes for half surrogate pairs, which UTF-8 has not: Python's text holds them, and dumps writes them so.
+# JSON can escape one half of a surrogate pair; UTF-8 cannot encode it.
 HALVES = st.text(
     st.sampled_from([*'a"\\\n ', "\ud800", "\udc00", "\ude00", "\ud83d", "😀", "\0", "\ufeff"]),
     max_size=12,
@@ -78,7 +78,10 @@ relaxed = settings(deadline=None, suppress_health_check=list(HealthCheck), datab
 
 
 def written(folder: Path, files: list[tuple[str, bytes]]) -> list[str]:
-    """Write a corpus; its documents, as Python reads them: each U+FFFD for what is no UTF-8 or half a surrogate pair."""
+    """Write a corpus and return its documents, read by Python.
+
+    What is not UTF-8, and each half of a surrogate pair, is U+FFFD.
+    """
     documents = []
     for number, (kind, content) in enumerate(files):
         (folder / f"{number:04d}.{kind}").write_bytes(content)
@@ -119,14 +122,14 @@ def check(
     streams = {split: TokenStream(folder / "d", split) for split in ("train", "val")}
     ids = {split: np.array(stream.read(0, stream.tokens)) for split, stream in streams.items()}
     both = np.concatenate(list(ids.values()))
-    # Whole, and on either side of the cut.
+    # The whole text, on both sides of the cut.
     cut = len(whole) - -(-len(whole) // 2)
     plain = {
         split: tokenizer.decode(i for i in found.tolist() if i != tokenizer.eot_id)
         for split, found in ids.items()
     }
     assert plain == {"train": whole[:cut], "val": whole[cut:]}
-    # Document by document: the end-of-text id stands after each, and nowhere else.
+    # Document by document: the end-of-text id follows each, and is nowhere else.
     if tokenizer.eot_id is not None:
         ends = np.flatnonzero(both == tokenizer.eot_id)
         assert [
@@ -149,7 +152,7 @@ def check(
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_any_corpus_reads_back(gpt2_ranks, name):
+def test_any_corpus_decodes_to_its_text(gpt2_ranks, name):
     @relaxed
     @given(files=corpora, chunks=st.integers(1, 7))
     @example(files=[("txt", b"")], chunks=1)
@@ -173,24 +176,17 @@ def test_any_corpus_reads_back(gpt2_ranks, name):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_any_corpus_reads_back_from_ray(ray_cluster, gpt2_ranks, name):
-    @settings(relaxed, max_examples=3)
-    @given(
-        files=st.lists(st.tuples(st.just("txt"), blobs), min_size=20, max_size=40),
-        more=st.lists(lines, min_size=30, max_size=60).map(b"\n".join),
-    )
-    def reads_back(files, more):
-        with tempfile.TemporaryDirectory() as folder:
-            check(Path(folder), [*files, ("jsonl", more)], name, 400, contextlib.nullcontext)
-
-    reads_back()
+def test_odd_corpus_decodes_to_its_text_with_ray(ray_cluster, gpt2_ranks, tmp_path, name):
+    odd = [text.encode() for text in ODD]
+    both = [left + right for left, right in itertools.product(INVALID, odd)]
+    lines = [json.dumps({"text": text}).encode() for text in [*ODD, "\ud800", "a\ude00 \ud83d"]]
+    files = [*[("txt", content) for content in both], ("jsonl", b"\n".join(lines))]
+    check(tmp_path, files, name, 400, contextlib.nullcontext)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_long_runs_one_huge_and_many_tiny_documents_read_back_from_ray(
-    ray_cluster, gpt2_ranks, tmp_path, name
-):
-    """A run of one mark is one piece to tiktoken, whose time grows faster than it; and nowhere may it be cut."""
+def test_long_runs_huge_and_tiny_documents_decode_with_ray(ray_cluster, gpt2_ranks, tmp_path, name):
+    """A run of one mark is one match for tiktoken and cannot be cut."""
     huge = "".join(
         random.Random(0).choices(["word ", "中文。", "\r\n", "!?", "\0", "😀 "], k=200_000)
     )
@@ -207,7 +203,7 @@ def test_long_runs_one_huge_and_many_tiny_documents_read_back_from_ray(
 
 @relaxed
 @given(content=blobs, chunk_bytes=st.integers(1, 30))
-def test_what_is_no_utf8_is_replaced_alike_wherever_the_text_is_cut(content, chunk_bytes):
+def test_invalid_utf8_is_replaced_alike_wherever_the_text_is_cut(content, chunk_bytes):
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "t.txt"
         file.write_bytes(content)
@@ -219,8 +215,8 @@ def test_what_is_no_utf8_is_replaced_alike_wherever_the_text_is_cut(content, chu
 
 @relaxed
 @given(files=corpora)
-def test_unless_told_so_nothing_is_replaced(files):
-    """By default such a corpus is refused with the file's name and the byte; any other one gives the same streams."""
+def test_invalid_utf8_is_refused_by_default(files):
+    """Invalid UTF-8 is an error with file and byte; other text has the same tokens either way."""
     with tempfile.TemporaryDirectory() as folder, here():
         (Path(folder) / "c").mkdir()
         written(Path(folder) / "c", files)
@@ -245,7 +241,7 @@ def test_unless_told_so_nothing_is_replaced(files):
 
 
 @pytest.mark.parametrize("raw", [b"\xff", b"\xe4\xb8", b"\xed\xa0\x80"])
-def test_invalid_utf8_in_parquet_is_replaced_too(tmp_path, raw):
+def test_invalid_utf8_in_parquet_is_replaced(tmp_path, raw):
     import pyarrow as pa
     import pyarrow.parquet as pq
 

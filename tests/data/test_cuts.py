@@ -1,4 +1,7 @@
-"""Cut at safe places, the pieces of a text have the tokens of the whole: by brute force, on tiktoken's own engine."""
+"""The pieces of a text that is cut at safe places have the tokens of the whole text.
+
+Proved by brute force with tiktoken's own regular expressions.
+"""
 
 import io
 import itertools
@@ -15,8 +18,9 @@ from orchestrator.data.documents import SAFE, safe_cut
 from orchestrator.data.tokenizer import load_tokenizer
 
 PATTERNS = ["gpt2", "cl100k_base", "o200k_base"]
-# What the patterns tell apart: letters of both cases, a contraction, digits of two kinds, spaces, line ends, marks that
-# swallow line ends, a combining mark, an ideograph, the odd controls of Python's \s.
+# What the patterns distinguish: letters of both cases, a contraction, digits of two kinds, spaces,
+# line ends, marks that are matched together with line ends, a combining mark, an ideograph, and a
+# control character that only Python's \s matches.
 SYMBOLS = [
     "a",
     "L",
@@ -36,7 +40,9 @@ SYMBOLS = [
     "\x1c",
 ]
 LENGTH = 4
-NOT_SAFE = {  # rules that look right, and the patterns that show they are not: they must, or the test could not fail
+# Rules that look right, and the patterns for which they are wrong. If the test does not find that,
+# it finds nothing.
+NOT_SAFE = {
     r"(?= )": {"gpt2", "cl100k_base", "o200k_base"},
     r"(?<=\S)(?=\n)": {"cl100k_base", "o200k_base"},
     r"(?<=\n)(?=\S)": {"gpt2", "o200k_base"},
@@ -46,7 +52,10 @@ NOT_SAFE = {  # rules that look right, and the patterns that show they are not: 
 
 
 def encoding_of_pieces(name: str, monkeypatch) -> tiktoken.Encoding:
-    """The pattern of `name` with every string up to LENGTH symbols as one token: tokens are the pattern's pieces."""
+    """The pattern of `name`; every string of up to LENGTH symbols is one token.
+
+    The tokens of a text are then the matches of the pattern.
+    """
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})
     monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: {})
     ranks = {bytes([i]): i for i in range(256)}
@@ -77,11 +86,11 @@ def failures(rule: re.Pattern, tokens: dict[str, list[int]]) -> int:
     )
 
 
-def test_every_safe_cut_of_every_short_string_is_safe(exhaustive):
+def test_every_cut_of_every_short_string_is_safe(exhaustive):
     assert failures(SAFE, exhaustive[2]) == 0
 
 
-def test_rules_that_only_look_safe_are_found_out(exhaustive):
+def test_unsafe_rules_are_found(exhaustive):
     name, _, tokens = exhaustive
     for rule, where in NOT_SAFE.items():
         assert bool(failures(re.compile(rule), tokens)) == (name in where), rule
@@ -93,7 +102,7 @@ def test_rules_that_only_look_safe_are_found_out(exhaustive):
         max_size=80,
     )
 )
-def test_long_strings_of_odd_symbols(exhaustive, text):
+def test_cuts_of_long_strings_are_safe(exhaustive, text):
     encode = exhaustive[1].encode_ordinary
     at = [0, *(m.start() for m in SAFE.finditer(text)), len(text)]
     assert sum((encode(text[a:b]) for a, b in itertools.pairwise(at)), []) == encode(text)
@@ -103,7 +112,7 @@ def test_long_strings_of_odd_symbols(exhaustive, text):
     text=st.text(st.sampled_from("ab \n.1中😀\u0301'"), max_size=60),
     window=st.sampled_from([1, 5, 4096]),
 )
-def test_safe_cut_is_the_first_one_at_or_after_every_byte(text, window):
+def test_safe_cut_is_the_first_one_at_or_after_a_byte(text, window):
     data = text.encode()
     safe = [len(text[: m.start()].encode()) for m in SAFE.finditer(text) if m.start() > 0]
     with pytest.MonkeyPatch.context() as patch:
@@ -117,7 +126,7 @@ def test_safe_cut_is_the_first_one_at_or_after_every_byte(text, window):
 @pytest.mark.parametrize(
     "run", ["a" * 20000, "中" * 9000, " " * 20000, "😀" * 6000, "e\u0301" * 5000]
 )
-def test_a_run_without_a_cut_stays_whole(run):
+def test_run_without_a_cut_stays_whole(run):
     data = f"before {run} after".encode()
     position = len(data) // 2
     cut = safe_cut(io.BytesIO(data), position, len(data))
@@ -125,7 +134,7 @@ def test_a_run_without_a_cut_stays_whole(run):
     assert data[cut:].decode() in (" after", "")
 
 
-def test_real_text_with_real_ranks(gpt2_ranks, shakespeare):
+def test_cuts_of_real_text_are_safe(gpt2_ranks, shakespeare):
     text = shakespeare.read_text("utf-8")[:60000]
     data, encode = text.encode(), load_tokenizer("gpt2").encode
     at = [

@@ -1,4 +1,4 @@
-"""One changed byte of a dataset, anywhere, ends in the name of its file before a token of it is trained on."""
+"""One changed byte anywhere in a dataset is found, and its file named, before training starts."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def copy(tiny_dataset, tmp_path) -> Path:
 
 
 def read(folder: Path) -> None:
-    """What a worker opens, in its order, and what an inspection opens beside that."""
+    """Open what a worker opens, in its order, and then the index of documents."""
     found = load_manifest(folder)
     load_tokenizer(found.tokenizer["name"], folder)
     for split in found.splits:
@@ -61,7 +61,7 @@ def read(folder: Path) -> None:
 
 
 def refusal(act) -> str:
-    """What `act` was refused with, one line; nothing where it was not."""
+    """Return the message of the UserError that `act` raises; empty if it raises none."""
     try:
         act()
     except UserError as error:
@@ -70,7 +70,7 @@ def refusal(act) -> str:
 
 
 def damages(data: bytes, draw: random.Random) -> list[bytes]:
-    """Versions of `data` with one changed byte in each region, cut, lengthened and emptied."""
+    """Return `data` with one changed byte in each region, cut, longer, and empty."""
     places = {0, 1, len(data) // 2, len(data) - 2, len(data) - 1}
     places |= {
         draw.randrange(a, min(len(data), a + len(data) // 24 + 1))
@@ -83,12 +83,12 @@ def damages(data: bytes, draw: random.Random) -> list[bytes]:
     return [*found, data[:-1], data[: draw.randrange(len(data))], data[1:], data + b"\n", b""]
 
 
-def test_every_file_of_a_dataset_is_one_of_these(tiny_dataset):
+def test_dataset_has_these_files(tiny_dataset):
     assert {p.name for p in tiny_dataset.iterdir() if p.name != ".lock"} == set(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_one_changed_byte_anywhere_names_the_file(copy, name):
+def test_changed_byte_anywhere_names_the_file(copy, name):
     read(copy)
     file, seed = copy / name, random.randrange(2**32)
     whole, stat = file.read_bytes(), file.stat()
@@ -106,14 +106,14 @@ def test_one_changed_byte_anywhere_names_the_file(copy, name):
 
 
 @pytest.mark.parametrize("name", FILES[:-1])
-def test_a_missing_file_is_named(copy, name):
+def test_missing_file_is_named(copy, name):
     (copy / name).unlink()
     with pytest.raises(UserError, match=re.escape(str(copy / name))):
         read(copy)
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n != "documents.parquet"])
-def test_the_loop_ends_before_its_first_token(copy, tmp_path, name):
+def test_training_does_not_start(copy, tmp_path, name):
     file = copy / name
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -127,7 +127,7 @@ def test_the_loop_ends_before_its_first_token(copy, tmp_path, name):
     assert not any(f.read_text() for f in (tmp_path / "run").glob("metrics.jsonl"))
 
 
-def test_a_command_ends_in_one_line_and_status_2(ray_head, copy, tiny_corpus, tmp_path):
+def test_command_ends_in_one_line_and_status_2(ray_head, copy, tiny_corpus, tmp_path):
     file = copy / "manifest.json"
     data = bytearray(file.read_bytes())
     data[len(data) // 3] ^= 1
@@ -149,7 +149,7 @@ def test_a_command_ends_in_one_line_and_status_2(ray_head, copy, tiny_corpus, tm
     assert str(file) in line
 
 
-def test_the_manifest_is_its_text_and_not_only_its_content(copy):
+def test_other_text_of_the_same_manifest_is_refused(copy):
     file = copy / "manifest.json"
     raw = json.loads(file.read_bytes())
     for text in (
@@ -164,9 +164,7 @@ def test_the_manifest_is_its_text_and_not_only_its_content(copy):
             load_manifest(copy)
 
 
-def test_a_dataset_of_an_earlier_format_is_named_and_a_default_folder_made_anew(
-    copy, tiny_corpus, tmp_path, monkeypatch
-):
+def test_earlier_format_is_refused_and_has_another_folder(copy, tiny_corpus, tmp_path, monkeypatch):
     file = copy / "manifest.json"
     raw = json.loads(file.read_bytes())
     del raw["sha256"], raw["files"]
@@ -183,7 +181,7 @@ def test_a_dataset_of_an_earlier_format_is_named_and_a_default_folder_made_anew(
     assert dataset_dir(by_default, tmp_path) != now
 
 
-def test_ranks_with_one_changed_byte_are_named_and_not_used(gpt2_ranks, tmp_path, monkeypatch):
+def test_ranks_with_a_changed_byte_are_not_used(gpt2_ranks, tmp_path, monkeypatch):
     import tiktoken.load
     import tiktoken.registry
 

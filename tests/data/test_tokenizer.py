@@ -1,4 +1,4 @@
-"""Tokenizers: equal to their references, exact in bytes, and never mistaken for another one."""
+"""Tokenizers: equal to their references, exact in bytes, and never confused."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_bytes_are_utf8_and_read_back(text):
     assert byte.byte_lengths[ids].sum() == len(text.encode())
 
 
-def test_byte_has_an_end_of_text_beside_its_256():
+def test_byte_has_an_end_of_text():
     byte = load_tokenizer("byte")
     assert (byte.n_vocab, byte.eot_id, byte.byte_lengths[256], byte.dtype) == (
         257,
@@ -35,7 +35,7 @@ def test_byte_has_an_end_of_text_beside_its_256():
     assert byte.eot_id not in byte.encode(TRAP)
 
 
-def test_characters_are_those_of_nanogpt(shakespeare):
+def test_characters_equal_nanogpt(shakespeare):
     text = shakespeare.read_text("utf-8")
     chars = sorted(set(text))  # nanoGPT, data/shakespeare_char/prepare.py
     stoi = {c: i for i, c in enumerate(chars)}
@@ -52,13 +52,13 @@ def test_characters_read_back(text):
     assert char.n_vocab == len(set(text))
 
 
-def test_a_character_that_the_corpus_lacks_is_named():
+def test_unknown_character_is_named():
     with pytest.raises(UserError, match="'x'"):
         CharacterTokenizer("abc").encode("abxc")
 
 
 @pytest.mark.parametrize("text", [TRAP, "", " ", "Hello world", "\n\n\n  x"])
-def test_gpt2_is_tiktokens_ordinary_encoding(gpt2_ranks, text):
+def test_gpt2_equals_tiktoken(gpt2_ranks, text):
     import tiktoken
 
     ours, theirs = load_tokenizer("gpt2"), tiktoken.get_encoding("gpt2")
@@ -68,13 +68,13 @@ def test_gpt2_is_tiktokens_ordinary_encoding(gpt2_ranks, text):
     assert (ours.n_vocab, ours.eot_id, ours.byte_lengths[50256]) == (50257, 50256, 0)
 
 
-def test_half_characters_and_foreign_ids_decode_to_replacements(gpt2_ranks):
+def test_invalid_ids_decode_to_replacement_characters(gpt2_ranks):
     half = load_tokenizer("gpt2").encode("😀")[:1]
     assert load_tokenizer("gpt2").decode(half) == "\ufffd"
     assert load_tokenizer("byte").decode([104, 105, 300]) == "hi\ufffd"
 
 
-def test_sizes_known_without_a_download_are_tiktokens(monkeypatch):
+def test_vocabulary_sizes_equal_tiktoken(monkeypatch):
     from tiktoken_ext import openai_public
 
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {b"a": 0})
@@ -91,7 +91,7 @@ def test_sizes_known_without_a_download_are_tiktokens(monkeypatch):
 @pytest.mark.parametrize(
     "make", [lambda: load_tokenizer("byte"), lambda: CharacterTokenizer("hello\n")]
 )
-def test_a_saved_tokenizer_loads_as_itself(tmp_path, make):
+def test_saved_tokenizer_loads_as_itself(tmp_path, make):
     saved = make()
     saved.save(tmp_path)
     loaded = load_tokenizer(saved.name, tmp_path)
@@ -118,12 +118,12 @@ def test_another_tokenizer_than_the_stored_one_is_refused(tmp_path):
         ("zzzzz", "use one of byte, char, gpt2"),
     ],
 )
-def test_a_name_that_leads_nowhere_is_explained(name, says, tmp_path):
+def test_unknown_name_is_explained(name, says, tmp_path):
     with pytest.raises(UserError, match=says):
         load_tokenizer(name, tmp_path)
 
 
-def test_no_ranks_and_no_network_explains_the_cache(monkeypatch, tmp_path):
+def test_missing_ranks_explain_the_cache(monkeypatch, tmp_path):
     import tiktoken.load
     import tiktoken.registry
 

@@ -93,7 +93,7 @@ class Tokenizer:
         }
 
     def stored(self) -> dict[str, Any]:
-        """Return the content of `tokenizer.json`, from which `TokenizerKind.load` builds it."""
+        """Return the content of `tokenizer.json`."""
         return {**self.facts()}
 
     def save(self, directory: Path) -> None:
@@ -153,10 +153,9 @@ class TiktokenTokenizer(Tokenizer):
             tokens[rank] = token
         for text, i in special.items():
             tokens[i] = text.encode()
+        eot_id = special.get("<|endoftext|>")
         ids = frozenset(special.values())
-        super().__init__(
-            encoding.name, tokens, ids, special.get("<|endoftext|>"), encoding._pat_str
-        )
+        super().__init__(encoding.name, tokens, ids, eot_id, encoding._pat_str)
         self.encoding = encoding
 
     def encode(self, text: str) -> np.ndarray:
@@ -226,6 +225,7 @@ def _tiktoken(name: str) -> Tokenizer:
 TOKENIZERS: dict[str, TokenizerKind] = {
     "byte": TokenizerKind(lambda name, stored: ByteTokenizer(), 257),
     "char": TokenizerKind(_load_characters, learn=CharacterTokenizer),
+    # The sizes of tiktoken's encodings are for the dry run, which downloads nothing.
     "gpt2": TokenizerKind(_load_tiktoken, 50257),
     "r50k_base": TokenizerKind(_load_tiktoken, 50257),
     "p50k_base": TokenizerKind(_load_tiktoken, 50281),
@@ -238,13 +238,15 @@ TOKENIZERS: dict[str, TokenizerKind] = {
 
 def kind_of(name: str) -> TokenizerKind:
     """Return the entry of `TOKENIZERS`. An unknown name is a UserError."""
-    if name not in TOKENIZERS:
-        near = difflib.get_close_matches(name, TOKENIZERS, 3, 0.4)
-        hint = f"use one of {', '.join(TOKENIZERS)}"
-        if near:
-            hint = f"did you mean {' or '.join(near)}?"
-        raise UserError(f"data.tokenizer: '{name}' is unknown; {hint}")
-    return TOKENIZERS[name]
+    if name in TOKENIZERS:
+        return TOKENIZERS[name]
+    import tiktoken
+
+    if name in tiktoken.list_encoding_names():  # of a plugin or a later version of tiktoken
+        return TokenizerKind(_load_tiktoken)
+    near = difflib.get_close_matches(name, TOKENIZERS, 3, 0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(TOKENIZERS)}"
+    raise UserError(f"data.tokenizer: '{name}' is unknown; {hint}")
 
 
 def load_tokenizer(name: str, directory: Path | None = None) -> Tokenizer:
@@ -258,8 +260,8 @@ def load_tokenizer(name: str, directory: Path | None = None) -> Tokenizer:
         UserError: The name is unknown, the ranks cannot be downloaded, or the folder has another
             tokenizer.
     """
-    stored = None if directory is None else read_json(Path(directory) / TOKENIZER_FILE)
-    if stored is None:
+    stored = None if directory is None else read_json(directory / TOKENIZER_FILE)
+    if directory is None or stored is None:
         return kind_of(name).load(name, None)
     made_with = stored.get("name")
     if made_with != name:
@@ -270,9 +272,7 @@ def load_tokenizer(name: str, directory: Path | None = None) -> Tokenizer:
     try:
         tokenizer = kind_of(name).load(name, stored)
     except (KeyError, TypeError, UnicodeError):
-        raise UserError(
-            f"{directory}: {TOKENIZER_FILE} is not one of this program; prepare the dataset again"
-        ) from None
+        raise UserError(f"{directory / TOKENIZER_FILE}: damaged; prepare it again") from None
     if stored.get("sha256") != tokenizer.sha256:
         raise UserError(
             f"{directory}: its ids were made with another '{name}' than this one; its ranks or its "

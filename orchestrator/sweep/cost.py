@@ -25,7 +25,6 @@ from orchestrator.sweep.space.expand import Sweep
 from orchestrator.sweep.states import StageStates
 from orchestrator.sweep.study import Study, check_sources, data_key, with_absolute_paths
 from orchestrator.sweep.tree import Stage, StageTree
-from orchestrator.sweep.trials import PlannedTrial
 
 STARTS = 2  # process starts before the first step: that of Tune, then those of the workers
 MOST_SHAPES = 6  # shapes of model and batch that are timed, at most
@@ -91,7 +90,7 @@ def _dataset(experiment: Experiment, storage: Path) -> Manifest:
 
 def _save_tree(study: Study) -> Path:
     folder = Path(tempfile.mkdtemp(prefix=f"espalier-{study.folder.name}-"))
-    figures.tree(study.tree).savefig(folder / "tree.png")
+    figures.stage_tree(study.tree).savefig(folder / "tree.png")
     return folder / "tree.png"
 
 
@@ -99,27 +98,27 @@ def _save_tree(study: Study) -> Path:
 
 
 def estimate_of(study: Study, slots: int, counts: Counts) -> Estimate | str:
-    """Return what running the plan takes, or why that is unknown.
+    """Return what the sweep takes, or why that is unknown.
 
     Returns:
         `time_s`; `memory_gib` of a worker; `disk_bytes`, the most that checkpoints take at a time.
     """
-    n_vocab: dict[str, int] = {}
-    for name, candidate in _all(study):
-        size = counts[data_key(candidate.experiment.data)].n_vocab
-        if size is None:
+    shapes: dict[str, Path] = {}  # of each trial: equal if their steps cost the same
+    examples: dict[Path, tuple[Experiment, int]] = {}
+    for name, trial in study.trials_and_probes.items():
+        n_vocab = counts[data_key(trial.experiment.data)].n_vocab
+        if n_vocab is None:
             return "the vocabulary is the corpus's characters; run pipelines/prepare.py first"
-        n_vocab[name] = size
-    shapes = {name: _shape(study, c, n_vocab[name]) for name, c in _all(study)}
-    examples = {shape: name for name, shape in shapes.items()}
+        shapes[name] = cache.file_of(trial.experiment, n_vocab, study.layout)
+        examples[shapes[name]] = (trial.experiment, n_vocab)
     if len(examples) > MOST_SHAPES:
         return (
             f"the sweep has {len(examples)} shapes of model and batch, and more than {MOST_SHAPES} "
             "are not timed"
         )
     timings: dict[Path, Timing] = {}
-    for shape, name in examples.items():
-        timing = measure(study.trials_and_probes[name].experiment, n_vocab[name], study.layout)
+    for shape, (experiment, n_vocab) in examples.items():
+        timing = measure(experiment, n_vocab, study.layout)
         if timing is None:
             return "this machine has no room for a step, or not the devices"
         timings[shape] = timing
@@ -140,20 +139,12 @@ def estimate_of(study: Study, slots: int, counts: Counts) -> Estimate | str:
     }
 
 
-def _all(study: Study) -> list[tuple[str, PlannedTrial]]:
-    return list(study.trials_and_probes.items())
-
-
-def _shape(study: Study, candidate: PlannedTrial, n_vocab: int) -> Path:
-    """Return the cache file of a trial's timing: equal for trials whose steps cost the same."""
-    return cache.file_of(candidate.experiment, n_vocab, study.layout)
-
-
 def _seconds(study: Study, stage: Stage, timings: Mapping[str, Timing], counts: Counts) -> float:
     """Return the time of a stage: its steps, its evaluations and its checkpoints."""
-    experiment = study.trials_and_probes[(stage.ends or stage.trials)[0]].experiment
+    trial = (stage.ends or stage.trials)[0]
+    experiment = study.trials_and_probes[trial].experiment
     config = experiment.train
-    timing = timings[(stage.ends or stage.trials)[0]]
+    timing = timings[trial]
     steps = study.tree.cost(stage)
     first = stage.stop - steps
     evaluations = _due(config.eval_interval, first, stage.stop) + (first == 0)
@@ -194,16 +185,16 @@ class Forecast:
 
 
 def forecast(
-    plan: StageTree,
+    tree: StageTree,
     slots: int,
     seconds: Callable[[Stage], float],
     results: Callable[[Stage], int],
     keep_branches: bool,
 ) -> Forecast:
-    """Simulate a plan in which every stage runs to its end.
+    """Simulate a sweep in which every stage runs to its end.
 
     Args:
-        plan: The plan.
+        tree: The stages and their trials.
         slots: Number of stages that run at the same time.
         seconds: Returns the time of a stage.
         results: Returns the number of checkpoints that the last stage of a trial keeps.
@@ -211,10 +202,10 @@ def forecast(
     """
 
     def kept(stage: str) -> int:
-        return results(plan.by_id[stage]) if plan.by_id[stage].ends else 1
+        return results(tree.by_id[stage]) if tree.by_id[stage].ends else 1
 
-    progress = StageStates(plan)
-    on_disk = {stage: kept(stage) for stage in plan.stored if stage in plan.by_id}
+    progress = StageStates(tree)
+    on_disk = {stage: kept(stage) for stage in tree.stored if stage in tree.by_id}
     running: list[tuple[float, str]] = []  # (end, stage)
     clock = 0.0
     peak = 0
@@ -235,5 +226,5 @@ def forecast(
             on_disk = {
                 stage: count
                 for stage, count in on_disk.items()
-                if stage in needed or plan.by_id[stage].ends
+                if stage in needed or tree.by_id[stage].ends
             }

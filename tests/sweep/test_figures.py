@@ -15,7 +15,7 @@ from orchestrator.sweep.report.figures import (
     POINTS,
     curves,
     final_losses,
-    tree,
+    stage_tree,
 )
 from orchestrator.sweep.report.ranking import Row
 from orchestrator.sweep.tree import Branch, build_tree
@@ -70,7 +70,7 @@ def title(axes):
 
 def test_shared_steps_are_drawn_once():
     p = plan_of(*wsd(50, 100, 150))
-    *stages, branches = lines(rendered(tree(p)).axes[0])
+    *stages, branches = lines(rendered(stage_tree(p)).axes[0])
     assert len(stages) == len(p.stages) == 5
 
     drawn = sorted((int(a[0]), int(b[0])) for line in stages for a, b in pairwise(line))
@@ -87,7 +87,7 @@ def test_shared_steps_are_drawn_once():
 
 def test_lines_of_many_trials_are_wider_and_darker():
     p = plan_of(*wsd(50, 100, 150))
-    drawn = tree(p).axes[0].get_lines()[: len(p.stages)]
+    drawn = stage_tree(p).axes[0].get_lines()[: len(p.stages)]
     pairs = zip([len(s.trials) for s in p.stages], drawn, strict=True)
     by_trials = [line for _, line in sorted(pairs, key=lambda pair: pair[0])]
     widths = [line.get_linewidth() for line in by_trials]
@@ -99,29 +99,29 @@ def test_lines_of_many_trials_are_wider_and_darker():
 def test_title_counts_saved_and_stored_steps():
     p = plan_of(*wsd(50, 100))
     expected = "2 trials: 150 steps asked, 109 run, 41 saved (27.3%)"
-    assert title(tree(p).axes[0]) == expected
+    assert title(stage_tree(p).axes[0]) == expected
     trunk = p.stages[0]
     stored = build_tree(p.branches, {trunk.id: trunk.stop}, stored=[trunk.id])
-    assert "109 run (41 of them stored already), 41 saved" in title(tree(stored).axes[0])
+    assert "109 run (41 of them stored already), 41 saved" in title(stage_tree(stored).axes[0])
 
 
 def test_title_counts_lines_that_lie_under_equal_ones():
     p = plan_of(*wsd(50, 100))
     others = [Branch(f"{t.name}-again", "other", t.rates) for t in p.branches]
-    axes = tree(build_tree([*p.branches, *others])).axes[0]
+    axes = stage_tree(build_tree([*p.branches, *others])).axes[0]
     assert title(axes).endswith("; lines of 3 stages lie under equal ones")
 
 
 def test_peaks_of_several_decades_have_a_logarithmic_axis():
-    assert tree(plan_of(*wsd(50), *wsd(50, peak=2e-3))).axes[0].get_yscale() == "linear"
-    axes = rendered(tree(plan_of(*wsd(50), *wsd(50, peak=5e-2)))).axes[0]
+    assert stage_tree(plan_of(*wsd(50), *wsd(50, peak=2e-3))).axes[0].get_yscale() == "linear"
+    axes = rendered(stage_tree(plan_of(*wsd(50), *wsd(50, peak=5e-2)))).axes[0]
     low, high = axes.get_ylim()
     assert axes.get_yscale() == "log" and low < 1e-3 < 5e-2 < high
 
 
 def test_long_stage_is_thinned_and_keeps_its_ends():
     rates = np.linspace(1, 0, 300_000)
-    (line,) = lines(tree(build_tree([Branch("t", "r", rates)])).axes[0])
+    (line,) = lines(stage_tree(build_tree([Branch("t", "r", rates)])).axes[0])
     assert len(line) == POINTS
     assert line[0].tolist() == [1, 1] and line[-1].tolist() == [300_000, 0]
 

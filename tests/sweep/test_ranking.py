@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.sweep.report.ranking import WIDTH, Row, csv_text, rank, table, tied
+from orchestrator.sweep.report.comparison import WIDTH, csv_text, table
+from orchestrator.sweep.report.ranking import Row, rank, tied
 from orchestrator.text import short_names
 
 

@@ -7,32 +7,32 @@ from model.schedule import Schedule, wsd_decay_start
 from orchestrator.sweep.tree import StageTree
 
 
-def advice(plan: StageTree, schedules: Mapping[str, Schedule]) -> list[str]:
-    """Return one line for each reason. Each line holds for exactly this plan.
+def advice(tree: StageTree, schedules: Mapping[str, Schedule]) -> list[str]:
+    """Return one line for each reason. Each line holds for exactly this tree.
 
     Args:
-        plan: The plan.
+        tree: The stages and their trials.
         schedules: Learning-rate schedule of each trial, by its name.
     """
-    if len(plan.branches) < 2:
+    if len(tree.branches) < 2:
         return []
-    shares = plan.steps_asked > plan.steps_in_tree
+    shares = tree.steps_asked > tree.steps_in_tree
     lines = []
     if not shares:
         lines.append("no two trials share a step: the sweep costs as much as its trials one by one")
-    roots = len({trial.root for trial in plan.branches})
+    roots = len({trial.root for trial in tree.branches})
     if roots > 1:
         lines.append(
             f"{roots:,} groups of trials differ in seed, data, model, optimizer or batch: no step "
             "is shared between two groups"
         )
     for field in ("max_lr", "warmup_steps"):
-        if _parts_all(plan, schedules, field):
+        if _parts_all(tree, schedules, field):
             lines.append(
                 f"schedule.{field} changes the learning rate from the first step on: trials that "
                 "differ in it share nothing"
             )
-    lengths = _several_lengths(plan, schedules)
+    lengths = _several_lengths(tree, schedules)
     if lengths:
         lines += lengths
     elif not shares:
@@ -43,35 +43,35 @@ def advice(plan: StageTree, schedules: Mapping[str, Schedule]) -> list[str]:
     return lines
 
 
-def _parts_all(plan: StageTree, schedules: Mapping[str, Schedule], field: str) -> bool:
+def _parts_all(tree: StageTree, schedules: Mapping[str, Schedule], field: str) -> bool:
     """Return whether trials of one root that differ in a field never share the first step."""
-    values = {trial.name: getattr(schedules[trial.name], field) for trial in plan.branches}
-    roots = {trial.root for trial in plan.branches}
-    if len({(trial.root, values[trial.name]) for trial in plan.branches}) == len(roots):
+    values = {trial.name: getattr(schedules[trial.name], field) for trial in tree.branches}
+    roots = {trial.root for trial in tree.branches}
+    if len({(trial.root, values[trial.name]) for trial in tree.branches}) == len(roots):
         return False
-    first_stages = plan.children.get(None, ())
+    first_stages = tree.children.get(None, ())
     return all(len({values[name] for name in stage.trials}) == 1 for stage in first_stages)
 
 
-def _several_lengths(plan: StageTree, schedules: Mapping[str, Schedule]) -> list[str]:
+def _several_lengths(tree: StageTree, schedules: Mapping[str, Schedule]) -> list[str]:
     """Return advice for cosine and linear schedules that differ in their length.
 
     Says how little they share, and what the same lengths would cost as wsd.
     """
     groups: dict[tuple[str, str, float, int], list[str]] = {}
-    for trial in plan.branches:
+    for trial in tree.branches:
         s = schedules[trial.name]
         if s.kind in ("cosine", "linear"):
             groups.setdefault((s.kind, trial.root, s.max_lr, s.warmup_steps), []).append(trial.name)
     groups = {key: names for key, names in groups.items() if _differ_in_length(names, schedules)}
-    steps = {trial.name: trial.steps for trial in plan.branches}
+    steps = {trial.name: trial.steps for trial in tree.branches}
 
     lines = []
     for kind in sorted({key[0] for key in groups}):
         alike = [name for key, names in groups.items() if key[0] == kind for name in names]
         of_kind = {name for name, s in schedules.items() if s.kind == kind}
         common = [
-            s.stop for s in plan.stages if _differ_in_length(of_kind & {*s.trials}, schedules)
+            s.stop for s in tree.stages if _differ_in_length(of_kind & {*s.trials}, schedules)
         ]
         lines.append(
             f"{kind} decays from the end of its warmup, and faster in a shorter run: {kind} trials "
@@ -80,7 +80,7 @@ def _several_lengths(plan: StageTree, schedules: Mapping[str, Schedule]) -> list
         )
 
     members = {name for names in groups.values() for name in names}
-    now = sum(s.steps for s in plan.stages if not members.isdisjoint(s.trials))
+    now = sum(s.steps for s in tree.stages if not members.isdisjoint(s.trials))
     as_wsd = _steps_as_wsd(groups.values(), schedules, steps)
     if groups and as_wsd is not None and as_wsd < now:
         fractions = sorted({schedules[name].decay_fraction for name in members})

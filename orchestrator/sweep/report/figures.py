@@ -27,7 +27,7 @@ LISTED = 120  # settings in the figure of final losses, at most
 POINTS = 2000  # points of a line, at most: more than a figure has pixels
 
 
-def tree(plan: StageTree) -> "Figure":
+def stage_tree(tree: StageTree) -> "Figure":
     """Draw the learning rate over the steps; steps that trials share are drawn once.
 
     Lines are wider and darker where more trials share them, and dots mark the branches. The x-axis
@@ -35,14 +35,14 @@ def tree(plan: StageTree) -> "Figure":
     the last point of its parent.
     """
     figure, (axes,) = _panels([("step", "learning rate")])
-    rates = {trial.name: trial.rates for trial in plan.branches}
-    most = max((len(stage.trials) for stage in plan.stages), default=1)
-    for stage in plan.stages:
+    rates = {trial.name: trial.rates for trial in tree.branches}
+    most = max((len(stage.trials) for stage in tree.stages), default=1)
+    for stage in tree.stages:
         steps = _thinned(max(1, stage.start), stage.stop)
         style = _line_style(len(stage.trials), most)
         axes.plot(steps, rates[stage.trials[0]][steps - 1], solid_capstyle="round", **style)
 
-    branches = [s for s in plan.stages if len(plan.children.get(s.id, ())) > 1]
+    branches = [s for s in tree.stages if len(tree.children.get(s.id, ())) > 1]
     axes.plot(
         [s.stop for s in branches],
         [rates[s.trials[0]][s.stop - 1] for s in branches],
@@ -55,8 +55,8 @@ def tree(plan: StageTree) -> "Figure":
     for count in sorted({1, most}):
         axes.plot([], [], label=f"trials: {count:,}", **_line_style(count, most))
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-    _scale_rates(axes, [float(trial.rates.max()) for trial in plan.branches])
-    axes.set_title(_tree_title(plan), fontsize=10, color=INK, loc="left")
+    _scale_rates(axes, [float(trial.rates.max()) for trial in tree.branches])
+    axes.set_title(_tree_title(tree), fontsize=10, color=INK, loc="left")
     return figure
 
 
@@ -78,20 +78,20 @@ def _thinned(first: int, last: int) -> np.ndarray:
     return np.unique(steps.round().astype(int))
 
 
-def _tree_title(plan: StageTree) -> str:
-    asked = plan.steps_asked
-    saved = asked - plan.steps_in_tree
-    stored = plan.steps_in_tree - plan.steps_to_run
-    title = f"{len(plan.branches):,} trials: {asked:,} steps asked, {plan.steps_in_tree:,} run"
-    if stored and not plan.diverged:
+def _tree_title(tree: StageTree) -> str:
+    asked = tree.steps_asked
+    saved = asked - tree.steps_in_tree
+    stored = tree.steps_in_tree - tree.steps_to_run
+    title = f"{len(tree.branches):,} trials: {asked:,} steps asked, {tree.steps_in_tree:,} run"
+    if stored and not tree.diverged:
         title += f" ({stored:,} of them stored already)"
     title += f", {saved:,} saved ({saved / max(1, asked):.1%})"
 
-    rates = {trial.name: trial.rates for trial in plan.branches}
+    rates = {trial.name: trial.rates for trial in tree.branches}
     visible = {
-        (s.start, s.stop, rates[s.trials[0]][s.start : s.stop].tobytes()) for s in plan.stages
+        (s.start, s.stop, rates[s.trials[0]][s.start : s.stop].tobytes()) for s in tree.stages
     }
-    hidden = len(plan.stages) - len(visible)  # other seeds, for example
+    hidden = len(tree.stages) - len(visible)  # other seeds, for example
     if hidden:
         title += f"; lines of {hidden:,} stages lie under equal ones"
     return title

@@ -1,6 +1,6 @@
 """Files that a sweep leaves behind for people and for MLflow, kept up to date while it runs.
 
-In the sweep's folder: run.json, metrics.jsonl, sweep.yaml, plan.txt, comparison.csv, figures/,
+In the sweep's folder: run.json, metrics.jsonl, sweep.yaml, tree.txt, comparison.csv, figures/,
 summary.json and trials/<name>/, each with the layout of a lone run.
 """
 
@@ -21,7 +21,7 @@ from orchestrator.runs.facts import facts_of
 from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep import trials
 from orchestrator.sweep.progress import Progress
-from orchestrator.sweep.report import figures, ranking, view
+from orchestrator.sweep.report import comparison, figures, view
 from orchestrator.sweep.report.ranking import Row
 from orchestrator.sweep.report.summary import SweepSummary, summarize
 from orchestrator.sweep.states import BLOCKED, DIVERGED, DONE, FAILED, STOPPED
@@ -75,10 +75,10 @@ class Report:
         write_atomically(self.folder.sweep_file, study.sweep.to_yaml())
         write_json(self.folder.run_file, self._run_record())
         self.folder.summary_file.unlink(missing_ok=True)
-        self._draw_plan()
-        for candidate in study.trials.values():
-            if not self._has_summary(candidate) or not self._is_over(candidate):
-                self._assemble(candidate)
+        self._draw_tree()
+        for trial in study.trials.values():
+            if not self._has_summary(trial) or not self._is_over(trial):
+                self._assemble(trial)
 
     def stage_ended(self, stage: Stage) -> None:
         """Update the trials of a stage, and append a line to the sweep's journal.
@@ -87,15 +87,15 @@ class Report:
         now. One that few share updates all of them, so that MLflow shows their curves early.
         """
         for name in stage.trials:
-            candidate = self.study.trials.get(name)
-            if candidate and (len(stage.trials) <= FEW or self._is_over(candidate)):
-                self._assemble(candidate)
+            trial = self.study.trials.get(name)
+            if trial and (len(stage.trials) <= FEW or self._is_over(trial)):
+                self._assemble(trial)
 
-        plan = self.progress.tree
+        tree = self.progress.tree
         done = [name for name in self.study.trials if self.progress.states.of_trial(name) == DONE]
         metrics: dict[str, float] = {
             "sweep/steps_run": self.progress.steps_run,
-            "sweep/steps_saved": plan.steps_asked - plan.steps_to_run,
+            "sweep/steps_saved": tree.steps_asked - tree.steps_to_run,
             "sweep/trials_done": len(done),
         }
         best = self.study.best()
@@ -116,14 +116,14 @@ class Report:
         """
         rows = self.study.results()
         if not quick:
-            for candidate in self.study.trials.values():
-                if not self._has_summary(candidate):
-                    self._assemble(candidate)
+            for trial in self.study.trials.values():
+                if not self._has_summary(trial):
+                    self._assemble(trial)
         summary = summarize(self.study, ending, self.estimate, wall_s)
         write_json(self.folder.summary_file, summary)
-        write_atomically(self.folder.comparison_file, ranking.csv_text(rows))
+        write_atomically(self.folder.comparison_file, comparison.csv_text(rows))
         if not quick:
-            self._draw_plan()
+            self._draw_tree()
             self._draw_results(rows)
         return summary
 
@@ -158,13 +158,13 @@ class Report:
             "attempts": self.attempts,
         }
 
-    def _draw_plan(self) -> None:
-        plan = self.progress.tree
-        if not plan.stages:  # optuna has not asked for a trial yet
+    def _draw_tree(self) -> None:
+        tree = self.progress.tree
+        if not tree.stages:  # optuna has not asked for a trial yet
             return
-        text = "\n".join([*view.summary(plan), "", view.text(plan), ""])
+        text = "\n".join([*view.summary(tree), "", view.text(tree), ""])
         write_atomically(self.folder.plan_file, text)
-        self.save_figure("tree", figures.tree(plan))
+        self.save_figure("tree", figures.stage_tree(tree))
 
     def _draw_results(self, rows: list[Row]) -> None:
         done = {row.trial for row in rows if row.final is not None}
@@ -185,33 +185,33 @@ class Report:
 
     # ---- one trial ----
 
-    def _trial_folder(self, candidate: PlannedTrial) -> RunFolder:
-        return self.folder.trial(candidate.name)
+    def _trial_folder(self, trial: PlannedTrial) -> RunFolder:
+        return self.folder.trial(trial.name)
 
-    def _has_summary(self, candidate: PlannedTrial) -> bool:
-        return self._trial_folder(candidate).summary_file.exists()
+    def _has_summary(self, trial: PlannedTrial) -> bool:
+        return self._trial_folder(trial).summary_file.exists()
 
-    def _is_over(self, candidate: PlannedTrial) -> bool:
-        return self.progress.states.of_trial(candidate.name) in MLFLOW_STATUS
+    def _is_over(self, trial: PlannedTrial) -> bool:
+        return self.progress.states.of_trial(trial.name) in MLFLOW_STATUS
 
-    def _assemble(self, candidate: PlannedTrial) -> None:
+    def _assemble(self, trial: PlannedTrial) -> None:
         """Write the folder of a trial as far as its stages are done."""
-        last = self.progress.last_stage(candidate.name)
-        if last is None and not self._is_over(candidate):
+        last = self.progress.last_stage(trial.name)
+        if last is None and not self._is_over(trial):
             return
-        folder = self._trial_folder(candidate)
-        summary = self._trial_summary(candidate) if self._is_over(candidate) else None
-        trials.assemble(folder, last, candidate, self._trial_record(candidate), summary)
+        folder = self._trial_folder(trial)
+        summary = self._trial_summary(trial) if self._is_over(trial) else None
+        trials.assemble(folder, last, trial, self._trial_record(trial), summary)
 
-    def _trial_record(self, candidate: PlannedTrial) -> dict[str, Any]:
+    def _trial_record(self, trial: PlannedTrial) -> dict[str, Any]:
         """Return run.json of a trial."""
-        name = candidate.name
+        name = trial.name
         if name not in self.facts:
-            self.facts[name] = facts_of(candidate.experiment, candidate.dataset, SCRIPT)
+            self.facts[name] = facts_of(trial.experiment, trial.dataset, SCRIPT)
         path = self.progress.tree.stages_of(name)
         tags = {
             "sweep.name": self.folder.name,
-            "sweep.setting": candidate.setting,
+            "sweep.setting": trial.setting,
             "sweep.state": self.progress.states.of_trial(name),
             "sweep.stages": " > ".join(f"{s.id[:8]}[{s.start}:{s.stop}]" for s in path),
             "sweep.steps_shared": sum(s.steps for s in path if len(s.trials) > 1),
@@ -219,29 +219,29 @@ class Report:
         reason = self.study.reason(name)
         if reason:
             tags["sweep.reason"] = reason
-        known = self._trial_folder(candidate).read_record() or {}
+        known = self._trial_folder(trial).read_record() or {}
         first_attempt = {"started": _now(), "layout": asdict(self.study.layout)}
         return {
             "name": name,
             "key": hashlib.sha256(f"{self.key}/{name}".encode()).hexdigest()[:32],
-            "trial": candidate.key,
+            "trial": trial.key,
             **self.facts[name],
             "tags": self.facts[name]["tags"] | tags,
             "attempts": known.get("attempts") or [first_attempt],
         }
 
-    def _trial_summary(self, candidate: PlannedTrial) -> dict[str, Any]:
+    def _trial_summary(self, trial: PlannedTrial) -> dict[str, Any]:
         """Return summary.json of a trial that is over."""
-        name = candidate.name
+        name = trial.name
         state = self.progress.states.of_trial(name)
         stages = self.progress.tree.stages_of(name)
         results = [self.progress.stored.results.get(stage.id) for stage in stages]
         seconds = sum(result.seconds for result in results if result is not None)
         summary = trials.summary_of(
             MLFLOW_STATUS[state],
-            self.study.curve(candidate),
-            candidate,
-            self._trial_folder(candidate),
+            self.study.curve(trial),
+            trial,
+            self._trial_folder(trial),
             self.progress.result(name),
         )
         summary |= {"state": state, "reason": self.study.reason(name)}

@@ -8,7 +8,7 @@ from orchestrator.files import read_json
 from orchestrator.runs import journal, metrics
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import SweepFolder
-from orchestrator.sweep.report import ranking
+from orchestrator.sweep.report import comparison
 from orchestrator.sweep.states import BLOCKED, DONE, FAILED
 from orchestrator.sweep.study import Study
 from orchestrator.text import duration, number, table
@@ -55,7 +55,7 @@ def summarize(
         wall_s: Seconds that it took.
     """
     progress = study.progress
-    plan = progress.tree
+    tree = progress.tree
     states = [row.state for row in study.results()]
     counts: Any = {state: states.count(state) for state in sorted(set(states))}
     probes = {probe.name for probe in study.probes.values()}
@@ -68,10 +68,10 @@ def summarize(
         "exit_status": ending.exit_status,
         "trials": len(states),
         **counts,
-        "steps_asked": plan.steps_asked,
-        "steps_in_tree": plan.steps_in_tree,
+        "steps_asked": tree.steps_asked,
+        "steps_in_tree": tree.steps_in_tree,
         "steps_run": progress.steps_run,
-        "stages_run": sum(progress.states.by_stage[stage] == DONE for stage in plan.to_run),
+        "stages_run": sum(progress.states.by_stage[stage] == DONE for stage in tree.to_run),
         "metric": study.metric,
         "best_trial": best,
         "best_value": value,
@@ -81,7 +81,7 @@ def summarize(
     if best is not None:
         trial = read_json(study.folder.trial(best).summary_file) or {}
         summary["best_checkpoint"] = trial.get("checkpoint")
-    if estimate and progress.steps_run == plan.steps_to_run:
+    if estimate and progress.steps_run == tree.steps_to_run:
         summary["estimated"] = estimate
         summary["measured"] = {
             "time_s": summary["wall_s"],
@@ -92,7 +92,7 @@ def summarize(
 
 
 def _peak_memory_gib(study: Study) -> float | None:
-    """Return the most that a worker used in the stages of this plan; None if unknown."""
+    """Return the most that a worker used in the stages that were run; None if unknown."""
     folder = study.folder
     lines = (
         line for stage in study.progress.tree.to_run for line in journal.read(folder.stage(stage))
@@ -109,7 +109,7 @@ def show(study: Study, summary: SweepSummary, url: str | None) -> None:
         url: MLflow's page of the trials; None if there is none.
     """
     folder = study.folder
-    print("\n" + ranking.table(study.results()))
+    print("\n" + comparison.table(study.results()))
     shown: dict[str, Any] = {
         key: number(value)
         for key, value in summary.items()

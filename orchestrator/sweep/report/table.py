@@ -1,4 +1,4 @@
-"""StageStates of a running sweep: a table that redraws itself, or steady lines if nothing can redraw.
+"""Progress of a running sweep: a table that redraws itself, or steady lines in a log file.
 
 In a terminal, the table has one line for the sweep and one for each running stage. In a log file,
 the line of the sweep is written when a stage ends, and every half minute.
@@ -78,16 +78,16 @@ class Table:
     def status(self) -> str:
         """Return one line: stages, trials, steps, the best trial, the time left."""
         progress = self.progress
-        plan = progress.tree
-        states = [progress.states.by_stage[stage] for stage in plan.to_run]
+        tree = progress.tree
+        states = [progress.states.by_stage[stage] for stage in tree.to_run]
         ended = [state for state in states if state not in (WAITING, RUNNING)]
         names = [c.name for c in progress.trials.values() if not c.is_probe]
         done = [name for name in names if progress.states.of_trial(name) == DONE]
-        saved = plan.steps_asked - plan.steps_to_run
+        saved = tree.steps_asked - tree.steps_to_run
         parts = [
             f"stages {len(ended)}/{len(states)}",
             f"trials {len(done)}/{len(names)}",
-            f"{progress.steps_run:,} of {plan.steps_to_run:,} steps run, {saved:,} saved",
+            f"{progress.steps_run:,} of {tree.steps_to_run:,} steps run, {saved:,} saved",
         ]
         best = self.best()
         if best is not None:

@@ -1,4 +1,4 @@
-"""The plan of a sweep as text: its tree of stages, and what sharing saves.
+"""A sweep as text: its tree of stages, and the steps that sharing saves.
 
 How to read the tree. A line is a range of steps [start, stop). Its branches stand below it, one
 column to the right. ┼ continues the line above it in the same column: it is the branch that most
@@ -24,7 +24,7 @@ class _Node:
 
     Attributes:
         stages: The chain.
-        mark: What the plan does with the stages, such as "to run" or "done".
+        mark: What happens to the stages, such as "to run" or "done".
         rates: First and last learning rate.
         children: The branches.
     """
@@ -81,43 +81,43 @@ class _Line:
     prefix: str = ""
 
 
-def text(plan: StageTree, width: int = 100, lines: int = 60) -> str:
+def text(tree: StageTree, width: int = 100, lines: int = 60) -> str:
     """Return the tree: steps, learning rates, number of trials, mark, and which trials end there.
 
     Trees of the same shape are drawn once. The middle of a long drawing is left out and counted.
 
     Args:
-        plan: The plan.
+        tree: The stages and their trials.
         width: Columns of a line, at most.
         lines: Lines of the drawing, at most.
     """
     drawn: list[_Line] = []
     trees: dict[tuple[tuple[object, ...], ...], list[_Node]] = {}
-    for root in _roots(plan):
+    for root in _roots(tree):
         trees.setdefault(root.shape, []).append(root)
     for alike in trees.values():
         drawn += _draw(alike[0], "", "")
         if len(alike) > 1:
             drawn.append(_Line(alike[1:]))
 
-    short = short_names(trial.name for trial in plan.branches)
+    short = short_names(trial.name for trial in tree.branches)
     if len(drawn) <= lines:
         return "\n".join(_layout(drawn, width, short))
     first = lines * 2 // 3
     last = len(drawn) - (lines - first)
     shown = _layout(drawn[:first] + drawn[last:], width, short)
-    shown.insert(1 + first, _cut(_hidden(plan, drawn[first:last]), width))
+    shown.insert(1 + first, _cut(_hidden(tree, drawn[first:last]), width))
     return "\n".join(shown)
 
 
-def _roots(plan: StageTree) -> list[_Node]:
+def _roots(tree: StageTree) -> list[_Node]:
     """Return the roots of the tree. Chains of stages are joined where their marks are equal."""
-    rates = {trial.name: trial.rates for trial in plan.branches}
-    lost = plan.below(plan.diverged)
+    rates = {trial.name: trial.rates for trial in tree.branches}
+    lost = tree.below(tree.diverged)
     nodes: dict[str, _Node] = {}
-    for stage in reversed(plan.stages):  # children before parents
-        children = tuple(nodes[child.id] for child in plan.children.get(stage.id, ()))
-        mark = "lost" if stage.id in lost else _mark(plan, stage)
+    for stage in reversed(tree.stages):  # children before parents
+        children = tuple(nodes[child.id] for child in tree.children.get(stage.id, ()))
+        mark = "lost" if stage.id in lost else _mark(tree, stage)
         curve = rates[stage.trials[0]]
         first, last = float(curve[stage.start]), float(curve[stage.stop - 1])
         node = _Node((stage,), mark, (first, last), children)
@@ -125,17 +125,17 @@ def _roots(plan: StageTree) -> list[_Node]:
             child = children[0]
             node = replace(child, stages=(stage, *child.stages), rates=(first, child.rates[1]))
         nodes[stage.id] = node
-    return [nodes[stage.id] for stage in plan.children.get(None, ())]
+    return [nodes[stage.id] for stage in tree.children.get(None, ())]
 
 
-def _mark(plan: StageTree, stage: Stage) -> str:
-    if stage.id in plan.diverged:
+def _mark(tree: StageTree, stage: Stage) -> str:
+    if stage.id in tree.diverged:
         return "diverged"
-    if stage.id in plan.to_run:
-        return "result only" if stage.id in plan.stored else "to run"
-    if stage.id in plan.finished:
+    if stage.id in tree.to_run:
+        return "result only" if stage.id in tree.stored else "to run"
+    if stage.id in tree.finished:
         return "done"
-    return "stands" if stage.id in plan.stored else "not needed"
+    return "stands" if stage.id in tree.stored else "not needed"
 
 
 def _draw(node: _Node, head: str, column: str) -> list[_Line]:
@@ -226,7 +226,7 @@ def _same_shape(roots: list[_Node], short: Mapping[str, str]) -> str:
     )
 
 
-def _hidden(plan: StageTree, lines: list[_Line]) -> str:
+def _hidden(tree: StageTree, lines: list[_Line]) -> str:
     """Return the line that stands for those that are left out."""
     stages = []
     for line in lines:
@@ -235,7 +235,7 @@ def _hidden(plan: StageTree, lines: list[_Line]) -> str:
             stages += [stage for node in nodes for stage in node.stages]
     ends = sum(len(s.ends) for s in stages)
     steps = sum(s.steps for s in stages)
-    to_run = sum(plan.cost(s) for s in stages if s.id in plan.to_run)
+    to_run = sum(tree.cost(s) for s in stages if s.id in tree.to_run)
     return (
         f"┊ … {_count(len(stages), 'more stage')}, where {_count(ends, 'trial')} end: "
         f"{steps:,} steps, {to_run:,} of them to run"
@@ -250,18 +250,18 @@ def _count(n: int, noun: str) -> str:
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
-def summary(plan: StageTree) -> list[str]:
+def summary(tree: StageTree) -> list[str]:
     """Return the steps asked for, to run and saved, the tree's size, and trials that are equal."""
-    asked_trials = {trial.name for trial in plan.branches if not trial.is_probe}
-    probes = sum(s.steps for s in plan.stages if asked_trials.isdisjoint(s.trials))
-    asked = plan.steps_asked
-    to_run = plan.steps_to_run
-    lost_ids = plan.diverged | plan.below(plan.diverged)
-    lost = sum(plan.by_id[stage].steps for stage in lost_ids if stage in plan.by_id)
-    shared = asked - (plan.steps_in_tree - probes)
-    stored = plan.steps_in_tree - to_run - lost
+    asked_trials = {trial.name for trial in tree.branches if not trial.is_probe}
+    probes = sum(s.steps for s in tree.stages if asked_trials.isdisjoint(s.trials))
+    asked = tree.steps_asked
+    to_run = tree.steps_to_run
+    lost_ids = tree.diverged | tree.below(tree.diverged)
+    lost = sum(tree.by_id[stage].steps for stage in lost_ids if stage in tree.by_id)
+    shared = asked - (tree.steps_in_tree - probes)
+    stored = tree.steps_in_tree - to_run - lost
     lines = [
-        f"{_count(len(asked_trials), 'trial')} in {_count(len(plan.stages), 'stage')}; "
+        f"{_count(len(asked_trials), 'trial')} in {_count(len(tree.stages), 'stage')}; "
         f"trained one by one, they take {asked:,} steps",
         f"to run: {to_run:,} steps ({_share(to_run, asked)})",
         f"saved: {shared + stored:,} steps ({_share(shared + stored, asked)}): "
@@ -269,14 +269,14 @@ def summary(plan: StageTree) -> list[str]:
     ]
     if probes:
         lines.append(f"probes: {probes:,} additional steps, which may save more of the others")
-    if plan.steps_again:
+    if tree.steps_again:
         lines.append(
-            f"run again: {plan.steps_again:,} steps whose checkpoint is missing where a new trial "
+            f"run again: {tree.steps_again:,} steps whose checkpoint is missing where a new trial "
             "branches off"
         )
     if lost:
         lines.append(f"not run: {lost:,} steps ({_share(lost, asked)}), because training diverged")
-    equal = [" = ".join(stage.ends) for stage in plan.stages if len(stage.ends) > 1]
+    equal = [" = ".join(stage.ends) for stage in tree.stages if len(stage.ends) > 1]
     lines += [f"equal at every step, so run once: {names}" for names in equal[:GROUPS]]
     if len(equal) > GROUPS:
         lines.append(f"… and {len(equal) - GROUPS:,} more groups of equal trials")

@@ -239,9 +239,11 @@ DECAY_SHAPES: dict[str, DecayShape] = {
 SCHEDULES: dict[str, ScheduleKind] = {
     "cosine": ScheduleKind(cosine, "half a cosine wave from the peak to the floor"),
     "linear": ScheduleKind(linear, "a straight line from the peak to the floor"),
-    "wsd": ScheduleKind(wsd, "the peak, then a decay to the floor in the last decay_fraction"),
+    "wsd": ScheduleKind(
+        wsd, "the peak, then a decay to the floor over the last decay_fraction of decay_steps"
+    ),
     "constant": ScheduleKind(constant, "the peak at every step", has_end=False),
     "inverse_sqrt": ScheduleKind(
-        inverse_sqrt, "falls with 1 / sqrt(step), down to the floor at most", has_end=False
+        inverse_sqrt, "falls as 1 / sqrt(step), but not below the floor", has_end=False
     ),
 }

@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -123,15 +124,23 @@ def help_text(doc: str, docs: Docs) -> str:
         "",
         "usage: [EXPERIMENT.yaml] [section.field=value …] [--dry-run]",
         "",
-        "  --dry-run  print parameters, FLOPs, memory, disk and time; train nothing",
+        "  --dry-run  print estimates of size, time, memory and disk; write nothing",
         "",
         "fields (type; default):",
     ]
     for key, field in docs.items():
         lines.append(f"  {key}  ({field.type}; {field.shown_default})")
-        lines.append(f"      {field.description}")
-        lines += [f"        {choice}: {text}" for choice, text in field.choices.items()]
+        lines += _indented(field.description, 6)
+        for choice, text in field.choices.items():
+            lines += _indented(f"{choice}: {text}", 8)
     return "\n".join(lines)
+
+
+def _indented(text: str, width: int) -> list[str]:
+    indent = " " * width
+    return textwrap.wrap(
+        text, 100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
 
 
 # ---- commands with other options ----

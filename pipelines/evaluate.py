@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from orchestrator.checkpoint.format import CheckpointManifest
 from orchestrator.data.batches import EvalBatches, TokenStream
 from orchestrator.data.dataset import Manifest
 from orchestrator.errors import EXIT_DONE, UserError
@@ -188,7 +189,7 @@ def compare_with_logged(
     return f"{logged:.6f} ({result.loss - logged:+.1e} now)"
 
 
-def _manifest(trained: Trained) -> dict[str, Any]:
+def _manifest(trained: Trained) -> CheckpointManifest:
     assert trained.manifest is not None  # `find_checkpoint` returns a checkpoint of a run
     return trained.manifest
 

@@ -137,8 +137,9 @@ def default_prompt(trained: Trained) -> list[int]:
 
     A corpus of characters may have no line break; then the first id of the vocabulary.
     """
-    if trained.experiment.data.append_eot:
-        return [trained.tokenizer.eot_id]
+    eot_id = trained.tokenizer.eot_id
+    if trained.experiment.data.append_eot and eot_id is not None:
+        return [eot_id]
     try:
         return [int(i) for i in trained.tokenizer.encode("\n")]
     except ValueError:

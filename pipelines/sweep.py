@@ -12,29 +12,29 @@ from orchestrator.sweep.space.expand import Sweep, load_sweep
 from pipelines.common import DEFAULT, experiment_command
 
 
-def run(sweep: Sweep) -> int:
+def main(sweep: Sweep) -> int:
     """Run the trials that are not finished and print the comparison."""
     with signals.sigterm_interrupts():
         # Before the imports, which take seconds: refuse a second job for this sweep at once.
         lock.check(run_folder(sweep.base))
-        from orchestrator.jobs import sweep as job
+        from orchestrator.jobs.sweep import run
 
-        return job.run(sweep)
+        return run(sweep)
 
 
-def show(sweep: Sweep) -> int:
-    """Print the estimates of `--dry-run`."""
-    from orchestrator.sweep import cost
+def dry_run(sweep: Sweep) -> int:
+    """Print the tree of stages and estimates of its cost."""
+    from orchestrator.sweep.cost import show
 
-    return cost.show(sweep)
+    return show(sweep)
 
 
 if __name__ == "__main__":
     experiment_command(
         __doc__,
-        run,
+        main,
+        dry_run=dry_run,
         load=load_sweep,
-        dry_run=show,
         docs=sweep_docs,
         default=DEFAULT.with_name("sweep-schedules.yaml"),
     )

@@ -10,22 +10,22 @@ from orchestrator.runs.storage import run_folder
 from pipelines.common import experiment_command
 
 
-def run(experiment: Experiment) -> int:
+def main(experiment: Experiment) -> int:
     """Train, or print the summary of a finished run."""
     with signals.sigterm_interrupts():
         # Before the imports, which take seconds: refuse a second job for this run at once.
         lock.check(run_folder(experiment))
-        from orchestrator.jobs import train
+        from orchestrator.jobs.train import run
 
-        return train.run(experiment)
+        return run(experiment)
 
 
-def show(experiment: Experiment) -> int:
-    """Print the estimates of `--dry-run`."""
-    from orchestrator.cost import estimate
+def dry_run(experiment: Experiment) -> int:
+    """Print estimates of size, time, memory and disk."""
+    from orchestrator.cost.estimate import show
 
-    return estimate.show(experiment)
+    return show(experiment)
 
 
 if __name__ == "__main__":
-    experiment_command(__doc__, run, dry_run=show)
+    experiment_command(__doc__, main, dry_run=dry_run)

@@ -15,7 +15,8 @@ from orchestrator.config.experiment import load_experiment
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.files import write_atomically
-from orchestrator.sweep.space.expand import load_sweep, trial_name
+from orchestrator.sweep.space.expand import load_sweep
+from orchestrator.sweep.space.names import trial_name
 from tests.helpers.facts import FACTS
 
 ROOT = Path("/storage/runs")

@@ -22,7 +22,8 @@ from orchestrator.config.load import read_yaml
 from orchestrator.config.sweep import SweepSection, sweep_docs
 from orchestrator.errors import UserError
 from orchestrator.sweep.space.checks import origin
-from orchestrator.sweep.space.expand import LONGEST_NAME, expand, load_sweep, sampled, trial_name
+from orchestrator.sweep.space.expand import expand, load_sweep, sampled
+from orchestrator.sweep.space.names import LONGEST_NAME, trial_name
 from pipelines.common import help_text
 
 REPO = Path(__file__).resolve().parent.parent.parent

@@ -1,7 +1,8 @@
-"""Which trials a sweep has: reads a sweep's file, checks it, and yields one experiment per trial.
+"""Which trials a sweep has: reads a sweep's file, checks it, and makes one experiment per trial.
 
-- `expand`: `load_sweep` reads a file; `expand` makes its trials. Start here.
+- `expand`: `load_sweep` reads a file, `expand` makes its trials. Start here.
 - `checks`: all mistakes in a `sweep:` section, one line for each.
 - `dimensions`: one dimension of `sweep.space`, and random draws from it.
+- `names`: names of trials.
 - `sampler`: asks optuna for trials. The only module that imports optuna.
 """

@@ -1,7 +1,7 @@
-"""One dimension of a search space: `sweep.space`'s words for a field in, what can be drawn from it out.
+"""One dimension of `sweep.space`: what its words mean, and random draws from it.
 
-A draw is a function of (seed, number of the sample, field) and of nothing else: more samples, or another field beside it,
-leave it as it is, on every machine.
+A draw depends only on (seed, number of the sample, field). More samples, or another field beside
+this one, do not change it, on any machine.
 """
 
 import math
@@ -14,20 +14,26 @@ from orchestrator.config.experiment import field_docs, field_value
 from orchestrator.config.messages import shown
 from orchestrator.errors import UserError
 
-RANGE = ("low", "high", "log", "step")
-DIGITS = (
-    6  # of a drawn number: short in names and files, far finer than what a sweep can tell apart
-)
+RANGE_WORDS = ("low", "high", "log", "step")
+DIGITS = 6  # of a drawn number: short in names, and far finer than a sweep can tell apart
 
 
 @dataclass(frozen=True)
 class Choices:
+    """A list of values."""
+
     values: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Range:
-    """`low` to `high`, both included. `log`: even in the logarithm. `step`: only low, low + step, …"""
+    """Numbers from `low` to `high`, both included.
+
+    Attributes:
+        log: Uniform in the logarithm.
+        step: Only low, low + step and so on.
+        integer: Only integers.
+    """
 
     low: float
     high: float
@@ -36,23 +42,34 @@ class Range:
     integer: bool = False
 
 
-def dimension(key: str, words: list | Mapping[str, Any]) -> Choices | Range:
-    """What `sweep.space` says of the field `key`. Raises UserError, a line per mistake, each opening with `key`."""
-    return Choices(values_of(key, words)) if isinstance(words, list) else _range(key, words)
+def dimension(key: str, words: list[Any] | Mapping[str, Any]) -> Choices | Range:
+    """Return what `sweep.space` says about a field.
+
+    Raises:
+        UserError: One line for each mistake; each starts with the key.
+    """
+    if isinstance(words, list):
+        return Choices(values_of(key, words))
+    return _range(key, words)
 
 
-def values_of(key: str, values: list) -> tuple[Any, ...]:
-    """The values as the field holds them. Raises UserError for wrong ones and for one given twice."""
-    found, problems = [], []
+def values_of(key: str, values: list[Any]) -> tuple[Any, ...]:
+    """Return the values as the field stores them.
+
+    Raises:
+        UserError: One line for each wrong value, and for each that is given twice.
+    """
+    found: list[Any] = []
+    problems = []
     for value in values:
         try:
-            own = field_value(key, value)
+            stored = field_value(key, value)
         except UserError as error:
             problems.append(str(error))
             continue
-        if own in found:
+        if stored in found:
             problems.append(f"{key}: {shown(value)} is given twice")
-        found.append(own)
+        found.append(stored)
     if problems:
         raise UserError("\n".join(problems))
     return tuple(found)
@@ -60,18 +77,20 @@ def values_of(key: str, values: list) -> tuple[Any, ...]:
 
 def _range(key: str, words: Mapping[str, Any]) -> Range:
     kind = field_docs()[key].type
-    if not kind.startswith(("an integer", "a number")):
+    integer = kind.startswith("an integer")
+    if not integer and not kind.startswith("a number"):
         raise UserError(
             f"{key}: a range is for numbers and the field is {kind}; give a list of choices"
         )
     for name in words:
-        if name not in RANGE:
-            raise UserError(f"{key}: a range has {', '.join(RANGE)}, and no {shown(name)}")
+        if name not in RANGE_WORDS:
+            raise UserError(f"{key}: a range has {', '.join(RANGE_WORDS)}, and no {shown(name)}")
     for name in ("low", "high"):
         if words.get(name) is None:
             raise UserError(f"{key}: a range needs low and high, and {name} is missing")
-    low, high = field_value(key, words["low"]), field_value(key, words["high"])
-    log, step, integer = words.get("log", False), words.get("step"), kind.startswith("an integer")
+    low = field_value(key, words["low"])
+    high = field_value(key, words["high"])
+    log = words.get("log", False)
     if low >= high:
         raise UserError(f"{key}: low={shown(low)} is not below high={shown(high)}")
     if not isinstance(log, bool):
@@ -80,61 +99,66 @@ def _range(key: str, words: Mapping[str, Any]) -> Range:
         raise UserError(
             f"{key}: low={shown(low)} has no logarithm; with log: true low must be above 0"
         )
-    return Range(
-        low,
-        high,
-        log,
-        None if step is None else _step(key, step, high - low, log, integer),
-        integer,
-    )
+    found = Range(low, high, log, None, integer)
+    if words.get("step") is None:
+        return found
+    return Range(low, high, log, _step(key, words["step"], found), integer)
 
 
-def _step(key: str, step: Any, width: float, log: bool, integer: bool) -> float:
-    if log:
-        raise UserError(
-            f"{key}: step={shown(step)} and log: true exclude each other; leave one out"
-        )
-    if (
-        isinstance(step, bool)
-        or not isinstance(step, int | float)
-        or not 0 < step <= width * (1 + 1e-9)
-    ):
+def _step(key: str, step: Any, range_: Range) -> float:
+    if range_.log:
+        raise UserError(f"{key}: step={shown(step)} and log: true exclude each other; drop one")
+    width = range_.high - range_.low
+    is_number = isinstance(step, int | float) and not isinstance(step, bool)
+    # 0.3 - 0.1 is a little less than 0.2.
+    if not is_number or not 0 < step <= width * (1 + 1e-9):
         raise UserError(
             f"{key}: step={shown(step)} is not a number above 0 and at most high - low = {width:g}"
         )
-    if integer and step != int(step):
+    if not range_.integer:
+        return float(step)
+    if step != int(step):
         raise UserError(
             f"{key}: step={shown(step)} is not whole, and the field is {field_docs()[key].type}"
         )
-    return int(step) if integer else float(step)
+    return int(step)
 
 
 def draw(seed: int, number: int, dimensions: Mapping[str, Choices | Range]) -> dict[str, Any]:
-    """The values of random sample `number`, 0-based, of the sweep whose `train.seed` is `seed`."""
-    return {
-        key: pick(one, random.Random(f"{seed}/{number}/{key}").random())
-        for key, one in dimensions.items()
-    }
+    """Return the values of a random sample.
 
-
-def pick(one: Choices | Range, share: float) -> Any:
-    """The value that lies at `share`, 0 <= share < 1, of the dimension.
-
-    >>> pick(Range(1, 10_000, log=True), 0.5), pick(Range(0, 1, step=0.25), 0.99), pick(Choices(("a", "b")), 0.5)
-    (100.0, 1.0, 'b')
+    Args:
+        seed: `train.seed` of the sweep.
+        number: Number of the sample, 0-based.
+        dimensions: By field.
     """
-    if isinstance(one, Choices):
-        return one.values[int(share * len(one.values))]
-    if one.step:
-        count = math.floor((one.high - one.low) / one.step + 1e-9) + 1
-        value = one.low + int(share * count) * one.step
-        return value if one.integer else min(float(f"{value:.12g}"), one.high)
-    high = (
-        one.high + 1 if one.integer else one.high
-    )  # every integer has a stretch of its own, the last one too
-    if one.log:
-        value = math.exp(math.log(one.low) + share * (math.log(high) - math.log(one.low)))
+    values = {}
+    for key, one in dimensions.items():
+        share = random.Random(f"{seed}/{number}/{key}").random()
+        values[key] = pick(one, share)
+    return values
+
+
+def pick(dimension: Choices | Range, share: float) -> Any:
+    """Return the value at `share`, 0 <= share < 1, of a dimension.
+
+    >>> pick(Range(1, 10_000, log=True), 0.5), pick(Range(0, 1, step=0.25), 0.99)
+    (100.0, 1.0)
+    """
+    if isinstance(dimension, Choices):
+        return dimension.values[int(share * len(dimension.values))]
+    low = dimension.low
+    high = dimension.high
+    if dimension.step:
+        count = math.floor((high - low) / dimension.step + 1e-9) + 1
+        value = low + int(share * count) * dimension.step
+        return value if dimension.integer else min(float(f"{value:.12g}"), high)
+
+    # Every integer, also the last one, has an interval of its own.
+    end = high + 1 if dimension.integer else high
+    if dimension.log:
+        value = math.exp(math.log(low) + share * (math.log(end) - math.log(low)))
     else:
-        value = one.low + share * (high - one.low)
-    value = math.floor(value) if one.integer else float(f"{value:.{DIGITS}g}")
-    return min(max(value, one.low), one.high)
+        value = low + share * (end - low)
+    value = math.floor(value) if dimension.integer else float(f"{value:.{DIGITS}g}")
+    return min(max(value, low), high)

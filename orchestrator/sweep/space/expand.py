@@ -1,16 +1,13 @@
-"""A sweep's file becomes its trials: an experiment and its `sweep:` section in, one named, checked experiment per trial out.
+"""The trials of a sweep: read a sweep's file and make one checked experiment for each trial.
 
-Trials are the product of `sweep.grid`, the named ones of `sweep.trials`, and what `sweep.sampler` draws from `sweep.space`,
-beside each other and each once per seed. A trial's name follows from its values alone, so that a sweep that grows finds
-the trials that it already has. What optuna draws depends on results: `sampled` makes the trials of one such sample.
+Trials are the product of `sweep.grid`, the named ones of `sweep.trials`, and the samples that
+`sweep.sampler` draws from `sweep.space`; each once per seed. Samples of optuna depend on results:
+`sampled` makes their trials while the sweep runs.
 """
 
-import hashlib
 import itertools
-import json
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +16,24 @@ from orchestrator.config.load import read_tree, write_yaml
 from orchestrator.config.sweep import SweepSection, parse_sweep
 from orchestrator.errors import UserError
 from orchestrator.redact import redact_addresses
-from orchestrator.sweep.space.checks import LONGEST_NAME, problems, together, varied
+from orchestrator.sweep.space.checks import section_problems, trial_problems, varied_fields
 from orchestrator.sweep.space.dimensions import dimension, draw
+from orchestrator.sweep.space.names import sample_name, trial_name
 
 Tree = Mapping[str, Any]  # Experiment.model_dump()
 
 
 @dataclass(frozen=True)
 class Trial:
-    """`setting`: the name without the seed. `fields`: the trial's value of every field that the sweep speaks of."""
+    """One configured experiment of a sweep.
+
+    Attributes:
+        name: Name of the trial.
+        setting: The name without the seed.
+        seed: `train.seed`.
+        fields: Value of every field that the sweep varies.
+        experiment: The whole configuration.
+    """
 
     name: str
     setting: str
@@ -38,150 +44,124 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """`trials`: all but those that optuna will ask for."""
+    """A sweep's file.
+
+    Attributes:
+        base: The experiment that every trial starts from.
+        settings: The `sweep:` section.
+        trials: All trials except those of optuna.
+    """
 
     base: Experiment
     settings: SweepSection
     trials: tuple[Trial, ...]
 
     def to_yaml(self) -> str:
-        """A file that `load_sweep` reads back as an equal sweep, but for passwords in addresses."""
-        return write_yaml(
-            redact_addresses(
-                self.base.model_dump() | {"sweep": self.settings.model_dump(by_alias=True)}
-            )
-        )
+        """Return a file that `load_sweep` reads as an equal sweep, without passwords in addresses."""
+        section = self.settings.model_dump(by_alias=True)
+        return write_yaml(redact_addresses(self.base.model_dump() | {"sweep": section}))
 
 
-def load_sweep(
-    path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()
-) -> Sweep:
-    """Read a sweep's file, apply `section.field=value` words on top, and expand it.
+def load_sweep(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Sweep:
+    """Read a sweep's file, apply `section.field=value` overrides, and make its trials.
 
     Raises:
-        UserError: one line per mistake: of the file, else of the section, else of all the trials.
+        UserError: One line for each mistake: those of the file, else those of the section, else
+            those of the trials.
     """
     tree, where = read_tree(path, overrides)
     base, settings = parse_sweep(tree, where)
     try:
-        return Sweep(base, settings, expand(base.model_dump(), settings))
+        trials = expand(base.model_dump(), settings)
     except UserError as error:
-        raise UserError("\n".join(f"{where}: {line}" for line in str(error).split("\n"))) from None
+        lines = [f"{where}: {line}" for line in str(error).split("\n")]
+        raise UserError("\n".join(lines)) from None
+    return Sweep(base, settings, trials)
 
 
 def expand(base_tree: Tree, settings: SweepSection) -> tuple[Trial, ...]:
-    """The trials, those of the grid first, then the named ones, then the random ones."""
+    """Return the trials: those of the grid, then the named ones, then the random ones.
+
+    Raises:
+        UserError: One line for each mistake.
+    """
     base = parse_experiment(dict(base_tree), "")
-    if lines := problems(base, settings):
-        raise UserError("\n".join(lines))
-    trials, invalid, count = [], [], 0
+    problems = section_problems(base, settings)
+    if problems:
+        raise UserError("\n".join(problems))
+    trials: list[Trial] = []
+    invalid = []
+    count = 0
     for setting, fields in _settings(base, settings):
         count += 1
         try:
-            trials += _per_seed(settings, base_tree, setting, fields)
+            trials += _trials_of(settings, base_tree, setting, fields)
         except UserError as error:
-            invalid.append(f"trial {setting}: {'; '.join(str(error).split(chr(10)))}")
-    lines = [f"{len(invalid)} of {count} trials cannot be run", *invalid] if invalid else []
-    if lines := lines + together(settings, trials):
-        raise UserError("\n".join(lines))
+            invalid.append(f"trial {setting}: {'; '.join(str(error).splitlines())}")
+    if invalid:
+        problems = [f"{len(invalid)} of {count} trials cannot be run", *invalid]
+    problems += trial_problems(settings, trials)
+    if problems:
+        raise UserError("\n".join(problems))
     return tuple(trials)
 
 
 def sampled(
     settings: SweepSection, base_tree: Tree, number: int, values: Mapping[str, Any]
 ) -> list[Trial]:
-    """The trials, one per seed, of sample `number`, 0-based, which somebody drew from `sweep.space`.
+    """Return the trials of a sample, one for each seed.
 
-    Raises UserError where `values` contradict each other or the experiment.
+    Args:
+        settings: The `sweep:` section.
+        base_tree: The experiment that every trial starts from.
+        number: Number of the sample, 0-based.
+        values: By field.
+
+    Raises:
+        UserError: The values contradict each other or the experiment.
     """
     fields = {key: field_value(key, value) for key, value in values.items()}
-    return _per_seed(settings, base_tree, _sample_name(number, fields), fields)
+    return _trials_of(settings, base_tree, sample_name(number, fields), fields)
 
 
 def _settings(base: Experiment, settings: SweepSection) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, fields that it sets) of every trial, whatever its seed."""
+    """Yield the name and the fields of every trial, without its seed."""
     if settings.grid:
-        values = [
-            [field_value(key, value) for value in listed] for key, listed in settings.grid.items()
-        ]
+        values = []
+        for key, listed in settings.grid.items():
+            values.append([field_value(key, value) for value in listed])
         for combination in itertools.product(*values):
             fields = dict(zip(settings.grid, combination, strict=True))
             yield trial_name(fields), fields
     yield from settings.trials.items()
     if settings.sampler == "random":
         dimensions = {key: dimension(key, words) for key, words in settings.space.items()}
-        for number in range(settings.num_samples):
+        for number in range(settings.num_samples or 0):
             fields = draw(base.train.seed, number, dimensions)
-            yield _sample_name(number, fields), fields
+            yield sample_name(number, fields), fields
 
 
-def _per_seed(
+def _trials_of(
     settings: SweepSection, base_tree: Tree, setting: str, fields: Mapping[str, Any]
 ) -> list[Trial]:
-    tree = _with(base_tree, fields)
-    first, found = tree["train"]["seed"], []
-    for seed in range(first, first + settings.seeds):
+    """Return the trials of one setting, one for each seed."""
+    tree = _with_fields(base_tree, fields)
+    first_seed = tree["train"]["seed"]
+    varied = varied_fields(settings)
+    trials = []
+    for seed in range(first_seed, first_seed + settings.seeds):
         name = setting if settings.seeds == 1 else f"{setting}_seed-{seed}"
-        experiment = parse_experiment(_with(tree, {"train.seed": seed}) | {"name": name}, "")
+        seeded = _with_fields(tree, {"train.seed": seed})
+        experiment = parse_experiment(seeded | {"name": name}, "")
         flat = experiment.flat()
-        found.append(
-            Trial(name, setting, seed, {key: flat[key] for key in varied(settings)}, experiment)
-        )
-    return found
+        trials.append(Trial(name, setting, seed, {key: flat[key] for key in varied}, experiment))
+    return trials
 
 
-def _with(tree: Tree, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the tree in which `section.field`s have other values."""
+def _with_fields(tree: Tree, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of an experiment's tree with other values of some fields."""
     changed = dict(tree)
     for key, value in fields.items():
         section, _, field = key.partition(".")
         changed[section] = {**changed[section], field: value}
     return changed
-
-
-# ---- names ----
-def trial_name(fields: Mapping[str, Any]) -> str:
-    """A folder's name that says the fields' values; other values of the same fields have another name.
-
-    >>> trial_name({"schedule.max_lr": 1e-3, "schedule.kind": "wsd", "train.max_steps": 80})
-    'kind-wsd_max_lr-0.001_max_steps-80'
-    """
-    return _short("_".join(_parts(fields)))
-
-
-def _sample_name(number: int, fields: Mapping[str, Any]) -> str:
-    """Two samples may have the same values: the number tells them apart, and numbers need no more than a few digits."""
-    rounded = {
-        key: float(f"{value:.4g}") if isinstance(value, float) else value
-        for key, value in fields.items()
-    }
-    return _short("_".join([f"sample-{number}", *_parts(rounded)]))
-
-
-def _parts(fields: Mapping[str, Any]) -> Iterator[str]:
-    """`field-value` of each, in alphabetical order: the order in a file does not rename a trial."""
-    leaves = [key.partition(".")[2] for key in fields]
-    for key in sorted(fields):
-        leaf = key.partition(".")[2]
-        yield f"{leaf if leaves.count(leaf) == 1 else key.replace('.', '-')}-{_word(fields[key])}"
-
-
-def _word(value: Any) -> str:
-    """A value as letters, digits, '.', '_' and '-'; what does not fit into these is told apart by a hash.
-
-    No word has '-' after '_', so that one can never be read as a value and the field that follows it.
-    """
-    if isinstance(value, float):
-        return repr(value).removesuffix(".0").replace("e+", "e")
-    text = value if isinstance(value, str) else json.dumps(value)
-    if re.fullmatch(r"[A-Za-z0-9.]+(-[A-Za-z0-9.]+)*(_[A-Za-z0-9.]+)*", text):
-        return text
-    return f"{re.sub('[^A-Za-z0-9.]+', '-', text).strip('-')[:40]}-{_digest(text)}"
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}-{_digest(name)}"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]

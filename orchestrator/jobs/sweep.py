@@ -34,9 +34,9 @@ from orchestrator.sweep.report import view
 from orchestrator.sweep.report.files import Report
 from orchestrator.sweep.report.summary import SweepSummary, show
 from orchestrator.sweep.report.table import Table
+from orchestrator.sweep.source import check_sources, with_absolute_paths
 from orchestrator.sweep.space.expand import Sweep
-from orchestrator.sweep.states import BLOCKED, DONE, FAILED, STOPPED
-from orchestrator.sweep.study import Study, check_sources, data_key, with_absolute_paths
+from orchestrator.sweep.study import Study, data_key
 from orchestrator.sweep.tree import Stage
 from orchestrator.track.sweep import SweepTracker, resend_sweep_metrics
 from orchestrator.train import init_from
@@ -226,14 +226,7 @@ class SweepJob(Job):
             # Not the fault of a trial, which is recorded in its stage.
             trace = "".join(traceback.format_exception(error))
             return Ending("failed", f"{type(error).__name__}: {error}", {"traceback": trace})
-        if stop.requested(self.folder) and not self.study.is_over:
-            return Ending("again")
-        state_of = self.study.progress.states.of_trial
-        states = {state_of(name) for name in self.study.trials}
-        probes = {state_of(probe.name) for probe in self.study.probes.values()}
-        if states <= {DONE, STOPPED} and not probes & {FAILED, BLOCKED}:
-            return Ending("done")
-        return Ending("failed")
+        return self.study.ending(self.slots)
 
     def summarize(self, ending: Ending, wall_s: float) -> None:
         self.summary = self.report.finish(ending, wall_s, quick=ending.kind == "again")

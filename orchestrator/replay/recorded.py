@@ -16,7 +16,7 @@ from orchestrator.errors import UserError
 from orchestrator.files import read_json
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
-from orchestrator.sweep.stage import read_spec
+from orchestrator.sweep.records import read_spec
 from orchestrator.train import rates
 
 

@@ -1,0 +1,17 @@
+"""A sweep: many trials, trained as a tree of stages so that no step runs twice.
+
+Read in this order:
+
+- `space`: reads a sweep's file and makes its trials.
+- `trials`: `PlannedTrial`, a trial with its learning rates and its dataset.
+- `tree`: `build_tree` finds the steps that trials share; each stage of the tree runs once.
+- `states`: which stages of a tree can start, and which are lost.
+- `study`: `Study`, a sweep that is ready to run. It builds the tree and collects the results.
+- `progress`: `Progress`, the state of a running sweep on disk.
+- `tune`: `execute` runs the stages with Ray Tune. The only module here that imports Ray.
+- `stage`: `run_stage` trains one stage. `records` has its files stage.json and result.json.
+- `stored`: which stages are on disk, from this tree or an earlier one.
+- `source`: what must exist before a sweep starts, such as the run that it branches off.
+- `probes`: short anneals that show which trials should not go on.
+- `cost`: `--dry-run`. `report`: tables, figures and files for people and for MLflow.
+"""

@@ -21,9 +21,10 @@ from orchestrator.runs.folder import SweepFolder
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.report import figures, view
 from orchestrator.sweep.report.advice import advice
+from orchestrator.sweep.source import check_sources, with_absolute_paths
 from orchestrator.sweep.space.expand import Sweep
 from orchestrator.sweep.states import StageStates
-from orchestrator.sweep.study import Study, check_sources, data_key, with_absolute_paths
+from orchestrator.sweep.study import Study, data_key
 from orchestrator.sweep.tree import Stage, StageTree
 
 STARTS = 2  # process starts before the first step: that of Tune, then those of the workers

@@ -12,21 +12,18 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.runs import events, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder, SweepFolder
-from orchestrator.sweep.stage import (
-    StageResult,
-    StageSpec,
-    has_result,
-    read_result,
-    read_spec,
-    write_stopped,
-)
+from orchestrator.sweep.records import StageResult, StageSpec, read_result, read_spec
+from orchestrator.sweep.stage import has_result, write_stopped
 from orchestrator.sweep.states import DONE, FAILED, RUNNING, WAITING, StageStates
 from orchestrator.sweep.stored import StoredStages, StoredState
 from orchestrator.sweep.tree import Stage, StageTree
 from orchestrator.sweep.trials import PlannedTrial
 from orchestrator.workers import hangs
+from orchestrator.workers.diagnose import diagnose
 
-MISSING = "its process died twice without a traceback: out of memory, or its machine is gone"
+
+class StageProcessError(Exception):
+    """Tune reported that the process of a stage raised an exception or died."""
 
 
 class Progress:
@@ -40,6 +37,7 @@ class Progress:
         keep_branches: False: remove checkpoints from which no later stage starts.
         diverged_above: `sweep.diverged_above`.
         probe_step: Step at which the probes leave their trials.
+        workers: Workers of each stage.
         judge_probes: Called once when all probes have ended; returns the trials to drop.
         next_sample: Called when nothing else is ready; returns more trials, or none.
 
@@ -48,6 +46,7 @@ class Progress:
         on_stage_end: Called with each stage that has ended.
         tick: Called several times a second.
         steps_run: Updates made in this process.
+        failures: How the stages ended that failed, by their id.
         reasons: Why a stage failed, diverged or was stopped, by its id.
         wait_reasons: Why a stage that had started waits again, by its id.
         retried: Stages that were tried a second time.
@@ -64,6 +63,7 @@ class Progress:
         keep_branches: bool = True,
         diverged_above: float | None = None,
         probe_step: int | None = None,
+        workers: int = 1,
         judge_probes: Callable[[], Collection[str]] = tuple,
         next_sample: Callable[[], list[PlannedTrial]] = list,
     ) -> None:
@@ -73,6 +73,7 @@ class Progress:
         self.trials = dict(trials)
         self.keep_branches = keep_branches
         self.diverged_above = diverged_above
+        self.workers = workers
         self.judge_probes = judge_probes
         self.next_sample = next_sample
         self.on_stage_end: Callable[[Stage], object] = _ignore_stage
@@ -82,8 +83,9 @@ class Progress:
         self.states = StageStates(tree, self._stages_after_probes(probe_step))
         self.steps_run = 0
         self.retried: set[str] = set()
+        self.failures: dict[str, Ending] = {}
         self.reasons: dict[str, str | None] = {}
-        self.wait_reasons: dict[str, str | None] = {}
+        self.wait_reasons: dict[str, str] = {}
         self.peak_bytes = 0
 
     def _stages_after_probes(self, probe_step: int | None) -> list[str]:
@@ -131,7 +133,9 @@ class Progress:
         folder = self.folder.stage(stage.id)
         spec = self._spec(stage)
         spec.write(folder)
-        self._report_hang(stage.id)  # of an attempt whose driver was killed
+        message = hangs.report(folder)
+        if message is not None:  # in an attempt whose driver was killed
+            events.note(self.folder, "hang", message, stage=stage.id)
         folder.clear_ending()
         # The workers leave a stage alone that has all that it can have.
         if not has_result(folder, spec, spec.parsed_experiment()):
@@ -171,18 +175,19 @@ class Progress:
             died: True if it ended with an exception, or its process died.
         """
         folder = self.folder.stage(stage)
-        hang = self._report_hang(stage)
         stop_requested = stop.requested(self.folder) is not None
         result = read_result(folder)
         if result is None and not died and not stop_requested:
             result = write_stopped(folder, "stopped by the scheduler")
 
+        error = StageProcessError("the process of a stage ended") if died else None
+        ending = diagnose(folder, error, self.workers)
         if result is not None:  # also if the process died after it had written the result
             self._record_result(stage, result)
-        elif stop_requested and (not died or _is_again(folder.read_ending())):
-            self._wait_for_next_start(stage, folder.read_ending())
+        elif stop_requested and ending.kind in ("again", "done"):
+            self._wait_for_next_start(stage, ending)
         else:
-            self._record_failure(stage, folder, hang)
+            self._record_failure(stage, ending)
         self._measure_disk()
         self.release_judged()
         self.remove_unneeded()
@@ -195,38 +200,29 @@ class Progress:
         self.steps_run += result.steps_run
         self.stored.add(stage, self.folder.stage(stage), result)
 
-    def _wait_for_next_start(self, stage: str, ending: Ending | None) -> None:
+    def _wait_for_next_start(self, stage: str, ending: Ending) -> None:
         """Leave a stage that was asked to stop to the next start of the sweep."""
-        if ending is None:
-            self._wait(stage, "asked to stop before it began")
-            return
         self.steps_run += ending.facts.get("steps_run", 0)
-        self._wait(stage, ending.reason)
+        self._wait(stage, ending.reason or "asked to stop before it began")
 
-    def _record_failure(self, stage: str, folder: RunFolder, hang: str | None) -> None:
-        """Try a stage once more if its process hung or died without a traceback, else let it fail."""
-        tracebacks = folder.read_failures()
-        if (hang or not tracebacks) and stage not in self.retried:
+    def _record_failure(self, stage: str, ending: Ending) -> None:
+        """Try a stage once more if its process hung or was killed, else let it fail."""
+        if ending.cause == "hang" and ending.reason is not None:
+            events.note(self.folder, "hang", ending.reason, stage=stage)
+        if ending.may_be_transient and stage not in self.retried:
             self.retried.add(stage)
-            self._wait(stage, f"{hang or 'its process died'}; once more")
+            step = max(self.folder.stage(stage).checkpoint_steps(), default=0)
+            message = f"stage {stage} begins again: {ending.reason}"
+            events.note(self.folder, "restart", message, stage=stage, step=step)
+            self._wait(stage, f"{ending.reason}; once more")
             return
-        # The other ranks of one that hung fail with a closed connection, which is no reason.
-        reason = hang or MISSING
-        if hang is None and tracebacks:
-            reason = tracebacks[0].strip().splitlines()[-1]
-        self.reasons[stage] = reason
+        self.failures[stage] = ending
+        self.reasons[stage] = ending.reason
         self.states.end(stage, FAILED)
 
-    def _wait(self, stage: str, reason: str | None) -> None:
+    def _wait(self, stage: str, reason: str) -> None:
         self.wait_reasons[stage] = reason
         self.states.again(stage)
-
-    def _report_hang(self, stage: str) -> str | None:
-        """Return what hung, if that ended the workers of a stage, and note it for the sweep."""
-        message = hangs.report(self.folder.stage(stage))
-        if message is not None:
-            events.note(self.folder, "hang", message, stage=stage)
-        return message
 
     def release_judged(self) -> None:
         """Once all probes have ended, let the trials go on that they do not speak against."""
@@ -319,10 +315,6 @@ class Progress:
 
 def _starting_at(spec: StageSpec, state: StoredState) -> StageSpec:
     return replace(spec, parent=str(state.path), begin=str(state.checkpoint))
-
-
-def _is_again(ending: Ending | None) -> bool:
-    return ending is not None and ending.kind == "again"
 
 
 def _ignore_stage(stage: Stage) -> None:

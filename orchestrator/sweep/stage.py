@@ -11,18 +11,18 @@ A stage is a part of a run, so it resumes from its own last checkpoint after any
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint import store as checkpoint
-from orchestrator.config.experiment import Experiment, parse_experiment
+from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
-from orchestrator.files import read_json, write_json
 from orchestrator.runs import journal, lock
 from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.journal import Line
+from orchestrator.sweep.records import StageResult, StageSpec, curve, read_result, read_spec
 from orchestrator.sweep.states import DIVERGED, DONE, STOPPED, State
-from orchestrator.sweep.tree import Branch
 from orchestrator.train import rates
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker, fingerprint
@@ -30,115 +30,11 @@ from orchestrator.workers.marks import HELD
 from orchestrator.workers.watchdog import Watchdog
 
 WRITER_WAIT_S = 60
-JournalLine = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """Content of stage.json: what a stage trains.
-
-    Attributes:
-        id: Key of the state at the end of the stage.
-        root: Identifies all that never changes within a run; see `tree.Branch`.
-        start, stop: The stage makes the updates [start, stop).
-        experiment: One trial of the stage; one that ends with it, if there is any.
-        rates: The learning rates, as `Rates.to_json` stores them.
-        data_dir: Folder of the token shards.
-        parent: Folder whose journal lines come before this stage's; None at step 0.
-        begin: Checkpoint to start from; None at step 0.
-        diverged_above: `sweep.diverged_above`.
-    """
-
-    id: str
-    root: str
-    start: int
-    stop: int
-    experiment: dict[str, Any]
-    rates: dict[str, Any]
-    data_dir: str
-    parent: str | None = None
-    begin: str | None = None
-    diverged_above: float | None = None
-
-    def write(self, folder: RunFolder) -> None:
-        """Write stage.json. The parent in the same sweep is relative, so that a sweep may be moved."""
-        stored = asdict(self)
-        if self.parent is not None and Path(self.parent).parent == folder.path.parent:
-            stored["parent"] = f"../{Path(self.parent).name}"
-        folder.path.mkdir(parents=True, exist_ok=True)
-        write_json(folder.stage_file, stored)
-
-    def parsed_experiment(self) -> Experiment:
-        return parse_experiment(self.experiment, f"stage {self.id}")
-
-    def key(self, step: int) -> str:
-        """Return the key of the state after `step` updates."""
-        return self.keys([step])[step]
-
-    def keys(self, steps: list[int]) -> dict[int, str]:
-        """Return the keys of the states after some rising numbers of updates."""
-        made = rates.from_json(self.rates).first(max(steps, default=0))
-        return Branch("", self.root, made).keys(steps)
-
-
-def read_spec(folder: RunFolder) -> StageSpec | None:
-    """Read stage.json; None if the folder is not that of a stage."""
-    stored = read_json(folder.stage_file)
-    if stored is None:
-        return None
-    parent = stored["parent"]
-    if parent is not None and parent.startswith("../"):
-        stored["parent"] = str(folder.path.parent / parent.removeprefix("../"))
-    return StageSpec(**stored)
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """Content of result.json: how a stage ended.
-
-    Attributes:
-        id, start, stop: As in stage.json.
-        step: Updates after which the stage ended.
-        outcome: done, diverged or stopped.
-        key: Key of the state after `step` updates: what the result is about in any later tree.
-        seconds, steps_run: Time and updates of the last attempt.
-        is_whole: True if a trial ends here, with the evaluation at its end.
-        limit: `sweep.diverged_above` if the stage diverged by it.
-        weights_sha256: Only of a stage where a trial ends.
-        reason: Why it is not done.
-        numerics: Fingerprint of the numerics.
-    """
-
-    id: str
-    start: int
-    stop: int
-    step: int
-    outcome: State
-    key: str
-    seconds: float
-    steps_run: int
-    is_whole: bool = False
-    limit: float | None = None
-    weights_sha256: str | None = None
-    reason: str | None = None
-    numerics: dict[str, Any] | None = None
-
-    def write(self, folder: RunFolder) -> None:
-        stored = asdict(self)
-        if self.numerics is None:
-            del stored["numerics"]
-        write_json(folder.result_file, stored)
-
-
-def read_result(folder: RunFolder) -> StageResult | None:
-    """Read result.json; None if the stage has not ended."""
-    stored = read_json(folder.result_file)
-    return None if stored is None else StageResult(**stored)
 
 
 def run_stage(
     folder: RunFolder, worker: Worker, stop_requested: Callable[[], bool] | None = None
-) -> Iterator[JournalLine]:
+) -> Iterator[Line]:
     """Train the stage of a folder to its end, watched for hangs. Yield each line of its journal.
 
     Every worker calls this function and yields the same lines. With several workers,
@@ -172,7 +68,7 @@ def run_stage(
             report_phase=watchdog.report_phase,
         )
         first_step = trainer.state.step
-        line_above: JournalLine | None = None
+        line_above: Line | None = None
         for line in trainer.run():
             # Tune may leave this process waiting here between two evaluations.
             watchdog.report_phase(HELD, trainer.state.step)
@@ -212,7 +108,7 @@ def _begin(folder: RunFolder, spec: StageSpec) -> None:
             journal.Journal(folder).write(line)
 
 
-def _is_above_limit(line: JournalLine, spec: StageSpec, experiment: Experiment) -> bool:
+def _is_above_limit(line: Line, spec: StageSpec, experiment: Experiment) -> bool:
     """Return whether a stage diverged by the loss of a line."""
     if spec.diverged_above is None or line.get("train/loss", 0.0) <= spec.diverged_above:
         return False
@@ -239,7 +135,7 @@ def _record_end(
     spec: StageSpec,
     experiment: Experiment,
     attempt: _Attempt,
-    line_above: JournalLine | None,
+    line_above: Line | None,
 ) -> None:
     """Write result.json; if the stage was asked to stop, add the cost to stopped.json instead."""
     ending = folder.read_ending()
@@ -318,40 +214,3 @@ def has_result(folder: RunFolder, spec: StageSpec, experiment: Experiment) -> bo
     except UserError:
         return False
     return True
-
-
-# ---- the curve ----
-
-
-def curve(folder: RunFolder, last_step: int | None = None) -> list[JournalLine]:
-    """Return the journal lines from step 0 through a stage: those of its parents and its own.
-
-    Args:
-        folder: A stage, or a run that a sweep branches off.
-        last_step: Leave out the folder's own lines after this step, and reduce the line at it to
-            what a run that goes on has there. None: all lines as they are.
-    """
-    spec = read_spec(folder)
-    own = journal.read(folder)
-    if last_step is not None:
-        experiment = folder.read_experiment() if spec is None else spec.parsed_experiment()
-        own = _lines_of_longer_run(own, last_step, experiment)
-    if spec is None or spec.parent is None:
-        return own
-    before = curve(RunFolder(spec.parent), spec.start)
-    return [line for line in before if not own or line["step"] < own[0]["step"]] + own
-
-
-def _lines_of_longer_run(
-    lines: list[JournalLine], last_step: int, experiment: Experiment
-) -> list[JournalLine]:
-    config = experiment.train
-    found = []
-    for line in lines:
-        if line["step"] < last_step:
-            found.append(line)
-        elif line["step"] == last_step:
-            reduced = journal.by_interval(line, config.log_interval, config.eval_interval)
-            if reduced:
-                found.append(reduced)
-    return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.errors import UserError
 from orchestrator.runs.folder import RunFolder, SweepFolder
-from orchestrator.sweep.stage import StageResult, read_result, read_spec
+from orchestrator.sweep.records import StageResult, read_result, read_spec
 from orchestrator.sweep.states import DIVERGED, DONE, STOPPED, State
 from orchestrator.sweep.tree import Branch, StageTree, build_tree, grow
 

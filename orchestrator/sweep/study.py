@@ -4,28 +4,30 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Data
 from orchestrator.data.dataset import Manifest
 from orchestrator.errors import UserError
+from orchestrator.runs import stop
+from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.runs.journal import Line
 from orchestrator.runs.summary import last_value
 from orchestrator.sweep import stored, trials
+from orchestrator.sweep.probes import probes_of, worse_trials
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.report import ranking
 from orchestrator.sweep.report.ranking import Row
-from orchestrator.sweep.space import sampler
+from orchestrator.sweep.source import Source, check_names
 from orchestrator.sweep.space.expand import Sweep, Trial, sampled
 from orchestrator.sweep.space.sampler import Sampler
-from orchestrator.sweep.stage import JournalLine
-from orchestrator.sweep.states import DIVERGED, DONE, RUNNING, STOPPED, WAITING
+from orchestrator.sweep.states import BLOCKED, DIVERGED, DONE, FAILED, RUNNING, STOPPED, WAITING
 from orchestrator.sweep.tree import StageTree
-from orchestrator.sweep.trials import PlannedTrial, Source
-from orchestrator.train import init_from
+from orchestrator.sweep.trials import PlannedTrial
 from orchestrator.train.rates import Rates
+from orchestrator.workers.diagnose import advise
 
 
 class Best(NamedTuple):
@@ -93,12 +95,10 @@ class Study:
             self.sampler = Sampler(folder, settings.space, sweep.base.train.seed)
             for number, values in enumerate(self.sampler.earlier[: settings.num_samples]):
                 self._add_sample(number, values)
-        _check_names(folder, self.trials)
+        check_names(folder, self.trials)
         if settings.stop == "anneal_probe":
             assert settings.probe_step is not None and settings.probe_steps is not None
-            self.probes = trials.probes_of(
-                self.trials.values(), settings.probe_step, settings.probe_steps
-            )
+            self.probes = probes_of(self.trials.values(), settings.probe_step, settings.probe_steps)
         branches = [trial.branch for trial in self.trials_and_probes.values()]
         self.stored = stored.scan(
             folder, branches, settings.diverged_above, keeps_stopped=settings.stop == "asha"
@@ -143,6 +143,7 @@ class Study:
             keep_branches=settings.keep_branches or self.sampler is not None,
             diverged_above=settings.diverged_above,
             probe_step=settings.probe_step,
+            workers=self.layout.num_workers,
             judge_probes=self.judge_probes,
             next_sample=self.next_sample,
         )
@@ -212,6 +213,43 @@ class Study:
         longest = max(trial.branch.steps for trial in self.trials.values())
         return asha_rule(self.metric, longest, self.sweep.base.train.eval_interval)
 
+    def ending(self, stages_at_a_time: int) -> Ending:
+        """Return how the sweep ended, once no stage runs any more.
+
+        If stages ran out of memory, this looks for a micro-batch that fits, which takes up to two
+        minutes. The user has to change something if that is true of every stage that failed.
+        """
+        if stop.requested(self.folder) is not None and not self.is_over:
+            return Ending("again")
+        states = {self.progress.states.of_trial(name) for name in self.trials}
+        probes = {self.progress.states.of_trial(probe.name) for probe in self.probes.values()}
+        if states <= {DONE, STOPPED} and not probes & {FAILED, BLOCKED}:
+            return Ending("done")
+        endings = self._failures_with_advice(stages_at_a_time)
+        if not endings or DIVERGED in states or any(e.kind != "user" for e in endings):
+            return Ending("failed")
+        return endings[0]
+
+    def _failures_with_advice(self, stages_at_a_time: int) -> list[Ending]:
+        """Return how stages failed; the first that ran out of memory, with advice, comes first."""
+        failures = self.progress.failures
+        for id_, ending in failures.items():
+            if ending.cause != "out_of_memory":
+                continue
+            stage = self.progress.tree.by_id[id_]
+            trial = self.progress.trials[(stage.ends or stage.trials)[0]]
+            advised = advise(
+                ending,
+                self.folder,
+                trial.experiment,
+                trial.dataset,
+                self.layout,
+                stages_at_a_time,
+            )
+            self.progress.reasons[id_] = advised.reason
+            return [advised, *failures.values()]
+        return list(failures.values())
+
     # ---- results ----
 
     def results(self) -> list[Row]:
@@ -241,7 +279,7 @@ class Study:
             reason=self.reason(trial.name),
         )
 
-    def curve(self, trial: PlannedTrial) -> list[JournalLine]:
+    def curve(self, trial: PlannedTrial) -> list[Line]:
         """Return the journal lines of a trial so far, from step 0."""
         return trials.curve(self.progress.last_stage(trial.name), trial)
 
@@ -273,14 +311,8 @@ class Study:
         """Return the trial with the lowest final loss."""
         return _lowest({name: self.final_loss(trial) for name, trial in self.trials.items()})
 
-    # ---- probes ----
-
     def judge_probes(self) -> list[str]:
-        """Return the trials to drop: their probes end above the best by more than the margin.
-
-        Losses are averaged over seeds. A probe that failed says nothing; one that diverged is worse
-        than all others.
-        """
+        """Return the trials that do not go on after their probes. Losses are averaged over seeds."""
         losses: dict[str, list[float]] = defaultdict(list)
         for name, probe in self.probes.items():
             setting = self.trials[name].setting
@@ -289,16 +321,9 @@ class Study:
                 losses[setting].append(final)
             elif self.progress.states.of_trial(probe.name) == DIVERGED:
                 losses[setting].append(float("inf"))
-        means = {setting: sum(values) / len(values) for setting, values in losses.items()}
-        least = min(means.values(), default=0.0)
-        margin = self.sweep.settings.probe_margin
-        for name in self.probes:
-            mean = means.get(self.trials[name].setting)
-            if mean is not None and mean > least + margin:
-                self.dropped[name] = (
-                    f"its probe ended at {mean:.4f}, more than sweep.probe_margin={margin:g} above "
-                    f"the best probe's {least:.4f}"
-                )
+            # A probe that failed says nothing about its trials.
+        settings = {name: self.trials[name].setting for name in self.probes}
+        self.dropped |= worse_trials(losses, settings, self.sweep.settings.probe_margin)
         return list(self.dropped)
 
 
@@ -322,63 +347,3 @@ def asha_rule(metric: str, longest: int, eval_interval: int | None) -> AshaRule:
 def data_key(data: Data) -> str:
     """Return a text that is equal for experiments trained on the same prepared tokens."""
     return data.model_dump_json()
-
-
-def with_absolute_paths(sweep: Sweep) -> Sweep:
-    """Return the sweep with absolute paths: workers run in another folder."""
-    absolute = tuple(
-        replace(trial, experiment=init_from.with_absolute_path(trial.experiment))
-        for trial in sweep.trials
-    )
-    return replace(sweep, base=init_from.with_absolute_path(sweep.base), trials=absolute)
-
-
-def check_sources(sweep: Sweep, storage: Path) -> None:
-    """Check that first weights, and the run to branch off, exist.
-
-    Raises:
-        UserError: One line for each trial whose first weights do not exist.
-    """
-    problems = []
-    if sweep.settings.sampler == "optuna":
-        sampler.check()
-        init_from.check(sweep.base)
-    for trial in sweep.trials:
-        try:
-            init_from.check(trial.experiment)
-        except UserError as error:
-            problems.append(f"trial {trial.name}: {error}")
-    if problems:
-        raise UserError("\n".join(problems))
-    if sweep.settings.from_ is not None:
-        Source.of(sweep, storage)
-
-
-def _check_names(folder: SweepFolder, planned: Mapping[str, PlannedTrial]) -> None:
-    """Refuse a name that stood for another experiment: the tracking server has its curve."""
-    changed = []
-    for name, trial in planned.items():
-        record = folder.trial(name).read_record()
-        if record is not None and record.get("trial", trial.key) != trial.key:
-            changed.append(name)
-    if not changed:
-        return
-    name = changed[0]
-    others = f" and {len(changed) - 3} more trials" if len(changed) > 3 else ""
-    before = folder.trial(name).read_experiment().flat()
-    now = planned[name].experiment.flat()
-    lines = [
-        f"  {name}: {key}: {before.get(key)!r} there, {now[key]!r} here"
-        for key in now
-        if before.get(key) != now[key]
-        and not key.startswith(("name", "storage", "tracking.", "train.keep"))
-    ]
-    if not lines:
-        lines = [
-            f"  {name}: equal fields, but another torch version, other tokens or CPUs per worker"
-        ]
-    raise UserError(
-        f"{folder.path} was begun with other experiments: {', '.join(changed[:3])}{others} would "
-        "not be what they were there; give the sweep a new name (name=…), or change back:\n"
-        + "\n".join(lines)
-    )

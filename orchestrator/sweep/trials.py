@@ -1,4 +1,4 @@
-"""Trials that are ready to be planned, their probes, and their folders.
+"""Trials that are ready to be planned, and their folders.
 
 A `PlannedTrial` is a trial of the sweep with its learning rates and its dataset. `assemble` makes
 `trials/<name>/` look like the folder of a lone run: the whole curve from step 0, the checkpoints of
@@ -7,28 +7,25 @@ the last stage, a summary.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.dataset import Manifest, data_identity
-from orchestrator.errors import UserError
 from orchestrator.files import write_atomically
 from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.journal import Line
 from orchestrator.runs.summary import last_value
-from orchestrator.sweep import stage
-from orchestrator.sweep.space.checks import origin
-from orchestrator.sweep.space.expand import Sweep, Trial
-from orchestrator.sweep.stage import JournalLine, StageResult
+from orchestrator.sweep import records
+from orchestrator.sweep.records import StageResult
+from orchestrator.sweep.space.expand import Trial
 from orchestrator.sweep.stored import StoredState
 from orchestrator.sweep.tree import Branch
-from orchestrator.train.init_from import checkpoint_of
 from orchestrator.train.rates import Rates
 
 # Fields, or prefixes of fields, that do not change what a step computes, and those of the learning
@@ -97,113 +94,6 @@ def fields_of_root(experiment: Experiment) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if not key.startswith(OUTSIDE_OF_ROOT)}
 
 
-def probes_of(trials: Iterable[PlannedTrial], step: int, steps: int) -> dict[str, PlannedTrial]:
-    """Return the probe of every trial that goes on beyond `step`, by the name of the trial.
-
-    Trials that are equal up to `step` share one probe. It leaves them there, and its learning rate
-    goes to zero in `steps` steps.
-    """
-    by_key: dict[str, PlannedTrial] = {}
-    found: dict[str, PlannedTrial] = {}
-    for trial in trials:
-        if trial.branch.steps <= step:
-            continue
-        key = trial.branch.key(step)
-        if key not in by_key:
-            by_key[key] = _probe(trial, len(by_key) + 1, step, steps)
-        found[trial.name] = by_key[key]
-    return found
-
-
-def _probe(trial: PlannedTrial, number: int, step: int, steps: int) -> PlannedTrial:
-    # `rates` has the learning rate of the probe; the fields only have to agree with its length.
-    experiment = trial.experiment.replace(
-        name=f"probe-{number}",
-        train__max_steps=step + steps,
-        schedule__kind="constant",
-        schedule__warmup_steps=0,
-        schedule__decay_steps=None,
-    )
-    name = f"probe~{number}"  # a name that no trial can have
-    return replace(
-        trial,
-        name=name,
-        setting=name,
-        experiment=experiment,
-        rates=replace(trial.rates, anneal_at=step, anneal_steps=steps),
-        is_probe=True,
-    )
-
-
-# ---- the run that a sweep branches off ----
-
-
-@dataclass(frozen=True)
-class Source:
-    """The run that a sweep branches off, and the step at which it does."""
-
-    folder: Path
-    step: int
-    experiment: Experiment
-
-    @classmethod
-    def of(cls, sweep: Sweep, storage: Path) -> "Source":
-        """Find the run that `sweep.from` names.
-
-        Raises:
-            UserError: There is no such run, it has too few steps, or a trial ends before the step.
-        """
-        name, step = origin(sweep.settings.from_ or "")
-        folders = (storage / name, Path(name).expanduser())
-        folder = next((path for path in folders if path.is_dir()), None)
-        if folder is None:
-            raise UserError(f"sweep.from: no run '{name}' in {storage}, nor a folder of that name")
-        found = cls(folder.absolute(), step, RunFolder(folder).read_experiment())
-        found._check_steps(name, sweep)
-        return found
-
-    def _check_steps(self, name: str, sweep: Sweep) -> None:
-        # The checkpoints of a trial of another sweep are those of its last stage.
-        last_stage = RunFolder(self.folder).checkpoints.resolve().parent
-        spec = stage.read_spec(RunFolder(last_stage))
-        if spec is not None and spec.rates["before"]:
-            raise UserError(
-                f"sweep.from: '{name}' is a trial that branched off {spec.rates['splice']:,} steps "
-                "of another run itself; branch off that one, or train it alone"
-            )
-        steps = self.experiment.train.max_steps
-        if self.step > steps:
-            raise UserError(f"sweep.from: '{name}' has {steps} steps, and none {self.step}")
-        for trial in sweep.trials:
-            if trial.experiment.train.max_steps <= self.step:
-                raise UserError(
-                    f"sweep.from: {trial.name} ends at or before step {self.step}, where it would "
-                    "branch off; raise train.max_steps"
-                )
-
-    def check(self, trials: Iterable[PlannedTrial]) -> None:
-        """Refuse trials whose steps before the branch would not be those of the run.
-
-        Raises:
-            UserError: With one line for each difference.
-        """
-        data = checkpoint.read_manifest(checkpoint_of(self.folder))["fingerprints"]["data"]
-        before = fields_of_root(self.experiment) | {"train.reduction_slots": self.experiment.slots}
-        for trial in trials:
-            now = fields_of_root(trial.experiment)
-            now["train.reduction_slots"] = trial.experiment.slots
-            lines = [
-                f"  {key}: {before[key]!r} there, {now[key]!r} here"
-                for key in now
-                if before[key] != now[key]
-            ]
-            if data != data_identity(trial.dataset):
-                lines.append("  data: the tokens are not those that the run was trained on")
-            if lines:
-                first = f"sweep.from: {self.folder} was another experiment:"
-                raise UserError("\n".join([first, *lines]))
-
-
 # ---- the folder of a trial ----
 
 
@@ -236,23 +126,23 @@ def assemble(
         folder.summary_file.unlink(missing_ok=True)
 
 
-def curve(last: StoredState | None, trial: PlannedTrial) -> list[JournalLine]:
+def curve(last: StoredState | None, trial: PlannedTrial) -> list[Line]:
     """Return the journal lines of a trial from step 0 to the end of its last stage.
 
     If another trial ends where this one goes on, the lines do not show it.
     """
     if last is None:
         return []
-    spec = stage.read_spec(last.folder)
+    spec = records.read_spec(last.folder)
     assert spec is not None
     if last.step == trial.experiment.train.max_steps == spec.stop:
-        return stage.curve(last.folder)
-    return stage.curve(last.folder, last.step)
+        return records.curve(last.folder)
+    return records.curve(last.folder, last.step)
 
 
 def summary_of(
     status: str,
-    lines: list[JournalLine],
+    lines: list[Line],
     trial: PlannedTrial,
     folder: RunFolder,
     result: StageResult | None,

@@ -12,13 +12,10 @@ import logging
 import math
 import os
 import shutil
-import socket
-import traceback
 import uuid
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 ENVIRONMENT = {  # Tune reads these when it is imported
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -30,52 +27,40 @@ ENVIRONMENT = {  # Tune reads these when it is imported
 for _key, _value in ENVIRONMENT.items():
     os.environ.setdefault(_key, _value)
 
-import ray  # noqa: E402
 from ray import tune  # noqa: E402
 from ray.tune.schedulers import ASHAScheduler  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402
 
-from orchestrator.cluster.layout import COLLECTIVE_TIMEOUT_S, Layout  # noqa: E402
-from orchestrator.files import write_atomically  # noqa: E402
+from orchestrator.cluster.layout import Layout  # noqa: E402
 from orchestrator.runs import stop  # noqa: E402
-from orchestrator.runs.folder import RunFolder, SweepFolder  # noqa: E402
-from orchestrator.sweep.stage import JournalLine, read_spec, run_stage  # noqa: E402
+from orchestrator.runs.folder import SweepFolder  # noqa: E402
+from orchestrator.runs.journal import Line  # noqa: E402
+from orchestrator.sweep.progress import Progress  # noqa: E402
+from orchestrator.sweep.records import read_spec  # noqa: E402
+from orchestrator.sweep.stage import run_stage  # noqa: E402
 from orchestrator.sweep.study import AshaRule  # noqa: E402
-from orchestrator.train.numerics import Worker  # noqa: E402
+from orchestrator.workers.crew import Crew, worker_of  # noqa: E402
+from orchestrator.workers.ray_train import record_failure  # noqa: E402
 
 # Names in the results that a Tune scheduler compares.
 METRIC = "val_loss"
 TIME = "optimizer_step"
-DEATH_SHOWS_S = 5  # Ray notices a dead process sooner than this
-
-
-class Work(Protocol):
-    """What the stages of a sweep wait for; see `progress.Progress`."""
-
-    tick: Callable[[], object]
-
-    def next(self) -> str | None:
-        """Return the id of a stage that may start now; it counts as started. None: none is ready."""
-
-    def ended(self, stage: str, died: bool) -> None:
-        """Record that a stage is over; `died`: with an exception or its process."""
 
 
 def execute(
-    work: Work,
+    progress: Progress,
     folder: SweepFolder,
     layout: Layout,
     slots: int,
     asha: AshaRule | None = None,
     reuse: bool = True,
 ) -> None:
-    """Run stages until `work` has none. A stage that fails does not end the others.
+    """Run stages until none is left. A stage that fails does not end the others.
 
     After a stop request in the folder of the sweep, stages end after their step and none starts.
 
     Args:
-        work: Which stages may start.
+        progress: State of the sweep: which stages may start.
         folder: Folder of the sweep.
         layout: Workers of each stage.
         slots: How many stages the cluster can run at a time. Tune cannot take back a suggested
@@ -95,7 +80,7 @@ def execute(
     tuner = tune.Tuner(
         tune.with_resources(trainable, _resources(layout)),
         tune_config=tune.TuneConfig(
-            search_alg=_StageSearcher(work),
+            search_alg=_StageSearcher(progress),
             num_samples=-1,
             max_concurrent_trials=slots,
             reuse_actors=reuse,
@@ -107,7 +92,7 @@ def execute(
             name=uuid.uuid4().hex[:8],
             storage_path=str(folder.tune_scratch),
             verbose=0,
-            callbacks=[_Ticks(work)],
+            callbacks=[_Ticks(progress)],
             failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),
         ),
     )
@@ -145,13 +130,13 @@ def _trial_id(trial: Any) -> str:
 class _StageSearcher(Searcher):
     """Suggests the stages that may start. It ends the search if none is ready and none runs."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, progress: Progress) -> None:
         super().__init__()
-        self.work = work
+        self.progress = progress
         self.running: dict[str, str] = {}  # stage of each Tune trial
 
     def suggest(self, trial_id: str) -> dict[str, str] | str | None:
-        stage = self.work.next()
+        stage = self.progress.next()
         if stage is None:
             return None if self.running else Searcher.FINISHED
         self.running[trial_id] = stage
@@ -160,7 +145,7 @@ class _StageSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        self.work.ended(self.running.pop(trial_id), error)
+        self.progress.ended(self.running.pop(trial_id), error)
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: the stages are on disk."""
@@ -169,13 +154,13 @@ class _StageSearcher(Searcher):
 
 
 class _Ticks(tune.Callback):
-    """Calls `Work.tick` in Tune's loop."""
+    """Calls `Progress.tick` in Tune's loop."""
 
-    def __init__(self, work: Work) -> None:
-        self.work = work
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self.work.tick()
+        self.progress.tick()
 
 
 class StageTrainable(tune.Trainable):
@@ -193,7 +178,7 @@ class StageTrainable(tune.Trainable):
         self.reported_metric = reported_metric
         self.stop_requested = stop.Listener(self.sweep)
         self.crew: Crew | None = None
-        self.lines: Iterator[JournalLine] | None = None
+        self.lines: Iterator[Line] | None = None
         self.reported: dict[str, Any] = {}
         self._begin(config["stage"])
 
@@ -211,14 +196,14 @@ class StageTrainable(tune.Trainable):
         except Exception as error:
             # If another rank died, this is only the closed connection to it.
             if self.crew is None or not self.crew.has_lost_a_peer():
-                _record_failure(self.folder, 0, error)
+                record_failure(self.folder, worker_of(0, self.layout), error)
             raise
         return {**self.reported, "done": True} if is_over else self.reported
 
     def _train(self) -> bool:
         """Return True at the end of the stage, False at an evaluation before it."""
         if self.crew is None:
-            self.crew = Crew(self.layout)
+            self.crew = Crew(self.layout, run_stage)
         if self.lines is None:
             self.lines = self.crew.run(self.folder, self.stop_requested)
         for line in self.lines:
@@ -255,106 +240,3 @@ class StageTrainable(tune.Trainable):
         if self.crew is not None and self.crew.peers:
             self.crew.disband()
             self.crew = None
-
-
-class Crew:
-    """The workers of a stage: this process as rank 0, and an actor for each other rank."""
-
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self.peers: list[Any] = []
-        self.running: list[ray.ObjectRef] = []
-        if layout.num_workers > 1:
-            self._start_peers()
-
-    def _start_peers(self) -> None:
-        group = ray.util.get_current_placement_group()
-        for rank in range(1, self.layout.num_workers):
-            actor = ray.remote(_Peer).options(
-                num_cpus=self.layout.cpus_per_worker,
-                num_gpus=int(self.layout.use_gpu),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    group, placement_group_bundle_index=rank
-                ),
-            )
-            self.peers.append(actor.remote(rank, self.layout))
-        address = f"tcp://{ray.util.get_node_ip_address()}:{_free_port()}"
-        joining = [peer.join.remote(address) for peer in self.peers]
-        _join(address, 0, self.layout)
-        ray.get(joining)
-
-    def run(self, folder: RunFolder, stop_requested: Callable[[], bool]) -> Iterator[JournalLine]:
-        """Train a stage on all workers; yield the lines of its journal."""
-        self.running = [peer.run.remote(folder.path) for peer in self.peers]
-        yield from run_stage(folder, _worker(0, self.layout), stop_requested)
-        ray.get(self.running)
-
-    def has_lost_a_peer(self) -> bool:
-        """Return whether another worker is dead after the stage failed, not only waiting for this one."""
-        if not self.running:
-            return False
-        over, _ = ray.wait(self.running, num_returns=len(self.running), timeout=DEATH_SHOWS_S)
-        for peer in over:
-            try:
-                ray.get(peer)
-            except ray.exceptions.RayActorError:
-                return True
-        return False
-
-    def disband(self) -> None:
-        import torch.distributed as dist
-
-        for peer in self.peers:
-            ray.kill(peer)
-        dist.destroy_process_group()
-
-
-class _Peer:
-    """An actor for a rank other than 0."""
-
-    def __init__(self, rank: int, layout: Layout) -> None:
-        self.rank = rank
-        self.layout = layout
-
-    def join(self, address: str) -> None:
-        _join(address, self.rank, self.layout)
-
-    def run(self, path: Path) -> None:
-        folder = RunFolder(path)
-        try:
-            # `stop_requested` of rank 0 decides, but all ranks must pass a function.
-            for _ in run_stage(folder, _worker(self.rank, self.layout), lambda: False):
-                pass
-        except Exception as error:
-            _record_failure(folder, self.rank, error)
-            # The other ranks wait for this one. A closed connection ends that, an exception does not.
-            os._exit(1)
-
-
-def _record_failure(folder: RunFolder, rank: int, error: Exception) -> None:
-    text = "".join(traceback.format_exception(error))
-    write_atomically(folder.failure_file(rank), text)
-
-
-def _join(address: str, rank: int, layout: Layout) -> None:
-    import torch.distributed as dist
-
-    dist.init_process_group(
-        "nccl" if layout.use_gpu else "gloo",
-        init_method=address,
-        rank=rank,
-        world_size=layout.num_workers,
-        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-    )
-
-
-def _worker(rank: int, layout: Layout) -> Worker:
-    # Ray shows each worker only its own GPU.
-    device = "cuda:0" if layout.use_gpu else "cpu"
-    return Worker(rank, layout.num_workers, device, layout.cpus_per_worker)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]

@@ -16,7 +16,7 @@ from orchestrator.cluster import layout as launch
 from orchestrator.cluster.layout import Layout
 from orchestrator.data.batches import Batches, TokenStream
 from orchestrator.data.dataset import FILE, load_manifest, write_manifest
-from orchestrator.runs import events
+from orchestrator.runs import events, journal
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import SweepFolder
 from orchestrator.sweep import tune as sweep
@@ -51,12 +51,21 @@ def on_ray(ray_cluster) -> Callable:
         report = Report(study, progress)
         progress.on_stage_end = report.stage_ended
         report.begin()
+        pids, ended = {}, progress.ended
+
+        def with_pid(stage: str, died: bool) -> None:
+            (pids[stage],) = {mark.pid for mark in marks.read(progress.folder.stage(stage))} or {0}
+            ended(stage, died)
+
+        if layout.num_workers == 1:
+            progress.ended = with_pid
         with Watch(study.folder, progress.running):
             sweep.execute(progress, progress.folder, layout, slots, study.asha(), reuse)
         report.finish(Ending("done"), 1.0)
         assert not progress.states.pending
         return SimpleNamespace(
             progress=progress,
+            pids=pids,
             states={row.trial: row.state for row in study.results()},
             reasons={row.trial: row.reason for row in study.results()},
         )
@@ -64,12 +73,10 @@ def on_ray(ray_cluster) -> Callable:
     return run
 
 
-def writers(study: Study) -> dict[str, tuple[float, int]]:
-    """By stage: when it began, and in which process."""
-    files = study.folder.path.glob("stages/*/.writer")
-    return {
-        f.parent.name: (f.stat().st_mtime, int(f.read_text().split()[1])) for f in files
-    }  # "process PID on host"
+def begun(study: Study) -> dict[str, float]:
+    """Time of the first line of every stage, in ms."""
+    folders = study.folder.stages()
+    return {folder.name: journal.read(folder)[0]["timestamp"] for folder in folders}
 
 
 def ended(study: Study) -> dict[str, float]:
@@ -87,10 +94,10 @@ def assert_alone(sweeps, study: Study, names=None) -> None:
 def test_processes_reused_and_new_ones_give_the_bits_of_the_lone_runs(sweeps, on_ray):
     """And one process at a time runs parents before children, the longest remaining path first."""
     kept, fresh = sweeps.open(*TREE, name="kept"), sweeps.open(*FORK, name="fresh")
-    on_ray(kept, ONE, slots=1)
-    on_ray(fresh, ONE, slots=2, reuse=False)
-    assert (len(writers(kept)), len({pid for _, pid in writers(kept).values()})) == (8, 1)
-    assert (len(writers(fresh)), len({pid for _, pid in writers(fresh).values()})) == (3, 3)
+    reused = on_ray(kept, ONE, slots=1).pids
+    new = on_ray(fresh, ONE, slots=2, reuse=False).pids
+    assert (len(reused), len(set(reused.values()))) == (8, 1)
+    assert (len(new), len(set(new.values()))) == (3, 3)
     assert_alone(sweeps, kept)
     for name in fresh.trials:
         assert sweeps.outcome(fresh.folder.trial(name)) == sweeps.outcome(
@@ -102,7 +109,7 @@ def test_processes_reused_and_new_ones_give_the_bits_of_the_lone_runs(sweeps, on
 
 def assert_order(study: Study) -> None:
     """Of all stages that could have begun, each time one of those with the longest path still ahead."""
-    begun = [stage for _, stage in sorted((at, stage) for stage, (at, _) in writers(study).items())]
+    order = sorted(begun(study), key=begun(study).get)
     plan = study.tree
 
     def ahead(stage) -> int:
@@ -110,19 +117,19 @@ def assert_order(study: Study) -> None:
             (ahead(child) for child in plan.children.get(stage.id, ())), default=0
         )
 
-    for n, chosen in enumerate(begun):
-        ready = [s for s in plan.stages if s.id not in begun[:n] and s.parent in (None, *begun[:n])]
+    for n, chosen in enumerate(order):
+        ready = [s for s in plan.stages if s.id not in order[:n] and s.parent in (None, *order[:n])]
         assert chosen in [s.id for s in ready if ahead(s) == max(map(ahead, ready))], (
             f"stage {n} to begin"
         )
 
 
 def assert_parents_first(study: Study) -> None:
-    began, end = writers(study), ended(study)
+    began, end = begun(study), ended(study)
     children = [stage for stage in study.tree.stages if stage.parent]
     assert children
     for stage in children:
-        assert began[stage.id][0] >= end[stage.parent]
+        assert began[stage.id] >= end[stage.parent]
 
 
 # ---- two workers ----
@@ -283,15 +290,16 @@ def test_who_is_stopped_from_outside_is_ended_and_its_stage_goes_on_from_its_che
 
     seen = on_ray(study, layout, slots=1, tick=tick)
     assert_alone(sweeps, study)
-    (hang,) = events.read(study.folder)
+    hang, restart = events.read(study.folder)
     assert (hang["kind"], hang["stage"]) == ("hang", stage.id)
+    assert (restart["kind"], restart["stage"]) == ("restart", stage.id)
     assert hang["message"].startswith(f"rank {rank} (process {victims[0]} on ")
     assert seen.progress.wait_reasons == {stage.id: f"{hang['message']}; once more"}
-    assert sorted(f.name for f in folder.glob("hangs/0001/*")) == [
+    assert sorted(f.name for f in folder.path.glob("hangs/0001/*")) == [
         f"hang-rank{r}.txt" for r in range(layout.num_workers)
     ]
-    assert [*folder.glob("hang-rank*"), *folder.glob(".ranks/*")] == []
-    assert json.loads((folder / "result.json").read_text())["steps_run"] <= 500
+    assert [*folder.path.glob("hang-rank*"), *folder.path.glob(".ranks/*")] == []
+    assert json.loads(folder.result_file.read_text())["steps_run"] <= 500
 
 
 # ---- Tune's own scheduler ----

@@ -1,0 +1,68 @@
+"""Probes: short anneals that show which trials should not go on (`sweep.stop: anneal_probe`)."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from orchestrator.sweep.trials import PlannedTrial
+
+
+def probes_of(trials: Iterable[PlannedTrial], step: int, steps: int) -> dict[str, PlannedTrial]:
+    """Return the probe of every trial that goes on beyond `step`, by the name of the trial.
+
+    Trials that are equal up to `step` share one probe. It leaves them there, and its learning rate
+    goes to zero in `steps` steps.
+    """
+    by_key: dict[str, PlannedTrial] = {}
+    found: dict[str, PlannedTrial] = {}
+    for trial in trials:
+        if trial.branch.steps <= step:
+            continue
+        key = trial.branch.key(step)
+        if key not in by_key:
+            by_key[key] = _probe(trial, len(by_key) + 1, step, steps)
+        found[trial.name] = by_key[key]
+    return found
+
+
+def _probe(trial: PlannedTrial, number: int, step: int, steps: int) -> PlannedTrial:
+    # `rates` has the learning rate of the probe; the fields only have to agree with its length.
+    experiment = trial.experiment.replace(
+        name=f"probe-{number}",
+        train__max_steps=step + steps,
+        schedule__kind="constant",
+        schedule__warmup_steps=0,
+        schedule__decay_steps=None,
+    )
+    name = f"probe~{number}"  # a name that no trial can have
+    return replace(
+        trial,
+        name=name,
+        setting=name,
+        experiment=experiment,
+        rates=replace(trial.rates, anneal_at=step, anneal_steps=steps),
+        is_probe=True,
+    )
+
+
+def worse_trials(
+    losses: Mapping[str, list[float]], settings: Mapping[str, str], margin: float
+) -> dict[str, str]:
+    """Return the trials whose probes end above the best by more than the margin, and why.
+
+    Args:
+        losses: Final losses of the probes of each setting, one for each seed that has one. A probe
+            that diverged counts as infinite.
+        settings: The setting of each trial that has a probe.
+        margin: `sweep.probe_margin`, in nats.
+    """
+    means = {setting: sum(values) / len(values) for setting, values in losses.items() if values}
+    least = min(means.values(), default=0.0)
+    worse = {}
+    for trial, setting in settings.items():
+        mean = means.get(setting)
+        if mean is not None and mean > least + margin:
+            worse[trial] = (
+                f"its probe ended at {mean:.4f}, more than sweep.probe_margin={margin:g} above the "
+                f"best probe's {least:.4f}"
+            )
+    return worse

@@ -1,0 +1,149 @@
+"""The files of a stage: what it trains (stage.json), how it ended (result.json), and its curve."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config.experiment import Experiment, parse_experiment
+from orchestrator.files import read_json, write_json
+from orchestrator.runs import journal
+from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.journal import Line
+from orchestrator.sweep.states import State
+from orchestrator.sweep.tree import Branch
+from orchestrator.train import rates
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """Content of stage.json: what a stage trains.
+
+    Attributes:
+        id: Key of the state at the end of the stage.
+        root: Identifies all that never changes within a run; see `tree.Branch`.
+        start, stop: The stage makes the updates [start, stop).
+        experiment: One trial of the stage; one that ends with it, if there is any.
+        rates: The learning rates, as `Rates.to_json` stores them.
+        data_dir: Folder of the token shards.
+        parent: Folder whose journal lines come before this stage's; None at step 0.
+        begin: Checkpoint to start from; None at step 0.
+        diverged_above: `sweep.diverged_above`.
+    """
+
+    id: str
+    root: str
+    start: int
+    stop: int
+    experiment: dict[str, Any]
+    rates: dict[str, Any]
+    data_dir: str
+    parent: str | None = None
+    begin: str | None = None
+    diverged_above: float | None = None
+
+    def write(self, folder: RunFolder) -> None:
+        """Write stage.json. The parent in the same sweep is relative, so that a sweep may be moved."""
+        stored = asdict(self)
+        if self.parent is not None and Path(self.parent).parent == folder.path.parent:
+            stored["parent"] = f"../{Path(self.parent).name}"
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_json(folder.stage_file, stored)
+
+    def parsed_experiment(self) -> Experiment:
+        return parse_experiment(self.experiment, f"stage {self.id}")
+
+    def key(self, step: int) -> str:
+        """Return the key of the state after `step` updates."""
+        return self.keys([step])[step]
+
+    def keys(self, steps: list[int]) -> dict[int, str]:
+        """Return the keys of the states after some rising numbers of updates."""
+        made = rates.from_json(self.rates).first(max(steps, default=0))
+        return Branch("", self.root, made).keys(steps)
+
+
+def read_spec(folder: RunFolder) -> StageSpec | None:
+    """Read stage.json; None if the folder is not that of a stage."""
+    stored = read_json(folder.stage_file)
+    if stored is None:
+        return None
+    parent = stored["parent"]
+    if parent is not None and parent.startswith("../"):
+        stored["parent"] = str(folder.path.parent / parent.removeprefix("../"))
+    return StageSpec(**stored)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """Content of result.json: how a stage ended.
+
+    Attributes:
+        id, start, stop: As in stage.json.
+        step: Updates after which the stage ended.
+        outcome: done, diverged or stopped.
+        key: Key of the state after `step` updates: what the result is about in any later tree.
+        seconds, steps_run: Time and updates of the last attempt.
+        is_whole: True if a trial ends here, with the evaluation at its end.
+        limit: `sweep.diverged_above` if the stage diverged by it.
+        weights_sha256: Only of a stage where a trial ends.
+        reason: Why it is not done.
+        numerics: Fingerprint of the numerics.
+    """
+
+    id: str
+    start: int
+    stop: int
+    step: int
+    outcome: State
+    key: str
+    seconds: float
+    steps_run: int
+    is_whole: bool = False
+    limit: float | None = None
+    weights_sha256: str | None = None
+    reason: str | None = None
+    numerics: dict[str, Any] | None = None
+
+    def write(self, folder: RunFolder) -> None:
+        stored = asdict(self)
+        if self.numerics is None:
+            del stored["numerics"]
+        write_json(folder.result_file, stored)
+
+
+def read_result(folder: RunFolder) -> StageResult | None:
+    """Read result.json; None if the stage has not ended."""
+    stored = read_json(folder.result_file)
+    return None if stored is None else StageResult(**stored)
+
+
+def curve(folder: RunFolder, last_step: int | None = None) -> list[Line]:
+    """Return the journal lines from step 0 through a stage: those of its parents and its own.
+
+    Args:
+        folder: A stage, or a run that a sweep branches off.
+        last_step: Leave out the folder's own lines after this step, and reduce the line at it to
+            what a run that goes on has there. None: all lines as they are.
+    """
+    spec = read_spec(folder)
+    own = journal.read(folder)
+    if last_step is not None:
+        experiment = folder.read_experiment() if spec is None else spec.parsed_experiment()
+        own = _lines_of_longer_run(own, last_step, experiment)
+    if spec is None or spec.parent is None:
+        return own
+    before = curve(RunFolder(spec.parent), spec.start)
+    return [line for line in before if not own or line["step"] < own[0]["step"]] + own
+
+
+def _lines_of_longer_run(lines: list[Line], last_step: int, experiment: Experiment) -> list[Line]:
+    config = experiment.train
+    found = []
+    for line in lines:
+        if line["step"] < last_step:
+            found.append(line)
+        elif line["step"] == last_step:
+            reduced = journal.by_interval(line, config.log_interval, config.eval_interval)
+            if reduced:
+                found.append(reduced)
+    return found

@@ -1,0 +1,145 @@
+"""What must exist before a sweep starts: first weights, the run it branches off, names that are free."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from orchestrator.checkpoint import store as checkpoint
+from orchestrator.config.experiment import Experiment
+from orchestrator.data.dataset import data_identity
+from orchestrator.errors import UserError
+from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.sweep.records import read_spec
+from orchestrator.sweep.space import sampler
+from orchestrator.sweep.space.checks import origin
+from orchestrator.sweep.space.expand import Sweep
+from orchestrator.sweep.trials import PlannedTrial, fields_of_root
+from orchestrator.train import init_from
+
+
+@dataclass(frozen=True)
+class Source:
+    """The run that a sweep branches off, and the step at which it does."""
+
+    folder: Path
+    step: int
+    experiment: Experiment
+
+    @classmethod
+    def of(cls, sweep: Sweep, storage: Path) -> "Source":
+        """Find the run that `sweep.from` names.
+
+        Raises:
+            UserError: There is no such run, it has too few steps, or a trial ends before the step.
+        """
+        name, step = origin(sweep.settings.from_ or "")
+        folders = (storage / name, Path(name).expanduser())
+        folder = next((path for path in folders if path.is_dir()), None)
+        if folder is None:
+            raise UserError(f"sweep.from: no run '{name}' in {storage}, nor a folder of that name")
+        found = cls(folder.absolute(), step, RunFolder(folder).read_experiment())
+        found._check_steps(name, sweep)
+        return found
+
+    def _check_steps(self, name: str, sweep: Sweep) -> None:
+        # The checkpoints of a trial of another sweep are those of its last stage.
+        last_stage = RunFolder(self.folder).checkpoints.resolve().parent
+        spec = read_spec(RunFolder(last_stage))
+        if spec is not None and spec.rates["before"]:
+            raise UserError(
+                f"sweep.from: '{name}' is a trial that branched off {spec.rates['splice']:,} steps "
+                "of another run itself; branch off that one, or train it alone"
+            )
+        steps = self.experiment.train.max_steps
+        if self.step > steps:
+            raise UserError(f"sweep.from: '{name}' has {steps} steps, and none {self.step}")
+        for trial in sweep.trials:
+            if trial.experiment.train.max_steps <= self.step:
+                raise UserError(
+                    f"sweep.from: {trial.name} ends at or before step {self.step}, where it would "
+                    "branch off; raise train.max_steps"
+                )
+
+    def check(self, trials: Iterable[PlannedTrial]) -> None:
+        """Refuse trials whose steps before the branch would not be those of the run.
+
+        Raises:
+            UserError: With one line for each difference.
+        """
+        data = checkpoint.read_manifest(init_from.checkpoint_of(self.folder))["fingerprints"][
+            "data"
+        ]
+        before = fields_of_root(self.experiment) | {"train.reduction_slots": self.experiment.slots}
+        for trial in trials:
+            now = fields_of_root(trial.experiment)
+            now["train.reduction_slots"] = trial.experiment.slots
+            lines = [
+                f"  {key}: {before[key]!r} there, {now[key]!r} here"
+                for key in now
+                if before[key] != now[key]
+            ]
+            if data != data_identity(trial.dataset):
+                lines.append("  data: the tokens are not those that the run was trained on")
+            if lines:
+                first = f"sweep.from: {self.folder} was another experiment:"
+                raise UserError("\n".join([first, *lines]))
+
+
+def with_absolute_paths(sweep: Sweep) -> Sweep:
+    """Return the sweep with absolute paths: workers run in another folder."""
+    absolute = tuple(
+        replace(trial, experiment=init_from.with_absolute_path(trial.experiment))
+        for trial in sweep.trials
+    )
+    return replace(sweep, base=init_from.with_absolute_path(sweep.base), trials=absolute)
+
+
+def check_sources(sweep: Sweep, storage: Path) -> None:
+    """Check that first weights, and the run to branch off, exist.
+
+    Raises:
+        UserError: One line for each trial whose first weights do not exist.
+    """
+    problems = []
+    if sweep.settings.sampler == "optuna":
+        sampler.check()
+        init_from.check(sweep.base)
+    for trial in sweep.trials:
+        try:
+            init_from.check(trial.experiment)
+        except UserError as error:
+            problems.append(f"trial {trial.name}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+    if sweep.settings.from_ is not None:
+        Source.of(sweep, storage)
+
+
+def check_names(folder: SweepFolder, planned: Mapping[str, PlannedTrial]) -> None:
+    """Refuse a name that stood for another experiment: the tracking server has its curve."""
+    changed = []
+    for name, trial in planned.items():
+        record = folder.trial(name).read_record()
+        if record is not None and record.get("trial", trial.key) != trial.key:
+            changed.append(name)
+    if not changed:
+        return
+    name = changed[0]
+    others = f" and {len(changed) - 3} more trials" if len(changed) > 3 else ""
+    before = folder.trial(name).read_experiment().flat()
+    now = planned[name].experiment.flat()
+    lines = [
+        f"  {name}: {key}: {before.get(key)!r} there, {now[key]!r} here"
+        for key in now
+        if before.get(key) != now[key]
+        and not key.startswith(("name", "storage", "tracking.", "train.keep"))
+    ]
+    if not lines:
+        lines = [
+            f"  {name}: equal fields, but another torch version, other tokens or CPUs per worker"
+        ]
+    raise UserError(
+        f"{folder.path} was begun with other experiments: {', '.join(changed[:3])}{others} would "
+        "not be what they were there; give the sweep a new name (name=…), or change back:\n"
+        + "\n".join(lines)
+    )

@@ -1,0 +1,130 @@
+"""The workers of a stage: this process is rank 0, and each other rank is an actor of Ray.
+
+The actors run in the placement group of this process, so a stage has all of its resources or waits
+without holding any. The process group of torch.distributed outlives a stage.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from orchestrator.cluster.layout import COLLECTIVE_TIMEOUT_S, Layout
+from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.journal import Line
+from orchestrator.train.numerics import Worker
+from orchestrator.workers.ray_train import record_failure
+
+DEATH_SHOWS_S = 5  # Ray notices a dead process sooner than this
+
+Train: TypeAlias = Callable[[RunFolder, Worker, Callable[[], bool]], Iterator[Line]]
+
+
+class Crew:
+    """The workers of a stage. They stay for the next stage.
+
+    Args:
+        layout: Number of workers, and their resources.
+        train: Trains the stage of a folder; all ranks call it. Yields the lines of its journal.
+    """
+
+    def __init__(self, layout: Layout, train: Train) -> None:
+        self.layout = layout
+        self.train = train
+        self.peers: list[Any] = []
+        self.running: list[ray.ObjectRef] = []
+        if layout.num_workers > 1:
+            self._start_peers()
+
+    def _start_peers(self) -> None:
+        group = ray.util.get_current_placement_group()
+        for rank in range(1, self.layout.num_workers):
+            actor = ray.remote(_Peer).options(
+                num_cpus=self.layout.cpus_per_worker,
+                num_gpus=int(self.layout.use_gpu),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    group, placement_group_bundle_index=rank
+                ),
+            )
+            self.peers.append(actor.remote(rank, self.layout, self.train))
+        address = f"tcp://{ray.util.get_node_ip_address()}:{_free_port()}"
+        joining = [peer.join.remote(address) for peer in self.peers]
+        _join(address, 0, self.layout)
+        ray.get(joining)
+
+    def run(self, folder: RunFolder, stop_requested: Callable[[], bool]) -> Iterator[Line]:
+        """Train a stage on all workers; yield the lines of its journal."""
+        self.running = [peer.run.remote(folder.path) for peer in self.peers]
+        yield from self.train(folder, worker_of(0, self.layout), stop_requested)
+        ray.get(self.running)
+
+    def has_lost_a_peer(self) -> bool:
+        """Return whether another worker is dead after the stage failed, not only waiting for this one."""
+        if not self.running:
+            return False
+        over, _ = ray.wait(self.running, num_returns=len(self.running), timeout=DEATH_SHOWS_S)
+        for peer in over:
+            try:
+                ray.get(peer)
+            except ray.exceptions.RayActorError:
+                return True
+        return False
+
+    def disband(self) -> None:
+        import torch.distributed as dist
+
+        for peer in self.peers:
+            ray.kill(peer)
+        dist.destroy_process_group()
+
+
+class _Peer:
+    """An actor for a rank other than 0."""
+
+    def __init__(self, rank: int, layout: Layout, train: Train) -> None:
+        self.rank = rank
+        self.layout = layout
+        self.train = train
+
+    def join(self, address: str) -> None:
+        _join(address, self.rank, self.layout)
+
+    def run(self, path: Path) -> None:
+        folder = RunFolder(path)
+        try:
+            # `stop_requested` of rank 0 decides, but all ranks must pass a function.
+            for _ in self.train(folder, worker_of(self.rank, self.layout), lambda: False):
+                pass
+        except Exception as error:
+            record_failure(folder, worker_of(self.rank, self.layout), error)
+            # The other ranks wait for this one. A closed connection ends that, an exception does not.
+            os._exit(1)
+
+
+def _join(address: str, rank: int, layout: Layout) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "nccl" if layout.use_gpu else "gloo",
+        init_method=address,
+        rank=rank,
+        world_size=layout.num_workers,
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+    )
+
+
+def worker_of(rank: int, layout: Layout) -> Worker:
+    # Ray shows each worker only its own GPU.
+    device = "cuda:0" if layout.use_gpu else "cpu"
+    return Worker(rank, layout.num_workers, device, layout.cpus_per_worker)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]

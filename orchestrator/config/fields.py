@@ -1,6 +1,6 @@
 """Building blocks of the configuration: base class, types of fields, and their description.
 
-`--help`, docs/reference.md and the error messages are made from what `describe_fields` returns.
+`--help`, docs/reference.md and the error messages are made from the result of `describe_fields`.
 """
 
 import json

@@ -13,7 +13,7 @@ from orchestrator.data.tasks import count, plan_chunks
 from orchestrator.data.tokenizer import has_ranks, kind_of, load_tokenizer
 
 if TYPE_CHECKING:
-    from orchestrator.config.experiment import Data
+    from orchestrator.config.sections import Data
 
 BYTES_PER_TOKEN = 4.0  # of English and 50,000 tokens; used if nothing can be encoded
 SAMPLES = 8

@@ -40,7 +40,7 @@ from orchestrator.data.tokenizer import Tokenizer, kind_of, load_tokenizer
 from orchestrator.errors import UserError
 
 if TYPE_CHECKING:
-    from orchestrator.config.experiment import Data
+    from orchestrator.config.sections import Data
 
 WORK = ".parts"  # folder inside the dataset's; removed at the end
 MIN_CHUNK_BYTES = 1 << 20

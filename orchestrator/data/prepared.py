@@ -17,7 +17,7 @@ from orchestrator.errors import UserError
 from orchestrator.files import file_sha256
 
 if TYPE_CHECKING:
-    from orchestrator.config.experiment import Data
+    from orchestrator.config.sections import Data
 
 # Fields of the `data` section that decide the tokens, besides the corpus.
 SETTINGS = ("append_eot", "invalid_utf8", "split", "text_field", "tokenizer", "val_fraction")

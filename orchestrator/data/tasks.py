@@ -26,7 +26,7 @@ from orchestrator.files import file_sha256, write_atomically
 from orchestrator.redact import redact_text
 
 if TYPE_CHECKING:
-    from orchestrator.config.experiment import Data
+    from orchestrator.config.sections import Data
 
 Job = dict[str, Any]  # the arguments of one task; a dataclass arrives there as a dict
 SpanJson = dict[str, Any]  # the fields of `Span`

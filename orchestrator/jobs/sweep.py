@@ -15,7 +15,8 @@ from typing import cast
 
 from orchestrator.cluster import layout as cluster
 from orchestrator.cluster.layout import Layout
-from orchestrator.config.experiment import Data, Experiment
+from orchestrator.config.experiment import Experiment
+from orchestrator.config.sections import Data
 from orchestrator.cost.estimate import TokenCounts, expected_line
 from orchestrator.cost.timing import Estimate
 from orchestrator.data.dataset import Manifest, load_manifest

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from orchestrator.cluster.layout import Layout
-from orchestrator.config.experiment import Data
+from orchestrator.config.sections import Data
 from orchestrator.data.dataset import Manifest
 from orchestrator.errors import UserError
 from orchestrator.runs import stop

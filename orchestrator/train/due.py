@@ -12,7 +12,8 @@ branch off at the end of another one. The result must equal that of a run that n
 
 from dataclasses import dataclass
 
-from orchestrator.config.experiment import Experiment, Train
+from orchestrator.config.experiment import Experiment
+from orchestrator.config.sections import Train
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal

@@ -6,7 +6,7 @@ All ranks decide the same, because they have the same bits of the gradient.
 import math
 from typing import Any, Literal
 
-from orchestrator.config.experiment import Train
+from orchestrator.config.sections import Train
 from orchestrator.data.batches import Batches
 from orchestrator.runs import events
 from orchestrator.runs.ending import Ending

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.config.experiment import Data
+from orchestrator.config.sections import Data
 from orchestrator.data.batches import TokenStream
 from orchestrator.data.corpus import Source
 from orchestrator.data.documents import Span, read_pieces

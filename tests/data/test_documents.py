@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config.experiment import Data
+from orchestrator.config.sections import Data
 from orchestrator.data.corpus import Source
 from orchestrator.data.documents import read_pieces
 from orchestrator.data.tasks import plan_chunks

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config.experiment import Data, load_experiment
+from orchestrator.config.experiment import load_experiment
+from orchestrator.config.sections import Data
 from orchestrator.data import dataset as manifest
 from orchestrator.data import tokenizer
 from orchestrator.data.batches import TokenStream

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config.experiment import Data
+from orchestrator.config.sections import Data
 from orchestrator.data import parts
 from orchestrator.data import prepare as prepare_module
 from orchestrator.data.dataset import load_manifest
@@ -100,7 +100,7 @@ KILLED = """
 import sys
 from pathlib import Path
 import ray
-from orchestrator.config.experiment import Data
+from orchestrator.config.sections import Data
 from orchestrator.data.prepare import prepare
 ray.init(log_to_driver=False)
 data = Data(corpus=sys.argv[1], tokenizer="byte", append_eot=True, val_fraction=0.25)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from orchestrator.config.experiment import Data
+from orchestrator.config.sections import Data
 from orchestrator.data.estimate import TokenEstimate, estimate_tokens
 from orchestrator.data.prepare import prepare
 from orchestrator.data.prepared import dataset_dir

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.config.experiment import Data
+from orchestrator.config.sections import Data
 from orchestrator.data import index as index_module
 from orchestrator.data import tasks
 from orchestrator.data.corpus import Source

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestrator.config.experiment import Data
+from orchestrator.config.sections import Data
 from orchestrator.data.batches import TokenStream
 
 STORY = (

@@ -1,0 +1,188 @@
+"""Sections of an experiment: every field with its type, default, limits and description."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from model.optim import OPTIMIZERS
+from model.schedule import DECAY_SHAPES, SCHEDULES
+from orchestrator.config.fields import Int, Interval, OneOf, Section, Steps, Text
+
+
+class Data(Section):
+    """The text, and how it becomes tokens."""
+
+    corpus: Text | Annotated[list[Text], Field(min_length=1)] = Field(
+        "builtin:stdlib",
+        description="text to train on: files, globs or folders (.txt, .md, .py …, .jsonl, "
+        ".parquet), https://…#sha256=HEX, or builtin:stdlib (the source of Python's standard "
+        "library); one or a list",
+    )
+    dir: Text | None = Field(
+        None, description="folder of the token shards; null: <storage>/data/<fingerprint>"
+    )
+    text_field: Text = Field(
+        "text", description="field of JSON lines, or column of Parquet, that holds the text"
+    )
+    invalid_utf8: Literal["stop", "replace"] = Field(
+        "stop",
+        description="text that is not UTF-8; stop: an error that names the file and the byte, "
+        "replace: U+FFFD for each invalid sequence",
+    )
+    tokenizer: Text = Field(
+        "gpt2", description="any tiktoken encoding (gpt2, cl100k_base, o200k_base …), byte or char"
+    )
+    split: Literal["tail", "hash"] = Field(
+        "tail",
+        description="part that is val; tail: the last characters of the corpus, hash: documents "
+        "selected by the hash of their content",
+    )
+    val_fraction: float = Field(
+        0.1, gt=0, lt=1, description="share of the corpus that is val, 0 to 1"
+    )
+    append_eot: bool = Field(
+        False, description="end every document with the end-of-text token of the tokenizer"
+    )
+
+
+class Model(Section):
+    """The shape of the model. The vocabulary follows from the tokenizer."""
+
+    # A second entry of MODELS makes this a field with `OneOf(MODELS)`.
+    kind: ClassVar[str] = "gpt"
+
+    block_size: Int = Field(1024, ge=1, description="context length in tokens")
+    n_layer: Int = Field(12, ge=1, description="transformer blocks")
+    n_head: Int = Field(12, ge=1, description="attention heads per block; must divide n_embd")
+    n_embd: Int = Field(768, ge=1, description="width of the residual stream")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="probability, 0 to 1; use 0 for pretraining"
+    )
+    bias: bool = Field(False, description="biases in Linear and LayerNorm; GPT-2 has them")
+    activation: Literal["gelu", "gelu_tanh"] = Field(
+        "gelu", description="OpenAI's GPT-2 weights need gelu_tanh"
+    )
+    pad_vocab_to: Int = Field(
+        128,
+        ge=1,
+        description="vocab_size is the tokenizer's n_vocab, rounded up to a multiple of this",
+    )
+
+
+class Optim(Section):
+    """The optimizer."""
+
+    kind: Annotated[str, OneOf(OPTIMIZERS)] = Field("adamw", description="optimizer")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment, 0 to 1")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment, 0 to 1")
+    weight_decay: float = Field(
+        0.1, ge=0, description="decoupled; only on tensors of two or more dimensions"
+    )
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="clip the norm of the whole gradient to this; null: do not clip"
+    )
+
+
+class ScheduleSection(Section):
+    """The learning rate of every step."""
+
+    kind: Annotated[str, OneOf(SCHEDULES)] = Field(
+        "cosine", description="shape of the learning rate after warmup"
+    )
+    max_lr: float = Field(6e-4, gt=0, description="peak learning rate")
+    min_lr_ratio: float = Field(
+        0.1, ge=0, le=1, description="lowest learning rate as a share of the peak, 0 to 1"
+    )
+    warmup_steps: Int = Field(0, ge=0, description="steps of linear warmup")
+    decay_steps: Steps | None = Field(
+        None, description="step at which the decay ends; null: train.max_steps"
+    )
+    decay_fraction: float = Field(
+        0.2, gt=0, le=1, description="only for wsd: share of decay_steps that decays, 0 to 1"
+    )
+    decay_shape: Annotated[str, OneOf(DECAY_SHAPES)] = Field(
+        "linear", description="only for wsd: shape of the decay"
+    )
+
+
+class Train(Section):
+    """Steps, batches, precision, and intervals of logging, evaluation and checkpoints."""
+
+    max_steps: Steps = Field(2000, description="optimizer updates")
+    micro_batch_size: Steps = Field(12, description="sequences per worker in one forward pass")
+    global_batch_size: Steps = Field(12, description="sequences per update over all workers")
+    reduction_slots: Steps | None = Field(
+        None,
+        description="partial sums of one gradient, a power of two; the number of workers must "
+        "divide it; null: the largest up to 8 that divides the micro-batches of an update",
+    )
+    seed: Int = Field(1337, ge=0, description="seed of weights, sample order and dropout")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "float32", description="type of matrix products (autocast)"
+    )
+    compile: bool = Field(
+        False, description="torch.compile the model: minutes at the start, faster steps on a GPU"
+    )
+    log_interval: Interval = Field(
+        10, description="log every N steps and at the end; null: only at the end"
+    )
+    eval_interval: Interval = Field(
+        250, description="evaluate every N steps, at step 0 and at the end; null: never"
+    )
+    eval_tokens: Annotated[Int, Field(ge=2)] | None = Field(
+        None, description="evaluate on the first N tokens of val; null: on all"
+    )
+    checkpoint_interval: Interval = Field(
+        250, description="save a checkpoint every N steps and at the end; null: only at the end"
+    )
+    keep: Steps = Field(2, description="recent checkpoints to keep, besides the best by val loss")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="action after a loss or gradient that is not finite; stop: end the run, skip: "
+        "go on without this update",
+    )
+    allow_drift: bool = Field(
+        False,
+        description="resume even if the last bits of the results will differ, because one of these "
+        "changed: processor or GPU, CPUs per worker, version of torch, compile, reduction_slots, "
+        "or micro_batch_size at the same global batch",
+    )
+    init_from: Text = Field(
+        "scratch",
+        description="first weights: scratch (random), gpt2|gpt2-medium|gpt2-large|gpt2-xl, a "
+        "Hugging Face folder, a nanoGPT ckpt.pt, a run or a checkpoint",
+    )
+
+
+class Compute(Section):
+    """Workers and their devices."""
+
+    num_workers: Steps | Literal["auto"] = Field(
+        "auto",
+        description="training processes, a divisor of the reduction slots; auto: the largest one "
+        "for which there are GPUs, 1 on CPUs",
+    )
+    cpus_per_worker: Steps | Literal["auto"] = Field(
+        "auto",
+        description="CPUs, and so torch threads, of each worker; auto: 1 with several workers, "
+        "else all",
+    )
+    hang_after_s: float = Field(
+        30.0,
+        gt=0,
+        description="a worker hangs if one phase of a step takes more than this many seconds and "
+        "more than ten times its longest duration so far",
+    )
+    use_gpu: bool | Literal["auto"] = Field(
+        "auto", description="one GPU per worker; auto: if the cluster has GPUs"
+    )
+
+
+class Tracking(Section):
+    """The MLflow server."""
+
+    uri: Text | None = Field(
+        None,
+        description="MLflow tracking URI; null: $MLFLOW_TRACKING_URI, else sqlite in the storage",
+    )
+    experiment: Text = Field("espalier", description="name of the MLflow experiment")

@@ -20,7 +20,7 @@ from orchestrator.cost.timing import Timing
 from orchestrator.files import write_atomically
 from orchestrator.train.numerics import device_name
 
-FORMAT = 2  # raise it if something else is measured
+FORMAT = 3  # raise it if something else is measured
 
 
 def file_of(experiment: Experiment, n_vocab: int, layout: Layout) -> Path:

@@ -10,6 +10,7 @@ are timed without it), and a disk that is slow to read tokens.
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +43,14 @@ EVALUATION_S = 1.0  # and for the evaluation
 LIMIT_S = 60.0
 # Memory of a Ray worker that is not measured here: 385 MiB after all imports, 257 without Ray.
 RAY_GIB = 0.125
+# In the messages of torch, CUDA and Python.
+OUT_OF_MEMORY = (
+    "OutOfMemoryError",
+    "MemoryError",
+    "can't allocate memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 SOURCES = Path(__file__).resolve().parents[2]
 
 
@@ -59,6 +67,25 @@ def measure(
     known = cache.read(experiment, n_vocab, layout)
     if known is not None:
         return known
+    try:
+        one = time_worker(experiment, n_vocab, layout, limit_s)
+    except MemoryError:
+        return None
+    if one is None:
+        return None
+    timing = replace(one, eval_tokens_per_s=one.eval_tokens_per_s * layout.num_workers)
+    cache.write(experiment, n_vocab, layout, timing)
+    return timing
+
+
+def time_worker(
+    experiment: Experiment, n_vocab: int, layout: Layout, limit_s: float
+) -> Timing | None:
+    """Return the timing of one of the workers; None if it cannot be known.
+
+    Raises:
+        MemoryError: There is too little memory for it.
+    """
     job = {
         "experiment": share_of_worker(experiment, layout.num_workers).model_dump(),
         "n_vocab": n_vocab,
@@ -68,36 +95,27 @@ def measure(
         "started": time.time(),
     }
     try:
-        done = run_module("orchestrator.cost.measure", job, limit_s)
+        done = subprocess.run(
+            [sys.executable, "-m", "orchestrator.cost.measure"],
+            input=json.dumps(job),
+            text=True,
+            cwd=SOURCES,
+            capture_output=True,
+            timeout=limit_s,
+            env={**os.environ, **WORKER_ENVIRONMENT},
+        )
     except (subprocess.TimeoutExpired, OSError):
         return None
-    one = cache.parse(done.stdout) if done.returncode == 0 else None
-    if one is None:
-        return None
-    timing = replace(one, eval_tokens_per_s=one.eval_tokens_per_s * layout.num_workers)
-    cache.write(experiment, n_vocab, layout, timing)
-    return timing
+    if done.returncode == 0:
+        return cache.parse(done.stdout)
+    if done.returncode == -signal.SIGKILL or is_out_of_memory(done.stderr):
+        raise MemoryError
+    return None
 
 
-def run_module(
-    module: str, job: dict[str, Any], timeout_s: float
-) -> subprocess.CompletedProcess[str]:
-    """Run a module of this program in a process of its own, with the environment of a worker.
-
-    Args:
-        module: Its name, as for `python -m`.
-        job: JSON values; the module reads them from stdin.
-        timeout_s: Seconds until it is killed.
-    """
-    return subprocess.run(
-        [sys.executable, "-m", module],
-        input=json.dumps(job),
-        text=True,
-        cwd=SOURCES,
-        capture_output=True,
-        timeout=timeout_s,
-        env={**os.environ, **WORKER_ENVIRONMENT},
-    )
+def is_out_of_memory(message: str) -> bool:
+    """Return whether the message of an exception says that memory ran out."""
+    return any(words in message for words in OUT_OF_MEMORY)
 
 
 def share_of_worker(experiment: Experiment, num_workers: int) -> Experiment:
@@ -149,8 +167,8 @@ class Bench:
         self.n_vocab = n_vocab
         self.worker = worker
         self.step_budget_s = step_budget_s
-        model = experiment.new_model(n_vocab)
-        self.state = state.build(one_micro_batch(experiment), model, worker)
+        self.timed = one_micro_batch(experiment)  # what the state was built for
+        self.state = state.build(self.timed, experiment.new_model(n_vocab), worker)
         self.unused_bytes = 0  # gradient buffers of a whole step, if none was made
 
     def run(self, startup_s: float) -> Timing:
@@ -171,31 +189,31 @@ class Bench:
 
     def time_steps(self) -> float:
         """Return the seconds of a step, within the budget."""
-        one = one_micro_batch(self.experiment)
         count = self.experiment.micro_batches
-        gradient_s, update_s = self._time_step(one)
+        gradient_s, update_s = self._time_step()
         if gradient_s < self.step_budget_s / 2:
-            gradient_s, update_s = self._time_step(one)  # the first one was the warm-up
+            gradient_s, update_s = self._time_step()  # the first one was the warm-up
         if gradient_s * count > self.step_budget_s / 2:
             # log2(slots) partial sums beside the running one.
             buffers = self.experiment.slots.bit_length() - 1
             self.unused_bytes = buffers * self.state.gradients.size * 4
             return gradient_s * count + update_s
         if count > 1:
-            self.state = state.build(self.experiment, self.state.model, self.worker)
-            self._time_step(self.experiment)
+            self.timed = self.experiment
+            self.state = state.build(self.timed, self.state.model, self.worker)
+            self._time_step()
         steps = 0
         started = time.perf_counter()
         while steps == 0 or time.perf_counter() - started < min(STEPS_S, self.step_budget_s):
-            self._time_step(self.experiment)
+            self._time_step()
             steps += 1
         return (time.perf_counter() - started) / steps
 
-    def _time_step(self, experiment: Experiment) -> tuple[float, float]:
+    def _time_step(self) -> tuple[float, float]:
         """Return the seconds of the gradient and of the update."""
-        step = Step(experiment, self.state)
+        step = Step(self.timed, self.state)
         started = time.perf_counter()
-        self.state.grad_norm = step.gradient(self._random_batches(experiment)).norm
+        self.state.grad_norm = step.gradient(self._random_batches()).norm
         between = time.perf_counter()
         # With a rate above 0, random tokens might lead to weights that generate no text.
         step.update(0.0)
@@ -203,9 +221,9 @@ class Bench:
             torch.cuda.synchronize()
         return between - started, time.perf_counter() - between
 
-    def _random_batches(self, experiment: Experiment) -> Iterator[tuple[Tensor, Tensor]]:
-        shape = (experiment.train.micro_batch_size, experiment.model.block_size)
-        for _ in range(experiment.micro_batches):
+    def _random_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        shape = (self.timed.train.micro_batch_size, self.timed.model.block_size)
+        for _ in range(self.timed.micro_batches):
             tokens = torch.randint(self.state.model.config.vocab_size, shape)  # (B, T)
             tokens = tokens.to(self.worker.device)
             yield tokens, tokens
@@ -241,7 +259,8 @@ class Bench:
     def _time_checkpoint(self) -> tuple[float, int]:
         """Return seconds and bytes of a checkpoint in the folder for temporary files.
 
-        A run writes most of it in the background. The copy of the state counts as memory.
+        A run writes most of it in the background and trains meanwhile. One more step beside the
+        copy of the state shows the memory that this takes.
         """
         with tempfile.TemporaryDirectory(prefix="espalier-") as path:
             folder = RunFolder(path)
@@ -251,7 +270,10 @@ class Bench:
             with Checkpointer(folder, 1, Journal(folder)) as checkpointer:
                 parts = state.snapshot(self.state, self.experiment, dataset, self.worker, {})
                 checkpointer.save(self.state.step, *parts)
-            return time.perf_counter() - started, folder_bytes(folder.checkpoints)
+                checkpointer.wait()
+                seconds = time.perf_counter() - started
+                self._time_step()
+            return seconds, folder_bytes(folder.checkpoints)
 
 
 def one_micro_batch(experiment: Experiment) -> Experiment:

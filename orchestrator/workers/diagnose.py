@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment
+from orchestrator.cost.measure import is_out_of_memory
 from orchestrator.data.dataset import Manifest
 from orchestrator.runs import events, stop
 from orchestrator.runs.ending import Ending
@@ -13,14 +14,6 @@ from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import fitting, hangs, marks, memory
 from orchestrator.workers.memory import OutOfMemory
 
-# Parts of the message of an exception.
-OUT_OF_MEMORY = (
-    "OutOfMemoryError",
-    "MemoryError",
-    "can't allocate memory",
-    "out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
 DISK_FULL = ("[Errno 28]", "[Errno 122]")  # ENOSPC; EDQUOT: the user's quota
 USER_ERRORS = (
     "orchestrator.errors.UserError: ",
@@ -96,11 +89,11 @@ def ending_of_tracebacks(
     for prefix in USER_ERRORS:
         if exception.startswith(prefix):
             return Ending("user", exception.removeprefix(prefix), cause="exception")
-    if _contains_any(exception, OUT_OF_MEMORY):
+    if is_out_of_memory(exception):
         host = next(iter(hosts), socket.gethostname())
         kill = memory.allocation_failed(message, host, workers)
         return out_of_memory(kill)
-    if _contains_any(exception, DISK_FULL):
+    if any(words in exception for words in DISK_FULL):
         reason = (
             f"{folder.path}: the disk is full ({message}). Free some room there and run the same "
             "command again"
@@ -119,7 +112,7 @@ def advise(
 ) -> Ending:
     """Add the largest micro-batch that fits to an ending that is out of memory.
 
-    The search takes up to two minutes. A sweep calls this function once, at its end.
+    The search takes half a minute or more. A sweep calls this function once, at its end.
 
     Args:
         ending: Result of `diagnose`. Any other ending is returned as it is.
@@ -163,7 +156,3 @@ def _exception(traceback: str) -> str:
         if line and not line[0].isspace():  # the lines of a stack frame are indented
             return "\n".join(lines[number:]).strip()
     return "an exception without a message"
-
-
-def _contains_any(text: str, words: tuple[str, ...]) -> bool:
-    return any(word in text for word in words)

@@ -15,8 +15,9 @@ from orchestrator.runs import events, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.train.numerics import Worker
-from orchestrator.workers import memory, ray_train
+from orchestrator.workers import fitting, memory, ray_train
 from orchestrator.workers.diagnose import advise, diagnose
+from orchestrator.workers.fitting import Fit
 
 DIED = RuntimeError("a worker died")
 CUDA = """CUDA error: out of memory
@@ -166,13 +167,19 @@ def experiment():
     return load_experiment(None, [*words, "train.micro_batch_size=8", "train.global_batch_size=8"])
 
 
-def test_advice_names_a_micro_batch_that_fits(folder, experiment, tiny_dataset, capsys):
+def test_advice_names_a_micro_batch_that_fits(
+    folder, experiment, tiny_dataset, monkeypatch, capsys
+):
+    monkeypatch.setattr(fitting, "largest_fitting", lambda *_: Fit(4, 2**29))
     fail(folder, 0, MemoryError())
     ending = diagnose(folder, DIED)
     dataset = load_manifest(tiny_dataset)
     advised = advise(ending, folder, experiment, dataset, Layout(1, 1, False))
     assert "looking for a micro-batch that fits" in capsys.readouterr().out
-    assert "with train.micro_batch_size=8: MemoryError. It needs 0." in advised.reason
+    assert (
+        "with train.micro_batch_size=8: MemoryError. train.micro_batch_size=4 fits "
+        in advised.reason
+    )
     assert (advised.kind, advised.cause) == ("user", "out_of_memory")
     [event] = events.read(folder)
     assert (event["kind"], event["message"]) == ("out_of_memory", advised.reason)

@@ -1,13 +1,15 @@
 """The largest micro-batch that fits: measured in a process of its own."""
 
 import socket
+from collections.abc import Callable
 
 import pytest
 
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, load_experiment
+from orchestrator.cost.timing import Timing
 from orchestrator.workers import fitting
-from orchestrator.workers.fitting import Fit
+from orchestrator.workers.fitting import GIB, Fit
 from orchestrator.workers.memory import OutOfMemory
 
 HOST = socket.gethostname()
@@ -32,24 +34,61 @@ def wide(size: int, *words: str) -> Experiment:
     )
 
 
-@pytest.fixture(scope="module")
-def whole() -> Fit:
-    """Measurement without a limit."""
-    return fitting.largest_fitting(wide(64), 40, ONE_WORKER, 2**40)
+def worker_with(needed: Callable[[int], float], measured: list[int]) -> Callable[..., Timing]:
+    """Return a replacement of `time_worker`: a micro-batch of B sequences takes needed(B) GiB."""
+
+    def time_worker(experiment: Experiment, *_: object) -> Timing:
+        size = experiment.train.micro_batch_size
+        measured.append(size)
+        return Timing(1, 1, 1, 1, 1, needed(size), 1)
+
+    return time_worker
 
 
-@pytest.mark.parametrize(("share", "expected"), [(1.1, 64), (0.7, 32), (0.5, 16)])
-def test_largest_micro_batch_under_a_limit(whole, share, expected):
-    limit = int(share * whole.needed_bytes)
-    fit = fitting.largest_fitting(wide(64), 40, ONE_WORKER, limit)
+@pytest.mark.parametrize(
+    ("limit_gib", "expected"), [(9, 64), (7.4, 64), (7.3, 32), (4.3, 32), (1.2, 1), (1, None)]
+)
+def test_largest_micro_batch_is_computed_from_two_and_checked(monkeypatch, limit_gib, expected):
+    measured = []
+    time_worker = worker_with(lambda size: 1 + 0.1 * size, measured)
+    monkeypatch.setattr(fitting, "time_worker", time_worker)
+    fit = fitting.largest_fitting(wide(64), 40, ONE_WORKER, limit_gib * GIB)
     assert fit.micro_batch_size == expected
-    assert fit.needed_bytes <= limit
+    assert fit.needed_bytes <= limit_gib * GIB
+    assert len(measured) <= 3
 
 
-def test_no_micro_batch_fits(whole):
-    assert fitting.largest_fitting(wide(64), 40, ONE_WORKER, 2**20) == Fit(None)
-    impossible = wide(64, f"model.pad_vocab_to={2**42}")  # beyond any address space
+def test_answer_fits_if_small_micro_batches_mislead(monkeypatch):
+    measured = []
+    time_worker = worker_with(lambda size: max(2.0, 1 + 0.1 * size), measured)  # flat up to 10
+    monkeypatch.setattr(fitting, "time_worker", time_worker)
+    assert fitting.largest_fitting(wide(64), 40, ONE_WORKER, 5 * GIB) == Fit(32, 4.2 * GIB)
+    assert measured == [1, 2, 64, 32]
+
+
+@pytest.mark.parametrize(("largest", "expected"), [(0, None), (1, 1), (2, 2), (32, 32)])
+def test_measurement_that_runs_out_of_memory_does_not_fit(monkeypatch, largest, expected):
+    def needed(size: int) -> float:
+        if size > largest:
+            raise MemoryError
+        return 1 + 0.001 * size
+
+    monkeypatch.setattr(fitting, "time_worker", worker_with(needed, []))
+    fit = fitting.largest_fitting(wide(64), 40, ONE_WORKER, 2 * GIB)
+    assert fit.micro_batch_size == expected
+
+
+def test_real_measurement_fits_under_its_limit():
+    fit = fitting.largest_fitting(wide(16), 40, ONE_WORKER, GIB)
+    assert 1 < fit.micro_batch_size < 16
+    assert fit.needed_bytes <= GIB
+    impossible = wide(16, f"model.pad_vocab_to={2**42}")  # beyond any address space
     assert fitting.largest_fitting(impossible, 40, ONE_WORKER, 2**40) == Fit(None)
+
+
+def test_unknown_memory_gives_no_answer(monkeypatch):
+    monkeypatch.setattr(fitting, "time_worker", lambda *_: None)
+    assert fitting.largest_fitting(wide(64), 40, ONE_WORKER, GIB) is None
 
 
 def test_advised_micro_batches_make_the_same_steps():

@@ -18,6 +18,7 @@ from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
+from orchestrator.workers.ray_train import record_failure
 
 SMALL = [
     "data.tokenizer=char",
@@ -43,6 +44,10 @@ SMALL = [
 def exact(lines) -> list[dict]:
     """Of a curve all that must not depend on how it was made."""
     return [metrics.exact_part(r) for r in lines]
+
+
+class Killed(Exception):
+    """Stands for a process that was killed: it leaves no traceback."""
 
 
 @pytest.fixture(scope="session")
@@ -88,8 +93,10 @@ def sweeps(tiny_dataset, tmp_path, lone_runs):
                 for _ in run_stage(progress.folder.stage(stage), Worker(), stop_asked):
                     pass
                 progress.ended(stage, died=False)
-            except RuntimeError as error:
-                progress.folder.stage(stage).failure_file(0).write_text(f"RuntimeError: {error}")
+            except Killed:
+                progress.ended(stage, died=True)
+            except Exception as error:
+                record_failure(progress.folder.stage(stage), Worker(), error)
                 progress.ended(stage, died=True)
         study.summary = report.finish(Ending("done"), 1.0)
         return ran

@@ -1,0 +1,114 @@
+"""A stage that fails ends like a lone run with the same fault: kind, exit status, reason, event."""
+
+import errno
+
+import pytest
+
+from orchestrator.errors import UserError
+from orchestrator.runs import events
+from orchestrator.runs.folder import RunFolder
+from orchestrator.train.numerics import Worker
+from orchestrator.workers import fitting
+from orchestrator.workers.diagnose import advise, diagnose
+from orchestrator.workers.ray_train import record_failure
+from tests.helpers.fixtures import Killed
+
+TRIAL = "sweep.trials.only.train.max_steps=10"
+TWO = ["sweep.trials.a.train.max_steps=10", "sweep.trials.b={schedule.max_lr: 1e-3}"]
+
+
+@pytest.fixture(autouse=True)
+def no_measurement(monkeypatch):
+    """The search for a micro-batch that fits takes a minute, and has tests of its own."""
+    monkeypatch.setattr(fitting, "advice", lambda fault, *_: f"{fault.by}: use a smaller one")
+
+
+def failing(error: Exception, trial: str | None = None):
+    def fail(stage) -> None:
+        if trial is None or trial in stage.trials:
+            raise error
+
+    return fail
+
+
+def lone_ending(study, error: Exception):
+    """How a lone run of the first trial ends that raises the error."""
+    trial = next(iter(study.trials.values()))
+    folder = RunFolder(study.folder.path.parent / "lone")
+    folder.path.mkdir()
+    record_failure(folder, Worker(), error)
+    ending = diagnose(folder, error)
+    ending = advise(ending, folder, trial.experiment, trial.dataset, study.layout)
+    return ending, [event["kind"] for event in events.read(folder)]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "event"),
+    [
+        (MemoryError("cannot allocate 5 GiB"), 2, ["out_of_memory"]),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            2,
+            ["out_of_memory"],
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, []),
+        (UserError("train.init_from: not a checkpoint"), 2, []),
+        (ValueError("a bug"), 1, []),
+    ],
+    ids=["out of memory", "torch out of memory", "disk full", "user error", "bug"],
+)
+def test_failed_stage_ends_like_a_lone_run(sweeps, error, status, event):
+    study = sweeps.open(TRIAL)
+    sweeps.run(study, fail=failing(error))
+    ending = study.ending(stages_at_a_time=1)
+    lone, lone_events = lone_ending(study, error)
+    assert [e["kind"] for e in events.read(study.folder)] == lone_events == event
+    assert ending.exit_status == lone.exit_status == status
+    stage = study.folder.stage(study.tree.stages[0].id)
+    reason = study.reason("only").replace(str(stage.path), "FOLDER")
+    assert reason == lone.reason.replace(str(study.folder.path.parent / "lone"), "FOLDER")
+    if status == 2:
+        assert ending.reason == study.reason("only")
+    assert not study.progress.retried
+
+
+def test_killed_stage_is_tried_once_more_and_then_fails(sweeps):
+    study = sweeps.open(TRIAL)
+    ran = sweeps.run(study, fail=failing(Killed()))
+    assert len(ran) == 2 and len(set(ran)) == 1
+    assert study.ending(1).exit_status == 1
+    (restart,) = events.read(study.folder)
+    assert (restart["kind"], restart["stage"], restart["step"]) == ("restart", ran[0], 0)
+    assert "died without a traceback" in study.reason("only")
+
+
+def test_killed_stage_that_works_at_the_second_try_is_done(sweeps):
+    study = sweeps.open(TRIAL)
+    faults = iter([Killed()])
+
+    def fail(stage) -> None:
+        for fault in faults:
+            raise fault
+
+    sweeps.run(study, fail=fail)
+    assert study.ending(1).kind == "done"
+    assert sweeps.outcome(study.folder.trial("only")) == sweeps.alone(study, "only")
+
+
+def test_sweep_with_another_fault_beside_out_of_memory_has_status_1(sweeps):
+    study = sweeps.open(*TWO)
+
+    def fail(stage) -> None:
+        raise MemoryError("no memory") if "a" in stage.trials else ValueError("a bug")
+
+    sweeps.run(study, fail=fail)
+    assert study.ending(1).exit_status == 1
+    assert [event["kind"] for event in events.read(study.folder)] == ["out_of_memory"]
+
+
+def test_trial_out_of_memory_beside_one_that_is_done_has_status_2(sweeps):
+    study = sweeps.open(*TWO)
+    sweeps.run(study, fail=failing(MemoryError("no memory"), "b"))
+    assert {row.trial: row.state for row in study.results()} == {"a": "done", "b": "failed"}
+    ending = study.ending(1)
+    assert (ending.kind, ending.cause) == ("user", "out_of_memory")

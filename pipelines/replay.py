@@ -3,8 +3,8 @@
 
 The replay starts at the last checkpoint at or before the first step. It trains in a folder of its
 own, in one process with the threads and the kind of device of the run, and does not change the run.
-The verdict is stored in RUN/replays/ and in MLflow. The repeated steps are removed if they are
-equal, and kept beside the verdict if they are not.
+The report is stored in RUN/replays/ and in MLflow. The repeated steps are removed if they are
+equal, and kept beside the report if they are not.
 
   pipelines/replay.py quickstart                      # from the last checkpoint but one to the end
   pipelines/replay.py quickstart --steps 500:600
@@ -16,18 +16,18 @@ ended.
 
 import re
 import shutil
-from pathlib import Path
-from typing import Any
 
 from orchestrator.config.experiment import Experiment
+from orchestrator.data.dataset import Manifest
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
 from orchestrator.redact import redact_text
-from orchestrator.replay import replay
-from orchestrator.replay.replay import Recorded, Stretch
-from orchestrator.replay.verdict import Verdict
+from orchestrator.replay.recorded import RecordedRun
+from orchestrator.replay.replay import Replay
+from orchestrator.replay.report import Report, new_scratch, store_report
 from orchestrator.runs import lock
 from orchestrator.runs.console import format_line
 from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.runs.journal import Line
 from orchestrator.text import table
 from orchestrator.track.mlflow import resend_metrics
 from orchestrator.track.server import resolve_uri
@@ -57,70 +57,74 @@ def options() -> Options:
 
 
 def main(argv: list[str]) -> int:
-    """Replay, store and print the verdict, and send it to MLflow."""
+    """Replay, store and print the report, and send it to MLflow."""
     args = options().parse_args(argv)
     folder = find_run(args.run)
     steps = parse_steps(args.steps)
     lock.check(folder)  # a running training removes checkpoints
-    run = Recorded.read(folder.path)
-    stretch = replay.stretch(run, steps)
-    experiment = replay.experiment_of(run, stretch)
-    verdict, repeated = repeat(run, stretch, experiment)
-    stored = replay.keep(folder.path, repeated, verdict)
-    if verdict.equal and not args.keep:
-        shutil.rmtree(repeated)
-    rows = verdict.rows() | {
-        "verdict in": stored,
-        "repeated in": repeated if repeated.exists() else None,
+    run = RecordedRun(folder)
+    replay = Replay(run, run.stretch(steps))
+    dataset = find_dataset(replay)
+    scratch = new_scratch(folder)
+    report = repeat(replay, dataset, scratch)
+    file = store_report(report, folder, scratch)
+    if report.equal and not args.keep:
+        shutil.rmtree(scratch)
+    rows = report.rows() | {
+        "report": file,
+        "repeated in": scratch.path if scratch.path.exists() else None,
     }
-    print(f"\n{folder.name}\n{table(rows)}\n{verdict.sentence()}", flush=True)
-    send(folder, experiment, args.deadline)
-    return EXIT_DONE if verdict.equal else EXIT_FAILED
+    print(f"\n{folder.name}\n{table(rows)}\n{report.sentence()}", flush=True)
+    send(folder, replay.experiment, args.deadline)
+    return EXIT_DONE if report.equal else EXIT_FAILED
 
 
-def repeat(run: Recorded, stretch: Stretch, experiment: Experiment) -> tuple[Verdict, Path]:
-    """Train the steps again.
-
-    Returns:
-        The verdict, and the folder of the repeated steps. The folder is removed after an error.
-    """
+def find_dataset(replay: Replay) -> Manifest:
+    """Find the tokens of the run, and print what will be repeated."""
+    folder = replay.run.folder
+    stretch = replay.stretch
+    # A trial is stored in <storage>/<sweep>/trials/<trial>.
+    storage = folder.path.parents[2 if folder.path.parent.name == "trials" else 0]
+    dataset = find_tokens(replay.experiment, replay.data_identity, storage)
     begin = "step 0"
     if stretch.begin is not None:
         begin = f"the checkpoint of step {stretch.begin:,}"
-    storage = run.run_dir.parents[2 if run.run_dir.parent.name == "trials" else 0]
-    dataset = find_tokens(experiment, replay.data_wanted(run, stretch), storage)
-    device = replay.device_of(run, stretch)
     print(
-        f"replaying steps {stretch.first:,}..{stretch.last:,} of {run.run_dir} from {begin} on "
-        f"{device}, tokens of {dataset.directory}",
+        f"replaying steps {stretch.first:,}..{stretch.last:,} of {folder.path} from {begin} on "
+        f"{replay.device}, tokens of {dataset.directory}",
         flush=True,
     )
+    return dataset
 
-    def print_line(line: dict[str, Any]) -> None:
-        print(format_line(line, stretch.last, experiment.tokens_per_step), flush=True)
 
-    folder = replay.new_folder(run.run_dir)
+def repeat(replay: Replay, dataset: Manifest, scratch: RunFolder) -> Report:
+    """Train the steps again and compare them. After an error, `scratch` is removed."""
+    last = replay.stretch.last
+    tokens_per_step = replay.experiment.tokens_per_step
+
+    def print_line(line: Line) -> None:
+        print(format_line(line, last, tokens_per_step), flush=True)
+
     try:
-        verdict = replay.replay(run, stretch, dataset, folder, print_line)
+        return replay.compare(dataset, scratch, print_line)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
         raise
-    return verdict, folder
 
 
 def send(folder: RunFolder, experiment: Experiment, deadline_s: float) -> None:
-    """Send the verdict to the MLflow server of the run."""
+    """Send the report to the MLflow server of the run."""
     if not folder.run_file.is_file():
-        print("this run is not tracked (it has no run.json); the verdict stays in its folder")
+        print("this run is not tracked (it has no run.json); the report stays in its folder")
         return
     sweep = SweepFolder(folder.path.parents[1])
     if sweep.sweep_file.exists():
-        print(f"pipelines/replay_metrics.py {sweep.path} sends the verdict to MLflow")
+        print(f"pipelines/replay_metrics.py {sweep.path} sends the report to MLflow")
         return
     uri = resolve_uri(experiment, folder.path.parent)
     if not resend_metrics(folder, uri, experiment.tracking.experiment, deadline_s):
         print(
-            f"{redact_text(uri)} did not accept the verdict; "
+            f"{redact_text(uri)} did not accept the report; "
             f"pipelines/replay_metrics.py {folder.path} sends it later"
         )
 

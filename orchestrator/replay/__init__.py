@@ -1,0 +1,7 @@
+"""Trains a part of a finished run again and compares every bit with what the run stored.
+
+Public names: `recorded.RecordedRun` reads the run, `replay.Replay` trains and compares, and
+`report.Report` is the result.
+
+Start reading at `replay.Replay`.
+"""

@@ -1,99 +1,154 @@
-"""A run as it stands on disk, for whoever makes a part of it again: its lines, its whole checkpoints, its attempts.
+"""A run as its folder shows it: journal, attempts and valid checkpoints. Nothing is changed."""
 
-Eats a run's folder, which it only reads; a checkpoint is verified when it is first asked for.
-"""
-
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from model.schedule import learning_rate
 from orchestrator.checkpoint import store as checkpoint
+from orchestrator.checkpoint.format import Fingerprints
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
-from orchestrator.files import read_json
 from orchestrator.runs import journal
-from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.folder import RunFolder, RunRecord
 from orchestrator.sweep.records import read_spec
 from orchestrator.train import rates
 
 
-@dataclass
-class Recorded:
-    """A run as it stands on disk. A checkpoint is verified when it is first asked for."""
+@dataclass(frozen=True)
+class Stretch:
+    """Steps to train again.
 
-    run_dir: Path
-    lines: dict[int, dict[str, Any]]  # of the journal, by step
-    facts: dict[str, Any]  # run.json
-    passed_over: list[str] = field(default_factory=list)
-    _valid: dict[int, bool] = field(default_factory=dict)
+    Attributes:
+        first: First step to compare.
+        last: Last step to compare.
+        begin: Step of the checkpoint from which the training starts; None: new weights.
+    """
 
-    @classmethod
-    def read(cls, run_dir: Path) -> "Recorded":
-        """Raises UserError where no checkpoint is whole: nothing else tells what the run's numerics and data were."""
-        lines = {line["step"]: line for line in journal.read(RunFolder(run_dir))}
-        found = cls(run_dir, lines, read_json(run_dir / "run.json") or {})
-        if next(found.whole(), None) is None:
-            raise UserError(
-                "\n".join(
-                    [
-                        f"{run_dir}: holds no whole checkpoint, and without one nothing tells on which data and "
-                        f"numerics it ran; nothing can be compared",
-                        *found.passed_over,
-                    ]
-                )
+    first: int
+    last: int
+    begin: int | None
+
+    def includes(self, step: int) -> bool:
+        """Return whether the line and the checkpoint of `step` are compared."""
+        is_trained = self.begin is None or step > self.begin
+        return is_trained and self.first <= step <= self.last
+
+
+class RecordedRun:
+    """A run as its folder shows it.
+
+    Args:
+        folder: Folder of the run or trial.
+
+    Attributes:
+        lines: Lines of the journal by step.
+        record: Content of run.json; empty without one.
+        damaged: Why checkpoints were skipped, one message for each.
+
+    Raises:
+        UserError: No checkpoint is valid. Only a checkpoint tells with which data and numerics the
+            run was trained.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.lines = {line["step"]: line for line in journal.read(folder)}
+        self.record = folder.read_record() or RunRecord()
+        self.damaged: list[str] = []
+        self._is_valid: dict[int, bool] = {}
+        if next(self.valid_steps(), None) is None:
+            reason = (
+                f"{folder.path}: has no valid checkpoint, so it is not known with which data and "
+                "numerics it was trained; nothing can be compared"
             )
-        return found
-
-    def standing(self) -> list[int]:
-        return checkpoint.steps(self.run_dir / "checkpoints")
-
-    def path(self, step: int) -> Path:
-        return checkpoint.path_of(self.run_dir / "checkpoints", step)
+            raise UserError("\n".join([reason, *self.damaged]))
 
     def is_valid(self, step: int) -> bool:
-        if step not in self._valid:
+        """Verify a checkpoint on first use."""
+        if step not in self._is_valid:
             try:
-                checkpoint.verify(self.path(step))
-                self._valid[step] = True
+                checkpoint.verify(self.folder.checkpoint(step))
+                self._is_valid[step] = True
             except UserError as error:
-                self.passed_over.append(str(error))
-                self._valid[step] = False
-        return self._valid[step]
+                self.damaged.append(str(error))
+                self._is_valid[step] = False
+        return self._is_valid[step]
 
-    @property
-    def end(self) -> int:
-        """The last step that left something to compare."""
-        return max([*self.lines, next(self.whole())])
+    def valid_steps(self) -> Iterator[int]:
+        """Yield the steps of valid checkpoints, newest first."""
+        return filter(self.is_valid, reversed(self.folder.checkpoint_steps()))
 
-    def whole(self) -> Iterator[int]:
-        """The checkpoints that are as they were written, the latest first."""
-        return filter(self.is_valid, reversed(self.standing()))
+    def source(self, step: int) -> Path:
+        """Return the checkpoint that tells how `step` was trained.
 
-    def witness(self, step: int) -> int:
-        """The checkpoint that tells how step `step` was made: the first from there on, else the last before."""
-        standing = self.standing()
-        after = (s for s in standing if s >= step and self.is_valid(s))
-        return next(after, None) or next(
-            s for s in reversed(standing) if s < step and self.is_valid(s)
-        )
+        It is the first valid one from `step` on, else the last one before.
+        """
+        steps = self.folder.checkpoint_steps()
+        later = [candidate for candidate in steps if candidate >= step]
+        earlier = [candidate for candidate in reversed(steps) if candidate < step]
+        return self.folder.checkpoint(next(filter(self.is_valid, later + earlier)))
+
+    def fingerprints(self, step: int) -> Fingerprints:
+        """Return identity of the data and numerics with which `step` was trained."""
+        return checkpoint.read_manifest(self.source(step))["fingerprints"]
 
     def attempts(self) -> list[dict[str, Any]]:
-        """The attempts whose steps survived, by rising `from_step`: one that went further back undid those after it."""
+        """Return the attempts whose steps remained, by first step.
+
+        An attempt that resumed from an earlier step has replaced those after that step.
+        """
         kept: list[dict[str, Any]] = []
-        for attempt in self.facts.get("attempts") or []:
+        for attempt in self.record.get("attempts", []):
             while kept and kept[-1].get("from_step", 0) >= attempt.get("from_step", 0):
                 kept.pop()
             kept.append(attempt)
         return kept
 
-    def rates(self, experiment: Experiment) -> Callable[[int], float]:
-        """Of a sweep's trial, whose checkpoints are those of its last stage, the stage's; else the schedule's."""
-        order = read_spec(RunFolder((self.run_dir / "checkpoints").resolve().parent))
-        return (
-            rates.from_json(order.rates)
-            if order
-            else partial(learning_rate, experiment.lr_schedule())
-        )
+    def experiment(self, step: int) -> Experiment:
+        """Return the experiment of the run, or of the checkpoint for `step` if it has none."""
+        if self.folder.experiment_file.is_file():
+            return self.folder.read_experiment()
+        return RunFolder(self.source(step)).read_experiment()
+
+    def lr_at(self, experiment: Experiment) -> Callable[[int], float]:
+        """Return the learning rate as a function of the 0-based step."""
+        # In the folder of a trial, `checkpoints` is a symlink to those of its last stage.
+        spec = read_spec(RunFolder(self.folder.checkpoints.resolve().parent))
+        if spec is not None:
+            return rates.from_json(spec.rates)
+        return functools.partial(learning_rate, experiment.lr_schedule())
+
+    def stretch(self, steps: tuple[int | None, int | None] | None = None) -> Stretch:
+        """Return which steps to train again.
+
+        Args:
+            steps: First and last step. None stands for the start and the end of the run. Without
+                `steps`, the stretch begins at the last checkpoint but one, or at step 0 if there is
+                only one checkpoint.
+
+        Raises:
+            UserError: The run does not have these steps, or they left nothing to compare.
+        """
+        end = max([*self.lines, next(self.valid_steps())])
+        if steps is None:
+            first = next(islice(self.valid_steps(), 1, None), 0)
+            last = end
+        else:
+            first = steps[0] or 0
+            last = end if steps[1] is None else steps[1]
+        if not 0 <= first < last <= end:
+            raise UserError(
+                f"--steps: {first}:{last} is not within this run, which has steps 0:{end}"
+            )
+        begin = next((step for step in self.valid_steps() if step <= first), None)
+        found = Stretch(first, last, begin)
+        if not any(map(found.includes, [*self.lines, *self.folder.checkpoint_steps()])):
+            raise UserError(
+                f"--steps: nothing was logged in steps {first}:{last}, and they have no "
+                f"checkpoint; {self.folder.journal_file} has the steps that were logged"
+            )
+        return found

@@ -1,341 +1,253 @@
-"""Replay: a stretch of a run, made again from its nearest checkpoint and compared with what it left, bit for bit.
+"""Trains a stretch of a run again, from its nearest checkpoint, and compares the bits.
 
-Eats a run's folder, which it only reads, its tokens, and an empty folder to train in; yields a `Verdict`. One process,
-whatever the number of workers was: the bits are the same by design. Knows no Ray.
+One process does this, because the number of workers does not change the bits. Ray is not used.
 
-What the run logged depends on its intervals, and its bits on its threads. Both may have changed between attempts, so the
-stretch is made in pieces: each ends where a checkpoint stands or an attempt began, with the settings of its own attempt.
+The lines of a run depend on its intervals, and its bits on the number of CPU threads. Both may
+change between attempts. The stretch is therefore cut into segments, which end where a checkpoint
+exists or an attempt began. Each segment has the settings of its attempt.
 """
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from orchestrator.checkpoint import store as checkpoint
-from orchestrator.config.experiment import Experiment
 from orchestrator.data.batches import TokenStream
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
-from orchestrator.files import read_json, write_atomically
-from orchestrator.replay import verdict
-from orchestrator.replay.recorded import Recorded
-from orchestrator.replay.verdict import Cause, Difference, Verdict
-from orchestrator.runs import events, identity, journal
+from orchestrator.replay.compare import Difference, compare_lines, compare_tensors
+from orchestrator.replay.recorded import RecordedRun, Stretch
+from orchestrator.replay.report import Cause, ChangeKind, Report
+from orchestrator.runs import identity, journal
 from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.journal import Line
 from orchestrator.runs.sources import source_facts
 from orchestrator.train import numerics
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
 
-SETTINGS = (
-    "log_interval",
-    "eval_interval",
-    "on_nonfinite",
-)  # of `train`: may change between attempts, and show in the lines
-FOLDER = "replays"  # in the run's: verdicts, and what was made again where it differs
+# Fields of `train` that may change between attempts and that change the lines.
+SETTINGS = ("log_interval", "eval_interval", "on_nonfinite")
 SOURCES = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Steps `first` … `last`, made from the checkpoint of step `begin` on, or (None) from nothing."""
+class Segment:
+    """Steps of one attempt, from the end of the last segment on.
 
-    begin: int | None
-    first: int
-    last: int
+    Attributes:
+        end: Last step.
+        cpus: CPU threads with which the steps were trained.
+        settings: Values of `SETTINGS`.
+    """
 
-    def holds(self, step: int) -> bool:
-        """Whether the line of `step` is made again and asked for."""
-        return self.first <= step <= self.last and (self.begin is None or step > self.begin)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Steps (start, stop] of one attempt: its settings of `SETTINGS`, and its `numerics.fingerprint`."""
-
-    start: int
-    stop: int
+    end: int
+    cpus: int
     settings: dict[str, Any]
-    numerics: dict[str, Any]
 
 
-# ---- what is made again ----
-def stretch(run: Recorded, steps: tuple[int | None, int | None] | None = None) -> Stretch:
-    """The stretch of steps A:B (None: from the start, to the end), or the default one: from the last checkpoint but one
-    to the end, or the whole run where there are not two.
+class Replay:
+    """Trains a stretch of a run again and compares it.
 
-    Raises:
-        UserError: steps that the run does not have, or that left nothing to compare.
-    """
-    end = run.end
-    if steps is None:
-        first, last = next(islice(run.whole(), 1, None), 0), end
-    else:
-        first, last = (0 if steps[0] is None else steps[0]), (end if steps[1] is None else steps[1])
-    if not 0 <= first < last <= end:
-        raise UserError(
-            f"--steps: {first}:{last} is no stretch of this run, which has steps 0:{end}"
-        )
-    begin = next(
-        (step for step in reversed(run.standing()) if step <= first and run.is_valid(step)), None
-    )
-    found = Stretch(begin, first, last)
-    if not any(map(found.holds, [*run.lines, *run.standing()])):
-        raise UserError(
-            f"--steps: nothing was logged in steps {first}:{last}, and no checkpoint stands there; the run logged at "
-            f"steps {_some(sorted(run.lines))}"
-        )
-    return found
+    Args:
+        run: The run.
+        stretch: Steps to train; see `RecordedRun.stretch`.
 
-
-def _some(steps: list[int]) -> str:
-    return (
-        ", ".join(map(str, steps if len(steps) <= 8 else [*steps[:4], "…", *steps[-3:]])) or "none"
-    )
-
-
-def pieces(run: Recorded, s: Stretch) -> list[Piece]:
-    """The stretch, cut where a checkpoint stands and where an attempt began."""
-    attempts, start = run.attempts(), s.begin or 0
-    cuts = [
-        step
-        for step in {*run.standing(), *(a.get("from_step", 0) for a in attempts)}
-        if start < step < s.last
-    ]
-    stops = sorted({*cuts, s.last})
-    found = []
-    for begin, stop in zip([start, *stops], stops, strict=False):
-        attempt = next((a for a in reversed(attempts) if a.get("from_step", 0) <= begin), {})
-        path = run.path(run.witness(stop))
-        train = RunFolder(path).read_experiment().train
-        recorded = checkpoint.read_manifest(path)["fingerprints"]["numerics"]
-        cpus = (attempt.get("layout") or {}).get("cpus_per_worker", recorded["cpus_per_worker"])
-        settings = {key: attempt.get(f"train.{key}", getattr(train, key)) for key in SETTINGS}
-        found.append(Piece(begin, stop, settings, recorded | {"cpus_per_worker": cpus}))
-    return found
-
-
-def experiment_of(run: Recorded, s: Stretch) -> Experiment:
-    """What the run's folder says that it is; a folder without experiment.yaml is its checkpoint's."""
-    has_own = (run.run_dir / "experiment.yaml").is_file()
-    return RunFolder(run.run_dir if has_own else run.path(run.witness(s.last))).read_experiment()
-
-
-def data_wanted(run: Recorded, s: Stretch) -> str:
-    """The identity of the tokens that the stretch was trained on."""
-    return checkpoint.read_manifest(run.path(run.witness(s.last)))["fingerprints"]["data"]
-
-
-def device_of(run: Recorded, s: Stretch) -> str:
-    """The kind of device that the run had.
+    Attributes:
+        experiment: Experiment of the run.
+        data_identity: Identity of the tokens that the run was trained on.
+        device: Device to train on, as torch names it.
+        segments: Parts of the stretch.
 
     Raises:
-        UserError: a GPU, and there is none here.
+        UserError: The run was trained on a GPU, and this machine has none.
     """
-    name = checkpoint.read_manifest(run.path(run.witness(s.last)))["fingerprints"]["numerics"][
-        "device"
-    ]
-    layout = (run.attempts() or [{}])[-1].get("layout") or {}
-    has_gpu = torch.cuda.is_available()
-    if layout.get("use_gpu") and not has_gpu:
-        raise UserError(
-            f"{run.run_dir} was trained on {name}, and here is no GPU: its bits would be others; replay it there"
-        )
-    return (
-        "cuda:0"
-        if has_gpu and (layout.get("use_gpu") or name == torch.cuda.get_device_name("cuda:0"))
-        else "cpu"
-    )
+
+    def __init__(self, run: RecordedRun, stretch: Stretch) -> None:
+        self.run = run
+        self.stretch = stretch
+        self.experiment = run.experiment(stretch.last)
+        self.data_identity = run.fingerprints(stretch.last)["data"]
+        self.device = _choose_device(run, stretch)
+        self.segments = _segments(run, stretch)
+
+    def compare(
+        self, dataset: Manifest, scratch: RunFolder, report_line: Callable[[Line], None]
+    ) -> Report:
+        """Train the stretch and compare it.
+
+        Args:
+            dataset: Tokens to train on.
+            scratch: Empty folder to train in.
+            report_line: Called with every journal line after it was written.
+        """
+        damage = _damage(dataset, self.experiment.data.tokenizer)
+        report = Report(self.stretch, changes=damage + self._changes(dataset))
+        if not damage:
+            stopped = self._train(dataset, scratch, report_line)
+            self._compare(scratch, report)
+            if stopped is not None:
+                report.differences.append(stopped)
+                report.differences.sort(key=lambda difference: difference.step)
+        report.damaged = self.run.damaged
+        return report
+
+    def _train(
+        self, dataset: Manifest, scratch: RunFolder, report_line: Callable[[Line], None]
+    ) -> Difference | None:
+        """Train all segments. Return a difference if the training stopped early."""
+        parent = None
+        if self.stretch.begin is not None:
+            parent = self.run.folder.checkpoint(self.stretch.begin)
+        for segment in self.segments:
+            settings = {f"train__{name}": value for name, value in segment.settings.items()}
+            experiment = self.experiment.replace(
+                **settings,
+                train__checkpoint_interval=None,  # only at the end of each segment
+                train__keep=len(self.segments),
+            )
+            trainer = Trainer(
+                experiment,
+                scratch,
+                dataset.directory,
+                Worker(device=self.device, cpus=segment.cpus),
+                parent=parent,
+                end_step=segment.end,
+                lr_at=self.run.lr_at(self.experiment),
+            )
+            for line in trainer.run():
+                report_line(line)
+            step = trainer.state.step
+            if step < segment.end:
+                ending = scratch.read_ending()
+                reason = ending.reason if ending is not None else f"it ended after step {step}"
+                return Difference(step, "the steps after it", note=f"not trained now: {reason}")
+        return None
+
+    def _compare(self, scratch: RunFolder, report: Report) -> None:
+        """Compare lines and checkpoints by rising step."""
+        then = self.run.lines
+        now = {line["step"]: line for line in journal.read(scratch)}
+        checkpoints = self.run.folder.checkpoint_steps()
+        trained = scratch.checkpoint_steps()
+        for step in sorted(filter(self.stretch.includes, {*then, *now, *checkpoints})):
+            if step in then or step in now:
+                report.lines += 1
+                report.differences += compare_lines(step, then.get(step, {}), now.get(step, {}))
+            if step in checkpoints and step in trained and self.run.is_valid(step):
+                differences = self._compare_checkpoint(step, scratch)
+                report.differences += differences
+                report.weights[step] = not differences
+
+    def _compare_checkpoint(self, step: int, scratch: RunFolder) -> list[Difference]:
+        differences: list[Difference] = []
+        for part in ("model", "optimizer"):
+            then = checkpoint.load_tensors(self.run.folder.checkpoint(step), part)
+            now = checkpoint.load_tensors(scratch.checkpoint(step), part)
+            differences += compare_tensors(step, part, then, now)
+        return differences
+
+    # ---- what has changed since then ----
+
+    def _changes(self, dataset: Manifest) -> list[Cause]:
+        """Return what is not as it was when the stretch was trained."""
+        changes: list[Cause] = []
+        sources = {self.run.source(segment.end) for segment in self.segments}
+        if self.stretch.begin is not None:
+            sources.add(self.run.folder.checkpoint(self.stretch.begin))
+        for source in sorted(sources):
+            changes += self._changes_since(source, dataset)
+        changes += _code_changes(self.run.record.get("tags", {}))
+        return list(dict.fromkeys(changes))
+
+    def _changes_since(self, source: Path, dataset: Manifest) -> list[Cause]:
+        """Return how data, experiment and numerics differ from those of a checkpoint."""
+        changes = []
+        manifest = checkpoint.read_manifest(source)
+        fingerprints = manifest["fingerprints"]
+        if fingerprints["data"] != data_identity(dataset):
+            words = f"the tokens in {dataset.directory} are not those that the run was trained on"
+            changes.append(Cause("data", words))
+        stored = RunFolder(source).read_experiment()
+        for line in identity.identity_differences(stored, self.experiment, manifest["step"]):
+            kind: ChangeKind = "seed" if line.startswith("train.seed:") else "experiment"
+            words = f"{line} (there: the checkpoint's experiment.yaml, here: the run's)"
+            changes.append(Cause(kind, words))
+        # Each attempt may have had its own number of threads, and so has its segment.
+        worker = Worker(device=self.device, cpus=fingerprints["numerics"]["cpus_per_worker"])
+        now = numerics.fingerprint(self.experiment, worker)
+        for line in numerics.changes(fingerprints["numerics"], now):
+            changes.append(Cause("numerics", line))
+        return changes
 
 
-# ---- making it ----
-def replay(
-    run: Recorded,
-    s: Stretch,
-    dataset: Manifest,
-    scratch: Path,
-    say: Callable[[dict[str, Any]], None],
-) -> Verdict:
-    """Train the stretch in the empty folder `scratch` and compare; `say` is told every line as it is made."""
-    experiment, device, parts = experiment_of(run, s), device_of(run, s), pieces(run, s)
-    result = Verdict(
-        s.first, s.last, s.begin, changed=changes(run, s, experiment, dataset, parts, device)
-    )
-    if damage := _damage(experiment, dataset):
-        result.changed.insert(0, damage)
-    else:
-        made = _make(run, s, experiment, dataset, scratch, device, parts, say)
-        _compare(run, s, scratch, result, made)
-    result.passed_over = run.passed_over
-    return result
+def _segments(run: RecordedRun, stretch: Stretch) -> list[Segment]:
+    """Cut the stretch where a checkpoint exists and where an attempt began."""
+    start = stretch.begin or 0
+    attempts = run.attempts()
+    cuts = {attempt.get("from_step", 0) for attempt in attempts}
+    cuts.update(run.folder.checkpoint_steps())
+    ends = [step for step in sorted(cuts) if start < step < stretch.last]
+    segments = []
+    for end in [*ends, stretch.last]:
+        begun = [attempt for attempt in attempts if attempt.get("from_step", 0) <= start]
+        segments.append(_segment(run, end, begun[-1] if begun else {}))
+        start = end
+    return segments
 
 
-def _damage(experiment: Experiment, dataset: Manifest) -> Cause | None:
-    """What of the tokens cannot be read, so that nothing can be trained on them."""
+def _segment(run: RecordedRun, end: int, attempt: dict[str, Any]) -> Segment:
+    """Return a segment as its attempt was; what run.json does not tell, the checkpoint does."""
+    train = RunFolder(run.source(end)).read_experiment().train
+    settings = {name: attempt.get(f"train.{name}", getattr(train, name)) for name in SETTINGS}
+    layout = attempt.get("layout") or run.fingerprints(end)["numerics"]
+    return Segment(end, layout["cpus_per_worker"], settings)
+
+
+def _choose_device(run: RecordedRun, stretch: Stretch) -> str:
+    """Return a device of the kind that the run had."""
+    name = run.fingerprints(stretch.last)["numerics"]["device"]
+    attempts = run.attempts()
+    layout = attempts[-1].get("layout") if attempts else None
+    used_gpu = bool(layout and layout.get("use_gpu"))
+    if not torch.cuda.is_available():
+        if used_gpu:
+            raise UserError(
+                f"{run.folder.path} was trained on {name}, and this machine has no GPU: the "
+                "bits would differ; replay it on a machine with that GPU"
+            )
+        return "cpu"
+    if used_gpu or name == torch.cuda.get_device_name("cuda:0"):
+        return "cuda:0"
+    return "cpu"
+
+
+def _damage(dataset: Manifest, tokenizer: str) -> list[Cause]:
+    """Return why the tokens cannot be read; empty if they can."""
     try:
         for split in ("train", "val"):
             TokenStream(dataset.directory, split)
-        load_tokenizer(experiment.data.tokenizer, dataset.directory)
+        load_tokenizer(tokenizer, dataset.directory)
     except UserError as error:
-        return Cause("data", str(error))
-    return None
-
-
-def _make(
-    run: Recorded,
-    s: Stretch,
-    experiment: Experiment,
-    dataset: Manifest,
-    scratch: Path,
-    device: str,
-    parts: list[Piece],
-    say: Callable[[dict[str, Any]], None],
-) -> str | None:
-    """Train piece after piece; each goes on from the end of the one before. Returns why it ended early, if it did."""
-    lr = run.rates(experiment)
-    for piece in parts:
-        settings = {f"train__{field}": value for field, value in piece.settings.items()}
-        as_then = experiment.replace(
-            **settings,
-            train__checkpoint_interval=None,
-            train__keep=len(parts),  # all are compared at the end
-        )
-        parent = run.path(s.begin) if s.begin is not None else None
-        again = Trainer(
-            as_then,
-            RunFolder(scratch),
-            dataset.directory,
-            Worker(device=device, cpus=piece.numerics["cpus_per_worker"]),
-            parent=parent,
-            end_step=piece.stop,
-            lr_at=lr,
-        )
-        for line in again.run():
-            say(line)
-        if again.state.step < piece.stop:
-            return (read_json(scratch / "stopped.json") or {}).get(
-                "reason"
-            ) or f"it ended after step {again.state.step}"
-    return None
-
-
-def _compare(
-    run: Recorded, s: Stretch, scratch: Path, result: Verdict, ended_early: str | None
-) -> None:
-    """Fill in the verdict: line by line, checkpoint by checkpoint, by rising step."""
-    now = {line["step"]: line for line in journal.read(RunFolder(scratch))}
-    made = set(checkpoint.steps(scratch / "checkpoints"))
-    for step in sorted(filter(s.holds, {*run.lines, *now, *run.standing()})):
-        if step in run.lines or step in now:
-            result.lines += 1
-            result.differences += verdict.of_lines(step, run.lines.get(step, {}), now.get(step, {}))
-        if step in run.standing() and step in made and run.is_valid(step):
-            found = list(
-                _of_checkpoints(
-                    step, run.path(step), checkpoint.path_of(scratch / "checkpoints", step)
-                )
-            )
-            result.differences += found
-            result.weights[step] = not found
-    if ended_early:
-        end = Difference(
-            max([s.begin or 0, *now]), "the steps after it", note=f"not made now: {ended_early}"
-        )
-        result.differences = sorted([end, *result.differences], key=lambda d: d.step)
-
-
-def _of_checkpoints(step: int, then: Path, now: Path) -> Iterator[Difference]:
-    for part in ("model", "optimizer"):
-        yield from verdict.of_tensors(
-            step, part, checkpoint.load_tensors(then, part), checkpoint.load_tensors(now, part)
-        )
-
-
-# ---- why it may differ ----
-def changes(
-    run: Recorded,
-    s: Stretch,
-    experiment: Experiment,
-    dataset: Manifest,
-    parts: list[Piece],
-    device: str,
-) -> list[Cause]:
-    """What is not as it was when the stretch was made."""
-    found: list[Cause] = []
-    for step in sorted(
-        {run.witness(piece.stop) for piece in parts} | ({s.begin} if s.begin is not None else set())
-    ):
-        path = run.path(step)
-        if checkpoint.read_manifest(path)["fingerprints"]["data"] != data_identity(dataset):
-            found.append(
-                Cause(
-                    "data",
-                    f"the tokens in {dataset.directory} are not those that the run was trained on",
-                )
-            )
-        for line in identity.identity_differences(
-            RunFolder(path).read_experiment(), experiment, step
-        ):
-            kind = "seed" if line.startswith("train.seed:") else "experiment"
-            found.append(
-                Cause(kind, f"{line} (there: the checkpoint's experiment.yaml, here: the run's)")
-            )
-    for piece in parts:
-        worker = Worker(device=device, cpus=piece.numerics["cpus_per_worker"])
-        found += [
-            Cause("numerics", line)
-            for line in numerics.changes(piece.numerics, numerics.fingerprint(experiment, worker))
-        ]
-    return list(dict.fromkeys([*found, *_code_changes(run.facts.get("tags") or {})]))
+        return [Cause("data", str(error))]
+    return []
 
 
 def _code_changes(tags: dict[str, str]) -> list[Cause]:
-    """The sources of the run's last attempt are told by their hash; the commits say which they are."""
+    """Compare the sources with those of the last attempt, by their hash."""
     now = source_facts(SOURCES)
     if tags.get("source.sha256") in (None, now["sources_sha256"]):
         return []
-    then_commit, then_dirty = (
-        tags.get("mlflow.source.git.commit", "unknown"),
-        tags.get("source.dirty") == "true",
-    )
-    words = [
-        f"commit {commit[:12]}{' with changes that were not committed' * bool(dirty)}"
-        for commit, dirty in ((then_commit, then_dirty), (now["commit"], now["dirty"]))
-    ]
-    return [Cause("code", f"{words[0]} then, {words[1]} now")]
+    commit = tags.get("mlflow.source.git.commit", "unknown")
+    words_then = _commit_words(commit, tags.get("source.dirty") == "true")
+    words_now = _commit_words(now["commit"], bool(now["dirty"]))
+    return [Cause("code", f"{words_then} then, {words_now} now")]
 
 
-# ---- keeping it ----
-def new_folder(run_dir: Path) -> Path:
-    """An empty folder beside the run's checkpoints, where there is room for one more, named by the time."""
-    folder = run_dir / FOLDER / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
-    folder.mkdir(parents=True)
-    return folder
-
-
-def keep(run_dir: Path, folder: Path, result: Verdict) -> Path:
-    """Write the verdict beside `folder`, whose time names it, and note it among the run's events."""
-    path = folder.with_name(f"{folder.name}.json")
-    write_atomically(
-        path,
-        json.dumps(
-            {"time": datetime.now(UTC).isoformat(timespec="seconds"), **result.to_json()}, indent=1
-        ),
-    )
-    events.note(
-        RunFolder(run_dir),
-        "replay",
-        result.sentence(),
-        equal=result.equal,
-        steps=[result.first_step, result.last_step],
-        verdict=f"{FOLDER}/{path.name}",
-        causes=[str(cause) for cause in result.causes()],
-    )
-    return path
+def _commit_words(commit: str, dirty: bool) -> str:
+    changes = " with changes that were not committed" if dirty else ""
+    return f"commit {commit[:12]}{changes}"

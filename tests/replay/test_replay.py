@@ -1,4 +1,4 @@
-"""A run made again is the run, whatever happened to it meanwhile; where it is not, the difference and its cause are named."""
+"""A replayed stretch equals the run; otherwise the report names the difference and its cause."""
 
 import json
 import math
@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import uuid
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,8 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.dataset import load_manifest
 from orchestrator.errors import UserError
-from orchestrator.replay import verdict
-from orchestrator.replay.replay import Recorded, experiment_of, pieces, replay, stretch
+from orchestrator.replay.recorded import RecordedRun
+from orchestrator.replay.replay import Replay
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer, train
@@ -45,238 +44,225 @@ SMALL = [
     "schedule.warmup_steps=4",
 ]
 LOGGED = [0, 3, 5, 6, 9, 10, 12, 15, 18, 20]
+WHOLE = (None, None)
 
 
 @pytest.fixture(autouse=True)
 def threads():
-    """Replays set what their run had; other tests keep their own."""
+    """Restore the number of threads: a replay sets that of its run."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
-def train_to(run_dir: Path, data_dir: Path, *words: str, cpus: int = 1) -> Path:
-    run_dir.mkdir(exist_ok=True)
-    train(load_experiment(None, [*SMALL, *words]), RunFolder(run_dir), data_dir, Worker(cpus=cpus))
-    return run_dir
+def experiment_with(*words):
+    return load_experiment(None, [*SMALL, *words])
+
+
+def make_trainer(folder, data_dir, *words, cpus=1, **options):
+    folder.path.mkdir(exist_ok=True)
+    return Trainer(experiment_with(*words), folder, data_dir, Worker(cpus=cpus), **options)
+
+
+def train_run(folder, data_dir, *words, cpus=1):
+    folder.path.mkdir(exist_ok=True)
+    train(experiment_with(*words), folder, data_dir, Worker(cpus=cpus))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def golden(tiny_dataset, tmp_path_factory) -> Path:
-    """20 steps, with checkpoints of steps 12, 16 and 20."""
-    run_dir = train_to(tmp_path_factory.mktemp("golden") / "small", tiny_dataset)
-    assert checkpoint.steps(run_dir / "checkpoints")[-3:] == [12, 16, 20]
-    return run_dir
+def golden(tiny_dataset, tmp_path_factory) -> RunFolder:
+    """20 steps, with checkpoints of steps 12, 16 and 20, and perhaps of the best step before."""
+    folder = train_run(RunFolder(tmp_path_factory.mktemp("golden") / "small"), tiny_dataset)
+    assert folder.checkpoint_steps()[-3:] == [12, 16, 20]
+    return folder
 
 
 @pytest.fixture
-def run_dir(golden, tmp_path) -> Path:
+def run(golden, tmp_path) -> RunFolder:
     """A copy that a test may change."""
-    return Path(shutil.copytree(golden, tmp_path / "small"))
+    return RunFolder(shutil.copytree(golden.path, tmp_path / "small"))
 
 
 @pytest.fixture
-def again(tiny_dataset, tmp_path):
-    """Replay a run's folder: its verdict."""
+def replay(tiny_dataset, tmp_path_factory):
+    """Replay the steps of a run folder. Return the report."""
 
-    def make(run_dir: Path, steps=None, data_dir: Path = tiny_dataset) -> verdict.Verdict:
-        run, scratch = Recorded.read(run_dir), tmp_path / f"again-{uuid.uuid4().hex}"
-        scratch.mkdir()
-        return replay(run, stretch(run, steps), load_manifest(data_dir), scratch, lambda line: None)
+    def replay(folder, steps=None, data_dir=tiny_dataset):
+        recorded = RecordedRun(folder)
+        scratch = RunFolder(tmp_path_factory.mktemp("scratch"))
+        made = Replay(recorded, recorded.stretch(steps))
+        return made.compare(load_manifest(data_dir), scratch, lambda line: None)
 
-    return make
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return replay
 
 
-def change_line(run_dir: Path, step: int, change) -> None:
-    """`change` the journal's line of `step`, in place."""
-    lines = journal.read(RunFolder(run_dir))
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+
+
+def change_line(folder, step, change):
+    lines = journal.read(folder)
     for line in lines:
         if line["step"] == step:
             change(line)
-    RunFolder(run_dir).journal_file.write_text(
-        "".join(json.dumps(line) + "\n" for line in lines), "utf-8"
-    )
+    folder.journal_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_experiment(run_dir: Path, *words: str) -> None:
-    (run_dir / "experiment.yaml").write_text(
-        load_experiment(None, [*SMALL, *words]).to_yaml(), "utf-8"
-    )
+def write_experiment(folder, *words):
+    folder.experiment_file.write_text(experiment_with(*words).to_yaml())
 
 
-def kinds(result: verdict.Verdict) -> list[str]:
-    return [cause.kind for cause in result.causes()]
+def write_record(folder, **record):
+    folder.run_file.write_text(json.dumps(record))
+
+
+def kinds(report):
+    return [cause.kind for cause in report.causes()]
 
 
 # ---- equal ----
+
+
 @pytest.mark.parametrize(
     ("steps", "begin", "logged", "compared"),
     [
         (None, 16, [18, 20], [20]),
-        ((None, None), None, LOGGED, [12, 16, 20]),
+        (WHOLE, None, LOGGED, [12, 16, 20]),
         ((13, 17), 12, [15], [16]),
         ((14, None), 12, [15, 18, 20], [16, 20]),
         ((1, 8), None, [3, 5, 6], []),
         ((16, 19), 16, [18], []),
     ],
 )
-def test_an_unchanged_run_is_equal_and_untouched(golden, again, steps, begin, logged, compared):
-    before = bytes_of(golden)
-    result = again(golden, steps)
-    assert (result.equal, result.begin, result.lines) == (True, begin, len(logged))
-    standing = [
-        step for step in checkpoint.steps(golden / "checkpoints") if step < 12
-    ]  # the best one may be among these
-    assert [step for step in result.weights if step not in standing] == compared
-    assert result.causes() == []
-    assert bytes_of(golden) == before
+def test_unchanged_run_is_equal_and_not_modified(golden, replay, steps, begin, logged, compared):
+    before = contents(golden)
+    report = replay(golden, steps)
+    assert report.equal
+    assert report.stretch.begin == begin
+    assert report.lines == len(logged)
+    assert [step for step in report.weights if step >= 12] == compared
+    assert report.causes() == []
+    assert contents(golden) == before
 
 
-def test_two_workers_are_one(tiny_dataset, tmp_path, again):
-    run_dir, store = tmp_path / "wide", tmp_path / "store"
-    run_dir.mkdir()
-    jobs = [
-        {
-            "rank": r,
-            "world_size": 2,
-            "store": str(store),
-            "run_dir": str(run_dir),
-            "data_dir": str(tiny_dataset),
-            "overrides": SMALL,
-        }
-        for r in range(2)
-    ]
+def test_run_on_two_workers_is_replayed_by_one(tiny_dataset, tmp_path, replay):
+    folder = RunFolder(tmp_path / "wide")
+    folder.path.mkdir()
+    job = {
+        "world_size": 2,
+        "store": str(tmp_path / "store"),
+        "run_dir": str(folder.path),
+        "data_dir": str(tiny_dataset),
+        "overrides": SMALL,
+    }
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     workers = [
         subprocess.Popen(
-            [sys.executable, str(HELPER), json.dumps(job)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            [sys.executable, str(HELPER), json.dumps(job | {"rank": rank})], env=environment
         )
-        for job in jobs
+        for rank in range(2)
     ]
-    assert [w.wait(120) for w in workers] == [0, 0]
-    result = again(run_dir, (None, None))
-    assert (result.equal, result.lines) == (True, len(LOGGED))
+    assert [worker.wait(120) for worker in workers] == [0, 0]
+    report = replay(folder, WHOLE)
+    assert report.equal
+    assert report.lines == len(LOGGED)
 
 
-def test_a_run_that_was_killed_is_made_again_to_its_last_line(tiny_dataset, tmp_path, again):
-    (tmp_path / "killed").mkdir()
+def test_killed_run_is_replayed_to_its_last_line(tiny_dataset, tmp_path, replay):
     folder = RunFolder(tmp_path / "killed")
-    lines = Trainer(load_experiment(None, SMALL), folder, tiny_dataset, Worker(cpus=1)).run()
+    lines = make_trainer(folder, tiny_dataset).run()
     assert next(line for line in lines if line["step"] == 18)
     lines.close()
-    result = again(tmp_path / "killed")
-    assert (result.equal, result.last_step, result.begin) == (True, 18, 12)
-    assert list(result.weights) == [16]
+    report = replay(folder)
+    assert report.equal
+    assert (report.stretch.begin, report.stretch.last) == (12, 18)
+    assert list(report.weights) == [16]
 
 
-def test_a_run_that_was_asked_to_stop_before_its_line_was_written(tiny_dataset, tmp_path, again):
-    run_dir, words = tmp_path / "asked", ["train.checkpoint_interval=null", "train.keep=9"]
-    run_dir.mkdir()
-    experiment = load_experiment(None, [*SMALL, *words])
-    run = Trainer(
-        experiment,
-        RunFolder(run_dir),
-        tiny_dataset,
-        Worker(cpus=1),
-        stop_requested=lambda: run.state.step >= 14,
+def test_run_that_was_stopped_before_its_line_was_written(tiny_dataset, tmp_path, replay):
+    folder = RunFolder(tmp_path / "asked")
+    words = ["train.checkpoint_interval=null", "train.keep=9"]
+    trainer = make_trainer(
+        folder, tiny_dataset, *words, stop_requested=lambda: trainer.state.step >= 14
     )
-    assert [line["step"] for line in run.run()][-1] == 12
-    assert checkpoint.steps(run_dir / "checkpoints") == [
-        15
-    ]  # whose line is due, and written by the next attempt
-    train_to(run_dir, tiny_dataset, *words)
+    assert [line["step"] for line in trainer.run()][-1] == 12
+    assert folder.checkpoint_steps() == [15]  # the next attempt writes its line
+    train_run(folder, tiny_dataset, *words)
     for steps, begin in ((None, 15), ((15, 20), 15), ((3, 20), None)):
-        result = again(run_dir, steps)
-        assert (result.equal, result.begin) == (True, begin)
+        report = replay(folder, steps)
+        assert report.equal
+        assert report.stretch.begin == begin
 
 
 @pytest.mark.parametrize("end", [10, 11])
-def test_a_run_that_grew_has_no_trace_of_its_first_end(tiny_dataset, tmp_path, again, end):
-    train_to(tmp_path / "grown", tiny_dataset, f"train.max_steps={end}", "schedule.decay_steps=20")
-    train_to(tmp_path / "grown", tiny_dataset, "schedule.decay_steps=20")
-    assert again(tmp_path / "grown", (None, None)).equal
+def test_extended_run_is_equal(tiny_dataset, tmp_path, replay, end):
+    folder = RunFolder(tmp_path / "grown")
+    train_run(folder, tiny_dataset, f"train.max_steps={end}", "schedule.decay_steps=20")
+    train_run(folder, tiny_dataset, "schedule.decay_steps=20")
+    assert replay(folder, WHOLE).equal
 
 
-def attempt(from_step: int, cpus: int, log_interval: int, eval_interval: int) -> dict:
+def attempt(from_step, cpus, log_interval):
     return {
         "from_step": from_step,
         "layout": {"num_workers": 1, "cpus_per_worker": cpus, "use_gpu": False},
         "train.log_interval": log_interval,
-        "train.eval_interval": eval_interval,
+        "train.eval_interval": None,
     }
 
 
-def test_every_attempt_has_its_own_intervals_and_threads(tiny_dataset, tmp_path, again):
-    """No checkpoint of the first attempt stands any more: run.json tells."""
-    run_dir = tmp_path / "changed"
-    keep = ["train.keep=1", "train.eval_interval=null", "train.allow_drift=true"]
-    run_dir.mkdir()
-    first = Trainer(
-        load_experiment(None, [*SMALL, *keep]),
-        RunFolder(run_dir),
-        tiny_dataset,
-        Worker(cpus=1),
-        end_step=7,
-    )
+def test_each_attempt_has_its_own_intervals_and_threads(tiny_dataset, tmp_path, replay):
+    """The first attempt left no checkpoint, so only run.json tells its settings."""
+    folder = RunFolder(tmp_path / "changed")
+    words = ["train.keep=1", "train.eval_interval=null", "train.allow_drift=true"]
+    first = make_trainer(folder, tiny_dataset, *words, end_step=7)
     assert [line["step"] for line in first.run()] == [3, 6]
-    train_to(run_dir, tiny_dataset, *keep, "train.log_interval=4", cpus=2)
-    assert checkpoint.steps(run_dir / "checkpoints") == [20]
-    attempts = [
-        attempt(0, 1, 3, None),
-        attempt(12, 1, 3, None),
-        attempt(7, 2, 4, None),
-    ]  # the second one's steps were undone
-    (run_dir / "run.json").write_text(json.dumps({"attempts": attempts}))
-    assert again(run_dir, (None, None)).equal
-    (run_dir / "run.json").unlink()
-    assert not again(run_dir, (None, None)).equal
+    train_run(folder, tiny_dataset, *words, "train.log_interval=4", cpus=2)
+    assert folder.checkpoint_steps() == [20]
+    # The steps of the second attempt were replaced by those of the third.
+    write_record(folder, attempts=[attempt(0, 1, 3), attempt(12, 1, 3), attempt(7, 2, 4)])
+    assert replay(folder, WHOLE).equal
+    folder.run_file.unlink()
+    assert not replay(folder, WHOLE).equal
 
 
-def test_a_checkpoint_tells_the_threads_that_run_json_does_not(tiny_dataset, tmp_path, again):
-    run_dir = train_to(tmp_path / "run", tiny_dataset, cpus=2)
-    assert again(run_dir).equal
+def test_checkpoint_tells_the_number_of_threads(tiny_dataset, tmp_path, replay):
+    folder = train_run(RunFolder(tmp_path / "run"), tiny_dataset, cpus=2)
+    assert replay(folder).equal
 
 
-def test_a_trial_of_a_sweep_is_made_again_as_one_run(sweeps, again):
-    """The curve is put together from stages, the checkpoints are the last one's."""
+def test_trial_of_a_sweep_is_replayed_as_one_run(sweeps, replay):
+    """Its curve is assembled from stages; its checkpoints are those of the last stage."""
     study = sweeps.open("sweep.grid={train.max_steps: [10, 20]}")
     assert len(sweeps.run(study)) > len(study.trials)
     for trial in study.trials:
-        result = again(sweeps.folder / "sweep" / "trials" / trial, (None, None))
-        assert result.equal
-        assert result.weights
+        report = replay(RunFolder(sweeps.folder / "sweep" / "trials" / trial), WHOLE)
+        assert report.equal
+        assert report.weights
 
 
 # ---- different ----
-def test_one_ulp_in_the_journal_is_found_where_it_is(run_dir, again):
+
+
+def test_one_ulp_in_the_journal_is_found(run, replay):
     def nudge(line):
         line["train/loss"] = math.nextafter(line["train/loss"], 9.0)
 
-    change_line(run_dir, 15, nudge)
-    result = again(run_dir, (12, None))
-    assert (result.first.step, result.first.key, result.first.ulps) == (15, "train/loss", 1)
-    assert kinds(result) == ["journal"]  # the weights after it are the same
-    assert result.first.then.hex() in str(result.first)
-    assert repr(result.first.now) in str(result.first)
-    stored = json.loads(json.dumps(result.to_json()))["first"]
-    assert (
-        float.fromhex(stored["then"]["hex"])
-        == float(stored["then"]["decimal"])
-        == result.first.then
-    )
-    assert again(run_dir, (16, None)).equal
+    change_line(run, 15, nudge)
+    report = replay(run, (12, None))
+    first = report.differences[0]
+    assert (first.step, first.key, first.ulps) == (15, "train/loss", 1)
+    assert kinds(report) == ["journal"]  # the weights after it are equal
+    assert first.then.hex() in str(first)
+    assert repr(first.now) in str(first)
+    stored = json.loads(json.dumps(report.to_json()))["first"]["then"]
+    assert float.fromhex(stored["hex"]) == float(stored["decimal"]) == first.then
+    assert replay(run, (16, None)).equal
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda line: line.pop("val/loss"), "step 15, val/loss: not there then, but now"),
         (
@@ -286,188 +272,160 @@ def test_one_ulp_in_the_journal_is_found_where_it_is(run_dir, again):
         (lambda line: line.update({"step": 14}), "step 14, train/loss: there then, not now"),
     ],
 )
-def test_what_is_missing_or_too_much_is_named(run_dir, again, change, said):
-    change_line(run_dir, 15, change)
-    assert str(again(run_dir, (12, 16)).first) == said
+def test_missing_and_additional_values_are_named(run, replay, change, message):
+    change_line(run, 15, change)
+    assert str(replay(run, (12, 16)).differences[0]) == message
 
 
-def test_one_ulp_in_the_weights_is_found(run_dir, again):
-    path = run_dir / "checkpoints" / "step-00000016"
+def test_one_ulp_in_the_weights_is_found(run, replay):
+    name, size = nudge_weight(run, 16)
+    report = replay(run, (12, 16))
+    first = report.differences[0]
+    assert report.weights == {16: False}
+    assert (first.key, first.ulps) == (f"model {name}[3] (1 of {size:,} differ)", 1)
+    assert kinds(report) == ["unknown"]
+
+
+def nudge_weight(folder, step):
+    """Change the fourth element of a tensor, with a valid manifest. Return its name and size."""
+    path = folder.checkpoint(step)
+    manifest = checkpoint.read_manifest(path)
     tensors = {
-        name: {k: v.clone() for k, v in checkpoint.load_tensors(path, name).items()}
-        for name in ("model", "optimizer")
+        part: {name: tensor.clone() for name, tensor in checkpoint.load_tensors(path, part).items()}
+        for part in ("model", "optimizer")
     }
-    name = sorted(tensors["model"])[-1]
+    name = max(tensors["model"])
     flat = tensors["model"][name].reshape(-1)
     flat[3] = torch.nextafter(flat[3], torch.tensor(9.0))
     texts = {
-        n: (path / n).read_text("utf-8")
-        for n in ("experiment.yaml", "model.json", "state.json", "tokenizer.json")
+        part: (path / part).read_text("utf-8")
+        for part in manifest["parts"]
+        if not part.endswith(".safetensors")
     }
-    facts = {
-        k: v
-        for k, v in checkpoint.read_manifest(path).items()
-        if k not in ("format", "step", "parts")
-    }
-    checkpoint.save(run_dir / "checkpoints", 16, tensors, texts, facts)
-    result = again(run_dir, (12, 16))
-    assert result.weights == {16: False}
-    assert (result.first.key, result.first.ulps) == (
-        f"model {name}[3] (1 of {flat.numel():,} differ)",
-        1,
-    )
-    assert kinds(result) == ["unknown"]
+    own = ("format", "step", "parts")
+    facts = {key: value for key, value in manifest.items() if key not in own}
+    checkpoint.save(folder.checkpoints, step, tensors, texts, facts)
+    return name, flat.numel()
 
 
-def test_another_seed_is_named(run_dir, again):
-    write_experiment(run_dir, "train.seed=2")
-    result = again(run_dir)
-    assert not result.equal
-    assert result.weights == {20: False}
-    assert kinds(result) == ["seed"]
-    assert "train.seed: 1337 there, 2 here" in result.causes()[0].what
+def test_changed_seed_is_the_cause(run, replay):
+    write_experiment(run, "train.seed=2")
+    report = replay(run)
+    assert not report.equal
+    assert report.weights == {20: False}
+    assert kinds(report) == ["seed"]
+    assert "train.seed: 1337 there, 2 here" in report.causes()[0].what
 
 
-def test_another_micro_batch_is_another_experiment_and_other_numerics(run_dir, again):
-    write_experiment(run_dir, "train.micro_batch_size=4")
-    assert {"experiment", "numerics"} == set(kinds(again(run_dir)))
-    write_experiment(
-        run_dir, "train.log_interval=1", "train.keep=9"
-    )  # what may change at any time changes nothing here
-    result = again(run_dir)
-    assert (result.equal, result.changed) == (True, [])
+def test_changed_micro_batch_is_the_cause_and_changed_intervals_are_none(run, replay):
+    write_experiment(run, "train.micro_batch_size=4")
+    assert set(kinds(replay(run))) == {"experiment", "numerics"}
+    write_experiment(run, "train.log_interval=1", "train.keep=9")
+    report = replay(run)
+    assert report.equal
+    assert report.changes == []
 
 
-def test_each_piece_has_its_attempts_settings_and_every_checkpoint_is_compared(run_dir, again):
-    write_experiment(run_dir, "train.keep=1")
-    assert again(run_dir, (None, None)).weights == {12: True, 16: True, 20: True}
+def test_every_checkpoint_is_compared_although_the_run_keeps_one(run, replay):
+    write_experiment(run, "train.keep=1")
+    assert replay(run, WHOLE).weights.items() >= {12: True, 16: True, 20: True}.items()
+
+
+def test_segments_have_the_settings_of_their_attempts(run):
     attempts = [
         {"from_step": 0, "train.on_nonfinite": "skip"},
         {"from_step": 16, "train.on_nonfinite": "stop"},
     ]
-    (run_dir / "run.json").write_text(json.dumps({"attempts": attempts}))
-    run = Recorded.read(run_dir)
-    found = pieces(run, stretch(run, (None, None)))
-    assert [(p.stop, p.settings["on_nonfinite"]) for p in found] == [
-        (12, "skip"),
-        (16, "skip"),
-        (20, "stop"),
-    ]
+    write_record(run, attempts=attempts)
+    recorded = RecordedRun(run)
+    segments = Replay(recorded, recorded.stretch((12, 20))).segments
+    found = [(segment.end, segment.settings["on_nonfinite"]) for segment in segments]
+    assert found == [(16, "skip"), (20, "stop")]
 
 
-def test_what_changed_without_effect_is_said_and_no_cause(run_dir, again):
-    (run_dir / "run.json").write_text(
-        json.dumps({"tags": {"source.sha256": "0" * 64, "mlflow.source.git.commit": "abcdef" * 7}})
-    )
-    result = again(run_dir)
-    assert (result.equal, result.causes()) == (True, [])
-    assert result.rows()["changed since"].startswith("code: commit abcdefabcdef then, ")
-    change_line(run_dir, 18, lambda line: line.update({"val/loss": 1.0}))
-    write_experiment(run_dir, "train.seed=2")
-    assert kinds(again(run_dir)) == ["seed", "code"]
+def test_change_without_effect_is_reported_but_is_no_cause(run, replay):
+    tags = {"source.sha256": "0" * 64, "mlflow.source.git.commit": "abcdef" * 7}
+    write_record(run, tags=tags)
+    report = replay(run)
+    assert report.equal
+    assert report.causes() == []
+    changed = str(report.rows()["changed since"])
+    assert changed.startswith("code: commit abcdefabcdef then, ")
+    change_line(run, 18, lambda line: line.update({"val/loss": 1.0}))
+    write_experiment(run, "train.seed=2")
+    assert kinds(replay(run)) == ["seed", "code"]
 
 
-def test_other_tokens_are_named(run_dir, golden, tiny_corpus, tmp_path, ray_cluster, again):
+def test_other_tokens_are_the_cause(run, tiny_corpus, tmp_path, ray_cluster, replay):
     from orchestrator.data.prepare import prepare
 
-    text = tmp_path / "other.txt"
-    text.write_text(tiny_corpus.read_text("utf-8")[::-1], "utf-8")
+    corpus = tmp_path / "other.txt"
+    corpus.write_text(tiny_corpus.read_text("utf-8")[::-1], "utf-8")
     other = tmp_path / "other"
-    prepare(load_experiment(None, [f"data.corpus={text}", "data.tokenizer=char"]).data, other)
-    result = again(run_dir, data_dir=other)
-    assert kinds(result) == ["data"]
-    assert str(other) in result.causes()[0].what
-    assert result.first.step == 18
+    prepare(load_experiment(None, [f"data.corpus={corpus}", "data.tokenizer=char"]).data, other)
+    report = replay(run, data_dir=other)
+    assert kinds(report) == ["data"]
+    assert str(other) in report.causes()[0].what
+    assert report.differences[0].step == 18
 
 
-def test_a_damaged_shard_is_named_and_nothing_is_trained_on_it(
-    golden, tiny_dataset, tmp_path, again
-):
+def test_nothing_is_trained_on_a_damaged_shard(golden, tiny_dataset, tmp_path, replay):
     copy = Path(shutil.copytree(tiny_dataset, tmp_path / "copy"))
     shard = next(copy.glob("train-*.parquet"))
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
-    shard.write_bytes(data)
-    result = again(golden, data_dir=copy)
-    assert (result.equal, result.impossible, kinds(result)) == (False, True, ["data"])
-    assert shard.name in result.causes()[0].what
-    assert "cannot be made again" in result.sentence()
+    flip_bit(shard)
+    report = replay(golden, data_dir=copy)
+    assert not report.equal
+    assert report.is_empty
+    assert kinds(report) == ["data"]
+    assert shard.name in report.causes()[0].what
+    assert "cannot be trained again" in report.sentence()
 
 
-# ---- checkpoints that are not whole, and mistakes ----
-def flip(path: Path) -> None:
+# ---- damaged checkpoints, wrong steps ----
+
+
+def flip_bit(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_named(run_dir, again):
-    flip(run_dir / "checkpoints" / "step-00000016" / "optimizer.safetensors")
-    result = again(run_dir, (17, None))
-    assert (result.equal, result.begin, list(result.weights)) == (True, 12, [20])
-    assert "step-00000016" in result.passed_over[0]
-    for step in checkpoint.steps(run_dir / "checkpoints"):
+def test_damaged_checkpoint_is_skipped_and_named(run, replay):
+    flip_bit(run.checkpoint(16) / "optimizer.safetensors")
+    report = replay(run, (17, None))
+    assert report.equal
+    assert report.stretch.begin == 12
+    assert list(report.weights) == [20]
+    assert "step-00000016" in report.damaged[0]
+    for step in run.checkpoint_steps():
         if step != 16:
-            flip(checkpoint.path_of(run_dir / "checkpoints", step) / "model.safetensors")
-    with pytest.raises(UserError, match="holds no whole checkpoint"):
-        Recorded.read(run_dir)
+            flip_bit(run.checkpoint(step) / "model.safetensors")
+    with pytest.raises(UserError, match="has no valid checkpoint"):
+        RecordedRun(run)
 
 
-def test_one_checkpoint_means_the_whole_run(run_dir):
-    checkpoint.keep_only(run_dir / "checkpoints", 20)
-    s = stretch(Recorded.read(run_dir))
-    assert (s.begin, s.first, s.last) == (None, 0, 20)
+def test_run_with_one_checkpoint_is_replayed_from_the_start(run):
+    checkpoint.keep_only(run.checkpoints, 20)
+    stretch = RecordedRun(run).stretch()
+    assert (stretch.begin, stretch.first, stretch.last) == (None, 0, 20)
 
 
 @pytest.mark.parametrize(
-    ("steps", "said"),
+    ("steps", "message"),
     [
-        ((5, 5), "5:5 is no stretch of this run, which has steps 0:20"),
-        ((9, 3), "9:3 is no stretch"),
-        ((10, 21), "10:21 is no stretch"),
-        ((20, None), "20:20 is no stretch"),
-        (
-            (13, 14),
-            "nothing was logged in steps 13:14, and no checkpoint stands there; the run logged at steps 0, 3",
-        ),
+        ((5, 5), "5:5 is not within this run, which has steps 0:20"),
+        ((9, 3), "9:3 is not within this run"),
+        ((10, 21), "10:21 is not within this run"),
+        ((20, None), "20:20 is not within this run"),
+        ((13, 14), "nothing was logged in steps 13:14, and they have no checkpoint"),
     ],
 )
-def test_steps_that_the_run_does_not_have_are_refused(golden, steps, said):
-    with pytest.raises(UserError, match=said):
-        stretch(Recorded.read(golden), steps)
+def test_steps_that_the_run_does_not_have_are_refused(golden, steps, message):
+    with pytest.raises(UserError, match=message):
+        RecordedRun(golden).stretch(steps)
 
 
-def test_a_folder_without_an_experiment_is_its_checkpoints(golden, run_dir):
-    run = Recorded.read(golden)
-    assert experiment_of(run, stretch(run)) == load_experiment(None, SMALL)
-    write_experiment(run_dir, "train.seed=3")
-    run = Recorded.read(run_dir)
-    assert experiment_of(run, stretch(run)).train.seed == 3
-
-
-# ---- distances ----
-@pytest.mark.parametrize(
-    ("a", "b", "formats", "apart"),
-    [
-        (1.0, math.nextafter(1.0, 2.0), "dq", 1),
-        (0.0, -0.0, "dq", 0),
-        (-5e-324, 5e-324, "dq", 2),
-        (1.0, 2.0, "dq", 2**52),
-        (1.0, 2.0, "fi", 2**23),
-        (-1.0, -2.0, "fi", 2**23),
-        (math.nan, 1.0, "dq", None),
-        (None, 1.0, "dq", None),
-    ],
-)
-def test_ulps(a, b, formats, apart):
-    assert verdict.ulps(a, b, formats) == verdict.ulps(b, a, formats) == apart
-
-
-def test_zeros_differ_in_their_sign_and_nan_is_itself():
-    assert verdict.of_lines(1, {"val/loss": math.nan}, {"val/loss": math.nan}) == []
-    assert len(verdict.of_lines(1, {"val/loss": 0.0}, {"val/loss": -0.0})) == 1
-    same = {"w": torch.tensor([1.0, math.nan])}
-    assert verdict.of_tensors(1, "model", same, {"w": same["w"].clone()}) == []
-    assert len(verdict.of_tensors(1, "model", same, {"w": torch.tensor([1.0, 2.0])})) == 1
-    [found] = verdict.of_tensors(1, "model", same, {"w": torch.zeros(3)})
-    assert str(found) == "step 1, model w: float32 (2,) then, float32 (3,) now"
+def test_folder_without_experiment_has_that_of_its_checkpoint(golden, run):
+    assert RecordedRun(golden).experiment(20) == experiment_with()
+    write_experiment(run, "train.seed=3")
+    assert RecordedRun(run).experiment(20).train.seed == 3

@@ -1,0 +1,127 @@
+"""Compares journal lines and tensors bit by bit."""
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orchestrator.runs import metrics
+from orchestrator.runs.journal import Line
+
+# `struct` formats of a float and of the integer with the same bits.
+FLOAT64 = ("<d", "<q")
+FLOAT32 = ("<f", "<i")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A value that differs between the run and its replay.
+
+    Attributes:
+        step: Step of the journal line or checkpoint.
+        key: Metric, or part of the checkpoint with the name of the tensor.
+        then: Value that the run stored; None if it stored none.
+        now: Value of the replay; None if there is none.
+        ulps: Number of floats from one value to the other, if both are numbers.
+        note: The difference in words, for what two values cannot tell.
+    """
+
+    step: int
+    key: str
+    then: float | None = None
+    now: float | None = None
+    ulps: int | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"step {self.step:,}, {self.key}: {self.note or self._values()}"
+
+    def _values(self) -> str:
+        if self.then is None or self.now is None:
+            return _missing(self.then is None)
+        distance = "" if self.ulps is None else f", {self.ulps:,} ulp apart"
+        return f"{_shown(self.then)} then, {_shown(self.now)} now{distance}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values. Floats are texts, because JSON has no infinity."""
+        stored: dict[str, Any] = {"step": self.step, "what": self.key}
+        for name, value in (("then", self.then), ("now", self.now)):
+            if value is not None:
+                stored[name] = {"decimal": repr(value), "hex": float(value).hex()}
+        return stored | {"ulps": self.ulps, "note": self.note, "text": str(self)}
+
+
+def compare_lines(step: int, then: Line, now: Line) -> list[Difference]:
+    """Return the exact metrics that differ. A missing line is an empty one."""
+    differences = []
+    for key in {**then, **now}:
+        if not metrics.of(key).exact:
+            continue
+        before = then.get(key)
+        after = now.get(key)
+        # As texts: NaN equals itself, and 0.0 differs from -0.0.
+        if repr(before) != repr(after):
+            differences.append(Difference(step, key, before, after, ulps(before, after)))
+    return differences
+
+
+def compare_tensors(
+    step: int, part: str, then: dict[str, Tensor], now: dict[str, Tensor]
+) -> list[Difference]:
+    """Return the tensors of a checkpoint's part that differ, with their first different element."""
+    differences = []
+    for name in sorted({*then, *now}):
+        key = f"{part} {name}"
+        before = then.get(name)
+        after = now.get(name)
+        if before is None or after is None:
+            differences.append(Difference(step, key, note=_missing(before is None)))
+        elif before.shape != after.shape or before.dtype != after.dtype:
+            note = f"{_kind(before)} then, {_kind(after)} now"
+            differences.append(Difference(step, key, note=note))
+        else:
+            differences += _compare_elements(step, key, before.reshape(-1), after.reshape(-1))
+    return differences
+
+
+def _compare_elements(step: int, key: str, then: Tensor, now: Tensor) -> list[Difference]:
+    # As bytes, so that a NaN equals itself.
+    differs = then.view(torch.uint8) != now.view(torch.uint8)
+    differs = differs.view(-1, then.element_size()).any(1)
+    if not differs.any():
+        return []
+    index = int(differs.nonzero()[0])
+    before = then[index].item()
+    after = now[index].item()
+    distance = ulps(before, after, FLOAT32) if then.dtype == torch.float32 else None
+    counts = f"({int(differs.sum()):,} of {len(differs):,} differ)"
+    return [Difference(step, f"{key}[{index}] {counts}", before, after, distance)]
+
+
+def ulps(then: float | None, now: float | None, formats: tuple[str, str] = FLOAT64) -> int | None:
+    """Return how many floats lie from one value to the other; None if one is not a number."""
+    if then is None or now is None or math.isnan(then) or math.isnan(now):
+        return None
+    return abs(_position(then, formats) - _position(now, formats))
+
+
+def _position(value: float, formats: tuple[str, str]) -> int:
+    """Return the position of a float among all floats in rising order; 0 for zero."""
+    float_format, integer_format = formats
+    magnitude = struct.unpack(integer_format, struct.pack(float_format, abs(value)))[0]
+    return -magnitude if value < 0 else magnitude
+
+
+def _missing(then: bool) -> str:
+    return "not there then, but now" if then else "there then, not now"
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _shown(value: float) -> str:
+    return f"{float(value).hex()} ({value!r})"

@@ -57,11 +57,12 @@ def find_prepared(data: "Data", directory: Path) -> Manifest | None:
     manifest = load_manifest(directory)
     differences = _differences(data, manifest)
     if differences:
-        more = len(differences) - SHOWN
-        shown = differences[:SHOWN] + [f"and {more} more"] * (more > 0)
+        shown = "; ".join(differences[:SHOWN])
+        if len(differences) > SHOWN:
+            shown += f"; and {len(differences) - SHOWN} more"
         raise UserError(
-            f"{directory} holds another dataset: {'; '.join(shown)}. Set another data.dir, or "
-            "delete this folder to prepare it anew"
+            f"{directory} holds another dataset: {shown}. Set another data.dir, or delete this "
+            "folder to prepare it anew"
         )
     for split in manifest.splits.values():
         for shard in split.shards:
@@ -87,7 +88,7 @@ def _differences(data: "Data", manifest: Manifest) -> list[str]:
         before |= {stored["name"]: f"{stored['size']} bytes" for stored in manifest.sources}
         for source in sources:
             if source.size is None:  # a download that is not on this machine
-                now[source.name] = before.get(source.name)
+                now[source.name] = before.get(source.name, "a download")
             else:
                 now[source.name] = f"{source.size} bytes"
     differences = [
@@ -103,9 +104,8 @@ def _differences(data: "Data", manifest: Manifest) -> list[str]:
 
 
 def _has_same_roots(data: "Data", manifest: Manifest) -> bool:
-    entries = [data.corpus] if isinstance(data.corpus, str) else data.corpus
     roots = {source["name"].split("/", 1)[0] for source in manifest.sources}
-    return {corpus.root_name(entry) for entry in entries} == roots
+    return {corpus.root_name(entry) for entry in corpus.entries_of(data.corpus)} == roots
 
 
 def _changed_content(sources: list[Source], manifest: Manifest) -> list[str]:

@@ -1,4 +1,7 @@
-"""What tests share: one real Ray head for the whole session, started as a cluster's head is, with a token."""
+"""Fixtures of all tests: a Ray head for the whole session, a small corpus, an empty run folder.
+
+The Ray head is started as the head of a cluster is, with token authentication.
+"""
 
 import os
 import random
@@ -12,9 +15,8 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
 os.environ["RAY_AUTH_MODE"] = "token"  # Ray reads these when it is imported
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-os.environ["GOMP_SPINCOUNT"] = (
-    "1000"  # as launch.py sets it for workers: spinning threads starve each other
-)
+# As cluster/layout.py sets it for workers: threads that spin take the CPU from each other.
+os.environ["GOMP_SPINCOUNT"] = "1000"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("ESPALIER_STORAGE", None)
@@ -34,9 +36,12 @@ settings.load_profile("few")
 
 
 def pytest_collection_modifyitems(items):
-    """Files with tests on a cluster first: they take longest, and two processes that share the tests end together."""
-    long = {item.path for item in items if "ray_head" in item.fixturenames}
-    items.sort(key=lambda item: item.path not in long)
+    """Run files with tests on a cluster first.
+
+    They take longest. Two processes that share the tests then end at about the same time.
+    """
+    on_cluster = {item.path for item in items if "ray_head" in item.fixturenames}
+    items.sort(key=lambda item: item.path not in on_cluster)
 
 
 @pytest.fixture
@@ -49,14 +54,17 @@ def folder(tmp_path):
 
 @pytest.fixture(scope="session")
 def ray_head(tmp_path_factory):
-    """A cluster's head with four logical CPUs and token authentication; `.env` is a client's environment."""
+    """A Ray head with four logical CPUs and token authentication.
+
+    `.env` is the environment of a client; `.dashboard` is the address of the dashboard.
+    """
     with cluster.head(tmp_path_factory.mktemp("head"), cpus=4) as head:
         yield head
 
 
 @pytest.fixture(scope="session")
 def ray_cluster(ray_head):
-    """This process, connected to the session's head."""
+    """Ray, with this process connected to `ray_head`."""
     import ray
 
     ray.init(address=ray_head.env["RAY_ADDRESS"], log_to_driver=False, logging_level="WARNING")
@@ -66,22 +74,10 @@ def ray_cluster(ray_head):
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory) -> Path:
-    """60 kB of sentences from a small grammar, so that a small model has something to learn."""
+    """60 kB of sentences from a small grammar: a small model can learn something from them."""
     draw = random.Random(0)
-    words = [
-        "the cat",
-        "a dog",
-        "one bird",
-        "sees",
-        "hears",
-        "follows",
-        "the moon",
-        "a river",
-        "no one",
-        "and",
-        "or",
-        "but",
-    ]
+    words = ["the cat", "a dog", "one bird", "sees", "hears", "follows", "the moon", "a river"]
+    words += ["no one", "and", "or", "but"]
     text = " ".join(draw.choice(words) + draw.choice(["", "", "", ",", ".\n"]) for _ in range(8000))
     file = tmp_path_factory.mktemp("corpus") / "tiny.txt"
     file.write_text(text, "utf-8")
@@ -90,30 +86,29 @@ def tiny_corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tiny_corpus, tmp_path_factory, ray_cluster) -> Path:
-    """`tiny_corpus` as characters, prepared by Ray Data."""
+    """`tiny_corpus` with the character tokenizer, prepared by Ray Data."""
     from orchestrator.config.experiment import load_experiment
     from orchestrator.data.prepare import prepare
 
     directory = tmp_path_factory.mktemp("tokens") / "tiny"
-    prepare(
-        load_experiment(None, [f"data.corpus={tiny_corpus}", "data.tokenizer=char"]).data, directory
-    )
+    experiment = load_experiment(None, [f"data.corpus={tiny_corpus}", "data.tokenizer=char"])
+    prepare(experiment.data, directory)
     return directory
 
 
 @pytest.fixture(scope="session")
 def shakespeare() -> Path:
-    """tinyshakespeare.txt, where the machine has it."""
+    """tinyshakespeare.txt; the test is skipped on a machine without it."""
     folder = os.environ.get("ESPALIER_TEST_DATA")
     if not folder or not (Path(folder) / "tinyshakespeare.txt").is_file():
-        pytest.skip("ESPALIER_TEST_DATA holds no tinyshakespeare.txt")
+        pytest.skip("no tinyshakespeare.txt in the folder ESPALIER_TEST_DATA")
     return Path(folder) / "tinyshakespeare.txt"
 
 
 @pytest.fixture(scope="session")
 def gpt2_ranks() -> str:
-    """A TIKTOKEN_CACHE_DIR that has GPT-2's ranks."""
+    """Folder of tiktoken's cache with the GPT-2 tokenizer; without it the test is skipped."""
     folder = os.environ.get("TIKTOKEN_CACHE_DIR")
     if not folder or not Path(folder).is_dir():
-        pytest.skip("TIKTOKEN_CACHE_DIR is not set: GPT-2's ranks would be downloaded")
+        pytest.skip("TIKTOKEN_CACHE_DIR is not set: the tokenizer would be downloaded")
     return folder

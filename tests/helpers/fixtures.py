@@ -1,11 +1,7 @@
-"""What the tests of sweeps share: a small experiment, and a way to run its tree in this process, one stage at a time.
-
-And those of tracking: an embedded store.
-"""
+"""Fixtures for sweeps, which run in this process without Ray, and for tracking."""
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -41,110 +37,140 @@ SMALL = [
 ]
 
 
-def exact(lines) -> list[dict]:
-    """Of a curve all that must not depend on how it was made."""
-    return [metrics.exact_part(r) for r in lines]
-
-
 class Killed(Exception):
     """Stands for a process that was killed: it leaves no traceback."""
 
 
 @pytest.fixture(scope="session")
-def lone_runs() -> dict:
-    """What experiments gave by themselves, by all of their fields."""
+def lone_runs() -> dict[str, dict]:
+    """Outcomes of experiments that were trained alone, by all of their fields."""
     return {}
 
 
 @pytest.fixture
 def sweeps(tiny_dataset, tmp_path, lone_runs):
-    """`.open(words)` plans a sweep; `.run(study)` runs it here, without Ray; `.alone(study, trial)` runs one trial by itself."""
-    from orchestrator.sweep.report.files import Report
-    from orchestrator.sweep.space.expand import load_sweep
-    from orchestrator.sweep.study import Study, data_key
+    """Sweeps of a small experiment, whose stages run one after the other in this process."""
+    return Sweeps(tiny_dataset, tmp_path, lone_runs)
 
-    dataset = load_manifest(tiny_dataset)
 
-    def load(*words: str, name: str = "sweep"):
-        return load_sweep(None, [f"name={name}", f"data.dir={tiny_dataset}", *SMALL, *words])
+class Sweeps:
+    """Opens and runs sweeps.
 
-    def open_(*words: str, name: str = "sweep"):
-        sweep = load(*words, name=name)
-        (tmp_path / name).mkdir(exist_ok=True)
-        datasets = {
-            data_key(e.data): dataset
-            for e in [sweep.base, *(trial.experiment for trial in sweep.trials)]
-        }
-        return Study(sweep, SweepFolder(tmp_path / name), Layout(1, 1, False), datasets)
+    Attributes:
+        folder: The storage: each sweep has a folder in it.
+        small: Settings of the experiment, as overrides.
+    """
 
-    def run(study, limit: int | None = None, fail=lambda stage: None, stop_asked=lambda: False):
-        """Up to `limit` stages; `fail(stage)` may raise in place of one, `stop_asked` end one. The ids of those that ran."""
+    small = SMALL
+
+    def __init__(self, dataset_dir: Path, storage: Path, lone_runs: dict[str, dict]) -> None:
+        self.dataset_dir = dataset_dir
+        self.folder = storage
+        self.lone_runs = lone_runs
+
+    def load(self, *words: str, name: str = "sweep"):
+        """Return the configuration of a sweep with these overrides."""
+        from orchestrator.sweep.space.expand import load_sweep
+
+        return load_sweep(None, [f"name={name}", f"data.dir={self.dataset_dir}", *SMALL, *words])
+
+    def open(self, *words: str, name: str = "sweep"):
+        """Plan a sweep."""
+        from orchestrator.sweep.study import Study, data_key
+
+        sweep = self.load(*words, name=name)
+        folder = SweepFolder(self.folder / name)
+        folder.path.mkdir(exist_ok=True)
+        dataset = load_manifest(self.dataset_dir)
+        experiments = [sweep.base, *(trial.experiment for trial in sweep.trials)]
+        datasets = {data_key(experiment.data): dataset for experiment in experiments}
+        return Study(sweep, folder, Layout(1, 1, False), datasets)
+
+    def run(
+        self,
+        study,
+        limit: int | None = None,
+        fail=lambda stage: None,
+        stop_asked=lambda: False,
+    ) -> list[str]:
+        """Run stages. Return the ids of those that ran.
+
+        Args:
+            study: The sweep.
+            limit: Most stages to run; None: all.
+            fail: Called with each stage. What it raises ends the stage; `Killed` without a traceback.
+            stop_asked: Returns True if the running stage should stop.
+        """
+        from orchestrator.sweep.report.files import Report
+
         progress = study.progress
-        report, ran = Report(study, progress), []
-        report.save_figure = lambda *_: (
-            None
-        )  # figures take a second each, and have tests of their own
+        report = Report(study, progress)
+        # Figures take a second each and have their own tests.
+        report.save_figure = lambda *_: None
         progress.on_stage_end = report.stage_ended
         report.begin()
-        while (limit is None or len(ran) < limit) and (stage := progress.next()):
+        ran: list[str] = []
+        while limit is None or len(ran) < limit:
+            stage = progress.next()
+            if not stage:
+                break
             ran.append(stage)
+            folder = progress.folder.stage(stage)
             try:
                 fail(progress.tree.by_id[stage])
-                for _ in run_stage(progress.folder.stage(stage), Worker(), stop_asked):
+                for _ in run_stage(folder, Worker(), stop_asked):
                     pass
                 progress.ended(stage, died=False)
             except Killed:
                 progress.ended(stage, died=True)
             except Exception as error:
-                record_failure(progress.folder.stage(stage), Worker(), error)
+                record_failure(folder, Worker(), error)
                 progress.ended(stage, died=True)
         study.summary = report.finish(Ending("done"), 1.0)
         return ran
 
-    def alone(study, trial: str) -> dict:
-        """The trial by itself: its weights' hash and its curve. Trained once for all tests."""
+    def alone(self, study, trial: str) -> dict:
+        """Train a trial as a run of its own, once in the session. Return its outcome."""
         experiment = study.trials[trial].experiment
-        known = experiment.replace(name="alone").model_dump_json()
-        if known not in lone_runs:
-            run_dir = tmp_path / f"alone-{trial}"
-            run_dir.mkdir()
-            train(experiment, RunFolder(run_dir), tiny_dataset)
-            lone_runs[known] = outcome(run_dir)
-        return lone_runs[known]
+        key = experiment.replace(name="alone").model_dump_json()
+        if key not in self.lone_runs:
+            folder = RunFolder(self.folder / f"alone-{trial}")
+            folder.path.mkdir()
+            train(experiment, folder, self.dataset_dir)
+            self.lone_runs[key] = self.outcome(folder)
+        return self.lone_runs[key]
 
+    @staticmethod
     def outcome(folder) -> dict:
-        run_dir = Path(folder)
-        last = checkpoint.latest_valid(run_dir / "checkpoints")
-        digest = checkpoint.weights_sha256(checkpoint.load_tensors(last, "model"))
-        parts = [(last / name).read_bytes() for name in ("optimizer.safetensors", "state.json")]
+        """Return what must not depend on how a run or trial was trained."""
+        folder = RunFolder(folder)
+        last = checkpoint.latest_valid(folder.checkpoints)
+        tensors = checkpoint.load_tensors(last, "model")
+        parts = ("optimizer.safetensors", "state.json")
         return {
             "step": last.name,
-            "weights": digest,
-            "parts": parts,
-            "curve": exact(journal.read(RunFolder(run_dir))),
+            "weights": checkpoint.weights_sha256(tensors),
+            "parts": [(last / name).read_bytes() for name in parts],
+            "curve": [metrics.exact_part(line) for line in journal.read(folder)],
         }
-
-    return SimpleNamespace(
-        load=load, open=open_, run=run, alone=alone, outcome=outcome, folder=tmp_path, small=SMALL
-    )
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """The database of one embedded store for the module: its schema takes seconds to create."""
+    """Database of an embedded MLflow store. One for each module: creating it takes seconds."""
     return tmp_path_factory.mktemp("storage") / "mlflow" / "mlflow.db"
 
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Trackers that look, and try again, sooner."""
+    """Make trackers send, and try again, sooner."""
     monkeypatch.setattr("orchestrator.track.sender.POLL_S", 0.1)
     monkeypatch.setattr("orchestrator.track.sender.PAUSES_S", (0.1, 0.5))
 
 
 @pytest.fixture
 def uri(store, impatient, monkeypatch, tmp_path):
-    """The store's URI; the test runs in an empty folder, and must leave it so."""
+    """URI of `store`. The test runs in an empty folder and must leave it empty."""
     folder = tmp_path / "cwd"
     folder.mkdir()
     monkeypatch.chdir(folder)

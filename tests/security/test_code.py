@@ -1,4 +1,4 @@
-"""What the code may not do, read from its syntax: unpickle, run text as code, unpack archives, start a shell."""
+"""No module unpickles, runs text as code, unpacks archives or starts a shell."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent.parent
-ROOMS = ("model", "orchestrator", "pipelines", "benchmarks")
+FOLDERS = ("model", "orchestrator", "pipelines", "benchmarks")
 MODULES = {
     "pickle",
     "cPickle",
@@ -42,11 +42,11 @@ CALLS = {
     "torch.package.PackageImporter",
     "torch.hub.load",
 }
-Torchestrator_LOAD = "orchestrator/train/init_from.py"
+TORCH_LOAD = "orchestrator/train/init_from.py"
 
 
-def sins(source: str, name: str) -> list[str]:
-    """Lines of a module that do what none may, each as `name:line what`."""
+def violations(source: str, name: str) -> list[str]:
+    """Return what a module does that is not allowed, each as `name:line what`."""
     tree = ast.parse(source)
     aliases = {
         a.asname or a.name: f"{node.module}.{a.name}"
@@ -65,11 +65,11 @@ def sins(source: str, name: str) -> list[str]:
     return [
         f"{name}:{node.lineno} {what}"
         for node in ast.walk(tree)
-        for what in _sins_of(node, aliases, name)
+        for what in _violations_of(node, aliases, name)
     ]
 
 
-def _sins_of(node: ast.AST, aliases: dict[str, str], name: str) -> list[str]:
+def _violations_of(node: ast.AST, aliases: dict[str, str], name: str) -> list[str]:
     if isinstance(node, ast.Import):
         return [a.name for a in node.names if a.name.split(".")[0] in MODULES]
     if isinstance(node, ast.ImportFrom):
@@ -80,12 +80,10 @@ def _sins_of(node: ast.AST, aliases: dict[str, str], name: str) -> list[str]:
         if called in BUILTINS or called.removeprefix("builtins.") in BUILTINS or called in CALLS:
             found.append(called)
         if called == "torch.load" and not (
-            name == Torchestrator_LOAD and _is(words.get("weights_only"), True)
+            name == TORCH_LOAD and _is(words.get("weights_only"), True)
         ):
             found.append(called)
-        if called == "torch.save" and not name.startswith(
-            "benchmarks/"
-        ):  # they measure ours beside it
+        if called == "torch.save" and not name.startswith("benchmarks/"):
             found.append(called)
         if called == "yaml.load" and not (
             len(node.args) == 2 and _dotted(node.args[1], aliases) == "_Loader"
@@ -99,7 +97,7 @@ def _sins_of(node: ast.AST, aliases: dict[str, str], name: str) -> list[str]:
 
 
 def _dotted(node: ast.AST, aliases: dict[str, str]) -> str:
-    """`a.b.c` of a name or attribute, imports resolved; of anything else nothing."""
+    """Return `a.b.c` for a name or attribute, with imports resolved; "" for anything else."""
     if isinstance(node, ast.Name):
         return aliases.get(node.id, node.id)
     if isinstance(node, ast.Attribute):
@@ -111,15 +109,15 @@ def _is(node: ast.AST | None, value: bool) -> bool:
     return isinstance(node, ast.Constant) and node.value is value
 
 
-def test_no_module_does_any_of_it():
-    files = [f for room in ROOMS for f in (REPO / room).rglob("*.py")]
+def test_no_module_does_any_of_these():
+    files = [f for folder in FOLDERS for f in (REPO / folder).rglob("*.py")]
     assert len(files) > 60
     assert [
-        s for f in files for s in sins(f.read_text("utf-8"), f.relative_to(REPO).as_posix())
+        s for f in files for s in violations(f.read_text("utf-8"), f.relative_to(REPO).as_posix())
     ] == []
 
 
-def test_the_one_loader_of_yaml_is_a_safe_one():
+def test_the_yaml_loader_is_a_safe_one():
     import yaml
 
     from orchestrator.config.load import _Loader
@@ -166,8 +164,8 @@ def test_the_one_loader_of_yaml_is_a_safe_one():
         "import importlib\nimportlib.import_module(name)",
     ],
 )
-def test_each_of_these_would_be_found(planted):
-    assert sins(planted, "orchestrator/planted.py")
+def test_these_are_found(planted):
+    assert violations(planted, "orchestrator/planted.py")
 
 
 @pytest.mark.parametrize(
@@ -182,11 +180,11 @@ def test_each_of_these_would_be_found(planted):
         "import json\njson.load(f)",
     ],
 )
-def test_and_none_of_these(harmless):
-    assert sins(harmless, "orchestrator/harmless.py") == []
+def test_these_are_allowed(harmless):
+    assert violations(harmless, "orchestrator/harmless.py") == []
 
 
-def test_torch_may_load_in_one_place_and_only_weights():
-    assert sins("import torch\ntorch.load(f, weights_only=True)", Torchestrator_LOAD) == []
-    assert sins("import torch\ntorch.load(f, weights_only=False)", Torchestrator_LOAD)
-    assert sins("import torch\ntorch.load(f)", Torchestrator_LOAD)
+def test_torch_load_is_allowed_in_one_module_with_weights_only():
+    assert violations("import torch\ntorch.load(f, weights_only=True)", TORCH_LOAD) == []
+    assert violations("import torch\ntorch.load(f, weights_only=False)", TORCH_LOAD)
+    assert violations("import torch\ntorch.load(f)", TORCH_LOAD)

@@ -1,4 +1,4 @@
-"""Whatever was planted in a run's folder, a run writes into files of its own, and a command says what is in its way."""
+"""Symlinks, pipes and devices planted in a run folder are refused or replaced, never followed."""
 
 import os
 import subprocess
@@ -54,7 +54,7 @@ WRITES = {
 
 @pytest.fixture
 def victim(tmp_path) -> Path:
-    """A file outside that must stay as it is."""
+    """A file outside the run folder, which must not change."""
     file = tmp_path / "precious.txt"
     file.write_text("as it was")
     yield file
@@ -68,16 +68,14 @@ def plant(path: Path, kind: str, victim: Path) -> None:
     elif kind == "folder":
         path.mkdir()
     else:
-        path.symlink_to(
-            {"link": victim, "dangling link": victim.with_name("not-yet"), "device": "/dev/null"}[
-                kind
-            ]
-        )
+        missing = victim.with_name("not-yet")
+        targets = {"link": victim, "dangling link": missing, "device": "/dev/null"}
+        path.symlink_to(targets[kind])
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "device", "pipe", "folder"])
 @pytest.mark.parametrize("name", WRITES)
-def test_what_is_no_file_of_the_run_is_refused_and_not_followed(tmp_path, victim, name, kind):
+def test_planted_file_is_refused_and_not_followed(tmp_path, victim, name, kind):
     run_dir = tmp_path / "run"
     plant(run_dir / name, kind, victim)
     with pytest.raises(
@@ -88,13 +86,15 @@ def test_what_is_no_file_of_the_run_is_refused_and_not_followed(tmp_path, victim
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_an_event_is_not_worth_a_run_but_a_word(tmp_path, victim, capsys, kind):
+def test_event_that_cannot_be_written_is_printed_and_does_not_end_the_run(
+    tmp_path, victim, capsys, kind
+):
     plant(tmp_path / "run" / "events.jsonl", kind, victim)
     events.note(RunFolder(tmp_path / "run"), "hang", "rank 1 hangs")
     assert "events.jsonl: expected a plain file" in capsys.readouterr().out
 
 
-def test_a_run_below_a_link_writes_and_a_sample_replaces_what_was_planted(
+def test_run_folder_may_be_a_symlink_and_a_sample_replaces_a_planted_one(
     tmp_path, victim, tiny_dataset
 ):
     (tmp_path / "disk").mkdir()
@@ -109,7 +109,7 @@ def test_a_run_below_a_link_writes_and_a_sample_replaces_what_was_planted(
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_a_command_ends_in_one_line_and_waits_for_nothing(tmp_path, victim, kind):
+def test_command_ends_with_one_line_and_does_not_wait(tmp_path, victim, kind):
     plant(tmp_path / "quickstart" / ".lock", kind, victim)
     done = subprocess.run(
         [sys.executable, str(REPO / "pipelines" / "train.py"), f"storage={tmp_path}"],

@@ -1,4 +1,4 @@
-"""Names become paths: none leads out of its folder, whatever it is called and whatever was planted there."""
+"""Names become paths: none leads out of its folder, also if symlinks were planted there."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.checkpoint import store as checkpoint
@@ -26,14 +26,13 @@ names = st.lists(st.sampled_from(ODD), max_size=12).map("".join) | st.text(max_s
 
 
 def stays(name: str) -> None:
-    """A folder of that name lies directly below its root and is not hidden."""
+    """Assert that a folder of this name is directly below its root and not hidden."""
     assert PLAIN.fullmatch(name)
     assert Path(os.path.normpath(ROOT / name)).parent == ROOT
     assert not name.startswith(".")
     assert len(name.encode()) < 256
 
 
-@settings(deadline=None, max_examples=300)
 @given(name=names)
 @example(name="..")
 @example(name=".hidden")
@@ -41,7 +40,7 @@ def stays(name: str) -> None:
 @example(name="a\n")
 @example(name="/etc")
 @example(name="~")
-def test_a_run_is_named_plainly_or_not_at_all(name):
+def test_name_of_a_run_is_plain_or_refused(name):
     try:
         found = load_experiment(None, [f"name={json.dumps(name)}"]).name
     except UserError:
@@ -50,12 +49,11 @@ def test_a_run_is_named_plainly_or_not_at_all(name):
     stays(found)
 
 
-@settings(deadline=None, max_examples=100)
 @given(name=names)
 @example(name="..")
 @example(name="../x")
 @example(name=".hidden")
-def test_a_trial_is_named_plainly_or_not_at_all(name):
+def test_name_of_a_trial_is_plain_or_refused(name):
     trials = json.dumps({name: {"train": {"seed": 1}}, "other": {"train": {"seed": 2}}})
     try:
         sweep = load_sweep(None, [f"sweep.trials={trials}"])
@@ -65,7 +63,6 @@ def test_a_trial_is_named_plainly_or_not_at_all(name):
         stays(spec.name)
 
 
-@settings(deadline=None, max_examples=200)
 @given(
     fields=st.dictionaries(
         st.sampled_from(["data.corpus", "data.tokenizer", "schedule.max_lr", "train.init_from"]),
@@ -75,14 +72,22 @@ def test_a_trial_is_named_plainly_or_not_at_all(name):
 )
 @example(fields={"data.corpus": ".."})
 @example(fields={"data.corpus": "../../etc/passwd"})
-def test_a_trial_that_is_named_after_its_values_is_named_plainly(fields):
+def test_name_of_a_trial_made_from_its_values_is_plain(fields):
     stays(trial_name(fields))
 
 
-# ---- what was planted ----
+# ---- planted symlinks ----
+
+WRITES = [
+    lambda path: write_atomically(path, b"new"),
+    lambda path: write_atomically(path, "new", durable=True),
+    lambda path: load_tokenizer("byte").save(path.parent),
+]
+
+
 @pytest.fixture
 def victim(tmp_path) -> Path:
-    """A folder outside, with a file, that must stay as it is."""
+    """A folder with a file, outside of the folders that are written; it must not change."""
     folder = tmp_path / "victim"
     folder.mkdir()
     (folder / "precious.txt").write_text("as it was")
@@ -94,7 +99,7 @@ def victim(tmp_path) -> Path:
     "link",
     ["step-00000001", ".step-00000009.1-abc", ".step-00000001.aside", ".step-00000003.aside"],
 )
-def test_removing_checkpoints_follows_no_link(tmp_path, victim, link):
+def test_removing_checkpoints_follows_no_symlink(tmp_path, victim, link):
     folder = tmp_path / "checkpoints"
     for step in (2, 3):
         checkpoint.save(folder, step, {"model": {"a": torch.ones(2)}}, {}, FACTS)
@@ -105,15 +110,8 @@ def test_removing_checkpoints_follows_no_link(tmp_path, victim, link):
     assert checkpoint.latest_valid(folder, lambda _: None) == folder / "step-00000003"
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda path: write_atomically(path, b"new"),
-        lambda path: write_atomically(path, "new", durable=True),
-        lambda path: load_tokenizer("byte").save(path.parent),
-    ],
-)
-def test_what_is_replaced_is_the_link_and_not_what_it_leads_to(tmp_path, victim, write):
+@pytest.mark.parametrize("write", WRITES)
+def test_symlink_is_replaced_and_its_target_stays(tmp_path, victim, write):
     path = tmp_path / "run" / "tokenizer.json"
     path.parent.mkdir()
     path.symlink_to(victim / "precious.txt")
@@ -122,15 +120,8 @@ def test_what_is_replaced_is_the_link_and_not_what_it_leads_to(tmp_path, victim,
     assert path.read_text() != "as it was"
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda path: write_atomically(path, b"new"),
-        lambda path: write_atomically(path, "new", durable=True),
-        lambda path: load_tokenizer("byte").save(path.parent),
-    ],
-)
-def test_the_name_of_a_file_that_is_being_written_cannot_be_foreseen(tmp_path, victim, write):
+@pytest.mark.parametrize("write", WRITES)
+def test_name_of_a_temporary_file_cannot_be_guessed(tmp_path, victim, write):
     path = tmp_path / "run" / "tokenizer.json"
     path.parent.mkdir()
     (path.parent / f".{path.name}.{os.getpid()}").symlink_to(victim / "precious.txt")
@@ -138,7 +129,7 @@ def test_the_name_of_a_file_that_is_being_written_cannot_be_foreseen(tmp_path, v
 
 
 @pytest.mark.parametrize("to", ["victim", "nowhere"])
-def test_nothing_is_written_into_a_folder_that_a_checkpoint_leads_to(tmp_path, victim, to):
+def test_checkpoint_replaces_a_symlink_of_its_name(tmp_path, victim, to):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / "step-00000001").symlink_to(tmp_path / to, target_is_directory=True)

@@ -1,8 +1,10 @@
-"""Who may call a cluster: whoever has its token, on every port; the dashboard and MLflow, from this machine alone.
+"""Every port of a cluster needs the token; the dashboard and MLflow listen on loopback only.
 
-Other ports of Ray listen on every address (docs/cluster.md lists them), so each is called here without the token.
+Other ports of Ray listen on all addresses (docs/cluster.md lists them). Each is called here without
+the token.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -16,10 +18,11 @@ import urllib.request
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent.parent
-# Calls that would change something or give something away, of every service that a head or a node has.
+# Calls that change or read something, of every service of a head or node.
 CALLS = [
     "InternalKVGcsService/InternalKVPut",
     "InternalKVGcsService/InternalKVKeys",
@@ -58,57 +61,32 @@ import ray
 print(ray.get_runtime_context().gcs_address, ray._private.worker._global_node.get_session_dir_path(), flush=True)
 sys.stdin.read()
 """
-METRICS = "metrics"  # the answer of a page of numbers
-REFUSALS, NOBODY = {"gRPC", "HTTP", METRICS}, "{'UNAVAILABLE'} {None} {None}"
+METRICS = "metrics"  # a page of numbers
+REFUSALS = {"gRPC", "HTTP", METRICS}
+NO_ANSWER = "{'UNAVAILABLE'} {None} {None}"
 
 
 def listening(pids: set[int]) -> dict[int, str]:
-    """{port: address} of the TCP sockets on which processes listen, from the kernel's own tables."""
+    """Return {port: address} of the TCP sockets on which these processes listen."""
     found = {}
-    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        inodes = {inode for pid in pids for inode in _sockets(pid)}
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            local, state, inode = (line.split()[i] for i in (1, 3, 9))
-            if state == "0A" and inode in inodes:
-                address, port = local.split(":")
-                words = [
-                    int(address[i : i + 8], 16).to_bytes(4, "little")
-                    for i in range(0, len(address), 8)
-                ]
-                found[int(port, 16)] = socket.inet_ntop(family, b"".join(words))
-    return found
-
-
-def _sockets(pid: int) -> list[str]:
-    found = []
-    try:
-        for fd in os.scandir(f"/proc/{pid}/fd"):
-            target = os.readlink(fd.path)
-            if target.startswith("socket:["):
-                found.append(target[8:-1])
-    except OSError:  # it ended meanwhile
-        pass
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for connection in psutil.Process(pid).net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found[connection.laddr.port] = connection.laddr.ip
     return found
 
 
 def processes_naming(text: str) -> set[int]:
-    """Of this machine, those whose command line or whose parent's has `text`."""
-    parents, named = {}, set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if text in (folder / "cmdline").read_text("utf-8", "replace"):
-                named.add(int(folder.name))
-            parents[int(folder.name)] = int(
-                (folder / "stat").read_text().rpartition(")")[2].split()[1]
-            )
-        except OSError:
-            pass
-    return named | {pid for pid, parent in parents.items() if parent in named}
+    """Return processes of this machine with `text` in their own or their parent's command line."""
+    processes = list(psutil.process_iter(["pid", "ppid", "cmdline"]))
+    named = {p.pid for p in processes if text in "\0".join(p.info["cmdline"] or [])}
+    return named | {p.pid for p in processes if p.info["ppid"] in named}
 
 
 @pytest.fixture
 def ports(ray_head, ray_cluster, clients) -> dict[int, str]:
-    """{port: address} of the head, once its agents listen too, with one actor's worker."""
+    """{port: address} of the head, its agents and the worker of one actor."""
 
     @ray_cluster.remote(num_cpus=0)
     class Idle:
@@ -129,12 +107,12 @@ def ports(ray_head, ray_cluster, clients) -> dict[int, str]:
 
 
 def reach(port: int, address: str) -> str:
-    """Where a socket that listens at `address` can be called from here."""
+    """Return how a socket that listens at `address` is called from this machine."""
     return f"{'127.0.0.1' if address in ('0.0.0.0', '::') else address}:{port}"
 
 
 def grpc_answers(address: str, token: str | None, calls: list[str] = CALLS) -> set[str]:
-    """What the services at an address say to an empty request of each call."""
+    """Return the answers of a gRPC server to an empty request of each call."""
     metadata, answers = [("authorization", f"Bearer {token}")] if token else [], set()
     with grpc.insecure_channel(address) as channel:
         for call in calls:
@@ -149,7 +127,7 @@ def grpc_answers(address: str, token: str | None, calls: list[str] = CALLS) -> s
 
 
 def http_answer(url: str, token: str | None, data: bytes | None = None) -> int | str | None:
-    """The status; `METRICS` for a page of numbers, None where no HTTP is spoken."""
+    """Return the status; `METRICS` for a page of numbers; None if there is no HTTP server."""
     headers = {
         "content-type": "application/json",
         **({"authorization": f"Bearer {token}"} if token else {}),
@@ -166,7 +144,7 @@ def http_answer(url: str, token: str | None, data: bytes | None = None) -> int |
 
 
 def refusal(address: str, token: str | None) -> str:
-    """How a port refuses a caller: as gRPC, as HTTP, or with `METRICS` and nothing else; else all that it said."""
+    """Return how a port refuses a caller: "gRPC", "HTTP" or `METRICS`; else all its answers."""
     answers = grpc_answers(address, token)
     if "UNAUTHENTICATED" in answers and answers <= {"UNAUTHENTICATED", "UNIMPLEMENTED"}:
         return "gRPC"
@@ -179,7 +157,10 @@ def refusal(address: str, token: str | None) -> str:
 
 @pytest.fixture(scope="module")
 def clients(ray_head, tmp_path_factory):
-    """Who tries to join without the token: begun before the other tests, for a refused client tries for 20 seconds."""
+    """Clients that try to join without the token.
+
+    They are started before the other tests, because a refused client tries for 20 seconds.
+    """
     home = {"HOME": str(tmp_path_factory.mktemp("home"))}
     without = {k: v for k, v in ray_head.env.items() if not k.startswith("RAY_AUTH")} | home
     words = [
@@ -203,28 +184,28 @@ def clients(ray_head, tmp_path_factory):
         client.wait()
 
 
-def test_every_port_of_a_cluster_refuses_who_has_no_token_or_a_wrong_one(ray_head, ports):
+def test_every_port_of_a_cluster_refuses_a_missing_and_a_wrong_token(ray_head, ports):
     for token in (None, secrets.token_hex(32)):
         found = {port: refusal(reach(port, address), token) for port, address in ports.items()}
         there = listening(
             processes_naming(f"{ray_head.folder}/")
         )  # idle workers end when Ray likes
         found = {
-            port: answer for port, answer in found.items() if port in there or answer != NOBODY
+            port: answer for port, answer in found.items() if port in there or answer != NO_ANSWER
         }
         assert set(found.values()) == REFUSALS, found
-    # The same questions are answered to who has it.
+    # With the right token, the same call is answered.
     right = ray_head.env["RAY_AUTH_TOKEN"]
     [call] = [c for c in CALLS if c.endswith("GetAllNodeInfo")]
     assert grpc_answers(ray_head.env["RAY_ADDRESS"], right, [call]) == {f"OK {call}"}
 
 
-def test_the_dashboard_listens_on_this_machine_alone(ray_head, ports):
+def test_dashboard_listens_on_loopback(ray_head, ports):
     assert ports[int(ray_head.dashboard.rpartition(":")[2])] == "127.0.0.1"
 
 
 @pytest.mark.parametrize("token", [None, secrets.token_hex(32)], ids=["none", "wrong"])
-def test_no_job_is_taken_from_who_has_no_token_or_a_wrong_one(ray_head, token, tmp_path):
+def test_job_without_the_right_token_is_refused(ray_head, token, tmp_path):
     url, canary = f"{ray_head.dashboard}/api/jobs/", tmp_path / "canary"
     job = json.dumps({"entrypoint": f"touch {canary}"}).encode()
     assert http_answer(url, token, job) in (401, 403)
@@ -233,7 +214,7 @@ def test_no_job_is_taken_from_who_has_no_token_or_a_wrong_one(ray_head, token, t
     assert not canary.exists()
 
 
-def test_a_driver_that_starts_its_own_ray_protects_it_unasked(tmp_path):
+def test_driver_that_starts_its_own_ray_protects_it_with_a_token(tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     with subprocess.Popen(
         [sys.executable, "-c", OWN],
@@ -256,8 +237,8 @@ def test_a_driver_that_starts_its_own_ray_protects_it_unasked(tmp_path):
             driver.wait(60)
 
 
-def test_mlflow_listens_on_this_machine_alone(tmp_path):
-    """`pipelines/ui.py`, and it answers no other name than this machine's."""
+def test_mlflow_listens_on_loopback(tmp_path):
+    """It also answers only requests to this machine's own names."""
     (tmp_path / "mlflow").mkdir()
     (tmp_path / "mlflow" / "mlflow.db").touch()
     with socket.socket() as probe:
@@ -275,10 +256,8 @@ def test_mlflow_listens_on_this_machine_alone(tmp_path):
             assert server.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.3)
-        group = {
-            int(f.name) for f in Path("/proc").glob("[0-9]*") if _group(int(f.name)) == server.pid
-        }
-        assert listening(group) == {port: "127.0.0.1"}
+        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        assert listening({process.pid for process in family}) == {port: "127.0.0.1"}
         foreign = urllib.request.Request(
             f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search?max_results=1",
             headers={"Host": "evil.example"},
@@ -295,11 +274,4 @@ def test_no_client_joins_without_the_token(clients):
         out, err = client.communicate(timeout=120)
         assert client.returncode != 0
         assert "JOINED" not in out
-        assert "oken" in err  # it says so
-
-
-def _group(pid: int) -> int | None:
-    try:
-        return os.getpgid(pid)
-    except OSError:
-        return None
+        assert "oken" in err, "the message does not mention the token"

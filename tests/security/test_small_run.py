@@ -1,7 +1,7 @@
-"""A whole small pipeline (train, which prepares, and sample) that knows twenty secrets and has no uplink: no secret is
-written down anywhere, and nobody outside is called.
+"""A small run with twenty secrets in its environment: none is stored or printed, nothing is sent.
 
-Everything runs once, in a network namespace whose only way out is an interface that counts what is sent.
+Training, which prepares the data, and sampling run once. They run in a network namespace whose only
+way out is an interface that counts what is sent.
 """
 
 import hashlib
@@ -64,9 +64,10 @@ SMALL = [
     "compute.use_gpu=false",
     "compute.cpus_per_worker=1",
 ]
-# The namespace: loopback, and an interface with a default route that counts, whose other end leads nowhere. IPv6 is off,
-# because it announces itself. Names are asked for at an address out there, wherever this machine asks, but for this
-# machine's own: torch asks for the name of rank 0's address (as 4-in-6), and no setting keeps it from that.
+# The namespace has loopback and an interface with the default route, which counts what is sent; its
+# other end leads nowhere. IPv6 is off, because it sends announcements. Names are looked up at an
+# address outside. Only this machine's own name is known: torch looks up the name of rank 0's
+# address (as IPv4 in IPv6), and no setting prevents that.
 OUTSIDE = """\
 set -e
 mount --bind {folder}/resolv.conf /etc/resolv.conf
@@ -86,7 +87,7 @@ TRY = "import socket\nsocket.setdefaulttimeout(1)\ntry: socket.create_connection
 
 
 def can_unshare() -> str | None:
-    """Why there is no namespace to be had, or None."""
+    """Return why there can be no namespace; None if there can."""
     if os.geteuid():
         return "needs root"
     if not (shutil.which("unshare") and shutil.which("ip")):
@@ -105,7 +106,7 @@ def can_unshare() -> str | None:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """The pipeline, run from a checkout of its own; everything that it left behind."""
+    """The commands, run from a copy of the repository, and everything that they left."""
     base = tmp_path_factory.mktemp("run")
     for name in ("home", "cache/espalier", "out"):
         (base / name).mkdir(parents=True)
@@ -126,9 +127,8 @@ def ran(tmp_path_factory):
         )
     text = "".join(f"{n} times seven is {7 * n}.\n" for n in range(500)).encode()
     sha256 = hashlib.sha256(text).hexdigest()
-    (base / "cache" / "espalier" / f"{sha256[:16]}-input.txt").write_bytes(
-        text
-    )  # so that nothing is to be downloaded
+    # In the cache, so that nothing has to be downloaded.
+    (base / "cache" / "espalier" / f"{sha256[:16]}-input.txt").write_bytes(text)
     user, password, token = (SECRETS[p] for p in PLACES[:3])
     corpus = (
         f"https://{user}:{password}@example.invalid/input.txt?token={token}&v=1#sha256={sha256}"
@@ -193,7 +193,7 @@ def ran(tmp_path_factory):
         yield SimpleNamespace(
             base=base,
             storage=base / "storage",
-            said=done.stdout + done.stderr,
+            printed=done.stdout + done.stderr,
             why=why,
             ray=Path(env["RAY_TMPDIR"]),
             corpus=corpus,
@@ -203,7 +203,7 @@ def ran(tmp_path_factory):
 
 
 def found_in(folder: Path) -> dict[str, list[str]]:
-    """{secret's name: files below `folder` that hold it}; of names of files too."""
+    """Return {name of a secret: files that have it in their content or path}."""
     found: dict[str, list[str]] = {}
     for file in folder.rglob("*"):
         data = str(file).encode() + (file.read_bytes() if file.is_file() else b"")
@@ -213,8 +213,7 @@ def found_in(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def test_it_ran(ran):
-    """Else there would be nothing to look through."""
+def test_the_run_wrote_everything_that_is_searched(ran):
     assert len(SECRETS) >= 20
     assert (ran.storage / "small" / "summary.json").is_file()
     assert (ran.storage / "mlflow" / "mlflow.db").stat().st_size > 100_000
@@ -225,13 +224,11 @@ def test_it_ran(ran):
 def test_no_secret_is_written_to_the_storage_or_mlflow(ran):
     assert found_in(ran.storage) == {}
     stored = (ran.storage / "small" / "experiment.yaml").read_text()
-    assert (
-        "https://[redacted]@example.invalid/input.txt?token=[redacted]&v=1#sha256=" in stored
-    )  # and the rest is there
+    assert "https://[redacted]@example.invalid/input.txt?token=[redacted]&v=1#sha256=" in stored
 
 
-def test_no_secret_is_said(ran):
-    assert [name for name, value in SECRETS.items() if value in ran.said] == []
+def test_no_secret_is_printed(ran):
+    assert [name for name, value in SECRETS.items() if value in ran.printed] == []
 
 
 def test_ray_writes_no_secret_into_its_session(ran):
@@ -253,10 +250,10 @@ def test_nothing_is_sent_without_an_uplink(ran):
         for name in ("sent", "sent-after-a-connection", "sent-after-a-name")
     )
     assert sent == 0
-    assert sent < after_connection < after_name  # the counter counts
+    assert sent < after_connection < after_name, "the counter does not count"
 
 
-def test_messages_about_an_address_leave_its_secrets_out(ran):
+def test_messages_about_an_address_do_not_have_its_secrets(ran):
     from orchestrator.data import corpus
     from orchestrator.errors import UserError
 

@@ -1,4 +1,4 @@
-"""What MLflow is told about a run: configuration, model size, dataset and sources, without secrets."""
+"""What MLflow is told about a run: fields, model size, dataset, sources; without secrets."""
 
 import functools
 from pathlib import Path

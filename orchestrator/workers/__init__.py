@@ -1,6 +1,7 @@
 """Worker processes: starting them on Ray, watching them, and finding out why they ended.
 
     ray_train.py   `fit`: train one run on Ray Train; dead workers are started again
+    crew.py        `Crew`: the workers of a stage of a sweep
     watchdog.py    `Watchdog`: each rank reports its phase and is ended if it hangs
     watch.py       `Watch`, `RunWatch`: what the driver looks for while the workers train
     diagnose.py    `diagnose`: how a run or a stage ended; `advise`: which micro-batch fits

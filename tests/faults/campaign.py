@@ -65,7 +65,7 @@ class Campaign:
         return report
 
     def reports(self) -> Iterator[Report]:
-        """Case after case, without end; the folder of one that went well is removed."""
+        """Yield case after case, without end; remove the folders of those without a problem."""
         number = 0
         while True:
             report = self.case(number)
@@ -81,7 +81,7 @@ class Campaign:
 
 
 def rows(reports: list[Report]) -> list[list[str]]:
-    """Of each kind: faults, wrong results, and the seconds to the next step."""
+    """Return for each kind the faults, the wrong results and the seconds to the next step."""
     found = []
     for kind, (_, words) in kinds.KINDS.items():
         met = [(m, r) for r in reports for m in r.met if m.kind == kind]
@@ -145,14 +145,14 @@ def _processor() -> str:
 
 
 def write(text: str, begin: str = BEGIN, end: str = END) -> None:
-    """Put a table between its two marks."""
+    """Replace the table between its two marks."""
     before, _, rest = DOCUMENT.read_text("utf-8").partition(begin)
     _, _, after = rest.partition(end)
     DOCUMENT.write_text(f"{before}{begin}\n{text}\n{end}{after}", "utf-8")
 
 
 def make_dataset(folder: Path) -> Path:
-    """Some kB of sentences as characters, prepared by Ray Data."""
+    """Prepare some kB of sentences as characters with Ray Data."""
     from orchestrator.config.experiment import load_experiment
     from orchestrator.data.prepare import prepare
 

@@ -1,4 +1,4 @@
-"""One run and its faults: started, hurt, started again on another number of workers, to its end; then compared.
+"""One run with faults: it is started again, on other numbers of workers, until it ends.
 
 Eats the seed of a campaign and the number of a case; yields a `Report`. The driver's part between two attempts is the driver's own
 code (`identity.check_resumable`, `identity.begin_attempt`).
@@ -79,7 +79,7 @@ class Report:
 
 
 class Forge:
-    """Starts ranks out of a server process that has imported torch once."""
+    """Forks ranks from a server process that has imported torch once."""
 
     def __init__(self):
         os.environ |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
@@ -94,7 +94,7 @@ class Forge:
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
-    """Everything that must not depend on what happened on the way: every logged loss, weights and moments to the byte."""
+    """Return what faults must not change: every logged loss, and the bytes of weights and moments."""
     curve = [metrics.exact_part(r) for r in journal.read(RunFolder(run_dir))]
     last = checkpoint.latest_valid(run_dir / "checkpoints")
     if last is None:
@@ -218,7 +218,7 @@ class Case:
         return hurt_at or time.monotonic()
 
     def _measure(self, first_step: Path) -> None:
-        """Book the time from the last fault to this attempt's first step, if it made one."""
+        """Record the time from the last fault to the first step of this attempt."""
         if self.awaiting and first_step.exists():
             met, since = self.awaiting
             met.again_s = _when(first_step) - since
@@ -270,7 +270,7 @@ class Case:
         return checkpoint.steps(self.run_dir / "checkpoints")
 
     def _damage(self, fault: Fault, latest: Path) -> None:
-        """Between two attempts: a flipped bit in the latest checkpoint, or a part of it without its end."""
+        """Damage the latest checkpoint between two attempts: flip a bit, or cut a part short."""
         files = sorted(latest.iterdir())
         file = files[int(fault.place * 997) % len(files)]
         data = bytearray(file.read_bytes())
@@ -296,7 +296,7 @@ class Case:
     def run(
         self, rng: random.Random, faults: int, only: tuple[str, ...] = tuple(kinds.KINDS)
     ) -> Report:
-        """Attempts until the run is done: with `faults` faults (some may come too late to happen), then without."""
+        """Start attempts until the run is done, the first ones with faults. Some come too late."""
         plan: list[Fault] = []
         while len(plan) < faults:
             plan += kinds.draw(rng, only)
@@ -328,7 +328,7 @@ class Case:
         )
 
     def compare(self, golden: dict[str, Any]) -> None:
-        """Add to the report what differs from the run that nothing happened to."""
+        """Add to the report what differs from the undisturbed run."""
         mine = outcome(self.run_dir)
         self.report.problems += [
             f"{key} differs from the golden run's" for key in golden if mine.get(key) != golden[key]

@@ -1,4 +1,4 @@
-"""Inside a rank: functions of the product, wrapped so that the process kills itself at the moment that was drawn.
+"""Wraps functions of the product, so that the process of a rank kills itself at a drawn moment.
 
 Only tests do this: the product knows no hooks. A SIGKILL to oneself is as final as one from outside.
 """
@@ -95,7 +95,7 @@ _TORN = {"line": _half_a_line, "write": lambda fd, data: write(fd, data[: len(da
 
 
 def fill_disk(nth: int, note: Callable[[str], None]) -> None:
-    """Let the writes of the n-th commit meet a full disk, and only those."""
+    """Let only the writes of the n-th commit fail with a full disk."""
     commit, commits = checkpoint.commit, [0]
 
     def counted(*args: Any) -> Path:
@@ -112,7 +112,7 @@ def fill_disk(nth: int, note: Callable[[str], None]) -> None:
 
 
 def tell_first_step(tell: Callable[[], None]) -> None:
-    """Call `tell` once the first update of this process is made."""
+    """Call `tell` after the first update of this process."""
     update = Step.update
 
     def told(self: Step, lr: float) -> None:

@@ -1,4 +1,4 @@
-"""The faults of a campaign, drawn from a seed: what happens, at which moment, to which rank, after how many steps. Pure."""
+"""The faults of a campaign, drawn from a seed: kind, moment, rank and step."""
 
 import random
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ DAMAGE = ("flip", "cut", "tail")
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that goes wrong in one attempt.
+    """One fault in one attempt.
 
     moment, nth: for a rank that kills itself, where, and at which occurrence there. delay: seconds after the first step of the
     attempt (or, below zero, after its processes were started), for what comes from outside. place: where in a file, 0 to 1.
@@ -105,7 +105,7 @@ class Fault:
 
 
 def draw(rng: random.Random, only: tuple[str, ...] = tuple(KINDS)) -> list[Fault]:
-    """The next fault: one, or several of a kind that come in a row."""
+    """Draw the next fault: one, or several of a kind in a row."""
     kind = rng.choices(only, [KINDS[k][0] for k in only])[0]
     world = rng.choice([w for w in WORLDS if w > 1 or kind not in ("exchange", "hang")])
     common = {

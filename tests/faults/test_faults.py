@@ -1,4 +1,4 @@
-"""Real processes, really killed at moments drawn from a seed: what comes out is what an undisturbed run gives, to the last bit."""
+"""Runs whose processes are killed at drawn moments have the same bits as undisturbed ones."""
 
 import random
 
@@ -17,7 +17,7 @@ KILLS = 30
 
 @pytest.fixture(scope="module")
 def campaign(tiny_dataset, tmp_path_factory) -> Campaign:
-    """Without SIGSTOP, which costs seconds of waiting: `test_a_stopped_rank_…` has some."""
+    """Without SIGSTOP, which costs seconds of waiting: `test_stopped_rank_…` has some."""
     return Campaign(
         SEED,
         tmp_path_factory.mktemp("faults"),
@@ -42,7 +42,7 @@ def test_thirty_kills_change_no_bit(campaign):
 
 
 @pytest.mark.parametrize("moment", ["before forward", "before batch", "after batch"])
-def test_a_stopped_rank_is_named_and_the_run_goes_on(campaign, moment):
+def test_stopped_rank_is_named_and_the_run_goes_on(campaign, moment):
     case = Case(
         campaign.forge,
         campaign.folder / f"hang {moment}",
@@ -59,7 +59,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(campaign, moment):
     assert list((case.run_dir / "hangs").glob("0001/hang-rank*.txt"))
 
 
-def test_a_difference_is_told(campaign):
+def test_campaign_reports_a_difference(campaign):
     case = Case(
         campaign.forge, campaign.folder / "other", campaign.data_dir, ["train.log_interval=1"]
     )
@@ -75,7 +75,7 @@ def test_a_difference_is_told(campaign):
     assert "optimizer.safetensors differs from the golden run's" in case.report.problems
 
 
-def test_a_seed_draws_the_same_faults_and_all_kinds_come():
+def test_seed_draws_the_same_faults_and_all_kinds():
     first, second = random.Random(1), random.Random(1)
     faults = [f for _ in range(500) for f in draw(first)]
     assert faults == [f for _ in range(500) for f in draw(second)]

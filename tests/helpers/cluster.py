@@ -1,4 +1,4 @@
-"""Clusters for tests: a head as `ray start` makes one, on free ports, and more nodes beside it on this machine."""
+"""Ray clusters for tests: a head on free ports, and more nodes on this machine."""
 
 import contextlib
 import os
@@ -21,9 +21,10 @@ STORE = "--object-store-memory=200000000"
 
 @contextlib.contextmanager
 def head(logs: Path, cpus: int) -> Iterator[SimpleNamespace]:
-    """`.env` is a client's environment, `.dashboard` an address, `.folder` its session's, `.node(cpus)` starts another node.
+    """Start a head; all nodes end with the context.
 
-    All of it ends with the context.
+    The result has `env`, the environment of a client; `dashboard`, an address; `folder`, that of
+    the session; and `node(cpus)`, which starts another node.
     """
     base = (
         Path("/tmp") / f"espalier-{os.getpid()}-{_free_port()}"
@@ -71,12 +72,12 @@ def head(logs: Path, cpus: int) -> Iterator[SimpleNamespace]:
             os.killpg(process.pid, signal.SIGKILL)  # an orderly end drains for 20 s
         subprocess.run(
             ["pkill", "-9", "-f", f"{base}/"], check=False
-        )  # what they started names its folder
+        )  # their children have the folder in their arguments
         shutil.rmtree(base, ignore_errors=True)
 
 
 def _free_port() -> int:
-    """Below the range from which the system gives ports to clients: one of those may be taken again before Ray binds it."""
+    """Return a port below the range of client ports, which the system might assign meanwhile."""
     while True:
         port = random.SystemRandom().randrange(20000, 32000)
         with socket.socket() as s:
@@ -88,7 +89,7 @@ def _free_port() -> int:
 
 
 def _wait(process: subprocess.Popen, log) -> None:
-    """Until the node belongs to its cluster."""
+    """Wait until the node belongs to its cluster."""
     deadline, said = time.monotonic() + 90, ""
     while "Ray runtime started." not in said:
         if time.monotonic() > deadline or process.poll() is not None:
@@ -106,4 +107,4 @@ def _wait_for_port(port: int) -> None:
             if s.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.2)
-    pytest.fail(f"nobody listens on port {port}")
+    pytest.fail(f"no process listens on port {port}")

@@ -1,3 +1,3 @@
-"""What every checkpoint's manifest says besides its parts, for tests that need no more of it than that it is there."""
+"""Facts that each checkpoint's manifest needs, for tests in which their values do not matter."""
 
 FACTS = {"fingerprints": {"data": "d", "numerics": {"cpus_per_worker": 1, "device": "cpu"}}}

@@ -1,7 +1,8 @@
-"""Open each file of a list as the program would; prints what became of it, and what it took. For files that attack.
+"""Opens malicious files as the program would, and prints the outcome and its cost.
 
-Eats lines `[kind, path]` of JSON on standard input; yields lines `[outcome, message, seconds, bytes]`: refused (a
-`UserError`), opened, or the name of another exception; bytes are how much the process grew at most meanwhile.
+Input, on stdin: JSON lines `[kind, path]`. Output: JSON lines `[outcome, message, seconds, bytes]`.
+The outcome is `refused` (a `UserError`), `opened`, or the name of another exception. `bytes` is how
+much memory the process took at most.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""`pipelines/train.py` on a small experiment, as a person types it, and what must not depend on how it got to its end."""
+"""Runs `pipelines/train.py` on a small experiment, and reads what it left."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ STEPS = 60
 
 
 def command(storage: Path, corpus: Path, *overrides: str) -> list[str]:
-    """A run of a minute's fraction, with enough steps to be killed in."""
+    """Return the command of a run that takes seconds, with enough steps to kill it in between."""
     return [
         sys.executable,
         str(REPO / "pipelines" / "train.py"),
@@ -76,21 +76,21 @@ def summary(run_dir: Path) -> dict:
 
 
 def logged(run_dir: Path) -> int:
-    """The last step of the journal; -1 of none."""
+    """Return the last step of the journal; -1 if it has none."""
     return (journal.last(RunFolder(run_dir)) or {"step": -1})["step"]
 
 
 def wait_for(condition, process: subprocess.Popen):
-    """What `condition()` gives once it gives something; the process must not end before."""
+    """Wait until `condition()` is true and return its value; the process must not end before."""
     deadline = time.monotonic() + 120
     while not (found := condition()):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition did not become true within 120 s"
         time.sleep(0.01)
     assert process.poll() is None, process.communicate()
     return found
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
-    """Until a checkpoint of that step or a later one stands."""
+    """Wait for a checkpoint of that step or a later one."""
     wait_for(lambda: max(checkpoint.steps(run_dir / "checkpoints"), default=0) >= step, process)

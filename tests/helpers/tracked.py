@@ -1,4 +1,4 @@
-"""What the tests of tracking ask of a run's folder and of MLflow's database, and how they wait."""
+"""Reads a run's folder and MLflow's database for tests of tracking."""
 
 import json
 import math
@@ -18,7 +18,7 @@ def log(run_dir, steps, **more):
 
 
 def expected(run_dir):
-    """(key, step, value, timestamp) that MLflow has to hold: of each key and step what was written first, in whatever file."""
+    """Return (key, step, value, timestamp) that MLflow must have: the first one of each key and step."""
     first = {}
     for file in [*sorted(run_dir.glob("metrics.aside-*.jsonl")), run_dir / "metrics.jsonl"]:
         for line in map(json.loads, file.read_text().splitlines()):
@@ -29,7 +29,7 @@ def expected(run_dir):
 
 
 def curve(run_dir):
-    """(key, step, value) of the journal alone."""
+    """Return (key, step, value) of the journal."""
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return sorted(
         (key, line["step"], line[key])

@@ -1,4 +1,4 @@
-"""One worker of a training run without Ray: `train_rank.py JSON`, as torchrun would start it."""
+"""One worker of a run without Ray, as torchrun would start it: `train_rank.py JSON`."""
 
 import json
 import os

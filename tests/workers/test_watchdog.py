@@ -1,6 +1,6 @@
-"""Ranks that hang are named, their stacks kept, and they end: in Python, in C, stopped from outside.
+"""Ranks that hang are named and ended, and their stacks are kept.
 
-The ranks are real processes.
+The ranks are real processes, which hang in Python, in C, or are stopped from outside.
 """
 
 import json

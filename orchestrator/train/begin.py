@@ -21,7 +21,7 @@ class Begin:
     Attributes:
         state: The state; the same on all ranks.
         is_restored: It was read from a checkpoint.
-        is_own: The checkpoint is in the folder that is trained in.
+        is_own: The checkpoint is in the folder of this run, not in that of its parent.
     """
 
     state: TrainState
@@ -53,7 +53,7 @@ def begin(
             `train.allow_drift` is false.
     """
     own_step = agree(_newest_step(folder) if worker.is_main else 0, worker)
-    is_own = own_step != _NONE
+    is_own = own_step > 0
     path = folder.checkpoint(own_step) if is_own else parent
     if path is None:
         model = initial_model(experiment, n_vocab)
@@ -68,11 +68,8 @@ def begin(
     return Begin(state, is_restored=True, is_own=is_own)
 
 
-_NONE = -1
-
-
 def _newest_step(folder: RunFolder) -> int:
-    """Return the step of the newest valid checkpoint, or `_NONE`. Only rank 0 calls this."""
+    """Return the step of the newest valid checkpoint; 0 if there is none. Only for rank 0."""
 
     def skip(message: str) -> None:
         print(message, flush=True)
@@ -84,7 +81,7 @@ def _newest_step(folder: RunFolder) -> int:
         # Not the user's mistake: Ray starts the workers again, and they may find it readable.
         raise RuntimeError(str(error)) from error
     if path is None:
-        return _NONE
+        return 0
     return store.read_manifest(path)["step"]
 
 

@@ -7,7 +7,7 @@ branch off at the end of another one. The result must equal that of a run that n
    Measuring them leaves the log window and the best loss of the state as they were.
 2. When the run goes on, metrics that only its end required leave the line (`rewind_journal`).
 3. If a step is trained before it is known to be the last one, its line lacks these metrics. The
-   next start adds them (`read_last_line`).
+   next start adds them (`read_last_line`, `Trainer._complete_last_line`).
 """
 
 from dataclasses import dataclass
@@ -74,10 +74,11 @@ def rewind_journal(lines: Journal, start: Begin, experiment: Experiment, end_ste
     config = experiment.train
     step = start.state.step
     if not start.is_restored or start.state.line_due:
-        lines.rewind(step - 1)
+        lines.rewind(step - 1)  # the line of `step` is not written yet, or is written again
     elif Due.after(step, end_step, config).end_of_run:
         lines.rewind(step)
     else:
+        # If the run ended at this step before, its line has metrics that only the end required.
         lines.rewind(
             step,
             lambda line: journal.by_interval(line, config.log_interval, config.eval_interval),

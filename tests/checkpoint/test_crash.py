@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-HELPER = Path(__file__).resolve().parent.parent / "helpers" / "crash_commit.py"
+REPO = Path(__file__).resolve().parents[2]
+HELPER = REPO / "tests" / "helpers" / "crash_commit.py"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPO)}
 SCENARIOS = ("first", "beside", "same", "prune", "leftovers")
 FILES = ["a.txt", "model.safetensors", "state.json", "MANIFEST.json"]
 
@@ -22,7 +24,7 @@ def crashes(tmp_path_factory) -> dict:
     place = memory if os.access(memory, os.W_OK) else tmp_path_factory.mktemp("crashes")
     with tempfile.TemporaryDirectory(dir=place) as folder:
         command = [sys.executable, str(HELPER), folder]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -121,13 +123,11 @@ while newest < 25 or torn < 5:
 
 
 def test_process_killed_during_commits_leaves_only_complete_checkpoints(tmp_path):
-    repo = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=600,
-        cwd=repo,
-        env={**os.environ, "PYTHONPATH": str(repo)},
+        env=ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,8 +1,11 @@
-"""Commits in forked children, each killed after another file-system call: `crash_commit.py FOLDER` -> JSON.
+"""Kill commits after each of their system calls: `crash_commit.py FOLDER` prints JSON.
 
-A commit makes its calls through `os` and `open`; here each of them is counted, and the n-th is followed by a real SIGKILL
-(a write also by one half-way). An audit hook ends a child that opens, renames or removes anything past the counter, so no
-call can be missed. Prints for each scenario {"calls": of one left alone, "ends": [[n, call, "old" or "new"], …]}.
+A commit makes its calls through `os` and `open`. Here they are counted in a forked child, and call
+number n is followed by a real SIGKILL; a write is also killed in the middle. An audit hook ends a
+child that opens, renames or removes anything past the counter, so that no call is missed.
+
+Prints for each scenario {"calls": those of a commit that is not killed,
+"ends": [[n, name of the call, "old" or "new" checkpoint found], ...]}.
 """
 
 import builtins
@@ -11,67 +14,41 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from orchestrator.checkpoint import store as checkpoint
+from orchestrator.checkpoint import store
+from tests.helpers.facts import FACTS
 
-CALLS = [
-    (os, name)
-    for name in (
-        "open",
-        "write",
-        "fsync",
-        "fdatasync",
-        "close",
-        "mkdir",
-        "rename",
-        "replace",
-        "link",
-        "symlink",
-        "rmdir",
-        "unlink",
-        "remove",
-        "truncate",
-        "ftruncate",
-        "scandir",
-        "listdir",
-        "stat",
-        "lstat",
-        "statvfs",
-    )
-] + [(builtins, "open")]
-AUDITED = (
-    "open",
-    "os.mkdir",
-    "os.rename",
-    "os.link",
-    "os.symlink",
-    "os.rmdir",
-    "os.remove",
-    "os.truncate",
-    "os.scandir",
-    "os.listdir",
+NAMES = (
+    *("open", "write", "fsync", "fdatasync", "close", "mkdir", "rename", "replace", "link"),
+    *("symlink", "rmdir", "unlink", "remove", "truncate", "ftruncate", "scandir", "listdir"),
+    *("stat", "lstat", "statvfs"),
 )
-
-
+AUDITED = (
+    *("open", "os.mkdir", "os.rename", "os.link", "os.symlink", "os.rmdir", "os.remove"),
+    *("os.truncate", "os.scandir", "os.listdir"),
+)
 NO_TENSORS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file
+NEW = 9  # mark of the checkpoint whose commit is killed; others have their step
 
 
 def commit(directory: Path, step: int, mark: int) -> None:
-    """Small parts that say which one it is; the loss makes step 2 the best."""
+    """Write small parts that contain `mark`. Step 2 has the lowest loss."""
     parts = {"model.safetensors": NO_TENSORS, "state.json": bytes([mark]) * 1000, "a.txt": b""}
-    fingerprints = {"data": "d", "numerics": {"cpus_per_worker": 1, "device": "cpu"}}
-    facts = {"mark": mark, "metrics": {"val/loss": abs(step - 2)}, "fingerprints": fingerprints}
-    checkpoint.commit(directory, step, parts, facts)
+    facts = {"mark": mark, "metrics": {"val/loss": abs(step - 2)}, **FACTS}
+    store.commit(directory, step, parts, facts)
 
 
 def commit_and_prune(directory: Path, step: int, mark: int) -> None:
     commit(directory, step, mark)
-    checkpoint.prune(directory, 1)
+    store.prune(directory, 1)
 
 
 def leave_behind(directory: Path) -> None:
-    """What killed writers may have left: a torn commit, a removal, and the first half of a replacement."""
+    """Create what killed writers leave: half a commit, half a removal, half a replacement."""
     commit(directory, 1, 1)
     for name in (".step-00000002.77-abc", ".step-00000000.removed-abc"):
         shutil.copytree(directory / "step-00000001", directory / name)
@@ -79,111 +56,133 @@ def leave_behind(directory: Path) -> None:
     os.rename(directory / "step-00000001", directory / ".step-00000001.aside")
 
 
-def fill(*steps: int):
-    return lambda directory: [commit(directory, step, step) for step in steps]
+def write_steps(*steps: int) -> Callable[[Path], None]:
+    def write(directory: Path) -> None:
+        for step in steps:
+            commit(directory, step, step)
+
+    return write
 
 
-# name: (what stands there, what is killed, the step that is then the latest)
+@dataclass
+class Scenario:
+    """What is there before, what is killed, and the newest step before."""
+
+    prepare: Callable[[Path], None]
+    action: Callable[[Path], None]
+    old_step: int | None
+
+
 SCENARIOS = {
-    "first": (lambda directory: None, lambda d: commit(d, 1, 9), None),
-    "beside": (fill(1), lambda d: commit(d, 2, 9), 1),
-    "same": (fill(1), lambda d: commit(d, 1, 9), 1),
-    "prune": (fill(1, 2, 3), lambda d: commit_and_prune(d, 4, 9), 3),
-    "leftovers": (leave_behind, lambda d: commit_and_prune(d, 2, 9), 1),
+    "first": Scenario(write_steps(), lambda d: commit(d, 1, NEW), None),
+    "beside": Scenario(write_steps(1), lambda d: commit(d, 2, NEW), 1),
+    "same": Scenario(write_steps(1), lambda d: commit(d, 1, NEW), 1),
+    "prune": Scenario(write_steps(1, 2, 3), lambda d: commit_and_prune(d, 4, NEW), 3),
+    "leftovers": Scenario(leave_behind, lambda d: commit_and_prune(d, 2, NEW), 1),
 }
 
 
 class Counter:
-    """Counts the calls of this process; the `at`-th is followed by a kill, or a write cut short by it."""
+    """Counts the system calls of this process and kills it after call number `last`."""
 
-    def __init__(self, at: int | None, torn: bool):
-        self.at, self.torn, self.depth, self.calls, self.names = at, torn, 0, [], {}
-        for owner, name in CALLS:
-            setattr(owner, name, self.counted(getattr(owner, name), name))
+    def __init__(self, last: int | None, is_torn: bool) -> None:
+        self.last = last
+        self.is_torn = is_torn
+        self.depth = 0
+        self.calls: list[list[str]] = []
+        self.paths: dict[int, Any] = {}  # by file descriptor
+        for name in NAMES:
+            setattr(os, name, self.counted(getattr(os, name), name))
+        builtins.open = self.counted(builtins.open, "open")
         sys.addaudithook(self.audit)
 
-    def audit(self, event: str, _) -> None:
+    def audit(self, event: str, _: object) -> None:
         if event in AUDITED and not self.depth:
             os._exit(99)
 
-    def counted(self, real, name: str):
-        def call(*args, **kwargs):
-            self.calls.append([name, str(self.names.get(args[0], args[0]) if args else "")])
-            last, self.depth = len(self.calls) == self.at, self.depth + 1
-            if last and self.torn and name == "write":
-                real(args[0], args[1][: len(args[1]) // 2])
+    def counted(self, function: Callable, name: str) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            target = self.paths.get(args[0], args[0]) if args else ""
+            self.calls.append([name, str(target)])
+            is_last = len(self.calls) == self.last
+            self.depth += 1
+            if is_last and self.is_torn and name == "write":
+                function(args[0], args[1][: len(args[1]) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
             try:
-                result = real(*args, **kwargs)
+                result = function(*args, **kwargs)
             finally:
                 self.depth -= 1
-                if last:
+                if is_last:
                     os.kill(os.getpid(), signal.SIGKILL)
             if name == "open" and isinstance(result, int):
-                self.names[result] = args[0]
+                self.paths[result] = args[0]
             return result
 
         return call
 
 
-def child(action, directory: Path, at: int | None, torn: bool, report: Path) -> int:
-    """The status of a process that runs `action` and is killed at its `at`-th call; it reports its calls if it was not."""
+def run_in_child(
+    action: Callable[[Path], None], directory: Path, last: int | None, is_torn: bool, report: Path
+) -> int:
+    """Return the exit status of a child that runs `action`; unkilled, it reports its calls."""
     pid = os.fork()
     if pid == 0:
         opened = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         write = os.write
-        counter = Counter(at, torn)
+        counter = Counter(last, is_torn)
         action(directory)
         write(opened, json.dumps(counter.calls).encode())
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def state_of(directory: Path, old: int | None) -> str:
-    """Which one a resume would take, its content and that of every other one checked."""
+def found_after_kill(directory: Path, old_step: int | None) -> str:
+    """Check every checkpoint that is there; return whether the newest is the old or the new one."""
 
-    def fail(line):
-        raise AssertionError(line)
+    def fail(message: str) -> None:
+        raise AssertionError(message)
 
-    found = checkpoint.latest_valid(directory, warn=fail)
-    for step in checkpoint.steps(directory):
-        checkpoint.verify(checkpoint.path_of(directory, step))
+    found = store.latest_valid(directory, warn=fail)
+    for step in store.steps(directory):
+        store.verify(store.path_of(directory, step))
     if found is None:
-        assert old is None
+        assert old_step is None
         return "old"
-    mark = checkpoint.read_manifest(found)["mark"]
+    mark = json.loads((found / store.MANIFEST).read_text())["mark"]
     assert (found / "state.json").read_bytes() == bytes([mark]) * 1000
-    assert mark == 9 or found == checkpoint.path_of(directory, old), found
-    return "new" if mark == 9 else "old"
+    if mark == NEW:
+        return "new"
+    assert old_step is not None and found == store.path_of(directory, old_step), found
+    return "old"
 
 
-def run(folder: Path, prepare, action, old: int | None) -> dict:
-    """One scenario, killed at every call."""
-    base, report = folder / "base" / "checkpoints", folder / "calls.json"
+def run(folder: Path, scenario: Scenario) -> dict[str, Any]:
+    """Kill one scenario at each of its calls."""
+    base = folder / "base" / "checkpoints"
+    report = folder / "calls.json"
     base.parent.mkdir(parents=True)
-    prepare(base)
+    scenario.prepare(base)
     shutil.copytree(base.parent, folder / "whole")
-    assert child(action, folder / "whole" / "checkpoints", None, False, report) == 0
-    calls, ends = json.loads(report.read_text()), []
-    for n, (name, _) in enumerate(calls, 1):
-        for torn in (False, True) if name == "write" else (False,):
+    whole = folder / "whole" / "checkpoints"
+    assert run_in_child(scenario.action, whole, None, False, report) == 0
+    calls = json.loads(report.read_text())
+    ends = []
+    for number, (name, _) in enumerate(calls, 1):
+        for is_torn in (False, True) if name == "write" else (False,):
             directory = folder / "run" / "checkpoints"
             shutil.copytree(base.parent, directory.parent)
-            status = child(action, directory, n, torn, report)
-            assert status == -signal.SIGKILL, (n, calls[n - 1], status)
-            ends.append([n, name, state_of(directory, old)])
-            commit_and_prune(directory, 5, 5)  # and the next one finds its way
-            assert 5 in checkpoint.steps(directory) and not list(directory.glob(".*")), (
-                n,
-                calls[n - 1],
-            )
+            status = run_in_child(scenario.action, directory, number, is_torn, report)
+            assert status == -signal.SIGKILL, (number, name, status)
+            ends.append([number, name, found_after_kill(directory, scenario.old_step)])
+            # The next commit works and removes all leftovers.
+            commit_and_prune(directory, 5, 5)
+            assert 5 in store.steps(directory), (number, name)
+            assert not list(directory.glob(".*")), (number, name)
             shutil.rmtree(directory.parent)
     return {"calls": calls, "ends": ends}
 
 
 if __name__ == "__main__":
-    print(
-        json.dumps(
-            {name: run(Path(sys.argv[1]) / name, *scenario) for name, scenario in SCENARIOS.items()}
-        )
-    )
+    folder = Path(sys.argv[1])
+    print(json.dumps({name: run(folder / name, item) for name, item in SCENARIOS.items()}))

@@ -1,8 +1,9 @@
-"""Training on a disk that fills up: `full_disk.py FOLDER DATA_DIR JSON_OVERRIDES` -> JSON; run it as `unshare --mount`.
+"""Train on disks that fill up: `full_disk.py FOLDER DATA_DIR JSON_OVERRIDES` prints JSON.
 
-Each disk is a tmpfs of a few MB that this process alone sees. It is filled at step 6 and, where `frees`, has room again at 14:
-of bytes, so that the next checkpoint is not begun, or of files, so that the system refuses one half-way, or of both, so that
-nothing at all can be written.
+Run it under `unshare --mount`. Each disk is a tmpfs of a few MB that only this process sees. It is
+filled at step 6: of bytes, so that the next checkpoint is not started; of files, so that the system
+refuses one in the middle; or of both, so that nothing can be written. "for a while": there is space
+again at step 14. "for ever": there is space only after the run has ended.
 """
 
 import contextlib
@@ -10,12 +11,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from orchestrator.checkpoint import store as checkpoint
+from orchestrator.checkpoint import store
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
-from orchestrator.files import read_json
 from orchestrator.runs import events, identity, journal, metrics, stop, summary
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
@@ -23,15 +25,17 @@ from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import ray_train
 
-FOLDER, DATA_DIR, OVERRIDES = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-LEFT_BYTES, LEFT_FILES = 500_000, 4
-EXPERIMENT = load_experiment(None, OVERRIDES)
+FOLDER = Path(sys.argv[1])
+DATA_DIR = Path(sys.argv[2])
+EXPERIMENT = load_experiment(None, json.loads(sys.argv[3]))
+LEFT_BYTES = 500_000
+LEFT_FILES = 4
 
 
 def fill_bytes(disk: Path, left: int = LEFT_BYTES) -> None:
-    room = os.statvfs(disk)
+    space = os.statvfs(disk)
     with open(disk / "filler", "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_frsize - left)
+        os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_frsize - left)
 
 
 def fill_files(disk: Path, left: int = LEFT_FILES) -> None:
@@ -49,81 +53,88 @@ def free(disk: Path) -> None:
         filler.unlink()
 
 
-def outcome(run_dir: Path) -> dict:
-    found = checkpoint.latest_valid(run_dir / "checkpoints")
-    curve = [metrics.exact_part(r) for r in journal.read(RunFolder(run_dir))]
+FILLS: dict[str, Callable[[Path], None]] = {
+    "bytes": fill_bytes,
+    "files": fill_files,
+    "all": fill_all,
+}
+
+
+def outcome(folder: RunFolder) -> dict[str, Any]:
+    found = store.latest_valid(folder.checkpoints)
+    assert found is not None
     return {
         "step": found.name,
-        "weights": checkpoint.weights_sha256(checkpoint.load_tensors(found, "model")),
-        "curve": curve,
+        "weights": store.weights_sha256(store.load_tensors(found, "model")),
+        "curve": [metrics.exact_part(line) for line in journal.read(folder)],
     }
 
 
-def end(run_dir: Path) -> str:
-    """The next attempt of the workers and the driver's last word, on a disk that is full: the reason that the driver shows."""
+def reason_of_next_attempt(folder: RunFolder) -> str:
+    """Start the workers again on the full disk, and return the reason that the driver shows."""
     try:
-        ray_train.begin_attempt(RunFolder(run_dir), "launch", 1)
+        ray_train.begin_attempt(folder, "launch", 1)
     except OSError as error:
-        ray_train.record_failure(RunFolder(run_dir), Worker(), error)
-    summary.summarize(RunFolder(run_dir), Ending("failed"), EXPERIMENT.tokens_per_step, None, 0.0)
-    return read_json(run_dir / "stopped.json")["reason"]
+        ray_train.record_failure(folder, Worker(), error)
+    summary.summarize(folder, Ending("failed"), EXPERIMENT.tokens_per_step, None, 0.0)
+    ending = folder.read_ending()
+    assert ending is not None and ending.reason is not None
+    return ending.reason
 
 
-def run(name: str, fill, frees: bool) -> dict:
-    """What became of a run whose disk was full for a while, or for ever; in the latter case also of the next start, with room."""
-    disk = FOLDER / name
+def train_on_small_disk(kind: str, is_freed: bool) -> dict[str, Any]:
+    """Train on a disk that becomes full, and again with space if that ended the run."""
+    disk = FOLDER / f"{kind}-{is_freed}"
     disk.mkdir()
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=12m,nr_inodes=200", "none", str(disk)], check=True
-    )
-    run_dir, torn, error = disk / "run", [], None
-    run_dir.mkdir()
-    identity.begin_attempt(RunFolder(run_dir), EXPERIMENT, {}, {})
-    training = Trainer(EXPERIMENT, RunFolder(run_dir), DATA_DIR, Worker(cpus=1))
+    options = "size=12m,nr_inodes=200"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(disk)], check=True)
+    folder = RunFolder(disk / "run")
+    folder.path.mkdir()
+    identity.begin_attempt(folder, EXPERIMENT, {}, {})
+    trainer = Trainer(EXPERIMENT, folder, DATA_DIR, Worker(cpus=1))
+    result: dict[str, Any] = {"error": None, "torn": []}
     try:
-        for line in training.run():
-            if line["step"] in (6, 14):
-                with contextlib.suppress(
-                    UserError
-                ):  # what is committed, is; the test must not race with it
-                    training.checkpointer.wait()
+        for line in trainer.run():
+            if line["step"] not in (6, 14):
+                continue
+            with contextlib.suppress(UserError):  # the test must not race with the checkpointer
+                trainer.checkpointer.wait()
             if line["step"] == 6:
-                fill(disk)
-            if line["step"] == 14:
-                torn = [
-                    p.name for p in (run_dir / "checkpoints").iterdir() if p.name != "step-00000004"
-                ]
-                if frees:
-                    free(disk)
-    except UserError as raised:
-        error = str(raised)
-    said = {
-        "error": error,
-        "torn": torn,
-        "steps": checkpoint.steps(run_dir / "checkpoints"),
-        "updates": training.state.step,
-        "samples": sorted(
-            int(p.stem.removeprefix("step-")) for p in (run_dir / "samples").iterdir()
-        ),
-        "events": [(e["kind"], e["step"]) for e in events.read(RunFolder(run_dir))],
+                FILLS[kind](disk)
+                continue
+            present = [path.name for path in folder.checkpoints.iterdir()]
+            result["torn"] = [name for name in present if name != "step-00000004"]
+            if is_freed:
+                free(disk)
+    except UserError as error:
+        result["error"] = str(error)
+    samples = [int(path.stem.removeprefix("step-")) for path in folder.samples.iterdir()]
+    result |= {
+        "steps": folder.checkpoint_steps(),
+        "updates": trainer.state.step,
+        "samples": sorted(samples),
+        "events": [(event["kind"], event["step"]) for event in events.read(folder)],
     }
-    if error:
-        if fill == fill_all:
-            said["stopped"] = end(run_dir)
-            stop.request(RunFolder(run_dir), "SIGTERM")
-            said["asked"] = stop.requested(RunFolder(run_dir))
+    if result["error"] is not None:
+        if kind == "all":
+            result["stopped"] = reason_of_next_attempt(folder)
+            stop.request(folder, "SIGTERM")
+            result["asked"] = stop.requested(folder)
         free(disk)
-        identity.begin_attempt(RunFolder(run_dir), EXPERIMENT, {}, {})
-        train(EXPERIMENT, RunFolder(run_dir), DATA_DIR, Worker(cpus=1))
-    return said | outcome(run_dir)
+        identity.begin_attempt(folder, EXPERIMENT, {}, {})
+        train(EXPERIMENT, folder, DATA_DIR, Worker(cpus=1))
+    return result | outcome(folder)
 
 
-(FOLDER / "golden").mkdir()
-train(EXPERIMENT, RunFolder(FOLDER / "golden"), DATA_DIR, Worker(cpus=1))
-results = {"golden": outcome(FOLDER / "golden")}
-for kind, fill in (("bytes", fill_bytes), ("files", fill_files), ("all", fill_all)):
-    for frees in (True, False):
-        results[f"{kind} {'for a while' if frees else 'for ever'}"] = run(
-            f"{kind}-{frees}", fill, frees
-        )
-print("\n" + json.dumps(results))
+def main() -> None:
+    golden = RunFolder(FOLDER / "golden")
+    golden.path.mkdir()
+    train(EXPERIMENT, golden, DATA_DIR, Worker(cpus=1))
+    results = {"golden": outcome(golden)}
+    for kind in FILLS:
+        results[f"{kind} for a while"] = train_on_small_disk(kind, is_freed=True)
+        results[f"{kind} for ever"] = train_on_small_disk(kind, is_freed=False)
+    print("\n" + json.dumps(results))
+
+
+main()

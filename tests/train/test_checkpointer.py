@@ -59,11 +59,6 @@ def holds(path: Path, value: float, size: int = 1000) -> bool:
     return True
 
 
-@pytest.fixture
-def folder(tmp_path) -> RunFolder:
-    return RunFolder(tmp_path)
-
-
 def open_checkpointer(folder: RunFolder) -> Checkpointer:
     return Checkpointer(folder, 2, Journal(folder))
 

@@ -59,11 +59,6 @@ def start_ranks(folder: RunFolder, data_dir: Path, world_size: int) -> list[subp
     return processes
 
 
-@pytest.fixture
-def folder(tmp_path) -> RunFolder:
-    return new_folder(tmp_path / "small")
-
-
 def new_folder(path: Path) -> RunFolder:
     path.mkdir()
     return RunFolder(path)

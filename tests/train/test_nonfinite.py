@@ -33,11 +33,6 @@ SMALL = [
 ]
 
 
-@pytest.fixture
-def folder(tmp_path) -> RunFolder:
-    return RunFolder(tmp_path)
-
-
 def new_trainer(folder: RunFolder, data_dir: Path, *words: str, bad: set[int]) -> Trainer:
     """Return a trainer; the loss of the forward passes in `bad` is NaN. A step has four."""
     folder.path.mkdir(exist_ok=True)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from orchestrator.checkpoint import store as checkpoint
+from orchestrator.checkpoint import store
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
 from orchestrator.runs import events, journal, metrics
@@ -36,7 +36,7 @@ LATE_EVALUATION = EXPERIMENT.replace(train__eval_interval=5)
 
 def outcome(folder: RunFolder) -> tuple:
     """Everything that must not depend on stops: state to the byte and exact metrics."""
-    last = checkpoint.latest_valid(folder.checkpoints)
+    last = store.latest_valid(folder.checkpoints)
     names = ("model.safetensors", "optimizer.safetensors", "state.json")
     parts = [(last / name).read_bytes() for name in names]
     return last.name, parts, [metrics.exact_part(line) for line in journal.read(folder)]

@@ -31,6 +31,7 @@ from orchestrator.runs.ending import Ending
 from orchestrator.runs.facts import model_facts
 from orchestrator.runs.folder import SweepFolder
 from orchestrator.sweep import cost
+from orchestrator.sweep.outcome import ending_of
 from orchestrator.sweep.report import view
 from orchestrator.sweep.report.files import Report
 from orchestrator.sweep.report.summary import SweepSummary, show
@@ -227,7 +228,7 @@ class SweepJob(Job):
             # Not the fault of a trial, which is recorded in its stage.
             trace = "".join(traceback.format_exception(error))
             return Ending("failed", f"{type(error).__name__}: {error}", {"traceback": trace})
-        return self.study.ending(self.slots)
+        return ending_of(self.study, self.slots)
 
     def summarize(self, ending: Ending, wall_s: float) -> None:
         self.summary = self.report.finish(ending, wall_s, quick=ending.kind == "again")

@@ -11,6 +11,7 @@ Read in this order:
 - `tune`: `execute` runs the stages with Ray Tune. The only module here that imports Ray.
 - `stage`: `run_stage` trains one stage. `records` has its files stage.json and result.json.
 - `stored`: which stages are on disk, from this tree or an earlier one.
+- `outcome`: how a sweep ended.
 - `source`: what must exist before a sweep starts, such as the run that it branches off.
 - `probes`: short anneals that show which trials should not go on.
 - `cost`: `--dry-run`. `report`: tables, figures and files for people and for MLflow.

@@ -10,8 +10,6 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.sections import Data
 from orchestrator.data.dataset import Manifest
 from orchestrator.errors import UserError
-from orchestrator.runs import stop
-from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.journal import Line
 from orchestrator.runs.summary import last_value
@@ -23,11 +21,10 @@ from orchestrator.sweep.report.ranking import Row
 from orchestrator.sweep.source import Source, check_names
 from orchestrator.sweep.space.expand import Sweep, Trial, sampled
 from orchestrator.sweep.space.sampler import Sampler
-from orchestrator.sweep.states import BLOCKED, DIVERGED, DONE, FAILED, RUNNING, STOPPED, WAITING
+from orchestrator.sweep.states import DIVERGED, DONE, RUNNING, STOPPED, WAITING
 from orchestrator.sweep.tree import StageTree
 from orchestrator.sweep.trials import PlannedTrial
 from orchestrator.train.rates import Rates
-from orchestrator.workers.diagnose import advise
 
 
 class Best(NamedTuple):
@@ -212,43 +209,6 @@ class Study:
             return None
         longest = max(trial.branch.steps for trial in self.trials.values())
         return asha_rule(self.metric, longest, self.sweep.base.train.eval_interval)
-
-    def ending(self, stages_at_a_time: int) -> Ending:
-        """Return how the sweep ended, once no stage runs any more.
-
-        If stages ran out of memory, this looks for a micro-batch that fits, which takes up to two
-        minutes. The user has to change something if that is true of every stage that failed.
-        """
-        if stop.requested(self.folder) is not None and not self.is_over:
-            return Ending("again")
-        states = {self.progress.states.of_trial(name) for name in self.trials}
-        probes = {self.progress.states.of_trial(probe.name) for probe in self.probes.values()}
-        if states <= {DONE, STOPPED} and not probes & {FAILED, BLOCKED}:
-            return Ending("done")
-        endings = self._failures_with_advice(stages_at_a_time)
-        if not endings or DIVERGED in states or any(e.kind != "user" for e in endings):
-            return Ending("failed")
-        return endings[0]
-
-    def _failures_with_advice(self, stages_at_a_time: int) -> list[Ending]:
-        """Return how stages failed; the first that ran out of memory, with advice, comes first."""
-        failures = self.progress.failures
-        for id_, ending in failures.items():
-            if ending.cause != "out_of_memory":
-                continue
-            stage = self.progress.tree.by_id[id_]
-            trial = self.progress.trials[(stage.ends or stage.trials)[0]]
-            advised = advise(
-                ending,
-                self.folder,
-                trial.experiment,
-                trial.dataset,
-                self.layout,
-                stages_at_a_time,
-            )
-            self.progress.reasons[id_] = advised.reason
-            return [advised, *failures.values()]
-        return list(failures.values())
 
     # ---- results ----
 

@@ -70,21 +70,14 @@ class Branch:
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps [start, stop) that some trials share.
+    """Steps [start, stop) that some trials share."""
 
-    Attributes:
-        id: Key of the state after `stop` updates.
-        parent: Id of the stage before it; None at step 0.
-        trials: Names of the trials that share these steps.
-        ends: Names of the trials that have no step after them.
-    """
-
-    id: str
-    parent: str | None
+    id: str  # key of the state after `stop` updates
+    parent: str | None  # id of the stage before it; None at step 0
     start: int
     stop: int
-    trials: tuple[str, ...]
-    ends: tuple[str, ...]
+    trials: tuple[str, ...]  # names of the trials that share these steps
+    ends: tuple[str, ...]  # names of those that have no step after them
 
     @property
     def steps(self) -> int:

@@ -7,6 +7,7 @@ import pytest
 from orchestrator.errors import UserError
 from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
+from orchestrator.sweep.outcome import ending_of
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import fitting
 from orchestrator.workers.diagnose import advise, diagnose
@@ -60,7 +61,7 @@ def lone_ending(study, error: Exception):
 def test_failed_stage_ends_like_a_lone_run(sweeps, error, status, event):
     study = sweeps.open(TRIAL)
     sweeps.run(study, fail=failing(error))
-    ending = study.ending(stages_at_a_time=1)
+    ending = ending_of(study, 1)
     lone, lone_events = lone_ending(study, error)
     assert [e["kind"] for e in events.read(study.folder)] == lone_events == event
     assert ending.exit_status == lone.exit_status == status
@@ -76,7 +77,7 @@ def test_killed_stage_is_tried_once_more_and_then_fails(sweeps):
     study = sweeps.open(TRIAL)
     ran = sweeps.run(study, fail=failing(Killed()))
     assert len(ran) == 2 and len(set(ran)) == 1
-    assert study.ending(1).exit_status == 1
+    assert ending_of(study, 1).exit_status == 1
     (restart,) = events.read(study.folder)
     assert (restart["kind"], restart["stage"], restart["step"]) == ("restart", ran[0], 0)
     assert "died without a traceback" in study.reason("only")
@@ -91,7 +92,7 @@ def test_killed_stage_that_works_at_the_second_try_is_done(sweeps):
             raise fault
 
     sweeps.run(study, fail=fail)
-    assert study.ending(1).kind == "done"
+    assert ending_of(study, 1).kind == "done"
     assert sweeps.outcome(study.folder.trial("only")) == sweeps.alone(study, "only")
 
 
@@ -102,7 +103,7 @@ def test_sweep_with_another_fault_beside_out_of_memory_has_status_1(sweeps):
         raise MemoryError("no memory") if "a" in stage.trials else ValueError("a bug")
 
     sweeps.run(study, fail=fail)
-    assert study.ending(1).exit_status == 1
+    assert ending_of(study, 1).exit_status == 1
     assert [event["kind"] for event in events.read(study.folder)] == ["out_of_memory"]
 
 
@@ -110,5 +111,5 @@ def test_trial_out_of_memory_beside_one_that_is_done_has_status_2(sweeps):
     study = sweeps.open(*TWO)
     sweeps.run(study, fail=failing(MemoryError("no memory"), "b"))
     assert {row.trial: row.state for row in study.results()} == {"a": "done", "b": "failed"}
-    ending = study.ending(1)
+    ending = ending_of(study, 1)
     assert (ending.kind, ending.cause) == ("user", "out_of_memory")

@@ -1,6 +1,6 @@
-"""Killed at any moment, resumed and killed again: MLflow holds one point per key and step, those of the journal.
+"""Runs and senders that are killed at any moment: MLflow has one value per metric and step.
 
-By chance, with SIGKILL on processes that train and track; and one by one, for every pair of moments of a small history.
+First with SIGKILL at random moments, then for every pair of moments of a short history.
 """
 
 import contextlib
@@ -215,7 +215,7 @@ def lives(folder, monkeypatch, log_batch, run_id, plan, keeps_line):
 
 
 @pytest.mark.parametrize("keeps_line", [True, False])
-def test_a_sender_in_every_moment_of_a_run(keeps_line, run_dir, store, uri, monkeypatch):
+def test_sender_at_every_moment_of_a_run(keeps_line, run_dir, store, uri, monkeypatch):
     monkeypatch.setattr("orchestrator.track.outbox.BATCH", 6)
     mlflow = client(uri)
     experiment_id = mlflow.create_experiment(f"moments {keeps_line}", store.parent.as_uri())
@@ -239,7 +239,7 @@ def test_a_sender_in_every_moment_of_a_run(keeps_line, run_dir, store, uri, monk
         (False, [("goes on", "goes on"), ("whole", "forgets 1")]),
     ],
 )
-def test_senders_in_every_two_moments_of_a_run(keeps_line, pairs, run_dir, monkeypatch):
+def test_senders_at_every_two_moments_of_a_run(keeps_line, pairs, run_dir, monkeypatch):
     """A thousand histories: for MLflow stands a set, which keeps a repeated row once, as MLflow does in the test above."""
     monkeypatch.setattr("orchestrator.track.outbox.BATCH", 6)
     monkeypatch.setattr("os.fsync", lambda fd: None)

@@ -1,6 +1,6 @@
-"""Tracking: MLflow holds what the run's folder says, each thing once, whatever was done twice or broke in between.
+"""Tracking of a run: MLflow has everything of the run folder exactly once.
 
-A real MLflow throughout; what is compared are the rows of its database.
+The tests use a real MLflow and compare the rows of its database.
 """
 
 import json
@@ -101,7 +101,7 @@ def test_projection_is_complete(run_dir, store, uri):
     )
 
 
-def test_sent_twice_is_sent_once(run_dir, store, uri):
+def test_sending_twice_changes_nothing(run_dir, store, uri):
     log(run_dir, range(50), **{"val/loss": 4.0})
     commit(run_dir, 49)
     run_id = send(run_dir, uri).run_id
@@ -125,14 +125,14 @@ def test_sent_twice_is_sent_once(run_dir, store, uri):
         assert [rows(store, run_id, everything.format(t)) for t in tables] == before
 
 
-def test_a_resume_adds_one_point_per_step(run_dir, store, uri):
+def test_resume_adds_one_value_per_step(run_dir, store, uri):
     log(run_dir, range(0, 101, 10))
     first = send(run_dir, uri, "KILLED")
     log(run_dir, range(110, 131, 10))  # written, never sent, then moved aside
     Journal(RunFolder(run_dir)).rewind(50)
     make_run(
         run_dir,
-        "test_a_resume_adds_one_point_per_step",
+        "test_resume_adds_one_value_per_step",
         attempts=[{"workers": 1}, {"workers": 2, "layout": {"use_gpu": False}, "model.n_layer": 2}],
         params={"model.n_layer": 2, "schedule.kind": "wsd"},
     )
@@ -155,7 +155,7 @@ def test_a_resume_adds_one_point_per_step(run_dir, store, uri):
     }
 
 
-def test_a_resume_while_the_tracker_runs(run_dir, store, uri):
+def test_resume_while_the_tracker_runs(run_dir, store, uri):
     tracker = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
     tracker.start()
     log(run_dir, range(0, 101, 10))
@@ -167,7 +167,7 @@ def test_a_resume_while_the_tracker_runs(run_dir, store, uri):
     assert client(uri).get_run(tracker.run_id).info.status == "FAILED"
 
 
-def test_what_only_the_second_making_of_a_step_logs_comes_too(run_dir, store, uri):
+def test_metrics_that_only_a_repeated_step_logs_are_sent(run_dir, store, uri):
     """A resume with other intervals; the last step evaluated only when it was known to be the last."""
     log(run_dir, range(0, 101, 10))
     commit(run_dir, 100)
@@ -201,7 +201,7 @@ def test_what_only_the_second_making_of_a_step_logs_comes_too(run_dir, store, ur
     }
 
 
-def test_events_are_there_as_a_file_and_as_counts_whenever_there_are_more(run_dir, store, uri):
+def test_events_are_sent_as_file_and_as_counts(run_dir, store, uri):
     def seen(run_id):
         tags = client(uri).get_run(run_id).data.tags
         file = store.parent / "artifacts" / run_id / "artifacts" / "events.jsonl"
@@ -227,9 +227,7 @@ def test_events_are_there_as_a_file_and_as_counts_whenever_there_are_more(run_di
     assert "hunter2" not in text
 
 
-def test_what_does_not_belong_in_a_run_is_not_sent_and_keeps_nothing_back(
-    run_dir, store, uri, tmp_path
-):
+def test_links_and_damaged_files_do_not_stop_the_others(run_dir, store, uri, tmp_path):
     secret = tmp_path / "secret.json"
     secret.write_text('{"verdict": "nobody\'s business"}')
     log(run_dir, range(16), **{"val/loss": 4.0})
@@ -262,7 +260,7 @@ def test_what_does_not_belong_in_a_run_is_not_sent_and_keeps_nothing_back(
     assert run.data.tags["events.hang"] == "1"
 
 
-def test_two_who_send_a_new_run_at_once_make_one_of_it(run_dir, uri, monkeypatch, caplog):
+def test_two_senders_of_a_new_run_create_one(run_dir, uri, monkeypatch, caplog):
     """The first is held up where MLflow has not been told of the run yet, until the second has met it."""
     log(run_dir, range(10))
     met, real, made = threading.Event(), Projection._create, []
@@ -287,7 +285,7 @@ def test_two_who_send_a_new_run_at_once_make_one_of_it(run_dir, uri, monkeypatch
     assert len(made) == 1
 
 
-def test_a_store_that_another_process_holds_is_waited_for(run_dir, store, uri):
+def test_locked_store_is_retried(run_dir, store, uri):
     """MLflow itself waits for 20 s; then the sender would try again."""
     log(run_dir, range(50))
     tracker = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
@@ -303,7 +301,7 @@ def test_a_store_that_another_process_holds_is_waited_for(run_dir, store, uri):
     assert len(curve(run_dir)) == 300
 
 
-def test_checkpoints_are_found_by_their_loss(run_dir, uri):
+def test_checkpoints_are_ranked_by_their_loss(run_dir, uri):
     for step, loss in ((100, 3.5), (200, 3.1), (300, 3.3)):
         Journal(RunFolder(run_dir)).append(step, {"val/loss": loss, "train/loss": loss})
         commit(run_dir, step)
@@ -337,7 +335,7 @@ def test_checkpoints_are_found_by_their_loss(run_dir, uri):
     assert again.tags["checkpoint.sha256"] != removed.tags["checkpoint.sha256"]
 
 
-def test_a_run_deleted_in_mlflow_is_left_alone_and_said_once(run_dir, uri, caplog):
+def test_deleted_run_is_not_sent_and_logged_once(run_dir, uri, caplog):
     log(run_dir, range(5))
     tracker = send(run_dir, uri)
     client(uri).delete_run(tracker.run_id)
@@ -358,12 +356,12 @@ def test_another_store_gets_everything(run_dir, store, uri, tmp_path):
     )
 
 
-def test_what_is_not_finite_is_not_sent(run_dir, store, uri):
+def test_values_that_are_not_finite_are_not_sent(run_dir, store, uri):
     log(run_dir, range(3), **{"optim/grad_norm": float("inf"), "val/loss": float("nan")})
     assert {key for key, *_ in rows(store, send(run_dir, uri).run_id)} == {"train/loss", "optim/lr"}
 
 
-def test_batches_hold_whole_lines_and_leave_only_when_accepted(run_dir):
+def test_batches_have_whole_lines_and_stay_until_accepted(run_dir):
     log(run_dir, range(1200))
     lines, nothing = MetricQueue(RunFolder(run_dir)), Sent("", None)
     lines.refresh(nothing)

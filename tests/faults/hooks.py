@@ -31,7 +31,7 @@ POINTS = {
     "optimizer": (torch.optim.AdamW, "step"),
     "all_to_all": (dist, "all_to_all_single"),
     "all_gather": (dist, "all_gather_into_tensor"),
-    "line": (Journal, "keep"),
+    "line": (Journal, "write"),
     "copy": (tensor_file, "fill"),
     "commit": (checkpoint, "commit"),
     "prune": (checkpoint, "prune"),
@@ -40,7 +40,7 @@ POINTS = {
     "verify": (checkpoint, "verify"),
     "restore": (begin, "restore"),
     "rewind": (Journal, "rewind"),
-    "rewrite": (journal, "_write"),
+    "rewrite": (journal, "write_atomically"),
     "mkdir": (os, "mkdir"),
     "write": (os, "write"),
     "fsync": (os, "fsync"),
@@ -86,7 +86,7 @@ def install(moment: str, nth: int, note: Callable[[str], None], end: int = signa
 
 def _half_a_line(writer: Journal, record: dict[str, Any]) -> None:
     line = journal.json.dumps(record).encode()
-    with open(writer.path, "ab", buffering=0) as file:
+    with open(writer.file, "ab", buffering=0) as file:
         file.write(line[: len(line) // 2])
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
+from tests.faults import hooks
 from tests.faults.campaign import Campaign
 from tests.faults.case import Case, outcome
 from tests.faults.kinds import KINDS, Fault, draw
@@ -81,3 +82,8 @@ def test_seed_draws_the_same_faults_and_all_kinds():
     assert faults == [f for _ in range(500) for f in draw(second)]
     assert {f.kind for f in faults} == set(KINDS)
     assert {f.world for f in faults} == {1, 2, 4}
+
+
+def test_every_moment_is_a_function_of_the_product():
+    for owner, attribute in hooks.POINTS.values():
+        assert callable(getattr(owner, attribute, None)), f"{owner}.{attribute} was renamed"

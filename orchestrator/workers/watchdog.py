@@ -29,6 +29,7 @@ FACTOR = 10  # limit of a phase, in multiples of the longest time so far
 # Limit after a checkpoint, in multiples of the floor: the next one waits until it is on disk.
 COMMIT_FACTOR = 20
 BACKSTOP_S = 10.0  # added to the limit for faulthandler's timer, so that the thread comes first
+END_S = 60.0  # for storing the stacks of all ranks of this machine
 REARM_S = 1.0  # between two settings of the timers
 EXIT_HUNG = 70  # exit status
 # Work that not every step has, by its phases. While one rank does it, the others wait longer.
@@ -178,6 +179,8 @@ class Watchdog:
 
     def _end(self, waited: float) -> None:
         """Store the stacks, end the ranks that cannot end themselves, and end this process."""
+        # The timer must not end this process before it has looked into the other ranks.
+        faulthandler.dump_traceback_later(END_S, exit=True, file=self._stacks)
         message = f"step {self.step + 1}: {self.phase} takes longer than {waited:.0f} s"
         print(message, file=self._stacks, flush=True)
         faulthandler.dump_traceback(self._stacks, all_threads=True)

@@ -86,12 +86,9 @@ def find_dataset(replay: Replay) -> Manifest:
     # A trial is stored in <storage>/<sweep>/trials/<trial>.
     storage = folder.path.parents[2 if folder.path.parent.name == "trials" else 0]
     dataset = find_tokens(replay.experiment, replay.data_identity, storage)
-    begin = "step 0"
-    if stretch.begin is not None:
-        begin = f"the checkpoint of step {stretch.begin:,}"
     print(
-        f"replaying steps {stretch.first:,}..{stretch.last:,} of {folder.path} from {begin} on "
-        f"{replay.device}, tokens of {dataset.directory}",
+        f"replaying steps {stretch.first:,}..{stretch.last:,} of {folder.path} from "
+        f"{stretch.origin} on {replay.device}, tokens of {dataset.directory}",
         flush=True,
     )
     return dataset

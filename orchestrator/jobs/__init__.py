@@ -1,5 +1,7 @@
 """The two jobs: train one run, or run a sweep.
 
-`job.Job` is what both do from the lock to the exit status; start reading there. `train.TrainJob`
-and `sweep.SweepJob` fill in what differs.
+Public names: `train.run` and `sweep.run` do a job and return the exit status of the driver.
+
+Start reading at `job.Job.run`, the steps of both jobs. `train.TrainJob` and `sweep.SweepJob`
+implement the steps that differ.
 """

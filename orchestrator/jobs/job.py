@@ -1,7 +1,7 @@
-"""What a run and a sweep have in common: one life cycle, from the lock to the exit status.
+"""The steps that a run and a sweep share, from the lock to the exit status.
 
-Everything that must outlive this process is written to the folder before it is needed. After a
-crash, the same command therefore continues.
+Everything that a later attempt needs is written to the folder first. After a crash, the same
+command therefore continues.
 """
 
 import abc
@@ -16,7 +16,7 @@ from orchestrator.runs import events, lock, signals, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import check_writable, storage_root, storage_setting
-from orchestrator.track.mlflow import Tracker
+from orchestrator.track.mlflow import Tracker, resend_metrics
 from orchestrator.track.server import resolve_uri
 
 
@@ -24,7 +24,7 @@ class Job(abc.ABC):
     """A run or a sweep. Read `run` first; the abstract methods are its steps.
 
     Args:
-        experiment: What is trained, or what the trials of a sweep vary.
+        experiment: The experiment, or the one that the trials of a sweep vary.
 
     Attributes:
         storage: Folder of all runs and datasets.
@@ -68,7 +68,7 @@ class Job(abc.ABC):
         cluster.check_storage(storage_setting(self.experiment))
 
     def _work_and_track(self) -> Ending:
-        """Do the work; whatever happens, write and print how it ended."""
+        """Do the work. Write and print how it ended, also after an error or a signal."""
         started = time.monotonic()
         error: Exception | None = None
         ending: Ending | None = None
@@ -80,7 +80,7 @@ class Job(abc.ABC):
             ending = self.interrupted()
         except Exception as raised:
             error = raised
-        # What follows takes a limited time and must not be interrupted.
+        # The following steps take a limited time and must not be interrupted.
         signals.let_end()
         if ending is None:
             ending = self.diagnose(error)
@@ -102,6 +102,18 @@ class Job(abc.ABC):
     def _request_stop(self) -> None:
         stop.request(self.folder, "SIGTERM")
 
+    def resend(self, tracker_class: type[Tracker]) -> None:
+        """Send what the tracking server does not have of a finished job."""
+        all_sent = resend_metrics(
+            self.folder,
+            self.uri,
+            self.experiment.tracking.experiment,
+            signals.EXIT_WAIT_S,
+            tracker_class,
+        )
+        if not all_sent:
+            print("the tracking server did not take everything; run this again when it is there")
+
     # ---- steps that differ ----
 
     @abc.abstractmethod
@@ -110,11 +122,11 @@ class Job(abc.ABC):
 
     @abc.abstractmethod
     def is_finished(self) -> bool:
-        """Return whether an earlier job did all of the work, as far as is known without Ray."""
+        """Return whether an earlier job did all of the work. Ray is not connected yet."""
 
     @abc.abstractmethod
     def show_again(self) -> None:
-        """Print the result of a finished job; send to the tracking server what it lacks."""
+        """Print the result of a finished job, and call `resend`."""
 
     @abc.abstractmethod
     def connect(self) -> None:
@@ -122,11 +134,11 @@ class Job(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self) -> None:
-        """Prepare datasets and folder, set `tracker`, and print what will be done."""
+        """Prepare datasets and folder, set `tracker`, and print the plan."""
 
     @abc.abstractmethod
     def watching(self) -> AbstractContextManager[object]:
-        """Return what watches the workers and prints the progress while `work` runs."""
+        """Return a context that watches the workers and prints the progress while `work` runs."""
 
     @abc.abstractmethod
     def work(self) -> None:
@@ -137,11 +149,11 @@ class Job(abc.ABC):
         """Return how the work ended.
 
         Args:
-            error: What `work` raised; None if it returned.
+            error: The exception of `work`; None if it returned.
         """
 
     def interrupted(self) -> Ending | None:
-        """Return how work ended that a signal interrupted; None: ask `diagnose`."""
+        """Return how the work ended after a signal; None: `diagnose` decides."""
         return Ending("again" if signals.was_terminated() else "interrupted")
 
     @abc.abstractmethod

@@ -1,9 +1,9 @@
-"""The job that runs a sweep: all its trials, in a tree of stages.
+"""The job that runs a sweep: all its trials, in a tree of stages. It writes into its folder:
 
 sweep.yaml       the resolved configuration     stages/<id>/    steps that trials share
-plan.txt         the tree of stages             trials/<name>/  one folder a trial
-comparison.csv   one row a trial                figures/
-summary.json     how the sweep ended            events.jsonl    what happened on the way
+plan.txt         the tree of stages             trials/<name>/  one folder per trial
+comparison.csv   one row per trial              figures/
+summary.json     how the sweep ended            events.jsonl    events
 """
 
 import os
@@ -26,7 +26,7 @@ from orchestrator.data.prepared import dataset_dir
 from orchestrator.errors import UserError
 from orchestrator.files import read_json
 from orchestrator.jobs.job import Job
-from orchestrator.runs import signals, stop
+from orchestrator.runs import stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.facts import model_facts
 from orchestrator.runs.folder import SweepFolder
@@ -40,7 +40,7 @@ from orchestrator.sweep.source import check_sources, with_absolute_paths
 from orchestrator.sweep.space.expand import Sweep
 from orchestrator.sweep.study import Study, data_key
 from orchestrator.sweep.tree import Stage
-from orchestrator.track.sweep import SweepTracker, resend_sweep_metrics
+from orchestrator.track.sweep import SweepTracker
 from orchestrator.train import init_from
 from orchestrator.workers.watch import Watch
 
@@ -83,7 +83,7 @@ class SweepJob(Job):
     # ---- a sweep that is finished ----
 
     def is_finished(self) -> bool:
-        """Return whether no stage is left to run; then `study` is set."""
+        """Return whether no stage is left to run. If so, `study` is set."""
         layout = self.folder.recorded_layout()
         if layout is None:
             return False
@@ -103,17 +103,11 @@ class SweepJob(Job):
         summary = cast(SweepSummary, read_json(self.folder.summary_file))
         best = self.study.winner(self.study.results())
         if best is not None and best[0] != summary["best_trial"]:
-            # The grid is smaller now.
+            # The former best trial is no longer in the grid.
             summary["best_trial"], summary["best_value"] = best
             summary["best_checkpoint"] = None
         show(self.study, summary, None)
-        if not resend_sweep_metrics(
-            self.folder,
-            self.uri,
-            self.experiment.tracking.experiment,
-            signals.EXIT_WAIT_S,
-        ):
-            print("the tracking server did not take everything; run this again when it is there")
+        self.resend(SweepTracker)
 
     # ---- before the stages start ----
 
@@ -131,14 +125,14 @@ class SweepJob(Job):
         stop.clear(self.folder)
         self.slots = max(1, cluster.capacity(layout))
         if os.environ.get("ESPALIER_AUTOSCALING"):
-            # The autoscaler adds nodes for what waits, so all stages ask for their place.
+            # The autoscaler adds nodes for stages that wait, so all stages request their resources.
             self.slots = max(self.slots, len(self.study.tree.to_run))
         estimate = self._describe()
         self.tracker = SweepTracker(self.folder, self.uri, self.experiment.tracking.experiment)
         self._begin_report(estimate)
 
     def _experiments(self) -> list[Experiment]:
-        """Return those of all trials; if optuna has not proposed any yet, the one it varies."""
+        """Return the experiments of all trials; the base before optuna has proposed a trial."""
         return [spec.experiment for spec in self.sweep.trials] or [self.sweep.base]
 
     def _data_sections(self) -> dict[str, Data]:
@@ -181,7 +175,7 @@ class SweepJob(Job):
         counts = {key: TokenCounts.of(dataset) for key, dataset in study.datasets.items()}
         try:
             estimate = cost.estimate_of(study, self.slots, counts)
-        except Exception as error:  # must not end the sweep
+        except Exception as error:  # a failed estimate must not end the sweep
             print(f"no estimate of the cost: {type(error).__name__}: {error}", flush=True)
             return None
         if isinstance(estimate, str):
@@ -191,7 +185,7 @@ class SweepJob(Job):
         return estimate
 
     def _begin_report(self, estimate: Estimate | None) -> None:
-        """Write the files of the sweep; print a table of its progress."""
+        """Write the files of the sweep, and start the table of its progress."""
         step_s = None
         if estimate is not None and self.study.tree.steps_to_run:
             step_s = estimate["time_s"] * self.slots / self.study.tree.steps_to_run
@@ -225,7 +219,7 @@ class SweepJob(Job):
 
     def diagnose(self, error: Exception | None) -> Ending:
         if error is not None:
-            # Not the fault of a trial, which is recorded in its stage.
+            # An error of the job itself; the error of a trial is stored in its stage.
             trace = "".join(traceback.format_exception(error))
             return Ending("failed", f"{type(error).__name__}: {error}", {"traceback": trace})
         return ending_of(self.study, self.slots)
@@ -238,7 +232,7 @@ class SweepJob(Job):
 
 
 def _check_shapes(sweep: Sweep, datasets: Mapping[str, Manifest]) -> None:
-    """Raise UserError that names all trials which do not fit their dataset or first weights."""
+    """Raise UserError if a trial does not fit its dataset or first weights; name all of them."""
     problems = []
     for spec in sweep.trials:
         experiment = spec.experiment

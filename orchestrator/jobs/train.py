@@ -22,21 +22,21 @@ from orchestrator.errors import UserError
 from orchestrator.files import read_json
 from orchestrator.jobs.job import Job
 from orchestrator.redact import redact
-from orchestrator.runs import identity, journal, metrics, signals
+from orchestrator.runs import identity, journal, metrics
 from orchestrator.runs.console import Console
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.facts import facts_of, model_facts
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.summary import Summary, summarize
 from orchestrator.text import duration, number, table
-from orchestrator.track.mlflow import Tracker, resend_metrics
+from orchestrator.track.mlflow import Tracker
 from orchestrator.train import init_from, numerics
 from orchestrator.workers import ray_train
 from orchestrator.workers.diagnose import advise, diagnose
 from orchestrator.workers.watch import RunWatch
 
 MEASURE_S = 10.0  # longest measurement of the speed before a run
-MEASURE_FLOPS = 2e12  # of a micro-batch: a CPU takes too long for more
+MEASURE_FLOPS = 2e12  # of a micro-batch; more would take too long on a CPU
 
 
 def run(experiment: Experiment) -> int:
@@ -49,9 +49,9 @@ class TrainJob(Job):
 
     Attributes:
         layout: Workers and devices.
-        dataset: What is trained on.
-        step: Step of the checkpoint from which the run resumes; 0: it starts.
-        estimate: Expected time, memory and disk of a run that starts; None if not known.
+        dataset: The prepared dataset.
+        step: Step of the checkpoint from which the run resumes; 0 for a new run.
+        estimate: Expected time, memory and disk of a new run; None if not known.
         summary: Content of summary.json.
     """
 
@@ -90,9 +90,7 @@ class TrainJob(Job):
         print(f"{name} is finished; a larger train.max_steps goes on, a new name starts afresh")
         summary = cast(Summary, read_json(self.folder.summary_file))
         _show(self.folder, summary, None)
-        experiment_name = self.experiment.tracking.experiment
-        if not resend_metrics(self.folder, self.uri, experiment_name, signals.EXIT_WAIT_S):
-            print("the tracking server did not take everything; run this again when it is there")
+        self.resend(Tracker)
 
     # ---- before the workers start ----
 
@@ -103,7 +101,7 @@ class TrainJob(Job):
         experiment = self.experiment
         self.layout = cluster.find_layout(experiment, self.folder.recorded_layout())
         self.dataset = prepare(experiment.data, self.data_dir)
-        # Both raise UserError: the corpus is too small, or the first weights have another shape.
+        # Both calls raise UserError: the corpus is too small, or the first weights do not fit.
         windows_per_epoch(self.dataset.splits["train"].tokens, experiment.model.block_size)
         init_from.check_shape(experiment, self.dataset.tokenizer["n_vocab"])
 
@@ -124,7 +122,7 @@ class TrainJob(Job):
         )
 
     def _drift(self) -> list[str]:
-        """Return why the resumed run cannot have the bits of an uninterrupted one, a line each.
+        """Return why the bits of the resumed run may differ from those of an uninterrupted one.
 
         Raises:
             UserError: There is such a reason, and `train.allow_drift` is false.
@@ -136,7 +134,7 @@ class TrainJob(Job):
         worker = numerics.Worker(cpus=self.layout.cpus_per_worker)
         now = numerics.fingerprint(self.experiment, worker)
         if self.layout.use_gpu or cluster.has_several_nodes():
-            # The workers may be on another kind of machine than the driver. They compare these.
+            # The workers may run on another kind of machine than the driver. They check these two.
             now |= {key: before.get(key) for key in ("device", "torch")}
         return numerics.check(before, now, self.experiment, self.folder.path)
 
@@ -180,7 +178,7 @@ class TrainJob(Job):
 
     def interrupted(self) -> Ending | None:
         if self.watch.over:
-            return None  # the watch itself interrupted Ray: the workers were done
+            return None  # the watch interrupted Ray after the workers were done
         return super().interrupted()
 
     def diagnose(self, error: Exception | None) -> Ending:
@@ -188,7 +186,8 @@ class TrainJob(Job):
         if ending.cause != "out_of_memory":
             return ending
         ending = advise(ending, self.folder, self.experiment, self.dataset, self.layout)
-        with contextlib.suppress(OSError):  # disk full: stopped.json has the reason without advice
+        # On a full disk, stopped.json keeps the reason without advice.
+        with contextlib.suppress(OSError):
             self.folder.write_ending(ending)
         return ending
 
@@ -217,9 +216,9 @@ def _ignore_damaged_checkpoint(message: str) -> None:
 
 
 def estimate_of(experiment: Experiment, dataset: Manifest, layout: Layout) -> Estimate | None:
-    """Estimate and print what the whole run takes; None if that is not known within seconds.
+    """Estimate and print the cost of the whole run; None if it cannot be estimated within seconds.
 
-    An estimate that fails does not end the run.
+    If the estimate fails, the run goes on.
     """
     tokens = TokenCounts.of(dataset)
     try:
@@ -235,7 +234,7 @@ def estimate_of(experiment: Experiment, dataset: Manifest, layout: Layout) -> Es
 
 
 def _timing(experiment: Experiment, n_vocab: int, layout: Layout) -> Timing | None:
-    """Return a former measurement of the speed, or measure it if that is quick."""
+    """Return an earlier measurement of the speed, or measure it if that is quick."""
     known = cache.read(experiment, n_vocab, layout)
     if known is not None:
         return known
@@ -247,7 +246,7 @@ def _timing(experiment: Experiment, n_vocab: int, layout: Layout) -> Timing | No
 
 
 def _show(folder: RunFolder, summary: Summary, url: str | None) -> None:
-    """Print where everything is, how good it is, and the next commands."""
+    """Print the summary, a sample, and the next commands."""
     rows: dict[str, Any] = {
         key: number(value)
         for key, value in summary.items()

@@ -1,4 +1,4 @@
-"""Trains a part of a finished run again and compares every bit with what the run stored.
+"""Trains some steps of a run again and compares every bit with what the run stored.
 
 Public names: `recorded.RecordedRun` reads the run, `replay.Replay` trains and compares, and
 `report.Report` is the result.

@@ -22,11 +22,11 @@ class Difference:
 
     Attributes:
         step: Step of the journal line or checkpoint.
-        key: Metric, or part of the checkpoint with the name of the tensor.
+        key: Metric, or part of the checkpoint and name of the tensor.
         then: Value that the run stored; None if it stored none.
         now: Value of the replay; None if there is none.
         ulps: Number of floats from one value to the other, if both are numbers.
-        note: The difference in words, for what two values cannot tell.
+        note: The difference in words, if it is not one between two numbers.
     """
 
     step: int
@@ -46,7 +46,7 @@ class Difference:
         return f"{_shown(self.then)} then, {_shown(self.now)} now{distance}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values. Floats are texts, because JSON has no infinity."""
+        """Return JSON values. Floats are stored as text, because JSON has no infinity."""
         stored: dict[str, Any] = {"step": self.step, "what": self.key}
         for name, value in (("then", self.then), ("now", self.now)):
             if value is not None:
@@ -55,14 +55,14 @@ class Difference:
 
 
 def compare_lines(step: int, then: Line, now: Line) -> list[Difference]:
-    """Return the exact metrics that differ. A missing line is an empty one."""
+    """Return the exact metrics that differ. Pass an empty line for a missing one."""
     differences = []
     for key in {**then, **now}:
         if not metrics.of(key).exact:
             continue
         before = then.get(key)
         after = now.get(key)
-        # As texts: NaN equals itself, and 0.0 differs from -0.0.
+        # Compared as text: NaN then equals itself, and 0.0 differs from -0.0.
         if repr(before) != repr(after):
             differences.append(Difference(step, key, before, after, ulps(before, after)))
     return differences
@@ -71,7 +71,7 @@ def compare_lines(step: int, then: Line, now: Line) -> list[Difference]:
 def compare_tensors(
     step: int, part: str, then: dict[str, Tensor], now: dict[str, Tensor]
 ) -> list[Difference]:
-    """Return the tensors of a checkpoint's part that differ, with their first different element."""
+    """Return the tensors that differ in a part of a checkpoint, each with its first difference."""
     differences = []
     for name in sorted({*then, *now}):
         key = f"{part} {name}"
@@ -88,7 +88,7 @@ def compare_tensors(
 
 
 def _compare_elements(step: int, key: str, then: Tensor, now: Tensor) -> list[Difference]:
-    # As bytes, so that a NaN equals itself.
+    # Compared as bytes, so that a NaN equals itself.
     differs = then.view(torch.uint8) != now.view(torch.uint8)
     differs = differs.view(-1, then.element_size()).any(1)
     if not differs.any():
@@ -102,7 +102,7 @@ def _compare_elements(step: int, key: str, then: Tensor, now: Tensor) -> list[Di
 
 
 def ulps(then: float | None, now: float | None, formats: tuple[str, str] = FLOAT64) -> int | None:
-    """Return how many floats lie from one value to the other; None if one is not a number."""
+    """Return the distance of two floats in ulps; None if one is missing or NaN."""
     if then is None or now is None or math.isnan(then) or math.isnan(now):
         return None
     return abs(_position(then, formats) - _position(now, formats))
@@ -115,8 +115,8 @@ def _position(value: float, formats: tuple[str, str]) -> int:
     return -magnitude if value < 0 else magnitude
 
 
-def _missing(then: bool) -> str:
-    return "not there then, but now" if then else "there then, not now"
+def _missing(was_missing: bool) -> str:
+    return "not there then, but now" if was_missing else "there then, not now"
 
 
 def _kind(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""A run as its folder shows it: journal, attempts and valid checkpoints. Nothing is changed."""
+"""Reads what a run folder has for a replay: journal, attempts and valid checkpoints."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -32,6 +32,13 @@ class Stretch:
     last: int
     begin: int | None
 
+    @property
+    def origin(self) -> str:
+        """Where the training starts, in words."""
+        if self.begin is None:
+            return "step 0"
+        return f"the checkpoint of step {self.begin:,}"
+
     def includes(self, step: int) -> bool:
         """Return whether the line and the checkpoint of `step` are compared."""
         is_trained = self.begin is None or step > self.begin
@@ -39,7 +46,7 @@ class Stretch:
 
 
 class RecordedRun:
-    """A run as its folder shows it.
+    """What a run folder has for a replay. Nothing in the folder is changed.
 
     Args:
         folder: Folder of the run or trial.
@@ -47,11 +54,11 @@ class RecordedRun:
     Attributes:
         lines: Lines of the journal by step.
         record: Content of run.json; empty without one.
-        damaged: Why checkpoints were skipped, one message for each.
+        damaged: Why checkpoints were skipped, one message per checkpoint.
 
     Raises:
-        UserError: No checkpoint is valid. Only a checkpoint tells with which data and numerics the
-            run was trained.
+        UserError: No checkpoint is valid. Only a checkpoint has the fingerprints of the data and
+            numerics of the run.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -62,13 +69,13 @@ class RecordedRun:
         self._is_valid: dict[int, bool] = {}
         if next(self.valid_steps(), None) is None:
             reason = (
-                f"{folder.path}: has no valid checkpoint, so it is not known with which data and "
-                "numerics it was trained; nothing can be compared"
+                f"{folder.path}: has no valid checkpoint, so its data and numerics are not known; "
+                "nothing can be compared"
             )
             raise UserError("\n".join([reason, *self.damaged]))
 
     def is_valid(self, step: int) -> bool:
-        """Verify a checkpoint on first use."""
+        """Return whether a checkpoint is valid. It is verified once."""
         if step not in self._is_valid:
             try:
                 checkpoint.verify(self.folder.checkpoint(step))
@@ -83,9 +90,9 @@ class RecordedRun:
         return filter(self.is_valid, reversed(self.folder.checkpoint_steps()))
 
     def source(self, step: int) -> Path:
-        """Return the checkpoint that tells how `step` was trained.
+        """Return the checkpoint whose files describe how `step` was trained.
 
-        It is the first valid one from `step` on, else the last one before.
+        It is the first valid one at or after `step`, else the last valid one before.
         """
         steps = self.folder.checkpoint_steps()
         later = [candidate for candidate in steps if candidate >= step]
@@ -93,13 +100,14 @@ class RecordedRun:
         return self.folder.checkpoint(next(filter(self.is_valid, later + earlier)))
 
     def fingerprints(self, step: int) -> Fingerprints:
-        """Return identity of the data and numerics with which `step` was trained."""
+        """Return the fingerprints of the data and numerics with which `step` was trained."""
         return checkpoint.read_manifest(self.source(step))["fingerprints"]
 
     def attempts(self) -> list[dict[str, Any]]:
-        """Return the attempts whose steps remained, by first step.
+        """Return the attempts whose steps are still part of the run, by first step.
 
-        An attempt that resumed from an earlier step has replaced those after that step.
+        An attempt that resumed from an earlier step replaced the attempts that began at or after
+        that step.
         """
         kept: list[dict[str, Any]] = []
         for attempt in self.record.get("attempts", []):
@@ -109,7 +117,7 @@ class RecordedRun:
         return kept
 
     def experiment(self, step: int) -> Experiment:
-        """Return the experiment of the run, or of the checkpoint for `step` if it has none."""
+        """Return the experiment of the run folder, else that of the checkpoint for `step`."""
         if self.folder.experiment_file.is_file():
             return self.folder.read_experiment()
         return RunFolder(self.source(step)).read_experiment()
@@ -127,11 +135,11 @@ class RecordedRun:
 
         Args:
             steps: First and last step. None stands for the start and the end of the run. Without
-                `steps`, the stretch begins at the last checkpoint but one, or at step 0 if there is
-                only one checkpoint.
+                `steps`, the stretch goes from the second-to-last checkpoint to the end. If there is
+                only one checkpoint, it begins at step 0.
 
         Raises:
-            UserError: The run does not have these steps, or they left nothing to compare.
+            UserError: The run does not have these steps, or stored nothing that can be compared.
         """
         end = max([*self.lines, next(self.valid_steps())])
         if steps is None:

@@ -1,10 +1,10 @@
-"""Trains a stretch of a run again, from its nearest checkpoint, and compares the bits.
+"""Trains a stretch of a run again, from the nearest checkpoint, and compares the bits.
 
-One process does this, because the number of workers does not change the bits. Ray is not used.
+One process without Ray is enough, because the number of workers does not change the bits.
 
 The lines of a run depend on its intervals, and its bits on the number of CPU threads. Both may
-change between attempts. The stretch is therefore cut into segments, which end where a checkpoint
-exists or an attempt began. Each segment has the settings of its attempt.
+change between attempts. The stretch is therefore cut into segments at each checkpoint and at each
+start of an attempt. Each segment is trained with the settings of its attempt.
 """
 
 from collections.abc import Callable
@@ -23,25 +23,24 @@ from orchestrator.replay.compare import Difference, compare_lines, compare_tenso
 from orchestrator.replay.recorded import RecordedRun, Stretch
 from orchestrator.replay.report import Cause, ChangeKind, Report
 from orchestrator.runs import identity, journal
+from orchestrator.runs.facts import own_sources
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Line
-from orchestrator.runs.sources import source_facts
 from orchestrator.train import numerics
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
 
 # Fields of `train` that may change between attempts and that change the lines.
 SETTINGS = ("log_interval", "eval_interval", "on_nonfinite")
-SOURCES = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps of one attempt, from the end of the last segment on.
+    """Steps of one attempt, from the end of the previous segment.
 
     Attributes:
         end: Last step.
-        cpus: CPU threads with which the steps were trained.
+        cpus: Number of CPU threads.
         settings: Values of `SETTINGS`.
     """
 
@@ -54,7 +53,7 @@ class Replay:
     """Trains a stretch of a run again and compares it.
 
     Args:
-        run: The run.
+        run: What the run stored.
         stretch: Steps to train; see `RecordedRun.stretch`.
 
     Attributes:
@@ -83,7 +82,7 @@ class Replay:
         Args:
             dataset: Tokens to train on.
             scratch: Empty folder to train in.
-            report_line: Called with every journal line after it was written.
+            report_line: Called with each new journal line.
         """
         damage = _damage(dataset, self.experiment.data.tokenizer)
         report = Report(self.stretch, changes=damage + self._changes(dataset))
@@ -151,10 +150,10 @@ class Replay:
             differences += compare_tensors(step, part, then, now)
         return differences
 
-    # ---- what has changed since then ----
+    # ---- changes since the run ----
 
     def _changes(self, dataset: Manifest) -> list[Cause]:
-        """Return what is not as it was when the stretch was trained."""
+        """Return what has changed since the stretch was first trained."""
         changes: list[Cause] = []
         sources = {self.run.source(segment.end) for segment in self.segments}
         if self.stretch.begin is not None:
@@ -177,7 +176,7 @@ class Replay:
             kind: ChangeKind = "seed" if line.startswith("train.seed:") else "experiment"
             words = f"{line} (there: the checkpoint's experiment.yaml, here: the run's)"
             changes.append(Cause(kind, words))
-        # Each attempt may have had its own number of threads, and so has its segment.
+        # The number of threads is not a change: each segment has that of its attempt.
         worker = Worker(device=self.device, cpus=fingerprints["numerics"]["cpus_per_worker"])
         now = numerics.fingerprint(self.experiment, worker)
         for line in numerics.changes(fingerprints["numerics"], now):
@@ -186,7 +185,7 @@ class Replay:
 
 
 def _segments(run: RecordedRun, stretch: Stretch) -> list[Segment]:
-    """Cut the stretch where a checkpoint exists and where an attempt began."""
+    """Cut the stretch at each checkpoint and at each start of an attempt."""
     start = stretch.begin or 0
     attempts = run.attempts()
     cuts = {attempt.get("from_step", 0) for attempt in attempts}
@@ -201,7 +200,7 @@ def _segments(run: RecordedRun, stretch: Stretch) -> list[Segment]:
 
 
 def _segment(run: RecordedRun, end: int, attempt: dict[str, Any]) -> Segment:
-    """Return a segment as its attempt was; what run.json does not tell, the checkpoint does."""
+    """Return a segment with the settings of its attempt, or else those in a checkpoint."""
     train = RunFolder(run.source(end)).read_experiment().train
     settings = {name: attempt.get(f"train.{name}", getattr(train, name)) for name in SETTINGS}
     layout = attempt.get("layout") or run.fingerprints(end)["numerics"]
@@ -209,7 +208,7 @@ def _segment(run: RecordedRun, end: int, attempt: dict[str, Any]) -> Segment:
 
 
 def _choose_device(run: RecordedRun, stretch: Stretch) -> str:
-    """Return a device of the kind that the run had."""
+    """Return a device of the kind that the run was trained on."""
     name = run.fingerprints(stretch.last)["numerics"]["device"]
     attempts = run.attempts()
     layout = attempts[-1].get("layout") if attempts else None
@@ -238,8 +237,8 @@ def _damage(dataset: Manifest, tokenizer: str) -> list[Cause]:
 
 
 def _code_changes(tags: dict[str, str]) -> list[Cause]:
-    """Compare the sources with those of the last attempt, by their hash."""
-    now = source_facts(SOURCES)
+    """Compare the hash of the sources with that of the last attempt."""
+    now = own_sources()
     if tags.get("source.sha256") in (None, now["sources_sha256"]):
         return []
     commit = tags.get("mlflow.source.git.commit", "unknown")

@@ -1,4 +1,4 @@
-"""The result of a replay: what differs, where first, and why as far as it can be told."""
+"""The result of a replay: all differences, the first of them, and the likely causes."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -12,7 +12,8 @@ from orchestrator.replay.recorded import Stretch
 from orchestrator.runs import events, metrics
 from orchestrator.runs.folder import RunFolder
 
-ChangeKind = Literal["data", "seed", "experiment", "numerics", "code"]  # the likeliest cause first
+# The most likely cause first.
+ChangeKind = Literal["data", "seed", "experiment", "numerics", "code"]
 CauseKind = ChangeKind | Literal["journal", "unknown"]
 
 
@@ -22,7 +23,7 @@ class Cause:
 
     Attributes:
         kind: What has changed.
-        what: The change, in words.
+        what: A description of the change.
     """
 
     kind: CauseKind
@@ -39,9 +40,9 @@ class Report:
     Attributes:
         stretch: Steps that were trained again.
         lines: Number of journal lines that were compared.
-        differences: By rising step; those of a line before those of its checkpoint.
+        differences: Sorted by step; the journal line of a step comes before its checkpoint.
         weights: Whether each compared checkpoint is equal, by step.
-        changes: What is not as it was when the run was trained.
+        changes: What has changed since the run was trained.
         damaged: Messages about checkpoints that were skipped.
     """
 
@@ -63,7 +64,7 @@ class Report:
         return not self.differences and not self.is_empty
 
     def causes(self) -> list[Cause]:
-        """Return why the replay differs, the likeliest cause first; empty if it is equal."""
+        """Return why the replay differs, the most likely cause first; empty if it is equal."""
         if self.equal:
             return []
         kinds = get_args(ChangeKind)
@@ -83,7 +84,7 @@ class Report:
         return causes
 
     def _journal_edited(self) -> Cause | None:
-        """Return this cause if a loss differs, but the weights after it are equal."""
+        """Return the cause `journal` if a loss differs but the weights after it are equal."""
         if not self.differences:
             return None
         first = self.differences[0]
@@ -116,15 +117,13 @@ class Report:
 
     def rows(self) -> dict[str, Any]:
         """Return the rows of the printed table."""
-        begin = "step 0"
-        if self.stretch.begin is not None:
-            begin = f"the checkpoint of step {self.stretch.begin:,}"
+        stretch = self.stretch
         wrong_lines = {d.step for d in self.differences if metrics.of(d.key).exact}
         lines = f"{self.lines:,}, equal"
         if wrong_lines:
             lines = f"{len(wrong_lines):,} of {self.lines:,} differ"
         rows: dict[str, Any] = {
-            "steps": f"{self.stretch.first:,}..{self.stretch.last:,}, trained again from {begin}",
+            "steps": f"{stretch.first:,}..{stretch.last:,}, trained again from {stretch.origin}",
             "logged lines": lines,
             "weights": self._weights_row(),
         }
@@ -157,8 +156,9 @@ class Report:
 
 
 def new_scratch(folder: RunFolder) -> RunFolder:
-    """Create the folder for a replay, named by the time. It lies in the run folder, on the disk
-    that has room for checkpoints.
+    """Create a folder for a replay, named by the time.
+
+    It is in the run folder, because that disk has room for checkpoints.
     """
     scratch = folder.replays / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
     scratch.mkdir(parents=True)
@@ -166,7 +166,7 @@ def new_scratch(folder: RunFolder) -> RunFolder:
 
 
 def store_report(report: Report, folder: RunFolder, scratch: RunFolder) -> Path:
-    """Write the report beside `scratch` and note it as an event of the run. Return its file."""
+    """Write the report beside `scratch` and add an event to the run. Return the file."""
     file = folder.replays / f"{scratch.name}.json"
     now = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(file, {"time": now, **report.to_json()})
@@ -183,7 +183,7 @@ def store_report(report: Report, folder: RunFolder, scratch: RunFolder) -> Path:
 
 
 def _numbered(name: str, values: Iterable[object]) -> dict[str, Any]:
-    """Return one row per value; from the second one on, the name has a number."""
+    """Return one row per value. The second row is named `<name> 2`, and so on."""
     rows: dict[str, Any] = {}
     for number, value in enumerate(values, 1):
         rows[name if number == 1 else f"{name} {number}"] = value

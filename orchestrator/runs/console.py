@@ -1,7 +1,7 @@
-"""Prints what happens while a run trains: one line per logged step, and the messages of events.
+"""Prints the progress of a run: one line per logged step, and the messages of events.
 
-The console reads the files of the run folder, so what is printed is what was recorded. Only a full
-disk leaves no trace in these files; the console checks for it itself.
+The console reads the files of the run folder, so it prints what was recorded. A full disk cannot be
+recorded there, so the console checks for it itself.
 """
 
 import os
@@ -23,7 +23,7 @@ class Console:
         folder: Folder of the run.
         max_steps: Last step of the run.
         tokens_per_step: Tokens of one update, for the time that remains.
-        interval_s: Pause between two looks at the files.
+        interval_s: Pause between two reads of the files.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class Console:
     def _follow(self) -> None:
         done = False
         while not done:
+            # One more pass after the end prints the last lines.
             done = self._done.wait(self.interval_s)
-            # Also once after the end, for what was written last.
             self._print_if_disk_is_full()
             self._print_events()
             self._print_lines()
@@ -86,7 +86,7 @@ class Console:
 
 
 def _is_disk_full(folder: RunFolder) -> bool:
-    """Return whether nothing can be written there; False if the file system does not tell."""
+    """Return whether the disk is full; False if the file system does not report its free space."""
     try:
         disk = os.statvfs(folder.path)
     except OSError:
@@ -99,7 +99,7 @@ def _is_disk_full(folder: RunFolder) -> bool:
 
 
 def _identity(line: Line) -> tuple[int, int]:
-    """Return what tells two lines apart.
+    """Return a key that differs between any two lines.
 
     A resumed attempt trains some steps again, so the step is not enough. Two lines may have the
     same millisecond, and the clocks of two nodes differ, so the timestamp is not enough either.

@@ -19,7 +19,7 @@ MlflowStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 @dataclass(frozen=True)
 class _Report:
-    """What the shell and MLflow are told about one kind of ending."""
+    """Exit status and MLflow status for one kind of ending."""
 
     exit_status: int
     mlflow_status: MlflowStatus
@@ -60,7 +60,7 @@ class Ending:
 
     @property
     def exit_status(self) -> int:
-        """Exit status of a driver whose run ended like this."""
+        """Exit status of the driver."""
         return _REPORTS[self.kind].exit_status
 
     @property
@@ -95,7 +95,7 @@ class Ending:
 
 
 def _kind_before_endings(stored: Mapping[str, Any]) -> Kind:
-    """Return the kind for a file of an earlier version, which has flags or `outcome` instead."""
+    """Return the kind in a file of an earlier version, which has flags or `outcome` instead."""
     if "outcome" in stored:
         return stored["outcome"]
     if stored.get("again"):

@@ -1,10 +1,10 @@
-"""Events of a run, events.jsonl: what happened besides its steps.
+"""Events of a run other than its steps, events.jsonl.
 
     {"time": "2026-11-27T05:00:00+00:00", "kind": "checkpoint_damaged", "message": "…", "step": 40}
 
-An event is what a person may want to know later: a damaged checkpoint that was skipped, a hang, an
-update that was not applied, a full disk. Any process of the run may append. The console prints the
-messages; MLflow gets the file, and the number of events of each kind as tags.
+Events are, for example, a damaged checkpoint that was skipped, a hang, an update that was not
+applied, or a full disk. Any process of the run may append. The console prints the messages. MLflow
+gets the file, and the number of events of each kind as tags.
 """
 
 import json
@@ -19,7 +19,7 @@ Event = dict[str, Any]  # time, kind and message; more for some kinds
 
 
 def note(folder: RunFolder, kind: str, message: str, **facts: Any) -> Event:
-    """Append an event and return it. If that is not possible, for example on a full disk, print it.
+    """Append an event and return it. If it cannot be written, for example on a full disk, print it.
 
     Args:
         folder: Folder of the run or the sweep.

@@ -1,4 +1,4 @@
-"""What MLflow is told about a run: fields, model size, dataset, sources; without secrets."""
+"""Facts about a run for MLflow: fields, model size, dataset, sources; without secrets."""
 
 import functools
 from pathlib import Path
@@ -38,9 +38,9 @@ def facts_of(
     """Return params, tags and dataset of an experiment.
 
     Args:
-        experiment: What is trained.
-        dataset: What it is trained on.
-        script: The command, which MLflow shows as the source.
+        experiment: The experiment.
+        dataset: The dataset for it.
+        script: The command; MLflow shows it as the source.
     """
     params = experiment.flat()
     for name, value in model_facts(experiment, dataset.tokenizer["n_vocab"]).items():
@@ -56,7 +56,7 @@ def facts_of(
     tokens = {f"{name}_tokens": split.tokens for name, split in dataset.splits.items()}
     return {
         "params": redact({key: value for key, value in params.items() if value is not None}),
-        "tags": redact(source_tags(_own_sources(), script, ray_job_id=layout.job_id())),
+        "tags": redact(source_tags(own_sources(), script, ray_job_id=layout.job_id())),
         "dataset": redact(described) | tokens,
     }
 
@@ -70,8 +70,8 @@ def _corpus_names(experiment: Experiment) -> str:
 
 
 @functools.cache
-def _own_sources() -> Sources:
-    """Ask git only once for all trials of a sweep."""
+def own_sources() -> Sources:
+    """Return which code this process runs. Git is called once, also for a sweep of many trials."""
     return source_facts(REPOSITORY)
 
 

@@ -24,7 +24,7 @@ RESERVE_BYTES = 128 * 1024  # enough for stopped.json with the tracebacks of all
 
 
 class RunFacts(TypedDict, total=False):
-    """What MLflow is told about a run."""
+    """Facts about a run for MLflow."""
 
     params: dict[str, Any]
     tags: dict[str, str]
@@ -102,7 +102,7 @@ class RunFolder:
         return self.path / f"metrics.aside-{number:04d}-from-{first_step}.jsonl"
 
     def aside_files(self) -> list[Path]:
-        """All aside files in no order; see `journal.asides`."""
+        """All aside files, unsorted; see `journal.asides`."""
         return list(self.path.glob("metrics.aside-*.jsonl"))
 
     def checkpoint(self, step: int) -> Path:
@@ -116,7 +116,7 @@ class RunFolder:
     # ---- start of an attempt ----
 
     def begin_attempt(self, experiment: Experiment, record: RunRecord) -> None:
-        """Store what this attempt trains, and remove the records of how the last one ended."""
+        """Store experiment.yaml and run.json of an attempt. Remove the ending of the last one."""
         # run.json first. In the other order, a kill between the two writes would leave a new
         # experiment with the MLflow key of the old one.
         write_json(self.run_file, record)
@@ -171,7 +171,7 @@ class RunFolder:
     # ---- end of an attempt ----
 
     def read_ending(self) -> Ending | None:
-        """Read how the run or stage ended; None if it trains, or was killed."""
+        """Read how the run or stage ended; None if it is still training or was killed."""
         for file in (self.result_file, self.ending_file):
             stored = read_json(file)
             if stored is not None:
@@ -179,7 +179,7 @@ class RunFolder:
         return None
 
     def write_ending(self, ending: Ending) -> None:
-        """Write stopped.json, which keeps the workers from being started again."""
+        """Write stopped.json. After that, the workers are not started again."""
         text = json.dumps(ending.to_json(), indent=1)
         try:
             write_atomically(self.ending_file, text)
@@ -194,7 +194,10 @@ class RunFolder:
             os.replace(self.reserve_file, self.ending_file)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json. A full disk is reported and does not hide why the run ended."""
+        """Write summary.json. On a full disk, print a message instead of raising.
+
+        The driver can then still print how the run ended.
+        """
         try:
             write_json(self.summary_file, summary)
         except OSError as error:
@@ -203,8 +206,9 @@ class RunFolder:
             print(f"{self.summary_file}: not written: {error.strerror}", file=sys.stderr)
 
     def read_failures(self) -> list[str]:
-        """Tracebacks of all ranks, oldest first: the later ones are often only consequences."""
-        files = sorted(self.path.glob("failure-rank*.txt"), key=_modified)
+        """Tracebacks of all ranks, oldest first: the first failure often causes the others."""
+        found = self.path.glob("failure-rank*.txt")
+        files = sorted(found, key=lambda file: file.stat().st_mtime_ns)
         return [file.read_text("utf-8") for file in files]
 
     # ---- folder of a trial ----
@@ -236,12 +240,8 @@ class SweepFolder(RunFolder):
         return [RunFolder(path) for path in sorted((self.path / "stages").glob("*"))]
 
     def trial(self, name: str) -> RunFolder:
-        """Folder of a trial, with the layout of a lone run."""
+        """Folder of a trial; it has the layout of a lone run."""
         return RunFolder(self.path / "trials" / name)
-
-
-def _modified(file: Path) -> int:
-    return file.stat().st_mtime_ns
 
 
 def _replace_symlink(path: Path, target: Path) -> None:

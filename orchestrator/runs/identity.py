@@ -1,4 +1,4 @@
-"""Whether an experiment may go on in a run folder, and what makes two experiments the same run.
+"""Decides whether an experiment may continue in a run folder: whether it is still the same run.
 
 A field is either free or a part of the identity. A free field may change between two attempts of
 the same run. A changed identity field would give other weights, so it is refused under the same
@@ -17,7 +17,7 @@ from orchestrator.errors import UserError
 from orchestrator.runs import stop
 from orchestrator.runs.folder import RunFacts, RunFolder, RunRecord
 
-# These change only the order of the same additions; `train.allow_drift` permits that.
+# Fields that change only the order of additions; `train.allow_drift` permits that.
 DRIFT = ("train.micro_batch_size", "train.reduction_slots", "train.compile")
 
 
@@ -31,8 +31,8 @@ def check_resumable(
 
     Args:
         folder: Folder of the run.
-        experiment: What should be trained.
-        dataset: What it should be trained on.
+        experiment: The experiment that should continue.
+        dataset: The dataset that it should be trained on.
         warn: Called with a message for each damaged checkpoint that is skipped.
 
     Raises:
@@ -69,17 +69,17 @@ def _refusal(folder: RunFolder, differences: list[str], only_drift: bool) -> str
 
 
 def identity_differences(stored: Experiment, wanted: Experiment, step: int) -> list[str]:
-    """Return one line per identity field that differs, and why `train.max_steps` may not change.
+    """Return one line per identity field that differs, and a line if `max_steps` may not change.
 
     Args:
         stored: Experiment that trained the first `step` updates.
-        wanted: Experiment that should go on.
+        wanted: Experiment that should continue.
         step: Number of updates that are done.
     """
     before = _identity_fields(stored)
     now = _identity_fields(wanted)
     if stored.schedule.decay_steps == wanted.schedule.decay_steps:
-        # `null` in both: it follows max_steps, which is compared below.
+        # `null` in both means max_steps, which is compared below.
         before["schedule.decay_steps"] = now["schedule.decay_steps"] = None
     lines = [
         f"{key}: {before[key]!r} there, {now[key]!r} here"
@@ -93,10 +93,10 @@ def identity_differences(stored: Experiment, wanted: Experiment, step: int) -> l
 def _identity_fields(experiment: Experiment) -> dict[str, Any]:
     """Return the fields that decide the weights, with their defaults filled in."""
     fields = {key: value for key, value in experiment.flat().items() if not key.startswith(FREE)}
-    # A corpus may move: its tokens are compared instead.
+    # The files of a corpus may move, so its tokens are compared instead.
     del fields["data.corpus"]
     del fields["data.text_field"]
-    # `null` and the number that it stands for are the same.
+    # `null` is the same as the number that it stands for.
     fields["train.reduction_slots"] = experiment.slots
     decay_steps = experiment.schedule.decay_steps or experiment.train.max_steps
     fields["schedule.decay_steps"] = decay_steps
@@ -134,12 +134,14 @@ def _first_changed_rate(stored: Experiment, wanted: Experiment, step: int) -> in
 def begin_attempt(
     folder: RunFolder, experiment: Experiment, facts: RunFacts, attempt: dict[str, Any]
 ) -> None:
-    """Store what this attempt trains; an experiment that starts over becomes another tracked run.
+    """Store the experiment of an attempt in the run folder.
+
+    Another experiment that starts from step 0 becomes a new MLflow run.
 
     Args:
         folder: Folder of the run.
-        experiment: What is trained.
-        facts: What the tracking server is told.
+        experiment: The experiment to train.
+        facts: Facts for MLflow.
         attempt: Layout, first step and free fields of this start of the workers.
     """
     record = folder.read_record()

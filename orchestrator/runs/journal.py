@@ -3,7 +3,7 @@
     {"step": 10, "timestamp": 1764012345678, "train/loss": 3.21, "optim/lr": 0.001}
 
 `step` counts the updates done. `timestamp` is in milliseconds and never changes: MLflow stores a
-line that it receives twice only once. Rank 0 appends; console, tracking and reports read.
+line only once, also if it receives it twice. Rank 0 appends; console, tracking and reports read.
 
 A resumed run moves the lines after its checkpoint into an aside, metrics.aside-<number>-from-
 <step>.jsonl. They are kept because MLflow may have received them.
@@ -84,16 +84,16 @@ class Journal:
             )
 
     def write(self, line: Line) -> None:
-        """Write a line that has its timestamp already.
+        """Write a line that already has a timestamp.
 
         Raises:
-            OSError: For example, the disk is full. The journal is as before.
+            OSError: For example, the disk is full. The journal has not changed.
         """
         data = _encode(line)
         with open(self.file, "ab", buffering=0, opener=files.opener) as file:
             start = file.seek(0, os.SEEK_END)
             if file.write(data) != len(data):
-                # A full disk takes a part of the line. The next line must not follow it directly.
+                # On a full disk, a part of the line was written. Remove it before the next line.
                 file.truncate(start)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.file))
 
@@ -102,8 +102,8 @@ class Journal:
 
         Args:
             step: The last step whose line stays.
-            reduce: Maps the line at `step` to the part of it that stays (None: nothing). A line
-                that this changes is also kept in the aside as it was.
+            reduce: Maps the line at `step` to the part of it that stays (None: nothing). If the
+                two differ, the aside gets the whole line.
 
         Returns:
             The number of lines in the aside; 0 if there was nothing to move.
@@ -120,8 +120,8 @@ class Journal:
                 if kept is not None:
                     remaining.append(_encode(kept))
         if archived:
-            # The name has the step, because the lines do not tell it: if the intervals change,
-            # other steps are logged after the resume than before.
+            # The name has the first step that is trained again. The lines do not tell it: if the
+            # intervals change, the resumed run logs other steps.
             aside = self.folder.aside_file(generation(self.folder), max(step, -1) + 1)
             write_atomically(aside, b"".join(archived), durable=True)
         if self.file.exists():
@@ -153,10 +153,10 @@ def _kept_part(line: Line, step: int, reduce: Callable[[Line], Line | None] | No
 
 
 def by_interval(line: Line, log_interval: int | None, eval_interval: int | None) -> Line | None:
-    """Return the line that a run which does not end at this step writes; None if it writes none.
+    """Remove the metrics that only the last step of a run logs; None if no metric remains.
 
     Args:
-        line: A line that may have metrics which only the end of the run requires.
+        line: A line that was perhaps written at the end of a run.
         log_interval: `train.log_interval` of the run.
         eval_interval: `train.eval_interval` of the run.
     """
@@ -193,22 +193,22 @@ def last(folder: RunFolder) -> Line | None:
 def sync(folder: RunFolder) -> None:
     """Force the journal to disk.
 
-    A power failure must not remove a line of a step that is not trained again after a resume, or
-    one that MLflow has received.
+    A power failure must not remove lines that MLflow has received, or lines of steps before a
+    checkpoint: these steps are not trained again.
     """
     with contextlib.suppress(FileNotFoundError):
         fsync(folder.journal_file)
-        fsync(folder.path)  # after a resume the name stands for another file
+        fsync(folder.path)  # a resume may have replaced the file
 
 
 class Tail:
     """Follows a growing journal and reads each line once.
 
-    A resume replaces the file. All lines that remained are then returned again; the caller knows
-    them by their timestamps.
+    A resume replaces the file. `poll` then returns all its lines again; the caller can recognize
+    known lines by step and timestamp.
 
     Attributes:
-        inode: Identifies the file that is read; None before the first line.
+        inode: Identifies the open file; None before the file exists.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -273,7 +273,7 @@ def asides(folder: RunFolder) -> list[Aside]:
 
 
 def generation(folder: RunFolder) -> int:
-    """Return how often lines were moved into an aside, which is the number of the next one."""
+    """Return the number of the next aside: how often a resume has moved lines."""
     found = asides(folder)
     return found[-1].number + 1 if found else 0
 
@@ -283,7 +283,7 @@ def _encode(line: Line) -> bytes:
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    """Return the lines without their newlines. What follows the last newline is incomplete."""
+    """Return the complete lines, without their newlines."""
     try:
         data = files.read_bytes(path)
     except FileNotFoundError:

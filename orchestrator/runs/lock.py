@@ -1,8 +1,8 @@
 """Locks in a run folder: one driver, one writing worker and one sender to MLflow at a time.
 
-A lock is the kernel's (flock), so it is released when its holder ends, also if the holder is
-killed or its machine fails. The file holds the name of the holder. A holder that ends in good
-order removes the name, so a name in a free lock tells that the last holder was killed.
+The locks are kernel locks (flock): a lock is released when its holder ends, also if the holder is
+killed or its machine fails. The file contains the name of the holder, which a holder that ends
+normally removes. A name in a free lock therefore means that the last holder was killed.
 
 This module imports nothing heavy: a second job is refused before torch is imported.
 """
@@ -21,7 +21,7 @@ from orchestrator import files
 from orchestrator.errors import HeldError
 from orchestrator.runs.folder import RunFolder
 
-PROBE_S = 0.5  # `check` holds a lock for microseconds: wait for that
+PROBE_S = 0.5  # long enough for `check`, which holds a lock for microseconds
 RETRY_S = 0.1
 
 
@@ -59,11 +59,11 @@ def check(folder: RunFolder) -> None:
             if not _try_lock(file, fcntl.LOCK_SH):
                 raise _held_error(folder.driver_lock, file)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return  # no run yet, or one that another user may read but not lock
+        return  # no run yet, or a lock that this user may not open
 
 
 def _acquire(path: Path, deadline: float) -> TextIO:
-    """Return the open and locked file; the lock is held until the file is closed."""
+    """Return the open, locked file. Closing it releases the lock."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Another process may remove the folder now, if it created it and wrote nothing else. Then
@@ -84,7 +84,7 @@ def _is_at(path: Path, file: TextIO) -> bool:
 
 
 def _try_lock(file: TextIO, kind: int) -> bool:
-    """Lock the file; False if another process holds a lock. Other errors are the file system's."""
+    """Lock the file. Return False if another process holds a lock."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -93,7 +93,7 @@ def _try_lock(file: TextIO, kind: int) -> bool:
 
 
 def _remove_unused(file: Path, created: list[Path]) -> None:
-    """Remove the folders that we created if they have nothing but the lock."""
+    """Remove the folders that we created if they contain only the lock."""
     with contextlib.suppress(OSError):
         if os.listdir(file.parent) == [file.name]:
             file.unlink()
@@ -111,7 +111,7 @@ def _read_name(file: TextIO) -> str | None:
 
 
 def _write_name(file: TextIO, name: str) -> None:
-    # Only people read the name. On a full disk the lock works without one.
+    # The name is only for messages. On a full disk, the lock works without it.
     with contextlib.suppress(OSError):
         file.truncate(0)
         file.write(name)

@@ -14,10 +14,10 @@ class Metric:
         unit: Unit of the value; "" for a number without one.
         meaning: One line for people.
         interval: Logged every `train.log_interval` or every `train.eval_interval` steps.
-        exact: True if a resumed run and any number of workers give the same bits. False for what
-            depends on the machine or on when the run was stopped.
-        ranks_checkpoints: True if MLflow gets the value also with the checkpoint of its step, so
-            that checkpoints can be sorted by it.
+        exact: True if a resumed run and any number of workers give the same bits. False if the
+            value depends on the machine or on when the run was stopped.
+        ranks_checkpoints: True if MLflow also gets the value for the checkpoint of its step, so
+            that it can sort checkpoints by it.
     """
 
     name: str
@@ -71,7 +71,7 @@ METRICS = {metric.name: metric for metric in _EXACT_LOGGED + _EVALUATED + _MEASU
 
 
 def of(name: str) -> Metric:
-    """Return the entry of a metric; for a name that is not in the table, one that is not exact."""
+    """Return the entry of a metric. A name that is not in the table gets an entry, not exact."""
     return METRICS.get(name) or Metric(name, "", "")
 
 

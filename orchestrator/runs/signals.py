@@ -1,7 +1,7 @@
 """SIGTERM and Ctrl-C in a driver.
 
-Ctrl-C (SIGINT) ends a run at once. SIGTERM comes before a machine or a job is taken away: the run
-saves a checkpoint and ends, if that takes only a few seconds, and can be continued later.
+Ctrl-C (SIGINT) ends a run at once. SIGTERM comes before a machine or a job is removed: the run
+saves a checkpoint if that takes only a few seconds, ends, and can be continued later.
 
 Order of use: `sigterm_interrupts` around the whole command, `while_ray_starts` around `ray.init`,
 `asking_to_stop` around the training, then `let_end` until the process exits.
@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 from orchestrator.runs.ending import Ending
 
 EXIT_WAIT_S = 60.0  # longest time to wait for a tracking server
-# Time between SIGTERM and SIGKILL if nothing else is known: as on Kubernetes and spot instances.
+# Time between SIGTERM and SIGKILL on Kubernetes and spot instances.
 NOTICE_S = 30.0
 RAY_JOB_NOTICE_S = 3.0  # default of `ray job stop`
-LAST_WORDS_S = 5.0  # part of the notice for the summary and the tracking server
+ENDING_S = 5.0  # time reserved after training for the summary and the tracking server
 
 _sigterm_times: list[float] = []  # time.monotonic() of each SIGTERM
 
@@ -32,9 +32,8 @@ class Terminated(BaseException):
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """Raise `Terminated` if SIGTERM comes inside the block."""
-    before = signal.getsignal(signal.SIGTERM)
     _sigterm_times.clear()
-    _install_handler()
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     except KeyboardInterrupt:
@@ -47,10 +46,10 @@ def sigterm_interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def while_ray_starts() -> Iterator[None]:
-    """Handle signals while `ray.init` runs, which installs a handler of its own.
+    """Handle signals while `ray.init` runs, which installs its own handler.
 
     Ray's handler raises SystemExit. If that happens while the process forks, Python drops the
-    exception. The pipe below receives every signal, whatever handles it, so none is lost.
+    exception. The pipe below receives every signal, also if another handler is installed.
 
     Raises:
         Terminated: SIGTERM came.
@@ -65,7 +64,7 @@ def while_ray_starts() -> Iterator[None]:
     try:
         yield
     finally:
-        _install_handler()
+        signal.signal(signal.SIGTERM, _interrupt)
         sys.unraisablehook = hook_before
         signal.set_wakeup_fd(pipe_before)
         os.close(write_end)
@@ -80,7 +79,7 @@ def while_ray_starts() -> Iterator[None]:
 def _without_exits(
     hook: Callable[["sys.UnraisableHookArgs"], object],
 ) -> Callable[["sys.UnraisableHookArgs"], object]:
-    """Return a hook for dropped exceptions that prints no traceback for those of a signal."""
+    """Return a hook for dropped exceptions that ignores exceptions of signal handlers."""
 
     def report(dropped: "sys.UnraisableHookArgs") -> None:
         if not isinstance(dropped.exc_value, SystemExit | KeyboardInterrupt):
@@ -102,7 +101,7 @@ def asking_to_stop(request_stop: Callable[[], None]) -> Iterator[None]:
         _sigterm_times.append(time.monotonic())
         signal.signal(signal.SIGALRM, _interrupt)
         signal.setitimer(signal.ITIMER_REAL, stop_wait_s())
-        # If the file system does not answer, the alarm ends the block.
+        # If the request cannot be written, the alarm ends the block.
         with contextlib.suppress(OSError):
             request_stop()
 
@@ -115,7 +114,7 @@ def asking_to_stop(request_stop: Callable[[], None]) -> Iterator[None]:
 
 
 def let_end() -> None:
-    """Ignore SIGTERM and Ctrl-C from now on. What remains takes a limited time."""
+    """Ignore SIGTERM and Ctrl-C from now on. The rest of the command takes a limited time."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _do_nothing)
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -123,7 +122,7 @@ def let_end() -> None:
 
 @contextlib.contextmanager
 def ending_on_ctrl_c() -> Iterator[None]:
-    """End the block, and nothing else, if Ctrl-C comes. For use after `let_end`."""
+    """If Ctrl-C comes, end only this block. For use after `let_end`."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -147,7 +146,7 @@ def notice_s() -> float:
 
 def stop_wait_s() -> float:
     """Return how long the last step and its checkpoint may take after SIGTERM."""
-    return max(1.5, notice_s() - LAST_WORDS_S)
+    return max(1.5, notice_s() - ENDING_S)
 
 
 def tracking_wait_s(ending: Ending) -> float:
@@ -158,14 +157,10 @@ def tracking_wait_s(ending: Ending) -> float:
     return min(EXIT_WAIT_S, max(1.0, notice_s() - spent - 1))
 
 
-def _install_handler() -> None:
-    signal.signal(signal.SIGTERM, _interrupt)
-
-
 def _interrupt(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _sigterm_times.append(time.monotonic())
-    # While Ray waits, it lets no exception of a handler through but this one.
+    # While Ray waits, it suppresses all other exceptions of a handler.
     raise KeyboardInterrupt
 
 

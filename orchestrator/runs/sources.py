@@ -1,4 +1,4 @@
-"""Sources of a run: the commit, or a hash of the Python files, as MLflow shows them."""
+"""Which code a run used, for MLflow: the commit, and a hash of the Python files."""
 
 import getpass
 import hashlib
@@ -23,15 +23,15 @@ class Sources(TypedDict):
 def source_facts(directory: Path) -> Sources:
     """Return which code is in `directory`.
 
-    ESPALIER_GIT_COMMIT and ESPALIER_GIT_DIRTY are set where a job is submitted. They take
-    precedence, because the copy that Ray ships has no repository.
+    ESPALIER_GIT_COMMIT and ESPALIER_GIT_DIRTY take precedence. `make submit` sets them, because the
+    copy that Ray ships has no repository.
     """
     sources = Sources(commit=UNKNOWN, dirty=None, sources_sha256=sources_sha256(directory))
     submitted = os.environ.get("ESPALIER_GIT_COMMIT")
     if submitted:
         dirty = os.environ.get("ESPALIER_GIT_DIRTY", "").lower() in ("1", "true", "yes")
         return {**sources, "commit": submitted, "dirty": dirty}
-    # A copy inside a folder of another repository is not that repository's commit.
+    # If another repository contains this copy, its commit is not ours.
     if not _git(directory, "ls-files", "--", *PACKAGES):
         return sources
     commit = _git(directory, "rev-parse", "HEAD")
@@ -57,7 +57,7 @@ def sources_sha256(directory: Path) -> str:
 def source_tags(
     sources: Sources, script: str = "pipelines/train.py", ray_job_id: str | None = None
 ) -> dict[str, str]:
-    """Return the tags in which MLflow's pages look for the source of a run."""
+    """Return tags about the sources, under the names that MLflow's pages read."""
     tags = {
         "mlflow.source.name": script,
         "mlflow.source.type": "JOB",
@@ -89,5 +89,5 @@ def _git(directory: Path, *words: str) -> str:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # in a container, a user id need not have a name
+    except (KeyError, OSError):  # in a container, the user may have an id but no name
         return UNKNOWN

@@ -1,7 +1,7 @@
-"""Asks a run to stop: a file in its folder that rank 0 looks at.
+"""Asks a run to stop, with a file in its folder that rank 0 reads.
 
-Within some tenths of a second the `Listener` of rank 0 is true. The request then travels with the
-gradient, so that all ranks stop after the same step and save a checkpoint.
+The `Listener` of rank 0 finds the file within a few tenths of a second. The request is then sent
+with the gradient, so that all ranks stop after the same step and save a checkpoint.
 """
 
 import json
@@ -11,12 +11,12 @@ import threading
 from orchestrator import files
 from orchestrator.runs.folder import RunFolder
 
-FILE_BYTES = 1024  # fixed: the file is overwritten in place, which also works on a full disk
+FILE_BYTES = 1024  # always the same size: overwriting in place also works on a full disk
 POLL_S = 0.1
 
 
 def request(folder: RunFolder, reason: str) -> None:
-    """Ask the run to stop after its current step; if it does not train now, after its next one."""
+    """Ask the run to stop after its current step, or after its next one if it is not training."""
     _write(folder, json.dumps({"reason": reason}))
 
 
@@ -49,7 +49,7 @@ def _write(folder: RunFolder, text: str) -> None:
 
 
 class Listener:
-    """Looks for a request in a thread, so that training never waits for the file system.
+    """Reads the file in a thread, so that training never waits for the file system.
 
     Calling the listener returns whether the run should stop.
     """

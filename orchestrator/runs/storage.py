@@ -37,7 +37,7 @@ def run_folder(experiment: Experiment) -> RunFolder:
 
 
 def check_writable(storage: Path) -> None:
-    """Raise UserError if nothing can be written to the storage. Nothing is created."""
+    """Raise UserError if the storage is not writable. Nothing is created."""
     existing = storage
     while not existing.exists():
         existing = existing.parent

@@ -9,7 +9,7 @@ from orchestrator.runs.folder import RunFolder
 
 
 class Summary(TypedDict, total=False):
-    """Content of summary.json; values that are not known are None."""
+    """Content of summary.json; unknown values are None."""
 
     status: str  # MLflow's: FINISHED, FAILED or KILLED
     exit_status: int
@@ -39,8 +39,8 @@ def summarize(
 
     Args:
         folder: Folder of the run.
-        ending: How the run ended. Only the weights of a finished run are hashed: a job that is
-            stopped has 3 s before SIGKILL.
+        ending: How the run ended. Only the weights of a finished run are hashed: a Ray job that
+            is stopped has 3 s before SIGKILL.
         tokens_per_step: Tokens of one update.
         mlflow_run_id: None if the tracking server has not answered.
         wall_s: Seconds since the workers were started.
@@ -82,7 +82,7 @@ def last_value(lines: list[dict[str, Any]], metric: str) -> float | None:
 
 
 def _tokens_per_sec(lines: list[dict[str, Any]], tokens_per_step: int) -> float | None:
-    """Return the mean speed; the first log window is left out because it includes the warm-up."""
+    """Return the mean speed without the first log window, which includes the warm-up."""
     seconds = [line["perf/step_time_s"] for line in lines if "perf/step_time_s" in line]
     seconds = seconds[1:] or seconds
     if not seconds:

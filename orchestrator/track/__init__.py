@@ -1,10 +1,10 @@
 """Shows runs and sweeps in MLflow.
 
-Training writes only to the run folder. A thread of the driver reads that folder and sends what
-MLflow does not have yet, so training never waits for a server. tracking.json stores what was sent.
+Training writes only to the run folder. A thread of the driver reads this folder and sends what
+MLflow does not have, so training never waits for a server. tracking.json stores what was sent.
 
 Public names: `mlflow.Tracker` and `sweep.SweepTracker` send while a run or a sweep goes on.
-`mlflow.resend_metrics` and `sweep.resend_sweep_metrics` send later what a server did not receive.
+`mlflow.resend_metrics` and `sweep.resend_sweep_metrics` send later what the server did not receive.
 `server.resolve_uri` finds the server.
 
 Start reading at `mlflow.Projection.send`. `outbox.MetricQueue` decides which values are sent, and

@@ -9,27 +9,27 @@ from orchestrator.track.outbox import file_mark
 
 
 def send_changed(tracked: MlflowRun, paths: list[Path], sent: dict[str, str]) -> None:
-    """Send the texts and figures that have changed. Secrets are removed from texts.
+    """Send the texts and figures that have changed, texts without secrets.
 
-    Files that do not exist, symlinks, pipes and devices are skipped.
+    Missing files, symlinks, pipes and devices are skipped.
 
     Args:
         tracked: The run.
         paths: Files in its folder.
-        sent: Marks of the files that were sent: `tracked.sent.samples`, or `documents`.
+        sent: Marks of the files that were sent: `tracked.sent.samples` or `tracked.sent.documents`.
     """
     run_id = tracked.sent.run_id
     for path in paths:
         artifact = path.relative_to(tracked.folder.path).as_posix()
         name = path.name if sent is tracked.sent.samples else artifact
-        # Before the file is read: a change after this moment gives another mark.
+        # The mark is taken before the file is read: a later change then gives another mark.
         mark = file_mark(path)
         if mark is None or not files.is_plain(path) or sent.get(name) == mark:
             continue
         if path.suffix == ".png":
             tracked.client.log_artifact(run_id, str(path), path.parent.name)
         else:
-            # Damaged UTF-8 must not keep the other files back.
+            # Damaged UTF-8 must not prevent that the other files are sent.
             text = files.read_bytes(path).decode("utf-8", "replace")
             tracked.client.log_text(run_id, redact_text(text), artifact)
         sent[name] = mark

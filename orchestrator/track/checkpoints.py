@@ -1,4 +1,4 @@
-"""Checkpoints as logged models of MLflow, by reference: no tensor is copied."""
+"""Registers checkpoints as logged models of MLflow: only their paths, no tensors."""
 
 import re
 import tempfile
@@ -11,7 +11,7 @@ from orchestrator.track.outbox import Sent, SentCheckpoint
 
 
 def send(tracked: MlflowRun) -> None:
-    """Register new checkpoints, add the losses of their steps, and mark those that were removed."""
+    """Register new checkpoints, add the losses of their steps, and mark removed checkpoints."""
     sent = tracked.sent
     digests = contents.checkpoints(tracked.folder)
     for name, digest in digests.items():
@@ -20,10 +20,10 @@ def send(tracked: MlflowRun) -> None:
             sent.checkpoints[name] = SentCheckpoint(model_id, digest, measured=False)
             tracked.save()
         elif sent.checkpoints[name].sha256 != digest:
-            # The step was repeated after a resume.
+            # A resumed run has repeated the step.
             tags = _reference(tracked, name, digest) | {"checkpoint.removed": "false"}
             _update(tracked, name, digest, tags)
-        # The losses must be those of the curve, so they follow it.
+        # The losses are those of the curve, so they are sent after it.
         is_logged = sent.sent_step >= contents.step_of(name)
         if is_logged and not sent.checkpoints[name].measured:
             _add_losses(tracked, name)
@@ -33,9 +33,9 @@ def send(tracked: MlflowRun) -> None:
 
 
 def measure_again(sent: Sent, step: int) -> None:
-    """Forget that the losses of checkpoints after `step` were added.
+    """Let the losses of checkpoints after `step` be sent again.
 
-    A run that resumed from `step` may have logged more metrics when it repeated the later steps.
+    A run that resumed from `step` may have logged more metrics for the repeated steps.
     """
     for name, known in sent.checkpoints.items():
         if contents.step_of(name) > step:
@@ -50,7 +50,7 @@ def _update(tracked: MlflowRun, name: str, digest: str | None, tags: dict[str, s
 
 
 def _reference(tracked: MlflowRun, name: str, digest: str) -> dict[str, str]:
-    """Return tags with place and content of the checkpoint."""
+    """Return tags with the path and hash of the checkpoint."""
     # In the folder of a trial, `checkpoints` is a symlink to those of a stage.
     path = (tracked.folder.checkpoints / name).resolve()
     return {"checkpoint.sha256": digest, "checkpoint.uri": str(path)}
@@ -89,7 +89,7 @@ def _register(tracked: MlflowRun, name: str, digest: str) -> str:
 
 
 def _add_losses(tracked: MlflowRun, name: str) -> None:
-    """Add the losses of its step to a checkpoint, so that MLflow can rank checkpoints."""
+    """Add the losses of its step to a logged model, so that MLflow can rank checkpoints."""
     from mlflow.entities import Metric
 
     sent = tracked.sent

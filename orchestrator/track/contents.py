@@ -1,4 +1,4 @@
-"""What a run folder holds for MLflow, in the form that MLflow stores. Imports no mlflow."""
+"""Converts the content of a run folder to the form that MLflow stores. Imports no mlflow."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ from orchestrator.runs.folder import RunFolder, RunRecord
 TAG_LENGTH = 8000
 PARAM_LENGTH = 6000
 DIGEST_LENGTH = 36
-NOT_IN_TAGS = re.compile(r"[^\w./ -]")  # characters that it rejects in the name of a tag
+NOT_IN_TAGS = re.compile(r"[^\w./ -]")  # characters that MLflow rejects in the name of a tag
 
 
 def params(record: RunRecord) -> dict[str, str]:
@@ -32,14 +32,14 @@ def params(record: RunRecord) -> dict[str, str]:
 def tags(folder: RunFolder, record: RunRecord, fixed: dict[str, str]) -> dict[str, str]:
     """Return the tags of the run, without secrets.
 
-    They are those of run.json, what differs between attempts, the number of events of each kind,
-    and the result of the last replay.
+    These are the tags in run.json, differences between attempts, the number of events of each
+    kind, and the result of the last replay.
 
     Args:
         folder: Folder of the run.
         record: Content of run.json.
-        fixed: Parameters that MLflow has or gets. It never changes one, so a field that differs in
-            an attempt becomes a tag `attempt.<number>.<field>`.
+        fixed: Parameters that MLflow has or will get. MLflow cannot change a parameter, so a field
+            that differs in an attempt becomes a tag `attempt.<number>.<field>`.
     """
     found = redact(record.get("tags", {}))
     attempts = record.get("attempts", [])
@@ -60,7 +60,7 @@ def tags(folder: RunFolder, record: RunRecord, fixed: dict[str, str]) -> dict[st
 
 
 def _flattened(attempt: dict[str, Any]) -> dict[str, Any]:
-    """Return nested fields as `layout.num_workers`: MLflow filters by the whole value of a tag."""
+    """Return nested fields as fields such as `layout.num_workers`, by which MLflow can filter."""
     flat: dict[str, Any] = {}
     for name, value in attempt.items():
         if isinstance(value, dict):
@@ -98,7 +98,7 @@ def as_text(value: Any) -> str:
 
 
 def started_ms(record: RunRecord) -> int | None:
-    """Return when the first attempt started, in milliseconds; None if run.json does not tell."""
+    """Return when the first attempt started, in milliseconds; None if not known."""
     for attempt in record.get("attempts", [])[:1]:
         if "started" in attempt:
             return round(datetime.fromisoformat(attempt["started"]).timestamp() * 1000)
@@ -123,7 +123,7 @@ def checkpoints(folder: RunFolder) -> dict[str, str]:
     digests = {}
     for step in folder.checkpoint_steps():
         path = folder.checkpoint(step)
-        # The checkpoint may be removed at this moment.
+        # Training may remove the checkpoint at this moment.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, files.NotPlainFileError):
             manifest = files.read_bytes(path / checkpoint_format.MANIFEST)
             digests[path.name] = hashlib.sha256(manifest).hexdigest()

@@ -1,7 +1,7 @@
-"""Shows a run in MLflow while it is trained, and sends later what a server did not receive.
+"""Shows a run in MLflow while it is trained, and sends later what the server did not receive.
 
-The run folder is the only source. Everything may be sent twice: MLflow then stores the same. So no
-value is lost or repeated after a crash, or when two processes send the same folder.
+The run folder is the only source. Everything may be sent twice, because MLflow then stores the
+same. So no value is lost or repeated after a crash, or if two processes send the same folder.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from orchestrator.track.outbox import MetricQueue, file_mark
 from orchestrator.track.sender import RefusedError, Sender
 
 Status = MlflowStatus | Literal["RUNNING"]
-# Error codes of 4xx responses that may be transient: a server out of connections, and a proxy whose
-# server is not up yet.
+# Error codes of 4xx responses that may be transient: from a server that has no free connection, and
+# from a proxy whose server has not started yet.
 TRANSIENT = ("BAD_REQUEST", "ENDPOINT_NOT_FOUND")
 
 
@@ -53,7 +53,7 @@ class Projection(MlflowRun):
         """
         if self.run is None:
             self.attach()
-        # Metrics and status first: users look at them.
+        # Metrics and status first, because users watch them.
         self.send_metrics()
         self._send_record()
         self._send_status(status)
@@ -70,13 +70,13 @@ class Projection(MlflowRun):
         return sorted(self.folder.samples.glob("step-*.txt"))
 
     def _documents(self) -> list[Path]:
-        """Texts and figures that are sent whenever they change; not all need to exist."""
+        """Texts and figures that are sent whenever they change; some may not exist."""
         folder = self.folder
         files = [folder.experiment_file, folder.summary_file, folder.events_file]
         return files + contents.replay_reports(folder)
 
     def send_metrics(self) -> None:
-        """Send the journal lines that are new."""
+        """Send the new lines of the journal."""
         from mlflow.entities import Metric
 
         self.queue.refresh(self.sent)
@@ -94,7 +94,7 @@ class Projection(MlflowRun):
         """Send parameters, tags and dataset that are new or have changed."""
         from mlflow.entities import Param, RunTag
 
-        # Removing secrets from all texts takes tens of milliseconds: only after a change.
+        # Only after a change, because removing secrets from all texts takes tens of milliseconds.
         sources = (self.folder.run_file, self.folder.events_file, self.folder.replays)
         marks = [file_mark(path) for path in sources]
         if marks == self._sent_marks:
@@ -129,7 +129,7 @@ class Projection(MlflowRun):
         self.client.log_inputs(self.sent.run_id, [entry])
 
     def _send_status(self, status: Status | None) -> None:
-        """Set the status, also of a run that had ended and now goes on."""
+        """Set the status, also of a run that had ended and now continues."""
         assert self.run is not None
         info = self.run.info
         ended_ms = None if status == "RUNNING" else contents.ended_ms(self.folder)
@@ -207,13 +207,13 @@ class Tracker:
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """Raise `RefusedError` if the server rejects a request for a reason that is not transient."""
+    """Raise `RefusedError` if the server rejects a request and the reason is not transient."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except MlflowException as error:
-        # From 408 on, timeouts and overload: they may pass.
+        # Codes from 408 on are timeouts and overload, which may be transient.
         is_refusal = 400 <= error.get_http_status_code() < 408
         if is_refusal and error.error_code not in TRANSIENT:
             raise RefusedError(str(error)) from error
@@ -227,16 +227,16 @@ def resend_metrics(
     deadline_s: float = 60,
     tracker_class: type[Tracker] = Tracker,
 ) -> bool:
-    """Send what a run folder has and MLflow does not. Ctrl-C ends the wait.
+    """Send what MLflow does not have of a run folder. Ctrl-C ends the wait.
 
-    The MLflow run gets the status that summary.json has.
+    The MLflow run gets the status in summary.json.
 
     Args:
         folder: Folder of the run.
         uri: Tracking URI.
         experiment_name: Name of the MLflow experiment.
         deadline_s: Seconds to wait for the server.
-        tracker_class: The tracker of this kind of folder.
+        tracker_class: `Tracker`, or `SweepTracker` for the folder of a sweep.
 
     Returns:
         Whether the server has accepted everything.

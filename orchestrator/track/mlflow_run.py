@@ -53,7 +53,7 @@ class MlflowRun:
         self.record = self.folder.read_record() or self.record
         blank = self._nothing_sent()
         stored = Sent.read(self.folder) or blank
-        # Else it was sent to another server, or another run had this name.
+        # Otherwise tracking.json is about another server, or about another run of this name.
         is_same = (stored.uri, stored.key) == (blank.uri, blank.key)
         self.sent = stored if is_same else blank
 
@@ -61,7 +61,7 @@ class MlflowRun:
         """Write tracking.json.
 
         Raises:
-            GivenUpError: The driver no longer waits. Another process may send this folder now.
+            GivenUpError: The driver no longer waits, so another process may send this folder now.
         """
         if self.given_up.is_set():
             raise GivenUpError
@@ -69,7 +69,7 @@ class MlflowRun:
 
     @functools.cached_property
     def client(self) -> "MlflowClient":
-        """MLflow's client. Created on first use, because the import of mlflow takes a second."""
+        """MLflow's client. Created on first use, because importing mlflow takes a second."""
         from mlflow import MlflowClient
 
         database = server.local_path(self.uri)

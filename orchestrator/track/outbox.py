@@ -1,4 +1,4 @@
-"""What a run folder has for MLflow, and what MLflow has accepted. Imports no mlflow."""
+"""Records what MLflow has accepted, and queues the metrics to be sent. Imports no mlflow."""
 
 import math
 from collections.abc import Iterator
@@ -46,13 +46,13 @@ class Sent:
         sent_step: Last step that was sent from the journal. Step 0 is the evaluation before
             training, so -1 means none.
         asides: Number of asides that were sent; see `runs.journal`. `sent_step` refers to the
-            journal as it was after that many resumes.
+            journal after that many resumes.
         checkpoints: Logged models, by name of the checkpoint's folder.
         samples: Mark (see `file_mark`) of each file of generated text, by file name.
         documents: Mark of each other file, by its path in the run folder.
         view: Value of the tag that stores the view of a sweep.
         best: Model id of a sweep's best checkpoint, to which the alias in the registry points.
-        mark: State of a trial's files when all of them were sent.
+        mark: State of a trial's files when they were last sent.
     """
 
     uri: str
@@ -86,7 +86,7 @@ class Sent:
     def write(self, folder: RunFolder) -> None:
         """Replace tracking.json.
 
-        Not forced to disk: after a power failure the same is sent again, which changes nothing.
+        Not forced to disk: after a power failure, values are sent again, which changes nothing.
         """
         files.write_json(folder.tracking_file, asdict(self))
 
@@ -94,7 +94,7 @@ class Sent:
 def file_mark(path: Path) -> str | None:
     """Return size and time of a file or folder, which change if it is written again.
 
-    None if it does not exist.
+    Returns None if it does not exist.
     """
     try:
         stat = path.stat()
@@ -134,11 +134,10 @@ class Batch:
 class MetricQueue:
     """Rows of a run that are still to be sent.
 
-    Each (metric, step) is sent once. After a resume the first value written wins: it may have been
-    sent already, and the value of the repeated step has a later timestamp, which would be a second
-    point for MLflow. Therefore the asides of resumes come first. Then
-    come the lines of the journal after the step from which the run was resumed, without the values
-    that an aside has.
+    Each (metric, step) is sent once. After a resume, the first value written wins: it may have been
+    sent already, and MLflow would show the value of the repeated step as a second point, because
+    its timestamp is later. So the lines of asides are sent first. Then the lines of the journal
+    after the step of the resume are sent, without the values that an aside has.
 
     Args:
         folder: Folder of the run.
@@ -168,7 +167,7 @@ class MetricQueue:
         for line in lines:
             self._add_line(line)
         if self._waiting:
-            # A power failure must not take back what MLflow was told.
+            # A power failure must not remove lines that MLflow has received.
             journal.sync(self.folder)
 
     def batches(self) -> Iterator[Batch]:
@@ -191,8 +190,8 @@ class MetricQueue:
 
     def _read_all(self, sent: Sent) -> list[Line]:
         """Queue the asides that were not sent yet. Return all lines of the journal."""
-        # The journal is read first: a line that a resume moves meanwhile is then read twice. In the
-        # other order it would be missed.
+        # The journal is read first: if a resume moves a line now, it is read twice. In the other
+        # order, it would be missed.
         lines = journal.read(self.folder)
         self._waiting = []
         self._aside_values = set()
@@ -216,8 +215,8 @@ class MetricQueue:
         return lines
 
     def _add_line(self, line: Line) -> None:
-        # A line in both files was just moved, or the resume was killed before it cut the journal.
-        # Its step may be repeated and then log more metrics.
+        # A line is in both files if it was just moved, or if the resume was killed before it cut
+        # the journal. It is skipped: its step may be repeated and then log more metrics.
         is_moved = (line["step"], line["timestamp"]) in self._aside_lines
         if line["step"] <= self._last_step or is_moved:
             return
@@ -232,7 +231,7 @@ class MetricQueue:
 def rows_of(line: Line) -> list[Row]:
     """Return the finite numbers of a journal line.
 
-    MLflow would draw infinity as 1.8e308, which spoils the chart. The journal has all values.
+    MLflow would draw infinity as 1.8e308, which spoils the chart. The journal keeps these values.
     """
     rows = []
     for key, value in line.items():

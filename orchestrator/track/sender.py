@@ -1,4 +1,4 @@
-"""A thread that sends until a server has accepted everything, so that nothing else waits for it."""
+"""A thread that sends until the server has accepted everything. Nothing else waits for a server."""
 
 import logging
 import threading
@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from orchestrator.redact import redact_text
 
-POLL_S = 2.0  # between two attempts while the server can be reached
-PAUSES_S = (1.0, 30.0)  # first and longest pause while it cannot
-WAKE_S = 0.2  # how often `finish` looks whether it should print a message
-QUIET_S = 10.0  # `finish` waits that long without a message
+POLL_S = 2.0  # pause between two attempts if there is no outage
+PAUSES_S = (1.0, 30.0)  # first and longest pause during an outage
+WAKE_S = 0.2  # how often `finish` checks whether to print a message
+QUIET_S = 10.0  # `finish` prints a message after this time
 ERROR_LENGTH = 300  # characters
 log = logging.getLogger(__name__)
 
@@ -24,12 +24,12 @@ class GivenUpError(Exception):
 
 
 class Sender:
-    """Calls `attempt` from a daemon thread until it has succeeded after the end of the run.
+    """Calls `attempt` repeatedly from a daemon thread, until it succeeds after `finish` was called.
 
     Args:
-        attempt: Sends what is missing, or raises. It may be called again after it has sent some or
-            all.
-        name: What is sent and where; opens every message.
+        attempt: Sends what is missing, or raises. It may be called again after it has sent a part
+            or everything.
+        name: What is sent and where: the first words of every message.
 
     Attributes:
         given_up: Set when `finish` returns. An attempt that is still running should stop.
@@ -56,15 +56,15 @@ class Sender:
         self._is_last = True
         self._wake.set()
         deadline = time.monotonic() + deadline_s
-        is_told = False
+        has_printed = False
         try:
             while True:
                 left = deadline - time.monotonic()
                 if left <= 0 or self._ended.wait(min(left, WAKE_S)):
                     break
                 waits_long = self._is_away or deadline_s - left > QUIET_S
-                if waits_long and left > 1 and not is_told:
-                    is_told = True
+                if waits_long and left > 1 and not has_printed:
+                    has_printed = True
                     self._print_wait(left)
         finally:
             self.given_up.set()
@@ -85,7 +85,7 @@ class Sender:
 
     def _try_once(self) -> bool:
         """Make one attempt. Return whether another one should follow after the pause."""
-        # Read before the attempt, so that the last attempt includes all that the run has written.
+        # Read before the attempt, so that the last attempt sends all that the run has written.
         is_last = self._is_last
         try:
             self._attempt()

@@ -22,12 +22,12 @@ ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # the sender logs each outage once, without a traceback
 }
-# Without it, MLflow opens its GenAI pages, which are empty for these runs.
+# Without this part of a link, MLflow opens its GenAI pages, which are empty for these runs.
 _WORKFLOW = "workflowType=machine_learning"
 
 
 def store_path(storage: Path) -> Path:
-    """Return the database of the embedded store. Its artifacts lie beside it."""
+    """Return the database of the embedded store. The artifacts are in the same folder."""
     return Path(storage).absolute() / "mlflow" / "mlflow.db"
 
 
@@ -50,7 +50,7 @@ def absolute_uri(uri: str, source: str) -> str:
 
     Args:
         uri: Tracking URI.
-        source: Field, variable or option that has it; opens the error message.
+        source: Field, variable or option that has it, for the error message.
 
     Raises:
         UserError: MLflow 3 does not support the URI.
@@ -76,7 +76,7 @@ def local_path(uri: str) -> Path | None:
 def set_client_options() -> None:
     """Set MLflow's environment variables. Call it before mlflow is imported.
 
-    Variables that the user has set stay.
+    Variables that the user has set are not changed.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -111,22 +111,19 @@ def sweep_url(uri: str, experiment_id: str, run_id: str) -> str:
     return f"{_server_address(uri)}/#/{page}&{view}"
 
 
-def sweep_view(run_id: str, metric: str = "val/loss") -> tuple[str, str]:
+def sweep_view(run_id: str) -> tuple[str, str]:
     """Return key and value of the experiment tag that stores the view of a sweep.
 
-    MLflow's default view hides the trials below the sweep and draws ten curves. Only a stored view
-    changes that. It shows two charts, because MLflow would place about thirty before the loss.
-
-    Args:
-        run_id: MLflow run of the sweep.
-        metric: Ranks the trials by its last value, lowest first.
+    MLflow's default view hides the trials of the sweep and draws only ten curves, and it shows
+    about thirty charts before the loss. The stored view shows all trials, ranked by the last
+    val/loss, and two charts.
     """
     view = {
         "searchFilter": f"tags.`{PARENT_TAG}` = '{run_id}'",
-        "orderByKey": f"metrics.`{metric}`",
+        "orderByKey": "metrics.`val/loss`",
         "orderByAsc": True,
         "runsHiddenMode": "SHOW_ALL",
-        "chartsSearchFilter": f"^({metric}|optim/lr)$",
+        "chartsSearchFilter": "^(val/loss|optim/lr)$",
     }
     return f"mlflow.sharedViewState.{run_id}", json.dumps(view)
 
@@ -144,10 +141,10 @@ def _server_address(uri: str) -> str:
 
 
 def check_complete(response_id: str | None) -> None:
-    """Check that a response was not cut: MLflow reads an empty body as an empty object.
+    """Check that a response was not truncated: MLflow parses an empty body as an empty object.
 
     Args:
-        response_id: The id in the response, which is never empty in a complete one.
+        response_id: The id in the response. A complete response always has one.
 
     Raises:
         ConnectionError: The id is missing.

@@ -1,7 +1,7 @@
 """Shows a sweep in MLflow: one parent run, and a child run for each trial.
 
-The checkpoint of the best trial is in the model registry. A trial whose folder has not changed
-since it was sent costs no request, also after a restart.
+The checkpoint of the best trial is in the model registry. A trial needs no request if its folder
+has not changed since it was sent, also after a restart.
 """
 
 import json
@@ -18,7 +18,7 @@ from orchestrator.track.outbox import Sent, file_mark
 from orchestrator.track.sender import RefusedError
 
 ALIAS = "best"  # of the best trial's checkpoint in the model registry
-VERSIONS_TAG = "mlflow.modelVersions"  # MLflow's page of a logged model shows what it lists
+VERSIONS_TAG = "mlflow.modelVersions"  # lists the versions that a logged model's page shows
 log = logging.getLogger(__name__)
 
 
@@ -50,7 +50,7 @@ class SweepProjection(Projection):
         """
         super().send(status)
         self._send_view()
-        # A trial without a summary runs as long as its sweep does.
+        # A trial without a summary is running if its sweep is running.
         unfinished: Status | None = status if status in (None, "RUNNING") else "KILLED"
         for run_file in sorted(self.folder.path.glob("trials/*/run.json")):
             self._send_trial(RunFolder(run_file.parent), unfinished)
@@ -84,7 +84,7 @@ class SweepProjection(Projection):
             return
         try:
             with refusals():
-                # A new object each time: hundreds of trials must not keep hundreds of files open.
+                # A new object each time: otherwise hundreds of trials keep hundreds of files open.
                 TrialProjection(folder, self, state[0]).send(unfinished)
             self._rejected.discard(name)
         except RefusedError as error:
@@ -130,8 +130,8 @@ class SweepProjection(Projection):
             "trial": trial,
             "checkpoint.uri": model.tags["checkpoint.uri"],
         }
-        # The artifacts are given by their location. MLflow would look up `models:/<id>` in the
-        # store of the process, which may be another one.
+        # The location of the artifacts, not `models:/<id>`: MLflow would look up the id in the
+        # default store of this process, which may be another one.
         created = self.client.create_model_version(
             model_name,
             model.artifact_location,
@@ -181,7 +181,7 @@ class TrialProjection(Projection):
             status: Status of the MLflow run if the trial has no summary.
         """
         status = self._recorded_status or status
-        # The state was read first, so a file that changes meanwhile gives another mark.
+        # The state was read before sending, so a file that changes now gives another mark.
         mark = f"{self.first_tags[server.PARENT_TAG]} {status} {self._state}"
         if self.sent.mark != mark:
             super().send(status)
@@ -189,7 +189,7 @@ class TrialProjection(Projection):
             self.save()
 
     def _has_own_checkpoints(self) -> bool:
-        # While it runs, its checkpoints are those of a stage that other trials share.
+        # While a trial runs, its checkpoints are those of a stage that other trials share.
         return self._recorded_status is not None
 
     def _samples(self) -> list[Path]:
@@ -206,7 +206,7 @@ class SweepTracker(Tracker):
 def resend_sweep_metrics(
     folder: SweepFolder, uri: str, experiment_name: str, deadline_s: float = 60
 ) -> bool:
-    """Send what the folder of a sweep has and MLflow does not; see `resend_metrics`."""
+    """Send what MLflow does not have of the folder of a sweep; see `resend_metrics`."""
     return resend_metrics(folder, uri, experiment_name, deadline_s, SweepTracker)
 
 

@@ -142,7 +142,8 @@ def begin_attempt(
         folder: Folder of the run.
         experiment: The experiment to train.
         facts: Facts for MLflow.
-        attempt: Layout, first step and free fields of this start of the workers.
+        attempt: Layout, first step and free fields of this start of the command. During it, Ray
+            may start the workers several times: `ray_train.start_workers_attempt`.
     """
     record = folder.read_record()
     if record is None or _starts_over(folder, experiment, facts, record, attempt):

@@ -41,6 +41,9 @@ def train(
 ) -> int:
     """Train from the newest valid checkpoint, or from new weights, to `train.max_steps`.
 
+    This is the entry without Ray: for tests, benchmarks and torchrun. A run on Ray uses `Trainer`
+    directly, under a watchdog (`workers/ray_train.py`).
+
     Every rank calls this function with the same arguments and its own `worker`. With more than one
     rank, torch.distributed must be initialized. Only rank 0 writes files.
 

@@ -104,11 +104,13 @@ def _work(config: dict[str, Any]) -> None:
     worker = Worker(rank, world_size, device, config["cpus"])
     with _only_writer(folder) if worker.is_main else contextlib.nullcontext():
         try:
-            number = begin_attempt(folder, config["launch"], world_size) if worker.is_main else 0
+            number = 0
+            if worker.is_main:
+                number = start_workers_attempt(folder, config["launch"], world_size)
             number = agree(number, worker)
             worker = Worker(rank, world_size, device, config["cpus"], number)
             experiment = parse_experiment(config["experiment"], "experiment")
-            train(experiment, folder, Path(config["data_dir"]), worker)
+            train_watched(experiment, folder, Path(config["data_dir"]), worker)
         except Exception as error:
             record_failure(folder, worker, error)
             raise
@@ -130,7 +132,9 @@ def _only_writer(folder: RunFolder) -> Iterator[None]:
         yield
 
 
-def train(experiment: Experiment, folder: RunFolder, data_dir: Path, worker: Worker) -> None:
+def train_watched(
+    experiment: Experiment, folder: RunFolder, data_dir: Path, worker: Worker
+) -> None:
     """Run the training loop under a watchdog, and stop it on request."""
     with Watchdog(folder, worker, experiment.compute.hang_after_s) as watchdog:
         listener = stop.Listener(folder) if worker.is_main else None
@@ -158,8 +162,11 @@ def _not_asked() -> bool:
 # ---- attempts ----
 
 
-def begin_attempt(folder: RunFolder, launch: str, world_size: int) -> int:
+def start_workers_attempt(folder: RunFolder, launch: str, world_size: int) -> int:
     """Append this attempt to attempts.jsonl, and return its number in the whole run, from 1.
+
+    Here an attempt is one start of the workers. In run.json (`identity.begin_attempt`) it is one
+    start of the command, during which Ray may start the workers several times.
 
     Args:
         folder: Folder of the run.

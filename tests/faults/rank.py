@@ -65,11 +65,11 @@ def _work(job: dict[str, Any], run_dir: Path) -> None:
         hooks.fill_disk(1 + int(fault["place"] * 3), lambda moment: _note(job["met"], moment))
     experiment, place = load_experiment(None, job["overrides"]), Worker(rank, world, cpus=1)
     with lock.held(RunFolder(run_dir).writer_lock, 60) if rank == 0 else contextlib.nullcontext():
-        number = (
-            ray_train.begin_attempt(RunFolder(run_dir), job["launch"], world) if rank == 0 else 0
-        )
+        number = 0
+        if rank == 0:
+            number = ray_train.start_workers_attempt(RunFolder(run_dir), job["launch"], world)
         worker = Worker(rank, world, cpus=1, attempt=agree(number, place))
-        ray_train.train(experiment, RunFolder(run_dir), Path(job["data_dir"]), worker)
+        ray_train.train_watched(experiment, RunFolder(run_dir), Path(job["data_dir"]), worker)
 
 
 def _note(path: str, moment: str) -> None:

@@ -73,7 +73,7 @@ def outcome(folder: RunFolder) -> dict[str, Any]:
 def reason_of_next_attempt(folder: RunFolder) -> str:
     """Start the workers again on the full disk, and return the reason that the driver shows."""
     try:
-        ray_train.begin_attempt(folder, "launch", 1)
+        ray_train.start_workers_attempt(folder, "launch", 1)
     except OSError as error:
         ray_train.record_failure(folder, Worker(), error)
     summary.summarize(folder, Ending("failed"), EXPERIMENT.tokens_per_step, None, 0.0)

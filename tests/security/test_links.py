@@ -48,7 +48,7 @@ WRITES = {
     ".ranks/rank-0": watch,
     "hang-rank0.txt": watch,
     "metrics.jsonl": lambda run_dir: Journal(RunFolder(run_dir)).append(1, {"train/loss": 1.0}),
-    "attempts.jsonl": lambda run_dir: ray_train.begin_attempt(RunFolder(run_dir), "a", 1),
+    "attempts.jsonl": lambda run_dir: ray_train.start_workers_attempt(RunFolder(run_dir), "a", 1),
 }
 
 

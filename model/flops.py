@@ -1,6 +1,6 @@
 """Parameters and FLOPs of a GPT, and the share of the hardware's peak that is used (MFU).
 
-A device that is not in the table has no known peak, and so no MFU (None).
+For a device that is not in the table, the peak and the MFU are None.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from model.gpt import GPTConfig
 
 @dataclass(frozen=True)
 class Peak:
-    """Peak of one device in dense TFLOP/s with float32 accumulation. None: no such unit.
+    """Peak of one device in dense TFLOP/s with float32 accumulation. None: not supported.
 
     Dense is half of what a datasheet gives "with sparsity". float32 means TF32 where the chip has
     it.
@@ -25,8 +25,7 @@ class Peak:
     float32: float
 
 
-# The names must match completely: MIG slices, laptop chips and "Ti" or "D" variants have other
-# peaks and stay unknown.
+# The whole name must match: MIG slices, laptop chips and "Ti" or "D" variants have other peaks.
 _PEAKS = (
     # NVIDIA A100 Tensor Core GPU datasheet (SXM and PCIe alike)
     Peak(r"A100-SXM4-(40|80)GB|A100-PCIE-40GB|A100 80GB PCIe", 312, 312, 156),
@@ -75,9 +74,10 @@ def parameter_count(config: GPTConfig, positions: bool = True) -> int:
 def flops_per_token(config: GPTConfig) -> int:
     """Return the FLOPs of training on one token: 6 N + 12 n_layer n_embd block_size.
 
-    N is the number of parameters without positions. Each weight takes a multiplication and an
-    addition in the forward pass and twice as many in the backward pass; positions are only added.
-    The second term is attention over a full context, with the causal half that kernels skip.
+    N is the number of parameters without position embeddings, which are only added. Each weight
+    needs a multiplication and an addition in the forward pass, and twice as many in the backward
+    pass. The second term is attention over a full context, including the masked half that causal
+    kernels skip.
     GPT-2 124M, block 1024, no bias: 854,770,176.
 
     Sources: PaLM, arXiv:2204.02311, appendix B; nanoGPT, estimate_mfu, writes 12 L H Q T.

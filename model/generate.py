@@ -1,9 +1,9 @@
 """Sampling: continue prompts with a model.
 
 While the context is not full, the keys and values of earlier tokens are cached, so that a new token
-costs one position. Once the context is full, the window slides. With learned absolute positions,
-every token in the window then has another position and other keys, so nothing can be reused and
-each token costs a whole window. Old keys would give the results of another model.
+costs a forward pass of one position. Once the context is full, the window slides. Because positions
+are absolute, every token in the window then has a new position and new keys: the cache is useless,
+and each token costs a forward pass of the whole window.
 
 Shapes: B sequences, T tokens of prompt, N new tokens, V = vocab_size.
 """
@@ -31,18 +31,19 @@ def generate(
 ) -> Tensor:
     """Continue B prompts by N = `max_new_tokens` tokens: (B, T) int64 -> (B, T + N) int64.
 
-    Dropout is off. The global random generators and the train/eval mode do not change. Only the
-    last block_size tokens are context.
+    Dropout is off. The global random generators and the train/eval mode do not change. Each token
+    depends on the last block_size tokens.
 
     Args:
         model: The model.
         tokens: The prompts, (B, T), on the device of the model.
         max_new_tokens: N.
-        temperature: Divides the logits. 0: take the most probable token, the first of equal ones.
-        top_k: Draw only from the k most probable tokens, and those equal to the k-th.
+        temperature: Divides the logits. 0: take the most probable token, of equal ones the
+            first.
+        top_k: Draw only from the k most probable tokens, and from tokens equal to the k-th.
         seed: Seed of a separate generator. None: a random seed from the system.
-        n_vocab: Ids from here on only pad the vocabulary and are never drawn.
-        use_cache: False computes the whole window for each token.
+        n_vocab: Draw only ids below this; the others pad the vocabulary. None: draw all ids.
+        use_cache: False: compute the whole window for each token.
 
     Raises:
         ValueError: The prompt is empty, an id is not in the vocabulary, or an option is out of

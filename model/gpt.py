@@ -55,10 +55,7 @@ class GPTConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}: the heads divide "
-                "it equally"
-            )
+            raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
         if self.activation not in ACTIVATIONS:
@@ -68,7 +65,7 @@ class GPTConfig:
 
 
 class LayerCache:
-    """Keys and values of one attention layer, in buffers of fixed capacity.
+    """Keys and values of one attention layer, in buffers of fixed size.
 
     Args:
         capacity: Largest number of tokens.
@@ -82,7 +79,7 @@ class LayerCache:
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v, each (B, H, T, D). Return all stored ones, each (B, H, S, D)."""
         if self._buffers is None:
-            # Batch size, device and dtype (which depends on autocast) are known only now.
+            # Batch size, device and dtype (autocast may change it) are known only now.
             b, h, _, d = k.shape
             shape = (b, h, self.capacity, d)
             self._buffers = (k.new_empty(shape), v.new_empty(shape))
@@ -137,8 +134,8 @@ class CausalSelfAttention(nn.Module):
         )
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D)
-        # PyTorch aligns the causal mask with the first key, which is wrong for queries that start
-        # later. A single query needs no mask: it may see every key.
+        # PyTorch aligns the causal mask with the first key, which is wrong if the cache has earlier
+        # keys. A single new token needs no mask: it may see every key.
         is_causal = k.size(2) == t
         assert is_causal or t == 1, "after the prompt, a cache takes one token at a time"
         dropout = self.dropout if self.training else 0.0
@@ -194,7 +191,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, start: int, cache: KVCache | None) -> Tensor:
         """Map (B, T) tokens at positions `start` and following to (B, T, C)."""
-        # Positions are consecutive, so a slice does. Its gradient needs no scatter.
+        # Positions are consecutive, so a slice is enough. Its gradient needs no scatter.
         positions = self.wpe.weight[start : start + tokens.size(1)]  # (T, C)
         x = self.drop(self.wte(tokens) + positions)  # (B, T, C)
         for i, block in enumerate(self.h):
@@ -254,9 +251,7 @@ class GPT(nn.Module):
         start = cache.length if cache is not None else 0
         end = start + tokens.size(1)
         if end > self.config.block_size:
-            raise ValueError(
-                f"{end} tokens do not fit into block_size={self.config.block_size}; use fewer"
-            )
+            raise ValueError(f"{end} tokens do not fit into block_size={self.config.block_size}")
         x = self.transformer(tokens, start, cache)  # (B, T, C)
         if targets is None:
             return self._head(x[:, -1:]), None  # (B, 1, V)

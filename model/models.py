@@ -18,7 +18,7 @@ class ModelKind:
     """One architecture.
 
     Attributes:
-        shape: Creates the shape from its fields by name. Raises ValueError for an impossible one.
+        shape: Creates the shape from its fields. Raises ValueError if no model can have it.
         build: Creates the model, with random weights from torch's global generator.
         help: One line for `--help`.
     """

@@ -60,8 +60,8 @@ def adamw(groups: ParameterGroups, settings: OptimizerSettings) -> Optimizer:
     """
     from torch.optim import AdamW
 
-    # On a CPU, the fused kernel is five times as fast as the plain one.
     betas = (settings.beta1, settings.beta2)
+    # On a CPU, the fused kernel is five times as fast as the default one.
     return AdamW(groups, lr=settings.max_lr, betas=betas, eps=1e-8, fused=True)
 
 
@@ -71,7 +71,7 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> ParameterGroups:
-    """Return two groups, with and without weight decay, each in the order of the model.
+    """Return two groups, with and without weight decay. Both keep the order of the model.
 
     Tensors of two or more dimensions (matrices and embeddings) have weight decay; biases and
     LayerNorms do not. Sources: nanoGPT, configure_optimizers; GPT-3, arXiv:2005.14165, appendix B.

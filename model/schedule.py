@@ -59,8 +59,8 @@ class Schedule:
         latest = wsd_decay_start(self) if self.kind == "wsd" else self.decay_steps
         if self.warmup_steps > latest:
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} must be at most {latest}, where the decay must "
-                f"have begun (decay_steps={self.decay_steps}): shorten the warmup"
+                f"warmup_steps={self.warmup_steps} must be at most {latest} with "
+                f"kind={self.kind!r} and decay_steps={self.decay_steps}"
             )
 
 
@@ -133,8 +133,8 @@ def wsd(schedule: Schedule, step: int) -> float:
     [1.0, 1.0, 0.75, 0.5, 0.0]
     """
     start = wsd_decay_start(schedule)
-    # At `start`, p is 0 and the formula could differ from the peak in the last bit. Longer runs
-    # have exactly the peak at this step.
+    # At `start`, p is 0, but the formula could differ from the peak in the last bit. A longer run
+    # has exactly the peak at this step.
     if step < start or step == start < schedule.decay_steps:
         return schedule.max_lr
     progress = _progress(step, start, schedule.decay_steps)

@@ -1,8 +1,9 @@
 """Conversion of state dicts between our names and those of nanoGPT and Hugging Face.
 
-Our names are nanoGPT's, without `lm_head.weight`, its second name of the tied embedding. Hugging
-Face stores the four matrices of a block transposed (its Conv1D computes x W, a Linear x W^T) and
-always has biases. This module reads no files. Tensors that do not change are shared with the input.
+Our names are those of nanoGPT, except `lm_head.weight`, a second name of the tied embedding.
+Hugging Face stores the four matrices of a block transposed (its Conv1D computes x W, a Linear
+x W^T) and always has biases. This module reads no files. Tensors that need no conversion are not
+copied.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ GPT2_SIZES: dict[str, GPTConfig] = {
 
 _ACTIVATION_FROM_HF = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _ACTIVATION_TO_HF = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
-# Settings of Hugging Face's GPT-2 that our model does not have, with the value (their default) that
-# equals our model.
+# Settings of Hugging Face's GPT-2 that our model does not have. Only these values, which are the
+# defaults, give the same results as our model.
 _FIXED_IN_HF = {
     "model_type": "gpt2",
     "layer_norm_epsilon": 1e-5,
@@ -59,10 +60,8 @@ def from_nanogpt(state_dict: StateDict) -> StateDict:
     Raises:
         ValueError: A name is missing or unexpected, or the head differs from the embedding.
     """
-    ours = {name.removeprefix("_orig_mod."): tensor for name, tensor in state_dict.items()}
-    ours = _without_masks(_without_head(ours))
-    _check_names(ours)
-    return ours
+    names = {name.removeprefix("_orig_mod."): tensor for name, tensor in state_dict.items()}
+    return _parameters(names)
 
 
 def from_huggingface(state_dict: StateDict) -> StateDict:
@@ -77,9 +76,7 @@ def from_huggingface(state_dict: StateDict) -> StateDict:
         if name != HEAD and not name.startswith("transformer."):
             name = f"transformer.{name}"
         prefixed[name] = tensor
-    ours = _without_masks(_without_head(prefixed))
-    _check_names(ours)
-    return _transpose(ours)
+    return _transpose(_parameters(prefixed))
 
 
 def to_huggingface(state_dict: StateDict) -> StateDict:
@@ -104,10 +101,10 @@ def to_huggingface(state_dict: StateDict) -> StateDict:
 def config_from_huggingface(config: Mapping[str, Any]) -> GPTConfig:
     """Return the shape that a GPT-2 config.json of Hugging Face describes.
 
-    Dropout is 0: it belongs to the training that follows, not to the weights.
+    Dropout is 0: it is a setting of training, not of the weights.
 
     Raises:
-        ValueError: Our model does not have one of the settings.
+        ValueError: Our model does not support one of the settings.
     """
     for key, ours in _FIXED_IN_HF.items():
         if config.get(key, ours) != ours:
@@ -136,7 +133,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> GPTConfig:
 
 
 def config_to_huggingface(config: GPTConfig) -> dict[str, Any]:
-    """Return the config.json with which Hugging Face's GPT2LMHeadModel equals GPT(config)."""
+    """Return the config.json of a GPT2LMHeadModel of Hugging Face that equals GPT(config)."""
     return {
         **_FIXED_IN_HF,
         "resid_pdrop": config.dropout,
@@ -155,9 +152,9 @@ def config_to_huggingface(config: GPTConfig) -> dict[str, Any]:
 def pad_vocab(state_dict: StateDict, vocab_size: int) -> StateDict:
     """Return our state dict with `vocab_size` rows in the embedding.
 
-    Rows are cut off, or added as the mean of the others. The embedding is also the head: a row of
-    zeros would give a logit of 0, while GPT-2's logits are far below 0, and padding would win every
-    prediction. A mean row gives the mean logit, so that the loss grows by at most
+    Rows are cut off, or added as the mean of the old rows. The embedding is also the head: a row of
+    zeros would give a logit of 0, while GPT-2's logits are far below 0, so padding would have the
+    highest probability. A mean row gives the mean logit: the loss grows by at most
     ln(1 + added / old), 0.0009 for 50,257 -> 50,304 (Jensen's inequality).
     Source: Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021.
 
@@ -176,17 +173,19 @@ def pad_vocab(state_dict: StateDict, vocab_size: int) -> StateDict:
     return {**state_dict, EMBEDDING: rows[:vocab_size].clone()}
 
 
-def _without_head(state_dict: StateDict) -> StateDict:
-    """Drop the head after checking that it equals the embedding."""
+def _parameters(state_dict: StateDict) -> StateDict:
+    """Drop the causal masks and the head. Check the other names, and that the head is tied."""
     head = state_dict.get(HEAD)
     embedding = state_dict.get(EMBEDDING)
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise ValueError(f"{HEAD} differs from {EMBEDDING}; only a tied head can be loaded")
-    return {name: tensor for name, tensor in state_dict.items() if name != HEAD}
-
-
-def _without_masks(state_dict: StateDict) -> StateDict:
-    return {name: tensor for name, tensor in state_dict.items() if not name.endswith(_MASKS)}
+    parameters = {
+        name: tensor
+        for name, tensor in state_dict.items()
+        if name != HEAD and not name.endswith(_MASKS)
+    }
+    _check_names(parameters)
+    return parameters
 
 
 def _transpose(state_dict: StateDict) -> StateDict:
@@ -197,7 +196,7 @@ def _transpose(state_dict: StateDict) -> StateDict:
 
 
 def _modules(state_dict: StateDict) -> list[str]:
-    """Return the modules that have a weight and may have a bias, for all blocks that are there."""
+    """Return the names of all modules with a weight and perhaps a bias."""
     found = set()
     for name in state_dict:
         match = re.match(r"transformer\.h\.(\d+)\.", name)

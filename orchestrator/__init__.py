@@ -11,7 +11,7 @@ Imports run downward: `pipelines` uses `orchestrator`, which uses `model`. Start
 - `train`: the training loop, without Ray
 - `track`: MLflow
 - `cost`: estimates before a run
-- `workers`: training processes on Ray, hangs and lack of memory
+- `workers`: training processes on Ray; hangs and out of memory
 - `sweep`: many trials that share steps
 - `replay`: repeat a part of a run and compare bits
 - `jobs`: the life cycle of a run and of a sweep

@@ -1,4 +1,4 @@
-"""Exit statuses of a command, and the errors that are the user's to fix."""
+"""Exit statuses of a command, and errors that the user can fix."""
 
 import errno
 
@@ -25,7 +25,7 @@ class UserError(ValueError):
 
 
 class UnreadableError(UserError):
-    """A file cannot be read at the moment, which says nothing about its content.
+    """A file cannot be read at the moment. Its content may be intact.
 
     Attributes:
         errno: The system's error number, if known.

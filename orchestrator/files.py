@@ -1,7 +1,7 @@
 """Files of a run or a dataset: opened safely, replaced in one step, hashed.
 
-A run folder may be writable by other users. Files in it are therefore opened so that a symlink, a
-pipe or a device is refused. The folder itself may lie behind a symlink.
+Other users may be able to write to a run folder. Symlinks, pipes and devices in it are therefore
+refused. The folder itself may be reached through a symlink.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ from orchestrator.errors import UserError
 class NotPlainFileError(UserError, OSError):
     """The path is a symlink, a folder, a pipe or a device.
 
-    It is a `UserError` for a command, and an `OSError` for code that skips unreadable files.
+    A command reports it as a `UserError`; code that skips unreadable files catches `OSError`.
     """
 
 
 def opener(path: str | Path, flags: int) -> int:
     """Open a plain file; pass it as `open(path, opener=opener)`.
 
-    Symlinks are not followed, a pipe does not block, and nothing is truncated before the file is
-    known to be a plain one.
+    Symlinks are not followed, and opening a pipe does not block. A file is truncated only after it
+    is known to be plain.
 
     Raises:
         NotPlainFileError: The path is something else.
@@ -81,7 +81,7 @@ def read_text(path: Path) -> str:
 
 
 def rewrite(path: Path, text: str) -> None:
-    """Replace the content of an existing file in place, so that processes that have it open see it.
+    """Replace the content of an existing file in place: processes that have it open see the change.
 
     A file that does not exist is not created.
     """
@@ -122,11 +122,11 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
 
 @contextlib.contextmanager
 def replacement(path: Path) -> Iterator[Path]:
-    """Replace a file in one step by one that the `with` block writes.
+    """Replace a file in one step by a file that the `with` block writes.
 
     Yields:
-        A temporary path in the same folder. At the end of the block the file there is forced to
-        disk and gets the name `path`; after an exception it is removed.
+        A temporary path in the same folder. At the end of the block, that file is forced to disk
+        and renamed to `path`. After an exception, it is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
     try:
@@ -166,6 +166,11 @@ def file_sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file's content in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def fsync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Replace secrets in texts and facts before they are stored, shown or sent."""
+"""Replace secrets in texts and in dicts before they are stored, shown or sent."""
 
 import os
 import re
@@ -20,8 +20,8 @@ _SECRET_WORDS = {
     "credentials",
 }
 
-# Private keys, and tokens of Hugging Face, GitHub, GitLab, OpenAI, Slack, Databricks and AWS; JSON
-# web tokens; bearer tokens.
+# Private keys; tokens of Hugging Face, GitHub, GitLab, OpenAI, Slack, Databricks and AWS; JSON web
+# tokens; bearer tokens.
 _SECRET_SHAPES = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
     r"|\b(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abprs]-|dapi)[A-Za-z0-9_-]{16,}"
@@ -34,7 +34,7 @@ _SECRET_SHAPES = re.compile(
 # The user and password in scheme://user:password@host
 _USERINFO = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")
 
-# ?name=value in an address
+# ?name=value and &name=value in an address
 _PARAMETER = re.compile(r"""(?P<head>[?&](?P<name>[^=&#\s]+)=)(?P<value>[^&#\s"']+)""")
 
 # name=value and name: value
@@ -45,7 +45,7 @@ _ASSIGNMENT = re.compile(
 
 
 def redact(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy without secrets: values whose key names one, and secrets inside texts."""
+    """Return a copy without secrets: values of keys such as `password`, and parts of texts."""
     redacted = {}
     for key, value in facts.items():
         if _names_secret(key) and value not in (None, ""):
@@ -58,20 +58,20 @@ def redact(facts: dict[str, Any]) -> dict[str, Any]:
 def redact_text(text: str) -> str:
     """Return a text without secrets.
 
-    These are users and passwords in addresses, tokens of known shapes, words such as `password=…`,
-    and the values of environment variables whose names are those of secrets.
+    Secrets are users and passwords in addresses, tokens of known shapes, the values of assignments
+    such as `password=…`, and the values of environment variables such as $API_KEY.
     """
     for value in _environment_secrets():
         text = text.replace(value, REDACTED)
     text = _USERINFO.sub(REDACTED, text)
     text = _SECRET_SHAPES.sub(REDACTED, text)
-    # Parameters first: for the second rule, a whole address is one value, that of `https:`.
+    # Parameters first: the other rule reads a whole address as one assignment, `https: //…`.
     text = _PARAMETER.sub(_redact_match, text)
     return _ASSIGNMENT.sub(_redact_match, text)
 
 
 def redact_addresses(tree: Any) -> Any:
-    """Return a copy of nested dicts and lists whose addresses (`scheme://…`) have no secrets."""
+    """Return a copy of nested dicts and lists without the secrets in addresses (`scheme://…`)."""
     if isinstance(tree, dict):
         return {key: redact_addresses(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -98,7 +98,7 @@ def _redact_match(match: re.Match[str]) -> str:
 
 
 def _names_secret(name: str) -> bool:
-    """Return whether a name is that of a secret: `api_key`, `hfToken`; not `eval_tokens`."""
+    """Return whether a value of this name is secret: `api_key`, `hfToken`; not `eval_tokens`."""
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", str(name))
     for word in words:
         word = word.lower()
@@ -110,7 +110,7 @@ def _names_secret(name: str) -> bool:
 def _environment_secrets() -> list[str]:
     """Return the values of secret environment variables, longest first.
 
-    Values of fewer than 8 characters are left out: they would redact ordinary words.
+    Values of fewer than 8 characters are left out, because they may be ordinary words.
     """
     values = [
         value for name, value in os.environ.items() if _names_secret(name) and len(value) >= 8

@@ -27,7 +27,7 @@ def table(rows: Mapping[str, Any]) -> str:
 def number(value: Any) -> str:
     """Return a number with separators; a float below 1,000 has four decimals.
 
-    Dicts and lists are returned as JSON, other values as `str` gives them.
+    Dicts and lists become JSON, other values `str(value)`.
     """
     if isinstance(value, (dict, list)):
         return json.dumps(value)
@@ -41,9 +41,9 @@ def number(value: Any) -> str:
 
 
 def clip(text: str, width: int) -> str:
-    """Return the text, or its start and its end with … between them.
+    """Return the text; if it is longer than `width`, its start and its end with … between them.
 
-    Names of trials differ at the end as often as at the start.
+    The end is kept because names of trials often differ there.
     """
     if len(text) <= width:
         return text
@@ -52,9 +52,9 @@ def clip(text: str, width: int) -> str:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Return each name without the parts that all names share; parts are separated by `_`.
+    """Return each name without the parts that all names share. Parts are separated by `_`.
 
-    Names are compared with those of the same number of parts.
+    Only names with the same number of parts are compared.
 
     >>> short_names(["kind-wsd_max_lr-0.1_seed-1", "kind-wsd_max_lr-0.2_seed-1"])
     {'kind-wsd_max_lr-0.1_seed-1': 'lr-0.1', 'kind-wsd_max_lr-0.2_seed-1': 'lr-0.2'}

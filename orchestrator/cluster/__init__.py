@@ -1,8 +1,8 @@
-"""The Ray cluster: joining or starting one, and which workers a run gets on it.
-
-    layout.py    `connect`, `find_layout`, `Layout`
-    local.py     `start`: a cluster on this machine for one driver
-    private.py   private functions of Ray and torch, in one place
+"""The Ray cluster: join or start one, and choose the workers of a run.
 
 Start with `layout.resolve_layout`.
+
+- `layout`: `connect`, `find_layout`, `Layout`
+- `local`: `start`, a cluster on this machine for one driver
+- `private`: calls of private functions of Ray and torch
 """

@@ -1,4 +1,4 @@
-"""Which workers a run gets on the cluster, and how a driver joins or starts the cluster."""
+"""Join or start the Ray cluster, and choose the workers of a run."""
 
 import atexit
 import logging
@@ -15,19 +15,19 @@ from orchestrator.errors import UserError
 
 COLLECTIVE_TIMEOUT_S = 1800
 PROBE_S = 10
-# Of the driver, before Ray starts.
+# The driver sets these variables before Ray starts.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no network traffic that the user did not ask for
-    # Ray's 2 s would be the latency of every report and of the end.
+    # Ray's default of 2 s would delay every report and the end of the run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # It takes a process for each group of workers; `RunWatch` looks for drained nodes itself.
+    # The watcher needs one process for each group of workers. `RunWatch` finds drained nodes.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-# A thread that waits for another by spinning takes the CPU from it. Beside one other busy process,
-# two threads that spin for the 300,000 rounds of libgomp's default make a step 20 times slower.
-# 1,000 rounds cost a few percent on an idle machine; no rounds cost 70 %.
+# A thread that spins while it waits for another thread may take the CPU from it. With libgomp's
+# default of 300,000 rounds and one other busy process, a step of two threads is 20 times slower.
+# On an idle machine, 1,000 rounds cost a few percent, and no rounds 70 %.
 WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
-# Variables of the driver that workers on other nodes may lack.
+# Variables of the driver that are passed on to workers on other nodes.
 PASSED_ON = ("GOMP_SPINCOUNT", "TIKTOKEN_CACHE_DIR", "XDG_CACHE_HOME")
 
 
@@ -47,7 +47,7 @@ class Layout:
 
     @property
     def device(self) -> str:
-        """Device of a worker in torch's words. Ray shows each worker only its own GPU."""
+        """Torch device of a worker. Ray shows each worker only its own GPU."""
         return "cuda:0" if self.use_gpu else "cpu"
 
 
@@ -68,7 +68,7 @@ def connect(environment: dict[str, str] | None = None) -> None:
     `ray job submit` sets $RAY_ADDRESS.
 
     Args:
-        environment: Variables of all worker processes; only needed if nothing else sets them.
+        environment: Variables of all Ray processes of this driver. None: no additional ones.
 
     Raises:
         UserError: No cluster answers at $RAY_ADDRESS.
@@ -89,7 +89,7 @@ def connect(environment: dict[str, str] | None = None) -> None:
         ray.init(**settings)
     else:
         local.start(**settings)
-    # Registered last, so it runs before Ray's own function, which first waits half a second for
+    # Functions that are registered last run first. Ray's own function would wait half a second for
     # output of the workers.
     atexit.register(ray.shutdown)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
@@ -110,7 +110,7 @@ def _probe(address: str) -> None:
 
 
 def job_id() -> str | None:
-    """Return Ray's id of the submitted job, or of this driver; None without Ray."""
+    """Return Ray's id of the submitted job, or of this driver; None if neither exists."""
     import ray
 
     submitted = os.environ.get("RAY_JOB_ID")
@@ -127,7 +127,7 @@ def has_several_nodes() -> bool:
 
 
 def check_storage(storage: str) -> None:
-    """Refuse a relative storage on several nodes: it would be another folder on each.
+    """Refuse a relative storage on several nodes: each node would use another folder.
 
     Raises:
         UserError: The path is relative and the cluster has or may get several nodes.
@@ -145,7 +145,7 @@ def capacity(layout: Layout) -> int:
 
 
 def worker_environment() -> dict[str, str]:
-    """Return the variables of a worker process on any node."""
+    """Return the environment variables that a worker process needs on any node."""
     passed_on = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
     return WORKER_ENVIRONMENT | passed_on
 
@@ -180,12 +180,12 @@ def resolve_layout(
     Args:
         experiment: The configuration.
         nodes: The machines of the cluster.
-        recorded: Layout of the last attempt. Its CPUs per worker are kept if they fit: the number
-            of threads decides the last bits of the result.
+        recorded: Layout of the last attempt. Its CPUs per worker are kept if they fit, because
+            the number of threads affects the last bits of the result.
         grows: Whether the cluster adds machines on demand.
 
     Raises:
-        UserError: More is asked for than there is, and the cluster does not grow.
+        UserError: The workers do not fit, and the cluster does not grow.
     """
     use_gpu = _resolve_use_gpu(experiment, nodes, grows)
     workers = _resolve_workers(experiment, nodes, use_gpu)
@@ -199,7 +199,7 @@ def resolve_layout(
 
 
 def places(nodes: Iterable[Node], layout: Layout) -> int:
-    """Return how many workers fit on the nodes; a worker uses one node."""
+    """Return how many workers fit on the nodes. A worker needs all its CPUs on one node."""
     total = 0
     for node in nodes:
         fitting = node.cpus // layout.cpus_per_worker
@@ -217,11 +217,11 @@ def _resolve_use_gpu(experiment: Experiment, nodes: list[Node], grows: bool) -> 
             "compute.use_gpu: the cluster grows on demand and has no GPU yet; set compute.use_gpu "
             "to true or false, and compute.num_workers"
         )
-    return has_gpu if compute.use_gpu == "auto" else True
+    return has_gpu or compute.use_gpu is True
 
 
 def _resolve_workers(experiment: Experiment, nodes: list[Node], use_gpu: bool) -> int:
-    """Return the number of workers: without a number, one per GPU as far as the slots allow."""
+    """Return `num_workers`; for auto, the largest divisor of the slots for which there are GPUs."""
     if experiment.compute.num_workers != "auto":
         return experiment.compute.num_workers
     slots = experiment.slots
@@ -241,7 +241,7 @@ def _resolve_workers(experiment: Experiment, nodes: list[Node], use_gpu: bool) -
 def _resolve_cpus(
     nodes: list[Node], workers: int, use_gpu: bool, recorded: Layout | None, grows: bool
 ) -> int:
-    """Return the CPUs of each worker: as before, else all for one worker, else 1."""
+    """Return the CPUs per worker: as recorded, else all for one worker without a GPU, else 1."""
     cpus = 1
     if workers == 1 and not use_gpu:
         cpus = max((node.cpus for node in nodes), default=0) or 1
@@ -251,8 +251,8 @@ def _resolve_cpus(
     if grows or places(nodes, Layout(workers, before, use_gpu)) >= workers:
         return before
     print(
-        f"{before} CPU(s) per worker, as before, do not fit {workers} worker(s) on this cluster: "
-        f"with {cpus} the last bits will differ from an uninterrupted run",
+        f"{before} CPU(s) per worker, as in the last attempt, are too many for {workers} worker(s) "
+        f"on this cluster: with {cpus} the last bits will differ from an uninterrupted run",
         flush=True,
     )
     return cpus

@@ -1,4 +1,4 @@
-"""A Ray cluster on this machine for one driver, which ends with its process."""
+"""A Ray cluster on this machine for one driver. It ends with the driver."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from orchestrator.cluster import private
 
 
 def start(**settings: Any) -> None:
-    """Start a local cluster without a dashboard, protected by a token that only this user reads.
+    """Start a local cluster without a dashboard, protected by a token that only this user can read.
 
     Args:
         settings: Passed to `ray.init`.

@@ -1,7 +1,7 @@
-"""Private functions of Ray and torch for which there is no public way.
+"""Calls of private functions of Ray and torch that have no public equivalent.
 
-`tests/cluster/test_private.py` tests each one against the installed version, and says what broke
-after an upgrade. `data/tokenizer.py` has the one of tiktoken.
+`tests/cluster/test_private.py` tests each one against the installed version, so that it shows what
+an upgrade broke. `data/tokenizer.py` calls a private function of tiktoken.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from typing import Any
 def without_api_server() -> Iterator[None]:
     """Let `ray.init` start a cluster without its API server.
 
-    The API server asks the metadata addresses of three clouds where it runs, at every start, also
-    if the usage reports are off. No public option leaves it out.
+    At every start, the API server sends requests to the metadata services of three clouds, also if
+    usage reports are off. No public option turns it off.
     """
     from ray._private import services
 
@@ -32,8 +32,8 @@ def without_api_server() -> Iterator[None]:
 def oom_causes() -> dict[tuple[str, int], str]:
     """Return Ray's message for each actor that its memory monitor killed.
 
-    The key is (id of the node, pid). The public way, `ray.util.state`, needs the dashboard. Empty
-    without a cluster.
+    The key is (id of the node, pid). Empty without a cluster. The public `ray.util.state` needs the
+    dashboard.
     """
     if "ray" not in sys.modules:
         return {}
@@ -53,7 +53,7 @@ def oom_causes() -> dict[tuple[str, int], str]:
 
 
 def draining_nodes() -> dict[str, str]:
-    """Return the name of each node that Ray is going to take away, by id. Empty without a cluster.
+    """Return the host names of the nodes that are being drained, by id. Empty without a cluster.
 
     Ray Train's own watcher reads the same table.
     """
@@ -70,9 +70,9 @@ def draining_nodes() -> dict[str, str]:
 
 
 def drop_datasets_callback(trainer: Any) -> None:
-    """Let a Ray Train trainer start its workers without a process that would feed Ray Data to them.
+    """Let a Ray Train trainer start its workers without a process for Ray Data.
 
-    Each start of the workers would wait for that process.
+    We do not use Ray Data, and each start of the workers would wait for that process.
     """
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
@@ -85,9 +85,9 @@ def drop_datasets_callback(trainer: Any) -> None:
 
 
 def set_collective_timeout(seconds: float) -> None:
-    """Set how long the next collectives of the default process group wait for the other ranks.
+    """Set the timeout of later collectives of the default process group.
 
-    `init_process_group` can only set it once.
+    `init_process_group` can set it only once.
     """
     from torch.distributed import distributed_c10d
 

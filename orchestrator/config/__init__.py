@@ -1,4 +1,4 @@
-"""Configuration: every setting of a run or a sweep, checked before anything is written.
+"""Configuration: every setting of a run or a sweep, validated before anything is written.
 
 Start with `sections.py`, which lists all fields.
 
@@ -7,7 +7,7 @@ Start with `sections.py`, which lists all fields.
 - `sweep`: `SweepSection`, `parse_sweep`
 - `fields`: types of fields; `OneOf`, a field whose choices are the keys of a table
 - `load`: YAML files and `section.field=value` overrides
-- `checks`: fields that contradict each other
-- `messages`: the lines that say why a configuration was refused
-- `reference`: the page docs/reference.md
+- `checks`: finds fields that contradict each other
+- `messages`: validation, and error messages of one line per field
+- `reference`: writes docs/reference.md
 """

@@ -1,4 +1,4 @@
-"""Fields that are valid one by one and contradict each other."""
+"""Finds fields that are valid one by one but contradict each other."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _name_problems(experiment: Experiment) -> list[str]:
     if experiment.name not in ("data", "mlflow"):
         return []
     return [
-        f"name: '{experiment.name}' is the name of a folder that the storage itself uses; "
+        f"name: '{experiment.name}' is reserved for a folder of the storage that is not a run; "
         "choose another name"
     ]
 

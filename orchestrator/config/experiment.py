@@ -1,8 +1,7 @@
 """All settings of a run: one frozen `Experiment` from a YAML file and `section.field=value`.
 
-Every field has a default, a type and a unit. Unknown fields, wrong values and fields that
-contradict each other end in a `UserError` before anything is written. Values that follow from the
-fields by arithmetic are properties and cannot be set.
+Unknown fields, wrong values and fields that contradict each other raise a `UserError` before
+anything is written. Values that are computed from the fields are properties and cannot be set.
 """
 
 import os
@@ -32,8 +31,8 @@ from orchestrator.redact import redact_addresses
 if TYPE_CHECKING:
     from model.gpt import GPT, GPTConfig
 
-# Fields, or prefixes of fields, that may change between two attempts of a run. All others decide
-# the weights: they are the identity of the run.
+# Fields, or prefixes of fields, that may change between two attempts of a run. All other fields
+# affect the weights: they are the identity of the run.
 FREE = (
     "name",
     "storage",
@@ -95,7 +94,7 @@ class Experiment(Section):
         return Schedule(**fields)
 
     def vocab_size(self, n_vocab: int) -> int:
-        """Return the rows of the embedding: the tokenizer's `n_vocab`, rounded up."""
+        """Return the number of rows of the embedding: the tokenizer's `n_vocab`, rounded up."""
         multiple = self.model.pad_vocab_to
         return -(-n_vocab // multiple) * multiple
 
@@ -109,7 +108,7 @@ class Experiment(Section):
         return MODELS[self.model.kind].build(self.gpt_config(n_vocab))
 
     def flat(self) -> dict[str, Any]:
-        """Return `{"section.field": value}` of every field, in the order of this file."""
+        """Return `{"section.field": value}` of all fields, in the order of their definition."""
         fields: dict[str, Any] = {}
         for name, value in self.model_dump().items():
             if isinstance(value, dict):
@@ -119,7 +118,7 @@ class Experiment(Section):
         return fields
 
     def to_yaml(self) -> str:
-        """Return a file that reads back as an equal experiment, except passwords in addresses."""
+        """Return YAML that reads back as an equal experiment, except for passwords in addresses."""
         return write_yaml(redact_addresses(self.model_dump()))
 
     @model_validator(mode="after")
@@ -159,7 +158,7 @@ def field_value(key: str, value: Any) -> Any:
     """Return `value` as the field "section.field" stores it: 6e5 steps become 600000.
 
     Raises:
-        UserError: The field does not accept the value. The message names no place.
+        UserError: The field does not accept the value. The message does not name a file.
     """
     section, _, field = key.partition(".")
     model = section_class(Experiment.model_fields[section])

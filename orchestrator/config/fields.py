@@ -23,7 +23,7 @@ def _whole_to_int(value: Any) -> Any:
 # Above 2^53 a float is not exact, and torch accepts no seed above 2^63.
 Int = Annotated[int, BeforeValidator(_whole_to_int), Field(le=2**53)]
 Steps = Annotated[Int, Field(ge=1)]
-Interval = Annotated[Steps | None, Field()]
+Interval = Steps | None
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -61,8 +61,8 @@ class Section(BaseModel):
 class OneOf:
     """Marks a text field whose value must be a key of `table`: `Annotated[str, OneOf(table)]`.
 
-    A new entry of the table is then a new choice, in the errors and in `--help` too. `Literal`
-    cannot be used: type checkers need its values in the source.
+    A new entry of the table is then a new choice, also in the error messages and in `--help`.
+    `Literal` cannot be used: type checkers need its values in the source.
 
     Attributes:
         table: The choices. Each value has a `help` text of one line.
@@ -81,10 +81,10 @@ class FieldDoc:
     """Description of one field.
 
     Attributes:
-        type: Its type in words, such as "an integer or null".
-        default: Value of a field that is not given.
+        type: Type in words, such as "an integer or null".
+        default: Value if the field is not given.
         description: Meaning and unit.
-        choices: Choice -> one line of help, for fields that have a `OneOf` table.
+        choices: One line of help by choice, for fields that have a `OneOf` table.
     """
 
     type: str
@@ -117,7 +117,7 @@ def describe_fields(model: type[Section]) -> Docs:
 
 
 def section_class(info: FieldInfo) -> type[Section] | None:
-    """Return the class of a field that is a section; None for other fields."""
+    """Return the class of a section; None for a field that is not a section."""
     annotation = info.annotation
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation

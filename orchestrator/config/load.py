@@ -1,7 +1,7 @@
 """Read an experiment file and `section.field=value` overrides; write a configuration as YAML.
 
-The YAML is a safe subset without the surprises of YAML 1.1: `6e-4` is a number, `010` is text and
-not 8, `1:30` is text and not 90, and a key that is given twice is an error.
+YAML is read without the surprises of YAML 1.1: `6e-4` is a number, `010` is text and not 8, `1:30`
+is text and not 90, and a key that is given twice is an error. It can create no Python objects.
 """
 
 import os
@@ -16,7 +16,7 @@ from yaml.constructor import ConstructorError
 
 from orchestrator.errors import UserError
 
-# An experiment has thousands of characters. PyYAML needs a second for every 100,000.
+# An experiment has thousands of characters. PyYAML takes one second for 100,000.
 MAX_CHARACTERS = 1 << 20
 # Python refuses to print an integer of more than a few thousand digits.
 MAX_DIGITS = 40
@@ -35,7 +35,7 @@ def read_tree(
         overrides: `section.field=value`; later ones win.
 
     Returns:
-        Nested sections, and the place that error messages name.
+        Nested sections, and the start of error messages: the path or "command line".
 
     Raises:
         UserError: The file cannot be read or is not YAML, or an override has no field or value.
@@ -110,7 +110,7 @@ def read_yaml(text: str, where: str) -> Any:
         where: Start of the error message, such as the name of the file.
 
     Raises:
-        UserError: The text is not YAML, or uses a part of it that is refused here.
+        UserError: The text is not YAML, or has a duplicate key or an alias, or is too long.
     """
     if len(text) > MAX_CHARACTERS:
         raise UserError(
@@ -135,7 +135,7 @@ def write_yaml(tree: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses duplicate keys and aliases, and reads numbers as `_use_plain_numbers` says."""
+    """Refuses duplicate keys and aliases. See `_use_plain_numbers` for numbers."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         # No experiment needs an alias (`*name`), and a file of ten lines with nested aliases can
@@ -182,8 +182,8 @@ _FLOAT = re.compile(
 def _use_plain_numbers(cls: Any) -> None:
     """Replace YAML 1.1's rules for numbers.
 
-    Base 60 and octal numbers go; exponents without a point or a sign, as in 6e-4 and 1e5, are read
-    as numbers.
+    Numbers of base 60 and octal numbers become text. Exponents need no point and no sign: 6e-4 and
+    1e5 become numbers.
     """
     cls.yaml_implicit_resolvers = {
         first: [(tag, rule) for tag, rule in rules if not tag.endswith((":int", ":float"))]

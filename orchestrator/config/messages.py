@@ -1,4 +1,4 @@
-"""Validation, and why a configuration was refused: one line per field."""
+"""Validation of a section, and its error messages: one line per field."""
 
 import difflib
 import json
@@ -60,23 +60,23 @@ def shown(value: Any) -> str:
 def _errors_by_field(
     error: ValidationError, known: Docs, section: str
 ) -> dict[str, list[ErrorDetails]]:
-    """Group the errors: for a union, pydantic reports one per member type."""
+    """Group the errors by field: for a union, pydantic reports one error per member type."""
     found: dict[str, list[ErrorDetails]] = {}
-    for one in error.errors():
-        path = [str(part) for part in one["loc"]]
+    for details in error.errors():
+        path = [str(part) for part in details["loc"]]
         if section:
             path.insert(0, section)
-        found.setdefault(_field_of(one, path, known), []).append(one)
+        found.setdefault(_field_of(details, path, known), []).append(details)
     return found
 
 
 def _is_about_key(error: ErrorDetails) -> bool:
-    """Return whether the name of the field is wrong, not its value."""
+    """Return whether the name of a field is wrong, and not its value."""
     return error["type"] in UNKNOWN_FIELD or error["loc"][-1:] == ("[key]",)
 
 
 def _field_of(error: ErrorDetails, path: Sequence[str], known: Docs) -> str:
-    """Return the field that an error is about. The rest of its path names a member of a union."""
+    """Return the field of an error. The rest of the path names a member of a union."""
     if _is_about_key(error):
         return ".".join(part for part in path if part != "[key]")
     if path[:1] == ["sweep"]:

@@ -10,7 +10,7 @@ from orchestrator.config.fields import Int, Interval, OneOf, Section, Steps, Tex
 
 
 class Data(Section):
-    """The text, and how it becomes tokens."""
+    """The text, and how it is split into tokens."""
 
     corpus: Text | Annotated[list[Text], Field(min_length=1)] = Field(
         "builtin:stdlib",
@@ -113,8 +113,8 @@ class Train(Section):
     global_batch_size: Steps = Field(12, description="sequences per update over all workers")
     reduction_slots: Steps | None = Field(
         None,
-        description="partial sums of one gradient, a power of two; the number of workers must "
-        "divide it; null: the largest up to 8 that divides the micro-batches of an update",
+        description="partial sums of one gradient, a power of two that the number of workers "
+        "divides; null: the largest up to 8 that divides the micro-batches of an update",
     )
     seed: Int = Field(1337, ge=0, description="seed of weights, sample order and dropout")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
@@ -149,7 +149,7 @@ class Train(Section):
     )
     init_from: Text = Field(
         "scratch",
-        description="first weights: scratch (random), gpt2|gpt2-medium|gpt2-large|gpt2-xl, a "
+        description="initial weights: scratch (random), gpt2|gpt2-medium|gpt2-large|gpt2-xl, a "
         "Hugging Face folder, a nanoGPT ckpt.pt, a run or a checkpoint",
     )
 
@@ -159,13 +159,13 @@ class Compute(Section):
 
     num_workers: Steps | Literal["auto"] = Field(
         "auto",
-        description="training processes, a divisor of the reduction slots; auto: the largest one "
-        "for which there are GPUs, 1 on CPUs",
+        description="training processes; must divide the reduction slots; auto: the largest "
+        "divisor for which there are GPUs, or 1 without GPUs",
     )
     cpus_per_worker: Steps | Literal["auto"] = Field(
         "auto",
-        description="CPUs, and so torch threads, of each worker; auto: 1 with several workers, "
-        "else all",
+        description="CPUs and torch threads of each worker; auto: all for one worker without a "
+        "GPU, else 1",
     )
     hang_after_s: float = Field(
         30.0,

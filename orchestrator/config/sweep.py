@@ -1,6 +1,6 @@
 """The `sweep:` section of a file: which trials a sweep has, and when a trial is stopped.
 
-Only the section itself is checked here. `orchestrator.sweep` checks what it says about fields.
+Only types and limits are checked here. `orchestrator.sweep` checks the fields that a sweep varies.
 """
 
 from typing import Annotated, Any, Literal
@@ -48,7 +48,7 @@ class SweepSection(Section):
         None, description="only for anneal_probe: step at which the short anneals start"
     )
     probe_steps: Steps | None = Field(
-        None, description="only for anneal_probe: steps in which the learning rate falls to 0"
+        None, description="only for anneal_probe: number of steps in which the rate falls to 0"
     )
     probe_margin: float = Field(
         0.05,
@@ -85,13 +85,13 @@ def parse_sweep(tree: dict[str, Any], where: str) -> tuple[Experiment, SweepSect
     """Validate a sweep file.
 
     Returns:
-        The experiment that every trial starts from, and the section. The values in the section
-        are not validated yet.
+        The experiment that trials change, and the section. The values that the section gives to
+        fields are not validated yet.
 
     Raises:
         UserError: One line per mistake. Each starts with `where`.
     """
-    file: SweepFile = validate(SweepFile, tree, where, sweep_docs())
+    file = validate(SweepFile, tree, where, sweep_docs())
     base = Experiment.model_validate(file.model_dump(exclude={"sweep"}))
     return base, file.sweep
 

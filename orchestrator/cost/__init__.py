@@ -1,9 +1,10 @@
-"""What a run costs, known before it starts.
-
-    estimate.py   `show`: the dry run of a run; the lines that compare estimate and result
-    timing.py     `Timing` of steps, evaluations and checkpoints; `expected`: what a run then takes
-    measure.py    `measure`: time some seconds of training on this machine
-    cache.py      timings of earlier measurements
+"""Estimates of the time, memory and disk of a run, before it starts.
 
 Start with `estimate.dry_run`.
+
+- `estimate`: `show` prints the dry run; lines that compare an estimate with the result
+- `tokens`: `TokenCounts`, the size of a dataset
+- `timing`: `Timing`, measured seconds of a step, an evaluation …; `expected`, the estimate of a run
+- `measure`: `measure` times some seconds of training; `bench` is the process that trains
+- `cache`: timings of earlier measurements
 """

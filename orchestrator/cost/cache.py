@@ -1,7 +1,7 @@
 """Timings of earlier measurements, in `$XDG_CACHE_HOME/espalier/calibration/`.
 
-Other users may be able to write there: a file that does not hold exactly the numbers of a `Timing`
-counts as missing.
+Other users may be able to write there. A file that holds anything other than the numbers of a
+`Timing` is ignored.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from orchestrator.cost.timing import Timing
 from orchestrator.files import write_atomically
 from orchestrator.train.numerics import device_name
 
-FORMAT = 3  # raise it if something else is measured
+FORMAT = 3  # increase it when the meaning of a `Timing` changes
 
 
 def file_of(experiment: Experiment, n_vocab: int, layout: Layout) -> Path:
-    """Return the file of a timing: the same for experiments whose steps cost the same."""
+    """Return the file of a timing. Experiments with equal steps share one file."""
     train = experiment.train
     key = [
         FORMAT,
@@ -45,7 +45,7 @@ def file_of(experiment: Experiment, n_vocab: int, layout: Layout) -> Path:
 
 
 def read(experiment: Experiment, n_vocab: int, layout: Layout) -> Timing | None:
-    """Return a stored timing; None if there is none for this layout on this machine."""
+    """Return the stored timing; None if there is none, or a GPU is needed that is not here."""
     if layout.use_gpu and not torch.cuda.is_available():
         return None
     try:
@@ -55,7 +55,7 @@ def read(experiment: Experiment, n_vocab: int, layout: Layout) -> Timing | None:
 
 
 def write(experiment: Experiment, n_vocab: int, layout: Layout, timing: Timing) -> None:
-    """Store a timing, if the folder can be written to."""
+    """Store a timing. If the folder cannot be written to, nothing is stored."""
     file = file_of(experiment, n_vocab, layout)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def write(experiment: Experiment, n_vocab: int, layout: Layout, timing: Timing) 
 
 
 def parse(text: str) -> Timing | None:
-    """Return the timing that `text` holds as JSON; None if it is anything else."""
+    """Parse a timing in JSON; None if `text` is anything else."""
     try:
         stored = json.loads(text)
     except (ValueError, RecursionError):
@@ -71,7 +71,7 @@ def parse(text: str) -> Timing | None:
     names = {field.name for field in fields(Timing)}
     if not isinstance(stored, dict) or stored.keys() != names:
         return None
-    if any(type(value) not in (int, float) for value in stored.values()):  # True is no number
+    if any(type(value) not in (int, float) for value in stored.values()):  # a bool is not a number
         return None
     if not all(0 < value < math.inf for value in stored.values()):
         return None

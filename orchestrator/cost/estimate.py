@@ -1,14 +1,11 @@
-"""The dry run of a run: what it is and what it costs, before anything is written or downloaded.
+"""The dry run: shapes and costs of a run, before anything is written or downloaded.
 
-Numbers that are estimated are marked with ≈. Time and memory come from some seconds of training in
-a process of its own, see `measure`.
+≈ marks an estimate. Time and memory come from some seconds of training, see `measure`.
 """
 
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -18,46 +15,12 @@ from orchestrator.config.experiment import Experiment
 from orchestrator.cost import timing as cost
 from orchestrator.cost.measure import LIMIT_S, measure
 from orchestrator.cost.timing import Estimate, Timing
-from orchestrator.data.dataset import Manifest
-from orchestrator.data.estimate import estimate_tokens
-from orchestrator.data.prepared import dataset_dir, find_prepared
-from orchestrator.data.tasks import tail_cut
+from orchestrator.cost.tokens import TokenCounts, token_counts
 from orchestrator.errors import UserError
 from orchestrator.runs.facts import ModelFacts, model_facts
-from orchestrator.runs.storage import storage_root
 from orchestrator.text import duration
 from orchestrator.train import init_from
 from orchestrator.train.numerics import available_cpus, device_name
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """Size of a dataset; None for what is not known before it is prepared.
-
-    Attributes:
-        n_vocab: Size of the vocabulary.
-        train: Tokens of the split `train`.
-        val: Tokens of the split `val`.
-        directory: Folder of the token shards, which may not exist yet.
-        is_exact: False if tokens were estimated.
-    """
-
-    n_vocab: int | None
-    train: int | None
-    val: int | None
-    directory: Path
-    is_exact: bool = True
-
-    @classmethod
-    def of(cls, dataset: Manifest) -> "TokenCounts":
-        """Return the counts of a prepared dataset."""
-        n_vocab = dataset.tokenizer["n_vocab"]
-        splits = dataset.splits
-        return cls(n_vocab, splits["train"].tokens, splits["val"].tokens, dataset.directory)
-
-    def expected(self, experiment: Experiment, timing: Timing) -> Estimate:
-        """Return what a whole run on these tokens takes; unknown counts are taken as 0."""
-        return cost.expected(experiment, self.val or 0, self.train or 0, timing)
 
 
 def show(experiment: Experiment, timed: bool = True) -> int:
@@ -65,7 +28,7 @@ def show(experiment: Experiment, timed: bool = True) -> int:
 
     Args:
         experiment: The configuration.
-        timed: Time some seconds of training too.
+        timed: Also time some seconds of training.
     """
     print(experiment.to_yaml())
     for title, lines in dry_run(experiment, timed).items():
@@ -83,8 +46,8 @@ def dry_run(experiment: Experiment, timed: bool = True) -> dict[str, list[str]]:
     data = _data_lines(experiment, tokens)
     if tokens.n_vocab is None:
         unknown = (
-            "the vocabulary is the corpus's characters, so parameters and cost are known once it is"
-            " here: run pipelines/prepare.py first"
+            "unknown: the vocabulary is the set of characters of the corpus, which is not "
+            "downloaded yet; run pipelines/prepare.py first"
         )
         return {"batch": batch, "data": data, "model and cost": [unknown]}
     facts = model_facts(experiment, tokens.n_vocab)
@@ -97,22 +60,6 @@ def dry_run(experiment: Experiment, timed: bool = True) -> dict[str, list[str]]:
     if timed:
         sections["expected"] = _expected_lines(experiment, tokens, tokens.n_vocab)
     return sections
-
-
-def token_counts(experiment: Experiment) -> TokenCounts:
-    """Read the size of the dataset from its manifest, or estimate it from the corpus."""
-    data = experiment.data
-    directory = dataset_dir(data, storage_root(experiment))
-    manifest = find_prepared(data, directory)
-    if manifest is not None:
-        return TokenCounts.of(manifest)
-    guess = estimate_tokens(data)
-    if guess.tokens is None:
-        return TokenCounts(guess.n_vocab, None, None, directory, is_exact=False)
-    val = guess.tokens - tail_cut(guess.tokens, data.val_fraction)
-    # Characters or documents are divided, so the tokens of a split are known once all are counted.
-    is_exact = guess.exact and data.tokenizer == "char" and data.split == "tail"
-    return TokenCounts(guess.n_vocab, guess.tokens - val, val, directory, is_exact)
 
 
 # ---- estimate and result ----
@@ -131,8 +78,8 @@ def comparison_line(
 ) -> str:
     """Return a line such as `expected 1m50s, took 1m58s (+7%); memory …; disk …`.
 
-    Numbers that were not measured are left out. For the disk, a run measures what is there at the
-    end, and a sweep the most that was there.
+    Numbers that were not measured are left out. A run measures the disk at its end, a sweep the
+    largest use of the disk.
     """
     rows: list[tuple[str, str, Callable[[float], str]]] = [
         ("time_s", "expected {}, took {}", duration),
@@ -219,12 +166,12 @@ def _cost_lines(experiment: Experiment, facts: ModelFacts) -> list[str]:
     flops = facts["flops_per_token"]
     tensor = 4 * facts["parameters"]  # bytes of one float32 value per parameter
     state = (1 + OPTIMIZERS[experiment.optim.kind].moments) * tensor
-    # One worker needs most: the running slot and log2(slots) partial sums.
+    # Most memory is needed with one worker: the current slot and log2(slots) partial sums.
     gradients = experiment.slots.bit_length() * tensor
     keep = experiment.train.keep
     return [
         f"{flops:.4g} FLOPs per token × {tokens:,} tokens = {flops * tokens:.4g} FLOPs",
-        f"checkpoint ≈ {_size(state)}; {keep} latest and the best one stay, one more while it is "
+        f"checkpoint ≈ {_size(state)}; {keep} recent and the best one stay, one more is being "
         f"written: ≈ {_size(state * (keep + 2))} of disk",
         f"memory for weights, moments and gradients ≈ {_size(state + gradients)} per worker, "
         "activations not counted",
@@ -241,8 +188,8 @@ def _expected_lines(experiment: Experiment, tokens: TokenCounts, n_vocab: int) -
     timing = measure(experiment, n_vocab, layout)
     if timing is None:
         return [
-            "time and memory are unknown: this machine has no room for a step, is in use, or makes "
-            f"none within {LIMIT_S:.0f} s"
+            "time and memory are unknown: this machine has too little memory or disk, its GPU is "
+            f"in use, or the measurement takes more than {LIMIT_S:.0f} s"
         ]
     expected = tokens.expected(experiment, timing)
     missing = ""
@@ -288,7 +235,7 @@ def _caveats(experiment: Experiment, layout: Layout) -> str:
 
 
 def local_layout(experiment: Experiment) -> Layout:
-    """Return the workers that the run would have here; if that is too many, those it asks for."""
+    """Return the workers that the run would have on this machine, even if they do not fit."""
     here = _this_machine()
     try:
         return resolve_layout(experiment, [here])

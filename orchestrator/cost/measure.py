@@ -1,49 +1,23 @@
-"""Measures what a step, an evaluation and a checkpoint take on this machine.
+"""Measure what a step, an evaluation and a checkpoint take on this machine."""
 
-The steps are real, on random tokens. They run in a process of their own (`python -m
-orchestrator.cost.measure`), whose threads and peak memory are then those of a worker.
-
-Not measured: traffic between workers (one worker's share of a step is timed), torch.compile (steps
-are timed without it), and a disk that is slow to read tokens.
-"""
-
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from model.generate import generate
 from orchestrator.cluster.layout import WORKER_ENVIRONMENT, Layout
-from orchestrator.config.experiment import Experiment, parse_experiment
+from orchestrator.config.experiment import Experiment
 from orchestrator.cost import cache
 from orchestrator.cost.timing import Timing
-from orchestrator.data.dataset import Manifest
-from orchestrator.runs.folder import RunFolder
-from orchestrator.runs.journal import Journal
-from orchestrator.train import state
-from orchestrator.train.checkpointer import Checkpointer
-from orchestrator.train.evaluate import SAMPLE_PROMPT, SAMPLE_TOKENS, EvalSet
-from orchestrator.train.meter import memory_metrics
-from orchestrator.train.numerics import Worker, autocast, prepare_process
-from orchestrator.train.step import Step
 
-STEPS_S = 3.0  # time for the steps that are timed
-EVALUATION_S = 1.0  # and for the evaluation
 LIMIT_S = 60.0
-# Memory of a Ray worker that is not measured here: 385 MiB after all imports, 257 without Ray.
-RAY_GIB = 0.125
-# In the messages of torch, CUDA and Python.
+# Parts of the messages of torch, CUDA and Python.
 OUT_OF_MEMORY = (
     "OutOfMemoryError",
     "MemoryError",
@@ -59,8 +33,8 @@ def measure(
 ) -> Timing | None:
     """Return the timing of this layout, from the cache or from some seconds of training.
 
-    None if it cannot be known: there is no GPU here or another process uses it, the memory or the
-    disk is too small, or it takes longer than `limit_s` seconds.
+    None if it cannot be measured: the layout needs a GPU that is missing or in use, there is too
+    little memory or disk, or the measurement takes more than `limit_s` seconds.
     """
     if layout.use_gpu and not torch.cuda.is_available():
         return None
@@ -68,12 +42,15 @@ def measure(
     if known is not None:
         return known
     try:
-        one = time_worker(experiment, n_vocab, layout, limit_s)
+        worker_timing = time_worker(experiment, n_vocab, layout, limit_s)
     except MemoryError:
         return None
-    if one is None:
+    if worker_timing is None:
         return None
-    timing = replace(one, eval_tokens_per_s=one.eval_tokens_per_s * layout.num_workers)
+    timing = replace(
+        worker_timing,
+        eval_tokens_per_s=worker_timing.eval_tokens_per_s * layout.num_workers,
+    )
     cache.write(experiment, n_vocab, layout, timing)
     return timing
 
@@ -81,10 +58,10 @@ def measure(
 def time_worker(
     experiment: Experiment, n_vocab: int, layout: Layout, limit_s: float
 ) -> Timing | None:
-    """Return the timing of one of the workers; None if it cannot be known.
+    """Return the timing of one worker; None if it cannot be measured.
 
     Raises:
-        MemoryError: There is too little memory for it.
+        MemoryError: There is too little memory.
     """
     job = {
         "experiment": share_of_worker(experiment, layout.num_workers).model_dump(),
@@ -96,7 +73,7 @@ def time_worker(
     }
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "orchestrator.cost.measure"],
+            [sys.executable, "-m", "orchestrator.cost.bench"],
             input=json.dumps(job),
             text=True,
             cwd=SOURCES,
@@ -114,12 +91,12 @@ def time_worker(
 
 
 def is_out_of_memory(message: str) -> bool:
-    """Return whether the message of an exception says that memory ran out."""
+    """Return whether the message of an exception means out of memory."""
     return any(words in message for words in OUT_OF_MEMORY)
 
 
 def share_of_worker(experiment: Experiment, num_workers: int) -> Experiment:
-    """Return the share that one worker has of each step, as an experiment of its own."""
+    """Return an experiment whose steps are one worker's share of the steps of `experiment`."""
     return experiment.replace(
         train__global_batch_size=experiment.train.global_batch_size // num_workers,
         train__reduction_slots=experiment.slots // num_workers,
@@ -127,184 +104,3 @@ def share_of_worker(experiment: Experiment, num_workers: int) -> Experiment:
         train__compile=False,
         compute__num_workers=1,
     )
-
-
-# ---- in a process of its own ----
-
-
-def main() -> None:
-    """Read a job from stdin; write the `Timing` of one worker to stdout."""
-    be_expendable()
-    job = json.loads(sys.stdin.read())
-    worker = Worker(device=job["device"], cpus=job["cpus"])
-    if worker.device != "cpu":
-        free, total = torch.cuda.mem_get_info(worker.device)
-        if free < 0.8 * total:
-            # The times would be wrong, and the other process might run out of memory.
-            sys.exit("the GPU is in use")
-    experiment = parse_experiment(job["experiment"], "job")
-    prepare_process(experiment, worker)
-    startup_s = time.time() - job["started"]
-    bench = Bench(experiment, job["n_vocab"], worker, step_budget_s=job["limit_s"] / 4)
-    print(json.dumps(asdict(bench.run(startup_s))))
-
-
-class Bench:
-    """Times the parts of a run.
-
-    Args:
-        experiment: One worker's share of it.
-        n_vocab: Size of the vocabulary.
-        worker: Device and threads of this process.
-        step_budget_s: Seconds for the steps. If a whole step would take too long, one micro-batch
-            is timed and counted as often as a step has micro-batches.
-    """
-
-    def __init__(
-        self, experiment: Experiment, n_vocab: int, worker: Worker, step_budget_s: float
-    ) -> None:
-        self.experiment = experiment
-        self.n_vocab = n_vocab
-        self.worker = worker
-        self.step_budget_s = step_budget_s
-        self.timed = one_micro_batch(experiment)  # what the state was built for
-        self.state = state.build(self.timed, experiment.new_model(n_vocab), worker)
-        self.unused_bytes = 0  # gradient buffers of a whole step, if none was made
-
-    def run(self, startup_s: float) -> Timing:
-        """Time everything."""
-        step_s = self.time_steps()
-        eval_tokens_per_s = self._time_evaluation()
-        sample_s = self._time_sample()
-        checkpoint_s, checkpoint_bytes = self._time_checkpoint()
-        return Timing(
-            step_s=step_s,
-            eval_tokens_per_s=eval_tokens_per_s,
-            sample_s=sample_s,
-            checkpoint_s=checkpoint_s,
-            checkpoint_bytes=checkpoint_bytes,
-            memory_gib=peak_gib(self.worker.device) + self.unused_bytes / 2**30,
-            startup_s=startup_s,
-        )
-
-    def time_steps(self) -> float:
-        """Return the seconds of a step, within the budget."""
-        count = self.experiment.micro_batches
-        gradient_s, update_s = self._time_step()
-        if gradient_s < self.step_budget_s / 2:
-            gradient_s, update_s = self._time_step()  # the first one was the warm-up
-        if gradient_s * count > self.step_budget_s / 2:
-            # log2(slots) partial sums beside the running one.
-            buffers = self.experiment.slots.bit_length() - 1
-            self.unused_bytes = buffers * self.state.gradients.size * 4
-            return gradient_s * count + update_s
-        if count > 1:
-            self.timed = self.experiment
-            self.state = state.build(self.timed, self.state.model, self.worker)
-            self._time_step()
-        steps = 0
-        started = time.perf_counter()
-        while steps == 0 or time.perf_counter() - started < min(STEPS_S, self.step_budget_s):
-            self._time_step()
-            steps += 1
-        return (time.perf_counter() - started) / steps
-
-    def _time_step(self) -> tuple[float, float]:
-        """Return the seconds of the gradient and of the update."""
-        step = Step(self.timed, self.state)
-        started = time.perf_counter()
-        self.state.grad_norm = step.gradient(self._random_batches()).norm
-        between = time.perf_counter()
-        # With a rate above 0, random tokens might lead to weights that generate no text.
-        step.update(0.0)
-        if self.worker.device != "cpu":
-            torch.cuda.synchronize()
-        return between - started, time.perf_counter() - between
-
-    def _random_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        shape = (self.timed.train.micro_batch_size, self.timed.model.block_size)
-        for _ in range(self.timed.micro_batches):
-            tokens = torch.randint(self.state.model.config.vocab_size, shape)  # (B, T)
-            tokens = tokens.to(self.worker.device)
-            yield tokens, tokens
-
-    def _time_evaluation(self) -> float:
-        """Return the tokens per second of an evaluation."""
-        size = self.experiment.train.micro_batch_size
-        vocab_size = self.state.model.config.vocab_size
-        shape = (size, self.experiment.model.block_size)
-        inputs = np.random.default_rng(0).integers(vocab_size, size=shape)  # (B, T)
-        eval_set = EvalSet([(inputs, inputs, np.arange(size))], np.ones(vocab_size))
-        device = torch.device(self.worker.device)
-        context = autocast(self.experiment, self.worker.device)
-        eval_set.evaluate(self.state.forward, device, context)  # warm-up
-        batches = 0
-        started = time.perf_counter()
-        while batches == 0 or time.perf_counter() - started < EVALUATION_S:
-            eval_set.evaluate(self.state.forward, device, context)
-            batches += 1
-        return batches * inputs.size / (time.perf_counter() - started)
-
-    def _time_sample(self) -> float:
-        """Return the seconds of the text that an evaluation generates."""
-        prompt = torch.zeros(1, SAMPLE_PROMPT, dtype=torch.int64, device=self.worker.device)
-        started = time.perf_counter()
-        with autocast(self.experiment, self.worker.device):
-            tokens = generate(
-                self.state.model, prompt, SAMPLE_TOKENS, top_k=50, n_vocab=self.n_vocab, seed=0
-            )
-        tokens.tolist()  # waits for a GPU
-        return time.perf_counter() - started
-
-    def _time_checkpoint(self) -> tuple[float, int]:
-        """Return seconds and bytes of a checkpoint in the folder for temporary files.
-
-        A run writes most of it in the background and trains meanwhile. One more step beside the
-        copy of the state shows the memory that this takes.
-        """
-        with tempfile.TemporaryDirectory(prefix="espalier-") as path:
-            folder = RunFolder(path)
-            (folder.path / "tokenizer.json").write_text("{}", "utf-8")
-            dataset = Manifest(folder.path, {}, {})
-            started = time.perf_counter()
-            with Checkpointer(folder, 1, Journal(folder)) as checkpointer:
-                parts = state.snapshot(self.state, self.experiment, dataset, self.worker, {})
-                checkpointer.save(self.state.step, *parts)
-                checkpointer.wait()
-                seconds = time.perf_counter() - started
-                self._time_step()
-            return seconds, folder_bytes(folder.checkpoints)
-
-
-def one_micro_batch(experiment: Experiment) -> Experiment:
-    """Return the experiment with one micro-batch per step."""
-    return experiment.replace(
-        train__global_batch_size=experiment.train.micro_batch_size, train__reduction_slots=1
-    )
-
-
-def folder_bytes(folder: Path) -> int:
-    """Return the size of all files in a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def peak_gib(device: str) -> float:
-    """Return the peak memory of this process, as the journal of a Ray worker would show it."""
-    status = Path("/proc/self/status")
-    if device == "cpu" and status.exists():
-        # `ru_maxrss` starts at the memory of the parent process, which may be large.
-        for line in status.read_text("utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return RAY_GIB + int(line.split()[1]) / 2**20
-    [peak] = memory_metrics(device).values()
-    return peak if device != "cpu" else RAY_GIB + peak
-
-
-def be_expendable() -> None:
-    """Let the kernel kill this process first if memory runs out: it tries what may be too much."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000", "utf-8")
-
-
-if __name__ == "__main__":
-    main()

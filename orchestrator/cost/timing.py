@@ -1,12 +1,12 @@
-"""Time, memory and disk of a run, computed from a few measured numbers."""
+"""Estimates of the time, memory and disk of a run, computed from a few measured numbers."""
 
 from dataclasses import dataclass
 from typing import TypedDict
 
 from orchestrator.config.experiment import Experiment
 
-# Starts of a process that take as long as the time between launch and first step: Ray starts its
-# controller, then the workers, on shared CPUs.
+# From launch to the first step, a run takes as long as this many starts of one process: Ray starts
+# its controller, then the workers, on shared CPUs.
 STARTS = 5
 
 
@@ -15,10 +15,10 @@ class Timing:
     """Measurements of one layout of workers on one machine.
 
     Attributes:
-        step_s: Seconds of an update.
+        step_s: Seconds of a step.
         eval_tokens_per_s: Tokens per second of an evaluation, over all workers.
-        sample_s: Seconds of the text that is generated in an evaluation.
-        checkpoint_s: Seconds of a checkpoint.
+        sample_s: Seconds to generate the sample text of an evaluation.
+        checkpoint_s: Seconds to write a checkpoint.
         checkpoint_bytes: Size of a checkpoint.
         memory_gib: Peak memory of a worker: resident on a CPU, allocated by torch on a GPU.
         startup_s: Seconds from the start of a process until it can build a model.
@@ -34,18 +34,18 @@ class Timing:
 
 
 class Estimate(TypedDict, total=False):
-    """What a run or a sweep takes; `estimated` in summary.json."""
+    """Cost of a run or a sweep; `estimated` in summary.json."""
 
     time_s: float
     memory_gib: float  # of a worker
-    disk_bytes: float  # the most that checkpoints take at the same time
-    final_disk_bytes: float  # of a run: checkpoints at its end, if the best is among the latest
+    disk_bytes: float  # largest size of all checkpoints at one time
+    final_disk_bytes: float  # only of a run: checkpoints at its end, if the best is a recent one
 
 
 def expected(
     experiment: Experiment, n_val_tokens: int, n_train_tokens: int, timing: Timing
 ) -> Estimate:
-    """Return what a whole run takes from step 0.
+    """Return the cost of a whole run from step 0.
 
     Args:
         experiment: The configuration.
@@ -55,7 +55,7 @@ def expected(
     """
     train = experiment.train
     written = checkpoints(experiment)
-    # The latest ones, the best one, and one that is being written.
+    # The recent ones, the best one, and one that is being written.
     most = train.keep + 1
     if train.eval_interval is not None:
         most += 1
@@ -79,7 +79,7 @@ def start_seconds(timing: Timing) -> float:
 def evaluation_seconds(
     experiment: Experiment, n_val_tokens: int, n_train_tokens: int, timing: Timing
 ) -> float:
-    """Return the seconds of one evaluation: on val, on as many tokens of train, and the sample."""
+    """Return the seconds of one evaluation: on val, on as many tokens of train, and a sample."""
     limit = min(experiment.train.eval_tokens or n_val_tokens, n_val_tokens)
     batch = experiment.train.micro_batch_size * experiment.model.block_size
     tokens = 0
@@ -90,7 +90,7 @@ def evaluation_seconds(
 
 
 def evaluations(experiment: Experiment) -> int:
-    """Return the number of evaluations of a run: at both ends and at every interval."""
+    """Return the number of evaluations of a run: at step 0, at every interval and at the end."""
     interval = experiment.train.eval_interval
     if interval is None:
         return 0

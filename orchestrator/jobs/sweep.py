@@ -17,8 +17,9 @@ from orchestrator.cluster import layout as cluster
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.config.sections import Data
-from orchestrator.cost.estimate import TokenCounts, expected_line
+from orchestrator.cost.estimate import expected_line
 from orchestrator.cost.timing import Estimate
+from orchestrator.cost.tokens import TokenCounts
 from orchestrator.data.dataset import Manifest, load_manifest
 from orchestrator.data.order import windows_per_epoch
 from orchestrator.data.prepare import prepare

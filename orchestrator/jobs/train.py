@@ -11,15 +11,16 @@ from orchestrator.cluster import layout as cluster
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import FREE, Experiment
 from orchestrator.cost import cache
-from orchestrator.cost.estimate import TokenCounts, comparison_line, expected_line
-from orchestrator.cost.measure import folder_bytes, measure
+from orchestrator.cost.estimate import comparison_line, expected_line
+from orchestrator.cost.measure import measure
 from orchestrator.cost.timing import Estimate, Timing
+from orchestrator.cost.tokens import TokenCounts
 from orchestrator.data.dataset import Manifest, load_manifest
 from orchestrator.data.order import windows_per_epoch
 from orchestrator.data.prepare import prepare
 from orchestrator.data.prepared import dataset_dir
 from orchestrator.errors import UserError
-from orchestrator.files import read_json
+from orchestrator.files import folder_bytes, read_json
 from orchestrator.jobs.job import Job
 from orchestrator.redact import redact
 from orchestrator.runs import identity, journal, metrics

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost import cache, estimate
-from orchestrator.cost.estimate import TokenCounts
 from orchestrator.cost.measure import measure
 from orchestrator.cost.timing import Estimate, Timing, evaluation_seconds
+from orchestrator.cost.tokens import TokenCounts, token_counts
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.prepared import dataset_dir, find_prepared
 from orchestrator.runs.folder import SweepFolder
@@ -47,7 +47,7 @@ def show(sweep: Sweep) -> int:
     sweep = with_absolute_paths(sweep)
     check_sources(sweep, storage)
     experiments = [spec.experiment for spec in sweep.trials] or [sweep.base]
-    counts = {data_key(e.data): estimate.token_counts(e) for e in experiments}
+    counts = {data_key(e.data): token_counts(e) for e in experiments}
     datasets = {data_key(e.data): _dataset(e, storage) for e in experiments}
     folder = SweepFolder(storage / sweep.base.name)
     layout = folder.recorded_layout() or estimate.local_layout(experiments[0])

@@ -14,10 +14,10 @@ import torch
 
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, load_experiment
-from orchestrator.cost import cache, timing
-from orchestrator.cost import measure as module
+from orchestrator.cost import bench, cache, timing
+from orchestrator.cost.bench import RAY_GIB, Bench
 from orchestrator.cost.estimate import comparison_line, dry_run
-from orchestrator.cost.measure import RAY_GIB, Bench, measure, share_of_worker
+from orchestrator.cost.measure import measure, share_of_worker
 from orchestrator.cost.timing import Timing
 from orchestrator.data.batches import EvalBatches
 from orchestrator.data.dataset import Manifest, Split
@@ -140,7 +140,7 @@ def test_share_of_a_worker_is_its_micro_batches_in_its_slots(workers):
 
 
 def test_buffers_of_a_step_are_counted_if_one_micro_batch_stands_for_it(monkeypatch):
-    monkeypatch.setattr(module, "STEPS_S", 0.3)
+    monkeypatch.setattr(bench, "STEPS_S", 0.3)
     scaled = Bench(small(), N_VOCAB, Worker(), step_budget_s=0.0)
     whole = Bench(small(), N_VOCAB, Worker(), step_budget_s=100.0)
     assert scaled.time_steps() > 0

@@ -1,0 +1,209 @@
+"""Time the parts of a run in this process: `python -m orchestrator.cost.bench`.
+
+`orchestrator.cost.measure` starts this process, whose threads and peak memory are then those of a
+worker. The steps are real, on random tokens.
+
+Not measured: traffic between workers (one worker's share of a step is timed), torch.compile (steps
+are timed without it), and the time that a slow disk needs to read tokens.
+"""
+
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.generate import generate
+from orchestrator.config.experiment import Experiment, parse_experiment
+from orchestrator.cost.timing import Timing
+from orchestrator.data.dataset import Manifest
+from orchestrator.files import folder_bytes
+from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.journal import Journal
+from orchestrator.train import state
+from orchestrator.train.checkpointer import Checkpointer
+from orchestrator.train.evaluate import SAMPLE_PROMPT, SAMPLE_TOKENS, EvalSet
+from orchestrator.train.meter import memory_metrics
+from orchestrator.train.numerics import Worker, autocast, prepare_process
+from orchestrator.train.step import Step
+
+STEPS_S = 3.0  # seconds in which steps are timed
+EVALUATION_S = 1.0  # seconds in which evaluations are timed
+# Memory of a Ray worker that this process lacks: 385 MiB after all imports, 257 MiB without Ray.
+RAY_GIB = 0.125
+
+
+def main() -> None:
+    """Read a job from stdin; write the `Timing` of one worker to stdout."""
+    be_expendable()
+    job = json.loads(sys.stdin.read())
+    worker = Worker(device=job["device"], cpus=job["cpus"])
+    if worker.device != "cpu":
+        free, total = torch.cuda.mem_get_info(worker.device)
+        if free < 0.8 * total:
+            # The times would be wrong, and the other process might run out of memory.
+            sys.exit("the GPU is in use")
+    experiment = parse_experiment(job["experiment"], "job")
+    prepare_process(experiment, worker)
+    startup_s = time.time() - job["started"]
+    bench = Bench(experiment, job["n_vocab"], worker, step_budget_s=job["limit_s"] / 4)
+    print(json.dumps(asdict(bench.run(startup_s))))
+
+
+class Bench:
+    """Times steps, evaluations, samples and checkpoints.
+
+    Args:
+        experiment: One worker's share of the run.
+        n_vocab: Size of the vocabulary.
+        worker: Device and threads of this process.
+        step_budget_s: Seconds for the steps. If a whole step would take too long, one micro-batch
+            is timed, and the time is multiplied.
+    """
+
+    def __init__(
+        self, experiment: Experiment, n_vocab: int, worker: Worker, step_budget_s: float
+    ) -> None:
+        self.experiment = experiment
+        self.n_vocab = n_vocab
+        self.worker = worker
+        self.step_budget_s = step_budget_s
+        # The experiment that `state` was built for: one micro-batch per step.
+        self.timed = experiment.replace(
+            train__global_batch_size=experiment.train.micro_batch_size, train__reduction_slots=1
+        )
+        self.state = state.build(self.timed, experiment.new_model(n_vocab), worker)
+        self.unused_bytes = 0  # gradient buffers of a whole step that were not allocated here
+
+    def run(self, startup_s: float) -> Timing:
+        """Time all parts. `startup_s` was measured by the caller."""
+        step_s = self.time_steps()
+        eval_tokens_per_s = self._time_evaluation()
+        sample_s = self._time_sample()
+        checkpoint_s, checkpoint_bytes = self._time_checkpoint()
+        return Timing(
+            step_s=step_s,
+            eval_tokens_per_s=eval_tokens_per_s,
+            sample_s=sample_s,
+            checkpoint_s=checkpoint_s,
+            checkpoint_bytes=checkpoint_bytes,
+            memory_gib=peak_gib(self.worker.device) + self.unused_bytes / 2**30,
+            startup_s=startup_s,
+        )
+
+    def time_steps(self) -> float:
+        """Return the seconds of a step, within the budget."""
+        count = self.experiment.micro_batches
+        gradient_s, update_s = self._time_step()
+        if gradient_s < self.step_budget_s / 2:
+            gradient_s, update_s = self._time_step()  # the first one was the warm-up
+        if gradient_s * count > self.step_budget_s / 2:
+            # A whole step also needs log2(slots) partial sums.
+            buffers = self.experiment.slots.bit_length() - 1
+            self.unused_bytes = buffers * self.state.gradients.size * 4
+            return gradient_s * count + update_s
+        if count > 1:
+            self.timed = self.experiment
+            self.state = state.build(self.timed, self.state.model, self.worker)
+            self._time_step()
+        steps = 0
+        started = time.perf_counter()
+        while steps == 0 or time.perf_counter() - started < min(STEPS_S, self.step_budget_s):
+            self._time_step()
+            steps += 1
+        return (time.perf_counter() - started) / steps
+
+    def _time_step(self) -> tuple[float, float]:
+        """Return the seconds of the gradient and of the update."""
+        step = Step(self.timed, self.state)
+        started = time.perf_counter()
+        self.state.grad_norm = step.gradient(self._random_batches()).norm
+        between = time.perf_counter()
+        # Training on random tokens could give weights that generate no text.
+        step.update(0.0)
+        if self.worker.device != "cpu":
+            torch.cuda.synchronize()
+        return between - started, time.perf_counter() - between
+
+    def _random_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        shape = (self.timed.train.micro_batch_size, self.timed.model.block_size)
+        for _ in range(self.timed.micro_batches):
+            tokens = torch.randint(self.state.model.config.vocab_size, shape)  # (B, T)
+            tokens = tokens.to(self.worker.device)
+            yield tokens, tokens
+
+    def _time_evaluation(self) -> float:
+        """Return the tokens per second of an evaluation."""
+        size = self.experiment.train.micro_batch_size
+        vocab_size = self.state.model.config.vocab_size
+        shape = (size, self.experiment.model.block_size)
+        inputs = np.random.default_rng(0).integers(vocab_size, size=shape)  # (B, T)
+        eval_set = EvalSet([(inputs, inputs, np.arange(size))], np.ones(vocab_size))
+        device = torch.device(self.worker.device)
+        context = autocast(self.experiment, self.worker.device)
+        eval_set.evaluate(self.state.forward, device, context)  # warm-up
+        batches = 0
+        started = time.perf_counter()
+        while batches == 0 or time.perf_counter() - started < EVALUATION_S:
+            eval_set.evaluate(self.state.forward, device, context)
+            batches += 1
+        return batches * inputs.size / (time.perf_counter() - started)
+
+    def _time_sample(self) -> float:
+        """Return the seconds of the text that an evaluation generates."""
+        prompt = torch.zeros(1, SAMPLE_PROMPT, dtype=torch.int64, device=self.worker.device)
+        started = time.perf_counter()
+        with autocast(self.experiment, self.worker.device):
+            tokens = generate(
+                self.state.model, prompt, SAMPLE_TOKENS, top_k=50, n_vocab=self.n_vocab, seed=0
+            )
+        tokens.tolist()  # waits for a GPU
+        return time.perf_counter() - started
+
+    def _time_checkpoint(self) -> tuple[float, int]:
+        """Return seconds and bytes of a checkpoint in the folder for temporary files.
+
+        A run trains while most of the checkpoint is written. The peak memory therefore includes one
+        more step beside the copy of the state.
+        """
+        with tempfile.TemporaryDirectory(prefix="espalier-") as path:
+            folder = RunFolder(path)
+            (folder.path / "tokenizer.json").write_text("{}", "utf-8")
+            dataset = Manifest(folder.path, {}, {})
+            started = time.perf_counter()
+            with Checkpointer(folder, 1, Journal(folder)) as checkpointer:
+                parts = state.snapshot(self.state, self.experiment, dataset, self.worker, {})
+                checkpointer.save(self.state.step, *parts)
+                checkpointer.wait()
+                seconds = time.perf_counter() - started
+                self._time_step()
+            return seconds, folder_bytes(folder.checkpoints)
+
+
+def peak_gib(device: str) -> float:
+    """Return the peak memory of this process, as the journal of a Ray worker would show it."""
+    status = Path("/proc/self/status")
+    if device == "cpu" and status.exists():
+        # Not `ru_maxrss`, which starts at the memory of the parent process.
+        for line in status.read_text("utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return RAY_GIB + int(line.split()[1]) / 2**20
+    [peak] = memory_metrics(device).values()
+    return peak if device != "cpu" else RAY_GIB + peak
+
+
+def be_expendable() -> None:
+    """Let the kernel kill this process first if memory runs out."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

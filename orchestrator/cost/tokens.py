@@ -1,0 +1,59 @@
+"""Size of a dataset: read from its manifest, or estimated before it is prepared."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.config.experiment import Experiment
+from orchestrator.cost import timing as cost
+from orchestrator.cost.timing import Estimate, Timing
+from orchestrator.data.dataset import Manifest
+from orchestrator.data.estimate import estimate_tokens
+from orchestrator.data.prepared import dataset_dir, find_prepared
+from orchestrator.data.tasks import tail_cut
+from orchestrator.runs.storage import storage_root
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Size of a dataset. None: unknown until the dataset is prepared.
+
+    Attributes:
+        n_vocab: Size of the vocabulary.
+        train: Tokens of the split `train`.
+        val: Tokens of the split `val`.
+        directory: Folder of the token shards, which may not exist yet.
+        is_exact: False if `train` and `val` are estimates.
+    """
+
+    n_vocab: int | None
+    train: int | None
+    val: int | None
+    directory: Path
+    is_exact: bool = True
+
+    @classmethod
+    def of(cls, dataset: Manifest) -> "TokenCounts":
+        """Return the counts of a prepared dataset."""
+        n_vocab = dataset.tokenizer["n_vocab"]
+        splits = dataset.splits
+        return cls(n_vocab, splits["train"].tokens, splits["val"].tokens, dataset.directory)
+
+    def expected(self, experiment: Experiment, timing: Timing) -> Estimate:
+        """Return the cost of a whole run on these tokens. An unknown count is taken as 0."""
+        return cost.expected(experiment, self.val or 0, self.train or 0, timing)
+
+
+def token_counts(experiment: Experiment) -> TokenCounts:
+    """Read the size of the dataset from its manifest, or estimate it from the corpus."""
+    data = experiment.data
+    directory = dataset_dir(data, storage_root(experiment))
+    manifest = find_prepared(data, directory)
+    if manifest is not None:
+        return TokenCounts.of(manifest)
+    guess = estimate_tokens(data)
+    if guess.tokens is None:
+        return TokenCounts(guess.n_vocab, None, None, directory, is_exact=False)
+    val = guess.tokens - tail_cut(guess.tokens, data.val_fraction)
+    # The split cuts characters or documents, not tokens: only for `char` are these the same.
+    is_exact = guess.exact and data.tokenizer == "char" and data.split == "tail"
+    return TokenCounts(guess.n_vocab, guess.tokens - val, val, directory, is_exact)

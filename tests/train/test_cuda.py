@@ -1,4 +1,4 @@
-"""On a GPU: a resumed run has the same bits; out of memory is answered with a size that fits."""
+"""On a GPU: a resumed run has the same bits; out of memory names a micro-batch that fits."""
 
 import subprocess
 import sys
@@ -61,7 +61,7 @@ def data(tmp_path_factory) -> Path:
         ids = np.frombuffer(part, np.uint8).astype(np.uint16)
         padded = np.concatenate([ids, np.zeros(-len(ids) % 1024, np.uint16)])
         path = folder / f"{name}-00000.parquet"
-        rows = shards.write_shard(path, np.uint16, [padded])
+        rows = shards.write_shard(path, padded.dtype, [padded])
         entry = {"name": path.name, "rows": rows, "tokens": len(ids), "sha256": file_sha256(path)}
         splits[name] = {
             "tokens": len(ids),

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost.timing import Timing
+from orchestrator.data.corpus import cache_folder
 from orchestrator.files import write_atomically
 from orchestrator.train.numerics import device_name
 
@@ -40,8 +40,7 @@ def file_of(experiment: Experiment, n_vocab: int, layout: Layout) -> Path:
         torch.__version__,
     ]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "espalier" / "calibration" / f"{name}.json"
+    return cache_folder() / "calibration" / f"{name}.json"
 
 
 def read(experiment: Experiment, n_vocab: int, layout: Layout) -> Timing | None:

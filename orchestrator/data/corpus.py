@@ -1,7 +1,7 @@
 """The files of a corpus: paths, globs, folders, downloads, or Python's own standard library.
 
-The order of the files depends on their names alone. `resolve` downloads and reads nothing; `fetch`
-downloads, and `documents.py` reads.
+`resolve` finds the files without reading or downloading them. `fetch` downloads, and
+`documents.py` reads.
 """
 
 import glob
@@ -20,7 +20,7 @@ from orchestrator.files import replacement
 from orchestrator.redact import redact_text
 
 STDLIB = "builtin:stdlib"
-TIMEOUT_S = 60  # of a download without an answer
+TIMEOUT_S = 60  # a download fails if the server sends nothing for this time
 
 Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
 
@@ -34,7 +34,7 @@ class Source:
     """One file of text.
 
     Attributes:
-        name: The same on every machine, such as `folder/sub/file.txt`.
+        name: Name in the dataset, such as `folder/sub/file.txt`; the same on every machine.
         path: Absolute. For a download, its place in the cache.
         size: In bytes; None before a download.
         sha256: Known beforehand for a download, else None.
@@ -54,16 +54,18 @@ class Source:
         return self.size
 
     def version(self) -> tuple[int, int]:
-        """Return size and time of the last write, which differ once the file was changed."""
+        """Return size and time of the last write; a change of the file changes them."""
         found = self.path.stat()
         return found.st_size, found.st_mtime_ns
 
 
 def resolve(corpus: str | list[str]) -> list[Source]:
-    """Return the files of a corpus: entries as given, the files of a folder or glob by name.
+    """Return the files of a corpus.
+
+    Entries keep their order; the files of a folder or glob are sorted by name.
 
     Raises:
-        UserError: An entry does not exist, a file comes twice or is compressed, a download has no
+        UserError: An entry does not exist, a file is listed twice or compressed, a download has no
             SHA-256, or all files are empty.
     """
     entries = entries_of(corpus)
@@ -71,7 +73,7 @@ def resolve(corpus: str | list[str]) -> list[Source]:
     seen: set[Path] = set()
     for source in sources:
         if source.path in seen:
-            raise UserError(f"data.corpus: {source.path} comes twice; name it once")
+            raise UserError(f"data.corpus: {source.path} is listed twice; list it once")
         seen.add(source.path)
         if source.path.suffix.lower() in _COMPRESSED:
             raise UserError(f"data.corpus: {source.path} is compressed; unpack it first")
@@ -82,12 +84,12 @@ def resolve(corpus: str | list[str]) -> list[Source]:
 
 
 def entries_of(corpus: str | list[str]) -> list[str]:
-    """Return the entries of `data.corpus`, which may be a single one."""
+    """Return the entries of `data.corpus` as a list; the setting may be a single entry."""
     return [corpus] if isinstance(corpus, str) else corpus
 
 
 def root_name(entry: str) -> str:
-    """Return the first part of the names of an entry's files, which need not exist."""
+    """Return the first part of the file names of an entry. The files need not exist."""
     if entry == STDLIB:
         return "stdlib"
     if _is_url(entry):
@@ -96,8 +98,8 @@ def root_name(entry: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Return the folder of downloads on this machine."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "espalier"
+    """Return the folder of this program's downloads and measurements on this machine."""
+    return _absolute(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "espalier"
 
 
 # ---- entries ----
@@ -198,7 +200,7 @@ def _resolve_url(entry: str) -> Source:
 def fetch(source: Source, folder: Path, progress: Progress = lambda *_: None) -> Source:
     """Return a source that all nodes can read.
 
-    A download is fetched into the cache of this machine, if it is not there, and then linked into
+    A download is stored in the cache of this machine, unless it is there already, and linked into
     `folder`.
 
     Args:
@@ -246,7 +248,7 @@ def _download(source: Source, url: str, file: Path, progress: Progress) -> str:
                 progress("downloading", done, total or done + 1)
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         reason = redact_text(str(getattr(error, "reason", error)))
-        if "@" in url:  # urllib takes a password for a port, and quotes it
+        if "@" in url:  # urllib mistakes a password for a port, and quotes it
             reason = "an address with a password"
         raise UserError(
             f"{redact_text(url)}: cannot be downloaded ({reason}); put the file at {source.path}, "

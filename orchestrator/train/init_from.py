@@ -1,4 +1,4 @@
-"""First weights of a run, as `train.init_from` says.
+"""First weights of a run, from the source that `train.init_from` names.
 
 Sources: random, OpenAI's GPT-2 or another Hugging Face folder, a nanoGPT `ckpt.pt`, a run or a
 checkpoint of this program.
@@ -6,7 +6,6 @@ checkpoint of this program.
 
 import contextlib
 import json
-import os
 import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -20,18 +19,20 @@ from model import weights
 from model.gpt import GPT, GPTConfig
 from orchestrator.checkpoint import store
 from orchestrator.config.experiment import Experiment
+from orchestrator.data.corpus import cache_folder
 from orchestrator.errors import UserError
+from orchestrator.files import replacement
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.state import NOT_LOADABLE, shape_of
 
 SCRATCH = "scratch"
-MAX_PADDING = 1024  # more vocabulary rows than tokens: it is another tokenizer
+MAX_PADDING = 1024  # with more vocabulary rows beyond the tokens, it is another tokenizer
 HUB = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Weights that were not read yet."""
+    """Weights that `load` reads."""
 
     shape: GPTConfig
     load: Callable[[], weights.StateDict]
@@ -86,7 +87,7 @@ def check_shape(experiment: Experiment, n_vocab: int) -> None:
 
 
 def with_absolute_path(experiment: Experiment) -> Experiment:
-    """Return the experiment with an absolute `train.init_from`: workers have another directory."""
+    """Make `train.init_from` absolute, because workers run in another directory."""
     source = Path(experiment.train.init_from).expanduser()
     if not source.exists():
         return experiment  # scratch, a name, or a mistake that `check` finds
@@ -172,7 +173,7 @@ def _open_nanogpt(file: Path) -> Source:
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True)
         arguments = stored["model_args"]
-    except Exception as error:  # torch raises many kinds for a file that is not its own
+    except Exception as error:  # torch raises many types for files of another format
         raise UserError(
             f"train.init_from: {file} is not a nanoGPT checkpoint that loads with weights_only "
             f"({type(error).__name__})"
@@ -181,24 +182,25 @@ def _open_nanogpt(file: Path) -> Source:
 
 
 def _download(name: str) -> Path:
-    """Return the cache folder with OpenAI's weights, which are downloaded if they are missing."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    folder = cache / "espalier" / name
+    """Return the cache folder with OpenAI's weights; download missing files."""
+    folder = cache_folder() / name
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "model.safetensors"):
         if (folder / file).is_file():
             continue
         url = HUB.format(name=name, file=file)
-        part = folder / f".{file}.{os.getpid()}"
         try:
-            with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as out:
+            with (
+                urllib.request.urlopen(url, timeout=30) as response,
+                replacement(folder / file) as temporary,
+                open(temporary, "wb") as out,
+            ):
                 shutil.copyfileobj(response, out)
         except OSError as error:
             raise UserError(
                 f"train.init_from: {name} is not in {folder} and {url} cannot be reached "
                 f"({error}); put config.json and model.safetensors there"
             ) from None
-        os.replace(part, folder / file)
     return folder
 
 

@@ -5,5 +5,5 @@ Start with `format`, which shows what is in the folder of a checkpoint. The main
 - `store.commit`: write a checkpoint. `store.latest_valid`: find one. `store.prune`: remove others.
 - `format.verify`: compare every byte with the hashes in the manifest.
 - `tensor_file`: safetensors files as buffers in memory.
-- `folders`: renames and removals that a kill cannot break.
+- `folders`: rename and remove checkpoints so that a kill leaves them complete.
 """

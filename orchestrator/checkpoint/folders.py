@@ -19,8 +19,8 @@ _REPLACED = ".aside"  # end of the name of a checkpoint that is being replaced
 def rename(temporary: Path, final: Path) -> None:
     """Give a complete checkpoint its name.
 
-    A folder cannot be replaced in one step. The old checkpoint of this step is renamed first; if we
-    are killed before the second step, `restore_replaced` gives it its name back.
+    A folder cannot be replaced in one step, so the old checkpoint of this step is renamed first. If
+    the process is killed before the second rename, `restore_replaced` restores the old checkpoint.
     """
     replaced = final.with_name(f".{final.name}{_REPLACED}")
     try:
@@ -32,7 +32,7 @@ def rename(temporary: Path, final: Path) -> None:
                 os.rename(temporary, final)
                 break
             except OSError as error:
-                # A reader has just given the old one its name back: try again.
+                # A reader has just restored the old checkpoint under this name: try again.
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
     except BaseException:
@@ -43,25 +43,25 @@ def rename(temporary: Path, final: Path) -> None:
 
 
 def restore_replaced(directory: Path) -> None:
-    """Give checkpoints their names back whose replacement was not completed."""
+    """Restore the name of each old checkpoint whose replacement was not completed."""
     for replaced in directory.glob(f".step-*{_REPLACED}"):
         final = replaced.with_name(replaced.name[1:].removesuffix(_REPLACED))
         if not final.exists():
-            with contextlib.suppress(OSError):  # for example, we may only read this folder
+            with contextlib.suppress(OSError):  # for example, this folder is read-only
                 os.rename(replaced, final)
 
 
 def remove(path: Path) -> None:
     """Remove a checkpoint.
 
-    It is renamed first: a folder that is half removed must not have the name of a checkpoint.
+    It is renamed first: a partly removed folder must not have the name of a checkpoint.
     """
-    doomed = path.with_name(f".{path.name}.removed-{uuid.uuid4().hex[:8]}")
-    os.rename(path, doomed)
-    if _is_real_folder(doomed):
-        shutil.rmtree(doomed)
+    renamed = path.with_name(f".{path.name}.removed-{uuid.uuid4().hex[:8]}")
+    os.rename(path, renamed)
+    if _is_real_folder(renamed):
+        shutil.rmtree(renamed)
     else:
-        os.unlink(doomed)
+        os.unlink(renamed)
 
 
 def clear(directory: Path) -> None:
@@ -72,7 +72,7 @@ def clear(directory: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Remove what can be removed; errors are ignored."""
+    """Remove a folder, file or symlink; errors are ignored."""
     if _is_real_folder(path):
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -81,5 +81,5 @@ def _discard(path: Path) -> None:
 
 
 def _is_real_folder(path: Path) -> bool:
-    """Return whether it is a folder and not a symlink to one, whose target is not ours."""
+    """Return whether `path` is a folder. A symlink to a folder is not: its target must stay."""
     return os.path.isdir(path) and not os.path.islink(path)

@@ -1,4 +1,4 @@
-"""Format of a checkpoint folder, and the check that it holds what was written.
+"""Format of a checkpoint folder, and the verification that its content is unchanged.
 
     step-00000100/
         MANIFEST.json          step, fingerprints, and size and SHA-256 of each other file
@@ -6,8 +6,8 @@
         optimizer.safetensors  state of the optimizer
         state.json, experiment.yaml, model.json, tokenizer.json
 
-The manifest also holds its own SHA-256. safetensors has no checksum: without these hashes, a
-flipped bit would be loaded unnoticed.
+The manifest also holds its own SHA-256. safetensors has no checksum: without these hashes, a file
+with a flipped bit would load without an error.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from orchestrator.files import file_sha256
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_MAX_MANIFEST_BYTES = 1 << 20  # a real one has some thousands
+_MAX_MANIFEST_BYTES = 1 << 20  # a real manifest has a few thousand
 
 
 class Part(TypedDict):
@@ -36,7 +36,7 @@ class Part(TypedDict):
 
 
 class Fingerprints(TypedDict):
-    """What decides the bits of a run, besides its configuration."""
+    """What the bits of a run depend on, besides its configuration."""
 
     data: str  # data.dataset.data_identity
     numerics: dict[str, Any]  # train.numerics.fingerprint
@@ -62,12 +62,12 @@ def path_of(directory: Path, step: int) -> Path:
 
 
 def step_of(path: Path) -> int | None:
-    """Return the step that the name of a folder says; None if it is not a checkpoint's name."""
+    """Return the step in the name of a folder; None if it is not the name of a checkpoint."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         return None
     step = int(match[1])
-    # Other digits than 0-9, or too many leading zeros, also match the pattern.
+    # The pattern also matches other digits than 0-9, and too many leading zeros.
     return step if path_of(path.parent, step).name == path.name else None
 
 
@@ -93,7 +93,7 @@ def verify(path: Path) -> CheckpointManifest:
     if step_of(path) not in (None, manifest["step"]):
         raise UserError(
             f"{path}: contains the checkpoint of step {manifest['step']}, not of the step in its "
-            "name; rename it back"
+            "name; restore the name"
         )
     try:
         _verify_parts(path, manifest["parts"])
@@ -103,7 +103,7 @@ def verify(path: Path) -> CheckpointManifest:
 
 
 def _verify_parts(path: Path, parts: Mapping[str, Part]) -> None:
-    # Sizes first: they are read at once, and exclude pipes, devices and huge files.
+    # Compare sizes first: this is fast, and refuses pipes, devices and huge files.
     for name, part in parts.items():
         file = path / name
         if not file.is_file():
@@ -129,28 +129,28 @@ def read_manifest(path: Path) -> CheckpointManifest:
         UserError: The manifest is missing, changed or of another format.
     """
     try:
-        manifest = _parse(_read_small(path / MANIFEST).decode())
+        return _parse(_read_small(path / MANIFEST).decode())
     except OSError as error:
         raise _unreadable(path, error) from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{path}: not a checkpoint of this program (its {MANIFEST} is missing or changed)"
         ) from None
-    return manifest
 
 
 def _parse(text: str) -> CheckpointManifest:
     """Return the manifest, or raise ValueError, TypeError, … if it is not one that we wrote."""
     stored = json.loads(text)
-    # The text is compared as well: a changed byte may leave the meaning as it was.
-    is_as_written = text == _to_text(stored)
-    if not is_as_written or stored.pop("sha256") != _sha256(stored) or stored["format"] != FORMAT:
+    # The text is compared as well: JSON with a changed byte may have the same content.
+    if text != _to_text(stored):
+        raise ValueError("changed")
+    if stored.pop("sha256") != _sha256(stored) or stored["format"] != FORMAT:
         raise ValueError("changed, or another format")
     return stored
 
 
 def _read_small(file: Path) -> bytes:
-    """Read a file that may be huge or a pipe if it is not a manifest."""
+    """Read a manifest; refuse a pipe, a device or a huge file with ValueError."""
     if not file.is_file():
         raise ValueError("not a file")
     with open(file, "rb") as opened:

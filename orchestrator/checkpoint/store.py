@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 SPARE_BYTES = 1 << 20  # left free for the journal and other small files of the run
-_CHUNK_BYTES = 4 << 20  # hashed and written while it is in the processor's cache
+_CHUNK_BYTES = 4 << 20  # hashed and written while the data are in the CPU cache
 
 Parts = Mapping[str, bytes | memoryview]  # content of each file by its name
 
@@ -103,8 +103,8 @@ def commit(directory: Path, step: int, parts: Parts, facts: Mapping[str, Any]) -
 
     Raises:
         OSError: The checkpoint was not written, and the one that it would replace is still there.
-            With an errno of `errors.NO_ROOM`, the disk is full. If the system knows the free
-            space, that is found out before anything is written.
+            The disk is full if its errno is in `errors.NO_ROOM`. This is checked before the
+            first write, if the file system reports its free space.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -129,7 +129,7 @@ def commit(directory: Path, step: int, parts: Parts, facts: Mapping[str, Any]) -
 def _require_space(directory: Path, size: int) -> None:
     """Refuse to start a checkpoint that would take the last free bytes from the journal."""
     disk = os.statvfs(directory)
-    if not disk.f_blocks:  # some network file systems do not know their size
+    if not disk.f_blocks:  # some network file systems do not report their size
         return
     free = disk.f_bavail * disk.f_frsize
     needed = size + SPARE_BYTES
@@ -176,7 +176,7 @@ def latest_valid(
             (EIO) counts as damage.
     """
     directory = Path(directory)
-    reported: set[int | None] = set()
+    skipped: set[int | None] = set()  # inodes; a replaced checkpoint has another one
     while True:
         restore_replaced(directory)
         listed = steps(directory)
@@ -184,23 +184,24 @@ def latest_valid(
         for step in reversed(listed):
             path = path_of(directory, step)
             inode = _inode(path)
-            if inode in reported:
+            if inode in skipped:
                 continue
             try:
                 verify(path)
                 return path
             except UserError as error:
                 if inode is None or _inode(path) != inode:
-                    # The writer removed or replaced it: there is a newer one. List again.
+                    # The writer removed or replaced it, so there is a newer one. List again.
                     is_changed = True
                     break
-                _report(path, error, warn, set_aside)
-                reported.add(inode)
+                _skip(path, error, warn, set_aside)
+                skipped.add(inode)
         if not is_changed and steps(directory) == listed:
             return None
 
 
-def _report(path: Path, error: UserError, warn: Callable[[str], None], set_aside: bool) -> None:
+def _skip(path: Path, error: UserError, warn: Callable[[str], None], set_aside: bool) -> None:
+    """Report a damaged checkpoint, and rename it if `set_aside`; see `latest_valid`."""
     if not set_aside:
         warn(f"skipped: {error}")
         return
@@ -219,9 +220,9 @@ def _inode(path: Path) -> int | None:
 
 
 def best(directory: Path) -> int | None:
-    """Return the step of the checkpoint with the lowest val loss, the earliest of equals.
+    """Return the step of the checkpoint with the lowest val loss; of equal ones, the earliest.
 
-    Only checkpoints of steps that were evaluated count. None if there is none.
+    None if no checkpoint is of a step that was evaluated.
     """
     scored = []
     for step in steps(directory):
@@ -237,7 +238,7 @@ def best(directory: Path) -> int | None:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest `keep` and the best one, and leftovers of commits."""
+    """Remove leftovers of commits, and all checkpoints but the newest `keep` and the best one."""
     best_step = best(directory)
     for step in steps(directory)[:-keep]:
         if step != best_step:

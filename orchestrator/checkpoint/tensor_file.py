@@ -30,6 +30,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_LENGTH_BYTES = 8  # length of the header
 _ALIGNMENT = 8  # bytes
 
 
@@ -60,11 +61,11 @@ class TensorFile:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
 
-        first = _ALIGNMENT + len(text)
+        first = _LENGTH_BYTES + len(text)
         is_pinned = any(tensor.is_cuda for tensor in tensors.values())
         self._buffer = torch.empty(first + end, dtype=torch.uint8, pin_memory=is_pinned)
         self.data = self._buffer.numpy().data
-        self.data[:first] = len(text).to_bytes(_ALIGNMENT, "little") + text
+        self.data[:first] = len(text).to_bytes(_LENGTH_BYTES, "little") + text
         self._views = {}
         for name in names:
             size = tensors[name].nbytes
@@ -77,7 +78,7 @@ class TensorFile:
         return self._layout == _layout(tensors)
 
     def fill(self, tensors: Tensors) -> None:
-        """Start to copy. Synchronize a GPU before the bytes are read or the tensors are changed."""
+        """Start the copy. Synchronize a GPU before reading the bytes or changing the tensors."""
         for name, view in self._views.items():
             view.copy_(tensors[name].detach(), non_blocking=True)
 
@@ -108,7 +109,7 @@ def fill(files: Mapping[str, TensorFile], groups: Mapping[str, Tensors]) -> dict
 
 
 def load_tensors(path: Path, name: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Load `<name>.safetensors` of a checkpoint, which must be verified before."""
+    """Load `<name>.safetensors` of a verified checkpoint."""
     return load_file(path / f"{name}.safetensors", device=str(device))
 
 

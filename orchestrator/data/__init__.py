@@ -1,9 +1,9 @@
-"""From a corpus to token shards, and from token shards to batches.
+"""Makes token shards from a corpus, and batches from token shards.
 
 Prepare: `prepare.prepare` makes the dataset of a `data` section, or finds it.
 `prepared.dataset_dir` is its folder, `prepared.find_prepared` looks without preparing, and
 `estimate.estimate_tokens` estimates its size. `corpus.py` lists the files, `documents.py` reads
-them, `tokenizer.py` encodes them, `tasks.py` and `parts.py` do the work on any node.
+them, `tokenizer.py` encodes them. `tasks.py` and `parts.py` have the tasks that Ray runs.
 
 Train: `dataset.load_manifest` reads a dataset. `batches.TokenStream`, `Batches` and `EvalBatches`
 read its tokens, in the order of `order.py`; `batches.Prefetcher` reads ahead.

@@ -20,8 +20,8 @@ from orchestrator.data.order import sample_offsets, windows_per_epoch
 from orchestrator.data.shards import map_shard
 from orchestrator.errors import UserError
 
-# Offsets are computed for at least this many samples at once: one call takes 0.1 ms, for one sample
-# as for hundreds.
+# Offsets are computed for at least this many samples at once: a call takes 0.1 ms for one sample or
+# for hundreds.
 AHEAD = 4096
 
 
@@ -88,7 +88,7 @@ class Batches:
         self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.windows_per_epoch = windows_per_epoch(stream.tokens, block_size)
-        # First sample, and the offsets from there on.
+        # First sample whose offset is known, and the known offsets from there on.
         self._ahead = (0, np.empty(0, np.int64))
 
     def epoch(self, step: int) -> float:
@@ -99,7 +99,7 @@ class Batches:
         """Return the first token of each window of the update after `step` updates, (G,) int64."""
         size = self.global_batch_size
         position = step * size
-        # One read and one write of the pair: two threads at worst compute the same offsets twice.
+        # The pair is read and written as a whole: two threads at worst compute the same offsets.
         first, known = self._ahead
         if not first <= position <= position + size <= first + len(known):
             first = position
@@ -125,8 +125,8 @@ class EvalBatches:
     """All N − 1 targets of the first N tokens of a split, each exactly once.
 
     Batch i is `(inputs, targets, window_ids)`, (B, T), (B, T) and (B,) int64. Windows have stride
-    T. Targets after the last token are -1; a row that only fills up the last batch has window id
-    -1. All batches have the same shape, so the loss does not depend on the number of workers.
+    T. Targets after the last token are -1; rows that fill up the last batch have window id -1. All
+    batches have the same shape, so the loss does not depend on the number of workers.
 
     Args:
         stream: The split.
@@ -174,9 +174,9 @@ class EvalBatches:
 class Prefetcher:
     """Iterates over `fetch(item) for item in items`, in order, in a background thread.
 
-    Up to `depth` results are ready before they are asked for. An exception of `fetch` or `items` is
-    raised where its result would have come. `close`, the end of a `with` block or dropping the
-    object ends the thread after the fetch that it is in.
+    Up to `depth` results are computed in advance. An exception of `fetch` or `items` is raised in
+    the place of its result. The thread ends, after its current fetch, when `close` is called, the
+    `with` block ends or the object is garbage-collected.
     """
 
     def __init__(self, fetch: Callable[[Any], Any], items: Iterable[Any], depth: int = 2):
@@ -185,7 +185,7 @@ class Prefetcher:
         def fetch_next() -> Any:
             return fetch(next(iterator))
 
-        # The thread does not know this object, and so does not keep an abandoned one alive.
+        # The thread has no reference to this object, so that it can be garbage-collected.
         self._fetch_next = fetch_next
         self._thread = ThreadPoolExecutor(1, "prefetch")
         self._results: deque[Future] = deque(self._submit() for _ in range(depth))

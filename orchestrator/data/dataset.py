@@ -67,7 +67,7 @@ class SourceFile(TypedDict):
 
 
 class ManifestContent(TypedDict):
-    """What manifest.json says, besides its format version and hashes."""
+    """Content of manifest.json, without its format version and hashes."""
 
     dtype: str
     settings: dict[str, Any]
@@ -105,7 +105,7 @@ def load_manifest(directory: Path) -> Manifest:
     """Read the manifest of a dataset and compare it and `tokenizer.json` with their hashes.
 
     Raises:
-        UserError: The folder has no finished dataset, or one of another format, or a changed file.
+        UserError: The folder has no finished dataset, one of another format, or a changed file.
     """
     file = Path(directory) / FILE
     try:
@@ -123,11 +123,11 @@ def load_manifest(directory: Path) -> Manifest:
         ) from None
     if version != FORMAT:
         raise UserError(
-            f"{file}: a dataset of format {version!r:.20}, this program reads {FORMAT}; delete the "
+            f"{file}: has dataset format {version!r:.20}, this program reads {FORMAT}; delete the "
             "folder, or set another data.dir, to prepare it anew"
         )
     sha256 = raw.pop("sha256", None)
-    # The text is compared as well: a changed byte may leave the content as it was.
+    # The text is compared as well: JSON with a changed byte may have the same content.
     if sha256 != _digest(raw) or data != _text({**raw, "sha256": sha256}):
         raise UserError(f"{file}: {_CHANGED}")
     manifest = Manifest(
@@ -158,7 +158,7 @@ def write_manifest(directory: Path, content: ManifestContent) -> None:
 
 
 def data_identity(dataset: Manifest) -> str:
-    """Return the SHA-256 of the tokenizer and the token streams: what training depends on."""
+    """Return the SHA-256 of the tokenizer and the token streams, on which training depends."""
     streams = {name: split.stream_sha256 for name, split in dataset.splits.items()}
     content = json.dumps([dataset.tokenizer, streams], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
@@ -179,14 +179,14 @@ def _digest(raw: Mapping[str, Any]) -> str:
 
 # ---- files of a dataset ----
 
-_CHANGED = "not what was written (SHA-256 differs); delete the folder and prepare it again"
+_CHANGED = "its content has changed (SHA-256 differs); delete the folder and prepare it again"
 
 
 def verify(path: Path, sha256: str) -> None:
     """Compare a file of a dataset with its SHA-256, once per node and version of the file.
 
-    A stamp in the temporary folder remembers that a file was verified. It is valid for one path,
-    inode, size, time of the last write and time of the last change, which no program can set back.
+    A stamp in the temporary folder records that a file was verified. It is valid for one path,
+    inode, size, mtime and ctime; no program can set the ctime back.
 
     Raises:
         UserError: The file is missing or changed.
@@ -213,7 +213,8 @@ def verify(path: Path, sha256: str) -> None:
 def _stamps() -> Path:
     """Return the folder of this user's stamps.
 
-    The temporary folder is world-writable: a stamp counts only in a folder that is ours alone.
+    The temporary folder is world-writable: a stamp counts only in a folder that no other user can
+    write to.
     """
     folder = Path(tempfile.gettempdir()) / f"espalier-verified-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
@@ -221,8 +222,8 @@ def _stamps() -> Path:
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise UserError(
-            f"{folder}: not a folder of yours alone ({stat.filemode(found.st_mode)}, owner "
-            f"{found.st_uid}), so it cannot tell which files were verified; remove it, or set "
-            "TMPDIR to a folder of your own"
+            f"{folder}: must be a folder that only you can write to (it is "
+            f"{stat.filemode(found.st_mode)}, owner {found.st_uid}), because it records verified "
+            "files; remove it, or set TMPDIR to a folder of your own"
         )
     return folder

@@ -1,12 +1,12 @@
-"""Documents of a corpus, read in any number of parts at once.
+"""Reads the documents of a corpus, in any number of parts in parallel.
 
 `read_pieces` reads a `Span`, bytes [start, end) of one file, and returns the pieces that begin in
 it: the text between two safe cuts, the JSON lines whose first byte is in the span, or the Parquet
 row groups whose data begin there. Each piece begins in exactly one span. The pieces of all spans in
 order are therefore the corpus, wherever the spans end.
 
-Text is UTF-8. Line ends, byte order marks and NUL stay as they are. What is not UTF-8 is an error,
-or becomes U+FFFD as in Python's `errors="replace"`.
+Text is UTF-8. Line ends, byte order marks and NUL stay as they are. Invalid UTF-8 is an error, or
+is replaced by U+FFFD as with Python's `errors="replace"`.
 
 To read another kind of file, write a function and one entry of `READERS`.
 """
@@ -32,7 +32,7 @@ class Span:
         start: First byte.
         end: Byte after the last one.
         text_field: Field of JSON lines or column of Parquet that holds the text.
-        replace: Replace what is not UTF-8 by U+FFFD instead of raising an error.
+        replace: Replace invalid UTF-8 by U+FFFD instead of raising an error.
     """
 
     path: str
@@ -78,17 +78,17 @@ def read_pieces(span: Span) -> Iterator[Piece]:
 # encoding never merges across two matches of its pattern, so a cut is safe where every pattern ends
 # a match: after any non-space before a space or tab, and after a letter or digit before a line end
 # or a listed mark. This holds for the patterns of gpt2 (r50k, p50k), cl100k and o200k:
-# - No pattern looks behind, so the text after a cut is matched as it is in the whole text.
+# - No pattern has a lookbehind, so the text after a cut is matched as in the whole text.
 # - No match continues from a non-space to a space or tab, or from a letter or digit to a line end
 #   or a listed mark.
-# - The patterns look ahead only behind whitespace, and the text before a cut ends in a non-space.
+# - The patterns have a lookahead only after whitespace, and a cut comes after a non-space.
 #
 # These cuts look safe but are not: after a line end (punctuation is matched together with it),
 # before an apostrophe or a combining mark (o200k matches both as parts of a word), and between
 # letters and other non-letters (Ⅷ, ²).
 
-# Python's \s also matches \x1c-\x1f, which the patterns' \s does not. For \S, on the left, that is
-# stricter; on the right they are excluded.
+# Python's \s also matches \x1c-\x1f, the \s of the patterns does not. No cut is made after these
+# characters (\S, on the left) or before them (they are excluded on the right).
 SAFE = re.compile(
     r"""(?<=\S)(?=[^\S\r\n\x1c-\x1f])|(?<=[^\W_])(?=[\r\n])"""
     r"""|(?<=[^\W_])(?=[.,;:!?()\[\]{}"=+*…。、，．！？；：])"""
@@ -99,8 +99,8 @@ PROBE = 4096  # bytes that are searched first; two cuts are 5 to 8 characters ap
 def safe_cut(file: BinaryIO, position: int, size: int) -> int:
     """Return the first safe cut at or after byte `position`; `size` if there is none.
 
-    The result depends only on the text around it, and grows with `position`. Bytes that are not
-    UTF-8 are cut somewhere; decoding the pieces reports them.
+    The result depends only on the text around it, and grows with `position`. Invalid UTF-8 may be
+    cut anywhere; decoding the pieces reports it.
 
     Args:
         file: A text file, opened for reading bytes.
@@ -125,8 +125,8 @@ def safe_cut(file: BinaryIO, position: int, size: int) -> int:
 def _first_cut(data: bytes, start: int) -> int | None:
     while start < len(data) and data[start] & 0xC0 == 0x80:  # inside of a character
         start += 1
-    # surrogateescape decodes each invalid byte as one character, such as those of half characters
-    # at both ends, so that offsets stay right.
+    # surrogateescape decodes each invalid byte as one character, also the bytes of incomplete
+    # characters at both ends. Offsets therefore stay right.
     before = data[:start].decode("utf-8", "surrogateescape")
     text = data[start:].decode("utf-8", "surrogateescape")
     match = SAFE.search(before + text, len(before))
@@ -158,7 +158,7 @@ def _read_json_lines(span: Span) -> Iterator[Piece]:
         offset = file.tell()
         while offset < span.end:
             line = file.readline()
-            if not line:  # the file was cut short in the meantime
+            if not line:  # the file has become shorter in the meantime
                 break
             if line.strip():
                 yield Piece(f"{span.name}@{offset}", _text_of_line(line, span, offset))
@@ -181,7 +181,7 @@ def _text_of_line(line: bytes, span: Span, offset: int) -> str:
     text = record[field]
     if not isinstance(text, str):
         raise UserError(f"{where}: field '{field}' is not text but {_shown(text)}")
-    # A lone escape such as \ud800 is half a character, which JSON allows and UTF-8 does not.
+    # JSON allows an unpaired surrogate such as \ud800, UTF-8 does not.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -254,7 +254,7 @@ class Reader:
 
     Attributes:
         read: Returns the pieces that begin in a span.
-        suffixes: Ends of the names of such files, in lower case.
+        suffixes: Suffixes of such files, in lower case.
         one_document: The whole file is one document.
     """
 
@@ -264,14 +264,14 @@ class Reader:
 
 
 READERS: dict[str, Reader] = {
-    "text": Reader(_read_text, one_document=True),  # all files of no other kind
+    "text": Reader(_read_text, one_document=True),  # also files with an unknown suffix
     "jsonl": Reader(_read_json_lines, (".jsonl", ".ndjson")),
     "parquet": Reader(_read_parquet, (".parquet",)),
 }
 
 
 def reader_of(name: str) -> Reader:
-    """Return the reader of a file, by the end of its name."""
+    """Return the reader for the suffix of a file name."""
     suffix = Path(name).suffix.lower()
     for reader in READERS.values():
         if suffix in reader.suffixes:

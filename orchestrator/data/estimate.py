@@ -1,7 +1,7 @@
-"""Estimate the tokens of a corpus before it is prepared. Nothing is written or downloaded.
+"""Estimates the tokens of a corpus before it is prepared. Nothing is written or downloaded.
 
-The number is exact for plain text as bytes, and for characters. For a byte-pair encoding, a few
-stretches of the corpus are encoded, if the ranks are on this machine.
+The number is exact for `char`, and for `byte` with plain text. For a byte-pair encoding, a few
+chunks of the corpus are encoded, if the ranks are on this machine.
 """
 
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from orchestrator.data.tokenizer import has_ranks, kind_of, load_tokenizer
 if TYPE_CHECKING:
     from orchestrator.config.sections import Data
 
-BYTES_PER_TOKEN = 4.0  # of English and 50,000 tokens; used if nothing can be encoded
-SAMPLES = 8
-SAMPLE_BYTES = 64 << 10
+BYTES_PER_TOKEN = 4.0  # English, vocabulary of 50,000; used if nothing can be encoded
+SAMPLES = 8  # chunks that are encoded
+SAMPLE_BYTES = 64 << 10  # of each of them
 CHUNK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class TokenEstimate:
-    """Size of a corpus; None for what cannot be known before it is downloaded or prepared."""
+    """Size of a corpus. Values that need a download or a preparation are None."""
 
     bytes: int | None
     tokens: int | None
@@ -49,7 +49,7 @@ def estimate_tokens(data: "Data") -> TokenEstimate:
         characters, seen = count(span for spans in chunks for span in spans)
         return TokenEstimate(size, characters, True, len(seen))
 
-    documents = 0  # whose end-of-text tokens are not in the sample
+    documents = 0  # documents whose end-of-text token `_bytes_per_token` does not count
     plain = all(reader_of(source.name).one_document for source in sources)
     if plain and data.append_eot:
         documents = len(sources)

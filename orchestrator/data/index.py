@@ -1,8 +1,8 @@
-"""The index of documents: which document lies at which token of a split.
+"""The index of documents: which document each token of a split comes from.
 
 `documents.parquet` has the columns `split`, `offset` (first token of the document in its split) and
-`document`; train before val, offsets rising. A document that the split cuts has a row in both. Each
-row group holds rows of one split, so that its statistics find a token quickly.
+`document`. The rows of train come first, and offsets rise within a split. A document that the split
+cuts has a row in both. Each row group holds rows of one split, so that a search reads few groups.
 """
 
 from collections.abc import Iterable, Iterator
@@ -51,21 +51,21 @@ def documents_of(directory: Path, split: str, offset: int, length: int) -> list[
 
 
 def find_documents(file: Path, split: str, offset: int, length: int) -> list[tuple[str, int]]:
-    """Do the same as `documents_of` in an index that was verified."""
+    """Do the same as `documents_of` with an index file that was verified before."""
     import numpy as np
     import pyarrow.parquet as pq
 
     stop = offset + length
-    rows = [("split", "=", split), ("offset", "<", stop)]
-    offsets = pq.read_table(file, columns=["offset"], filters=rows)["offset"].to_numpy()
+    filters = [("split", "=", split), ("offset", "<", stop)]
+    offsets = pq.read_table(file, columns=["offset"], filters=filters)["offset"].to_numpy()
     begin = offsets[np.searchsorted(offsets, offset, side="right") - 1]
 
-    # The names are read for the few rows from there on.
-    rows.append(("offset", ">=", begin))
-    table = pq.read_table(file, columns=["document", "offset"], filters=rows).to_pydict()
+    # Read the names only of the few documents from `begin` on.
+    filters.append(("offset", ">=", begin))
+    table = pq.read_table(file, columns=["document", "offset"], filters=filters).to_pydict()
     starts = table["offset"]
     ends = [*starts[1:], stop]
-    # Of several documents that begin at one token, all but the last are empty.
+    # If several documents begin at one token, all but the last one are empty.
     return [
         (document, start)
         for document, start, end in zip(table["document"], starts, ends, strict=True)

@@ -22,7 +22,7 @@ ROUNDS = 4
 
 
 def windows_per_epoch(n_tokens: int, block_size: int) -> int:
-    """Return (N − T) div T: the number of windows that fit whatever the phase.
+    """Return (N − T) div T: the number of windows that fit at every phase.
 
     Raises:
         UserError: There are fewer than 2·T tokens.
@@ -30,7 +30,7 @@ def windows_per_epoch(n_tokens: int, block_size: int) -> int:
     if n_tokens < 2 * block_size:
         raise UserError(
             f"model.block_size: {block_size} needs at least {2 * block_size} tokens of train, "
-            f"there are {n_tokens}; use a smaller one or more text"
+            f"there are {n_tokens}; use a smaller block_size or more text"
         )
     return (n_tokens - block_size) // block_size
 
@@ -56,7 +56,7 @@ def sample_offsets(positions: np.ndarray, n_tokens: int, block_size: int, seed: 
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Return a permutation of range(n), chosen by `key`, at the places `index`, (k,) int64.
+    """Return the elements `index` of the permutation of range(n) with this key, (k,) int64.
 
     A Feistel network permutes the smallest range of 2^b numbers, b even, that contains range(n). A
     result outside of range(n) is permuted again until it is inside (cycle walking, Black and

@@ -1,9 +1,9 @@
 """Part files: the token ids of one chunk of the corpus, before they become shards.
 
 Chunk 12 has the ids of `train` in `00000012.train.bin` and its documents in `00000012.train.json`,
-the same for `val`, and the sidecar `00000012.json`, which is written last. A part whose sidecar and
-SHA-256 are right is not made again. Laid end to end, the parts are the token streams; a shard is an
-exact slice of a stream.
+the same for `val`, and the sidecar `00000012.json`, which is written last. A chunk is not tokenized
+again if its sidecar and SHA-256 are right. Laid end to end, the parts are the token streams; a
+shard is an exact slice of a stream.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class PartFacts(TypedDict):
 
 
 def part_file(folder: Path, chunk: int, split: str, kind: str = "bin") -> Path:
-    """Return the path of a file of a part: `bin`, the ids, or `json`, its documents."""
+    """Return the path of a part's file: its ids (`bin`) or its documents (`json`)."""
     return folder / f"{chunk:08d}.{split}.{kind}"
 
 
@@ -140,7 +140,7 @@ class Parts:
                 yield first + offset, document.encode("utf-8", "replace").decode()
 
     def _slices(self, split: str, first: int, stop: int) -> list[Slice]:
-        """Return where tokens [first, stop) of a split lie."""
+        """Return the slices of part files that hold tokens [first, stop) of a split."""
         starts = self.starts[split]
         chunk = bisect_right(starts, first) - 1
         found = []
@@ -164,11 +164,11 @@ class Parts:
 
 
 def write_slices(path: str, dtype: str, slices: list[Slice]) -> Shard:
-    """Write slices of part files as one shard, which is complete or not there."""
+    """Write slices of part files as one shard; its file appears only when it is complete."""
     file = Path(path)
-    kind = np.dtype(dtype)
+    id_type = np.dtype(dtype)
     with replacement(file) as temporary:
-        rows = write_shard(temporary, kind, _row_groups(slices, kind))
+        rows = write_shard(temporary, id_type, _row_groups(slices, id_type))
     tokens = sum(count for _, _, count in slices)
     return Shard(file.name, rows, tokens, file_sha256(file))
 

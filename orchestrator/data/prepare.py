@@ -4,8 +4,8 @@ Read `_Preparation.run` first. The corpus is cut into chunks by a function of it
 task for each chunk, which writes part files and returns only counts: tokens never enter Ray's
 object store. Then each shard is written from exact slices of the parts.
 
-The same corpus and settings give the same bytes on any number of CPUs and nodes. A preparation that
-was killed goes on with the parts that it has.
+The same corpus and settings give the same bytes on any number of CPUs and nodes. A killed
+preparation continues with the part files that it has written.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from orchestrator.errors import UserError
 if TYPE_CHECKING:
     from orchestrator.config.sections import Data
 
-WORK = ".parts"  # folder inside the dataset's; removed at the end
+WORK = ".parts"  # folder of part files, inside the dataset; removed at the end
 MIN_CHUNK_BYTES = 1 << 20
 MAX_CHUNK_BYTES = 32 << 20
 
@@ -55,7 +55,7 @@ def prepare(
     chunk_bytes: int | None = None,
     shard_rows: int = SHARD_ROWS,
 ) -> Manifest:
-    """Prepare the dataset in `directory`, or find that it is there.
+    """Prepare the dataset in `directory`, unless it is there already.
 
     Args:
         data: The `data` section.
@@ -71,7 +71,7 @@ def prepare(
     found = find_prepared(data, directory)
     if found is not None:
         return found
-    # A mistake in these two should leave no folder.
+    # Find mistakes in these two before the folder is created.
     corpus.resolve(data.corpus)
     if kind_of(data.tokenizer).learn is None:
         load_tokenizer(data.tokenizer)
@@ -86,7 +86,7 @@ def prepare(
             try:
                 return preparation.run()
             except UserError:
-                # The parts are of a text that has to change first.
+                # The corpus or the settings have to change; then these parts are of no use.
                 shutil.rmtree(directory / WORK, ignore_errors=True)
                 raise
 
@@ -163,7 +163,7 @@ class _Preparation:
     def _map(
         self, stage: str, task: Callable[..., Any], jobs: list[Job], sizes: list[int]
     ) -> list[Any]:
-        """Return the result of a task for each job, in order; `sizes` are their bytes."""
+        """Return the result of a task for each job, in order; `sizes` are the bytes of the jobs."""
         results = [None] * len(jobs)
         done = 0
         total = sum(sizes)
@@ -181,7 +181,7 @@ class _Preparation:
         surveys: list[Survey],
         tokenizer: Tokenizer,
     ) -> Parts:
-        """Write the part files, in a folder whose name depends on all that decides them."""
+        """Write the part files, in a folder named by the hash of all that decides them."""
         jobs = tasks.tokenize_jobs(chunks, surveys, self.data)
         content = _to_json([settings_of(self.data), tokenizer.sha256, jobs, surveys])
         folder = self.directory / WORK / hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -226,7 +226,7 @@ class _Preparation:
 
 
 class RayTasks:
-    """Runs tasks on Ray: the Ray of this process or of $RAY_ADDRESS, else a local one meanwhile."""
+    """Runs tasks on the Ray of this process or of $RAY_ADDRESS, else on a temporary local Ray."""
 
     def __enter__(self) -> "RayTasks":
         import ray
@@ -253,7 +253,7 @@ class RayTasks:
     def map(self, task: Callable[..., Any], jobs: list[Job]) -> Iterator[tuple[int, Any]]:
         """Run `task(**job)` for each job. Yield its number and its result as soon as it ends.
 
-        Jobs and results travel as JSON: Arrow would guess a type for each field.
+        Jobs and results are passed as JSON, because Arrow would guess a type for each field.
 
         Raises:
             UserError: A task raised it, or a file of the corpus cannot be opened.
@@ -269,14 +269,14 @@ class RayTasks:
     def run_rows(
         self, run: Callable[[dict[str, str]], dict[str, str]], rows: list[dict[str, str]]
     ) -> Iterator[dict[str, str]]:
-        """Run a function of small rows on Ray Data, each on its own."""
+        """Run a function on small rows with Ray Data, one task per row."""
         import ray.data
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        # It warns that it shows no progress bars.
+        # This logger warns that no progress bars are shown.
         logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
         yield from ray.data.from_items(rows, override_num_blocks=len(rows)).map(run).iter_rows()
 

@@ -1,7 +1,7 @@
-"""Where the dataset of a `data` section lies, and whether it was prepared already.
+"""Finds the folder of a `data` section, and the dataset that was prepared in it.
 
 The folder's name is a fingerprint of the settings and of the names and sizes of the corpus. The
-content of the corpus is read only where a file is newer than the dataset.
+content of a corpus file is read only if the file is newer than the dataset.
 """
 
 import hashlib
@@ -74,7 +74,7 @@ def find_prepared(data: "Data", directory: Path) -> Manifest | None:
 
 
 def _differences(data: "Data", manifest: Manifest) -> list[str]:
-    """Return what differs between a dataset and the one that is wanted, one line each."""
+    """Return one line for each difference between a dataset and the `data` section."""
     before = {f"data.{key}": value for key, value in manifest.settings.items()}
     now = {f"data.{key}": value for key, value in settings_of(data).items()}
     try:

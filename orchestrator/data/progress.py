@@ -1,4 +1,4 @@
-"""One line about work that is measured in bytes: how far, how fast, how much longer."""
+"""A progress line for work that is measured in bytes: share, speed, remaining time."""
 
 import sys
 import time
@@ -6,7 +6,7 @@ import time
 from orchestrator.text import duration
 
 TERMINAL_INTERVAL_S = 0.2
-FILE_INTERVAL_S = 5.0  # where no terminal can rewrite the line
+FILE_INTERVAL_S = 5.0  # for output to a file, where each line stays
 
 
 class ProgressLine:

@@ -18,14 +18,14 @@ from orchestrator.errors import UserError
 
 ROW_GROUP_ROWS = 32768  # 64 MiB of uint16
 SHARD_ROWS = 131072  # 256 MiB of uint16
-MAX_PAGE_HEADER = 40  # bytes; pyarrow writes 22 to 34 for one page, so two pages have more
+MAX_PAGE_HEADER = 40  # bytes; pyarrow writes 22 to 34 for one page, and more than 40 for two
 
 
 def write_shard(path: Path, dtype: np.dtype, row_groups: Iterable[np.ndarray]) -> int:
     """Write row groups, each a flat array of whole rows. Return the number of rows."""
     row_bytes = ROW_TOKENS * dtype.itemsize
-    kind = pa.binary(row_bytes)
-    schema = pa.schema([pa.field("tokens", kind, nullable=False)])
+    row_type = pa.binary(row_bytes)
+    schema = pa.schema([pa.field("tokens", row_type, nullable=False)])
     rows = 0
     with pq.ParquetWriter(
         path,
@@ -46,7 +46,7 @@ def write_shard(path: Path, dtype: np.dtype, row_groups: Iterable[np.ndarray]) -
             assert len(tokens) == count * ROW_TOKENS
             assert 0 < count <= ROW_GROUP_ROWS
             payload = np.ascontiguousarray(tokens, dtype.newbyteorder("<"))
-            column = pa.Array.from_buffers(kind, count, [None, pa.py_buffer(payload)])
+            column = pa.Array.from_buffers(row_type, count, [None, pa.py_buffer(payload)])
             writer.write_table(pa.table([column], schema), row_group_size=ROW_GROUP_ROWS)
             rows += count
     return rows
@@ -79,7 +79,7 @@ def map_shard(path: Path) -> list[np.ndarray]:
                 f"{path}: row group {i} is not one plain, uncompressed page; prepare the tokens "
                 "again"
             )
-        # A plain ndarray over the mapping: slicing np.memmap itself takes twice as long per window.
+        # A plain ndarray over the mapping, because slicing an np.memmap takes twice as long.
         start = chunk.data_page_offset + header
         row_groups.append(np.frombuffer(raw, dtype, payload // dtype.itemsize, start))
     return row_groups

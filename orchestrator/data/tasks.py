@@ -28,7 +28,7 @@ from orchestrator.redact import redact_text
 if TYPE_CHECKING:
     from orchestrator.config.sections import Data
 
-Job = dict[str, Any]  # the arguments of one task; a dataclass arrives there as a dict
+Job = dict[str, Any]  # the arguments of one task, which gets a dataclass as a dict
 SpanJson = dict[str, Any]  # the fields of `Span`
 
 
@@ -101,8 +101,8 @@ def source_files(sources: list[Source], surveys: list[Survey]) -> list[SourceFil
         sha256 = hashes[str(source.path)]
         if source.url is not None and source.sha256 != sha256:
             raise UserError(
-                f"{redact_text(source.url)}: its copy in {cache_folder()} is not what its SHA-256 "
-                "says; delete it"
+                f"{redact_text(source.url)}: its copy in {cache_folder()} has another SHA-256; "
+                "delete it"
             )
         found.append({"name": source.name, "size": source.bytes, "sha256": sha256})
     return found
@@ -147,13 +147,13 @@ def tokenize(
     """Write the part files of a chunk, unless they are complete.
 
     Args:
-        chunk: Its number.
-        spans: Its spans.
+        chunk: Number of the chunk.
+        spans: Spans of the chunk.
         train_characters: Number of characters of the chunk that are train, if `split` is `tail`.
             None: the hash of each document decides.
         val_files: Files that are val if they are one document; their hashes are known already.
         val_fraction: Share of all other documents that are val.
-        tokenizer: Its name and SHA-256.
+        tokenizer: Name and SHA-256.
         append_eot: End each document with the end-of-text id.
         dataset: Folder of the dataset, which has the tokenizer.
         folder: Folder of the part files.
@@ -209,7 +209,7 @@ def tail_cut(characters: int, val_fraction: float) -> int:
 def is_val(content_sha256: str, val_fraction: float) -> bool:
     """Return whether a document is val if `split` is `hash`.
 
-    Only its own content decides, so other documents never move it.
+    Only its content decides, so adding other documents never moves it to the other split.
     """
     return int(content_sha256[:16], 16) < val_fraction * 2**64
 
@@ -220,7 +220,7 @@ def _split_pieces(
     val_files: list[str],
     val_fraction: float,
 ) -> Iterator[tuple[str, Piece, bool]]:
-    """Yield split and piece, and whether a document or the val part of one begins with it."""
+    """Yield (split, piece, begins): whether a document, or its val part, begins with the piece."""
     for span in spans:
         one_document = reader_of(span.name).one_document
         for piece in read_pieces(span):
@@ -236,11 +236,11 @@ def _split_pieces(
 
 
 def _cut(piece: Piece, cut: int) -> Iterator[tuple[str, Piece, bool]]:
-    """Cut a piece after `cut` characters. The end of a document follows its last character."""
+    """Cut a piece after `cut` characters, which are train. Yields as `_split_pieces`."""
     text = piece.text
     if not text and not piece.starts:
-        # The empty rest of a document. It belongs to the split of the document's last character,
-        # which is train if the document ends exactly at the cut.
+        # The empty rest of a document, after which its end-of-text id follows. It belongs to the
+        # split of the last character: train if the document ends exactly at the cut.
         yield "val" if cut < 0 else "train", piece, False
     elif cut <= 0:
         yield "val", piece, piece.starts or cut == 0

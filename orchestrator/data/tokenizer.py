@@ -1,4 +1,4 @@
-"""Text to token ids and back: tiktoken's encodings, plain bytes, or the characters of one corpus.
+"""Converts text to token ids and back: tiktoken's encodings, bytes, or characters of a corpus.
 
 A tokenizer is a table of tokens and a pattern. The SHA-256 of both is stored in `tokenizer.json`
 beside the ids, so that ids are never read with another table. Text that looks like a special token
@@ -38,8 +38,8 @@ class Tokenizer:
     """Base of all tokenizers. An id is the number of a row in `tokens`."""
 
     name: str  # value of `data.tokenizer`
-    tokens: list[bytes]  # of each id, (n_vocab,); empty for ids that are not used
-    special: frozenset[int] = frozenset()  # ids that stand for no text
+    tokens: list[bytes]  # bytes of each id, (n_vocab,); empty for unused ids
+    special: frozenset[int] = frozenset()  # ids that encode no text
     eot_id: int | None = None  # end of text
     pattern: str = ""  # regular expression that splits a text before its bytes are merged
 
@@ -103,7 +103,7 @@ class Tokenizer:
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes, and an end-of-text id after them."""
+    """UTF-8 bytes as ids 0 to 255, and the end-of-text id 256."""
 
     def __init__(self) -> None:
         tokens = [bytes([i]) for i in range(256)] + [b"<|endoftext|>"]
@@ -160,10 +160,10 @@ class TiktokenTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         try:
-            # As encode_ordinary, without a list of Python integers.
+            # The same as encode_ordinary, without a list of Python integers.
             ids = self.encoding.encode_to_numpy(text, disallowed_special=())
         except BaseException as error:
-            # An overflow is a ValueError, or a panic of Rust, which is not an Exception.
+            # An overflow raises a ValueError or a Rust panic, which is not an Exception.
             panic = type(error).__name__ == "PanicException"
             if panic or (isinstance(error, ValueError) and "Regex" in str(error)):
                 raise UserError(
@@ -181,7 +181,7 @@ Stored = Mapping[str, Any]  # content of tokenizer.json
 
 @dataclass(frozen=True)
 class TokenizerKind:
-    """How a tokenizer is built.
+    """How one kind of tokenizer is built.
 
     Attributes:
         load: Builds it from its name and the content of tokenizer.json, if there is one.
@@ -217,8 +217,8 @@ def _tiktoken(name: str) -> Tokenizer:
         raise UserError(
             f"data.tokenizer: the ranks of '{name}' are not on this machine and cannot be "
             f"downloaded ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that holds "
-            f"them (filled by tiktoken.get_encoding('{name}') where there is a network; a damaged "
-            "file is removed from it), or use data.tokenizer=byte"
+            f"them (on a machine with a network, tiktoken.get_encoding('{name}') fills it and "
+            "replaces a damaged file), or use data.tokenizer=byte"
         ) from error
 
 
@@ -267,7 +267,7 @@ def load_tokenizer(name: str, directory: Path | None = None) -> Tokenizer:
     if made_with != name:
         raise UserError(
             f"{directory}: made with tokenizer {made_with!r:.60}, not '{name}'; set data.tokenizer "
-            "to that, or another data.dir"
+            "to the former, or set another data.dir"
         )
     try:
         tokenizer = kind_of(name).load(name, stored)
@@ -275,8 +275,8 @@ def load_tokenizer(name: str, directory: Path | None = None) -> Tokenizer:
         raise UserError(f"{directory / TOKENIZER_FILE}: damaged; prepare it again") from None
     if stored.get("sha256") != tokenizer.sha256:
         raise UserError(
-            f"{directory}: its ids were made with another '{name}' than this one; its ranks or its "
-            "pattern have another SHA-256 (another version of tiktoken?)"
+            f"{directory}: its ids were made with another '{name}', whose ranks or pattern differ "
+            "from those here (another version of tiktoken?)"
         )
     return tokenizer
 
@@ -288,7 +288,7 @@ def has_ranks(name: str) -> bool:
     def refuse(_path: str) -> bytes:
         raise UserError("not on this machine")
 
-    # tiktoken has no function that answers this, so its download function is replaced meanwhile.
+    # tiktoken has no function for this. Its download function is replaced during the attempt.
     download = tiktoken.load.read_file
     tiktoken.load.read_file = refuse
     try:

@@ -1,4 +1,4 @@
-"""Where training starts: a checkpoint of the run, a checkpoint of another run, or new weights."""
+"""Builds the first state: from a checkpoint of the run or of its parent, or with new weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +78,7 @@ def _newest_step(folder: RunFolder) -> int:
     try:
         path = store.latest_valid(folder.checkpoints, skip, set_aside=True)
     except UnreadableError as error:
-        # Not the user's mistake: Ray starts the workers again, and they may find it readable.
+        # Not a UserError: Ray starts the workers again, and then the file may be readable.
         raise RuntimeError(str(error)) from error
     if path is None:
         return 0
@@ -86,7 +86,7 @@ def _newest_step(folder: RunFolder) -> int:
 
 
 def _verify_as_rank_0_did(path: Path) -> None:
-    """Verify on this machine what rank 0 found valid. A difference is not the user's mistake."""
+    """Verify on this machine what rank 0 found valid. A difference is not a UserError."""
     try:
         store.verify(path)
     except UserError as error:
@@ -98,7 +98,7 @@ def _verify_as_rank_0_did(path: Path) -> None:
 def _check_numerics(
     experiment: Experiment, folder: RunFolder, path: Path, worker: Worker, step: int
 ) -> None:
-    """Refuse a start that would not give the same bits, or record an event if that is allowed."""
+    """Refuse a start that would change the bits, or record an event if `train.allow_drift`."""
     before = store.read_manifest(path)["fingerprints"]["numerics"]
     now = numerics.fingerprint(experiment, worker)
     differences = numerics.check(before, now, experiment, folder.path)

@@ -1,7 +1,7 @@
 """Writes checkpoints in a background thread while training goes on.
 
 The training thread only copies the state into buffers in memory. The buffers are allocated once and
-hold one state, so a save waits until the one before it is on disk.
+hold one state, so a save waits until the previous checkpoint is on disk.
 """
 
 import sys
@@ -18,12 +18,12 @@ from orchestrator.runs.journal import Journal
 
 
 class Checkpointer:
-    """Saves checkpoints of a run, and removes all but the newest ones and the best one.
+    """Saves checkpoints of a run; keeps the newest ones and the best one.
 
     If the disk is full, training goes on with the last checkpoint that was written: an event is
     recorded, and the next save tries again. Only if the last save failed, `wait` raises an error.
 
-    As a context manager it waits for the last checkpoint at the end.
+    The end of a `with` block waits for the last checkpoint.
 
     Args:
         folder: Folder of the run.
@@ -50,13 +50,13 @@ class Checkpointer:
         """Copy the state and return; a thread writes the copy. For the arguments see `store.save`.
 
         Raises:
-            OSError: The checkpoint before this one could not be written, for another reason than a
-                full disk.
+            OSError: The previous checkpoint could not be written, for another reason than a full
+                disk.
         """
         self._finish_pending()
         disk_full = self.lines.catch_up()
         if disk_full is not None:
-            # Lines of the journal wait in memory. Then there must be no checkpoint: a run that is
+            # Lines of the journal are only in memory, so no checkpoint is written: a run that is
             # killed after it would resume after these lines and lose them.
             self._not_written = self._report_full_disk(step, disk_full)
             return
@@ -76,7 +76,7 @@ class Checkpointer:
             raise self._not_written
 
     def close(self) -> None:
-        """Wait for the thread and end it; an error is printed."""
+        """Wait for the thread and end it; print its error."""
         try:
             self._finish_pending()
         except Exception as error:
@@ -94,7 +94,7 @@ class Checkpointer:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            # If training failed, our error must not replace the error of training.
+            # If training failed, an error of this class must not replace that error.
             if kind is None:
                 self.wait()
         finally:
@@ -109,7 +109,7 @@ class Checkpointer:
     def _commit(self, step: int, parts: store.Parts, facts: Mapping[str, Any]) -> UserError | None:
         """Write one checkpoint; return an error if the disk is full."""
         try:
-            # Lines before a checkpoint must survive a power failure that the checkpoint survives.
+            # After a power failure, the journal must have all lines up to the checkpoint.
             journal.sync(self.folder)
             store.commit(self.folder.checkpoints, step, parts, facts)
         except OSError as error:

@@ -1,7 +1,7 @@
-"""What a step requires: log line, evaluation, checkpoint; and what the end of a run adds.
+"""Which steps have a log line, an evaluation or a checkpoint, and what the end of a run adds.
 
-The end of a run may move: `train.max_steps` may grow after a run has ended, and trials of a sweep
-branch off at the end of another one. The result must equal that of a run that never ended there:
+The end of a run may move: `train.max_steps` may grow after a run has ended, and a trial of a sweep
+may branch off at the end of another trial. The result must equal that of a run without that end:
 
 1. The last line of a run has a training loss and an evaluation, also if no interval requires them.
    Measuring them leaves the log window and the best loss of the state as they were.
@@ -37,7 +37,7 @@ class Due:
 
     @classmethod
     def after(cls, step: int, end_step: int, config: Train) -> "Due":
-        """Return what is due after `step` updates. Step 0 has only the first evaluation.
+        """Return what is due after `step` updates. After 0 updates, only an evaluation can be due.
 
         Args:
             step: Number of updates that are done.
@@ -58,12 +58,12 @@ class Due:
 
 
 def _is_multiple(step: int, interval: int | None) -> bool:
-    """Return whether an action with this interval is due; None means never."""
+    """Return whether an action with this interval is due; with None it never is."""
     return interval is not None and step % interval == 0
 
 
 def rewind_journal(lines: Journal, start: Begin, experiment: Experiment, end_step: int) -> None:
-    """Move what this process writes again out of the journal.
+    """Move the lines that this process will write again out of the journal.
 
     Args:
         lines: Journal of the run.

@@ -100,8 +100,8 @@ class EvalSet:
             autocast: Context of the forward pass.
             rank: This rank.
             world_size: Number of ranks, W.
-            may_continue: Called before each batch, equally often on all ranks. Its answer is the
-                same on all ranks.
+            may_continue: Called before each batch, equally often on all ranks. It returns the same
+                on all ranks.
             waiting: Context in which this rank waits for the others.
 
         Raises:
@@ -177,7 +177,7 @@ class Evaluator:
         self.report_phase = report_phase
         self.device = torch.device(worker.device)
         self.autocast = autocast(experiment, worker.device)
-        # As many tokens of train as of val.
+        # Evaluate as many tokens of train as of val.
         limit = min(experiment.train.eval_tokens or self.val.tokens, self.val.tokens)
         self.sets: dict[str, EvalSet] = {}
         for split, stream in streams.items():
@@ -200,7 +200,7 @@ class Evaluator:
 
         @contextlib.contextmanager
         def waiting() -> Iterator[None]:
-            # The watchdog must tell a rank that waits from one that hangs.
+            # The watchdog has to distinguish a rank that waits from a rank that hangs.
             self.report_phase("agreement", state.step)
             yield
             self.report_phase("evaluation", state.step)
@@ -235,7 +235,7 @@ class Evaluator:
         }
 
     def _write_sample(self, state: TrainState) -> None:
-        """Write what the model generates after the first tokens of val; the seed is the step's."""
+        """Write the text that the model generates after the first tokens of val."""
         prompt = self.val.read(0, min(SAMPLE_PROMPT, self.val.tokens)).astype("int64")
         tokens = torch.from_numpy(prompt)[None].to(self.device)  # (1, SAMPLE_PROMPT)
         with self.autocast:

@@ -4,8 +4,8 @@ Floating-point addition is not associative, so the order of the additions is fix
 micro-batches of a step are divided into S canonical slots; rank r of W has slots r S/W to
 (r+1) S/W - 1. The micro-batches of a slot are added from left to right by autograd. The slots are
 added in a balanced binary tree: the lower levels on each rank, the upper levels across ranks, once
-per step. Such a tree is the same for W = 1, 2, 4, …, S. torch's DistributedDataParallel has another
-order for each W, and after a resume.
+per step. Such a tree is the same for W = 1, 2, 4, …, S. torch's DistributedDataParallel adds in
+another order for each W, and after a resume.
 
 Across ranks, each rank sums one chunk of the buffer: an all-to-all, a tree sum in rank order, an
 all-gather. That moves as many bytes as a ring all-reduce.
@@ -87,7 +87,7 @@ class Gradients:
         self.current.flat[self.n_params + self.micro_batches] = 1.0
 
     def end_slot(self) -> None:
-        """Add up subtrees of equal size, as a binary counter carries."""
+        """Add up subtrees of equal size: one addition for each carry of a binary counter."""
         self.stack.append(self.current)
         self.slots_done += 1
         carry = self.slots_done
@@ -113,7 +113,7 @@ class Gradients:
         return total.flat[self.n_params : self.n_params + self.micro_batches]
 
     def votes(self) -> Tensor:
-        """Return how many slots voted in the step that was reduced, 0-dim."""
+        """Return the number of slots that voted in the reduced step, 0-dim."""
         return self.current.flat[self.n_params + self.micro_batches]
 
     def norm(self) -> Tensor:
@@ -133,7 +133,8 @@ class Gradients:
     def _exchange(self, flat: Tensor) -> None:
         """Sum `flat` over all ranks, in place."""
         chunks = torch.empty_like(flat)
-        dist.all_to_all_single(chunks, flat)  # row r is what rank r has of the chunk of this rank
+        # Row r of the result is the chunk of this rank in the buffer of rank r.
+        dist.all_to_all_single(chunks, flat)
         rows = list(chunks.view(self.world_size, -1).unbind())
         while len(rows) > 1:
             rows = [left.add_(right) for left, right in zip(rows[::2], rows[1::2], strict=True)]

@@ -1,4 +1,4 @@
-"""A close look at one batch: what a training step reads, and what a new model makes of it.
+"""Shows one batch: what a training step reads, and what a new model predicts for it.
 
 Notation: B sequences per micro-batch, T tokens per sequence, V rows of the vocabulary (padded).
 """

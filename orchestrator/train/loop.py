@@ -93,7 +93,7 @@ class Trainer:
         stop_requested: Callable[[], bool] | None = None,
         report_phase: Callable[[str, int], None] | None = None,
     ) -> None:
-        # First: a reused Ray process still has the threads, seeds and flags of its last stage.
+        # First of all: a reused Ray process has the threads, seeds and flags of its last stage.
         prepare_process(experiment, worker)
         config = experiment.train
         self.experiment = experiment
@@ -148,8 +148,8 @@ class Trainer:
         # On exit, the checkpointer waits until the last checkpoint is on disk.
         with self.checkpointer, contextlib.closing(batches):
             try:
-                # Start or resume. The journal already has the line of the step that we resume
-                # from, unless a stop request came before it was measured (`line_due`).
+                # Start or resume. After a resume, the journal already has the line of this step,
+                # unless a stop request came before it was measured (`line_due`).
                 if state.step == 0 or state.line_due:
                     yield from self._finish_step()
                 elif state.step == self.end_step:
@@ -229,7 +229,7 @@ class Trainer:
         """Complete a run or stage that starts at its last step."""
         if self._due().end_of_run:
             yield from self._complete_last_line()
-        # A stage that starts from another folder's checkpoint needs one in its own folder.
+        # A stage that starts from the checkpoint of its parent needs one in its own folder.
         if not self.start.is_own:
             self._save_checkpoint({})
 
@@ -283,7 +283,7 @@ class Trainer:
         return {"step": self.state.step, **metrics}
 
     def _complete_last_line(self) -> Iterator[Line]:
-        """Add what an end of run requires to the line of the last step, if the line lacks it."""
+        """Add the metrics that the end of a run requires to the line of the last step."""
         line = read_last_line(self.folder, self.end_step, self.worker)
         added: Metrics = {}
         if line.needs_evaluation:

@@ -30,8 +30,8 @@ class Meter:
     """Losses and times since the last log line.
 
     Attributes:
-        last_step_only: Keep the losses of one step only. For runs that log only at their end: the
-            window must not grow with the run.
+        last_step_only: Keep only the losses of the latest step. For runs that log only at the end:
+            otherwise the window would grow with the run.
         losses: Losses of all micro-batches (nats per token), in micro-batch order.
         times: Seconds by name of the phase.
         steps: Number of steps.
@@ -91,7 +91,7 @@ class Meter:
 def log_metrics(
     state: TrainState, experiment: Experiment, worker: Worker, epoch: float, lr: float
 ) -> Metrics:
-    """Return what a log line has, and empty the log window.
+    """Return the metrics of a log line, and empty the log window.
 
     Args:
         state: State after the step of the line.
@@ -127,6 +127,6 @@ def memory_metrics(device: str) -> Metrics:
     """Return the peak memory in GiB: torch's allocations on a GPU, the resident set on a CPU."""
     if device.startswith("cuda"):
         return {"memory/max_allocated_gib": torch.cuda.max_memory_allocated(device) / 2**30}
-    unit = 1 if sys.platform == "darwin" else 1024  # the system counts bytes or KiB
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"memory/max_resident_gib": peak / 2**30}

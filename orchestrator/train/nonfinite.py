@@ -1,6 +1,6 @@
 """Decides what happens to a step whose loss or gradient is not finite.
 
-All ranks decide the same, because they have the same bits of the gradient.
+All ranks decide the same, because their gradients have the same bits.
 """
 
 import math
@@ -21,17 +21,18 @@ STOP: Verdict = "stop"
 
 # Skipped updates in a row after which the run ends: the cause is then not one bad batch.
 PATIENCE = 10
-# The same for a float16 scaler, which halves its scale each time: after 100, no scale is left.
+# The same with a float16 scaler, which halves its scale each time: after 100 halvings, the scale is
+# not the cause.
 SCALER_PATIENCE = 100
 
 
 class Guard:
-    """Judges each step of a run.
+    """Decides about the update of each step of a run.
 
     Args:
         folder: Folder of the run.
         config: Section `train`.
-        batches: Knows where the samples of a step lie in the train split.
+        batches: Micro-batches of the run, for the positions of their samples.
         is_writer: Whether this rank records events and how the run ended.
     """
 
@@ -44,8 +45,8 @@ class Guard:
     def judge(self, state: TrainState, gradient: Gradient) -> Verdict:
         """Return what to do with the update; `train.on_nonfinite` chooses between SKIP and STOP.
 
-        APPLY is also returned for infinite gradients of a float16 scaler: it skips such updates
-        itself and lowers its scale.
+        APPLY is also returned for an infinite gradient with a float16 scaler: the scaler skips
+        the update itself and lowers its scale.
         """
         bad = [m for m, loss in enumerate(gradient.losses) if not math.isfinite(loss)]
         if not bad and math.isfinite(gradient.norm):
@@ -65,8 +66,8 @@ class Guard:
 
         Args:
             step: Number of updates before this one.
-            bad: Micro-batches whose loss is not finite. Empty: only the gradient norm is not, so
-                that each micro-batch of the step may be the cause.
+            bad: Micro-batches whose loss is not finite. Empty: only the gradient norm is not
+                finite, and each micro-batch of the step may be the cause.
             verdict: SKIP or STOP.
             is_patient: False after more than `PATIENCE` steps in a row.
         """

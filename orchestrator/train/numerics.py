@@ -1,4 +1,4 @@
-"""What decides the last bit of a result: settings of the process, seeds, and their fingerprint."""
+"""Settings of the process and seeds on which the last bit of a result depends; a fingerprint."""
 
 import contextlib
 import hashlib
@@ -44,7 +44,7 @@ class Worker:
 def prepare_process(experiment: Experiment, worker: Worker) -> None:
     """Set all global settings that arithmetic depends on.
 
-    A Ray process that is used again still has the settings of what it did before.
+    A reused Ray process still has the settings of its previous work.
     """
     on_gpu = worker.device.startswith("cuda")
     torch.set_num_threads(worker.cpus)
@@ -54,9 +54,9 @@ def prepare_process(experiment: Experiment, worker: Worker) -> None:
     if on_gpu:
         # Without this setting, cuBLAS may add in another order on each stream.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # The backward passes of attention and embedding otherwise add with atomics, whose order changes
-    # from run to run. Not with `warn_only`: cuDNN's attention then keeps its atomics. The cost is
-    # 3 % of a step (benchmarks/RESULTS.md).
+    # Without this, backward passes of attention and embedding add with atomics, whose order changes
+    # from run to run. With `warn_only`, cuDNN's attention would keep its atomics. The cost is 3 %
+    # of a step (benchmarks/RESULTS.md).
     torch.use_deterministic_algorithms(on_gpu)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(experiment.train.seed)
@@ -76,7 +76,7 @@ def autocast(experiment: Experiment, device: str) -> AbstractContextManager:
 
 
 def agree(number: int, worker: Worker) -> int:
-    """Return the `number` of rank 0 on all ranks, which must all call this function."""
+    """Return the `number` of rank 0 on all ranks. All ranks must call this function."""
     if worker.world_size == 1:
         return number
     shared = torch.tensor([number], dtype=torch.int64, device=worker.device)

@@ -18,7 +18,7 @@ class Rates:
 
     Attributes:
         schedule: The schedule from step `splice` on.
-        before: The schedule before step `splice`; None: `schedule`, too.
+        before: The schedule before step `splice`; None: `schedule` at all steps.
         splice: First step of `schedule`.
         anneal_at: First step of a straight line to zero; None: no anneal.
         anneal_steps: Length of that line. The first of its steps has the full rate and the last one

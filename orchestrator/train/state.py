@@ -1,7 +1,7 @@
 """State of a run: weights, optimizer state, the step and a few numbers.
 
-It is built new, stored in a checkpoint, and restored to the last bit. Nothing here depends on the
-optimizer: whatever tensors it keeps per parameter are stored.
+This module builds a new state, stores it in a checkpoint, and restores it to the last bit. Nothing
+here depends on the kind of optimizer: all tensors that it keeps per parameter are stored.
 """
 
 import json
@@ -40,7 +40,7 @@ class TrainState:
 
     Attributes:
         model: The model, whose parameters are float32.
-        forward: What the training loop calls: the model, or its compiled version.
+        forward: The module that the training loop calls: the model, or its compiled version.
         optimizer: The optimizer of the model's parameters.
         scaler: Loss scale of float16; disabled for other types.
         gradients: Gradient buffers of this rank.
@@ -108,7 +108,7 @@ def snapshot(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], dict[str, Any]]:
     """Return (tensors, texts, facts) as `checkpoint.store.save` takes them.
 
-    The tensors are those of the state, which the next step changes.
+    The tensors are not copied: the next step changes them.
 
     Args:
         state: The state.
@@ -189,7 +189,7 @@ def load_model(path: Path) -> GPT:
     shape = shape_of(path)
     tensors = store.load_tensors(path, "model")
     try:
-        with torch.device("meta"):  # without memory: the weights are replaced
+        with torch.device("meta"):  # allocates no memory; the weights are replaced
             model = GPT(shape)
         model.load_state_dict(tensors, assign=True)
     except NOT_LOADABLE as error:

@@ -22,7 +22,7 @@ MicroBatch = tuple[Tensor, Tensor]  # inputs and targets, (B, T) int64 each
 
 @dataclass(frozen=True)
 class Gradient:
-    """What is known about the gradient of a step. All ranks have the same bits.
+    """Result of `Step.gradient`, with the same bits on all ranks.
 
     Attributes:
         losses: M losses in nats per token, in micro-batch order.
@@ -105,10 +105,10 @@ class Step:
         state.meter.lap("compute")
 
     def skip(self) -> None:
-        """Leave the update out: weights and moments stay, the next step reads the next windows."""
+        """Count a step without an update: weights and moments stay as they are."""
         state = self.state
         if state.scaler.is_enabled():
-            state.scaler.update()  # the scaler must not unscale the next gradient as this one
+            state.scaler.update()  # allows the scaler to unscale the next gradient
         state.step += 1
         state.skipped += 1
         state.meter.lap("compute")
@@ -132,7 +132,7 @@ def micro_batches(
 
     Args:
         batches: Micro-batches of all ranks.
-        gradients: Knows which micro-batches this rank has.
+        gradients: Gradients of this rank, for its micro-batches and device.
         steps: Steps to read, rising.
     """
     device = gradients.device

@@ -1,7 +1,7 @@
-"""A trained model that is ready to use, for sampling and evaluation.
+"""Finds and loads a trained model, for sampling and evaluation.
 
-It is found by the name or folder of a run, the folder of a checkpoint, or the name of a GPT-2. A
-checkpoint is verified before it is loaded.
+A model is given as the name or folder of a run, the folder of a checkpoint, or the name of a GPT-2.
+A checkpoint is verified before it is loaded.
 """
 
 import contextlib
@@ -165,7 +165,7 @@ def open_gpt2(source: str, device: str, dtype: str) -> Trained:
         UserError: The weights cannot be read, or have another vocabulary than GPT-2.
     """
     shape = weights.GPT2_SIZES.get(source) or _shape_of_folder(Path(source).expanduser())
-    tokenizer = load_tokenizer("gpt2", None)
+    tokenizer = load_tokenizer("gpt2")
     if not tokenizer.n_vocab <= shape.vocab_size < tokenizer.n_vocab + 128:
         raise UserError(
             f"{source}: has {shape.vocab_size:,} vocabulary rows, GPT-2 has "
@@ -199,13 +199,13 @@ def tokens_of(trained: Trained) -> Manifest:
     """Return the dataset that a checkpoint was trained on; see `find_tokens`.
 
     Raises:
-        UserError: The tokens that were found are others.
+        UserError: That dataset was not found.
     """
     assert trained.checkpoint is not None and trained.manifest is not None
     wanted = trained.manifest["fingerprints"]["data"]
-    # <storage>/<run>/checkpoints/<step>
-    storages = trained.checkpoint.absolute().parents[2:3]
-    found = find_tokens(trained.experiment, wanted, *storages)
+    # The path is <storage>/<run>/checkpoints/<step>.
+    storage = trained.checkpoint.absolute().parent.parent.parent
+    found = find_tokens(trained.experiment, wanted, storage)
     if data_identity(found) != wanted:
         raise UserError(
             f"data.dir: the tokens in {found.directory} are not those that {trained.checkpoint} "
@@ -214,20 +214,20 @@ def tokens_of(trained: Trained) -> Manifest:
     return found
 
 
-def find_tokens(experiment: Experiment, wanted: str, *storages: Path) -> Manifest:
+def find_tokens(experiment: Experiment, wanted: str, other_storage: Path) -> Manifest:
     """Return the dataset of an experiment.
 
     Args:
         experiment: The configuration. If `data.dir` is set, that dataset is returned.
-        wanted: Identity of the dataset. It is looked for in the storage of the experiment and in
-            `storages`. If it is in none of them, the corpus is prepared, which may have changed.
-        *storages: Further storages.
+        wanted: `data_identity` of the dataset. If no storage has it, the corpus is prepared again;
+            the result differs if the corpus has changed.
+        other_storage: Storage to search after that of the experiment.
     """
     data = experiment.data
     storage = storage_root(experiment)
     if data.dir is not None:
         return load_manifest(dataset_dir(data, storage))
-    for folder in (storage, *storages):
+    for folder in (storage, other_storage):
         for dataset in _datasets(folder / "data"):
             if data_identity(dataset) == wanted:
                 return dataset
@@ -258,7 +258,7 @@ def find_device(name: str) -> str:
         name = "cuda:0"
     try:
         torch.zeros(1, device=name).item()
-    except Exception as error:  # torch has no common class for these errors
+    except Exception as error:  # these errors of torch have no common class
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"--device: '{name}' cannot be used here ({reason}); try auto or cpu"

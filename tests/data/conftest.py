@@ -10,7 +10,7 @@ from tests.helpers.here import here
 
 @pytest.fixture(name="here")
 def _here():
-    """Preparations run in this process, without Ray."""
+    """Run preparations in this process, without Ray."""
     with here():
         yield
 

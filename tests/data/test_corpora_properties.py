@@ -56,7 +56,7 @@ INVALID = [
     b"\xef\xbb",
 ]
 TOKENIZERS = ["byte", "char", "gpt2"]
-# JSON can escape one half of a surrogate pair; UTF-8 cannot encode it.
+# JSON can escape an unpaired surrogate; UTF-8 cannot encode it.
 HALVES = st.text(
     st.sampled_from([*'a"\\\n ', "\ud800", "\udc00", "\ude00", "\ud83d", "😀", "\0", "\ufeff"]),
     max_size=12,
@@ -80,7 +80,7 @@ relaxed = settings(deadline=None, suppress_health_check=list(HealthCheck), datab
 def written(folder: Path, files: list[tuple[str, bytes]]) -> list[str]:
     """Write a corpus and return its documents, read by Python.
 
-    What is not UTF-8, and each half of a surrogate pair, is U+FFFD.
+    Invalid UTF-8 and unpaired surrogates are U+FFFD.
     """
     documents = []
     for number, (kind, content) in enumerate(files):
@@ -101,7 +101,7 @@ def written(folder: Path, files: list[tuple[str, bytes]]) -> list[str]:
 def check(
     folder: Path, files: list[tuple[str, bytes]], name: str, chunk_bytes: int, ran=here
 ) -> None:
-    """Prepare a corpus and compare everything that the dataset says with its text."""
+    """Prepare a corpus and compare the whole dataset with its text."""
     (folder / "c").mkdir()
     documents = written(folder / "c", files)
     whole = "".join(documents)
@@ -129,7 +129,7 @@ def check(
         for split, found in ids.items()
     }
     assert plain == {"train": whole[:cut], "val": whole[cut:]}
-    # Document by document: the end-of-text id follows each, and is nowhere else.
+    # Document by document: the end-of-text id follows each document, and occurs nowhere else.
     if tokenizer.eot_id is not None:
         ends = np.flatnonzero(both == tokenizer.eot_id)
         assert [

@@ -87,7 +87,7 @@ def test_mistake_is_explained(folder, entry, says):
 # ---- downloads ----
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Serve `served/` on loopback; yields address, folder and the requests so far."""
+    """Serve `served/` on loopback. The fixture is (address, folder, paths of the requests)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     served, seen = tmp_path / "served", []
     served.mkdir()
@@ -110,11 +110,8 @@ def test_download_is_verified_and_cached(server, tmp_path):
     (served / "input.txt").write_text("some text")
     entry = f"{url}/input.txt#sha256={hashlib.sha256(b'some text').hexdigest()}"
     [source] = resolve(entry)
-    assert (source.name, source.size, seen) == (
-        "input.txt",
-        None,
-        [],
-    )  # resolving downloads nothing
+    assert (source.name, source.size) == ("input.txt", None)
+    assert seen == [], "resolving downloads nothing"
     assert fetch(source, tmp_path).path.read_text() == "some text"
     [again] = resolve(entry)
     assert again.size == 9

@@ -1,4 +1,4 @@
-"""The pieces of a text that is cut at safe places have the tokens of the whole text.
+"""A text that is cut at safe places has the same tokens as the whole text.
 
 Proved by brute force with tiktoken's own regular expressions.
 """
@@ -18,9 +18,9 @@ from orchestrator.data.documents import SAFE, safe_cut
 from orchestrator.data.tokenizer import load_tokenizer
 
 PATTERNS = ["gpt2", "cl100k_base", "o200k_base"]
-# What the patterns distinguish: letters of both cases, a contraction, digits of two kinds, spaces,
-# line ends, marks that are matched together with line ends, a combining mark, an ideograph, and a
-# control character that only Python's \s matches.
+# Characters that the patterns distinguish: letters of both cases, a contraction, two kinds of
+# digits, spaces, line ends, marks that are matched together with line ends, a combining mark, an
+# ideograph, and a control character that only Python's \s matches.
 SYMBOLS = [
     "a",
     "L",
@@ -40,8 +40,8 @@ SYMBOLS = [
     "\x1c",
 ]
 LENGTH = 4
-# Rules that look right, and the patterns for which they are wrong. If the test does not find that,
-# it finds nothing.
+# Wrong rules that look right, and the patterns for which they are wrong. They show that the test of
+# every cut can fail.
 NOT_SAFE = {
     r"(?= )": {"gpt2", "cl100k_base", "o200k_base"},
     r"(?<=\S)(?=\n)": {"cl100k_base", "o200k_base"},

@@ -1,4 +1,4 @@
-"""Documents are the same wherever their files are cut, and errors name file and byte."""
+"""Documents do not depend on where files are cut; errors name file and byte."""
 
 import itertools
 import json
@@ -40,9 +40,8 @@ def test_every_json_line_is_read_once(tmp_path, chunk):
     texts = ["one", "", "two\r\nlines", "<|endoftext|>", "中文 😀", "x" * 100]
     path = tmp_path / "d.jsonl"
     lines = [json.dumps({"text": t, "n": 1}, ensure_ascii=i % 2 == 0) for i, t in enumerate(texts)]
-    path.write_bytes(
-        "\n".join([lines[0], "", *lines[1:]]).encode()
-    )  # a blank line, and none at the end
+    # A blank line after the first line, and no line end after the last one.
+    path.write_bytes("\n".join([lines[0], "", *lines[1:]]).encode())
     found = read_all(path, chunk)
     assert [p.text for p in found] == texts
     data = path.read_bytes()
@@ -60,7 +59,7 @@ def test_every_row_of_parquet_is_read_once(tmp_path, chunk):
     assert [p.document for p in found] == [f"d.parquet#{i}" for i in range(50)]
 
 
-def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
+def test_unpaired_surrogate_becomes_a_replacement_character(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"text": "a\\ud800b \\ud83d\\ude00"}')
     assert [p.text for p in read_all(path, 100)] == ["a\ufffdb 😀"]

@@ -1,4 +1,4 @@
-"""One changed byte anywhere in a dataset is found, and its file named, before training starts."""
+"""Training does not start if a byte of the dataset was changed; the message names the file."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def copy(tiny_dataset, tmp_path) -> Path:
 
 
 def read(folder: Path) -> None:
-    """Open what a worker opens, in its order, and then the index of documents."""
+    """Open the files that a worker opens, in the same order, and then the index of documents."""
     found = load_manifest(folder)
     load_tokenizer(found.tokenizer["name"], folder)
     for split in found.splits:
@@ -95,9 +95,7 @@ def test_changed_byte_anywhere_names_the_file(copy, name):
     whole, stat = file.read_bytes(), file.stat()
     for number, damaged in enumerate(damages(whole, random.Random(seed))):
         file.write_bytes(damaged)
-        os.utime(
-            file, ns=(stat.st_atime_ns, stat.st_mtime_ns)
-        )  # a change that does not show in its time
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # hides the change
         with pytest.raises(UserError) as caught:
             read(copy)
         assert str(file) in str(caught.value), (seed, number)
@@ -150,7 +148,7 @@ def test_command_ends_in_one_line_and_status_2(ray_head, copy, tiny_corpus, tmp_
     assert str(file) in line
 
 
-def test_other_text_of_the_same_manifest_is_refused(copy):
+def test_manifest_with_other_text_is_refused(copy):
     file = copy / "manifest.json"
     raw = json.loads(file.read_bytes())
     for text in (
@@ -187,9 +185,7 @@ def test_ranks_with_a_changed_byte_are_not_used(gpt2_ranks, tmp_path, monkeypatc
     import tiktoken.registry
 
     def unreachable(_path):
-        raise ConnectionError(
-            "no route to host"
-        )  # the network, which a machine may have, is the one thing pretended
+        raise ConnectionError("no route to host")
 
     cache = Path(shutil.copytree(gpt2_ranks, tmp_path / "ranks"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))

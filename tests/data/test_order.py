@@ -22,7 +22,7 @@ def test_permutations_look_random():
     found = np.stack([permute(np.arange(500), 500, key) for key in range(400)])
     # Each number is at each place: the mean is within five standard errors.
     assert np.abs(found.mean(axis=0) - 249.5).max() < 5 * 144.3 / 20
-    # Neighbors are far apart, and one number on average stays in its place.
+    # Neighbors are far apart, and on average one number stays in its place.
     assert abs(np.abs(np.diff(found, axis=1)).mean() - 501 / 3) < 2
     assert 0.5 < (found == np.arange(500)).sum(axis=1).mean() < 1.5
 
@@ -57,7 +57,7 @@ def test_epochs_and_seeds_differ_in_phase_and_order():
 
 
 def test_order_never_changes():
-    """Runs are resumed and replayed with it: a change here would be a change of every run."""
+    """Another order would change the samples of every run that is resumed or replayed."""
     positions = np.array([0, 1, 292, 293, 294, 10**6])
     expected = [197206, 74326, 276054, 105243, 95003, 136173]
     assert sample_offsets(positions, 301_966, 1024, 1337).tolist() == expected

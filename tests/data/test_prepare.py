@@ -1,4 +1,4 @@
-"""Preparing a dataset: known tokens, the same bytes in every way, and nothing half done.
+"""Preparing a dataset: known tokens, bytes that depend only on the corpus, no partial dataset.
 
 Most tests run the tasks in this process and in random order. Tests with `ray_cluster` use Ray.
 """
@@ -108,7 +108,7 @@ prepare(data, Path(sys.argv[2]), progress=lambda *_: None, chunk_bytes=100)
 """
 
 
-def test_killed_preparation_is_no_dataset_and_keeps_its_parts(
+def test_killed_preparation_leaves_no_dataset_and_keeps_its_parts(
     ray_head, mixed, tmp_path, here, monkeypatch
 ):
     out = tmp_path / "killed"
@@ -143,13 +143,15 @@ def test_killed_preparation_is_no_dataset_and_keeps_its_parts(
 
 
 def sidecars(directory: Path) -> dict[Path, int]:
-    """Sidecars of parts, and when they were written."""
+    """Return the sidecars of parts, and the times when they were written."""
     files = directory.glob(".parts/*/[0-9]*.json")
     return {file: file.stat().st_mtime_ns for file in files if file.name.count(".") == 1}
 
 
 @pytest.mark.parametrize("change", ["a torn part", "another text of the same size"])
-def test_parts_that_are_not_of_this_text_are_made_again(here, mixed, tmp_path, monkeypatch, change):
+def test_damaged_parts_and_parts_of_another_text_are_written_again(
+    here, mixed, tmp_path, monkeypatch, change
+):
     def full_disk(*_):
         raise OSError("disk full")
 
@@ -167,7 +169,9 @@ def test_parts_that_are_not_of_this_text_are_made_again(here, mixed, tmp_path, m
     assert not (tmp_path / "d" / ".parts").exists()
 
 
-def test_corpus_that_changes_meanwhile_makes_no_dataset(here, mixed, tmp_path, monkeypatch):
+def test_no_dataset_if_the_corpus_changes_during_the_preparation(
+    here, mixed, tmp_path, monkeypatch
+):
     def change_corpus(*args):
         write_index(*args)
         (mixed / "a.txt").write_text("other")

@@ -1,4 +1,4 @@
-"""Datasets that exist already, folders of datasets, and estimates before one exists."""
+"""Datasets that exist already, their folders, and estimates before a preparation."""
 
 import hashlib
 import re
@@ -80,7 +80,7 @@ def test_download_is_prepared_from_the_cache_and_not_needed_again(here, tmp_path
     cached.parent.mkdir(parents=True)
     settings = data(f"https://example.invalid/input.txt#sha256={sha256}")
     cached.write_bytes(content[:-1] + b"?")
-    with pytest.raises(UserError, match="not what its SHA-256 says"):
+    with pytest.raises(UserError, match="has another SHA-256"):
         prepare(settings, tmp_path / "d", progress=quiet)
     cached.write_bytes(content)
     made = prepare(settings, tmp_path / "d", progress=quiet)
@@ -106,7 +106,7 @@ def test_folder_depends_on_settings_and_corpus(mixed, tmp_path, monkeypatch):
 
 
 def test_folder_of_known_settings_never_changes(tmp_path):
-    """Datasets that were prepared before are found by this name."""
+    """Another name would make all prepared datasets useless."""
     (tmp_path / "corpus.txt").write_text("some text")
     settings = data(tmp_path / "corpus.txt")
     assert dataset_dir(settings, tmp_path).name == "0f1c122fdbfa1646"

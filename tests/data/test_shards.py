@@ -103,7 +103,7 @@ def test_changed_bit_names_its_shard(write_dataset):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    for _ in range(2):  # the failure leaves no stamp
+    for _ in range(2):  # the first failure leaves no stamp
         with pytest.raises(UserError, match=r"train-00003\.parquet.*SHA-256"):
             TokenStream(folder, "train")
     path.unlink()
@@ -135,7 +135,9 @@ def test_stamps_count_only_in_a_folder_of_this_user(write_dataset, tmp_path, mon
         if os.getuid() != 0:
             pytest.skip("needs root to give a folder away")
         os.chown(stamps, 12345, 12345)
-    with pytest.raises(UserError, match=f"{stamps}: not a folder of yours alone .* set TMPDIR"):
+    with pytest.raises(
+        UserError, match=f"{stamps}: must be .* only you can write to .* set TMPDIR"
+    ):
         TokenStream(folder, "train")
 
 

@@ -106,8 +106,8 @@ def run_tasks(folder: Path, texts: list[str], chunk_bytes: int, cut: int, append
 def expected_split(texts: list[str], cut: int, append_eot: bool):
     """Do the same as `run_tasks`, character by character.
 
-    A document begins with its first character, and again in val if the cut is inside of it. Its end
-    follows its last character. An empty document lies at its position.
+    A document begins at its first character, and again in val if the cut is inside of it. Its
+    end-of-text id follows its last character.
     """
     ids: dict[str, list[int]] = {"train": [], "val": []}
     index: dict[str, list] = {"train": [], "val": []}
@@ -147,7 +147,7 @@ def test_hash_moves_no_document_when_others_are_added(here, tmp_path):
     assert 25 < len(found[1][1]) < 80  # of 200, about a quarter
 
 
-def test_text_of_end_of_text_is_text(here, mixed, tmp_path):
+def test_text_that_looks_like_end_of_text_is_ordinary_text(here, mixed, tmp_path):
     made = prepare(data(mixed), tmp_path / "d", progress=quiet)
     ids = np.concatenate([ids_of(tmp_path / "d", split) for split in ("train", "val")])
     assert (ids == EOT).sum() == 27
@@ -156,7 +156,7 @@ def test_text_of_end_of_text_is_text(here, mixed, tmp_path):
     assert sum(split.documents for split in made.splits.values()) == 28  # one is cut in two
 
 
-def test_every_token_knows_its_document(here, mixed, tmp_path):
+def test_document_of_every_token_is_found(here, mixed, tmp_path):
     prepare(data(mixed), tmp_path / "d", progress=quiet, chunk_bytes=600)
     train = ids_of(tmp_path / "d", "train")
     whole = documents_of(tmp_path / "d", "train", 0, len(train))

@@ -1,4 +1,4 @@
-"""Tokenizers: equal to their references, exact in bytes, and never confused."""
+"""Tokenizers equal their references, count bytes exactly, and are not mistaken for others."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Checkpoints during training: the state at the moment of `save`, in order; full disks."""
+"""Checkpoints in the background: the state at the time of `save`, their order, full disks."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def gate(monkeypatch):
 # ---- what is written ----
 
 
-def test_state_at_the_moment_of_save_is_written(checkpointer, gate, folder):
+def test_state_at_the_time_of_save_is_written(checkpointer, gate, folder):
     tensors = state(1.0)
     checkpointer.save(1, tensors, {"a.txt": "one"}, FACTS)
     for group in tensors.values():
@@ -332,7 +332,7 @@ def test_only_wait_raises_an_error_for_a_full_disk(folder, monkeypatch):
 
 @pytest.fixture
 def synced_and_renamed(monkeypatch) -> list[str]:
-    """Names that are passed to fsync and rename, in order. Replaces a power failure."""
+    """Names that are passed to fsync and rename, in order: what a power failure would leave."""
     names: list[str] = []
     fsync = os.fsync
     rename = os.rename

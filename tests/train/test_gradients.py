@@ -161,7 +161,7 @@ def test_norm_and_clip_have_the_same_bits_as_those_of_torch(max_norm):
 
 
 def test_adding_left_to_right_gives_other_bits(by_world):
-    # Otherwise the equality for all world sizes would not show that the order is fixed.
+    # If it gave the same bits, equal bits for all world sizes would not prove a fixed order.
     model = new_model()
     for m in range(M):
         model(*micro_batch(0, m))[1].backward()
@@ -169,9 +169,8 @@ def test_adding_left_to_right_gives_other_bits(by_world):
     ours = by_world[1][0]["8-float32"][0]["gradient"]
     assert torch.allclose(naive, ours, atol=1e-7, rtol=1e-4)
     assert not torch.equal(naive, ours)
-    assert not torch.equal(
-        reduced(2, "float32")[0]["gradient"], ours
-    )  # S is recorded for this reason
+    # Another S gives other bits, so S is part of the fingerprint.
+    assert not torch.equal(reduced(2, "float32")[0]["gradient"], ours)
     assert not torch.equal(by_world[1][0]["8-bfloat16"][0]["gradient"], ours)
 
 

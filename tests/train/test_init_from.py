@@ -1,4 +1,4 @@
-"""First weights: the same model as the source, all differences shown, nothing executed."""
+"""First weights: the same model as the source; unusable sources are refused, no code runs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run has the same weights, moments and logged losses, to the last bit, however it got there."""
+"""Weights, moments and logged losses have the same bits after resumes and with more workers."""
 
 import json
 import os

@@ -26,9 +26,8 @@ def test_anneal_equals_a_wsd_run_with_a_linear_decay_to_zero():
     trunk = Schedule("wsd", 0.5, 0.0, warmup_steps=3, decay_steps=100)
     probe = Rates(trunk, anneal_at=24, anneal_steps=6)
     assert list(probe.first(30)) == pytest.approx(list(Rates(WSD).first(30)), rel=1e-12)
-    assert list(probe.first(25)) == list(
-        Rates(trunk).first(25)
-    )  # to the bit: these steps are shared
+    # The trials share these steps, so their rates have the same bits.
+    assert list(probe.first(25)) == list(Rates(trunk).first(25))
     assert probe(30) == 0.0
 
 

@@ -98,9 +98,8 @@ def test_restored_state_equals_the_saved_one_and_continues_with_the_same_bits(tm
     assert fresh.scaler.state_dict() == s.scaler.state_dict()
     assert bool(fresh.scaler.state_dict()) == (dtype == "float16")
     assert same_bits(everything(fresh), everything(s))
-    assert len(everything(s)) == 4 * len(
-        list(s.model.parameters())
-    )  # weight, two moments and a count of each
+    # Each parameter has a weight, two moments and a count.
+    assert len(everything(s)) == 4 * len(list(s.model.parameters()))
     advance(s, 2)
     advance(fresh, 2)
     assert same_bits(everything(fresh), everything(s))

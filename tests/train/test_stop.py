@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves a checkpoint and later ends as if nobody had asked."""
+"""A stopped run saves a checkpoint; the resumed run equals an uninterrupted one."""
 
 import itertools
 
@@ -43,7 +43,7 @@ def outcome(folder: RunFolder) -> tuple:
 
 
 def train_until_asked(experiment, folder, dataset, questions: int) -> int:
-    """Train; answer "stop" from a question on. Return the step.
+    """Train; request a stop after this number of questions. Return the step.
 
     The trainer asks in each slot of each step and before each batch of each evaluation.
     """
@@ -86,7 +86,7 @@ def test_run_that_stops_at_any_moment_and_resumes_equals_an_uninterrupted_one(
 
 
 @pytest.mark.parametrize("questions", some_slow(range(100, 185, 6)))
-def test_log_window_survives_a_stop_in_the_evaluation_at_the_end(
+def test_checkpoint_has_the_log_window_after_a_stop_in_the_last_evaluation(
     uninterrupted, tiny_dataset, folder, questions
 ):
     train_until_asked(LATE_EVALUATION, folder, tiny_dataset, questions)
@@ -94,7 +94,7 @@ def test_log_window_survives_a_stop_in_the_evaluation_at_the_end(
     assert outcome(folder) == uninterrupted[5]
 
 
-def test_run_that_is_stopped_again_and_again_reaches_its_end(uninterrupted, tiny_dataset, folder):
+def test_run_that_is_stopped_many_times_reaches_its_end(uninterrupted, tiny_dataset, folder):
     stops = 0
     while train_until_asked(EXPERIMENT, folder, tiny_dataset, 30) < 12 or folder.read_ending():
         folder.ending_file.unlink()

@@ -83,8 +83,7 @@ def find_dataset(replay: Replay) -> Manifest:
     """Find the tokens of the run, and print what will be repeated."""
     folder = replay.run.folder
     stretch = replay.stretch
-    # A trial is stored in <storage>/<sweep>/trials/<trial>.
-    storage = folder.path.parents[2 if folder.path.parent.name == "trials" else 0]
+    storage = (folder.sweep() or folder).path.parent
     dataset = find_tokens(replay.experiment, replay.data_identity, storage)
     print(
         f"replaying steps {stretch.first:,}..{stretch.last:,} of {folder.path} from "

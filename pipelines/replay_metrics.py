@@ -56,9 +56,9 @@ def main(argv: list[str]) -> int:
 
 def _experiment_folder(folder: RunFolder) -> RunFolder:
     """Return the folder with an experiment.yaml: of a sweep, its first trial."""
-    trials = sorted(folder.path.glob("trials/*/experiment.yaml"))
-    if trials:
-        return RunFolder(trials[0].parent)
+    for trial in SweepFolder(folder.path).trials():
+        if trial.experiment_file.exists():
+            return trial
     return folder
 
 
@@ -71,8 +71,8 @@ def find_run(word: str) -> RunFolder:
     for folder in run_places(word):
         if not folder.run_file.is_file():
             continue
-        sweep = SweepFolder(folder.path.parent.parent)
-        if folder.path.parent.name == "trials" and sweep.sweep_file.exists():
+        sweep = folder.sweep()
+        if sweep is not None and sweep.sweep_file.exists():
             raise UserError(f"'{word}': a trial is sent with its sweep; give {sweep.path}")
         return folder
     raise no_run(word, "run.json")

@@ -263,7 +263,7 @@ def _show(folder: RunFolder, summary: Summary, url: str | None) -> None:
         if summary["checkpoint"]:
             print("\nnext: the same command again goes on from the last checkpoint", flush=True)
         return
-    samples = sorted(folder.samples.glob("*.txt"))
+    samples = folder.sample_files()
     if samples:
         sample = samples[-1].read_text("utf-8").strip()
         print(f"\nsample (the first tokens are the prompt, from val):\n{sample}")

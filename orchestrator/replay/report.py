@@ -167,7 +167,7 @@ def new_scratch(folder: RunFolder) -> RunFolder:
 
 def store_report(report: Report, folder: RunFolder, scratch: RunFolder) -> Path:
     """Write the report beside `scratch` and add an event to the run. Return the file."""
-    file = folder.replays / f"{scratch.name}.json"
+    file = folder.replay_file(scratch.name)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(file, {"time": now, **report.to_json()})
     events.note(

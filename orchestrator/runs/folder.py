@@ -1,7 +1,8 @@
 """The folder of a run: file names, and how each file is read and written.
 
 A lone run, a stage or a trial of a sweep, and the scratch folder of a replay have the same layout.
-No other module writes one of these names.
+No other module writes one of these names. Inside a checkpoint, `checkpoint/format.py` and
+`train/state.py` name the files.
 """
 
 import json
@@ -17,7 +18,7 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.config.load import read_yaml
 from orchestrator.errors import NO_ROOM, UserError
-from orchestrator.files import opener, read_json, write_atomically, write_json
+from orchestrator.files import opener, read_json, replace_symlink, write_atomically, write_json
 from orchestrator.runs.ending import Ending
 
 RESERVE_BYTES = 128 * 1024  # enough for stopped.json with the tracebacks of all ranks
@@ -96,6 +97,39 @@ class RunFolder:
     def hang_file(self, rank: int) -> Path:
         """Thread stacks of a rank that hung; empty while it runs."""
         return self.path / f"hang-rank{rank}.txt"
+
+    def hang_files(self) -> list[Path]:
+        """Thread stacks of all ranks, in the order of their names."""
+        return sorted(self.path.glob("hang-rank*.txt"))
+
+    def new_hang_folder(self) -> Path:
+        """Folder for the thread stacks of the next hang, which does not exist yet."""
+        numbers = [int(old.name) for old in self.hangs.glob("[0-9]*") if old.name.isdecimal()]
+        return self.hangs / f"{max(numbers, default=0) + 1:04d}"
+
+    def mark_file(self, rank: int) -> Path:
+        """Current phase of a rank."""
+        return self.rank_marks / f"rank-{rank}"
+
+    def mark_files(self) -> list[Path]:
+        """Current phases of all ranks, unsorted."""
+        return list(self.rank_marks.glob("rank-*"))
+
+    def sample_file(self, step: int) -> Path:
+        """Text that was generated after `step` updates."""
+        return self.samples / f"step-{step:08d}.txt"
+
+    def sample_files(self) -> list[Path]:
+        """Generated texts, oldest first."""
+        return sorted(self.samples.glob("step-*.txt"))
+
+    def replay_file(self, name: str) -> Path:
+        """Report of a replay; its scratch folder is beside it and has this name without `.json`."""
+        return self.replays / f"{name}.json"
+
+    def replay_files(self) -> list[Path]:
+        """Reports of replays, oldest first."""
+        return sorted(self.replays.glob("*.json"))
 
     def aside_file(self, number: int, first_step: int) -> Path:
         """Journal lines that a resume moved away; `first_step` is the first one trained again."""
@@ -213,10 +247,16 @@ class RunFolder:
 
     # ---- folder of a trial ----
 
+    def sweep(self) -> "SweepFolder | None":
+        """Folder of the sweep if this is the folder of a trial."""
+        if self.path.parent.name != "trials":
+            return None
+        return SweepFolder(self.path.parents[1])
+
     def link_to_stage(self, stage: "RunFolder") -> None:
         """Make `checkpoints` and `samples` relative symlinks to those of the trial's last stage."""
         for name in ("checkpoints", "samples"):
-            _replace_symlink(self.path / name, Path(os.path.relpath(stage.path / name, self.path)))
+            replace_symlink(self.path / name, Path(os.path.relpath(stage.path / name, self.path)))
 
 
 class SweepFolder(RunFolder):
@@ -243,11 +283,14 @@ class SweepFolder(RunFolder):
         """Folder of a trial; it has the layout of a lone run."""
         return RunFolder(self.path / "trials" / name)
 
+    def trials(self) -> list[RunFolder]:
+        """Folders of all trials on disk, in the order of their names."""
+        return [RunFolder(path) for path in sorted((self.path / "trials").glob("*"))]
 
-def _replace_symlink(path: Path, target: Path) -> None:
-    if path.is_symlink() and path.readlink() == target:
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    os.replace(temporary, path)
+    def figure_file(self, name: str) -> Path:
+        """A figure, such as "curves"."""
+        return self.figures / f"{name}.png"
+
+    def figure_files(self) -> list[Path]:
+        """All figures, in the order of their names."""
+        return sorted(self.figures.glob("*.png"))

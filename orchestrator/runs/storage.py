@@ -51,3 +51,8 @@ def check_writable(storage: Path) -> None:
         f"storage: {storage} cannot be written to, {existing} is {problem}; "
         "set storage=… or ESPALIER_STORAGE"
     )
+
+
+def folders_of(storage: Path) -> list[RunFolder]:
+    """Return the folders in a storage, in the order of their names. Not all of them are runs."""
+    return [RunFolder(path) for path in sorted(storage.glob("*"))]

@@ -72,7 +72,7 @@ def _flattened(attempt: dict[str, Any]) -> dict[str, Any]:
 
 def replay_reports(folder: RunFolder) -> list[Path]:
     """Return the reports of replays, oldest first."""
-    return sorted(filter(files.is_plain, folder.replays.glob("*.json")))
+    return list(filter(files.is_plain, folder.replay_files()))
 
 
 def dataset(record: RunRecord) -> dict[str, str] | None:

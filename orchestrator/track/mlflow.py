@@ -67,7 +67,7 @@ class Projection(MlflowRun):
 
     def _samples(self) -> list[Path]:
         """Files of generated text, oldest first."""
-        return sorted(self.folder.samples.glob("step-*.txt"))
+        return self.folder.sample_files()
 
     def _documents(self) -> list[Path]:
         """Texts and figures that are sent whenever they change; some may not exist."""

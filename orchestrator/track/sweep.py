@@ -52,8 +52,9 @@ class SweepProjection(Projection):
         self._send_view()
         # A trial without a summary is running if its sweep is running.
         unfinished: Status | None = status if status in (None, "RUNNING") else "KILLED"
-        for run_file in sorted(self.folder.path.glob("trials/*/run.json")):
-            self._send_trial(RunFolder(run_file.parent), unfinished)
+        for trial in self.folder.trials():
+            if trial.run_file.exists():
+                self._send_trial(trial, unfinished)
         self._register_best()
         if self._rejected and status != "RUNNING":
             raise RefusedError(f"trials {', '.join(sorted(self._rejected))}")
@@ -61,7 +62,7 @@ class SweepProjection(Projection):
     def _documents(self) -> list[Path]:
         folder = self.folder
         texts = [folder.sweep_file, folder.plan_file, folder.comparison_file]
-        return super()._documents() + texts + sorted(folder.figures.glob("*.png"))
+        return super()._documents() + texts + folder.figure_files()
 
     def _send_view(self) -> None:
         assert self.sent.run_id is not None

@@ -247,7 +247,7 @@ class Evaluator:
                 n_vocab=self.tokenizer.n_vocab,
                 seed=keyed_seed(self.experiment.train.seed, state.step),
             )
-        file = self.folder.samples / f"step-{state.step:08d}.txt"
+        file = self.folder.sample_file(state.step)
         try:
             self.folder.samples.mkdir(exist_ok=True)
             write_atomically(file, self.tokenizer.decode(generated[0].tolist()))

@@ -56,20 +56,18 @@ def report(folder: RunFolder) -> str | None:
         seen = marks.read(folder)
         message = f"{verdict(seen)}; {_move(folder, stacks)}"
         events.note(folder, "hang", message, marks=[asdict(mark) for mark in seen])
-    for file in folder.path.glob("hang-rank*.txt"):
+    for file in folder.hang_files():
         file.unlink(missing_ok=True)
     marks.remove(folder)
     return message
 
 
 def _stack_files(folder: RunFolder) -> list[Path]:
-    found = sorted(folder.path.glob("hang-rank*.txt"))
-    return [file for file in found if file.stat().st_size > 0]
+    return [file for file in folder.hang_files() if file.stat().st_size > 0]
 
 
 def _move(folder: RunFolder, stacks: list[Path]) -> str:
-    numbers = [int(old.name) for old in folder.hangs.glob("[0-9]*") if old.name.isdecimal()]
-    target = folder.hangs / f"{max(numbers, default=0) + 1:04d}"
+    target = folder.new_hang_folder()
     try:
         target.mkdir(parents=True)
         for file in stacks:

@@ -95,7 +95,7 @@ class MarkFile:
     def __init__(self, folder: RunFolder, worker: Worker, oom_kills: int) -> None:
         folder.rank_marks.mkdir(exist_ok=True)
         self._descriptor = files.opener(
-            _path(folder, worker.rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            folder.mark_file(worker.rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         )
         pid = os.getpid()
         self._last = Mark(
@@ -134,7 +134,7 @@ class MarkFile:
 def read(folder: RunFolder) -> list[Mark]:
     """Return the marks of all ranks, in the order of the ranks. Unreadable ones are left out."""
     found = []
-    for file in folder.rank_marks.glob("rank-*"):
+    for file in folder.mark_files():
         with contextlib.suppress(OSError, ValueError, TypeError):
             found.append(Mark(**json.loads(file.read_text("utf-8"))))
     return sorted(found, key=lambda mark: mark.rank)
@@ -143,17 +143,13 @@ def read(folder: RunFolder) -> list[Mark]:
 def note_stopped(folder: RunFolder, mark: Mark) -> None:
     """Write into the mark of another rank that its process is stopped."""
     phase = mark.phase.removesuffix(STOPPED) + STOPPED
-    files.rewrite(_path(folder, mark.rank), json.dumps(asdict(replace(mark, phase=phase))))
+    files.rewrite(folder.mark_file(mark.rank), json.dumps(asdict(replace(mark, phase=phase))))
 
 
 def remove(folder: RunFolder) -> None:
     """Remove all marks. A later, smaller group of workers would not overwrite all of them."""
-    for file in folder.rank_marks.glob("rank-*"):
+    for file in folder.mark_files():
         file.unlink(missing_ok=True)
-
-
-def _path(folder: RunFolder, rank: int) -> Path:
-    return folder.rank_marks / f"rank-{rank}"
 
 
 def _ray_node() -> str:

@@ -181,7 +181,7 @@ class Report:
         self.folder.figures.mkdir(exist_ok=True)
         picture = io.BytesIO()
         figure.savefig(picture)
-        write_atomically(self.folder.figures / f"{name}.png", picture.getvalue())
+        write_atomically(self.folder.figure_file(name), picture.getvalue())
 
     # ---- one trial ----
 

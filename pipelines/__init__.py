@@ -1,4 +1,4 @@
 """Commands. Each reads its arguments, makes one call and prints a table.
 
-`train.py` and `sweep.py` are the main ones; `common.py` has what all commands share.
+Start with `train.py`. `common.py` has the arguments, `--help` and exit statuses of all commands.
 """

@@ -1,4 +1,4 @@
-"""Arguments, `--help` and exit statuses of all commands (statuses: see `orchestrator.errors`)."""
+"""Arguments, `--help` and exit statuses of all commands."""
 
 import argparse
 import math
@@ -32,8 +32,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     """Call `main(argv)` and exit with its status.
 
-    Expected errors are printed without a traceback: a user error or a full disk ends with status 2,
-    a run that another process writes to and SIGTERM with 75, Ctrl-C with 130.
+    These errors are printed without a traceback: a user error or a full disk (status 2), a run that
+    another process writes to or SIGTERM (75), and Ctrl-C (130). See `orchestrator.errors`.
     """
     try:
         status = main(sys.argv[1:])
@@ -42,7 +42,7 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     except HeldError as error:
         status = _print_error(f"{error}; run this command again when it has ended", EXIT_AGAIN)
     except Terminated:
-        status = _print_error("terminated before it began; run the same command again", EXIT_AGAIN)
+        status = _print_error("terminated before the start; run the same command again", EXIT_AGAIN)
     except KeyboardInterrupt:
         status = _print_error("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # for example `… --help | head`
@@ -78,16 +78,16 @@ def experiment_command(
 
     Args:
         doc: Description for `--help`.
-        run: The command; it takes what `load` returns.
+        run: Runs the command with the result of `load`; returns the exit status.
         dry_run: Prints estimates instead.
         load: Reads a file and applies overrides.
         docs: Describes the fields for `--help`.
-        default: The experiment, if none is given.
+        default: The experiment file if none is given.
     """
 
     def main(argv: list[str]) -> int:
         if "-h" in argv or "--help" in argv:
-            print(help_text(doc, docs()))
+            print(help_text(doc, docs(), default))
             return EXIT_DONE
         for argument in argv:
             if argument.startswith("-") and argument != "--dry-run":
@@ -117,14 +117,16 @@ def split_words(words: Sequence[str], default: Path = DEFAULT) -> tuple[Path, li
     return path, overrides
 
 
-def help_text(doc: str, docs: Docs) -> str:
+def help_text(doc: str, docs: Docs, default: Path = DEFAULT) -> str:
     """Return the description of a command and of every field: type, default and meaning."""
     lines = [
+        f"usage: {Path(sys.argv[0]).name} [EXPERIMENT.yaml] [section.field=value …] [--dry-run]",
+        "",
         doc.strip(),
         "",
-        "usage: [EXPERIMENT.yaml] [section.field=value …] [--dry-run]",
-        "",
-        "  --dry-run  print estimates of size, time, memory and disk; write nothing",
+        f"  EXPERIMENT.yaml      file with values of fields (default: configs/{default.name})",
+        "  section.field=value  another value for one field",
+        "  --dry-run            print estimates of size, time, memory and disk; write nothing",
         "",
         "fields (type; default):",
     ]
@@ -162,9 +164,9 @@ class Options(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists all options")
 
     def add_number(self, name: str, metavar: str, least: float, default: Any, text: str) -> None:
-        """Add an option for a number of at least `least`, an integer if `least` is one.
+        """Add an option for a number of at least `least`; an integer if `least` is an integer.
 
-        Its default is shown in `--help`. None is for options that have none.
+        `--help` shows the default unless it is None.
         """
         if default is not None:
             text = f"{text} (default: {default:g})"
@@ -196,7 +198,7 @@ class Options(argparse.ArgumentParser):
 def at_least(least: float) -> Callable[[str], float]:
     """Return a `type=` for argparse: a finite number of at least `least`.
 
-    It is an integer if `least` is one.
+    The number must be an integer if `least` is an integer.
     """
     is_int = isinstance(least, int)
     kind = "a whole number" if is_int else "a number"
@@ -215,13 +217,13 @@ def at_least(least: float) -> Callable[[str], float]:
 
 
 def run_places(word: str) -> list[RunFolder]:
-    """Return the folders that `word`, the path or the name of a run, may mean."""
+    """Return the possible folders of a run whose path or name is `word`."""
     path = Path(word).expanduser().absolute()
     return [RunFolder(path), RunFolder(storage_root(Experiment()) / word)]
 
 
 def no_run(word: str, file: str) -> UserError:
-    """Return the error for a run that is in none of `run_places`."""
+    """Return the error for a run that is in none of these folders. `file` marks a run."""
     places = " and ".join(str(folder.path) for folder in run_places(word))
     return UserError(
         f"'{word}': there is no run with this name or path (looked for {file} in {places})"

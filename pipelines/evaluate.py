@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Evaluate a trained GPT: loss, perplexity and bits per byte over a whole split.
 
-On the same device, with the same dtype and number of threads (by default those of the run), the
-loss equals the one that training logged at this step, to the last bit; with train.compile=true
-the last digits differ. The tokens must be those that the run was trained on.
+With the device, dtype and number of threads of the run, the loss equals the one that training
+logged at this step, to the last bit. With train.compile=true the last digits differ. The tokens
+must be those that the run was trained on.
 
   pipelines/evaluate.py quickstart
   pipelines/evaluate.py runs/quickstart --best --split train --tokens 1000000
@@ -43,7 +43,7 @@ class Measured:
 
     Attributes:
         result: Loss and bits per byte.
-        targets_bytes: Bytes of text of all target tokens.
+        targets_bytes: Bytes of the text of all targets.
         seconds: Duration.
     """
 
@@ -53,7 +53,7 @@ class Measured:
 
 
 class Progress:
-    """Batches that print to stderr how many of them were read.
+    """A list of batches that prints its progress to stderr.
 
     Args:
         batches: The batches, by index.
@@ -83,7 +83,7 @@ class Progress:
     @staticmethod
     def _print(line: str) -> None:
         if sys.stderr.isatty():
-            # The next line, and then the table, overwrite this one.
+            # The next line overwrites this one.
             print(f"{line:<60}", end="\r", file=sys.stderr, flush=True)
         else:
             print(line, file=sys.stderr, flush=True)
@@ -107,7 +107,9 @@ def options() -> Options:
     parser.add_argument(
         "--split", choices=("val", "train"), default="val", help="split to evaluate (default: val)"
     )
-    parser.add_number("--tokens", "N", 2, None, "only the first N tokens of it (default: all)")
+    parser.add_number(
+        "--tokens", "N", 2, None, "evaluate only the first N tokens of the split (default: all)"
+    )
     parser.add_best()
     parser.add_device()
     parser.add_dtype("that of the run")
@@ -143,12 +145,12 @@ def measure(trained: Trained, dataset: Manifest, split: str, tokens: int | None)
     batches = EvalBatches(
         stream, trained.model.config.block_size, experiment.train.micro_batch_size, limit
     )
-    targets = EvalSet(batches, trained.tokenizer.byte_lengths)
-    targets.batches = Progress(batches, every_s=0.5 if sys.stderr.isatty() else 30)
-    result = targets.evaluate(
+    eval_set = EvalSet(batches, trained.tokenizer.byte_lengths)
+    eval_set.batches = Progress(batches, every_s=0.5 if sys.stderr.isatty() else 30)
+    result = eval_set.evaluate(
         trained.model, torch.device(trained.device), autocast(experiment, trained.device)
     )
-    return Measured(result, targets.bytes, time.monotonic() - started)
+    return Measured(result, eval_set.bytes, time.monotonic() - started)
 
 
 def rows(trained: Trained, dataset: Manifest, split: str, measured: Measured) -> dict[str, Any]:
@@ -160,9 +162,9 @@ def rows(trained: Trained, dataset: Manifest, split: str, measured: Measured) ->
     perplexity = math.exp(min(result.loss, 700))  # exp(710) overflows
     return {
         "checkpoint": f"{trained.checkpoint} (step {_manifest(trained)['step']:,})",
-        "tokens of": f"{split}, in {dataset.directory}",
+        "split": f"{split}, in {dataset.directory}",
         "loss": f"{result.loss:.6f} nats per token (a uniform guess: {uniform:.4f})",
-        "logged then": compare_with_logged(trained, dataset, split, result),
+        "logged loss": compare_with_logged(trained, dataset, split, result),
         "perplexity": f"{perplexity:,.4f}",
         "bits per byte": f"{result.bits_per_byte:.6f}",
         "targets": f"{result.tokens:,} tokens, {measured.targets_bytes:,} bytes",
@@ -173,7 +175,7 @@ def rows(trained: Trained, dataset: Manifest, split: str, measured: Measured) ->
 def compare_with_logged(
     trained: Trained, dataset: Manifest, split: str, result: EvalResult
 ) -> str | None:
-    """Return the val loss that training logged at this step, and how it differs.
+    """Return the val loss that training logged at this step, and the difference.
 
     None if training logged none, or measured it on other targets.
     """

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Show one training batch: shapes, ids, text, source documents, logits and the first loss.
 
-The batch is the first micro-batch of the update from step N to N + 1, in the order that training
-uses. The model is the one that training starts with (a trained one with train.init_from=RUN).
-Tokens are prepared first if they are missing.
+The batch is the first micro-batch that training uses for the update from step N to N + 1. The model
+is the one that training starts with; for a trained one, set train.init_from=RUN. Missing tokens are
+prepared first.
 
   pipelines/inspect_batch.py
   pipelines/inspect_batch.py configs/shakespeare.yaml --step 9 --rows 1
@@ -28,8 +28,8 @@ from orchestrator.train.numerics import Worker, available_cpus
 from orchestrator.train.trained import find_device
 from pipelines.common import Options, run_command, split_words
 
-LAST = 8  # ids shown from the end of a row
-LIKELIEST = 5  # next tokens shown
+LAST = 8  # how many ids are shown from the end of a row
+LIKELIEST = 5  # how many next tokens are shown
 
 
 def options() -> Options:
@@ -49,7 +49,7 @@ def options() -> Options:
 
 
 def main(argv: list[str]) -> int:
-    """Print one batch and what the first model makes of it."""
+    """Print one batch and the output of the model for it."""
     args = options().parse_intermixed_args(argv)
     experiment = load_experiment(*split_words(args.words))
     device = find_device(args.device)
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
 
 
 def show_batch(experiment: Experiment, step: int, batch: Batch) -> None:
-    """Print the shapes, and whether the targets are the inputs shifted by one."""
+    """Print the shapes, and whether the targets are the inputs moved by one."""
     print(
         f"{experiment.name}, step {step} → {step + 1}: micro-batch 1 of {experiment.micro_batches}"
     )
@@ -86,7 +86,7 @@ def show_batch(experiment: Experiment, step: int, batch: Batch) -> None:
 
 
 def show_row(row: int, batch: Batch, dataset: Manifest, tokenizer: Tokenizer) -> None:
-    """Print the place of a row in the token stream, its last ids and text, and its documents."""
+    """Print the position of a row in the token stream, its last ids and text, and its documents."""
     start = int(batch.offsets[row])
     length = batch.inputs.shape[1]
     print(f"\nrow {row}: inputs are tokens {start:,} to {start + length - 1:,} of train")
@@ -99,7 +99,7 @@ def show_row(row: int, batch: Batch, dataset: Manifest, tokenizer: Tokenizer) ->
 
 
 def show_model(experiment: Experiment, model: GPT, tokenizer: Tokenizer, result: Forward) -> None:
-    """Print the vocabulary, shapes, and the loss beside that of a uniform guess."""
+    """Print the vocabulary, the shapes, and the loss of the model and of a uniform guess."""
     vocab_size = model.config.vocab_size
     n_vocab = tokenizer.n_vocab
     vocabulary = f"n_vocab {n_vocab:,} ids of {tokenizer.name}, vocab_size {vocab_size:,} rows"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prepare the tokens of an experiment: from a corpus to Parquet token shards and a manifest.
+"""Prepare the tokens of an experiment: turn a corpus into token shards and a manifest.
 
 Training also does this if the tokens are missing.
 """

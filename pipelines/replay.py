@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
 """Repeat some steps of a run and compare every logged loss, the weights and the moments bit by bit.
 
-The replay starts at the last checkpoint at or before the first step. It trains in a folder of its
-own, in one process with the threads and the kind of device of the run, and does not change the run.
-The report is stored in RUN/replays/ and in MLflow. The repeated steps are removed if they are
-equal, and kept beside the report if they are not.
+The replay starts at the last checkpoint at or before the first step. It trains in its own folder,
+in one process with the threads and the kind of device of the run, and does not change the run. The
+report is stored in RUN/replays/ and in MLflow. The folder of the replay is removed if everything is
+equal; otherwise it stays beside the report.
 
   pipelines/replay.py quickstart                      # from the last checkpoint but one to the end
   pipelines/replay.py quickstart --steps 500:600
   pipelines/replay.py runs/quickstart --steps :       # the whole run
 
-Exit status: 0 all is equal, 1 something differs, 2 there is nothing to compare, 75 the run has not
-ended.
+Exit status: 0 everything is equal, 1 something differs, 2 there is nothing to compare, 75 the run
+has not ended.
 """
 
 import re
@@ -46,13 +46,15 @@ def options() -> Options:
     parser.add_argument(
         "--steps",
         metavar="A:B",
-        help="repeat steps A to B; either may be left out (default: from the last checkpoint but "
-        "one to the end)",
+        help="repeat steps A to B; A: or :B or : leaves a side open (default: from the last "
+        "checkpoint but one to the end)",
     )
     parser.add_argument(
-        "--keep", action="store_true", help="keep the repeated steps also if they are equal"
+        "--keep",
+        action="store_true",
+        help="keep the folder of the replay also if everything is equal",
     )
-    parser.add_number("--deadline", "S", 1.0, 60.0, "seconds to wait for MLflow")
+    parser.add_number("--deadline", "S", 1.0, 60.0, "wait at most this many seconds for MLflow")
     return parser
 
 
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> int:
     args = options().parse_args(argv)
     folder = find_run(args.run)
     steps = parse_steps(args.steps)
-    lock.check(folder)  # a running training removes checkpoints
+    lock.check(folder)  # a run in progress removes checkpoints
     run = RecordedRun(folder)
     replay = Replay(run, run.stretch(steps))
     dataset = find_dataset(replay)
@@ -94,7 +96,7 @@ def find_dataset(replay: Replay) -> Manifest:
 
 
 def repeat(replay: Replay, dataset: Manifest, scratch: RunFolder) -> Report:
-    """Train the steps again and compare them. After an error, `scratch` is removed."""
+    """Train the steps again and compare them. Remove `scratch` after an error."""
     last = replay.stretch.last
     tokens_per_step = replay.experiment.tokens_per_step
 

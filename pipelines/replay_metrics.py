@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Send metrics to MLflow that a run or a sweep could not send. Sending twice changes nothing.
+"""Send the metrics to MLflow that a run or a sweep could not send. Sending twice changes nothing.
 
 pipelines/replay_metrics.py quickstart
 pipelines/replay_metrics.py sweep-schedules        # the sweep and all its trials
@@ -29,7 +29,7 @@ def options() -> Options:
 
 
 def main(argv: list[str]) -> int:
-    """Send, and print whether MLflow accepted everything."""
+    """Send the metrics, and print whether MLflow accepted all of them."""
     args = options().parse_args(argv)
     folder = find_run(args.run)
     experiment = _experiment_folder(folder).read_experiment()
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 
 
 def _experiment_folder(folder: RunFolder) -> RunFolder:
-    """Return the folder with an experiment.yaml: of a sweep, its first trial."""
+    """Return the folder that has an experiment.yaml: for a sweep, that of its first trial."""
     for trial in SweepFolder(folder.path).trials():
         if trial.experiment_file.exists():
             return trial

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Generate text with a trained GPT: continue a prompt with a checkpoint of a run.
 
-Sample number i is drawn with seed + i - 1, so that more samples do not change the first ones.
+Sample number i has the seed `--seed` + i - 1, so more samples do not change the first ones.
 
   pipelines/sample.py quickstart --prompt 'def ' --max-new-tokens 300
   pipelines/sample.py runs/quickstart/checkpoints/step-00001000 --temperature 0
@@ -39,7 +39,8 @@ def options() -> Options:
     prompt.add_argument(
         "--prompt",
         metavar="TEXT",
-        help="text to continue (default: a line break, or the token before every document)",
+        help="text to continue (default: the end-of-text token if the run was trained with "
+        "data.append_eot, else a line break)",
     )
     prompt.add_argument(
         "--prompt-file", metavar="FILE", type=Path, help="UTF-8 file with the text to continue"
@@ -51,7 +52,8 @@ def options() -> Options:
         "X",
         0.0,
         0.8,
-        "below 1: prefer probable tokens more; above 1: less; 0: always the most probable token",
+        "below 1: draw probable tokens more often; above 1: less often; 0: always take the most "
+        "probable token",
     )
     parser.add_number("--top-k", "K", 1, 200, "draw only from the K most probable tokens")
     parser.add_number("--seed", "N", 0, 1337, "seed of the first sample")
@@ -133,9 +135,9 @@ def _check_prompt(text: str) -> None:
 
 
 def default_prompt(trained: Trained) -> list[int]:
-    """Return the ids after which a text starts: end of text if the model knows it, or a line break.
+    """Return the end-of-text token if the model was trained with it, else a line break.
 
-    A corpus of characters may have no line break; then the first id of the vocabulary.
+    If the vocabulary has no line break, return its first id.
     """
     eot_id = trained.tokenizer.eot_id
     if trained.experiment.data.append_eot and eot_id is not None:

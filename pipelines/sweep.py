@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Sweep schedules, or any other field: run the trials of the `sweep:` section on Ray Tune.
 
-Trials with the same learning rates up to a step share these steps: each step is run once. The same
-command resumes a sweep that was stopped, and runs only what is new if the sweep has grown.
+Trials with equal learning rates up to a step share the steps before it: no step runs twice. The
+same command resumes a stopped sweep. If trials were added, it runs only the new steps.
 """
 
 from orchestrator.config.sweep import sweep_docs
@@ -15,7 +15,7 @@ from pipelines.common import DEFAULT, experiment_command
 def main(sweep: Sweep) -> int:
     """Run the trials that are not finished and print the comparison."""
     with signals.sigterm_interrupts():
-        # Before the imports, which take seconds: refuse a second job for this sweep at once.
+        # Refuse a second job for this sweep before the imports, which take seconds.
         lock.check(run_folder(sweep.base))
         from orchestrator.jobs.sweep import run
 

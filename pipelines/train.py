@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a GPT on Ray and track it in MLflow.
 
-Tokens are prepared first if they are missing. The same command resumes a run that was stopped.
+Missing tokens are prepared first. The same command resumes a stopped run.
 """
 
 from orchestrator.config.experiment import Experiment
@@ -13,7 +13,7 @@ from pipelines.common import experiment_command
 def main(experiment: Experiment) -> int:
     """Train, or print the summary of a finished run."""
     with signals.sigterm_interrupts():
-        # Before the imports, which take seconds: refuse a second job for this run at once.
+        # Refuse a second job for this run before the imports, which take seconds.
         lock.check(run_folder(experiment))
         from orchestrator.jobs.train import run
 

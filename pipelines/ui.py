@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Show the runs of a storage in a browser, with MLflow on this machine only. Ctrl-C ends it.
+"""Show the runs of a storage in a browser. Starts an MLflow server on 127.0.0.1; Ctrl-C ends it.
 
   pipelines/ui.py               # $ESPALIER_STORAGE, else runs
   pipelines/ui.py /shared/runs --port 5001
 
-From another machine: ssh -L 5000:127.0.0.1:5000 HOST. If runs are tracked by an MLflow server
-(tracking.uri), use the pages of that server.
+From another machine: ssh -L 5000:127.0.0.1:5000 HOST. For runs that are tracked by another MLflow
+server (tracking.uri), open the pages of that server.
 """
 
 import os
@@ -21,7 +21,7 @@ from orchestrator.track.server import UI_PORT, experiment_url, store_path
 from pipelines.common import Options, run_command
 
 ENVIRONMENT = {
-    # Saves 13 processes and 2.4 GB, which only features for generative AI need.
+    # Saves 13 processes and 2.4 GB that only features for generative AI need.
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
@@ -42,7 +42,7 @@ def options() -> Options:
 
 
 def main(argv: list[str]) -> NoReturn:
-    """Print the addresses of the pages and become the MLflow server."""
+    """Print the addresses of the pages, and replace this process by the MLflow server."""
     args = options().parse_args(argv)
     store = store_path(args.storage.expanduser())
     if not store.is_file():
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> NoReturn:
 
 
 def check_port(port: int) -> None:
-    """Raise UserError if the port is in use. MLflow would print a traceback, after seconds."""
+    """Raise UserError if the port is in use. MLflow would print a traceback after some seconds."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -72,7 +72,7 @@ def check_port(port: int) -> None:
 def links(storage: Path, port: int) -> list[str]:
     """Return a link for each MLflow experiment of the storage.
 
-    Without them, MLflow opens its pages for generative AI.
+    The start page of MLflow would show features for generative AI.
     """
     server = f"http://127.0.0.1:{port}"
     names: dict[str, str] = {}
@@ -88,7 +88,7 @@ def links(storage: Path, port: int) -> list[str]:
 
 
 def serve(store: Path, port: int) -> NoReturn:
-    """Replace this process by MLflow's server: one worker, on loopback, files beside the store."""
+    """Replace this process by MLflow's server: one worker, on 127.0.0.1, files beside the store."""
     command = [
         sys.executable,
         "-m",
@@ -100,8 +100,8 @@ def serve(store: Path, port: int) -> NoReturn:
         f"--port={port}",
         "--workers=1",
     ]
-    # MLflow starts uvicorn by its name. It is beside this Python, also if the virtual environment
-    # is not activated.
+    # MLflow starts uvicorn by its name. It is in the folder of this Python, also if the virtual
+    # environment is not activated.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     os.execve(sys.executable, command, {**os.environ, **ENVIRONMENT, "PATH": path})
 

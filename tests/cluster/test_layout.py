@@ -1,4 +1,4 @@
-"""Which workers a run gets on a cluster, as tables."""
+"""The workers that a run gets on a cluster: tables of requests and nodes."""
 
 import pytest
 
@@ -94,9 +94,7 @@ def test_idle_gpus_are_reported(capsys, words, nodes, idle):
         ([], [], "1 worker(s)", "0 CPU(s) and 0 GPU(s) on 0 node(s)"),
     ],
 )
-def test_too_large_request_shows_asked_and_found_unless_the_cluster_grows(
-    words, nodes, asked, found
-):
+def test_too_large_request_is_refused_unless_the_cluster_grows(words, nodes, asked, found):
     with pytest.raises(UserError) as caught:
         resolved(words, nodes)
     assert asked in str(caught.value)

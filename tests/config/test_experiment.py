@@ -14,7 +14,7 @@ from orchestrator.config.load import read_yaml
 from orchestrator.errors import UserError
 from pipelines.common import help_text, split_words
 
-# Names that users have in their files: none may disappear.
+# Names that users have in their files: none may be removed.
 PROMISED = [
     "name",
     "storage",

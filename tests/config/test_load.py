@@ -1,4 +1,4 @@
-"""YAML files and overrides: what is read, and what is refused with the place of the mistake."""
+"""YAML files and overrides: values that are read, and errors that name the place of a mistake."""
 
 import pytest
 

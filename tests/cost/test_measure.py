@@ -1,4 +1,4 @@
-"""What a run takes: counted as the training loop counts, measured in a process of its own."""
+"""Estimates equal the counts of the training loop; timings come from a separate process."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def measured(*words: str) -> Timing | None:
 
 @pytest.fixture
 def started(monkeypatch, tmp_path) -> list[list[str]]:
-    """An empty cache, and the processes that are started: each ends at once with `TIMING`."""
+    """Use an empty cache. Record commands instead of running them; each returns `TIMING`."""
     commands = []
 
     def run(command, **_):
@@ -97,7 +97,7 @@ def test_evaluations_and_checkpoints_are_those_of_the_loop(steps, interval):
     ("limit", "val", "train"),
     [("null", 1000, 5000), (200, 1000, 5000), (5000, 1000, 700), (64, 64, 65)],
 )
-def test_evaluation_has_the_batches_of_the_loop(limit, val, train):
+def test_evaluation_counts_the_batches_of_the_loop(limit, val, train):
     experiment = small(f"train.eval_tokens={limit}")
     tokens = min(val, val if limit == "null" else limit)
     batches = 0
@@ -110,7 +110,7 @@ def test_evaluation_has_the_batches_of_the_loop(limit, val, train):
 
 @pytest.mark.parametrize("keep", [1, 2, 10])
 @pytest.mark.parametrize("interval", ["null", 4, 12])
-def test_disk_is_what_writing_and_removing_leaves_at_worst(keep, interval):
+def test_disk_equals_that_of_simulated_checkpoints(keep, interval):
     experiment = small(f"train.keep={keep}", f"train.checkpoint_interval={interval}")
     kept = []
     most = 0
@@ -130,7 +130,7 @@ def test_time_of_a_run_is_the_sum_of_its_parts():
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4, 8])
-def test_share_of_a_worker_is_its_micro_batches_in_its_slots(workers):
+def test_share_of_a_worker_has_the_same_slots_as_its_rank(workers):
     experiment = small()
     parameters = [torch.nn.Parameter(torch.zeros(4))]
     whole = Gradients(parameters, experiment.micro_batches, experiment.slots, 0, workers)
@@ -139,7 +139,7 @@ def test_share_of_a_worker_is_its_micro_batches_in_its_slots(workers):
     assert alone.my_slots() == whole.my_slots()
 
 
-def test_buffers_of_a_step_are_counted_if_one_micro_batch_stands_for_it(monkeypatch):
+def test_buffers_of_a_whole_step_are_counted_if_only_one_micro_batch_is_timed(monkeypatch):
     monkeypatch.setattr(bench, "STEPS_S", 0.3)
     scaled = Bench(small(), N_VOCAB, Worker(), step_budget_s=0.0)
     whole = Bench(small(), N_VOCAB, Worker(), step_budget_s=100.0)
@@ -154,7 +154,7 @@ def test_buffers_of_a_step_are_counted_if_one_micro_batch_stands_for_it(monkeypa
 # ---- measurement ----
 
 
-def test_measurement_is_that_of_its_own_process_and_is_kept(monkeypatch, tmp_path):
+def test_measurement_runs_in_its_own_process_and_is_cached(monkeypatch, tmp_path):
     ballast = np.ones(1 << 27)  # 1 GiB in this process
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)  # works from any folder
@@ -165,7 +165,7 @@ def test_measurement_is_that_of_its_own_process_and_is_kept(monkeypatch, tmp_pat
     assert RAY_GIB + 0.1 < found.memory_gib < 0.9
     assert found.step_s > 0 < found.eval_tokens_per_s
 
-    monkeypatch.setattr(subprocess, "run", None)  # nothing more is started
+    monkeypatch.setattr(subprocess, "run", None)  # no other process is started
     others = ["train.max_steps=48", "schedule.max_lr=1e-5", "train.seed=3", "name=other"]
     assert measured() == measured(*others) == found
 
@@ -182,13 +182,13 @@ def test_measurement_is_that_of_its_own_process_and_is_kept(monkeypatch, tmp_pat
         "optim.max_grad_norm=null",
     ],
 )
-def test_what_changes_a_step_is_measured_again(started, word):
+def test_another_step_is_measured_again(started, word):
     assert measured() is not None
     assert measured(word) is not None
     assert len(started) == 2
 
 
-def test_several_workers_evaluate_side_by_side(started):
+def test_evaluation_speed_is_the_sum_over_workers(started):
     two = measure(small(), N_VOCAB, Layout(2, 1, False))
     assert two.eval_tokens_per_s == 2 * TIMING.eval_tokens_per_s
 
@@ -228,7 +228,7 @@ def test_damaged_cache_is_measured_again_and_replaced(started, tmp_path, damage)
     assert cache.read(small(), N_VOCAB, ONE_WORKER) == TIMING
 
 
-def test_cache_that_cannot_be_written_is_not_needed(started, monkeypatch, tmp_path):
+def test_cache_that_cannot_be_written_is_no_error(started, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert measured() == TIMING
@@ -243,7 +243,7 @@ def test_run_on_gpus_is_unknown_without_a_gpu(started, monkeypatch):
     assert line.startswith("time and memory are unknown: the run asks for a GPU, and this machine")
 
 
-def test_measurement_that_takes_too_long_or_fails_is_unknown_and_not_kept(monkeypatch, tmp_path):
+def test_failed_or_slow_measurement_is_unknown_and_not_cached(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert measure(small(), N_VOCAB, ONE_WORKER, limit_s=0.05) is None
     for python in ("/bin/false", "/no/such/python"):
@@ -260,19 +260,19 @@ SPLITS = {
 DATASET = Manifest(Path("tokens"), {"name": "char", "n_vocab": N_VOCAB}, SPLITS)
 
 
-def test_run_prints_what_it_will_take(started, capsys):
+def test_run_prints_its_estimate(started, capsys):
     estimate = job.estimate_of(small(), DATASET, ONE_WORKER)
     assert estimate == timing.expected(small(), 1000, 5000, TIMING)
     assert capsys.readouterr().out.startswith("expected: ")
 
 
-def test_estimate_that_fails_does_not_end_a_run(monkeypatch, started, capsys):
+def test_failed_estimate_does_not_end_a_run(monkeypatch, started, capsys):
     monkeypatch.setattr(subprocess, "run", None)
     assert job.estimate_of(small(), DATASET, ONE_WORKER) is None
     assert "no estimate of the cost: TypeError: " in capsys.readouterr().out
 
 
-def test_large_run_waits_for_no_measurement_but_uses_a_stored_one(started):
+def test_large_run_uses_only_a_cached_measurement(started):
     words = ["model.n_layer=48", "model.n_embd=1600", "model.n_head=25"]
     large = small(*words, "train.micro_batch_size=16")
     assert job.estimate_of(large, DATASET, ONE_WORKER) is None
@@ -282,7 +282,7 @@ def test_large_run_waits_for_no_measurement_but_uses_a_stored_one(started):
     assert len(started) == 1
 
 
-def test_comparison_shows_both_and_leaves_out_what_was_not_measured():
+def test_comparison_leaves_out_numbers_that_were_not_measured():
     expected = {"time_s": 110.0, "memory_gib": 0.5, "disk_bytes": 3e6, "final_disk_bytes": 1 << 20}
     seen = {"time_s": 118.0, "memory_gib": 0.625, "final_disk_bytes": 1 << 20}
     assert comparison_line(expected, seen) == (

@@ -101,7 +101,7 @@ def test_unknown_dtype_is_refused():
         peak_flops("NVIDIA H200", "bf16")
 
 
-def test_mfu_of_published_nanogpt_run():
+def test_mfu_equals_that_of_published_nanogpt_run():
     # 600,000 steps of 491,520 tokens in about four days on eight A100: nanoGPT's README.
     tokens_per_sec = 600_000 * 491_520 / (4 * 24 * 3600)
     share = mfu(tokens_per_sec, GPT2_124M, "NVIDIA A100-SXM4-40GB", "bfloat16", world_size=8)

@@ -1,4 +1,4 @@
-"""The model equals plain mathematics, itself in other forms, and published numbers."""
+"""The model equals a plain implementation, other forms of itself, and published numbers."""
 
 import math
 
@@ -12,7 +12,7 @@ GPT2_124M = GPTConfig(bias=False)
 
 
 def reference_logits(model: GPT, tokens: Tensor) -> Tensor:
-    """GPT-2 written out in float64 without a fused operation: (B, T) -> (B, T, V)."""
+    """Compute GPT-2 in float64 without fused operations: (B, T) -> (B, T, V)."""
     config = model.config
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     steps = tokens.size(1)
@@ -61,7 +61,7 @@ def some_tokens(model: GPT, batch: int = 3, steps: int | None = None) -> Tensor:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-def test_logits_equal_plain_mathematics(small_gpt, bias, activation):
+def test_logits_equal_plain_implementation(small_gpt, bias, activation):
     model = small_gpt(bias=bias, activation=activation)
     tokens = some_tokens(model)
     logits, _ = model(tokens, tokens)

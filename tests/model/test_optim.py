@@ -64,6 +64,6 @@ def test_adamw_steps_equal_formula(small_gpt):
         torch.testing.assert_close(p.double(), expected[name], atol=1e-5, rtol=1e-5)
 
 
-def test_a_negative_decay_is_refused(small_gpt):
+def test_negative_decay_is_refused(small_gpt):
     with pytest.raises(ValueError, match="weight_decay.*-0.1"):
         parameter_groups(small_gpt(), -0.1)

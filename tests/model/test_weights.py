@@ -1,4 +1,4 @@
-"""Weights give the same logits in Hugging Face's GPT-2 and ours; wrong names are refused."""
+"""Weights give the same logits in Hugging Face's GPT-2 and in ours; wrong names are refused."""
 
 import math
 

@@ -37,7 +37,7 @@ def test_loss_equals_logged_loss(trained_run, tiny_dataset, capsys, step):
     ).result
     assert (result.loss, result.bits_per_byte) == (logged["val/loss"], logged["val/bits_per_byte"])
     assert main([str(folder)]) == 0
-    assert table_of(capsys)["logged then"] == f"{logged['val/loss']:.6f} (the same bits)"
+    assert table_of(capsys)["logged loss"] == f"{logged['val/loss']:.6f} (the same bits)"
 
 
 def test_numbers_equal_their_definitions(trained_run, tiny_dataset, capsys):
@@ -68,8 +68,8 @@ def test_first_tokens_of_train_split(trained_run, capsys):
     main([str(trained_run), "--split", "train", "--tokens", "501"])
     table = table_of(capsys)
     assert table["targets"].startswith("500 tokens")
-    assert table["tokens of"].startswith("train")
-    assert "logged then" not in table
+    assert table["split"].startswith("train")
+    assert "logged loss" not in table
 
 
 def test_copied_checkpoint_uses_given_data_dir(trained_run, tiny_dataset, tmp_path, capsys):
@@ -77,8 +77,8 @@ def test_copied_checkpoint_uses_given_data_dir(trained_run, tiny_dataset, tmp_pa
     shutil.copytree(trained_run / "checkpoints" / "step-00000012", tmp_path / "copied")
     main([str(tmp_path / "copied"), f"data.dir={tmp_path / 'tokens'}"])
     table = table_of(capsys)
-    assert str(tmp_path / "tokens") in table["tokens of"]
-    assert "the same bits" in table["logged then"]
+    assert str(tmp_path / "tokens") in table["split"]
+    assert "the same bits" in table["logged loss"]
 
 
 def test_dataset_in_storage_is_found_by_content(trained_run, tiny_dataset, tmp_path, capsys):
@@ -86,7 +86,7 @@ def test_dataset_in_storage_is_found_by_content(trained_run, tiny_dataset, tmp_p
     shutil.copytree(tiny_dataset, tmp_path / "data" / "wherever")
     (tmp_path / "data" / "unfinished").mkdir()
     main([str(tmp_path / "tiny"), "data.dir=null"])
-    assert table_of(capsys)["tokens of"] == f"val, in {tmp_path}/data/wherever"
+    assert table_of(capsys)["split"] == f"val, in {tmp_path}/data/wherever"
 
 
 def test_other_tokens_are_refused(trained_run, tiny_dataset, tmp_path):
@@ -145,4 +145,4 @@ def test_relative_checkpoint_path_finds_dataset_beside_the_run(
     )
     monkeypatch.chdir(run_dir / "checkpoints")
     assert main(["step-00000002"]) == 0
-    assert str(beside) in table_of(capsys)["tokens of"]
+    assert str(beside) in table_of(capsys)["split"]

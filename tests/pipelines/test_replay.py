@@ -32,7 +32,7 @@ def nudge(run, step):
 
 
 def track(run):
-    """Write what a driver writes before a run is tracked. Return the experiment."""
+    """Write the files that a driver writes before a run is tracked. Return the experiment."""
     stored = RunFolder(run.checkpoint(12)).read_experiment()
     run.experiment_file.write_text(stored.to_yaml())
     record = {"name": "tiny", "key": "a" * 32, "attempts": [{"from_step": 0}]}
@@ -144,6 +144,6 @@ def test_missing_run_and_run_without_checkpoints_are_refused(run):
     assert not run.replays.exists()
 
 
-def test_run_that_goes_on_is_refused(run):
+def test_run_in_progress_is_refused(run):
     with lock.held(run.driver_lock), pytest.raises(HeldError, match="held by process"):
         main([str(run.path)])

@@ -1,4 +1,4 @@
-"""replay_metrics.py sends what a run had to keep because its tracking server was not reachable."""
+"""replay_metrics.py sends the metrics of a run whose tracking server was not reachable."""
 
 import json
 import signal

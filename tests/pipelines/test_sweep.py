@@ -27,7 +27,7 @@ from tests.helpers.small_run import wait_for
 
 REPO = Path(__file__).resolve().parent.parent.parent
 QUICKSTART = REPO / "configs" / "quickstart.yaml"
-CPUS = 2  # of the head's four: two stages at a time
+CPUS = 2  # the Ray head has four, so two stages run at the same time
 BASE = [
     "data.tokenizer=char",
     "model.n_layer=2",
@@ -54,15 +54,14 @@ NAMED = {
     "cosine": ["schedule.kind=cosine", "train.max_steps=30"],
     "other": ["optim.weight_decay=0.3"],
 }
-# The trials of 25 steps branch off between two checkpoints: the steps before are run again.
 MORE_PEAKS, MORE_HORIZONS = [*PEAKS, "0.03"], [*HORIZONS, "25"]
-# Both peaks, steps 17 to 21; or 16 to 20, where the first rate of a decay differs from the peak in
-# its last bit.
+# Steps that run again for the two old peaks. A trial of 30 steps has checkpoints at step 17, where
+# the trial of 20 steps branched off, and at its end. The trial of 25 steps branches off at step 21.
 AGAIN = 2 * 4
 
 
 def space(peaks=PEAKS, horizons=HORIZONS) -> list[str]:
-    """Return overrides of a sweep: a grid of wsd schedules, a cosine, and another field."""
+    """Return the overrides of a sweep: a grid of wsd schedules, and the trials of `NAMED`."""
     named = [f"sweep.trials.{name}.{word}" for name, words in NAMED.items() for word in words]
     return [
         f"sweep.grid.schedule.max_lr=[{', '.join(peaks)}]",
@@ -73,7 +72,7 @@ def space(peaks=PEAKS, horizons=HORIZONS) -> list[str]:
 
 
 def trials(peaks=PEAKS, horizons=HORIZONS) -> dict[str, list[str]]:
-    """Return the overrides of each trial of `space`, written by hand."""
+    """Return the overrides of each trial of `space`, without the code of the sweep."""
     grid = {
         f"decay_shape-{shape}_max_lr-{peak}_max_steps-{steps}": [
             f"schedule.decay_shape={shape}",
@@ -85,8 +84,8 @@ def trials(peaks=PEAKS, horizons=HORIZONS) -> dict[str, list[str]]:
     return grid | NAMED
 
 
-def trie(asked: dict[str, list[str]]) -> int:
-    """Count the different steps by brute force: prefixes of learning rates and other fields."""
+def count_steps(asked: dict[str, list[str]]) -> int:
+    """Count the distinct steps by brute force: prefixes of learning rates, by weight decay."""
     prefixes = set()
     for words in asked.values():
         e = load_experiment(QUICKSTART, [*BASE, *words])
@@ -265,7 +264,7 @@ def test_every_trial_equals_its_own_run_and_no_step_runs_twice(golden, alone):
     assert (
         s["steps_run"]
         == s["steps_in_tree"]
-        == trie(asked)
+        == count_steps(asked)
         < s["steps_asked"]
         == 4 * 20 + 4 * 30 + 30 + 20
     )
@@ -332,7 +331,7 @@ def test_extended_sweep_runs_only_new_steps_after_any_kill(golden, alone, ray_he
     new = [json.loads(text) for stage, (_, text) in after.items() if stage not in golden.results]
     assert (
         sum(result["stop"] - result["start"] for result in new)
-        == trie(asked) - trie(trials()) + AGAIN
+        == count_steps(asked) - count_steps(trials()) + AGAIN
     )
     assert set(found) == set(asked)
     for name in asked:
@@ -358,9 +357,8 @@ def finish_without_a_worker(process: subprocess.Popen, sweep: Path) -> str:
             None,
         )
 
-    os.kill(
-        int(wait_for(begun, process).read_text().split()[1]), signal.SIGKILL
-    )  # "process PID on host"
+    _, pid, *_ = wait_for(begun, process).read_text().split()  # "process PID on host"
+    os.kill(int(pid), signal.SIGKILL)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
     return out

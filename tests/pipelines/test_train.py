@@ -1,6 +1,7 @@
 """`pipelines/train.py` on a real cluster: killed runs equal undisturbed ones bit for bit."""
 
 import json
+import math
 import os
 import signal
 import sqlite3
@@ -37,9 +38,8 @@ def test_output_and_summary_of_a_finished_run(golden):
     assert facts["tokens"] == STEPS * 16 * 64
     assert facts["train_loss"] < 2.5
     assert facts["val_loss"] == facts["best_val_loss"] == curve(run_dir)[-1]["val/loss"]
-    assert facts["val_bits_per_byte"] == pytest.approx(
-        facts["val_loss"] / 0.6931471805599453
-    )  # one byte a character
+    # Each token is one character of one byte.
+    assert facts["val_bits_per_byte"] == pytest.approx(facts["val_loss"] / math.log(2))
     assert Path(facts["checkpoint"]) == checkpoint.latest_valid(run_dir / "checkpoints")
     weights = checkpoint.load_tensors(Path(facts["checkpoint"]), "model")
     assert facts["weights_sha256"] == checkpoint.weights_sha256(weights)
@@ -90,9 +90,8 @@ def test_dead_worker_is_restarted_and_two_workers_equal_one(
     hook = tmp_path / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(STICK)
-    job = {
-        "runtime_env": {"env_vars": {"PYTHONPATH": f"{hook}{os.pathsep}{REPO}"}}
-    }  # workers inherit the runtime environment of a job
+    # Workers inherit the runtime environment of a job.
+    job = {"runtime_env": {"env_vars": {"PYTHONPATH": f"{hook}{os.pathsep}{REPO}"}}}
     process = begin(
         ray_head,
         tmp_path,
@@ -177,9 +176,8 @@ def test_second_job_is_refused_sigterm_stops_and_hanging_rank_is_restarted(
     """The second job is refused, SIGTERM loses no step, the hanging rank is named and restarted."""
     run_dir, words = tmp_path / "small", [f"data.dir={tiny_dataset}", "compute.num_workers=2"]
     process = begin(ray_head, tmp_path, tiny_corpus, *words, "train.checkpoint_interval=40")
-    assert (
-        process.stdout.readline() == "starting Ray …\n"
-    )  # the run is locked; training starts some seconds later
+    # The run is locked now; training starts some seconds later.
+    assert process.stdout.readline() == "starting Ray …\n"
     second = subprocess.run(
         command(tmp_path, tiny_corpus, *words),
         env=ray_head.env,
@@ -205,7 +203,7 @@ def test_second_job_is_refused_sigterm_stops_and_hanging_rank_is_restarted(
     assert stopped["step"] >= logged(run_dir), "a logged step was lost"
 
     process = begin(ray_head, tmp_path, tiny_corpus, *words, "compute.hang_after_s=2")
-    # Not shortly after a checkpoint, when the limit is higher.
+    # Wait until the last checkpoint is some steps ago: shortly after one, the limit is higher.
     victim = wait_for(
         lambda: next(
             (
@@ -222,7 +220,7 @@ def test_second_job_is_refused_sigterm_stops_and_hanging_rank_is_restarted(
     assert process.returncode == 0, out + err
     assert f"from step {stopped['step']} " in out
     (hang,) = [e for e in events.read(RunFolder(run_dir)) if e["kind"] == "hang"]
-    assert hang["message"].startswith(f"rank 1 (process {victim['pid']} on ")
+    assert hang["message"].startswith(f"rank 1 (process {victim.pid} on ")
     assert sorted(f.name for f in (run_dir / "hangs" / "0001").iterdir()) == [
         "hang-rank0.txt",
         "hang-rank1.txt",
@@ -246,7 +244,7 @@ def test_run_is_locked_and_sigterm_works_while_ray_starts(tiny_corpus, tmp_path)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, out + err
-    assert err == "terminated before it began; run the same command again\n"
+    assert err == "terminated before the start; run the same command again\n"
     assert os.listdir(tmp_path) == [], "it left files behind"
 
 

@@ -70,7 +70,7 @@ def test_run_survives_drained_node_and_low_memory_bit_for_bit(
     out, err = process.communicate(timeout=90)
     assert process.returncode == 2, out + err
     assert "out of memory on" in err
-    assert "Ray's memory monitor ended " in err  # a worker, or what leads it
+    assert "Ray's memory monitor ended " in err  # a worker, or its controller
     assert [e["kind"] for e in events.read(RunFolder(run_dir))] == ["out_of_memory"], (
         "it was tried again"
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ class GPTConfig:
         ValueError: No model can have this shape.
     """
 
+    kind: ClassVar[str] = "gpt"  # key of `models.MODELS`
     block_size: int = 1024
     vocab_size: int = 50304
     n_layer: int = 12

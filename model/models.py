@@ -1,11 +1,13 @@
 """Table of models: to add one, write its module and add one entry to `MODELS`.
 
+All code builds shapes with `new_shape` and models with `new_model`, which look into the table.
+
 The configuration imports this table, so torch is imported only when a model is built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,3 +45,22 @@ def _build_gpt(shape: GPTConfig) -> GPT:
 MODELS: dict[str, ModelKind] = {
     "gpt": ModelKind(_gpt_shape, _build_gpt, "GPT-2: learned positions, pre-norm, tied head"),
 }
+
+
+def new_shape(fields: Mapping[str, Any]) -> GPTConfig:
+    """Create the shape of a model from its fields by name.
+
+    The field "kind" is a key of `MODELS`. It may be absent for a GPT: stored shapes do not have it.
+
+    Raises:
+        KeyError: There is no such kind.
+        TypeError: A field is unknown.
+        ValueError: No model can have this shape.
+    """
+    others = {name: value for name, value in fields.items() if name != "kind"}
+    return MODELS[fields.get("kind", "gpt")].shape(**others)
+
+
+def new_model(shape: GPTConfig) -> GPT:
+    """Create a model with random weights from torch's global generator."""
+    return MODELS[shape.kind].build(shape)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
-from model.models import MODELS
+from model import models
 from model.schedule import Schedule
 from orchestrator.config.checks import contradictions
 from orchestrator.config.fields import Docs, Section, Text, describe_fields, section_class
@@ -101,11 +101,12 @@ class Experiment(Section):
     def gpt_config(self, n_vocab: int) -> "GPTConfig":
         """Return the shape of the model for a tokenizer of `n_vocab` tokens. Imports torch."""
         fields = self.model.model_dump(exclude={"pad_vocab_to"})
-        return MODELS[self.model.kind].shape(vocab_size=self.vocab_size(n_vocab), **fields)
+        fields |= {"kind": self.model.kind, "vocab_size": self.vocab_size(n_vocab)}
+        return models.new_shape(fields)
 
     def new_model(self, n_vocab: int) -> "GPT":
         """Build the model. Its weights are drawn from torch's global generator."""
-        return MODELS[self.model.kind].build(self.gpt_config(n_vocab))
+        return models.new_model(self.gpt_config(n_vocab))
 
     def flat(self) -> dict[str, Any]:
         """Return `{"section.field": value}` of all fields, in the order of their definition."""

@@ -6,9 +6,9 @@ from typing import TypedDict
 
 import torch
 
-from model import optim
+from model import models, optim
 from model.flops import flops_per_token
-from model.gpt import GPT, GPTConfig
+from model.gpt import GPTConfig
 from orchestrator.cluster import layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.dataset import Manifest
@@ -83,7 +83,7 @@ def model_facts(experiment: Experiment, n_vocab: int) -> ModelFacts:
 @functools.cache
 def _facts_of_shape(config: GPTConfig) -> ModelFacts:
     with torch.device("meta"):
-        model = GPT(config)
+        model = models.new_model(config)
     decay = optim.decay_summary(model)
     return {
         "vocab_size": model.config.vocab_size,

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from model import optim
+from model import models, optim
 from model.gpt import GPT, GPTConfig
 from orchestrator.checkpoint import store
 from orchestrator.config.experiment import Experiment
@@ -190,7 +190,7 @@ def load_model(path: Path) -> GPT:
     tensors = store.load_tensors(path, "model")
     try:
         with torch.device("meta"):  # allocates no memory; the weights are replaced
-            model = GPT(shape)
+            model = models.new_model(shape)
         model.load_state_dict(tensors, assign=True)
     except NOT_LOADABLE as error:
         raise _of_another_version(path, error) from None
@@ -205,7 +205,7 @@ def shape_of(path: Path) -> GPTConfig:
     """
     try:
         fields = json.loads((path / "model.json").read_text("utf-8"))
-        return GPTConfig(**fields)
+        return models.new_shape(fields)
     except NOT_LOADABLE as error:
         raise _of_another_version(path, error) from None
 

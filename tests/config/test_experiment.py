@@ -391,7 +391,7 @@ def test_help_lists_type_and_default_of_every_field():
     assert list(entries) == list(Experiment().flat())
     assert entries["train.max_steps"] == "an integer; 2000"
     assert entries["optim.max_grad_norm"] == "a number or null; 1.0"
-    assert entries["schedule.kind"] == "cosine | linear | wsd | constant | inverse_sqrt; cosine"
+    assert entries["schedule.kind"] == f"{' | '.join(SCHEDULES)}; cosine"
     assert entries["compute.num_workers"] == "an integer or auto; auto"
     assert entries["data.corpus"] == "text or a list of texts; builtin:stdlib"
     assert entries["data.append_eot"] == "true or false; false"

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 
-from model.models import MODELS
+from model.models import MODELS, new_model, new_shape
 from model.optim import OPTIMIZERS, OptimizerSettings, build
 from model.schedule import DECAY_SHAPES, SCHEDULES
 
@@ -58,11 +59,19 @@ def test_optimizer_resumed_from_its_state_takes_the_same_steps(kind, small_gpt):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_model_returns_logits_and_loss(kind):
-    shape = MODELS[kind].shape(block_size=8, vocab_size=32, n_layer=1, n_head=2, n_embd=8)
+    fields = {"block_size": 8, "vocab_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 8}
+    shape = new_shape({"kind": kind, **fields})
     tokens = torch.arange(16).view(2, 8)
-    logits, loss = MODELS[kind].build(shape)(tokens, tokens)
+    logits, loss = new_model(shape)(tokens, tokens)
     assert logits.shape == (2, 8, 32)
     assert loss.shape == ()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_stored_shape_gives_the_same_kind_of_model(kind):
+    shape = new_shape({"kind": kind})
+    assert shape.kind == kind
+    assert new_shape(asdict(shape)) == shape
 
 
 @pytest.mark.parametrize("table", [MODELS, OPTIMIZERS, SCHEDULES, DECAY_SHAPES])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model.gpt import GPT
+from model.optim import OPTIMIZERS
 from orchestrator.checkpoint import store
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.data.dataset import Manifest, Split, data_identity
@@ -81,6 +82,26 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         a[k].dtype == b[k].dtype and torch.equal(a[k].view(torch.int32), b[k].view(torch.int32))
         for k in a
     )
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_whole_state_of_every_optimizer_is_stored(tmp_path, kind):
+    """An optimizer that keeps more than tensors per parameter needs new code in `state`."""
+    e = load_experiment(None, [*WORDS, f"optim.kind={kind}"])
+    s = built(e, 1)
+    advance(s, 3)
+    fresh = state.restore(e, save(s, e, tmp_path / "checkpoints", Worker(), {}), Worker())
+    saved = s.optimizer.state_dict()
+    restored = fresh.optimizer.state_dict()
+    assert restored["param_groups"] == saved["param_groups"]
+    assert restored["state"].keys() == saved["state"].keys()
+    for parameter, kept in saved["state"].items():
+        assert restored["state"][parameter].keys() == kept.keys()
+        for name, value in kept.items():
+            assert torch.equal(restored["state"][parameter][name], value)
+    advance(s, 2)
+    advance(fresh, 2)
+    assert same_bits(everything(fresh), everything(s))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -1,6 +1,7 @@
 """Which module may import which, and calls that no module may make. Reads the sources."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -226,3 +227,27 @@ def test_init_files_have_only_a_docstring():
         if path.name == "__init__.py":
             body = ast.parse(path.read_text("utf-8")).body
             assert all(isinstance(node, ast.Expr) for node in body), path
+
+
+def unnamed_modules(package: Path) -> list[str]:
+    """Return the modules and packages in a package that its docstring does not name."""
+    text = ast.get_docstring(ast.parse((package / "__init__.py").read_text("utf-8"))) or ""
+    modules = {file.stem for file in package.glob("*.py")} - {"__init__"}
+    packages = {file.parent.name for file in package.glob("*/__init__.py")}
+    # `name`, `name.function` or name.py
+    return [
+        name
+        for name in sorted(modules | packages)
+        if not re.search(rf"`{name}[`.]|\b{name}\.py\b", text)
+    ]
+
+
+@pytest.mark.parametrize(
+    "package",
+    # Not pipelines: its modules are commands, which the README lists.
+    [file.parent for file in FILES if file.name == "__init__.py" and package_of(file) is not None]
+    + [REPO / "model"],
+    ids=lambda package: str(package.relative_to(REPO)),
+)
+def test_docstring_of_package_names_every_module(package):
+    assert unnamed_modules(package) == []

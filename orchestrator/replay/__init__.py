@@ -3,5 +3,5 @@
 Public names: `recorded.RecordedRun` reads the run, `replay.Replay` trains and compares, and
 `report.Report` is the result.
 
-Start reading at `replay.Replay`.
+Start reading at `replay.Replay`. `compare` compares journal lines and tensors.
 """

@@ -8,5 +8,6 @@ Public names: `mlflow.Tracker` and `sweep.SweepTracker` send while a run or a sw
 `server.resolve_uri` finds the server.
 
 Start reading at `mlflow.Projection.send`. `outbox.MetricQueue` decides which values are sent, and
-`sender.Sender` retries.
+`sender.Sender` retries. `mlflow_run` finds or creates the MLflow run, `contents` converts the
+content of a run folder, `attachments` sends its files, and `checkpoints` registers its checkpoints.
 """

@@ -1,7 +1,7 @@
 """Files that a sweep leaves behind for people and for MLflow, kept up to date while it runs.
 
-In the sweep's folder: run.json, metrics.jsonl, sweep.yaml, tree.txt, comparison.csv, figures/,
-summary.json and trials/<name>/, each with the layout of a lone run.
+In the sweep's folder: run.json, metrics.jsonl, sweep.yaml, plan.txt, comparison.csv,
+figures/tree.png, summary.json and trials/<name>/, each with the layout of a lone run.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import json
 import uuid
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator.cost.timing import Estimate
 from orchestrator.files import write_atomically, write_json
@@ -22,15 +22,11 @@ from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep import trials
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.report import comparison, figures, view
-from orchestrator.sweep.report.ranking import Row
 from orchestrator.sweep.report.summary import SweepSummary, summarize
 from orchestrator.sweep.states import BLOCKED, DIVERGED, DONE, FAILED, STOPPED
 from orchestrator.sweep.study import Study, data_key
 from orchestrator.sweep.tree import Stage
 from orchestrator.sweep.trials import PlannedTrial
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SCRIPT = "pipelines/sweep.py"
 FEW = 8  # a stage that so many trials share updates the folders of all of them
@@ -75,7 +71,7 @@ class Report:
         write_atomically(self.folder.sweep_file, study.sweep.to_yaml())
         write_json(self.folder.run_file, self._run_record())
         self.folder.summary_file.unlink(missing_ok=True)
-        self._draw_tree()
+        self.write_tree()
         for trial in study.trials.values():
             if not self._has_summary(trial) or not self._is_over(trial):
                 self._assemble(trial)
@@ -111,20 +107,18 @@ class Report:
         Args:
             ending: How the sweep ended.
             wall_s: Seconds that it took.
-            quick: Write only what is necessary: no figures and no folders of trials. After SIGTERM
-                there may be three seconds left.
+            quick: Leave out the tree and the folders of the trials. After SIGTERM there may be
+                three seconds left.
         """
-        rows = self.study.results()
         if not quick:
             for trial in self.study.trials.values():
                 if not self._has_summary(trial):
                     self._assemble(trial)
         summary = summarize(self.study, ending, self.estimate, wall_s)
         write_json(self.folder.summary_file, summary)
-        write_atomically(self.folder.comparison_file, comparison.csv_text(rows))
+        write_atomically(self.folder.comparison_file, comparison.csv_text(self.study.results()))
         if not quick:
-            self._draw_tree()
-            self._draw_results(rows)
+            self.write_tree()
         return summary
 
     # ---- the sweep ----
@@ -158,30 +152,16 @@ class Report:
             "attempts": self.attempts,
         }
 
-    def _draw_tree(self) -> None:
+    def write_tree(self) -> None:
+        """Write the tree of stages as plan.txt and as a figure."""
         tree = self.progress.tree
         if not tree.stages:  # optuna has not asked for a trial yet
             return
         text = "\n".join([*view.summary(tree), "", view.text(tree), ""])
         write_atomically(self.folder.plan_file, text)
-        self.save_figure("tree", figures.stage_tree(tree))
-
-    def _draw_results(self, rows: list[Row]) -> None:
-        done = {row.trial for row in rows if row.final is not None}
-        if not done:
-            return
-        histories = {
-            name: self.study.curve(c) for name, c in self.study.trials.items() if name in done
-        }
-        self.save_figure("final_losses", figures.final_losses(rows))
-        self.save_figure("curves", figures.curves(rows, histories))
-
-    def save_figure(self, name: str, figure: "Figure") -> None:
-        """Write `figures/<name>.png`."""
-        self.folder.figures.mkdir(exist_ok=True)
         picture = io.BytesIO()
-        figure.savefig(picture)
-        write_atomically(self.folder.figure_file(name), picture.getvalue())
+        figures.stage_tree(tree).savefig(picture)
+        write_atomically(self.folder.figure_file("tree"), picture.getvalue())
 
     # ---- one trial ----
 

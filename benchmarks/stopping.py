@@ -34,11 +34,11 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.sweep import SweepSection
 from orchestrator.errors import UserError
 from orchestrator.runs import lock
-from orchestrator.sweep.study import Study, asha_rule
+from orchestrator.sweep.study import Study
 from orchestrator.sweep.tree import Branch, Stage, grow
+from orchestrator.sweep.tune import ASHA_REDUCTION, asha_first_rung
 from pipelines.common import at_least, run_command
 
-REDUCTION = 3
 EVALUATIONS = 18  # of a run; a ninth, a third and a half of its steps are among them
 
 
@@ -174,9 +174,8 @@ def _grid(study: Study, names: list[str]) -> Grid:
 def asha_rungs(study: Study) -> list[int]:
     """Return the rungs of `sweep.stop: asha` for trials of this length."""
     longest = max(trial.branch.steps for trial in study.trials.values())
-    rule = asha_rule(study.metric, longest, study.sweep.base.train.eval_interval)
-    assert rule.reduction_factor == REDUCTION
-    return rungs(rule.grace_period, rule.max_t, REDUCTION)
+    first = asha_first_rung(longest, study.sweep.base.train.eval_interval)
+    return rungs(first, longest, ASHA_REDUCTION)
 
 
 # ---- the tables ----
@@ -195,7 +194,7 @@ def rows(
     fitted = next(iter(grids))
     lines = [_row("none", seed, grid, {}) for seed, grid in grids.items()]
     for seed, grid in grids.items():
-        lines.append(_row("asha", seed, grid, halving(grid.curves, at, REDUCTION)))
+        lines.append(_row("asha", seed, grid, halving(grid.curves, at, ASHA_REDUCTION)))
     for allowed in (margin, default):
         rule = f"anneal_probe, margin {allowed:.2f}" + (" (default)" if allowed == default else "")
         for seed, grid in grids.items():
@@ -263,8 +262,8 @@ def report(a: Namespace, study: Study, grids: Mapping[int, Grid]) -> str:
     )
     return (
         f"{first}\n\n{a.layers} layers × {a.width}, 12 × 64 tokens a step, {a.steps} steps. "
-        f"asha: rungs at {', '.join(map(str, at))} steps, factor {REDUCTION}, computed from the "
-        f"curves. anneal_probe: at step {settings.probe_step}, {settings.probe_steps} steps long; "
+        f"asha: rungs at {', '.join(map(str, at))} steps, factor {ASHA_REDUCTION}, computed from "
+        f"the curves. anneal_probe: at step {settings.probe_step}, {settings.probe_steps} steps long; "
         "'steps run' includes the probes. With every rule, trials share their common steps.\n\n"
         f"Rank correlation (Spearman) of val loss at step {a.steps // 2} and at the end, for each "
         f"peak:\n\n{second}"

@@ -170,7 +170,7 @@ def run_tree(
     if not judge:
         progress.judge_probes = tuple
     started = time.perf_counter()
-    sweep.execute(progress, progress.folder, study.layout, launch.capacity(study.layout))
+    sweep.execute(study, launch.capacity(study.layout))
     seconds = time.perf_counter() - started
     for name in progress.trials:  # probes included
         state = progress.states.of_trial(name)

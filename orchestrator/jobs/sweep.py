@@ -212,9 +212,7 @@ class SweepJob(Job):
     def work(self) -> None:
         from orchestrator.sweep import tune  # importing Ray Tune takes seconds
 
-        study = self.study
-        progress = study.progress
-        tune.execute(progress, progress.folder, study.layout, self.slots, study.asha())
+        tune.execute(self.study, self.slots)
 
     # ---- how it ended ----
 

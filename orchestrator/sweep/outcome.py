@@ -41,6 +41,6 @@ def _failures_with_advice(study: Study, stages_at_a_time: int) -> list[Ending]:
             study.layout,
             stages_at_a_time,
         )
-        study.progress.reasons[id_] = advised.reason
+        failures[id_] = advised
         return [advised, *failures.values()]
     return list(failures.values())

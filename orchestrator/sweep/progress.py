@@ -1,29 +1,25 @@
 """The state of a running sweep: which stages can start, how stages ended, which checkpoints can go.
 
-`Progress` answers the questions of `tune.execute` and of the reports. It writes stage.json of each
-stage that starts, and knows no Ray.
+`tune.execute` asks `Progress.next` for stages to start, and calls `Progress.ended` when a stage has
+ended. This module does not import Ray.
 """
 
-import contextlib
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from orchestrator.checkpoint import store as checkpoint
+from orchestrator.config.sweep import SweepSection
 from orchestrator.runs import events, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.sweep.records import StageResult, StageSpec, read_result, read_spec
 from orchestrator.sweep.stage import has_result, write_stopped
 from orchestrator.sweep.states import DONE, FAILED, RUNNING, WAITING, StageStates
-from orchestrator.sweep.stored import StoredStages, StoredState
+from orchestrator.sweep.stored import StoredStages, StoredState, checkpoint_bytes
 from orchestrator.sweep.tree import Stage, StageTree
 from orchestrator.sweep.trials import PlannedTrial
 from orchestrator.workers import hangs
 from orchestrator.workers.diagnose import diagnose
-
-
-class StageProcessError(Exception):
-    """Tune reported that the process of a stage raised an exception or died."""
 
 
 class Progress:
@@ -34,9 +30,7 @@ class Progress:
         tree: The stages.
         stored: What was on disk when the tree was built.
         trials: Trials and probes by name.
-        keep_branches: False: remove checkpoints from which no later stage starts.
-        diverged_above: `sweep.diverged_above`.
-        probe_step: Step at which the probes leave their trials.
+        settings: The `sweep:` section.
         workers: Workers of each stage.
         judge_probes: Called once when all probes have ended; returns the trials to drop.
         next_sample: Called when nothing else is ready; returns more trials, or none.
@@ -46,10 +40,9 @@ class Progress:
         on_stage_end: Called with each stage that has ended.
         tick: Called several times a second.
         steps_run: Updates made in this process.
-        failures: How the stages ended that failed, by their id.
-        reasons: Why a stage failed, diverged or was stopped, by its id.
+        failures: Ending of each stage that failed, by its id.
         wait_reasons: Why a stage that had started waits again, by its id.
-        retried: Stages that were tried a second time.
+        retried: Ids of stages that were started a second time.
         peak_bytes: The most bytes that the checkpoints took on disk.
     """
 
@@ -59,37 +52,33 @@ class Progress:
         tree: StageTree,
         stored: StoredStages,
         trials: dict[str, PlannedTrial],
-        *,
-        keep_branches: bool = True,
-        diverged_above: float | None = None,
-        probe_step: int | None = None,
-        workers: int = 1,
-        judge_probes: Callable[[], Collection[str]] = tuple,
-        next_sample: Callable[[], list[PlannedTrial]] = list,
+        settings: SweepSection,
+        workers: int,
+        judge_probes: Callable[[], Collection[str]],
+        next_sample: Callable[[], list[PlannedTrial]],
     ) -> None:
         self.folder = folder
         self.tree = tree
         self.stored = stored
         self.trials = dict(trials)
-        self.keep_branches = keep_branches
-        self.diverged_above = diverged_above
+        self.settings = settings
         self.workers = workers
         self.judge_probes = judge_probes
         self.next_sample = next_sample
-        self.on_stage_end: Callable[[Stage], object] = _ignore_stage
-        self.tick: Callable[[], object] = _ignore_tick
+        self.on_stage_end: Callable[[Stage], object] = lambda stage: None
+        self.tick: Callable[[], object] = lambda: None
 
         self.probes = {trial.name for trial in trials.values() if trial.is_probe}
-        self.states = StageStates(tree, self._stages_after_probes(probe_step))
+        self.states = StageStates(tree, self._stages_after_probes())
         self.steps_run = 0
         self.retried: set[str] = set()
         self.failures: dict[str, Ending] = {}
-        self.reasons: dict[str, str | None] = {}
         self.wait_reasons: dict[str, str] = {}
         self.peak_bytes = 0
 
-    def _stages_after_probes(self, probe_step: int | None) -> list[str]:
-        """Return the stages that wait until the probes have been judged."""
+    def _stages_after_probes(self) -> list[str]:
+        """Return the ids of the stages that wait until the probes are judged."""
+        probe_step = self.settings.probe_step
         if not self.probes or probe_step is None:
             return []
         return [
@@ -123,7 +112,7 @@ class Progress:
             self._add(sample)
 
     def _add(self, trials: list[PlannedTrial]) -> None:
-        """Add trials. They start from stored states, and share nothing with stages that run now."""
+        """Add trials. They start from stored states, and share no step with running stages."""
         self.trials |= {trial.name: trial for trial in trials}
         new = self.stored.tree([trial.branch for trial in trials], at_decays=True)
         self.tree = self.tree.merged_with(new)
@@ -134,15 +123,15 @@ class Progress:
         spec = self._spec(stage)
         spec.write(folder)
         message = hangs.report(folder)
-        if message is not None:  # in an attempt whose driver was killed
+        if message is not None:  # a hang in an earlier attempt, whose driver was killed
             events.note(self.folder, "hang", message, stage=stage.id)
         folder.clear_ending()
-        # The workers leave a stage alone that has all that it can have.
+        # The workers do nothing in a stage whose result is complete.
         if not has_result(folder, spec, spec.parsed_experiment()):
             folder.result_file.unlink(missing_ok=True)
 
     def _spec(self, stage: Stage) -> StageSpec:
-        """Return stage.json, with the experiment of a trial that ends here if there is one."""
+        """Return the content of stage.json. A trial that ends here gives the experiment."""
         trial = self.trials[(stage.ends or stage.trials)[0]]
         spec = StageSpec(
             id=stage.id,
@@ -152,10 +141,10 @@ class Progress:
             experiment=trial.experiment.model_dump(),
             rates=trial.rates.to_json(),
             data_dir=str(trial.dataset.directory),
-            diverged_above=self.diverged_above,
+            diverged_above=self.settings.diverged_above,
         )
         if stage.id in self.tree.stored:
-            # All its steps are made; it only completes the end of a trial.
+            # All steps are done; only the result of a trial is missing.
             end = self.stored.states[stage.id]
             folder = self.folder.stage(stage.id)
             if end.path == folder.path:
@@ -180,33 +169,25 @@ class Progress:
         if result is None and not died and not stop_requested:
             result = write_stopped(folder, "stopped by the scheduler")
 
-        error = StageProcessError("the process of a stage ended") if died else None
+        error = RuntimeError("the process of a stage ended") if died else None
         ending = diagnose(folder, error, self.workers)
         if result is not None:  # also if the process died after it had written the result
-            self._record_result(stage, result)
+            self.states.end(stage, result.outcome)
+            self.steps_run += result.steps_run
+            self.stored.add(stage, folder, result)
         elif stop_requested and ending.kind in ("again", "done"):
-            self._wait_for_next_start(stage, ending)
+            # The next start of the sweep continues this stage.
+            self.steps_run += ending.facts.get("steps_run", 0)
+            self._wait(stage, ending.reason or "asked to stop before it began")
         else:
             self._record_failure(stage, ending)
-        self._measure_disk()
+        self.peak_bytes = max(self.peak_bytes, checkpoint_bytes(self.folder))
         self.release_judged()
         self.remove_unneeded()
         self.on_stage_end(self.tree.by_id[stage])
 
-    def _record_result(self, stage: str, result: StageResult) -> None:
-        if result.outcome != DONE:
-            self.reasons[stage] = result.reason
-        self.states.end(stage, result.outcome)
-        self.steps_run += result.steps_run
-        self.stored.add(stage, self.folder.stage(stage), result)
-
-    def _wait_for_next_start(self, stage: str, ending: Ending) -> None:
-        """Leave a stage that was asked to stop to the next start of the sweep."""
-        self.steps_run += ending.facts.get("steps_run", 0)
-        self._wait(stage, ending.reason or "asked to stop before it began")
-
     def _record_failure(self, stage: str, ending: Ending) -> None:
-        """Try a stage once more if its process hung or was killed, else let it fail."""
+        """Try a stage once more if its process hung or was killed; else it has failed."""
         if ending.cause == "hang" and ending.reason is not None:
             events.note(self.folder, "hang", ending.reason, stage=stage)
         if ending.may_be_transient and stage not in self.retried:
@@ -217,7 +198,6 @@ class Progress:
             self._wait(stage, f"{ending.reason}; once more")
             return
         self.failures[stage] = ending
-        self.reasons[stage] = ending.reason
         self.states.end(stage, FAILED)
 
     def _wait(self, stage: str, reason: str) -> None:
@@ -225,7 +205,7 @@ class Progress:
         self.states.again(stage)
 
     def release_judged(self) -> None:
-        """Once all probes have ended, let the trials go on that they do not speak against."""
+        """Once all probes have ended, release the stages after them; drop the worse trials."""
         if not self.states.on_hold:
             return
         if all(self.states.of_trial(probe) not in (WAITING, RUNNING) for probe in self.probes):
@@ -236,10 +216,10 @@ class Progress:
     def remove_unneeded(self) -> None:
         """Remove checkpoints of judged probes and, without `keep_branches`, those of branch points.
 
-        A checkpoint from which a stage will start, or that is the result of a trial, stays.
+        Checkpoints from which a stage will start, and results of trials, stay.
         """
         judged_probes: set[str] = set() if self.states.on_hold else self.probes
-        if self.keep_branches and not judged_probes:
+        if self._keeps_branches() and not judged_probes:
             return
         needed = {self.stored.states.get(key) for key in self.states.needed()}
         for folder in self.folder.stages():
@@ -251,6 +231,10 @@ class Progress:
                     checkpoint.remove(state.checkpoint)
                     self.stored.forget(state)
 
+    def _keeps_branches(self) -> bool:
+        # Later samples of optuna may branch off anywhere.
+        return self.settings.keep_branches or self.settings.sampler == "optuna"
+
     def _keeps_checkpoints(self, folder: RunFolder, judged_probes: set[str]) -> bool:
         stage = self.tree.by_id.get(folder.name)
         if stage is not None:
@@ -258,19 +242,10 @@ class Progress:
                 return True
             if judged_probes.issuperset(stage.trials):
                 return False
-        if self.keep_branches:
+        if self._keeps_branches():
             return True
         result = read_result(folder)
         return result is not None and result.is_whole
-
-    def _measure_disk(self) -> None:
-        total = 0
-        for folder in self.folder.stages():
-            for part in folder.checkpoints.glob("*/*"):
-                # Other stages rename and remove files meanwhile.
-                with contextlib.suppress(OSError):
-                    total += part.stat().st_size
-        self.peak_bytes = max(self.peak_bytes, total)
 
     # ---- what the reports ask ----
 
@@ -280,9 +255,12 @@ class Progress:
         return [self.folder.stage(stage) for stage, state in states if state == RUNNING]
 
     def last_stage(self, trial: str) -> StoredState | None:
-        """Return the folder and the end of a trial's last stage that has lines, done or not."""
-        # Search from the end: a stored stage has its whole curve, however new branches cut the
-        # steps before it.
+        """Return the folder and the end of a trial's last stage that has journal lines.
+
+        The stage need not be done. None if only the run that the sweep branches off has lines.
+        """
+        # Search from the end: the curve of a stored stage is complete, even if the steps before it
+        # belong to other stages now.
         for stage in reversed(self.tree.stages_of(trial)):
             own = self.folder.stage(stage.id)
             folder = self.stored.folders.get(stage.id, own)
@@ -291,8 +269,8 @@ class Progress:
                 if state is None:
                     continue
                 folder = state.folder
-            if folder.path.parent != own.path.parent:
-                return None  # the run that the sweep branches off
+            if folder.path.parent != own.path.parent:  # the run that the sweep branches off
+                return None
             return StoredState(folder.path, stage.stop)
         return None
 
@@ -305,21 +283,18 @@ class Progress:
     def reason(self, trial: str) -> str | None:
         """Return why a trial has no result."""
         for stage in self.tree.stages_of(trial):
-            if stage.id in self.reasons:
-                return self.reasons[stage.id]
             result = self.stored.results.get(stage.id)
-            if result is not None and result.outcome != DONE:
-                return result.reason
+            if stage.id in self.failures or (result is not None and result.outcome != DONE):
+                return self.stage_reason(stage.id)
         return None
+
+    def stage_reason(self, stage: str) -> str | None:
+        """Return why a stage failed, diverged or was stopped."""
+        if stage in self.failures:
+            return self.failures[stage].reason
+        result = self.stored.results.get(stage)
+        return None if result is None else result.reason
 
 
 def _starting_at(spec: StageSpec, state: StoredState) -> StageSpec:
     return replace(spec, parent=str(state.path), begin=str(state.checkpoint))
-
-
-def _ignore_stage(stage: Stage) -> None:
-    pass
-
-
-def _ignore_tick() -> None:
-    pass

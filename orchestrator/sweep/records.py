@@ -20,7 +20,7 @@ class StageSpec:
 
     Attributes:
         id: Key of the state at the end of the stage.
-        root: Identifies all that never changes within a run; see `tree.Branch`.
+        root: Hash of everything that is the same at every step; see `tree.Branch`.
         start, stop: The stage makes the updates [start, stop).
         experiment: One trial of the stage; one that ends with it, if there is any.
         rates: The learning rates, as `Rates.to_json` stores them.
@@ -42,7 +42,7 @@ class StageSpec:
     diverged_above: float | None = None
 
     def write(self, folder: RunFolder) -> None:
-        """Write stage.json. The parent in the same sweep is relative, so that a sweep may be moved."""
+        """Write stage.json. A parent in the same sweep has a relative path: sweeps can move."""
         stored = asdict(self)
         if self.parent is not None and Path(self.parent).parent == folder.path.parent:
             stored["parent"] = f"../{Path(self.parent).name}"
@@ -81,7 +81,7 @@ class StageResult:
         id, start, stop: As in stage.json.
         step: Updates after which the stage ended.
         outcome: done, diverged or stopped.
-        key: Key of the state after `step` updates: what the result is about in any later tree.
+        key: Key of the state after `step` updates, by which later trees find the result.
         seconds, steps_run: Time and updates of the last attempt.
         is_whole: True if a trial ends here, with the evaluation at its end.
         limit: `sweep.diverged_above` if the stage diverged by it.
@@ -122,8 +122,8 @@ def curve(folder: RunFolder, last_step: int | None = None) -> list[Line]:
 
     Args:
         folder: A stage, or a run that a sweep branches off.
-        last_step: Leave out the folder's own lines after this step, and reduce the line at it to
-            what a run that goes on has there. None: all lines as they are.
+        last_step: Leave out the folder's own lines after this step, and the metrics that only the
+            end of a run has from the line at this step. None: all lines as they are.
     """
     spec = read_spec(folder)
     own = journal.read(folder)

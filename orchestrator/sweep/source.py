@@ -1,4 +1,4 @@
-"""What must exist before a sweep starts: first weights, the run it branches off, names that are free."""
+"""Checks before a sweep starts: first weights, the run that it branches off, names of trials."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ class Source:
         """Find the run that `sweep.from` names.
 
         Raises:
-            UserError: There is no such run, it has too few steps, or a trial ends before the step.
+            UserError: There is no such run, or it has too few steps.
         """
         name, step = origin(sweep.settings.from_ or "")
         folders = (storage / name, Path(name).expanduser())
@@ -38,37 +38,30 @@ class Source:
         if folder is None:
             raise UserError(f"sweep.from: no run '{name}' in {storage}, nor a folder of that name")
         found = cls(folder.absolute(), step, RunFolder(folder).read_experiment())
-        found._check_steps(name, sweep)
+        found._check_steps(name)
         return found
 
-    def _check_steps(self, name: str, sweep: Sweep) -> None:
-        # The checkpoints of a trial of another sweep are those of its last stage.
+    def _check_steps(self, name: str) -> None:
+        # If the run is a trial of another sweep, `checkpoints` is a link into its last stage.
         last_stage = RunFolder(self.folder).checkpoints.resolve().parent
         spec = read_spec(RunFolder(last_stage))
         if spec is not None and spec.rates["before"]:
             raise UserError(
                 f"sweep.from: '{name}' is a trial that branched off {spec.rates['splice']:,} steps "
-                "of another run itself; branch off that one, or train it alone"
+                "of another run itself; branch off that run, or train this trial alone"
             )
         steps = self.experiment.train.max_steps
         if self.step > steps:
             raise UserError(f"sweep.from: '{name}' has {steps} steps, and none {self.step}")
-        for trial in sweep.trials:
-            if trial.experiment.train.max_steps <= self.step:
-                raise UserError(
-                    f"sweep.from: {trial.name} ends at or before step {self.step}, where it would "
-                    "branch off; raise train.max_steps"
-                )
 
     def check(self, trials: Iterable[PlannedTrial]) -> None:
-        """Refuse trials whose steps before the branch would not be those of the run.
+        """Refuse trials that the run does not begin like: other fields or other tokens.
 
         Raises:
             UserError: With one line for each difference.
         """
-        data = checkpoint.read_manifest(init_from.checkpoint_of(self.folder))["fingerprints"][
-            "data"
-        ]
+        manifest = checkpoint.read_manifest(init_from.checkpoint_of(self.folder))
+        data = manifest["fingerprints"]["data"]
         before = fields_of_root(self.experiment) | {"train.reduction_slots": self.experiment.slots}
         for trial in trials:
             now = fields_of_root(trial.experiment)
@@ -116,7 +109,7 @@ def check_sources(sweep: Sweep, storage: Path) -> None:
 
 
 def check_names(folder: SweepFolder, planned: Mapping[str, PlannedTrial]) -> None:
-    """Refuse a name that stood for another experiment: the tracking server has its curve."""
+    """Refuse names that meant other experiments before: the tracking server has their curves."""
     changed = []
     for name, trial in planned.items():
         record = folder.trial(name).read_record()

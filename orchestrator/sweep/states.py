@@ -1,4 +1,4 @@
-"""The state of every stage of a tree: which stages may start, which are lost, which are still needed.
+"""The state of every stage of a tree: which may start, which cannot run, which are still needed.
 
 This module reads no files.
 """
@@ -85,12 +85,12 @@ class StageStates:
         self.by_stage[stage] = RUNNING
 
     def again(self, stage: str) -> None:
-        """Let a stage wait again that ended before its last step and may go on."""
+        """Let a stage wait again that ended before its last step and can continue."""
         assert self.by_stage[stage] == RUNNING
         self.by_stage[stage] = WAITING
 
     def end(self, stage: str, state: State = DONE) -> None:
-        """Note how a stage ended. Stages that would start from one that is not done are lost."""
+        """Note how a stage ended. If it is not done, the stages below it cannot run."""
         assert self.by_stage[stage] == RUNNING
         if state == DONE:
             self.by_stage[stage] = DONE
@@ -98,7 +98,7 @@ class StageStates:
             self._lose(stage, state)
 
     def _lose(self, stage: str, state: State) -> None:
-        """Give a stage and those below it a final state, except what starts from a stored state."""
+        """Give a final state to a stage and all below it, except those with a stored start."""
         assert state in (FAILED, DIVERGED, STOPPED)
         self.by_stage[stage] = state
         state_below = BLOCKED if state == FAILED else state
@@ -120,7 +120,7 @@ class StageStates:
         self.on_hold.clear()
 
     def of_trial(self, name: str) -> State:
-        """Return DONE for a trial with a result, the first fault of its stages, RUNNING or WAITING."""
+        """Return the state of a trial: DONE, WAITING, RUNNING, or that of its first lost stage."""
         states = [self.by_stage[stage.id] for stage in self.tree.stages_of(name)]
         for state in states:
             if state not in (WAITING, RUNNING, DONE):
@@ -137,9 +137,10 @@ class StageStates:
         ]
 
     def needed(self) -> set[str]:
-        """Return the ids of the stored ends that a stage starts from, or lacks only a result at.
+        """Return the ids of the stages whose last checkpoint is still needed.
 
-        Stages that failed count: the next start of the sweep tries them again.
+        Another stage starts from it, or it has all steps of a trial and only the result is missing.
+        Stages that failed still need theirs: the next start of the sweep tries them again.
         """
         found: set[str] = set()
         for stage in self.tree.stages:

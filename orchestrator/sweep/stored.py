@@ -1,8 +1,9 @@
-"""What of a sweep's stages is on disk, whichever tree they were made for. Nothing is removed here.
+"""The checkpoints and results of a sweep's stages on disk. Nothing is removed here.
 
-States are found by their key, so that a tree with other branches finds what an earlier one left.
+They are found by the key of a state. So a tree with other branches finds what an earlier tree left.
 """
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,8 @@ class StoredStages:
         states: Checkpoints.
         results: How stages ended.
         folders: Folders of the results.
-        ends: Keys of the states at which a stage ended. Other states are inside of stages, and are
-            used where they save steps.
+        ends: Keys of the states at which a stage ended. The other states lie inside stages; `tree`
+            uses them where they save steps.
     """
 
     def __init__(self) -> None:
@@ -83,7 +84,7 @@ class StoredStages:
 
     def add(self, stage: str, folder: RunFolder, result: StageResult) -> None:
         """Add a stage that ended in this process."""
-        # A stage that diverged did so before its end: the result is found by both keys.
+        # A stage that diverged has another key at its last step than at its planned end.
         for key in {stage, result.key}:
             self.results[key] = result
             self.folders[key] = folder
@@ -92,7 +93,7 @@ class StoredStages:
             self.ends.add(stage)
 
     def add_run(self, folder: RunFolder, branch: Branch, last_step: int) -> None:
-        """Add the checkpoints of a lone run as states of a branch, which begins with the run's steps."""
+        """Add the checkpoints of a lone run as states of a branch that starts with its steps."""
         steps = [step for step in folder.checkpoint_steps() if step <= last_step]
         for step, key in branch.keys(steps).items():
             self.states[key] = StoredState(folder.path, step)
@@ -105,7 +106,7 @@ class StoredStages:
         """Forget damaged checkpoints from which stages of a tree would start.
 
         Returns:
-            What is wrong with each.
+            One message for each damaged checkpoint.
         """
         starts = [id_ if id_ in tree.stored else tree.by_id[id_].parent for id_ in tree.to_run]
         problems = []
@@ -126,15 +127,15 @@ def scan(
     diverged_above: float | None = None,
     keeps_stopped: bool = False,
 ) -> StoredStages:
-    """Read what the stages of a sweep hold.
+    """Read the checkpoints and results of a sweep's stages.
 
-    An interrupted stage goes on in its own folder. Its checkpoints are states for other stages only
-    if the tree of `branches` has no such stage.
+    An interrupted stage continues in its own folder. Other stages may start from its checkpoints
+    only if the tree of `branches` no longer has this stage.
 
     Args:
         sweep: Folder of the sweep.
         branches: The trials.
-        diverged_above: Stages that diverged by another limit than this one may run again.
+        diverged_above: `sweep.diverged_above`. Stages that diverged by another limit may run again.
         keeps_stopped: True if stages that a scheduler stopped may not run again.
     """
     found = StoredStages()
@@ -158,3 +159,14 @@ def scan(
         if is_done and result is not None and result.key in found.states:
             found.ends.add(result.key)
     return found
+
+
+def checkpoint_bytes(sweep: SweepFolder) -> int:
+    """Return the size of all checkpoints of a sweep."""
+    total = 0
+    for folder in sweep.stages():
+        for file in folder.checkpoints.glob("*/*"):
+            # Running stages rename and remove files at the same time.
+            with contextlib.suppress(OSError):
+                total += file.stat().st_size
+    return total

@@ -1,8 +1,8 @@
-"""A sweep that is ready to run: its trials, their tree, what of it is stored, and the results."""
+"""A sweep that is ready to run: its trials, their tree of stages, and their results."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -34,16 +34,6 @@ class Best(NamedTuple):
     loss: float
 
 
-@dataclass(frozen=True)
-class AshaRule:
-    """Arguments of Tune's ASHAScheduler, and the metric of the journal that it compares."""
-
-    metric: str
-    max_t: int
-    grace_period: int
-    reduction_factor: int
-
-
 class Study:
     """A sweep that is ready to run. Creating the object reads its folder and writes nothing.
 
@@ -57,12 +47,12 @@ class Study:
         trials: By name; optuna's are added while the sweep runs.
         probes: The probe of each trial that has one, by the trial's name.
         samples: Names of the trials of each of optuna's samples.
-        dropped: Why trials do not go on after their probes.
+        dropped: Why trials were stopped after their probes, by name.
         tree: The stages as planned when the object was created; `progress.tree` is the newest.
 
     Raises:
-        UserError: The name of a trial stands for something else in the folder, or the run that the
-            sweep branches off does not fit.
+        UserError: The folder has another trial of the same name, or the run that the sweep branches
+            off does not fit.
     """
 
     def __init__(
@@ -123,26 +113,22 @@ class Study:
 
     @cached_property
     def metric(self) -> str:
-        """The loss that is compared. Losses per token of different tokenizers do not compare."""
+        """The loss that is compared: per byte if the trials have different tokenizers."""
         tokenizers = {trial.experiment.data.tokenizer for trial in self.trials.values()}
         return "val/bits_per_byte" if len(tokenizers) > 1 else "val/loss"
 
     @cached_property
     def progress(self) -> Progress:
         """The state of this sweep while it runs."""
-        settings = self.sweep.settings
         return Progress(
             self.folder,
             self.tree,
             self.stored,
             self.trials_and_probes,
-            # A later sample may branch off anywhere.
-            keep_branches=settings.keep_branches or self.sampler is not None,
-            diverged_above=settings.diverged_above,
-            probe_step=settings.probe_step,
-            workers=self.layout.num_workers,
-            judge_probes=self.judge_probes,
-            next_sample=self.next_sample,
+            self.sweep.settings,
+            self.layout.num_workers,
+            self.judge_probes,
+            self.next_sample,
         )
 
     def _add(self, new: Iterable[Trial]) -> list[PlannedTrial]:
@@ -174,7 +160,7 @@ class Study:
         return added
 
     def next_sample(self) -> list[PlannedTrial]:
-        """Tell optuna how the samples ended, and return the trials of the next; none if all exist."""
+        """Tell optuna how its samples ended. Return the trials of a new one, if one is wanted."""
         if self.sampler is None:
             return []
         for number, names in self.samples.items():
@@ -202,13 +188,6 @@ class Study:
     def is_over(self) -> bool:
         """Whether nothing is left to run."""
         return not self.progress.states.pending and not self._wants_samples()
-
-    def asha(self) -> AshaRule | None:
-        """Return the rule by which Tune stops trials, if the sweep has one."""
-        if self.sweep.settings.stop != "asha":
-            return None
-        longest = max(trial.branch.steps for trial in self.trials.values())
-        return asha_rule(self.metric, longest, self.sweep.base.train.eval_interval)
 
     # ---- results ----
 
@@ -272,7 +251,7 @@ class Study:
         return _lowest({name: self.final_loss(trial) for name, trial in self.trials.items()})
 
     def judge_probes(self) -> list[str]:
-        """Return the trials that do not go on after their probes. Losses are averaged over seeds."""
+        """Return the trials to stop after their probes. Losses are averaged over seeds."""
         losses: dict[str, list[float]] = defaultdict(list)
         for name, probe in self.probes.items():
             setting = self.trials[name].setting
@@ -281,7 +260,7 @@ class Study:
                 losses[setting].append(final)
             elif self.progress.states.of_trial(probe.name) == DIVERGED:
                 losses[setting].append(float("inf"))
-            # A probe that failed says nothing about its trials.
+            # A probe that failed decides nothing.
         settings = {name: self.trials[name].setting for name in self.probes}
         self.dropped |= worse_trials(losses, settings, self.sweep.settings.probe_margin)
         return list(self.dropped)
@@ -293,15 +272,6 @@ def _lowest(losses: Mapping[str, float | None]) -> Best | None:
         return None
     loss, name = min(known)
     return Best(name, loss)
-
-
-def asha_rule(metric: str, longest: int, eval_interval: int | None) -> AshaRule:
-    """Return successive halving with rungs at a ninth, a third and the whole of the longest trial.
-
-    The first rung is not before the first evaluation.
-    """
-    first = min(max(eval_interval or 1, longest // 9), longest)
-    return AshaRule(metric, longest, first, 3)
 
 
 def data_key(data: Data) -> str:

@@ -1,10 +1,10 @@
 """The tree of stages of a sweep: steps that several trials share are one stage, which runs once.
 
-A branch is a trial as the tree sees it: a root (all that is the same at every step: data, model,
-optimizer, batch, seed) and the learning rate of every step. Branches with one root whose rates are
-equal, bit for bit, before step n have the same weights after n steps. The tree of stages is a trie
-over the steps, so no plan of the same trials has fewer steps. Source of the idea: Shin et al.,
-"Hippo: Sharing Computations in Hyper-Parameter Optimization", PVLDB 15(5), 2022.
+A branch is a trial as the tree sees it: a root (a hash of everything that is the same at every
+step: data, model, optimizer, batch, seed) and the learning rate of every step. Branches with one
+root, and with rates that are equal bit for bit before step n, have the same weights after n steps.
+The tree of stages is a trie over the steps, so no plan of the same trials has fewer steps. Source:
+Shin et al., "Hippo: Sharing Computations in Hyper-Parameter Optimization", PVLDB 15(5), 2022.
 
 This module reads no files. Steps [start, stop) are updates counted from 0; a stage ends in the
 state after `stop` updates. A state has a key, and equal keys mean equal weights.
@@ -28,9 +28,9 @@ class Branch:
 
     Attributes:
         name: Name of the trial.
-        root: Identifies all that never changes within a run.
+        root: Hash of everything that is the same at every step.
         rates: Learning rate of every update, float64, (max_steps,).
-        is_probe: True for a probe, which the user did not ask for.
+        is_probe: True for a probe, which is not one of the user's trials.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Branch:
         return len(self.rates)
 
     def decay_start(self) -> int | None:
-        """Return the step at which the last stretch of equal rates ends; None if nothing follows."""
+        """Return the end of the last stretch of equal rates; None if no other rate follows it."""
         equal = np.flatnonzero(np.diff(self.rates) == 0)
         if len(equal) == 0:
             return None
@@ -51,7 +51,7 @@ class Branch:
         return end if end < self.steps else None
 
     def key(self, step: int) -> str:
-        """Return the key of the state after `step` updates, the same in all sweeps and processes."""
+        """Return the key of the state after `step` updates, which is the same in all sweeps."""
         return self.keys([step])[step]
 
     def keys(self, steps: Iterable[int]) -> dict[int, str]:
@@ -125,7 +125,7 @@ def _groups(branches: list[Branch], step: int) -> list[list[Branch]]:
 
 
 def _end(group: list[Branch], start: int, cuts: Cuts) -> int:
-    """Return where the common steps of a group end: at a branch's end, a cut or a first difference."""
+    """Return the end of a group's common steps: a branch's end, a cut or the first difference."""
     stops = [branch.steps for branch in group]
     for branch in group:
         stops += [cut for cut in cuts.get(branch.name, ()) if cut > start]
@@ -199,10 +199,10 @@ class StageTree:
         return frozenset(found)
 
     def merged_with(self, other: "StageTree") -> "StageTree":
-        """Return this tree with another one's trials added. No stage of this tree is cut.
+        """Return this tree with the trials of another tree added. No stage of this tree is cut.
 
-        What is stored, finished, diverged or stopped of a stage in both trees is what this tree
-        says: the stage may be running.
+        For a stage in both trees, this tree decides whether it is stored, finished, diverged or
+        stopped: the stage may be running.
         """
         merged = dict(self.by_id)
         for stage in other.stages:
@@ -235,7 +235,7 @@ class StageTree:
         return self._stages_of[trial]
 
     def cost(self, stage: Stage) -> int:
-        """Return the steps that a stage takes; 0 if its end is stored and only a result is missing."""
+        """Return the steps to run in a stage: 0 if its end is stored and a result is missing."""
         return 0 if stage.id in self.stored else stage.steps
 
     @property
@@ -253,7 +253,7 @@ class StageTree:
 
     @property
     def steps_again(self) -> int:
-        """Steps to run that were run before: no checkpoint is stored from which to branch off."""
+        """Steps that ran before and run again, because no checkpoint is stored at the branch."""
         made = {*self.stored, *self.finished, *self.diverged}
         for stage in reversed(self.stages):
             if stage.id in made and stage.parent is not None:

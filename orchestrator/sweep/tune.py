@@ -1,10 +1,10 @@
-"""Run a tree of stages with Ray Tune: each stage is a Tune trial that starts once its parent is done.
+"""Run a tree of stages with Ray Tune. Each stage is a Tune trial and starts after its parent.
 
-The configuration of a Tune trial is only the id of its stage. All else is in `stages/<id>/`; Tune
-keeps no checkpoints and is never restored. A searcher suggests a stage when it may start. Processes
-are reused from stage to stage. With several workers, the process of the trial is rank 0 and the
-other ranks are actors in its placement group, so a stage has all of its resources or waits without
-holding any.
+The configuration of a Tune trial is only the id of its stage. Everything else is in `stages/<id>/`:
+Tune stores no checkpoints and is never restored. `_StageSearcher` suggests stages that may start. A
+process runs one stage after the other. With several workers, the process of the trial is rank 0,
+and the other ranks are actors in its placement group. So a stage either has all of its resources,
+or it waits and holds none.
 """
 
 import inspect
@@ -38,7 +38,7 @@ from orchestrator.runs.journal import Line  # noqa: E402
 from orchestrator.sweep.progress import Progress  # noqa: E402
 from orchestrator.sweep.records import read_spec  # noqa: E402
 from orchestrator.sweep.stage import run_stage  # noqa: E402
-from orchestrator.sweep.study import AshaRule  # noqa: E402
+from orchestrator.sweep.study import Study  # noqa: E402
 from orchestrator.workers.crew import Crew, worker_of  # noqa: E402
 from orchestrator.workers.ray_train import record_failure  # noqa: E402
 
@@ -46,60 +46,51 @@ from orchestrator.workers.ray_train import record_failure  # noqa: E402
 METRIC = "val_loss"
 TIME = "optimizer_step"
 
+ASHA_REDUCTION = 3  # of three trials that reach a rung of asha, one goes on
 
-def execute(
-    progress: Progress,
-    folder: SweepFolder,
-    layout: Layout,
-    slots: int,
-    asha: AshaRule | None = None,
-    reuse: bool = True,
-) -> None:
+
+def execute(study: Study, slots: int) -> None:
     """Run stages until none is left. A stage that fails does not end the others.
 
     After a stop request in the folder of the sweep, stages end after their step and none starts.
 
     Args:
-        progress: State of the sweep: which stages may start.
-        folder: Folder of the sweep.
-        layout: Workers of each stage.
-        slots: How many stages the cluster can run at a time. Tune cannot take back a suggested
-            stage, so no more are suggested.
-        asha: Tune's rule for stopping trials; every stage then reports its evaluations.
-        reuse: Run stage after stage in one process. False: each in a new one, which takes seconds
-            more and changes no result.
+        study: The sweep.
+        slots: Number of stages that the cluster can run at the same time. No more are suggested:
+            Tune cannot take back a suggested stage.
     """
     for name in ("ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    scheduler = _asha(study)
     trainable = tune.with_parameters(
         StageTrainable,
-        folder=folder.path,
-        layout=layout,
-        reported_metric=None if asha is None else asha.metric,
+        folder=study.folder.path,
+        layout=study.layout,
+        reported_metric=None if scheduler is None else study.metric,
     )
     tuner = tune.Tuner(
-        tune.with_resources(trainable, _resources(layout)),
+        tune.with_resources(trainable, _resources(study.layout)),
         tune_config=tune.TuneConfig(
-            search_alg=_StageSearcher(progress),
+            search_alg=_StageSearcher(study.progress),
             num_samples=-1,
             max_concurrent_trials=slots,
-            reuse_actors=reuse,
-            scheduler=_scheduler(asha),
+            reuse_actors=True,  # starting a process takes seconds
+            scheduler=scheduler,
             trial_name_creator=_trial_id,
             trial_dirname_creator=_trial_id,
         ),
         run_config=tune.RunConfig(
             name=uuid.uuid4().hex[:8],
-            storage_path=str(folder.tune_scratch),
+            storage_path=str(study.folder.tune_scratch),
             verbose=0,
-            callbacks=[_Ticks(progress)],
+            callbacks=[_Ticks(study.progress)],
             failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),
         ),
     )
     try:
         tuner.fit()
     finally:
-        shutil.rmtree(folder.tune_scratch, ignore_errors=True)
+        shutil.rmtree(study.folder.tune_scratch, ignore_errors=True)
 
 
 def _resources(layout: Layout) -> tune.PlacementGroupFactory:
@@ -110,17 +101,28 @@ def _resources(layout: Layout) -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory([bundle] * layout.num_workers)
 
 
-def _scheduler(asha: AshaRule | None) -> ASHAScheduler | None:
-    if asha is None:
+def _asha(study: Study) -> ASHAScheduler | None:
+    """Return Tune's scheduler that stops trials, if `sweep.stop` is asha."""
+    if study.sweep.settings.stop != "asha":
         return None
+    longest = max(trial.branch.steps for trial in study.trials.values())
     return ASHAScheduler(
         time_attr=TIME,
         metric=METRIC,
         mode="min",
-        max_t=asha.max_t,
-        grace_period=asha.grace_period,
-        reduction_factor=asha.reduction_factor,
+        max_t=longest,
+        grace_period=asha_first_rung(longest, study.sweep.base.train.eval_interval),
+        reduction_factor=ASHA_REDUCTION,
     )
+
+
+def asha_first_rung(longest: int, eval_interval: int | None) -> int:
+    """Return the first step at which asha compares trials.
+
+    The rungs are a ninth, a third and the whole of the longest trial. The first rung is not before
+    the first evaluation.
+    """
+    return min(max(eval_interval or 1, longest // 9), longest)
 
 
 def _trial_id(trial: Any) -> str:
@@ -164,7 +166,7 @@ class _Ticks(tune.Callback):
 
 
 class StageTrainable(tune.Trainable):
-    """Rank 0 of one stage after the other. Its other workers stay for the next stage."""
+    """The process of rank 0, which runs one stage after the other. It keeps its other workers."""
 
     def setup(
         self,
@@ -210,7 +212,8 @@ class StageTrainable(tune.Trainable):
             if self.reported_metric not in line or line["step"] == 0:
                 continue
             self.reported = {TIME: line["step"], METRIC: line[self.reported_metric]}
-            # At the last evaluation a scheduler must not stop the stage: its result is not written.
+            # The scheduler may stop a stage at an evaluation that we report. The last one is reported
+            # with the end of the stage, because the result is written after it.
             if line["step"] < self.last_step:
                 return False
         return True
@@ -233,7 +236,7 @@ class StageTrainable(tune.Trainable):
         self.reported = {TIME: 0, METRIC: math.inf}
 
     def _abandon(self) -> None:
-        """End a stage that a scheduler stopped; its other ranks are in the middle of a step."""
+        """End a stage that the scheduler stopped, while its other ranks are in a step."""
         if self.lines is None or inspect.getgeneratorstate(self.lines) == inspect.GEN_CLOSED:  # type: ignore[arg-type]
             return
         self.lines.close()  # type: ignore[attr-defined]

@@ -437,7 +437,7 @@ def typed(monkeypatch, capsys):
             ["sweep.grid.schedule.max_rl=[1]"],
             ["sweep.grid.schedule.max_rl: no such field; did you mean schedule.max_lr?"],
         ),
-        ([], ["sweep: says nothing to vary"]),
+        ([], ["sweep: no field to vary"]),
         (
             [
                 "sweep.grid.schedule.max_lr=[1e-3, -1, fast]",
@@ -448,7 +448,7 @@ def typed(monkeypatch, capsys):
                 "sweep.grid.schedule.max_lr: -1",
                 'sweep.grid.schedule.max_lr: "fast"',
                 "sweep.grid.compute.num_workers: cannot be swept",
-                "sweep.probe_step: 3 is for sweep.stop=anneal_probe",
+                "sweep.probe_step: 3 is only for sweep.stop=anneal_probe",
             ],
         ),
         (

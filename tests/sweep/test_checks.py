@@ -1,4 +1,4 @@
-"""Every way in which a sweep is refused before anything runs, and that what is right passes."""
+"""Every mistake in a sweep is refused before anything runs; valid sweeps are accepted."""
 
 import json
 import re
@@ -16,7 +16,7 @@ SAMPLES = ["sweep.sampler=random", "sweep.num_samples=2"]
 
 
 def refusal(*words: str) -> list[str]:
-    """The lines, without the place in front."""
+    """Return the lines of the error, without the source in front."""
     with pytest.raises(UserError) as caught:
         load_sweep(None, words)
     lines = str(caught.value).split("\n")
@@ -24,7 +24,7 @@ def refusal(*words: str) -> list[str]:
     return [line.removeprefix("command line: ") for line in lines]
 
 
-def test_invalid_combinations_are_reported_all_at_once_a_line_for_each_trial():
+def test_all_invalid_trials_are_reported_with_one_line_each():
     lines = refusal(
         "sweep.grid.train.max_steps=[40, 80, 120]",
         "sweep.grid.schedule.warmup_steps=[10, 60]",
@@ -36,8 +36,8 @@ def test_invalid_combinations_are_reported_all_at_once_a_line_for_each_trial():
     )
     assert lines[0] == "5 of 25 trials cannot be run"
     assert lines[1:] == [
-        f"trial tokenizer-{t}_kind-{kind}_warmup_steps-60_max_steps-40: schedule.warmup_steps: 60 must "
-        "be below train.max_steps=40"
+        f"trial tokenizer-{t}_kind-{kind}_warmup_steps-60_max_steps-40: "
+        "schedule.warmup_steps: 60 must be below train.max_steps=40"
         for kind in ("cosine", "wsd")
         for t in ("byte", "char")
     ] + [
@@ -46,7 +46,7 @@ def test_invalid_combinations_are_reported_all_at_once_a_line_for_each_trial():
     ]
 
 
-def test_mistakes_of_the_section_and_of_the_experiment_come_together():
+def test_mistakes_of_section_and_experiment_are_reported_together():
     lines = refusal(
         "train.max_steps=0", "sweep.seeds=0", "sweep.grid.schedule.max_lr=5", "sweep.sed=3"
     )
@@ -74,8 +74,8 @@ def test_mistakes_of_the_section_and_of_the_experiment_come_together():
     ]
 
 
-ONE_LINE = [  # words -> what the one line begins with, what else it says
-    ([], "sweep: ", "nothing to vary"),
+ONE_LINE = [  # overrides, start of the line, other words of the line
+    ([], "sweep: ", "no field to vary"),
     (["sweep.seeds=3"], "sweep: ", "sweep.grid.train.seed"),
     (["sweep=5"], "sweep: ", "not a section"),
     (["sweep.grid=[1]"], "sweep.grid: ", "[1] is not a mapping to a list of values"),
@@ -130,7 +130,7 @@ ONE_LINE = [  # words -> what the one line begins with, what else it says
         "sweep.trials.mine.schedule.kind: ",
         '"wds" is not cosine',
     ),
-    (["sweep.trials={a/b: {}}"], "sweep.trials: ", '"a/b" names a folder'),
+    (["sweep.trials={a/b: {}}"], "sweep.trials: ", '"a/b" becomes the name of a folder'),
     ([f"sweep.trials.{'x' * 101}.schedule.kind=wsd"], "sweep.trials: ", "at most 100"),
     (
         [PEAKS, "sweep.trials.max_lr-0.001.schedule.kind=wsd"],
@@ -155,17 +155,17 @@ ONE_LINE = [  # words -> what the one line begins with, what else it says
     ([PEAKS, "sweep.stop=anneal_probe", "sweep.probe_steps=5"], "sweep.probe_step: ", "missing"),
     ([PEAKS, "sweep.stop=anneal_probe", "sweep.probe_step=5"], "sweep.probe_steps: ", "missing"),
     ([PEAKS, "sweep.probe_steps=5"], "sweep.probe_steps: ", "anneal_probe"),
-    ([PEAKS, "sweep.probe_margin=0.1", "sweep.stop=asha"], "sweep.probe_margin: ", "it is asha"),
+    ([PEAKS, "sweep.probe_margin=0.1", "sweep.stop=asha"], "sweep.probe_margin: ", "not asha"),
     ([PEAKS, *PROBE, "train.max_steps=40"], "sweep.probe_step: ", "no trial has more than 40"),
     ([PEAKS, "train.eval_interval=null"], "train.eval_interval: ", "val/loss"),
     ([PEAKS, "sweep.from=base"], "sweep.from: ", '"base" is not RUN@STEP'),
     ([PEAKS, "sweep.from=base@0"], "sweep.from: ", '"base@0" is not RUN@STEP'),
     ([PEAKS, "sweep.from='@5'"], "sweep.from: ", '"@5" is not RUN@STEP'),
-    ([PEAKS, "sweep.from=base@5", "sweep.seeds=2"], "sweep.seeds: ", "its seed is one"),
+    ([PEAKS, "sweep.from=base@5", "sweep.seeds=2"], "sweep.seeds: ", "one seed"),
     (
         ["sweep.grid.model.n_layer=[1]", "sweep.from=base@5"],
         "sweep.grid.model.n_layer: ",
-        "all but schedule.*",
+        "all fields but schedule.*",
     ),
     (["sweep.trials.mine.train.max_steps=50", "sweep.from=base@50"], "sweep.from: ", "trial mine"),
     (
@@ -181,7 +181,7 @@ ONE_LINE = [  # words -> what the one line begins with, what else it says
 
 
 @pytest.mark.parametrize(("words", "begins", "says"), ONE_LINE)
-def test_a_wrong_sweep_is_one_line_that_names_the_field_and_says_why(words, begins, says):
+def test_mistake_is_one_line_with_the_field_and_the_reason(words, begins, says):
     (line,) = refusal(*words)
     assert line.startswith(begins)
     assert says in line
@@ -217,7 +217,7 @@ RANGES = [
 
 
 @pytest.mark.parametrize(("field", "words", "says"), RANGES)
-def test_a_wrong_range_says_what_is_wrong_with_it(field, words, says):
+def test_mistake_in_a_range_is_explained(field, words, says):
     lines = refusal(f"sweep.space.{field}={words}", *SAMPLES)
     assert all(line.startswith(f"sweep.space.{field}: ") for line in lines)
     assert says in lines[0]
@@ -230,14 +230,14 @@ def test_a_wrong_range_says_what_is_wrong_with_it(field, words, says):
     "field",
     [f"{f}x" if f.endswith(".") else f for f in FIXED] + ["compute.num_workers", "sweep.seeds"],
 )
-def test_a_field_that_no_sweep_varies_is_refused_with_the_reason(where, field):
+def test_fixed_field_is_refused_with_the_reason(where, field):
     (line,) = refusal(where.format(field), *(SAMPLES if "space" in where else []))
     assert re.match(
         rf"sweep\.(grid|space|trials\.mine)\.{re.escape(field)}: cannot be swept: \w+", line
     )
 
 
-def test_every_other_field_can_be_swept():
+def test_all_other_fields_can_be_swept():
     fixed = tuple(FIXED)
     free = [key for key in field_docs() if not key.startswith(fixed)]
     assert len(free) > 30
@@ -275,7 +275,7 @@ def test_every_other_field_can_be_swept():
         ),
     ],
 )
-def test_asha_is_refused_where_curves_cross_and_the_line_names_what_to_use(words, named):
+def test_asha_is_refused_for_different_schedules(words, named):
     (line,) = refusal(*words, "sweep.stop=asha")
     assert line.startswith("sweep.stop: asha")
     assert f"{named} differ here" in line
@@ -287,7 +287,7 @@ def test_asha_is_refused_where_curves_cross_and_the_line_names_what_to_use(words
     [
         [PEAKS, "sweep.seeds=2"],
         ["sweep.grid.model.dropout=[0, 0.1]", "sweep.grid.schedule.kind=[wsd]"],
-        [PEAKS, "sweep.trials.mine.schedule.kind=cosine"],  # which all have
+        [PEAKS, "sweep.trials.mine.schedule.kind=cosine"],  # the kind of all trials
         [
             "sweep.sampler=random",
             "sweep.num_samples=2",
@@ -296,11 +296,11 @@ def test_asha_is_refused_where_curves_cross_and_the_line_names_what_to_use(words
         ],
     ],
 )
-def test_asha_may_judge_trials_of_one_schedule_shape(words):
+def test_asha_is_accepted_for_one_schedule_shape(words):
     assert load_sweep(None, [*words, "sweep.stop=asha"]).settings.stop == "asha"
 
 
-def test_a_probe_is_accepted_where_a_trial_is_long_enough_for_it():
+def test_probe_is_accepted_if_one_trial_is_long_enough():
     sweep = load_sweep(
         None, ["sweep.grid.train.max_steps=[20, 41]", *PROBE, "sweep.probe_margin=0"]
     )
@@ -317,11 +317,11 @@ def test_a_probe_is_accepted_where_a_trial_is_long_enough_for_it():
         (["sweep.probe_step=40", "schedule.warmup_steps=40"], "lies inside a warmup of 40 steps"),
         (
             ["sweep.probe_step=40", "sweep.from=base@40"],
-            "is not behind the branch of sweep.from=base@40",
+            "is not after the branch of sweep.from=base@40",
         ),
     ],
 )
-def test_a_probe_where_trunks_are_none_yet_is_refused(words, said):
+def test_probe_before_the_trials_branch_is_refused(words, said):
     (line,) = refusal(
         "sweep.grid.train.max_steps=[90]", "sweep.stop=anneal_probe", "sweep.probe_steps=5", *words
     )

@@ -1,15 +1,15 @@
-"""One dimension of a search space: what its words mean, and that a draw is a function of nothing but its keys."""
+"""Dimensions of a search space: their parsing, and draws that depend only on their keys."""
 
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.sweep.space.dimensions import Choices, Range, dimension, draw, pick
 
 
-def test_a_field_beside_it_does_not_change_a_draw():
+def test_draw_does_not_depend_on_other_fields():
     some = {
         "schedule.max_lr": Range(1e-4, 1e-2, log=True),
         "model.n_layer": Range(1, 12, integer=True),
@@ -19,19 +19,17 @@ def test_a_field_beside_it_does_not_change_a_draw():
         assert alone["model.n_layer"] == draw(3, number, some)["model.n_layer"]
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     low=st.floats(1e-8, 1e3),
     width=st.floats(1e-3, 1e3),
     share=st.floats(0, 1, exclude_max=True),
     log=st.booleans(),
 )
-def test_a_drawn_number_lies_within_its_range(low, width, share, log):
+def test_drawn_number_lies_in_its_range(low, width, share, log):
     high = low * (1 + width)
     assert low <= pick(Range(low, high, log), share) <= high
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     low=st.integers(1, 1000),
     width=st.integers(1, 50),
@@ -39,7 +37,7 @@ def test_a_drawn_number_lies_within_its_range(low, width, share, log):
     log=st.booleans(),
     step=st.none() | st.integers(1, 60),
 )
-def test_an_integer_field_gives_integers_of_the_range_and_of_the_step(low, width, share, log, step):
+def test_integer_field_gives_integers_in_range_and_on_steps(low, width, share, log, step):
     step = None if log else step
     value = pick(Range(low, low + width, log, step, integer=True), share)
     assert type(value) is int
@@ -47,7 +45,7 @@ def test_an_integer_field_gives_integers_of_the_range_and_of_the_step(low, width
     assert not step or (value - low) % step == 0
 
 
-def test_every_integer_every_step_and_every_choice_can_be_drawn_and_log_means_even_in_the_logarithm():
+def test_all_values_can_be_drawn_and_log_is_uniform_in_the_logarithm():
     shares = [i / 1000 for i in range(1000)]
     assert {pick(Range(1, 4, integer=True), s) for s in shares} == {1, 2, 3, 4}
     assert {pick(Range(1, 4, log=True, integer=True), s) for s in shares} == {1, 2, 3, 4}
@@ -57,7 +55,7 @@ def test_every_integer_every_step_and_every_choice_can_be_drawn_and_log_means_ev
     assert logs == pytest.approx([-4 + 2 * s for s in shares], abs=1e-5)
 
 
-def test_words_become_a_dimension_as_the_field_holds_its_values():
+def test_parsed_dimension_has_the_types_of_the_field():
     assert dimension("train.max_steps", {"low": 1e2, "high": 6e3, "step": 50.0}) == Range(
         100, 6000, False, 50, True
     )

@@ -7,6 +7,7 @@ import pytest
 
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.runs import stop
+from orchestrator.sweep import stored
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.numerics import Worker
 
@@ -449,5 +450,4 @@ def test_what_is_gone_when_it_is_counted_ends_no_sweep(sweeps):
     gone.mkdir(parents=True)
     (gone / "part").symlink_to("nowhere")
     (gone / "whole").write_bytes(b"1234")
-    progress._measure_disk()
-    assert progress.peak_bytes == 4
+    assert stored.checkpoint_bytes(progress.folder) == 4

@@ -1,4 +1,4 @@
-"""A sweep's file: which trials it means, what they are called, and that none of it depends on the process."""
+"""Trials of a sweep file: which ones, their names, and equal results in every process."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.config.experiment import (
@@ -43,7 +43,7 @@ def names(*words: str) -> list[str]:
 
 
 # ---- which trials ----
-def test_a_grid_is_the_product_of_its_fields_and_every_trial_is_the_base_with_these_values():
+def test_grid_has_a_trial_for_each_combination_of_values():
     grid = {
         "schedule.kind": ["wsd", "cosine"],
         "schedule.max_lr": [1e-3, 2e-3, 5e-3],
@@ -62,7 +62,7 @@ def test_a_grid_is_the_product_of_its_fields_and_every_trial_is_the_base_with_th
         assert trial.name == trial.setting and trial.seed == trial.experiment.train.seed == 1337
 
 
-def test_named_trials_stand_beside_the_grid_and_show_every_field_that_the_sweep_speaks_of():
+def test_named_trials_are_added_and_list_every_varied_field():
     sweep = load_sweep(
         None, [PEAKS, "sweep.trials.long.train.max_steps=6e3", "sweep.trials.plain={}"]
     )
@@ -74,7 +74,7 @@ def test_named_trials_stand_beside_the_grid_and_show_every_field_that_the_sweep_
     assert type(rows["long"]["train.max_steps"]) is int
 
 
-def test_every_trial_is_repeated_per_seed_and_nothing_else_of_it_changes():
+def test_each_trial_is_repeated_with_every_seed():
     words = [
         PEAKS,
         "sweep.trials.mine.schedule.kind=wsd",
@@ -97,13 +97,13 @@ def test_every_trial_is_repeated_per_seed_and_nothing_else_of_it_changes():
         assert trial.experiment == alone.experiment.replace(name=trial.name, train__seed=seed)
 
 
-def test_a_seed_may_be_varied_like_any_other_field():
+def test_grid_can_vary_the_seed():
     assert [
         (t.name, t.seed) for t in load_sweep(None, ["sweep.grid.train.seed=[1, 5]"]).trials
     ] == [("seed-1", 1), ("seed-5", 5)]
 
 
-def test_optunas_trials_are_made_when_they_are_asked_for():
+def test_sample_of_optuna_has_a_trial_for_each_seed():
     words = [
         "sweep.sampler=optuna",
         "sweep.num_samples=3",
@@ -124,36 +124,26 @@ def test_optunas_trials_are_made_when_they_are_asked_for():
         sampled(sweep.settings, sweep.base.model_dump(), 13, {"schedule.warmup_steps": 9999})
 
 
-def test_ten_thousand_trials_are_not_too_many():
-    assert (
-        len(
-            set(
-                names(
-                    "sweep.grid.train.max_steps=" + json.dumps([*range(1, 101)]), "sweep.seeds=100"
-                )
-            )
-        )
-        == 10_000
-    )
+def test_ten_thousand_trials_are_allowed():
+    lengths = json.dumps([*range(1, 101)])
+    found = names(f"sweep.grid.train.max_steps={lengths}", "sweep.seeds=100")
+    assert len(set(found)) == 10_000
 
 
-def test_an_experiment_of_a_trial_is_an_ordinary_one():
-    """What is stored beside a trial is read by every command that reads a run."""
-    for trial in load_sweep(
-        None, [PEAKS, "sweep.trials.mine.schedule.kind=inverse_sqrt", "sweep.seeds=2"]
-    ).trials:
-        assert (
-            parse_experiment(read_yaml(trial.experiment.to_yaml(), "again"), "again")
-            == trial.experiment
-        )
+def test_experiment_file_of_a_trial_reads_back_equal():
+    words = [PEAKS, "sweep.trials.mine.schedule.kind=inverse_sqrt", "sweep.seeds=2"]
+    for trial in load_sweep(None, words).trials:
+        stored = read_yaml(trial.experiment.to_yaml(), "again")
+        assert parse_experiment(stored, "again") == trial.experiment
 
 
 # ---- reading and writing ----
-def test_a_file_is_read_overridden_and_written_back_equal(tmp_path):
+def test_overrides_apply_to_a_file_that_is_written_back_equal(tmp_path):
     path = tmp_path / "peaks.yaml"
     path.write_text(
         "train: {max_steps: 100}\nsweep:\n  grid:\n    schedule.max_lr: [6e-4, 1e-3]\n"
-        "    schedule.decay_shape: [linear]\n  from: base@50\n  trials: {a.b: {schedule.kind: wsd}}\n"
+        "    schedule.decay_shape: [linear]\n  from: base@50\n"
+        "  trials: {a.b: {schedule.kind: wsd}}\n"
     )
     sweep = load_sweep(
         path,
@@ -190,13 +180,13 @@ def test_a_file_is_read_overridden_and_written_back_equal(tmp_path):
         ["sweep.trials.1e5={}", "sweep.trials.no={schedule.kind: wsd}"],
     ],
 )
-def test_what_is_written_reads_back_equal(tmp_path, words):
+def test_written_sweep_reads_back_equal(tmp_path, words):
     sweep = load_sweep(None, words)
     (tmp_path / "x.yaml").write_text(sweep.to_yaml())
     assert load_sweep(tmp_path / "x.yaml") == sweep
 
 
-def test_a_train_command_given_a_sweep_says_so_in_one_line_and_writes_nothing(tmp_path):
+def test_train_command_refuses_a_sweep_in_one_line_and_writes_nothing(tmp_path):
     (tmp_path / "peaks.yaml").write_text("sweep: {grid: {schedule.max_lr: [1e-3]}}")
     done = subprocess.run(
         [sys.executable, str(REPO / "pipelines" / "train.py"), "peaks.yaml"],
@@ -207,14 +197,15 @@ def test_a_train_command_given_a_sweep_says_so_in_one_line_and_writes_nothing(tm
     )
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "error: peaks.yaml: describes a sweep (sweep: …), not one run; run pipelines/sweep.py with it"
+        "error: peaks.yaml: describes a sweep (sweep: …), not one run; "
+        "run pipelines/sweep.py with it"
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["peaks.yaml"]
     with pytest.raises(UserError, match="describes a sweep"):
         load_experiment(None, ["sweep.seeds=3"])
 
 
-def test_help_lists_a_sweeps_fields_only_where_they_are_offered():
+def test_help_lists_sweep_fields_only_for_the_sweep_command():
     assert list(sweep_docs())[: len(field_docs())] == list(field_docs())
     entries = re.findall(
         r"^  (sweep\.\S+)  \(.*\)\n      \S", help_text("Sweeps.", sweep_docs()), re.MULTILINE
@@ -241,32 +232,22 @@ def test_help_lists_a_sweeps_fields_only_where_they_are_offered():
 
 
 # ---- names ----
-def test_names_are_the_fields_leaves_and_values_and_say_the_section_where_two_leaves_are_alike():
-    assert (
-        trial_name({"train.max_steps": 80, "schedule.max_lr": 1e-3, "schedule.kind": "wsd"})
-        == "kind-wsd_max_lr-0.001_max_steps-80"
-    )
-    assert (
-        trial_name({"schedule.kind": "inverse_sqrt", "optim.kind": "adamw"})
-        == "optim-kind-adamw_schedule-kind-inverse_sqrt"
-    )
-    assert (
-        trial_name(
-            {"schedule.decay_shape": "1-sqrt", "optim.max_grad_norm": None, "model.bias": True}
-        )
-        == "bias-true_max_grad_norm-null_decay_shape-1-sqrt"
-    )
-    assert (
-        trial_name({"schedule.max_lr": 1e-5, "optim.weight_decay": 1.0})
-        == "weight_decay-1_max_lr-1e-05"
-    )
+def test_name_has_fields_and_values_and_a_section_where_two_fields_have_one_name():
+    fields = {"train.max_steps": 80, "schedule.max_lr": 1e-3, "schedule.kind": "wsd"}
+    assert trial_name(fields) == "kind-wsd_max_lr-0.001_max_steps-80"
+    fields = {"schedule.kind": "inverse_sqrt", "optim.kind": "adamw"}
+    assert trial_name(fields) == "optim-kind-adamw_schedule-kind-inverse_sqrt"
+    fields = {"schedule.decay_shape": "1-sqrt", "optim.max_grad_norm": None, "model.bias": True}
+    assert trial_name(fields) == "bias-true_max_grad_norm-null_decay_shape-1-sqrt"
+    fields = {"schedule.max_lr": 1e-5, "optim.weight_decay": 1.0}
+    assert trial_name(fields) == "weight_decay-1_max_lr-1e-05"
 
 
 @pytest.mark.parametrize(
     "value",
     ["a/b", "../../etc", "ä", "", "a b", ".", "x" * 200, "https://host/a?b#sha256=0f", ["a", "b"]],
 )
-def test_a_value_that_is_no_folder_name_becomes_one_that_others_do_not_have(value):
+def test_value_with_other_characters_gets_a_unique_folder_name(value):
     name = trial_name({"data.corpus": value})
     assert Experiment(name=name).name == name
     assert len(name) <= LONGEST_NAME
@@ -287,7 +268,6 @@ COMBINATION = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.lists(COMBINATION, min_size=2, max_size=5))
 @example(
     [
@@ -295,7 +275,7 @@ COMBINATION = st.fixed_dictionaries(
         {"data.corpus": "a", "data.tokenizer": "b_tokenizer-c"},
     ]
 )
-def test_two_trials_never_share_a_name_and_the_order_of_fields_does_not_rename_one(combinations):
+def test_trials_have_different_names_that_do_not_depend_on_the_order_of_fields(combinations):
     by_name = {}
     for fields in combinations:
         name = trial_name(fields)
@@ -304,13 +284,12 @@ def test_two_trials_never_share_a_name_and_the_order_of_fields_does_not_rename_o
         assert by_name.setdefault(name, fields) == fields
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     before=st.lists(st.floats(1e-6, 1), min_size=1, max_size=4, unique=True),
     after=st.lists(st.floats(1e-6, 1), min_size=1, max_size=4, unique=True),
     kinds=st.integers(1, 4),
 )
-def test_a_grid_that_grows_keeps_the_trials_it_has(before, after, kinds):
+def test_grown_grid_keeps_its_earlier_trials(before, after, kinds):
     base = Experiment().model_dump()
     shapes = ["wsd", "cosine", "linear", "constant"]
     grid = {"schedule.max_lr": before, "schedule.kind": shapes[:kinds]}
@@ -322,11 +301,11 @@ def test_a_grid_that_grows_keeps_the_trials_it_has(before, after, kinds):
     }.items()
 
 
-def test_more_seeds_keep_the_trials_of_two():
+def test_more_seeds_keep_the_earlier_trials():
     assert set(names(PEAKS, "sweep.seeds=2")) < set(names(PEAKS, "sweep.seeds=4"))
 
 
-def test_a_long_name_is_cut_and_stays_one_of_its_own():
+def test_long_names_are_shortened_and_stay_different():
     words = [
         f"sweep.grid.{key}=[{values}]"
         for key, values in {
@@ -346,9 +325,12 @@ def test_a_long_name_is_cut_and_stays_one_of_its_own():
 
 
 # ---- random samples ----
-def test_samples_are_the_same_in_any_process_and_more_of_them_keep_the_earlier_ones():
+def test_random_samples_are_equal_in_every_process_and_kept_when_more_are_drawn():
     here = load_sweep(None, DRAWN)
-    code = "import sys; from orchestrator.sweep.space.expand import load_sweep; print(load_sweep(None, sys.argv[1:]).trials)"
+    code = (
+        "import sys; from orchestrator.sweep.space.expand import load_sweep; "
+        "print(load_sweep(None, sys.argv[1:]).trials)"
+    )
     there = [
         subprocess.run(
             [sys.executable, "-c", code, *DRAWN],
@@ -367,8 +349,8 @@ def test_samples_are_the_same_in_any_process_and_more_of_them_keep_the_earlier_o
     assert {t.name for t in other.trials}.isdisjoint(t.name for t in here.trials)
 
 
-def test_what_was_drawn_once_is_drawn_for_ever():
-    """A sweep that grows in years to come finds these trials."""
+def test_random_samples_never_change():
+    """Old sweeps that grow find their trials by these names."""
     assert names(*DRAWN, "sweep.num_samples=3") == [
         "sample-0_n_layer-10_decay_shape-linear_max_lr-0.00624",
         "sample-1_n_layer-2_decay_shape-1-sqrt_max_lr-0.0006901",

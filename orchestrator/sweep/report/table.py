@@ -57,7 +57,7 @@ class Table:
         elif state == DONE:
             outcome = " ".join(["done", *(f"| {name} has ended" for name in stage.ends)])
         else:
-            outcome = f"{state}: {self.progress.reasons.get(stage.id, '')}"
+            outcome = f"{state}: {self.progress.stage_reason(stage.id) or ''}"
         lines = [f"steps {stage.start:,}–{stage.stop:,} of {_trials_of(stage)}: {outcome}"]
         if not self.redraws:
             lines.append(self.status())

@@ -16,9 +16,10 @@ from orchestrator.config.load import read_tree, write_yaml
 from orchestrator.config.sweep import SweepSection, parse_sweep
 from orchestrator.errors import UserError
 from orchestrator.redact import redact_addresses
-from orchestrator.sweep.space.checks import section_problems, trial_problems, varied_fields
+from orchestrator.sweep.space.checks import section_problems, varied_fields
 from orchestrator.sweep.space.dimensions import dimension, draw
 from orchestrator.sweep.space.names import sample_name, trial_name
+from orchestrator.sweep.space.trial_checks import trial_problems
 
 Tree = Mapping[str, Any]  # Experiment.model_dump()
 
@@ -57,7 +58,7 @@ class Sweep:
     trials: tuple[Trial, ...]
 
     def to_yaml(self) -> str:
-        """Return a file that `load_sweep` reads as an equal sweep, without passwords in addresses."""
+        """Return a file that `load_sweep` reads as an equal sweep. Addresses have no passwords."""
         section = self.settings.model_dump(by_alias=True)
         return write_yaml(redact_addresses(self.base.model_dump() | {"sweep": section}))
 

@@ -1,6 +1,6 @@
-"""Names of trials. A name follows from the values alone, so that a sweep that grows finds its trials.
+"""Names of trials. A name is a function of the values alone, so a grown sweep finds its trials.
 
-A name is also a folder name: letters, digits, '.', '_' and '-'.
+A name is also the name of a folder: letters, digits, '.', '_' and '-'.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ def trial_name(fields: Mapping[str, Any]) -> str:
 
 
 def sample_name(number: int, fields: Mapping[str, Any]) -> str:
-    """Return the name of a sample. Its number makes it unique, so that values may be rounded."""
+    """Return the name of a sample. The number makes it unique, so the values may be rounded."""
     rounded = {}
     for key, value in fields.items():
         rounded[key] = float(f"{value:.4g}") if isinstance(value, float) else value
@@ -30,7 +30,7 @@ def sample_name(number: int, fields: Mapping[str, Any]) -> str:
 
 
 def _parts(fields: Mapping[str, Any]) -> list[str]:
-    """Return `field-value` of each, sorted: the order in a file does not change a name."""
+    """Return `field-value` of each field, sorted: the order of the fields does not matter."""
     leaves = [key.partition(".")[2] for key in fields]
     parts = []
     for key in sorted(fields):
@@ -41,9 +41,9 @@ def _parts(fields: Mapping[str, Any]) -> list[str]:
 
 
 def _word(value: Any) -> str:
-    """Return a value as a part of a name, with a hash if it has characters that a name cannot have.
+    """Return a value as a part of a name; it has a hash if a name cannot have all its characters.
 
-    No word has '-' after '_'. So no value reads as another value and the field that follows it.
+    No word has '-' after '_'. So a value cannot look like another value and the next field.
     """
     if isinstance(value, float):
         return repr(value).removesuffix(".0").replace("e+", "e")

@@ -262,8 +262,9 @@ def report(a: Namespace, study: Study, grids: Mapping[int, Grid]) -> str:
     )
     return (
         f"{first}\n\n{a.layers} layers × {a.width}, 12 × 64 tokens a step, {a.steps} steps. "
-        f"asha: rungs at {', '.join(map(str, at))} steps, factor {ASHA_REDUCTION}, computed from "
-        f"the curves. anneal_probe: at step {settings.probe_step}, {settings.probe_steps} steps long; "
+        f"asha: rungs at {', '.join(map(str, at))} steps, factor {ASHA_REDUCTION}, "
+        f"computed from the curves. anneal_probe: at step {settings.probe_step}, "
+        f"{settings.probe_steps} steps long; "
         "'steps run' includes the probes. With every rule, trials share their common steps.\n\n"
         f"Rank correlation (Spearman) of val loss at step {a.steps // 2} and at the end, for each "
         f"peak:\n\n{second}"

@@ -288,7 +288,7 @@ class SweepFolder(RunFolder):
         return [RunFolder(path) for path in sorted((self.path / "trials").glob("*"))]
 
     def figure_file(self, name: str) -> Path:
-        """A figure, such as "curves"."""
+        """A figure, such as "tree"."""
         return self.figures / f"{name}.png"
 
     def figure_files(self) -> list[Path]:

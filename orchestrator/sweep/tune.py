@@ -212,8 +212,8 @@ class StageTrainable(tune.Trainable):
             if self.reported_metric not in line or line["step"] == 0:
                 continue
             self.reported = {TIME: line["step"], METRIC: line[self.reported_metric]}
-            # The scheduler may stop a stage at an evaluation that we report. The last one is reported
-            # with the end of the stage, because the result is written after it.
+            # The scheduler may stop a stage at an evaluation that we report. The last one is
+            # reported at the end of the stage, because the result is written after it.
             if line["step"] < self.last_step:
                 return False
         return True

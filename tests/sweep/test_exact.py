@@ -1,4 +1,4 @@
-"""Every trial of a sweep is what it is alone, to the last bit, and no step is run twice. Real training, no Ray."""
+"""Each trial of a sweep equals its own run bit for bit, and no step runs twice. Without Ray."""
 
 import json
 import random
@@ -38,7 +38,7 @@ def assert_alone(sweeps, study, names=None):
 
 
 @pytest.mark.parametrize("keep", ["true", "false"])
-def test_a_mixed_sweep_is_its_trials(sweeps, keep):
+def test_trials_of_a_mixed_sweep_equal_their_own_runs(sweeps, keep):
     study = sweeps.open(*MIXED, f"sweep.keep_branches={keep}")
     ran = sweeps.run(study)
     assert_alone(sweeps, study)
@@ -52,12 +52,12 @@ def test_a_mixed_sweep_is_its_trials(sweeps, keep):
     assert {row.state for row in study.results()} == {"done"}
 
 
-def test_killed_between_any_two_stages_nothing_is_run_twice(sweeps):
+def test_kill_between_any_two_stages_repeats_no_stage(sweeps):
     words = MIXED[:5]
     whole = sweeps.open(*words, name="whole")
     sweeps.run(whole)
     ran = []
-    while True:  # a new plan from disk before every stage, as after a kill
+    while True:  # read the folder again before every stage, as after a kill
         study = sweeps.open(*words)
         if not study.tree.to_run:
             break
@@ -68,12 +68,12 @@ def test_killed_between_any_two_stages_nothing_is_run_twice(sweeps):
         assert ours == theirs
 
 
-def test_killed_inside_a_stage_it_goes_on_there(sweeps):
+def test_kill_inside_a_stage_continues_from_its_checkpoint(sweeps):
     study = sweeps.open(*MIXED[:2])
     progress = study.progress
     stage = progress.next()
     for line in run_stage(progress.folder.stage(stage), Worker()):
-        if line["step"] == 6:  # after the checkpoint of step 4; the lines of 5 and 6 are made again
+        if line["step"] == 6:  # the last checkpoint is that of step 4, so steps 5 and 6 run again
             break
     study = sweeps.open(*MIXED[:2])
     ran = sweeps.run(study)
@@ -83,9 +83,11 @@ def test_killed_inside_a_stage_it_goes_on_there(sweeps):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_asked_to_stop_again_and_again_no_step_is_run_twice(sweeps, seed):
-    """At any question, of which each step and each batch of an evaluation asks some: in stages that branch, in one that only
-    ends a trial, and before one that diverges."""
+def test_repeated_stop_requests_repeat_no_step(sweeps, seed):
+    """Stop at random points: in stages that branch, that only end a trial, or that diverge.
+
+    The trainer asks `stop_asked` at each step and at each batch of an evaluation.
+    """
     words = [
         *MIXED[:2],
         "sweep.trials.end={schedule.kind: constant, train.max_steps: 17}",
@@ -107,30 +109,28 @@ def test_asked_to_stop_again_and_again_no_step_is_run_twice(sweeps, seed):
         assert over or stop.requested(study.folder)
         assert {"stopped", "failed"} & {row.state for row in study.results()} == set()
     assert starts > 3
-    assert (
-        run == study.tree.steps_in_tree - 12
-    )  # of the trial that diverges, all but its first step
+    assert run == study.tree.steps_in_tree - 12  # the diverging trial runs only its first step
     assert {row.trial: row.state for row in study.results() if row.state != "done"} == {
         "hot": "diverged"
     }
     assert_alone(sweeps, study, [name for name in study.trials if name != "hot"])
 
 
-def test_a_sweep_that_grows_runs_only_what_is_new(sweeps):
+def test_grown_sweep_runs_only_new_steps(sweeps):
     first = sweeps.open(*MIXED[:4])
     before = steps_of(first, sweeps.run(first))
     study = sweeps.open(*MIXED)
     now = steps_of(study, sweeps.run(study))
     assert now == study.tree.steps_to_run
-    # Two of the new trials end inside a trunk at whose end alone a checkpoint stands: up to there it is made again.
+    # Two of the new trials end inside a trunk whose only checkpoint is at its end.
     assert before + now == study.tree.steps_in_tree + study.tree.steps_again
     assert 0 < study.tree.steps_again < 16
     assert_alone(sweeps, study)
 
 
 @pytest.mark.parametrize("end", [12, 13, 16])
-def test_a_trial_that_ends_where_a_trunk_stands_costs_an_evaluation(sweeps, end):
-    """wsd-20 and its longer sister branch at step 17; a constant run of that length is the trunk itself."""
+def test_trial_that_ends_inside_a_stored_trunk_repeats_few_steps(sweeps, end):
+    """Trials a and b branch at step 17, so a constant run of 17 steps needs only its evaluation."""
     trunk = ["sweep.trials.a.train.max_steps=20", "sweep.trials.b.train.max_steps=30"]
     sweeps.run(sweeps.open(*trunk))
     study = sweeps.open(
@@ -149,8 +149,8 @@ def test_a_trial_that_ends_where_a_trunk_stands_costs_an_evaluation(sweeps, end)
     assert_alone(sweeps, study)
 
 
-def test_checkpoints_of_an_interrupted_stage_serve_a_tree_of_another_shape(sweeps):
-    """The grid is changed after a kill: the old stage is none any more, but its states are states."""
+def test_other_tree_starts_from_checkpoints_of_an_interrupted_stage(sweeps):
+    """The grid changes after a kill: the new tree has no such stage, but uses its checkpoints."""
     study = sweeps.open("sweep.trials.long.train.max_steps=30")
     progress = study.progress
     for line in run_stage(progress.folder.stage(progress.next()), Worker()):
@@ -163,7 +163,7 @@ def test_checkpoints_of_an_interrupted_stage_serve_a_tree_of_another_shape(sweep
 
 
 # ---- checkpoints ----
-def test_branches_go_when_nothing_pending_needs_them_and_results_stay(sweeps):
+def test_checkpoints_of_branches_are_removed_and_results_stay(sweeps):
     study = sweeps.open(*MIXED, "sweep.keep_branches=false", "train.keep=1")
     sweeps.run(study)
     for stage in study.tree.stages:
@@ -174,7 +174,7 @@ def test_branches_go_when_nothing_pending_needs_them_and_results_stay(sweeps):
     assert again.tree.to_run == frozenset()
 
 
-def test_a_branch_that_was_removed_is_made_again_and_counted(sweeps):
+def test_removed_branch_runs_again_and_is_counted(sweeps):
     words = [
         "sweep.trials.a.train.max_steps=20",
         "sweep.trials.b={train.max_steps: 20, schedule.decay_shape: cosine}",
@@ -185,13 +185,13 @@ def test_a_branch_that_was_removed_is_made_again_and_counted(sweeps):
     )
     assert (
         study.tree.steps_again == 17
-    )  # at the first step of a decay every shape has its full rate
+    )  # all shapes have the full rate at the first step of the decay
     sweeps.run(study)
     assert_alone(sweeps, study)
 
 
 # ---- what goes wrong ----
-def test_a_trial_that_diverges_ends_alone_with_the_bits_that_it_had(sweeps):
+def test_diverged_trial_does_not_change_the_others(sweeps):
     words = [*MIXED[:2], "sweep.trials.hot={schedule.max_lr: 1e38, optim.max_grad_norm: null}"]
     study = sweeps.open(*words)
     ran = sweeps.run(study)
@@ -206,7 +206,7 @@ def test_a_trial_that_diverges_ends_alone_with_the_bits_that_it_had(sweeps):
     assert {r.trial: r.state for r in again.results()} == states
 
 
-def test_a_trunk_that_diverges_takes_its_branches_and_is_never_run_again(sweeps):
+def test_diverged_trunk_ends_its_branches_and_never_runs_again(sweeps):
     hot = [
         "sweep.trials.a={schedule.max_lr: 0.9, train.max_steps: 30}",
         "sweep.trials.b={schedule.max_lr: 0.9, train.max_steps: 30, schedule.decay_shape: cosine}",
@@ -230,7 +230,7 @@ def test_a_trunk_that_diverges_takes_its_branches_and_is_never_run_again(sweeps)
     assert_alone(sweeps, raised, ["a", "b"])
 
 
-def test_an_error_ends_its_stage_and_what_follows_and_is_tried_again_next_time(sweeps):
+def test_failed_stage_runs_again_at_the_next_start(sweeps):
     def fail(stage):
         if stage.start == 17 and "wsd-20-sqrt" in stage.trials:
             raise RuntimeError("out of memory")
@@ -249,7 +249,7 @@ def test_an_error_ends_its_stage_and_what_follows_and_is_tried_again_next_time(s
     assert_alone(sweeps, study)
 
 
-def test_a_name_that_stood_for_another_experiment_is_refused(sweeps):
+def test_name_of_another_experiment_is_refused(sweeps):
     sweeps.run(sweeps.open("sweep.trials.mine.train.max_steps=10"))
     with pytest.raises(
         ValueError, match="mine would not be what they were there; give the sweep a new name"
@@ -268,7 +268,7 @@ PROBED = [
 ]
 
 
-def test_probes_drop_what_is_worse_and_leave_the_others_their_bits(sweeps):
+def test_probes_stop_worse_trials_and_do_not_change_the_others(sweeps):
     study = sweeps.open(*PROBED, "sweep.probe_margin=0.01")
     ran = sweeps.run(study)
     states = {row.trial: row.state for row in study.results()}
@@ -278,22 +278,21 @@ def test_probes_drop_what_is_worse_and_leave_the_others_their_bits(sweeps):
         "above the best probe's" in row.reason for row in study.results() if row.state == "stopped"
     )
     assert_alone(sweeps, study, [name for name, state in states.items() if state == "done"])
-    # two trunks up to the probe's fork, two probes, and one trunk with its two ends
+    # Two trunks up to the branch of the probes, two probes, and one trunk with its two ends.
     assert steps_of(study, ran) == 2 * 9 + 2 * 3 + (17 - 9) + 2 * 3
     again = sweeps.open(*PROBED, "sweep.probe_margin=0.01")
     assert sweeps.run(again) == []
     assert {row.trial: row.state for row in again.results()} == states
 
 
-def test_a_wide_margin_drops_nothing(sweeps):
+def test_wide_margin_stops_no_trial(sweeps):
     study = sweeps.open(*PROBED, "sweep.probe_margin=100")
     sweeps.run(study)
     assert {row.state for row in study.results()} == {"done"}
     assert_alone(sweeps, study)
 
 
-def test_seeds_are_judged_together(sweeps):
-    """A setting goes on, or does not, with all of its seeds: a mean over some of them would compare with nothing."""
+def test_probes_stop_all_seeds_of_a_setting_or_none(sweeps):
     study = sweeps.open(*PROBED, "sweep.probe_margin=0.01", "sweep.seeds=2")
     sweeps.run(study)
     by_setting = {}
@@ -307,7 +306,7 @@ def test_seeds_are_judged_together(sweeps):
     ]
 
 
-# ---- corners ----
+# ---- rare cases ----
 def interrupt(sweeps, upto: int, *words: str) -> None:
     """Kill a sweep in its first stage, once it has logged step `upto`."""
     progress = sweeps.open(*words).progress
@@ -316,14 +315,14 @@ def interrupt(sweeps, upto: int, *words: str) -> None:
             return
 
 
-def test_a_trial_may_end_where_an_interrupted_stage_of_another_tree_has_a_checkpoint(sweeps):
+def test_trial_may_end_at_a_checkpoint_of_an_interrupted_stage_of_another_tree(sweeps):
     interrupt(sweeps, 18, "sweep.trials.long={schedule.kind: constant, train.max_steps: 30}")
     study = sweeps.open("sweep.trials.short={schedule.kind: constant, train.max_steps: 16}")
     assert steps_of(study, sweeps.run(study)) == 0
     assert_alone(sweeps, study)
 
 
-def test_kept_checkpoints_inside_a_finished_stage_are_begun_from(sweeps):
+def test_new_trial_starts_from_a_checkpoint_inside_a_finished_stage(sweeps):
     first = ["train.keep=10", "sweep.trials.a={schedule.kind: constant, train.max_steps: 30}"]
     sweeps.run(sweeps.open(*first))
     study = sweeps.open(*first, "sweep.trials.b={schedule.kind: constant, train.max_steps: 26}")
@@ -331,7 +330,7 @@ def test_kept_checkpoints_inside_a_finished_stage_are_begun_from(sweeps):
     assert_alone(sweeps, study)
 
 
-def test_a_failed_trial_can_be_tried_again_from_where_it_began(sweeps):
+def test_checkpoint_that_a_failed_stage_needs_is_kept(sweeps):
     words = [*MIXED[:1], MIXED[3], "sweep.keep_branches=false"]
 
     def fail(stage):
@@ -346,7 +345,7 @@ def test_a_failed_trial_can_be_tried_again_from_where_it_began(sweeps):
     assert checkpoint.steps(study.folder.stage(study.tree.stages[0].id).checkpoints) == []
 
 
-def test_a_damaged_branch_is_made_again(sweeps, capsys):
+def test_damaged_checkpoint_of_a_branch_is_made_again(sweeps, capsys):
     sweeps.run(sweeps.open(*MIXED[:2]))
     study = sweeps.open(*MIXED[:2])
     trunk = study.tree.stages[0]
@@ -365,7 +364,7 @@ def test_a_damaged_branch_is_made_again(sweeps, capsys):
     assert_alone(sweeps, study)
 
 
-def test_a_sweep_may_be_moved(sweeps, tmp_path_factory):
+def test_sweep_folder_can_be_moved(sweeps, tmp_path_factory):
     sweeps.run(sweeps.open(*MIXED[:3]))
     (sweeps.folder / "sweep").rename(sweeps.folder / "moved")
     study = sweeps.open(*MIXED[:4], name="moved")
@@ -373,8 +372,8 @@ def test_a_sweep_may_be_moved(sweeps, tmp_path_factory):
     assert_alone(sweeps, study)
 
 
-def test_a_probe_is_nobodys_trial(sweeps):
-    """Whatever trials are called, and wherever their own decays begin."""
+def test_probe_is_no_trial(sweeps):
+    """Also if a trial has a similar name, or its own decay begins before the probe."""
     study = sweeps.open(
         "sweep.trials.probe-1={schedule.decay_fraction: 0.75}",
         "sweep.trials.b.schedule.max_lr=1e-5",
@@ -394,10 +393,10 @@ def test_a_probe_is_nobodys_trial(sweeps):
         for s in study.tree.stages
         if "~" in s.trials[0]
     ]
-    assert ends and not any(ends), "what a probe leaves is no result"
+    assert ends and not any(ends), "probes keep no checkpoints"
 
 
-def test_probes_that_fail_decide_nothing_and_are_told(sweeps):
+def test_failed_probes_stop_no_trial_and_are_counted(sweeps):
     def fail(stage):
         if all("~" in name for name in stage.trials):
             raise RuntimeError("out of memory")
@@ -408,7 +407,7 @@ def test_probes_that_fail_decide_nothing_and_are_told(sweeps):
     assert (study.summary["probes"], study.summary["probes_failed"]) == (2, 2)
 
 
-def test_a_trial_that_was_done_before_the_probes_keeps_its_result_and_no_reason(sweeps):
+def test_trial_that_was_done_before_the_probes_keeps_its_result(sweeps):
     sweeps.run(sweeps.open("sweep.grid.schedule.max_lr=[1e-5]", "train.max_steps=20"))
     study = sweeps.open(
         "sweep.grid.schedule.max_lr=[1e-5,1e-2]", *PROBED[2:], "sweep.probe_margin=0.01"
@@ -417,7 +416,7 @@ def test_a_trial_that_was_done_before_the_probes_keeps_its_result_and_no_reason(
     assert [(row.state, row.reason) for row in study.results()] == [("done", None)] * 2
 
 
-def test_the_best_is_a_seed_of_the_best_setting(sweeps):
+def test_best_trial_is_a_seed_of_the_best_setting(sweeps):
     study = sweeps.open(
         "sweep.grid.schedule.max_lr=[1e-2,3e-3]", "sweep.seeds=3", "train.max_steps=12"
     )
@@ -432,7 +431,7 @@ def test_the_best_is_a_seed_of_the_best_setting(sweeps):
     assert study.summary["best_trial"] == name
 
 
-def test_half_precision_and_null_intervals_are_exact_too(sweeps):
+def test_half_precision_and_null_intervals_are_exact(sweeps):
     study = sweeps.open(
         *MIXED[:2],
         "train.dtype=float16",
@@ -443,8 +442,7 @@ def test_half_precision_and_null_intervals_are_exact_too(sweeps):
     assert_alone(sweeps, study)
 
 
-def test_what_is_gone_when_it_is_counted_ends_no_sweep(sweeps):
-    """Checkpoints come and go in the folders of other stages meanwhile."""
+def test_file_that_is_removed_while_disk_use_is_measured_is_skipped(sweeps):
     progress = sweeps.open(*MIXED[:1]).progress
     gone = progress.folder.stage("other").checkpoints / ".step-00000004.1-2"
     gone.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A sweep that branches off an existing run: its states are states of the tree, its lines the first lines of the trials."""
+"""A sweep that branches off an existing run: trials start with the steps and lines of the run."""
 
 import json
 
@@ -9,10 +9,11 @@ from orchestrator.config.experiment import load_experiment
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 
-# The run is all trunk, so that a wsd schedule of any length branches off it as it would alone.
+# The run has a constant rate, so wsd trials of any length share its steps.
 TRIALS = [
     "sweep.trials.a={schedule.kind: wsd, train.max_steps: 26, schedule.decay_fraction: 0.5}",
-    "sweep.trials.b={schedule.kind: wsd, train.max_steps: 26, schedule.decay_fraction: 0.5, schedule.decay_shape: cosine}",
+    "sweep.trials.b={schedule.kind: wsd, train.max_steps: 26, schedule.decay_fraction: 0.5, "
+    "schedule.decay_shape: cosine}",
     "sweep.trials.longer={schedule.kind: wsd, train.max_steps: 40, schedule.decay_fraction: 0.25}",
 ]
 
@@ -45,11 +46,11 @@ def made(study, ran) -> int:
 
 
 @pytest.mark.parametrize(("step", "again"), [(8, 0), (12, 0), (13, 1), (7, 7)])
-def test_trials_branch_off_a_run_and_are_what_they_are_alone(sweeps, source, step, again):
-    """Without a checkpoint at the step, the nearest earlier one is where it begins."""
+def test_trials_that_branch_off_a_run_equal_their_own_runs(sweeps, source, step, again):
+    """Without a checkpoint at the step, they start from the nearest earlier one."""
     study = sweeps.open(*TRIALS, f"sweep.from=source@{step}")
     ran = sweeps.run(study)
-    # From the branch on: the trunk to 13 (a, b), to 30 (longer), and the three decays, whose first step a and b share.
+    # The trunk to step 13 (a, b) and to 30 (longer), and three decays; a and b share a first step.
     alone = len(
         {
             (c.rates.first(n).tobytes())
@@ -62,14 +63,14 @@ def test_trials_branch_off_a_run_and_are_what_they_are_alone(sweeps, source, ste
         assert sweeps.outcome(study.folder.trial(name)) == sweeps.alone(study, name), name
 
 
-def test_the_end_of_a_finished_run_is_a_trunk_to_extend(sweeps, source):
-    """Its last line and its open log window are those of a run that ended there; the trials' are not."""
+def test_trial_can_extend_a_finished_run(sweeps, source):
+    """The run's last line has end-of-run metrics and a short log window; the trial's has not."""
     study = sweeps.open(TRIALS[2], "sweep.from=source@20")
     assert made(study, sweeps.run(study)) == 20
     assert sweeps.outcome(study.folder.path / "trials" / "longer") == sweeps.alone(study, "longer")
 
 
-def test_a_schedule_that_is_not_the_runs_follows_the_runs_rates_up_to_the_branch(sweeps, source):
+def test_rates_before_the_branch_are_those_of_the_run(sweeps, source):
     study = sweeps.open(
         "sweep.trials.lower={schedule.kind: linear, schedule.max_lr: 5e-3, train.max_steps: 24}",
         "sweep.from=source@12",
@@ -93,12 +94,12 @@ def test_a_schedule_that_is_not_the_runs_follows_the_runs_rates_up_to_the_branch
         (["sweep.from=source@8", "train.seed=1"], "train.seed: 1337 there, 1 here"),
     ],
 )
-def test_what_does_not_fit_is_refused(sweeps, source, words, said):
+def test_trials_that_do_not_fit_the_run_are_refused(sweeps, source, words, said):
     with pytest.raises(ValueError, match=said):
         sweeps.open(*TRIALS, *words)
 
 
-def test_a_trial_that_branched_off_itself_is_refused(sweeps, source):
+def test_trial_that_branched_off_another_run_is_refused_as_source(sweeps, source):
     lower = "sweep.trials.lower={schedule.kind: linear, schedule.max_lr: 5e-3, train.max_steps: 24}"
     sweeps.run(sweeps.open(lower, "sweep.from=source@12"))
     with pytest.raises(ValueError, match="branched off 12 steps of another run itself"):

@@ -1,4 +1,4 @@
-"""Sampled trials: optuna asked and told one by one, what it draws begins from the longest stored prefix. Real optuna."""
+"""Sampled trials with real optuna: samples are asked one by one and share stored steps."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ def made(study) -> int:
     return sum(r["steps_run"] for r in results)
 
 
-def test_samples_are_asked_one_after_the_other_and_share_their_trunk(sweeps):
+def test_samples_of_optuna_share_their_trunk(sweeps):
     study = sweeps.open(*SPACE, "sweep.num_samples=5")
     sweeps.run(study)
     assert [len(study.samples), len(study.trials)] == [5, 5]
@@ -31,7 +31,7 @@ def test_samples_are_asked_one_after_the_other_and_share_their_trunk(sweeps):
         assert sweeps.outcome(study.folder.trial(name)) == sweeps.alone(study, name), name
 
 
-def test_optuna_is_told_every_loss(sweeps):
+def test_optuna_gets_every_loss(sweeps):
     study = sweeps.open(*SPACE, "sweep.num_samples=4")
     sweeps.run(study)
     assert study.next_sample() == []
@@ -41,7 +41,7 @@ def test_optuna_is_told_every_loss(sweeps):
     }
 
 
-def test_a_sweep_that_goes_on_has_the_samples_that_it_had(sweeps):
+def test_continued_sweep_keeps_its_samples(sweeps):
     first = sweeps.open(*SPACE, "sweep.num_samples=4")
     ran = sweeps.run(first, limit=3)
     study = sweeps.open(*SPACE, "sweep.num_samples=4")
@@ -52,10 +52,10 @@ def test_a_sweep_that_goes_on_has_the_samples_that_it_had(sweeps):
     more = sweeps.run(grown)
     assert not set(more) & set(ran) and len(grown.trials) == 6
     values = [t.value for t in grown.sampler.study.trials if t.value is not None]
-    assert len(values) >= 4, "what is known is told again"
+    assert len(values) >= 4, "optuna gets the earlier losses again"
 
 
-def test_seeds_of_a_sample_are_one_answer(sweeps):
+def test_optuna_gets_the_mean_over_seeds(sweeps):
     study = sweeps.open(*SPACE, "sweep.num_samples=2", "sweep.seeds=2")
     sweeps.run(study)
     study.next_sample()
@@ -66,7 +66,7 @@ def test_seeds_of_a_sample_are_one_answer(sweeps):
     assert [t.value for t in study.sampler.study.trials] == means
 
 
-def test_a_sample_that_contradicts_itself_is_passed_over(sweeps, capsys):
+def test_invalid_sample_is_left_out(sweeps, capsys):
     """Half of the space has a warmup as long as its run."""
     study = sweeps.open(
         "sweep.sampler=optuna",
@@ -82,7 +82,7 @@ def test_a_sample_that_contradicts_itself_is_passed_over(sweeps, capsys):
     assert all(study.progress.states.of_trial(name) == DONE for name in study.trials)
 
 
-def test_random_samples_are_a_tree_like_any_other(sweeps):
+def test_random_samples_share_steps(sweeps):
     study = sweeps.open(*SPACE[1:], "sweep.sampler=random", "sweep.num_samples=5")
     sweeps.run(study)
     assert made(study) == study.tree.steps_in_tree < study.tree.steps_asked
@@ -90,7 +90,7 @@ def test_random_samples_are_a_tree_like_any_other(sweeps):
         assert sweeps.outcome(study.folder.trial(name)) == sweeps.alone(study, name), name
 
 
-def test_without_optuna_there_is_one_clear_line(sweeps, monkeypatch):
+def test_missing_optuna_is_one_clear_line(sweeps, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(
         ValueError,
@@ -103,12 +103,12 @@ def test_without_optuna_there_is_one_clear_line(sweeps, monkeypatch):
     "stop",
     [["sweep.stop=asha"], ["sweep.stop=anneal_probe", "sweep.probe_step=5", "sweep.probe_steps=2"]],
 )
-def test_rules_that_compare_all_trials_are_refused_where_they_come_one_by_one(sweeps, stop):
+def test_stopping_rules_are_refused_with_optuna(sweeps, stop):
     with pytest.raises(ValueError, match="sweep.stop: .*optuna"):
         sweeps.open(*SPACE, "sweep.num_samples=2", *stop)
 
 
-def test_a_diverging_trunk_is_known_to_the_next_sample(sweeps):
+def test_next_sample_does_not_repeat_a_diverged_trunk(sweeps):
     study = sweeps.open(
         "sweep.sampler=optuna",
         "sweep.num_samples=4",
@@ -121,7 +121,7 @@ def test_a_diverging_trunk_is_known_to_the_next_sample(sweeps):
     assert len(list(study.folder.path.glob("stages/*/result.json"))) == 1
 
 
-def test_a_space_may_be_narrowed_and_a_torn_line_is_dropped(sweeps):
+def test_space_can_be_narrowed_and_an_incomplete_line_is_ignored(sweeps):
     study = sweeps.open(*SPACE, "sweep.num_samples=2")
     sweeps.run(study)
     with open(study.folder.path / "samples.jsonl", "a") as out:
@@ -137,7 +137,7 @@ def test_a_space_may_be_narrowed_and_a_torn_line_is_dropped(sweeps):
     assert {row.state for row in study.results()} == {"done"}
 
 
-def test_a_finished_sweep_is_not_finished_when_more_samples_are_wanted(sweeps, monkeypatch):
+def test_finished_sweep_continues_if_more_samples_are_wanted(sweeps, monkeypatch):
     monkeypatch.setenv("ESPALIER_STORAGE", str(sweeps.folder))
     sweeps.run(sweeps.open(*SPACE, "sweep.num_samples=2"))
     same, more = (sweeps.load(*SPACE, f"sweep.num_samples={n}") for n in (2, 3))

@@ -1,4 +1,4 @@
-"""A sweep on a real cluster whose driver is told to stop: it costs no step, and each trial is its lone run."""
+"""SIGTERM stops a sweep on a cluster without losing a step, and trials equal their own runs."""
 
 import json
 import signal
@@ -24,7 +24,7 @@ WORDS = [
 
 @pytest.fixture
 def begin(ray_head, sweeps, tiny_corpus, tiny_dataset):
-    """`begin(*words)`: the command, in a process of its own."""
+    """Return a function that starts `pipelines/sweep.py` with overrides, as a process."""
 
     def begin_(*words: str) -> subprocess.Popen:
         file = sweeps.folder / "experiment.yaml"
@@ -48,8 +48,8 @@ def begin(ray_head, sweeps, tiny_corpus, tiny_dataset):
     return begin_
 
 
-def test_sigterm_stops_every_stage_after_its_step_and_the_next_start_goes_on_there(sweeps, begin):
-    """Begun on two workers a stage, ended on one."""
+def test_sigterm_stops_every_stage_after_its_step_and_the_next_start_continues(sweeps, begin):
+    """The stages start on two workers and end on one."""
     stages, process = sweeps.folder / "sweep" / "stages", begin("compute.num_workers=2")
     wait_for(lambda: sum(logged(folder) >= 6 for folder in stages.glob("*")) >= 2, process)
     process.send_signal(signal.SIGTERM)
@@ -59,9 +59,7 @@ def test_sigterm_stops_every_stage_after_its_step_and_the_next_start_goes_on_the
     stopped = {
         folder.name: json.loads((folder / "stopped.json").read_text())["step"] for folder in begun
     }
-    assert len(begun) == len(list(stages.glob("*"))) == 2, (
-        "a stage has begun that nobody wanted any more"
-    )
+    assert len(begun) == len(list(stages.glob("*"))) == 2, "a stage started after SIGTERM"
     for folder in begun:
         assert not (folder / "result.json").exists()
         assert checkpoint.steps(folder / "checkpoints") == [stopped[folder.name]]

@@ -1,8 +1,8 @@
-"""The tree of stages against brute force: fewest steps, every trial whole, nothing needed is ever let go."""
+"""The tree of stages, compared with brute force: fewest steps, complete trials."""
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.sweep.states import (
@@ -31,13 +31,13 @@ def trials(draw, least=1, most=7) -> list[Branch]:
 
 
 def prefixes(found) -> set:
-    """Every state after at least one step that any trial passes: the fewest steps there can be."""
+    """Return all states after one or more steps of any trial: as many as the fewest steps."""
     return {(t.root, tuple(t.rates[:n])) for t in found for n in range(1, t.steps + 1)}
 
 
 # ---- the tree ----
 @given(trials())
-def test_the_tree_has_one_step_for_every_state_and_no_more(found):
+def test_tree_has_one_step_for_each_state(found):
     assert build_tree(found).steps_in_tree == build_tree(found).steps_to_run == len(prefixes(found))
 
 
@@ -58,7 +58,7 @@ def test_cuts_change_no_step(found, data):
 
 
 @given(trials())
-def test_each_trial_is_the_chain_of_its_stages(found):
+def test_stages_of_a_trial_are_a_chain(found):
     stages = build_tree(found)
     seen = set()
     for stage in stages.stages:
@@ -74,15 +74,14 @@ def test_each_trial_is_the_chain_of_its_stages(found):
 
 
 @given(trials())
-def test_no_stage_could_be_longer(found):
-    """A boundary is there only because a trial ends or two part."""
+def test_stage_ends_only_where_a_trial_ends_or_two_differ(found):
     stages = build_tree(found)
     for stage in stages.stages:
         assert stage.ends or len(stages.children.get(stage.id, [])) > 1
 
 
 @given(trials(), st.randoms())
-def test_the_order_of_the_trials_does_not_change_the_tree(found, draw):
+def test_order_of_trials_does_not_change_the_tree(found, draw):
     shuffled = draw.sample(found, len(found))
     assert {s.id: s.start for s in grow(found)} == {s.id: s.start for s in grow(shuffled)}
 
@@ -93,13 +92,13 @@ def test_rates_are_compared_bit_for_bit():
     assert build_tree([trial("a", [0.0, 1.0]), trial("b", [-0.0, 1.0])]).steps_in_tree == 4
 
 
-def test_another_root_shares_nothing_and_a_twin_costs_nothing():
+def test_other_roots_share_no_step_and_equal_trials_share_all():
     assert build_tree([trial("a", [1, 1]), trial("b", [1, 1], "other")]).steps_in_tree == 4
     twins = build_tree([trial("a", [1, 1]), trial("b", [1, 1])])
     assert twins.steps_in_tree == 2 and twins.stages[0].ends == ("a", "b")
 
 
-def test_a_key_names_root_step_and_rates():
+def test_key_depends_on_root_step_and_rates():
     a = trial("a", [1.0, 2.0, 3.0])
     keys = {
         a.key(0),
@@ -112,8 +111,7 @@ def test_a_key_names_root_step_and_rates():
     assert a.key(2) == trial("longer", [1.0, 2.0, 9.0, 9.0]).key(2)
 
 
-def test_long_trials_are_planned_at_once():
-    """24 trials of 600,000 steps: a real sweep's plan is a matter of seconds, not of minutes."""
+def test_tree_of_24_long_trials_has_the_expected_steps():
     rates = np.full(600_000, 1e-3)
     found = [
         Branch(f"t{i}", "r", np.concatenate([rates[: 500_000 + i], rates[500_000 + i :] * 0.5]))
@@ -122,10 +120,9 @@ def test_long_trials_are_planned_at_once():
     assert build_tree(found).steps_in_tree == 500_000 + 23 + sum(100_000 - i for i in range(24))
 
 
-# ---- what stands already ----
+# ---- stored stages ----
 @given(trials(2), st.data())
-def test_with_something_stored_exactly_what_is_missing_runs(found, data):
-    """Against brute force: a stage runs if a result is missing that can be had no other way."""
+def test_only_stages_that_a_missing_result_needs_run(found, data):
     stages = grow(found)
     ids = [s.id for s in stages]
     standing = data.draw(st.sets(st.sampled_from(ids)))
@@ -143,8 +140,7 @@ def test_with_something_stored_exactly_what_is_missing_runs(found, data):
 
 
 @given(trials(2), trials(1))
-def test_a_grown_sweep_runs_only_what_is_new(first, more):
-    """With every state of the first sweep still there, the second one pays for no step of it again."""
+def test_grown_tree_runs_only_new_steps(first, more):
     more = [Branch(f"new-{t.name}", t.root, t.rates) for t in more]
     old = build_tree(first)
     states = {s.id: s.stop for s in old.stages}
@@ -158,7 +154,7 @@ def test_a_grown_sweep_runs_only_what_is_new(first, more):
 
 
 @given(trials(2))
-def test_a_sweep_that_is_done_runs_nothing(found):
+def test_finished_tree_runs_nothing(found):
     ids = {s.id: s.stop for s in grow(found)}
     assert build_tree(found, ids, ids, set(ids)).to_run == frozenset()
     assert (
@@ -166,7 +162,7 @@ def test_a_sweep_that_is_done_runs_nothing(found):
     )  # only results are left
 
 
-def test_a_result_where_a_state_stands_costs_no_step():
+def test_missing_result_at_a_stored_state_runs_no_step():
     trunk = trial("trunk", [1.0] * 10)
     states = {trunk.key(6): 6, trunk.key(10): 10}
     p = build_tree([trunk, trial("short", [1.0] * 6)], states, states, {trunk.key(10)})
@@ -177,7 +173,7 @@ def test_a_result_where_a_state_stands_costs_no_step():
     assert states.needed() == {trunk.key(6)}
 
 
-def test_what_diverged_is_not_tried_again_on_any_branch_that_passes_it():
+def test_diverged_stage_and_its_branches_do_not_run_again():
     rates = [1.0] * 8
     found = [trial("a", rates), trial("b", [*rates[:6], 0.5])]
     dead = found[0].key(4)
@@ -188,7 +184,7 @@ def test_what_diverged_is_not_tried_again_on_any_branch_that_passes_it():
 
 # ---- states ----
 def play(p: StageTree, draw, outcomes=(DONE,), slots=3, on_hold=(), drop=()):
-    """Run a plan in any order that `ready` allows; yields the states after every event."""
+    """Run a tree in any order that `ready` allows; yield the states after every event."""
     states, running = StageStates(p, on_hold), []
     while True:
         ready = states.ready()
@@ -205,10 +201,9 @@ def play(p: StageTree, draw, outcomes=(DONE,), slots=3, on_hold=(), drop=()):
             return
 
 
-@settings(deadline=None)
 @given(trials(2), st.randoms(use_true_random=False), st.data())
-def test_no_checkpoint_goes_that_is_needed_and_none_stays_that_is_not(found, draw, data):
-    """`Progress` removes what is not `needed`; a stage whose start was removed could never run."""
+def test_needed_checkpoints_are_exactly_those_that_stages_start_from(found, draw, data):
+    """`Progress` removes all others. Without its first checkpoint, a stage could never run."""
     outcomes = data.draw(
         st.sampled_from([(DONE,), (DONE, DONE, FAILED), (DONE, DONE, DIVERGED, STOPPED)])
     )
@@ -226,14 +221,13 @@ def test_no_checkpoint_goes_that_is_needed_and_none_stays_that_is_not(found, dra
             s for s in p.stages if states.by_stage[s.id] in (WAITING, RUNNING, FAILED, BLOCKED)
         ]
         assert states.needed() == {s.parent for s in coming} - {None}
-    # In the end only what a failed stage will begin from, when the sweep is run again.
+    # At the end, only failed stages need a checkpoint, for the next start of the sweep.
     failed = {s.parent for s in p.stages if states.by_stage[s.id] in (FAILED, BLOCKED)}
     assert there == states.needed() & ended and there <= failed
 
 
-@settings(deadline=None)
 @given(trials(2), st.randoms(use_true_random=False), st.sampled_from([FAILED, DIVERGED, STOPPED]))
-def test_a_stage_that_ends_badly_takes_its_descendants_and_nothing_else(found, draw, how):
+def test_failed_stage_loses_its_descendants_and_no_other(found, draw, how):
     p = build_tree(found)
     *_, (states, _) = play(p, draw, (DONE, DONE, how))
     bad = [
@@ -259,7 +253,7 @@ def test_a_stage_that_ends_badly_takes_its_descendants_and_nothing_else(found, d
 
 
 @given(trials(2))
-def test_the_longest_remaining_path_comes_first(found):
+def test_longest_remaining_path_comes_first(found):
     states = StageStates(build_tree(found))
     longest = {
         s.id: max(t.steps for t in found if t.name in s.trials) - s.start
@@ -271,7 +265,7 @@ def test_the_longest_remaining_path_comes_first(found):
 
 
 @given(trials(2), st.randoms(use_true_random=False), st.data())
-def test_held_stages_wait_for_the_verdict_and_dropped_trials_end_there(found, draw, data):
+def test_held_stages_wait_and_dropped_trials_are_stopped(found, draw, data):
     p = build_tree(found)
     step = data.draw(st.integers(1, 5))
     held = {s.id for s in p.stages if s.start >= step}
@@ -285,7 +279,7 @@ def test_held_stages_wait_for_the_verdict_and_dropped_trials_end_there(found, dr
         assert states.of_trial(t.name) == (STOPPED if stopped else DONE)
 
 
-def test_a_process_that_died_is_tried_again():
+def test_stage_can_start_again():
     states = StageStates(build_tree([trial("a", [1.0])]))
     (stage,) = states.ready()
     states.start(stage.id)
@@ -294,8 +288,8 @@ def test_a_process_that_died_is_tried_again():
     assert states.ready() == [stage]
 
 
-def test_a_failure_leaves_alone_what_begins_from_a_stored_state():
-    """The trunk's early part is run again for a new branch and fails; an old branch that stands below it goes on."""
+def test_stage_with_a_stored_start_survives_the_failure_of_its_parent():
+    """The first part of the trunk runs again for a new branch and fails; the old branch goes on."""
     old, new = trial("old", [1.0] * 6 + [0.5] * 2), trial("new", [1.0] * 3 + [0.1])
     p = build_tree([old, new], {old.key(6): 6}, {old.key(6)})
     states = StageStates(p)
@@ -307,6 +301,6 @@ def test_a_failure_leaves_alone_what_begins_from_a_stored_state():
     assert [s.start for s in states.ready()] == [6]
 
 
-def test_names_are_unique():
+def test_equal_names_are_an_error():
     with pytest.raises(AssertionError, match="names"):
         build_tree([trial("a", [1.0]), trial("a", [2.0])])

@@ -1,4 +1,4 @@
-"""Ray Tune runs the tree: in which order, on how many processes, with which resources, and what of it a fault takes."""
+"""Ray Tune runs the tree: order of stages, processes, resources, faults, asha."""
 
 import contextlib
 import hashlib
@@ -41,11 +41,12 @@ TREE = [
 
 @pytest.fixture
 def on_ray(ray_cluster) -> Callable:
-    """Run a study's tree as the driver does; what was seen on the way."""
+    """Return a function that runs a study as `SweepJob` does, and returns what it observed."""
 
     def run(
-        study: Study, layout: Layout, slots: int, reuse: bool = True, tick: Callable = lambda: None
+        study: Study, layout: Layout, slots: int, tick: Callable = lambda: None
     ) -> SimpleNamespace:
+        study.layout = layout
         progress = study.progress
         progress.tick = tick
         report = Report(study, progress)
@@ -60,7 +61,7 @@ def on_ray(ray_cluster) -> Callable:
         if layout.num_workers == 1:
             progress.ended = with_pid
         with Watch(study.folder, progress.running):
-            sweep.execute(progress, progress.folder, layout, slots, study.asha(), reuse)
+            sweep.execute(study, slots)
         report.finish(Ending("done"), 1.0)
         assert not progress.states.pending
         return SimpleNamespace(
@@ -91,24 +92,17 @@ def assert_alone(sweeps, study: Study, names=None) -> None:
 
 
 # ---- processes and order ----
-def test_processes_reused_and_new_ones_give_the_bits_of_the_lone_runs(sweeps, on_ray):
-    """And one process at a time runs parents before children, the longest remaining path first."""
-    kept, fresh = sweeps.open(*TREE, name="kept"), sweeps.open(*FORK, name="fresh")
-    reused = on_ray(kept, ONE, slots=1).pids
-    new = on_ray(fresh, ONE, slots=2, reuse=False).pids
-    assert (len(reused), len(set(reused.values()))) == (8, 1)
-    assert (len(new), len(set(new.values()))) == (3, 3)
-    assert_alone(sweeps, kept)
-    for name in fresh.trials:
-        assert sweeps.outcome(fresh.folder.trial(name)) == sweeps.outcome(
-            kept.folder.trial(name)
-        ), name
-    assert_order(kept)
-    assert_parents_first(fresh)
+def test_one_process_runs_all_stages_in_order_and_gives_the_bits_of_lone_runs(sweeps, on_ray):
+    study = sweeps.open(*TREE)
+    pids = on_ray(study, ONE, slots=1).pids
+    assert (len(pids), len(set(pids.values()))) == (8, 1)
+    assert_alone(sweeps, study)
+    assert_order(study)
+    assert_parents_first(study)
 
 
 def assert_order(study: Study) -> None:
-    """Of all stages that could have begun, each time one of those with the longest path still ahead."""
+    """Check that each stage to start had the longest remaining path of those that were ready."""
     order = sorted(begun(study), key=begun(study).get)
     plan = study.tree
 
@@ -133,10 +127,10 @@ def assert_parents_first(study: Study) -> None:
 
 
 # ---- two workers ----
-def test_two_workers_give_the_bits_of_one_inside_the_trials_own_resources(
+def test_two_workers_give_the_bits_of_one_and_use_only_the_resources_of_their_stage(
     sweeps, on_ray, ray_cluster
 ):
-    """More are asked for at a time than the cluster's four CPUs hold: the third group waits without any of its own."""
+    """Four stages are suggested, but the four CPUs hold two. The others wait and hold none."""
     seen = []
 
     def tick() -> None:
@@ -152,13 +146,13 @@ def test_two_workers_give_the_bits_of_one_inside_the_trials_own_resources(
     assert_alone(sweeps, study)
     assert max(count for count, _, _ in seen) == 2
     assert set.union(*(shapes for _, shapes, _ in seen)) == {("{'CPU': 1.0}", "{'CPU': 1.0}")}
-    # Peers beside their group would take CPUs that no group has.
+    # Workers outside their placement group would take more CPUs.
     assert min(free for count, _, free in seen if count == 2) == 0.0
     assert min(free + 2 * count for count, _, free in seen[1:-1]) >= 4.0
 
 
 def spoiled(dataset: Path, folder: Path, offset: int) -> Path:
-    """A copy of a dataset with a token that no vocabulary has at `offset` of train, and a manifest that says so."""
+    """Copy a dataset, with an invalid token at `offset` of train and a manifest that fits."""
     shutil.copytree(dataset, folder)
     raw = json.loads((folder / FILE).read_text())
     shard = raw["splits"]["train"]["shards"][0]
@@ -175,7 +169,7 @@ def spoiled(dataset: Path, folder: Path, offset: int) -> Path:
 
 
 def read_by_one_peer(study: Study, dataset: Path) -> int:
-    """A token that, of the first seed's steps, only rank 1 reads, in none of the first three, and no step of the second seed."""
+    """Return the offset of a token that only rank 1 reads, after step 3 of the first seed."""
     readers: dict[int, set] = {}
     for seed in (1, 2):
         e = next(s.experiment for s in study.sweep.trials if s.experiment.train.seed == seed)
@@ -201,10 +195,10 @@ def read_by_one_peer(study: Study, dataset: Path) -> int:
     )
 
 
-def test_a_peer_that_raises_ends_its_stage_and_one_that_is_killed_costs_its_stage_a_second_try(
+def test_stage_fails_if_a_worker_raises_and_runs_again_if_a_worker_is_killed(
     sweeps, on_ray, ray_head, tmp_path
 ):
-    """Both leave the other worker with a closed connection, which is no reason of its own."""
+    """In both cases the other worker reports a closed connection, which is not the reason."""
     sound = sweeps.open("sweep.grid.train.seed=[1, 2]", FORK[1], "train.max_steps=80")
     dataset = next(iter(sound.trials.values())).dataset.directory
     bad = load_manifest(spoiled(dataset, tmp_path / "bad", read_by_one_peer(sound, dataset)))
@@ -248,7 +242,7 @@ def title(pid: int) -> str:
 
 
 def descendants(pid: int) -> list[int]:
-    """Of this session's Ray head alone: there may be others on this machine."""
+    """Return the processes below a process: other Ray heads may run on this machine."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -261,11 +255,11 @@ def descendants(pid: int) -> list[int]:
 
 
 # ---- a worker that hangs ----
-@pytest.mark.parametrize("layout", [ONE, TWO], ids=["the driver", "its neighbour"])
-def test_who_is_stopped_from_outside_is_ended_and_its_stage_goes_on_from_its_checkpoint(
+@pytest.mark.parametrize("layout", [ONE, TWO], ids=["rank 0", "rank 1"])
+def test_stopped_worker_is_killed_and_its_stage_continues_from_its_checkpoint(
     sweeps, on_ray, layout
 ):
-    """Named for the sweep too; with the stacks in the stage's folder, where nothing else of the watch is left."""
+    """The events of the sweep name the rank, and the stacks are in the folder of the stage."""
     study = sweeps.open(
         "sweep.trials.only.train.max_steps=600",
         "train.eval_interval=600",
@@ -278,7 +272,7 @@ def test_who_is_stopped_from_outside_is_ended_and_its_stage_goes_on_from_its_che
 
     def tick() -> None:
         for mark in [] if victims else marks.read(folder):
-            # Far from a checkpoint, behind which more time is given.
+            # Not near a checkpoint, where the limit is longer.
             if (
                 mark.rank == rank
                 and mark.step > 100
@@ -302,8 +296,8 @@ def test_who_is_stopped_from_outside_is_ended_and_its_stage_goes_on_from_its_che
     assert json.loads(folder.result_file.read_text())["steps_run"] <= 500
 
 
-# ---- Tune's own scheduler ----
-def test_asha_stops_some_and_what_it_leaves_has_its_bits_and_stays_stopped(sweeps, on_ray):
+# ---- asha ----
+def test_asha_stops_trials_for_good_and_does_not_change_the_others(sweeps, on_ray):
     words = [
         "sweep.grid.schedule.max_lr=[1e-2, 1e-5, 1e-6, 1e-7]",
         "train.max_steps=45",
@@ -313,7 +307,7 @@ def test_asha_stops_some_and_what_it_leaves_has_its_bits_and_stays_stopped(sweep
     seen = on_ray(study, ONE, slots=1)
     states = seen.states
     assert set(states.values()) == {"done", "stopped"}
-    assert states["max_lr-0.01"] == "done"  # the first to reach every rung, and the best there
+    assert states["max_lr-0.01"] == "done"  # it reaches every rung first, and is the best
     assert "stopped by the scheduler after step 5" in seen.reasons["max_lr-1e-07"]
     assert_alone(sweeps, study, [name for name, state in states.items() if state == "done"])
     again = sweeps.open(*words)

@@ -161,6 +161,7 @@ class Report:
         write_atomically(self.folder.plan_file, text)
         picture = io.BytesIO()
         figures.stage_tree(tree).savefig(picture)
+        self.folder.figures.mkdir(exist_ok=True)
         write_atomically(self.folder.figure_file("tree"), picture.getvalue())
 
     # ---- one trial ----

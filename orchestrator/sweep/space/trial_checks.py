@@ -73,8 +73,8 @@ def _asha(settings: SweepSection, trials: "Sequence[Trial]") -> list[str]:
         return []
     return [
         f"sweep.stop: asha stops trials by their loss in mid-run, and {', '.join(different)} "
-        "differ here. The curves of different schedules cross, so asha would stop the wrong trials; use "
-        "anneal_probe or none"
+        "differ here. The curves of different schedules cross, so asha would stop the wrong "
+        "trials; use anneal_probe or none"
     ]
 
 

@@ -115,8 +115,8 @@ def send(folder: RunFolder, experiment: Experiment, deadline_s: float) -> None:
     if not folder.run_file.is_file():
         print("this run is not tracked (it has no run.json); the report stays in its folder")
         return
-    sweep = SweepFolder(folder.path.parents[1])
-    if sweep.sweep_file.exists():
+    sweep = folder.sweep()
+    if sweep is not None and sweep.sweep_file.exists():
         print(f"pipelines/replay_metrics.py {sweep.path} sends the report to MLflow")
         return
     uri = resolve_uri(experiment, folder.path.parent)

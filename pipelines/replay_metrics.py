@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Send the metrics to MLflow that a run or a sweep could not send. Sending twice changes nothing.
+"""Send the metrics to MLflow that a run or a sweep could not send.
 
-pipelines/replay_metrics.py quickstart
-pipelines/replay_metrics.py sweep-schedules        # the sweep and all its trials
-pipelines/replay_metrics.py runs/quickstart --deadline 600
+Sending twice changes nothing.
+
+  pipelines/replay_metrics.py quickstart
+  pipelines/replay_metrics.py sweep-schedules        # the sweep and all its trials
+  pipelines/replay_metrics.py runs/quickstart --deadline 600
 """
 
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError

@@ -1,4 +1,4 @@
-"""Measure what a step, an evaluation and a checkpoint take on this machine."""
+"""Measure the time and memory of a step, an evaluation and a checkpoint on this machine."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Private functions of Ray, torch and tiktoken: a failure shows what an upgrade broke."""
+"""Private functions of Ray, torch and tiktoken. A failure shows what an upgrade broke."""
 
 import subprocess
 import sys

@@ -136,8 +136,8 @@ def test_wrong_arguments_are_refused(trained_run, words, message):
 
 
 def test_missing_run_and_run_without_checkpoints_are_refused(run):
-    with pytest.raises(UserError, match="'nobody': there is no run"):
-        main(["nobody"])
+    with pytest.raises(UserError, match="'no-such-run': there is no run"):
+        main(["no-such-run"])
     shutil.rmtree(run.checkpoints)
     with pytest.raises(UserError, match="has no valid checkpoint"):
         main([str(run.path)])

@@ -20,12 +20,10 @@ class Begin:
 
     Attributes:
         state: The state; the same on all ranks.
-        is_restored: It was read from a checkpoint.
-        is_own: The checkpoint is in the folder of this run, not in that of its parent.
+        is_own: It was read from a checkpoint in the folder of this run.
     """
 
     state: TrainState
-    is_restored: bool
     is_own: bool
 
 
@@ -57,7 +55,7 @@ def begin(
     path = folder.checkpoint(own_step) if is_own else parent
     if path is None:
         model = initial_model(experiment, n_vocab)
-        return Begin(build(experiment, model, worker), is_restored=False, is_own=False)
+        return Begin(build(experiment, model, worker), is_own=False)
     if not is_own:
         store.verify(path)
     elif not worker.is_main:
@@ -65,7 +63,7 @@ def begin(
     state = restore(experiment, path, worker)
     if is_own:
         _check_numerics(experiment, folder, path, worker, state.step)
-    return Begin(state, is_restored=True, is_own=is_own)
+    return Begin(state, is_own)
 
 
 def _newest_step(folder: RunFolder) -> int:

@@ -12,13 +12,12 @@ may branch off at the end of another trial. The result must equal that of a run 
 
 from dataclasses import dataclass
 
-from orchestrator.config.experiment import Experiment
 from orchestrator.config.sections import Train
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
-from orchestrator.train.begin import Begin
 from orchestrator.train.numerics import Worker, agree
+from orchestrator.train.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -62,18 +61,17 @@ def _is_multiple(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
 
 
-def rewind_journal(lines: Journal, start: Begin, experiment: Experiment, end_step: int) -> None:
+def rewind_journal(lines: Journal, state: TrainState, config: Train, end_step: int) -> None:
     """Move the lines that this process will write again out of the journal.
 
     Args:
         lines: Journal of the run.
-        start: State that training starts from.
-        experiment: Configuration of this start, which may have other intervals than the last one.
+        state: State that training starts from.
+        config: Section `train` of this start, which may have other intervals than the last one.
         end_step: Last step that this process trains.
     """
-    config = experiment.train
-    step = start.state.step
-    if not start.is_restored or start.state.line_due:
+    step = state.step
+    if step == 0 or state.line_due:
         lines.rewind(step - 1)  # the line of `step` is not written yet, or is written again
     elif Due.after(step, end_step, config).end_of_run:
         lines.rewind(step)

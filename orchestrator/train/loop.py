@@ -132,7 +132,7 @@ class Trainer:
                 self.report_phase,
             )
         if worker.is_main:
-            rewind_journal(self.journal, self.start, experiment, self.end_step)
+            rewind_journal(self.journal, self.state, config, self.end_step)
 
     def run(self) -> Iterator[Line]:
         """Train to `end_step`. Yield each journal line after it was written.

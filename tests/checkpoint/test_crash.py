@@ -1,4 +1,4 @@
-"""A writer that is killed at any moment leaves its old checkpoint or its new one, complete."""
+"""A writer that is killed at any time leaves a complete checkpoint, the old or the new one."""
 
 import json
 import os
@@ -18,8 +18,8 @@ FILES = ["a.txt", "model.safetensors", "state.json", "MANIFEST.json"]
 
 @pytest.fixture(scope="module")
 def crashes(tmp_path_factory) -> dict:
-    """Each scenario, killed after each of its system calls; the helper checks what is left."""
-    # A kill loses nothing that the system has accepted; on a disk, thousands of fsyncs are slow.
+    """Results of the helper, which kills each scenario after each of its system calls."""
+    # In memory: thousands of fsyncs on a disk are slow, and a kill does not need one.
     memory = Path("/dev/shm")
     place = memory if os.access(memory, os.W_OK) else tmp_path_factory.mktemp("crashes")
     with tempfile.TemporaryDirectory(dir=place) as folder:
@@ -34,11 +34,11 @@ def test_killed_after_any_call_the_old_or_the_new_checkpoint_is_found(crashes, s
     calls = crashes[scenario]["calls"]
     ends = crashes[scenario]["ends"]
     assert {number for number, _, _ in ends} == set(range(1, len(calls) + 1))
-    # The new one is found from the moment on at which it has its name, and not before.
+    # The new checkpoint is found once it has its name, and not before.
     states = [state for _, _, state in ends]
-    turn = states.index("new")
-    assert states == ["old"] * turn + ["new"] * (len(states) - turn)
-    number, name, _ = ends[turn]
+    first_new = states.index("new")
+    assert states == ["old"] * first_new + ["new"] * (len(states) - first_new)
+    number, name, _ = ends[first_new]
     assert name == "rename" and ".step-" in calls[number - 1][1]
     assert all(call != "write" for call, _ in calls[number:])
 

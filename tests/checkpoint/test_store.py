@@ -143,7 +143,7 @@ def test_pruning_keeps_the_newest_and_the_best_and_removes_leftovers(tmp_path, k
 
 
 def test_readers_beside_a_writer_always_find_a_complete_checkpoint(tmp_path):
-    """The writer commits, replaces and prunes without pause until the reader has seen enough."""
+    """The writer commits, replaces and prunes without pause while the reader searches."""
     directory = tmp_path / "checkpoints"
     commit(directory, 1)
     enough = threading.Event()
@@ -215,7 +215,7 @@ CALLS = [
 
 
 def fail_at(number: int | None, action) -> int:
-    """Run `action`; its system call of this number finds a full disk. Returns the calls made."""
+    """Run `action`; the system call of this number fails. Return how many calls were made."""
     count = 0
 
     def counted(function, name):

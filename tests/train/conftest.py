@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small matrices are slower on two threads; the number of threads is set back afterwards."""
+    """Use one thread: small matrices are slower on two. The number is restored afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -242,7 +242,7 @@ def test_malicious_pickle_is_refused_and_not_executed(tmp_path):
         write({"model": {"a": Canary(canary)}, "model_args": {}})
         assert "weights_only" in refusal(wanting(file))
         assert not canary.exists()
-    pickle.loads(file.read_bytes())  # without the check it is executed
+    pickle.loads(file.read_bytes())  # without weights_only, the code runs
     assert canary.exists()
 
 

@@ -100,7 +100,7 @@ def test_several_workers_have_the_same_bits_as_one(golden, tiny_dataset, folder,
     assert outcome(folder) == golden
 
 
-def test_killed_on_two_workers_and_resumed_on_one_equals_uninterrupted_run(
+def test_run_killed_on_two_workers_and_resumed_on_one_equals_uninterrupted_run(
     golden, tiny_dataset, folder
 ):
     processes = start_ranks(folder, tiny_dataset, 2)
@@ -114,13 +114,15 @@ def test_killed_on_two_workers_and_resumed_on_one_equals_uninterrupted_run(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_resumed_between_checkpoints_equals_uninterrupted_run(tiny_dataset, tmp_path, dtype):
+def test_run_killed_between_checkpoints_and_resumed_equals_uninterrupted_run(
+    tiny_dataset, tmp_path, dtype
+):
     words = [f"train.dtype={dtype}", "schedule.decay_steps=24"]
     whole = new_folder(tmp_path / "whole")
     cut = new_folder(tmp_path / "cut")
     train_here(whole, tiny_dataset, *words)
     train_here(cut, tiny_dataset, *words, "train.max_steps=10")
-    # As if it was killed after the checkpoint of step 8 and before that of step 10.
+    # As if the run was killed between the checkpoints of the steps 8 and 10.
     store.remove(cut.checkpoint(10))
     train_here(cut, tiny_dataset, *words)
     assert outcome(cut) == outcome(whole)

@@ -1,4 +1,4 @@
-"""The life cycle of a job, with work that takes no time instead of training."""
+"""The steps of a job, with a function instead of training."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from orchestrator.runs.ending import Ending
 
 
 class Tracker:
-    """Stands for a tracking server that takes everything, or nothing."""
+    """Stands for a tracking server that accepts everything, or nothing."""
 
     def __init__(self, done, accepts):
         self.done = done
@@ -139,7 +139,9 @@ def exit_as_ray_train_does():
         (exit_as_ray_train_does, 130, "KILLED", ""),
     ],
 )
-def test_exit_status_says_how_the_work_ended(new_job, capsys, act, status, told, printed):
+def test_exit_status_and_mlflow_status_follow_from_how_the_work_ended(
+    new_job, capsys, act, status, told, printed
+):
     job = new_job(act=act)
     assert job.run() == status
     assert job.done[-2:] == [f"tell the server {told}", "show"]
@@ -167,7 +169,7 @@ def test_signals_after_the_work_do_not_interrupt_the_summary(new_job):
     assert job.done[-1] == "show"
 
 
-def test_metrics_that_were_not_sent_are_mentioned(new_job, capsys):
+def test_command_that_sends_the_rest_is_printed(new_job, capsys):
     job = new_job(accepts=False)
     assert job.run() == 0
     assert f"pipelines/replay_metrics.py {job.folder.path}\n" in capsys.readouterr().out

@@ -129,7 +129,8 @@ def test_full_disk_is_printed_once_each_time(folder, screen, monkeypatch):
 
     monkeypatch.setattr(os, "statvfs", statvfs)
     with console(folder):
-        for free in (0, 5, 0):
+        for blocks in (0, 5, 0):
+            free = blocks
             seen = looks
             wait_until(lambda seen=seen: looks > seen + 1)
     message = "the disk is full. Training goes on; lines and checkpoints wait for room"

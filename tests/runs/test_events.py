@@ -13,7 +13,7 @@ from orchestrator.runs import events
         b"\n\n[1]\nnull\n{}\n" + b"[" * 100_000,
     ],
 )
-def test_lines_that_are_no_events_are_skipped(folder, damaged):
+def test_lines_that_are_not_events_are_skipped(folder, damaged):
     first = events.note(folder, "hang", "rank 1 hangs", rank=1)
     with open(folder.events_file, "ab") as file:
         file.write(damaged)

@@ -1,4 +1,4 @@
-"""The journal: lines are whole or missing, a resume loses none, a follower sees each one."""
+"""The journal: lines are whole or missing, a resume loses none, a tail returns each one once."""
 
 import contextlib
 import math
@@ -131,7 +131,7 @@ def test_rewind_can_keep_a_part_of_a_line_and_archives_the_whole(folder):
     assert journal.read(folder) == before[:1]
 
 
-def test_line_of_a_run_that_goes_on_lacks_what_only_its_end_requires():
+def test_metrics_that_only_the_last_step_logs_are_removed():
     line = {"step": 12, "timestamp": 7, "train/loss": 1.0, "val/loss": 2.0, "train/eval_loss": 3.0}
     assert journal.by_interval(line, 3, 4) == line
     assert journal.by_interval(line, 3, 5) == {"step": 12, "timestamp": 7, "train/loss": 1.0}
@@ -255,7 +255,7 @@ for step in range(3000):
 """
 
 
-def test_reader_beside_a_writer_sees_every_line_once_and_whole(folder):
+def test_tail_beside_a_writer_returns_every_line_once_and_whole(folder):
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(folder.path)])
     tail = Tail(folder)
     seen = []
@@ -265,7 +265,7 @@ def test_reader_beside_a_writer_sees_every_line_once_and_whole(folder):
         seen += tail.poll()
         last = journal.last(folder)
         assert last is None or last["train/loss"] == 1 / 3
-        # Everything that is there is readable, at any moment.
+        # All complete lines can be read at any moment.
         assert len(journal.read(folder)) >= len(seen)
     assert writer.returncode == 0
     assert steps_of(seen) == list(range(3000))

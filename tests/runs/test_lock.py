@@ -1,4 +1,4 @@
-"""One driver, one writer: a lock is refused while another process holds it."""
+"""Locks: a second driver or writer is refused while another process holds the lock."""
 
 import os
 import signal
@@ -64,7 +64,7 @@ def test_driver_and_writer_have_different_locks(folder):
         pytest.fail("two writers")
 
 
-def test_folders_that_were_made_for_a_lock_only_are_removed(folder, tmp_path):
+def test_folders_that_were_created_only_for_a_lock_are_removed(folder, tmp_path):
     new = tmp_path / "a" / "b"
     with lock.held(new / ".lock"):
         assert new.is_dir()

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C while somebody else handles signals."""
+"""SIGTERM and Ctrl-C while Ray starts, which installs its own signal handler."""
 
 import signal
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
-TOLD_IN_A_FORK = """
+SIGNAL_DURING_A_FORK = """
 import os, signal, sys
 from orchestrator.runs import signals
 try:
@@ -26,9 +26,9 @@ except BaseException as end:
 @pytest.mark.parametrize(
     ("number", "end"), [(signal.SIGTERM, "Terminated"), (signal.SIGINT, "KeyboardInterrupt")]
 )
-def test_what_falls_into_a_fork_of_rays_start_is_heard_and_python_says_nothing(number, end):
+def test_signal_during_a_fork_is_not_lost_and_prints_no_traceback(number, end):
     done = subprocess.run(
-        [sys.executable, "-c", TOLD_IN_A_FORK, str(int(number))],
+        [sys.executable, "-c", SIGNAL_DURING_A_FORK, str(int(number))],
         cwd=REPO,
         capture_output=True,
         text=True,

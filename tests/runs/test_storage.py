@@ -26,7 +26,7 @@ from orchestrator.runs.storage import check_writable, run_folder, storage_root
         ("~/s", None, True, "HOME/s"),
     ],
 )
-def test_storage_is_absolute_and_outside_the_copy_that_a_ray_job_runs_in(
+def test_storage_is_absolute_and_outside_the_copy_of_a_ray_job(
     tmp_path, monkeypatch, storage, variable, in_job, expected
 ):
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""summary.json says what the journal and the checkpoints say."""
+"""summary.json agrees with the journal and the checkpoints."""
 
 import json
 

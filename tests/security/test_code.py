@@ -46,27 +46,18 @@ TORCH_LOAD = "orchestrator/train/init_from.py"
 
 
 def violations(source: str, name: str) -> list[str]:
-    """Return what a module does that is not allowed, each as `name:line what`."""
+    """Return the forbidden calls and imports of a module, each as `name:line call`."""
     tree = ast.parse(source)
-    aliases = {
-        a.asname or a.name: f"{node.module}.{a.name}"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom)
-        for a in node.names
-        if node.module
-    }
-    aliases |= {
-        a.asname: a.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for a in node.names
-        if a.asname
-    }
-    return [
-        f"{name}:{node.lineno} {what}"
-        for node in ast.walk(tree)
-        for what in _violations_of(node, aliases, name)
-    ]
+    aliases = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            aliases |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Import):
+            aliases |= {a.asname: a.name for a in node.names if a.asname}
+    found = []
+    for node in ast.walk(tree):
+        found += [f"{name}:{node.lineno} {call}" for call in _violations_of(node, aliases, name)]
+    return found
 
 
 def _violations_of(node: ast.AST, aliases: dict[str, str], name: str) -> list[str]:
@@ -75,12 +66,13 @@ def _violations_of(node: ast.AST, aliases: dict[str, str], name: str) -> list[st
     if isinstance(node, ast.ImportFrom):
         return [node.module] if node.module and node.module.split(".")[0] in MODULES else []
     if isinstance(node, ast.Call):
-        called, words = _dotted(node.func, aliases), {k.arg: k.value for k in node.keywords}
+        called = _dotted(node.func, aliases)
+        keywords = {keyword.arg: keyword.value for keyword in node.keywords}
         found = []
         if called in BUILTINS or called.removeprefix("builtins.") in BUILTINS or called in CALLS:
             found.append(called)
         if called == "torch.load" and not (
-            name == TORCH_LOAD and _is(words.get("weights_only"), True)
+            name == TORCH_LOAD and _is(keywords.get("weights_only"), True)
         ):
             found.append(called)
         if called == "torch.save" and not name.startswith("benchmarks/"):
@@ -90,7 +82,9 @@ def _violations_of(node: ast.AST, aliases: dict[str, str], name: str) -> list[st
         ):
             found.append(called)
         found += [
-            key for key in ("shell", "allow_pickle") if key in words and not _is(words[key], False)
+            key
+            for key in ("shell", "allow_pickle")
+            if key in keywords and not _is(keywords[key], False)
         ]
         return found
     return []
@@ -109,15 +103,16 @@ def _is(node: ast.AST | None, value: bool) -> bool:
     return isinstance(node, ast.Constant) and node.value is value
 
 
-def test_no_module_does_any_of_these():
+def test_no_module_has_a_forbidden_call_or_import():
     files = [f for folder in FOLDERS for f in (REPO / folder).rglob("*.py")]
     assert len(files) > 60
-    assert [
-        s for f in files for s in violations(f.read_text("utf-8"), f.relative_to(REPO).as_posix())
-    ] == []
+    found = []
+    for file in files:
+        found += violations(file.read_text("utf-8"), file.relative_to(REPO).as_posix())
+    assert found == []
 
 
-def test_the_yaml_loader_is_a_safe_one():
+def test_yaml_loader_is_a_safe_loader():
     import yaml
 
     from orchestrator.config.load import _Loader
@@ -164,7 +159,7 @@ def test_the_yaml_loader_is_a_safe_one():
         "import importlib\nimportlib.import_module(name)",
     ],
 )
-def test_these_are_found(planted):
+def test_forbidden_code_is_found(planted):
     assert violations(planted, "orchestrator/planted.py")
 
 
@@ -180,7 +175,7 @@ def test_these_are_found(planted):
         "import json\njson.load(f)",
     ],
 )
-def test_these_are_allowed(harmless):
+def test_harmless_code_is_allowed(harmless):
     assert violations(harmless, "orchestrator/harmless.py") == []
 
 

@@ -78,9 +78,8 @@ def plant(path: Path, kind: str, victim: Path) -> None:
 def test_planted_file_is_refused_and_not_followed(tmp_path, victim, name, kind):
     run_dir = tmp_path / "run"
     plant(run_dir / name, kind, victim)
-    with pytest.raises(
-        UserError, match=f"{name}: expected a plain file, found a symlink, folder or device"
-    ):
+    message = f"{name}: expected a plain file, found a symlink, folder or device"
+    with pytest.raises(UserError, match=message):
         WRITES[name](run_dir)
     assert not victim.with_name("not-yet").exists()
 
@@ -119,7 +118,6 @@ def test_command_ends_with_one_line_and_does_not_wait(tmp_path, victim, kind):
         env={**os.environ, "PYTHONPATH": str(REPO)},
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(
-        f"error: {tmp_path / 'quickstart' / '.lock'}: expected a plain file"
-    )
+    lock_file = tmp_path / "quickstart" / ".lock"
+    assert done.stderr.startswith(f"error: {lock_file}: expected a plain file")
     assert done.stderr.count("\n") == 1

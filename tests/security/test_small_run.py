@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,37 +81,48 @@ ip route add default via 198.51.100.1
 ip neighbour add 198.51.100.1 lladdr 02:00:00:00:00:01 dev out0
 ip neighbour add 198.51.100.53 lladdr 02:00:00:00:00:02 dev out0
 """
+COMMANDS = """\
+cd {checkout}
+{python} pipelines/train.py {base}/secret.yaml {overrides}
+{python} pipelines/sample.py {base}/storage/small --prompt 1 --max-new-tokens 5 --device cpu
+"""
+COUNTS = """\
+{count} > {out}/sent
+{python} -c "{connect}"
+{count} > {out}/sent-after-a-connection
+{python} -c "{look_up}"
+{count} > {out}/sent-after-a-name
+"""
 COUNT = "awk '/out0:/ {print $11}' /proc/net/dev"
-TRY = "import socket\nsocket.setdefaulttimeout(1)\ntry: socket.create_connection(('{0}', 443))\nexcept OSError: pass"
+CONNECT = """import socket
+socket.setdefaulttimeout(1)
+try: socket.create_connection(('{0}', 443))
+except OSError: pass"""
 
 
-def can_unshare() -> str | None:
-    """Return why there can be no namespace; None if there can."""
+def why_no_namespace() -> str | None:
+    """Return why no network namespace can be created; None if it can."""
     if os.geteuid():
         return "needs root"
     if not (shutil.which("unshare") and shutil.which("ip")):
         return "needs unshare and ip (util-linux, iproute2)"
-    words = [
-        "unshare",
-        "--net",
-        "--mount",
-        "sh",
-        "-c",
-        "ip link add out0 type veth peer name nowhere0",
-    ]
+    interface = "ip link add out0 type veth peer name nowhere0"
+    words = ["unshare", "--net", "--mount", "sh", "-c", interface]
     done = subprocess.run(words, capture_output=True, text=True)
     return None if done.returncode == 0 else f"no network namespace here: {done.stderr.strip()}"
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """The commands, run from a copy of the repository, and everything that they left."""
+    """Run the commands from a copy of the repository. Return what they stored and printed."""
     base = tmp_path_factory.mktemp("run")
     for name in ("home", "cache/espalier", "out"):
         (base / name).mkdir(parents=True)
     checkout = base / "checkout"
-    for room in ("model", "orchestrator", "pipelines", "configs"):
-        shutil.copytree(REPO / room, checkout / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("model", "orchestrator", "pipelines", "configs"):
+        shutil.copytree(
+            REPO / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
     remote = f"https://me:{SECRETS['git remote']}@example.invalid/a.git"
     for words in (
         ["init", "-q"],
@@ -135,42 +145,31 @@ def ran(tmp_path_factory):
     )
     (base / "secret.yaml").write_text(f"name: small\ndata:\n  corpus: '{corpus}'\n")
     (base / "resolv.conf").write_text("nameserver 198.51.100.53\noptions timeout:1 attempts:1\n")
+    host = socket.gethostname()
     (base / "hosts").write_text(
-        "127.0.0.1 localhost\n"
-        + "".join(
-            f"{address} {socket.gethostname()}\n"
-            for address in ("198.51.100.2", "::ffff:198.51.100.2")
-        )
+        f"127.0.0.1 localhost\n198.51.100.2 {host}\n::ffff:198.51.100.2 {host}\n"
     )
     script = base / "run.sh"
-    why = can_unshare()
-    script.write_text(
-        (OUTSIDE.format(folder=base) if why is None else "set -e\n")
-        + textwrap.dedent(f"""\
-        cd {checkout}
-        {sys.executable} pipelines/train.py {base}/secret.yaml {" ".join(SMALL)}
-        {sys.executable} pipelines/sample.py {base}/storage/small --prompt 1 --max-new-tokens 5 --device cpu
-    """)
-        + (
-            ""
-            if why
-            else textwrap.dedent(f"""\
-        {COUNT} > {base}/out/sent
-        {sys.executable} -c "{TRY.format("203.0.113.7")}"
-        {COUNT} > {base}/out/sent-after-a-connection
-        {sys.executable} -c "{TRY.format("example.org")}"
-        {COUNT} > {base}/out/sent-after-a-name
-    """)
-        )
+    why = why_no_namespace()
+    commands = COMMANDS.format(
+        checkout=checkout, base=base, python=sys.executable, overrides=" ".join(SMALL)
     )
-    keep = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("RAY_", "ESPALIER_", "MLFLOW_", "TIKTOKEN"))
-    }
+    if why is None:
+        counts = COUNTS.format(
+            count=COUNT,
+            out=base / "out",
+            python=sys.executable,
+            connect=CONNECT.format("203.0.113.7"),
+            look_up=CONNECT.format("example.org"),
+        )
+        script.write_text(OUTSIDE.format(folder=base) + commands + counts)
+    else:
+        script.write_text("set -e\n" + commands)
+    removed = ("RAY_", "ESPALIER_", "MLFLOW_", "TIKTOKEN")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(removed)}
     env = (
-        keep
-        | {k: SECRETS[k] for k in VARIABLES}
+        env
+        | {name: SECRETS[name] for name in VARIABLES}
         | {
             "HOME": str(base / "home"),
             "XDG_CACHE_HOME": str(base / "cache"),
@@ -213,7 +212,7 @@ def found_in(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def test_the_run_wrote_everything_that_is_searched(ran):
+def test_run_wrote_everything_that_is_searched(ran):
     assert len(SECRETS) >= 20
     assert (ran.storage / "small" / "summary.json").is_file()
     assert (ran.storage / "mlflow" / "mlflow.db").stat().st_size > 100_000
@@ -235,7 +234,7 @@ def test_ray_writes_no_secret_into_its_session(ran):
     assert found_in(ran.ray) == {}
 
 
-def test_a_planted_secret_would_be_found(ran):
+def test_planted_secret_is_found(ran):
     place = ran.base / "planted"
     place.mkdir()
     (place / "log.txt").write_bytes(b"\xff" + SECRETS["HF_TOKEN"].encode() + b"\0")

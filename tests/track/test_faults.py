@@ -27,7 +27,8 @@ EXPERIMENT = "behind the gate"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    storage, cwd = tmp_path_factory.mktemp("served"), tmp_path_factory.mktemp("cwd")
+    storage = tmp_path_factory.mktemp("served")
+    cwd = tmp_path_factory.mktemp("cwd")
     assert resend_metrics(
         RunFolder(make_run(storage / "first", "first")),
         f"sqlite:///{storage}/mlflow/mlflow.db",
@@ -67,7 +68,7 @@ def run_dir(tmp_path, request):
 
 
 def check(server, run_dir, status):
-    """The database says what the folder says, and the artifacts went through the server."""
+    """Assert that the database equals the folder, and that the server stored the artifacts."""
     run_id = json.loads((run_dir / "tracking.json").read_text())["run_id"]
     assert rows(server.database, run_dir) == expected(run_dir)
     assert set(curve(run_dir)) <= {(key, step, value) for key, step, value, _ in expected(run_dir)}
@@ -99,9 +100,9 @@ def test_unreachable_server_gets_everything_later(server, gate, run_dir, fault, 
     tracker.start()
     assert tracker.url is None
     assert not tracker.finish("FINISHED", deadline_s=1)
-    assert len(caplog.records) == (fault != "hang"), (
-        caplog.text
-    )  # a request that hangs is not yet an answer
+    # After one second, a request that hangs has not failed yet.
+    expected_messages = 0 if fault == "hang" else 1
+    assert len(caplog.records) == expected_messages, caplog.text
     (run_dir / "summary.json").write_text('{"status": "FINISHED"}')
     gate.set("open")
     assert resend_metrics(RunFolder(run_dir), uri, EXPERIMENT)
@@ -109,20 +110,23 @@ def test_unreachable_server_gets_everything_later(server, gate, run_dir, fault, 
 
 
 class Training:
-    """A run that goes on, and is resumed now and then, whatever its tracker meets."""
+    """A run that writes its journal, independent of its tracker, and is sometimes resumed."""
 
     def __init__(self, run_dir, seed):
-        self.run_dir, self.draw, self.step = run_dir, random.Random(seed), 0
+        self.run_dir = run_dir
+        self.draw = random.Random(seed)
+        self.step = 0
         self.farthest = 0
 
     def go_on(self):
-        """To steps that were never made before: those made again are not sent again."""
-        begin, self.step = self.step, max(self.step, self.farthest) + self.draw.randrange(10, 800)
+        """Log at least ten new steps, because repeated steps are not sent again."""
+        begin = self.step
+        self.step = max(self.step, self.farthest) + self.draw.randrange(10, 800)
         log(self.run_dir, range(begin, self.step))
         self.farthest = self.step
 
     def resume(self):
-        """The last steps are lost, and will be made again."""
+        """Go back to an earlier step; the later steps will be repeated."""
         self.step = self.draw.randrange(self.step // 2, self.step) + 1
         Journal(RunFolder(self.run_dir)).rewind(self.step - 1)
 
@@ -131,10 +135,9 @@ class Training:
 
 
 def test_no_value_is_lost_or_repeated_in_many_outages(server, gate, run_dir, caplog, monkeypatch):
-    """Every fault in an order of its own, each in the middle of sending or before it."""
-    monkeypatch.setenv(
-        "MLFLOW_HTTP_REQUEST_TIMEOUT", "3"
-    )  # less, and a busy machine's server is taken for one that is away
+    """All faults in a random order; each begins before a request or in the middle of one."""
+    # With a shorter timeout, the server on a busy machine would seem to be down.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     training = Training(run_dir, seed=0)
     faults = [
         "refuse",
@@ -155,32 +158,31 @@ def test_no_value_is_lost_or_repeated_in_many_outages(server, gate, run_dir, cap
     for fault in faults:
         training.go_on()
         if training.draw.random() < 0.5:
-            wait_for(training.is_sent)  # else its requests are under way
+            wait_for(training.is_sent)  # otherwise the fault begins while requests are running
         caplog.clear()
-        with away(server, gate, fault):
+        with faulty(server, gate, fault):
             training.go_on()
-            # Where only the end of an answer is lost, a request that asks for nothing is answered all the same.
-            wait_for(
-                lambda cut=fault == "cut": (
-                    "not reached" in caplog.text or cut and training.is_sent()
-                )
-            )
+
+            def fault_has_effect(fault=fault):
+                # With "cut", requests whose answer is not used succeed.
+                return "not reached" in caplog.text or (fault == "cut" and training.is_sent())
+
+            wait_for(fault_has_effect)
             if training.draw.random() < 0.5:
                 training.resume()
         if "not reached" in caplog.text:
             wait_for(lambda: "reached again" in caplog.text)
-        said = ["not reached" in record.message for record in caplog.records]
-        assert all(a != b for a, b in pairwise(said)), (
-            caplog.text
-        )  # once per outage, and once at its end
+        # One message at the start of an outage, and one at its end.
+        outages = ["not reached" in record.message for record in caplog.records]
+        assert all(a != b for a, b in pairwise(outages)), caplog.text
     training.go_on()
     assert tracker.finish("KILLED", 60)
     check(server, run_dir, "KILLED")
 
 
 @contextlib.contextmanager
-def away(server, gate, fault):
-    """The server with a fault, in the gate or of its own."""
+def faulty(server, gate, fault):
+    """Let the gate or the server have a fault inside the block."""
     if fault == "locked":
         with locked(server.database):
             yield
@@ -218,7 +220,8 @@ def test_rejection_is_logged_once(gate, run_dir, caplog):
     assert not tracker.finish("FINISHED", 600)
     assert len(caplog.records) == 1
     assert "replay_metrics" in caplog.text
-    assert "hunter2" not in caplog.text + str([p.read_text() for p in run_dir.glob("*.json")])
+    stored = [file.read_text() for file in run_dir.glob("*.json")]
+    assert "hunter2" not in caplog.text + str(stored)
 
 
 def test_ui_and_replay_metrics_explain_errors(server, tmp_path):
@@ -229,7 +232,5 @@ def test_ui_and_replay_metrics_explain_errors(server, tmp_path):
     with pytest.raises(UserError, match="there is no run"):
         replay_metrics.main(["nobody"])
     first = (server.storage / "server.log").read_text().splitlines()[0]
-    assert (
-        first
-        == f"embedded: http://127.0.0.1:{server.port}/#/experiments/1/runs?workflowType=machine_learning"
-    )
+    page = "#/experiments/1/runs?workflowType=machine_learning"
+    assert first == f"embedded: http://127.0.0.1:{server.port}/{page}"

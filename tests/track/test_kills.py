@@ -1,6 +1,7 @@
 """Runs and senders that are killed at any moment: MLflow has one value per metric and step.
 
-First with SIGKILL at random moments, then for every pair of moments of a short history.
+First, a process gets SIGKILL at random moments. Then, a sender is simulated at each moment, and at
+each pair of moments, of a short history.
 """
 
 import contextlib
@@ -47,6 +48,8 @@ def assert_exact(store, run_dir):
 
 
 # ---- SIGKILL at random moments ----
+
+
 def test_run_killed_at_random_moments_and_resumed(run_dir, store, uri):
     draw = random.Random(0)
     sent_steps = set()
@@ -94,25 +97,28 @@ def kill(pid):
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
 
 
-# ---- one by one ----
+# ---- each moment ----
+
+
 class DeadError(BaseException):
-    """What a process does not survive."""
+    """Stands for a SIGKILL."""
 
 
 class History:
-    """Three lives of a run and what its sender does in between. `gap()` is called between any two things that happen to its files.
+    """Three attempts of a run, of which two are killed. `gap()` is called between any two writes.
 
-    A life ends without a word and the next one goes back to the checkpoint of step 4, and then of step 8; with other
-    intervals, so that steps and keys come that were not there before. One life ends while it goes back.
+    The second attempt resumes from the checkpoint of step 4, the third one from that of step 8.
+    They have other intervals, so other steps and metrics are logged. Once, the run is killed while
+    it rewinds the journal.
     """
 
     def __init__(self, run_dir, monkeypatch, gap, keeps_line):
-        self.journal, self.gap, self.keeps_line = Journal(RunFolder(run_dir)), gap, keeps_line
-        self.clock, self.writes, self.write = (
-            itertools.count(1000),
-            itertools.count(),
-            journal.write_atomically,
-        )
+        self.journal = Journal(RunFolder(run_dir))
+        self.gap = gap
+        self.keeps_line = keeps_line
+        self.clock = itertools.count(1000)
+        self.writes = itertools.count()
+        self.write = journal.write_atomically
         monkeypatch.setattr(journal, "write_atomically", self._write)
 
     def _write(self, path, content, *, durable, dies_at=3):
@@ -139,34 +145,37 @@ class History:
         self.log(0, 2)
         self.log(4, 6, **{"val/loss": 4.0})
         self.log(8)
-        self.journal.rewind(
-            4 if self.keeps_line else 3
-        )  # 3: the checkpoint was committed before its line was written
-        self.log(*(() if self.keeps_line else (4,)), 5, 6)
+        if self.keeps_line:
+            self.journal.rewind(4)
+        else:
+            # The checkpoint of step 4 was written before the line of step 4.
+            self.journal.rewind(3)
+            self.log(4)
+        self.log(5, 6)
         self.log(8, **{"val/loss": 3.0})
         self.log(9)
         with contextlib.suppress(DeadError):
-            self.journal.rewind(8)  # moved aside, not yet gone from the journal
+            self.journal.rewind(8)  # killed after the aside was written
         self.journal.rewind(8)
         self.log(9, **{"val/loss": 2.0})
         self.log(10)
 
 
 class Sending:
-    """The senders of one history: `plan[n]` is what happens in its gap number n.
+    """The senders of one history. `plan[n]` tells what happens in gap number n:
 
-    whole      a new process sends everything and ends           goes on    one that lives on sends everything
-    forgets k  a new process dies when its request number k is accepted and not yet remembered; `loses k`: before it is accepted
+    whole      A new process sends everything and ends.
+    goes on    A process that sends in several gaps sends everything.
+    loses k    A new process is killed before MLflow accepts its request number k.
+    forgets k  A new process is killed after that, before it writes tracking.json.
     """
 
     def __init__(self, run_dir, log_batch, run_id, plan):
-        self.run_dir, self.log_batch, self.plan, self.gaps, self.living = (
-            run_dir,
-            log_batch,
-            plan,
-            itertools.count(),
-            None,
-        )
+        self.run_dir = run_dir
+        self.log_batch = log_batch
+        self.plan = plan
+        self.gaps = itertools.count()
+        self.living = None
         (run_dir / "run.json").write_text('{"name": "demo", "key": "k"}')
         (run_dir / "tracking.json").write_text(
             json.dumps({"uri": "here", "key": "k", "run_id": run_id})
@@ -184,7 +193,7 @@ class Sending:
                     self.process(int(number), deed == "forgets").send_metrics()
 
     def process(self, dies_at=None, accepted=False):
-        """A projection that has its run already, in a process that may die at a request."""
+        """Return a new sender of this run, which is killed at request number `dies_at`."""
         made = Projection(RunFolder(self.run_dir), "here", EXPERIMENT, threading.Event())
         made.load()
         requests = itertools.count(1)
@@ -204,8 +213,8 @@ GAPS = 23
 DEEDS = ["whole", "goes on", "forgets 1", "forgets 2", "forgets 3", "loses 1", "loses 2", "loses 3"]
 
 
-def lives(folder, monkeypatch, log_batch, run_id, plan, keeps_line):
-    """One history to its end, and then everything sent."""
+def play(folder, monkeypatch, log_batch, run_id, plan, keeps_line):
+    """Run one history to its end, then send the rest."""
     folder.mkdir()
     sending = Sending(folder, log_batch, run_id, plan)
     with monkeypatch.context() as patch:
@@ -219,9 +228,11 @@ def test_sender_at_every_moment_of_a_run(keeps_line, run_dir, store, uri, monkey
     monkeypatch.setattr("orchestrator.track.outbox.BATCH", 6)
     mlflow = client(uri)
     experiment_id = mlflow.create_experiment(f"moments {keeps_line}", store.parent.as_uri())
-    for gap, deed in itertools.product(range(GAPS), DEEDS[1 if keeps_line else 0 :: 2]):
-        folder, run = run_dir / f"{gap} {deed}", mlflow.create_run(experiment_id)
-        lives(
+    deeds = DEEDS[1::2] if keeps_line else DEEDS[::2]  # half of them, for speed
+    for gap, deed in itertools.product(range(GAPS), deeds):
+        folder = run_dir / f"{gap} {deed}"
+        run = mlflow.create_run(experiment_id)
+        play(
             folder,
             monkeypatch,
             mlflow.log_batch,
@@ -239,20 +250,20 @@ def test_sender_at_every_moment_of_a_run(keeps_line, run_dir, store, uri, monkey
         (False, [("goes on", "goes on"), ("whole", "forgets 1")]),
     ],
 )
-def test_senders_at_every_two_moments_of_a_run(keeps_line, pairs, run_dir, monkeypatch):
-    """A thousand histories: for MLflow stands a set, which keeps a repeated row once, as MLflow does in the test above."""
+def test_senders_at_every_pair_of_moments_of_a_run(keeps_line, pairs, run_dir, monkeypatch):
+    """A set stands for MLflow: it stores a row once, also if it is sent twice, as MLflow does."""
     monkeypatch.setattr("orchestrator.track.outbox.BATCH", 6)
     monkeypatch.setattr("os.fsync", lambda fd: None)
-    for number, (gaps, deeds) in enumerate(
-        itertools.product(itertools.combinations(range(GAPS), 2), pairs)
-    ):
+    histories = itertools.product(itertools.combinations(range(GAPS), 2), pairs)
+    for number, (gaps, deeds) in enumerate(histories):
         sent = set()
 
         def log_batch(run_id, metrics, sent=sent):
             sent.update((m.key, m.step, m.value, m.timestamp) for m in metrics)
 
-        folder, plan = run_dir / str(number), dict(zip(gaps, deeds, strict=True))
-        lives(folder, monkeypatch, log_batch, "r", plan, keeps_line)
+        folder = run_dir / str(number)
+        plan = dict(zip(gaps, deeds, strict=True))
+        play(folder, monkeypatch, log_batch, "r", plan, keeps_line)
         assert sorted(sent) == expected(folder), plan
         assert set(curve(folder)) <= {row[:3] for row in sent}, plan
         shutil.rmtree(folder)

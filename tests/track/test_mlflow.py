@@ -1,4 +1,4 @@
-"""Tracking of a run: MLflow has everything of the run folder exactly once.
+"""Tracking of a run: MLflow gets everything in the run folder exactly once.
 
 The tests use a real MLflow and compare the rows of its database.
 """
@@ -77,17 +77,13 @@ def test_projection_is_complete(run_dir, store, uri):
     )
     tracker = send(run_dir, uri)
     run = client(uri).get_run(tracker.run_id)
-    assert (run.info.run_name, run.info.status, run.info.start_time) == (
-        "demo",
-        "FINISHED",
-        1767323045000,
-    )
+    assert (run.info.run_name, run.info.status) == ("demo", "FINISHED")
+    assert run.info.start_time == 1767323045000
     assert run.data.params == {"model.n_layer": "2", "schedule.kind": "cosine"}
     assert run.data.tags["mlflow.source.name"] == "pipelines/train.py"
     assert run.data.tags["attempt.1.workers"] == "1"
-    assert [(d.dataset.name, d.dataset.digest) for d in run.inputs.dataset_inputs] == [
-        ("byte tokens", "d" * 36)
-    ]
+    (entry,) = run.inputs.dataset_inputs
+    assert (entry.dataset.name, entry.dataset.digest) == ("byte tokens", "d" * 36)
     assert rows(store, tracker.run_id) == expected(run_dir)
     artifacts = store.parent / "artifacts" / tracker.run_id / "artifacts"
     assert {p.relative_to(artifacts).as_posix() for p in artifacts.rglob("*.*")} == {
@@ -117,8 +113,8 @@ def test_sending_twice_changes_nothing(run_dir, store, uri):
         "runs",
     ]
     before = [rows(store, run_id, everything.format(t)) for t in tables]
-    for forget in (False, True):  # also where the memory of what was sent is lost
-        if forget:
+    for is_lost in (False, True):  # also if tracking.json is lost
+        if is_lost:
             (run_dir / "tracking.json").unlink()
         assert resend_metrics(RunFolder(run_dir), uri, EXPERIMENT)
         assert json.loads((run_dir / "tracking.json").read_text())["run_id"] == run_id
@@ -128,7 +124,7 @@ def test_sending_twice_changes_nothing(run_dir, store, uri):
 def test_resume_adds_one_value_per_step(run_dir, store, uri):
     log(run_dir, range(0, 101, 10))
     first = send(run_dir, uri, "KILLED")
-    log(run_dir, range(110, 131, 10))  # written, never sent, then moved aside
+    log(run_dir, range(110, 131, 10))  # moved into an aside before they are sent
     Journal(RunFolder(run_dir)).rewind(50)
     make_run(
         run_dir,
@@ -168,29 +164,23 @@ def test_resume_while_the_tracker_runs(run_dir, store, uri):
 
 
 def test_metrics_that_only_a_repeated_step_logs_are_sent(run_dir, store, uri):
-    """A resume with other intervals; the last step evaluated only when it was known to be the last."""
+    """After a resume with other intervals, and if a step is evaluated because it is the last."""
     log(run_dir, range(0, 101, 10))
     commit(run_dir, 100)
     tracker = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
     tracker.start()
     wait_for(lambda: sent_step(run_dir) == 100)
     Journal(RunFolder(run_dir)).rewind(50)
-    log(run_dir, [65])  # above no step that was sent, and sent by a tracker that goes on
-    wait_for(
-        lambda: (
-            (65,)
-            in rows(
-                store,
-                tracker.run_id,
-                "SELECT step FROM metrics WHERE run_uuid = ? AND key = 'train/loss'",
-            )
-        )
-    )
+    # The running tracker sends step 65, although later steps were sent before.
+    log(run_dir, [65])
+    query = "SELECT step FROM metrics WHERE run_uuid = ? AND key = 'train/loss'"
+    wait_for(lambda: (65,) in rows(store, tracker.run_id, query))
     log(run_dir, [80])
     assert tracker.finish("KILLED", 60)
     log(run_dir, [95])
     log(run_dir, [100], **{"val/loss": 4.0})
-    assert resend_metrics(RunFolder(run_dir), uri, EXPERIMENT)  # and by another
+    # Another process sends step 95 and the new metric of step 100.
+    assert resend_metrics(RunFolder(run_dir), uri, EXPERIMENT)
     sent = rows(store, run_dir)
     assert sent == expected(run_dir)
     assert set(curve(run_dir)) <= {(key, step, value) for key, step, value, _ in sent}
@@ -205,9 +195,8 @@ def test_events_are_sent_as_file_and_as_counts(run_dir, store, uri):
     def seen(run_id):
         tags = client(uri).get_run(run_id).data.tags
         file = store.parent / "artifacts" / run_id / "artifacts" / "events.jsonl"
-        return {
-            k: v for k, v in tags.items() if k.startswith("events.")
-        }, file.read_text() if file.exists() else ""
+        counts = {name: text for name, text in tags.items() if name.startswith("events.")}
+        return counts, file.read_text() if file.exists() else ""
 
     log(run_dir, range(5))
     tracker = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
@@ -229,7 +218,7 @@ def test_events_are_sent_as_file_and_as_counts(run_dir, store, uri):
 
 def test_links_and_damaged_files_do_not_stop_the_others(run_dir, store, uri, tmp_path):
     secret = tmp_path / "secret.json"
-    secret.write_text('{"verdict": "nobody\'s business"}')
+    secret.write_text('{"verdict": "secret"}')
     log(run_dir, range(16), **{"val/loss": 4.0})
     shutil.copytree(commit(run_dir, 15), run_dir / "checkpoints" / "step-00000015.bak")
     (commit(run_dir, 16) / "MANIFEST.json").unlink()
@@ -261,32 +250,35 @@ def test_links_and_damaged_files_do_not_stop_the_others(run_dir, store, uri, tmp
 
 
 def test_two_senders_of_a_new_run_create_one(run_dir, uri, monkeypatch, caplog):
-    """The first is held up where MLflow has not been told of the run yet, until the second has met it."""
+    """The first one waits before it creates the run, until the second one waits for its lock."""
     log(run_dir, range(10))
-    met, real, made = threading.Event(), Projection._create, []
+    second_waits = threading.Event()
+    create = Projection._create
+    creators = []
 
-    def slow(projection):
-        made.append(projection)
-        assert met.wait(30)
-        return real(projection)
+    def slow_create(projection):
+        creators.append(projection)
+        assert second_waits.wait(30)
+        return create(projection)
 
-    monkeypatch.setattr(Projection, "_create", slow)
+    monkeypatch.setattr(Projection, "_create", slow_create)
     tracker = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
     tracker.start()
-    wait_for(lambda: made)
+    wait_for(lambda: creators)
     with ThreadPoolExecutor() as pool:
         second = pool.submit(resend_metrics, RunFolder(run_dir), uri, EXPERIMENT)
         try:
-            wait_for(lambda: f"held by process {os.getpid()} on " in caplog.text or len(made) > 1)
+            message = f"held by process {os.getpid()} on "
+            wait_for(lambda: message in caplog.text or len(creators) > 1)
         finally:
-            met.set()
+            second_waits.set()
         assert second.result()
     assert tracker.finish("FINISHED", 60)
-    assert len(made) == 1
+    assert len(creators) == 1
 
 
 def test_locked_store_is_retried(run_dir, store, uri):
-    """MLflow itself waits for 20 s; then the sender would try again."""
+    """MLflow waits 20 s for the lock. After that, the sender would retry."""
     log(run_dir, range(50))
     tracker = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
     tracker.start()
@@ -306,33 +298,25 @@ def test_checkpoints_are_ranked_by_their_loss(run_dir, uri):
         Journal(RunFolder(run_dir)).append(step, {"val/loss": loss, "train/loss": loss})
         commit(run_dir, step)
     tracker = send(run_dir, uri, "KILLED")
-    mlflow, where = (
-        client(uri),
-        json.loads((run_dir / "tracking.json").read_text())["experiment_id"],
-    )
+    mlflow = client(uri)
+    experiment_id = json.loads((run_dir / "tracking.json").read_text())["experiment_id"]
 
     def ranked():
         query = f"source_run_id = '{tracker.run_id}' AND metrics.`val/loss` < 3.4"
-        return mlflow.search_logged_models(
-            [where], query, order_by=[{"field_name": "metrics.val/loss"}]
-        )
+        order = [{"field_name": "metrics.val/loss"}]
+        return mlflow.search_logged_models([experiment_id], query, order_by=order)
 
     assert [m.params["step"] for m in ranked()] == ["200", "300"]
     assert ranked()[0].tags["checkpoint.uri"] == str(run_dir / "checkpoints" / "step-00000200")
-    assert {(o.step) for o in mlflow.get_run(tracker.run_id).outputs.model_outputs} == {
-        100,
-        200,
-        300,
-    }
+    outputs = mlflow.get_run(tracker.run_id).outputs.model_outputs
+    assert {output.step for output in outputs} == {100, 200, 300}
     (commit(run_dir, 200) / "MANIFEST.json").unlink()
-    commit(run_dir, 300, '{"made": "again"}')
+    commit(run_dir, 300, '{"is": "repeated"}')
     assert resend_metrics(RunFolder(run_dir), uri, EXPERIMENT)
-    removed, again = ranked()
-    assert (removed.tags.get("checkpoint.removed"), again.tags.get("checkpoint.removed")) == (
-        "true",
-        "false",
-    )
-    assert again.tags["checkpoint.sha256"] != removed.tags["checkpoint.sha256"]
+    removed, repeated = [model.tags for model in ranked()]
+    assert removed["checkpoint.removed"] == "true"
+    assert repeated["checkpoint.removed"] == "false"
+    assert repeated["checkpoint.sha256"] != removed["checkpoint.sha256"]
 
 
 def test_deleted_run_is_not_sent_and_logged_once(run_dir, uri, caplog):
@@ -351,9 +335,7 @@ def test_another_store_gets_everything(run_dir, store, uri, tmp_path):
     send(run_dir, uri)
     other = tmp_path / "other" / "mlflow.db"
     assert resend_metrics(RunFolder(run_dir), f"sqlite:///{other}", EXPERIMENT)
-    assert rows(other, json.loads((run_dir / "tracking.json").read_text())["run_id"]) == expected(
-        run_dir
-    )
+    assert rows(other, run_dir) == expected(run_dir)
 
 
 def test_values_that_are_not_finite_are_not_sent(run_dir, store, uri):
@@ -363,19 +345,20 @@ def test_values_that_are_not_finite_are_not_sent(run_dir, store, uri):
 
 def test_batches_have_whole_lines_and_stay_until_accepted(run_dir):
     log(run_dir, range(1200))
-    lines, nothing = MetricQueue(RunFolder(run_dir)), Sent("", None)
-    lines.refresh(nothing)
-    batch = next(lines.batches())
+    queue = MetricQueue(RunFolder(run_dir))
+    nothing_sent = Sent("", None)
+    queue.refresh(nothing_sent)
+    batch = next(queue.batches())
     assert (batch.sent_step, len(batch.rows)) == (BATCH // 2 - 1, BATCH)
-    assert next(lines.batches()) == batch
-    lines.refresh(nothing)
-    assert [batch.sent_step for batch in lines.batches()] == [499, 999, 1199]
+    assert next(queue.batches()) == batch
+    queue.refresh(nothing_sent)
+    assert [batch.sent_step for batch in queue.batches()] == [499, 999, 1199]
     log(run_dir, [1200])
-    lines.refresh(Sent("", None, sent_step=1199))
-    assert [batch.sent_step for batch in lines.batches()] == [1200]
+    queue.refresh(Sent("", None, sent_step=1199))
+    assert [batch.sent_step for batch in queue.batches()] == [1200]
 
 
-def test_uris(tmp_path, monkeypatch):
+def test_tracking_uri_and_link(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     experiment = SimpleNamespace(tracking=SimpleNamespace(uri=None))
@@ -392,7 +375,7 @@ def test_uris(tmp_path, monkeypatch):
     )
 
 
-def test_mlflow_matplotlib_and_torch_are_not_imported_with_the_module():
+def test_tracking_module_does_not_import_mlflow_matplotlib_or_torch():
     code = (
         "import sys, orchestrator.track.mlflow; "
         "sys.exit(bool({'matplotlib', 'mlflow', 'torch'} & set(sys.modules)))"

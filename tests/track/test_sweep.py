@@ -46,32 +46,26 @@ def put_run(folder, key, **facts):
 
 
 def put_curve(folder, steps, loss=4.0):
-    """The whole curve so far. Its lines are the same whenever they are written; a shared stretch has the same in each trial."""
-    lines = [
-        {
-            "step": n,
-            "timestamp": 1_767_323_045_000 + n,
-            "train/loss": loss - n / 1000,
-            "val/loss": loss - n / 1000,
-        }
-        for n in range(0, steps + 1, 10)
-    ]
+    """Write the curve up to step `steps`. The line of a step is always the same."""
+    lines = []
+    for step in range(0, steps + 1, 10):
+        value = loss - step / 1000
+        timestamp = 1_767_323_045_000 + step
+        lines.append({"step": step, "timestamp": timestamp, "train/loss": value, "val/loss": value})
     put(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def put_stage(sweep, stage, step, trial):
-    """A stage with a checkpoint, which the trial's folder shows as its own."""
-    put(
-        sweep / "stages" / stage / "checkpoints" / f"step-{step:08d}" / "MANIFEST.json",
-        f'{{"stage": "{stage}"}}',
-    )
+    """Write a stage with a checkpoint, and link the trial's checkpoints to those of the stage."""
+    checkpoint = sweep / "stages" / stage / "checkpoints" / f"step-{step:08d}"
+    put(checkpoint / "MANIFEST.json", json.dumps({"stage": stage}))
     link = sweep / "trials" / trial / "checkpoints"
     link.unlink(missing_ok=True)
     link.symlink_to(f"../../stages/{stage}/checkpoints")
 
 
 def put_trial(sweep, name, steps=100, loss=4.0, status="FINISHED"):
-    """A trial with `steps` steps; without a status it is still at work, and its leaf stage not there yet."""
+    """Write a trial with `steps` steps. Without a status, its last stage has not begun."""
     folder = sweep / "trials" / name
     put_run(folder, f"{sweep.name}/{name}")
     put_curve(folder, steps, loss)
@@ -86,7 +80,7 @@ def put_trial(sweep, name, steps=100, loss=4.0, status="FINISHED"):
 
 @pytest.fixture
 def sweep(tmp_path, request):
-    """A sweep with two trials that are done."""
+    """A sweep with two finished trials."""
     folder = tmp_path / "runs" / request.node.name.replace("[", "-").replace("]", "")
     put_run(folder, folder.name)
     put(
@@ -111,10 +105,10 @@ def send(sweep, uri, status="FINISHED"):
 
 
 def children(uri, tracker):
-    """`{trial: MLflow's run}` of the sweep."""
+    """Return {trial: MLflow's run} of the sweep."""
     mlflow = client(uri)
-    where = mlflow.get_experiment_by_name(EXPERIMENT).experiment_id
-    runs = mlflow.search_runs([where], f"tags.`{PARENT}` = '{tracker.run_id}'")
+    experiment_id = mlflow.get_experiment_by_name(EXPERIMENT).experiment_id
+    runs = mlflow.search_runs([experiment_id], f"tags.`{PARENT}` = '{tracker.run_id}'")
     assert len({run.info.run_name for run in runs}) == len(runs), "a trial has two runs"
     return {run.info.run_name: run for run in runs}
 
@@ -124,7 +118,7 @@ def statuses(uri, tracker):
 
 
 def counts(store):
-    """The number of rows of every table that tracking writes to."""
+    """Return the number of rows of every table that tracking writes to."""
     tables = [
         "metrics",
         "params",
@@ -138,33 +132,27 @@ def counts(store):
         "model_versions",
         "registered_model_aliases",
     ]
+    found = {}
     with sqlite3.connect(store) as db:
-        return {
-            table: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in tables
-        }
+        for table in tables:
+            (found[table],) = db.execute(f"SELECT count(*) FROM {table}").fetchone()
+    return found
 
 
 def test_sweep_is_a_parent_run_with_a_whole_curve_per_trial(sweep, store, uri):
     put(sweep / "plan.txt", "a\nb\n")
     put(sweep / "comparison.csv", "trial,final\nb,3.4\n")
     put(sweep / "figures" / "final.png", "picture")
-    put(
-        sweep / "metrics.jsonl",
-        '{"step": 1, "timestamp": 1767323045000, "sweep/steps_saved": 40}\n',
-    )
+    line = {"step": 1, "timestamp": 1767323045000, "sweep/steps_saved": 40}
+    put(sweep / "metrics.jsonl", json.dumps(line) + "\n")
     put(sweep / "summary.json", '{"status": "FINISHED"}')
     events.note(RunFolder(sweep), "hang", "rank 0 hung", stage="leaf-a")
     tracker = send(sweep, uri)
-    parent, found = client(uri).get_run(tracker.run_id), children(uri, tracker)
-    assert (parent.info.run_name, parent.info.status, parent.data.metrics) == (
-        sweep.name,
-        "FINISHED",
-        {"sweep/steps_saved": 40},
-    )
-    assert {name: (run.info.status, run.info.start_time) for name, run in found.items()} == {
-        "a": ("FINISHED", 1767323045000),
-        "b": ("FINISHED", 1767323045000),
-    }
+    parent = client(uri).get_run(tracker.run_id)
+    found = children(uri, tracker)
+    assert (parent.info.run_name, parent.info.status) == (sweep.name, "FINISHED")
+    assert parent.data.metrics == {"sweep/steps_saved": 40}
+    assert set(found) == {"a", "b"}
     artifacts = store.parent / "artifacts"
     assert files(artifacts / tracker.run_id) == {
         "sweep.yaml",
@@ -177,6 +165,7 @@ def test_sweep_is_a_parent_run_with_a_whole_curve_per_trial(sweep, store, uri):
     assert parent.data.tags["events.hang"] == "1"
     for name, run in found.items():
         folder = sweep / "trials" / name
+        assert (run.info.status, run.info.start_time) == ("FINISHED", 1767323045000)
         assert rows(store, folder) == expected(folder)
         assert files(artifacts / run.info.run_id) == {
             "experiment.yaml",
@@ -188,16 +177,11 @@ def test_sweep_is_a_parent_run_with_a_whole_curve_per_trial(sweep, store, uri):
         assert model.tags["checkpoint.uri"] == str(stage)
     assert not [path for path in artifacts.rglob("*.yaml") if "hunter2" in path.read_text()]
     assert tracker.url == sweep_url(uri, parent.info.experiment_id, tracker.run_id)
-    view = json.loads(
-        client(uri)
-        .get_experiment(parent.info.experiment_id)
-        .tags[f"mlflow.sharedViewState.{tracker.run_id}"]
-    )
     assert tracker.url.endswith(f"&viewStateShareKey={tracker.run_id}")
-    assert set(found) == {
-        r.info.run_name
-        for r in client(uri).search_runs([parent.info.experiment_id], view["searchFilter"])
-    }
+    experiment = client(uri).get_experiment(parent.info.experiment_id)
+    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{tracker.run_id}"])
+    shown = client(uri).search_runs([experiment.experiment_id], view["searchFilter"])
+    assert {run.info.run_name for run in shown} == {"a", "b"}
 
 
 def files(folder):
@@ -206,10 +190,12 @@ def files(folder):
 
 def test_sending_twice_changes_nothing(sweep, store, uri):
     put(sweep / "summary.json", '{"status": "FINISHED", "best_trial": "b"}')
-    run_id, before = send(sweep, uri).run_id, counts(store)
-    for forget in (False, True):  # also where the memory of what was sent is lost
-        for file in sweep.rglob("tracking.json") if forget else ():
-            file.unlink()
+    run_id = send(sweep, uri).run_id
+    before = counts(store)
+    for is_lost in (False, True):  # also if the tracking.json files are lost
+        if is_lost:
+            for file in list(sweep.rglob("tracking.json")):
+                file.unlink()
         assert resend_sweep_metrics(SweepFolder(sweep), uri, EXPERIMENT)
         assert json.loads((sweep / "tracking.json").read_text())["run_id"] == run_id
         assert counts(store) == before
@@ -219,13 +205,14 @@ def test_unchanged_trials_cost_no_request(sweep, uri, monkeypatch):
     from mlflow import MlflowClient
 
     put(sweep / "summary.json", '{"status": "FINISHED", "best_trial": "a"}')
-    parent, asked = send(sweep, uri).run_id, []
+    parent = send(sweep, uri).run_id
+    requests = []
 
-    def spied(name, real):
+    def recorded(name, method):
         def call(self, first, *rest, **options):
             if first != parent:
-                asked.append((name, first))
-            return real(self, first, *rest, **options)
+                requests.append((name, first))
+            return method(self, first, *rest, **options)
 
         return call
 
@@ -242,34 +229,30 @@ def test_unchanged_trials_cost_no_request(sweep, uri, monkeypatch):
         "set_registered_model_alias",
         "set_logged_model_tags",
     ):
-        monkeypatch.setattr(MlflowClient, name, spied(name, getattr(MlflowClient, name)))
+        monkeypatch.setattr(MlflowClient, name, recorded(name, getattr(MlflowClient, name)))
     assert resend_sweep_metrics(SweepFolder(sweep), uri, EXPERIMENT)
-    assert asked == []
+    assert requests == []
     put_curve(sweep / "trials" / "b", 120, 3.5)
     assert resend_sweep_metrics(SweepFolder(sweep), uri, EXPERIMENT)
     run_id = json.loads((sweep / "trials" / "b" / "tracking.json").read_text())["run_id"]
-    assert asked == [("get_run", run_id), ("log_batch", run_id)]
+    assert requests == [("get_run", run_id), ("log_batch", run_id)]
 
 
 def test_trial_grows_while_its_sweep_runs(sweep, store, uri):
     folder = put_trial(sweep, "c", 50, status=None)
-    (folder / "checkpoints").symlink_to(
-        "../../stages/leaf-c/checkpoints"
-    )  # its stage has not begun
+    (folder / "checkpoints").symlink_to("../../stages/leaf-c/checkpoints")  # not there yet
     tracker = start(sweep, uri)
     wait_for(lambda: sent_step(folder) == 50)
     assert statuses(uri, tracker) == {"a": "FINISHED", "b": "FINISHED", "c": "RUNNING"}
     put_curve(folder, 150)
-    put_stage(
-        sweep, "trunk", 150, "c"
-    )  # a stage that others share: its checkpoints are no result of this trial
+    # Checkpoints of a stage that other trials share are not registered for this trial.
+    put_stage(sweep, "trunk", 150, "c")
     wait_for(lambda: sent_step(folder) == 150)
     put_trial(sweep, "c", 200, status="FAILED")
     assert tracker.finish("FINISHED", 60)
     assert rows(store, folder) == expected(folder)
-    assert [step for key, step, *_ in rows(store, folder) if key == "val/loss"] == list(
-        range(0, 201, 10)
-    )
+    steps = [step for key, step, *_ in rows(store, folder) if key == "val/loss"]
+    assert steps == list(range(0, 201, 10))
     found = children(uri, tracker)["c"]
     assert found.info.status == "FAILED"
     assert [output.step for output in found.outputs.model_outputs] == [200]
@@ -277,21 +260,13 @@ def test_trial_grows_while_its_sweep_runs(sweep, store, uri):
 
 def test_resumed_sweep_reopens_its_trials(sweep, store, uri):
     put_trial(sweep, "c", 50, status=None)
-    assert statuses(uri, send(sweep, uri, "KILLED")) == {
-        "a": "FINISHED",
-        "b": "FINISHED",
-        "c": "KILLED",
-    }
-    (sweep / "trials" / "b" / "summary.json").unlink()  # its horizon has grown
+    stopped = send(sweep, uri, "KILLED")
+    assert statuses(uri, stopped) == {"a": "FINISHED", "b": "FINISHED", "c": "KILLED"}
+    (sweep / "trials" / "b" / "summary.json").unlink()  # its max_steps was raised
     put_curve(sweep / "trials" / "b", 300, 3.5)
     tracker = start(sweep, uri)
-    wait_for(
-        lambda: (
-            statuses(uri, tracker) == {"a": "FINISHED", "b": "RUNNING", "c": "RUNNING"}
-            if tracker.run_id
-            else False
-        )
-    )
+    reopened = {"a": "FINISHED", "b": "RUNNING", "c": "RUNNING"}
+    wait_for(lambda: tracker.run_id and statuses(uri, tracker) == reopened)
     put_trial(sweep, "c", 100)
     put_trial(sweep, "b", 300, 3.5)
     put_trial(sweep, "d", 100)
@@ -301,24 +276,31 @@ def test_resumed_sweep_reopens_its_trials(sweep, store, uri):
         assert rows(store, sweep / "trials" / name) == expected(sweep / "trials" / name)
 
 
+TRACK = """
+import sys, time
+from orchestrator.runs.folder import SweepFolder
+from orchestrator.track.sweep import SweepTracker
+folder, uri, experiment = sys.argv[1:]
+SweepTracker(SweepFolder(folder), uri, experiment).start()
+time.sleep(60)
+"""
+
+
 def test_killed_tracker_loses_and_repeats_nothing(sweep, store, uri):
     names = [f"t{n}" for n in range(30)]
     for name in names:
         put_trial(sweep, name, 2000)
-    code = (
-        "import sys, time\nfrom orchestrator.runs.folder import SweepFolder\nfrom orchestrator.track.sweep import SweepTracker\n"
-        "SweepTracker(SweepFolder(sys.argv[1]), sys.argv[2], sys.argv[3]).start()\ntime.sleep(60)"
-    )
 
-    def begun():
+    def count_begun():
         return len(list(sweep.glob("trials/*/tracking.json")))
 
-    for sent in (1, 12):  # in the middle of a trial, twice
-        process = subprocess.Popen([sys.executable, "-c", code, str(sweep), uri, EXPERIMENT])
-        wait_for(lambda limit=sent: begun() >= limit, pause=0.005)
+    for count in (1, 12):  # killed twice, while it sends a trial
+        command = [sys.executable, "-c", TRACK, str(sweep), uri, EXPERIMENT]
+        process = subprocess.Popen(command)
+        wait_for(lambda count=count: count_begun() >= count, pause=0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert begun() < len(names)
+    assert count_begun() < len(names)
     tracker = send(sweep, uri)
     assert set(children(uri, tracker)) == {"a", "b", *names}
     for name in names:
@@ -326,17 +308,18 @@ def test_killed_tracker_loses_and_repeats_nothing(sweep, store, uri):
 
 
 def test_run_created_by_a_killed_tracker_is_found_by_its_key(sweep, uri):
-    """The moment between a request and the memory of it."""
-    first = send(sweep, uri)
-    before = {name: run.info.run_id for name, run in children(uri, first).items()}
+    """It was killed after MLflow created the run, before it wrote tracking.json."""
+    before = children(uri, send(sweep, uri))
     (sweep / "trials" / "a" / "tracking.json").unlink()
-    assert {
-        name: run.info.run_id for name, run in children(uri, send(sweep, uri)).items()
-    } == before
+    after = children(uri, send(sweep, uri))
+    assert set(after) == {"a", "b"}
+    for name, run in after.items():
+        assert run.info.run_id == before[name].info.run_id
 
 
-def test_the_alias_is_at_the_best_trials_checkpoint(sweep, uri):
-    mlflow, name = client(uri), sweep.name
+def test_alias_points_to_the_checkpoint_of_the_best_trial(sweep, uri):
+    mlflow = client(uri)
+    name = sweep.name
 
     def best():
         version = mlflow.get_model_version_by_alias(name, "best")
@@ -357,7 +340,7 @@ def test_the_alias_is_at_the_best_trials_checkpoint(sweep, uri):
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": name, "version": 1}]
 
 
-def test_a_best_trial_without_a_checkpoint_is_not_registered(sweep, uri):
+def test_best_trial_without_a_checkpoint_is_not_registered(sweep, uri):
     put_trial(sweep, "c", status=None)
     put(sweep / "summary.json", '{"status": "FINISHED", "best_trial": "c"}')
     send(sweep, uri)
@@ -367,17 +350,12 @@ def test_a_best_trial_without_a_checkpoint_is_not_registered(sweep, uri):
 def test_documents_are_sent_again_when_they_change(sweep, store, uri):
     put(sweep / "comparison.csv", "trial,final\n")
     tracker = start(sweep, uri)
-    wait_for(
-        lambda: (
-            tracker.run_id
-            and "comparison.csv" in files(store.parent / "artifacts" / tracker.run_id)
-        )
-    )
+    wait_for(lambda: tracker.run_id)
+    artifact = store.parent / "artifacts" / tracker.run_id / "artifacts" / "comparison.csv"
+    wait_for(artifact.exists)
     put(sweep / "comparison.csv", "trial,final\nb,3.4\n")
     assert tracker.finish("FINISHED", 60)
-    assert (
-        store.parent / "artifacts" / tracker.run_id / "artifacts" / "comparison.csv"
-    ).read_text() == "trial,final\nb,3.4\n"
+    assert artifact.read_text() == "trial,final\nb,3.4\n"
 
 
 def test_deleted_trial_does_not_stop_the_others(sweep, store, uri, caplog):
@@ -387,7 +365,7 @@ def test_deleted_trial_does_not_stop_the_others(sweep, store, uri, caplog):
     put_curve(sweep / "trials" / "b", 200, 3.5)
     with caplog.at_level(logging.WARNING):
         assert not resend_sweep_metrics(SweepFolder(sweep), uri, EXPERIMENT, 30)
-    assert len([r for r in caplog.records if "trial a: rejected" in r.message]) == 1
+    assert caplog.text.count("trial a: rejected") == 1
     assert rows(store, sweep / "trials" / "b") == expected(sweep / "trials" / "b")
     assert len(rows(store, sweep / "trials" / "a")) == 22
 
@@ -432,12 +410,12 @@ def test_another_store_gets_everything(sweep, uri, tmp_path):
         assert rows(other, sweep / "trials" / name) == expected(sweep / "trials" / name)
 
 
-def test_lines_of_a_curve_that_was_written_again_longer_come_once(sweep):
+def test_lines_of_a_rewritten_longer_curve_are_sent_once(sweep):
     folder = sweep / "trials" / "a"
-    lines = outbox.MetricQueue(RunFolder(folder))
-    lines.refresh(outbox.Sent("", None))
-    assert [batch.sent_step for batch in lines.batches()] == [100]
+    queue = outbox.MetricQueue(RunFolder(folder))
+    queue.refresh(outbox.Sent("", None))
+    assert [batch.sent_step for batch in queue.batches()] == [100]
     for steps in (100, 150, 150, 300):
         put_curve(folder, steps)
-        lines.refresh(outbox.Sent("", None, sent_step=100))
-    assert [line.sent_step for line in lines._waiting] == list(range(110, 301, 10))
+        queue.refresh(outbox.Sent("", None, sent_step=100))
+    assert [line.sent_step for line in queue._waiting] == list(range(110, 301, 10))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.runs.folder import SweepFolder
+
 REPO = Path(__file__).resolve().parent.parent
 # Each may import itself and those before it.
 ROOTS = ["model", "orchestrator", "pipelines"]
@@ -251,3 +253,23 @@ def unnamed_modules(package: Path) -> list[str]:
 )
 def test_docstring_of_package_names_every_module(package):
     assert unnamed_modules(package) == []
+
+
+def test_only_run_folder_has_the_file_names_of_a_run():
+    allowed = {
+        ("train/state", "experiment.yaml"),  # in a checkpoint
+        ("data/prepare", ".lock"),  # in a dataset
+    }
+    paths = [value for value in vars(SweepFolder("sweep")).values() if isinstance(value, Path)]
+    names = {path.name for path in paths if "." in path.name}
+    assert {"run.json", "metrics.jsonl", "sweep.yaml", ".writer"} <= names
+    found = set()
+    for path in FILES:
+        if package_of(path) is None or module_of(path) == "runs/folder":
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                name = node.value.rpartition("/")[2]
+                if name in names:
+                    found.add((module_of(path), name))
+    assert found == allowed

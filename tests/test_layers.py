@@ -246,7 +246,7 @@ def unnamed_modules(package: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "package",
-    # Not pipelines: its modules are commands, which the README lists.
+    # Not pipelines: its modules are commands, each with its own `--help`.
     [file.parent for file in FILES if file.name == "__init__.py" and package_of(file) is not None]
     + [REPO / "model"],
     ids=lambda package: str(package.relative_to(REPO)),

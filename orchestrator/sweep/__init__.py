@@ -5,14 +5,15 @@ Read in this order:
 - `space`: reads a sweep's file and makes its trials.
 - `trials`: `PlannedTrial`, a trial with its learning rates and its dataset.
 - `tree`: `build_tree` finds the steps that trials share; each stage of the tree runs once.
-- `states`: which stages of a tree can start, and which are lost.
+- `states`: which stages of a tree can start, and which cannot run any more.
 - `study`: `Study`, a sweep that is ready to run. It builds the tree and collects the results.
 - `progress`: `Progress`, the state of a running sweep on disk.
 - `tune`: `execute` runs the stages with Ray Tune. The only module here that imports Ray.
 - `stage`: `run_stage` trains one stage. `records` has its files stage.json and result.json.
 - `stored`: which stages are on disk, from this tree or an earlier one.
 - `outcome`: how a sweep ended.
-- `source`: what must exist before a sweep starts, such as the run that it branches off.
-- `probes`: short anneals that show which trials should not go on.
-- `cost`: `--dry-run`. `report`: tables, figures and files for people and for MLflow.
+- `source`: checks before a sweep starts, such as those of the run that it branches off.
+- `probes`: short anneals that show which trials to stop.
+- `cost`: `--dry-run`, and the estimate of time, memory and disk.
+- `report`: the tables, the figure and the files for users and for MLflow.
 """

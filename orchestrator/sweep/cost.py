@@ -1,7 +1,7 @@
-"""What a sweep costs, before it runs: `--dry-run`, and the estimate that the end is compared with.
+"""What a sweep costs: `--dry-run`, and the estimate that its summary compares with the real cost.
 
-A few seconds of training, for each shape of model and batch, give the time of a step. `forecast`
-then simulates the schedule of the stages to estimate time and peak disk use.
+A few seconds of training for each shape of model and batch measure the time of a step. `forecast`
+then simulates the schedule of the stages to estimate the total time and the peak disk use.
 """
 
 import heapq
@@ -27,8 +27,8 @@ from orchestrator.sweep.states import StageStates
 from orchestrator.sweep.study import Study, data_key
 from orchestrator.sweep.tree import Stage, StageTree
 
-STARTS = 2  # process starts before the first step: that of Tune, then those of the workers
-MOST_SHAPES = 6  # shapes of model and batch that are timed, at most
+STARTS = 2  # process starts before the first step: Tune, then the workers
+MOST_SHAPES = 6  # at most so many shapes of model and batch are timed
 
 # For each `data_key`: n_vocab, and the tokens of train and val; None if unknown.
 Counts = Mapping[str, TokenCounts]
@@ -54,7 +54,7 @@ def show(sweep: Sweep) -> int:
     study = Study(sweep, folder, layout, datasets)
     if not study.tree.stages:
         print(
-            f"optuna will ask for {sweep.settings.num_samples} trials, one after the other; there "
+            f"optuna will propose {sweep.settings.num_samples} trials, one after the other; there "
             "is nothing to plan yet"
         )
         return 0
@@ -114,14 +114,14 @@ def estimate_of(study: Study, slots: int, counts: Counts) -> Estimate | str:
         examples[shapes[name]] = (trial.experiment, n_vocab)
     if len(examples) > MOST_SHAPES:
         return (
-            f"the sweep has {len(examples)} shapes of model and batch, and more than {MOST_SHAPES} "
-            "are not timed"
+            f"the sweep has {len(examples)} shapes of model and batch, and at most {MOST_SHAPES} "
+            "are timed"
         )
     timings: dict[Path, Timing] = {}
     for shape, (experiment, n_vocab) in examples.items():
         timing = measure(experiment, n_vocab, study.layout)
         if timing is None:
-            return "this machine has no room for a step, or not the devices"
+            return "this machine has too little memory for a step, or lacks the devices"
         timings[shape] = timing
 
     by_trial = {name: timings[shape] for name, shape in shapes.items()}
@@ -142,10 +142,9 @@ def estimate_of(study: Study, slots: int, counts: Counts) -> Estimate | str:
 
 def _seconds(study: Study, stage: Stage, timings: Mapping[str, Timing], counts: Counts) -> float:
     """Return the time of a stage: its steps, its evaluations and its checkpoints."""
-    trial = (stage.ends or stage.trials)[0]
-    experiment = study.trials_and_probes[trial].experiment
+    experiment = study.trials_and_probes[stage.example].experiment
     config = experiment.train
-    timing = timings[trial]
+    timing = timings[stage.example]
     steps = study.tree.cost(stage)
     first = stage.stop - steps
     evaluations = _due(config.eval_interval, first, stage.stop) + (first == 0)
@@ -205,25 +204,25 @@ def forecast(
     def kept(stage: str) -> int:
         return results(tree.by_id[stage]) if tree.by_id[stage].ends else 1
 
-    progress = StageStates(tree)
+    states = StageStates(tree)
     on_disk = {stage: kept(stage) for stage in tree.stored if stage in tree.by_id}
     running: list[tuple[float, str]] = []  # (end, stage)
     clock = 0.0
     peak = 0
     while True:
-        for stage in progress.ready()[: slots - len(running)]:
-            progress.start(stage.id)
+        for stage in states.ready()[: slots - len(running)]:
+            states.start(stage.id)
             heapq.heappush(running, (clock + seconds(stage), stage.id))
         # Each running stage may be writing a checkpoint.
         peak = max(peak, sum(on_disk.values()) + len(running))
         if not running:
             return Forecast(clock, peak)
         clock, ended = heapq.heappop(running)
-        progress.end(ended)
+        states.end(ended)
         on_disk[ended] = kept(ended)
         peak = max(peak, sum(on_disk.values()) + len(running))
         if not keep_branches:
-            needed = progress.needed()
+            needed = states.needed()
             on_disk = {
                 stage: count
                 for stage, count in on_disk.items()

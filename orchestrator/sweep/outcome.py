@@ -10,8 +10,8 @@ from orchestrator.workers.diagnose import advise
 def ending_of(study: Study, stages_at_a_time: int) -> Ending:
     """Return how the sweep ended, once no stage runs any more.
 
-    If stages ran out of memory, this looks for a micro-batch that fits, which takes up to two
-    minutes. The user has to change something if that is true of every stage that failed.
+    If a stage ran out of memory, this searches for a micro-batch that fits, for up to two minutes.
+    The ending is "user" only if the user has to change something for every stage that failed.
     """
     if stop.requested(study.folder) is not None and not study.is_over:
         return Ending("again")
@@ -26,13 +26,12 @@ def ending_of(study: Study, stages_at_a_time: int) -> Ending:
 
 
 def _failures_with_advice(study: Study, stages_at_a_time: int) -> list[Ending]:
-    """Return how stages failed; the first that ran out of memory, with advice, comes first."""
+    """Return the endings of failed stages. The first out of memory gets advice and comes first."""
     failures = study.progress.failures
     for id_, ending in failures.items():
         if ending.cause != "out_of_memory":
             continue
-        stage = study.progress.tree.by_id[id_]
-        trial = study.progress.trials[(stage.ends or stage.trials)[0]]
+        trial = study.progress.trials[study.progress.tree.by_id[id_].example]
         advised = advise(
             ending,
             study.folder,

@@ -1,4 +1,4 @@
-"""Probes: short anneals that show which trials should not go on (`sweep.stop: anneal_probe`)."""
+"""Probes: short anneals that show which trials to stop (`sweep.stop: anneal_probe`)."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -7,10 +7,10 @@ from orchestrator.sweep.trials import PlannedTrial
 
 
 def probes_of(trials: Iterable[PlannedTrial], step: int, steps: int) -> dict[str, PlannedTrial]:
-    """Return the probe of every trial that goes on beyond `step`, by the name of the trial.
+    """Return the probe of every trial longer than `step`, by the name of the trial.
 
-    Trials that are equal up to `step` share one probe. It leaves them there, and its learning rate
-    goes to zero in `steps` steps.
+    Trials that are equal up to `step` share one probe. From there on, the learning rate of the
+    probe falls to zero in `steps` steps.
     """
     by_key: dict[str, PlannedTrial] = {}
     found: dict[str, PlannedTrial] = {}
@@ -25,7 +25,7 @@ def probes_of(trials: Iterable[PlannedTrial], step: int, steps: int) -> dict[str
 
 
 def _probe(trial: PlannedTrial, number: int, step: int, steps: int) -> PlannedTrial:
-    # `rates` has the learning rate of the probe; the fields only have to agree with its length.
+    # `rates` has the learning rate of the probe; the fields only have to be valid for its length.
     experiment = trial.experiment.replace(
         name=f"probe-{number}",
         train__max_steps=step + steps,
@@ -47,7 +47,7 @@ def _probe(trial: PlannedTrial, number: int, step: int, steps: int) -> PlannedTr
 def worse_trials(
     losses: Mapping[str, list[float]], settings: Mapping[str, str], margin: float
 ) -> dict[str, str]:
-    """Return the trials whose probes end above the best by more than the margin, and why.
+    """Return the trials whose probes end above the best one by more than the margin, with a reason.
 
     Args:
         losses: Final losses of the probes of each setting, one for each seed that has one. A probe

@@ -132,7 +132,7 @@ class Progress:
 
     def _spec(self, stage: Stage) -> StageSpec:
         """Return the content of stage.json. A trial that ends here gives the experiment."""
-        trial = self.trials[(stage.ends or stage.trials)[0]]
+        trial = self.trials[stage.example]
         spec = StageSpec(
             id=stage.id,
             root=trial.branch.root,

@@ -1,11 +1,11 @@
 """One stage of a sweep, trained in its folder `stages/<id>/`. No Ray here.
 
     stage.json     what to train (`StageSpec`)
-    metrics.jsonl, checkpoints/, samples/    as in the folder of a run, for these steps alone
-    stopped.json   the stage was asked to stop; it left a checkpoint and goes on from it
-    result.json    how the stage ended (`StageResult`), written last: the stage never runs again
+    metrics.jsonl, checkpoints/, samples/    as in the folder of a run, only for these steps
+    stopped.json   the stage stopped on request; it continues from the checkpoint that it wrote
+    result.json    how the stage ended (`StageResult`); written last
 
-A stage is a part of a run, so it resumes from its own last checkpoint after any interruption.
+A stage resumes from its own last checkpoint after any interruption, like a run.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ def run_stage(
     """Train the stage of a folder to its end, watched for hangs. Yield each line of its journal.
 
     Every worker calls this function and yields the same lines. With several workers,
-    torch.distributed must be initialized. A stage that has its result yields nothing. A stage
-    that is asked to stop, or raises, gets no result and can be continued.
+    torch.distributed must be initialized. A stage that has its result yields no line. A stage
+    that stops on request, or raises, has no result and can be continued.
 
     Args:
         folder: The stage.
@@ -70,7 +70,7 @@ def run_stage(
         first_step = trainer.state.step
         line_above: Line | None = None
         for line in trainer.run():
-            # Tune may leave this process waiting here between two evaluations.
+            # Tune may let this process wait here between two evaluations.
             watchdog.report_phase(HELD, trainer.state.step)
             yield line
             if _is_above_limit(line, spec, experiment):
@@ -89,7 +89,7 @@ def run_stage(
 def _sole_writer(
     folder: RunFolder, worker: Worker
 ) -> contextlib.AbstractContextManager[str | None]:
-    """Wait until no worker of an earlier driver, which may outlive it, writes in the folder."""
+    """Wait until no worker of an earlier driver writes in the folder: workers may outlive it."""
     if not worker.is_main:
         return contextlib.nullcontext()
     return lock.held(folder.writer_lock, WRITER_WAIT_S)
@@ -100,8 +100,8 @@ def _begin(folder: RunFolder, spec: StageSpec) -> None:
     folder.result_file.unlink(missing_ok=True)
     if spec.start < spec.stop or journal.read(folder):
         return
-    # The stage has no steps: it only ends a trial at a state of another folder. The end of the
-    # trial completes the line that this folder has for its last step.
+    # The stage has no steps: a trial ends at the state of another folder. Copy the line of this
+    # step, to which the trainer adds the metrics of the end.
     assert spec.parent is not None
     for line in curve(RunFolder(spec.parent), spec.stop):
         if line["step"] == spec.stop:
@@ -112,8 +112,8 @@ def _is_above_limit(line: Line, spec: StageSpec, experiment: Experiment) -> bool
     """Return whether a stage diverged by the loss of a line."""
     if spec.diverged_above is None or line.get("train/loss", 0.0) <= spec.diverged_above:
         return False
-    # The line at the end of a trial has a shorter log window than a trial that goes on has there,
-    # so it decides nothing.
+    # At the end of a trial, the log window may be shorter than that of a longer trial. Such a line
+    # is not compared.
     return line["step"] % (experiment.train.log_interval or spec.stop) == 0
 
 
@@ -143,7 +143,7 @@ def _record_end(
         cost = {"seconds": attempt.seconds, "steps_run": attempt.steps_run}
         folder.write_ending(replace(ending, facts={**ending.facts, **cost}))
         return
-    if ending is not None:  # the loss of the next step is not finite, on every worker
+    if ending is not None:  # the loss of the next step is not finite
         result = _result(spec, attempt, DIVERGED, attempt.step + 1, reason=ending.reason)
     elif line_above is not None:
         step = line_above["step"]
@@ -197,10 +197,10 @@ def _result(
 
 
 def has_result(folder: RunFolder, spec: StageSpec, experiment: Experiment) -> bool:
-    """Return whether a stage has all that it can have, so that it need not run.
+    """Return whether the result of a stage is complete, so that it need not run.
 
-    A stage that is done runs again if a trial now ends with it, or if its last checkpoint is
-    missing or damaged. One that diverged runs again if `sweep.diverged_above` has changed.
+    A stage that is done runs again if a trial ends with it now, or if its last checkpoint is
+    missing or damaged. A stage that diverged runs again if `sweep.diverged_above` has changed.
     """
     result = read_result(folder)
     if result is None or result.outcome == STOPPED:

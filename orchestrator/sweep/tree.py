@@ -14,12 +14,9 @@ import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-
-LearningRates: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +32,7 @@ class Branch:
 
     name: str
     root: str
-    rates: LearningRates
+    rates: NDArray[np.float64]
     is_probe: bool = False
 
     @property
@@ -83,6 +80,11 @@ class Stage:
     def steps(self) -> int:
         return self.stop - self.start
 
+    @property
+    def example(self) -> str:
+        """Name of a trial of this stage: one that ends here, if there is any."""
+        return (self.ends or self.trials)[0]
+
 
 Cuts = Mapping[str, Collection[int]]  # by name of the branch
 
@@ -97,8 +99,8 @@ def grow(branches: Iterable[Branch], cuts: Cuts | None = None) -> list[Stage]:
     cuts = cuts or {}
     stages: list[Stage] = []
     # All branches of a group have one root, one parent and an equal rate at step `start`.
-    waiting: list[tuple[list[Branch], int, str | None]] = []
-    waiting += [(group, 0, None) for group in reversed(_groups(list(branches), 0))]
+    waiting: list[tuple[list[Branch], int, str | None]]
+    waiting = [(group, 0, None) for group in reversed(_groups(list(branches), 0))]
     while waiting:
         group, start, parent = waiting.pop()
         stop = _end(group, start, cuts)
@@ -182,10 +184,8 @@ class StageTree:
             if stage.id in lost:
                 continue
             lacks_result = bool(stage.ends) and stage.id not in self.finished
-            starts_another = any(
-                child.id in found and child.id not in self.stored
-                for child in self.children.get(stage.id, ())
-            )
+            children = self.children.get(stage.id, ())
+            starts_another = any(c.id in found and c.id not in self.stored for c in children)
             if lacks_result or (starts_another and stage.id not in self.stored):
                 found.add(stage.id)
         return frozenset(found)
@@ -208,9 +208,8 @@ class StageTree:
         for stage in other.stages:
             known = merged.get(stage.id)
             if known is not None:
-                stage = replace(
-                    known, trials=known.trials + stage.trials, ends=known.ends + stage.ends
-                )
+                trials = known.trials + stage.trials
+                stage = replace(known, trials=trials, ends=known.ends + stage.ends)
             merged[stage.id] = stage
         new = other.by_id.keys() - self.by_id.keys()
         return StageTree(

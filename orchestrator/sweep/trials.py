@@ -29,7 +29,7 @@ from orchestrator.sweep.tree import Branch
 from orchestrator.train.rates import Rates
 
 # Fields, or prefixes of fields, that do not change what a step computes, and those of the learning
-# rate, which `Rates` has.
+# rate, which is in `Rates`.
 OUTSIDE_OF_ROOT = (
     "name",
     "storage",
@@ -53,7 +53,7 @@ class PlannedTrial(Trial):
         rates: Learning rate of every step.
         dataset: The prepared tokens.
         cpus: CPUs per worker, which are part of the numerics.
-        is_probe: True for a short anneal that only shows whether other trials should go on.
+        is_probe: True for a short anneal that shows whether other trials are stopped.
     """
 
     rates: Rates
@@ -75,9 +75,9 @@ class PlannedTrial(Trial):
 
 
 def root_of(experiment: Experiment, data: str, cpus: int) -> str:
-    """Return a hash of all that is the same at every step.
+    """Return a hash of everything that is the same at every step.
 
-    Trials with equal roots and equal learning rates have equal bits on one kind of machine.
+    Trials with equal roots and equal learning rates have equal weights on one kind of machine.
 
     Args:
         experiment: The trial.
@@ -104,7 +104,7 @@ def assemble(
     record: Mapping[str, Any],
     summary: Mapping[str, Any] | None,
 ) -> None:
-    """Make the folder of a trial like that of a lone run, as far as its stages are done.
+    """Write the folder of a trial, as far as its stages are done, like that of a lone run.
 
     Args:
         folder: Folder of the trial.
@@ -129,7 +129,7 @@ def assemble(
 def curve(last: StoredState | None, trial: PlannedTrial) -> list[Line]:
     """Return the journal lines of a trial from step 0 to the end of its last stage.
 
-    If another trial ends where this one goes on, the lines do not show it.
+    If another trial ends earlier, the lines do not have the metrics of its end.
     """
     if last is None:
         return []

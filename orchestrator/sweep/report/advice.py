@@ -8,7 +8,7 @@ from orchestrator.sweep.tree import StageTree
 
 
 def advice(tree: StageTree, schedules: Mapping[str, Schedule]) -> list[str]:
-    """Return one line for each reason. Each line holds for exactly this tree.
+    """Return one line for each reason. The numbers in a line are those of this tree.
 
     Args:
         tree: The stages and their trials.
@@ -27,7 +27,7 @@ def advice(tree: StageTree, schedules: Mapping[str, Schedule]) -> list[str]:
             "is shared between two groups"
         )
     for field in ("max_lr", "warmup_steps"):
-        if _parts_all(tree, schedules, field):
+        if _separates_all(tree, schedules, field):
             lines.append(
                 f"schedule.{field} changes the learning rate from the first step on: trials that "
                 "differ in it share nothing"
@@ -43,7 +43,7 @@ def advice(tree: StageTree, schedules: Mapping[str, Schedule]) -> list[str]:
     return lines
 
 
-def _parts_all(tree: StageTree, schedules: Mapping[str, Schedule], field: str) -> bool:
+def _separates_all(tree: StageTree, schedules: Mapping[str, Schedule], field: str) -> bool:
     """Return whether trials of one root that differ in a field never share the first step."""
     values = {trial.name: getattr(schedules[trial.name], field) for trial in tree.branches}
     roots = {trial.root for trial in tree.branches}
@@ -54,9 +54,9 @@ def _parts_all(tree: StageTree, schedules: Mapping[str, Schedule], field: str) -
 
 
 def _several_lengths(tree: StageTree, schedules: Mapping[str, Schedule]) -> list[str]:
-    """Return advice for cosine and linear schedules that differ in their length.
+    """Return advice for cosine and linear schedules of different lengths.
 
-    Says how little they share, and what the same lengths would cost as wsd.
+    It says how few steps they share, and how many steps the same lengths take as wsd.
     """
     groups: dict[tuple[str, str, float, int], list[str]] = {}
     for trial in tree.branches:

@@ -28,8 +28,8 @@ OUTCOME = (
 def csv_text(rows: Iterable[Row]) -> str:
     """Return comparison.csv: a line per trial, in the order of the ranking.
 
-    Each field that the sweep varies has a column. A cell is empty where nothing is known; floats
-    have all of their digits.
+    Each field that the sweep varies has a column. A cell without a value is empty; floats have all
+    of their digits.
     """
     settings = rank(rows)
     fields = _field_names(row.fields for s in settings for row in s.trials)
@@ -55,7 +55,7 @@ def _field_names(fields: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _field(row: Row, name: str) -> Any:
-    """Return the value of a varied field; "null" tells an explicit null from no value."""
+    """Return the value of a varied field: "null" for an explicit null, None without a value."""
     if name in row.fields and row.fields[name] is None:
         return "null"
     return row.fields.get(name)
@@ -68,7 +68,7 @@ def _csv_cell(value: Any) -> Any:
 def table(rows: Iterable[Row]) -> str:
     """Return the table for the terminal: a line per setting, at most WIDTH columns.
 
-    Below it stand the settings that have no rank, with the reason.
+    The settings that have no rank follow, with the reason.
     """
     settings = rank(rows)
     ranked = [s for s in settings if s.rank is not None]

@@ -1,4 +1,4 @@
-"""Files that a sweep leaves behind for people and for MLflow, kept up to date while it runs.
+"""Files that a sweep writes, and updates while it runs, for its user and for MLflow.
 
 In the sweep's folder: run.json, metrics.jsonl, sweep.yaml, plan.txt, comparison.csv,
 figures/tree.png, summary.json and trials/<name>/, each with the layout of a lone run.
@@ -18,7 +18,6 @@ from orchestrator.redact import redact
 from orchestrator.runs import journal
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.facts import facts_of
-from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep import trials
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.report import comparison, figures, view
@@ -29,7 +28,7 @@ from orchestrator.sweep.tree import Stage
 from orchestrator.sweep.trials import PlannedTrial
 
 SCRIPT = "pipelines/sweep.py"
-FEW = 8  # a stage that so many trials share updates the folders of all of them
+FEW = 8  # at the end of a stage of at most so many trials, all their folders are updated
 # MLflow's status of a trial that is over, by its state.
 MLFLOW_STATUS = {
     DONE: "FINISHED",
@@ -60,7 +59,7 @@ class Report:
         self.facts: dict[str, Any] = {}  # of each trial, for MLflow
 
     def begin(self) -> None:
-        """Write the sweep's own files, and the folders of trials that have something already."""
+        """Write the sweep's own files, and the folders of trials that have stored stages."""
         study = self.study
         attempt = {
             "started": _now(),
@@ -79,8 +78,8 @@ class Report:
     def stage_ended(self, stage: Stage) -> None:
         """Update the trials of a stage, and append a line to the sweep's journal.
 
-        A stage that many trials share updates only those that are over: their folders are complete
-        now. One that few share updates all of them, so that MLflow shows their curves early.
+        If few trials share the stage, all their folders are updated, so that MLflow shows the
+        curves early. If many share it, only those of trials that are over.
         """
         for name in stage.trials:
             trial = self.study.trials.get(name)
@@ -155,7 +154,7 @@ class Report:
     def write_tree(self) -> None:
         """Write the tree of stages as plan.txt and as a figure."""
         tree = self.progress.tree
-        if not tree.stages:  # optuna has not asked for a trial yet
+        if not tree.stages:  # optuna has not proposed a trial yet
             return
         text = "\n".join([*view.summary(tree), "", view.text(tree), ""])
         write_atomically(self.folder.plan_file, text)
@@ -166,11 +165,8 @@ class Report:
 
     # ---- one trial ----
 
-    def _trial_folder(self, trial: PlannedTrial) -> RunFolder:
-        return self.folder.trial(trial.name)
-
     def _has_summary(self, trial: PlannedTrial) -> bool:
-        return self._trial_folder(trial).summary_file.exists()
+        return self.folder.trial(trial.name).summary_file.exists()
 
     def _is_over(self, trial: PlannedTrial) -> bool:
         return self.progress.states.of_trial(trial.name) in MLFLOW_STATUS
@@ -180,7 +176,7 @@ class Report:
         last = self.progress.last_stage(trial.name)
         if last is None and not self._is_over(trial):
             return
-        folder = self._trial_folder(trial)
+        folder = self.folder.trial(trial.name)
         summary = self._trial_summary(trial) if self._is_over(trial) else None
         trials.assemble(folder, last, trial, self._trial_record(trial), summary)
 
@@ -200,7 +196,7 @@ class Report:
         reason = self.study.reason(name)
         if reason:
             tags["sweep.reason"] = reason
-        known = self._trial_folder(trial).read_record() or {}
+        known = self.folder.trial(name).read_record() or {}
         first_attempt = {"started": _now(), "layout": asdict(self.study.layout)}
         return {
             "name": name,
@@ -222,7 +218,7 @@ class Report:
             MLFLOW_STATUS[state],
             self.study.curve(trial),
             trial,
-            self._trial_folder(trial),
+            self.folder.trial(name),
             self.progress.result(name),
         )
         summary |= {"state": state, "reason": self.study.reason(name)}

@@ -1,4 +1,4 @@
-"""Progress of a running sweep: a table that redraws itself, or steady lines in a log file.
+"""Progress of a running sweep: a table that is redrawn in a terminal, or lines in a log file.
 
 In a terminal, the table has one line for the sweep and one for each running stage. In a log file,
 the line of the sweep is written when a stage ends, and every half minute.
@@ -46,7 +46,7 @@ class Table:
         self.seconds_per_step = seconds_per_step
         self.out = out or sys.stdout
         self.redraws = self.out.isatty()
-        self.drawn = 0  # lines of the table that stand on the terminal
+        self.drawn = 0  # lines of the table on the terminal now
         self.last = time.monotonic()
 
     def stage_ended(self, stage: Stage) -> None:
@@ -135,7 +135,7 @@ class Table:
         return each * max(steps_per_slot, longest_path)
 
     def _print(self, lines: list[str]) -> None:
-        """Print lines in place of the table that stands on the terminal."""
+        """Print lines in place of the table on the terminal."""
         erase = f"\x1b[{self.drawn}F\x1b[J" if self.drawn else ""
         print(erase + "\n".join(lines), file=self.out, flush=True)
         self.drawn = 0

@@ -1,9 +1,9 @@
 """A sweep as text: its tree of stages, and the steps that sharing saves.
 
-How to read the tree. A line is a range of steps [start, stop). Its branches stand below it, one
+How to read the tree. A line is a range of steps [start, stop). Its branches are below it, one
 column to the right. ┼ continues the line above it in the same column: it is the branch that most
-trials take. So a trunk with a hundred branches has a hundred lines and not a hundred indents; the
-depth is at most log2(trials).
+trials take. So a trunk with a hundred branches has a hundred lines and not a hundred levels of
+indentation; the depth is at most log2(trials).
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class _Node:
 
     Attributes:
         stages: The chain.
-        mark: What happens to the stages, such as "to run" or "done".
+        mark: State of the stages, such as "to run" or "done".
         rates: First and last learning rate.
         children: The branches.
     """
@@ -227,7 +227,7 @@ def _same_shape(roots: list[_Node], short: Mapping[str, str]) -> str:
 
 
 def _hidden(tree: StageTree, lines: list[_Line]) -> str:
-    """Return the line that stands for those that are left out."""
+    """Return the line that replaces those that are left out."""
     stages = []
     for line in lines:
         for top in line.nodes:

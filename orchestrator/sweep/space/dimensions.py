@@ -15,7 +15,7 @@ from orchestrator.config.messages import shown
 from orchestrator.errors import UserError
 
 RANGE_WORDS = ("low", "high", "log", "step")
-DIGITS = 6  # of a drawn number: short in names, and far finer than a sweep can tell apart
+DIGITS = 6  # of a drawn number: few enough for names, and much finer than any effect on the loss
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def pick(dimension: Choices | Range, share: float) -> Any:
         value = low + int(share * count) * dimension.step
         return value if dimension.integer else min(float(f"{value:.12g}"), high)
 
-    # Every integer, also the last one, has an interval of its own.
+    # Every integer has an interval of its own, also the last one.
     end = high + 1 if dimension.integer else high
     if dimension.log:
         value = math.exp(math.log(low) + share * (math.log(end) - math.log(low)))

@@ -1,7 +1,7 @@
-"""Ask optuna for samples of `sweep.space`, and tell it how they ended. The only module with optuna.
+"""Ask optuna for samples of `sweep.space`, and report their losses. Only this module uses optuna.
 
-`samples.jsonl` in the folder of the sweep has every sample before it is trained. A sweep that is
-continued has the samples that it had, and optuna is told their losses again.
+Every sample is written to `samples.jsonl` in the folder of the sweep before it is trained. A
+continued sweep keeps its samples, and reports their losses to optuna again.
 """
 
 import json
@@ -38,7 +38,7 @@ class Sampler:
             key: _distribution(dimension(key, words)) for key, words in space.items()
         }
         self.earlier = self._read()
-        # Other seeds after a restart: else optuna would draw the same samples again.
+        # A new seed after each restart: with the old one, optuna would draw the same samples again.
         sampler = optuna.samplers.TPESampler(seed=seed + len(self.earlier))
         self.study = optuna.create_study(sampler=sampler)
         self.asked: dict[int, Any] = {}  # optuna's trials

@@ -192,7 +192,7 @@ class SweepJob(Job):
             step_s = estimate["time_s"] * self.slots / self.study.tree.steps_to_run
         progress = self.study.progress
         table = Table(progress, self.slots, self.study.best, step_s)
-        report = Report(self.study, progress, estimate)
+        report = Report(self.study, estimate)
 
         # Tune pickles this function, so it must not refer to the job, whose tracker has a thread.
         def stage_ended(stage: Stage) -> None:

@@ -98,13 +98,14 @@ class Sweeps:
         Args:
             study: The sweep.
             limit: Most stages to run; None: all.
-            fail: Called with each stage. What it raises ends the stage; `Killed` without a traceback.
+            fail: Called with each stage. An exception that it raises ends the stage; `Killed`
+                leaves no traceback.
             stop_asked: Returns True if the running stage should stop.
         """
         from orchestrator.sweep.report.files import Report
 
         progress = study.progress
-        report = Report(study, progress)
+        report = Report(study)
         # The figure takes a second and has its own tests.
         report.write_tree = lambda: None
         progress.on_stage_end = report.stage_ended

@@ -14,7 +14,7 @@ def test_numbered_files_keep_their_names():
         folder.failure_file(3),
         folder.replay_file("2026-01-02T03-04-05.6"),
         folder.checkpoint(100),
-        SweepFolder("run").figure_file("curves"),
+        SweepFolder("run").figure_file("tree"),
         SweepFolder("run").stage("ab").path,
         SweepFolder("run").trial("lr=1").path,
     ]
@@ -25,7 +25,7 @@ def test_numbered_files_keep_their_names():
         "run/failure-rank3.txt",
         "run/replays/2026-01-02T03-04-05.6.json",
         "run/checkpoints/step-00000100",
-        "run/figures/curves.png",
+        "run/figures/tree.png",
         "run/stages/ab",
         "run/trials/lr=1",
     ]

@@ -49,7 +49,7 @@ def on_ray(ray_cluster) -> Callable:
         study.layout = layout
         progress = study.progress
         progress.tick = tick
-        report = Report(study, progress)
+        report = Report(study)
         progress.on_stage_end = report.stage_ended
         report.begin()
         pids, ended = {}, progress.ended

@@ -19,7 +19,6 @@ from orchestrator.runs import journal
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.facts import facts_of
 from orchestrator.sweep import trials
-from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.report import comparison, figures, view
 from orchestrator.sweep.report.summary import SweepSummary, summarize
 from orchestrator.sweep.states import BLOCKED, DIVERGED, DONE, FAILED, STOPPED
@@ -44,13 +43,12 @@ class Report:
 
     Args:
         study: The sweep.
-        progress: State of its stages.
         estimate: Estimated time, memory and disk; None if unknown.
     """
 
-    def __init__(self, study: Study, progress: Progress, estimate: Estimate | None = None) -> None:
+    def __init__(self, study: Study, estimate: Estimate | None = None) -> None:
         self.study = study
-        self.progress = progress
+        self.progress = study.progress
         self.folder = study.folder
         self.estimate = estimate
         record = self.folder.read_record() or {"key": uuid.uuid4().hex, "attempts": []}

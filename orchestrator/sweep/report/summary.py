@@ -56,13 +56,14 @@ def summarize(
     """
     progress = study.progress
     tree = progress.tree
-    states = [row.state for row in study.results()]
+    rows = study.results()
+    states = [row.state for row in rows]
     counts: Any = {state: states.count(state) for state in sorted(set(states))}
     probes = {probe.name for probe in study.probes.values()}
     if probes:
         failed = [name for name in probes if progress.states.of_trial(name) in (FAILED, BLOCKED)]
         counts |= {"probes": len(probes), "probes_failed": len(failed)}
-    best, value = study.winner(study.results()) or (None, None)
+    best, value = study.winner(rows) or (None, None)
     summary: SweepSummary = {
         "status": ending.mlflow_status,
         "exit_status": ending.exit_status,

@@ -1,6 +1,6 @@
 """The folder of a run: file names, and how each file is read and written.
 
-A lone run, a stage or a trial of a sweep, and the scratch folder of a replay have the same layout.
+A lone run, a stage or a trial of a sweep, and the scratch folder of a replay have the same names.
 No other module writes one of these names. Inside a checkpoint, `checkpoint/format.py` and
 `train/state.py` name the files.
 """
@@ -280,7 +280,7 @@ class SweepFolder(RunFolder):
         return [RunFolder(path) for path in sorted((self.path / "stages").glob("*"))]
 
     def trial(self, name: str) -> RunFolder:
-        """Folder of a trial; it has the layout of a lone run."""
+        """Folder of a trial; it has the file names of a lone run."""
         return RunFolder(self.path / "trials" / name)
 
     def trials(self) -> list[RunFolder]:

@@ -1,7 +1,7 @@
 """Files that a sweep writes, and updates while it runs, for its user and for MLflow.
 
 In the sweep's folder: run.json, metrics.jsonl, sweep.yaml, plan.txt, comparison.csv,
-figures/tree.png, summary.json and trials/<name>/, each with the layout of a lone run.
+figures/tree.png, summary.json and trials/<name>/, each with the file names of a lone run.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The text of a sweep's tree shows its plan and fits its width; the advice holds."""
+"""The text of a sweep's tree shows all stages and fits its width; the numbers of advice hold."""
 
 import re
 
@@ -14,7 +14,7 @@ from orchestrator.sweep.tree import Branch, build_tree
 
 LINE = re.compile(
     r"([│├└┬┼─ ]+)\[([\d,]+), ([\d,]+)\)\s+([\d,]+)  \S+ → \S+\s+([\d,]+)  "
-    r"(to run|stands|done|result only|diverged|lost|not needed)(?:\s+(.*))?$"
+    r"(to run|stored|done|result only|diverged|lost|not needed)(?:\s+(.*))?$"
 )
 
 
@@ -132,9 +132,9 @@ def test_marks_follow_the_plan():
     assert {line[4] for line in parsed(view.text(fresh))} == {"to run"}
     states = {trunk.id: trunk.stop, leaf.id: leaf.stop}
     done = build(schedules, states=states, stored=states, finished=[leaf.id])
-    assert [line[4] for line in parsed(view.text(done))[:3]] == ["stands", "done", "to run"]
+    assert [line[4] for line in parsed(view.text(done))[:3]] == ["stored", "done", "to run"]
     half = build(schedules, states=states, stored=states)
-    assert [line[4] for line in parsed(view.text(half))[:2]] == ["stands", "result only"]
+    assert [line[4] for line in parsed(view.text(half))[:2]] == ["stored", "result only"]
     dead = build(schedules, states={trunk.id: trunk.stop}, diverged=[trunk.id])
     assert [line[4] for line in parsed(view.text(dead))] == ["diverged"] + ["lost"] * (
         len(dead.stages) - 1
@@ -149,7 +149,7 @@ def test_checkpoints_on_a_trunk_do_not_split_its_line():
     whole = build(schedules, states=cuts, stored=cuts)
     assert len(whole.stages) == len(build(schedules).stages) + 3
     assert [line[0:2] + (line[4],) for line in parsed(view.text(whole))[:2]] == [
-        (0, 60, "stands"),
+        (0, 60, "stored"),
         (60, 81, "to run"),
     ]
 
@@ -278,9 +278,8 @@ def test_advice_for_a_space_that_shares_nothing():
 
 def test_no_advice_for_a_space_that_shares():
     assert advised(wsd(100, 200, 300))[1] == ""
-    assert (
-        advised({**cosine(100), **cosine(100, kind="linear")})[1] == ""
-    )  # they share their warmup
+    # A cosine and a linear schedule share their warmup.
+    assert advised({**cosine(100), **cosine(100, kind="linear")})[1] == ""
     assert "no two trials" not in advised({**cosine(100), **cosine(200)})[1]
     assert advised(wsd(100))[1] == ""
 
@@ -318,7 +317,6 @@ def test_advice_gives_the_longest_shared_start_of_all_cosines():
 
 def test_no_wsd_is_promised_if_the_warmup_leaves_no_room_for_it():
     assert "kind=wsd" not in advised(cosine(100, 101, warmup=95))[1]
-    assert (
-        "kind=wsd" not in advised(cosine(100, 200, warmup=80))[1]
-    )  # its decay would begin where the warmup ends
+    # The decay of a wsd schedule would begin where the warmup ends.
+    assert "kind=wsd" not in advised(cosine(100, 200, warmup=80))[1]
     assert "kind=wsd" in advised(cosine(100, 200, warmup=70))[1]

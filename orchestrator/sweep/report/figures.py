@@ -22,8 +22,8 @@ def stage_tree(tree: StageTree) -> "Figure":
     """Draw the learning rate over the steps; steps that trials share are drawn once.
 
     Lines are wider and darker where more trials share them, and dots mark the branches. The x-axis
-    counts updates, as the journal does: the rate of update n stands at n, and a stage starts at
-    the last point of its parent.
+    counts updates, as the journal does: the rate of update n is at x = n, and a stage starts
+    at the last point of its parent.
     """
     figure, axes = _empty_figure()
     rates = {branch.name: branch.rates for branch in tree.branches}

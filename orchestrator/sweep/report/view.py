@@ -119,7 +119,8 @@ def _roots(tree: StageTree) -> list[_Node]:
         children = tuple(nodes[child.id] for child in tree.children.get(stage.id, ()))
         mark = "lost" if stage.id in lost else _mark(tree, stage)
         curve = rates[stage.trials[0]]
-        first, last = float(curve[stage.start]), float(curve[stage.stop - 1])
+        first = float(curve[stage.start])
+        last = float(curve[stage.stop - 1])
         node = _Node((stage,), mark, (first, last), children)
         if len(children) == 1 and not stage.ends and children[0].mark == mark:
             child = children[0]
@@ -135,7 +136,7 @@ def _mark(tree: StageTree, stage: Stage) -> str:
         return "result only" if stage.id in tree.stored else "to run"
     if stage.id in tree.finished:
         return "done"
-    return "stands" if stage.id in tree.stored else "not needed"
+    return "stored" if stage.id in tree.stored else "not needed"
 
 
 def _draw(node: _Node, head: str, column: str) -> list[_Line]:
@@ -195,7 +196,8 @@ def _layout(drawn: list[_Line], width: int, short: Mapping[str, str]) -> list[st
 
 def _cells(line: _Line) -> tuple[str, ...]:
     node = line.nodes[0]
-    start, stop = node.stages[0].start, node.stages[-1].stop
+    start = node.stages[0].start
+    stop = node.stages[-1].stop
     return (
         f"{line.prefix}[{start:,}, {stop:,})",
         f"{stop - start:,}",

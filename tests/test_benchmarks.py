@@ -16,7 +16,7 @@ from orchestrator.sweep.tree import Branch, grow
 from orchestrator.train.rates import Rates
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path.append(str(REPO / "benchmarks"))  # scripts, as they are when one of them is run
+sys.path.append(str(REPO / "benchmarks"))  # scripts that import each other
 
 import checkpoint as checkpoint_bench  # noqa: E402
 import stage_overhead  # noqa: E402
@@ -45,14 +45,12 @@ def arguments():
 def trials_of(tree) -> dict[str, Branch]:
     """Return the trials of a sweep's configuration; needs no tokens."""
     base, settings = parse_sweep(tree, "test")
-    return {
-        s.name: Branch(
-            s.name,
-            f"seed {s.experiment.train.seed}",
-            Rates(s.experiment.lr_schedule()).first(s.experiment.train.max_steps),
-        )
-        for s in expand(base.model_dump(), settings)
-    }
+    trials = {}
+    for spec in expand(base.model_dump(), settings):
+        train = spec.experiment.train
+        rates = Rates(spec.experiment.lr_schedule()).first(train.max_steps)
+        trials[spec.name] = Branch(spec.name, f"seed {train.seed}", rates)
+    return trials
 
 
 @pytest.fixture
@@ -69,12 +67,10 @@ def test_tree_of_a_study_has_exactly_its_distinct_prefixes(arguments, study, cou
     trials = trials_of(tree).values()
     assert len(trials) == count
     assert sum(t.steps for t in trials) == pytest.approx(asked * 180)
-    assert len({t.key(t.steps) for t in trials}) == count  # no two are one trial under two names
-    assert (
-        sum(s.steps for s in grow(trials))
-        == bench.distinct_prefixes(trials)
-        < sum(t.steps for t in trials)
-    )
+    assert len({t.key(t.steps) for t in trials}) == count, "two trials are equal"
+    in_tree = sum(stage.steps for stage in grow(trials))
+    assert in_tree == bench.distinct_prefixes(trials)
+    assert in_tree < sum(t.steps for t in trials)
 
 
 def test_distinct_prefixes_are_counted_by_root_and_rates():
@@ -107,10 +103,7 @@ def test_chain_of_stages_has_the_states_of_one_stage(arguments):
     trials = tuple(trials_of(stage_overhead.chains_tree(arguments, 12)).values())
     one = stage_overhead.StageTree(trials, tuple(grow(trials)))
     many = stage_overhead.cut(Namespace(tree=one), 4).tree
-    assert [s.steps for s in one.stages] == [
-        12,
-        12,
-    ]  # as many chains as were asked for, which share nothing
+    assert [s.steps for s in one.stages] == [12, 12], "two chains that share no step"
     assert [s.steps for s in many.stages] == [4] * 6
     assert {s.id for s in one.stages} == {s.id for s in many.stages if s.ends}
     assert many.steps_to_run == one.steps_to_run
@@ -131,9 +124,8 @@ def test_rungs_equal_those_of_tunes_asha():
 
 
 def test_halving_keeps_the_best_third_at_each_rung():
-    curves = {
-        str(n): {10: float(n), 30: float(-n)} for n in range(18)
-    }  # the order turns round between the rungs
+    # The trials that are best at the first rung are worst at the second one.
+    curves = {str(n): {10: float(n), 30: float(-n)} for n in range(18)}
     stopped = stopping.halving(curves, [10, 30], 3)
     assert {name for name, rung in stopped.items() if rung == 10} == {str(n) for n in range(6, 18)}
     assert set(curves) - set(stopped) == {"4", "5"}
@@ -167,7 +159,7 @@ def test_margin_is_the_smallest_without_regret(probes, margin):
         assert stopping.regret(finals, stopping.outside(probes, found - 0.01))[0] > 0.0
 
 
-def test_diverged_probe_is_outside_of_every_margin():
+def test_diverged_probe_is_outside_every_margin():
     assert stopping.outside({"a": 2.0, "b": math.inf}, 1e9) == ["b"]
 
 
@@ -194,11 +186,9 @@ def test_steps_of_stopped_trials_are_the_remaining_distinct_prefixes(grid):
 
 def test_every_rung_and_the_half_have_an_evaluation(arguments):
     for steps in range(18, 900, 18):
-        every = steps // stopping.EVALUATIONS
-        assert all(
-            step % every == 0
-            for step in (*stopping.rungs(max(every, steps // 9), steps, 3), steps // 2)
-        ), steps
+        interval = steps // stopping.EVALUATIONS
+        rungs = stopping.rungs(max(interval, steps // 9), steps, 3)
+        assert all(step % interval == 0 for step in (*rungs, steps // 2)), steps
     with pytest.raises(UserError, match="--steps 100: give a multiple of 18"):
         stopping.main(["--steps", "100"])
 

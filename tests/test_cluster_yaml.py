@@ -1,5 +1,8 @@
-"""cluster.yaml, as far as it can be held without a cloud: Ray's own validation, a stricter one, and its commands run in
-an empty home in which `ray`, `mlflow`, `pip` and `sudo` only note how they were called."""
+"""Tests cluster.yaml without a cloud.
+
+Ray validates the file, and so does a stricter schema. Its commands run in an empty home directory,
+where scripts in place of `ray`, `mlflow`, `pip` and `sudo` only record their calls.
+"""
 
 import copy
 import inspect
@@ -24,7 +27,7 @@ TEXT = (REPO / "cluster.yaml").read_text("utf-8")
 SCHEMA = json.loads(
     (Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text("utf-8")
 )
-NOTE = '#!/bin/sh\n{ echo "$(basename "$0") $*"; env; } > "$HOME/calls/$(basename "$0")-$1-$$"\n'
+RECORD = '#!/bin/sh\n{ echo "$(basename "$0") $*"; env; } > "$HOME/calls/$(basename "$0")-$1-$$"\n'
 
 
 def config() -> dict:
@@ -32,97 +35,98 @@ def config() -> dict:
 
 
 def strict(schema: dict) -> dict:
-    """Ray's schema with every object closed whose keys it names."""
+    """Return Ray's schema, changed to refuse unknown keys in each object that has known ones."""
     schema = copy.deepcopy(schema)
     parts = [schema]
     while parts:
         part = parts.pop()
         if "properties" in part and "if" not in part:
             part["additionalProperties"] = False
-        parts += [
-            v for group in ("properties", "patternProperties") for v in part.get(group, {}).values()
-        ]
+        for group in ("properties", "patternProperties"):
+            parts += part.get(group, {}).values()
     return schema
 
 
-# ---- what Ray says to it ----
-def test_ray_accepts_it():
+# ---- validation ----
+
+
+def test_ray_accepts_the_file():
     prepared = prepare_config(config())
     validate_config(prepared)
-    assert "0.0.0.0" not in json.dumps(
-        prepared
-    )  # Ray's default opens the dashboard to all: remote code execution
+    # Ray's default opens the dashboard to everyone, who could then run code.
+    assert "0.0.0.0" not in json.dumps(prepared)
 
 
-def test_every_key_is_one_that_ray_knows():
+def test_ray_knows_every_key():
     jsonschema.validate(config(), strict(SCHEMA))
 
 
 @pytest.mark.parametrize(
     "path", [(), ("provider",), ("auth",), ("available_node_types", "gpu_worker")]
 )
-def test_a_misspelled_key_is_noticed_at_every_level(path):
+def test_misspelled_key_is_refused_at_every_level(path):
     wrong = config()
-    at = wrong
+    section = wrong
     for key in path:
-        at = at[key]
-    at["max_worker"] = 1
+        section = section[key]
+    section["max_worker"] = 1
     with pytest.raises(jsonschema.ValidationError, match="max_worker"):
         jsonschema.validate(wrong, strict(SCHEMA))
 
 
-def test_the_head_gives_no_cpu_and_workers_start_on_demand():
-    types, head = config()["available_node_types"], config()["head_node_type"]
-    assert (types[head]["resources"]["CPU"], types[head]["max_workers"]) == (0, 0)
-    workers = [t for name, t in types.items() if name != head]
-    assert all(t["min_workers"] == 0 < t["max_workers"] <= config()["max_workers"] for t in workers)
-    assert max(t["resources"].get("GPU", 0) for t in workers) == 8
+def test_head_offers_no_cpu_and_workers_start_on_demand():
+    types = config()["available_node_types"]
+    head = types.pop(config()["head_node_type"])
+    assert head["resources"]["CPU"] == 0
+    assert head["max_workers"] == 0
+    for worker in types.values():
+        assert worker["min_workers"] == 0
+        assert 0 < worker["max_workers"] <= config()["max_workers"]
+    assert max(worker["resources"].get("GPU", 0) for worker in types.values()) == 8
 
 
-# ---- what its commands do ----
+# ---- commands ----
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A machine's home after the file mounts and the setup commands."""
+    """The home directory of a machine after the file mounts and the setup commands."""
     home = tmp_path_factory.mktemp("home")
     programs = home / "espalier-venv" / "bin"
-    for folder in (programs, home / "stubs", home / "calls"):
+    stubs = home / "stubs"
+    for folder in (programs, stubs, home / "calls"):
         folder.mkdir(parents=True)
-    noted = [
-        *(programs / n for n in ("ray", "mlflow", "pip")),
-        *(home / "stubs" / n for n in ("sudo", "python3")),
-    ]
-    for path in noted:
-        path.write_text(NOTE)
+    scripts = {
+        # The server does not answer the first call, and answers the later ones.
+        programs
+        / "curl": '#!/bin/sh\ntest -e "$HOME/asked" || { touch "$HOME/asked"; exit 22; }\n',
+        programs / "mkdir": '#!/bin/sh\necho "$*" >> "$HOME/made"\n',
+        programs / "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
+        **{programs / name: RECORD for name in ("ray", "mlflow", "pip")},
+        **{stubs / name: RECORD for name in ("sudo", "python3")},
+    }
+    for path, script in scripts.items():
+        path.write_text(script)
         path.chmod(0o755)
-    # Not yet there when asked first, there when asked again.
-    (programs / "curl").write_text(
-        '#!/bin/sh\ntest -e "$HOME/asked" || { touch "$HOME/asked"; exit 22; }\n'
-    )
-    (programs / "mkdir").write_text('#!/bin/sh\necho "$*" >> "$HOME/made"\n')
-    (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    for name in ("curl", "mkdir", "python"):
-        (programs / name).chmod(0o755)
-    for there, here in config()["file_mounts"].items():
-        if "auth_token" not in here:
-            target = home / there.removeprefix("~/")
-            target.parent.mkdir(exist_ok=True)
-            shutil.copy(REPO / here, target)
+    for target, source in config()["file_mounts"].items():
+        if "auth_token" not in source:
+            path = home / target.removeprefix("~/")
+            path.parent.mkdir(exist_ok=True)
+            shutil.copy(REPO / source, path)
     merged = prepare_config(config())
-    for command in [
-        *merged["head_setup_commands"],
-        *merged["setup_commands"],
-    ]:  # twice: `ray up` may come again
-        execute(command, home, f"{home / 'stubs'}:/usr/bin:/bin")
+    # The first list contains the second, so these commands run twice: `ray up` may repeat them.
+    for command in [*merged["head_setup_commands"], *merged["setup_commands"]]:
+        execute(command, home, f"{stubs}:/usr/bin:/bin")
     return home
 
 
 def execute(command: str, home: Path, path: str = "/usr/bin:/bin") -> None:
     """Run one command as Ray runs it on a machine over ssh: in an interactive login shell."""
-    # A login shell sets its own PATH; what stands for the system's programs is put before it again.
-    again = f"export PATH={path}; " if "stubs" in path else ""
+    # A login shell sets its own PATH, so the stubs are put first again.
+    set_path = f"export PATH={path}; " if "stubs" in path else ""
     environment = {"HOME": str(home), "PATH": path, "RAY_HEAD_IP": "10.0.0.1"}
     done = subprocess.run(
-        " ".join(_with_interactive(again + command)),
+        " ".join(_with_interactive(set_path + command)),
         shell=True,
         env=environment,
         timeout=60,
@@ -134,7 +138,7 @@ def execute(command: str, home: Path, path: str = "/usr/bin:/bin") -> None:
 
 
 def calls(home: Path, program: str) -> list[tuple[list[str], dict[str, str]]]:
-    """Arguments and environment of every call of `program`."""
+    """Return the arguments and the environment of every call of `program`."""
     found = []
     for file in sorted((home / "calls").glob(f"{program}-*")):
         first, *rest = file.read_text("utf-8").splitlines()
@@ -144,7 +148,7 @@ def calls(home: Path, program: str) -> list[tuple[list[str], dict[str, str]]]:
 
 @pytest.fixture(scope="module")
 def started(home) -> dict[str, tuple[list[str], dict[str, str]]]:
-    """`ray start` on the head and on a worker, and the head's `mlflow server`."""
+    """Calls of `ray start` on the head and on a worker, and of `mlflow server` on the head."""
     seen = {}
     for kind in ("head", "worker"):
         for command in config()[f"{kind}_start_ray_commands"]:
@@ -155,13 +159,12 @@ def started(home) -> dict[str, tuple[list[str], dict[str, str]]]:
     return {**seen, "mlflow": calls(home, "mlflow")[0]}
 
 
-def test_the_start_commands_are_ones_that_ray_and_mlflow_understand(started):
+def test_ray_and_mlflow_understand_the_start_commands(started):
     from mlflow.cli import server
     from ray.scripts.scripts import start
 
-    head, worker = (
-        start.make_context("start", started[kind][0][1:]).params for kind in ("head", "worker")
-    )
+    head = start.make_context("start", started["head"][0][1:]).params
+    worker = start.make_context("start", started["worker"][0][1:]).params
     assert head["head"]
     assert head["dashboard_host"] == "127.0.0.1"
     assert worker["address"] == f"10.0.0.1:{head['port']}"
@@ -171,20 +174,17 @@ def test_the_start_commands_are_ones_that_ray_and_mlflow_understand(started):
     assert tracking["host"] == "127.0.0.1"
     assert str(tracking["workers"]) == "1"
     assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
-    for place in (
-        tracking["backend_store_uri"].removeprefix("sqlite:///"),
-        tracking["artifacts_destination"],
-    ):
-        assert Path(place).is_relative_to(environment["ESPALIER_STORAGE"])
+    database = tracking["backend_store_uri"].removeprefix("sqlite:///")
+    for path in (database, tracking["artifacts_destination"]):
+        assert Path(path).is_relative_to(environment["ESPALIER_STORAGE"])
 
 
 @pytest.mark.parametrize("kind", ["head", "worker"])
-def test_every_machine_asks_for_the_token_and_knows_where_runs_live(kind, started, home):
+def test_every_machine_needs_the_token_and_mounts_the_storage(kind, started, home):
     environment = started[kind][1]
     assert environment["RAY_AUTH_MODE"] == "token"
-    assert (
-        "RAY_AUTH_TOKEN" not in environment
-    )  # it is read from its file: an environment is shown in too many places
+    # Ray reads the token from its file. The environment of a process can be read in many ways.
+    assert "RAY_AUTH_TOKEN" not in environment
     assert "~/.ray/auth_token" in config()["file_mounts"]
     assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
     mounts = [args for args, _ in calls(home, "sudo") if args[0] == "mount"]
@@ -193,51 +193,42 @@ def test_every_machine_asks_for_the_token_and_knows_where_runs_live(kind, starte
     assert started["worker"][1]["MLFLOW_TRACKING_URI"] == started["head"][1]["MLFLOW_TRACKING_URI"]
 
 
-def test_every_variable_is_one_that_somebody_reads(started):
+def test_every_exported_variable_is_read_by_a_program(started):
     import mlflow.environment_variables
     from ray._common.usage import usage_constants, usage_lib
     from ray._private.authentication import authentication_token_setup
     from ray.dashboard.modules.job import job_supervisor
 
-    ours = "".join(p.read_text("utf-8") for p in (REPO / "orchestrator").glob("*.py"))
-    theirs = "".join(
-        map(
-            inspect.getsource,
-            (
-                mlflow.environment_variables,
-                authentication_token_setup,
-                usage_constants,
-                usage_lib,
-                job_supervisor,
-            ),
-        )
+    sources = [path.read_text("utf-8") for path in (REPO / "orchestrator").rglob("*.py")]
+    modules = (
+        mlflow.environment_variables,
+        authentication_token_setup,
+        usage_constants,
+        usage_lib,
+        job_supervisor,
     )
-    exported = set(re.findall(r"export (\w+)=", TEXT)) | set(re.findall(r"(MLFLOW_\w+)=", TEXT))
-    assert {n for n in exported if n not in ("PATH",) and f'"{n}"' not in ours + theirs} == set()
-    assert {n for n in exported if n.startswith("ESPALIER_")} == {
-        "ESPALIER_STORAGE",
-        "ESPALIER_AUTOSCALING",
-    }
+    code = "".join([*sources, *map(inspect.getsource, modules)])
+    exported = set(re.findall(r"(?:export |(?=MLFLOW_))(\w+)=", TEXT)) - {"PATH"}
+    assert [name for name in sorted(exported) if f'"{name}"' not in code] == []
+    ours = {name for name in exported if name.startswith("ESPALIER_")}
+    assert ours == {"ESPALIER_STORAGE", "ESPALIER_AUTOSCALING"}
     assert int(started["head"][1]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 30
 
 
-def test_the_machines_get_the_projects_dependencies_in_the_tested_versions(home):
+def test_machines_install_the_dependencies_in_the_tested_versions(home):
     installs = [args for args, _ in calls(home, "pip")]
     constraints = {Path(args[args.index("--constraint") + 1]).name for args in installs}
     assert constraints == {"constraints.txt"}
     assert not [a for args in installs for a in args if "==" in a or "://" in a]
-    asked = (home / "espalier-setup" / "requirements.txt").read_text("utf-8").splitlines()
-    assert (
-        asked
-        == tomllib.loads((REPO / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
-    )
-    pinned = dict(
-        line.lower().split("==") for line in (REPO / "constraints.txt").read_text("utf-8").split()
-    )
-    assert {re.match(r"[\w-]+", requirement)[0] for requirement in asked} <= set(pinned)
-    assert pinned["ray"] == ray.__version__  # the version whose schema has checked this file
+    requirements = (home / "espalier-setup" / "requirements.txt").read_text("utf-8").splitlines()
+    project = tomllib.loads((REPO / "pyproject.toml").read_text("utf-8"))["project"]
+    assert requirements == project["dependencies"]
+    lines = (REPO / "constraints.txt").read_text("utf-8").lower().split()
+    pinned = dict(line.split("==") for line in lines)
+    assert {re.match(r"[\w-]+", requirement)[0] for requirement in requirements} <= set(pinned)
+    assert pinned["ray"] == ray.__version__  # the version whose schema these tests use
 
 
-def test_it_holds_no_secret():
+def test_file_contains_no_secret():
     assert not re.search(r"AKIA[A-Z0-9]{12}|(?i:password|secret[_-]?key)\s*[:=]|PRIVATE KEY", TEXT)
     assert os.sep.join(("~", ".ssh")) not in TEXT

@@ -18,7 +18,7 @@ SWEEPS = [path for path in FILES if path.name.startswith("sweep-")]
 CONFIGS = [path for path in FILES if path not in SWEEPS]
 GPT2, BYTE, CHAR = 50257, 257, 65  # n_vocab
 
-# Steps are None where only the duration matters.
+# Steps are None if the configuration promises only a duration.
 # name: (n_vocab, tokens per step, steps, micro-batches, slots, parameters, parameters without
 # positions, decayed (tensors, parameters), not decayed)
 KNOWN = {
@@ -53,21 +53,19 @@ def test_config_is_named_after_its_file_and_reads_back_equal(path):
 @pytest.mark.parametrize("name", KNOWN)
 def test_config_has_known_numbers(name):
     n_vocab, tokens, steps, micro_batches, slots, total, without, decayed, kept = KNOWN[name]
-    e = by_name(name)
-    facts = model_facts(e, n_vocab)
-    steps = steps or e.train.max_steps
-    assert (e.tokens_per_step, e.train.max_steps, e.micro_batches, e.slots) == (
-        tokens,
-        steps,
-        micro_batches,
-        slots,
-    )
+    experiment = by_name(name)
+    facts = model_facts(experiment, n_vocab)
+    steps = steps or experiment.train.max_steps
+    assert experiment.train.max_steps == steps
+    assert experiment.tokens_per_step == tokens
+    assert (experiment.micro_batches, experiment.slots) == (micro_batches, slots)
     assert (facts["parameters"], facts["parameters_without_positions"]) == (total, without)
     assert (facts["decayed_tensors"], facts["decayed_parameters"]) == decayed
     assert (facts["undecayed_tensors"], facts["undecayed_parameters"]) == kept
     assert facts["vocab_size"] == {GPT2: 50304, BYTE: 257, CHAR: 65}[n_vocab]
-    rates = [learning_rate(e.lr_schedule(), n) for n in (0, steps // 2, steps - 1)]
-    assert all(0 < rate <= e.schedule.max_lr for rate in rates)
+    schedule = experiment.lr_schedule()
+    rates = [learning_rate(schedule, step) for step in (0, steps // 2, steps - 1)]
+    assert all(0 < rate <= experiment.schedule.max_lr for rate in rates)
 
 
 @pytest.mark.parametrize(
@@ -100,13 +98,13 @@ def test_every_sweep_is_tested():
     assert [path.stem for path in SWEEPS] == ["sweep-schedules"]
 
 
-def test_sweep_schedules_runs_40_percent_of_its_steps():
+def test_sweep_schedules_trains_40_percent_of_its_steps():
     sweep = load_sweep(SWEEPS[0])
     assert parse_sweep(read_yaml(sweep.to_yaml(), "again"), "again") == (sweep.base, sweep.settings)
-    trials = [
-        Branch(s.name, "", Rates(s.experiment.lr_schedule()).first(s.experiment.train.max_steps))
-        for s in sweep.trials
-    ]
+    trials = []
+    for trial in sweep.trials:
+        rates = Rates(trial.experiment.lr_schedule()).first(trial.experiment.train.max_steps)
+        trials.append(Branch(trial.name, "", rates))
     tree = build_tree(trials)
     assert (len(trials), tree.steps_asked, tree.steps_in_tree) == (21, 15750, 6381)
     assert sweep.base.data.corpus == "builtin:stdlib"  # no download
@@ -116,10 +114,11 @@ def test_sweep_schedules_runs_40_percent_of_its_steps():
 def test_shakespeare_is_downloaded_with_its_hash():
     known = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
     corpora = {path.stem: load_experiment(path).data.corpus for path in CONFIGS}
-    fetched = {
-        name
-        for name, corpus in corpora.items()
-        if isinstance(corpus, str) and corpus.startswith("https://")
+    downloaded = {name for name, corpus in corpora.items() if str(corpus).startswith("https://")}
+    assert downloaded == {
+        "shakespeare",
+        "shakespeare-char",
+        "shakespeare-char-cpu",
+        "finetune-gpt2",
     }
-    assert fetched == {"shakespeare", "shakespeare-char", "shakespeare-char-cpu", "finetune-gpt2"}
-    assert all(corpora[name].endswith(f"#sha256={known}") for name in fetched)
+    assert all(corpora[name].endswith(f"#sha256={known}") for name in downloaded)

@@ -1,7 +1,7 @@
 """The workers of a stage: this process is rank 0, and each other rank is an actor of Ray.
 
-The actors run in the placement group of this process, so a stage has all of its resources or waits
-without holding any. The process group of torch.distributed outlives a stage.
+The actors run in the placement group of this process. So a stage has all of its resources, or it
+waits without any. The process group of torch.distributed stays for the next stage.
 """
 
 import os
@@ -20,7 +20,7 @@ from orchestrator.runs.journal import Line
 from orchestrator.train.numerics import Worker
 from orchestrator.workers.ray_train import record_failure
 
-DEATH_SHOWS_S = 5  # Ray notices a dead process sooner than this
+DEATH_SHOWS_S = 5  # Ray notices a dead process in less time
 
 Train: TypeAlias = Callable[[RunFolder, Worker, Callable[[], bool]], Iterator[Line]]
 
@@ -64,18 +64,19 @@ class Crew:
         ray.get(self.running)
 
     def has_lost_a_peer(self) -> bool:
-        """Return whether another worker is dead after the stage failed, not only waiting for this one."""
+        """Return whether another worker is dead. Call it after the stage has failed here."""
         if not self.running:
             return False
-        over, _ = ray.wait(self.running, num_returns=len(self.running), timeout=DEATH_SHOWS_S)
-        for peer in over:
+        ended, _ = ray.wait(self.running, num_returns=len(self.running), timeout=DEATH_SHOWS_S)
+        for result in ended:
             try:
-                ray.get(peer)
+                ray.get(result)
             except ray.exceptions.RayActorError:
                 return True
         return False
 
     def disband(self) -> None:
+        """End the other workers and the process group."""
         import torch.distributed as dist
 
         for peer in self.peers:
@@ -102,7 +103,7 @@ class _Peer:
                 pass
         except Exception as error:
             record_failure(folder, worker_of(self.rank, self.layout), error)
-            # The other ranks wait for this one. A closed connection ends that, an exception does not.
+            # The other ranks wait for this one until its connection closes.
             os._exit(1)
 
 
@@ -119,6 +120,7 @@ def _join(address: str, rank: int, layout: Layout) -> None:
 
 
 def worker_of(rank: int, layout: Layout) -> Worker:
+    """Return the place of a rank among the workers of the layout."""
     # Ray shows each worker only its own GPU.
     device = "cuda:0" if layout.use_gpu else "cpu"
     return Worker(rank, layout.num_workers, device, layout.cpus_per_worker)

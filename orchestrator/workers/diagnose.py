@@ -43,7 +43,9 @@ def diagnose(folder: RunFolder, error: BaseException | None = None, workers: int
     # `hangs.report` removes the marks of the ranks. The search for a kill reads them, so it
     # comes first.
     hosts = [mark.host for mark in marks.read(folder)]
-    kill = None if error is None else _find_kill(folder, error, workers)
+    kill = None
+    if error is not None:
+        kill = memory.find_kill(folder) or memory.kill_in_error(error, workers)
     hang = hangs.report(folder)
 
     recorded = folder.read_ending()
@@ -75,7 +77,7 @@ def out_of_memory(fault: OutOfMemory) -> Ending:
 def ending_of_tracebacks(
     folder: RunFolder, tracebacks: list[str], workers: int, hosts: Iterable[str] = ()
 ) -> Ending:
-    """Return the ending that an exception of a rank stands for.
+    """Return the ending that follows from the exception of a rank.
 
     Args:
         folder: Folder of the run or stage.
@@ -117,7 +119,7 @@ def advise(
     Args:
         ending: Result of `diagnose`. Any other ending is returned as it is.
         folder: Folder of the run or the sweep, whose events.jsonl gets an `out_of_memory` event.
-        experiment: What ran out of memory.
+        experiment: The experiment that ran out of memory.
         dataset: Its dataset.
         layout: Its workers.
         stages: Stages that the sweep runs at the same time.
@@ -131,14 +133,6 @@ def advise(
     reason = fitting.advice(fault, experiment, dataset.tokenizer["n_vocab"], layout, stages)
     events.note(folder, "out_of_memory", reason)
     return Ending("user", reason, facts, "out_of_memory")
-
-
-def _find_kill(folder: RunFolder, error: BaseException, workers: int) -> OutOfMemory | None:
-    """Return the kill of a worker, or of the Ray process that leads the workers."""
-    kill = memory.find_kill(folder)
-    if kill is not None:
-        return kill
-    return memory.kill_in_error(error, workers)
 
 
 def _with_stop_reason(folder: RunFolder, ending: Ending) -> Ending:

@@ -1,7 +1,7 @@
 """The largest micro-batch that fits into the memory of a worker.
 
 `advice` measures two small micro-batches, computes which one fits, and checks that one with a third
-measurement. Each measurement is a process of its own, the same as for the dry run.
+measurement. Each measurement runs in a new process, as in a dry run.
 """
 
 import math
@@ -17,7 +17,7 @@ from orchestrator.workers.memory import OutOfMemory, available_bytes
 
 GIB = 2**30
 MARGIN = 0.9  # of the free memory: other processes on the machine grow and shrink
-LIMIT_S = 90.0  # for one measurement; some seconds on an idle machine
+LIMIT_S = 90.0  # for one measurement, which takes some seconds on an idle machine
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Fit:
     """Result of the search.
 
     Attributes:
-        micro_batch_size: The largest one that fits; None: not even the smallest does.
+        micro_batch_size: The largest one that fits; None: not even the smallest fits.
         needed_bytes: Memory of a worker with that micro-batch.
     """
 
@@ -39,7 +39,7 @@ def advice(
     """Return one line that says what to change. Measuring takes half a minute or more.
 
     Args:
-        fault: What happened.
+        fault: How the memory ran out.
         experiment: The experiment that ran out of memory.
         n_vocab: Size of its vocabulary.
         layout: Its workers.
@@ -74,7 +74,7 @@ def advice(
 
 
 def _free_bytes(fault: OutOfMemory, stages: int) -> float | None:
-    """Return the memory for each worker; None: it cannot be known in this process."""
+    """Return the free memory for each worker; None: it cannot be measured from this process."""
     if fault.of_gpu:
         if not torch.cuda.is_available():
             return None

@@ -26,7 +26,7 @@ THRESHOLD = re.compile(r"exceeded threshold of (\d+)B \(\S+ of (\d+)B limit\)")
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """Memory ran out.
+    """How memory ran out.
 
     Attributes:
         by: What ended the worker, in words.
@@ -131,7 +131,7 @@ def available_bytes() -> int:
 def oom_kills() -> int:
     """Return how many processes the kernel has killed for lack of memory.
 
-    Those of the control group of this process are counted, or those of the machine if it has none.
+    Counts the processes of our control group, or of the machine if there is no group.
     """
     files = [groups[-1] / version.events for version, groups in _groups()]
     for file in [*files, PROC / "vmstat"]:

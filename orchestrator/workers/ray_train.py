@@ -1,9 +1,9 @@
 """Trains one run on Ray Train; Ray starts dead workers again.
 
 Read `fit` first, then `_work`, which every worker process runs. Workers always continue from our
-own newest valid checkpoint. Ray gets no checkpoint: it would copy it.
+own newest valid checkpoint. Checkpoints are not reported to Ray, because Ray would copy them.
 
-Ray's words are translated here: world_rank is our rank, and a worker of ScalingConfig is ours.
+What Ray calls `world_rank` is our rank.
 """
 
 import contextlib
@@ -30,12 +30,11 @@ from orchestrator.workers import hangs, memory
 from orchestrator.workers.diagnose import ending_of_tracebacks, out_of_memory
 from orchestrator.workers.watchdog import Watchdog
 
-# Attempts in a row that may fail before the first new checkpoint. The cause is then not one bad
-# moment.
+# Attempts in a row that may fail without a new checkpoint. Another attempt would fail too.
 PATIENCE = 3
-MAX_FAILURES = 1000  # for Ray, if our own count cannot be stored
-# On a network file system, the lock of a machine that is gone is freed after its lease, 90 s as a
-# rule.
+MAX_FAILURES = 1000  # Ray's limit, in case our own count cannot be stored
+# On a network file system, the lock of a lost machine is freed when its lease ends, usually after
+# 90 s.
 WRITER_WAIT_S = 120
 
 
@@ -118,7 +117,7 @@ def _work(config: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _only_writer(folder: RunFolder) -> Iterator[None]:
-    """Lock the run for this worker: one of a driver that was killed may live a little longer."""
+    """Lock the run for this worker. A worker of a killed driver may still run for a while."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(lock.held(folder.writer_lock, WRITER_WAIT_S))
@@ -170,12 +169,12 @@ def start_workers_attempt(folder: RunFolder, launch: str, world_size: int) -> in
 
     Args:
         folder: Folder of the run.
-        launch: Name of this call of `fit`; an attempt of another launch was another command.
+        launch: Name of this call of `fit`. Attempts with another name belong to earlier commands.
         world_size: Number of workers.
 
     Raises:
-        RuntimeError: Another attempt would be of no use. The ending is recorded, so that Ray's
-            next attempt returns at once.
+        RuntimeError: Another attempt would not help. The ending is recorded, so that Ray's next
+            attempt returns at once.
     """
     earlier = _read_attempts(folder)
     same_launch = [attempt for attempt in earlier if attempt["launch"] == launch]
@@ -195,7 +194,7 @@ def start_workers_attempt(folder: RunFolder, launch: str, world_size: int) -> in
 
     number = len(earlier) + 1
     if same_launch:
-        message = f"attempt {number} begins at step {step}: a worker of the one before it died"
+        message = f"attempt {number} begins at step {step}, because a worker died"
         events.note(folder, "restart", message, step=step)
     attempt = {"launch": launch, "step": step, "workers": world_size, "pid": os.getpid()}
     _append_attempt(folder, attempt)

@@ -1,7 +1,7 @@
-"""What the driver looks for while its workers train.
+"""What the driver does while its workers train.
 
-It passes on SIGTERM at once, asks a run to stop when Ray drains one of its nodes, ends processes of
-this machine that are stuck, and ends the wait for workers that are done but do not exit.
+It passes on SIGTERM at once, stops a run when Ray drains one of its nodes, ends stuck processes of
+this machine, and ends the wait for workers that are done but do not exit.
 """
 
 import os
@@ -18,9 +18,9 @@ from orchestrator.workers import hangs, marks
 from orchestrator.workers.marks import DONE, Mark
 
 POLL_S = 1.0
-GRACE_S = 5.0  # beyond the limit of a rank, whose own watchdog comes first
-# Least and most time that workers have to exit once they are done. The most is shorter than the
-# notice that a SIGTERM usually gives.
+GRACE_S = 5.0  # added to the limit of a rank, so that its own watchdog acts first
+# Least and most seconds that workers have to exit once they are done. Usually, a longer time than
+# this passes between a SIGTERM and the SIGKILL that follows it.
 EXIT_S = (2.0, 20.0)
 
 Report = tuple[int, int]  # pid, number of the mark
@@ -94,8 +94,8 @@ class RunWatch(Watch):
     """Watches a lone run, whose workers exit when it ends.
 
     Attributes:
-        over: True after it ended the wait for workers that were done. torch's shutdown can
-            deadlock.
+        over: True after the watch ended Ray's wait for workers that were done but did not exit:
+            torch's shutdown can deadlock.
 
     Args:
         folder: Folder of the run.
@@ -135,7 +135,7 @@ class RunWatch(Watch):
 
 
 def draining_node(current: list[Mark]) -> str | None:
-    """Return the name of a node with workers that Ray is going to take away."""
+    """Return the name of a node that has workers and is being drained; None if there is none."""
     ours = {mark.node for mark in current}
     for node, name in private.draining_nodes().items():
         if node in ours:

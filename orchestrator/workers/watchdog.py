@@ -4,9 +4,9 @@ The training loop reports each phase. A thread of the same process compares the 
 with a limit that follows from earlier steps. At the limit it stores the stacks of all threads in
 `hang-rank<r>.txt` and ends the process, so that the group can start again.
 
-Two things a thread cannot do. If the process holds the GIL for ever, faulthandler's timer, which
-needs no GIL, ends it. If the process is stopped (SIGSTOP), another rank on the machine or the
-driver ends it, see `hangs.end_stuck`.
+The thread cannot run in two cases. If another thread never releases the GIL, faulthandler's timer
+ends the process; it needs no GIL. If the process is stopped (SIGSTOP), another rank on the machine
+or the driver ends it, see `hangs.end_stuck`.
 """
 
 import faulthandler
@@ -32,7 +32,7 @@ BACKSTOP_S = 10.0  # added to the limit for faulthandler's timer, so that the th
 END_S = 60.0  # for storing the stacks of all ranks of this machine
 REARM_S = 1.0  # between two settings of the timers
 EXIT_HUNG = 70  # exit status
-# Work that not every step has, by its phases. While one rank does it, the others wait longer.
+# Phases of work that only some steps have. While one rank does it, the others wait longer.
 EXTRA_WORK = {"evaluation": "evaluation", AGREEMENT: "evaluation", "checkpoint": "checkpoint"}
 
 PhaseKind = tuple[str, frozenset[str]]  # the phase, and the extra work since the last exchange
@@ -136,8 +136,8 @@ class Watchdog:
             # Another rank evaluates a batch, perhaps of a shape that is new to it.
             limit = max(limit, self.pace.limit(("evaluation", self._extra_work)))
         if "checkpoint" in self._extra_work:
-            # It may wait until an earlier checkpoint is on disk. Earlier times do not tell how
-            # long that takes.
+            # The phase may wait until an earlier checkpoint is on disk. Earlier durations do not
+            # predict how long that takes.
             limit = max(limit, COMMIT_FACTOR * self.pace.floor_s)
         return limit
 
@@ -166,20 +166,23 @@ class Watchdog:
             waited = time.monotonic() - self.entered
             if waited > self.limit:
                 self._end(waited)
-            if waited > self.pace.floor_s and any(map(self._is_stopped, marks.read(self.folder))):
+            if waited > self.pace.floor_s and self._sees_stopped_rank():
                 self._end(waited)
             # Kills of other processes during a long run are not ours.
             self._oom_kills = memory.oom_kills()
 
+    def _sees_stopped_rank(self) -> bool:
+        return any(self._is_stopped(mark) for mark in marks.read(self.folder))
+
     def _is_stopped(self, mark: Mark) -> bool:
-        """Return whether another rank on this machine is stopped, so that a wait has no end."""
+        """Return whether this is another rank on this machine, and its process is stopped."""
         if mark.rank == self.rank or not mark.is_local():
             return False
         return mark.process_status() == "stopped"
 
     def _end(self, waited: float) -> None:
         """Store the stacks, end the ranks that cannot end themselves, and end this process."""
-        # The timer must not end this process before it has looked into the other ranks.
+        # Restart the timer: it must not end this process before the other ranks were examined.
         faulthandler.dump_traceback_later(END_S, exit=True, file=self._stacks)
         message = f"step {self.step + 1}: {self.phase} takes longer than {waited:.0f} s"
         print(message, file=self._stacks, flush=True)

@@ -1,32 +1,31 @@
-"""One run with faults: it is started again, on other numbers of workers, until it ends.
+"""One run with faults. It is started again, with other numbers of workers, until it is done.
 
-Eats the seed of a campaign and the number of a case; yields a `Report`. The driver's part between two attempts is the driver's own
-code (`identity.check_resumable`, `identity.begin_attempt`).
+Read `Case.run` first, then `Case.attempt`. Between two attempts, the driver's own functions run:
+`identity.check_resumable` and `identity.begin_attempt`.
 """
 
-import contextlib
 import json
-import multiprocessing
-import os
 import random
 import re
 import signal
-import sqlite3
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.dataset import load_manifest
 from orchestrator.files import read_json
-from orchestrator.runs import identity, journal, metrics, stop
+from orchestrator.runs import identity, stop
 from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import hangs
-from tests.faults import kinds, rank
+from tests.faults import kinds
+from tests.faults.damage import damage_checkpoint, tear_journal
 from tests.faults.kinds import Fault
+from tests.faults.outcome import is_in_mlflow, outcome
+from tests.faults.rank import RankStarter
+from tests.faults.report import FaultRecord, Report
 
 STEPS = 40
 TINY = [
@@ -49,314 +48,237 @@ TINY = [
     "schedule.warmup_steps=5",
     "compute.use_gpu=false",
 ]
-HANG = ["compute.hang_after_s=2"]  # for an attempt with a hang: the others run on a busy machine
+# Only for attempts with a hang: on a busy machine, healthy ranks can take longer.
+HANG = ["compute.hang_after_s=2"]
 VARIANTS = [
     [f"train.dtype={dtype}", f"train.log_interval={interval}"]
     for dtype in ("float32", "bfloat16")
     for interval in (1, 3)
 ]
-NAMED = re.compile(r"rank (\d+) \(process ")  # by the watchdog's verdict
-ATTEMPT_S = 120.0  # one that takes longer has failed
-
-
-@dataclass
-class Met:
-    """A fault that really happened. kills: processes that it ended by SIGKILL, without those that were ended because another had
-    died. again_s: seconds to the next step, where the next attempt made one."""
-
-    kind: str
-    what: str
-    kills: int = 0
-    again_s: float | None = None
-
-
-@dataclass
-class Report:
-    name: str
-    met: list[Met] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    attempts: int = 0
-
-
-class Forge:
-    """Forks ranks from a server process that has imported torch once."""
-
-    def __init__(self):
-        os.environ |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([rank.__name__])
-
-    def start(self, jobs: list[dict[str, Any]]) -> list[Any]:
-        processes = [self.context.Process(target=rank.work, args=(job,)) for job in jobs]
-        for process in processes:
-            process.start()
-        return processes
-
-
-def outcome(run_dir: Path) -> dict[str, Any]:
-    """Return what faults must not change: every logged loss, and the bytes of weights and moments."""
-    curve = [metrics.exact_part(r) for r in journal.read(RunFolder(run_dir))]
-    last = checkpoint.latest_valid(run_dir / "checkpoints")
-    if last is None:
-        return {"curve": curve, "step": None}
-    parts = {
-        name: (last / name).read_bytes()
-        for name in ("model.safetensors", "optimizer.safetensors", "state.json")
-    }
-    weights = checkpoint.weights_sha256(checkpoint.load_tensors(last, "model"))
-    return {"curve": curve, "step": last.name, "weights": weights, **parts}
+RANK_IN_VERDICT = re.compile(r"rank (\d+) \(process ")
+ATTEMPT_S = 120.0  # an attempt that takes longer has failed
 
 
 class Case:
-    """Args:
-    tracked: whether MLflow is told between attempts and compared at the end.
+    """A run, and the report on its faults.
+
+    Args:
+        starter: Starts the ranks.
+        path: Folder of the case: of the run, its log and its notes.
+        data_dir: Folder of the token shards.
+        variant: Overrides of the experiment.
+        database: MLflow's database. Between attempts, metrics are sent to it, and they are compared
+            at the end. None: MLflow is not used.
     """
 
     def __init__(
         self,
-        forge: Forge,
-        folder: Path,
+        starter: RankStarter,
+        path: Path,
         data_dir: Path,
         variant: list[str],
-        tracked: str | None = None,
-    ):
-        self.forge, self.folder, self.data_dir, self.tracked = (
-            forge,
-            Path(folder),
-            Path(data_dir),
-            tracked,
-        )
-        self.run_dir = self.folder / "tiny"
-        self.run_dir.mkdir(parents=True)
+        database: str | None = None,
+    ) -> None:
+        self.starter = starter
+        self.path = path
+        self.data_dir = data_dir
+        self.database = database
+        self.folder = RunFolder(path / "tiny")
+        self.folder.path.mkdir(parents=True)
         self.overrides = [*TINY, *variant]
-        self.experiment, self.dataset = (
-            load_experiment(None, self.overrides),
-            load_manifest(data_dir),
-        )
-        self.report, self.awaiting = Report(self.folder.name), None
+        self.experiment = load_experiment(None, self.overrides)
+        self.dataset = load_manifest(data_dir)
+        self.report = Report(path.name)
+        # The last fault, and when it happened, until the next attempt makes a step.
+        self.last_fault: tuple[FaultRecord, float] | None = None
 
     # ---- one attempt ----
+
     def attempt(self, world: int, fault: Fault | None) -> bool:
-        """Start all ranks, let the fault happen, and wait for their end; True where the run is done."""
+        """Start all ranks, cause the fault, wait until they end. Return whether the run is done."""
         self.report.attempts += 1
-        identity.check_resumable(
-            RunFolder(self.run_dir), self.experiment, self.dataset, lambda message: None
-        )
-        identity.begin_attempt(RunFolder(self.run_dir), self.experiment, {}, {"workers": world})
-        first_step, met, store = (
-            self.folder / f"{name}-{self.report.attempts}"
-            for name in ("first-step", "met", "store")
-        )
+        identity.check_resumable(self.folder, self.experiment, self.dataset, lambda message: None)
+        identity.begin_attempt(self.folder, self.experiment, {}, {"workers": world})
+        first_step = self.path / f"first-step-{self.report.attempts}"
+        note = self.path / f"met-{self.report.attempts}"
+        is_hang = fault is not None and fault.kind == "hang"
         job = {
             "world": world,
-            "store": store,
+            "store": str(self.path / f"store-{self.report.attempts}"),
             "launch": self.report.attempts,
-            "run_dir": self.run_dir,
-            "data_dir": self.data_dir,
-            "log": self.folder / "log.txt",
-            "first_step": first_step,
-            "met": met,
-        }
-        job = {k: v if isinstance(v, int) else str(v) for k, v in job.items()} | {
+            "run_dir": str(self.folder.path),
+            "data_dir": str(self.data_dir),
+            "log": str(self.path / "log.txt"),
+            "first_step": str(first_step),
+            "met": str(note),
             "fault": asdict(fault) if fault else None,
-            "overrides": [*self.overrides, *(HANG if fault and fault.kind == "hang" else [])],
+            "overrides": self.overrides + HANG if is_hang else self.overrides,
         }
-        processes = self.forge.start([job | {"rank": r} for r in range(world)])
+        processes = self.starter.start([job | {"rank": r} for r in range(world)])
         try:
-            if fault and not fault.moment and fault.kind != "full":
-                self._from_outside(fault, processes, first_step)
-            hurt_at = self._wait_for_the_end(processes, fault)
+            if fault and fault.is_from_outside:
+                self._cause(fault, processes, first_step)
+            failed_at = self._wait_for_end(processes, fault)
         finally:
             for process in processes:
                 process.kill()
                 process.join()
-        self._measure(first_step)
+        self._measure_recovery(first_step)
         codes = [process.exitcode for process in processes]
-        self._book(fault, codes, met, hurt_at)
-        stopped = read_json(self.run_dir / "stopped.json")
-        return codes == [0] * world and stopped is None
+        if self._has_happened(fault, codes, note):
+            self._record(fault, codes, _time_of(note) if note.exists() else failed_at)
+        elif any(codes):
+            self._add_problem(f"attempt {self.report.attempts} ended with {codes} for no reason")
+        return codes == [0] * world and self._stopped() is None
 
-    def _from_outside(self, fault: Fault, processes: list[Any], first_step: Path) -> None:
-        deadline = time.monotonic() + ATTEMPT_S
-        while (
-            fault.delay > 0
-            and not first_step.exists()
-            and wait([p.sentinel for p in processes], 0.005) == []
-        ):
-            assert time.monotonic() < deadline, "no step was made"
-        time.sleep(abs(fault.delay) / (2 if fault.delay > 0 else 1))
+    def _cause(self, fault: Fault, processes: list[Any], first_step: Path) -> None:
+        """Cause a fault from outside: wait for its time, then stop or kill the ranks."""
+        if fault.delay > 0:
+            sentinels = [process.sentinel for process in processes]
+            deadline = time.monotonic() + ATTEMPT_S
+            while not first_step.exists() and not wait(sentinels, 0.005):
+                assert time.monotonic() < deadline, "no step was made"
+            time.sleep(fault.delay / 2)
+        else:
+            time.sleep(-fault.delay)
         if fault.kind in ("stop", "stop-kill"):
-            stop.request(RunFolder(self.run_dir), "SIGTERM")
+            stop.request(self.folder, "SIGTERM")
         if fault.kind == "stop-kill":
             time.sleep(fault.place * 0.2)
-        victims = (
-            []
-            if fault.kind == "stop"
-            else processes
-            if fault.kind in ("all", *kinds.DAMAGE)
-            else [processes[fault.rank]]
-        )
-        for process in victims:
-            process.kill()
+        if fault.kind != "stop":
+            for process in fault.victims(processes):
+                process.kill()
 
-    def _wait_for_the_end(self, processes: list[Any], fault: Fault | None) -> float:
-        """Until all have ended. Once one has died the others get some patience, and are then killed as Ray would; returns when."""
-        deadline, hurt_at, alive = time.monotonic() + ATTEMPT_S, None, list(processes)
+    def _wait_for_end(self, processes: list[Any], fault: Fault | None) -> float:
+        """Wait until all ranks have ended. Return when the first one failed, or the time now.
+
+        After the first failure, the other ranks get `fault.patience` seconds. They are then killed,
+        as Ray kills them.
+        """
+        deadline = time.monotonic() + ATTEMPT_S
+        failed_at = None
+        alive = list(processes)
         while alive:
-            wait([p.sentinel for p in alive], 0.5)
-            alive = [p for p in processes if p.exitcode is None]
-            if hurt_at is None and any(p.exitcode for p in processes):
-                hurt_at = time.monotonic()
-                deadline = hurt_at + (fault.patience if fault else 0.0)
+            wait([process.sentinel for process in alive], 0.5)
+            alive = [process for process in processes if process.exitcode is None]
+            if failed_at is None and any(process.exitcode for process in processes):
+                failed_at = time.monotonic()
+                deadline = failed_at + (fault.patience if fault else 0.0)
             if time.monotonic() >= deadline:
-                if hurt_at is None:
-                    self.report.problems.append(
+                if failed_at is None:
+                    self._add_problem(
                         f"attempt {self.report.attempts} did not end within {ATTEMPT_S:.0f} s"
                     )
                 for process in alive:
                     process.kill()
-        return hurt_at or time.monotonic()
+        return failed_at or time.monotonic()
 
-    def _measure(self, first_step: Path) -> None:
+    def _measure_recovery(self, first_step: Path) -> None:
         """Record the time from the last fault to the first step of this attempt."""
-        if self.awaiting and first_step.exists():
-            met, since = self.awaiting
-            met.again_s = _when(first_step) - since
-        self.awaiting = None
+        if self.last_fault and first_step.exists():
+            record, since = self.last_fault
+            record.recovery_s = _time_of(first_step) - since
+        self.last_fault = None
 
-    def _book(self, fault: Fault | None, codes: list[int], met: Path, hurt_at: float) -> None:
-        """Count the fault if it happened: by the statuses of the processes, and by what the one that met it wrote down."""
-        victims = (
-            codes
-            if fault and fault.kind in ("all", *kinds.DAMAGE)
-            else [codes[fault.rank]]
-            if fault
-            else []
-        )
-        killed = victims.count(-signal.SIGKILL)
-        stopped = read_json(self.run_dir / "stopped.json")
+    def _has_happened(self, fault: Fault | None, codes: list[int], note: Path) -> bool:
+        """Return whether the fault happened: its rank wrote a note, was killed or stopped."""
+        stopped = self._stopped()
         if stopped and not stopped.get("again"):
-            self.report.problems.append(f"stopped: {stopped['reason']}")
-        from_outside = fault and not fault.moment and fault.kind != "full"
-        happened = met.exists() or (
-            from_outside and (killed > 0 or (fault.kind == "stop" and stopped is not None))
-        )
-        if not happened:
-            if any(codes):
-                self.report.problems.append(
-                    f"attempt {self.report.attempts} ended with {codes} for no reason"
+            self._add_problem(f"stopped: {stopped['reason']}")
+        if note.exists():
+            return True
+        if fault is None or not fault.is_from_outside:
+            return False
+        if fault.kind == "stop" and stopped is not None:
+            return True
+        return -signal.SIGKILL in fault.victims(codes)
+
+    def _record(self, fault: Fault, codes: list[int], at: float) -> None:
+        """Add the fault to the report; damage the files if its kind requires that."""
+        attempt = self.report.attempts
+        if fault.kind == "hang":
+            named = RANK_IN_VERDICT.findall(hangs.report(self.folder) or "")
+            if named != [str(fault.rank)]:
+                self._add_problem(
+                    f"rank {fault.rank} was stopped in attempt {attempt}, but {named} was named"
                 )
-            return
-        if fault.kind == "hang" and (
-            named := NAMED.findall(hangs.report(RunFolder(self.run_dir)) or "")
-        ) != [str(fault.rank)]:
-            self.report.problems.append(
-                f"rank {fault.rank} was stopped in attempt {self.report.attempts}, and found: {named}"
-            )
-            return
-        kind = (
-            "all" if fault.kind in ("flip", "cut") and not self._steps() else fault.kind
-        )  # nothing is there yet to be damaged
-        what = f"{fault.moment or kind} of rank {fault.rank} of {fault.world}, attempt {self.report.attempts}"
-        self.report.met.append(Met(kind, what, killed))
-        if any(codes) or stopped:
-            self.awaiting = self.report.met[-1], _when(met) if met.exists() else hurt_at
+                return
+        kind = fault.kind
+        if kind in ("flip", "cut") and not self.folder.checkpoint_steps():
+            kind = "all"  # there is no checkpoint yet that could be damaged
+        text = f"{fault.moment or kind} of rank {fault.rank} of {fault.world}, attempt {attempt}"
+        record = FaultRecord(kind, text, fault.victims(codes).count(-signal.SIGKILL))
+        self.report.happened.append(record)
+        if any(codes) or self._stopped():
+            self.last_fault = (record, at)
         if kind == "tail":
-            self._tear_tail(fault)
+            tear_journal(self.folder, fault)
         elif kind in kinds.DAMAGE:
-            self._damage(fault, checkpoint.path_of(self.run_dir / "checkpoints", self._steps()[-1]))
+            problem = damage_checkpoint(self.folder, fault)
+            if problem is not None:
+                self._add_problem(problem)
 
-    def _steps(self) -> list[int]:
-        return checkpoint.steps(self.run_dir / "checkpoints")
+    def _stopped(self) -> dict[str, Any] | None:
+        return read_json(self.folder.ending_file)
 
-    def _damage(self, fault: Fault, latest: Path) -> None:
-        """Damage the latest checkpoint between two attempts: flip a bit, or cut a part short."""
-        files = sorted(latest.iterdir())
-        file = files[int(fault.place * 997) % len(files)]
-        data = bytearray(file.read_bytes())
-        at = int(fault.place * len(data))
-        if fault.kind == "flip":
-            data[at] ^= 1 << int(fault.place * 8191) % 8
-        file.write_bytes(data if fault.kind == "flip" else data[:at])
-        if checkpoint.latest_valid(self.run_dir / "checkpoints", lambda message: None) == latest:
-            self.report.problems.append(f"a damaged {file.name} was not noticed")
+    def _add_problem(self, problem: str) -> None:
+        self.report.problems.append(problem)
 
-    def _tear_tail(self, fault: Fault) -> None:
-        """What comes after the latest checkpoint may be lost; what comes before it was on its way to the disk with it."""
-        file = RunFolder(self.run_dir).journal_file
-        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-        if lines and json.loads(lines[-1])["step"] > max(self._steps(), default=-1):
-            last = lines.pop()
-            torn = last[: int(fault.place * len(last))]
-        else:
-            torn = b'{"step": 41, "timestamp": 17640'
-        file.write_bytes(b"".join(line + b"\n" for line in lines) + torn)
+    # ---- all attempts ----
 
-    # ---- the whole ----
     def run(
         self, rng: random.Random, faults: int, only: tuple[str, ...] = tuple(kinds.KINDS)
     ) -> Report:
-        """Start attempts until the run is done, the first ones with faults. Some come too late."""
+        """Start attempts until the run is done, the first ones with faults.
+
+        A fault does not happen if the run is done before its moment.
+        """
         plan: list[Fault] = []
         while len(plan) < faults:
             plan += kinds.draw(rng, only)
+        done = False
         try:
-            for fault in map(self._possible, plan[:faults]):
-                done = self.attempt(fault.world, fault)
-                self._send(rng.random() < 0.5)
+            for fault in plan[:faults]:
+                done = self.attempt(fault.world, self._possible(fault))
+                if rng.random() < 0.5:
+                    self._send()
                 if done:
                     break
-            else:
-                done = False
             for _ in range(3):
                 done = done or self.attempt(rng.choice(kinds.WORLDS), None)
             if not done:
-                self.report.problems.append("the run did not end without faults")
+                self._add_problem("the run did not end without faults")
         except Exception as error:
-            self.report.problems.append(f"{error.__class__.__name__}: {error}")
+            self._add_problem(f"{type(error).__name__}: {error}")
         return self.report
 
     def _possible(self, fault: Fault) -> Fault:
-        """Where no checkpoint is there yet, there is none to die over."""
-        if fault.moment not in kinds.RESTORE or self._steps():
+        """Return another fault if this one needs a checkpoint and there is none yet."""
+        if fault.moment not in kinds.RESTORE or self.folder.checkpoint_steps():
             return fault
-        return replace(
-            fault,
-            kind=fault.kind if fault.kind == "again" else "step",
-            moment="before optimizer",
-            nth=6,
-        )
+        kind = "again" if fault.kind == "again" else "step"
+        return replace(fault, kind=kind, moment="before optimizer", nth=6)
 
     def compare(self, golden: dict[str, Any]) -> None:
-        """Add to the report what differs from the undisturbed run."""
-        mine = outcome(self.run_dir)
-        self.report.problems += [
-            f"{key} differs from the golden run's" for key in golden if mine.get(key) != golden[key]
-        ]
-        if self.tracked:
-            self._send(True)
-            self.report.problems += self._compare_history(golden["curve"])
+        """Report what differs from the run without faults."""
+        mine = outcome(self.folder.path)
+        for key in golden:
+            if mine.get(key) != golden[key]:
+                self._add_problem(f"{key} differs from the golden run's")
+        if self.database:
+            self._send()
+            if not is_in_mlflow(self.database, self.folder.path, golden["curve"]):
+                self._add_problem("MLflow's history differs from the golden run's")
 
-    def _send(self, now: bool) -> None:
-        if self.tracked and now:
-            from orchestrator.track.mlflow import resend_metrics
+    def _send(self) -> None:
+        """Send all metrics to MLflow, if it is used."""
+        if self.database is None:
+            return
+        from orchestrator.track.mlflow import resend_metrics
 
-            if not resend_metrics(
-                RunFolder(self.run_dir), f"sqlite:///{self.tracked}", "faults", 60
-            ):
-                self.report.problems.append("MLflow did not take everything")
-
-    def _compare_history(self, curve: list[dict[str, Any]]) -> list[str]:
-        wanted = sorted((k, r["step"], v) for r in curve for k, v in r.items() if k != "step")
-        run_id = json.loads((self.run_dir / "tracking.json").read_text())["run_id"]
-        with contextlib.closing(sqlite3.connect(self.tracked)) as db:
-            rows = db.execute(
-                "SELECT key, step, value FROM metrics WHERE run_uuid = ?", (run_id,)
-            ).fetchall()
-        if sorted(r for r in rows if metrics.of(r[0]).exact) != wanted:
-            return ["MLflow's history differs from the golden run's"]
-        return []
+        if not resend_metrics(self.folder, f"sqlite:///{self.database}", "faults", 60):
+            self._add_problem("MLflow did not accept all metrics")
 
 
-def _when(note: Path) -> float:
+def _time_of(note: Path) -> float:
     return json.loads(note.read_text().splitlines()[0])["at"]

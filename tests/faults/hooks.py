@@ -1,9 +1,11 @@
 """Wraps functions of the product, so that the process of a rank kills itself at a drawn moment.
 
-Only tests do this: the product knows no hooks. A SIGKILL to oneself is as final as one from outside.
+The product itself has no hooks. A process that sends SIGKILL to itself ends as suddenly as one that
+is killed from outside.
 """
 
 import errno
+import json
 import os
 import signal
 import threading
@@ -24,6 +26,7 @@ from orchestrator.train.evaluate import Evaluator
 from orchestrator.train.gradients import Gradients
 from orchestrator.train.step import Step
 
+# Name of a point: owner and name of the function.
 POINTS = {
     "forward": (Step, "_forward_backward"),
     "backward": (torch.Tensor, "backward"),
@@ -48,18 +51,27 @@ POINTS = {
     "rmdir": (os, "rmdir"),
     "unlink": (os, "unlink"),
 }
-WRITER = "checkpoint"  # the calls of `os` count in the thread of this name
+WRITER = "checkpoint"  # calls of `os` count only in threads with this prefix
 
 
 def install(moment: str, nth: int, note: Callable[[str], None], end: int = signal.SIGKILL) -> None:
-    """Die (SIGSTOP as the `end`: stop) at the n-th occurrence of `moment`, say "before fsync"; `note` is told just before."""
+    """Let this process kill itself at a moment.
+
+    Args:
+        moment: For example "before fsync".
+        nth: The occurrence of the moment, from 1.
+        note: Called with the moment just before the end.
+        end: The signal: SIGKILL, or SIGSTOP to stop the process.
+    """
     when, name = moment.split()
-    left, lock = [nth], threading.Lock()
+    left = nth
+    lock = threading.Lock()
 
     def is_now() -> bool:
+        nonlocal left
         with lock:
-            left[0] -= 1
-            return left[0] == 0
+            left -= 1
+            return left == 0
 
     def die() -> None:
         note(moment)
@@ -74,7 +86,7 @@ def install(moment: str, nth: int, note: Callable[[str], None], end: int = signa
             return original(*args, **kwargs)
         if when in ("before", "torn") and is_now():
             if when == "torn":
-                _TORN[name](*args)
+                TORN[name](*args)
             die()
         result = original(*args, **kwargs)
         if when == "after" and is_now():
@@ -84,40 +96,49 @@ def install(moment: str, nth: int, note: Callable[[str], None], end: int = signa
     setattr(owner, attribute, wrapped)
 
 
-def _half_a_line(writer: Journal, record: dict[str, Any]) -> None:
-    line = journal.json.dumps(record).encode()
+write = os.write  # the original: the functions of this module replace `os.write`
+
+
+def _write_half_a_line(writer: Journal, record: dict[str, Any]) -> None:
+    line = json.dumps(record).encode()
     with open(writer.file, "ab", buffering=0) as file:
         file.write(line[: len(line) // 2])
 
 
-write = os.write  # the system's, whatever is put in its place
-_TORN = {"line": _half_a_line, "write": lambda fd, data: write(fd, data[: len(data) // 2])}
+def _write_half(fd: int, data: Any) -> None:
+    write(fd, data[: len(data) // 2])
+
+
+TORN = {"line": _write_half_a_line, "write": _write_half}
 
 
 def fill_disk(nth: int, note: Callable[[str], None]) -> None:
-    """Let only the writes of the n-th commit fail with a full disk."""
-    commit, commits = checkpoint.commit, [0]
+    """Let the writes of the n-th commit fail with a full disk, and no others."""
+    commit = checkpoint.commit
+    commits = 0
 
-    def counted(*args: Any) -> Path:
-        commits[0] += 1
+    def counted_commit(*args: Any) -> Path:
+        nonlocal commits
+        commits += 1
         return commit(*args)
 
-    def refusing(fd: int, data: Any) -> int:
-        if threading.current_thread().name.startswith(WRITER) and commits[0] == nth:
+    def failing_write(fd: int, data: Any) -> int:
+        if threading.current_thread().name.startswith(WRITER) and commits == nth:
             note("full disk")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(fd, data)
 
-    checkpoint.commit, os.write = counted, refusing
+    checkpoint.commit = counted_commit
+    os.write = failing_write
 
 
-def tell_first_step(tell: Callable[[], None]) -> None:
-    """Call `tell` after the first update of this process."""
+def on_first_step(callback: Callable[[], None]) -> None:
+    """Call `callback` after the first update of this process."""
     update = Step.update
 
-    def told(self: Step, lr: float) -> None:
+    def first_update(self: Step, lr: float) -> None:
         update(self, lr)
         Step.update = update
-        tell()
+        callback()
 
-    Step.update = told
+    Step.update = first_update

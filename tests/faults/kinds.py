@@ -2,10 +2,13 @@
 
 import random
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 WORLDS = (1, 2, 4)
 
-# Moments at which a rank kills itself, by the kind that the table counts them as: see `hooks.POINTS`.
+# Moments at which a rank kills itself, in groups for the table. The names are in `hooks.POINTS`.
 STEP = (
     "before forward",
     "before backward",
@@ -47,16 +50,11 @@ RESTORE = (
     "after rewind",
 )
 BY_RANK_0 = {*JOURNAL, *COMMIT, *EVALUATION[2:], *RESTORE[4:]}
-NTH = {
-    "step": 24,
-    "exchange": 9,
-    "journal": 6,
-    "commit": 3,
-    "evaluation": 7,
-    "restore": 1,
-}  # the latest occurrence that is drawn
+# The latest occurrence that is drawn.
+NTH = {"step": 24, "exchange": 9, "journal": 6, "commit": 3, "evaluation": 7, "restore": 1}
 
-KINDS = {  # kind: (share of the draws, what the table calls it)
+# kind: (relative frequency, name in the table)
+KINDS = {
     "step": (6, "SIGKILL in forward, backward, clipping or the optimizer"),
     "exchange": (4, "SIGKILL in the exchange of gradients"),
     "journal": (4, "SIGKILL around a line of the journal, or half-way through it"),
@@ -89,9 +87,16 @@ DAMAGE = ("flip", "cut", "tail")
 class Fault:
     """One fault in one attempt.
 
-    moment, nth: for a rank that kills itself, where, and at which occurrence there. delay: seconds after the first step of the
-    attempt (or, below zero, after its processes were started), for what comes from outside. place: where in a file, 0 to 1.
-    patience: seconds that the survivors have to find out themselves before they are killed too.
+    Attributes:
+        kind: Key of `KINDS`.
+        world: Number of ranks of the attempt.
+        rank: The rank that has the fault.
+        moment: Where the rank kills itself; empty for other faults.
+        nth: The occurrence of `moment`, from 1.
+        delay: For faults from outside: seconds after the first step of the attempt or, if
+            negative, after its processes were started.
+        place: Position of the damage in a file, 0 to 1.
+        patience: Seconds for the other ranks to notice the fault, before they are killed too.
     """
 
     kind: str
@@ -103,9 +108,20 @@ class Fault:
     place: float = 0.0
     patience: float = 0.0
 
+    @property
+    def is_from_outside(self) -> bool:
+        """True if the test causes the fault, not the rank itself."""
+        return not self.moment and self.kind != "full"
+
+    def victims(self, of_ranks: list[T]) -> list[T]:
+        """Select the ranks that the fault kills from a list with one entry for each rank."""
+        if self.kind in ("all", *DAMAGE):
+            return of_ranks
+        return [of_ranks[self.rank]]
+
 
 def draw(rng: random.Random, only: tuple[str, ...] = tuple(KINDS)) -> list[Fault]:
-    """Draw the next fault: one, or several of a kind in a row."""
+    """Draw the next fault; for "again", the same fault several times."""
     kind = rng.choices(only, [KINDS[k][0] for k in only])[0]
     world = rng.choice([w for w in WORLDS if w > 1 or kind not in ("exchange", "hang")])
     common = {
@@ -116,16 +132,10 @@ def draw(rng: random.Random, only: tuple[str, ...] = tuple(KINDS)) -> list[Fault
     }
     if kind in ("stop", "stop-kill"):
         common["delay"] = abs(common["delay"])
-    if kind == "hang":  # once the watchdogs know how long a step takes
-        return [
-            Fault(
-                kind,
-                rank=rng.randrange(world),
-                moment="before forward",
-                nth=rng.randint(20, 30),
-                **common,
-            )
-        ]
+    if kind == "hang":
+        # Not before the watchdogs know how long a step takes.
+        rank, nth = rng.randrange(world), rng.randint(20, 30)
+        return [Fault(kind, rank=rank, moment="before forward", nth=nth, **common)]
     if kind not in SELF and kind != "again":
         return [Fault(kind, rank=rng.randrange(world), **common)]
     group = kind if kind in SELF else rng.choice([k for k in SELF if k != "exchange" or world > 1])

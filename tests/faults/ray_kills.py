@@ -1,7 +1,8 @@
-"""Workers of a real Ray, killed one after another in one run: `python -m tests.faults.ray_kills -n 10`; `--write` as `campaign`.
+"""Kills workers of Ray again and again: `python -m tests.faults.ray_kills -n 10`.
 
-Starts `pipelines/train.py` with two workers on a Ray of its own, kills a rank by SIGKILL, waits for the next step, and again.
-The driver is stopped by SIGTERM at the end, and weights, moments and curve are compared with the same steps made in one process.
+Starts `pipelines/train.py` with two workers and its own Ray. Kills a rank by SIGKILL, waits for the
+next step, and repeats this. At the end, SIGTERM stops the driver. Then the weights, the optimizer
+moments and the logged losses are compared with those of the same steps in one process.
 """
 
 import argparse
@@ -14,11 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import EXIT_AGAIN
 from orchestrator.runs import journal, metrics
@@ -26,8 +28,8 @@ from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import marks
-from tests.faults import campaign
-from tests.faults.campaign import REPO, quantiles
+from tests.faults.campaign import make_dataset
+from tests.faults.report import REPO, quantiles, write_table
 
 SMALL = [
     "name=small",
@@ -52,16 +54,21 @@ SMALL = [
 ]
 EXPERIMENT = REPO / "configs" / "quickstart.yaml"
 WAIT_S = 120
-BEGIN, END = (
-    "<!-- ray: written by `python -m tests.faults.ray_kills --write` -->",
-    "<!-- end of ray -->",
-)
+BEGIN = "<!-- ray: written by `python -m tests.faults.ray_kills --write` -->"
+END = "<!-- end of ray -->"
 
 
 @dataclass
-class Again:
-    """Seconds after a kill until the new rank 0 is a process, until that begins its attempt, until its first step is made;
-    and the processor time that it has taken by then, which does not depend on what else the machine does."""
+class Recovery:
+    """Times after a kill, in seconds.
+
+    Attributes:
+        process: Until the process of the new rank 0 started.
+        attempt: Until that process began its attempt.
+        step: Until its first step was done.
+        processor: Processor time of that process until then. Unlike the others, it does not depend
+            on other programs of the machine.
+    """
 
     process: float
     attempt: float
@@ -72,114 +79,117 @@ class Again:
 class Driver:
     """`pipelines/train.py` in a process of its own."""
 
-    def __init__(self, storage: Path, data_dir: Path, corpus: Path):
-        self.run_dir = storage / "small"
+    def __init__(self, storage: Path, data_dir: Path, corpus: Path) -> None:
+        self.folder = RunFolder(storage / "small")
         words = [f"storage={storage}", f"data.dir={data_dir}", f"data.corpus={corpus}", *SMALL]
-        env = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "ESPALIER_STORAGE")
-        }
+        env = dict(os.environ)
+        for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "ESPALIER_STORAGE"):
+            env.pop(name, None)
         self.log = open(storage / "driver.log", "w+")  # noqa: SIM115 - the process writes to it
         command = [sys.executable, str(REPO / "pipelines" / "train.py"), str(EXPERIMENT), *words]
         self.process = subprocess.Popen(command, env=env, stdout=self.log, stderr=self.log)
 
-    def wait(self, condition) -> None:
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Wait until the condition is true."""
         deadline = time.monotonic() + WAIT_S
         while not condition():
             assert self.process.poll() is None, (
                 f"the driver ended with {self.process.returncode}: see {self.log.name}"
             )
-            assert time.monotonic() < deadline, f"waited in vain: see {self.log.name}"
+            assert time.monotonic() < deadline, f"no progress: see {self.log.name}"
             time.sleep(0.02)
 
     def attempts(self) -> int:
-        file = self.run_dir / "attempts.jsonl"
+        """Return the number of attempts that have begun."""
+        file = self.folder.attempts_file
         return file.read_text().count("\n") if file.exists() else 0
 
-    def last(self) -> dict:
-        return journal.last(RunFolder(self.run_dir)) or {"step": -1, "timestamp": 0}
+    def last_line(self) -> dict[str, Any]:
+        """Return the last line of the journal."""
+        return journal.last(self.folder) or {"step": -1, "timestamp": 0}
 
-    def kill(self, rank: int) -> Again:
+    def last_checkpoint(self) -> int:
+        return max(self.folder.checkpoint_steps(), default=0)
+
+    def kill(self, rank: int) -> Recovery:
         """Kill a rank some steps after a new checkpoint, and wait for the next step."""
-        at = max(checkpoint.steps(self.run_dir / "checkpoints"), default=0)
-        self.wait(lambda: max(checkpoint.steps(self.run_dir / "checkpoints"), default=0) > at)
+        saved = self.last_checkpoint()
+        self.wait(lambda: self.last_checkpoint() > saved)
         time.sleep(random.random())
-        attempts, since = self.attempts(), (time.time(), time.clock_gettime(time.CLOCK_BOOTTIME))
-        os.kill(
-            next(m.pid for m in marks.read(RunFolder(self.run_dir)) if m.rank == rank),
-            signal.SIGKILL,
-        )
+        attempts = self.attempts()
+        pid_of = {mark.rank: mark.pid for mark in marks.read(self.folder)}
+        killed_at = time.time()
+        killed_since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+        os.kill(pid_of[rank], signal.SIGKILL)
         self.wait(lambda: self.attempts() > attempts)
-        begun = time.time() - since[0]
-        pid = json.loads((self.run_dir / "attempts.jsonl").read_text().splitlines()[-1])["pid"]
-        born = _seconds(pid)[18] - since[1]
-        self.wait(lambda: self.last()["timestamp"] > (since[0] + begun) * 1000)
-        user, system = _seconds(pid)[10:12]
-        lines = [r["timestamp"] / 1000 - since[0] for r in journal.read(RunFolder(self.run_dir))]
-        return Again(max(0.0, born), begun, next(t for t in lines if t > begun), user + system)
+        begun_at = time.time()
+        attempt = json.loads(self.folder.attempts_file.read_text().splitlines()[-1])
+        started = _times(attempt["pid"])[18] - killed_since_boot
+        self.wait(lambda: self.last_line()["timestamp"] > begun_at * 1000)
+        user, system = _times(attempt["pid"])[10:12]
+        written = [line["timestamp"] / 1000 for line in journal.read(self.folder)]
+        first_step = next(at for at in written if at > begun_at)
+        return Recovery(
+            max(0.0, started), begun_at - killed_at, first_step - killed_at, user + system
+        )
 
     def stop(self) -> int:
-        """Ask by SIGTERM; returns the step that the run stopped after."""
+        """Stop the driver by SIGTERM. Return the step after which the run stopped."""
         self.process.send_signal(signal.SIGTERM)
         assert self.process.wait(WAIT_S) == EXIT_AGAIN, (
             f"ended with {self.process.returncode}: see {self.log.name}"
         )
-        return json.loads((self.run_dir / "stopped.json").read_text())["step"]
+        return json.loads(self.folder.ending_file.read_text())["step"]
 
 
-def _seconds(pid: int) -> list[float]:
-    """The times among the fields of /proc/<pid>/stat that follow the name."""
-    return [
-        int(word) / os.sysconf("SC_CLK_TCK")
-        for word in Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1:]
-    ]
+def _times(pid: int) -> list[float]:
+    """Return the numbers of /proc/<pid>/stat after the state, in seconds instead of clock ticks."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return [int(field) / os.sysconf("SC_CLK_TCK") for field in fields[1:]]
 
 
-def differences(run_dir: Path, data_dir: Path, folder: Path, step: int) -> list[str]:
-    """What of the run's first `step` steps is not what one process makes of them."""
-    golden = folder / "golden"
-    golden.mkdir()
+def differences(run: RunFolder, data_dir: Path, golden: RunFolder, step: int) -> list[str]:
+    """Train the first `step` steps in this process. Return what differs in the run."""
+    golden.path.mkdir()
     experiment = load_experiment(EXPERIMENT, SMALL)
-    trainer = Trainer(experiment, RunFolder(golden), data_dir, Worker(cpus=1), end_step=step)
+    trainer = Trainer(experiment, golden, data_dir, Worker(cpus=1), end_step=step)
     for _ in trainer.run():
         pass
     found = []
     for name in ("model.safetensors", "optimizer.safetensors"):
-        mine, other = (
-            (checkpoint.path_of(d / "checkpoints", step) / name).read_bytes()
-            for d in (run_dir, golden)
-        )
-        found += [] if mine == other else [name]
-    mine, other = (_curve(d, step) for d in (run_dir, golden))
-    return found + ([] if mine == other else ["curve"])
+        expected = (golden.checkpoint(step) / name).read_bytes()
+        if (run.checkpoint(step) / name).read_bytes() != expected:
+            found.append(name)
+    if _curve(run, step) != _curve(golden, step):
+        found.append("curve")
+    return found
 
 
-def _curve(run_dir: Path, before: int) -> list[dict]:
-    lines = (r for r in journal.read(RunFolder(run_dir)) if r["step"] < before)
-    return [metrics.exact_part(r) for r in lines]
+def _curve(folder: RunFolder, before: int) -> list[dict[str, Any]]:
+    lines = journal.read(folder)
+    return [metrics.exact_part(line) for line in lines if line["step"] < before]
 
 
-def table(again: list[Again], step: int, found: list[str]) -> str:
-    rows = [
-        ("Ray has seen it and started another rank 0", [a.process for a in again]),
-        ("that has imported, found its group and begun", [a.attempt - a.process for a in again]),
-        ("checkpoint read, first step made", [a.step - a.attempt for a in again]),
-        ("**from the kill to the next step**", [a.step for a in again]),
-        ("processor time of the new rank 0 until then", [a.processor for a in again]),
+def table(kills: list[Recovery], step: int, found: list[str]) -> str:
+    """Return the results as Markdown."""
+    rows = {
+        "until Ray has noticed it and started a new rank 0": [k.process for k in kills],
+        "until that has imported, joined and begun": [k.attempt - k.process for k in kills],
+        "until it has read the checkpoint and made a step": [k.step - k.attempt for k in kills],
+        "**from the kill to the next step**": [k.step for k in kills],
+        "processor time of the new rank 0 until then": [k.processor for k in kills],
+    }
+    verdict = "no difference from" if not found else f"**{found} differ** from"
+    lines = [
+        f"{datetime.now(UTC):%Y-%m-%d}: {len(kills)} times SIGKILL of a worker in one run of "
+        f"{step:,} steps on 2 workers, {verdict} the same steps in one process; "
+        f"{os.cpu_count()} shared cores, average load in 5 minutes {os.getloadavg()[1]:.0f}.",
+        "",
+        "| under Ray | median s | p95 s |",
+        "|---|--:|--:|",
+        *(f"| {title} | {' | '.join(quantiles(times))} |" for title, times in rows.items()),
     ]
-    verdict = "no difference" if not found else f"**{found} differ**"
-    return "\n".join(
-        [
-            f"{datetime.now(UTC):%Y-%m-%d}: {len(again)} times SIGKILL of a worker in one run of {step:,} steps on 2 workers, "
-            f"{verdict} to the same steps in one process; {os.cpu_count()} shared cores with a load of {os.getloadavg()[1]:.0f} "
-            f"(5 minutes' average).",
-            "",
-            "| under Ray | median s | p95 s |",
-            "|---|--:|--:|",
-            *(f"| {words} | {' | '.join(quantiles(times))} |" for words, times in rows),
-        ]
-    )
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -194,21 +204,22 @@ def main() -> int:
     args = parser.parse_args()
     random.seed(args.seed)
     folder = Path(tempfile.mkdtemp(prefix="faults-ray-"))
-    data_dir = campaign.make_dataset(folder)
-    driver, again = Driver(folder, data_dir, folder / "corpus.txt"), []
+    data_dir = make_dataset(folder)
+    driver = Driver(folder, data_dir, folder / "corpus.txt")
+    kills = []
     try:
-        driver.wait(lambda: driver.last()["step"] > 0)
+        driver.wait(lambda: driver.last_line()["step"] > 0)
         for _ in range(args.n):
-            again.append(driver.kill(random.randrange(2)))
-            print(again[-1], flush=True)
+            kills.append(driver.kill(random.randrange(2)))
+            print(kills[-1], flush=True)
         step = driver.stop()
     finally:
         driver.process.kill()
-    found = differences(driver.run_dir, data_dir, folder, step)
-    text = table(again, step, found)
+    found = differences(driver.folder, data_dir, RunFolder(folder / "golden"), step)
+    text = table(kills, step, found)
     print(text)
     if args.write:
-        campaign.write(text, BEGIN, END)
+        write_table(text, BEGIN, END)
     if not found:
         shutil.rmtree(folder)
     return bool(found)

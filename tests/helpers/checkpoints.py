@@ -29,7 +29,7 @@ def commit(directory: Path, step: int, seed: int | None = None, loss: float | No
 
 
 def holds(path: Path, seed: int) -> bool:
-    """Whether a checkpoint has the tensors of `seed`."""
+    """Return whether a checkpoint has the tensors of `seed`."""
     store.verify(path)
     for group, expected in tensors(seed).items():
         loaded = store.load_tensors(path, group)
@@ -52,5 +52,5 @@ def damage(path: Path, part: str = "model.safetensors") -> None:
 
 
 def hidden(directory: Path) -> list[str]:
-    """Names of leftovers."""
+    """Return the names of hidden folders, which an incomplete commit leaves."""
     return sorted(path.name for path in directory.glob(".*"))

@@ -21,14 +21,13 @@ STORE = "--object-store-memory=200000000"
 
 @contextlib.contextmanager
 def head(logs: Path, cpus: int) -> Iterator[SimpleNamespace]:
-    """Start a head; all nodes end with the context.
+    """Start a head. All nodes end with the context.
 
-    The result has `env`, the environment of a client; `dashboard`, an address; `folder`, that of
+    The result has `env`, the environment of a client; `dashboard`, its address; `pid`; `folder` of
     the session; and `node(cpus)`, which starts another node.
     """
-    base = (
-        Path("/tmp") / f"espalier-{os.getpid()}-{_free_port()}"
-    )  # short: sockets live below it, with at most 107 bytes
+    # A short path: Ray creates sockets below it, whose paths have at most 107 bytes.
+    base = Path("/tmp") / f"espalier-{os.getpid()}-{_free_port()}"
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     port, dashboard, agent, client = (_free_port() for _ in range(4))
     processes = []
@@ -69,15 +68,14 @@ def head(logs: Path, cpus: int) -> Iterator[SimpleNamespace]:
         )
     finally:
         for process in processes:
-            os.killpg(process.pid, signal.SIGKILL)  # an orderly end drains for 20 s
-        subprocess.run(
-            ["pkill", "-9", "-f", f"{base}/"], check=False
-        )  # their children have the folder in their arguments
+            os.killpg(process.pid, signal.SIGKILL)  # a normal end takes 20 s
+        # The other processes of Ray have the folder in their arguments.
+        subprocess.run(["pkill", "-9", "-f", f"{base}/"], check=False)
         shutil.rmtree(base, ignore_errors=True)
 
 
 def _free_port() -> int:
-    """Return a port below the range of client ports, which the system might assign meanwhile."""
+    """Return a free port that the system does not assign to clients in the meantime."""
     while True:
         port = random.SystemRandom().randrange(20000, 32000)
         with socket.socket() as s:
@@ -90,13 +88,14 @@ def _free_port() -> int:
 
 def _wait(process: subprocess.Popen, log) -> None:
     """Wait until the node belongs to its cluster."""
-    deadline, said = time.monotonic() + 90, ""
-    while "Ray runtime started." not in said:
+    deadline = time.monotonic() + 90
+    output = ""
+    while "Ray runtime started." not in output:
         if time.monotonic() > deadline or process.poll() is not None:
-            pytest.fail(f"a node did not start:\n{said[-3000:]}")
+            pytest.fail(f"a node did not start:\n{output[-3000:]}")
         time.sleep(0.1)
         log.seek(0)
-        said = log.read()
+        output = log.read()
 
 
 def _wait_for_port(port: int) -> None:

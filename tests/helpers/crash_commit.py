@@ -66,7 +66,13 @@ def write_steps(*steps: int) -> Callable[[Path], None]:
 
 @dataclass
 class Scenario:
-    """What is there before, what is killed, and the newest step before."""
+    """One test.
+
+    Attributes:
+        prepare: Creates the checkpoints that exist before.
+        action: The commit that is killed.
+        old_step: Newest step before the commit; None if there is none.
+    """
 
     prepare: Callable[[Path], None]
     action: Callable[[Path], None]
@@ -125,7 +131,7 @@ class Counter:
 def run_in_child(
     action: Callable[[Path], None], directory: Path, last: int | None, is_torn: bool, report: Path
 ) -> int:
-    """Return the exit status of a child that runs `action`; unkilled, it reports its calls."""
+    """Run `action` in a child, which writes its calls to `report` at its end. Return its status."""
     pid = os.fork()
     if pid == 0:
         opened = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -138,7 +144,7 @@ def run_in_child(
 
 
 def found_after_kill(directory: Path, old_step: int | None) -> str:
-    """Check every checkpoint that is there; return whether the newest is the old or the new one."""
+    """Verify all checkpoints. Return whether the newest is the "old" or the "new" one."""
 
     def fail(message: str) -> None:
         raise AssertionError(message)

@@ -164,7 +164,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Make trackers send, and try again, sooner."""
+    """Let trackers send and retry after shorter pauses."""
     monkeypatch.setattr("orchestrator.track.sender.POLL_S", 0.1)
     monkeypatch.setattr("orchestrator.track.sender.PAUSES_S", (0.1, 0.5))
 

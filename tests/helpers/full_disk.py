@@ -1,9 +1,10 @@
 """Train on disks that fill up: `full_disk.py FOLDER DATA_DIR JSON_OVERRIDES` prints JSON.
 
-Run it under `unshare --mount`. Each disk is a tmpfs of a few MB that only this process sees. It is
-filled at step 6: of bytes, so that the next checkpoint is not started; of files, so that the system
-refuses one in the middle; or of both, so that nothing can be written. "for a while": there is space
-again at step 14. "for ever": there is space only after the run has ended.
+Run it under `unshare --mount`. Each disk is a tmpfs of a few MB that only this process sees. It
+becomes full at step 6. With "bytes", the next checkpoint is not started, because the space does not
+suffice. With "files", creating a file fails in the middle of a checkpoint. With "all", nothing can
+be written. "for a while": there is space again at step 14. "for ever": there is space only after
+the run has ended.
 """
 
 import contextlib

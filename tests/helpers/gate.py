@@ -1,4 +1,8 @@
-"""A real MLflow server, a gate in front of it that refuses, hangs, lies or cuts, and a lock on its database."""
+"""A real MLflow server, and its faults.
+
+`Gate` is a proxy in front of the server, which can refuse connections and damage answers. `locked`
+locks the database of the server.
+"""
 
 import contextlib
 import os
@@ -15,32 +19,39 @@ from pathlib import Path
 from tests.helpers.tracked import wait_for
 
 REPO = Path(__file__).resolve().parents[2]
-LOCK = (
-    "import sqlite3, sys\ndb = sqlite3.connect(sys.argv[1], timeout=30, isolation_level=None)\ndb.execute('BEGIN EXCLUSIVE')\n"
-    "print('locked', flush=True)\nsys.stdin.read()"
-)
+LOCK = """
+import sqlite3, sys
+db = sqlite3.connect(sys.argv[1], timeout=30, isolation_level=None)
+db.execute("BEGIN EXCLUSIVE")
+print("locked", flush=True)
+sys.stdin.read()
+"""
 
 
 class Gate:
-    """A port in front of the server. `mode` is open, a status that it answers with, or
+    """A proxy in front of the server.
 
-    refuse   nobody listens                     reset   the connection is reset after the request
-    hang     nobody answers                     half    the server gets half of the request
-    cut      60 bytes of each answer come       lost    the server has answered, and nothing of it comes
+    Its mode is "open", an HTTP status with which it answers all requests, or one of these:
+
+        refuse   no process listens on the port
+        reset    the connection is reset after the request
+        hang     no answer is sent
+        half     the server receives half of the request
+        cut      the client receives 60 bytes of each answer
+        lost     the server answers, and the client receives nothing
     """
 
     def __init__(self, server_port, port):
-        self.server_port, self.port, self.mode, self.listener, self.sockets = (
-            server_port,
-            port,
-            None,
-            None,
-            set(),
-        )
+        self.server_port = server_port
+        self.port = port
+        self.mode = None
+        self.listener = None
+        self.sockets = set()
 
     def set(self, mode):
+        """Change the mode, and close all connections, so that none continues in the old mode."""
         self.mode = mode
-        for s in list(self.sockets):  # connections that are kept alive feel it too
+        for s in list(self.sockets):
             with contextlib.suppress(OSError):
                 s.shutdown(socket.SHUT_RDWR)
         if (mode == "refuse") == bool(self.listener):
@@ -58,18 +69,18 @@ class Gate:
     def _accept(self, listener):
         with contextlib.suppress(OSError):
             while True:
-                threading.Thread(
-                    target=self._serve, args=(listener.accept()[0],), daemon=True
-                ).start()
+                client, _ = listener.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client):
-        self.sockets.add(
-            client
-        )  # before the mode is read: `set` changes the mode, then shuts what it finds here
+        # Before the mode is read: `set` changes the mode first and then closes these sockets.
+        self.sockets.add(client)
         with contextlib.suppress(OSError), client:
             mode = self.mode
             if mode == "refuse":
-                return  # accepted between the new mode and the end of the listener: served, it would be kept alive for ever
+                # Accepted before the listener was closed. If it were served, the client would keep
+                # the connection open.
+                return
             if mode == "reset":
                 client.recv(65536)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -96,7 +107,7 @@ class Gate:
 
 
 def _copy(source, target, limit):
-    """All that comes; with a limit, that much of what comes first."""
+    """Copy until the source ends. With a limit: only so many bytes of the first part."""
     with contextlib.suppress(OSError):
         while data := source.recv(65536):
             target.sendall(data[:limit])
@@ -106,20 +117,21 @@ def _copy(source, target, limit):
 
 
 class Server:
-    """`pipelines/ui.py` over `storage`, in a working directory of its own and an environment that is not activated."""
+    """`pipelines/ui.py` on the runs in `storage`.
+
+    The virtual environment is not in its PATH: the command must work without that.
+    """
 
     def __init__(self, storage, cwd, port):
-        self.storage, self.cwd, self.port, self.process = storage, cwd, port, None
+        self.storage = storage
+        self.cwd = cwd
+        self.port = port
+        self.process = None
         self.database = storage / "mlflow" / "mlflow.db"
 
     def start(self):
-        command = [
-            sys.executable,
-            str(REPO / "pipelines" / "ui.py"),
-            str(self.storage),
-            "--port",
-            str(self.port),
-        ]
+        script = str(REPO / "pipelines" / "ui.py")
+        command = [sys.executable, script, str(self.storage), "--port", str(self.port)]
         with open(self.storage / "server.log", "ab") as out:
             self.process = subprocess.Popen(
                 command,
@@ -146,7 +158,7 @@ class Server:
 
 @contextlib.contextmanager
 def locked(database):
-    """Another process holds the database: nobody reads or writes it."""
+    """Let another process lock the database, so that no other can read or write it."""
     holder = subprocess.Popen(
         [sys.executable, "-c", LOCK, str(database)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -158,7 +170,10 @@ def locked(database):
 
 
 def free_port():
-    """Below the range from which the system gives ports to clients: while the gate refuses, one of those could take it."""
+    """Return a free port that the system does not assign to clients.
+
+    While the gate refuses connections, a client could otherwise get its port.
+    """
     while True:
         port = random.SystemRandom().randrange(20000, 32000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):

@@ -1,5 +1,7 @@
-"""A process whose children train and track, to be killed: `killable.py URI EXPERIMENT`; each line `RUN_DIR SEED` on its
-standard input forks one, which has MLflow imported already, and prints its pid. A child that is not killed goes on for ever.
+"""Forks processes that train and track until a test kills them: `killable.py URI EXPERIMENT`.
+
+Each line `RUN_DIR SEED` on stdin forks one process and prints its pid. MLflow is imported before,
+so a fork takes no time. A process that is not killed never ends.
 """
 
 import contextlib
@@ -12,21 +14,25 @@ from pathlib import Path
 
 
 def loss(step):
-    """What a step gives, however often it is made."""
-    return {"train/loss": 5 - step / 1000} | ({"val/loss": 5 - step / 999} if step % 7 == 0 else {})
+    """Return the metrics of a step. They are the same if the step is repeated."""
+    metrics = {"train/loss": 5 - step / 1000}
+    if step % 7 == 0:
+        metrics["val/loss"] = 5 - step / 999
+    return metrics
 
 
 def train(run_dir, uri, experiment, seed):
-    """From the last checkpoint on, with one every ten steps; as a run does it, but in one process with its tracker."""
+    """Write a journal from the last checkpoint on, with a checkpoint every ten steps.
+
+    Unlike in a real run, the tracker is in the same process.
+    """
     from orchestrator.runs.folder import RunFolder
     from orchestrator.runs.journal import Journal
     from orchestrator.track.mlflow import Tracker
 
-    draw, checkpoint, journal = (
-        random.Random(seed),
-        run_dir / "checkpoint",
-        Journal(RunFolder(run_dir)),
-    )
+    rng = random.Random(seed)
+    checkpoint = run_dir / "checkpoint"
+    journal = Journal(RunFolder(run_dir))
     Tracker(RunFolder(run_dir), uri, experiment).start()
     step = int(checkpoint.read_text()) if checkpoint.exists() else -1
     journal.rewind(step)
@@ -37,17 +43,20 @@ def train(run_dir, uri, experiment, seed):
             temporary = run_dir / ".checkpoint"
             temporary.write_text(str(step))
             os.replace(temporary, checkpoint)
-        time.sleep(draw.random() / 200)
+        time.sleep(rng.random() / 200)
 
 
 def main(uri, experiment):
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - what a tracker imports first, and takes seconds
+    # A tracker imports this module first. It takes seconds.
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
     from orchestrator.track import outbox, sender, server
 
     server.set_client_options()
-    sender.POLL_S, outbox.BATCH = 0.01, 20  # many requests, and moments between them
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # Many small requests, so that kills come at different moments of them.
+    sender.POLL_S = 0.01
+    outbox.BATCH = 20
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     print("ready", flush=True)
     for line in sys.stdin:
         run_dir, seed = line.split()

@@ -1,8 +1,8 @@
 """Opens malicious files as the program would, and prints the outcome and its cost.
 
 Input, on stdin: JSON lines `[kind, path]`. Output: JSON lines `[outcome, message, seconds, bytes]`.
-The outcome is `refused` (a `UserError`), `opened`, or the name of another exception. `bytes` is how
-much memory the process took at most.
+The outcome is `refused` (a `UserError`), `opened`, or the name of another exception. `bytes` is by
+how much the memory of the process grew at its peak.
 """
 
 import json
@@ -33,14 +33,13 @@ SHAPE = [
 
 
 def open_weights(path: Path) -> None:
-    init_from.initial_model(
-        load_experiment(None, [*SHAPE, f"train.init_from={json.dumps(str(path))}"]), 61
-    )
+    overrides = [*SHAPE, f"train.init_from={json.dumps(str(path))}"]
+    init_from.initial_model(load_experiment(None, overrides), 61)
 
 
 def open_latest(path: Path) -> None:
     if checkpoint.latest_valid(path, lambda _: None) is None:
-        raise UserError("none is valid")
+        raise UserError("no checkpoint is valid")
 
 
 def open_dataset(path: Path) -> None:
@@ -69,26 +68,21 @@ OPEN = {
 
 
 def resident(key: str) -> int:
-    """Bytes: VmRSS now, VmHWM at most since the last reset."""
-    return (
-        next(
-            int(line.split()[1])
-            for line in Path("/proc/self/status").read_text().splitlines()
-            if line.startswith(key)
-        )
-        << 10
-    )
+    """Return bytes of memory of this process: VmRSS is now, VmHWM the peak since the last reset."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise LookupError(key)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(
-        resource.RLIMIT_AS, (size + (8 << 30),) * 2
-    )  # a net: what is counted are resident bytes
+    limit = size + 8 * 2**30  # protects the machine; the test itself compares resident bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for line in sys.stdin:
         kind, path = json.loads(line)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         begun, before = time.monotonic(), resident("VmRSS")
         try:
             OPEN[kind](Path(path))
@@ -97,6 +91,5 @@ if __name__ == "__main__":
             outcome = ["refused", str(error)]
         except BaseException as error:
             outcome = [type(error).__name__, str(error)[:500]]
-        print(
-            json.dumps([*outcome, time.monotonic() - begun, resident("VmHWM") - before]), flush=True
-        )
+        cost = [time.monotonic() - begun, resident("VmHWM") - before]
+        print(json.dumps([*outcome, *cost]), flush=True)

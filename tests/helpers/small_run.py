@@ -1,4 +1,4 @@
-"""Runs `pipelines/train.py` on a small experiment, and reads what it left."""
+"""Runs `pipelines/train.py` on a small experiment, and reads its files."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ STEPS = 60
 
 
 def command(storage: Path, corpus: Path, *overrides: str) -> list[str]:
-    """Return the command of a run that takes seconds, with enough steps to kill it in between."""
+    """Return the command of a run of some seconds, long enough to kill it before its end."""
     return [
         sys.executable,
         str(REPO / "pipelines" / "train.py"),

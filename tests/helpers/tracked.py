@@ -1,4 +1,4 @@
-"""Reads a run's folder and MLflow's database for tests of tracking."""
+"""Reads the folder of a run and MLflow's database, for tests of tracking."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import time
 
 
 def log(run_dir, steps, **more):
-    """Lines of a curve; a step made again has the same values."""
+    """Write the journal lines of some steps. A repeated step has the same values."""
     from orchestrator.runs.folder import RunFolder
     from orchestrator.runs.journal import Journal
 
@@ -18,14 +18,17 @@ def log(run_dir, steps, **more):
 
 
 def expected(run_dir):
-    """Return (key, step, value, timestamp) that MLflow must have: the first one of each key and step."""
+    """Return all (key, step, value, timestamp) that MLflow must have.
+
+    If the journal had several values of a key and step, the first one counts.
+    """
     first = {}
     for file in [*sorted(run_dir.glob("metrics.aside-*.jsonl")), run_dir / "metrics.jsonl"]:
         for line in map(json.loads, file.read_text().splitlines()):
             for key in line.keys() - {"step", "timestamp"}:
                 if math.isfinite(line[key]):
                     first.setdefault((key, line["step"]), (line[key], line["timestamp"]))
-    return sorted((*where, *what) for where, what in first.items())
+    return sorted((*key_and_step, *point) for key_and_step, point in first.items())
 
 
 def curve(run_dir):
@@ -43,10 +46,10 @@ def rows(
     run,
     query="SELECT key, step, value, timestamp FROM metrics WHERE run_uuid = ? ORDER BY key, step",
 ):
-    """What MLflow's database has of a run, given by its id or its folder."""
-    run_id = (
-        run if isinstance(run, str) else json.loads((run / "tracking.json").read_text())["run_id"]
-    )
+    """Query MLflow's database for a run. `run` is its id or its folder."""
+    run_id = run
+    if not isinstance(run, str):
+        run_id = json.loads((run / "tracking.json").read_text())["run_id"]
     with sqlite3.connect(database) as db:
         return db.execute(query, (run_id,)).fetchall()
 
@@ -67,5 +70,5 @@ def sent_step(run_dir):
 def wait_for(condition, seconds=30, pause=0.05):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"not true within {seconds} s"
         time.sleep(pause)

@@ -1,4 +1,4 @@
-"""One worker of a run without Ray, as torchrun would start it: `train_rank.py JSON`."""
+"""Trains as one rank of a run, without Ray, as torchrun does: `train_rank.py JSON`."""
 
 import json
 import os
@@ -24,6 +24,4 @@ train(
     Worker(job["rank"], job["world_size"], "cpu", cpus=1),
 )
 sys.stdout.flush()
-os._exit(
-    0
-)  # torch's end of a gloo group can deadlock or abort where the other rank is gone already
+os._exit(0)  # torch's shutdown of gloo can deadlock or abort if the other rank has ended

@@ -1,4 +1,4 @@
-"""Each fault has one answer, whether a run or a stage of a sweep meets it."""
+"""Each fault has the same diagnosis in a lone run and in a stage of a sweep."""
 
 import json
 import socket
@@ -57,7 +57,7 @@ def folder(request, tmp_path) -> RunFolder:
 
 
 def fail(folder: RunFolder, rank: int, error: Exception) -> None:
-    """Leave the traceback that a rank leaves when it raises `error`."""
+    """Write the traceback that a rank writes when it raises `error`."""
     try:
         raise error
     except Exception as raised:
@@ -100,7 +100,7 @@ def test_recorded_ending_wins_and_names_the_stop_request(folder):
     assert ending.facts == {"step": 7}
 
 
-def test_worker_that_died_without_a_word_may_be_started_again(folder):
+def test_worker_that_died_without_a_traceback_may_be_started_again(folder):
     ending = diagnose(folder, DIED)
     assert (ending.kind, ending.cause, ending.may_be_transient) == ("failed", "kill", True)
     assert "a worker died" in ending.reason
@@ -126,7 +126,7 @@ def mark(folder: RunFolder, rank: int, phase: str, oom_kills: int) -> None:
 
 @pytest.fixture
 def kernel(monkeypatch) -> None:
-    """A machine on which the kernel has ended three processes, and no cluster."""
+    """Pretend that the kernel has ended three processes of this machine."""
     monkeypatch.setattr(memory, "oom_kills", lambda: 3)
 
 

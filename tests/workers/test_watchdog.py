@@ -89,7 +89,7 @@ def test_wait_for_an_evaluation_may_take_as_long_as_a_batch_took_here(folder):
     for seconds in (200.0, 5.0, 200.0):
         watchdog.report_phase("agreement", 5)
         watchdog.report_phase("evaluation", 5)
-        watchdog.entered -= seconds  # as if it had taken so long
+        watchdog.entered -= seconds  # as if the phase had taken that long
     watchdog.report_phase("agreement", 5)
     assert watchdog.limit == pytest.approx(2000, rel=0.01)
     watchdog.close()
@@ -118,7 +118,7 @@ watchdog.close()
 """
 
 
-def test_long_phases_that_are_healthy_are_left_alone(folder):
+def test_watchdog_does_not_end_healthy_ranks_with_long_phases(folder):
     done = subprocess.run([sys.executable, "-c", HEALTHY, folder], cwd=REPO)
     assert done.returncode == 0
     assert hangs.report(folder) is None

@@ -1,0 +1,121 @@
+"""Results of a campaign, and their table in docs/RELIABILITY.md."""
+
+import os
+import platform
+import statistics
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tests.faults import kinds
+
+REPO = Path(__file__).resolve().parents[2]
+DOCUMENT = REPO / "docs" / "RELIABILITY.md"
+
+
+@dataclass
+class FaultRecord:
+    """A fault that happened.
+
+    Attributes:
+        kind: Its kind, see `kinds.KINDS`.
+        text: Its moment, rank and attempt, in words.
+        kills: Processes that it ended by SIGKILL. Processes that were ended because another one had
+            died do not count.
+        recovery_s: Seconds to the next step; None if the next attempt made no step.
+    """
+
+    kind: str
+    text: str
+    kills: int = 0
+    recovery_s: float | None = None
+
+
+@dataclass
+class Report:
+    name: str
+    happened: list[FaultRecord] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    attempts: int = 0
+
+
+def row(title: str, reports: list[Report], kind: str | None = None) -> str:
+    """Return a line of the table, for one kind of fault or for all.
+
+    Its numbers: faults, killed processes, wrong results, and seconds to the next step.
+    """
+    records = []
+    wrong = 0
+    for report in reports:
+        found = [record for record in report.happened if kind in (None, record.kind)]
+        records += found
+        if report.problems and (found or kind is None):
+            wrong += 1
+    kills = sum(record.kills for record in records)
+    times = [record.recovery_s for record in records if record.recovery_s is not None]
+    cells = [title, str(len(records)), str(kills), str(wrong), *quantiles(times)]
+    return f"| {' | '.join(cells)} |"
+
+
+def quantiles(times: list[float]) -> list[str]:
+    """Return the median and the 95th percentile as text."""
+    if not times:
+        return ["–", "–"]
+    ordered = sorted(times)
+    high = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+    return [f"{statistics.median(ordered):.2f}", f"{high:.2f}"]
+
+
+def table(reports: list[Report], seed: int, wall_s: float) -> str:
+    """Return the results as Markdown."""
+    faults = sum(len(report.happened) for report in reports)
+    kills = sum(record.kills for report in reports for record in report.happened)
+    attempts = sum(report.attempts for report in reports)
+    wrong = sum(bool(report.problems) for report in reports)
+    conclusion = f"**{wrong} of {len(reports)} runs had a wrong result.**"
+    if not wrong:
+        conclusion = (
+            f"No wrong result in {faults} faults bounds the share of faults that give one by "
+            f"3/{faults} = {300 / faults:.1f} % (95 % confidence, for faults drawn as these were)."
+        )
+    lines = [
+        f"{datetime.now(UTC):%Y-%m-%d}, seed {seed}: {faults} faults in {len(reports)} runs "
+        f"({attempts} attempts), {kills} processes ended by SIGKILL, {wrong} wrong results, "
+        f"{wall_s / 60:.0f} minutes.",
+        _environment(),
+        "",
+        conclusion,
+        "",
+        "| fault | faults | processes killed | wrong results | median s | p95 s |",
+        "|---|--:|--:|--:|--:|--:|",
+        *(row(title, reports, kind) for kind, (_, title) in kinds.KINDS.items()),
+        row("**all**", reports),
+    ]
+    return "\n".join(lines)
+
+
+def _environment() -> str:
+    import mlflow
+    import ray
+    import torch
+
+    kernel = platform.release().split("-")[0]
+    return (
+        f"{platform.system()} {kernel}, {os.cpu_count()} shared cores ({_processor()}), "
+        f"Python {platform.python_version()}, torch {torch.__version__}, ray {ray.__version__}, "
+        f"mlflow {mlflow.__version__}."
+    )
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def write_table(text: str, begin: str, end: str) -> None:
+    """Replace the text between two marks of docs/RELIABILITY.md."""
+    before, _, rest = DOCUMENT.read_text("utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    DOCUMENT.write_text(f"{before}{begin}\n{text}\n{end}{after}", "utf-8")

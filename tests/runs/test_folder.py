@@ -1,4 +1,4 @@
-"""File names of a run folder. They are a format: folders of earlier versions have the same names."""
+"""File names of a run folder. They are a format: earlier versions used the same names."""
 
 from pathlib import Path
 

@@ -56,8 +56,7 @@ SMALL = {
 def checkout(tmp_path_factory) -> Path:
     """A copy of this checkout with a small default experiment, its own data and changed code."""
     folder = tmp_path_factory.mktemp("submit") / "checkout"
-    unversioned = [line.strip("/") for line in (REPO / ".gitignore").read_text("utf-8").split()]
-    shutil.copytree(REPO, folder, ignore=shutil.ignore_patterns(".git", *unversioned))
+    shutil.copytree(REPO, folder, ignore=_unversioned)
     with open(folder / "pipelines" / "train.py", "a", encoding="utf-8") as script:
         script.write("# a change that only this copy has\n")
     text = folder.parent / "text.txt"
@@ -75,6 +74,17 @@ def checkout(tmp_path_factory) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("not for a job", "utf-8")
     return folder
+
+
+def _unversioned(folder: str, names: list[str]) -> set[str]:
+    """Return the names in a folder that .gitignore excludes; `/name` counts only at the top."""
+    patterns = [".git"]
+    for line in (REPO / ".gitignore").read_text("utf-8").split():
+        if not line.startswith("/"):
+            patterns.append(line.strip("/"))
+        elif Path(folder) == REPO:
+            patterns.append(line.strip("/"))
+    return shutil.ignore_patterns(*patterns)(folder, names)
 
 
 @pytest.fixture(scope="module")

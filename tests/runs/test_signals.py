@@ -11,6 +11,7 @@ REPO = Path(__file__).resolve().parents[2]
 SIGNAL_DURING_A_FORK = """
 import os, signal, sys
 from orchestrator.runs import signals
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores Ctrl-C
 try:
     with signals.while_ray_starts():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as ray.init does

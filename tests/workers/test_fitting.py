@@ -46,7 +46,7 @@ def worker_with(needed: Callable[[int], float], measured: list[int]) -> Callable
 
 
 @pytest.mark.parametrize(
-    ("limit_gib", "expected"), [(9, 64), (7.4, 64), (7.3, 32), (4.3, 32), (1.2, 1), (1, None)]
+    ("limit_gib", "expected"), [(9, 64), (7.4, 64), (7.3, 32), (4.3, 32), (1.15, 1), (1, None)]
 )
 def test_largest_micro_batch_is_computed_from_two_and_checked(monkeypatch, limit_gib, expected):
     measured = []

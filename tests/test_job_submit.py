@@ -80,9 +80,7 @@ def _unversioned(folder: str, names: list[str]) -> set[str]:
     """Return the names in a folder that .gitignore excludes; `/name` counts only at the top."""
     patterns = [".git"]
     for line in (REPO / ".gitignore").read_text("utf-8").split():
-        if not line.startswith("/"):
-            patterns.append(line.strip("/"))
-        elif Path(folder) == REPO:
+        if not line.startswith("/") or Path(folder) == REPO:
             patterns.append(line.strip("/"))
     return shutil.ignore_patterns(*patterns)(folder, names)
 

@@ -53,7 +53,7 @@ def strict(schema: dict) -> dict:
 def test_ray_accepts_the_file():
     prepared = prepare_config(config())
     validate_config(prepared)
-    # Ray's default opens the dashboard to everyone, who could then run code.
+    # Ray's default opens the dashboard to all hosts, and the dashboard can run code.
     assert "0.0.0.0" not in json.dumps(prepared)
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, who may write it, and how the run started and ended.
+"""The folder of a run: its files, its locks, and how the run started and ended.
 
 Start with `folder.RunFolder`, which lists all files. The main names are:
 

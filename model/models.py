@@ -64,3 +64,22 @@ def new_shape(fields: Mapping[str, Any]) -> GPTConfig:
 def new_model(shape: GPTConfig) -> GPT:
     """Create a model with random weights from torch's global generator."""
     return MODELS[shape.kind].build(shape)
+
+
+def empty_model(shape: GPTConfig) -> GPT:
+    """Create a model whose parameters have a shape but no values, on the meta device.
+
+    Drawing random values for the meta device would import torch's compiler, which takes a second.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class WithoutDraws(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            kwargs = kwargs or {}
+            if func.__name__ in ("normal_", "uniform_"):
+                return args[0] if args else kwargs["tensor"]
+            return func(*args, **kwargs)
+
+    with torch.device("meta"), WithoutDraws():
+        return new_model(shape)

@@ -4,8 +4,6 @@ import functools
 from pathlib import Path
 from typing import TypedDict
 
-import torch
-
 from model import models, optim
 from model.flops import flops_per_token
 from model.gpt import GPTConfig
@@ -82,8 +80,7 @@ def model_facts(experiment: Experiment, n_vocab: int) -> ModelFacts:
 
 @functools.cache
 def _facts_of_shape(config: GPTConfig) -> ModelFacts:
-    with torch.device("meta"):
-        model = models.new_model(config)
+    model = models.empty_model(config)
     decay = optim.decay_summary(model)
     return {
         "vocab_size": model.config.vocab_size,

@@ -189,8 +189,7 @@ def load_model(path: Path) -> GPT:
     shape = shape_of(path)
     tensors = store.load_tensors(path, "model")
     try:
-        with torch.device("meta"):  # allocates no memory; the weights are replaced
-            model = models.new_model(shape)
+        model = models.empty_model(shape)
         model.load_state_dict(tensors, assign=True)
     except NOT_LOADABLE as error:
         raise _of_another_version(path, error) from None

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from model.models import MODELS, new_model, new_shape
+from model.models import MODELS, empty_model, new_model, new_shape
 from model.optim import OPTIMIZERS, OptimizerSettings, build
 from model.schedule import DECAY_SHAPES, SCHEDULES
 
@@ -65,6 +65,30 @@ def test_model_returns_logits_and_loss(kind):
     logits, loss = new_model(shape)(tokens, tokens)
     assert logits.shape == (2, 8, 32)
     assert loss.shape == ()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_empty_model_has_the_parameters_of_a_real_one_and_no_values(kind):
+    shape = new_shape({"kind": kind, "n_layer": 2, "n_embd": 24, "vocab_size": 32})
+    real = new_model(shape)
+    empty = empty_model(shape)
+    assert [(n, p.shape) for n, p in empty.named_parameters()] == [
+        (n, p.shape) for n, p in real.named_parameters()
+    ]
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    empty.load_state_dict(real.state_dict(), assign=True)
+    for loaded, expected in zip(empty.parameters(), real.parameters(), strict=True):
+        assert torch.equal(loaded, expected)
+
+
+def test_empty_model_does_not_import_the_compiler():
+    code = (
+        "import sys\n"
+        "from model.models import empty_model, new_shape\n"
+        "empty_model(new_shape({}))\n"
+        "assert 'torch._dynamo' not in sys.modules, 'the compiler was imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("kind", MODELS)

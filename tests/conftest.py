@@ -85,14 +85,16 @@ def tiny_corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_dataset(tiny_corpus, tmp_path_factory, ray_cluster) -> Path:
-    """`tiny_corpus` with the character tokenizer, prepared by Ray Data."""
+def tiny_dataset(tiny_corpus, tmp_path_factory) -> Path:
+    """`tiny_corpus` with the character tokenizer, prepared without Ray: the bytes are the same."""
     from orchestrator.config.experiment import load_experiment
     from orchestrator.data.prepare import prepare
+    from tests.helpers.here import here
 
     directory = tmp_path_factory.mktemp("tokens") / "tiny"
     experiment = load_experiment(None, [f"data.corpus={tiny_corpus}", "data.tokenizer=char"])
-    prepare(experiment.data, directory)
+    with here():
+        prepare(experiment.data, directory)
     return directory
 
 

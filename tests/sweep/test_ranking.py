@@ -211,3 +211,52 @@ def test_short_names_stay_different():
 @given(st.lists(st.text("ab_", min_size=1, max_size=6), unique=True, max_size=8))
 def test_every_name_has_its_own_short_name(names):
     assert len(set(short_names(names).values())) == len(names)
+
+
+# Losses at the steps 0, 1 and 2 of trials with two seeds. By hand:
+#   wide    finals 2.6 and 2.4, mean 2.5; lowest 2.0 and 2.2
+#   steady  finals 2.3 and 2.1, mean 2.2: the best setting, and its better seed has 2.1
+#   lucky   finals 2.05 and 3.15, mean 2.6: its first seed is the lowest of all trials
+# Differences from steady: wide 0.3 and 0.3, lucky -0.25 and 1.05 (a tie for two seeds).
+CURVES = {
+    "wide_seed-1": [3.0, 2.0, 2.6],
+    "wide_seed-2": [3.1, 2.2, 2.4],
+    "steady_seed-1": [3.2, 2.5, 2.3],
+    "steady_seed-2": [3.1, 2.6, 2.1],
+    "lucky_seed-1": [3.0, 2.5, 2.05],
+    "lucky_seed-2": [3.0, 3.3, 3.15],
+}
+
+
+def test_finals_ranks_and_winner_of_written_curves_are_those_by_hand(sweeps, monkeypatch):
+    words = ["train.max_steps=2", "train.eval_tokens=40", "schedule.warmup_steps=1"]
+    words += ["train.seed=1", "sweep.seeds=2"]
+    decays = {"wide": 0.1, "steady": 0.2, "lucky": 0.3}
+    words += [f"sweep.trials.{name}.optim.weight_decay={decays[name]}" for name in decays]
+    study = sweeps.open(*words)
+    assert set(study.trials) == set(CURVES)
+
+    def curve(_last, trial):
+        losses = enumerate(CURVES[trial.name])
+        return [{"step": step, "timestamp": step, "val/loss": loss} for step, loss in losses]
+
+    monkeypatch.setattr("orchestrator.sweep.trials.curve", curve)
+    sweeps.run(study)
+    lines = list(csv.DictReader(io.StringIO(study.folder.comparison_file.read_text())))
+    assert {line["trial"]: float(line["final"]) for line in lines} == {
+        name: losses[-1] for name, losses in CURVES.items()
+    }
+    assert {line["trial"]: float(line["best"]) for line in lines} == {
+        name: min(losses) for name, losses in CURVES.items()
+    }
+    found = {line["setting"]: line for line in lines}
+    assert {name: line["rank"] for name, line in found.items()} == {
+        "steady": "1",
+        "wide": "2",
+        "lucky": "3",
+    }
+    means = {name: float(line["setting_mean"]) for name, line in found.items()}
+    assert means == pytest.approx({"steady": 2.2, "wide": 2.5, "lucky": 2.6})
+    ties = {name: line["ties_with_best"] for name, line in found.items()}
+    assert ties == {"steady": "false", "wide": "false", "lucky": "true"}
+    assert (study.summary["best_trial"], study.summary["best_value"]) == ("steady_seed-2", 2.1)

@@ -97,6 +97,28 @@ def test_projection_is_complete(run_dir, store, uri):
     )
 
 
+def test_nothing_that_is_sent_has_a_secret(run_dir, store, uri):
+    """Also if run.json has some: another version may have written it, or the user."""
+    address = "https://me:hunter2@host/data"
+    make_run(
+        run_dir,
+        "secrets",
+        params={"data.corpus": address, "nested": [{"api_key": "hunter2"}]},
+        tags={"mlflow.source.name": address},
+        dataset={"name": "tokens", "digest": "d" * 64, "source": address, "password": "hunter2"},
+        attempts=[{"started": "2026-01-02T03:04:05+00:00", "layout": {"token": "hunter2"}}],
+    )
+    events.note(RunFolder(run_dir), "restart", f"cannot read {address}")
+    (run_dir / "experiment.yaml").write_text(f"data: {{corpus: {address}}}\n")
+    (run_dir / "samples").mkdir()
+    log(run_dir, [1])
+    run_id = send(run_dir, uri).run_id
+    assert client(uri).get_run(run_id).data.params["data.corpus"] == "https://[redacted]@host/data"
+    sent = [store, *(store.parent / "artifacts" / run_id).rglob("*.*")]
+    assert len(sent) > 2
+    assert [file.name for file in sent if b"hunter2" in file.read_bytes()] == []
+
+
 def test_sending_twice_changes_nothing(run_dir, store, uri):
     log(run_dir, range(50), **{"val/loss": 4.0})
     commit(run_dir, 49)

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from orchestrator.data.prepare import prepare
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
 from tests.helpers.datasets import data, hashes_of, ids_of, quiet
+from tests.helpers.wait import wait_until
 
 TRAIN_SHA256 = "502a2bdc8210d1ac5d5674867cb74467dd31db575d25cf6dbb08c8bdbea8680f"
 VAL_SHA256 = "68a53422394c26a655ebe641f5c6f49888e8f4e45fe5d6f02abda63ba3ebd65b"
@@ -117,11 +117,7 @@ def test_killed_preparation_leaves_no_dataset_and_keeps_its_parts(
         env=ray_head.env,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 120
-    while len(sidecars(out)) < 5:
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: len(sidecars(out)) >= 5, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "manifest.json").exists()

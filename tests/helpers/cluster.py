@@ -2,18 +2,19 @@
 
 import contextlib
 import os
-import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from tests.helpers.ports import free_port
+from tests.helpers.wait import wait_until
 
 START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
 STORE = "--object-store-memory=200000000"
@@ -27,22 +28,23 @@ def head(logs: Path, cpus: int) -> Iterator[SimpleNamespace]:
     the session; and `node(cpus)`, which starts another node.
     """
     # A short path: Ray creates sockets below it, whose paths have at most 107 bytes.
-    base = Path("/tmp") / f"espalier-{os.getpid()}-{_free_port()}"
+    base = Path("/tmp") / f"espalier-{os.getpid()}-{free_port()}"
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    port, dashboard, agent, client = (_free_port() for _ in range(4))
+    port, dashboard, agent, client = (free_port() for _ in range(4))
     processes = []
 
     def start(*args: str, **more: str) -> subprocess.Popen:
-        log = (logs / f"{len(processes)}.log").open("w+")
-        processes.append(
-            subprocess.Popen(
-                [*START, STORE, *args],
-                env={**env, **more},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+        log = logs / f"{len(processes)}.log"
+        with log.open("w") as out:
+            processes.append(
+                subprocess.Popen(
+                    [*START, STORE, *args],
+                    env={**env, **more},
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
             )
-        )
         _wait(processes[-1], log)
         return processes[-1]
 
@@ -56,7 +58,7 @@ def head(logs: Path, cpus: int) -> Iterator[SimpleNamespace]:
             f"--ray-client-server-port={client}",
             f"--temp-dir={base}",
         )
-        _wait_for_port(dashboard)
+        wait_until(lambda: _listens(dashboard), first)
         yield SimpleNamespace(
             env={**env, "RAY_ADDRESS": f"127.0.0.1:{port}"},
             dashboard=f"http://127.0.0.1:{dashboard}",
@@ -74,36 +76,15 @@ def head(logs: Path, cpus: int) -> Iterator[SimpleNamespace]:
         shutil.rmtree(base, ignore_errors=True)
 
 
-def _free_port() -> int:
-    """Return a free port that the system does not assign to clients in the meantime."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)
-        with socket.socket() as s:
-            try:
-                s.bind(("127.0.0.1", port))
-                return port
-            except OSError:
-                continue
-
-
-def _wait(process: subprocess.Popen, log) -> None:
+def _wait(process: subprocess.Popen, log: Path) -> None:
     """Wait until the node belongs to its cluster."""
-    deadline = time.monotonic() + 90
-    output = ""
-    while "Ray runtime started." not in output:
-        if time.monotonic() > deadline or process.poll() is not None:
-            pytest.fail(f"a node did not start:\n{output[-3000:]}")
-        time.sleep(0.1)
-        log.seek(0)
-        output = log.read()
+    try:
+        wait_until(lambda: "Ray runtime started." in log.read_text(), process, pause_s=0.1)
+    except AssertionError:
+        pytest.fail(f"a node did not start:\n{log.read_text()[-3000:]}")
 
 
-def _wait_for_port(port: int) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        with socket.socket() as s:
-            s.settimeout(1)
-            if s.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    pytest.fail(f"no process listens on port {port}")
+def _listens(port: int) -> bool:
+    with socket.socket() as s:
+        s.settimeout(1)
+        return s.connect_ex(("127.0.0.1", port)) == 0

@@ -6,7 +6,6 @@ locks the database of the server.
 
 import contextlib
 import os
-import random
 import signal
 import socket
 import struct
@@ -16,7 +15,7 @@ import threading
 import urllib.request
 from pathlib import Path
 
-from tests.helpers.tracked import wait_for
+from tests.helpers.wait import wait_until
 
 REPO = Path(__file__).resolve().parents[2]
 LOCK = """
@@ -141,7 +140,7 @@ class Server:
                 stderr=out,
                 start_new_session=True,
             )
-        wait_for(lambda: self.process.poll() is not None or self.healthy(), 60)
+        wait_until(lambda: self.process.poll() is not None or self.healthy())
         assert self.process.poll() is None, (self.storage / "server.log").read_text()[-2000:]
 
     def healthy(self):
@@ -167,14 +166,3 @@ def locked(database):
         yield
     finally:
         holder.communicate()
-
-
-def free_port():
-    """Return a free port that the system does not assign to clients.
-
-    While the gate refuses connections, a client could otherwise get its port.
-    """
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port

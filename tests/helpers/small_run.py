@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import RunFolder
+from tests.helpers.wait import wait_until
 
 REPO = Path(__file__).resolve().parent.parent.parent
 STEPS = 60
@@ -80,17 +80,6 @@ def logged(run_dir: Path) -> int:
     return (journal.last(RunFolder(run_dir)) or {"step": -1})["step"]
 
 
-def wait_for(condition, process: subprocess.Popen):
-    """Wait until `condition()` is true and return its value; the process must not end before."""
-    deadline = time.monotonic() + 120
-    while not (found := condition()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "the condition did not become true within 120 s"
-        time.sleep(0.01)
-    assert process.poll() is None, process.communicate()
-    return found
-
-
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
     """Wait for a checkpoint of that step or a later one."""
-    wait_for(lambda: max(checkpoint.steps(run_dir / "checkpoints"), default=0) >= step, process)
+    wait_until(lambda: max(checkpoint.steps(run_dir / "checkpoints"), default=0) >= step, process)

@@ -3,7 +3,6 @@
 import json
 import math
 import sqlite3
-import time
 
 
 def log(run_dir, steps, **more):
@@ -65,10 +64,3 @@ def sent_step(run_dir):
         return json.loads((run_dir / "tracking.json").read_text())["sent_step"]
     except FileNotFoundError:
         return -1
-
-
-def wait_for(condition, seconds=30, pause=0.05):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not true within {seconds} s"
-        time.sleep(pause)

@@ -23,7 +23,7 @@ from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
-from tests.helpers.small_run import wait_for
+from tests.helpers.wait import wait_until
 
 REPO = Path(__file__).resolve().parent.parent.parent
 QUICKSTART = REPO / "configs" / "quickstart.yaml"
@@ -310,7 +310,7 @@ def test_extended_sweep_runs_only_new_steps_after_any_kill(golden, alone, ray_he
     words, sweep, stood = space(MORE_PEAKS, MORE_HORIZONS), golden.sweep, golden.results
     for how, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 130)):
         process, enough = begin(ray_head, golden.storage, tiny_corpus, *words), len(stood) + 2
-        wait_for(lambda n=enough: len(results(sweep)) >= n, process)
+        wait_until(lambda n=enough: len(results(sweep)) >= n, process)
         stood = results(sweep)
         process.send_signal(how)
         out, err = process.communicate(timeout=120)
@@ -355,7 +355,7 @@ def finish_without_a_worker(process: subprocess.Popen, sweep: Path) -> str:
             None,
         )
 
-    _, pid, *_ = wait_for(begun, process).read_text().split()  # "process PID on host"
+    _, pid, *_ = wait_until(begun, process).read_text().split()  # "process PID on host"
     os.kill(int(pid), signal.SIGKILL)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err

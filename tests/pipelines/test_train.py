@@ -25,9 +25,9 @@ from tests.helpers.small_run import (
     logged,
     run,
     summary,
-    wait_for,
     wait_for_step,
 )
+from tests.helpers.wait import wait_until
 
 
 def test_output_and_summary_of_a_finished_run(golden):
@@ -187,7 +187,7 @@ def test_second_job_is_refused_sigterm_stops_and_hanging_rank_is_restarted(
     )
     assert second.returncode == 75
     assert f"held by process {process.pid} on " in second.stderr
-    wait_for(lambda: logged(run_dir) >= 5, process)
+    wait_until(lambda: logged(run_dir) >= 5, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, out + err
@@ -204,7 +204,7 @@ def test_second_job_is_refused_sigterm_stops_and_hanging_rank_is_restarted(
 
     process = begin(ray_head, tmp_path, tiny_corpus, *words, "compute.hang_after_s=2")
     # Wait until the last checkpoint is some steps ago: shortly after one, the limit is higher.
-    victim = wait_for(
+    victim = wait_until(
         lambda: next(
             (
                 m

@@ -15,7 +15,8 @@ from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import marks, memory
 from tests.helpers import cluster
-from tests.helpers.small_run import REPO, begin, command, curve, logged, run, summary, wait_for
+from tests.helpers.small_run import REPO, begin, command, curve, logged, run, summary
+from tests.helpers.wait import wait_until
 
 WORDS = [
     "train.max_steps=600",
@@ -44,7 +45,7 @@ def test_run_survives_drained_node_and_low_memory_bit_for_bit(
     golden = undisturbed(command(tmp_path, tiny_corpus, *words), tmp_path / "golden", tiny_dataset)
     head.node(2)
     process = begin(head, tmp_path, tiny_corpus, *words)
-    wait_for(lambda: logged(run_dir) >= 5, process)
+    wait_until(lambda: logged(run_dir) >= 5, process)
     drain(head, marks.read(RunFolder(run_dir))[0].node)
     out, err = process.communicate(timeout=90)
     assert process.returncode == 75, out + err
@@ -60,7 +61,7 @@ def test_run_survives_drained_node_and_low_memory_bit_for_bit(
     used = total - machine.available
     head.node(2, RAY_memory_usage_threshold=str((used + SPARE_BYTES) / total))
     process = begin(head, tmp_path, tiny_corpus, *words)
-    wait_for(lambda: logged(run_dir) >= step + 5, process)
+    wait_until(lambda: logged(run_dir) >= step + 5, process)
     taken, victim = [], marks.read(RunFolder(run_dir))[0]
     while victim.is_local() and len(taken) < 24:
         taken.append(

@@ -23,7 +23,7 @@ from tests.helpers.facts import FACTS
 
 REPO = Path(__file__).resolve().parent.parent.parent
 SHAPE = GPTConfig(16, 61, 2, 2, 8, bias=True)
-SECONDS = 20  # limit of time for one file
+SECONDS = 20  # for one file, on average; then the process is killed and the test fails
 BYTES = 400 << 20  # limit of memory for one file
 
 
@@ -55,8 +55,7 @@ def opened(tmp_path):
         results = [json.loads(line) for line in done.stdout.splitlines()]
         assert len(results) == len(cases), (list(cases)[len(results)], done.stderr[-2000:])
         found = {}
-        for label, (outcome, message, seconds, size) in zip(cases, results, strict=True):
-            assert seconds <= SECONDS, label
+        for label, (outcome, message, size) in zip(cases, results, strict=True):
             assert size <= BYTES, label
             found[label] = (outcome, message)
         return found

@@ -9,7 +9,6 @@ import http.client
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,9 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
+
+from tests.helpers.ports import free_port
+from tests.helpers.wait import wait_until
 
 REPO = Path(__file__).resolve().parent.parent.parent
 # Calls that change or read something, of every service of a head or node.
@@ -55,6 +57,7 @@ PATHS = [
 JOINS = "import ray; ray.init(log_to_driver=False); print('JOINED', len(ray.nodes()))"
 OWN = """
 import os, sys
+from tests.helpers.wait import wait_until
 from orchestrator.cluster.layout import connect
 connect()
 import ray
@@ -241,9 +244,7 @@ def test_mlflow_listens_on_loopback(tmp_path):
     """It also answers only requests to this machine's own names."""
     (tmp_path / "mlflow").mkdir()
     (tmp_path / "mlflow" / "mlflow.db").touch()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [sys.executable, str(REPO / "pipelines" / "ui.py"), str(tmp_path), "--port", str(port)],
         stdout=subprocess.DEVNULL,
@@ -251,11 +252,8 @@ def test_mlflow_listens_on_loopback(tmp_path):
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 90
-        while http_answer(f"http://127.0.0.1:{port}/health", None) != 200:
-            assert server.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.3)
+        health = f"http://127.0.0.1:{port}/health"
+        wait_until(lambda: http_answer(health, None) == 200, server, pause_s=0.3)
         family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
         assert listening({process.pid for process in family}) == {port: "127.0.0.1"}
         foreign = urllib.request.Request(

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from orchestrator.checkpoint import store as checkpoint
-from tests.helpers.small_run import REPO, logged, wait_for
+from tests.helpers.small_run import REPO, logged
+from tests.helpers.wait import wait_until
 
 # Two stages run at a time, the longest first, and a third waits.
 WORDS = [
@@ -51,7 +52,7 @@ def begin(ray_head, sweeps, tiny_corpus, tiny_dataset):
 def test_sigterm_stops_every_stage_after_its_step_and_the_next_start_continues(sweeps, begin):
     """The stages start on two workers and end on one."""
     stages, process = sweeps.folder / "sweep" / "stages", begin("compute.num_workers=2")
-    wait_for(lambda: sum(logged(folder) >= 6 for folder in stages.glob("*")) >= 2, process)
+    wait_until(lambda: sum(logged(folder) >= 6 for folder in stages.glob("*")) >= 2, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, out + err

@@ -19,8 +19,10 @@ from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
 from orchestrator.track.mlflow import Tracker, resend_metrics
 from pipelines import replay_metrics, ui
-from tests.helpers.gate import Gate, Server, free_port, locked
-from tests.helpers.tracked import curve, expected, log, rows, sent_step, wait_for
+from tests.helpers.gate import Gate, Server, locked
+from tests.helpers.ports import free_port
+from tests.helpers.tracked import curve, expected, log, rows, sent_step
+from tests.helpers.wait import wait_until
 
 EXPERIMENT = "behind the gate"
 
@@ -158,7 +160,7 @@ def test_no_value_is_lost_or_repeated_in_many_outages(server, gate, run_dir, cap
     for fault in faults:
         training.go_on()
         if training.draw.random() < 0.5:
-            wait_for(training.is_sent)  # otherwise the fault begins while requests are running
+            wait_until(training.is_sent)  # otherwise the fault begins while requests are running
         caplog.clear()
         with faulty(server, gate, fault):
             training.go_on()
@@ -167,11 +169,11 @@ def test_no_value_is_lost_or_repeated_in_many_outages(server, gate, run_dir, cap
                 # With "cut", requests whose answer is not used succeed.
                 return "not reached" in caplog.text or (fault == "cut" and training.is_sent())
 
-            wait_for(fault_has_effect)
+            wait_until(fault_has_effect)
             if training.draw.random() < 0.5:
                 training.resume()
         if "not reached" in caplog.text:
-            wait_for(lambda: "reached again" in caplog.text)
+            wait_until(lambda: "reached again" in caplog.text)
         # One message at the start of an outage, and one at its end.
         outages = ["not reached" in record.message for record in caplog.records]
         assert all(a != b for a, b in pairwise(outages)), caplog.text

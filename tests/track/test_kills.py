@@ -25,7 +25,8 @@ from orchestrator.runs.journal import Journal
 from orchestrator.track.mlflow import Projection, resend_metrics
 from orchestrator.track.outbox import file_mark
 from tests.helpers import killable
-from tests.helpers.tracked import client, curve, expected, rows, sent_step, wait_for
+from tests.helpers.tracked import client, curve, expected, rows, sent_step
+from tests.helpers.wait import wait_until
 
 EXPERIMENT = "killed"
 
@@ -89,12 +90,12 @@ def wait_for_changes(file, count):
         marks.add(file_mark(file))
         return len(marks) > count
 
-    wait_for(changed_often, pause=0.001)
+    wait_until(changed_often, pause_s=0.001)
 
 
 def kill(pid):
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
 # ---- each moment ----

@@ -23,7 +23,8 @@ from orchestrator.track.mlflow import Projection, Tracker, resend_metrics
 from orchestrator.track.outbox import BATCH, MetricQueue, Sent
 from orchestrator.track.server import resolve_uri, run_url
 from tests.helpers.gate import locked
-from tests.helpers.tracked import client, curve, expected, log, rows, sent_step, wait_for
+from tests.helpers.tracked import client, curve, expected, log, rows, sent_step
+from tests.helpers.wait import wait_until
 
 EXPERIMENT = "tests"
 
@@ -156,7 +157,7 @@ def test_resume_adds_one_value_per_step(run_dir, store, uri):
     )
     second = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
     second.start()
-    wait_for(lambda: client(uri).get_run(first.run_id).info.status == "RUNNING")
+    wait_until(lambda: client(uri).get_run(first.run_id).info.status == "RUNNING")
     log(run_dir, range(60, 201, 10))
     assert second.finish("FINISHED", 60)
     assert second.run_id == first.run_id
@@ -177,7 +178,7 @@ def test_resume_while_the_tracker_runs(run_dir, store, uri):
     tracker = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
     tracker.start()
     log(run_dir, range(0, 101, 10))
-    wait_for(lambda: tracker.run_id and len(rows(store, tracker.run_id)) == 22)
+    wait_until(lambda: tracker.run_id and len(rows(store, tracker.run_id)) == 22)
     Journal(RunFolder(run_dir)).rewind(50)
     log(run_dir, range(60, 121, 10))
     assert tracker.finish("FAILED", 60)
@@ -191,12 +192,12 @@ def test_metrics_that_only_a_repeated_step_logs_are_sent(run_dir, store, uri):
     commit(run_dir, 100)
     tracker = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
     tracker.start()
-    wait_for(lambda: sent_step(run_dir) == 100)
+    wait_until(lambda: sent_step(run_dir) == 100)
     Journal(RunFolder(run_dir)).rewind(50)
     # The running tracker sends step 65, although later steps were sent before.
     log(run_dir, [65])
     query = "SELECT step FROM metrics WHERE run_uuid = ? AND key = 'train/loss'"
-    wait_for(lambda: (65,) in rows(store, tracker.run_id, query))
+    wait_until(lambda: (65,) in rows(store, tracker.run_id, query))
     log(run_dir, [80])
     assert tracker.finish("KILLED", 60)
     log(run_dir, [95])
@@ -223,12 +224,12 @@ def test_events_are_sent_as_file_and_as_counts(run_dir, store, uri):
     log(run_dir, range(5))
     tracker = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
     tracker.start()
-    wait_for(lambda: sent_step(run_dir) == 4)
+    wait_until(lambda: sent_step(run_dir) == 4)
     assert seen(tracker.run_id) == ({}, "")
     events.note(RunFolder(run_dir), "hang", "rank 1 hangs", rank=1)
     events.note(RunFolder(run_dir), "disk_full", "no room at https://me:hunter2@host/bucket")
-    wait_for(lambda: seen(tracker.run_id)[0] == {"events.hang": "1", "events.disk_full": "1"})
-    wait_for(lambda: "no room" in seen(tracker.run_id)[1])
+    wait_until(lambda: seen(tracker.run_id)[0] == {"events.hang": "1", "events.disk_full": "1"})
+    wait_until(lambda: "no room" in seen(tracker.run_id)[1])
     assert tracker.finish("KILLED", 60)
     events.note(RunFolder(run_dir), "hang", "rank 0 hangs", rank=0)
     assert resend_metrics(RunFolder(run_dir), uri, EXPERIMENT)
@@ -286,12 +287,12 @@ def test_two_senders_of_a_new_run_create_one(run_dir, uri, monkeypatch, caplog):
     monkeypatch.setattr(Projection, "_create", slow_create)
     tracker = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
     tracker.start()
-    wait_for(lambda: creators)
+    wait_until(lambda: creators)
     with ThreadPoolExecutor() as pool:
         second = pool.submit(resend_metrics, RunFolder(run_dir), uri, EXPERIMENT)
         try:
             message = f"held by process {os.getpid()} on "
-            wait_for(lambda: message in caplog.text or len(creators) > 1)
+            wait_until(lambda: message in caplog.text or len(creators) > 1)
         finally:
             second_waits.set()
         assert second.result()
@@ -304,7 +305,7 @@ def test_locked_store_is_retried(run_dir, store, uri):
     log(run_dir, range(50))
     tracker = Tracker(RunFolder(run_dir), uri, EXPERIMENT)
     tracker.start()
-    wait_for(lambda: sent_step(run_dir) == 49)
+    wait_until(lambda: sent_step(run_dir) == 49)
     with locked(store):
         log(run_dir, range(50, 100))
         assert not resend_metrics(RunFolder(run_dir), uri, EXPERIMENT, deadline_s=2)

@@ -20,7 +20,8 @@ from orchestrator.track import outbox
 from orchestrator.track.server import sweep_url
 from orchestrator.track.sweep import SweepTracker, resend_sweep_metrics
 from pipelines import replay_metrics
-from tests.helpers.tracked import client, expected, rows, sent_step, wait_for
+from tests.helpers.tracked import client, expected, rows, sent_step
+from tests.helpers.wait import wait_until
 
 EXPERIMENT = "sweeps"
 PARENT = "mlflow.parentRunId"
@@ -242,12 +243,12 @@ def test_trial_grows_while_its_sweep_runs(sweep, store, uri):
     folder = put_trial(sweep, "c", 50, status=None)
     (folder / "checkpoints").symlink_to("../../stages/leaf-c/checkpoints")  # not there yet
     tracker = start(sweep, uri)
-    wait_for(lambda: sent_step(folder) == 50)
+    wait_until(lambda: sent_step(folder) == 50)
     assert statuses(uri, tracker) == {"a": "FINISHED", "b": "FINISHED", "c": "RUNNING"}
     put_curve(folder, 150)
     # Checkpoints of a stage that other trials share are not registered for this trial.
     put_stage(sweep, "trunk", 150, "c")
-    wait_for(lambda: sent_step(folder) == 150)
+    wait_until(lambda: sent_step(folder) == 150)
     put_trial(sweep, "c", 200, status="FAILED")
     assert tracker.finish("FINISHED", 60)
     assert rows(store, folder) == expected(folder)
@@ -266,7 +267,7 @@ def test_resumed_sweep_reopens_its_trials(sweep, store, uri):
     put_curve(sweep / "trials" / "b", 300, 3.5)
     tracker = start(sweep, uri)
     reopened = {"a": "FINISHED", "b": "RUNNING", "c": "RUNNING"}
-    wait_for(lambda: tracker.run_id and statuses(uri, tracker) == reopened)
+    wait_until(lambda: tracker.run_id and statuses(uri, tracker) == reopened)
     put_trial(sweep, "c", 100)
     put_trial(sweep, "b", 300, 3.5)
     put_trial(sweep, "d", 100)
@@ -297,7 +298,7 @@ def test_killed_tracker_loses_and_repeats_nothing(sweep, store, uri):
     for count in (1, 12):  # killed twice, while it sends a trial
         command = [sys.executable, "-c", TRACK, str(sweep), uri, EXPERIMENT]
         process = subprocess.Popen(command)
-        wait_for(lambda count=count: count_begun() >= count, pause=0.005)
+        wait_until(lambda count=count: count_begun() >= count, pause_s=0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert count_begun() < len(names)
@@ -350,9 +351,9 @@ def test_best_trial_without_a_checkpoint_is_not_registered(sweep, uri):
 def test_documents_are_sent_again_when_they_change(sweep, store, uri):
     put(sweep / "comparison.csv", "trial,final\n")
     tracker = start(sweep, uri)
-    wait_for(lambda: tracker.run_id)
+    wait_until(lambda: tracker.run_id)
     artifact = store.parent / "artifacts" / tracker.run_id / "artifacts" / "comparison.csv"
-    wait_for(artifact.exists)
+    wait_until(artifact.exists)
     put(sweep / "comparison.csv", "trial,final\nb,3.4\n")
     assert tracker.finish("FINISHED", 60)
     assert artifact.read_text() == "trial,final\nb,3.4\n"

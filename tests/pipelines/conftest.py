@@ -1,6 +1,7 @@
 """Fixtures for tests of the commands: a small trained run, and a function that runs a command."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -93,3 +94,17 @@ def type_command():
         )
 
     return run
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """Return a function that runs a command in this process, without Ray: (status, stderr)."""
+
+    def type_(script: str, *words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(REPO / "pipelines" / script), run_name="__main__")
+        return ended.value.code, capsys.readouterr().err
+
+    return type_

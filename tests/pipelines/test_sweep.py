@@ -4,7 +4,6 @@ import csv
 import itertools
 import json
 import os
-import runpy
 import signal
 import sqlite3
 import subprocess
@@ -305,10 +304,23 @@ def test_finished_sweep_runs_nothing_and_prints_ranking_again(golden, ray_head, 
 
 
 # ---- extended and killed ----
-def test_extended_sweep_runs_only_new_steps_after_any_kill(golden, alone, ray_head, tiny_corpus):
-    """Kill the driver by SIGKILL, SIGTERM and Ctrl-C, then a worker. Finished stages stay."""
+KILLED = [(signal.SIGKILL, -9)]
+ALSO_STOPPED = [*KILLED, (signal.SIGTERM, 75), (signal.SIGINT, 130)]
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        pytest.param(KILLED, id="killed"),
+        pytest.param(ALSO_STOPPED, id="killed, terminated, Ctrl-C", marks=pytest.mark.slow),
+    ],
+)
+def test_extended_sweep_runs_only_new_steps_after_any_kill(
+    golden, alone, ray_head, tiny_corpus, ends
+):
+    """End the driver by each signal, then kill a worker. Finished stages stay as they are."""
     words, sweep, stood = space(MORE_PEAKS, MORE_HORIZONS), golden.sweep, golden.results
-    for how, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 130)):
+    for how, status in ends:
         process, enough = begin(ray_head, golden.storage, tiny_corpus, *words), len(stood) + 2
         wait_until(lambda n=enough: len(results(sweep)) >= n, process)
         stood = results(sweep)
@@ -412,20 +424,6 @@ def test_failed_and_diverged_trials_do_not_stop_others_and_are_reported(
 
 
 # ---- user errors ----
-@pytest.fixture
-def typed(monkeypatch, capsys):
-    """Return a function that runs a command in this process, without Ray: (status, stderr)."""
-
-    def type_(script: str, *words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [script, *words])
-        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(REPO / "pipelines" / script), run_name="__main__")
-        return ended.value.code, capsys.readouterr().err
-
-    return type_
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -65,6 +65,42 @@ def test_mlflow_has_one_finished_run_with_each_point_once(golden):
     assert points == [(r["step"], r["train/loss"]) for r in curve(run_dir) if "train/loss" in r]
 
 
+def measured(cache: Path) -> dict[str, int]:
+    """Return when each stored timing was written."""
+    return {file.name: file.stat().st_mtime_ns for file in cache.glob("espalier/calibration/*")}
+
+
+def test_dry_run_prints_the_estimate_that_the_run_used_and_writes_nothing(
+    golden, ray_head, tiny_corpus, tmp_path
+):
+    run_dir, text = golden
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    before = measured(cache)
+    words = command(tmp_path / "storage", tiny_corpus, "compute.num_workers=1", "--dry-run")
+    done = subprocess.run(words, env=ray_head.env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert measured(cache) == before, "measured again"
+    assert not (tmp_path / "storage").exists()
+    facts = summary(run_dir)
+    expected, seen = facts["estimated"], facts["measured"]
+    for words in (
+        "16 sequences per step / 4 per micro-batch = 4 micro-batches",
+        "1,024 tokens per step",
+        "parameters",
+        "steps of",
+        "evaluations of",
+        f"≈ {expected['memory_gib']:.3g} GiB resident per worker",
+        "of disk at most",
+        "1 worker(s) with 1 CPU(s) each",
+    ):
+        assert words in done.stdout
+    assert seen["time_s"] == facts["wall_s"]
+    assert seen["memory_gib"] == pytest.approx(expected["memory_gib"], rel=0.25)
+    assert seen["final_disk_bytes"] == pytest.approx(expected["final_disk_bytes"], rel=0.05)
+    assert "expected: " in text
+    assert plan.comparison_line(expected, seen) in text
+
+
 # torch's process group can deadlock at the end of a worker while it holds the GIL. This hook sleeps
 # in the same way after the worker has reported its end. Ray would wait for it for ten minutes.
 STICK = """
@@ -84,10 +120,19 @@ threading.Thread(target=stick, daemon=True).start()
 """
 
 
-def test_dead_worker_is_restarted_and_two_workers_equal_one(
+def equals(run_dir: Path, golden_dir: Path) -> bool:
+    """Return whether two runs have the same exact metrics and the same weights."""
+    same_curve = curve(run_dir) == curve(golden_dir)
+    return (
+        same_curve and summary(run_dir)["weights_sha256"] == summary(golden_dir)["weights_sha256"]
+    )
+
+
+def test_killed_worker_and_hanging_rank_are_restarted_and_two_workers_equal_one(
     golden, ray_head, tiny_corpus, tiny_dataset, tmp_path
 ):
-    hook = tmp_path / "hook"
+    """The driver stays. Both ranks stick in their last attempt after they have reported its end."""
+    run_dir, hook = tmp_path / "small", tmp_path / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(STICK)
     # Workers inherit the runtime environment of a job.
@@ -98,44 +143,89 @@ def test_dead_worker_is_restarted_and_two_workers_equal_one(
         tiny_corpus,
         f"data.dir={tiny_dataset}",
         "compute.num_workers=2",
-        "compute.hang_after_s=5",
+        "compute.hang_after_s=2",
         RAY_JOB_CONFIG_JSON_ENV_VAR=json.dumps(job),
     )
-    wait_for_step(tmp_path / "small", 10, process)
-    attempts = [
-        json.loads(line)
-        for line in (tmp_path / "small" / "attempts.jsonl").read_text().splitlines()
-    ]
-    os.kill(attempts[-1]["pid"], signal.SIGKILL)
+    wait_for_step(run_dir, 10, process)
+    os.kill(worker_starts(run_dir)[-1]["pid"], signal.SIGKILL)
+    wait_until(lambda: len(worker_starts(run_dir)) == 2, process)
+    # Wait until the last checkpoint is some steps ago: shortly after one, the limit is higher.
+    first_pid = worker_starts(run_dir)[-1]["pid"]
+    victim = wait_until(lambda: rank_1_between_checkpoints(run_dir, first_pid), process)
+    os.kill(victim.pid, signal.SIGSTOP)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
-    assert len((tmp_path / "small" / "attempts.jsonl").read_text().splitlines()) == 2, (
-        "no worker was restarted"
-    )
+    assert len(worker_starts(run_dir)) == 3
+    (hang,) = [e for e in events.read(RunFolder(run_dir)) if e["kind"] == "hang"]
+    assert hang["message"].startswith(f"rank 1 (process {victim.pid} on ")
+    assert sorted(f.name for f in (run_dir / "hangs" / "0001").iterdir()) == [
+        "hang-rank0.txt",
+        "hang-rank1.txt",
+    ]
     assert sorted(p.name for p in hook.glob("slept-*")) == ["slept-0", "slept-1"], (
         "the hook did not run"
     )
-    assert curve(tmp_path / "small") == curve(golden[0])
-    assert summary(tmp_path / "small")["weights_sha256"] == summary(golden[0])["weights_sha256"]
+    assert equals(run_dir, golden[0])
 
 
-def test_driver_killed_on_two_workers_and_resumed_on_one_equals_undisturbed_run(
+def worker_starts(run_dir: Path) -> list[dict]:
+    """Return the starts of the workers of a run, the first one first."""
+    lines = (run_dir / "attempts.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def rank_1_between_checkpoints(run_dir: Path, first_pid: int) -> marks.Mark | None:
+    """Return the mark of rank 1, if the current workers train and no checkpoint is near."""
+    found = {mark.rank: mark for mark in marks.read(RunFolder(run_dir))}
+    if len(found) < 2 or found[0].pid != first_pid:
+        return None
+    return found[1] if found[1].step > 12 and found[1].step % 10 in (3, 4, 5) else None
+
+
+def test_run_stopped_and_killed_on_two_workers_and_finished_on_one_equals_undisturbed_run(
     golden, ray_head, tiny_corpus, tmp_path
 ):
-    process = begin(ray_head, tmp_path, tiny_corpus, "compute.num_workers=2")
-    wait_for_step(tmp_path / "small", 20, process)
+    """A second job is refused, SIGTERM loses no step, and SIGKILL of the driver changes no bit."""
+    run_dir, words = tmp_path / "small", ["compute.num_workers=2"]
+    process = begin(ray_head, tmp_path, tiny_corpus, *words, "train.checkpoint_interval=40")
+    # The run is locked now; training starts some seconds later.
+    assert process.stdout.readline() == "starting Ray …\n"
+    second = subprocess.run(
+        command(tmp_path, tiny_corpus, *words),
+        env=ray_head.env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert second.returncode == 75
+    assert f"held by process {process.pid} on " in second.stderr
+    wait_until(lambda: logged(run_dir) >= 5, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, out + err
+    stopped = json.loads((run_dir / "stopped.json").read_text())
+    assert [summary(run_dir)[key] for key in ("status", "exit_status", "step")] == [
+        "KILLED",
+        75,
+        stopped["step"],
+    ]
+    assert checkpoint.latest_valid(run_dir / "checkpoints") == checkpoint.path_of(
+        run_dir / "checkpoints", stopped["step"]
+    )
+    assert stopped["step"] >= logged(run_dir), "a logged step was lost"
+
+    (run_dir / "summary.json").unlink()
+    process = begin(ray_head, tmp_path, tiny_corpus, *words)
+    wait_for_step(run_dir, max(20, stopped["step"] + 1), process)
     process.kill()
     process.wait(30)
-    assert not (tmp_path / "small" / "summary.json").exists(), (
-        "the run ended before it could be killed"
-    )
+    assert not (run_dir / "summary.json").exists(), "the run ended before it could be killed"
     again = run(ray_head, tmp_path, tiny_corpus, "compute.num_workers=1")
     assert "resuming small from step" in again.stdout
-    assert "estimated" not in summary(tmp_path / "small"), (
+    assert "estimated" not in summary(run_dir), (
         "the estimate of a whole run was compared with a part of it"
     )
-    assert curve(tmp_path / "small") == curve(golden[0])
-    assert summary(tmp_path / "small")["weights_sha256"] == summary(golden[0])["weights_sha256"]
+    assert equals(run_dir, golden[0])
     with sqlite3.connect(tmp_path / "mlflow" / "mlflow.db") as db:
         assert db.execute("select status from runs").fetchall() == [("FINISHED",)]
         points = db.execute(
@@ -170,67 +260,6 @@ def test_finished_run_prints_summary_again_and_other_experiment_is_refused(
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
-def test_second_job_is_refused_sigterm_stops_and_hanging_rank_is_restarted(
-    golden, ray_head, tiny_corpus, tiny_dataset, tmp_path
-):
-    """The second job is refused, SIGTERM loses no step, the hanging rank is named and restarted."""
-    run_dir, words = tmp_path / "small", [f"data.dir={tiny_dataset}", "compute.num_workers=2"]
-    process = begin(ray_head, tmp_path, tiny_corpus, *words, "train.checkpoint_interval=40")
-    # The run is locked now; training starts some seconds later.
-    assert process.stdout.readline() == "starting Ray …\n"
-    second = subprocess.run(
-        command(tmp_path, tiny_corpus, *words),
-        env=ray_head.env,
-        capture_output=True,
-        text=True,
-        timeout=20,
-    )
-    assert second.returncode == 75
-    assert f"held by process {process.pid} on " in second.stderr
-    wait_until(lambda: logged(run_dir) >= 5, process)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 75, out + err
-    stopped = json.loads((run_dir / "stopped.json").read_text())
-    assert [summary(run_dir)[key] for key in ("status", "exit_status", "step")] == [
-        "KILLED",
-        75,
-        stopped["step"],
-    ]
-    assert checkpoint.latest_valid(run_dir / "checkpoints") == checkpoint.path_of(
-        run_dir / "checkpoints", stopped["step"]
-    )
-    assert stopped["step"] >= logged(run_dir), "a logged step was lost"
-
-    process = begin(ray_head, tmp_path, tiny_corpus, *words, "compute.hang_after_s=2")
-    # Wait until the last checkpoint is some steps ago: shortly after one, the limit is higher.
-    victim = wait_until(
-        lambda: next(
-            (
-                m
-                for m in marks.read(RunFolder(run_dir))
-                if m.rank == 1 and m.step > stopped["step"] + 2 and m.step % 10 in (3, 4, 5)
-            ),
-            None,
-        ),
-        process,
-    )
-    os.kill(victim.pid, signal.SIGSTOP)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, out + err
-    assert f"from step {stopped['step']} " in out
-    (hang,) = [e for e in events.read(RunFolder(run_dir)) if e["kind"] == "hang"]
-    assert hang["message"].startswith(f"rank 1 (process {victim.pid} on ")
-    assert sorted(f.name for f in (run_dir / "hangs" / "0001").iterdir()) == [
-        "hang-rank0.txt",
-        "hang-rank1.txt",
-    ]
-    assert (curve(run_dir), summary(run_dir)["weights_sha256"]) == (
-        curve(golden[0]),
-        summary(golden[0])["weights_sha256"],
-    )
-
-
 def test_run_is_locked_and_sigterm_works_while_ray_starts(tiny_corpus, tmp_path):
     """A local Ray needs seconds to start and installs its own signal handlers."""
     head = SimpleNamespace(env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"})
@@ -259,88 +288,42 @@ def test_run_is_locked_and_sigterm_works_while_ray_starts(tiny_corpus, tmp_path)
         ("data.corpus=/no/such/file", "/no/such/file"),
         ("train.init_from=/no/such/weights", "train.init_from: '/no/such/weights' does not exist"),
         ("tracking.uri=http://me:hunter2@host/", "set $MLFLOW_TRACKING_URI"),
-        ("compute.num_workers=4 compute.cpus_per_worker=64", "found 4 CPU(s)"),
+        ("storage=/dev/null/runs", "storage: /dev/null/runs cannot be written to"),
     ],
 )
 def test_user_error_is_one_line_with_status_2_and_writes_nothing(
-    ray_head, tiny_corpus, tmp_path, override, words
+    typed, tiny_corpus, tmp_path, override, words
 ):
-    done = run(ray_head, tmp_path / "storage", tiny_corpus, *override.split(), status=2)
-    assert words in done.stderr
-    assert "hunter2" not in done.stdout + done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    status, text = typed("train.py", *command(tmp_path / "storage", tiny_corpus, override)[2:])
+    assert status == 2, text
+    assert words in text
+    assert "hunter2" not in text
+    assert len(text.strip().splitlines()) == 1
     assert not (tmp_path / "storage").exists()
+
+
+def test_wrong_environment_variable_is_one_line_with_status_2(
+    typed, monkeypatch, tiny_corpus, tmp_path
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///x")
+    status, text = typed("train.py", *command(tmp_path / "storage", tiny_corpus)[2:])
+    assert (status, len(text.strip().splitlines())) == (2, 1)
+    assert "MLFLOW_TRACKING_URI" in text
 
 
 @pytest.mark.parametrize(
-    ("variables", "words"),
+    ("address", "words"),
     [
-        ({"MLFLOW_TRACKING_URI": "file:///x"}, "MLFLOW_TRACKING_URI"),
-        ({"ESPALIER_STORAGE": "/dev/null/runs"}, "storage: /dev/null/runs cannot be written to"),
-        ({"RAY_ADDRESS": "127.0.0.1:1"}, "no cluster answers at 127.0.0.1:1"),
+        (None, "found 4 CPU(s)"),  # the test's cluster
+        ("127.0.0.1:1", "no cluster answers at 127.0.0.1:1"),
     ],
 )
-def test_wrong_environment_variable_is_one_line_with_status_2(
-    tmp_path, tiny_corpus, variables, words
+def test_what_no_cluster_can_do_is_one_line_with_status_2(
+    ray_head, tiny_corpus, tmp_path, address, words
 ):
-    argv = [w for w in command(tmp_path / "storage", tiny_corpus) if not w.startswith("storage=")]
-    env = {**os.environ, "ESPALIER_STORAGE": str(tmp_path / "storage"), **variables}
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2, done.stdout + done.stderr
+    head = SimpleNamespace(env={**ray_head.env, **({"RAY_ADDRESS": address} if address else {})})
+    too_much = ["compute.num_workers=4", "compute.cpus_per_worker=64"]
+    done = run(head, tmp_path / "storage", tiny_corpus, *too_much, status=2)
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "storage").exists()
-
-
-def test_dry_run_prints_estimates_and_writes_nothing(tmp_path, tiny_corpus):
-    words = [*command(tmp_path / "storage", tiny_corpus), "--dry-run"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
-    for text in (
-        "16 sequences per step / 4 per micro-batch = 4 micro-batches",
-        "1,024 tokens per step",
-        "parameters",
-    ):
-        assert text in done.stdout
-    assert not (tmp_path / "storage").exists()
-
-
-def cached(folder: Path) -> dict[str, int]:
-    return {
-        file.name: file.stat().st_mtime_ns
-        for file in (folder / "espalier" / "calibration").iterdir()
-    }
-
-
-def test_run_uses_and_reports_the_estimate_of_the_dry_run(ray_head, tiny_corpus, tmp_path):
-    words = command(
-        tmp_path / "storage",
-        tiny_corpus,
-        "compute.num_workers=1",
-        "compute.use_gpu=false",
-        "train.max_steps=40",
-    )
-    env = {**ray_head.env, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    dry = subprocess.run(
-        [*words, "--dry-run"], env=env, capture_output=True, text=True, timeout=120, check=True
-    ).stdout
-    for text in (
-        "steps of",
-        "evaluations of",
-        "resident per worker",
-        "of disk at most",
-        "1 worker(s) with 1 CPU(s) each",
-    ):
-        assert text in dry.partition("\nexpected\n")[2]
-    assert not (tmp_path / "storage").exists()
-    before = cached(tmp_path / "cache")
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert cached(tmp_path / "cache") == before, "measured again"
-    facts = summary(tmp_path / "storage" / "small")
-    expected, seen = facts["estimated"], facts["measured"]
-    assert f"≈ {expected['memory_gib']:.3g} GiB resident" in dry
-    assert seen["time_s"] == facts["wall_s"]
-    assert seen["memory_gib"] == pytest.approx(expected["memory_gib"], rel=0.25)
-    assert seen["final_disk_bytes"] == pytest.approx(expected["final_disk_bytes"], rel=0.05)
-    assert "expected: " in done.stdout
-    assert plan.comparison_line(expected, seen) in done.stdout

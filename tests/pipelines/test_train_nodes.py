@@ -36,6 +36,7 @@ def head(tmp_path_factory):
         yield head
 
 
+@pytest.mark.slow
 def test_run_survives_drained_node_and_low_memory_bit_for_bit(
     head, tiny_corpus, tiny_dataset, tmp_path
 ):

@@ -12,12 +12,13 @@ from orchestrator.checkpoint import store as checkpoint
 from tests.helpers.small_run import REPO, logged
 from tests.helpers.wait import wait_until
 
+STEPS = 300  # enough for SIGTERM to arrive before the last one
 # Two stages run at a time, the longest first, and a third waits.
 WORDS = [
     "sweep.grid.schedule.max_lr=[1e-2, 5e-3]",
     "sweep.trials.third={schedule.max_lr: 2e-3, train.max_steps: 30}",
-    "train.max_steps=700",
-    "train.eval_interval=100",
+    f"train.max_steps={STEPS}",
+    "train.eval_interval=50",
     "train.checkpoint_interval=null",
     "compute.cpus_per_worker=1",
 ]
@@ -64,7 +65,7 @@ def test_sigterm_stops_every_stage_after_its_step_and_the_next_start_continues(s
     for folder in begun:
         assert not (folder / "result.json").exists()
         assert checkpoint.steps(folder / "checkpoints") == [stopped[folder.name]]
-        assert logged(folder) <= stopped[folder.name] < 700
+        assert logged(folder) <= stopped[folder.name] < STEPS
     summary = json.loads((sweeps.folder / "sweep" / "summary.json").read_text())
     assert (summary["status"], summary["steps_run"]) == ("KILLED", sum(stopped.values()))
     with sqlite3.connect(sweeps.folder / "mlflow" / "mlflow.db") as db:

@@ -6,7 +6,7 @@ STORAGE ?= runs
 
 .PHONY: install quickstart test test-slow faults lint size reference ui submit clean
 
-# Without --no-compile, pip compiles 40,000 files, most of which are never imported: half of the time.
+# Without --no-compile, pip compiles 21,000 files, most of which are never imported: half of the time.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'

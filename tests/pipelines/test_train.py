@@ -234,18 +234,6 @@ def test_run_stopped_and_killed_on_two_workers_and_finished_on_one_equals_undist
     assert points == [(r["step"], 1) for r in curve(golden[0]) if "train/loss" in r]
 
 
-def test_ctrl_c_ends_with_status_130_and_a_valid_checkpoint(
-    ray_head, tiny_corpus, tiny_dataset, tmp_path
-):
-    process = begin(ray_head, tmp_path, tiny_corpus, f"data.dir={tiny_dataset}")
-    wait_for_step(tmp_path / "small", 10, process)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, out + err
-    assert summary(tmp_path / "small")["status"] == "KILLED"
-    assert checkpoint.latest_valid(tmp_path / "small" / "checkpoints") is not None
-
-
 def test_finished_run_prints_summary_again_and_other_experiment_is_refused(
     golden, ray_head, tiny_corpus
 ):

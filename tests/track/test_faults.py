@@ -148,7 +148,6 @@ def test_no_value_is_lost_or_repeated_in_many_outages(server, gate, run_dir, cap
         "half",
         "cut",
         "lost",
-        "lost",
         "500 Oops",
         "502 Bad Gateway",
         "locked",

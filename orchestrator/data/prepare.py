@@ -4,6 +4,8 @@ Read `_Preparation.run` first. The corpus is cut into chunks by a function of it
 task for each chunk, which writes part files and returns only counts: tokens never enter Ray's
 object store. Then each shard is written from exact slices of the parts.
 
+A corpus of a few megabytes is prepared in this process: starting Ray Data would take longer.
+
 The same corpus and settings give the same bytes on any number of CPUs and nodes. A killed
 preparation continues with the part files that it has written.
 """
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 WORK = ".parts"  # folder of part files, inside the dataset; removed at the end
 MIN_CHUNK_BYTES = 1 << 20
 MAX_CHUNK_BYTES = 32 << 20
+SMALL_BYTES = 4 * MIN_CHUNK_BYTES  # a corpus up to this size is prepared without Ray
 
 
 def prepare(
@@ -157,7 +160,10 @@ class _Preparation:
     def _chunk_bytes(self, sources: list[Source]) -> int:
         if self.chunk_bytes is not None:
             return self.chunk_bytes
-        share = sum(source.bytes for source in sources) // (4 * self.ray_tasks.cpus())
+        total = sum(source.bytes for source in sources)
+        if total <= SMALL_BYTES:
+            return MIN_CHUNK_BYTES
+        share = total // (4 * self.ray_tasks.cpus())
         return max(MIN_CHUNK_BYTES, min(MAX_CHUNK_BYTES, share))
 
     def _map(
@@ -168,7 +174,8 @@ class _Preparation:
         done = 0
         total = sum(sizes)
         self.progress(stage, done, total)
-        for number, result in self.ray_tasks.map(task, jobs):
+        here = self.chunk_bytes is None and total <= SMALL_BYTES
+        for number, result in self.ray_tasks.map(task, jobs, here):
             results[number] = result
             done += sizes[number]
             self.progress(stage, done, total)
@@ -226,41 +233,56 @@ class _Preparation:
 
 
 class RayTasks:
-    """Runs tasks on the Ray of this process or of $RAY_ADDRESS, else on a temporary local Ray."""
+    """Runs tasks on the Ray of this process or of $RAY_ADDRESS, else on a temporary local Ray.
+
+    The temporary Ray starts when it is needed first.
+    """
+
+    is_ours = False
 
     def __enter__(self) -> "RayTasks":
-        import ray
-
-        self.is_ours = not ray.is_initialized()
-        if self.is_ours:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            start = ray.init if os.environ.get("RAY_ADDRESS") else local_ray.start
-            start(log_to_driver=False, logging_level=logging.ERROR)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.is_ours:
+            import ray
+
+            ray.shutdown()
+
+    def _connect(self) -> None:
         import ray
 
-        if self.is_ours:
-            ray.shutdown()
+        if not ray.is_initialized():
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            start = ray.init if os.environ.get("RAY_ADDRESS") else local_ray.start
+            start(log_to_driver=False, logging_level=logging.ERROR)
+            self.is_ours = True
 
     def cpus(self) -> int:
         """Return the number of CPUs; 1 if a cluster that grows has none yet."""
         import ray
 
+        self._connect()
         return int(ray.cluster_resources().get("CPU", 0)) or 1
 
-    def map(self, task: Callable[..., Any], jobs: list[Job]) -> Iterator[tuple[int, Any]]:
+    def map(
+        self, task: Callable[..., Any], jobs: list[Job], here: bool = False
+    ) -> Iterator[tuple[int, Any]]:
         """Run `task(**job)` for each job. Yield its number and its result as soon as it ends.
 
         Jobs and results are passed as JSON, because Arrow would guess a type for each field.
+
+        Args:
+            task: A function of `tasks` or `parts`.
+            jobs: Its arguments.
+            here: Run the tasks in this process, without Ray.
 
         Raises:
             UserError: A task raised it, or a file of the corpus cannot be opened.
         """
         rows = [{"job": _to_json([number, job])} for number, job in enumerate(jobs)]
         run = functools.partial(_run_job, task, os.environ.get("TIKTOKEN_CACHE_DIR"))
-        for row in self.run_rows(run, rows):
+        for row in map(run, rows) if here else self.run_rows(run, rows):
             number, result, error = json.loads(row["result"])
             if error is not None:
                 raise UserError(error)
@@ -272,6 +294,7 @@ class RayTasks:
         """Run a function on small rows with Ray Data, one task per row."""
         import ray.data
 
+        self._connect()
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False

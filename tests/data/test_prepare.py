@@ -94,6 +94,24 @@ def test_bytes_do_not_depend_on_ray_or_place_of_corpus(ray_cluster, mixed, tmp_p
     assert "tmp" not in (tmp_path / "ray" / "manifest.json").read_text()
 
 
+WITHOUT_RAY = """
+import sys
+from pathlib import Path
+from orchestrator.config.sections import Data
+from orchestrator.data.prepare import prepare
+data = Data(corpus=sys.argv[1], tokenizer="byte", append_eot=True, val_fraction=0.25)
+prepare(data, Path(sys.argv[2]))
+assert "ray" not in sys.modules, "ray was imported"
+"""
+
+
+def test_small_corpus_is_prepared_without_ray(here, mixed, tmp_path):
+    command = [sys.executable, "-c", WITHOUT_RAY, str(mixed), str(tmp_path / "small")]
+    subprocess.run(command, check=True, timeout=60)
+    prepare(data(mixed), tmp_path / "chunks", progress=quiet, chunk_bytes=900)
+    assert hashes_of(tmp_path / "small") == hashes_of(tmp_path / "chunks")
+
+
 # ---- interrupted ----
 
 KILLED = """
@@ -220,4 +238,4 @@ def test_too_long_a_run_of_spaces_is_a_user_error(here, gpt2_ranks, tmp_path):
 def test_error_in_a_task_reaches_the_user_through_ray(ray_cluster, tmp_path):
     (tmp_path / "t.txt").write_bytes(b"fine so far \xff")
     with pytest.raises(UserError, match=r"t\.txt: byte 12"):
-        prepare(data(tmp_path / "t.txt"), tmp_path / "d", progress=quiet)
+        prepare(data(tmp_path / "t.txt"), tmp_path / "d", progress=quiet, chunk_bytes=1000)

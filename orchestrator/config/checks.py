@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -27,28 +28,53 @@ def _batch_problems(experiment: Experiment) -> list[str]:
     if train.global_batch_size % train.micro_batch_size:
         return [
             f"train.global_batch_size: {train.global_batch_size} is not a multiple of "
-            f"train.micro_batch_size={train.micro_batch_size}"
+            f"train.micro_batch_size={train.micro_batch_size}; set train.micro_batch_size="
+            f"{math.gcd(train.global_batch_size, train.micro_batch_size)}"
         ]
     slots = train.reduction_slots
     if slots is not None and (not _is_power_of_two(slots) or experiment.micro_batches % slots):
         return [
             f"train.reduction_slots: {slots} must be a power of two that divides the "
             f"{experiment.micro_batches} micro-batches of a step "
-            f"({train.global_batch_size} / {train.micro_batch_size})"
+            f"({train.global_batch_size} / {train.micro_batch_size}); set train.reduction_slots="
+            f"{math.gcd(_power_of_two(slots), experiment.micro_batches)}"
         ]
     workers = experiment.compute.num_workers
     if workers != "auto" and experiment.slots % workers:
-        divisors = [n for n in range(1, experiment.slots + 1) if experiment.slots % n == 0]
+        fewer = f"compute.num_workers={min(_power_of_two(workers), experiment.slots)}"
+        changes = change_for_workers(experiment, workers)
         return [
             f"compute.num_workers: {workers} does not divide the {experiment.slots} reduction "
-            f"slots; use one of {divisors}, or a smaller train.micro_batch_size "
-            f"(now {train.micro_batch_size} of {train.global_batch_size})"
+            f"slots; set {fewer if changes is None else f'{changes}, or {fewer}'}"
         ]
     return []
 
 
+def change_for_workers(experiment: Experiment, workers: int) -> str | None:
+    """Return the overrides with which `workers` processes can share a step of the same batch.
+
+    None: no change does, because their number is not a power of two or does not divide the batch.
+    """
+    train = experiment.train
+    share, rest = divmod(train.global_batch_size, workers)
+    if rest or not _is_power_of_two(workers):
+        return None
+    micro = math.gcd(share, train.micro_batch_size)
+    changes = []
+    if micro != train.micro_batch_size:
+        changes.append(f"train.micro_batch_size={micro}")
+    if (train.reduction_slots or 8) % workers:
+        changes.append(f"train.reduction_slots={workers}")
+    return " and ".join(changes)
+
+
 def _is_power_of_two(number: int) -> bool:
-    return number & (number - 1) == 0
+    return number == _power_of_two(number)
+
+
+def _power_of_two(limit: int) -> int:
+    """Return the largest power of two up to `limit`."""
+    return 1 << (limit.bit_length() - 1)
 
 
 def _schedule_problems(experiment: Experiment) -> list[str]:

@@ -5,7 +5,7 @@ import string
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from model.schedule import SCHEDULES, learning_rate
@@ -293,6 +293,41 @@ def test_written_experiment_reads_back_equal(name, corpus, lr, ratio, seed, step
     again = read_back(experiment)
     assert again == experiment
     assert again.to_yaml() == experiment.to_yaml()
+
+
+@given(
+    total=st.integers(1, 300),
+    micro=st.integers(1, 300),
+    slots=st.none() | st.integers(1, 64),
+    workers=st.integers(1, 64),
+)
+@example(total=64, micro=1, slots=None, workers=16)
+@example(total=48, micro=12, slots=None, workers=16)
+@example(total=480, micro=12, slots=4, workers=32)
+def test_changes_that_a_refusal_names_are_accepted(total, micro, slots, workers):
+    words = [
+        f"train.global_batch_size={total}",
+        f"train.micro_batch_size={micro}",
+        f"train.reduction_slots={'null' if slots is None else slots}",
+        f"compute.num_workers={workers}",
+    ]
+    for field in ("train.global_batch_size", "train.reduction_slots", "compute.num_workers"):
+        try:
+            load_experiment(None, words)
+        except UserError as error:
+            if f"{field}: " in str(error):
+                first, *others = str(error).partition("; set ")[2].split(", or ")
+                for other in others:
+                    load_experiment(None, [*words, other])
+                words += first.split(" and ")
+    load_experiment(None, words)
+
+
+def test_sixteen_workers_need_sixteen_slots():
+    message = refusal(
+        "train.global_batch_size=64", "train.micro_batch_size=1", "compute.num_workers=16"
+    )
+    assert message.endswith("; set train.reduction_slots=16, or compute.num_workers=8")
 
 
 # ---- derived values ----

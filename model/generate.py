@@ -27,7 +27,6 @@ def generate(
     top_k: int | None = None,
     seed: int | None = None,
     n_vocab: int | None = None,
-    use_cache: bool = True,
 ) -> Tensor:
     """Continue B prompts by N = `max_new_tokens` tokens: (B, T) int64 -> (B, T + N) int64.
 
@@ -43,7 +42,6 @@ def generate(
         top_k: Draw only from the k most probable tokens, and from tokens equal to the k-th.
         seed: Seed of a separate generator. None: a random seed from the system.
         n_vocab: Draw only ids below this; the others pad the vocabulary. None: draw all ids.
-        use_cache: False: compute the whole window for each token.
 
     Raises:
         ValueError: The prompt is empty, an id is not in the vocabulary, or an option is out of
@@ -56,7 +54,7 @@ def generate(
         generator.seed()
     else:
         generator.manual_seed(seed)
-    cache = KVCache(model.config, tokens.size(1) + max_new_tokens) if use_cache else None
+    cache = KVCache(model.config, tokens.size(1) + max_new_tokens)
     was_training = model.training
     model.eval()
     try:
@@ -69,10 +67,10 @@ def generate(
     return tokens
 
 
-def _next_logits(model: GPT, tokens: Tensor, cache: KVCache | None) -> Tensor:
+def _next_logits(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
     """Return the logits after the last of `tokens`: (B, V) float32."""
     block_size = model.config.block_size
-    if cache is None or tokens.size(1) > block_size:
+    if tokens.size(1) > block_size:
         logits, _ = model(tokens[:, -block_size:])
     else:
         logits, _ = model(tokens[:, cache.length :], cache=cache)

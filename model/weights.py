@@ -1,4 +1,4 @@
-"""Conversion of state dicts between our names and those of nanoGPT and Hugging Face.
+"""Conversion of state dicts of nanoGPT and Hugging Face to our names.
 
 Our names are those of nanoGPT, except `lm_head.weight`, a second name of the tied embedding.
 Hugging Face stores the four matrices of a block transposed (its Conv1D computes x W, a Linear
@@ -41,7 +41,6 @@ GPT2_SIZES: dict[str, GPTConfig] = {
 }
 
 _ACTIVATION_FROM_HF = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-_ACTIVATION_TO_HF = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
 # Settings of Hugging Face's GPT-2 that our model does not have. Only these values, which are the
 # defaults, give the same results as our model.
 _FIXED_IN_HF = {
@@ -79,25 +78,6 @@ def from_huggingface(state_dict: StateDict) -> StateDict:
     return _transpose(_parameters(prefixed))
 
 
-def to_huggingface(state_dict: StateDict) -> StateDict:
-    """Convert our weights to names and layout of Hugging Face's GPT2LMHeadModel.
-
-    A model without biases gets biases of zero. The tied head is left out, as in their files:
-    safetensors stores no tensor twice.
-
-    Raises:
-        ValueError: A name is missing or unexpected.
-    """
-    _check_names(state_dict)
-    theirs = _transpose(state_dict)
-    for module in _modules(state_dict):
-        if f"{module}.bias" in theirs:
-            continue
-        weight = state_dict[f"{module}.weight"]  # (out, in), or (C,) in a LayerNorm
-        theirs[f"{module}.bias"] = weight.new_zeros(weight.size(0))
-    return theirs
-
-
 def config_from_huggingface(config: Mapping[str, Any]) -> GPTConfig:
     """Return the shape that a GPT-2 config.json of Hugging Face describes.
 
@@ -130,23 +110,6 @@ def config_from_huggingface(config: Mapping[str, Any]) -> GPTConfig:
         bias=True,
         activation=_ACTIVATION_FROM_HF[activation],
     )
-
-
-def config_to_huggingface(config: GPTConfig) -> dict[str, Any]:
-    """Return the config.json of a GPT2LMHeadModel of Hugging Face that equals GPT(config)."""
-    return {
-        **_FIXED_IN_HF,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "architectures": ["GPT2LMHeadModel"],
-        "activation_function": _ACTIVATION_TO_HF[config.activation],
-        "n_positions": config.block_size,
-        "vocab_size": config.vocab_size,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-    }
 
 
 def pad_vocab(state_dict: StateDict, vocab_size: int) -> StateDict:

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import save_file
 
 from model.gpt import GPT
-from model.weights import config_to_huggingface, to_huggingface
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.data.prepare import prepare
@@ -17,6 +16,7 @@ from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
+from tests.helpers.huggingface import config_to_huggingface, to_huggingface
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
 SWEEPS = [path for path in CONFIGS if path.name.startswith("sweep-")]

@@ -18,43 +18,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoint import tensor_file
 from orchestrator.checkpoint.folders import clear, remove, rename, restore_replaced
 from orchestrator.checkpoint.format import (
     MANIFEST,
-    CheckpointManifest,
     Part,
     manifest_text,
     path_of,
     read_manifest,
-    step_of,
     steps,
     verify,
 )
-from orchestrator.checkpoint.tensor_file import TensorFile, Tensors, load_tensors, weights_sha256
+from orchestrator.checkpoint.tensor_file import TensorFile
+from orchestrator.checkpoint.tensor_file import load_tensors as load_tensors
+from orchestrator.checkpoint.tensor_file import weights_sha256 as weights_sha256
 from orchestrator.errors import UnreadableError, UserError
 from orchestrator.files import fsync
-
-__all__ = [
-    "MANIFEST",
-    "CheckpointManifest",
-    "best",
-    "clear",
-    "commit",
-    "keep_only",
-    "latest_valid",
-    "load_tensors",
-    "parts_of",
-    "path_of",
-    "prune",
-    "read_manifest",
-    "remove",
-    "save",
-    "step_of",
-    "steps",
-    "verify",
-    "weights_sha256",
-]
 
 SPARE_BYTES = 1 << 20  # left free for the journal and other small files of the run
 _CHUNK_BYTES = 4 << 20  # hashed and written while the data are in the CPU cache
@@ -63,29 +41,6 @@ Parts = Mapping[str, bytes | memoryview]  # content of each file by its name
 
 
 # ---- writing ----
-
-
-def save(
-    directory: Path,
-    step: int,
-    tensors: Mapping[str, Tensors],
-    texts: Mapping[str, str],
-    facts: Mapping[str, Any],
-) -> Path:
-    """Write one checkpoint and return its folder. A checkpoint of the same step is replaced.
-
-    Args:
-        directory: The run's `checkpoints/`.
-        step: Number of updates done.
-        tensors: Tensors by name of the safetensors file ("model", "optimizer") and own name.
-        texts: Content of the text files by file name.
-        facts: Further fields of the manifest.
-
-    Raises:
-        OSError: See `commit`.
-    """
-    parts = parts_of(tensor_file.fill({}, tensors), texts)
-    return commit(directory, step, parts, facts)
 
 
 def parts_of(files: Mapping[str, TensorFile], texts: Mapping[str, str]) -> Parts:

@@ -51,14 +51,12 @@ class Piece:
     Attributes:
         document: `file.txt`, `file.jsonl@<byte>` or `file.parquet#<row>`.
         text: The text.
-        offset: Byte of the document at which the piece begins.
         starts: The document begins with this piece.
         ends: The document ends with this piece.
     """
 
     document: str
     text: str
-    offset: int = 0
     starts: bool = True
     ends: bool = True
 
@@ -146,7 +144,7 @@ def _read_text(span: Span) -> Iterator[Piece]:
         file.seek(start)
         data = file.read(end - start)
     text = _decode(data, span, start)
-    yield Piece(span.name, text, start, span.start == 0, span.end == span.size)
+    yield Piece(span.name, text, span.start == 0, span.end == span.size)
 
 
 def _read_json_lines(span: Span) -> Iterator[Piece]:

@@ -248,5 +248,4 @@ def _cut(piece: Piece, cut: int) -> Iterator[tuple[str, Piece, bool]]:
         yield "train", piece, piece.starts
     else:
         yield "train", replace(piece, text=text[:cut], ends=False), piece.starts
-        offset = piece.offset + len(text[:cut].encode())
-        yield "val", replace(piece, text=text[cut:], offset=offset, starts=False), True
+        yield "val", replace(piece, text=text[cut:], starts=False), True

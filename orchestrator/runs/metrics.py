@@ -75,11 +75,6 @@ def of(name: str) -> Metric:
     return METRICS.get(name) or Metric(name, "", "")
 
 
-def exact_part(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the step and the exact metrics of a journal line."""
-    return {name: value for name, value in line.items() if name == "step" or of(name).exact}
-
-
 def peak_memory_gib(lines: Iterable[Mapping[str, Any]]) -> float | None:
     """Return the largest peak memory in these journal lines; None if no line has one."""
     return max(

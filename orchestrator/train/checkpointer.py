@@ -47,7 +47,13 @@ class Checkpointer:
         texts: Mapping[str, str],
         facts: Mapping[str, Any],
     ) -> None:
-        """Copy the state and return; a thread writes the copy. For the arguments see `store.save`.
+        """Copy the state and return; a thread writes the copy.
+
+        Args:
+            step: Number of updates done.
+            tensors: Tensors by name of the safetensors file ("model", "optimizer") and own name.
+            texts: Content of the text files by file name.
+            facts: Further fields of the manifest.
 
         Raises:
             OSError: The previous checkpoint could not be written, for another reason than a full

@@ -106,7 +106,7 @@ def snapshot(
     worker: Worker,
     metrics: dict[str, float],
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], dict[str, Any]]:
-    """Return (tensors, texts, facts) as `checkpoint.store.save` takes them.
+    """Return (tensors, texts, facts) as `Checkpointer.save` takes them.
 
     The tensors are not copied: the next step changes them.
 

@@ -16,7 +16,7 @@ import torch
 from model import weights
 from model.gpt import GPT, GPTConfig
 from orchestrator.checkpoint import store
-from orchestrator.checkpoint.store import CheckpointManifest
+from orchestrator.checkpoint.format import CheckpointManifest
 from orchestrator.config.experiment import Experiment, load_experiment, parse_experiment
 from orchestrator.data.dataset import Manifest, data_identity, load_manifest
 from orchestrator.data.prepare import prepare

@@ -83,6 +83,7 @@ import os, random, signal, sys
 from pathlib import Path
 import torch
 from orchestrator.checkpoint import store
+from tests.helpers.checkpoints import save
 from tests.helpers.facts import FACTS
 
 def write(directory, first, pipe):
@@ -95,7 +96,7 @@ def write(directory, first, pipe):
     for step in range(first, 10**6):
         for _ in range(2):
             weights = torch.full((50_000,), float(step))
-            store.save(directory, step, {"model": {"w": weights}}, {"state.json": "{}"}, FACTS)
+            save(directory, step, {"model": {"w": weights}}, {"state.json": "{}"}, FACTS)
         store.prune(directory, 2)
 
 directory, draw, newest, torn = Path(sys.argv[1]), random.Random(7), 0, 0

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from orchestrator.checkpoint import format as checkpoint_format
 from orchestrator.checkpoint import store
 from orchestrator.errors import UserError
-from tests.helpers.checkpoints import commit, flip, holds
+from tests.helpers.checkpoints import commit, flip, holds, save
 from tests.helpers.facts import FACTS
 
 PARTS = ("MANIFEST.json", "experiment.yaml", "model.safetensors", "optimizer.safetensors")
@@ -39,7 +39,7 @@ def test_saved_tensors_come_back_bit_for_bit(tmp_path):
     }
     directory = tmp_path / "new" / "checkpoints"
     facts = {"x": [1], **FACTS}
-    path = store.save(directory, 3, {"model": odd, "optimizer": {}}, {"a.json": "ä"}, facts)
+    path = save(directory, 3, {"model": odd, "optimizer": {}}, {"a.json": "ä"}, facts)
     manifest = store.verify(path)
     assert path == store.path_of(directory, 3)
     assert (manifest["step"], manifest["x"]) == (3, [1])

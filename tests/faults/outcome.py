@@ -9,13 +9,14 @@ from typing import Any
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import RunFolder
+from tests.helpers.curves import exact_part
 
 PARTS = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
     """Return all logged losses, and the bytes of the weights and the optimizer moments."""
-    curve = [metrics.exact_part(line) for line in journal.read(RunFolder(run_dir))]
+    curve = [exact_part(line) for line in journal.read(RunFolder(run_dir))]
     last = checkpoint.latest_valid(run_dir / "checkpoints")
     if last is None:
         return {"curve": curve, "step": None}

@@ -23,13 +23,14 @@ from typing import Any
 
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import EXIT_AGAIN
-from orchestrator.runs import journal, metrics
+from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import marks
 from tests.faults.campaign import make_dataset
 from tests.faults.report import REPO, quantiles, write_table
+from tests.helpers.curves import exact_part
 
 SMALL = [
     "name=small",
@@ -167,7 +168,7 @@ def differences(run: RunFolder, data_dir: Path, golden: RunFolder, step: int) ->
 
 def _curve(folder: RunFolder, before: int) -> list[dict[str, Any]]:
     lines = journal.read(folder)
-    return [metrics.exact_part(line) for line in lines if line["step"] < before]
+    return [exact_part(line) for line in lines if line["step"] < before]
 
 
 def table(kills: list[Recovery], step: int, found: list[str]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.checkpoint import store
+from orchestrator.checkpoint import store, tensor_file
 from tests.helpers.facts import FACTS
 
 
@@ -21,11 +21,23 @@ def tensors(seed: int) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
+def save(
+    directory: Path,
+    step: int,
+    groups: dict[str, dict[str, torch.Tensor]],
+    texts: dict[str, str],
+    facts: dict,
+) -> Path:
+    """Write a checkpoint of these tensors, by name of their file and their own name."""
+    parts = store.parts_of(tensor_file.fill({}, groups), texts)
+    return store.commit(directory, step, parts, facts)
+
+
 def commit(directory: Path, step: int, seed: int | None = None, loss: float | None = None) -> Path:
     """Write a checkpoint whose tensors depend on `seed` (None: on the step)."""
     texts = {"state.json": json.dumps({"step": step}), "experiment.yaml": "name: schön\n"}
     facts = {"metrics": {} if loss is None else {"val/loss": loss}, **FACTS}
-    return store.save(directory, step, tensors(step if seed is None else seed), texts, facts)
+    return save(directory, step, tensors(step if seed is None else seed), texts, facts)
 
 
 def holds(path: Path, seed: int) -> bool:

@@ -8,13 +8,14 @@ import pytest
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.cluster.layout import Layout
 from orchestrator.data.dataset import load_manifest
-from orchestrator.runs import journal, metrics
+from orchestrator.runs import journal
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
 from orchestrator.workers.ray_train import record_failure
+from tests.helpers.curves import exact_part
 
 SMALL = [
     "data.tokenizer=char",
@@ -152,7 +153,7 @@ class Sweeps:
             "step": last.name,
             "weights": checkpoint.weights_sha256(tensors),
             "parts": [(last / name).read_bytes() for name in parts],
-            "curve": [metrics.exact_part(line) for line in journal.read(folder)],
+            "curve": [exact_part(line) for line in journal.read(folder)],
         }
 
 

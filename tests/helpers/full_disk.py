@@ -19,12 +19,13 @@ from typing import Any
 from orchestrator.checkpoint import store
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
-from orchestrator.runs import events, identity, journal, metrics, stop, summary
+from orchestrator.runs import events, identity, journal, stop, summary
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import ray_train
+from tests.helpers.curves import exact_part
 
 FOLDER = Path(sys.argv[1])
 DATA_DIR = Path(sys.argv[2])
@@ -67,7 +68,7 @@ def outcome(folder: RunFolder) -> dict[str, Any]:
     return {
         "step": found.name,
         "weights": store.weights_sha256(store.load_tensors(found, "model")),
-        "curve": [metrics.exact_part(line) for line in journal.read(folder)],
+        "curve": [exact_part(line) for line in journal.read(folder)],
     }
 
 

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 from orchestrator.checkpoint import store as checkpoint
-from orchestrator.runs import journal, metrics
+from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
+from tests.helpers.curves import exact_part
 from tests.helpers.wait import wait_until
 
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -68,7 +69,7 @@ def run(
 
 
 def curve(run_dir: Path) -> list[dict]:
-    return [metrics.exact_part(r) for r in journal.read(RunFolder(run_dir))]
+    return [exact_part(r) for r in journal.read(RunFolder(run_dir))]
 
 
 def summary(run_dir: Path) -> dict:

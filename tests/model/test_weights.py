@@ -10,12 +10,11 @@ from model.gpt import GPT, GPTConfig
 from model.weights import (
     GPT2_SIZES,
     config_from_huggingface,
-    config_to_huggingface,
     from_huggingface,
     from_nanogpt,
     pad_vocab,
-    to_huggingface,
 )
+from tests.helpers.huggingface import config_to_huggingface, to_huggingface
 
 transformers = pytest.importorskip("transformers")
 
@@ -154,7 +153,7 @@ def test_nanogpt_checkpoint_is_converted(small_gpt, prefix, bias):
     assert all(torch.equal(loaded[name], ours[name]) for name in ours)
 
 
-@pytest.mark.parametrize("load", [from_nanogpt, from_huggingface, to_huggingface])
+@pytest.mark.parametrize("load", [from_nanogpt, from_huggingface])
 def test_error_names_missing_and_unexpected_weights(small_gpt, load):
     weights = small_gpt().state_dict()
     lacking = {

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model import weights
 from model.generate import generate
 from model.gpt import GPT, GPTConfig
 from orchestrator.checkpoint import store as checkpoint
@@ -15,6 +14,8 @@ from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.train import state
 from pipelines.sample import main
+from tests.helpers.checkpoints import save
+from tests.helpers.huggingface import config_to_huggingface, to_huggingface
 
 
 def written(capsys, *args) -> list[str]:
@@ -90,7 +91,7 @@ def test_best_has_the_lowest_val_loss(trained_run, tmp_path, capsys):
         "metrics": {"val/loss": 99.0},
         "fingerprints": checkpoint.read_manifest(last)["fingerprints"],
     }
-    checkpoint.save(run / "checkpoints", 16, tensors, texts, facts)
+    save(run / "checkpoints", 16, tensors, texts, facts)
     for words, step in (["--best"], 12), ([], 16):
         main([str(run), "--max-new-tokens", "1", *words])
         assert f"step {step}:" in capsys.readouterr().out
@@ -120,11 +121,9 @@ def test_hugging_face_folder_is_sampled(tmp_path, gpt2_ranks, capsys):
         "activation": "gelu_tanh",
     }
     model = GPT(GPTConfig(**shape)).eval()
-    tensors = {k: v.contiguous() for k, v in weights.to_huggingface(model.state_dict()).items()}
+    tensors = {k: v.contiguous() for k, v in to_huggingface(model.state_dict()).items()}
     save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(
-        json.dumps(weights.config_to_huggingface(model.config)), "utf-8"
-    )
+    (tmp_path / "config.json").write_text(json.dumps(config_to_huggingface(model.config)), "utf-8")
     tokenizer = load_tokenizer("gpt2")
     ids = torch.from_numpy(tokenizer.encode("Hello").astype("int64"))[None]
     expected = tokenizer.decode(generate(model, ids, 10, temperature=0)[0].tolist())

@@ -18,10 +18,11 @@ from model.schedule import learning_rate
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.prepared import dataset_dir
-from orchestrator.runs import journal, metrics
+from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
+from tests.helpers.curves import exact_part
 from tests.helpers.wait import wait_until
 
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -152,7 +153,7 @@ def results(sweep: Path) -> dict[str, tuple[int, bytes]]:
 
 def exact(run_dir: Path) -> list[dict]:
     """Return the exact metrics of a run."""
-    return [metrics.exact_part(r) for r in journal.read(RunFolder(run_dir))]
+    return [exact_part(r) for r in journal.read(RunFolder(run_dir))]
 
 
 def outcome(trial: Path) -> tuple[str, list[dict]]:

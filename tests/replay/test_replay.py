@@ -21,6 +21,7 @@ from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
+from tests.helpers.checkpoints import save
 
 HELPER = Path(__file__).resolve().parent.parent / "helpers" / "train_rank.py"
 SMALL = [
@@ -304,7 +305,7 @@ def nudge_weight(folder, step):
     }
     own = ("format", "step", "parts")
     facts = {key: value for key, value in manifest.items() if key not in own}
-    checkpoint.save(folder.checkpoints, step, tensors, texts, facts)
+    save(folder.checkpoints, step, tensors, texts, facts)
     return name, flat.numel()
 
 

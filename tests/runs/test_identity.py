@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from model.schedule import learning_rate
-from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.data.dataset import Manifest, Split, data_identity
 from orchestrator.errors import UserError
@@ -14,6 +13,7 @@ from orchestrator.runs import stop
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.identity import begin_attempt, check_resumable, identity_differences
 from orchestrator.runs.journal import Journal
+from tests.helpers.checkpoints import save
 from tests.helpers.facts import FACTS
 
 BASE = [
@@ -96,7 +96,7 @@ def commit(folder: RunFolder, step: int, e: Experiment) -> Path:
     fingerprints = FACTS["fingerprints"] | {"data": data_identity(dataset())}
     texts = {"experiment.yaml": e.to_yaml()}
     facts = {"metrics": {}, "fingerprints": fingerprints}
-    return checkpoint.save(folder.checkpoints, step, {"model": weights}, texts, facts)
+    return save(folder.checkpoints, step, {"model": weights}, texts, facts)
 
 
 def test_every_field_is_either_identity_or_free():

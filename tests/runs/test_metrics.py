@@ -4,6 +4,7 @@ import pytest
 
 from orchestrator.runs import metrics
 from orchestrator.runs.metrics import METRICS
+from tests.helpers.curves import exact_part
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -18,7 +19,7 @@ def test_metrics_of_an_evaluation_follow_the_eval_interval():
 
 def test_unknown_metric_is_not_exact():
     line = {"step": 3, "timestamp": 7, "train/loss": 2.0, "perf/mfu": 0.4, "other": 1.0}
-    assert metrics.exact_part(line) == {"step": 3, "train/loss": 2.0}
+    assert exact_part(line) == {"step": 3, "train/loss": 2.0}
 
 
 def test_peak_memory_is_the_largest_of_all_lines():

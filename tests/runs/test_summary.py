@@ -8,11 +8,12 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.journal import Journal
 from orchestrator.runs.summary import summarize
+from tests.helpers import checkpoints
 from tests.helpers.facts import FACTS
 
 
 def save(folder, step):
-    return checkpoint.save(
+    return checkpoints.save(
         folder.checkpoints, step, {"model": {"w": torch.full((3,), float(step))}}, {}, FACTS
     )
 

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save
 
 from model.gpt import GPT, GPTConfig
-from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.tokenizer import load_tokenizer
+from tests.helpers import checkpoints
 from tests.helpers.facts import FACTS
 
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -120,7 +120,7 @@ def saved(tmp_path):
             "experiment.yaml": load_experiment(None, words).to_yaml(),
             "tokenizer.json": (tmp_path / "tokenizer.json").read_text(),
         }
-        return checkpoint.save(
+        return checkpoints.save(
             tmp_path / label / "checkpoints",
             5,
             {"model": dict(GPT(SHAPE).state_dict())},

@@ -17,6 +17,7 @@ from orchestrator.errors import UserError
 from orchestrator.files import write_atomically
 from orchestrator.sweep.space.expand import load_sweep
 from orchestrator.sweep.space.names import trial_name
+from tests.helpers.checkpoints import save
 from tests.helpers.facts import FACTS
 
 ROOT = Path("/storage/runs")
@@ -102,7 +103,7 @@ def victim(tmp_path) -> Path:
 def test_removing_checkpoints_follows_no_symlink(tmp_path, victim, link):
     folder = tmp_path / "checkpoints"
     for step in (2, 3):
-        checkpoint.save(folder, step, {"model": {"a": torch.ones(2)}}, {}, FACTS)
+        save(folder, step, {"model": {"a": torch.ones(2)}}, {}, FACTS)
     (folder / link).symlink_to(victim, target_is_directory=True)
     checkpoint.latest_valid(folder, lambda _: None)
     checkpoint.prune(folder, 1)
@@ -133,6 +134,6 @@ def test_checkpoint_replaces_a_symlink_of_its_name(tmp_path, victim, to):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / "step-00000001").symlink_to(tmp_path / to, target_is_directory=True)
-    saved = checkpoint.save(folder, 1, {"model": {"a": torch.ones(2)}}, {}, FACTS)
+    saved = save(folder, 1, {"model": {"a": torch.ones(2)}}, {}, FACTS)
     assert not saved.is_symlink()
     checkpoint.verify(saved)

@@ -20,6 +20,7 @@ from orchestrator.track import outbox
 from orchestrator.train.checkpointer import Checkpointer
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
+from tests.helpers.checkpoints import save
 from tests.helpers.facts import FACTS
 
 HELPER = Path(__file__).resolve().parent.parent / "helpers" / "full_disk.py"
@@ -135,7 +136,7 @@ def test_checkpointer_writes_the_same_bytes_as_save(checkpointer, folder, tmp_pa
     content = (5, state(5.0), {"a.txt": "ä"}, {"metrics": {"val/loss": 1.5}})
     checkpointer.save(*content)
     checkpointer.wait()
-    other = store.save(tmp_path / "other", *content)
+    other = save(tmp_path / "other", *content)
     assert {p.name: p.read_bytes() for p in folder.checkpoint(5).iterdir()} == {
         p.name: p.read_bytes() for p in other.iterdir()
     }

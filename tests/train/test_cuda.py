@@ -14,10 +14,11 @@ from orchestrator.data import shards
 from orchestrator.data.dataset import write_manifest
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.files import file_sha256
-from orchestrator.runs import journal, metrics
+from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
+from tests.helpers.curves import exact_part
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SMALL = [
@@ -88,7 +89,7 @@ def data(tmp_path_factory) -> Path:
 def outcome(folder: RunFolder) -> tuple:
     last = store.latest_valid(folder.checkpoints)
     parts = [(last / f"{part}.safetensors").read_bytes() for part in ("model", "optimizer")]
-    return last.name, parts, [metrics.exact_part(line) for line in journal.read(folder)]
+    return last.name, parts, [exact_part(line) for line in journal.read(folder)]
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from model.gpt import GPT, GPTConfig
-from orchestrator.checkpoint import store
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.errors import UserError
 from orchestrator.train import init_from
 from orchestrator.train.init_from import checkpoint_of, initial_model
+from tests.helpers.checkpoints import save
 from tests.helpers.facts import FACTS
 
 N_VOCAB = 61
@@ -43,9 +43,7 @@ def some_gpt(config: GPTConfig = OURS) -> GPT:
 
 def our_checkpoint(directory, model: GPT, step: int = 5):
     texts = {"model.json": json.dumps(asdict(model.config))}
-    return store.save(
-        directory / "checkpoints", step, {"model": dict(model.state_dict())}, texts, FACTS
-    )
+    return save(directory / "checkpoints", step, {"model": dict(model.state_dict())}, texts, FACTS)
 
 
 def nanogpt_file(path, model: GPT, prefix: str = "_orig_mod.", **more):

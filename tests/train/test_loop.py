@@ -13,11 +13,12 @@ import torch
 
 from orchestrator.checkpoint import store
 from orchestrator.config.experiment import load_experiment
-from orchestrator.runs import journal, metrics
+from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
 from tests.helpers.checkpoints import damage
+from tests.helpers.curves import exact_part
 
 HELPER = Path(__file__).resolve().parent.parent / "helpers" / "train_rank.py"
 SMALL = [
@@ -73,7 +74,7 @@ def outcome(folder: RunFolder) -> dict:
     last = store.latest_valid(folder.checkpoints)
     files = ("model.safetensors", "optimizer.safetensors", "state.json")
     return {
-        "curve": [metrics.exact_part(line) for line in journal.read(folder)],
+        "curve": [exact_part(line) for line in journal.read(folder)],
         "step": last.name,
         **{name: (last / name).read_bytes() for name in files},
     }

@@ -8,11 +8,12 @@ import pytest
 from orchestrator.checkpoint import store
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.batches import Batches, TokenStream
-from orchestrator.runs import events, journal, metrics
+from orchestrator.runs import events, journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train import nonfinite
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
+from tests.helpers.curves import exact_part
 
 SKIP = "train.on_nonfinite=skip"
 SMALL = [
@@ -97,7 +98,7 @@ def test_resumed_run_with_a_skipped_update_equals_uninterrupted_run(tiny_dataset
     run(new_trainer(cut, tiny_dataset, SKIP, bad={5 * 4}), until=7)
     run(new_trainer(cut, tiny_dataset, SKIP, bad=set()))
     assert weights(cut, 12) == weights(whole, 12)
-    curves = [[metrics.exact_part(line) for line in journal.read(f)] for f in (whole, cut)]
+    curves = [[exact_part(line) for line in journal.read(f)] for f in (whole, cut)]
     assert curves[0] == curves[1]
 
 

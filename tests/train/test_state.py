@@ -13,6 +13,7 @@ from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.data.dataset import Manifest, Split, data_identity
 from orchestrator.train import state
 from orchestrator.train.numerics import Worker, fingerprint
+from tests.helpers import checkpoints
 
 WORDS = [
     "model.block_size=8",
@@ -65,7 +66,7 @@ def advance(s: state.TrainState, steps: int) -> None:
 def save(
     s: state.TrainState, e: Experiment, folder: Path, worker: Worker, metrics: dict[str, float]
 ) -> Path:
-    return store.save(
+    return checkpoints.save(
         folder, s.step, *state.snapshot(s, e, dataset(folder.parent), worker, metrics)
     )
 

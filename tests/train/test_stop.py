@@ -7,10 +7,11 @@ import pytest
 from orchestrator.checkpoint import store
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
-from orchestrator.runs import events, journal, metrics
+from orchestrator.runs import events, journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
+from tests.helpers.curves import exact_part
 
 SMALL = [
     "data.tokenizer=char",
@@ -39,7 +40,7 @@ def outcome(folder: RunFolder) -> tuple:
     last = store.latest_valid(folder.checkpoints)
     names = ("model.safetensors", "optimizer.safetensors", "state.json")
     parts = [(last / name).read_bytes() for name in names]
-    return last.name, parts, [metrics.exact_part(line) for line in journal.read(folder)]
+    return last.name, parts, [exact_part(line) for line in journal.read(folder)]
 
 
 def train_until_asked(experiment, folder, dataset, questions: int) -> int:

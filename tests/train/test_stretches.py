@@ -10,10 +10,11 @@ import pytest
 from model.schedule import learning_rate
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
-from orchestrator.runs import journal, metrics
+from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
+from tests.helpers.curves import exact_part
 
 SMALL = [
     "name=small",
@@ -38,7 +39,7 @@ SMALL = [
 
 
 def curve(lines) -> list[dict]:
-    return [metrics.exact_part(line) for line in lines]
+    return [exact_part(line) for line in lines]
 
 
 def outcome(run_dir) -> tuple:

@@ -32,7 +32,7 @@ from sweep import markdown, spread
 
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
-from orchestrator.track.mlflow import Tracker
+from orchestrator.track.tracker import Tracker
 from pipelines.common import Options, at_least, run_command
 
 REPO = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from orchestrator.config.experiment import Experiment, field_docs, load_experiment
+from orchestrator.config.experiment import field_docs, load_experiment
 from orchestrator.config.fields import Docs
 from orchestrator.errors import (
     EXIT_AGAIN,
@@ -21,9 +21,7 @@ from orchestrator.errors import (
     HeldError,
     UserError,
 )
-from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.signals import Terminated
-from orchestrator.runs.storage import storage_root
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -214,17 +212,3 @@ def at_least(least: float) -> Callable[[str], float]:
         return value
 
     return parse
-
-
-def run_places(word: str) -> list[RunFolder]:
-    """Return the possible folders of a run whose path or name is `word`."""
-    path = Path(word).expanduser().absolute()
-    return [RunFolder(path), RunFolder(storage_root(Experiment()) / word)]
-
-
-def no_run(word: str, file: str) -> UserError:
-    """Return the error for a run that is in none of these folders. `file` marks a run."""
-    places = " and ".join(str(folder.path) for folder in run_places(word))
-    return UserError(
-        f"'{word}': there is no run with this name or path (looked for {file} in {places})"
-    )

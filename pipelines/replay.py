@@ -20,7 +20,6 @@ import shutil
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.dataset import Manifest
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
-from orchestrator.redact import redact_text
 from orchestrator.replay.recorded import RecordedRun
 from orchestrator.replay.replay import Replay
 from orchestrator.replay.report import Report, new_scratch, store_report
@@ -28,11 +27,12 @@ from orchestrator.runs import lock
 from orchestrator.runs.console import format_line
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.journal import Line
+from orchestrator.runs.storage import find_run
 from orchestrator.text import table
-from orchestrator.track.mlflow import resend_metrics
 from orchestrator.track.server import resolve_uri
+from orchestrator.track.tracker import resend_metrics
 from orchestrator.train.trained import find_tokens
-from pipelines.common import Options, no_run, run_command, run_places
+from pipelines.common import Options, run_command
 
 
 def options() -> Options:
@@ -61,7 +61,7 @@ def options() -> Options:
 def main(argv: list[str]) -> int:
     """Replay, store and print the report, and send it to MLflow."""
     args = options().parse_args(argv)
-    folder = find_run(args.run)
+    folder = find_run(args.run, has_steps)
     steps = parse_steps(args.steps)
     lock.check(folder)  # a run in progress removes checkpoints
     run = RecordedRun(folder)
@@ -120,25 +120,20 @@ def send(folder: RunFolder, experiment: Experiment, deadline_s: float) -> None:
         print(f"pipelines/replay_metrics.py {sweep.path} sends the report to MLflow")
         return
     uri = resolve_uri(experiment, folder.path.parent)
-    if not resend_metrics(folder, uri, experiment.tracking.experiment, deadline_s):
-        print(
-            f"{redact_text(uri)} did not accept the report; "
-            f"pipelines/replay_metrics.py {folder.path} sends it later"
-        )
+    resend_metrics(folder, uri, experiment.tracking.experiment, deadline_s)
 
 
-def find_run(word: str) -> RunFolder:
-    """Find the folder of a run by its path or name.
+def has_steps(folder: RunFolder) -> bool:
+    """Return whether this is the folder of a run or a trial.
 
     Raises:
-        UserError: There is none, or it is a whole sweep.
+        UserError: It is a whole sweep.
     """
-    for folder in run_places(word):
-        if SweepFolder(folder).sweep_file.exists():
-            raise UserError(f"'{word}': is a sweep; give one of its trials, {folder.path}/trials/…")
-        if folder.journal_file.is_file() or folder.checkpoints.is_dir():
-            return folder
-    raise no_run(word, "metrics.jsonl")
+    if SweepFolder(folder).sweep_file.exists():
+        raise UserError(
+            f"{folder.path}: is a sweep; give one of its trials, {folder.path}/trials/…"
+        )
+    return folder.journal_file.is_file() or folder.checkpoints.is_dir()
 
 
 def parse_steps(text: str | None) -> tuple[int | None, int | None] | None:

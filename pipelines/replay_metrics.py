@@ -11,10 +11,10 @@ Sending twice changes nothing.
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
 from orchestrator.redact import redact_text
 from orchestrator.runs.folder import RunFolder, SweepFolder
-from orchestrator.track.mlflow import resend_metrics
+from orchestrator.runs.storage import find_run
 from orchestrator.track.server import absolute_uri, resolve_uri
-from orchestrator.track.sweep import resend_sweep_metrics
-from pipelines.common import Options, no_run, run_command, run_places
+from orchestrator.track.tracker import resend_metrics
+from pipelines.common import Options, run_command
 
 
 def options() -> Options:
@@ -33,22 +33,16 @@ def options() -> Options:
 def main(argv: list[str]) -> int:
     """Send the metrics, and print whether MLflow accepted all of them."""
     args = options().parse_args(argv)
-    folder = find_run(args.run)
+    folder = find_run(args.run, is_tracked)
     experiment = _experiment_folder(folder).read_experiment()
     if args.uri:
         uri = absolute_uri(args.uri, "--uri")
     else:
         uri = resolve_uri(experiment, folder.path.parent)
-    name = experiment.tracking.experiment
     sweep = SweepFolder(folder)
     if sweep.sweep_file.exists():
-        is_sent = resend_sweep_metrics(sweep, uri, name, args.deadline)
-    else:
-        is_sent = resend_metrics(folder, uri, name, args.deadline)
-    if not is_sent:
-        print(
-            f"{redact_text(uri)} did not accept everything; nothing is lost, run this command again"
-        )
+        folder = sweep
+    if not resend_metrics(folder, uri, experiment.tracking.experiment, args.deadline):
         return EXIT_FAILED
     print(f"{redact_text(uri)} has everything of {folder.path}")
     if not folder.summary_file.exists():
@@ -64,20 +58,16 @@ def _experiment_folder(folder: RunFolder) -> RunFolder:
     return folder
 
 
-def find_run(word: str) -> RunFolder:
-    """Find the folder of a run or a sweep by its path or name.
+def is_tracked(folder: RunFolder) -> bool:
+    """Return whether this is the folder of a run or a sweep that is tracked.
 
     Raises:
-        UserError: There is none, or it is one trial of a sweep.
+        UserError: It is one trial of a sweep.
     """
-    for folder in run_places(word):
-        if not folder.run_file.is_file():
-            continue
-        sweep = folder.sweep()
-        if sweep is not None and sweep.sweep_file.exists():
-            raise UserError(f"'{word}': a trial is sent with its sweep; give {sweep.path}")
-        return folder
-    raise no_run(word, "run.json")
+    sweep = folder.sweep()
+    if sweep is not None and sweep.sweep_file.exists():
+        raise UserError(f"{folder.path}: a trial is sent with its sweep; give {sweep.path}")
+    return folder.run_file.is_file()
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from orchestrator.runs import events, lock, signals, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import check_writable, storage_root, storage_setting
-from orchestrator.track.mlflow import Tracker, resend_metrics
 from orchestrator.track.server import resolve_uri
+from orchestrator.track.tracker import Tracker, print_unsent, resend_metrics
 
 
 class Job(abc.ABC):
@@ -92,27 +92,16 @@ class Job(abc.ABC):
         _print_reason(ending)
         self.show()
         if not all_sent:
-            print(
-                "the tracking server did not take everything; send the rest with\n"
-                f"  pipelines/replay_metrics.py {self.folder.path}",
-                flush=True,
-            )
+            print_unsent(self.folder, self.uri)
         return ending
 
     def _request_stop(self) -> None:
         stop.request(self.folder, "SIGTERM")
 
-    def resend(self, tracker_class: type[Tracker]) -> None:
+    def resend(self) -> None:
         """Send what the tracking server does not have of a finished job."""
-        all_sent = resend_metrics(
-            self.folder,
-            self.uri,
-            self.experiment.tracking.experiment,
-            signals.EXIT_WAIT_S,
-            tracker_class,
-        )
-        if not all_sent:
-            print("the tracking server did not take everything; run this again when it is there")
+        name = self.experiment.tracking.experiment
+        resend_metrics(self.folder, self.uri, name, signals.EXIT_WAIT_S)
 
     # ---- steps that differ ----
 

@@ -41,7 +41,7 @@ from orchestrator.sweep.source import check_sources, with_absolute_paths
 from orchestrator.sweep.space.expand import Sweep
 from orchestrator.sweep.study import Study, data_key
 from orchestrator.sweep.tree import Stage
-from orchestrator.track.sweep import SweepTracker
+from orchestrator.track.tracker import Tracker
 from orchestrator.train import init_from
 from orchestrator.workers.watch import Watch
 
@@ -108,7 +108,7 @@ class SweepJob(Job):
             summary["best_trial"], summary["best_value"] = best
             summary["best_checkpoint"] = None
         show(self.study, summary, None)
-        self.resend(SweepTracker)
+        self.resend()
 
     # ---- before the stages start ----
 
@@ -129,7 +129,7 @@ class SweepJob(Job):
             # The autoscaler adds nodes for stages that wait, so all stages request their resources.
             self.slots = max(self.slots, len(self.study.tree.to_run))
         estimate = self._describe()
-        self.tracker = SweepTracker(self.folder, self.uri, self.experiment.tracking.experiment)
+        self.tracker = Tracker(self.folder, self.uri, self.experiment.tracking.experiment)
         self._begin_report(estimate)
 
     def _experiments(self) -> list[Experiment]:

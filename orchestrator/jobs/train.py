@@ -30,7 +30,7 @@ from orchestrator.runs.facts import facts_of, model_facts
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.summary import Summary, summarize
 from orchestrator.text import duration, number, table
-from orchestrator.track.mlflow import Tracker
+from orchestrator.track.tracker import Tracker
 from orchestrator.train import init_from, numerics
 from orchestrator.workers import ray_train
 from orchestrator.workers.diagnose import advise, diagnose
@@ -91,7 +91,7 @@ class TrainJob(Job):
         print(f"{name} is finished; a larger train.max_steps goes on, a new name starts afresh")
         summary = cast(Summary, read_json(self.folder.summary_file))
         _show(self.folder, summary, None)
-        self.resend(Tracker)
+        self.resend()
 
     # ---- before the workers start ----
 

@@ -1,6 +1,7 @@
 """Where runs and data are stored: `<storage>/<name>/`, `<storage>/data/`, `<storage>/mlflow/`."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.config.experiment import Experiment
@@ -34,6 +35,36 @@ def storage_root(experiment: Experiment) -> Path:
 def run_folder(experiment: Experiment) -> RunFolder:
     """Return the folder of the run, or of the sweep that varies `experiment`."""
     return RunFolder(storage_root(experiment) / experiment.name)
+
+
+def run_places(word: str, storage: Path | None = None) -> list[RunFolder]:
+    """Return the folders that a word for a run may mean; see `find_run`."""
+    storage = storage or storage_root(Experiment())
+    paths = [Path(word).expanduser().absolute(), storage / word]
+    return [RunFolder(path) for path in dict.fromkeys(paths)]
+
+
+def find_run(
+    word: str, is_wanted: Callable[[RunFolder], bool], storage: Path | None = None
+) -> RunFolder:
+    """Find a folder by its path, or by its name in the storage.
+
+    Args:
+        word: Path or name.
+        is_wanted: Returns whether a folder is of the wanted kind, or raises UserError.
+        storage: None: $ESPALIER_STORAGE, else `runs`.
+
+    Raises:
+        UserError: There is none.
+    """
+    places = run_places(word, storage)
+    for folder in places:
+        if is_wanted(folder):
+            return folder
+    raise UserError(
+        f"'{word}': there is no run at {' or '.join(str(folder.path) for folder in places)}; give "
+        "the folder of a run, or its name in the storage ($ESPALIER_STORAGE)"
+    )
 
 
 def check_writable(storage: Path) -> None:

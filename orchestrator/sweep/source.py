@@ -9,6 +9,7 @@ from orchestrator.config.experiment import Experiment
 from orchestrator.data.dataset import data_identity
 from orchestrator.errors import UserError
 from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.runs.storage import find_run
 from orchestrator.sweep.records import read_spec
 from orchestrator.sweep.space import sampler
 from orchestrator.sweep.space.checks import origin
@@ -33,11 +34,11 @@ class Source:
             UserError: There is no such run, or it has too few steps.
         """
         name, step = origin(sweep.settings.from_ or "")
-        folders = (storage / name, Path(name).expanduser())
-        folder = next((path for path in folders if path.is_dir()), None)
-        if folder is None:
-            raise UserError(f"sweep.from: no run '{name}' in {storage}, nor a folder of that name")
-        found = cls(folder.absolute(), step, RunFolder(folder).read_experiment())
+        try:
+            folder = find_run(name, lambda place: place.experiment_file.is_file(), storage)
+        except UserError as error:
+            raise UserError(f"sweep.from: {error}") from None
+        found = cls(folder.path, step, folder.read_experiment())
         found._check_steps(name)
         return found
 

@@ -3,8 +3,8 @@
 Training writes only to the run folder. A thread of the driver reads this folder and sends what
 MLflow does not have, so training never waits for a server. tracking.json stores what was sent.
 
-Public names: `mlflow.Tracker` and `sweep.SweepTracker` send while a run or a sweep goes on.
-`mlflow.resend_metrics` and `sweep.resend_sweep_metrics` send later what the server did not receive.
+Public names: `tracker.Tracker` sends while a run or a sweep goes on, and `tracker.resend_metrics`
+sends later what the server did not receive.
 `server.resolve_uri` finds the server.
 
 Start reading at `mlflow.Projection.send`. `outbox.MetricQueue` decides which values are sent, and

@@ -1,4 +1,4 @@
-"""Shows a run in MLflow while it is trained, and sends later what the server did not receive.
+"""Sends a run folder to its MLflow run.
 
 The run folder is the only source. Everything may be sent twice, because MLflow then stores the
 same. So no value is lost or repeated after a crash, or if two processes send the same folder.
@@ -9,14 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.redact import redact_text
-from orchestrator.runs import lock, signals
 from orchestrator.runs.ending import MlflowStatus
-from orchestrator.runs.folder import RunFolder
 from orchestrator.track import attachments, checkpoints, contents, server
 from orchestrator.track.mlflow_run import MlflowRun
 from orchestrator.track.outbox import MetricQueue, file_mark
-from orchestrator.track.sender import RefusedError, Sender
+from orchestrator.track.sender import RefusedError
 
 Status = MlflowStatus | Literal["RUNNING"]
 # Error codes of 4xx responses that may be transient: from a server that has no free connection, and
@@ -142,69 +139,6 @@ class Projection(MlflowRun):
         self.run = self.fetch()
 
 
-class Tracker:
-    """Sends a run folder to MLflow from a thread.
-
-    Only `finish` waits for the server, and no method raises an error of the server.
-
-    Args:
-        folder: Folder of the run.
-        uri: Tracking URI.
-        experiment_name: Name of the MLflow experiment.
-        status: Status of the MLflow run until `finish`; None leaves it as it is.
-    """
-
-    projection_class: type[Projection] = Projection
-
-    def __init__(
-        self,
-        folder: RunFolder,
-        uri: str,
-        experiment_name: str,
-        status: Status | None = "RUNNING",
-    ) -> None:
-        self._status = status
-        self._sender = Sender(self._attempt, f"tracking to {redact_text(uri)}")
-        self._projection = self.projection_class(
-            folder, uri, experiment_name, self._sender.given_up
-        )
-
-    def start(self) -> None:
-        """Start to send the folder, which must have a run.json."""
-        self._projection.load()
-        self._sender.start()
-
-    @property
-    def run_id(self) -> str | None:
-        """MLflow's id of the run; None until the server has answered."""
-        return self._projection.sent.run_id
-
-    @property
-    def url(self) -> str | None:
-        """Page of the run; None until the server has answered."""
-        return self._projection.url
-
-    def finish(self, status: MlflowStatus | None, deadline_s: float = 60) -> bool:
-        """Send the rest and set the status.
-
-        Args:
-            status: Status of the MLflow run; None leaves it as it is.
-            deadline_s: Seconds to wait for the server.
-
-        Returns:
-            Whether the server has accepted everything.
-        """
-        self._status = status
-        return self._sender.finish(deadline_s)
-
-    def _attempt(self) -> None:
-        server.set_client_options()
-        # MLflow cannot create a run "if it does not exist": without the lock, two processes that
-        # send a new run at the same time would create two.
-        with lock.held(self._projection.folder.sender_lock), refusals():
-            self._projection.send(self._status)
-
-
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
     """Raise `RefusedError` if the server rejects a request and the reason is not transient."""
@@ -218,35 +152,3 @@ def refusals() -> Iterator[None]:
         if is_refusal and error.error_code not in TRANSIENT:
             raise RefusedError(str(error)) from error
         raise
-
-
-def resend_metrics(
-    folder: RunFolder,
-    uri: str,
-    experiment_name: str,
-    deadline_s: float = 60,
-    tracker_class: type[Tracker] = Tracker,
-) -> bool:
-    """Send what MLflow does not have of a run folder. Ctrl-C ends the wait.
-
-    The MLflow run gets the status in summary.json.
-
-    Args:
-        folder: Folder of the run.
-        uri: Tracking URI.
-        experiment_name: Name of the MLflow experiment.
-        deadline_s: Seconds to wait for the server.
-        tracker_class: `Tracker`, or `SweepTracker` for the folder of a sweep.
-
-    Returns:
-        Whether the server has accepted everything.
-    """
-    status = contents.recorded_status(folder)
-    tracker = tracker_class(folder, uri, experiment_name, status)
-    tracker.start()
-    try:
-        return tracker.finish(status, deadline_s)
-    except KeyboardInterrupt:
-        if signals.was_terminated():
-            raise
-        return False

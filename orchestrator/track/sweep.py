@@ -13,7 +13,7 @@ from orchestrator import files
 from orchestrator.redact import redact_text
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.track import contents, server
-from orchestrator.track.mlflow import Projection, Status, Tracker, refusals, resend_metrics
+from orchestrator.track.mlflow import Projection, Status, refusals
 from orchestrator.track.outbox import Sent, file_mark
 from orchestrator.track.sender import RefusedError
 
@@ -196,19 +196,6 @@ class TrialProjection(Projection):
     def _samples(self) -> list[Path]:
         """Only the last one, because there are many trials."""
         return super()._samples()[-1:]
-
-
-class SweepTracker(Tracker):
-    """Sends the folder of a sweep and all its trials to MLflow from a thread."""
-
-    projection_class = SweepProjection
-
-
-def resend_sweep_metrics(
-    folder: SweepFolder, uri: str, experiment_name: str, deadline_s: float = 60
-) -> bool:
-    """Send what MLflow does not have of the folder of a sweep; see `resend_metrics`."""
-    return resend_metrics(folder, uri, experiment_name, deadline_s, SweepTracker)
 
 
 def _file_state(folder: RunFolder) -> str:

@@ -94,8 +94,12 @@ def with_absolute_path(experiment: Experiment) -> Experiment:
     return experiment.replace(train__init_from=str(source.absolute()))
 
 
-def checkpoint_of(path: Path) -> Path:
+def checkpoint_of(path: Path, warn: Callable[[str], None] = print) -> Path:
     """Return a verified checkpoint: `path` itself, or the newest valid one of a run's folder.
+
+    Args:
+        path: The folder.
+        warn: Called with a message for each damaged checkpoint that is skipped.
 
     Raises:
         UserError: There is none, or `path` is a damaged checkpoint.
@@ -103,11 +107,11 @@ def checkpoint_of(path: Path) -> Path:
     if (path / store.MANIFEST).is_file():
         store.verify(path)
         return path
-    found = store.latest_valid(RunFolder(path).checkpoints)
+    found = store.latest_valid(RunFolder(path).checkpoints, warn)
     if found is None:
         raise UserError(
-            f"{path}: neither a checkpoint nor a run with one; give <storage>/<name> or a folder "
-            "step-… in its checkpoints/"
+            f"{path}: neither a checkpoint nor a run with a usable one; give <storage>/<name> or a "
+            "folder step-… in its checkpoints/"
         )
     return found
 

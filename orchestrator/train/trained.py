@@ -24,8 +24,8 @@ from orchestrator.data.prepared import dataset_dir
 from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.runs.folder import RunFolder
-from orchestrator.runs.storage import storage_root
-from orchestrator.train.init_from import initial_model
+from orchestrator.runs.storage import find_run, run_places, storage_root
+from orchestrator.train.init_from import checkpoint_of, initial_model
 from orchestrator.train.numerics import Worker, available_cpus, prepare_process
 from orchestrator.train.state import load_model
 
@@ -65,43 +65,14 @@ def find_checkpoint(word: str, *, best: bool = False) -> Path:
     Raises:
         UserError: None was found, or it is damaged.
     """
-    places = _places(word)
-    is_checkpoint = False
-    for place in places:
-        if (place / store.MANIFEST).is_file():
-            if not best:
-                store.verify(place)
-                return place
-            is_checkpoint = True
-        folder = RunFolder(place)
-        if folder.checkpoints.is_dir():
-            return _checkpoint_of_run(folder, best)
-    if is_checkpoint:
+    folder = find_run(word, _has_checkpoint)
+    if not best:
+        return checkpoint_of(folder.path, _warn)
+    if not folder.checkpoints.is_dir():
         raise UserError(
             f"--best: {word} is one checkpoint; give the run's folder to choose among its "
             "checkpoints"
         )
-    raise UserError(
-        f"{word}: no run and no checkpoint at {' or '.join(map(str, places))}; give a run's "
-        "folder, the name of a run in the storage ($ESPALIER_STORAGE), or a folder step-… in a "
-        "run's checkpoints/"
-    )
-
-
-def _places(word: str) -> list[Path]:
-    """Return the paths that `word` may mean; a plain name may be a run in the storage."""
-    path = Path(word).expanduser()
-    if len(path.parts) > 1 or word.startswith(("~", ".")):
-        return [path]
-    return [path, storage_root(Experiment()) / word]
-
-
-def _checkpoint_of_run(folder: RunFolder, best: bool) -> Path:
-    if not best:
-        found = store.latest_valid(folder.checkpoints, _warn)
-        if found is None:
-            raise UserError(f"{folder.checkpoints}: has no usable checkpoint; train first")
-        return found
     step = store.best(folder.checkpoints)
     if step is None:
         raise UserError(
@@ -110,6 +81,10 @@ def _checkpoint_of_run(folder: RunFolder, best: bool) -> Path:
         )
     store.verify(folder.checkpoint(step))
     return folder.checkpoint(step)
+
+
+def _has_checkpoint(folder: RunFolder) -> bool:
+    return folder.checkpoints.is_dir() or (folder.path / store.MANIFEST).is_file()
 
 
 def _warn(line: str) -> None:
@@ -150,7 +125,7 @@ def is_gpt2(word: str) -> bool:
     """Return whether `word` names weights of Hugging Face, and not a run or checkpoint of ours."""
     if (Path(word).expanduser() / "config.json").is_file():
         return True
-    return word in weights.GPT2_SIZES and not any(place.exists() for place in _places(word))
+    return word in weights.GPT2_SIZES and not any(place.path.exists() for place in run_places(word))
 
 
 def open_gpt2(source: str, device: str, dtype: str) -> Trained:

@@ -274,7 +274,7 @@ class Case:
         """Send all metrics to MLflow, if it is used."""
         if self.database is None:
             return
-        from orchestrator.track.mlflow import resend_metrics
+        from orchestrator.track.tracker import resend_metrics
 
         if not resend_metrics(self.folder, f"sqlite:///{self.database}", "faults", 60):
             self._add_problem("MLflow did not accept all metrics")

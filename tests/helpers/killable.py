@@ -28,7 +28,7 @@ def train(run_dir, uri, experiment, seed):
     """
     from orchestrator.runs.folder import RunFolder
     from orchestrator.runs.journal import Journal
-    from orchestrator.track.mlflow import Tracker
+    from orchestrator.track.tracker import Tracker
 
     rng = random.Random(seed)
     checkpoint = run_dir / "checkpoint"

@@ -156,7 +156,7 @@ def test_missing_run_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"no-such-run or {tmp_path}/no-such-run"):
         main(["no-such-run"])
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match="has no usable checkpoint"):
+    with pytest.raises(UserError, match="nor a run with a usable one"):
         main(["empty"])
 
 

@@ -470,7 +470,7 @@ def test_failed_and_diverged_trials_do_not_stop_others_and_are_reported(
         ),
         (
             ["sweep.trials.a.train.max_steps=15", "sweep.from=nothing@5"],
-            ["sweep.from: no run 'nothing'"],
+            ["sweep.from: 'nothing': there is no run"],
         ),
     ],
 )

@@ -87,7 +87,7 @@ def test_rates_before_the_branch_are_those_of_the_run(sweeps, source):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["sweep.from=nowhere@8"], "no run 'nowhere'"),
+        (["sweep.from=nowhere@8"], "'nowhere': there is no run"),
         (["sweep.from=source@21"], "has 20 steps, and none 21"),
         (["sweep.from=source@8", "model.dropout=0.2"], "model.dropout: 0.1 there, 0.2 here"),
         (["sweep.from=source@8", "train.log_interval=4"], "train.log_interval: 3 there, 4 here"),

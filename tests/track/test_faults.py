@@ -17,7 +17,7 @@ import pytest
 from orchestrator.errors import UserError
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
-from orchestrator.track.mlflow import Tracker, resend_metrics
+from orchestrator.track.tracker import Tracker, resend_metrics
 from pipelines import replay_metrics, ui
 from tests.helpers.gate import Gate, Server, locked
 from tests.helpers.ports import free_port

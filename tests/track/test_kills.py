@@ -22,8 +22,9 @@ import pytest
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
-from orchestrator.track.mlflow import Projection, resend_metrics
+from orchestrator.track.mlflow import Projection
 from orchestrator.track.outbox import file_mark
+from orchestrator.track.tracker import resend_metrics
 from tests.helpers import killable
 from tests.helpers.tracked import client, curve, expected, rows, sent_step
 from tests.helpers.wait import wait_until

@@ -19,9 +19,10 @@ from orchestrator.errors import UserError
 from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
-from orchestrator.track.mlflow import Projection, Tracker, resend_metrics
+from orchestrator.track.mlflow import Projection
 from orchestrator.track.outbox import BATCH, MetricQueue, Sent
 from orchestrator.track.server import resolve_uri, run_url
+from orchestrator.track.tracker import Tracker, resend_metrics
 from tests.helpers.gate import locked
 from tests.helpers.tracked import client, curve, expected, log, rows, sent_step
 from tests.helpers.wait import wait_until
@@ -400,7 +401,7 @@ def test_tracking_uri_and_link(tmp_path, monkeypatch):
 
 def test_tracking_module_does_not_import_mlflow_matplotlib_or_torch():
     code = (
-        "import sys, orchestrator.track.mlflow; "
+        "import sys, orchestrator.track.tracker; "
         "sys.exit(bool({'matplotlib', 'mlflow', 'torch'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

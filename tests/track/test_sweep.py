@@ -18,7 +18,7 @@ from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.track import outbox
 from orchestrator.track.server import sweep_url
-from orchestrator.track.sweep import SweepTracker, resend_sweep_metrics
+from orchestrator.track.tracker import Tracker, resend_metrics
 from pipelines import replay_metrics
 from tests.helpers.tracked import client, expected, rows, sent_step
 from tests.helpers.wait import wait_until
@@ -94,7 +94,7 @@ def sweep(tmp_path, request):
 
 
 def start(sweep, uri):
-    tracker = SweepTracker(SweepFolder(sweep), uri, EXPERIMENT)
+    tracker = Tracker(SweepFolder(sweep), uri, EXPERIMENT)
     tracker.start()
     return tracker
 
@@ -197,7 +197,7 @@ def test_sending_twice_changes_nothing(sweep, store, uri):
         if is_lost:
             for file in list(sweep.rglob("tracking.json")):
                 file.unlink()
-        assert resend_sweep_metrics(SweepFolder(sweep), uri, EXPERIMENT)
+        assert resend_metrics(SweepFolder(sweep), uri, EXPERIMENT)
         assert json.loads((sweep / "tracking.json").read_text())["run_id"] == run_id
         assert counts(store) == before
 
@@ -231,10 +231,10 @@ def test_unchanged_trials_cost_no_request(sweep, uri, monkeypatch):
         "set_logged_model_tags",
     ):
         monkeypatch.setattr(MlflowClient, name, recorded(name, getattr(MlflowClient, name)))
-    assert resend_sweep_metrics(SweepFolder(sweep), uri, EXPERIMENT)
+    assert resend_metrics(SweepFolder(sweep), uri, EXPERIMENT)
     assert requests == []
     put_curve(sweep / "trials" / "b", 120, 3.5)
-    assert resend_sweep_metrics(SweepFolder(sweep), uri, EXPERIMENT)
+    assert resend_metrics(SweepFolder(sweep), uri, EXPERIMENT)
     run_id = json.loads((sweep / "trials" / "b" / "tracking.json").read_text())["run_id"]
     assert requests == [("get_run", run_id), ("log_batch", run_id)]
 
@@ -280,9 +280,9 @@ def test_resumed_sweep_reopens_its_trials(sweep, store, uri):
 TRACK = """
 import sys, time
 from orchestrator.runs.folder import SweepFolder
-from orchestrator.track.sweep import SweepTracker
+from orchestrator.track.tracker import Tracker
 folder, uri, experiment = sys.argv[1:]
-SweepTracker(SweepFolder(folder), uri, experiment).start()
+Tracker(SweepFolder(folder), uri, experiment).start()
 time.sleep(60)
 """
 
@@ -365,7 +365,7 @@ def test_deleted_trial_does_not_stop_the_others(sweep, store, uri, caplog):
     put_curve(sweep / "trials" / "a", 200)
     put_curve(sweep / "trials" / "b", 200, 3.5)
     with caplog.at_level(logging.WARNING):
-        assert not resend_sweep_metrics(SweepFolder(sweep), uri, EXPERIMENT, 30)
+        assert not resend_metrics(SweepFolder(sweep), uri, EXPERIMENT, 30)
     assert caplog.text.count("trial a: rejected") == 1
     assert rows(store, sweep / "trials" / "b") == expected(sweep / "trials" / "b")
     assert len(rows(store, sweep / "trials" / "a")) == 22
@@ -398,7 +398,7 @@ def test_resending_an_unfinished_sweep_keeps_its_statuses(sweep, uri):
     put_trial(sweep, "c", 50, status=None)
     first = send(sweep, uri, "KILLED")
     put_curve(sweep / "trials" / "c", 80)
-    assert resend_sweep_metrics(SweepFolder(sweep), uri, EXPERIMENT)
+    assert resend_metrics(SweepFolder(sweep), uri, EXPERIMENT)
     assert statuses(uri, first)["c"] == "KILLED"
     assert client(uri).get_run(first.run_id).info.status == "KILLED"
 
@@ -406,7 +406,7 @@ def test_resending_an_unfinished_sweep_keeps_its_statuses(sweep, uri):
 def test_another_store_gets_everything(sweep, uri, tmp_path):
     send(sweep, uri)
     other = tmp_path / "other" / "mlflow.db"
-    assert resend_sweep_metrics(SweepFolder(sweep), f"sqlite:///{other}", EXPERIMENT)
+    assert resend_metrics(SweepFolder(sweep), f"sqlite:///{other}", EXPERIMENT)
     for name in "ab":
         assert rows(other, sweep / "trials" / name) == expected(sweep / "trials" / name)
 

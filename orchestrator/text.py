@@ -1,7 +1,7 @@
 """Numbers, durations and tables as text."""
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 
@@ -49,35 +49,6 @@ def clip(text: str, width: int) -> str:
         return text
     tail = (width - 1) // 2
     return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
-
-
-def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Return each name without the parts that all names share. Parts are separated by `_`.
-
-    Only names with the same number of parts are compared.
-
-    >>> short_names(["kind-wsd_max_lr-0.1_seed-1", "kind-wsd_max_lr-0.2_seed-1"])
-    {'kind-wsd_max_lr-0.1_seed-1': 'lr-0.1', 'kind-wsd_max_lr-0.2_seed-1': 'lr-0.2'}
-    """
-    groups: dict[int, list[str]] = {}
-    for name in dict.fromkeys(names):
-        groups.setdefault(name.count("_"), []).append(name)
-    short: dict[str, str] = {}
-    for group in groups.values():
-        short |= _without_common_parts(group)
-    if len(set(short.values())) < len(short):  # two short names are equal
-        return {name: name for name in short}
-    return short
-
-
-def _without_common_parts(names: Sequence[str]) -> dict[str, str]:
-    columns = zip(*(name.split("_") for name in names), strict=True)
-    differs = [len(set(column)) > 1 for column in columns]
-    short = {}
-    for name in names:
-        parts = zip(name.split("_"), differs, strict=True)
-        short[name] = "_".join(part for part, is_different in parts if is_different) or name
-    return short
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> str:

@@ -35,8 +35,8 @@ from orchestrator.sweep import cost
 from orchestrator.sweep.outcome import ending_of
 from orchestrator.sweep.report import view
 from orchestrator.sweep.report.files import Report
+from orchestrator.sweep.report.progress_lines import ProgressLines
 from orchestrator.sweep.report.summary import SweepSummary, show
-from orchestrator.sweep.report.table import Table
 from orchestrator.sweep.source import check_sources, with_absolute_paths
 from orchestrator.sweep.space.expand import Sweep
 from orchestrator.sweep.study import Study, data_key
@@ -186,20 +186,20 @@ class SweepJob(Job):
         return estimate
 
     def _begin_report(self, estimate: Estimate | None) -> None:
-        """Write the files of the sweep, and start the table of its progress."""
+        """Write the files of the sweep, and start to print its progress."""
         step_s = None
         if estimate is not None and self.study.tree.steps_to_run:
             step_s = estimate["time_s"] * self.slots / self.study.tree.steps_to_run
         progress = self.study.progress
-        table = Table(progress, self.slots, self.study.best, step_s)
+        lines = ProgressLines(progress, self.slots, self.study.best, step_s)
         report = Report(self.study, estimate)
 
         # Tune pickles this function, so it must not refer to the job, whose tracker has a thread.
         def stage_ended(stage: Stage) -> None:
             report.stage_ended(stage)
-            table.stage_ended(stage)
+            lines.stage_ended(stage)
 
-        progress.tick = table.tick
+        progress.tick = lines.tick
         progress.on_stage_end = stage_ended
         self.report = report
         report.begin()

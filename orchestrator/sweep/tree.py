@@ -167,6 +167,11 @@ class StageTree:
         return {stage.id: stage for stage in self.stages}
 
     @cached_property
+    def rates(self) -> dict[str, NDArray[np.float64]]:
+        """Learning rate of every update of a trial, by its name."""
+        return {branch.name: branch.rates for branch in self.branches}
+
+    @cached_property
     def children(self) -> dict[str | None, list[Stage]]:
         """Stages by the id of their parent."""
         found: dict[str | None, list[Stage]] = {}
@@ -189,6 +194,11 @@ class StageTree:
             if lacks_result or (starts_another and stage.id not in self.stored):
                 found.add(stage.id)
         return frozenset(found)
+
+    @cached_property
+    def lost(self) -> frozenset[str]:
+        """Ids of stages that cannot run, because one before them diverged."""
+        return self.below(self.diverged)
 
     def below(self, ids: Collection[str]) -> frozenset[str]:
         """Return the ids of all descendants of some stages."""

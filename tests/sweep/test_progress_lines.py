@@ -1,13 +1,10 @@
-"""The progress of a running sweep, in a terminal and in a log file."""
+"""The lines that a running sweep prints."""
 
-import io
 import math
-import os
-import pty
 
 import pytest
 
-from orchestrator.sweep.report.table import Table
+from orchestrator.sweep.report.progress_lines import ProgressLines
 
 WORDS = [
     "sweep.trials.a.train.max_steps=20",
@@ -26,51 +23,35 @@ def progress(study):
 
 
 def test_status_counts_stages_trials_and_steps_and_estimates_the_end(progress, study):
-    table = Table(progress, 2, study.best, seconds_per_step=0.5, out=io.StringIO())
+    lines = ProgressLines(progress, 2, study.best, seconds_per_step=0.5)
     # A trunk of 17 steps and two branches of 3: the longest path has 20 steps.
-    assert table.status() == "stages 0/3 | trials 0/2 | 0 of 23 steps run, 17 saved | ETA 10s"
+    assert lines.status() == "stages 0/3 | trials 0/2 | 0 of 23 steps run, 17 saved | ETA 10s"
 
 
 def test_estimate_follows_the_stages_that_ran(sweeps, study):
     sweeps.run(study, limit=1)
-    table = Table(study.progress, 1, study.best, seconds_per_step=1000.0, out=io.StringIO())
-    assert "stages 1/3 | trials 0/2 | 17 of 23 steps run" in table.status()
-    assert table.seconds_left() < 6 * 1000.0
+    lines = ProgressLines(study.progress, 1, study.best, seconds_per_step=1000.0)
+    assert "stages 1/3 | trials 0/2 | 17 of 23 steps run" in lines.status()
+    assert lines.seconds_left() < 6 * 1000.0
 
 
-def test_log_file_gets_steady_lines(progress, study):
-    out = io.StringIO()
-    table = Table(progress, 1, study.best, out=out)
+def test_line_is_printed_when_a_stage_ends_and_after_an_interval(progress, study, capsys):
+    lines = ProgressLines(progress, 1, study.best)
     stage = progress.tree.by_id[progress.next()]
-    table.last = math.inf  # the last line was printed a moment ago
-    table.tick()
-    assert out.getvalue() == ""
-    table.stage_ended(stage)
-    assert "\x1b" not in out.getvalue() and out.getvalue().count("\n") == 2
+    lines.last = math.inf  # the last line was printed a moment ago
+    lines.tick()
+    assert capsys.readouterr().out == ""
+    lines.last = -math.inf
+    lines.tick()
+    assert capsys.readouterr().out.count("stages 0/3") == 1
+    lines.stage_ended(stage)
+    assert capsys.readouterr().out.count("\n") == 2
 
 
-def test_terminal_shows_one_table_that_is_redrawn(progress, study):
-    ours, theirs = pty.openpty()
-    with os.fdopen(theirs, "w") as out:
-        table = Table(progress, 1, study.best, out=out)
-        progress.next()
-        for _ in range(2):
-            table.last = -math.inf
-            table.tick()
-        shown = ""
-        while shown.count("\n") < 4:  # a read returns what has arrived so far
-            shown += os.read(ours, 10_000).decode()
-    os.close(ours)
-    assert shown.count("stages 0/3") == 2
-    assert shown.count("at 0") == 2, "the running stage has a line"
-    assert shown.count("\x1b[2F\x1b[J") == 1, "the second table erases the first"
-
-
-def test_failed_stage_is_reported_with_its_reason(sweeps, study):
+def test_failed_stage_is_reported_with_its_reason(sweeps, study, capsys):
     def fail(stage):
         raise RuntimeError("no room")
 
     sweeps.run(study, fail=fail)
-    out = io.StringIO()
-    Table(study.progress, 1, study.best, out=out).stage_ended(study.tree.stages[0])
-    assert "steps 0–17 of a and 1 more: failed: RuntimeError: no room" in out.getvalue()
+    ProgressLines(study.progress, 1, study.best).stage_ended(study.tree.stages[0])
+    assert "steps 0–17 of a and 1 more: failed: RuntimeError: no room" in capsys.readouterr().out

@@ -84,39 +84,14 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def _ranking(ranked: list[Setting]) -> str:
-    """Return the table with a column per field if that fits, else with the settings' names."""
-    fields = _field_names(s.fields for s in ranked)
-    results = [_results(s, ranked[0]) for s in ranked]
-    result_heads = [ranked[0].trials[0].metric, "spread", "seeds", "above best", ""]
-
-    # The column of `train.max_steps` already has the steps.
-    step_head = [] if "train.max_steps" in fields else ["steps"]
-    lines = [["rank", *_short_heads(fields), *step_head, *result_heads]]
-    for s, result in zip(ranked, results, strict=True):
-        cells = [_shown(s.fields[name]) if name in s.fields else "-" for name in fields]
-        steps = [f"{s.trials[0].steps:,}" for _ in step_head]
-        lines.append([str(s.rank), *cells, *steps, *result])
-    text = aligned(lines, left=range(1, 1 + len(fields)))
-    if fields and max(len(line) for line in text.splitlines()) <= WIDTH:
-        return text
-
-    lines = [["rank", "setting", "steps", *result_heads]]
-    for s, result in zip(ranked, results, strict=True):
+    """Return one line per setting. comparison.csv has the fields that vary."""
+    lines = [["rank", "setting", "steps", ranked[0].trials[0].metric]]
+    lines[0] += ["spread", "seeds", "above best", ""]
+    for s in ranked:
         name = clip(s.name, WIDTH - OTHER_COLUMNS)
-        lines.append([str(s.rank), name, f"{s.trials[0].steps:,}", *result])
+        steps = f"{s.trials[0].steps:,}"
+        lines.append([str(s.rank), name, steps, *_results(s, ranked[0])])
     return aligned(lines, left=(1,))
-
-
-def _short_heads(fields: list[str]) -> list[str]:
-    """Return the fields' names without their sections where that is unambiguous."""
-    short = [name.rpartition(".")[2] for name in fields]
-    return [s if short.count(s) == 1 else name for s, name in zip(short, fields, strict=True)]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _results(s: Setting, best: Setting) -> list[str]:

@@ -1,135 +1,58 @@
 """A sweep as text: its tree of stages, and the steps that sharing saves.
 
-How to read the tree. A line is a range of steps [start, stop). Its branches are below it, one
-column to the right. ┼ continues the line above it in the same column: it is the branch that most
-trials take. So a trunk with a hundred branches has a hundred lines and not a hundred levels of
+How to read the tree. A line is a stage, steps [start, stop). Its branches are below it, one column
+to the right. ┼ continues the line above it in the same column: it is the branch that most trials
+take. So a trunk with a hundred branches has a hundred lines and not a hundred levels of
 indentation; the depth is at most log2(trials).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
-
 from orchestrator.sweep.tree import Stage, StageTree
-from orchestrator.text import clip, short_names
+from orchestrator.text import aligned, clip
 
 GROUPS = 10  # groups of equal trials that a summary names, at most
 HEAD = ("steps", "number", "learning rate", "trials", "")
-COLUMN_GAPS = 10  # spaces between the columns
-
-
-@dataclass(frozen=True, eq=False)
-class _Node:
-    """A line of the tree: a stage, or a chain of stages that only stored checkpoints separate.
-
-    Attributes:
-        stages: The chain.
-        mark: State of the stages, such as "to run" or "done".
-        rates: First and last learning rate.
-        children: The branches.
-    """
-
-    stages: tuple[Stage, ...]
-    mark: str
-    rates: tuple[float, float]
-    children: tuple["_Node", ...]
-
-    @property
-    def trials(self) -> int:
-        return len(self.stages[-1].trials)
-
-    def subtree(self) -> list["_Node"]:
-        """Return this node and all below it, parents first.
-
-        A loop and no recursion: a trunk may be thousands of nodes deep.
-        """
-        found = []
-        waiting = [self]
-        while waiting:
-            node = waiting.pop()
-            found.append(node)
-            waiting += reversed(node.children)
-        return found
-
-    @cached_property
-    def shape(self) -> tuple[tuple[object, ...], ...]:
-        """Equal for trees that look alike, such as those of other seeds."""
-        return tuple(
-            (
-                n.stages[0].start,
-                n.stages[-1].stop,
-                n.rates,
-                n.mark,
-                n.trials,
-                len(n.stages[-1].ends),
-                len(n.children),
-            )
-            for n in self.subtree()
-        )
-
-
-@dataclass(frozen=True)
-class _Line:
-    """A line of the drawing.
-
-    Attributes:
-        nodes: The node; or, without a prefix, the roots of trees of the shape that was just drawn.
-        prefix: Branch symbols before the node.
-    """
-
-    nodes: list[_Node]
-    prefix: str = ""
+NAMES = "trials that end here"
+SHORTEST_NAMES = 8  # columns; with less room, no names are shown
 
 
 def text(tree: StageTree, width: int = 100, lines: int = 60) -> str:
     """Return the tree: steps, learning rates, number of trials, mark, and which trials end there.
 
-    Trees of the same shape are drawn once. The middle of a long drawing is left out and counted.
-
     Args:
         tree: The stages and their trials.
         width: Columns of a line, at most.
-        lines: Lines of the drawing, at most.
+        lines: Lines of the drawing, at most; the middle of a longer one is left out.
     """
-    drawn: list[_Line] = []
-    trees: dict[tuple[tuple[object, ...], ...], list[_Node]] = {}
-    for root in _roots(tree):
-        trees.setdefault(root.shape, []).append(root)
-    for alike in trees.values():
-        drawn += _draw(alike[0], "", "")
-        if len(alike) > 1:
-            drawn.append(_Line(alike[1:]))
-
-    short = short_names(trial.name for trial in tree.branches)
-    if len(drawn) <= lines:
-        return "\n".join(_layout(drawn, width, short))
-    first = lines * 2 // 3
-    last = len(drawn) - (lines - first)
-    shown = _layout(drawn[:first] + drawn[last:], width, short)
-    shown.insert(1 + first, _cut(_hidden(tree, drawn[first:last]), width))
+    drawn = [line for root in tree.children.get(None, ()) for line in _draw(tree, root, "", "")]
+    cells = aligned([HEAD, *(_cells(tree, *line) for line in drawn)], left=(0, 2, 4)).splitlines()
+    names = [NAMES, *(" = ".join(stage.ends) for _, stage in drawn)]
+    used = max(map(len, cells))
+    room = width - used - 2
+    shown = []
+    for row, name in zip(cells, names, strict=True):
+        name = clip(name, room) if room > SHORTEST_NAMES else ""
+        shown.append(f"{row:<{used}}  {name}".rstrip()[:width])
+    if len(drawn) > lines:
+        first = 1 + lines * 2 // 3
+        last = len(shown) - (lines - first + 1)
+        shown[first:last] = [f"┊ … {_count(last - first, 'more stage')}"]
     return "\n".join(shown)
 
 
-def _roots(tree: StageTree) -> list[_Node]:
-    """Return the roots of the tree. Chains of stages are joined where their marks are equal."""
-    rates = {trial.name: trial.rates for trial in tree.branches}
-    lost = tree.below(tree.diverged)
-    nodes: dict[str, _Node] = {}
-    for stage in reversed(tree.stages):  # children before parents
-        children = tuple(nodes[child.id] for child in tree.children.get(stage.id, ()))
-        mark = "lost" if stage.id in lost else _mark(tree, stage)
-        curve = rates[stage.trials[0]]
-        first = float(curve[stage.start])
-        last = float(curve[stage.stop - 1])
-        node = _Node((stage,), mark, (first, last), children)
-        if len(children) == 1 and not stage.ends and children[0].mark == mark:
-            child = children[0]
-            node = replace(child, stages=(stage, *child.stages), rates=(first, child.rates[1]))
-        nodes[stage.id] = node
-    return [nodes[stage.id] for stage in tree.children.get(None, ())]
+def _cells(tree: StageTree, prefix: str, stage: Stage) -> tuple[str, ...]:
+    rates = tree.rates[stage.trials[0]]
+    return (
+        f"{prefix}[{stage.start:,}, {stage.stop:,})",
+        f"{stage.steps:,}",
+        f"{rates[stage.start]:.2e} → {rates[stage.stop - 1]:.2e}",
+        f"{len(stage.trials):,}",
+        _mark(tree, stage),
+    )
 
 
 def _mark(tree: StageTree, stage: Stage) -> str:
+    if stage.id in tree.lost:
+        return "lost"
     if stage.id in tree.diverged:
         return "diverged"
     if stage.id in tree.to_run:
@@ -139,113 +62,39 @@ def _mark(tree: StageTree, stage: Stage) -> str:
     return "stored" if stage.id in tree.stored else "not needed"
 
 
-def _draw(node: _Node, head: str, column: str) -> list[_Line]:
-    """Return the lines of a subtree.
+def _draw(tree: StageTree, stage: Stage, head: str, column: str) -> list[tuple[str, Stage]]:
+    """Return the lines of a subtree: the symbols before each stage, and the stage.
 
     Args:
-        node: Root of the subtree.
+        tree: The whole tree.
+        stage: Root of the subtree.
         head: Symbols before its first line.
         column: Symbols before all other lines.
     """
-    lines = [_Line([node], head + ("┬ " if node.children else "─ "))]
-    while node.children:
-        main = _main_branch(node)
-        side = [child for child in node.children if child is not main]
+    lines = [(head + ("┬ " if stage.id in tree.children else "─ "), stage)]
+    while stage.id in tree.children:
+        children = tree.children[stage.id]
+        main = _main_branch(tree, children)
+        side = [child for child in children if child is not main]
         for child in side:
             is_last = main is None and child is side[-1]
             symbol, below = ("└", " ") if is_last else ("├", "│")
-            lines += _draw(child, column + symbol, column + below)
+            lines += _draw(tree, child, column + symbol, column + below)
         if main is None:
             break
-        lines.append(_Line([main], column + "┼ "))
-        node = main
+        lines.append((column + "┼ ", main))
+        stage = main
     return lines
 
 
-def _main_branch(node: _Node) -> _Node | None:
+def _main_branch(tree: StageTree, children: list[Stage]) -> Stage | None:
     """Return the branch that more trials take than any other, if it branches again."""
-    first, *others = sorted(node.children, key=_trials_at_start, reverse=True)
-    if not first.children:
+    first, *others = sorted(children, key=lambda stage: len(stage.trials), reverse=True)
+    if first.id not in tree.children:
         return None
-    if others and _trials_at_start(others[0]) == _trials_at_start(first):
+    if others and len(others[0].trials) == len(first.trials):
         return None
     return first
-
-
-def _trials_at_start(node: _Node) -> int:
-    return len(node.stages[0].trials)
-
-
-def _layout(drawn: list[_Line], width: int, short: Mapping[str, str]) -> list[str]:
-    """Align the columns. Long names of trials are shortened."""
-    cells = [_cells(line) if line.prefix else None for line in drawn]
-    widths = [max(len(row[i]) for row in (HEAD, *filter(None, cells))) for i in range(len(HEAD))]
-    ends = [line.nodes[0].stages[-1].ends if line.prefix else () for line in drawn]
-    names = [" = ".join(trials) for trials in ends]
-    if max(len(name) for name in names) > width - sum(widths) - COLUMN_GAPS:
-        names = [" = ".join(short[trial] for trial in trials) for trials in ends]
-
-    lines = [_columns(HEAD, widths, "trials that end here", width)]
-    for line, row, name in zip(drawn, cells, names, strict=True):
-        if row is None:
-            lines.append(_cut(_same_shape(line.nodes, short), width))
-        else:
-            lines.append(_columns(row, widths, name, width))
-    return lines
-
-
-def _cells(line: _Line) -> tuple[str, ...]:
-    node = line.nodes[0]
-    start = node.stages[0].start
-    stop = node.stages[-1].stop
-    return (
-        f"{line.prefix}[{start:,}, {stop:,})",
-        f"{stop - start:,}",
-        f"{node.rates[0]:.2e} → {node.rates[1]:.2e}",
-        f"{node.trials:,}",
-        node.mark,
-    )
-
-
-def _columns(row: tuple[str, ...], widths: list[int], names: str, width: int) -> str:
-    steps, number, rates, trials, mark = widths
-    line = (
-        f"{row[0]:<{steps}}  {row[1]:>{number}}  {row[2]:<{rates}}  {row[3]:>{trials}}  "
-        f"{row[4]:<{mark}}"
-    )
-    room = width - len(line) - 2
-    shown = clip(names, room) if room > 8 else ""
-    return clip(f"{line}  {shown}".rstrip(), width)
-
-
-def _same_shape(roots: list[_Node], short: Mapping[str, str]) -> str:
-    trials = [root.stages[0].trials for root in roots]
-    total = sum(len(names) for names in trials)
-    first = ", ".join(short[names[0]] for names in trials)
-    return (
-        f"  … {_count(len(roots), 'more tree')} of this shape ({_count(total, 'trial')}), "
-        f"with {first}"
-    )
-
-
-def _hidden(tree: StageTree, lines: list[_Line]) -> str:
-    """Return the line that replaces those that are left out."""
-    stages = []
-    for line in lines:
-        for top in line.nodes:
-            nodes = [top] if line.prefix else top.subtree()
-            stages += [stage for node in nodes for stage in node.stages]
-    ends = sum(len(s.ends) for s in stages)
-    steps = sum(s.steps for s in stages)
-    to_run = sum(tree.cost(s) for s in stages if s.id in tree.to_run)
-    return (
-        f"┊ … {_count(len(stages), 'more stage')}, where {_count(ends, 'trial')} end: "
-        f"{steps:,} steps, {to_run:,} of them to run"
-    )
-
-
-def _cut(line: str, width: int) -> str:
-    return line if len(line) <= width else line[: width - 1] + "…"
 
 
 def _count(n: int, noun: str) -> str:
@@ -258,8 +107,7 @@ def summary(tree: StageTree) -> list[str]:
     probes = sum(s.steps for s in tree.stages if asked_trials.isdisjoint(s.trials))
     asked = tree.steps_asked
     to_run = tree.steps_to_run
-    lost_ids = tree.diverged | tree.below(tree.diverged)
-    lost = sum(tree.by_id[stage].steps for stage in lost_ids if stage in tree.by_id)
+    lost = sum(stage.steps for stage in tree.stages if stage.id in tree.diverged | tree.lost)
     shared = asked - (tree.steps_in_tree - probes)
     stored = tree.steps_in_tree - to_run - lost
     lines = [

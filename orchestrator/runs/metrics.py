@@ -16,8 +16,6 @@ class Metric:
         interval: Logged every `train.log_interval` or every `train.eval_interval` steps.
         exact: True if a resumed run and any number of workers give the same bits. False if the
             value depends on the machine or on when the run was stopped.
-        ranks_checkpoints: True if MLflow also gets the value for the checkpoint of its step, so
-            that it can sort checkpoints by it.
     """
 
     name: str
@@ -25,7 +23,6 @@ class Metric:
     meaning: str
     interval: Literal["log", "eval"] = "log"
     exact: bool = False
-    ranks_checkpoints: bool = False
 
 
 _EXACT_LOGGED = (
@@ -34,7 +31,6 @@ _EXACT_LOGGED = (
         "nats per token",
         "mean over all micro-batches since the last log line",
         exact=True,
-        ranks_checkpoints=True,
     ),
     Metric(
         "train/loss_max", "nats per token", "largest loss of a micro-batch since then", exact=True
@@ -49,8 +45,8 @@ _EXACT_LOGGED = (
     Metric("optim/loss_scale", "", "scale of the loss in float16", exact=True),
 )
 _EVALUATED = (
-    Metric("val/loss", "nats per token", "loss of the val split", "eval", True, True),
-    Metric("val/bits_per_byte", "bits per byte", "the same per byte of text", "eval", True, True),
+    Metric("val/loss", "nats per token", "loss of the val split", "eval", True),
+    Metric("val/bits_per_byte", "bits per byte", "the same per byte of text", "eval", True),
     Metric("val/best_loss", "nats per token", "lowest val/loss until now", "eval", True),
     Metric("train/eval_loss", "nats per token", "loss of a part of the train split", "eval", True),
 )

@@ -4,42 +4,28 @@ import re
 import tempfile
 from pathlib import Path
 
-from orchestrator.runs import metrics
-from orchestrator.track import contents, outbox, server
+from orchestrator.checkpoint import format as checkpoint_format
+from orchestrator.track import contents, server
 from orchestrator.track.mlflow_run import MlflowRun
-from orchestrator.track.outbox import Sent, SentCheckpoint
+from orchestrator.track.outbox import SentCheckpoint
 
 
 def send(tracked: MlflowRun) -> None:
-    """Register new checkpoints, add the losses of their steps, and mark removed checkpoints."""
+    """Register new checkpoints, and mark removed checkpoints."""
     sent = tracked.sent
     digests = contents.checkpoints(tracked.folder)
     for name, digest in digests.items():
         if name not in sent.checkpoints:
             model_id = _register(tracked, name, digest)
-            sent.checkpoints[name] = SentCheckpoint(model_id, digest, measured=False)
+            sent.checkpoints[name] = SentCheckpoint(model_id, digest)
             tracked.save()
         elif sent.checkpoints[name].sha256 != digest:
             # A resumed run has repeated the step.
             tags = _reference(tracked, name, digest) | {"checkpoint.removed": "false"}
             _update(tracked, name, digest, tags)
-        # The losses are those of the curve, so they are sent after it.
-        is_logged = sent.sent_step >= contents.step_of(name)
-        if is_logged and not sent.checkpoints[name].measured:
-            _add_losses(tracked, name)
     for name, known in sent.checkpoints.items():
         if name not in digests and known.sha256 is not None:
             _update(tracked, name, None, {"checkpoint.removed": "true"})
-
-
-def measure_again(sent: Sent, step: int) -> None:
-    """Let the losses of checkpoints after `step` be sent again.
-
-    A run that resumed from `step` may have logged more metrics for the repeated steps.
-    """
-    for name, known in sent.checkpoints.items():
-        if contents.step_of(name) > step:
-            known.measured = False
 
 
 def _update(tracked: MlflowRun, name: str, digest: str | None, tags: dict[str, str]) -> None:
@@ -67,7 +53,7 @@ def _register(tracked: MlflowRun, name: str, digest: str) -> str:
     client = tracked.client
     run_id = tracked.sent.run_id
     experiment_id = tracked.sent.experiment_id
-    step = contents.step_of(name)
+    step = checkpoint_format.step_of(Path(name))
     title = re.sub(r"""[/:.%"']""", "-", f"{tracked.record.get('name', 'run')}-{name}")
     query = f"source_run_id = '{run_id}' AND name = '{title}'"
     model = server.search_one(client.search_logged_models, [experiment_id], query)
@@ -86,24 +72,3 @@ def _register(tracked: MlflowRun, name: str, digest: str) -> str:
     if model.model_id not in [output.model_id for output in outputs]:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
     return model.model_id
-
-
-def _add_losses(tracked: MlflowRun, name: str) -> None:
-    """Add the losses of its step to a logged model, so that MLflow can rank checkpoints."""
-    from mlflow.entities import Metric
-
-    sent = tracked.sent
-    known = sent.checkpoints[name]
-    rows = outbox.first_rows(tracked.folder, contents.step_of(name))
-    dataset = contents.dataset(tracked.record)
-    links = {
-        "dataset_name": dataset["name"] if dataset else None,
-        "dataset_digest": dataset["digest"] if dataset else None,
-        "model_id": known.model_id,
-        "run_id": sent.run_id,
-    }
-    losses = [Metric(*row, **links) for row in rows if metrics.of(row.key).ranks_checkpoints]
-    if losses:
-        tracked.client.log_batch(sent.run_id, metrics=losses)
-    known.measured = True
-    tracked.save()

@@ -128,8 +128,3 @@ def checkpoints(folder: RunFolder) -> dict[str, str]:
             manifest = files.read_bytes(path / checkpoint_format.MANIFEST)
             digests[path.name] = hashlib.sha256(manifest).hexdigest()
     return digests
-
-
-def step_of(checkpoint: str) -> int:
-    """Return the step in the name of a checkpoint's folder."""
-    return int(checkpoint.removeprefix("step-"))

@@ -81,8 +81,6 @@ class Projection(MlflowRun):
             if batch.rows:
                 metrics = [Metric(*row) for row in batch.rows]
                 self.client.log_batch(self.sent.run_id, metrics=metrics)
-            if batch.asides != self.sent.asides:
-                checkpoints.measure_again(self.sent, self.queue.resume_step)
             self.sent.sent_step = batch.sent_step
             self.sent.asides = batch.asides
             self.save()

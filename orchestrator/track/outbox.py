@@ -25,12 +25,10 @@ class SentCheckpoint:
     Attributes:
         model_id: MLflow's id of the logged model.
         sha256: SHA-256 of the checkpoint's manifest; None after the checkpoint was removed.
-        measured: True after the losses of its step were added to the logged model.
     """
 
     model_id: str
     sha256: str | None
-    measured: bool
 
 
 @dataclass
@@ -80,7 +78,7 @@ class Sent:
             return None
         sent = cls(**stored)
         for name, known in stored.get("checkpoints", {}).items():
-            sent.checkpoints[name] = SentCheckpoint(**known)
+            sent.checkpoints[name] = SentCheckpoint(known["model_id"], known["sha256"])
         return sent
 
     def write(self, folder: RunFolder) -> None:
@@ -141,15 +139,10 @@ class MetricQueue:
 
     Args:
         folder: Folder of the run.
-
-    Attributes:
-        resume_step: Step from which the journal is sent again after the resumes that the server
-            does not know yet.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        self.resume_step = -1
         self._tail = journal.Tail(folder)
         self._waiting: list[Batch] = []  # one for each line
         self._last_step = -1  # last step that was read from the journal
@@ -209,7 +202,6 @@ class MetricQueue:
                 self._aside_values.update((row.key, row.step) for row in rows)
                 if is_new:
                     self._waiting.append(Batch(rows, sent.sent_step, sent.asides))
-        self.resume_step = self._last_step
         if self._asides != sent.asides:
             self._waiting.append(Batch([], self._last_step, self._asides))
         return lines
@@ -239,15 +231,3 @@ def rows_of(line: Line) -> list[Row]:
         if is_number and math.isfinite(value):
             rows.append(Row(key, float(value), line["timestamp"], line["step"]))
     return rows
-
-
-def first_rows(folder: RunFolder, step: int) -> list[Row]:
-    """Return the rows of `step` that were or will be sent, one per metric."""
-    lines = journal.read(folder)
-    moved = [line for aside in journal.asides(folder) for line in aside.read()]
-    first: dict[str, Row] = {}
-    for line in moved + lines:
-        if line["step"] == step:
-            for row in rows_of(line):
-                first.setdefault(row.key, row)
-    return list(first.values())

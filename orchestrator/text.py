@@ -40,6 +40,19 @@ def number(value: Any) -> str:
     return f"{value:,.0f}"
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line for each key of `now` with another value before.
+
+    >>> differences({"train.seed": 1, "name": "a"}, {"train.seed": 2, "name": "a"})
+    ['train.seed: before 1, now 2']
+    """
+    return [
+        f"{key}: before {before.get(key)!r}, now {value!r}"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]
+
+
 def clip(text: str, width: int) -> str:
     """Return the text; if it is longer than `width`, its start and its end with … between them.
 

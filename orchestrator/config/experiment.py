@@ -4,6 +4,7 @@ Unknown fields, wrong values and fields that contradict each other raise a `User
 anything is written. Values that are computed from the fields are properties and cannot be set.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,7 @@ from pydantic import Field, model_validator
 from model import models
 from model.schedule import Schedule
 from orchestrator.config.checks import contradictions
-from orchestrator.config.fields import Docs, Section, Text, describe_fields, section_class
+from orchestrator.config.fields import Docs, Effect, Section, Text, describe_fields, section_class
 from orchestrator.config.load import read_tree, write_yaml
 from orchestrator.config.messages import validate
 from orchestrator.config.sections import (
@@ -31,26 +32,11 @@ from orchestrator.redact import redact_addresses
 if TYPE_CHECKING:
     from model.gpt import GPT, GPTConfig
 
-# Fields, or prefixes of fields, that may change between two attempts of a run. All other fields
-# affect the weights: they are the identity of the run.
-FREE = (
-    "name",
-    "storage",
-    "data.dir",
-    "train.max_steps",
-    "train.log_interval",
-    "train.eval_interval",
-    "train.checkpoint_interval",
-    "train.keep",
-    "train.on_nonfinite",
-    "train.allow_drift",
-    "compute.",
-    "tracking.",
-)
-
 
 class Experiment(Section):
     """Configuration of one training run."""
+
+    effect = Effect.NOTHING
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$")] = Field(
         "quickstart",
@@ -168,6 +154,13 @@ def field_value(key: str, value: Any) -> Any:
     return getattr(checked, field)
 
 
+@functools.cache
+def fields_with(*effects: Effect) -> tuple[str, ...]:
+    """Return the fields that have one of these effects."""
+    return tuple(key for key, doc in field_docs().items() if doc.effect in effects)
+
+
+@functools.cache
 def field_docs() -> Docs:
     """Describe every field of an experiment, for `--help` and error messages."""
     return describe_fields(Experiment)

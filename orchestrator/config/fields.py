@@ -6,7 +6,8 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from enum import Enum
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic.fields import FieldInfo
@@ -27,9 +28,30 @@ Interval = Steps | None
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Section(BaseModel):
-    """A frozen group of fields. Unknown fields and values of another type are errors."""
+class Effect(Enum):
+    """What the value of a field changes."""
 
+    STEPS = "what a step computes"
+    ADDITIONS = "only the order of additions in a step"
+    RATES = "the learning rates"
+    TOKENS = "the tokens"
+    LENGTH = "the number of steps"
+    ATTEMPT = "what is logged, and when an attempt stops"
+    NOTHING = "not what is learned, but where a run is and what of it is kept"
+
+
+FREE = (Effect.LENGTH, Effect.ATTEMPT, Effect.NOTHING)  # may change between two attempts of a run
+
+
+class Section(BaseModel):
+    """A frozen group of fields. Unknown fields and values of another type are errors.
+
+    Attributes:
+        effect: Effect of each field that is not marked with another one:
+            `Annotated[int, Effect.NOTHING]`.
+    """
+
+    effect: ClassVar[Effect] = Effect.STEPS
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
     )
@@ -84,12 +106,14 @@ class FieldDoc:
         type: Type in words, such as "an integer or null".
         default: Value if the field is not given.
         description: Meaning and unit.
+        effect: What its value changes.
         choices: One line of help by choice, for fields that have a `OneOf` table.
     """
 
     type: str
     default: Any
     description: str
+    effect: Effect
     choices: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -109,10 +133,10 @@ def describe_fields(model: type[Section]) -> Docs:
     for name, info in model.model_fields.items():
         section = section_class(info)
         if section is None:
-            docs[name] = _describe(info)
+            docs[name] = _describe(info, model.effect)
             continue
         for key, part in section.model_fields.items():
-            docs[f"{name}.{part.alias or key}"] = _describe(part)
+            docs[f"{name}.{part.alias or key}"] = _describe(part, section.effect)
     return docs
 
 
@@ -124,13 +148,15 @@ def section_class(info: FieldInfo) -> type[Section] | None:
     return None
 
 
-def _describe(info: FieldInfo) -> FieldDoc:
-    description = info.description or ""
+def _describe(info: FieldInfo, effect: Effect) -> FieldDoc:
+    choices = {}
     for mark in info.metadata:
         if isinstance(mark, OneOf):
             choices = {name: entry.help for name, entry in mark.table.items()}
-            return FieldDoc(" | ".join(choices), info.default, description, choices)
-    return FieldDoc(_type_in_words(info.annotation), info.default, description)
+        if isinstance(mark, Effect):
+            effect = mark
+    words = " | ".join(choices) or _type_in_words(info.annotation)
+    return FieldDoc(words, info.default, info.description or "", effect, choices)
 
 
 _WORDS = {

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable
 
-from orchestrator.config.experiment import FREE
-from orchestrator.config.fields import FieldDoc
+from orchestrator.config.fields import FREE, FieldDoc
 from orchestrator.config.sweep import SweepFile, sweep_docs
 
 HEADER = """\
@@ -16,9 +15,9 @@ A field is set in an experiment file or as `section.field=value` on the command 
 
 A run that has a checkpoint can be resumed with other values of its *free* fields. All other fields
 are its *identity*: with another value the run is refused and needs a new `name`. There are three
-exceptions. `train.max_steps` may grow if this changes no learning rate that was already used. The
-corpus may move: its tokens are compared. `train.allow_drift=true` permits other values of
-`train.micro_batch_size`, `train.reduction_slots` and `train.compile`.
+exceptions. `train.max_steps` may grow if this changes no learning rate that was already used.
+`data.corpus` and `data.text_field` may change: the tokens are compared. `train.allow_drift=true`
+permits other values of `train.micro_batch_size`, `train.reduction_slots` and `train.compile`.
 """
 
 
@@ -49,16 +48,14 @@ def _cells(key: str, doc: FieldDoc) -> list[str]:
     if doc.choices:
         choices = (f"`{name}`: {text}" for name, text in doc.choices.items())
         meaning += f" ({'; '.join(choices)})"
-    return [f"`{key}`", doc.type, f"`{doc.shown_default}`", field_class(key), meaning]
+    return [f"`{key}`", doc.type, f"`{doc.shown_default}`", field_class(key, doc), meaning]
 
 
-def field_class(key: str) -> str:
+def field_class(key: str, doc: FieldDoc) -> str:
     """Return whether a field may change when a run is resumed: free, identity, or sweep."""
     if key.startswith("sweep."):
         return "sweep"
-    if key.startswith(FREE):
-        return "free"
-    return "identity"
+    return "free" if doc.effect in FREE else "identity"
 
 
 def _row(cells: Iterable[str]) -> str:

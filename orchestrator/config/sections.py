@@ -6,11 +6,13 @@ from pydantic import Field
 
 from model.optim import OPTIMIZERS
 from model.schedule import DECAY_SHAPES, SCHEDULES
-from orchestrator.config.fields import Int, Interval, OneOf, Section, Steps, Text
+from orchestrator.config.fields import Effect, Int, Interval, OneOf, Section, Steps, Text
 
 
 class Data(Section):
     """The text, and how it is split into tokens."""
+
+    effect = Effect.TOKENS
 
     corpus: Text | Annotated[list[Text], Field(min_length=1)] = Field(
         "builtin:stdlib",
@@ -18,7 +20,7 @@ class Data(Section):
         ".parquet), https://…#sha256=HEX, or builtin:stdlib (the source of Python's standard "
         "library); one or a list",
     )
-    dir: Text | None = Field(
+    dir: Annotated[Text | None, Effect.NOTHING] = Field(
         None, description="folder of the token shards; null: <storage>/data/<fingerprint>"
     )
     text_field: Text = Field(
@@ -86,6 +88,8 @@ class Optim(Section):
 class ScheduleSection(Section):
     """The learning rate of every step."""
 
+    effect = Effect.RATES
+
     kind: Annotated[str, OneOf(SCHEDULES)] = Field(
         "cosine", description="shape of the learning rate after warmup"
     )
@@ -108,10 +112,12 @@ class ScheduleSection(Section):
 class Train(Section):
     """Steps, batches, precision, and intervals of logging, evaluation and checkpoints."""
 
-    max_steps: Steps = Field(2000, description="optimizer updates")
-    micro_batch_size: Steps = Field(12, description="sequences per worker in one forward pass")
+    max_steps: Annotated[Steps, Effect.LENGTH] = Field(2000, description="optimizer updates")
+    micro_batch_size: Annotated[Steps, Effect.ADDITIONS] = Field(
+        12, description="sequences per worker in one forward pass"
+    )
     global_batch_size: Steps = Field(12, description="sequences per update over all workers")
-    reduction_slots: Steps | None = Field(
+    reduction_slots: Annotated[Steps | None, Effect.ADDITIONS] = Field(
         None,
         description="partial sums of one gradient, a power of two that the number of workers "
         "divides; null: the largest up to 8 that divides the micro-batches of an update",
@@ -120,28 +126,30 @@ class Train(Section):
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "float32", description="type of matrix products (autocast)"
     )
-    compile: bool = Field(
+    compile: Annotated[bool, Effect.ADDITIONS] = Field(
         False, description="torch.compile the model: minutes at the start, faster steps on a GPU"
     )
-    log_interval: Interval = Field(
+    log_interval: Annotated[Interval, Effect.ATTEMPT] = Field(
         10, description="log every N steps and at the end; null: only at the end"
     )
-    eval_interval: Interval = Field(
+    eval_interval: Annotated[Interval, Effect.ATTEMPT] = Field(
         250, description="evaluate every N steps, at step 0 and at the end; null: never"
     )
     eval_tokens: Annotated[Int, Field(ge=2)] | None = Field(
         None, description="evaluate on the first N tokens of val; null: on all"
     )
-    checkpoint_interval: Interval = Field(
+    checkpoint_interval: Annotated[Interval, Effect.NOTHING] = Field(
         250, description="save a checkpoint every N steps and at the end; null: only at the end"
     )
-    keep: Steps = Field(2, description="recent checkpoints to keep, besides the best by val loss")
-    on_nonfinite: Literal["stop", "skip"] = Field(
+    keep: Annotated[Steps, Effect.NOTHING] = Field(
+        2, description="recent checkpoints to keep, besides the best by val loss"
+    )
+    on_nonfinite: Annotated[Literal["stop", "skip"], Effect.ATTEMPT] = Field(
         "stop",
         description="action after a loss or gradient that is not finite; stop: end the run, skip: "
         "go on without this update",
     )
-    allow_drift: bool = Field(
+    allow_drift: Annotated[bool, Effect.NOTHING] = Field(
         False,
         description="resume even if the last bits of the results will differ, because one of these "
         "changed: processor or GPU, CPUs per worker, version of torch, compile, reduction_slots, "
@@ -156,6 +164,8 @@ class Train(Section):
 
 class Compute(Section):
     """Workers and their devices."""
+
+    effect = Effect.NOTHING
 
     num_workers: Steps | Literal["auto"] = Field(
         "auto",
@@ -180,6 +190,8 @@ class Compute(Section):
 
 class Tracking(Section):
     """The MLflow server."""
+
+    effect = Effect.NOTHING
 
     uri: Text | None = Field(
         None,

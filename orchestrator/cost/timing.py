@@ -89,17 +89,24 @@ def evaluation_seconds(
     return tokens / timing.eval_tokens_per_s + timing.sample_s
 
 
-def evaluations(experiment: Experiment) -> int:
-    """Return the number of evaluations of a run: at step 0, at every interval and at the end."""
+def evaluations(experiment: Experiment, start: int = 0, stop: int | None = None) -> int:
+    """Return the number of evaluations in steps [start, stop); stop=None: to the end.
+
+    A run evaluates at step 0, at every interval and at its end.
+    """
+    max_steps = experiment.train.max_steps
+    stop = max_steps if stop is None else stop
     interval = experiment.train.eval_interval
     if interval is None:
         return 0
-    return 1 + -(-experiment.train.max_steps // interval)
+    at_end = stop == max_steps and stop % interval != 0
+    return stop // interval - start // interval + (start == 0) + at_end
 
 
-def checkpoints(experiment: Experiment) -> int:
-    """Return the number of checkpoints that a run writes: at every interval and at the end."""
+def checkpoints(experiment: Experiment, start: int = 0, stop: int | None = None) -> int:
+    """Return the number of checkpoints of steps [start, stop): at every interval and at the end."""
+    stop = experiment.train.max_steps if stop is None else stop
     interval = experiment.train.checkpoint_interval
     if interval is None:
         return 1
-    return -(-experiment.train.max_steps // interval)
+    return (stop - 1) // interval - start // interval + 1

@@ -15,6 +15,7 @@ from orchestrator.data.corpus import Source
 from orchestrator.data.dataset import FILE, FORMAT, Manifest, load_manifest
 from orchestrator.errors import UserError
 from orchestrator.files import file_sha256
+from orchestrator.text import differences
 
 if TYPE_CHECKING:
     from orchestrator.config.sections import Data
@@ -85,19 +86,14 @@ def _differences(data: "Data", manifest: Manifest) -> list[str]:
             raise
         sources = []
     else:
-        before |= {stored["name"]: f"{stored['size']} bytes" for stored in manifest.sources}
+        before |= {f"size of {stored['name']}": stored["size"] for stored in manifest.sources}
         for source in sources:
-            if source.size is None:  # a download that is not on this machine
-                now[source.name] = before.get(source.name, "a download")
-            else:
-                now[source.name] = f"{source.size} bytes"
-    differences = [
-        f"{name} is {before.get(name, 'missing')} there and {now.get(name, 'missing')} here"
-        for name in before | now
-        if before.get(name) != now.get(name)
-    ]
-    if differences or not sources:
-        return differences
+            key = f"size of {source.name}"
+            # None: a download that is not on this machine.
+            now[key] = before.get(key) if source.size is None else source.size
+    found = differences(before, dict.fromkeys(before) | now)
+    if found or not sources:
+        return found
     if [source.name for source in sources] != [stored["name"] for stored in manifest.sources]:
         return ["data.corpus has the same files in another order"]
     return _changed_content(sources, manifest)
@@ -111,11 +107,11 @@ def _has_same_roots(data: "Data", manifest: Manifest) -> bool:
 def _changed_content(sources: list[Source], manifest: Manifest) -> list[str]:
     """Return the files that were written after the dataset was made and have another content."""
     made = (manifest.directory / FILE).stat().st_mtime_ns
-    differences = []
+    found = []
     for source, stored in zip(sources, manifest.sources, strict=True):
         sha256 = source.sha256  # known for a download
         if sha256 is None and source.path.stat().st_mtime_ns >= made:
             sha256 = file_sha256(source.path)
         if sha256 not in (None, stored["sha256"]):
-            differences.append(f"{source.name} has changed since then")
-    return differences
+            found.append(f"{source.name} has changed since then")
+    return found

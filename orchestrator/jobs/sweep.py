@@ -15,7 +15,6 @@ from typing import cast
 
 from orchestrator.cluster import layout as cluster
 from orchestrator.cluster.layout import Layout
-from orchestrator.config.experiment import Experiment
 from orchestrator.config.sections import Data
 from orchestrator.cost.estimate import expected_line
 from orchestrator.cost.timing import Estimate
@@ -132,13 +131,9 @@ class SweepJob(Job):
         self.tracker = Tracker(self.folder, self.uri, self.experiment.tracking.experiment)
         self._begin_report(estimate)
 
-    def _experiments(self) -> list[Experiment]:
-        """Return the experiments of all trials; the base before optuna has proposed a trial."""
-        return [spec.experiment for spec in self.sweep.trials] or [self.sweep.base]
-
     def _data_sections(self) -> dict[str, Data]:
         """Return each combination of corpus and tokenizer once."""
-        return {data_key(e.data): e.data for e in self._experiments()}
+        return {data_key(e.data): e.data for e in self.sweep.experiments}
 
     def _dataset_dirs(self) -> dict[str, Path]:
         sections = self._data_sections().items()
@@ -152,7 +147,7 @@ class SweepJob(Job):
                 workers.
         """
         recorded = self.folder.recorded_layout()
-        by_slots = {e.slots: e for e in self._experiments()}
+        by_slots = {e.slots: e for e in self.sweep.experiments}
         layouts = {cluster.find_layout(e, recorded) for e in by_slots.values()}
         if len(layouts) > 1:
             numbers = " or ".join(str(layout.num_workers) for layout in layouts)

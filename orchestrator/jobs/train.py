@@ -9,7 +9,8 @@ from typing import Any, cast
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.cluster import layout as cluster
 from orchestrator.cluster.layout import Layout
-from orchestrator.config.experiment import FREE, Experiment
+from orchestrator.config.experiment import Experiment, fields_with
+from orchestrator.config.fields import FREE
 from orchestrator.cost import cache
 from orchestrator.cost.estimate import comparison_line, expected_line
 from orchestrator.cost.measure import measure
@@ -148,9 +149,8 @@ class TrainJob(Job):
         }
         if drift:
             attempt["drift"] = "; ".join(drift)
-        for name, value in self.experiment.flat().items():
-            if name.startswith(FREE):
-                attempt[name] = value
+        fields = self.experiment.flat()
+        attempt |= {name: fields[name] for name in fields_with(*FREE)}
         return redact(attempt)
 
     def _print_start(self) -> None:

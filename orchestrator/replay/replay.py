@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from orchestrator.checkpoint import store as checkpoint
+from orchestrator.config.experiment import fields_with
+from orchestrator.config.fields import Effect
 from orchestrator.data.batches import TokenStream
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.data.tokenizer import load_tokenizer
@@ -26,12 +28,10 @@ from orchestrator.runs import identity, journal
 from orchestrator.runs.facts import own_sources
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Line
+from orchestrator.text import differences
 from orchestrator.train import numerics
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
-
-# Fields of `train` that may change between attempts and that change the lines.
-SETTINGS = ("log_interval", "eval_interval", "on_nonfinite")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Segment:
     Attributes:
         end: Last step.
         cpus: Number of CPU threads.
-        settings: Values of `SETTINGS`.
+        settings: Values of the fields that change what an attempt logs.
     """
 
     end: int
@@ -103,7 +103,7 @@ class Replay:
         if self.stretch.begin is not None:
             parent = self.run.folder.checkpoint(self.stretch.begin)
         for segment in self.segments:
-            settings = {f"train__{name}": value for name, value in segment.settings.items()}
+            settings = {name.replace(".", "__"): v for name, v in segment.settings.items()}
             experiment = self.experiment.replace(
                 **settings,
                 train__checkpoint_interval=None,  # only at the end of each segment
@@ -174,12 +174,12 @@ class Replay:
         stored = RunFolder(source).read_experiment()
         for line in identity.identity_differences(stored, self.experiment, manifest["step"]):
             kind: ChangeKind = "seed" if line.startswith("train.seed:") else "experiment"
-            words = f"{line} (there: the checkpoint's experiment.yaml, here: the run's)"
+            words = f"{line} (before: the checkpoint's experiment.yaml, now: the run's)"
             changes.append(Cause(kind, words))
         # The number of threads is not a change: each segment has that of its attempt.
         worker = Worker(device=self.device, cpus=fingerprints["numerics"]["cpus_per_worker"])
         now = numerics.fingerprint(self.experiment, worker)
-        for line in numerics.changes(fingerprints["numerics"], now):
+        for line in differences(fingerprints["numerics"], now):
             changes.append(Cause("numerics", line))
         return changes
 
@@ -201,8 +201,8 @@ def _segments(run: RecordedRun, stretch: Stretch) -> list[Segment]:
 
 def _segment(run: RecordedRun, end: int, attempt: dict[str, Any]) -> Segment:
     """Return a segment with the settings of its attempt, or else those in a checkpoint."""
-    train = RunFolder(run.source(end)).read_experiment().train
-    settings = {name: attempt.get(f"train.{name}", getattr(train, name)) for name in SETTINGS}
+    stored = RunFolder(run.source(end)).read_experiment().flat() | attempt
+    settings = {name: stored[name] for name in fields_with(Effect.ATTEMPT)}
     layout = attempt.get("layout") or run.fingerprints(end)["numerics"]
     return Segment(end, layout["cpus_per_worker"], settings)
 

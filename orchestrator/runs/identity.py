@@ -11,14 +11,13 @@ from typing import Any
 
 from model.schedule import learning_rate
 from orchestrator.checkpoint import store as checkpoint
-from orchestrator.config.experiment import FREE, Experiment
+from orchestrator.config.experiment import Experiment, fields_with
+from orchestrator.config.fields import FREE, Effect
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.errors import UserError
 from orchestrator.runs import stop
 from orchestrator.runs.folder import RunFacts, RunFolder, RunRecord
-
-# Fields that change only the order of additions; `train.allow_drift` permits that.
-DRIFT = ("train.micro_batch_size", "train.reduction_slots", "train.compile")
+from orchestrator.text import differences
 
 
 def check_resumable(
@@ -43,16 +42,16 @@ def check_resumable(
     if found is None:
         return 0
     manifest = checkpoint.read_manifest(found)
-    differences = identity_differences(
-        RunFolder(found).read_experiment(), experiment, manifest["step"]
-    )
+    lines = identity_differences(RunFolder(found).read_experiment(), experiment, manifest["step"])
     if manifest["fingerprints"]["data"] != data_identity(dataset):
-        differences.append(
+        lines.append(
             f"data: the tokens in {dataset.directory} are not those that the run was trained on"
         )
-    only_drift = all(line.startswith(DRIFT) for line in differences)
-    if differences and not (only_drift and experiment.train.allow_drift):
-        raise UserError(_refusal(folder, differences, only_drift))
+    # `train.allow_drift` permits another order of additions.
+    drift = fields_with(Effect.ADDITIONS)
+    only_drift = all(line.startswith(drift) for line in lines)
+    if lines and not (only_drift and experiment.train.allow_drift):
+        raise UserError(_refusal(folder, lines, only_drift))
     return manifest["step"]
 
 
@@ -81,18 +80,15 @@ def identity_differences(stored: Experiment, wanted: Experiment, step: int) -> l
     if stored.schedule.decay_steps == wanted.schedule.decay_steps:
         # `null` in both means max_steps, which is compared below.
         before["schedule.decay_steps"] = now["schedule.decay_steps"] = None
-    lines = [
-        f"{key}: {before[key]!r} there, {now[key]!r} here"
-        for key in before
-        if before[key] != now[key]
-    ]
+    lines = differences(before, now)
     lines += _max_steps_differences(stored, wanted, step, has_others=bool(lines))
     return lines
 
 
 def _identity_fields(experiment: Experiment) -> dict[str, Any]:
     """Return the fields that decide the weights, with their defaults filled in."""
-    fields = {key: value for key, value in experiment.flat().items() if not key.startswith(FREE)}
+    free = fields_with(*FREE)
+    fields = {key: value for key, value in experiment.flat().items() if key not in free}
     # The files of a corpus may move, so its tokens are compared instead.
     del fields["data.corpus"]
     del fields["data.text_field"]
@@ -109,14 +105,14 @@ def _max_steps_differences(
     before = stored.train.max_steps
     now = wanted.train.max_steps
     if now < step:
-        return [f"train.max_steps: {now} here, but {step} steps are done"]
+        return [f"train.max_steps: now {now}, but {step} steps are done"]
     if has_others or before == now:
         return []
     changed = _first_changed_rate(stored, wanted, step)
     if changed is None:
         return []
     return [
-        f"train.max_steps: {before} there, {now} here, which changes the learning rate of step "
+        f"train.max_steps: before {before}, now {now}, which changes the learning rate of step "
         f"{changed + 1}, already made; set schedule.decay_steps={before} or use a new name"
     ]
 

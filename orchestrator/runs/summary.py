@@ -1,8 +1,9 @@
 """summary.json: how a run ended, its final losses and its speed."""
 
+from pathlib import Path
 from typing import Any, TypedDict
 
-from orchestrator.checkpoint import store as checkpoint
+from orchestrator.checkpoint import store
 from orchestrator.runs import journal
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
@@ -53,24 +54,37 @@ def summarize(
     if step > 0:
         found = folder.checkpoint(step)
         if ending.kind == "done":
-            weights_sha256 = checkpoint.weights_sha256(checkpoint.load_tensors(found, "model"))
+            weights_sha256 = store.weights_sha256(store.load_tensors(found, "model"))
     summary: Summary = {
         "status": ending.mlflow_status,
         "exit_status": ending.exit_status,
-        "step": step,
-        "tokens": step * tokens_per_step,
-        "train_loss": last_value(lines, "train/loss"),
-        "val_loss": last_value(lines, "val/loss"),
-        "val_bits_per_byte": last_value(lines, "val/bits_per_byte"),
-        "best_val_loss": last_value(lines, "val/best_loss"),
-        "checkpoint": str(found) if found is not None else None,
-        "weights_sha256": weights_sha256,
+        **last_state(lines, step, tokens_per_step, found, weights_sha256),
         "mlflow_run_id": mlflow_run_id,
         "wall_s": round(wall_s, 1),
         "tokens_per_sec": _tokens_per_sec(lines, tokens_per_step),
     }
     folder.write_summary(summary)
     return summary
+
+
+def last_state(
+    lines: list[dict[str, Any]],
+    step: int,
+    tokens_per_step: int,
+    checkpoint: Path | None,
+    weights_sha256: str | None,
+) -> Summary:
+    """Return the fields that the summaries of a run and of a trial share."""
+    return {
+        "step": step,
+        "tokens": step * tokens_per_step,
+        "train_loss": last_value(lines, "train/loss"),
+        "val_loss": last_value(lines, "val/loss"),
+        "val_bits_per_byte": last_value(lines, "val/bits_per_byte"),
+        "best_val_loss": last_value(lines, "val/best_loss"),
+        "checkpoint": str(checkpoint) if checkpoint is not None else None,
+        "weights_sha256": weights_sha256,
+    }
 
 
 def last_value(lines: list[dict[str, Any]], metric: str) -> float | None:

@@ -13,7 +13,13 @@ from pathlib import Path
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost import cache, estimate
 from orchestrator.cost.measure import measure
-from orchestrator.cost.timing import Estimate, Timing, evaluation_seconds
+from orchestrator.cost.timing import (
+    Estimate,
+    Timing,
+    checkpoints,
+    evaluation_seconds,
+    evaluations,
+)
 from orchestrator.cost.tokens import TokenCounts, token_counts
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.prepared import dataset_dir, find_prepared
@@ -46,7 +52,7 @@ def show(sweep: Sweep) -> int:
     storage = storage_root(sweep.base)
     sweep = with_absolute_paths(sweep)
     check_sources(sweep, storage)
-    experiments = [spec.experiment for spec in sweep.trials] or [sweep.base]
+    experiments = sweep.experiments
     counts = {data_key(e.data): token_counts(e) for e in experiments}
     datasets = {data_key(e.data): _dataset(e, storage) for e in experiments}
     folder = SweepFolder(storage / sweep.base.name)
@@ -143,29 +149,22 @@ def estimate_of(study: Study, slots: int, counts: Counts) -> Estimate | str:
 def _seconds(study: Study, stage: Stage, timings: Mapping[str, Timing], counts: Counts) -> float:
     """Return the time of a stage: its steps, its evaluations and its checkpoints."""
     experiment = study.trials_and_probes[stage.example].experiment
-    config = experiment.train
     timing = timings[stage.example]
     steps = study.tree.cost(stage)
     first = stage.stop - steps
-    evaluations = _due(config.eval_interval, first, stage.stop) + (first == 0)
-    if stage.ends and config.eval_interval and stage.stop % config.eval_interval != 0:
-        evaluations += 1
-    checkpoints = _due(config.checkpoint_interval, first, stage.stop - 1) + 1
     tokens = counts[data_key(experiment.data)]
     evaluation_s = evaluation_seconds(experiment, tokens.val or 0, tokens.train or 0, timing)
-    return steps * timing.step_s + evaluations * evaluation_s + checkpoints * timing.checkpoint_s
+    return (
+        steps * timing.step_s
+        + evaluations(experiment, first, stage.stop) * evaluation_s
+        + checkpoints(experiment, first, stage.stop) * timing.checkpoint_s
+    )
 
 
 def _results(study: Study, stage: Stage) -> int:
     """Return the number of checkpoints that the last stage of a trial keeps."""
-    config = study.trials_and_probes[stage.ends[0]].experiment.train
-    made = _due(config.checkpoint_interval, stage.start, stage.stop - 1) + 1
-    return min(made, config.keep)
-
-
-def _due(interval: int | None, after: int, upto: int) -> int:
-    """Return the number of multiples of an interval in (after, upto]."""
-    return upto // interval - after // interval if interval else 0
+    experiment = study.trials_and_probes[stage.ends[0]].experiment
+    return min(checkpoints(experiment, stage.start, stage.stop), experiment.train.keep)
 
 
 # ---- simulation ----

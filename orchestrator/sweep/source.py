@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.checkpoint import store as checkpoint
-from orchestrator.config.experiment import Experiment
+from orchestrator.config.experiment import Experiment, fields_with
+from orchestrator.config.fields import Effect
 from orchestrator.data.dataset import data_identity
 from orchestrator.errors import UserError
 from orchestrator.runs.folder import RunFolder, SweepFolder
@@ -15,6 +16,7 @@ from orchestrator.sweep.space import sampler
 from orchestrator.sweep.space.checks import origin
 from orchestrator.sweep.space.expand import Sweep
 from orchestrator.sweep.trials import PlannedTrial, fields_of_root
+from orchestrator.text import differences
 from orchestrator.train import init_from
 
 
@@ -67,16 +69,12 @@ class Source:
         for trial in trials:
             now = fields_of_root(trial.experiment)
             now["train.reduction_slots"] = trial.experiment.slots
-            lines = [
-                f"  {key}: {before[key]!r} there, {now[key]!r} here"
-                for key in now
-                if before[key] != now[key]
-            ]
+            lines = differences(before, now)
             if data != data_identity(trial.dataset):
-                lines.append("  data: the tokens are not those that the run was trained on")
+                lines.append("data: the tokens are not those that the run was trained on")
             if lines:
                 first = f"sweep.from: {self.folder} was another experiment:"
-                raise UserError("\n".join([first, *lines]))
+                raise UserError("\n  ".join([first, *lines]))
 
 
 def with_absolute_paths(sweep: Sweep) -> Sweep:
@@ -122,18 +120,14 @@ def check_names(folder: SweepFolder, planned: Mapping[str, PlannedTrial]) -> Non
     others = f" and {len(changed) - 3} more trials" if len(changed) > 3 else ""
     before = folder.trial(name).read_experiment().flat()
     now = planned[name].experiment.flat()
-    lines = [
-        f"  {name}: {key}: {before.get(key)!r} there, {now[key]!r} here"
-        for key in now
-        if before.get(key) != now[key]
-        and not key.startswith(("name", "storage", "tracking.", "train.keep"))
-    ]
-    if not lines:
-        lines = [
-            f"  {name}: equal fields, but another torch version, other tokens or CPUs per worker"
-        ]
+    without_effect = fields_with(Effect.NOTHING)
+    lines = differences(before, {key: now[key] for key in now if key not in without_effect})
     raise UserError(
-        f"{folder.path} was begun with other experiments: {', '.join(changed[:3])}{others} would "
-        "not be what they were there; give the sweep a new name (name=…), or change back:\n"
-        + "\n".join(lines)
+        "\n  ".join(
+            [
+                f"{folder.path}: trials {', '.join(changed[:3])}{others} had other settings under "
+                "these names before; give the sweep a new name (name=…), or change these back:",
+                *(lines or ["the version of torch, the tokens or the CPUs per worker"]),
+            ]
+        )
     )

@@ -15,34 +15,17 @@ from typing import Any
 
 import torch
 
-from orchestrator.config.experiment import Experiment
+from orchestrator.config.experiment import Experiment, fields_with
+from orchestrator.config.fields import Effect
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.files import write_atomically
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Line
-from orchestrator.runs.summary import last_value
 from orchestrator.sweep import records
-from orchestrator.sweep.records import StageResult
 from orchestrator.sweep.space.expand import Trial
 from orchestrator.sweep.stored import StoredState
 from orchestrator.sweep.tree import Branch
 from orchestrator.train.rates import Rates
-
-# Fields, or prefixes of fields, that do not change what a step computes, and those of the learning
-# rate, which is in `Rates`.
-OUTSIDE_OF_ROOT = (
-    "name",
-    "storage",
-    "data.",
-    "compute.",
-    "tracking.",
-    "schedule.",
-    "train.max_steps",
-    "train.keep",
-    "train.checkpoint_interval",
-    "train.reduction_slots",
-    "train.allow_drift",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +74,9 @@ def root_of(experiment: Experiment, data: str, cpus: int) -> str:
 def fields_of_root(experiment: Experiment) -> dict[str, Any]:
     """Return the fields that change what a step computes, without data and learning rate."""
     fields = experiment.flat()
-    return {key: value for key, value in fields.items() if not key.startswith(OUTSIDE_OF_ROOT)}
+    del fields["train.reduction_slots"]  # `Experiment.slots` is compared instead
+    keys = fields_with(Effect.STEPS, Effect.ADDITIONS, Effect.ATTEMPT)
+    return {key: fields[key] for key in keys if key in fields}
 
 
 # ---- the folder of a trial ----
@@ -138,29 +123,6 @@ def curve(last: StoredState | None, trial: PlannedTrial) -> list[Line]:
     if last.step == trial.experiment.train.max_steps == spec.stop:
         return records.curve(last.folder)
     return records.curve(last.folder, last.step)
-
-
-def summary_of(
-    status: str,
-    lines: list[Line],
-    trial: PlannedTrial,
-    folder: RunFolder,
-    result: StageResult | None,
-) -> dict[str, Any]:
-    """Return the fields of a trial's summary.json that a lone run's has as well."""
-    step = lines[-1]["step"] if lines else 0
-    is_finished = status == "FINISHED"
-    return {
-        "status": status,
-        "step": step,
-        "tokens": step * trial.experiment.tokens_per_step,
-        "train_loss": last_value(lines, "train/loss"),
-        "val_loss": last_value(lines, "val/loss"),
-        "val_bits_per_byte": last_value(lines, "val/bits_per_byte"),
-        "best_val_loss": last_value(lines, "val/best_loss"),
-        "checkpoint": str(folder.checkpoint(step)) if is_finished else None,
-        "weights_sha256": result.weights_sha256 if result is not None else None,
-    }
 
 
 def _write_if_changed(path: Path, text: str) -> None:

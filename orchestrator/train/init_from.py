@@ -23,6 +23,7 @@ from orchestrator.data.corpus import cache_folder
 from orchestrator.errors import UserError
 from orchestrator.files import replacement
 from orchestrator.runs.folder import RunFolder
+from orchestrator.text import differences
 from orchestrator.train.state import NOT_LOADABLE, shape_of
 
 SCRATCH = "scratch"
@@ -134,14 +135,11 @@ def _open_fitting(experiment: Experiment, n_vocab: int) -> Source:
         dropout=wanted.dropout,
         block_size=min(source.shape.block_size, wanted.block_size),
     )
-    here = asdict(wanted)
-    differences = [
-        f"model.{key}={value} there and {here[key]} here"
-        for key, value in asdict(usable).items()
-        if value != here[key]
-    ]
-    if differences:
-        raise UserError(f"train.init_from: {name} has another shape: {'; '.join(differences)}")
+    found = differences(asdict(usable), asdict(wanted))
+    if found:
+        raise UserError(
+            f"train.init_from: {name} has another shape: model.{'; model.'.join(found)}"
+        )
     return source
 
 

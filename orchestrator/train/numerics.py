@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
+from orchestrator.text import differences
 
 
 @dataclass(frozen=True)
@@ -120,19 +121,10 @@ def fingerprint(experiment: Experiment, worker: Worker) -> dict[str, Any]:
     }
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return one line for each difference between two fingerprints."""
-    return [
-        f"{key}: {before.get(key)} before, {now[key]} now"
-        for key in now
-        if now[key] != before.get(key)
-    ]
-
-
 def check(
     before: Mapping[str, Any], now: Mapping[str, Any], experiment: Experiment, where: object
 ) -> list[str]:
-    """Return `changes(before, now)`, or refuse them unless `train.allow_drift` is set.
+    """Return the differences, or refuse them unless `train.allow_drift` is set.
 
     Args:
         before: Fingerprint of the run so far.
@@ -143,7 +135,7 @@ def check(
     Raises:
         UserError: There are changes, and `train.allow_drift` is false.
     """
-    lines = changes(before, now)
+    lines = differences(before, now)
     if lines and not experiment.train.allow_drift:
         message = [
             f"{where}: results would differ in their last bits from an uninterrupted run:",

@@ -19,10 +19,10 @@ from tests.helpers.datasets import STORY, data, hashes_of, quiet
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"val_fraction": 0.2}, "data.val_fraction is 0.25 there and 0.2 here"),
+        ({"val_fraction": 0.2}, "data.val_fraction: before 0.25, now 0.2"),
         ({"split": "hash"}, "data.split"),
         ({"append_eot": False}, "data.append_eot"),
-        ({"tokenizer": "char", "append_eot": False}, "data.tokenizer is byte"),
+        ({"tokenizer": "char", "append_eot": False}, "data.tokenizer: before 'byte'"),
     ],
 )
 def test_other_settings_in_the_same_folder_are_refused(here, mixed, tmp_path, change, says):
@@ -44,10 +44,10 @@ def replace_a_word(folder):
         (replace_a_word, "a.txt has changed"),
         (
             lambda folder: (folder / "a.txt").write_bytes(b"short"),
-            "a.txt is 4280 bytes there and 5",
+            "size of a.txt: before 4280, now 5",
         ),
-        (lambda folder: (folder / "e.txt").unlink(), "e.txt is 749 bytes there and missing here"),
-        (lambda folder: (folder / "f.txt").write_text("new"), "f.txt is missing there"),
+        (lambda folder: (folder / "e.txt").unlink(), "size of e.txt: before 749, now None"),
+        (lambda folder: (folder / "f.txt").write_text("new"), "size of f.txt: before None"),
     ],
 )
 def test_changed_corpus_is_refused(here, mixed, tmp_path, change, says):

@@ -243,7 +243,7 @@ def test_finished_run_prints_summary_again_and_other_experiment_is_refused(
     assert "is finished" in again.stdout
     assert summary(run_dir)["weights_sha256"] in again.stdout
     refused = run(ray_head, run_dir.parent, tiny_corpus, "schedule.max_lr=1e-3", status=2)
-    assert "schedule.max_lr: 0.002 there, 0.001 here" in refused.stderr
+    assert "schedule.max_lr: before 0.002, now 0.001" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 

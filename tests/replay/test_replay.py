@@ -315,7 +315,7 @@ def test_changed_seed_is_the_cause(run, replay):
     assert not report.equal
     assert report.weights == {20: False}
     assert kinds(report) == ["seed"]
-    assert "train.seed: 1337 there, 2 here" in report.causes()[0].what
+    assert "train.seed: before 1337, now 2" in report.causes()[0].what
 
 
 def test_changed_micro_batch_is_the_cause_and_changed_intervals_are_none(run, replay):

@@ -89,9 +89,9 @@ def test_rates_before_the_branch_are_those_of_the_run(sweeps, source):
     [
         (["sweep.from=nowhere@8"], "'nowhere': there is no run"),
         (["sweep.from=source@21"], "has 20 steps, and none 21"),
-        (["sweep.from=source@8", "model.dropout=0.2"], "model.dropout: 0.1 there, 0.2 here"),
-        (["sweep.from=source@8", "train.log_interval=4"], "train.log_interval: 3 there, 4 here"),
-        (["sweep.from=source@8", "train.seed=1"], "train.seed: 1337 there, 1 here"),
+        (["sweep.from=source@8", "model.dropout=0.2"], "model.dropout: before 0.1, now 0.2"),
+        (["sweep.from=source@8", "train.log_interval=4"], "train.log_interval: before 3, now 4"),
+        (["sweep.from=source@8", "train.seed=1"], "train.seed: before 1337, now 1"),
     ],
 )
 def test_trials_that_do_not_fit_the_run_are_refused(sweeps, source, words, said):

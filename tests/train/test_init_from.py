@@ -167,12 +167,12 @@ def test_all_differences_of_shape_are_listed_at_once(tmp_path):
         )
     )
     for words in (
-        "block_size=16 there and 32 here",
-        "n_layer=2 there and 3 here",
-        "n_head=2 there and 4 here",
-        "n_embd=8 there and 16 here",
-        "bias=True there and False here",
-        "activation=gelu there and gelu_tanh here",
+        "block_size: before 16, now 32",
+        "n_layer: before 2, now 3",
+        "n_head: before 2, now 4",
+        "n_embd: before 8, now 16",
+        "bias: before True, now False",
+        "activation: before 'gelu', now 'gelu_tanh'",
     ):
         assert words in message
     assert "vocab_size" not in message

@@ -18,6 +18,7 @@ from orchestrator.redact import redact
 from orchestrator.runs import journal
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.facts import facts_of
+from orchestrator.runs.summary import last_state
 from orchestrator.sweep import trials
 from orchestrator.sweep.report import comparison, figures, view
 from orchestrator.sweep.report.summary import SweepSummary, summarize
@@ -123,8 +124,7 @@ class Report:
     def _run_record(self) -> dict[str, Any]:
         """Return run.json: what the trials have in common, for MLflow's parent run."""
         study = self.study
-        experiments = [c.experiment for c in study.trials.values()] or [study.sweep.base]
-        first = experiments[0]
+        first = study.sweep.experiments[0]
         facts = facts_of(first, study.datasets[data_key(first.data)], SCRIPT)
         varied = {name for c in study.trials.values() for name in c.fields}
         params = {
@@ -212,15 +212,25 @@ class Report:
         stages = self.progress.tree.stages_of(name)
         results = [self.progress.stored.results.get(stage.id) for stage in stages]
         seconds = sum(result.seconds for result in results if result is not None)
-        summary = trials.summary_of(
-            MLFLOW_STATUS[state],
-            self.study.curve(trial),
-            trial,
-            self.folder.trial(name),
-            self.progress.result(name),
+        status = MLFLOW_STATUS[state]
+        lines = self.study.curve(trial)
+        step = lines[-1]["step"] if lines else 0
+        checkpoint = self.folder.trial(name).checkpoint(step) if status == "FINISHED" else None
+        result = self.progress.result(name)
+        state_at_end = last_state(
+            lines,
+            step,
+            trial.experiment.tokens_per_step,
+            checkpoint,
+            result.weights_sha256 if result is not None else None,
         )
-        summary |= {"state": state, "reason": self.study.reason(name)}
-        return summary | {"wall_s": round(seconds, 1)}
+        return {
+            "status": status,
+            **state_at_end,
+            "state": state,
+            "reason": self.study.reason(name),
+            "wall_s": round(seconds, 1),
+        }
 
 
 def _now() -> str:

@@ -4,7 +4,8 @@ import math
 import re
 from typing import Any, NamedTuple
 
-from orchestrator.config.experiment import Experiment, field_docs
+from orchestrator.config.experiment import Experiment, field_docs, fields_with
+from orchestrator.config.fields import Effect
 from orchestrator.config.messages import shown, unknown_field
 from orchestrator.config.sweep import SweepSection
 from orchestrator.errors import UserError
@@ -12,21 +13,7 @@ from orchestrator.sweep.space.dimensions import dimension, values_of
 from orchestrator.sweep.space.names import LONGEST_NAME
 
 MOST_TRIALS = 10_000
-_COMPARED = "trials are compared at the same steps on the same tokens; set it once, for all of them"
-# Fields, or sections with a dot at the end, that no sweep varies, and why.
-FIXED = {
-    "name": "a trial is named after what varies",
-    "storage": "the trials are in the folder of their sweep",
-    "data.dir": "it follows from the other fields of data; vary those",
-    "compute.": "it says where trials run, not what they learn",
-    "tracking.": "it says where trials are shown, not what they learn",
-    "sweep.": "a sweep cannot contain a sweep; write a file of its own",
-    "train.keep": "it does not change what a trial learns",
-    "train.checkpoint_interval": "it does not change what a trial learns",
-    "train.log_interval": _COMPARED,
-    "train.eval_interval": _COMPARED,
-    "train.eval_tokens": _COMPARED,
-}
+COMPARED = ("train.log_interval", "train.eval_interval", "train.eval_tokens")
 
 
 class _Entry(NamedTuple):
@@ -119,9 +106,11 @@ def _value_problems(entry: _Entry) -> list[str]:
 
 
 def _why_fixed(key: str) -> str | None:
-    for fixed, why in FIXED.items():
-        if key == fixed or (fixed.endswith(".") and key.startswith(fixed)):
-            return why
+    """Return why no sweep varies this field; None if one may."""
+    if key in COMPARED:
+        return "trials are compared at the same steps on the same tokens; set it for all of them"
+    if key in fields_with(Effect.NOTHING):
+        return "it does not change what a trial learns"
     return None
 
 

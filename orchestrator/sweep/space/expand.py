@@ -57,6 +57,11 @@ class Sweep:
     settings: SweepSection
     trials: tuple[Trial, ...]
 
+    @property
+    def experiments(self) -> list[Experiment]:
+        """Experiments of all trials; the base if only optuna proposes trials."""
+        return [trial.experiment for trial in self.trials] or [self.base]
+
     def to_yaml(self) -> str:
         """Return a file that `load_sweep` reads as an equal sweep. Addresses have no passwords."""
         section = self.settings.model_dump(by_alias=True)

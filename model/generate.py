@@ -42,13 +42,7 @@ def generate(
         top_k: Draw only from the k most probable tokens, and from tokens equal to the k-th.
         seed: Seed of a separate generator. None: a random seed from the system.
         n_vocab: Draw only ids below this; the others pad the vocabulary. None: draw all ids.
-
-    Raises:
-        ValueError: The prompt is empty, an id is not in the vocabulary, or an option is out of
-            range.
     """
-    _check_prompt(tokens, model.config.vocab_size)
-    _check_options(max_new_tokens, temperature, top_k, n_vocab, model.config.vocab_size)
     generator = torch.Generator(device=tokens.device)
     if seed is None:
         generator.seed()
@@ -89,34 +83,3 @@ def _draw(
     # Shift the largest logit to 0 first. Otherwise a small temperature could give inf - inf.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     return torch.multinomial(F.softmax(scaled, dim=-1), num_samples=1, generator=generator)
-
-
-def _check_prompt(tokens: Tensor, vocab_size: int) -> None:
-    if tokens.dim() != 2 or not tokens.numel():
-        raise ValueError(
-            "the prompt must have shape (B, T) with at least one token, got shape "
-            f"{tuple(tokens.shape)}"
-        )
-    smallest = int(tokens.min())
-    largest = int(tokens.max())
-    if smallest < 0 or largest >= vocab_size:
-        raise ValueError(f"ids must be in 0..{vocab_size - 1}, got {smallest}..{largest}")
-
-
-def _check_options(
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    n_vocab: int | None,
-    vocab_size: int,
-) -> None:
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    if not temperature >= 0:  # also refuses NaN
-        raise ValueError(f"temperature must be at least 0 (0 is greedy), got {temperature!r}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(
-            f"top_k must be at least 1, got {top_k}; None draws from the whole vocabulary"
-        )
-    if n_vocab is not None and not 1 <= n_vocab <= vocab_size:
-        raise ValueError(f"n_vocab must be in 1..{vocab_size}, got {n_vocab}")

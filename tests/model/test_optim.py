@@ -1,6 +1,5 @@
 """Optimizers: groups with and without weight decay, and the formula of AdamW."""
 
-import pytest
 import torch
 
 from model.gpt import GPT, GPTConfig
@@ -62,8 +61,3 @@ def test_adamw_steps_equal_formula(small_gpt):
         optimizer.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.double(), expected[name], atol=1e-5, rtol=1e-5)
-
-
-def test_negative_decay_is_refused(small_gpt):
-    with pytest.raises(ValueError, match="weight_decay.*-0.1"):
-        parameter_groups(small_gpt(), -0.1)

@@ -1,7 +1,5 @@
 """Compares journal lines and tensors bit by bit."""
 
-import math
-import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +8,6 @@ from torch import Tensor
 
 from orchestrator.runs import metrics
 from orchestrator.runs.journal import Line
-
-# `struct` formats of a float and of the integer with the same bits.
-FLOAT64 = ("<d", "<q")
-FLOAT32 = ("<f", "<i")
 
 
 @dataclass(frozen=True)
@@ -25,7 +19,6 @@ class Difference:
         key: Metric, or part of the checkpoint and name of the tensor.
         then: Value that the run stored; None if it stored none.
         now: Value of the replay; None if there is none.
-        ulps: Number of floats from one value to the other, if both are numbers.
         note: The difference in words, if it is not one between two numbers.
     """
 
@@ -33,7 +26,6 @@ class Difference:
     key: str
     then: float | None = None
     now: float | None = None
-    ulps: int | None = None
     note: str = ""
 
     def __str__(self) -> str:
@@ -42,8 +34,7 @@ class Difference:
     def _values(self) -> str:
         if self.then is None or self.now is None:
             return _missing(self.then is None)
-        distance = "" if self.ulps is None else f", {self.ulps:,} ulp apart"
-        return f"{_shown(self.then)} then, {_shown(self.now)} now{distance}"
+        return f"{_shown(self.then)} then, {_shown(self.now)} now"
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values. Floats are stored as text, because JSON has no infinity."""
@@ -51,7 +42,7 @@ class Difference:
         for name, value in (("then", self.then), ("now", self.now)):
             if value is not None:
                 stored[name] = {"decimal": repr(value), "hex": float(value).hex()}
-        return stored | {"ulps": self.ulps, "note": self.note, "text": str(self)}
+        return stored | {"note": self.note, "text": str(self)}
 
 
 def compare_lines(step: int, then: Line, now: Line) -> list[Difference]:
@@ -64,7 +55,7 @@ def compare_lines(step: int, then: Line, now: Line) -> list[Difference]:
         after = now.get(key)
         # Compared as text: NaN then equals itself, and 0.0 differs from -0.0.
         if repr(before) != repr(after):
-            differences.append(Difference(step, key, before, after, ulps(before, after)))
+            differences.append(Difference(step, key, before, after))
     return differences
 
 
@@ -96,27 +87,12 @@ def _compare_elements(step: int, key: str, then: Tensor, now: Tensor) -> list[Di
     index = int(differs.nonzero()[0])
     before = then[index].item()
     after = now[index].item()
-    distance = ulps(before, after, FLOAT32) if then.dtype == torch.float32 else None
     counts = f"({int(differs.sum()):,} of {len(differs):,} differ)"
-    return [Difference(step, f"{key}[{index}] {counts}", before, after, distance)]
-
-
-def ulps(then: float | None, now: float | None, formats: tuple[str, str] = FLOAT64) -> int | None:
-    """Return the distance of two floats in ulps; None if one is missing or NaN."""
-    if then is None or now is None or math.isnan(then) or math.isnan(now):
-        return None
-    return abs(_position(then, formats) - _position(now, formats))
-
-
-def _position(value: float, formats: tuple[str, str]) -> int:
-    """Return the position of a float among all floats in rising order; 0 for zero."""
-    float_format, integer_format = formats
-    magnitude = struct.unpack(integer_format, struct.pack(float_format, abs(value)))[0]
-    return -magnitude if value < 0 else magnitude
+    return [Difference(step, f"{key}[{index}] {counts}", before, after)]
 
 
 def _missing(was_missing: bool) -> str:
-    return "not there then, but now" if was_missing else "there then, not now"
+    return "missing in the run" if was_missing else "missing in the replay"
 
 
 def _kind(tensor: Tensor) -> str:

@@ -14,7 +14,7 @@ from orchestrator.runs.folder import RunFolder
 
 # The most likely cause first.
 ChangeKind = Literal["data", "seed", "experiment", "numerics", "code"]
-CauseKind = ChangeKind | Literal["journal", "unknown"]
+CauseKind = ChangeKind | Literal["unknown"]
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,6 @@ class Report:
             return []
         kinds = get_args(ChangeKind)
         causes = sorted(self.changes, key=lambda change: kinds.index(change.kind))
-        edited = self._journal_edited()
-        if edited is not None:
-            causes.insert(0, edited)
         if not causes:
             causes.append(
                 Cause(
@@ -82,22 +79,6 @@ class Report:
                 )
             )
         return causes
-
-    def _journal_edited(self) -> Cause | None:
-        """Return the cause `journal` if a loss differs but the weights after it are equal."""
-        if not self.differences:
-            return None
-        first = self.differences[0]
-        if metrics.of(first.key).interval != "log" or not metrics.of(first.key).exact:
-            return None
-        for step, equal in self.weights.items():
-            if equal and step >= first.step:
-                return Cause(
-                    "journal",
-                    f"weights and moments of step {step:,} are the same bits, so the training was "
-                    "the same: the line was edited after it was written",
-                )
-        return None
 
     def sentence(self) -> str:
         """Return the result in one sentence.

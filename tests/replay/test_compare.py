@@ -2,34 +2,9 @@
 
 import math
 
-import pytest
 import torch
 
-from orchestrator.replay.compare import (
-    FLOAT32,
-    FLOAT64,
-    compare_lines,
-    compare_tensors,
-    ulps,
-)
-
-
-@pytest.mark.parametrize(
-    ("then", "now", "formats", "distance"),
-    [
-        (1.0, math.nextafter(1.0, 2.0), FLOAT64, 1),
-        (0.0, -0.0, FLOAT64, 0),
-        (-5e-324, 5e-324, FLOAT64, 2),
-        (1.0, 2.0, FLOAT64, 2**52),
-        (1.0, 2.0, FLOAT32, 2**23),
-        (-1.0, -2.0, FLOAT32, 2**23),
-        (math.nan, 1.0, FLOAT64, None),
-        (None, 1.0, FLOAT64, None),
-    ],
-)
-def test_distance_in_ulps(then, now, formats, distance):
-    assert ulps(then, now, formats) == distance
-    assert ulps(now, then, formats) == distance
+from orchestrator.replay.compare import compare_lines, compare_tensors
 
 
 def test_zeros_of_different_sign_differ_and_nan_equals_itself():

@@ -1,13 +1,11 @@
 """What a sweep costs: `--dry-run`, and the estimate that its summary compares with the real cost.
 
-A few seconds of training for each shape of model and batch measure the time of a step. `forecast`
-then simulates the schedule of the stages to estimate the total time and the peak disk use.
+A few seconds of training for each shape of model and batch measure the time of a step. The time of
+the sweep is at least that of its longest path of stages, and that of all stages over its slots.
 """
 
-import heapq
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.config.experiment import Experiment
@@ -29,9 +27,8 @@ from orchestrator.sweep.report import figures, view
 from orchestrator.sweep.report.advice import advice
 from orchestrator.sweep.source import check_sources, with_absolute_paths
 from orchestrator.sweep.space.expand import Sweep
-from orchestrator.sweep.states import StageStates
 from orchestrator.sweep.study import Study, data_key
-from orchestrator.sweep.tree import Stage, StageTree
+from orchestrator.sweep.tree import Stage
 
 STARTS = 2  # process starts before the first step: Tune, then the workers
 MOST_SHAPES = 6  # at most so many shapes of model and batch are timed
@@ -131,18 +128,16 @@ def estimate_of(study: Study, slots: int, counts: Counts) -> Estimate | str:
         timings[shape] = timing
 
     by_trial = {name: timings[shape] for name, shape in shapes.items()}
-    found = forecast(
-        study.tree,
-        slots,
-        seconds=lambda stage: _seconds(study, stage, by_trial, counts),
-        results=lambda stage: _results(study, stage),
-        keep_branches=study.sweep.settings.keep_branches,
-    )
-    start = STARTS * max(t.startup_s for t in timings.values()) if study.tree.to_run else 0.0
+    tree = study.tree
+    seconds = {id_: _seconds(study, tree.by_id[id_], by_trial, counts) for id_ in tree.to_run}
+    longest = max(tree.longest_paths(seconds).values(), default=0.0)
+    start = STARTS * max(t.startup_s for t in timings.values()) if tree.to_run else 0.0
+    checkpoint_bytes = max(t.checkpoint_bytes for t in timings.values())
     return {
-        "time_s": start + found.seconds,
+        "time_s": start + max(sum(seconds.values()) / slots, longest),
         "memory_gib": max(t.memory_gib for t in timings.values()),
-        "disk_bytes": found.checkpoints * max(t.checkpoint_bytes for t in timings.values()),
+        # While a stage runs, one more checkpoint is being written.
+        "disk_bytes": (_kept_checkpoints(study) + slots) * checkpoint_bytes,
     }
 
 
@@ -161,69 +156,14 @@ def _seconds(study: Study, stage: Stage, timings: Mapping[str, Timing], counts: 
     )
 
 
-def _results(study: Study, stage: Stage) -> int:
-    """Return the number of checkpoints that the last stage of a trial keeps."""
-    experiment = study.trials_and_probes[stage.ends[0]].experiment
-    return min(checkpoints(experiment, stage.start, stage.stop), experiment.train.keep)
-
-
-# ---- simulation ----
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """Result of a simulation.
-
-    Attributes:
-        seconds: Time from the start of the first stage to the end of the last one.
-        checkpoints: Number of checkpoints that are on disk at the same time, at most.
-    """
-
-    seconds: float
-    checkpoints: int
-
-
-def forecast(
-    tree: StageTree,
-    slots: int,
-    seconds: Callable[[Stage], float],
-    results: Callable[[Stage], int],
-    keep_branches: bool,
-) -> Forecast:
-    """Simulate a sweep in which every stage runs to its end.
-
-    Args:
-        tree: The stages and their trials.
-        slots: Number of stages that run at the same time.
-        seconds: Returns the time of a stage.
-        results: Returns the number of checkpoints that the last stage of a trial keeps.
-        keep_branches: Whether checkpoints at branches stay.
-    """
-
-    def kept(stage: str) -> int:
-        return results(tree.by_id[stage]) if tree.by_id[stage].ends else 1
-
-    states = StageStates(tree)
-    on_disk = {stage: kept(stage) for stage in tree.stored if stage in tree.by_id}
-    running: list[tuple[float, str]] = []  # (end, stage)
-    clock = 0.0
-    peak = 0
-    while True:
-        for stage in states.ready()[: slots - len(running)]:
-            states.start(stage.id)
-            heapq.heappush(running, (clock + seconds(stage), stage.id))
-        # Each running stage may be writing a checkpoint.
-        peak = max(peak, sum(on_disk.values()) + len(running))
-        if not running:
-            return Forecast(clock, peak)
-        clock, ended = heapq.heappop(running)
-        states.end(ended)
-        on_disk[ended] = kept(ended)
-        peak = max(peak, sum(on_disk.values()) + len(running))
-        if not keep_branches:
-            needed = states.needed()
-            on_disk = {
-                stage: count
-                for stage, count in on_disk.items()
-                if stage in needed or tree.by_id[stage].ends
-            }
+def _kept_checkpoints(study: Study) -> int:
+    """Return the number of checkpoints that all stages keep at their ends."""
+    tree = study.tree
+    count = 0
+    for stage in tree.stages:
+        if stage.id not in tree.to_run | tree.stored:
+            continue
+        experiment = study.trials_and_probes[stage.example].experiment
+        written = checkpoints(experiment, stage.start, stage.stop)
+        count += min(written, experiment.train.keep) if stage.ends else 1
+    return count

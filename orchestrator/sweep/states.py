@@ -55,16 +55,10 @@ class StageStates:
     def _first_state(self, stage: Stage) -> State:
         return WAITING if stage.id in self.tree.to_run else DONE
 
-    def _remaining_steps(self) -> dict[str, int]:
+    def _remaining_steps(self) -> dict[str, float]:
         """Return the steps of the longest path of stages to run, from each stage on."""
-        longest: dict[str, int] = {}
-        for stage in reversed(self.tree.stages):
-            children = self.tree.children.get(stage.id, ())
-            steps = max((longest[child.id] for child in children), default=0)
-            if stage.id in self.tree.to_run:
-                steps += self.tree.cost(stage)
-            longest[stage.id] = steps
-        return longest
+        tree = self.tree
+        return tree.longest_paths({id_: tree.cost(tree.by_id[id_]) for id_ in tree.to_run})
 
     def ready(self) -> list[Stage]:
         """Return the stages that may start now, the one with the longest remaining path first."""

@@ -208,6 +208,18 @@ class StageTree:
                 found.add(stage.id)
         return frozenset(found)
 
+    def longest_paths(self, costs: Mapping[str, float]) -> dict[str, float]:
+        """Return the cost of the longest path of stages that starts with each stage.
+
+        Args:
+            costs: By id of the stage; a stage without one costs nothing.
+        """
+        longest: dict[str, float] = {}
+        for stage in reversed(self.stages):
+            below = [longest[child.id] for child in self.children.get(stage.id, ())]
+            longest[stage.id] = costs.get(stage.id, 0.0) + max(below, default=0.0)
+        return longest
+
     def merged_with(self, other: "StageTree") -> "StageTree":
         """Return this tree with the trials of another tree added. No stage of this tree is cut.
 

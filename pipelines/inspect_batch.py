@@ -115,7 +115,7 @@ def show_model(experiment: Experiment, model: GPT, tokenizer: Tokenizer, result:
         "parameters": f"{model.num_parameters():,}",
         "logits with targets": f"{result.with_targets} (B, T, V): a guess at every position",
         "logits without": f"{result.without_targets} (B, 1, V): only the last position",
-        "loss at initialisation" if is_new else "loss": f"{result.loss:.4f} nats per token",
+        "loss at initialization" if is_new else "loss": f"{result.loss:.4f} nats per token",
         "ln(vocab)": uniform,
     }
     print(f"\nmodel ({'random weights' if is_new else f'weights of {source}'})")

@@ -240,7 +240,8 @@ def _cut(piece: Piece, cut: int) -> Iterator[tuple[str, Piece, bool]]:
     text = piece.text
     if not text and not piece.starts:
         # The empty rest of a document, after which its end-of-text id follows. It belongs to the
-        # split of the last character: train if the document ends exactly at the cut.
+        # split of the last character. A document that ends exactly at the cut: its end-of-text id
+        # is train.
         yield "val" if cut < 0 else "train", piece, False
     elif cut <= 0:
         yield "val", piece, piece.starts or cut == 0

@@ -99,7 +99,10 @@ class SweepJob(Job):
         return self.study.is_over
 
     def show_again(self) -> None:
-        print(f"{self.folder.name} is finished; more values in its grid run only what is new")
+        print(
+            f"{self.folder.name} is finished; if you add values to its grid, only new steps are "
+            "trained"
+        )
         summary = cast(SweepSummary, read_json(self.folder.summary_file))
         best = self.study.winner(self.study.results())
         if best is not None and best[0] != summary["best_trial"]:

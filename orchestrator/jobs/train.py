@@ -89,7 +89,10 @@ class TrainJob(Job):
 
     def show_again(self) -> None:
         name = self.experiment.name
-        print(f"{name} is finished; a larger train.max_steps goes on, a new name starts afresh")
+        print(
+            f"{name} is finished. To train longer, set a larger train.max_steps; to start again, "
+            "use a new name"
+        )
         summary = cast(Summary, read_json(self.folder.summary_file))
         _show(self.folder, summary, None)
         self.resend()
@@ -261,7 +264,10 @@ def _show(folder: RunFolder, summary: Summary, url: str | None) -> None:
 
     if summary["status"] != "FINISHED":
         if summary["checkpoint"]:
-            print("\nnext: the same command again goes on from the last checkpoint", flush=True)
+            print(
+                "\nnext: run the same command again; it resumes from the last checkpoint",
+                flush=True,
+            )
         return
     samples = folder.sample_files()
     if samples:

@@ -195,7 +195,7 @@ class Progress:
             step = max(self.folder.stage(stage).checkpoint_steps(), default=0)
             message = f"stage {stage} begins again: {ending.reason}"
             events.note(self.folder, "restart", message, stage=stage, step=step)
-            self._wait(stage, f"{ending.reason}; once more")
+            self._wait(stage, f"{ending.reason}; the stage starts once more")
             return
         self.failures[stage] = ending
         self.states.end(stage, FAILED)

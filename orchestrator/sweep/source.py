@@ -55,7 +55,7 @@ class Source:
             )
         steps = self.experiment.train.max_steps
         if self.step > steps:
-            raise UserError(f"sweep.from: '{name}' has {steps} steps, and none {self.step}")
+            raise UserError(f"sweep.from: '{name}' has only {steps} steps, not {self.step}")
 
     def check(self, trials: Iterable[PlannedTrial]) -> None:
         """Refuse trials that the run does not begin like: other fields or other tokens.

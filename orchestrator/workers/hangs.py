@@ -78,7 +78,10 @@ def _move(folder: RunFolder, stacks: list[Path]) -> str:
 
 
 def verdict(seen: list[Mark]) -> str:
-    """Name the ranks that hung: stopped ones, else the furthest behind that waited for no other."""
+    """Name the stopped ranks.
+
+    If there are none, name those at the lowest step that did not wait for others.
+    """
     behind = [mark for mark in seen if mark.is_stopped]
     if not behind:
         stuck = [mark for mark in seen if mark.phase not in WAITING]

@@ -19,8 +19,8 @@ from orchestrator.workers.marks import DONE, Mark
 
 POLL_S = 1.0
 GRACE_S = 5.0  # added to the limit of a rank, so that its own watchdog acts first
-# Least and most seconds that workers have to exit once they are done. Usually, a longer time than
-# this passes between a SIGTERM and the SIGKILL that follows it.
+# Least and most seconds that workers have to exit once they are done. Shorter than the usual time
+# between SIGTERM and SIGKILL.
 EXIT_S = (2.0, 20.0)
 
 Report = tuple[int, int]  # pid, number of the mark

@@ -170,7 +170,7 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
         store.verify(path)
 
 
-def test_name_of_another_step_is_refused_and_a_name_without_a_step_is_not(tmp_path):
+def test_folder_name_must_match_step_if_it_has_one(tmp_path):
     path = commit(tmp_path, 1)
     shutil.copytree(path, tmp_path / "step-00000002")
     shutil.copytree(path, tmp_path / "for-a-friend")

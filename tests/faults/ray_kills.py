@@ -175,7 +175,9 @@ def table(kills: list[Recovery], step: int, found: list[str]) -> str:
     """Return the results as Markdown."""
     rows = {
         "until Ray has noticed it and started a new rank 0": [k.process for k in kills],
-        "until that has imported, joined and begun": [k.attempt - k.process for k in kills],
+        "until the new rank 0 has imported its modules and joined the group": [
+            k.attempt - k.process for k in kills
+        ],
         "until it has read the checkpoint and made a step": [k.step - k.attempt for k in kills],
         "**from the kill to the next step**": [k.step for k in kills],
         "processor time of the new rank 0 until then": [k.processor for k in kills],

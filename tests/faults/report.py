@@ -75,8 +75,8 @@ def table(reports: list[Report], seed: int, wall_s: float) -> str:
     conclusion = f"**{wrong} of {len(reports)} runs had a wrong result.**"
     if not wrong:
         conclusion = (
-            f"No wrong result in {faults} faults bounds the share of faults that give one by "
-            f"3/{faults} = {300 / faults:.1f} % (95 % confidence, for faults drawn as these were)."
+            f"With no wrong result in {faults} faults, at most {300 / faults:.1f} % of such faults "
+            "give one (95 % confidence)."
         )
     lines = [
         f"{datetime.now(UTC):%Y-%m-%d}, seed {seed}: {faults} faults in {len(reports)} runs "

@@ -59,7 +59,7 @@ def test_output_has_shapes_vocabulary_and_first_loss(stored, trained_run, capsys
     assert "(4, 1, 32) (B, 1, V)" in output
     assert f"{math.log(32):.4f} = ln 32" in output
     logged = journal.read(RunFolder(trained_run))[1]
-    assert f"loss at initialisation  {logged['train/loss']:.4f} nats" in output
+    assert f"loss at initialization  {logged['train/loss']:.4f} nats" in output
 
 
 def test_first_loss_equals_logged_loss(experiment, trained_run, tiny_dataset):

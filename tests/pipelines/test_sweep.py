@@ -335,7 +335,7 @@ def test_extended_sweep_runs_only_new_steps_after_any_kill(
             "a finished trial was touched"
         )
     out = finish_without_a_worker(begin(ray_head, golden.storage, tiny_corpus, *words), sweep)
-    assert out.count("; once more") == 1
+    assert out.count("; the stage starts once more") == 1
 
     asked, after, found = trials(MORE_PEAKS, MORE_HORIZONS), results(sweep), outcomes(sweep)
     assert {stage: after[stage] for stage in stood} == stood

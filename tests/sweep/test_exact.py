@@ -252,7 +252,8 @@ def test_failed_stage_runs_again_at_the_next_start(sweeps):
 def test_name_of_another_experiment_is_refused(sweeps):
     sweeps.run(sweeps.open("sweep.trials.mine.train.max_steps=10"))
     with pytest.raises(
-        ValueError, match="mine would not be what they were there; give the sweep a new name"
+        ValueError,
+        match="trials mine had other settings under these names before; give the sweep a new name",
     ):
         sweeps.open("sweep.trials.mine.train.max_steps=10", "model.dropout=0.2")
 

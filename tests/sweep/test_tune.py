@@ -291,7 +291,9 @@ def test_stopped_worker_is_killed_and_its_stage_continues_from_its_checkpoint(
     assert (hang["kind"], hang["stage"]) == ("hang", stage.id)
     assert (restart["kind"], restart["stage"]) == ("restart", stage.id)
     assert hang["message"].startswith(f"rank {rank} (process {victims[0]} on ")
-    assert seen.progress.wait_reasons == {stage.id: f"{hang['message']}; once more"}
+    assert seen.progress.wait_reasons == {
+        stage.id: f"{hang['message']}; the stage starts once more"
+    }
     assert sorted(f.name for f in folder.path.glob("hangs/0001/*")) == [
         f"hang-rank{r}.txt" for r in range(layout.num_workers)
     ]

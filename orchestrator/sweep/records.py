@@ -106,6 +106,7 @@ class StageResult:
 
     def write(self, folder: RunFolder) -> None:
         stored = asdict(self)
+        stored["kind"] = self.outcome  # as in stopped.json; see `Ending`
         if self.numerics is None:
             del stored["numerics"]
         write_json(folder.result_file, stored)
@@ -114,7 +115,10 @@ class StageResult:
 def read_result(folder: RunFolder) -> StageResult | None:
     """Read result.json; None if the stage has not ended."""
     stored = read_json(folder.result_file)
-    return None if stored is None else StageResult(**stored)
+    if stored is None:
+        return None
+    stored.pop("kind", None)
+    return StageResult(**stored)
 
 
 def curve(folder: RunFolder, last_step: int | None = None) -> list[Line]:

@@ -8,7 +8,7 @@
     marks.py       the current phase of each rank, on disk
     hangs.py       ends a stuck rank, keeps its thread stacks, names the rank that hung
     memory.py      free memory, and which processes the system killed for lack of it
-    fitting.py     the largest micro-batch that fits
+    fitting.py     a micro-batch that fits
 
 Start with `ray_train.fit`, then read `diagnose.diagnose`.
 """

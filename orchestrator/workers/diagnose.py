@@ -112,7 +112,7 @@ def advise(
     layout: Layout,
     stages: int = 1,
 ) -> Ending:
-    """Add the largest micro-batch that fits to an ending that is out of memory.
+    """Add a micro-batch that fits to an ending that is out of memory.
 
     The search takes half a minute or more. A sweep calls this function once, at its end.
 

@@ -1,4 +1,4 @@
-"""The largest micro-batch that fits into the memory of a worker.
+"""A micro-batch that fits into the memory of a worker.
 
 `advice` measures two small micro-batches, computes which one fits, and checks that one with a third
 measurement. Each measurement runs in a new process, as in a dry run.
@@ -88,9 +88,10 @@ def _free_bytes(fault: OutOfMemory, stages: int) -> float | None:
 def largest_fitting(
     experiment: Experiment, n_vocab: int, layout: Layout, limit: float
 ) -> Fit | None:
-    """Find the largest micro-batch, up to that of `experiment`, that fits into `limit` bytes.
+    """Find a large micro-batch, up to that of `experiment`, that fits into `limit` bytes.
 
-    The global batch stays the same. None: it could not be measured.
+    The global batch stays the same. If the computed one does not fit, the result is the largest one
+    that was measured before. None: it could not be measured.
     """
     sizes = sizes_of_same_steps(experiment, layout.num_workers)
     measured: list[Fit] = []
@@ -107,16 +108,11 @@ def largest_fitting(
     # Memory grows linearly with the micro-batch.
     least = measured[0].needed_bytes
     per_sequence = (measured[1].needed_bytes - least) / (sizes[1] - sizes[0])
-    for size in reversed(sizes[2:]):
-        if least + per_sequence * (size - sizes[0]) > limit:
-            continue
-        used = _needed(experiment, size, n_vocab, layout)
-        if used is None:
-            return None
-        if used <= limit:
-            return Fit(size, used)
-        if math.isfinite(used):
-            per_sequence = (used - least) / (size - sizes[0])
+    computed = [s for s in sizes[2:] if least + per_sequence * (s - sizes[0]) <= limit]
+    if computed:
+        used = _needed(experiment, computed[-1], n_vocab, layout)
+        if used is not None and used <= limit:
+            return Fit(computed[-1], used)
     return measured[-1]
 
 

@@ -10,33 +10,25 @@ import json
 import uuid
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 from orchestrator.cost.timing import Estimate
 from orchestrator.files import write_atomically, write_json
 from orchestrator.redact import redact
 from orchestrator.runs import journal
-from orchestrator.runs.ending import Ending
+from orchestrator.runs.ending import Ending, Kind
 from orchestrator.runs.facts import facts_of
 from orchestrator.runs.summary import last_state
 from orchestrator.sweep import trials
 from orchestrator.sweep.report import comparison, figures, view
 from orchestrator.sweep.report.summary import SweepSummary, summarize
-from orchestrator.sweep.states import BLOCKED, DIVERGED, DONE, FAILED, STOPPED
+from orchestrator.sweep.states import BLOCKED, DONE, FAILED, RUNNING, WAITING
 from orchestrator.sweep.study import Study, data_key
 from orchestrator.sweep.tree import Stage
 from orchestrator.sweep.trials import PlannedTrial
 
 SCRIPT = "pipelines/sweep.py"
 FEW = 8  # at the end of a stage of at most so many trials, all their folders are updated
-# MLflow's status of a trial that is over, by its state.
-MLFLOW_STATUS = {
-    DONE: "FINISHED",
-    FAILED: "FAILED",
-    DIVERGED: "FAILED",
-    BLOCKED: "FAILED",
-    STOPPED: "KILLED",
-}
 
 
 class Report:
@@ -167,7 +159,7 @@ class Report:
         return self.folder.trial(trial.name).summary_file.exists()
 
     def _is_over(self, trial: PlannedTrial) -> bool:
-        return self.progress.states.of_trial(trial.name) in MLFLOW_STATUS
+        return self.progress.states.of_trial(trial.name) not in (WAITING, RUNNING)
 
     def _assemble(self, trial: PlannedTrial) -> None:
         """Write the folder of a trial as far as its stages are done."""
@@ -212,7 +204,8 @@ class Report:
         stages = self.progress.tree.stages_of(name)
         results = [self.progress.stored.results.get(stage.id) for stage in stages]
         seconds = sum(result.seconds for result in results if result is not None)
-        status = MLFLOW_STATUS[state]
+        kind = FAILED if state == BLOCKED else state
+        status = Ending(cast(Kind, kind)).mlflow_status
         lines = self.study.curve(trial)
         step = lines[-1]["step"] if lines else 0
         checkpoint = self.folder.trial(name).checkpoint(step) if status == "FINISHED" else None

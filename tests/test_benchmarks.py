@@ -4,6 +4,7 @@ import itertools
 import math
 import sys
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,15 @@ import pytest
 
 from orchestrator.config.sweep import parse_sweep
 from orchestrator.errors import UserError
+from orchestrator.sweep.rates import Rates
 from orchestrator.sweep.space.expand import expand
 from orchestrator.sweep.tree import Branch, grow
-from orchestrator.train.rates import Rates
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPO / "benchmarks"))  # scripts that import each other
 
 import checkpoint as checkpoint_bench  # noqa: E402
+import size  # noqa: E402
 import stage_overhead  # noqa: E402
 import stopping  # noqa: E402
 import sweep as bench  # noqa: E402
@@ -260,3 +262,13 @@ def test_checkpoint_benchmark_runs_and_leaves_no_files(tmp_path, capsys):
         "background:",
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- the size of the code ----
+def test_functions_files_and_folders_of_the_product_are_small():
+    files = [file for folder in size.FOLDERS for file in (REPO / folder).rglob("*.py")]
+    sizes = {str(file): size.size_of(file) for file in files}
+    assert {name: s.lines for name, s in sizes.items() if s.lines > 300} == {}
+    assert {name: s.longest for name, s in sizes.items() if s.longest[0] > 60} == {}
+    modules = Counter(str(file.parent) for file in files if file.name != "__init__.py")
+    assert {folder: count for folder, count in modules.items() if count > 15} == {}

@@ -9,9 +9,9 @@ from orchestrator.config.experiment import Experiment, load_experiment, parse_ex
 from orchestrator.config.load import read_yaml
 from orchestrator.config.sweep import parse_sweep
 from orchestrator.runs.facts import model_facts
+from orchestrator.sweep.rates import Rates
 from orchestrator.sweep.space.expand import load_sweep
 from orchestrator.sweep.tree import Branch, build_tree
-from orchestrator.train.rates import Rates
 
 FILES = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
 SWEEPS = [path for path in FILES if path.name.startswith("sweep-")]

@@ -14,8 +14,8 @@ from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder, RunRecord
+from orchestrator.sweep import rates
 from orchestrator.sweep.records import read_spec
-from orchestrator.train import rates
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Read in this order:
 
 - `space`: reads a sweep's file and makes its trials.
-- `trials`: `PlannedTrial`, a trial with its learning rates and its dataset.
+- `trials`: `PlannedTrial`, a trial with its learning rates (`rates`) and its dataset.
 - `tree`: `build_tree` finds the steps that trials share; each stage of the tree runs once.
 - `states`: which stages of a tree can start, and which cannot run any more.
 - `study`: `Study`, a sweep that is ready to run. It builds the tree and collects the results.
@@ -11,7 +11,7 @@ Read in this order:
 - `tune`: `execute` runs the stages with Ray Tune. The only module here that imports Ray.
 - `stage`: `run_stage` trains one stage. `records` has its files stage.json and result.json.
 - `stored`: which stages are on disk, from this tree or an earlier one.
-- `outcome`: how a sweep ended.
+- `ranking`: compares the trials. `outcome`: how a sweep ended.
 - `source`: checks before a sweep starts, such as those of the run that it branches off.
 - `probes`: short anneals that show which trials to stop.
 - `cost`: `--dry-run`, and the estimate of time, memory and disk.

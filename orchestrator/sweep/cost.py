@@ -27,6 +27,7 @@ from orchestrator.sweep.report import figures, view
 from orchestrator.sweep.report.advice import advice
 from orchestrator.sweep.source import check_sources, with_absolute_paths
 from orchestrator.sweep.space.expand import Sweep
+from orchestrator.sweep.states import longest_paths
 from orchestrator.sweep.study import Study, data_key
 from orchestrator.sweep.tree import Stage
 
@@ -130,7 +131,7 @@ def estimate_of(study: Study, slots: int, counts: Counts) -> Estimate | str:
     by_trial = {name: timings[shape] for name, shape in shapes.items()}
     tree = study.tree
     seconds = {id_: _seconds(study, tree.by_id[id_], by_trial, counts) for id_ in tree.to_run}
-    longest = max(tree.longest_paths(seconds).values(), default=0.0)
+    longest = max(longest_paths(tree, seconds).values(), default=0.0)
     start = STARTS * max(t.startup_s for t in timings.values()) if tree.to_run else 0.0
     checkpoint_bytes = max(t.checkpoint_bytes for t in timings.values())
     return {

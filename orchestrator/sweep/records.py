@@ -9,9 +9,9 @@ from orchestrator.files import read_json, write_json
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Line
+from orchestrator.sweep import rates
 from orchestrator.sweep.states import State
 from orchestrator.sweep.tree import Branch
-from orchestrator.train import rates
 
 
 @dataclass(frozen=True)

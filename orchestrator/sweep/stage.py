@@ -21,9 +21,9 @@ from orchestrator.errors import UserError
 from orchestrator.runs import journal, lock
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Line
+from orchestrator.sweep import rates
 from orchestrator.sweep.records import StageResult, StageSpec, curve, read_result, read_spec
 from orchestrator.sweep.states import DIVERGED, DONE, STOPPED, State
-from orchestrator.train import rates
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker, fingerprint
 from orchestrator.workers.marks import HELD

@@ -3,7 +3,7 @@
 This module reads no files.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 from orchestrator.sweep.tree import Stage, StageTree
@@ -16,6 +16,20 @@ FAILED: State = "failed"
 DIVERGED: State = "diverged"
 BLOCKED: State = "blocked"  # the stage that it would start from failed
 STOPPED: State = "stopped"  # by a scheduler, or because of its probe
+
+
+def longest_paths(tree: StageTree, costs: Mapping[str, float]) -> dict[str, float]:
+    """Return the cost of the longest path of stages that starts with each stage.
+
+    Args:
+        tree: The stages.
+        costs: By id of the stage; a stage without one costs nothing.
+    """
+    longest: dict[str, float] = {}
+    for stage in reversed(tree.stages):
+        below = [longest[child.id] for child in tree.children.get(stage.id, ())]
+        longest[stage.id] = costs.get(stage.id, 0.0) + max(below, default=0.0)
+    return longest
 
 
 class StageStates:
@@ -58,7 +72,7 @@ class StageStates:
     def _remaining_steps(self) -> dict[str, float]:
         """Return the steps of the longest path of stages to run, from each stage on."""
         tree = self.tree
-        return tree.longest_paths({id_: tree.cost(tree.by_id[id_]) for id_ in tree.to_run})
+        return longest_paths(tree, {id_: tree.cost(tree.by_id[id_]) for id_ in tree.to_run})
 
     def ready(self) -> list[Stage]:
         """Return the stages that may start now, the one with the longest remaining path first."""

@@ -13,18 +13,17 @@ from orchestrator.errors import UserError
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.journal import Line
 from orchestrator.runs.summary import last_value
-from orchestrator.sweep import stored, trials
+from orchestrator.sweep import ranking, stored, trials
 from orchestrator.sweep.probes import probes_of, worse_trials
 from orchestrator.sweep.progress import Progress
-from orchestrator.sweep.report import ranking
-from orchestrator.sweep.report.ranking import Row
+from orchestrator.sweep.ranking import Row
+from orchestrator.sweep.rates import Rates
 from orchestrator.sweep.source import Source, check_names
 from orchestrator.sweep.space.expand import Sweep, Trial, sampled
 from orchestrator.sweep.space.sampler import Sampler
 from orchestrator.sweep.states import DIVERGED, DONE, RUNNING, STOPPED, WAITING
 from orchestrator.sweep.tree import StageTree
 from orchestrator.sweep.trials import PlannedTrial
-from orchestrator.train.rates import Rates
 
 
 class Best(NamedTuple):

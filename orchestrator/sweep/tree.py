@@ -167,11 +167,6 @@ class StageTree:
         return {stage.id: stage for stage in self.stages}
 
     @cached_property
-    def rates(self) -> dict[str, NDArray[np.float64]]:
-        """Learning rate of every update of a trial, by its name."""
-        return {branch.name: branch.rates for branch in self.branches}
-
-    @cached_property
     def children(self) -> dict[str | None, list[Stage]]:
         """Stages by the id of their parent."""
         found: dict[str | None, list[Stage]] = {}
@@ -195,11 +190,6 @@ class StageTree:
                 found.add(stage.id)
         return frozenset(found)
 
-    @cached_property
-    def lost(self) -> frozenset[str]:
-        """Ids of stages that cannot run, because one before them diverged."""
-        return self.below(self.diverged)
-
     def below(self, ids: Collection[str]) -> frozenset[str]:
         """Return the ids of all descendants of some stages."""
         found: set[str] = set()
@@ -207,18 +197,6 @@ class StageTree:
             if stage.parent in ids or stage.parent in found:
                 found.add(stage.id)
         return frozenset(found)
-
-    def longest_paths(self, costs: Mapping[str, float]) -> dict[str, float]:
-        """Return the cost of the longest path of stages that starts with each stage.
-
-        Args:
-            costs: By id of the stage; a stage without one costs nothing.
-        """
-        longest: dict[str, float] = {}
-        for stage in reversed(self.stages):
-            below = [longest[child.id] for child in self.children.get(stage.id, ())]
-            longest[stage.id] = costs.get(stage.id, 0.0) + max(below, default=0.0)
-        return longest
 
     def merged_with(self, other: "StageTree") -> "StageTree":
         """Return this tree with the trials of another tree added. No stage of this tree is cut.

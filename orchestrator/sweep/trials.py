@@ -22,10 +22,10 @@ from orchestrator.files import write_atomically
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Line
 from orchestrator.sweep import records
+from orchestrator.sweep.rates import Rates
 from orchestrator.sweep.space.expand import Trial
 from orchestrator.sweep.stored import StoredState
 from orchestrator.sweep.tree import Branch
-from orchestrator.train.rates import Rates
 
 
 @dataclass(frozen=True, eq=False)

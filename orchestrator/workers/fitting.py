@@ -25,7 +25,7 @@ class Fit:
     """Result of the search.
 
     Attributes:
-        micro_batch_size: The largest one that fits; None: not even the smallest fits.
+        micro_batch_size: One that fits; None: not even the smallest fits.
         needed_bytes: Memory of a worker with that micro-batch.
     """
 

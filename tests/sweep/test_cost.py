@@ -4,6 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.sweep.states import longest_paths
 from orchestrator.sweep.tree import Branch, StageTree, build_tree
 
 
@@ -19,6 +20,6 @@ def tree(*lengths: int) -> StageTree:
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_longest_path_is_that_of_the_longest_trial(lengths):
     p = tree(*lengths)
-    paths = p.longest_paths({stage.id: stage.steps for stage in p.stages})
+    paths = longest_paths(p, {stage.id: stage.steps for stage in p.stages})
     assert max(paths.values()) == 4 + max(lengths)
-    assert p.longest_paths({}) == dict.fromkeys(paths, 0.0)
+    assert longest_paths(p, {}) == dict.fromkeys(paths, 0.0)

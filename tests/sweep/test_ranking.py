@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.sweep.ranking import Row, rank, tied
 from orchestrator.sweep.report.comparison import WIDTH, csv_text, table
-from orchestrator.sweep.report.ranking import Row, rank, tied
 
 
 def row(setting, seed, final, state="done", reason=None, **fields):

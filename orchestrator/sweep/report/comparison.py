@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orchestrator.sweep.report.ranking import Row, Setting, rank
+from orchestrator.sweep.ranking import Row, Setting, rank
 from orchestrator.text import aligned, clip
 
 WIDTH = 120  # columns of the table for the terminal

@@ -26,16 +26,17 @@ def stage_tree(tree: StageTree) -> "Figure":
     at the last point of its parent.
     """
     figure, axes = _empty_figure()
+    rates = {branch.name: branch.rates for branch in tree.branches}
     most = max((len(stage.trials) for stage in tree.stages), default=1)
     for stage in tree.stages:
         steps = _thinned(max(1, stage.start), stage.stop)
         style = _line_style(len(stage.trials), most)
-        axes.plot(steps, tree.rates[stage.trials[0]][steps - 1], solid_capstyle="round", **style)
+        axes.plot(steps, rates[stage.trials[0]][steps - 1], solid_capstyle="round", **style)
 
     forks = [stage for stage in tree.stages if len(tree.children.get(stage.id, ())) > 1]
     axes.plot(
         [stage.stop for stage in forks],
-        [tree.rates[stage.trials[0]][stage.stop - 1] for stage in forks],
+        [rates[stage.trials[0]][stage.stop - 1] for stage in forks],
         "o",
         color=INK,
         markersize=4,

@@ -10,7 +10,7 @@ from orchestrator.sweep.tree import Stage, StageTree
 from orchestrator.text import aligned, clip
 
 GROUPS = 10  # groups of equal trials that a summary names, at most
-HEAD = ("steps", "number", "learning rate", "trials", "")
+HEAD: tuple[str, ...] = ("steps", "number", "learning rate", "trials", "")
 NAMES = "trials that end here"
 SHORTEST_NAMES = 8  # columns; with less room, no names are shown
 
@@ -24,7 +24,14 @@ def text(tree: StageTree, width: int = 100, lines: int = 60) -> str:
         lines: Lines of the drawing, at most; the middle of a longer one is left out.
     """
     drawn = [line for root in tree.children.get(None, ()) for line in _draw(tree, root, "", "")]
-    cells = aligned([HEAD, *(_cells(tree, *line) for line in drawn)], left=(0, 2, 4)).splitlines()
+    rates = {branch.name: branch.rates for branch in tree.branches}
+    lost = tree.below(tree.diverged)
+    rows = [HEAD]
+    for prefix, stage in drawn:
+        mark = "lost" if stage.id in lost else _mark(tree, stage)
+        curve = rates[stage.trials[0]][stage.start : stage.stop]
+        rows.append(_cells(prefix, stage, float(curve[0]), float(curve[-1]), mark))
+    cells = aligned(rows, left=(0, 2, 4)).splitlines()
     names = [NAMES, *(" = ".join(stage.ends) for _, stage in drawn)]
     used = max(map(len, cells))
     room = width - used - 2
@@ -39,20 +46,17 @@ def text(tree: StageTree, width: int = 100, lines: int = 60) -> str:
     return "\n".join(shown)
 
 
-def _cells(tree: StageTree, prefix: str, stage: Stage) -> tuple[str, ...]:
-    rates = tree.rates[stage.trials[0]]
+def _cells(prefix: str, stage: Stage, first: float, last: float, mark: str) -> tuple[str, ...]:
     return (
         f"{prefix}[{stage.start:,}, {stage.stop:,})",
         f"{stage.steps:,}",
-        f"{rates[stage.start]:.2e} → {rates[stage.stop - 1]:.2e}",
+        f"{first:.2e} → {last:.2e}",
         f"{len(stage.trials):,}",
-        _mark(tree, stage),
+        mark,
     )
 
 
 def _mark(tree: StageTree, stage: Stage) -> str:
-    if stage.id in tree.lost:
-        return "lost"
     if stage.id in tree.diverged:
         return "diverged"
     if stage.id in tree.to_run:
@@ -107,7 +111,8 @@ def summary(tree: StageTree) -> list[str]:
     probes = sum(s.steps for s in tree.stages if asked_trials.isdisjoint(s.trials))
     asked = tree.steps_asked
     to_run = tree.steps_to_run
-    lost = sum(stage.steps for stage in tree.stages if stage.id in tree.diverged | tree.lost)
+    lost_ids = tree.diverged | tree.below(tree.diverged)
+    lost = sum(stage.steps for stage in tree.stages if stage.id in lost_ids)
     shared = asked - (tree.steps_in_tree - probes)
     stored = tree.steps_in_tree - to_run - lost
     lines = [

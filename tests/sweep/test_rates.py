@@ -5,7 +5,7 @@ import json
 import pytest
 
 from model.schedule import Schedule, learning_rate
-from orchestrator.train.rates import Rates, from_json
+from orchestrator.sweep.rates import Rates, from_json
 
 COSINE = Schedule("cosine", 1.0, 0.1, warmup_steps=3, decay_steps=20)
 WSD = Schedule("wsd", 0.5, 0.0, warmup_steps=3, decay_steps=30, decay_fraction=0.2)

@@ -22,7 +22,7 @@ from orchestrator.data.dataset import Manifest
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
 from orchestrator.replay.recorded import RecordedRun
 from orchestrator.replay.replay import Replay
-from orchestrator.replay.report import Report, new_scratch, store_report
+from orchestrator.replay.report import ReplayResult, new_scratch, store_report
 from orchestrator.runs import lock
 from orchestrator.runs.console import format_line
 from orchestrator.runs.folder import RunFolder, SweepFolder
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     args = options().parse_args(argv)
     folder = find_run(args.run, has_steps)
     steps = parse_steps(args.steps)
-    lock.check(folder)  # a run in progress removes checkpoints
+    lock.refuse_if_held(folder)  # a run in progress removes checkpoints
     run = RecordedRun(folder)
     replay = Replay(run, run.stretch(steps))
     dataset = find_dataset(replay)
@@ -95,7 +95,7 @@ def find_dataset(replay: Replay) -> Manifest:
     return dataset
 
 
-def repeat(replay: Replay, dataset: Manifest, scratch: RunFolder) -> Report:
+def repeat(replay: Replay, dataset: Manifest, scratch: RunFolder) -> ReplayResult:
     """Train the steps again and compare them. Remove `scratch` after an error."""
     last = replay.stretch.last
     tokens_per_step = replay.experiment.tokens_per_step

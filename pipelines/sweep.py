@@ -16,7 +16,7 @@ def main(sweep: Sweep) -> int:
     """Run the trials that are not finished and print the comparison."""
     with signals.sigterm_interrupts():
         # Refuse a second job for this sweep before the imports, which take seconds.
-        lock.check(run_folder(sweep.base))
+        lock.refuse_if_held(run_folder(sweep.base))
         from orchestrator.jobs.sweep import run
 
         return run(sweep)

@@ -14,7 +14,7 @@ def main(experiment: Experiment) -> int:
     """Train, or print the summary of a finished run."""
     with signals.sigterm_interrupts():
         # Refuse a second job for this run before the imports, which take seconds.
-        lock.check(run_folder(experiment))
+        lock.refuse_if_held(run_folder(experiment))
         from orchestrator.jobs.train import run
 
         return run(experiment)

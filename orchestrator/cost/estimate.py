@@ -40,7 +40,7 @@ def show(experiment: Experiment, timed: bool = True) -> int:
 
 def dry_run(experiment: Experiment, timed: bool = True) -> dict[str, list[str]]:
     """Return the sections of the dry run: title and lines."""
-    init_from.check(experiment)
+    init_from.require_init_from_exists(experiment)
     tokens = token_counts(experiment)
     batch = _batch_lines(experiment)
     data = _data_lines(experiment, tokens)

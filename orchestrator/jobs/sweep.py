@@ -33,7 +33,7 @@ from orchestrator.runs.folder import SweepFolder
 from orchestrator.sweep import cost
 from orchestrator.sweep.outcome import ending_of
 from orchestrator.sweep.report import view
-from orchestrator.sweep.report.files import Report
+from orchestrator.sweep.report.files import SweepFiles
 from orchestrator.sweep.report.progress_lines import ProgressLines
 from orchestrator.sweep.report.summary import SweepSummary, show
 from orchestrator.sweep.source import check_sources, with_absolute_paths
@@ -64,7 +64,7 @@ class SweepJob(Job):
     folder: SweepFolder
     study: Study
     slots: int
-    report: Report
+    report: SweepFiles
     summary: SweepSummary
 
     def __init__(self, sweep: Sweep) -> None:
@@ -190,7 +190,7 @@ class SweepJob(Job):
             step_s = estimate["time_s"] * self.slots / self.study.tree.steps_to_run
         progress = self.study.progress
         lines = ProgressLines(progress, self.slots, self.study.best, step_s)
-        report = Report(self.study, estimate)
+        report = SweepFiles(self.study, estimate)
 
         # Tune pickles this function, so it must not refer to the job, whose tracker has a thread.
         def stage_ended(stage: Stage) -> None:

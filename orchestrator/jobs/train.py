@@ -21,7 +21,7 @@ from orchestrator.data.order import windows_per_epoch
 from orchestrator.data.prepare import prepare
 from orchestrator.data.prepared import dataset_dir
 from orchestrator.errors import UserError
-from orchestrator.files import folder_bytes, read_json
+from orchestrator.files import folder_bytes, read_json, read_text
 from orchestrator.jobs.job import Job
 from orchestrator.redact import redact
 from orchestrator.runs import identity, journal, metrics
@@ -69,7 +69,7 @@ class TrainJob(Job):
         self.watch = RunWatch(self.folder, experiment.compute.hang_after_s)
 
     def check(self) -> None:
-        init_from.check(self.experiment)
+        init_from.require_init_from_exists(self.experiment)
         if SweepFolder(self.folder).sweep_file.exists():
             raise UserError(
                 f"name: {self.folder.path} is the folder of a sweep; "
@@ -141,7 +141,7 @@ class TrainJob(Job):
         if self.layout.use_gpu or cluster.has_several_nodes():
             # The workers may run on another kind of machine than the driver. They check these two.
             now |= {key: before.get(key) for key in ("device", "torch")}
-        return numerics.check(before, now, self.experiment, self.folder.path)
+        return numerics.refuse_drift(before, now, self.experiment, self.folder.path)
 
     def _attempt(self, drift: list[str]) -> dict[str, Any]:
         """Return the entry of this start in run.json."""
@@ -271,7 +271,7 @@ def _show(folder: RunFolder, summary: Summary, url: str | None) -> None:
         return
     samples = folder.sample_files()
     if samples:
-        sample = samples[-1].read_text("utf-8").strip()
+        sample = read_text(samples[-1]).strip()
         print(f"\nsample (the first tokens are the prompt, from val):\n{sample}")
     print(
         f"\nnext:\n  pipelines/sample.py {folder.path} --prompt '…'\n"

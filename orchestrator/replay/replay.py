@@ -23,7 +23,7 @@ from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.replay.compare import Difference, compare_lines, compare_tensors
 from orchestrator.replay.recorded import RecordedRun, Stretch
-from orchestrator.replay.report import Cause, ChangeKind, Report
+from orchestrator.replay.report import Cause, ChangeKind, ReplayResult
 from orchestrator.runs import identity, journal
 from orchestrator.runs.facts import own_sources
 from orchestrator.runs.folder import RunFolder
@@ -76,7 +76,7 @@ class Replay:
 
     def compare(
         self, dataset: Manifest, scratch: RunFolder, report_line: Callable[[Line], None]
-    ) -> Report:
+    ) -> ReplayResult:
         """Train the stretch and compare it.
 
         Args:
@@ -85,7 +85,7 @@ class Replay:
             report_line: Called with each new journal line.
         """
         damage = _damage(dataset, self.experiment.data.tokenizer)
-        report = Report(self.stretch, changes=damage + self._changes(dataset))
+        report = ReplayResult(self.stretch, changes=damage + self._changes(dataset))
         if not damage:
             stopped = self._train(dataset, scratch, report_line)
             self._compare(scratch, report)
@@ -127,7 +127,7 @@ class Replay:
                 return Difference(step, "the steps after it", note=f"not trained now: {reason}")
         return None
 
-    def _compare(self, scratch: RunFolder, report: Report) -> None:
+    def _compare(self, scratch: RunFolder, report: ReplayResult) -> None:
         """Compare lines and checkpoints by rising step."""
         then = self.run.lines
         now = {line["step"]: line for line in journal.read(scratch)}

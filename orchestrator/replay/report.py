@@ -34,7 +34,7 @@ class Cause:
 
 
 @dataclass
-class Report:
+class ReplayResult:
     """The result of a replay.
 
     Attributes:
@@ -146,7 +146,7 @@ def new_scratch(folder: RunFolder) -> RunFolder:
     return RunFolder(scratch)
 
 
-def store_report(report: Report, folder: RunFolder, scratch: RunFolder) -> Path:
+def store_report(report: ReplayResult, folder: RunFolder, scratch: RunFolder) -> Path:
     """Write the report beside `scratch` and add an event to the run. Return the file."""
     file = folder.replay_file(scratch.name)
     now = datetime.now(UTC).isoformat(timespec="seconds")

@@ -12,7 +12,7 @@ from orchestrator.config.experiment import Experiment
 from orchestrator.data.dataset import Manifest
 from orchestrator.redact import redact
 from orchestrator.runs.folder import RunFacts
-from orchestrator.runs.sources import Sources, source_facts, source_tags
+from orchestrator.runs.sources import CodeVersion, source_facts, source_tags
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -68,7 +68,7 @@ def _corpus_names(experiment: Experiment) -> str:
 
 
 @functools.cache
-def own_sources() -> Sources:
+def own_sources() -> CodeVersion:
     """Return which code this process runs. Git is called once, also for a sweep of many trials."""
     return source_facts(REPOSITORY)
 

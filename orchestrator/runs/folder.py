@@ -18,7 +18,14 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.config.load import read_yaml
 from orchestrator.errors import NO_ROOM, UserError
-from orchestrator.files import opener, read_json, replace_symlink, write_atomically, write_json
+from orchestrator.files import (
+    opener,
+    read_json,
+    read_text,
+    replace_symlink,
+    write_atomically,
+    write_json,
+)
 from orchestrator.runs.ending import Ending
 
 RESERVE_BYTES = 128 * 1024  # enough for stopped.json with the tracebacks of all ranks
@@ -195,7 +202,7 @@ class RunFolder:
         """
         file = self.experiment_file
         try:
-            text = file.read_text("utf-8")
+            text = read_text(file)
         except OSError:
             raise UserError(
                 f"{self.path}: has no experiment.yaml; give the folder of a run or a checkpoint"
@@ -243,7 +250,7 @@ class RunFolder:
         """Tracebacks of all ranks, oldest first: the first failure often causes the others."""
         found = self.path.glob("failure-rank*.txt")
         files = sorted(found, key=lambda file: file.stat().st_mtime_ns)
-        return [file.read_text("utf-8") for file in files]
+        return [read_text(file) for file in files]
 
     # ---- folder of a trial ----
 

@@ -21,7 +21,7 @@ from orchestrator import files
 from orchestrator.errors import HeldError
 from orchestrator.runs.folder import RunFolder
 
-PROBE_S = 0.5  # long enough for `check`, which holds a lock for microseconds
+PROBE_S = 0.5  # long enough for `refuse_if_held`, which holds a lock for microseconds
 RETRY_S = 0.1
 
 
@@ -52,7 +52,7 @@ def held(file: Path, wait_s: float = PROBE_S) -> Iterator[str | None]:
                 _remove_unused(file, created)
 
 
-def check(folder: RunFolder) -> None:
+def refuse_if_held(folder: RunFolder) -> None:
     """Raise HeldError if a driver holds the lock of the run. Nothing is created or changed."""
     try:
         with open(folder.driver_lock, opener=files.opener) as file:

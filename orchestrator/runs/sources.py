@@ -12,7 +12,7 @@ UNKNOWN = "unknown"
 GIT_TIMEOUT_S = 20
 
 
-class Sources(TypedDict):
+class CodeVersion(TypedDict):
     """Identifies the code that runs."""
 
     commit: str  # "unknown" without a repository
@@ -20,13 +20,13 @@ class Sources(TypedDict):
     sources_sha256: str
 
 
-def source_facts(directory: Path) -> Sources:
+def source_facts(directory: Path) -> CodeVersion:
     """Return which code is in `directory`.
 
     ESPALIER_GIT_COMMIT and ESPALIER_GIT_DIRTY take precedence. `make submit` sets them, because the
     copy that Ray ships has no repository.
     """
-    sources = Sources(commit=UNKNOWN, dirty=None, sources_sha256=sources_sha256(directory))
+    sources = CodeVersion(commit=UNKNOWN, dirty=None, sources_sha256=sources_sha256(directory))
     submitted = os.environ.get("ESPALIER_GIT_COMMIT")
     if submitted:
         dirty = os.environ.get("ESPALIER_GIT_DIRTY", "").lower() in ("1", "true", "yes")
@@ -55,7 +55,7 @@ def sources_sha256(directory: Path) -> str:
 
 
 def source_tags(
-    sources: Sources, script: str = "pipelines/train.py", ray_job_id: str | None = None
+    sources: CodeVersion, script: str = "pipelines/train.py", ray_job_id: str | None = None
 ) -> dict[str, str]:
     """Return tags about the sources, under the names that MLflow's pages read."""
     tags = {

@@ -21,7 +21,7 @@ from orchestrator.train import init_from
 
 
 @dataclass(frozen=True)
-class Source:
+class BaseRun:
     """The run that a sweep branches off, and the step at which it does."""
 
     folder: Path
@@ -29,7 +29,7 @@ class Source:
     experiment: Experiment
 
     @classmethod
-    def of(cls, sweep: Sweep, storage: Path) -> "Source":
+    def of(cls, sweep: Sweep, storage: Path) -> "BaseRun":
         """Find the run that `sweep.from` names.
 
         Raises:
@@ -57,7 +57,7 @@ class Source:
         if self.step > steps:
             raise UserError(f"sweep.from: '{name}' has only {steps} steps, not {self.step}")
 
-    def check(self, trials: Iterable[PlannedTrial]) -> None:
+    def refuse_other_experiments(self, trials: Iterable[PlannedTrial]) -> None:
         """Refuse trials that the run does not begin like: other fields or other tokens.
 
         Raises:
@@ -94,17 +94,17 @@ def check_sources(sweep: Sweep, storage: Path) -> None:
     """
     problems = []
     if sweep.settings.sampler == "optuna":
-        sampler.check()
-        init_from.check(sweep.base)
+        sampler.require_optuna()
+        init_from.require_init_from_exists(sweep.base)
     for trial in sweep.trials:
         try:
-            init_from.check(trial.experiment)
+            init_from.require_init_from_exists(trial.experiment)
         except UserError as error:
             problems.append(f"trial {trial.name}: {error}")
     if problems:
         raise UserError("\n".join(problems))
     if sweep.settings.from_ is not None:
-        Source.of(sweep, storage)
+        BaseRun.of(sweep, storage)
 
 
 def check_names(folder: SweepFolder, planned: Mapping[str, PlannedTrial]) -> None:

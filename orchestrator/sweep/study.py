@@ -18,7 +18,7 @@ from orchestrator.sweep.probes import probes_of, worse_trials
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.ranking import Row
 from orchestrator.sweep.rates import Rates
-from orchestrator.sweep.source import Source, check_names
+from orchestrator.sweep.source import BaseRun, check_names
 from orchestrator.sweep.space.expand import Sweep, Trial, sampled
 from orchestrator.sweep.space.sampler import Sampler
 from orchestrator.sweep.states import DIVERGED, DONE, RUNNING, STOPPED, WAITING
@@ -71,11 +71,11 @@ class Study:
         self.samples: dict[int, list[str]] = {}
         self.dropped: dict[str, str] = {}
         self.sampler: Sampler | None = None
-        self.source: Source | None = None
+        self.source: BaseRun | None = None
         self._final_losses: dict[str, float | None] = {}
 
         if settings.from_ is not None:
-            self.source = Source.of(sweep, folder.path.parent)
+            self.source = BaseRun.of(sweep, folder.path.parent)
         self._add(sweep.trials)
         if settings.sampler == "optuna":
             self.sampler = Sampler(folder, settings.space, sweep.base.train.seed)
@@ -90,7 +90,7 @@ class Study:
             folder, branches, settings.diverged_above, keeps_stopped=settings.stop == "asha"
         )
         if self.source is not None:
-            self.source.check(self.trials.values())
+            self.source.refuse_other_experiments(self.trials.values())
             self.stored.add_run(RunFolder(self.source.folder), branches[0], self.source.step)
         self.tree = self._build_tree()
 

@@ -18,7 +18,7 @@ import torch
 from orchestrator.config.experiment import Experiment, fields_with
 from orchestrator.config.fields import Effect
 from orchestrator.data.dataset import Manifest, data_identity
-from orchestrator.files import write_atomically
+from orchestrator.files import read_text, write_atomically
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Line
 from orchestrator.sweep import records
@@ -128,7 +128,7 @@ def curve(last: StoredState | None, trial: PlannedTrial) -> list[Line]:
 def _write_if_changed(path: Path, text: str) -> None:
     """Write a file unless it has this content: the tracker sends files that are newer."""
     try:
-        if path.read_text("utf-8") == text:
+        if read_text(path) == text:
             return
     except FileNotFoundError:
         pass

@@ -99,7 +99,7 @@ def _check_numerics(
     """Refuse a start that would change the bits, or record an event if `train.allow_drift`."""
     before = store.read_manifest(path)["fingerprints"]["numerics"]
     now = numerics.fingerprint(experiment, worker)
-    differences = numerics.check(before, now, experiment, folder.path)
+    differences = numerics.refuse_drift(before, now, experiment, folder.path)
     if not worker.is_main:
         return
     for difference in differences:

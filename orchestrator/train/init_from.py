@@ -32,7 +32,7 @@ HUB = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
 
 
 @dataclass(frozen=True)
-class Source:
+class FirstWeights:
     """Weights that `load` reads."""
 
     shape: GPTConfig
@@ -45,7 +45,7 @@ def initial_model(experiment: Experiment, n_vocab: int) -> GPT:
     A longer context is cropped, and vocabulary rows are padded or cut.
 
     Raises:
-        UserError: See `check` and `check_shape`, or the weights cannot be read.
+        UserError: See `require_init_from_exists` and `check_shape`, or the weights cannot be read.
     """
     name = experiment.train.init_from
     if name == SCRATCH:
@@ -61,7 +61,7 @@ def initial_model(experiment: Experiment, n_vocab: int) -> GPT:
     return model
 
 
-def check(experiment: Experiment) -> None:
+def require_init_from_exists(experiment: Experiment) -> None:
     """Check that `train.init_from` names something that exists. Nothing is read.
 
     Raises:
@@ -91,7 +91,7 @@ def with_absolute_path(experiment: Experiment) -> Experiment:
     """Make `train.init_from` absolute, because workers run in another directory."""
     source = Path(experiment.train.init_from).expanduser()
     if not source.exists():
-        return experiment  # scratch, a name, or a mistake that `check` finds
+        return experiment  # scratch, a name, or a mistake that `require_init_from_exists` finds
     return experiment.replace(train__init_from=str(source.absolute()))
 
 
@@ -117,7 +117,7 @@ def checkpoint_of(path: Path, warn: Callable[[str], None] = print) -> Path:
     return found
 
 
-def _open_fitting(experiment: Experiment, n_vocab: int) -> Source:
+def _open_fitting(experiment: Experiment, n_vocab: int) -> FirstWeights:
     """Open `train.init_from`; see `check_shape`."""
     name = experiment.train.init_from
     source = _open(experiment)
@@ -143,8 +143,8 @@ def _open_fitting(experiment: Experiment, n_vocab: int) -> Source:
     return source
 
 
-def _open(experiment: Experiment) -> Source:
-    check(experiment)
+def _open(experiment: Experiment) -> FirstWeights:
+    require_init_from_exists(experiment)
     name = experiment.train.init_from
     path = Path(name).expanduser()
     with _as_user_error(name):
@@ -155,10 +155,10 @@ def _open(experiment: Experiment) -> Source:
         if (path / "config.json").is_file():
             return _open_hugging_face(path)
         found = checkpoint_of(path)
-        return Source(shape_of(found), lambda: store.load_tensors(found, "model"))
+        return FirstWeights(shape_of(found), lambda: store.load_tensors(found, "model"))
 
 
-def _open_hugging_face(folder: Path) -> Source:
+def _open_hugging_face(folder: Path) -> FirstWeights:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     file = folder / "model.safetensors"
     if not file.is_file():
@@ -167,10 +167,10 @@ def _open_hugging_face(folder: Path) -> Source:
             "safe_serialization=True"
         )
     shape = weights.config_from_huggingface(config)
-    return Source(shape, lambda: weights.from_huggingface(load_file(file)))
+    return FirstWeights(shape, lambda: weights.from_huggingface(load_file(file)))
 
 
-def _open_nanogpt(file: Path) -> Source:
+def _open_nanogpt(file: Path) -> FirstWeights:
     # The only unpickling in this program. weights_only admits tensors and plain values.
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True)
@@ -180,7 +180,7 @@ def _open_nanogpt(file: Path) -> Source:
             f"train.init_from: {file} is not a nanoGPT checkpoint that loads with weights_only "
             f"({type(error).__name__})"
         ) from None
-    return Source(GPTConfig(**arguments), lambda: weights.from_nanogpt(stored["model"]))
+    return FirstWeights(GPTConfig(**arguments), lambda: weights.from_nanogpt(stored["model"]))
 
 
 def _download(name: str) -> Path:

@@ -121,7 +121,7 @@ def fingerprint(experiment: Experiment, worker: Worker) -> dict[str, Any]:
     }
 
 
-def check(
+def refuse_drift(
     before: Mapping[str, Any], now: Mapping[str, Any], experiment: Experiment, where: object
 ) -> list[str]:
     """Return the differences, or refuse them unless `train.allow_drift` is set.

@@ -136,7 +136,7 @@ def read(folder: RunFolder) -> list[Mark]:
     found = []
     for file in folder.mark_files():
         with contextlib.suppress(OSError, ValueError, TypeError):
-            found.append(Mark(**json.loads(file.read_text("utf-8"))))
+            found.append(Mark(**json.loads(files.read_text(file))))
     return sorted(found, key=lambda mark: mark.rank)
 
 

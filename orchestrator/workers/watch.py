@@ -23,7 +23,7 @@ GRACE_S = 5.0  # added to the limit of a rank, so that its own watchdog acts fir
 # between SIGTERM and SIGKILL.
 EXIT_S = (2.0, 20.0)
 
-Report = tuple[int, int]  # pid, number of the mark
+MarkId = tuple[int, int]  # pid, number of the mark
 
 
 class Watch:
@@ -42,7 +42,7 @@ class Watch:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         # Last report of each rank, and when it was first seen by our own clock.
-        self._seen: dict[tuple[str, int], tuple[Report, float]] = {}
+        self._seen: dict[tuple[str, int], tuple[MarkId, float]] = {}
 
     def __enter__(self) -> "Watch":
         # While the main thread waits for Ray, Python runs a signal handler up to a second late.
@@ -84,8 +84,8 @@ class Watch:
         key = (str(place.path), mark.rank)
         known = self._seen.get(key)
         now = time.monotonic()
-        if known is None or known[0] != _report(mark):
-            self._seen[key] = (_report(mark), now)
+        if known is None or known[0] != _mark_id(mark):
+            self._seen[key] = (_mark_id(mark), now)
             return 0.0
         return now - known[1]
 
@@ -109,16 +109,16 @@ class RunWatch(Watch):
         self.over = False
         self._exit_s = min(max(hang_after_s, least), most)
         self._done_since: float | None = None
-        self._earlier: set[Report] = set()
+        self._earlier: set[MarkId] = set()
 
     def __enter__(self) -> "RunWatch":
-        self._earlier = {_report(mark) for mark in marks.read(self.folder)}  # of earlier workers
+        self._earlier = {_mark_id(mark) for mark in marks.read(self.folder)}  # of earlier workers
         super().__enter__()
         return self
 
     def _look(self) -> None:
         super()._look()
-        current = [mark for mark in marks.read(self.folder) if _report(mark) not in self._earlier]
+        current = [mark for mark in marks.read(self.folder) if _mark_id(mark) not in self._earlier]
         node = draining_node(current)
         if node is not None:
             stop.request(self.folder, f"the node {node} is drained")
@@ -143,5 +143,5 @@ def draining_node(current: list[Mark]) -> str | None:
     return None
 
 
-def _report(mark: Mark) -> Report:
+def _mark_id(mark: Mark) -> MarkId:
     return mark.pid, mark.number

@@ -103,10 +103,10 @@ class Sweeps:
                 leaves no traceback.
             stop_asked: Returns True if the running stage should stop.
         """
-        from orchestrator.sweep.report.files import Report
+        from orchestrator.sweep.report.files import SweepFiles
 
         progress = study.progress
-        report = Report(study)
+        report = SweepFiles(study)
         # The figure takes a second and has its own tests.
         report.write_tree = lambda: None
         progress.on_stage_end = report.stage_ended

@@ -36,14 +36,14 @@ def test_held_lock_is_refused_with_the_name_of_the_holder(folder, holder):
     with pytest.raises(HeldError, match=message), lock.held(folder.driver_lock):
         pytest.fail("two drivers")
     with pytest.raises(HeldError, match=message):
-        lock.check(folder)
+        lock.refuse_if_held(folder)
     assert folder.driver_lock.read_text().startswith(f"process {holder.pid} ")
 
 
 def test_lock_of_a_killed_holder_is_free_and_tells_its_name(folder, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    lock.check(folder)
+    lock.refuse_if_held(folder)
     with lock.held(folder.driver_lock) as killed_holder:
         assert killed_holder.startswith(f"process {holder.pid} ")
         assert folder.driver_lock.read_text().startswith(f"process {os.getpid()} ")
@@ -76,5 +76,5 @@ def test_folders_that_were_created_only_for_a_lock_are_removed(folder, tmp_path)
 
 
 def test_check_creates_nothing(folder, tmp_path):
-    lock.check(folder)
+    lock.refuse_if_held(folder)
     assert list(tmp_path.iterdir()) == []

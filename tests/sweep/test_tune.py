@@ -20,7 +20,7 @@ from orchestrator.runs import events, journal
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import SweepFolder
 from orchestrator.sweep import tune as sweep
-from orchestrator.sweep.report.files import Report
+from orchestrator.sweep.report.files import SweepFiles
 from orchestrator.sweep.states import FAILED
 from orchestrator.sweep.study import Study, data_key
 from orchestrator.workers import marks
@@ -49,7 +49,7 @@ def on_ray(ray_cluster) -> Callable:
         study.layout = layout
         progress = study.progress
         progress.tick = tick
-        report = Report(study)
+        report = SweepFiles(study)
         progress.on_stage_end = report.stage_ended
         report.begin()
         pids, ended = {}, progress.ended

@@ -31,7 +31,7 @@ SCRIPT = "pipelines/sweep.py"
 FEW = 8  # at the end of a stage of at most so many trials, all their folders are updated
 
 
-class Report:
+class SweepFiles:
     """Files of one sweep: call `begin` once, `stage_ended` with each stage, then `finish`.
 
     Args:

@@ -106,7 +106,7 @@ def show(study: Study, summary: SweepSummary, url: str | None) -> None:
 
     Args:
         study: The sweep.
-        summary: What `Report.finish` returned, or the summary.json of a finished sweep.
+        summary: What `SweepFiles.finish` returned, or the summary.json of a finished sweep.
         url: MLflow's page of the trials; None if there is none.
     """
     folder = study.folder

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import UserError
-from orchestrator.files import write_atomically
+from orchestrator.files import read_text, write_atomically
 from orchestrator.runs.folder import SweepFolder
 from orchestrator.sweep.space.dimensions import Choices, Range, dimension
 
@@ -32,7 +32,7 @@ class Sampler:
     """
 
     def __init__(self, folder: SweepFolder, space: Mapping[str, Any], seed: int) -> None:
-        optuna = import_optuna()
+        optuna = require_optuna()
         self.file = folder.optuna_file
         self.distributions = {
             key: _distribution(dimension(key, words)) for key, words in space.items()
@@ -48,7 +48,7 @@ class Sampler:
         if not self.file.exists():
             return []
         # A line without a newline is incomplete, and its sample was never used.
-        lines = self.file.read_text("utf-8").split("\n")[:-1]
+        lines = read_text(self.file).split("\n")[:-1]
         return [json.loads(line) for line in lines]
 
     def ask(self) -> tuple[int, dict[str, Any]]:
@@ -64,7 +64,7 @@ class Sampler:
 
     def tell(self, number: int, loss: float | None) -> None:
         """Tell optuna the loss of a sample once; None if it has none."""
-        optuna = import_optuna()
+        optuna = require_optuna()
         if number in self.told:
             return
         self.told.add(number)
@@ -85,12 +85,7 @@ class Sampler:
             pass  # drawn before a restart, from a space that has changed since
 
 
-def check() -> None:
-    """Refuse a sweep that needs optuna if it is not installed."""
-    import_optuna()
-
-
-def import_optuna() -> Any:
+def require_optuna() -> Any:
     """Import optuna, which takes a second and need not be installed."""
     try:
         import optuna
@@ -103,7 +98,7 @@ def import_optuna() -> Any:
 
 
 def _distribution(dimension: Choices | Range) -> "optuna.distributions.BaseDistribution":
-    kinds = import_optuna().distributions
+    kinds = require_optuna().distributions
     if isinstance(dimension, Choices):
         return kinds.CategoricalDistribution(dimension.values)
     low = dimension.low

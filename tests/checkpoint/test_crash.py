@@ -83,6 +83,7 @@ import os, random, signal, sys
 from pathlib import Path
 import torch
 from orchestrator.checkpoint import store
+from orchestrator.checkpoint.format import step_of
 from tests.helpers.checkpoints import save
 from tests.helpers.facts import FACTS
 
@@ -113,7 +114,7 @@ while newest < 25 or torn < 5:
     os.close(reader)
     torn += any(directory.glob(".step-*"))
     found = store.latest_valid(directory, warn=sys.exit)
-    step = store.step_of(found) if found else 0
+    step = step_of(found) if found else 0
     assert step >= newest, (step, newest)
     for other in store.steps(directory):
         store.verify(store.path_of(directory, other))

@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.checkpoint import format as checkpoint_format
 from orchestrator.checkpoint import store
+from orchestrator.checkpoint.format import step_of
 from orchestrator.errors import NO_ROOM, UnreadableError
 from orchestrator.runs.folder import RunFolder
 from orchestrator.track import contents
@@ -164,7 +165,7 @@ def test_readers_beside_a_writer_always_find_a_complete_checkpoint(tmp_path):
         while written[-1] < 20 or newest < 20:
             found = store.latest_valid(directory, messages.append)
             assert found is not None and writer.is_alive()
-            step = store.step_of(found)
+            step = step_of(found)
             # While a checkpoint is replaced, the one before it may be the newest.
             assert step >= newest - 1
             newest = step

@@ -14,7 +14,7 @@ import traceback
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from orchestrator import files
 from orchestrator.cluster import private
@@ -161,6 +161,15 @@ def _not_asked() -> bool:
 # ---- attempts ----
 
 
+class WorkersStart(TypedDict):
+    """A line of attempts.jsonl: one start of the workers."""
+
+    launch: str  # name of the call of `fit`
+    step: int  # of the newest checkpoint
+    workers: int
+    pid: int  # of rank 0
+
+
 def start_workers_attempt(folder: RunFolder, launch: str, world_size: int) -> int:
     """Append this attempt to attempts.jsonl, and return its number in the whole run, from 1.
 
@@ -196,21 +205,21 @@ def start_workers_attempt(folder: RunFolder, launch: str, world_size: int) -> in
     if same_launch:
         message = f"attempt {number} begins at step {step}, because a worker died"
         events.note(folder, "restart", message, step=step)
-    attempt = {"launch": launch, "step": step, "workers": world_size, "pid": os.getpid()}
-    _append_attempt(folder, attempt)
+    start = WorkersStart(launch=launch, step=step, workers=world_size, pid=os.getpid())
+    _append_attempt(folder, start)
     return number
 
 
-def _read_attempts(folder: RunFolder) -> list[dict[str, Any]]:
+def _read_attempts(folder: RunFolder) -> list[WorkersStart]:
     file = folder.attempts_file
     lines = files.read_text(file).split("\n") if file.exists() else []
     # On a full disk, a line may be incomplete.
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def _append_attempt(folder: RunFolder, attempt: dict[str, Any]) -> None:
+def _append_attempt(folder: RunFolder, start: WorkersStart) -> None:
     file = folder.attempts_file
-    line = json.dumps(attempt) + "\n"
+    line = json.dumps(start) + "\n"
     if file.exists() and not files.read_bytes(file).endswith(b"\n"):
         line = "\n" + line
     with open(file, "a", encoding="utf-8", opener=files.opener) as out:

@@ -4,10 +4,10 @@ Training writes only to the run folder. A thread of the driver reads this folder
 MLflow does not have, so training never waits for a server. tracking.json stores what was sent.
 
 Public names: `tracker.Tracker` sends while a run or a sweep goes on, and `tracker.resend_metrics`
-sends later what the server did not receive.
-`server.resolve_uri` finds the server.
+sends later what the server did not receive. `server.resolve_uri` finds the server.
 
-Start reading at `mlflow.Projection.send`. `outbox.MetricQueue` decides which values are sent, and
-`sender.Sender` retries. `mlflow_run` finds or creates the MLflow run, `contents` converts the
-content of a run folder, `attachments` sends its files, and `checkpoints` registers its checkpoints.
+Start reading at `mlflow.Projection.send`; `sweep` sends a sweep and its trials.
+`outbox.MetricQueue` decides which values are sent, and `sender.Sender` retries. `mlflow_run` finds
+or creates the MLflow run, `contents` converts the content of a run folder, `attachments` sends its
+files, and `checkpoints` registers its checkpoints.
 """

@@ -86,7 +86,8 @@ def test_every_field_is_described_in_one_line():
 
 
 def test_reference_tells_free_fields_from_identity():
-    assert field_class("train.keep") == "free"
-    assert field_class("compute.use_gpu") == "free"
-    assert field_class("schedule.max_lr") == "identity"
-    assert field_class("sweep.seeds") == "sweep"
+    docs = sweep_docs()
+    assert field_class("train.keep", docs["train.keep"]) == "free"
+    assert field_class("compute.use_gpu", docs["compute.use_gpu"]) == "free"
+    assert field_class("schedule.max_lr", docs["schedule.max_lr"]) == "identity"
+    assert field_class("sweep.seeds", docs["sweep.seeds"]) == "sweep"

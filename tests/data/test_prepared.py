@@ -44,10 +44,10 @@ def replace_a_word(folder):
         (replace_a_word, "a.txt has changed"),
         (
             lambda folder: (folder / "a.txt").write_bytes(b"short"),
-            "size of a.txt: before 4280, now 5",
+            "size of mixed/a.txt: before 4280, now 5",
         ),
-        (lambda folder: (folder / "e.txt").unlink(), "size of e.txt: before 749, now None"),
-        (lambda folder: (folder / "f.txt").write_text("new"), "size of f.txt: before None"),
+        (lambda folder: (folder / "e.txt").unlink(), "size of mixed/e.txt: before 749, now None"),
+        (lambda folder: (folder / "f.txt").write_text("new"), "size of mixed/f.txt: before None"),
     ],
 )
 def test_changed_corpus_is_refused(here, mixed, tmp_path, change, says):

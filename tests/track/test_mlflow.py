@@ -312,30 +312,30 @@ def test_locked_store_is_retried(run_dir, store, uri):
     assert len(curve(run_dir)) == 300
 
 
-def test_checkpoints_are_ranked_by_their_loss(run_dir, uri):
-    for step, loss in ((100, 3.5), (200, 3.1), (300, 3.3)):
-        Journal(RunFolder(run_dir)).append(step, {"val/loss": loss, "train/loss": loss})
+def test_checkpoints_are_registered_and_marked_when_they_are_removed(run_dir, uri):
+    for step in (100, 200, 300):
+        log(run_dir, [step])
         commit(run_dir, step)
     tracker = send(run_dir, uri, "KILLED")
     mlflow = client(uri)
     experiment_id = json.loads((run_dir / "tracking.json").read_text())["experiment_id"]
 
-    def ranked():
-        query = f"source_run_id = '{tracker.run_id}' AND metrics.`val/loss` < 3.4"
-        order = [{"field_name": "metrics.val/loss"}]
-        return mlflow.search_logged_models([experiment_id], query, order_by=order)
+    def tags():
+        query = f"source_run_id = '{tracker.run_id}'"
+        found = mlflow.search_logged_models([experiment_id], query)
+        return {model.params["step"]: model.tags for model in found}
 
-    assert [m.params["step"] for m in ranked()] == ["200", "300"]
-    assert ranked()[0].tags["checkpoint.uri"] == str(run_dir / "checkpoints" / "step-00000200")
+    assert tags().keys() == {"100", "200", "300"}
+    assert tags()["200"]["checkpoint.uri"] == str(run_dir / "checkpoints" / "step-00000200")
     outputs = mlflow.get_run(tracker.run_id).outputs.model_outputs
     assert {output.step for output in outputs} == {100, 200, 300}
+    before = tags()["300"]["checkpoint.sha256"]
     (commit(run_dir, 200) / "MANIFEST.json").unlink()
     commit(run_dir, 300, '{"is": "repeated"}')
     assert resend_metrics(RunFolder(run_dir), uri, EXPERIMENT)
-    removed, repeated = [model.tags for model in ranked()]
-    assert removed["checkpoint.removed"] == "true"
-    assert repeated["checkpoint.removed"] == "false"
-    assert repeated["checkpoint.sha256"] != removed["checkpoint.sha256"]
+    assert tags()["200"]["checkpoint.removed"] == "true"
+    assert tags()["300"]["checkpoint.removed"] == "false"
+    assert tags()["300"]["checkpoint.sha256"] != before
 
 
 def test_deleted_run_is_not_sent_and_logged_once(run_dir, uri, caplog):

@@ -13,19 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
+from orchestrator import files
 from orchestrator.checkpoint import format as checkpoint_format
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.config.load import read_yaml
 from orchestrator.errors import NO_ROOM, UserError
-from orchestrator.files import (
-    opener,
-    read_json,
-    read_text,
-    replace_symlink,
-    write_atomically,
-    write_json,
-)
 from orchestrator.runs.ending import Ending
 
 RESERVE_BYTES = 128 * 1024  # enough for stopped.json with the tracebacks of all ranks
@@ -160,9 +153,9 @@ class RunFolder:
         """Store experiment.yaml and run.json of an attempt. Remove the ending of the last one."""
         # run.json first. In the other order, a kill between the two writes would leave a new
         # experiment with the MLflow key of the old one.
-        write_json(self.run_file, record)
-        write_atomically(self.experiment_file, experiment.to_yaml())
-        write_atomically(self.reserve_file, b" " * RESERVE_BYTES)
+        files.write_json(self.run_file, record)
+        files.write_atomically(self.experiment_file, experiment.to_yaml())
+        files.write_atomically(self.reserve_file, b" " * RESERVE_BYTES)
         self.clear_ending()
 
     def clear_ending(self) -> None:
@@ -183,7 +176,7 @@ class RunFolder:
 
     def read_record(self) -> RunRecord | None:
         """Read run.json; None before the first attempt."""
-        return cast(RunRecord | None, read_json(self.run_file))
+        return cast(RunRecord | None, files.read_json(self.run_file))
 
     def recorded_layout(self) -> Layout | None:
         """Workers and devices of the last attempt; None before the first one."""
@@ -202,7 +195,7 @@ class RunFolder:
         """
         file = self.experiment_file
         try:
-            text = read_text(file)
+            text = files.read_text(file)
         except OSError:
             raise UserError(
                 f"{self.path}: has no experiment.yaml; give the folder of a run or a checkpoint"
@@ -214,7 +207,7 @@ class RunFolder:
     def read_ending(self) -> Ending | None:
         """Read how the run or stage ended; None if it is still training or was killed."""
         for file in (self.result_file, self.ending_file):
-            stored = read_json(file)
+            stored = files.read_json(file)
             if stored is not None:
                 return Ending.from_json(stored)
         return None
@@ -223,13 +216,13 @@ class RunFolder:
         """Write stopped.json. After that, the workers are not started again."""
         text = json.dumps(ending.to_json(), indent=1)
         try:
-            write_atomically(self.ending_file, text)
+            files.write_atomically(self.ending_file, text)
         except OSError as error:
             if error.errno not in NO_ROOM or not self.reserve_file.exists():
                 raise
             # The disk is full: overwrite the reserved file and rename it. Space that we free
             # first could be taken by another process.
-            with open(self.reserve_file, "r+b", buffering=0, opener=opener) as file:
+            with open(self.reserve_file, "r+b", buffering=0, opener=files.opener) as file:
                 file.write(text.encode())
                 file.truncate()
             os.replace(self.reserve_file, self.ending_file)
@@ -240,7 +233,7 @@ class RunFolder:
         The driver can then still print how the run ended.
         """
         try:
-            write_json(self.summary_file, summary)
+            files.write_json(self.summary_file, summary)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
@@ -249,8 +242,8 @@ class RunFolder:
     def read_failures(self) -> list[str]:
         """Tracebacks of all ranks, oldest first: the first failure often causes the others."""
         found = self.path.glob("failure-rank*.txt")
-        files = sorted(found, key=lambda file: file.stat().st_mtime_ns)
-        return [read_text(file) for file in files]
+        oldest_first = sorted(found, key=lambda file: file.stat().st_mtime_ns)
+        return [files.read_text(file) for file in oldest_first]
 
     # ---- folder of a trial ----
 
@@ -263,7 +256,9 @@ class RunFolder:
     def link_to_stage(self, stage: "RunFolder") -> None:
         """Make `checkpoints` and `samples` relative symlinks to those of the trial's last stage."""
         for name in ("checkpoints", "samples"):
-            replace_symlink(self.path / name, Path(os.path.relpath(stage.path / name, self.path)))
+            files.replace_symlink(
+                self.path / name, Path(os.path.relpath(stage.path / name, self.path))
+            )
 
 
 class SweepFolder(RunFolder):

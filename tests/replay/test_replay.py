@@ -341,7 +341,7 @@ def test_segments_have_the_settings_of_their_attempts(run):
     write_record(run, attempts=attempts)
     recorded = RecordedRun(run)
     segments = Replay(recorded, recorded.stretch((12, 20))).segments
-    found = [(segment.end, segment.settings["on_nonfinite"]) for segment in segments]
+    found = [(segment.end, segment.settings["train.on_nonfinite"]) for segment in segments]
     assert found == [(16, "skip"), (20, "stop")]
 
 

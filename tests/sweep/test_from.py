@@ -88,7 +88,7 @@ def test_rates_before_the_branch_are_those_of_the_run(sweeps, source):
     ("words", "said"),
     [
         (["sweep.from=nowhere@8"], "'nowhere': there is no run"),
-        (["sweep.from=source@21"], "has 20 steps, and none 21"),
+        (["sweep.from=source@21"], "has only 20 steps, not 21"),
         (["sweep.from=source@8", "model.dropout=0.2"], "model.dropout: before 0.1, now 0.2"),
         (["sweep.from=source@8", "train.log_interval=4"], "train.log_interval: before 3, now 4"),
         (["sweep.from=source@8", "train.seed=1"], "train.seed: before 1337, now 1"),

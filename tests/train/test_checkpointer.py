@@ -1,5 +1,6 @@
 """Checkpoints in the background: the state at the time of `save`, their order, full disks."""
 
+import errno
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from orchestrator.checkpoint import store
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
-from orchestrator.runs import events
+from orchestrator.runs import events, journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
 from orchestrator.track import outbox
@@ -328,6 +329,28 @@ def test_only_wait_raises_an_error_for_a_full_disk(folder, monkeypatch):
     assert [event["step"] for event in events.read(folder)] == [1, 2]
 
 
+def test_no_checkpoint_is_written_while_lines_wait(folder, monkeypatch):
+    """There may be room for the checkpoint: a run that resumed from it would lose the lines."""
+    checkpointer = open_checkpointer(folder)
+    write = Journal.write
+
+    def full(self, line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Journal, "write", full)
+    checkpointer.lines.append(1, {"train/loss": 2.0})
+    checkpointer.save(1, state(1.0), {}, FACTS)
+    assert folder.checkpoint_steps() == []
+    with pytest.raises(UserError, match="no room for the checkpoint of step 1"):
+        checkpointer.wait()
+    monkeypatch.setattr(Journal, "write", write)
+    checkpointer.save(2, state(2.0), {}, FACTS)
+    checkpointer.wait()
+    checkpointer.close()
+    assert folder.checkpoint_steps() == [2]
+    assert [line["step"] for line in journal.read(folder)] == [1]
+
+
 # ---- order on disk ----
 
 
@@ -357,10 +380,10 @@ def test_journal_is_on_disk_before_the_checkpoint_and_before_it_is_sent(
     checkpointer.lines.append(1, {"train/loss": 2.0})
     checkpointer.save(1, state(1.0), {}, {})
     checkpointer.wait()
-    journal = folder.journal_file.name
-    assert synced_and_renamed.index(journal) < synced_and_renamed.index("step-00000001")
+    name = folder.journal_file.name
+    assert synced_and_renamed.index(name) < synced_and_renamed.index("step-00000001")
     synced_and_renamed.clear()
     queue = outbox.MetricQueue(folder)
     queue.refresh(outbox.Sent("", None))
     assert next(queue.batches()).rows
-    assert journal in synced_and_renamed
+    assert name in synced_and_renamed

@@ -143,6 +143,17 @@ def test_weights_do_not_depend_on_logging_and_evaluation(golden, tiny_dataset, f
     assert weights.read_bytes() == golden["model.safetensors"]
 
 
+def test_best_loss_is_the_lowest_so_far(tiny_dataset, folder):
+    train_here(
+        folder, tiny_dataset, "schedule.max_lr=1", "train.eval_interval=2", "train.max_steps=8"
+    )
+    lines = [line for line in journal.read(folder) if "val/loss" in line]
+    losses = [line["val/loss"] for line in lines]
+    assert losses[-1] > min(losses), "the loss must also rise"
+    lowest = [min(losses[: i + 1]) for i in range(len(losses))]
+    assert [line["val/best_loss"] for line in lines] == lowest
+
+
 def test_loss_that_is_not_finite_stops_before_the_update(tiny_dataset, folder):
     words = ["train.log_interval=1", "schedule.max_lr=1e38", "optim.max_grad_norm=null"]
     done = train_here(folder, tiny_dataset, *words)

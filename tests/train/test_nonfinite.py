@@ -119,6 +119,14 @@ def test_run_ends_after_too_many_skipped_updates_in_a_row(tiny_dataset, folder):
     assert "as were the 10 before it" in folder.read_ending().reason
 
 
+def test_skipped_updates_that_are_not_in_a_row_do_not_end_the_run(tiny_dataset, folder):
+    bad = {4 * step for step in range(0, 30, 2)}
+    trainer = new_trainer(folder, tiny_dataset, SKIP, "train.max_steps=30", bad=bad)
+    run(trainer)
+    assert trainer.state.step == 30
+    assert trainer.state.skipped == 15 > nonfinite.PATIENCE
+
+
 def test_resume_does_not_reset_the_count_of_skipped_updates(tiny_dataset, folder):
     words = [SKIP, "train.max_steps=30"]
     run(new_trainer(folder, tiny_dataset, *words, bad=set(range(8, 200))), until=7)

@@ -274,6 +274,7 @@ def ours(folder: RunFolder, data_dir: Path, dtype: str, slots: int) -> dict:
     keys = ("train/loss", "optim/grad_norm", "optim/lr")
     return {
         "lines": [tuple(line[key] for key in keys) for line in lines[1:]],
+        "tokens": [line["train/tokens"] for line in lines[1:]],
         "val": lines[-1]["val/loss"],
         "bits_per_byte": lines[-1]["val/bits_per_byte"],
         "weights": load_file(folder.path / "checkpoints/step-00000012/model.safetensors"),
@@ -289,6 +290,7 @@ def test_twelve_steps_have_the_bits_of_a_plain_loop(folder, tiny_dataset, dtype,
     assert got["weights"].keys() == expected["weights"].keys()
     for name, weight in expected["weights"].items():
         assert torch.equal(got["weights"][name], weight), name
+    assert got["tokens"] == [M * B * T * (step + 1) for step in range(STEPS)]
     # Windows of the evaluation come in batches: other shapes, other rounding.
     assert got["val"] == pytest.approx(expected["val"], rel=1e-3 if dtype == "bfloat16" else 1e-6)
     # The corpus is ASCII: a token is a byte.

@@ -377,6 +377,39 @@ def test_batches_have_whole_lines_and_stay_until_accepted(run_dir):
     assert [batch.sent_step for batch in queue.batches()] == [1200]
 
 
+def take(queue: MetricQueue, sent: Sent) -> list:
+    """Return the rows that are due, as if the server accepted all of them."""
+    rows = []
+    queue.refresh(sent)
+    for batch in queue.batches():
+        rows += [(row.key, row.step) for row in batch.rows]
+        sent.sent_step = batch.sent_step
+        sent.asides = batch.asides
+    return rows
+
+
+def test_lines_that_were_accepted_are_not_sent_by_the_next_process(run_dir):
+    log(run_dir, range(5))
+    sent = Sent("", None)
+    assert len(take(MetricQueue(RunFolder(run_dir)), sent)) == 2 * 5
+    log(run_dir, [5])
+    assert take(MetricQueue(RunFolder(run_dir)), sent) == [("train/loss", 5), ("optim/lr", 5)]
+
+
+def test_new_metrics_of_repeated_steps_are_sent_after_a_resume_that_was_killed(run_dir):
+    """The resume was killed after it wrote the aside, before it cut the journal."""
+    folder = RunFolder(run_dir)
+    log(run_dir, range(5))
+    sent = Sent("", None)
+    take(MetricQueue(folder), sent)
+    lines = folder.journal_file.read_bytes().splitlines(keepends=True)
+    folder.aside_file(0, 3).write_bytes(b"".join(lines[3:]))
+    take(MetricQueue(folder), sent)  # the lines of the aside again, which changes nothing
+    folder.journal_file.write_bytes(b"".join(lines[:3]))
+    log(run_dir, [3], **{"val/loss": 4.0})
+    assert take(MetricQueue(folder), sent) == [("val/loss", 3)]
+
+
 def test_tracking_uri_and_link(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from orchestrator.checkpoint.format import CheckpointManifest
-from orchestrator.data.batches import EvalBatches, TokenStream
+from orchestrator.data.batches import EvalBatches, TokenStream, check_unchanged
 from orchestrator.data.dataset import Manifest
 from orchestrator.errors import EXIT_DONE, UserError
 from orchestrator.text import duration, table
@@ -150,6 +150,7 @@ def measure(trained: Trained, dataset: Manifest, split: str, tokens: int | None)
     result = eval_set.evaluate(
         trained.model, torch.device(trained.device), autocast(experiment, trained.device)
     )
+    check_unchanged([stream])
     return Measured(result, eval_set.bytes, time.monotonic() - started)
 
 

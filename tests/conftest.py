@@ -3,9 +3,12 @@
 The Ray head is started as the head of a cluster is, with token authentication.
 """
 
+import atexit
 import os
 import random
 import secrets
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,15 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("ESPALIER_STORAGE", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+# The hashes of the tests' files go to a folder of this session; timings of steps stay.
+_caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "espalier"
+_timings = _caches / "calibration"
+_timings.mkdir(parents=True, exist_ok=True)
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="espalier-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+Path(os.environ["XDG_CACHE_HOME"], "espalier").mkdir()
+Path(os.environ["XDG_CACHE_HOME"], "espalier", "calibration").symlink_to(_timings)
 
 from hypothesis import settings  # noqa: E402
 

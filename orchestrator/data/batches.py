@@ -19,6 +19,7 @@ from orchestrator.data.dataset import load_manifest, verify
 from orchestrator.data.order import sample_offsets, windows_per_epoch
 from orchestrator.data.shards import map_shard
 from orchestrator.errors import UserError
+from orchestrator.hashes import Stamp, stamp
 
 # Offsets are computed for at least this many samples at once: a call takes 0.1 ms for one sample or
 # for hundreds.
@@ -43,11 +44,12 @@ class TokenStream:
         if split not in splits:
             raise UserError(f"{directory}: has no split '{split}', only {' and '.join(splits)}")
         self.tokens = splits[split].tokens
+        self.versions: dict[Path, Stamp] = {}  # of the shards, when they were verified
         self.row_groups: list[np.ndarray] = []
         self.starts = [0]  # first token of each row group, then the end of the last one
         for shard in splits[split].shards:
             path = self.directory / shard.name
-            verify(path, shard.sha256)
+            self.versions[path] = verify(path, shard.sha256)
             for row_group in map_shard(path):
                 self.row_groups.append(row_group)
                 self.starts.append(self.starts[-1] + len(row_group))
@@ -68,6 +70,24 @@ class TokenStream:
             return window
         rest = self.read(offset + len(window), length - len(window))
         return np.concatenate((window, rest))
+
+
+def check_unchanged(streams: Iterable[TokenStream]) -> None:
+    """Check that no shard was written to, replaced or removed since it was verified.
+
+    A mapping shows later writes to its file. If this check passes, all that was read before it is
+    what the manifest describes.
+
+    Raises:
+        UserError: A shard was changed.
+    """
+    for stream in streams:
+        for path, version in stream.versions.items():
+            if not path.exists() or stamp(path) != version:
+                raise UserError(
+                    f"{path}: was changed while it was read, so nothing computed since the last "
+                    "checkpoint is kept; run the same command again, which verifies the file first"
+                )
 
 
 class Batches:

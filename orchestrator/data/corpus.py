@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.errors import UserError
-from orchestrator.files import replacement
+from orchestrator.files import cache_folder, replacement
 from orchestrator.redact import redact_text
 
 STDLIB = "builtin:stdlib"
@@ -95,11 +95,6 @@ def root_name(entry: str) -> str:
     if _is_url(entry):
         return _url_name(entry)
     return _absolute(_fixed_part(entry)).name
-
-
-def cache_folder() -> Path:
-    """Return the folder of this program's downloads and measurements on this machine."""
-    return _absolute(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "espalier"
 
 
 # ---- entries ----

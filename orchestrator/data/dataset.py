@@ -7,12 +7,10 @@ compared whenever the manifest is loaded, a shard or `documents.parquet` when it
 Every training worker imports this module, so it imports neither Ray nor pydantic nor pyarrow.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import os
-import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from typing import Any, TypedDict
 from orchestrator.data.tokenizer import TOKENIZER_FILE, TokenizerFacts
 from orchestrator.errors import UserError
 from orchestrator.files import file_sha256, fsync, write_atomically
+from orchestrator.hashes import Stamp, private_folder, stamp
 
 FILE = "manifest.json"
 FORMAT = 2
@@ -182,48 +181,34 @@ def _digest(raw: Mapping[str, Any]) -> str:
 _CHANGED = "its content has changed (SHA-256 differs); delete the folder and prepare it again"
 
 
-def verify(path: Path, sha256: str) -> None:
+def verify(path: Path, sha256: str) -> Stamp:
     """Compare a file of a dataset with its SHA-256, once per node and version of the file.
 
-    A stamp in the temporary folder records that a file was verified. It is valid for one path,
-    inode, size, mtime and ctime; no program can set the ctime back.
+    A mark in the temporary folder records that this version of the file was verified.
+
+    Returns:
+        The version, from before the file was read.
 
     Raises:
         UserError: The file is missing or changed.
     """
     try:
-        found = path.stat()
+        found = stamp(path)
     except FileNotFoundError:
         raise UserError(f"{path}: is missing; delete the folder and prepare it again") from None
-    version = (
-        f"{path.resolve()}/{found.st_ino}/{found.st_size}"
-        f"/{found.st_mtime_ns}/{found.st_ctime_ns}/{sha256}"
-    )
-    with open(_stamps() / hashlib.sha256(version.encode()).hexdigest(), "a+") as stamp:
+    version = f"{path.resolve()}/{found}/{sha256}"
+    with open(_marks() / hashlib.sha256(version.encode()).hexdigest(), "a+") as mark:
         # The other workers of the node wait here, and then find the file verified.
-        fcntl.flock(stamp, fcntl.LOCK_EX)
-        stamp.seek(0)
-        if stamp.read() == "verified":
-            return
-        if file_sha256(path) != sha256:
-            raise UserError(f"{path}: {_CHANGED}")
-        stamp.write("verified")
+        fcntl.flock(mark, fcntl.LOCK_EX)
+        mark.seek(0)
+        if mark.read() != "verified":
+            if file_sha256(path) != sha256:
+                raise UserError(f"{path}: {_CHANGED}")
+            mark.write("verified")
+    return found
 
 
-def _stamps() -> Path:
-    """Return the folder of this user's stamps.
-
-    The temporary folder is world-writable: a stamp counts only in a folder that no other user can
-    write to.
-    """
+def _marks() -> Path:
+    """Return the folder of this user's marks; the temporary folder itself is world-writable."""
     folder = Path(tempfile.gettempdir()) / f"espalier-verified-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise UserError(
-            f"{folder}: must be a folder that only you can write to (it is "
-            f"{stat.filemode(found.st_mode)}, owner {found.st_uid}), because it records verified "
-            "files; remove it, or set TMPDIR to a folder of your own"
-        )
-    return folder
+    return private_folder(folder, "remove it, or set TMPDIR to a folder of your own")

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from orchestrator.data.corpus import Source, cache_folder
+from orchestrator.data.corpus import Source
 from orchestrator.data.dataset import SourceFile
 from orchestrator.data.documents import Piece, Span, read_pieces, reader_of
 from orchestrator.data.parts import SPLITS, Part, PartFacts, find_complete, sidecar_file
 from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
 from orchestrator.errors import UserError
-from orchestrator.files import file_sha256, write_atomically
+from orchestrator.files import cache_folder, file_sha256, write_atomically
 from orchestrator.redact import redact_text
 
 if TYPE_CHECKING:

@@ -19,9 +19,8 @@ from model import weights
 from model.gpt import GPT, GPTConfig
 from orchestrator.checkpoint import store
 from orchestrator.config.experiment import Experiment
-from orchestrator.data.corpus import cache_folder
 from orchestrator.errors import UserError
-from orchestrator.files import replacement
+from orchestrator.files import cache_folder, replacement
 from orchestrator.runs.folder import RunFolder
 from orchestrator.text import differences
 from orchestrator.train.state import NOT_LOADABLE, shape_of

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from model.schedule import learning_rate
 from orchestrator.config.experiment import Experiment
-from orchestrator.data.batches import Batches, TokenStream
+from orchestrator.data.batches import Batches, TokenStream, check_unchanged
 from orchestrator.data.dataset import load_manifest
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.runs.ending import Ending
@@ -105,9 +105,9 @@ class Trainer:
 
         self.dataset = load_manifest(dataset_dir)
         tokenizer = load_tokenizer(experiment.data.tokenizer, dataset_dir)
-        streams = {split: TokenStream(dataset_dir, split) for split in ("train", "val")}
+        self.streams = {split: TokenStream(dataset_dir, split) for split in ("train", "val")}
         self.batches = Batches(
-            streams["train"],
+            self.streams["train"],
             experiment.model.block_size,
             config.global_batch_size,
             config.micro_batch_size,
@@ -125,7 +125,7 @@ class Trainer:
             self.evaluator = Evaluator(
                 experiment,
                 folder,
-                streams,
+                self.streams,
                 tokenizer,
                 worker,
                 stop_requested,
@@ -140,7 +140,8 @@ class Trainer:
         All ranks yield at the same steps, so a caller can end all of them at the same line.
 
         Raises:
-            UserError: The disk has no room for the last checkpoint or the last journal line.
+            UserError: The disk has no room for the last checkpoint or the last journal line, or a
+                token shard was changed since it was verified.
         """
         state = self.state
         steps = range(state.step, self.end_step)
@@ -206,6 +207,7 @@ class Trainer:
 
     def _save_checkpoint(self, metrics: Metrics) -> None:
         """Copy the state; a thread of rank 0 writes it. `metrics` are those of the current step."""
+        check_unchanged(self.streams.values())
         state = self.state
         state.meter.lap("rest")
         self.report_phase("checkpoint", state.step)
@@ -278,6 +280,7 @@ class Trainer:
 
     def _write_line(self, metrics: Metrics) -> Line:
         """Append the line of the current step on rank 0; return it on every rank."""
+        check_unchanged(self.streams.values())
         if self.worker.is_main:
             return self.journal.append(self.state.step, metrics)
         return {"step": self.state.step, **metrics}

@@ -7,7 +7,7 @@ import math
 from typing import Any, Literal
 
 from orchestrator.config.sections import Train
-from orchestrator.data.batches import Batches
+from orchestrator.data.batches import Batches, check_unchanged
 from orchestrator.runs import events
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
@@ -47,6 +47,9 @@ class Guard:
 
         APPLY is also returned for an infinite gradient with a float16 scaler: the scaler skips
         the update itself and lowers its scale.
+
+        Raises:
+            UserError: A token shard was changed, which may be the cause.
         """
         bad = [m for m, loss in enumerate(gradient.losses) if not math.isfinite(loss)]
         if not bad and math.isfinite(gradient.norm):
@@ -55,6 +58,7 @@ class Guard:
         state.nonfinite_in_a_row += 1
         if not bad and state.scaler.is_enabled() and state.nonfinite_in_a_row <= SCALER_PATIENCE:
             return APPLY
+        check_unchanged([self.batches.stream])
         is_patient = state.nonfinite_in_a_row <= PATIENCE
         verdict = SKIP if is_patient and self.config.on_nonfinite == "skip" else STOP
         if self.is_writer:

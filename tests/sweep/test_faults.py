@@ -1,6 +1,7 @@
 """A stage that fails ends like a lone run with the same fault: kind, exit status, reason, event."""
 
 import errno
+import shutil
 
 import pytest
 
@@ -12,6 +13,7 @@ from orchestrator.train.numerics import Worker
 from orchestrator.workers import fitting
 from orchestrator.workers.diagnose import advise, diagnose
 from orchestrator.workers.ray_train import record_failure
+from tests.helpers.datasets import change_in_place
 from tests.helpers.fixtures import Killed
 
 TRIAL = "sweep.trials.only.train.max_steps=10"
@@ -113,3 +115,20 @@ def test_trial_out_of_memory_beside_one_that_is_done_has_status_2(sweeps):
     assert {row.trial: row.state for row in study.results()} == {"a": "done", "b": "failed"}
     ending = ending_of(study, 1)
     assert (ending.kind, ending.cause) == ("user", "out_of_memory")
+
+
+def test_shard_changed_in_place_ends_the_stage_before_its_next_checkpoint(sweeps, tmp_path):
+    sweeps.dataset_dir = shutil.copytree(sweeps.dataset_dir, tmp_path / "dataset")
+    study = sweeps.open(TRIAL, "train.checkpoint_interval=2")
+    [stage] = study.tree.stages
+    folder = study.folder.stage(stage.id)
+
+    def change_after_a_checkpoint() -> bool:
+        if 4 in folder.checkpoint_steps():
+            change_in_place(sweeps.dataset_dir / "train-00000.parquet")
+        return False
+
+    sweeps.run(study, stop_asked=change_after_a_checkpoint)
+    assert "train-00000.parquet: was changed while it was read" in study.reason("only")
+    assert ending_of(study, 1).exit_status == 2
+    assert max(folder.checkpoint_steps()) < 10

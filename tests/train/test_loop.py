@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,14 @@ import torch
 
 from orchestrator.checkpoint import store
 from orchestrator.config.experiment import load_experiment
+from orchestrator.errors import UserError
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
-from orchestrator.train.loop import train
+from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
 from tests.helpers.checkpoints import damage
 from tests.helpers.curves import exact_part
+from tests.helpers.datasets import change_in_place
 
 HELPER = Path(__file__).resolve().parent.parent / "helpers" / "train_rank.py"
 SMALL = [
@@ -162,6 +165,56 @@ def test_loss_that_is_not_finite_stops_before_the_update(tiny_dataset, folder):
     assert f"step {done + 1}" in ending.reason
     assert ending.facts["windows"]
     assert journal.read(folder)[-1]["step"] == done
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("train-00000.parquet", []),
+        ("val-00000.parquet", []),
+        ("train-00000.parquet", ["train.log_interval=null", "train.eval_interval=null"]),
+    ],
+)
+def test_shard_changed_in_place_ends_the_run_before_its_next_line_and_checkpoint(
+    tiny_dataset, tmp_path, name, words
+):
+    dataset = Path(shutil.copytree(tiny_dataset, tmp_path / "dataset"))
+    experiment = load_experiment(None, [*SMALL, *words])
+    folder = new_folder(tmp_path / "run")
+    asked = []
+
+    def change_at_step_6() -> bool:
+        asked.append(trainer.state.step)
+        if asked[-1] == 6 and asked.count(6) == 1:
+            change_in_place(dataset / name)
+        return False
+
+    trainer = Trainer(experiment, folder, dataset, Worker(cpus=1), stop_requested=change_at_step_6)
+    with pytest.raises(UserError, match=f"{name}: was changed while it was read"):
+        for _ in trainer.run():
+            pass
+    assert folder.checkpoint_steps() == [4]
+    assert all(line["step"] <= 5 for line in journal.read(folder))
+    with pytest.raises(UserError, match=f"{name}: its content has changed"):
+        train(experiment, folder, dataset, Worker(cpus=1))
+
+
+def test_loss_that_is_not_finite_because_of_a_changed_shard_is_not_a_divergence(
+    tiny_dataset, tmp_path
+):
+    dataset = Path(shutil.copytree(tiny_dataset, tmp_path / "dataset"))
+    folder = new_folder(tmp_path / "run")
+    words = ["train.log_interval=null", "schedule.max_lr=1e38", "optim.max_grad_norm=null"]
+    experiment = load_experiment(None, [*SMALL, *words])
+    trainer = Trainer(experiment, folder, dataset, Worker(cpus=1))
+    lines = trainer.run()
+    next(lines)  # the evaluation before training
+    change_in_place(dataset / "val-00000.parquet")
+    change_in_place(dataset / "train-00000.parquet")
+    with pytest.raises(UserError, match="was changed while it was read"):
+        for _ in lines:
+            pass
+    assert folder.read_ending() is None
 
 
 def test_finished_run_makes_no_step(golden, tiny_dataset, folder):

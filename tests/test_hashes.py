@@ -1,0 +1,81 @@
+"""Hashes of files: a stored one is used only for the version of the file that was hashed."""
+
+import hashlib
+import os
+
+import pytest
+
+from orchestrator import hashes
+from orchestrator.errors import UserError
+from orchestrator.hashes import known_sha256s, sha256s
+from tests.helpers.datasets import change_in_place
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(hashes, "_folders", {})
+    return tmp_path / "cache" / "espalier" / "sha256"
+
+
+def forget() -> None:
+    """What a new process knows is only in the cache."""
+    hashes._folders.clear()
+
+
+def test_files_that_change_at_once_after_they_were_hashed_are_hashed_again(cache, tmp_path):
+    file = tmp_path / "text"
+    for number in range(20):
+        file.write_text(f"{number:09d}")
+        os.utime(file, (0, 0))
+        assert sha256s([str(file)]) == [hashlib.sha256(file.read_bytes()).hexdigest()]
+
+
+def test_stored_hash_counts_only_for_its_version_of_the_file(cache, tmp_path):
+    file = tmp_path / "text"
+    file.write_text("some text")
+    before = sha256s([str(file)])
+    forget()
+    assert list(known_sha256s([str(file)]).values()) == before
+    change_in_place(file)
+    assert known_sha256s([str(file)]) == {}
+    assert sha256s([str(file)]) != before
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"text": 1}', '{"text": [[1, 2], "ab"]}', ""])
+def test_damaged_cache_is_as_good_as_none(cache, tmp_path, content):
+    (tmp_path / "text").write_text("some text")
+    paths = [str(tmp_path / "text")]
+    before = sha256s(paths)
+    [stored] = cache.iterdir()
+    stored.write_text(content)
+    forget()
+    assert sha256s(paths) == before
+
+
+@pytest.mark.parametrize("planted", ["writable for all", "a link"])
+def test_folder_that_others_can_write_to_is_refused(cache, tmp_path, planted):
+    (tmp_path / "text").write_text("some text")
+    sha256s([str(tmp_path / "text")])
+    if planted == "a link":
+        cache.rename(tmp_path / "moved")
+        cache.symlink_to(tmp_path / "moved")
+    else:
+        cache.chmod(0o777)
+    forget()
+    with pytest.raises(UserError, match=f"{cache}: must be a folder that only you can write to"):
+        sha256s([str(tmp_path / "text")])
+
+
+def test_without_a_cache_files_are_hashed_by_each_process(tmp_path, monkeypatch):
+    (tmp_path / "text").write_text("some text")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "text"))
+    before = sha256s([str(tmp_path / "text")])
+    assert known_sha256s([str(tmp_path / "text")])
+    forget()
+    assert sha256s([str(tmp_path / "text")]) == before
+
+
+def test_file_that_cannot_be_read_is_named(cache, tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}/none: cannot be read"):
+        sha256s([str(tmp_path / "none")])

@@ -39,8 +39,7 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.config.sweep import parse_sweep
 from orchestrator.data.corpus import STDLIB
-from orchestrator.data.prepare import prepare
-from orchestrator.data.prepared import dataset_dir
+from orchestrator.data.prepare import prepare_in
 from orchestrator.runs import journal
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.progress import Progress
@@ -129,7 +128,7 @@ def opened(tree: dict[str, Any], folder: Path | None, layout: Layout) -> Study:
     base, settings = parse_sweep(tree, "the benchmark")
     storage = storage_root(base)
     planned = Sweep(base, settings, expand(base.model_dump(), settings))
-    dataset = prepare(base.data, dataset_dir(base.data, storage))
+    dataset = prepare_in(base.data, storage)
     sweep_folder = SweepFolder(folder or storage / base.name)
     return Study(planned, sweep_folder, layout, {data_key(base.data): dataset})
 

@@ -100,7 +100,7 @@ def sha256s(paths: list[str], hash_files: HashFiles | None = None) -> list[str]:
         if missing:
             stamps = [stamp(path) for path in missing]
             _wait_for_tick(max(found.ctime_ns for found in stamps))
-            found = (hash_files or _hash_here)(missing)
+            found = (hash_files or hash_here)(missing)
             hashed = dict(zip(missing, zip(stamps, found, strict=True), strict=True))
             _remember(hashed)
             known |= {path: sha256 for path, (_, sha256) in hashed.items()}
@@ -109,7 +109,8 @@ def sha256s(paths: list[str], hash_files: HashFiles | None = None) -> list[str]:
     return [known[path] for path in paths]
 
 
-def _hash_here(paths: list[str]) -> Iterable[str]:
+def hash_here(paths: list[str]) -> list[str]:
+    """Hash files in threads of this process."""
     with ThreadPoolExecutor() as threads:
         return list(threads.map(file_sha256, paths))
 
@@ -123,6 +124,11 @@ def _wait_for_tick(newest_ns: int) -> None:
 
 
 # ---- the cache ----
+
+
+def forget() -> None:
+    """Forget what this process knows; the cache is read again."""
+    _folders.clear()
 
 
 def _file_of(folder: str) -> Path:

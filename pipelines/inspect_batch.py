@@ -17,8 +17,7 @@ from model.gpt import GPT
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.index import documents_of
-from orchestrator.data.prepare import prepare
-from orchestrator.data.prepared import dataset_dir
+from orchestrator.data.prepare import prepare_in
 from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
 from orchestrator.errors import EXIT_DONE
 from orchestrator.runs.storage import storage_root
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> int:
     args = options().parse_intermixed_args(argv)
     experiment = load_experiment(*split_words(args.words))
     device = find_device(args.device)
-    dataset = prepare(experiment.data, dataset_dir(experiment.data, storage_root(experiment)))
+    dataset = prepare_in(experiment.data, storage_root(experiment))
     tokenizer = load_tokenizer(experiment.data.tokenizer, dataset.directory)
     batch = batch_of(experiment, dataset.directory, args.step)
     rows = range(min(args.rows, len(batch.inputs)))

@@ -9,8 +9,7 @@ import time
 
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost.estimate import show
-from orchestrator.data.prepare import prepare
-from orchestrator.data.prepared import dataset_dir
+from orchestrator.data.prepare import prepare_in
 from orchestrator.errors import EXIT_DONE
 from orchestrator.runs.storage import storage_root
 from orchestrator.text import duration, table
@@ -20,10 +19,9 @@ from pipelines.common import experiment_command
 def main(experiment: Experiment) -> int:
     """Prepare the dataset unless it exists, and print its size."""
     started = time.monotonic()
-    directory = dataset_dir(experiment.data, storage_root(experiment))
-    manifest = prepare(experiment.data, directory)
+    manifest = prepare_in(experiment.data, storage_root(experiment))
     rows = {
-        "folder": str(directory),
+        "folder": str(manifest.directory),
         "tokenizer": f"{manifest.tokenizer['name']}, {manifest.tokenizer['n_vocab']:,} ids",
     }
     for name, split in manifest.splits.items():

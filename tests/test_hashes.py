@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator import hashes
 from orchestrator.errors import UserError
-from orchestrator.hashes import known_sha256s, sha256s
+from orchestrator.hashes import forget, known_sha256s, sha256s
 from tests.helpers.datasets import change_in_place
 
 
@@ -16,11 +16,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(hashes, "_folders", {})
     return tmp_path / "cache" / "espalier" / "sha256"
-
-
-def forget() -> None:
-    """What a new process knows is only in the cache."""
-    hashes._folders.clear()
 
 
 def test_files_that_change_at_once_after_they_were_hashed_are_hashed_again(cache, tmp_path):

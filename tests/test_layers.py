@@ -31,7 +31,7 @@ PACKAGES = [
 SEPARATE = {("track", "train"), ("checkpoint", "data")}
 # Library -> packages and modules that may import it.
 ONLY_IN = {
-    "ray": {"cluster", "data/prepare", "workers", "sweep/tune"},
+    "ray": {"cluster", "data/ray_tasks", "workers", "sweep/tune"},
     "mlflow": {"track"},
     "tiktoken": {"data/tokenizer"},
     "pydantic": {"config"},

@@ -141,10 +141,11 @@ def _data_lines(experiment: Experiment, tokens: TokenCounts) -> list[str]:
     corpus = experiment.data.corpus
     entries = [corpus] if isinstance(corpus, str) else corpus
     name = ", ".join(entry.partition("#")[0] for entry in entries)
+    place = f"in {tokens.directory}"
+    if tokens.directory is None:
+        place = "in a folder named after its content (not hashed yet)"
     if tokens.train is None or tokens.val is None:
-        return [
-            f"{name}: not downloaded yet, so its size is unknown; tokens go to {tokens.directory}"
-        ]
+        return [f"{name}: not downloaded yet, so its size is unknown; tokens will be {place}"]
     about = "" if tokens.is_exact else "≈ "
     block_size = experiment.model.block_size
     if tokens.train < 2 * block_size:
@@ -155,8 +156,7 @@ def _data_lines(experiment: Experiment, tokens: TokenCounts) -> list[str]:
     steps = experiment.train.max_steps
     epochs = steps * experiment.tokens_per_step / tokens.train
     return [
-        f"{name}: {about}{tokens.train:,} tokens of train, {about}{tokens.val:,} of val, in "
-        f"{tokens.directory}",
+        f"{name}: {about}{tokens.train:,} tokens of train, {about}{tokens.val:,} of val, {place}",
         f"{steps:,} steps = {about}{epochs:.2f} epochs",
     ]
 

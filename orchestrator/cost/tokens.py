@@ -8,7 +8,7 @@ from orchestrator.cost import timing as cost
 from orchestrator.cost.timing import Estimate, Timing
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.estimate import estimate_tokens
-from orchestrator.data.prepared import dataset_dir, find_prepared
+from orchestrator.data.prepared import find_in, known_dir, list_sources
 from orchestrator.data.tasks import tail_cut
 from orchestrator.runs.storage import storage_root
 
@@ -21,14 +21,15 @@ class TokenCounts:
         n_vocab: Size of the vocabulary.
         train: Tokens of the split `train`.
         val: Tokens of the split `val`.
-        directory: Folder of the token shards, which may not exist yet.
+        directory: Folder of the token shards, which may not exist yet; None if the corpus was not
+            hashed yet.
         is_exact: False if `train` and `val` are estimates.
     """
 
     n_vocab: int | None
     train: int | None
     val: int | None
-    directory: Path
+    directory: Path | None
     is_exact: bool = True
 
     @classmethod
@@ -46,10 +47,12 @@ class TokenCounts:
 def token_counts(experiment: Experiment) -> TokenCounts:
     """Read the size of the dataset from its manifest, or estimate it from the corpus."""
     data = experiment.data
-    directory = dataset_dir(data, storage_root(experiment))
-    manifest = find_prepared(data, directory)
+    sources = list_sources(data)
+    storage = storage_root(experiment)
+    manifest = find_in(data, storage, read=False, sources=sources)
     if manifest is not None:
         return TokenCounts.of(manifest)
+    directory = known_dir(data, storage, sources=sources)
     guess = estimate_tokens(data)
     if guess.tokens is None:
         return TokenCounts(guess.n_vocab, None, None, directory, is_exact=False)

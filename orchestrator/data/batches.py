@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.data.dataset import load_manifest, verify
+from orchestrator.data.dataset import Manifest, load_manifest, verify
 from orchestrator.data.order import sample_offsets, windows_per_epoch
 from orchestrator.data.shards import map_shard
 from orchestrator.errors import UserError
@@ -32,15 +32,16 @@ class TokenStream:
     Args:
         directory: Folder of the dataset.
         split: `train` or `val`.
+        manifest: The dataset, if it was loaded already.
 
     Raises:
         UserError: There is no such dataset or split, or a shard is missing or changed.
     """
 
-    def __init__(self, directory: Path, split: str):
+    def __init__(self, directory: Path, split: str, manifest: Manifest | None = None):
         self.directory = Path(directory)
         self.split = split
-        splits = load_manifest(directory).splits
+        splits = (manifest or load_manifest(directory)).splits
         if split not in splits:
             raise UserError(f"{directory}: has no split '{split}', only {' and '.join(splits)}")
         self.tokens = splits[split].tokens

@@ -53,11 +53,6 @@ class Source:
         assert self.size is not None, f"{self.name} was not downloaded"
         return self.size
 
-    def version(self) -> tuple[int, int]:
-        """Return size and time of the last write; a change of the file changes them."""
-        found = self.path.stat()
-        return found.st_size, found.st_mtime_ns
-
 
 def resolve(corpus: str | list[str]) -> list[Source]:
     """Return the files of a corpus.

@@ -14,8 +14,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import json
-import logging
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -27,19 +26,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from orchestrator import files
-from orchestrator.cluster import local as local_ray
 from orchestrator.data import corpus, tasks
 from orchestrator.data.corpus import Progress, Source
 from orchestrator.data.dataset import Manifest, Shard, Split, load_manifest, write_manifest
-from orchestrator.data.documents import Span
 from orchestrator.data.index import write_index
 from orchestrator.data.parts import SPLITS, Parts, write_slices
-from orchestrator.data.prepared import find_prepared, settings_of
-from orchestrator.data.progress import ProgressLine
+from orchestrator.data.prepared import (
+    find_prepared,
+    known_dir,
+    list_sources,
+    settings_of,
+    with_hashes,
+)
+from orchestrator.data.ray_tasks import RayTasks, to_json
 from orchestrator.data.shards import SHARD_ROWS
 from orchestrator.data.tasks import Job, Survey
 from orchestrator.data.tokenizer import Tokenizer, kind_of, load_tokenizer
 from orchestrator.errors import UserError
+from orchestrator.hashes import hash_here, stamp
 
 if TYPE_CHECKING:
     from orchestrator.config.sections import Data
@@ -48,6 +52,41 @@ WORK = ".parts"  # folder of part files, inside the dataset; removed at the end
 MIN_CHUNK_BYTES = 1 << 20
 MAX_CHUNK_BYTES = 32 << 20
 SMALL_BYTES = 4 * MIN_CHUNK_BYTES  # a corpus up to this size is prepared without Ray
+HASH_HERE_BYTES = 256 << 20  # a smaller corpus is hashed before Ray would have started
+
+
+def prepare_in(
+    data: "Data",
+    storage: Path,
+    progress: Progress | None = None,
+    sources: list[Source] | None = None,
+) -> Manifest:
+    """Prepare a dataset in the folder that its content names; see `dataset_dir` and `prepare`.
+
+    The files that this machine has not hashed yet are hashed first; if they are large, on Ray.
+    """
+    sources = sources or list_sources(data)
+    with RayTasks(progress) as ray:
+        if sources is not None:
+            sources = with_hashes(sources, functools.partial(_hash_files, ray))
+        directory = known_dir(data, storage, read=True, sources=sources)
+        assert directory is not None
+        return prepare(data, directory, progress=progress, sources=sources)
+
+
+def _hash_files(ray_tasks: RayTasks, paths: list[str]) -> list[str]:
+    jobs: list[list[str]] = []
+    sizes: list[int] = []
+    for path in paths:
+        if not sizes or sizes[-1] >= MAX_CHUNK_BYTES:
+            jobs.append([])
+            sizes.append(0)
+        jobs[-1].append(path)
+        sizes[-1] += os.path.getsize(path)
+    if sum(sizes) <= HASH_HERE_BYTES:
+        return hash_here(paths)
+    found = ray_tasks.map("hashing", tasks.hash_files, [{"paths": job} for job in jobs], sizes)
+    return list(itertools.chain(*found))
 
 
 def prepare(
@@ -57,6 +96,7 @@ def prepare(
     progress: Progress | None = None,
     chunk_bytes: int | None = None,
     shard_rows: int = SHARD_ROWS,
+    sources: list[Source] | None = None,
 ) -> Manifest:
     """Prepare the dataset in `directory`, unless it is there already.
 
@@ -66,26 +106,26 @@ def prepare(
         progress: Called with (stage, bytes done, bytes in all); None prints a line.
         chunk_bytes: Bytes of text in a task. The result does not depend on it.
         shard_rows: Rows of W tokens in a shard.
+        sources: The files of the corpus, if they were listed already.
 
     Raises:
         UserError: The folder has another dataset, or the corpus or the tokenizer cannot be used.
     """
     directory = Path(os.path.abspath(directory))
-    found = find_prepared(data, directory)
+    found = find_prepared(data, directory, sources=sources)
     if found is not None:
         return found
     # Find mistakes in these two before the folder is created.
-    corpus.resolve(data.corpus)
+    sources = sources or corpus.resolve(data.corpus)
     if kind_of(data.tokenizer).learn is None:
         load_tokenizer(data.tokenizer)
     directory.mkdir(parents=True, exist_ok=True)
-    shown = progress or ProgressLine()
     with _lock(directory):
-        found = find_prepared(data, directory)
+        found = find_prepared(data, directory, sources=sources)
         if found is not None:
             return found
-        with RayTasks() as ray:
-            preparation = _Preparation(data, directory, ray, shown, chunk_bytes, shard_rows)
+        with RayTasks(progress) as ray:
+            preparation = _Preparation(data, directory, sources, ray, chunk_bytes, shard_rows)
             try:
                 return preparation.run()
             except UserError:
@@ -110,26 +150,26 @@ def _lock(directory: Path) -> Iterator[None]:
 class _Preparation:
     data: "Data"
     directory: Path
-    ray_tasks: "RayTasks"
-    progress: Progress
+    listed: list[Source]
+    ray_tasks: RayTasks
     chunk_bytes: int | None
     shard_rows: int
 
     def run(self) -> Manifest:
         work = self.directory / WORK
         work.mkdir(exist_ok=True)
-        found = corpus.resolve(self.data.corpus)
-        sources = [corpus.fetch(source, work, self.progress) for source in found]
-        versions = [source.version() for source in sources]
+        fetch = functools.partial(corpus.fetch, folder=work, progress=self.ray_tasks.progress)
+        sources = [fetch(source) for source in self.listed]
+        versions = [stamp(source.path) for source in sources]
+        source_files = tasks.source_files(sources)
         chunks = tasks.plan_chunks(sources, self._chunk_bytes(sources), self.data)
         sizes = [sum(span.end - span.start for span in spans) for spans in chunks]
 
         # The characters are counted if the split or the tokenizer depends on them.
         learn = kind_of(self.data.tokenizer).learn
-        count = self.data.split == "tail" or learn is not None
-        jobs: list[Job] = [{"spans": spans, "count_characters": count} for spans in chunks]
-        surveys = self._map("reading", tasks.survey, jobs, sizes)
-        source_files = tasks.source_files(sources, surveys)
+        surveys: list[Survey] = []
+        if self.data.split == "tail" or learn is not None:
+            surveys = self._map("reading", tasks.survey, [{"spans": c} for c in chunks], sizes)
         if learn is None:
             tokenizer = load_tokenizer(self.data.tokenizer)
         else:
@@ -138,9 +178,12 @@ class _Preparation:
             raise UserError(f"data.append_eot: {tokenizer.name} has no end-of-text token")
         tokenizer.save(self.directory)
 
-        parts = self._tokenize(chunks, sizes, surveys, tokenizer)
+        hashes = {str(s.path): f["sha256"] for s, f in zip(sources, source_files, strict=True)}
+        characters = [survey["characters"] for survey in surveys]
+        jobs = tasks.tokenize_jobs(chunks, hashes, characters, self.data)
+        parts = self._tokenize(jobs, hashes, sizes, tokenizer)
         splits = self._write_shards(parts, tokenizer.dtype)
-        if [source.version() for source in sources] != versions:
+        if [stamp(source.path) for source in sources] != versions:
             raise UserError(
                 "data.corpus: a file was changed while it was prepared; run the same command again"
             )
@@ -169,28 +212,14 @@ class _Preparation:
     def _map(
         self, stage: str, task: Callable[..., Any], jobs: list[Job], sizes: list[int]
     ) -> list[Any]:
-        """Return the result of a task for each job, in order; `sizes` are the bytes of the jobs."""
-        results = [None] * len(jobs)
-        done = 0
-        total = sum(sizes)
-        self.progress(stage, done, total)
-        here = self.chunk_bytes is None and total <= SMALL_BYTES
-        for number, result in self.ray_tasks.map(task, jobs, here):
-            results[number] = result
-            done += sizes[number]
-            self.progress(stage, done, total)
-        return results
+        here = self.chunk_bytes is None and sum(sizes) <= SMALL_BYTES
+        return self.ray_tasks.map(stage, task, jobs, sizes, here)
 
     def _tokenize(
-        self,
-        chunks: list[list[Span]],
-        sizes: list[int],
-        surveys: list[Survey],
-        tokenizer: Tokenizer,
+        self, jobs: list[Job], hashes: dict[str, str], sizes: list[int], tokenizer: Tokenizer
     ) -> Parts:
         """Write the part files, in a folder named by the hash of all that decides them."""
-        jobs = tasks.tokenize_jobs(chunks, surveys, self.data)
-        content = _to_json([settings_of(self.data), tokenizer.sha256, jobs, surveys])
+        content = to_json([settings_of(self.data), tokenizer.sha256, jobs, hashes])
         folder = self.directory / WORK / hashlib.sha256(content.encode()).hexdigest()[:16]
         folder.mkdir(exist_ok=True)
         task = functools.partial(
@@ -230,94 +259,3 @@ class _Preparation:
                 )
                 for split in SPLITS
             }
-
-
-class RayTasks:
-    """Runs tasks on the Ray of this process or of $RAY_ADDRESS, else on a temporary local Ray.
-
-    The temporary Ray starts when it is needed first.
-    """
-
-    is_ours = False
-
-    def __enter__(self) -> "RayTasks":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.is_ours:
-            import ray
-
-            ray.shutdown()
-
-    def _connect(self) -> None:
-        import ray
-
-        if not ray.is_initialized():
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            start = ray.init if os.environ.get("RAY_ADDRESS") else local_ray.start
-            start(log_to_driver=False, logging_level=logging.ERROR)
-            self.is_ours = True
-
-    def cpus(self) -> int:
-        """Return the number of CPUs; 1 if a cluster that grows has none yet."""
-        import ray
-
-        self._connect()
-        return int(ray.cluster_resources().get("CPU", 0)) or 1
-
-    def map(
-        self, task: Callable[..., Any], jobs: list[Job], here: bool = False
-    ) -> Iterator[tuple[int, Any]]:
-        """Run `task(**job)` for each job. Yield its number and its result as soon as it ends.
-
-        Jobs and results are passed as JSON, because Arrow would guess a type for each field.
-
-        Args:
-            task: A function of `tasks` or `parts`.
-            jobs: Its arguments.
-            here: Run the tasks in this process, without Ray.
-
-        Raises:
-            UserError: A task raised it, or a file of the corpus cannot be opened.
-        """
-        rows = [{"job": _to_json([number, job])} for number, job in enumerate(jobs)]
-        run = functools.partial(_run_job, task, os.environ.get("TIKTOKEN_CACHE_DIR"))
-        for row in map(run, rows) if here else self.run_rows(run, rows):
-            number, result, error = json.loads(row["result"])
-            if error is not None:
-                raise UserError(error)
-            yield number, result
-
-    def run_rows(
-        self, run: Callable[[dict[str, str]], dict[str, str]], rows: list[dict[str, str]]
-    ) -> Iterator[dict[str, str]]:
-        """Run a function on small rows with Ray Data, one task per row."""
-        import ray.data
-
-        self._connect()
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
-        # This logger warns that no progress bars are shown.
-        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-        yield from ray.data.from_items(rows, override_num_blocks=len(rows)).map(run).iter_rows()
-
-
-def _run_job(
-    task: Callable[..., Any], tiktoken_cache: str | None, row: dict[str, str]
-) -> dict[str, str]:
-    if tiktoken_cache is not None:
-        os.environ.setdefault("TIKTOKEN_CACHE_DIR", tiktoken_cache)
-    number, job = json.loads(row["job"])
-    result = error = None
-    try:
-        result = task(**job)
-    except (UserError, PermissionError, FileNotFoundError) as raised:
-        # Returned, not raised: Ray wraps exceptions and runs some tasks again.
-        error = str(raised)
-    return {"result": _to_json([number, result, error])}
-
-
-def _to_json(content: list[Any]) -> str:
-    return json.dumps(content, default=vars)  # vars: a dataclass becomes a dict

@@ -1,7 +1,7 @@
-"""The work of a preparation, as tasks that run on any node and in any order: survey and tokenize.
+"""The work of a preparation, as tasks that run on any node and in any order.
 
-Each task is a function of files and of arguments that can be stored as JSON. `prepare.py` runs the
-tasks on Ray; this module does not import Ray. The third task is `parts.write_slices`.
+Each task is a function of files and of arguments that can be stored as JSON. `ray_tasks.py` runs
+them; this module does not import Ray. The last task is `parts.write_slices`.
 """
 
 import functools
@@ -23,6 +23,7 @@ from orchestrator.data.parts import SPLITS, Part, PartFacts, find_complete, side
 from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.files import cache_folder, file_sha256, write_atomically
+from orchestrator.hashes import sha256s
 from orchestrator.redact import redact_text
 
 if TYPE_CHECKING:
@@ -59,23 +60,48 @@ def plan_chunks(sources: list[Source], chunk_bytes: int, data: "Data") -> list[l
     return chunks
 
 
+# ---- hash ----
+
+
+def hash_files(paths: list[str]) -> list[str]:
+    """Return the SHA-256 of files."""
+    return [file_sha256(path) for path in paths]
+
+
+def source_files(sources: list[Source]) -> list[SourceFile]:
+    """Return the files of the corpus with their hashes.
+
+    Raises:
+        UserError: The cached copy of a download was changed, or a file since it was hashed.
+    """
+    hashes = sha256s([str(source.path) for source in sources])
+    found: list[SourceFile] = []
+    for source, sha256 in zip(sources, hashes, strict=True):
+        if source.sha256 not in (None, sha256):
+            if source.url is None:
+                raise UserError(f"{source.path}: was changed just now; run the same command again")
+            raise UserError(
+                f"{redact_text(source.url)}: its copy in {cache_folder()} has another SHA-256; "
+                "delete it"
+            )
+        found.append({"name": source.name, "size": source.bytes, "sha256": sha256})
+    return found
+
+
 # ---- survey ----
 
 
 class Survey(TypedDict):
     """What a chunk contains."""
 
-    sha256: dict[str, str]  # of each file that begins in the chunk, by path
     characters: int
     seen: str  # the characters that occur
 
 
-def survey(spans: list[SpanJson], count_characters: bool) -> Survey:
-    """Hash the files that begin in a chunk, and count its characters."""
-    chunk = [Span(**span) for span in spans]
-    hashes = {span.path: file_sha256(span.path) for span in chunk if span.start == 0}
-    characters, seen = count(chunk if count_characters else [])
-    return {"sha256": hashes, "characters": characters, "seen": "".join(sorted(seen))}
+def survey(spans: list[SpanJson]) -> Survey:
+    """Count the characters of a chunk."""
+    characters, seen = count(Span(**span) for span in spans)
+    return {"characters": characters, "seen": "".join(sorted(seen))}
 
 
 def count(spans: Iterable[Span]) -> tuple[int, set[str]]:
@@ -89,38 +115,23 @@ def count(spans: Iterable[Span]) -> tuple[int, set[str]]:
     return characters, seen
 
 
-def source_files(sources: list[Source], surveys: list[Survey]) -> list[SourceFile]:
-    """Return the files of the corpus with their hashes.
-
-    Raises:
-        UserError: The cached copy of a download was changed.
-    """
-    hashes = {path: sha256 for survey in surveys for path, sha256 in survey["sha256"].items()}
-    found: list[SourceFile] = []
-    for source in sources:
-        sha256 = hashes[str(source.path)]
-        if source.url is not None and source.sha256 != sha256:
-            raise UserError(
-                f"{redact_text(source.url)}: its copy in {cache_folder()} has another SHA-256; "
-                "delete it"
-            )
-        found.append({"name": source.name, "size": source.bytes, "sha256": sha256})
-    return found
-
-
 # ---- tokenize ----
 
 
-def tokenize_jobs(chunks: list[list[Span]], surveys: list[Survey], data: "Data") -> list[Job]:
-    """Return the arguments of `tokenize` that differ between the chunks."""
-    before = [0, *accumulate(survey["characters"] for survey in surveys)]
+def tokenize_jobs(
+    chunks: list[list[Span]], hashes: dict[str, str], characters: list[int], data: "Data"
+) -> list[Job]:
+    """Return the arguments of `tokenize` that differ between the chunks.
+
+    Args:
+        chunks: The spans of each chunk.
+        hashes: SHA-256 of each file, by path.
+        characters: Number of characters of each chunk; used if `split` is `tail`.
+        data: The `data` section.
+    """
+    before = [0, *accumulate(characters)]
     cut = tail_cut(before[-1], data.val_fraction)
-    val_files = {
-        path
-        for survey in surveys
-        for path, sha256 in survey["sha256"].items()
-        if is_val(sha256, data.val_fraction)
-    }
+    val_files = {path for path, sha256 in hashes.items() if is_val(sha256, data.val_fraction)}
     return [
         {
             "chunk": i,
@@ -168,7 +179,7 @@ def tokenize(
     encoder = _tokenizer(*tokenizer, dataset)
     made = {split: Part() for split in SPLITS}
     chunk_spans = [Span(**span) for span in spans]
-    pieces = _split_pieces(chunk_spans, train_characters, val_files, val_fraction)
+    pieces = _split_pieces(chunk_spans, train_characters, set(val_files), val_fraction)
     for split, piece, begins in pieces:
         part = made[split]
         if begins:
@@ -217,7 +228,7 @@ def is_val(content_sha256: str, val_fraction: float) -> bool:
 def _split_pieces(
     spans: list[Span],
     train_characters: int | None,
-    val_files: list[str],
+    val_files: set[str],
     val_fraction: float,
 ) -> Iterator[tuple[str, Piece, bool]]:
     """Yield (split, piece, begins): whether a document, or its val part, begins with the piece."""

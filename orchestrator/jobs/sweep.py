@@ -10,7 +10,6 @@ import os
 import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import cast
 
 from orchestrator.cluster import layout as cluster
@@ -19,10 +18,11 @@ from orchestrator.config.sections import Data
 from orchestrator.cost.estimate import expected_line
 from orchestrator.cost.timing import Estimate
 from orchestrator.cost.tokens import TokenCounts
-from orchestrator.data.dataset import Manifest, load_manifest
+from orchestrator.data.corpus import Source
+from orchestrator.data.dataset import Manifest
 from orchestrator.data.order import windows_per_epoch
-from orchestrator.data.prepare import prepare
-from orchestrator.data.prepared import dataset_dir
+from orchestrator.data.prepare import prepare_in
+from orchestrator.data.prepared import find_in, list_sources
 from orchestrator.errors import UserError
 from orchestrator.files import read_json
 from orchestrator.jobs.job import Job
@@ -55,6 +55,7 @@ class SweepJob(Job):
 
     Attributes:
         sweep: The resolved configuration.
+        sources: The files of each corpus; None if only the dataset is here.
         study: The trials and their tree of stages.
         slots: Number of stages that can run at the same time.
         report: Writes the files of the sweep.
@@ -62,6 +63,7 @@ class SweepJob(Job):
     """
 
     folder: SweepFolder
+    sources: dict[str, list[Source] | None]
     study: Study
     slots: int
     report: SweepFiles
@@ -74,6 +76,8 @@ class SweepJob(Job):
 
     def check(self) -> None:
         check_sources(self.sweep, self.storage)
+        sections = self._data_sections().items()
+        self.sources = {key: list_sources(data) for key, data in sections}
         if self.folder.experiment_file.exists():
             raise UserError(
                 f"name: {self.folder.path} is the folder of a run; "
@@ -87,13 +91,15 @@ class SweepJob(Job):
         layout = self.folder.recorded_layout()
         if layout is None:
             return False
-        directories = self._dataset_dirs()
-        if not all((path / "manifest.json").exists() for path in directories.values()):
-            return False
         summary = read_json(self.folder.summary_file) or {}
         if summary.get("status") != "FINISHED":
             return False
-        datasets = {key: load_manifest(path) for key, path in directories.items()}
+        datasets = {}
+        for key, data in self._data_sections().items():
+            dataset = find_in(data, self.storage, sources=self.sources[key])
+            if dataset is None:
+                return False
+            datasets[key] = dataset
         self.study = Study(self.sweep, self.folder, layout, datasets)
         self.study.progress.release_judged()
         return self.study.is_over
@@ -119,9 +125,10 @@ class SweepJob(Job):
 
     def prepare(self) -> None:
         layout = self._layout()
-        directories = self._dataset_dirs()
+        sections = self._data_sections()
         datasets = {
-            key: prepare(data, directories[key]) for key, data in self._data_sections().items()
+            key: prepare_in(data, self.storage, sources=self.sources[key])
+            for key, data in sections.items()
         }
         _check_shapes(self.sweep, datasets)
         self.study = Study(self.sweep, self.folder, layout, datasets)
@@ -137,10 +144,6 @@ class SweepJob(Job):
     def _data_sections(self) -> dict[str, Data]:
         """Return each combination of corpus and tokenizer once."""
         return {data_key(e.data): e.data for e in self.sweep.experiments}
-
-    def _dataset_dirs(self) -> dict[str, Path]:
-        sections = self._data_sections().items()
-        return {key: dataset_dir(data, self.storage) for key, data in sections}
 
     def _layout(self) -> Layout:
         """Return the layout that all trials share.

@@ -16,10 +16,11 @@ from orchestrator.cost.estimate import comparison_line, expected_line
 from orchestrator.cost.measure import measure
 from orchestrator.cost.timing import Estimate, Timing
 from orchestrator.cost.tokens import TokenCounts
-from orchestrator.data.dataset import Manifest, load_manifest
+from orchestrator.data.corpus import Source
+from orchestrator.data.dataset import Manifest
 from orchestrator.data.order import windows_per_epoch
-from orchestrator.data.prepare import prepare
-from orchestrator.data.prepared import dataset_dir
+from orchestrator.data.prepare import prepare_in
+from orchestrator.data.prepared import find_in, list_sources
 from orchestrator.errors import UserError
 from orchestrator.files import folder_bytes, read_json, read_text
 from orchestrator.jobs.job import Job
@@ -51,6 +52,7 @@ class TrainJob(Job):
 
     Attributes:
         layout: Workers and devices.
+        sources: The files of the corpus; None if only the dataset is here.
         dataset: The prepared dataset.
         step: Step of the checkpoint from which the run resumes; 0 for a new run.
         estimate: Expected time, memory and disk of a new run; None if not known.
@@ -58,6 +60,7 @@ class TrainJob(Job):
     """
 
     layout: Layout
+    sources: list[Source] | None
     dataset: Manifest
     step: int
     estimate: Estimate | None
@@ -65,11 +68,11 @@ class TrainJob(Job):
 
     def __init__(self, experiment: Experiment) -> None:
         super().__init__(init_from.with_absolute_path(experiment))
-        self.data_dir = dataset_dir(experiment.data, self.storage)
         self.watch = RunWatch(self.folder, experiment.compute.hang_after_s)
 
     def check(self) -> None:
         init_from.require_init_from_exists(self.experiment)
+        self.sources = list_sources(self.experiment.data)
         if SweepFolder(self.folder).sweep_file.exists():
             raise UserError(
                 f"name: {self.folder.path} is the folder of a sweep; "
@@ -83,9 +86,8 @@ class TrainJob(Job):
         summary = read_json(self.folder.summary_file) or {}
         if summary.get("status") != "FINISHED" or summary.get("step") != max_steps:
             return False
-        if not (self.data_dir / "manifest.json").exists():
-            return False
-        return self._resume_step(load_manifest(self.data_dir)) == max_steps
+        dataset = find_in(self.experiment.data, self.storage, sources=self.sources)
+        return dataset is not None and self._resume_step(dataset) == max_steps
 
     def show_again(self) -> None:
         name = self.experiment.name
@@ -105,7 +107,7 @@ class TrainJob(Job):
     def prepare(self) -> None:
         experiment = self.experiment
         self.layout = cluster.find_layout(experiment, self.folder.recorded_layout())
-        self.dataset = prepare(experiment.data, self.data_dir)
+        self.dataset = prepare_in(experiment.data, self.storage, sources=self.sources)
         # Both calls raise UserError: the corpus is too small, or the first weights do not fit.
         windows_per_epoch(self.dataset.splits["train"].tokens, experiment.model.block_size)
         init_from.check_shape(experiment, self.dataset.tokenizer["n_vocab"])
@@ -176,7 +178,7 @@ class TrainJob(Job):
             yield
 
     def work(self) -> None:
-        ray_train.fit(self.experiment, self.folder, self.data_dir, self.layout)
+        ray_train.fit(self.experiment, self.folder, self.dataset.directory, self.layout)
 
     # ---- how it ended ----
 

@@ -20,7 +20,7 @@ from orchestrator.cost.timing import (
 )
 from orchestrator.cost.tokens import TokenCounts, token_counts
 from orchestrator.data.dataset import Manifest
-from orchestrator.data.prepared import dataset_dir, find_prepared
+from orchestrator.data.prepared import find_in
 from orchestrator.runs.folder import SweepFolder
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.report import figures, view
@@ -88,9 +88,9 @@ def describe(study: Study, slots: int, counts: Counts) -> list[str]:
 
 def _dataset(experiment: Experiment, storage: Path) -> Manifest:
     """Return the prepared dataset, or one without tokens that has only its name."""
-    directory = dataset_dir(experiment.data, storage)
-    prepared = find_prepared(experiment.data, directory)
-    return prepared or Manifest(directory, {"name": str(directory)}, {})
+    data = experiment.data
+    prepared = find_in(data, storage, read=False)
+    return prepared or Manifest(storage, {"name": data_key(data)}, {})
 
 
 def _save_tree(study: Study) -> Path:

@@ -105,7 +105,7 @@ class Trainer:
 
         self.dataset = load_manifest(dataset_dir)
         tokenizer = load_tokenizer(experiment.data.tokenizer, dataset_dir)
-        self.streams = {split: TokenStream(dataset_dir, split) for split in ("train", "val")}
+        self.streams = {s: TokenStream(dataset_dir, s, self.dataset) for s in ("train", "val")}
         self.batches = Batches(
             self.streams["train"],
             experiment.model.block_size,

@@ -19,7 +19,7 @@ from orchestrator.checkpoint import store
 from orchestrator.checkpoint.format import CheckpointManifest
 from orchestrator.config.experiment import Experiment, load_experiment, parse_experiment
 from orchestrator.data.dataset import Manifest, data_identity, load_manifest
-from orchestrator.data.prepare import prepare
+from orchestrator.data.prepare import prepare_in
 from orchestrator.data.prepared import dataset_dir
 from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
 from orchestrator.errors import UserError
@@ -206,7 +206,7 @@ def find_tokens(experiment: Experiment, wanted: str, other_storage: Path) -> Man
         for dataset in _datasets(folder / "data"):
             if data_identity(dataset) == wanted:
                 return dataset
-    return prepare(data, dataset_dir(data, storage))
+    return prepare_in(data, storage)
 
 
 def _datasets(folder: Path) -> list[Manifest]:

@@ -1,16 +1,26 @@
 """Datasets that exist already, their folders, and estimates before a preparation."""
 
 import hashlib
+import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
+from orchestrator import hashes
+from orchestrator.config.experiment import load_experiment
 from orchestrator.config.sections import Data
+from orchestrator.cost.estimate import dry_run
+from orchestrator.data import corpus
+from orchestrator.data import prepare as prepare_module
+from orchestrator.data.dataset import FORMAT
 from orchestrator.data.estimate import TokenEstimate, estimate_tokens
-from orchestrator.data.prepare import prepare
-from orchestrator.data.prepared import dataset_dir
+from orchestrator.data.prepare import prepare, prepare_in
+from orchestrator.data.prepared import dataset_dir, known_dir, settings_of, with_hashes
 from orchestrator.errors import UserError
+from orchestrator.files import file_sha256
 from tests.helpers.datasets import STORY, data, hashes_of, quiet
 
 # ---- a dataset that exists ----
@@ -44,10 +54,10 @@ def replace_a_word(folder):
         (replace_a_word, "a.txt has changed"),
         (
             lambda folder: (folder / "a.txt").write_bytes(b"short"),
-            "size of mixed/a.txt: before 4280, now 5",
+            "size of a.txt: before 4280, now 5",
         ),
-        (lambda folder: (folder / "e.txt").unlink(), "size of mixed/e.txt: before 749, now None"),
-        (lambda folder: (folder / "f.txt").write_text("new"), "size of mixed/f.txt: before None"),
+        (lambda folder: (folder / "e.txt").unlink(), "size of e.txt: before 749, now None"),
+        (lambda folder: (folder / "f.txt").write_text("new"), "size of f.txt: before None"),
     ],
 )
 def test_changed_corpus_is_refused(here, mixed, tmp_path, change, says):
@@ -109,10 +119,126 @@ def test_folder_of_known_settings_never_changes(tmp_path):
     """Another name would make all prepared datasets useless."""
     (tmp_path / "corpus.txt").write_text("some text")
     settings = data(tmp_path / "corpus.txt")
-    assert dataset_dir(settings, tmp_path).name == "0f1c122fdbfa1646"
+    assert dataset_dir(settings, tmp_path).name == "7b9f256f24018ff6"
+
+
+def lower_case(mixed):
+    file = mixed / "a.txt"
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    file.write_bytes(file.read_bytes().swapcase())
+    os.utime(file, ns=times)
+
+
+def exchange(mixed):
+    """Two files of equal size exchange their names; no file is written."""
+    (mixed / "a.txt").rename(mixed / "x.txt")
+    (mixed / "a2.txt").rename(mixed / "a.txt")
+    (mixed / "x.txt").rename(mixed / "a2.txt")
+
+
+def replace_by_an_older_file(mixed):
+    """As `cp -p`, `rsync -t` and `tar` do."""
+    other = mixed.parent / "other"
+    other.write_bytes((mixed / "a.txt").read_bytes().swapcase())
+    os.utime(other, (0, 0))
+    other.replace(mixed / "a.txt")
+
+
+@pytest.mark.parametrize("change", [lower_case, exchange, replace_by_an_older_file])
+def test_other_text_of_the_same_names_and_sizes_has_another_dataset(here, mixed, tmp_path, change):
+    (mixed / "a2.txt").write_bytes((mixed / "a.txt").read_bytes().upper())
+    first = prepare_in(data(mixed), tmp_path, quiet)
+    change(mixed)
+    second = prepare_in(data(mixed), tmp_path, quiet)
+    fresh = prepare(data(mixed), tmp_path / "fresh", progress=quiet)
+    assert second.splits == fresh.splits != first.splits
+    with pytest.raises(UserError, match="has changed since then"):
+        prepare(data(mixed, dir=str(first.directory)), first.directory, progress=quiet)
+
+
+def test_order_of_equal_names_is_part_of_the_dataset(here, tmp_path):
+    for folder in "AB":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "c").write_text(f"{folder} is one text of the two. " * 9)
+    files = [str(tmp_path / "A" / "c"), str(tmp_path / "B" / "c")]
+    first = prepare_in(data(files), tmp_path, quiet)
+    second = prepare_in(data(files[::-1]), tmp_path, quiet)
+    assert first.splits["train"].stream_sha256 != second.splits["train"].stream_sha256
+    for other, says in ((files[::-1], "another order"), (files[1:], "2 files there and 1 here")):
+        with pytest.raises(UserError, match=says):
+            prepare(data(other), first.directory, progress=quiet)
+
+
+@pytest.mark.parametrize("place", ["elsewhere/mixed", "renamed"])
+def test_moved_corpus_has_the_same_dataset(here, mixed, tmp_path, place):
+    first = prepare_in(data(mixed), tmp_path, quiet)
+    moved = tmp_path / place
+    shutil.copytree(mixed, moved)
+    shutil.rmtree(mixed)
+    assert prepare_in(data(moved), tmp_path, quiet) == first
+
+
+def test_large_corpus_is_hashed_in_tasks(here, mixed, tmp_path, monkeypatch):
+    expected = dataset_dir(data(mixed), tmp_path)
+    hashes.forget()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(prepare_module, "HASH_HERE_BYTES", 0)
+    monkeypatch.setattr(prepare_module, "MAX_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(hashes, "file_sha256", lambda _: pytest.fail("hashed in the driver"))
+    assert prepare_in(data(mixed), tmp_path, quiet).directory == expected
+
+
+def test_file_that_changes_after_it_was_hashed_is_not_prepared(here, mixed, tmp_path):
+    sources = with_hashes(corpus.resolve(str(mixed)))
+    lower_case(mixed)
+    with pytest.raises(UserError, match="a.txt: was changed just now; run the same command again"):
+        prepare_in(data(mixed), tmp_path, quiet, sources)
+
+
+def test_dataset_named_by_sizes_is_found_if_it_has_the_same_content(here, mixed, tmp_path):
+    sizes = [[f"mixed/{file.name}", file.stat().st_size] for file in sorted(mixed.iterdir())]
+    content = json.dumps([FORMAT, settings_of(data(mixed)), sizes], sort_keys=True)
+    before = tmp_path / "data" / hashlib.sha256(content.encode()).hexdigest()[:16]
+    made = prepare(data(mixed), before, progress=quiet)
+    assert prepare_in(data(mixed), tmp_path, quiet) == made
+    lower_case(mixed)
+    assert prepare_in(data(mixed), tmp_path, quiet).directory != before
+
+
+def test_unchanged_file_is_hashed_once_and_a_changed_one_again(mixed, tmp_path, monkeypatch):
+    read = []
+
+    def note(path):
+        read.append(Path(path).name)
+        return file_sha256(path)
+
+    monkeypatch.setattr(hashes, "file_sha256", note)
+    assert known_dir(data(mixed), tmp_path) is None
+    first = dataset_dir(data(mixed), tmp_path)
+    assert sorted(read) == sorted(file.name for file in mixed.iterdir())
+    read.clear()
+    for is_new_process in (False, True):
+        if is_new_process:
+            hashes.forget()
+        assert known_dir(data(mixed), tmp_path) == first
+    assert not read
+    lower_case(mixed)
+    assert known_dir(data(mixed), tmp_path) is None
+    assert dataset_dir(data(mixed), tmp_path) != first
+    assert read == ["a.txt"]
 
 
 # ---- estimates ----
+
+
+def test_dry_run_names_the_folder_only_if_the_corpus_was_hashed(here, mixed, tmp_path):
+    words = ["data.tokenizer=byte", "model.block_size=16", f"data.corpus={mixed}"]
+    experiment = load_experiment(None, [*words, f"storage={tmp_path}"])
+    [tokens, _] = dry_run(experiment, timed=False)["data"]
+    assert "(not hashed yet)" in tokens
+    directory = dataset_dir(experiment.data, tmp_path)
+    [tokens, _] = dry_run(experiment, timed=False)["data"]
+    assert tokens.endswith(f"in {directory}")
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def run_tasks(folder: Path, texts: list[str], chunk_bytes: int, cut: int, append
             dataset=str(folder),
             folder=str(parts),
         )
-        before += tasks.survey(span_dicts, True)["characters"]
+        before += tasks.survey(span_dicts)["characters"]
         for split in ids:
             for document, first in json.loads((parts / f"{i:08d}.{split}.json").read_bytes()):
                 index[split].append((document, first + len(ids[split])))

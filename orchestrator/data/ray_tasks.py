@@ -1,0 +1,173 @@
+"""Runs the tasks of a preparation on Ray, and prints how far they are."""
+
+import functools
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from orchestrator.cluster import local as local_ray
+from orchestrator.data.corpus import Progress
+from orchestrator.data.tasks import Job
+from orchestrator.errors import UserError
+from orchestrator.text import duration
+
+TERMINAL_INTERVAL_S = 0.2
+FILE_INTERVAL_S = 5.0  # for output to a file, where each line stays
+
+
+class RayTasks:
+    """Runs tasks on the Ray of this process or of $RAY_ADDRESS, else on a temporary local Ray.
+
+    The temporary Ray starts when it is needed first.
+
+    Args:
+        progress: Called with (stage, bytes done, bytes in all); None prints a line.
+    """
+
+    is_ours = False
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self.progress = progress or ProgressLine()
+
+    def __enter__(self) -> "RayTasks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.is_ours:
+            import ray
+
+            ray.shutdown()
+
+    def _connect(self) -> None:
+        import ray
+
+        if not ray.is_initialized():
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            start = ray.init if os.environ.get("RAY_ADDRESS") else local_ray.start
+            start(log_to_driver=False, logging_level=logging.ERROR)
+            self.is_ours = True
+
+    def cpus(self) -> int:
+        """Return the number of CPUs; 1 if a cluster that grows has none yet."""
+        import ray
+
+        self._connect()
+        return int(ray.cluster_resources().get("CPU", 0)) or 1
+
+    def map(
+        self,
+        stage: str,
+        task: Callable[..., Any],
+        jobs: list[Job],
+        sizes: list[int],
+        here: bool = False,
+    ) -> list[Any]:
+        """Run `task(**job)` for each job, and return the results in the order of the jobs.
+
+        Jobs and results are passed as JSON, because Arrow would guess a type for each field.
+
+        Args:
+            stage: Name of the work, for the progress.
+            task: A function at the top level of a module.
+            jobs: Arguments of each call.
+            sizes: Bytes of each job.
+            here: Run the tasks in this process, without Ray.
+
+        Raises:
+            UserError: A task raised it, or a file of the corpus cannot be opened.
+        """
+        results = [None] * len(jobs)
+        done = 0
+        total = sum(sizes)
+        self.progress(stage, done, total)
+        rows = [{"job": to_json([number, job])} for number, job in enumerate(jobs)]
+        run = functools.partial(_run_job, task, os.environ.get("TIKTOKEN_CACHE_DIR"))
+        for row in map(run, rows) if here else self.run_rows(run, rows):
+            number, result, error = json.loads(row["result"])
+            if error is not None:
+                raise UserError(error)
+            results[number] = result
+            done += sizes[number]
+            self.progress(stage, done, total)
+        return results
+
+    def run_rows(
+        self, run: Callable[[dict[str, str]], dict[str, str]], rows: list[dict[str, str]]
+    ) -> Iterator[dict[str, str]]:
+        """Run a function on small rows with Ray Data, one task per row."""
+        import ray.data
+
+        self._connect()
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        # This logger warns that no progress bars are shown.
+        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+        yield from ray.data.from_items(rows, override_num_blocks=len(rows)).map(run).iter_rows()
+
+
+def _run_job(
+    task: Callable[..., Any], tiktoken_cache: str | None, row: dict[str, str]
+) -> dict[str, str]:
+    if tiktoken_cache is not None:
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", tiktoken_cache)
+    number, job = json.loads(row["job"])
+    result = error = None
+    try:
+        result = task(**job)
+    except (UserError, PermissionError, FileNotFoundError) as raised:
+        # Returned, not raised: Ray wraps exceptions and runs some tasks again.
+        error = str(raised)
+    return {"result": to_json([number, result, error])}
+
+
+def to_json(content: list[Any]) -> str:
+    """Return JSON in which a dataclass is a dict."""
+    return json.dumps(content, default=vars)
+
+
+# ---- progress ----
+
+
+class ProgressLine:
+    """Prints the progress; call it with (stage, bytes done, bytes in all)."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+        self.started = 0.0
+        self.shown = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage != self.stage:
+            self.stage = stage
+            self.started = now
+            self.shown = now
+        terminal = sys.stdout.isatty()
+        interval = TERMINAL_INTERVAL_S if terminal else FILE_INTERVAL_S
+        ended = done >= total
+        if not ended and now - self.shown < interval:
+            return
+        self.shown = now
+        line = format_progress(stage, done, total, now - self.started)
+        if terminal:
+            line = f"\r{line}\x1b[K"
+        print(line, end="" if terminal and not ended else "\n", flush=True)
+
+
+def format_progress(stage: str, done: int, total: int, seconds: float) -> str:
+    """Return `tokenizing 512.0 of 1,024.0 MB |  50% | 11.2 MB/s | ETA 46s`."""
+    speed = done / seconds if seconds > 0 else 0.0
+    share = done / total if total > 0 else 1.0
+    line = (
+        f"{stage} {done / 1e6:,.1f} of {total / 1e6:,.1f} MB | {share:4.0%} | "
+        f"{speed / 1e6:.1f} MB/s"
+    )
+    if speed > 0 and done < total:
+        line += f" | ETA {duration((total - done) / speed)}"
+    return line

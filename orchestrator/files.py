@@ -6,15 +6,20 @@ refused. The folder itself may be reached through a symlink.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from orchestrator.errors import UserError
+
+# `errno` of a lock on a file system without locks, such as Lustre or NFS without its lock service.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class NotPlainFileError(UserError, OSError):
@@ -58,6 +63,25 @@ def _not_plain(path: str | Path) -> NotPlainFileError:
         f"{path}: expected a plain file, found a symlink, folder or device; "
         "remove it and run this command again"
     )
+
+
+def lock(file: IO[str], operation: int) -> None:
+    """Apply `fcntl.flock` to an open file.
+
+    Raises:
+        UserError: The file system has no locks.
+        OSError: With `LOCK_NB`, another process holds a lock.
+    """
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise UserError(
+            f"{file.name}: its file system has no locks ({error.strerror}), so that two processes "
+            "could write to the same files; use a folder on another file system, or mount this one "
+            "with locks (Lustre: -o flock; NFS: with lockd, or -o local_lock=flock on one machine)"
+        ) from None
 
 
 def is_plain(path: Path) -> bool:
@@ -170,8 +194,10 @@ def file_sha256(path: str | Path) -> str:
 
 def cache_folder() -> Path:
     """Return the folder of this program's downloads, timings and hashes on this machine."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.abspath(os.path.expanduser(base))) / "espalier"
+    base = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if base.startswith("~"):  # this user has no home directory
+        return Path(tempfile.gettempdir()) / f"espalier-cache-{os.getuid()}"
+    return Path(os.path.abspath(base)) / "espalier"
 
 
 def folder_bytes(folder: Path) -> int:

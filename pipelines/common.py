@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -14,14 +13,14 @@ from orchestrator.config.fields import Docs
 from orchestrator.errors import (
     EXIT_AGAIN,
     EXIT_DONE,
-    EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_USER,
     NO_ROOM,
     HeldError,
     UserError,
 )
-from orchestrator.runs.signals import Terminated
+from orchestrator.runs import signals
+from pipelines import streams
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -31,27 +30,27 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     """Call `main(argv)` and exit with its status.
 
     These errors are printed without a traceback: a user error or a full disk (status 2), a run that
-    another process writes to or SIGTERM (75), and Ctrl-C (130). See `orchestrator.errors`.
+    another process writes to, or SIGTERM, SIGHUP or SIGQUIT (75), and Ctrl-C (130). See
+    `orchestrator.errors`.
     """
+    streams.secure()
+    signals.begin()
     try:
         status = main(sys.argv[1:])
     except UserError as error:
         status = _print_error(f"error: {error}", EXIT_USER)
     except HeldError as error:
         status = _print_error(f"{error}; run this command again when it has ended", EXIT_AGAIN)
-    except Terminated:
-        status = _print_error("terminated before the start; run the same command again", EXIT_AGAIN)
     except KeyboardInterrupt:
-        status = _print_error("interrupted", EXIT_INTERRUPTED)
-    except BrokenPipeError:  # for example `… --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = EXIT_FAILED
+        if signals.was_stopped():
+            status = _print_error("terminated; run the same command again", EXIT_AGAIN)
+        else:
+            status = _print_error("interrupted", EXIT_INTERRUPTED)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
         message = f"error: the disk is full ({error}); free some space and run this command again"
         status = _print_error(message, EXIT_USER)
-    sys.stdout.flush()
     sys.exit(status)
 
 

@@ -6,7 +6,7 @@ same command resumes a stopped sweep. If trials were added, it runs only the new
 """
 
 from orchestrator.config.sweep import sweep_docs
-from orchestrator.runs import lock, signals
+from orchestrator.runs import lock
 from orchestrator.runs.storage import run_folder
 from orchestrator.sweep.space.expand import Sweep, load_sweep
 from pipelines.common import DEFAULT, experiment_command
@@ -14,12 +14,11 @@ from pipelines.common import DEFAULT, experiment_command
 
 def main(sweep: Sweep) -> int:
     """Run the trials that are not finished and print the comparison."""
-    with signals.sigterm_interrupts():
-        # Refuse a second job for this sweep before the imports, which take seconds.
-        lock.refuse_if_held(run_folder(sweep.base))
-        from orchestrator.jobs.sweep import run
+    # Refuse a second job for this sweep before the imports, which take seconds.
+    lock.refuse_if_held(run_folder(sweep.base))
+    from orchestrator.jobs.sweep import run
 
-        return run(sweep)
+    return run(sweep)
 
 
 def dry_run(sweep: Sweep) -> int:

@@ -5,19 +5,18 @@ Missing tokens are prepared first. The same command resumes a stopped run.
 """
 
 from orchestrator.config.experiment import Experiment
-from orchestrator.runs import lock, signals
+from orchestrator.runs import lock
 from orchestrator.runs.storage import run_folder
 from pipelines.common import experiment_command
 
 
 def main(experiment: Experiment) -> int:
     """Train, or print the summary of a finished run."""
-    with signals.sigterm_interrupts():
-        # Refuse a second job for this run before the imports, which take seconds.
-        lock.refuse_if_held(run_folder(experiment))
-        from orchestrator.jobs.train import run
+    # Refuse a second job for this run before the imports, which take seconds.
+    lock.refuse_if_held(run_folder(experiment))
+    from orchestrator.jobs.train import run
 
-        return run(experiment)
+    return run(experiment)
 
 
 def dry_run(experiment: Experiment) -> int:

@@ -8,6 +8,7 @@ import os
 import random
 import secrets
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -33,6 +34,8 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="espalier-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 Path(os.environ["XDG_CACHE_HOME"], "espalier").mkdir()
 Path(os.environ["XDG_CACHE_HOME"], "espalier", "calibration").symlink_to(_timings)
+# Tests send Ctrl-C to their processes, which would inherit that a background shell ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from hypothesis import settings  # noqa: E402
 

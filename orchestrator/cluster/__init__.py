@@ -2,7 +2,7 @@
 
 Start with `layout.resolve_layout`.
 
-- `layout`: `connect`, `find_layout`, `Layout`
-- `local`: `start`, a cluster on this machine for one driver
+- `connection`: `connect`, join a cluster or start one on this machine
+- `layout`: `find_layout`, `Layout`
 - `private`: calls of private functions of Ray and torch
 """

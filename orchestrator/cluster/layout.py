@@ -1,28 +1,15 @@
-"""Join or start the Ray cluster, and choose the workers of a run."""
+"""Choose the workers of a run on the connected Ray cluster."""
 
-import atexit
-import logging
 import os
-import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from orchestrator.cluster import local
+from orchestrator.config.checks import change_for_workers
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
 
 COLLECTIVE_TIMEOUT_S = 1800
-PROBE_S = 10
-# The driver sets these variables before Ray starts.
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # no network traffic that the user did not ask for
-    # Ray's default of 2 s would delay every report and the end of the run.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # The watcher needs one process for each group of workers. `RunWatch` finds drained nodes.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-}
 # A thread that spins while it waits for another thread may take the CPU from it. With libgomp's
 # default of 300,000 rounds and one other busy process, a step of two threads is 20 times slower.
 # On an idle machine, 1,000 rounds cost a few percent, and no rounds 70 %.
@@ -60,65 +47,6 @@ class Node:
 
 
 # ---- the cluster ----
-
-
-def connect(environment: dict[str, str] | None = None) -> None:
-    """Join the cluster of $RAY_ADDRESS, or start one on this machine for this process.
-
-    `ray job submit` sets $RAY_ADDRESS.
-
-    Args:
-        environment: Variables of all Ray processes of this driver. None: no additional ones.
-
-    Raises:
-        UserError: No cluster answers at $RAY_ADDRESS.
-    """
-    import ray
-
-    if ray.is_initialized():
-        return
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    # At every start, Ray would print that a token protects the cluster.
-    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if environment:
-        settings["runtime_env"] = {"env_vars": environment}
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        _probe(address)
-        ray.init(**settings)
-    else:
-        local.start(**settings)
-    # Functions that are registered last run first. Ray's own function would wait half a second for
-    # output of the workers.
-    atexit.register(ray.shutdown)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-
-
-def _probe(address: str) -> None:
-    """Refuse an address that does not answer; Ray itself would wait for minutes."""
-    host, _, port = address.rpartition(":")
-    if not host or "//" in address or not port.isdigit():
-        return  # such as auto, local, ray://…
-    try:
-        socket.create_connection((host, int(port)), timeout=PROBE_S).close()
-    except OSError as error:
-        raise UserError(
-            f"RAY_ADDRESS: no cluster answers at {address} ({error}); start one, or unset "
-            "RAY_ADDRESS to use this machine alone"
-        ) from None
-
-
-def job_id() -> str | None:
-    """Return Ray's id of the submitted job, or of this driver; None if neither exists."""
-    import ray
-
-    submitted = os.environ.get("RAY_JOB_ID")
-    if submitted:
-        return submitted
-    if not ray.is_initialized():
-        return None
-    return ray.get_runtime_context().get_job_id()
 
 
 def has_several_nodes() -> bool:
@@ -194,7 +122,7 @@ def resolve_layout(
         cpus = _resolve_cpus(nodes, workers, use_gpu, recorded, grows)
     layout = Layout(workers, cpus, use_gpu)
     if places(nodes, layout) < workers and not grows:
-        raise _too_much(nodes, layout)
+        raise _too_much(experiment, nodes, layout)
     return layout
 
 
@@ -228,13 +156,16 @@ def _resolve_workers(experiment: Experiment, nodes: list[Node], use_gpu: bool) -
     devices = max(1, sum(node.gpus for node in nodes)) if use_gpu else 1
     workers = max(number for number in range(1, devices + 1) if slots % number == 0)
     if workers < devices:
-        print(
+        message = (
             f"{devices - workers} of {devices} GPUs stay idle: the {slots} reduction slots of "
-            f"{experiment.micro_batches} micro-batches have no divisor nearer to {devices}; a "
-            f"smaller train.micro_batch_size (now {experiment.train.micro_batch_size}) or another "
-            "train.reduction_slots would use them",
-            flush=True,
+            f"{experiment.micro_batches} micro-batches have no divisor nearer to {devices}"
         )
+        more = workers
+        while 2 * more <= devices and change_for_workers(experiment, 2 * more):
+            more *= 2
+        if more > workers:
+            message += f"; {change_for_workers(experiment, more)} would use {more}"
+        print(message, flush=True)
     return workers
 
 
@@ -258,14 +189,31 @@ def _resolve_cpus(
     return cpus
 
 
-def _too_much(nodes: list[Node], layout: Layout) -> UserError:
+def _too_much(experiment: Experiment, nodes: list[Node], layout: Layout) -> UserError:
     cpus = sum(node.cpus for node in nodes)
     gpus = sum(node.gpus for node in nodes)
     message = (
         f"compute: asked for {layout.num_workers} worker(s) with {layout.cpus_per_worker} CPU(s)"
         f"{' and 1 GPU' if layout.use_gpu else ''} each, found {cpus} CPU(s) and {gpus} GPU(s) on "
-        f"{len(nodes)} node(s); lower compute.num_workers or compute.cpus_per_worker"
+        f"{len(nodes)} node(s)"
     )
-    if layout.use_gpu and gpus == 0:
-        message += ", or set compute.use_gpu=false"
+    smaller = _largest_that_fits(experiment.slots, nodes, layout)
+    if smaller is not None:
+        message += (
+            f"; set compute.num_workers={smaller.num_workers} and "
+            f"compute.cpus_per_worker={smaller.cpus_per_worker}"
+        )
+    elif layout.use_gpu and cpus:
+        message += "; set compute.use_gpu=false"
     return UserError(message)
+
+
+def _largest_that_fits(slots: int, nodes: list[Node], layout: Layout) -> Layout | None:
+    """Return the layout with the most workers that fits; with fewer CPUs each if none fits."""
+    cpus = min(layout.cpus_per_worker, max((node.cpus for node in nodes), default=0))
+    for cpus_per_worker in range(cpus, 0, -1):
+        room = places(nodes, Layout(1, cpus_per_worker, layout.use_gpu))
+        for workers in range(min(room, layout.num_workers), 0, -1):
+            if slots % workers == 0:
+                return Layout(workers, cpus_per_worker, layout.use_gpu)
+    return None

@@ -5,28 +5,47 @@ an upgrade broke. `data/tokenizer.py` calls a private function of tiktoken.
 """
 
 import contextlib
+import functools
+import logging
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
+ABORT_S = 10  # a controller that does not answer in this time may be dead
+
 
 @contextlib.contextmanager
-def without_api_server() -> Iterator[None]:
-    """Let `ray.init` start a cluster without its API server.
+def local_processes() -> Iterator[None]:
+    """Change how `ray.init` starts the processes of a cluster.
 
-    At every start, the API server sends requests to the metadata services of three clouds, also if
-    usage reports are off. No public option turns it off.
+    It starts no API server, which sends requests to the metadata services of three clouds at every
+    start, also if usage reports are off. And the processes get a session of their own: signals
+    that a terminal or `timeout` sends to all processes of a command reach only the driver.
     """
     from ray._private import services
 
-    original = services.start_api_server
+    api_server = services.start_api_server
+    popen = services.ConsolePopen
     # Ray itself returns (None, None) if the API server cannot be started.
     services.start_api_server = lambda *_, **__: (None, None)
+    services.ConsolePopen = functools.partial(popen, start_new_session=True)
     try:
         yield
     finally:
-        services.start_api_server = original
+        services.start_api_server = api_server
+        services.ConsolePopen = popen
+
+
+def use_token_if_there() -> None:
+    """Use token authentication if $RAY_AUTH_MODE is not set and there is a token.
+
+    `ray start` decides in the same way, but a client of $RAY_ADDRESS does not.
+    """
+    from ray._private.authentication import authentication_token_setup as setup
+
+    logging.getLogger(setup.__name__).setLevel(logging.ERROR)
+    setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def oom_causes() -> dict[tuple[str, int], str]:
@@ -82,6 +101,27 @@ def drop_datasets_callback(trainer: Any) -> None:
         return [callback for callback in create() if not isinstance(callback, DatasetsCallback)]
 
     trainer._create_default_callbacks = create_others
+
+
+def controllers_of(trainer: Any) -> list[Any]:
+    """Return a list that gets the controller of a Ray Train trainer once it runs.
+
+    Ray passes the controller to its own handler of Ctrl-C, which it then does not install: it would
+    also be installed where Ctrl-C is ignored, and it would end the driver.
+    """
+    controllers: list[Any] = []
+    trainer._register_sigint_handler = controllers.append
+    return controllers
+
+
+def abort(controllers: list[Any]) -> None:
+    """End the workers of Ray Train's controllers, and the controllers."""
+    import ray
+
+    for controller in controllers:
+        # The controller exits before it answers.
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(controller.abort.remote(), timeout=ABORT_S)
 
 
 def set_collective_timeout(seconds: float) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+from orchestrator import files
 from orchestrator.data.tokenizer import TOKENIZER_FILE, TokenizerFacts
 from orchestrator.errors import UserError
 from orchestrator.files import file_sha256, fsync, write_atomically
@@ -199,7 +200,7 @@ def verify(path: Path, sha256: str) -> Stamp:
     version = f"{path.resolve()}/{found}/{sha256}"
     with open(_marks() / hashlib.sha256(version.encode()).hexdigest(), "a+") as mark:
         # The other workers of the node wait here, and then find the file verified.
-        fcntl.flock(mark, fcntl.LOCK_EX)
+        files.lock(mark, fcntl.LOCK_EX)
         mark.seek(0)
         if mark.read() != "verified":
             if file_sha256(path) != sha256:

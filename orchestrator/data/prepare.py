@@ -139,10 +139,10 @@ def _lock(directory: Path) -> Iterator[None]:
     """Let one process at a time prepare a folder. The system frees the lock of a killed process."""
     with open(directory / ".lock", "w", opener=files.opener) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            files.lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"{directory}: another process is preparing it; waiting", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            files.lock(file, fcntl.LOCK_EX)
         yield
 
 

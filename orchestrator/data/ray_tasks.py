@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from orchestrator.cluster import local as local_ray
+from orchestrator.cluster import connection
 from orchestrator.data.corpus import Progress
 from orchestrator.data.tasks import Job
 from orchestrator.errors import UserError
@@ -46,9 +46,7 @@ class RayTasks:
         import ray
 
         if not ray.is_initialized():
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            start = ray.init if os.environ.get("RAY_ADDRESS") else local_ray.start
-            start(log_to_driver=False, logging_level=logging.ERROR)
+            connection.connect()
             self.is_ours = True
 
     def cpus(self) -> int:

@@ -76,7 +76,7 @@ class Job(abc.ABC):
             self.tracker.start()
             with self.watching(), signals.asking_to_stop(self._request_stop):
                 self.work()
-        except (KeyboardInterrupt, SystemExit):  # Ray Train turns Ctrl-C into sys.exit(0)
+        except KeyboardInterrupt:
             ending = self.interrupted()
         except Exception as raised:
             error = raised
@@ -95,8 +95,8 @@ class Job(abc.ABC):
             print_unsent(self.folder, self.uri)
         return ending
 
-    def _request_stop(self) -> None:
-        stop.request(self.folder, "SIGTERM")
+    def _request_stop(self, reason: str) -> None:
+        stop.request(self.folder, reason)
 
     def resend(self) -> None:
         """Send what the tracking server does not have of a finished job."""
@@ -143,7 +143,7 @@ class Job(abc.ABC):
 
     def interrupted(self) -> Ending | None:
         """Return how the work ended after a signal; None: `diagnose` decides."""
-        return Ending("again" if signals.was_terminated() else "interrupted")
+        return Ending("again" if signals.was_stopped() else "interrupted")
 
     @abc.abstractmethod
     def summarize(self, ending: Ending, wall_s: float) -> None:

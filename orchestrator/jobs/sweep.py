@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import cast
 
+from orchestrator.cluster import connection
 from orchestrator.cluster import layout as cluster
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.sections import Data
@@ -121,7 +122,7 @@ class SweepJob(Job):
     # ---- before the stages start ----
 
     def connect(self) -> None:
-        cluster.connect(cluster.worker_environment())
+        connection.connect(cluster.worker_environment())
 
     def prepare(self) -> None:
         layout = self._layout()
@@ -156,10 +157,10 @@ class SweepJob(Job):
         by_slots = {e.slots: e for e in self.sweep.experiments}
         layouts = {cluster.find_layout(e, recorded) for e in by_slots.values()}
         if len(layouts) > 1:
-            numbers = " or ".join(str(layout.num_workers) for layout in layouts)
+            numbers = sorted(layout.num_workers for layout in layouts)
             raise UserError(
-                f"compute.num_workers: trials would run on {numbers} workers; set it to a number "
-                f"that divides the reduction slots of all: {sorted(by_slots)}"
+                f"compute.num_workers: trials with {sorted(by_slots)} reduction slots would run on "
+                f"{numbers} workers; set compute.num_workers={numbers[0]}"
             )
         return layouts.pop()
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 from orchestrator.checkpoint import store as checkpoint
+from orchestrator.cluster import connection
 from orchestrator.cluster import layout as cluster
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, fields_with
@@ -102,7 +103,7 @@ class TrainJob(Job):
     # ---- before the workers start ----
 
     def connect(self) -> None:
-        cluster.connect()
+        connection.connect()
 
     def prepare(self) -> None:
         experiment = self.experiment

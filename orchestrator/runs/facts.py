@@ -7,7 +7,7 @@ from typing import TypedDict
 from model import models, optim
 from model.flops import flops_per_token
 from model.gpt import GPTConfig
-from orchestrator.cluster import layout
+from orchestrator.cluster import connection
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.dataset import Manifest
 from orchestrator.redact import redact
@@ -54,7 +54,7 @@ def facts_of(
     tokens = {f"{name}_tokens": split.tokens for name, split in dataset.splits.items()}
     return {
         "params": redact({key: value for key, value in params.items() if value is not None}),
-        "tags": redact(source_tags(own_sources(), script, ray_job_id=layout.job_id())),
+        "tags": redact(source_tags(own_sources(), script, ray_job_id=connection.job_id())),
         "dataset": redact(described) | tokens,
     }
 

@@ -86,7 +86,7 @@ def _is_at(path: Path, file: TextIO) -> bool:
 def _try_lock(file: TextIO, kind: int) -> bool:
     """Lock the file. Return False if another process holds a lock."""
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        files.lock(file, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     return True

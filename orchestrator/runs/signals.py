@@ -1,10 +1,12 @@
-"""SIGTERM and Ctrl-C in a driver.
+"""Signals that stop a driver, and Ctrl-C.
 
-Ctrl-C (SIGINT) ends a run at once. SIGTERM comes before a machine or a job is removed: the run
-saves a checkpoint if that takes only a few seconds, ends, and can be continued later.
+Ctrl-C (SIGINT) ends a run at once. SIGTERM comes before a machine or a job is removed, SIGHUP when
+the terminal is closed: the run saves a checkpoint if that takes only a few seconds, ends, and can
+be continued later. A signal that was ignored when the command began stays ignored, such as SIGHUP
+under nohup and SIGINT in the background job of a script.
 
-Order of use: `sigterm_interrupts` around the whole command, `while_ray_starts` around `ray.init`,
-`asking_to_stop` around the training, then `let_end` until the process exits.
+Order of use: `begin`, `while_ray_starts` around `ray.init`, `asking_to_stop` around the training,
+then `let_end` until the process exits.
 """
 
 import contextlib
@@ -12,9 +14,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import TypeAlias
 
 from orchestrator.runs.ending import Ending
+
+Handler: TypeAlias = Callable[[int, FrameType | None], object] | signal.Handlers
 
 EXIT_WAIT_S = 60.0  # longest time to wait for a tracking server
 # Time between SIGTERM and SIGKILL on Kubernetes and spot instances.
@@ -22,39 +28,47 @@ NOTICE_S = 30.0
 RAY_JOB_NOTICE_S = 3.0  # default of `ray job stop`
 ENDING_S = 5.0  # time reserved after training for the summary and the tracking server
 
-_sigterm_times: list[float] = []  # time.monotonic() of each SIGTERM
+STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+_stop_times: list[float] = []  # time.monotonic() of each signal of STOPS
+_ignored: set[int] = set()  # signals that were ignored when the command began
 
 
-class Terminated(BaseException):
-    """SIGTERM ended the command."""
+def begin() -> None:
+    """Let a signal of STOPS raise KeyboardInterrupt, after which `was_stopped` returns True."""
+    _stop_times.clear()
+    _ignored.clear()
+    for number in (*STOPS, signal.SIGINT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            _ignored.add(number)
+    _handle(STOPS, _interrupt)
 
 
-@contextlib.contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Raise `Terminated` if SIGTERM comes inside the block."""
-    _sigterm_times.clear()
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if was_terminated():
-            raise Terminated from None
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _handle(numbers: Iterable[int], handler: Handler) -> None:
+    """Set the handler of signals, except of those that were ignored when the command began."""
+    for number in numbers:
+        if number not in _ignored:
+            signal.signal(number, handler)
+
+
+def named(numbers: Iterable[int]) -> str | None:
+    """Return the name of the first signal of STOPS among the numbers; None if there is none."""
+    return next((signal.Signals(number).name for number in numbers if number in STOPS), None)
 
 
 @contextlib.contextmanager
 def while_ray_starts() -> Iterator[None]:
-    """Handle signals while `ray.init` runs, which installs its own handler.
+    """Handle signals while `ray.init` runs, which installs its own handlers.
 
-    Ray's handler raises SystemExit. If that happens while the process forks, Python drops the
-    exception. The pipe below receives every signal, also if another handler is installed.
+    Ray's handler of SIGTERM raises SystemExit. If that happens while the process forks, Python
+    drops the exception. The pipe below receives every signal, also if another handler is installed.
 
     Raises:
-        Terminated: SIGTERM came.
-        KeyboardInterrupt: Ctrl-C came.
+        KeyboardInterrupt: Ctrl-C or a signal of STOPS came.
     """
+    if signal.SIGINT in _ignored:
+        # Ray calls the handler that it finds, and SIG_IGN cannot be called.
+        signal.signal(signal.SIGINT, _do_nothing)
     read_end, write_end = os.pipe()
     os.set_blocking(read_end, False)
     os.set_blocking(write_end, False)
@@ -64,15 +78,18 @@ def while_ray_starts() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, _interrupt)
+        _handle(STOPS, _interrupt)
+        for number in _ignored.intersection(STOPS):
+            signal.signal(number, signal.SIG_IGN)
         sys.unraisablehook = hook_before
         signal.set_wakeup_fd(pipe_before)
         os.close(write_end)
         with open(read_end, "rb") as pipe:
-            received = pipe.read()
-        if signal.SIGTERM in received:
-            raise Terminated from None
-        if signal.SIGINT in received:
+            # None if a process that was just forked still has the other end.
+            received = set(pipe.read() or b"") - _ignored
+        if named(received):
+            _stop_times.append(time.monotonic())
+        if named(received) or signal.SIGINT in received:
             raise KeyboardInterrupt from None
 
 
@@ -89,52 +106,59 @@ def _without_exits(
 
 
 @contextlib.contextmanager
-def asking_to_stop(request_stop: Callable[[], None]) -> Iterator[None]:
-    """Call `request_stop` if SIGTERM comes inside the block.
+def asking_to_stop(request_stop: Callable[[str], None]) -> Iterator[None]:
+    """Call `request_stop` with the name of the signal if one of STOPS comes inside the block.
 
     If the block has not ended some seconds later, it is interrupted with KeyboardInterrupt.
     """
 
-    def on_sigterm(*_: object) -> None:
-        # A second SIGTERM must not interrupt the stop that the first one began.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _sigterm_times.append(time.monotonic())
-        signal.signal(signal.SIGALRM, _interrupt)
+    def on_stop(number: int, *_: object) -> None:
+        # A second signal must not interrupt the stop that the first one began.
+        _handle(STOPS, signal.SIG_IGN)
+        _stop_times.append(time.monotonic())
         signal.setitimer(signal.ITIMER_REAL, stop_wait_s())
         # If the request cannot be written, the alarm ends the block.
         with contextlib.suppress(OSError):
-            request_stop()
+            request_stop(signal.Signals(number).name)
 
-    before = signal.signal(signal.SIGTERM, on_sigterm)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    _handle(STOPS, on_stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if was_terminated() else before)
+        _handle(STOPS, signal.SIG_IGN if was_stopped() else _interrupt)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+def interrupt_work() -> None:
+    """Raise KeyboardInterrupt in the block of `asking_to_stop`. Any thread may call this.
+
+    The signal is not SIGINT, which may be ignored.
+    """
+    os.kill(os.getpid(), signal.SIGALRM)
+
+
 def let_end() -> None:
-    """Ignore SIGTERM and Ctrl-C from now on. The rest of the command takes a limited time."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _do_nothing)
+    """Ignore all these signals from now on. The rest of the command takes a limited time."""
+    _handle((*STOPS, signal.SIGINT, signal.SIGALRM), _do_nothing)
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @contextlib.contextmanager
 def ending_on_ctrl_c() -> Iterator[None]:
     """If Ctrl-C comes, end only this block. For use after `let_end`."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    _handle([signal.SIGINT], signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
         pass
     finally:
-        signal.signal(signal.SIGINT, before)
+        _handle([signal.SIGINT], _do_nothing)
 
 
-def was_terminated() -> bool:
-    """Return whether SIGTERM came since the command began."""
-    return bool(_sigterm_times)
+def was_stopped() -> bool:
+    """Return whether a signal of STOPS came since the command began."""
+    return bool(_stop_times)
 
 
 def notice_s() -> float:
@@ -153,13 +177,13 @@ def tracking_wait_s(ending: Ending) -> float:
     """Return how long a driver may wait for the tracking server after its run has ended."""
     if ending.kind != "again":
         return EXIT_WAIT_S
-    spent = time.monotonic() - _sigterm_times[0] if _sigterm_times else 0.0
+    spent = time.monotonic() - _stop_times[0] if _stop_times else 0.0
     return min(EXIT_WAIT_S, max(1.0, notice_s() - spent - 1))
 
 
 def _interrupt(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _sigterm_times.append(time.monotonic())
+    _handle(STOPS, signal.SIG_IGN)
+    _stop_times.append(time.monotonic())
     # While Ray waits, it suppresses all other exceptions of a handler.
     raise KeyboardInterrupt
 

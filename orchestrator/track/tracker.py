@@ -98,7 +98,7 @@ def resend_metrics(
     try:
         is_sent = tracker.finish(status, deadline_s)
     except KeyboardInterrupt:
-        if signals.was_terminated():
+        if signals.was_stopped():
             raise
     if not is_sent:
         print_unsent(folder, uri)

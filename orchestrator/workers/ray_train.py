@@ -82,8 +82,12 @@ def fit(experiment: Experiment, folder: RunFolder, data_dir: Path, layout: Layou
         ),
     )
     private.drop_datasets_callback(trainer)
+    controllers = private.controllers_of(trainer)
     try:
         trainer.fit()
+    except KeyboardInterrupt:
+        private.abort(controllers)
+        raise
     finally:
         shutil.rmtree(folder.ray_scratch, ignore_errors=True)
 

@@ -1,7 +1,7 @@
 """What the driver does while its workers train.
 
-It passes on SIGTERM at once, stops a run when Ray drains one of its nodes, ends stuck processes of
-this machine, and ends the wait for workers that are done but do not exit.
+It passes on a signal to stop at once, stops a run when Ray drains one of its nodes, ends stuck
+processes of this machine, and ends the wait for workers that are done but do not exit.
 """
 
 import os
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from orchestrator.cluster import private
-from orchestrator.runs import stop
+from orchestrator.runs import signals, stop
 from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import hangs, marks
 from orchestrator.workers.marks import DONE, Mark
@@ -32,7 +32,7 @@ class Watch:
     Enter it in the main thread, because Python sets signal handlers only there.
 
     Args:
-        folder: Folder of the run or the sweep. A SIGTERM asks it to stop.
+        folder: Folder of the run or the sweep. A signal of `signals.STOPS` asks it to stop.
         places: Returns the folders in which workers train now. Called by the thread.
     """
 
@@ -67,8 +67,8 @@ class Watch:
             try:
                 if not ready:
                     self._look()
-                elif signal.SIGTERM in os.read(self._pipe_out, 64):
-                    stop.request(self.folder, "SIGTERM")
+                elif name := signals.named(os.read(self._pipe_out, 64)):
+                    stop.request(self.folder, name)
             except OSError as error:  # such as a full disk; the next look may succeed
                 print(f"watching {self.folder.path}: {error}", flush=True)
 
@@ -130,8 +130,7 @@ class RunWatch(Watch):
             self._done_since = now
         if not self.over and now - self._done_since > self._exit_s:
             self.over = True
-            # SIGINT makes Ray Train kill the workers and end its wait.
-            os.kill(os.getpid(), signal.SIGINT)
+            signals.interrupt_work()
 
 
 def draining_node(current: list[Mark]) -> str | None:

@@ -1,5 +1,7 @@
 """The workers that a run gets on a cluster: tables of requests and nodes."""
 
+import re
+
 import pytest
 
 from orchestrator.cluster.layout import Layout, Node, resolve_layout, worker_environment
@@ -29,6 +31,11 @@ TABLE = [
 ]
 
 
+def overrides(message: str) -> list[str]:
+    """Return the overrides that a message advises."""
+    return re.findall(r"(\w+\.\w+=\w+)", message.partition("; ")[2])
+
+
 def resolved(words: list[str], nodes, **more) -> Layout:
     return resolve_layout(load_experiment(None, words), [Node(*node) for node in nodes], **more)
 
@@ -39,23 +46,27 @@ def test_layout_is_the_largest_that_slots_and_devices_allow(words, nodes, worker
 
 
 @pytest.mark.parametrize(
-    ("words", "nodes", "idle"),
+    ("words", "nodes", "idle", "used"),
     [
-        (EIGHT, [(64, 16)], "8 of 16"),
-        (EIGHT, [(16, 6)], "2 of 6"),
-        (TWO, [(16, 8)], "6 of 8"),
-        (EIGHT, [(16, 8)], None),
-        (EIGHT, [(16, 0)], None),
-        ([*EIGHT, "compute.use_gpu=false"], [(16, 8)], None),
+        (EIGHT, [(64, 16)], "8 of 16", None),  # eight sequences
+        ([*EIGHT, "train.global_batch_size=64"], [(64, 32)], "24 of 32", 32),
+        ([*EIGHT, "train.reduction_slots=2"], [(16, 6)], "4 of 6", 4),
+        (EIGHT, [(16, 6)], "2 of 6", None),  # six is not a power of two
+        (TWO, [(16, 8)], "6 of 8", None),
+        (["train.micro_batch_size=6", "train.global_batch_size=24"], [(16, 8)], "4 of 8", 8),
+        ([*TWO, "train.global_batch_size=12"], [(16, 8)], "4 of 8", None),
+        (EIGHT, [(16, 8)], None, None),
+        (EIGHT, [(16, 0)], None, None),
+        ([*EIGHT, "compute.use_gpu=false"], [(16, 8)], None, None),
     ],
 )
-def test_idle_gpus_are_reported(capsys, words, nodes, idle):
+def test_idle_gpus_are_reported_with_the_change_that_uses_more(capsys, words, nodes, idle, used):
     resolved(words, nodes)
     output = capsys.readouterr().out
     assert (f"{idle} GPUs stay idle" in output) if idle else output == ""
-    if idle:
-        assert "train.micro_batch_size" in output
-        assert "train.reduction_slots" in output
+    assert (f" would use {used}\n" in output) == (used is not None)
+    if used is not None:
+        assert resolved([*words, *overrides(output)], nodes).num_workers == used
 
 
 @pytest.mark.parametrize(
@@ -100,7 +111,10 @@ def test_too_large_request_is_refused_unless_the_cluster_grows(words, nodes, ask
     assert asked in str(caught.value)
     assert found in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert ("compute.use_gpu=false" in str(caught.value)) == (words == ["compute.use_gpu=true"])
+    change = overrides(str(caught.value))
+    assert (change == ["compute.use_gpu=false"]) == (words == ["compute.use_gpu=true"])
+    if nodes:
+        assert isinstance(resolved([*words, *change], nodes), Layout), "the advice is refused"
     explicit = [
         f"compute.use_gpu={str('GPU each' in asked).lower()}",
         f"compute.num_workers={asked.split()[0]}",

@@ -1,12 +1,13 @@
 """Private functions of Ray, torch and tiktoken. A failure shows what an upgrade broke."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from orchestrator.cluster import layout, private
+from orchestrator.cluster import connection, private
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import load_experiment
 from orchestrator.runs.folder import RunFolder
@@ -14,13 +15,16 @@ from orchestrator.runs.folder import RunFolder
 REPO = Path(__file__).resolve().parents[2]
 
 
-def test_local_cluster_starts_without_the_api_server():
+def test_local_cluster_starts_without_the_api_server_and_in_sessions_of_its_own():
     from ray._private import node, services
 
-    original = services.start_api_server
-    with private.without_api_server():
+    originals = services.start_api_server, services.ConsolePopen
+    with private.local_processes():
         assert services.start_api_server(include_dashboard=False) == (None, None)
-    assert services.start_api_server is original
+        sleep = services.start_ray_process(["sleep", "60"], "raylet", fate_share=True).process
+        assert os.getsid(sleep.pid) == sleep.pid, "Ray starts its processes in another way"
+        sleep.kill()
+    assert (services.start_api_server, services.ConsolePopen) == originals
     call = "ray._private.services.start_api_server("
     assert call in Path(node.__file__).read_text("utf-8"), (
         "Ray starts its API server in another way: it would call the metadata addresses of clouds"
@@ -74,7 +78,7 @@ def test_workers_start_without_unused_processes(ray_cluster, monkeypatch, tmp_pa
     names = {type(callback).__name__ for callback in started}
     assert "BackendSetupCallback" in names
     assert "DatasetsCallback" not in names
-    assert layout.ENVIRONMENT[ENABLE_PREEMPTION_WATCHER_ENV_VAR] == "0"
+    assert connection.ENVIRONMENT[ENABLE_PREEMPTION_WATCHER_ENV_VAR] == "0"
 
 
 TIMEOUT = """

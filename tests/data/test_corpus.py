@@ -2,6 +2,9 @@
 
 import hashlib
 import http.server
+import os
+import pwd
+import tempfile
 import threading
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 
 from orchestrator.data.corpus import fetch, resolve, root_name
 from orchestrator.errors import UserError
+from orchestrator.files import cache_folder
 
 
 @pytest.fixture
@@ -130,3 +134,14 @@ def test_download_with_another_hash_leaves_nothing(server, tmp_path):
 def test_missing_address_is_a_user_error(server, tmp_path):
     with pytest.raises(UserError, match="cannot be downloaded"):
         fetch(resolve(f"{server[0]}/missing.txt#sha256={'0' * 64}")[0], tmp_path)
+
+
+def test_cache_without_a_home_directory_is_a_folder_of_this_user(monkeypatch, tmp_path):
+    def nobody(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.delenv("HOME")
+    assert cache_folder() == tmp_path / f"espalier-cache-{os.getuid()}"

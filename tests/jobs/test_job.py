@@ -80,11 +80,12 @@ class SmallJob(Job):
 @pytest.fixture
 def new_job(tmp_path, monkeypatch):
     """Make a job in an empty storage; the test's own signal handlers are restored."""
+    numbers = (*signals.STOPS, signal.SIGINT, signal.SIGALRM)
     monkeypatch.setattr("orchestrator.cluster.layout.check_storage", lambda storage: None)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in numbers}
     experiment = load_experiment(None, ["name=small", f"storage={tmp_path}"])
-    with signals.sigterm_interrupts():
-        yield lambda **settings: SmallJob(experiment, **settings)
+    signals.begin()
+    yield lambda **settings: SmallJob(experiment, **settings)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -127,16 +128,11 @@ def press_ctrl_c():
     raise KeyboardInterrupt
 
 
-def exit_as_ray_train_does():
-    raise SystemExit(0)
-
-
 @pytest.mark.parametrize(
     ("act", "status", "told", "printed"),
     [
         (fail, 1, "FAILED", "a worker died\n"),
         (press_ctrl_c, 130, "KILLED", ""),
-        (exit_as_ray_train_does, 130, "KILLED", ""),
     ],
 )
 def test_exit_status_and_mlflow_status_follow_from_how_the_work_ended(
@@ -148,10 +144,11 @@ def test_exit_status_and_mlflow_status_follow_from_how_the_work_ended(
     assert capsys.readouterr().err == printed
 
 
-def test_sigterm_asks_the_job_to_stop_and_gives_status_75(new_job, capsys):
-    job = new_job(act=lambda: os.kill(os.getpid(), signal.SIGTERM))
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT"])
+def test_signal_asks_the_job_to_stop_and_gives_status_75(new_job, capsys, name):
+    job = new_job(act=lambda: os.kill(os.getpid(), signal.Signals[name]))
     assert job.run() == 75
-    assert stop.requested(job.folder) == "SIGTERM"
+    assert stop.requested(job.folder) == name
     assert capsys.readouterr().err == "asked to stop\n"
 
 
@@ -160,13 +157,28 @@ def test_signals_after_the_work_do_not_interrupt_the_summary(new_job):
     show = job.show
 
     def be_signalled():
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
+        for number in (*signals.STOPS, signal.SIGINT):
+            os.kill(os.getpid(), number)
         show()
 
     job.show = be_signalled
     assert job.run() == 0
     assert job.done[-1] == "show"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT", "SIGINT"])
+def test_signal_that_was_ignored_at_the_start_stays_ignored(new_job, name):
+    number = signal.Signals[name]
+    signal.signal(number, signal.SIG_IGN)  # as nohup and a background shell do
+    signals.begin()
+    job = new_job(act=lambda: os.kill(os.getpid(), number))
+
+    def connect():
+        os.kill(os.getpid(), number)
+
+    job.connect = connect
+    assert job.run() == 0
+    assert stop.requested(job.folder) is None
 
 
 def test_command_that_sends_the_rest_is_printed(new_job, capsys):

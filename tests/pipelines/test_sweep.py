@@ -127,14 +127,12 @@ def run(
 
 
 def begin(ray_head, storage: Path, corpus: Path, *words: str) -> subprocess.Popen:
-    # Processes that a background shell starts ignore Ctrl-C; a terminal does not set this.
     return subprocess.Popen(
         command(storage, corpus, *words),
         env=ray_head.env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

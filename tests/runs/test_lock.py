@@ -1,5 +1,7 @@
 """Locks: a second driver or writer is refused while another process holds the lock."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -7,7 +9,8 @@ import sys
 
 import pytest
 
-from orchestrator.errors import HeldError
+from orchestrator import files
+from orchestrator.errors import HeldError, UserError
 from orchestrator.runs import lock
 
 HOLD = """
@@ -51,6 +54,19 @@ def test_lock_of_a_killed_holder_is_free_and_tells_its_name(folder, holder):
             pytest.fail("two drivers")
     with lock.held(folder.driver_lock) as killed_holder:
         assert killed_holder is None, "the last holder ended in good order"
+
+
+@pytest.mark.parametrize("number", files.NO_LOCKS, ids=errno.errorcode.get)
+def test_file_system_without_locks_is_refused(folder, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder.driver_lock.touch()
+    with pytest.raises(UserError, match="its file system has no locks .* on another file system"):
+        lock.refuse_if_held(folder)
+    with pytest.raises(UserError, match=str(folder.driver_lock)), lock.held(folder.driver_lock):
+        pytest.fail("held without a lock")
 
 
 def test_driver_and_writer_have_different_locks(folder):

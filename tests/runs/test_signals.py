@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C while Ray starts, which installs its own signal handler."""
+"""Signals while Ray starts, which installs its own signal handlers."""
 
 import signal
 import subprocess
@@ -11,28 +11,60 @@ REPO = Path(__file__).resolve().parents[2]
 SIGNAL_DURING_A_FORK = """
 import os, signal, sys
 from orchestrator.runs import signals
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores Ctrl-C
+number = int(sys.argv[1])
+if sys.argv[2] == "ignored":
+    signal.signal(number, signal.SIG_IGN)
+signals.begin()
 try:
     with signals.while_ray_starts():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as ray.init does
-        os.register_at_fork(before=lambda: os.kill(os.getpid(), int(sys.argv[1])))
+        os.register_at_fork(before=lambda: os.kill(os.getpid(), number))
         if os.fork() == 0:
             os._exit(0)
         print("the exit was dropped", flush=True)
+    print(signal.getsignal(number) in (signal.SIG_IGN, signals._do_nothing))
 except BaseException as end:
-    print(type(end).__name__)
+    print(type(end).__name__, signals.was_stopped())
+"""
+IGNORED_DURING_RAY = """
+import os, signal
+from ray._private.utils import DeferSigint
+from orchestrator.runs import signals
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signals.begin()
+with signals.while_ray_starts(), DeferSigint():
+    os.kill(os.getpid(), signal.SIGINT)
+print("done")
 """
 
 
-@pytest.mark.parametrize(
-    ("number", "end"), [(signal.SIGTERM, "Terminated"), (signal.SIGINT, "KeyboardInterrupt")]
-)
-def test_signal_during_a_fork_is_not_lost_and_prints_no_traceback(number, end):
+def output(script: str, *args: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", SIGNAL_DURING_A_FORK, str(int(number))],
+        [sys.executable, "-c", script, *args],
         cwd=REPO,
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"the exit was dropped\n{end}\n", "")
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("SIGTERM", "KeyboardInterrupt True"),
+        ("SIGHUP", "KeyboardInterrupt True"),
+        ("SIGQUIT", "KeyboardInterrupt True"),
+        ("SIGINT", "KeyboardInterrupt False"),
+    ],
+)
+def test_signal_during_a_fork_is_not_lost_and_prints_no_traceback(name, end):
+    number = str(int(signal.Signals[name]))
+    assert output(SIGNAL_DURING_A_FORK, number, "") == f"the exit was dropped\n{end}\n"
+    ignored = output(SIGNAL_DURING_A_FORK, number, "ignored")
+    assert ignored == "the exit was dropped\nTrue\n"
+
+
+def test_ignored_ctrl_c_is_not_called_as_a_handler_by_ray():
+    assert output(IGNORED_DURING_RAY) == "done\n"

@@ -1,0 +1,141 @@
+"""Connect to Ray: join a cluster, or start one on this machine that ends with the driver."""
+
+import atexit
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+from orchestrator.cluster import private
+from orchestrator.errors import UserError
+
+PROBE_S = 10
+# The driver sets these variables before Ray starts.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # no network traffic that the user did not ask for
+    # Ray's default of 2 s would delay every report and the end of the run.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # The watcher needs one process for each group of workers. `RunWatch` finds drained nodes.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+# Ray puts the current folder first on the path of its workers. There may be a model.py in it.
+SOURCES = Path(__file__).resolve().parents[2]
+# Ray creates sockets below its temporary folder. The system limits their paths to 107 bytes.
+SOCKET_BYTES = 107
+SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+
+
+def connect(environment: dict[str, str] | None = None) -> None:
+    """Join the cluster of $RAY_ADDRESS, or start one on this machine for this process.
+
+    `ray job submit` sets $RAY_ADDRESS.
+
+    Args:
+        environment: Variables of all Ray processes of this driver. None: no additional ones.
+
+    Raises:
+        UserError: No cluster answers at $RAY_ADDRESS, or Ray cannot start on this machine.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    # At every start, Ray would print that a token protects the cluster.
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if environment:
+        settings["runtime_env"] = {"env_vars": environment}
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with contextlib.chdir(SOURCES):
+            _join(settings) if is_shared() else _start(settings)
+    finally:
+        signal.signal(signal.SIGTERM, handler)  # Ray replaces it
+    # Functions that are registered last run first. Ray's own function would wait half a second for
+    # output of the workers.
+    atexit.register(ray.shutdown)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+
+
+def is_shared() -> bool:
+    """Return whether this process uses the cluster of $RAY_ADDRESS, and not one of its own."""
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
+def job_id() -> str | None:
+    """Return Ray's id of the submitted job, or of this driver; None if neither exists."""
+    import ray
+
+    submitted = os.environ.get("RAY_JOB_ID")
+    if submitted:
+        return submitted
+    if not ray.is_initialized():
+        return None
+    return ray.get_runtime_context().get_job_id()
+
+
+# ---- a cluster that is there ----
+
+
+def _join(settings: dict[str, Any]) -> None:
+    import ray
+
+    address = os.environ["RAY_ADDRESS"]
+    _probe(address)
+    private.use_token_if_there()
+    try:
+        ray.init(**settings)
+    except Exception as error:
+        raise UserError(
+            f"RAY_ADDRESS: cannot join the cluster at {address} ({_first_line(error)}); correct "
+            "the address, or unset RAY_ADDRESS to use this machine alone"
+        ) from None
+
+
+def _probe(address: str) -> None:
+    """Refuse an address that does not answer; Ray itself would wait for minutes."""
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS: '{address}' is not the address of a cluster's head; give HOST:PORT, such"
+            " as 10.0.0.1:6379, or submit a job to a dashboard with RAY_API_SERVER_ADDRESS"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # such as auto
+    try:
+        socket.create_connection((host, int(port)), timeout=PROBE_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"RAY_ADDRESS: no cluster answers at {address} ({error}); start one, or unset "
+            "RAY_ADDRESS to use this machine alone"
+        ) from None
+
+
+# ---- a cluster of our own ----
+
+
+def _start(settings: dict[str, Any]) -> None:
+    """Start a cluster without a dashboard, protected by a token that only this process knows."""
+    import ray
+
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        # Ray would write one into the home directory, readable for all users.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    if len(os.fsencode(os.path.abspath(temporary) + SOCKET)) > SOCKET_BYTES:
+        os.environ["RAY_TMPDIR"] = "/tmp"
+    try:
+        with private.local_processes():
+            ray.init(address="local", include_dashboard=False, **settings)
+    except Exception as error:
+        raise UserError(f"Ray cannot start on this machine: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

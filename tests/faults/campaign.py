@@ -17,15 +17,29 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import kinds
+from tests.faults.breaks import BREAKS
 from tests.faults.case import VARIANTS, Case
+from tests.faults.cause_table import CAUSES
+from tests.faults.command_case import CommandCase
+from tests.faults.corpora import CORPORA
+from tests.faults.corpus_case import CorpusCase
 from tests.faults.outcome import outcome
 from tests.faults.rank import RankStarter
 from tests.faults.report import Report, table, write_table
+from tests.helpers.here import here
 
 BEGIN = "<!-- campaign: written by `make faults` -->"
 END = "<!-- end of the campaign -->"
 FAULTS_PER_CASE = (3, 7)
-TRACKED_INTERVAL = 5  # every n-th case sends its metrics to MLflow
+TRACKED_INTERVAL = 5  # every n-th case of ranks sends its metrics to MLflow
+TRACKED_SHARE = 0.2  # of the runs with their command
+SHARES = {"ranks": 2, "command": 3, "corpus": 2}
+VERBS = ("train", "train", "sweep")
+ALL = {
+    **{name: title for name, (_, title) in kinds.KINDS.items()},
+    **{name: cause.title for name, cause in CAUSES.items()},
+    **{name: title for name, (title, _) in CORPORA.items()},
+}
 WORDS = (
     *("the cat", "a dog", "one bird", "sees", "hears", "follows", "the moon", "a river", "no one"),
     *("and", "or", "but"),
@@ -36,44 +50,53 @@ class Campaign:
     """Cases of one seed in one folder.
 
     A case is a function of (seed, number), except for the exact moment of a fault from outside.
+    Its part is drawn: ranks without a command (`case.py`), a run or a sweep with its command
+    (`command_case.py`), or the preparation of a corpus (`corpus_case.py`).
 
     Args:
         seed: Seed of all cases.
         path: Folder for the cases.
-        data_dir: Folder of the token shards.
+        source: Folder of `make_source`.
         only: Kinds of faults to draw from.
+        breaks: Name of a way to break the product, for commands; see `breaks.py`.
     """
 
     def __init__(
-        self, seed: int, path: Path, data_dir: Path, only: tuple[str, ...] = tuple(kinds.KINDS)
+        self,
+        seed: int,
+        path: Path,
+        source: Path,
+        only: tuple[str, ...] = tuple(ALL),
+        breaks: str | None = None,
     ) -> None:
         self.seed = seed
         self.path = path
-        self.data_dir = data_dir
+        self.source = source
         self.only = tuple(only)
+        self.breaks = breaks
         self.starter = RankStarter()
-        self.golden: dict[int, dict[str, Any]] = {}
+        self.golden: dict[str, dict[str, Any]] = {}
+        self.of_part = {
+            part: tuple(name for name in self.only if name in found)
+            for part, found in (("ranks", kinds.KINDS), ("command", CAUSES), ("corpus", CORPORA))
+        }
 
     def case(self, number: int) -> Report:
         """Run one case and compare it with the golden run. Print each problem."""
         rng = random.Random(f"{self.seed}/{number}")
-        variant = rng.randrange(len(VARIANTS))
-        if variant not in self.golden:
-            self.golden[variant] = self._golden(variant)
-        database = None
-        if number % TRACKED_INTERVAL == 0:
-            database = str(self.path / "mlflow.db")
-        path = self.path / f"case-{number}"
-        case = Case(self.starter, path, self.data_dir, VARIANTS[variant], database)
-        report = case.run(rng, rng.randint(*FAULTS_PER_CASE), self.only)
-        case.compare(self.golden[variant])
+        parts = [part for part, names in self.of_part.items() if names]
+        part = rng.choices(parts, [SHARES[part] for part in parts])[0]
+        report = {"ranks": self._ranks, "command": self._command, "corpus": self._corpus}[part](
+            rng, number
+        )
         command = f"python -m tests.faults.campaign --seed {self.seed} --case {number}"
-        if self.only != tuple(kinds.KINDS):
+        if self.only != tuple(ALL):
             command += f" --only {' '.join(self.only)}"
         for problem in report.problems:
-            faults = [record.text for record in report.happened]
-            print(f"seed {self.seed}, case {number}: {problem}; faults: {faults}", flush=True)
-            print(f"repeat it: {command}", flush=True)
+            print(f"seed {self.seed}, case {number}: {problem}", flush=True)
+        if report.problems:
+            faults = "; ".join(record.text for record in report.happened)
+            print(f"  faults: {faults}\n  repeat it: {command}", flush=True)
         return report
 
     def reports(self) -> Iterator[Report]:
@@ -82,17 +105,71 @@ class Campaign:
             report = self.case(number)
             yield report
             if not report.problems:
-                shutil.rmtree(self.path / f"case-{number}")
+                shutil.rmtree(self.path / report.name, ignore_errors=True)
 
-    def _golden(self, variant: int) -> dict[str, Any]:
-        path = self.path / f"golden-{variant}"
-        case = Case(self.starter, path, self.data_dir, VARIANTS[variant])
-        assert case.attempt(1, None), f"the golden run failed: see {path / 'log.txt'}"
-        return outcome(case.folder.path)
+    # ---- the parts ----
+
+    def _ranks(self, rng: random.Random, number: int) -> Report:
+        variant = rng.randrange(len(VARIANTS))
+        key = f"ranks-{variant}"
+        data_dir = self.source / "tokens"
+        if key not in self.golden:
+            path = self.path / f"golden-{key}"
+            case = Case(self.starter, path, data_dir, VARIANTS[variant])
+            assert case.attempt(1, None), f"the golden run failed: see {path / 'log.txt'}"
+            self.golden[key] = outcome(case.folder.path)
+        database = None
+        if number % TRACKED_INTERVAL == 0:
+            database = str(self.path / "mlflow.db")
+        path = self.path / f"case-{number}"
+        case = Case(self.starter, path, data_dir, VARIANTS[variant], database)
+        report = case.run(rng, rng.randint(*FAULTS_PER_CASE), self.of_part["ranks"])
+        case.compare(self.golden[key])
+        return report
+
+    def _command(self, rng: random.Random, number: int) -> Report:
+        verb = rng.choice([verb for verb in VERBS if self._has_kinds(verb)])
+        if verb not in self.golden:
+            golden = CommandCase(self.starter, self.path / f"golden-{verb}", self.source, verb)
+            assert golden.finish(random.Random(0)), f"the golden run failed: {golden.texts}"
+            self.golden[verb] = golden.outcomes()
+        # Kinds that need a store are few, and a tracked command takes three times as long.
+        is_tracked = verb == "train" and (
+            rng.random() < TRACKED_SHARE or self._needs_store(self.of_part["command"])
+        )
+        path = self.path / f"case-{number}"
+        case = CommandCase(self.starter, path, self.source, verb, is_tracked, self.breaks)
+        report = case.run(rng, rng.randint(*FAULTS_PER_CASE), self.of_part["command"])
+        case.compare(self.golden[verb])
+        return report
+
+    def _has_kinds(self, verb: str) -> bool:
+        return any(verb in CAUSES[name].verbs for name in self.of_part["command"])
+
+    def _needs_store(self, names: tuple[str, ...]) -> bool:
+        is_told = self.breaks is not None and BREAKS[self.breaks].tracked
+        return is_told or all(CAUSES[name].tracked for name in names)
+
+    def _corpus(self, rng: random.Random, number: int) -> Report:
+        case = CorpusCase(self.starter, self.path / f"case-{number}", self.breaks)
+        return case.run(rng, self.of_part["corpus"])
 
 
-def make_dataset(folder: Path) -> Path:
-    """Write a corpus of random sentences and prepare its tokens, one for each character."""
+def each_kind(seed: int, folder: Path, source: Path, only: tuple[str, ...]) -> list[Report]:
+    """Run one case of each kind alone. Print which kinds have problems."""
+    golden: dict[str, dict[str, Any]] = {}
+    reports = []
+    for name in only:
+        (folder / name).mkdir()
+        campaign = Campaign(seed, folder / name, source, (name,))
+        campaign.golden = golden
+        reports.append(campaign.case(0))
+        print(f"{name}: {len(reports[-1].problems)} problems", flush=True)
+    return reports
+
+
+def make_source(folder: Path) -> Path:
+    """Write a corpus of random sentences, its tokens (one for each character), an empty store."""
     from orchestrator.config.experiment import load_experiment
     from orchestrator.data.prepare import prepare
 
@@ -101,8 +178,20 @@ def make_dataset(folder: Path) -> Path:
     corpus = folder / "corpus.txt"
     corpus.write_text(" ".join(words), "utf-8")
     experiment = load_experiment(None, [f"data.corpus={corpus}", "data.tokenizer=char"])
-    prepare(experiment.data, folder / "tokens")
-    return folder / "tokens"
+    with here():
+        prepare(experiment.data, folder / "tokens")
+    make_store(folder / "empty.db")
+    return folder
+
+
+def make_store(database: Path) -> None:
+    """Create an empty MLflow store, which takes seconds: cases copy it."""
+    from orchestrator.track import server
+
+    server.set_client_options()
+    from mlflow import MlflowClient
+
+    MlflowClient(tracking_uri=f"sqlite:///{database}").search_experiments()
 
 
 def main() -> int:
@@ -115,17 +204,18 @@ def main() -> int:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=kinds.KINDS,
-        default=tuple(kinds.KINDS),
+        choices=ALL,
+        default=tuple(ALL),
         metavar="KIND",
-        help=f"draw only faults of these kinds: {', '.join(kinds.KINDS)}",
+        help=f"draw only faults of these kinds: {', '.join(ALL)}",
     )
+    parser.add_argument("--each", action="store_true", help="one case of each kind alone")
     parser.add_argument(
         "--write", action="store_true", help="put the table into docs/RELIABILITY.md"
     )
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    campaign = Campaign(args.seed, folder, make_dataset(folder), args.only)
+    campaign = Campaign(args.seed, folder, make_source(folder), tuple(args.only))
     begun = time.monotonic()
     if args.case is not None:
         report = campaign.case(args.case)
@@ -136,6 +226,10 @@ def main() -> int:
         }
         print(json.dumps(result, indent=1))
         return bool(report.problems)
+    if args.each:
+        reports = each_kind(args.seed, folder, campaign.source, campaign.only)
+        print(table(reports, ALL, args.seed, time.monotonic() - begun))
+        return any(report.problems for report in reports)
     reports = []
     faults = 0
     for report in campaign.reports():
@@ -148,7 +242,7 @@ def main() -> int:
         )
         if faults >= args.n:
             break
-    text = table(reports, args.seed, time.monotonic() - begun)
+    text = table(reports, ALL, args.seed, time.monotonic() - begun)
     print(text)
     if args.write:
         write_table(text, BEGIN, END)

@@ -111,8 +111,10 @@ class Case:
             "log": str(self.path / "log.txt"),
             "first_step": str(first_step),
             "met": str(note),
-            "fault": asdict(fault) if fault else None,
-            "overrides": self.overrides + HANG if is_hang else self.overrides,
+            "faults": [asdict(fault)] if fault else [],
+            "experiment": load_experiment(
+                None, self.overrides + HANG if is_hang else self.overrides
+            ).model_dump(),
         }
         processes = self.starter.start([job | {"rank": r} for r in range(world)])
         try:
@@ -183,7 +185,8 @@ class Case:
     def _has_happened(self, fault: Fault | None, codes: list[int], note: Path) -> bool:
         """Return whether the fault happened: its rank wrote a note, was killed or stopped."""
         stopped = self._stopped()
-        if stopped and not stopped.get("again"):
+        is_full = fault is not None and fault.kind == "full"
+        if stopped and not stopped.get("again") and not is_full:
             self._add_problem(f"stopped: {stopped['reason']}")
         if note.exists():
             return True

@@ -5,6 +5,7 @@ is killed from outside.
 """
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from orchestrator.checkpoint import format as checkpoint_format
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.checkpoint import tensor_file
 from orchestrator.runs import journal
@@ -130,6 +132,96 @@ def fill_disk(nth: int, note: Callable[[str], None]) -> None:
 
     checkpoint.commit = counted_commit
     os.write = failing_write
+
+
+# ---- errors of the system, and other arithmetic ----
+
+
+def fail(kind: str, fault: dict[str, Any], note: Callable[[str], None]) -> None:
+    """Let a function of this process fail, or compute other bits; see `ERRORS`."""
+    ERRORS[kind](fault, note)
+
+
+def _fail_reads(fault: dict[str, Any], note: Callable[[str], None]) -> None:
+    """Let the first `nth` reads of files of checkpoints fail with the error `code`."""
+    read = checkpoint_format.file_sha256
+    left = fault["nth"]
+
+    def failing_read(path: Any) -> str:
+        nonlocal left
+        if left == 0:
+            return read(path)
+        left -= 1
+        note("unreadable")
+        raise OSError(fault["code"], os.strerror(fault["code"]), str(path))
+
+    checkpoint_format.file_sha256 = failing_read
+
+
+def _fail_writes(fault: dict[str, Any], note: Callable[[str], None]) -> None:
+    """Let all writes of journal and checkpoints fail after `nth` journal lines."""
+    write_line = Journal.write
+    left = fault["nth"]
+
+    def failing_line(self: Journal, line: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            note("error of a write")
+            raise OSError(fault["code"], os.strerror(fault["code"]), str(self.file))
+        write_line(self, line)
+
+    def failing_write(fd: int, data: Any) -> int:
+        if left < 0 and threading.current_thread().name.startswith(WRITER):
+            raise OSError(fault["code"], os.strerror(fault["code"]))
+        return write(fd, data)
+
+    Journal.write = failing_line
+    os.write = failing_write
+
+
+def _fail_locks(fault: dict[str, Any], note: Callable[[str], None]) -> None:
+    """Let every lock fail: some network file systems have none."""
+
+    def failing_lock(*_: Any) -> None:
+        note("no locks")
+        raise OSError(fault["code"], os.strerror(fault["code"]))
+
+    fcntl.flock = failing_lock
+
+
+def _change_arithmetic(fault: dict[str, Any], note: Callable[[str], None]) -> None:
+    """Compute other last bits, as another processor or another version of a library does."""
+    layer_norm = torch.nn.functional.layer_norm
+
+    def other_layer_norm(*args: Any, **kwargs: Any) -> torch.Tensor:
+        note("other bits")
+        return layer_norm(*args, **kwargs) * (1 + 1e-6)
+
+    torch.nn.functional.layer_norm = other_layer_norm
+
+
+def _log_syncs(fault: dict[str, Any], note: Callable[[str], None]) -> None:
+    """Append inode and size of each file that is forced to disk to the file `file`."""
+    fsync = os.fsync
+
+    def logged(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        fsync(descriptor)
+        log = os.open(fault["file"], os.O_WRONLY | os.O_APPEND)
+        write(log, f"{found.st_ino} {found.st_size}\n".encode())
+        os.close(log)
+
+    os.fsync = logged
+
+
+ERRORS = {
+    "synced": _log_syncs,
+    "unreadable": _fail_reads,
+    "unwritable": _fail_writes,
+    "no locks": _fail_locks,
+    "other bits": _change_arithmetic,
+}
 
 
 def on_first_step(callback: Callable[[], None]) -> None:

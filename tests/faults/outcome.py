@@ -11,10 +11,11 @@ from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import RunFolder
 from tests.helpers.curves import exact_part
 
+Outcome = dict[str, Any]
 PARTS = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
-def outcome(run_dir: Path) -> dict[str, Any]:
+def outcome(run_dir: Path) -> Outcome:
     """Return all logged losses, and the bytes of the weights and the optimizer moments."""
     curve = [exact_part(line) for line in journal.read(RunFolder(run_dir))]
     last = checkpoint.latest_valid(run_dir / "checkpoints")

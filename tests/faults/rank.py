@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ import torch
 import torch._dynamo  # noqa: F401 - else the first optimizer of each rank imports it
 import torch.distributed as dist
 
-from orchestrator.config.experiment import load_experiment
-from orchestrator.runs import lock
-from orchestrator.runs.folder import RunFolder
+from orchestrator.config.experiment import parse_experiment
+from orchestrator.runs import lock, stop
+from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.sweep.stage import run_stage
 from orchestrator.train.numerics import Worker, agree
 from orchestrator.workers import ray_train
 from tests.faults import hooks
@@ -67,12 +69,9 @@ def work(job: dict[str, Any]) -> None:
 def _work(job: dict[str, Any], run_dir: Path) -> None:
     rank = job["rank"]
     world = job["world"]
-    fault = job["fault"]
     folder = RunFolder(run_dir)
-
-    def note(moment: str) -> None:
-        _note(job["met"], moment)
-
+    if "pids" in job:
+        (Path(job["pids"]) / f"pid-{os.getpid()}").touch()
     if world > 1:
         dist.init_process_group(
             "gloo",
@@ -81,21 +80,61 @@ def _work(job: dict[str, Any], run_dir: Path) -> None:
             world_size=world,
             timeout=timedelta(seconds=TIMEOUT_S),
         )
+    if job.get("breaks"):
+        from tests.faults.breaks import BREAKS
+
+        BREAKS[job["breaks"]].install()
     if rank == 0:
         hooks.on_first_step(lambda: _note(job["first_step"], ""))
-    if fault and fault["rank"] == rank and fault["moment"]:
-        end = signal.SIGSTOP if fault["kind"] == "hang" else signal.SIGKILL
-        hooks.install(fault["moment"], fault["nth"], note, end)
-    if fault and fault["kind"] == "full" and rank == 0:
-        hooks.fill_disk(1 + int(fault["place"] * 3), note)
-    experiment = load_experiment(None, job["overrides"])
+    for fault in job["faults"]:
+        if fault["rank"] == rank or fault.get("everywhere"):
+            _install(fault, job["met"])
     place = Worker(rank, world, cpus=1)
+    if "sweep_dir" in job:
+        _run_stage(folder, place, SweepFolder(job["sweep_dir"]))
+        return
+    experiment = parse_experiment(job["experiment"], "experiment")
     with lock.held(folder.writer_lock, 60) if rank == 0 else contextlib.nullcontext():
-        number = 0
-        if rank == 0:
-            number = ray_train.start_workers_attempt(folder, job["launch"], world)
-        worker = Worker(rank, world, cpus=1, attempt=agree(number, place))
-        ray_train.train_watched(experiment, folder, Path(job["data_dir"]), worker)
+        try:
+            number = 0
+            if rank == 0:
+                number = ray_train.start_workers_attempt(folder, job["launch"], world)
+            worker = replace(place, attempt=agree(number, place))
+            ray_train.train_watched(experiment, folder, Path(job["data_dir"]), worker)
+        except Exception as error:
+            ray_train.record_failure(folder, place, error)
+            raise
+
+
+def _run_stage(folder: RunFolder, worker: Worker, sweep: SweepFolder) -> None:
+    """Do what `tune.StageTrainable` does for a stage."""
+    listener = stop.Listener(sweep) if worker.is_main else None
+    try:
+        for _ in run_stage(folder, worker, listener or _not_asked):
+            pass
+    except Exception as error:
+        ray_train.record_failure(folder, worker, error)
+        raise
+
+
+def _not_asked() -> bool:
+    return False
+
+
+def _install(fault: dict[str, Any], met: str) -> None:
+    """Prepare this process for its fault."""
+
+    def note(moment: str) -> None:
+        _note(met, moment)
+
+    kind = fault["kind"]
+    if kind == "full":
+        hooks.fill_disk(1 + int(fault["place"] * 3), note)
+    elif kind in hooks.ERRORS:
+        hooks.fail(kind, fault, note)
+    elif fault["moment"]:
+        end = signal.SIGSTOP if kind == "hang" else signal.SIGKILL
+        hooks.install(fault["moment"], fault["nth"], note, end)
 
 
 def _note(path: str, moment: str) -> None:

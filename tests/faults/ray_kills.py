@@ -28,7 +28,7 @@ from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import marks
-from tests.faults.campaign import make_dataset
+from tests.faults.campaign import make_source
 from tests.faults.report import REPO, quantiles, write_table
 from tests.helpers.curves import exact_part
 
@@ -207,7 +207,7 @@ def main() -> int:
     args = parser.parse_args()
     random.seed(args.seed)
     folder = Path(tempfile.mkdtemp(prefix="faults-ray-"))
-    data_dir = make_dataset(folder)
+    data_dir = make_source(folder) / "tokens"
     driver = Driver(folder, data_dir, folder / "corpus.txt")
     kills = []
     try:

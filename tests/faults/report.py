@@ -3,12 +3,21 @@
 import os
 import platform
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.faults import kinds
-
+# What can be wrong, by the first word of a problem. Problems of ranks have none: other bits.
+CATEGORIES = {
+    "bits": "other bits",
+    "loss": "silent losses",
+    "silent": "wrong text, silently",
+    "traceback": "tracebacks",
+    "manual": "manual steps",
+    "status": "other statuses or no line",
+    "harness": "errors of the campaign",
+}
 REPO = Path(__file__).resolve().parents[2]
 DOCUMENT = REPO / "docs" / "RELIABILITY.md"
 
@@ -18,17 +27,19 @@ class FaultRecord:
     """A fault that happened.
 
     Attributes:
-        kind: Its kind, see `kinds.KINDS`.
+        kind: Its kind, see `campaign.ALL`.
         text: Its moment, rank and attempt, in words.
         kills: Processes that it ended by SIGKILL. Processes that were ended because another one had
             died do not count.
         recovery_s: Seconds to the next step; None if the next attempt made no step.
+        pair: Another fault came at the same time.
     """
 
     kind: str
     text: str
     kills: int = 0
     recovery_s: float | None = None
+    pair: bool = False
 
 
 @dataclass
@@ -57,6 +68,16 @@ def row(title: str, reports: list[Report], kind: str | None = None) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def categories(reports: list[Report]) -> str:
+    """Return how many problems of each category there were."""
+    found = dict.fromkeys(CATEGORIES, 0)
+    for report in reports:
+        for problem in report.problems:
+            first = problem.partition(":")[0]
+            found[first if first in found else "bits"] += 1
+    return ", ".join(f"{count} {CATEGORIES[name]}" for name, count in found.items())
+
+
 def quantiles(times: list[float]) -> list[str]:
     """Return the median and the 95th percentile as text."""
     if not times:
@@ -66,10 +87,12 @@ def quantiles(times: list[float]) -> list[str]:
     return [f"{statistics.median(ordered):.2f}", f"{high:.2f}"]
 
 
-def table(reports: list[Report], seed: int, wall_s: float) -> str:
-    """Return the results as Markdown."""
+def table(reports: list[Report], titles: Mapping[str, str], seed: int, wall_s: float) -> str:
+    """Return the results as Markdown, with a row for each kind of fault that happened."""
     faults = sum(len(report.happened) for report in reports)
     kills = sum(record.kills for report in reports for record in report.happened)
+    happened = {record.kind for report in reports for record in report.happened}
+    pairs = sum(record.pair for report in reports for record in report.happened)
     attempts = sum(report.attempts for report in reports)
     wrong = sum(bool(report.problems) for report in reports)
     conclusion = f"**{wrong} of {len(reports)} runs had a wrong result.**"
@@ -79,16 +102,16 @@ def table(reports: list[Report], seed: int, wall_s: float) -> str:
             "give one (95 % confidence)."
         )
     lines = [
-        f"{datetime.now(UTC):%Y-%m-%d}, seed {seed}: {faults} faults in {len(reports)} runs "
-        f"({attempts} attempts), {kills} processes ended by SIGKILL, {wrong} wrong results, "
-        f"{wall_s / 60:.0f} minutes.",
+        f"{datetime.now(UTC):%Y-%m-%d}, seed {seed}: {faults} faults of {len(happened)} kinds in "
+        f"{len(reports)} runs ({attempts} attempts), {pairs} of them two at once, {kills} workers "
+        f"ended by SIGKILL, {wall_s / 60:.0f} minutes. Problems: {categories(reports)}.",
         _environment(),
         "",
         conclusion,
         "",
-        "| fault | faults | processes killed | wrong results | median s | p95 s |",
+        "| fault | faults | workers killed | runs with a problem | median s | p95 s |",
         "|---|--:|--:|--:|--:|--:|",
-        *(row(title, reports, kind) for kind, (_, title) in kinds.KINDS.items()),
+        *(row(title, reports, kind) for kind, title in titles.items() if kind in happened),
         row("**all**", reports),
     ]
     return "\n".join(lines)

@@ -17,9 +17,12 @@ KILLS = 15
 
 @pytest.fixture(scope="module")
 def campaign(tiny_dataset, tmp_path_factory) -> Campaign:
-    """A campaign without SIGSTOP, which takes seconds and has a test of its own."""
+    """A campaign of ranks, without SIGSTOP, which takes seconds and has a test of its own."""
     only = tuple(kind for kind in KINDS if kind != "hang")
-    return Campaign(SEED, tmp_path_factory.mktemp("faults"), tiny_dataset, only)
+    path = tmp_path_factory.mktemp("faults")
+    source = tmp_path_factory.mktemp("source")
+    (source / "tokens").symlink_to(tiny_dataset)
+    return Campaign(SEED, path, source, only)
 
 
 def test_random_kills_change_no_bit(campaign):
@@ -39,7 +42,7 @@ def test_random_kills_change_no_bit(campaign):
 @pytest.mark.parametrize("moment", ["before forward", "before batch", "after batch"])
 def test_stopped_rank_is_named_and_the_run_goes_on(campaign, moment):
     path = campaign.path / f"hang {moment}"
-    case = Case(campaign.starter, path, campaign.data_dir, ["train.log_interval=1"])
+    case = Case(campaign.starter, path, campaign.source / "tokens", ["train.log_interval=1"])
     assert not case.attempt(2, Fault("hang", 2, 1, moment, 24, patience=5.0))
     assert not case.report.problems, "the watchdog did not find the hang, or it named another rank"
     assert case.attempt(1, None)
@@ -49,7 +52,7 @@ def test_stopped_rank_is_named_and_the_run_goes_on(campaign, moment):
 
 def test_campaign_reports_a_difference(campaign):
     path = campaign.path / "other"
-    case = Case(campaign.starter, path, campaign.data_dir, ["train.log_interval=1"])
+    case = Case(campaign.starter, path, campaign.source / "tokens", ["train.log_interval=1"])
     assert case.attempt(1, None)
     golden = outcome(case.folder.path)
     case.compare(golden)

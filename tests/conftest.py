@@ -59,6 +59,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in on_cluster)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_samples():
+    """Let runs in this process write samples of a few tokens: they took a fifth of small runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orchestrator.train.evaluate.SAMPLE_TOKENS", 4)
+        yield
+
+
 @pytest.fixture
 def folder(tmp_path):
     """An empty folder of a run."""

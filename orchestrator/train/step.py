@@ -14,7 +14,7 @@ from torch import Tensor
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.batches import Batches, Prefetcher
 from orchestrator.train.gradients import Gradients
-from orchestrator.train.numerics import autocast, keyed_seed
+from orchestrator.train.numerics import autocast, keyed_seed, seed_device
 from orchestrator.train.state import TrainState
 
 MicroBatch = tuple[Tensor, Tensor]  # inputs and targets, (B, T) int64 each
@@ -118,7 +118,8 @@ class Step:
         state = self.state
         if self.experiment.model.dropout:
             seed = self.experiment.train.seed
-            torch.manual_seed(keyed_seed(seed, state.step, micro_batch))
+            key = keyed_seed(seed, state.step, micro_batch)
+            seed_device(key, str(state.gradients.device))
         with self.autocast:
             _, loss = state.forward(inputs, targets)
         state.gradients.record_loss(micro_batch, loss)

@@ -15,6 +15,7 @@ from orchestrator.train.numerics import (
     fingerprint,
     keyed_seed,
     prepare_process,
+    seed_device,
 )
 
 
@@ -63,6 +64,14 @@ def test_keyed_seeds_differ_and_are_the_same_in_all_processes():
         env={**os.environ, "PYTHONHASHSEED": "99"},
     ).stdout
     assert int(said) == keyed_seed(1337, 5, 2)
+
+
+def test_seeded_device_draws_what_torch_draws_after_manual_seed():
+    for seed in (0, 7, 2**62):
+        torch.manual_seed(seed)
+        expected = torch.nn.functional.dropout(torch.ones(100), 0.5)
+        seed_device(seed, "cpu")
+        assert torch.equal(torch.nn.functional.dropout(torch.ones(100), 0.5), expected)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def load_experiment(
     Raises:
         UserError: One line per mistake. Each names the field.
     """
-    tree, where = read_tree(path, overrides)
+    tree, where = read_tree(path, overrides, field_docs())
     if "sweep" in tree:
         raise UserError(
             f"{where}: describes a sweep (sweep: …), not one run; run pipelines/sweep.py with it"

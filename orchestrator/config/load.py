@@ -4,16 +4,18 @@ YAML is read without the surprises of YAML 1.1: `6e-4` is a number, `010` is tex
 is text and not 90, and a key that is given twice is an error. It can create no Python objects.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
+from orchestrator.config.fields import Docs
 from orchestrator.errors import UserError
 
 # An experiment has thousands of characters. PyYAML takes one second for 100,000.
@@ -26,13 +28,14 @@ MAX_DIGITS = 40
 
 
 def read_tree(
-    path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()
+    path: str | os.PathLike[str] | None, overrides: Sequence[str], docs: Docs
 ) -> tuple[dict[str, Any], str]:
     """Read a file and apply overrides. Nothing is validated except the syntax.
 
     Args:
         path: The file; None for an empty configuration. Its stem is the default of `name`.
         overrides: `section.field=value`; later ones win.
+        docs: Describes the fields: a text field takes its text as it is.
 
     Returns:
         Nested sections, and the start of error messages: the path or "command line".
@@ -44,7 +47,7 @@ def read_tree(
     if path is not None:
         tree = _read_file(path)
     for override in overrides:
-        _apply(tree, override)
+        _apply(tree, override, docs)
     # A section is None if all its lines are comments.
     tree = {key: value for key, value in tree.items() if value is not None}
     if path is None:
@@ -67,7 +70,7 @@ def _read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(tree: dict[str, Any], override: str, docs: Docs) -> None:
     key, equals, text = override.partition("=")
     if not equals:
         raise UserError(
@@ -82,7 +85,41 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         tree = tree[section]
         if not isinstance(tree, dict):
             raise UserError(f"'{override}': {section} is not a section")
-    tree[field] = read_yaml(text, f"'{override[:80]}'")
+    # A trial of a sweep names its field in one key: sweep.trials.NAME.data.corpus.
+    described = docs.get(key) or docs.get(field)
+    kind = described.type if described is not None else ""
+    is_optional = "null" in kind or not sections  # without sections: null is as if not given
+    tree[field] = _value(text, f"'{override[:80]}'", kind, is_optional)
+
+
+def _value(text: str, where: str, kind: str, is_optional: bool) -> Any:
+    """Read the right side of an override.
+
+    A text field takes it as it is, also `1e5`, `a: b` or `a #b`. Only quotes around the whole text
+    are removed. `null`, nothing and `[a, b]` have a meaning where the field allows null or a list.
+
+    Args:
+        text: The right side.
+        where: Start of error messages.
+        kind: Type of the field in words.
+        is_optional: The field may be null.
+    """
+    word = text.strip()
+    if kind.startswith("text"):
+        if is_optional and word in ("null", ""):
+            return None
+        if "list" in kind and word.startswith("[") and word.endswith("]"):
+            return read_yaml(word, where, _TextLoader)
+        if word[:1] in ("'", '"'):
+            with contextlib.suppress(UserError):
+                unquoted = read_yaml(word, where, _TextLoader)
+                if isinstance(unquoted, str):
+                    return unquoted
+        return text
+    value = read_yaml(text, where)
+    if _has_comment(text):
+        raise UserError(f"{where}: an override has no comment; leave out what follows #")
+    return value
 
 
 def _keys(field: str) -> list[str]:
@@ -100,38 +137,6 @@ def _keys(field: str) -> list[str]:
 
 
 # ---- YAML ----
-
-
-def read_yaml(text: str, where: str) -> Any:
-    """Parse YAML.
-
-    Args:
-        text: The YAML.
-        where: Start of the error message, such as the name of the file.
-
-    Raises:
-        UserError: The text is not YAML, or has a duplicate key or an alias, or is too long.
-    """
-    if len(text) > MAX_CHARACTERS:
-        raise UserError(
-            f"{where}: has {len(text):,} characters, at most {MAX_CHARACTERS:,} are read; "
-            "give an experiment file"
-        )
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UserError(f"{where}{place}: not YAML: {problem}") from None
-    except (ValueError, RecursionError) as error:  # the date 2024-99-99; 10,000 open brackets
-        raise UserError(f"{where}: not YAML: {error}") from None
-
-
-def write_yaml(tree: Any) -> str:
-    """Return text that `read_yaml` reads back as an equal tree."""
-    # ASCII only: PyYAML writes some Unicode line breaks that it reads back as spaces.
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=False)
 
 
 class _Loader(yaml.SafeLoader):
@@ -164,6 +169,55 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+class _TextLoader(_Loader):
+    """Reads every value as text."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+
+def read_yaml(text: str, where: str, loader: type[_Loader] = _Loader) -> Any:
+    """Parse YAML.
+
+    Args:
+        text: The YAML.
+        where: Start of the error message, such as the name of the file.
+        loader: `_TextLoader` reads numbers, dates and null as text.
+
+    Raises:
+        UserError: The text is not YAML, or has a duplicate key or an alias, or is too long.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(
+            f"{where}: has {len(text):,} characters, at most {MAX_CHARACTERS:,} are read; "
+            "give an experiment file"
+        )
+    try:
+        return yaml.load(text, loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{where}{place}: not YAML: {problem}") from None
+    except (ValueError, RecursionError) as error:  # the date 2024-99-99; 10,000 open brackets
+        raise UserError(f"{where}: not YAML: {error}") from None
+
+
+def _has_comment(text: str) -> bool:
+    """Return whether valid YAML has a comment: a # between two of its tokens."""
+    end = 0
+    for token in yaml.scan(text, _Loader):
+        if "#" in text[end : token.start_mark.index]:
+            return True
+        end = token.end_mark.index
+    return False
+
+
+def write_yaml(tree: Any) -> str:
+    """Return text that `read_yaml` reads back as an equal tree."""
+    # ASCII only: PyYAML writes some Unicode line breaks that it reads back as spaces.
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=False)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -166,6 +166,11 @@ def _is_url(entry: str) -> bool:
     return entry.startswith(("https://", "http://"))
 
 
+def without_hash(entry: str) -> str:
+    """Return an entry of `data.corpus` without the #sha256=… of an address."""
+    return entry.partition("#")[0] if _is_url(entry) else entry
+
+
 def _url_name(entry: str) -> str:
     parts = urllib.parse.urlsplit(entry)
     return urllib.parse.unquote(parts.path).rstrip("/").rsplit("/", 1)[-1] or parts.netloc

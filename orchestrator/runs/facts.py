@@ -9,6 +9,7 @@ from model.flops import flops_per_token
 from model.gpt import GPTConfig
 from orchestrator.cluster import connection
 from orchestrator.config.experiment import Experiment
+from orchestrator.data.corpus import without_hash
 from orchestrator.data.dataset import Manifest
 from orchestrator.redact import redact
 from orchestrator.runs.folder import RunFacts
@@ -63,7 +64,7 @@ def _corpus_names(experiment: Experiment) -> str:
     """Return the last part of each corpus, such as `tinyshakespeare.txt`."""
     corpus = experiment.data.corpus
     entries = [corpus] if isinstance(corpus, str) else corpus
-    names = [entry.partition("#")[0].rstrip("/").rpartition("/")[2] for entry in entries]
+    names = [without_hash(entry).rstrip("/").rpartition("/")[2] for entry in entries]
     return ", ".join(names)
 
 

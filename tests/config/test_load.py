@@ -82,6 +82,38 @@ def test_malformed_override_is_quoted(override):
     assert str(caught.value).startswith(f"'{override}'")
 
 
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.corpus=/a/b #c.txt", "/a/b #c.txt"),
+        ("tracking.experiment=team #4", "team #4"),
+        ("tracking.experiment=1.10", "1.10"),
+        ("tracking.experiment=v1: final", "v1: final"),
+        ("tracking.experiment=null", "null"),  # the field is not optional
+        ("tracking.experiment='v1 # 2'", "v1 # 2"),  # quotes around the whole text are removed
+        ("tracking.experiment='a' or 'b'", "'a' or 'b'"),
+        ("name=1e5", "1e5"),
+        ("data.corpus=[ab]*.txt", "[ab]*.txt"),
+        ("data.corpus=['a #b', 1e5, null]", ["a #b", "1e5", "null"]),
+        ("storage=null", None),
+        ("storage=~", "~"),
+        ("tracking.uri=", None),
+    ],
+)
+def test_text_field_takes_its_text_as_it_is(override, value):
+    key = override.partition("=")[0]
+    assert load_experiment(None, [override]).flat()[key] == value
+
+
+@pytest.mark.parametrize(
+    "override", ["train.max_steps=100 #c", "train={max_steps: 7} # c", "train.log_interval=#5"]
+)
+def test_comment_in_an_override_is_refused(override):
+    with pytest.raises(UserError, match="an override has no comment") as caught:
+        load_experiment(None, [override])
+    assert str(caught.value).startswith(f"'{override}'")
+
+
 # ---- files ----
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator.config.experiment import Experiment, field_value, parse_experiment
 from orchestrator.config.load import read_tree, write_yaml
-from orchestrator.config.sweep import SweepSection, parse_sweep
+from orchestrator.config.sweep import SweepSection, parse_sweep, sweep_docs
 from orchestrator.errors import UserError
 from orchestrator.redact import redact_addresses
 from orchestrator.sweep.space.checks import section_problems, varied_fields
@@ -75,7 +75,7 @@ def load_sweep(path: str | os.PathLike[str] | None, overrides: Sequence[str] = (
         UserError: One line for each mistake: those of the file, else those of the section, else
             those of the trials.
     """
-    tree, where = read_tree(path, overrides)
+    tree, where = read_tree(path, overrides, sweep_docs())
     base, settings = parse_sweep(tree, where)
     try:
         trials = expand(base.model_dump(), settings)

@@ -85,8 +85,8 @@ def _apply(tree: dict[str, Any], override: str, docs: Docs) -> None:
         tree = tree[section]
         if not isinstance(tree, dict):
             raise UserError(f"'{override}': {section} is not a section")
-    # A trial of a sweep names its field in one key: sweep.trials.NAME.data.corpus.
-    described = docs.get(key) or docs.get(field)
+    is_of_trial = key.startswith("sweep.trials.")  # `field` is then the whole name of a field
+    described = docs.get(field if is_of_trial else key)
     kind = described.type if described is not None else ""
     is_optional = "null" in kind or not sections  # without sections: null is as if not given
     tree[field] = _value(text, f"'{override[:80]}'", kind, is_optional)

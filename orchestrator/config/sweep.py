@@ -39,6 +39,11 @@ class SweepSection(Section):
     seeds: Steps = Field(
         1, description="repetitions of every trial, with train.seed, train.seed + 1, …"
     )
+    skip_invalid: bool = Field(
+        False,
+        description="leave out trials whose fields contradict each other, and count them; false: "
+        "refuse the sweep",
+    )
     stop: Literal["none", "anneal_probe", "asha"] = Field(
         "none",
         description="trials to stop early; none: only diverged ones, anneal_probe: those that a "

@@ -24,7 +24,7 @@ from orchestrator.data.prepared import find_in
 from orchestrator.runs.folder import SweepFolder
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.report import figures, view
-from orchestrator.sweep.report.advice import advice
+from orchestrator.sweep.report.advice import advice, left_out
 from orchestrator.sweep.source import check_sources, with_absolute_paths
 from orchestrator.sweep.space.expand import Sweep
 from orchestrator.sweep.states import longest_paths
@@ -83,7 +83,8 @@ def describe(study: Study, slots: int, counts: Counts) -> list[str]:
     else:
         line = estimate.expected_line(expected)
         cost = f"expected: {line} at most (checkpoints), {slots} stage(s) at a time"
-    return [*view.summary(study.tree), *advice(study.tree, schedules), cost]
+    skipped = left_out(study.left_out)
+    return [*view.summary(study.tree), *skipped, *advice(study.tree, schedules), cost]
 
 
 def _dataset(experiment: Experiment, storage: Path) -> Manifest:

@@ -4,14 +4,15 @@ Input: one `Row` per trial. Output: `Setting`s in order. A lower metric is bette
 
 The rule for ties. The seed decides the order of the samples and the first weights. It often changes
 the loss more than a setting does, and it changes the loss of all settings in a similar way. So each
-setting is compared with the best one seed by seed. Let d_s = final(setting, s) - final(best, s) for
-the n seeds that both have. The setting ties with the best if
-|mean d| <= t(0.975, n - 1) sd(d) / sqrt(n), the two-sided paired t-test at 5 % ("Student",
+setting is compared with the best one seed by seed, with the two-sided paired t-test of the
+differences d_s = final(setting, s) - final(best, s) over the seeds that both have ("Student",
 Biometrika 6, 1908). With one seed the spread is unknown, and only equal values tie.
 
-The rule has two limits. A tie does not mean that two settings are equal: more seeds may tell them
-apart. And each setting is tested on its own: of 20 settings that are as good as the best one, about
-one is called worse. The best one is also a little lucky, because it is the lowest of many.
+Of n equal settings, one is the lowest by chance, and 5 % of the others would seem worse. So the
+error of a whole ranking is held at 5 %: Holm's rule (Scandinavian Journal of Statistics 6, 1979)
+over all n (n - 1) / 2 pairs, because any of them could have become the pair with the best. A tie
+does not mean that two settings are equal: more seeds may tell them apart. Losses are computed in
+float32, so a difference of one float32 rounding is none.
 
 A setting has a rank only when all of its seeds have a result. Otherwise a setting whose bad seeds
 failed would look better than it is.
@@ -24,6 +25,8 @@ from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any
 
+ERROR = 0.05  # probability that a ranking calls any of equal settings worse, at most
+ROUNDING = 2.0**-23  # of a float32
 WORST_FIRST = ("failed", "diverged", "blocked", "stopped", "running", "waiting")
 
 
@@ -144,24 +147,45 @@ def rank(rows: Iterable[Row]) -> list[Setting]:
 
     means = [s.mean for s in complete]
     ranked = [replace(s, rank=means.index(s.mean) + 1) for s in complete]
-    for i, setting in enumerate(ranked[1:], start=1):
-        ranked[i] = replace(setting, ties=tied(setting.values, ranked[0].values))
+    if ranked:
+        best, *others = ranked
+        ties = _ties(best, others)
+        ranked = [best, *(replace(s, ties=s.name in ties) for s in others)]
     return ranked + incomplete
 
 
-def tied(values: Mapping[int, float], best: Mapping[int, float]) -> bool:
-    """Return whether the seeds cannot tell which of two settings is lower; see the module's rule.
+def _ties(best: Setting, others: list[Setting]) -> set[str]:
+    """Return the names of the settings that the seeds cannot tell from the best, by Holm's rule."""
+    p_values = {s.name: p_value(s.values, best.values) for s in others}
+    pairs = len(others) * (len(others) + 1) // 2
+    ties = set(p_values)
+    for number, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        if p_values[name] > ERROR / (pairs - number):
+            break
+        ties.discard(name)
+    return ties
+
+
+def p_value(values: Mapping[int, float], best: Mapping[int, float]) -> float:
+    """Return the p-value of the paired t-test; 1 if the seeds cannot tell; see the module's rule.
 
     Args:
         values: Final values of a setting, by seed.
         best: Final values of the best setting, by seed.
     """
+    if len(values) == len(best) == 1:
+        return float(list(values.values()) == list(best.values()))
     common = sorted(values.keys() & best.keys())
     if len(common) < 2:
-        return list(values.values()) == list(best.values())
+        return 1.0
     # Imported here because scipy takes half a second, and a sweep with one seed does not need it.
-    from scipy.special import stdtrit  # what scipy.stats.t.ppf computes; loads in half the time
+    from scipy.special import stdtr  # what scipy.stats.t.cdf computes; loads in half the time
 
     differences = [values[seed] - best[seed] for seed in common]
+    mean = abs(fmean(differences))
+    if mean <= ROUNDING * max(abs(best[seed]) for seed in common):
+        return 1.0
     standard_error = stdev(differences) / math.sqrt(len(common))
-    return abs(fmean(differences)) <= float(stdtrit(len(common) - 1, 0.975)) * standard_error
+    if standard_error == 0.0:
+        return 0.0
+    return 2 * float(stdtr(len(common) - 1, -mean / standard_error))

@@ -47,6 +47,7 @@ class Study:
         probes: The probe of each trial that has one, by the trial's name.
         samples: Names of the trials of each of optuna's samples.
         dropped: Why trials were stopped after their probes, by name.
+        left_out: A line for each trial or sample that cannot be run.
         tree: The stages as planned when the object was created; `progress.tree` is the newest.
 
     Raises:
@@ -70,6 +71,7 @@ class Study:
         self.probes: dict[str, PlannedTrial] = {}
         self.samples: dict[int, list[str]] = {}
         self.dropped: dict[str, str] = {}
+        self.left_out = list(sweep.left_out)
         self.sampler: Sampler | None = None
         self.source: BaseRun | None = None
         self._final_losses: dict[str, float | None] = {}
@@ -151,6 +153,7 @@ class Study:
         try:
             new = sampled(self.sweep.settings, self.sweep.base.model_dump(), number, values)
         except UserError as error:
+            self.left_out.append(f"sample-{number}: {error}")
             print(f"sample-{number} is left out: {error}", flush=True)
             self.sampler.tell(number, None)
             return []

@@ -141,6 +141,11 @@ ONE_LINE = [  # overrides, start of the line, other words of the line
     ),
     (["sweep.grid.train.seed=[1, 2]", "sweep.seeds=2"], "sweep.grid.train.seed: ", "sweep.seeds=2"),
     (
+        ["sweep.space.train.seed={low: 1, high: 9}", *SAMPLES],
+        "sweep.space.train.seed: ",
+        "use sweep.seeds",
+    ),
+    (
         ["sweep.trials.mine.train.seed=3", "sweep.seeds=2"],
         "sweep.trials.mine.train.seed: ",
         "sweep.seeds=2",

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.sweep.ranking import Row, rank, tied
+from orchestrator.sweep.ranking import ERROR, Row, p_value, rank
 from orchestrator.sweep.report.comparison import WIDTH, csv_text, table
 
 
@@ -30,6 +30,11 @@ def row(setting, seed, final, state="done", reason=None, **fields):
         weights_sha256="ab" if state == "done" else None,
         reason=reason,
     )
+
+
+def tied(values, best) -> bool:
+    """Whether the seeds cannot tell two settings apart, if there are only these two."""
+    return p_value(values, best) > ERROR
 
 
 def rows(**finals):
@@ -83,7 +88,7 @@ def test_with_one_seed_only_equal_values_tie():
 
 
 def test_only_common_seeds_are_compared():
-    assert not tied({1: 1.5, 2: 1.6}, {2: 1.5, 3: 0.1})  # one common seed
+    assert tied({1: 1.5, 2: 1.6}, {2: 1.5, 3: 0.1})  # one common seed has no spread
     assert tied({1: 1.0, 2: 3.0, 9: 50.0}, {1: 2.0, 2: 1.0})
 
 
@@ -95,6 +100,33 @@ def test_five_percent_of_equal_settings_are_called_different():
         b = {seed: draw(0, 1) for seed in range(4)}
         wrong += not tied(a, b)
     assert 0.035 < wrong / 4000 < 0.065
+
+
+def test_of_many_equal_settings_one_is_called_worse_in_at_most_five_percent_of_rankings():
+    draw = random.Random(7)
+    wrong = 0
+    for _ in range(400):
+        seeds = [draw.gauss(3, 0.1) for _ in range(4)]
+        finals = {f"s{i}": [loss + draw.gauss(0, 0.02) for loss in seeds] for i in range(20)}
+        wrong += any(not s.ties for s in rank(rows(**finals))[1:])
+    assert wrong / 400 <= ERROR
+
+
+def test_setting_that_is_worse_is_found_among_many():
+    draw = random.Random(7)
+    seeds = [draw.gauss(3, 0.1) for _ in range(5)]
+    finals = {f"s{i}": [loss + draw.gauss(0, 0.001) for loss in seeds] for i in range(20)}
+    finals["worse"] = [loss + 0.5 + draw.gauss(0, 0.001) for loss in seeds]
+    assert [s.name for s in rank(rows(**finals))[1:] if not s.ties] == ["worse"]
+
+
+@pytest.mark.parametrize(
+    ("difference", "ties"), [(1e-15, True), (1e-8, True), (1e-5, False), (0.1, False)]
+)
+def test_equal_differences_are_worse_only_above_the_rounding(difference, ties):
+    losses = [3.1, 3.2, 3.3]
+    found = rank(rows(a=losses, b=[loss + difference for loss in losses]))
+    assert found[1].ties is ties
 
 
 def test_setting_without_all_of_its_seeds_comes_last_without_a_rank():

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from orchestrator.config.experiment import (
 from orchestrator.config.load import read_yaml
 from orchestrator.config.sweep import SweepSection, sweep_docs
 from orchestrator.errors import UserError
+from orchestrator.sweep.report.advice import left_out
 from orchestrator.sweep.space.checks import origin
 from orchestrator.sweep.space.expand import expand, load_sweep, sampled
 from orchestrator.sweep.space.names import LONGEST_NAME, trial_name
@@ -101,6 +103,63 @@ def test_grid_can_vary_the_seed():
     assert [
         (t.name, t.seed) for t in load_sweep(None, ["sweep.grid.train.seed=[1, 5]"]).trials
     ] == [("seed-1", 1), ("seed-5", 5)]
+
+
+# ---- trials that are left out, seeds in a grid ----
+def test_trials_that_cannot_be_run_are_left_out_and_counted():
+    words = ["sweep.grid.train.max_steps=[40, 80]", "sweep.grid.schedule.warmup_steps=[10, 60]"]
+    sweep = load_sweep(None, [*words, "sweep.skip_invalid=true"])
+    assert [trial.name for trial in sweep.trials] == [
+        "warmup_steps-10_max_steps-40",
+        "warmup_steps-10_max_steps-80",
+        "warmup_steps-60_max_steps-80",
+    ]
+    (line,) = sweep.left_out
+    assert line.startswith("trial warmup_steps-60_max_steps-40: schedule.warmup_steps: 60 must be")
+    assert left_out(sweep.left_out) == [
+        "left out, because they cannot be run: 1",
+        f"  {line}",
+    ]
+    with pytest.raises(UserError, match="1 of 1 trials cannot be run"):
+        load_sweep(None, [words[0].replace(", 80", ""), words[1].replace("10, ", ""), *words[2:]])
+
+
+def test_trial_that_ends_before_the_branch_is_left_out():
+    words = ["sweep.grid.train.max_steps=[40, 80]", "sweep.from=base@40", "sweep.skip_invalid=true"]
+    sweep = load_sweep(None, words)
+    assert [trial.name for trial in sweep.trials] == ["max_steps-80"]
+    assert len(sweep.left_out) == 1 and "trial max_steps-40" in sweep.left_out[0]
+
+
+def test_sample_of_optuna_that_ends_before_the_branch_is_refused():
+    words = [
+        "sweep.sampler=optuna",
+        "sweep.num_samples=3",
+        "sweep.space.train.max_steps={low: 10, high: 80}",
+        "sweep.from=base@40",
+    ]
+    sweep = load_sweep(None, words)
+    for steps, is_refused in ((40, True), (41, False)):
+        with (
+            pytest.raises(UserError, match=r"base@40 is not before")
+            if is_refused
+            else nullcontext()
+        ):
+            sampled(sweep.settings, sweep.base.model_dump(), 0, {"train.max_steps": steps})
+
+
+def test_seeds_of_a_grid_are_seeds_of_one_setting():
+    words = [PEAKS, "sweep.grid.train.seed=[1, 5]", "name=peaks"]
+    by_grid = load_sweep(None, words).trials
+    assert {trial.setting for trial in by_grid} == {"max_lr-0.001", "max_lr-0.002"}
+    assert {trial.setting for trial in load_sweep(None, words[1:]).trials} == {"peaks"}
+    named = [
+        "sweep.trials.a={schedule.max_lr: 1e-3, train.seed: 7}",
+        "sweep.trials.again={schedule.max_lr: 1e-3, train.seed: 7}",
+        "sweep.trials.other={schedule.kind: wsd, train.seed: 7}",
+    ]
+    added = load_sweep(None, [*words, *named]).trials[4:]
+    assert [trial.setting for trial in added] == ["max_lr-0.001", "again", "other"]
 
 
 def test_sample_of_optuna_has_a_trial_for_each_seed():
@@ -219,6 +278,7 @@ def test_help_lists_sweep_fields_only_for_the_sweep_command():
             "num_samples",
             "space",
             "seeds",
+            "skip_invalid",
             "stop",
             "probe_step",
             "probe_steps",
@@ -294,7 +354,7 @@ def test_grown_grid_keeps_its_earlier_trials(before, after, kinds):
     shapes = ["wsd", "cosine", "linear", "constant"]
     grid = {"schedule.max_lr": before, "schedule.kind": shapes[:kinds]}
     more = {"schedule.kind": shapes, "schedule.max_lr": list(dict.fromkeys([*after, *before]))}
-    small, large = (expand(base, SweepSection(grid=g)) for g in (grid, more))
+    small, large = (expand(base, SweepSection(grid=g)).trials for g in (grid, more))
     assert len(small) == kinds * len(before)
     assert {t.name: t.experiment for t in small}.items() <= {
         t.name: t.experiment for t in large

@@ -1,11 +1,22 @@
-"""Advice for `--dry-run`: why trials share few or no steps, and what would share more."""
+"""Advice: why trials share few or no steps, what would share more, and trials that are left out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from model.schedule import Schedule
 from orchestrator.sweep.tree import StageTree
 
 FALLING = ("cosine", "linear")  # kinds whose rate depends on the length of the run at each step
+LEFT_OUT = 10  # trials that `left_out` names, at most
+
+
+def left_out(lines: Sequence[str]) -> list[str]:
+    """Return how many trials cannot be run, and why; `lines` has one entry for each of them."""
+    if not lines:
+        return []
+    shown = [f"  {line}" for line in lines[:LEFT_OUT]]
+    if len(lines) > LEFT_OUT:
+        shown.append(f"  … and {len(lines) - LEFT_OUT:,} more")
+    return [f"left out, because they cannot be run: {len(lines):,}", *shown]
 
 
 def advice(tree: StageTree, schedules: Mapping[str, Schedule]) -> list[str]:

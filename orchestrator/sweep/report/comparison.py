@@ -10,6 +10,7 @@ from orchestrator.sweep.ranking import Row, Setting, rank
 from orchestrator.text import aligned, clip
 
 WIDTH = 120  # columns of the table for the terminal
+TEST = "paired t-tests, 5 % for the whole ranking"
 OTHER_COLUMNS = 62  # columns of that table beside the setting's name, at most
 # Columns of comparison.csv that are attributes of `Row`.
 OUTCOME = (
@@ -110,9 +111,9 @@ def _notes(ranked: list[Setting]) -> list[str]:
         )
         return [note + (" (~: equal to the best)" if ties else "")]
     if ties:
-        return [f"~ {ties} that {seeds} seeds cannot tell from the best (paired t-test at 5 %)"]
+        return [f"~ {ties} that {seeds} seeds cannot tell from the best ({TEST})"]
     if len(ranked) > 1:
-        return [f"all others differ from the best over {seeds} seeds (paired t-test at 5 %)"]
+        return [f"all others differ from the best over {seeds} seeds ({TEST})"]
     return []
 
 

@@ -9,6 +9,7 @@ from orchestrator.runs import journal, metrics
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import SweepFolder
 from orchestrator.sweep.report import comparison
+from orchestrator.sweep.report.advice import left_out
 from orchestrator.sweep.states import BLOCKED, DONE, FAILED
 from orchestrator.sweep.study import Study
 from orchestrator.text import duration, number, table
@@ -28,6 +29,7 @@ class SweepSummary(TypedDict, total=False):
     running: int
     stopped: int
     waiting: int
+    left_out: int  # trials that cannot be run; only if there are any
     probes: int  # only if there are probes
     probes_failed: int
     steps_asked: int  # of all trials, each trained alone
@@ -59,6 +61,8 @@ def summarize(
     rows = study.results()
     states = [row.state for row in rows]
     counts: Any = {state: states.count(state) for state in sorted(set(states))}
+    if study.left_out:
+        counts["left_out"] = len(study.left_out)
     probes = {probe.name for probe in study.probes.values()}
     if probes:
         failed = [name for name in probes if progress.states.of_trial(name) in (FAILED, BLOCKED)]
@@ -110,7 +114,7 @@ def show(study: Study, summary: SweepSummary, url: str | None) -> None:
         url: MLflow's page of the trials; None if there is none.
     """
     folder = study.folder
-    print("\n" + comparison.table(study.results()))
+    print("\n" + "\n".join([comparison.table(study.results()), *left_out(study.left_out)]))
     shown: dict[str, Any] = {
         key: number(value)
         for key, value in summary.items()

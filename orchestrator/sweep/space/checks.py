@@ -219,6 +219,11 @@ def _names(settings: SweepSection) -> list[str]:
 
 
 def _seeds(settings: SweepSection) -> list[str]:
+    if "train.seed" in settings.space:
+        return [
+            "sweep.space.train.seed: the winner would be the luckiest seed; use sweep.seeds, which "
+            "compares means over seeds"
+        ]
     if settings.seeds == 1:
         return []
     return [

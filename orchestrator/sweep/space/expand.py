@@ -7,8 +7,8 @@ Trials are the product of `sweep.grid`, the named ones of `sweep.trials`, and th
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.config.experiment import Experiment, field_value, parse_experiment
@@ -19,7 +19,7 @@ from orchestrator.redact import redact_addresses
 from orchestrator.sweep.space.checks import section_problems, varied_fields
 from orchestrator.sweep.space.dimensions import dimension, draw
 from orchestrator.sweep.space.names import sample_name, trial_name
-from orchestrator.sweep.space.trial_checks import trial_problems
+from orchestrator.sweep.space.trial_checks import branch_problems, trial_problems
 
 Tree = Mapping[str, Any]  # Experiment.model_dump()
 
@@ -30,7 +30,7 @@ class Trial:
 
     Attributes:
         name: Name of the trial.
-        setting: The name without the seed.
+        setting: The name without the seed; trials that differ only in their seed share it.
         seed: `train.seed`.
         fields: Value of every field that the sweep varies.
         experiment: The whole configuration.
@@ -51,11 +51,13 @@ class Sweep:
         base: The experiment that every trial starts from.
         settings: The `sweep:` section.
         trials: All trials except those of optuna.
+        left_out: With `skip_invalid`: a line for each trial that cannot be run.
     """
 
     base: Experiment
     settings: SweepSection
     trials: tuple[Trial, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def experiments(self) -> list[Experiment]:
@@ -78,15 +80,14 @@ def load_sweep(path: str | os.PathLike[str] | None, overrides: Sequence[str] = (
     tree, where = read_tree(path, overrides, sweep_docs())
     base, settings = parse_sweep(tree, where)
     try:
-        trials = expand(base.model_dump(), settings)
+        return expand(base.model_dump(), settings)
     except UserError as error:
         lines = [f"{where}: {line}" for line in str(error).split("\n")]
         raise UserError("\n".join(lines)) from None
-    return Sweep(base, settings, trials)
 
 
-def expand(base_tree: Tree, settings: SweepSection) -> tuple[Trial, ...]:
-    """Return the trials: those of the grid, then the named ones, then the random ones.
+def expand(base_tree: Tree, settings: SweepSection) -> Sweep:
+    """Return the sweep with its trials: those of the grid, the named ones, then the random ones.
 
     Raises:
         UserError: One line for each mistake.
@@ -98,18 +99,21 @@ def expand(base_tree: Tree, settings: SweepSection) -> tuple[Trial, ...]:
     trials: list[Trial] = []
     invalid = []
     count = 0
-    for setting, fields in _settings(base, settings):
+    for name, fields in _named_fields(base, settings):
         count += 1
         try:
-            trials += _trials_of(settings, base_tree, setting, fields)
+            trials += _trials_of(settings, base_tree, name, fields)
         except UserError as error:
-            invalid.append(f"trial {setting}: {'; '.join(str(error).splitlines())}")
-    if invalid:
+            invalid.append(f"trial {name}: {'; '.join(str(error).splitlines())}")
+    if settings.skip_invalid:
+        invalid += branch_problems(settings, trials)
+        trials = [trial for trial in trials if not branch_problems(settings, [trial])]
+    if invalid and not (settings.skip_invalid and trials):
         problems = [f"{len(invalid)} of {count} trials cannot be run", *invalid]
     problems += trial_problems(settings, trials)
     if problems:
         raise UserError("\n".join(problems))
-    return tuple(trials)
+    return Sweep(base, settings, _seeds_together(base, settings, trials), tuple(invalid))
 
 
 def sampled(
@@ -127,10 +131,14 @@ def sampled(
         UserError: The values contradict each other or the experiment.
     """
     fields = {key: field_value(key, value) for key, value in values.items()}
-    return _trials_of(settings, base_tree, sample_name(number, fields), fields)
+    trials = _trials_of(settings, base_tree, sample_name(number, fields), fields)
+    problems = branch_problems(settings, trials)
+    if problems:
+        raise UserError("; ".join(problems))
+    return trials
 
 
-def _settings(base: Experiment, settings: SweepSection) -> Iterator[tuple[str, dict[str, Any]]]:
+def _named_fields(base: Experiment, settings: SweepSection) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name and the fields of every trial, without its seed."""
     if settings.grid:
         values = []
@@ -162,6 +170,29 @@ def _trials_of(
         flat = experiment.flat()
         trials.append(Trial(name, setting, seed, {key: flat[key] for key in varied}, experiment))
     return trials
+
+
+def _seeds_together(
+    base: Experiment, settings: SweepSection, trials: Iterable[Trial]
+) -> tuple[Trial, ...]:
+    """Give trials that differ only in `train.seed` one setting, as `sweep.seeds` does."""
+    found = []
+    names: dict[str, str] = {}  # of each setting, by its experiment without the seed
+    taken = set()
+    for trial in trials:
+        if "train.seed" in trial.fields:
+            grid = {key: trial.fields[key] for key in settings.grid}
+            name = trial.setting
+            if name == trial_name(grid):
+                grid.pop("train.seed", None)
+                name = trial_name(grid) or base.name
+            alike = trial.experiment.replace(name="", train__seed=0).model_dump_json()
+            name = names.setdefault(alike, name)
+            if (name, trial.seed) not in taken:
+                taken.add((name, trial.seed))
+                trial = replace(trial, setting=name)
+        found.append(trial)
+    return tuple(found)
 
 
 def _with_fields(tree: Tree, fields: Mapping[str, Any]) -> dict[str, Any]:

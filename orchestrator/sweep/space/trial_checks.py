@@ -23,17 +23,23 @@ def trial_problems(settings: SweepSection, trials: "Sequence[Trial]") -> list[st
         if count > 1
     ]
     problems += _probe_step(settings, trials)
-    if settings.from_ is not None:
-        _, step = origin(settings.from_)
-        problems += [
-            f"sweep.from: {settings.from_} is not before the end of trial {trial.name}, "
-            f"train.max_steps={trial.experiment.train.max_steps}"
-            for trial in trials
-            if trial.experiment.train.max_steps <= step
-        ]
+    problems += branch_problems(settings, trials)
     if settings.stop == "asha":
         problems += _asha(settings, trials)
     return problems
+
+
+def branch_problems(settings: SweepSection, trials: "Sequence[Trial]") -> list[str]:
+    """Return a line for each trial that ends before `sweep.from` branches off."""
+    if settings.from_ is None:
+        return []
+    _, step = origin(settings.from_)
+    return [
+        f"sweep.from: {settings.from_} is not before the end of trial {trial.name}, "
+        f"train.max_steps={trial.experiment.train.max_steps}"
+        for trial in trials
+        if trial.experiment.train.max_steps <= step
+    ]
 
 
 def _probe_step(settings: SweepSection, trials: "Sequence[Trial]") -> list[str]:

@@ -191,10 +191,15 @@ def test_every_field_has_refused_values():
     ("field", "text"), [(field, text) for field, values in REFUSED.items() for text in values]
 )
 def test_wrong_value_is_one_line_with_field_and_value(field, text):
-    message = refusal(f"{field}={text}")
+    """In a file: an override of a text field takes 5 and true as text."""
+    section, _, name = field.rpartition(".")
+    lines = f"{section}:\n  {name}: {text}" if section else f"{name}: {text}"
+    with pytest.raises(UserError) as caught:
+        parse_experiment(read_yaml(lines, "file"), "file")
+    message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 260
-    assert message.startswith(f"command line: {field}: ")
+    assert message.startswith(f"file: {field}: ")
     # These are shown as JSON or as Python writes them.
     if text not in (".nan", ".inf", '"a\\n"', "1e300", "1e5", "{a: b}"):
         shown = text.strip("'\"[]{}").split(",")[0][:60]

@@ -24,6 +24,10 @@ class UserError(ValueError):
     """
 
 
+class NoRoomError(UserError):
+    """The disk or the user's quota is full."""
+
+
 class UnreadableError(UserError):
     """A file cannot be read at the moment. Its content may be intact.
 

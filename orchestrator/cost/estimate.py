@@ -141,14 +141,10 @@ def _model_lines(facts: ModelFacts) -> list[str]:
 def _data_lines(experiment: Experiment, tokens: TokenCounts) -> list[str]:
     corpus = experiment.data.corpus
     entries = [corpus] if isinstance(corpus, str) else corpus
-<<<<<<< HEAD
     name = ", ".join(map(without_hash, entries))
     place = f"in {tokens.directory}"
     if tokens.directory is None:
         place = "in a folder named after its content (not hashed yet)"
-=======
-    name = ", ".join(map(without_hash, entries))
->>>>>>> 3b708c3 (An override of a text field is taken as it is)
     if tokens.train is None or tokens.val is None:
         return [f"{name}: not downloaded yet, so its size is unknown; tokens will be {place}"]
     about = "" if tokens.is_exact else "≈ "

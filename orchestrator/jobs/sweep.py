@@ -10,6 +10,7 @@ import os
 import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import cast
 
 from orchestrator.cluster import connection
@@ -25,9 +26,9 @@ from orchestrator.data.order import windows_per_epoch
 from orchestrator.data.prepare import prepare_in
 from orchestrator.data.prepared import find_in, list_sources
 from orchestrator.errors import UserError
-from orchestrator.files import read_json
+from orchestrator.files import read_json, read_text
 from orchestrator.jobs.job import Job
-from orchestrator.runs import stop
+from orchestrator.runs import lock, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.facts import model_facts
 from orchestrator.runs.folder import SweepFolder
@@ -36,6 +37,7 @@ from orchestrator.sweep.outcome import ending_of
 from orchestrator.sweep.report import view
 from orchestrator.sweep.report.files import SweepFiles
 from orchestrator.sweep.report.progress_lines import ProgressLines
+from orchestrator.sweep.report.advice import left_out
 from orchestrator.sweep.report.summary import SweepSummary, show
 from orchestrator.sweep.source import check_sources, with_absolute_paths
 from orchestrator.sweep.space.expand import Sweep
@@ -101,7 +103,7 @@ class SweepJob(Job):
             if dataset is None:
                 return False
             datasets[key] = dataset
-        self.study = Study(self.sweep, self.folder, layout, datasets)
+        self.study = Study(_fitting(self.sweep, datasets), self.folder, layout, datasets)
         self.study.progress.release_judged()
         return self.study.is_over
 
@@ -111,13 +113,17 @@ class SweepJob(Job):
             "trained"
         )
         summary = cast(SweepSummary, read_json(self.folder.summary_file))
-        best = self.study.winner(self.study.results())
-        if best is not None and best[0] != summary["best_trial"]:
-            # The former best trial is no longer in the grid.
-            summary["best_trial"], summary["best_value"] = best
-            summary["best_checkpoint"] = None
+        if read_text(self.folder.sweep_file) != self.study.sweep.to_yaml():
+            summary = self._write_again()
         show(self.study, summary, None)
         self.resend()
+
+    def _write_again(self) -> SweepSummary:
+        """Write the files of a sweep that has other trials than before, all of which are done."""
+        report = SweepFiles(self.study)
+        with lock.held(self.folder.driver_lock):
+            report.begin()
+            return report.finish(Ending("done"), 0.0)
 
     # ---- before the stages start ----
 
@@ -131,7 +137,7 @@ class SweepJob(Job):
             key: prepare_in(data, self.storage, sources=self.sources[key])
             for key, data in sections.items()
         }
-        _check_shapes(self.sweep, datasets)
+        self.sweep = _fitting(self.sweep, datasets)
         self.study = Study(self.sweep, self.folder, layout, datasets)
         stop.clear(self.folder)
         self.slots = max(1, cluster.capacity(layout))
@@ -167,7 +173,7 @@ class SweepJob(Job):
     def _describe(self) -> Estimate | None:
         """Print what will run and its cost. Return the estimate; None if there is none."""
         study = self.study
-        print("\n".join(view.summary(study.tree)))
+        print("\n".join([*view.summary(study.tree), *left_out(study.left_out)]))
         print(
             f"{self.slots} stage(s) at a time, {study.layout.num_workers} worker(s) each, "
             f"in {self.folder.path}",
@@ -232,9 +238,14 @@ class SweepJob(Job):
         show(self.study, self.summary, self.tracker.url)
 
 
-def _check_shapes(sweep: Sweep, datasets: Mapping[str, Manifest]) -> None:
-    """Raise UserError if a trial does not fit its dataset or first weights; name all of them."""
+def _fitting(sweep: Sweep, datasets: Mapping[str, Manifest]) -> Sweep:
+    """Return the sweep, with `skip_invalid` without the trials that do not fit.
+
+    Raises:
+        UserError: A trial does not fit its dataset or first weights; names all of them.
+    """
     problems = []
+    fitting = []
     for spec in sweep.trials:
         experiment = spec.experiment
         dataset = datasets[data_key(experiment.data)]
@@ -243,6 +254,7 @@ def _check_shapes(sweep: Sweep, datasets: Mapping[str, Manifest]) -> None:
             windows_per_epoch(dataset.splits["train"].tokens, experiment.model.block_size)
             model_facts(experiment, n_vocab)
             init_from.check_shape(experiment, n_vocab)
+            fitting.append(spec)
         except (RuntimeError, OverflowError):
             problems.append(
                 f"trial {spec.name}: a model with these sizes cannot be built; "
@@ -250,5 +262,6 @@ def _check_shapes(sweep: Sweep, datasets: Mapping[str, Manifest]) -> None:
             )
         except ValueError as error:
             problems.append(f"trial {spec.name}: {error}")
-    if problems:
+    if problems and not (sweep.settings.skip_invalid and fitting):
         raise UserError("\n".join(problems))
+    return replace(sweep, trials=tuple(fitting), left_out=(*sweep.left_out, *problems))

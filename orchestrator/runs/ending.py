@@ -70,7 +70,7 @@ class Ending:
 
     @property
     def may_be_transient(self) -> bool:
-        """True for faults that often do not happen again; a stage is then tried once more."""
+        """True for faults that often do not happen again; a stage is then tried again."""
         return self.cause in ("hang", "kill")
 
     def to_json(self) -> dict[str, Any]:

@@ -155,8 +155,12 @@ class RunFolder:
         # experiment with the MLflow key of the old one.
         files.write_json(self.run_file, record)
         files.write_atomically(self.experiment_file, experiment.to_yaml())
-        files.write_atomically(self.reserve_file, b" " * RESERVE_BYTES)
+        self.reserve()
         self.clear_ending()
+
+    def reserve(self) -> None:
+        """Take the disk space with which `write_ending` can write also on a full disk."""
+        files.write_atomically(self.reserve_file, b" " * RESERVE_BYTES)
 
     def clear_ending(self) -> None:
         """Remove the records of how the last attempt ended, except the result of a stage."""

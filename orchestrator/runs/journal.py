@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from orchestrator import files
-from orchestrator.errors import NO_ROOM, UserError
+from orchestrator.errors import NO_ROOM, NoRoomError
 from orchestrator.files import fsync, write_atomically
 from orchestrator.runs import events, metrics
 from orchestrator.runs.folder import RunFolder
@@ -73,12 +73,12 @@ class Journal:
         """Write the lines that wait, after the last step.
 
         Raises:
-            UserError: The disk is still full.
+            NoRoomError: The disk is still full.
         """
         error = self.catch_up()
         if error is not None:
             step = self.waiting[0]["step"]
-            raise UserError(
+            raise NoRoomError(
                 f"{self.file}: no room for the line of step {step} ({error.strerror}). Free some "
                 "room there and run the same command again: it goes on from the last checkpoint"
             )

@@ -1,5 +1,6 @@
 """How a sweep ended: its exit status, and advice for stages that ran out of memory."""
 
+from orchestrator.config.experiment import Experiment
 from orchestrator.runs import stop
 from orchestrator.runs.ending import Ending
 from orchestrator.sweep.states import BLOCKED, DIVERGED, DONE, FAILED, STOPPED
@@ -20,6 +21,8 @@ def ending_of(study: Study, stages_at_a_time: int) -> Ending:
     if states <= {DONE, STOPPED} and not probes & {FAILED, BLOCKED}:
         return Ending("done")
     endings = _failures_with_advice(study, stages_at_a_time)
+    if study.progress.full_disk is not None:
+        endings.insert(0, Ending("user", study.progress.full_disk, cause="disk_full"))
     if not endings or DIVERGED in states or any(e.kind != "user" for e in endings):
         return Ending("failed")
     return endings[0]
@@ -28,18 +31,29 @@ def ending_of(study: Study, stages_at_a_time: int) -> Ending:
 def _failures_with_advice(study: Study, stages_at_a_time: int) -> list[Ending]:
     """Return the endings of failed stages. The first out of memory gets advice and comes first."""
     failures = study.progress.failures
-    for id_, ending in failures.items():
-        if ending.cause != "out_of_memory":
-            continue
-        trial = study.progress.trials[study.progress.tree.by_id[id_].example]
-        advised = advise(
-            ending,
-            study.folder,
-            trial.experiment,
-            trial.dataset,
-            study.layout,
-            stages_at_a_time,
-        )
-        failures[id_] = advised
-        return [advised, *failures.values()]
-    return list(failures.values())
+    lacking = [id_ for id_, ending in failures.items() if ending.cause == "out_of_memory"]
+    if not lacking:
+        return list(failures.values())
+    trials = {id_: study.progress.trials[study.progress.tree.by_id[id_].example] for id_ in lacking}
+    first = trials[lacking[0]]
+    advised = advise(
+        failures[lacking[0]],
+        study.folder,
+        first.experiment,
+        first.dataset,
+        study.layout,
+        stages_at_a_time,
+    )
+    for id_, trial in trials.items():
+        if _needs_as_much(trial.experiment, first.experiment):
+            failures[id_] = advised
+    return [advised, *failures.values()]
+
+
+def _needs_as_much(a: Experiment, b: Experiment) -> bool:
+    """Return whether a step of two experiments needs the same memory."""
+    parts = [
+        (e.model, e.optim, e.train.dtype, e.train.micro_batch_size, e.slots, e.data.tokenizer)
+        for e in (a, b)
+    ]
+    return parts[0] == parts[1]

@@ -7,8 +7,8 @@ ended. This module does not import Ray.
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
-from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.sweep import SweepSection
+from orchestrator.errors import NO_ROOM
 from orchestrator.runs import events, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder, SweepFolder
@@ -18,8 +18,10 @@ from orchestrator.sweep.states import DONE, FAILED, RUNNING, WAITING, StageState
 from orchestrator.sweep.stored import StoredStages, StoredState, checkpoint_bytes
 from orchestrator.sweep.tree import Stage, StageTree
 from orchestrator.sweep.trials import PlannedTrial
+from orchestrator.sweep.unneeded import remove_unneeded
 from orchestrator.workers import hangs
 from orchestrator.workers.diagnose import diagnose
+from orchestrator.workers.ray_train import PATIENCE
 
 
 class Progress:
@@ -42,7 +44,8 @@ class Progress:
         steps_run: Updates made in this process.
         failures: Ending of each stage that failed, by its id.
         wait_reasons: Why a stage that had started waits again, by its id.
-        retried: Ids of stages that were started a second time.
+        begun: Steps at which each stage was started in this process, by its id.
+        full_disk: Why no stage starts any more; None unless the disk was full.
         peak_bytes: The most bytes that the checkpoints took on disk.
     """
 
@@ -71,7 +74,8 @@ class Progress:
         self.probes = {trial.name for trial in trials.values() if trial.is_probe}
         self.states = StageStates(tree, self._stages_after_probes())
         self.steps_run = 0
-        self.retried: set[str] = set()
+        self.begun: dict[str, list[int]] = {}
+        self.full_disk: str | None = None
         self.failures: dict[str, Ending] = {}
         self.wait_reasons: dict[str, str] = {}
         self.peak_bytes = 0
@@ -91,14 +95,24 @@ class Progress:
 
     def next(self) -> str | None:
         """Return the id of a stage to start, with its folder prepared; None: none is ready."""
-        if stop.requested(self.folder):
+        if stop.requested(self.folder) or self.full_disk is not None:
             return None
         self.release_judged()
-        stage = self._first_ready()
-        if stage is None:
+        try:
+            stage = self._first_ready()
+            if stage is None:
+                return None
+            self._prepare(stage)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self.full_disk = (
+                f"the disk is full: {self.folder.path} ({error.strerror}). Free some room there "
+                "and run the same command again"
+            )
             return None
-        self._prepare(stage)
         self.states.start(stage.id)
+        self.begun.setdefault(stage.id, []).append(self._newest_step(stage.id))
         return stage.id
 
     def _first_ready(self) -> Stage | None:
@@ -122,6 +136,7 @@ class Progress:
         folder = self.folder.stage(stage.id)
         spec = self._spec(stage)
         spec.write(folder)
+        folder.reserve()
         message = hangs.report(folder)
         if message is not None:  # a hang in an earlier attempt, whose driver was killed
             events.note(self.folder, "hang", message, stage=stage.id)
@@ -164,6 +179,7 @@ class Progress:
             died: True if it ended with an exception, or its process died.
         """
         folder = self.folder.stage(stage)
+        folder.reserve_file.unlink(missing_ok=True)
         stop_requested = stop.requested(self.folder) is not None
         result = read_result(folder)
         if result is None and not died and not stop_requested:
@@ -183,22 +199,30 @@ class Progress:
             self._record_failure(stage, ending)
         self.peak_bytes = max(self.peak_bytes, checkpoint_bytes(self.folder))
         self.release_judged()
-        self.remove_unneeded()
+        remove_unneeded(self)
         self.on_stage_end(self.tree.by_id[stage])
 
     def _record_failure(self, stage: str, ending: Ending) -> None:
-        """Try a stage once more if its process hung or was killed; else it has failed."""
+        """Try a stage again if its process hung or was killed; else it has failed.
+
+        As in a lone run, `PATIENCE` attempts in a row without a new checkpoint are enough.
+        """
         if ending.cause == "hang" and ending.reason is not None:
             events.note(self.folder, "hang", ending.reason, stage=stage)
-        if ending.may_be_transient and stage not in self.retried:
-            self.retried.add(stage)
-            step = max(self.folder.stage(stage).checkpoint_steps(), default=0)
+        if ending.cause == "disk_full":
+            self.full_disk = ending.reason
+        step = self._newest_step(stage)
+        is_stuck = self.begun[stage][-PATIENCE:] == [step] * PATIENCE
+        if ending.may_be_transient and not is_stuck:
             message = f"stage {stage} begins again: {ending.reason}"
             events.note(self.folder, "restart", message, stage=stage, step=step)
             self._wait(stage, f"{ending.reason}; the stage starts once more")
             return
         self.failures[stage] = ending
         self.states.end(stage, FAILED)
+
+    def _newest_step(self, stage: str) -> int:
+        return max(self.folder.stage(stage).checkpoint_steps(), default=0)
 
     def _wait(self, stage: str, reason: str) -> None:
         self.wait_reasons[stage] = reason
@@ -210,42 +234,6 @@ class Progress:
             return
         if all(self.states.of_trial(probe) not in (WAITING, RUNNING) for probe in self.probes):
             self.states.release(self.judge_probes())
-
-    # ---- disk ----
-
-    def remove_unneeded(self) -> None:
-        """Remove checkpoints of judged probes and, without `keep_branches`, those of branch points.
-
-        Checkpoints from which a stage will start, and results of trials, stay.
-        """
-        judged_probes: set[str] = set() if self.states.on_hold else self.probes
-        if self._keeps_branches() and not judged_probes:
-            return
-        needed = {self.stored.states.get(key) for key in self.states.needed()}
-        for folder in self.folder.stages():
-            if self._keeps_checkpoints(folder, judged_probes):
-                continue
-            for step in folder.checkpoint_steps():
-                state = StoredState(folder.path, step)
-                if state not in needed:
-                    checkpoint.remove(state.checkpoint)
-                    self.stored.forget(state)
-
-    def _keeps_branches(self) -> bool:
-        # Later samples of optuna may branch off anywhere.
-        return self.settings.keep_branches or self.settings.sampler == "optuna"
-
-    def _keeps_checkpoints(self, folder: RunFolder, judged_probes: set[str]) -> bool:
-        stage = self.tree.by_id.get(folder.name)
-        if stage is not None:
-            if self.states.by_stage[stage.id] in (WAITING, RUNNING, FAILED):
-                return True
-            if judged_probes.issuperset(stage.trials):
-                return False
-        if self._keeps_branches():
-            return True
-        result = read_result(folder)
-        return result is not None and result.is_whole
 
     # ---- what the reports ask ----
 
@@ -286,6 +274,8 @@ class Progress:
             result = self.stored.results.get(stage.id)
             if stage.id in self.failures or (result is not None and result.outcome != DONE):
                 return self.stage_reason(stage.id)
+        if self.full_disk is not None and self.states.of_trial(trial) != DONE:
+            return "not begun: the disk is full"
         return None
 
     def stage_reason(self, stage: str) -> str | None:

@@ -44,30 +44,34 @@ class StageStates:
         self.tree = tree
         self.on_hold = set(on_hold)
         self.by_stage: dict[str, State] = {}
-        for stage in tree.stages:
-            self.by_stage[stage.id] = self._first_state(stage)
-        for diverged in tree.diverged & self.by_stage.keys():
-            self._lose(diverged, DIVERGED)
-        for stopped in tree.stopped & self.by_stage.keys():
-            self._lose(stopped, STOPPED)
-        self.remaining = self._remaining_steps()
+        self.extend(tree)
 
     def extend(self, tree: StageTree) -> None:
         """Continue with a tree that has more stages; see `StageTree.merged_with`."""
-        new = [stage for stage in tree.stages if stage.id not in self.by_stage]
         self.tree = tree
-        for stage in new:
-            self.by_stage[stage.id] = self._first_state(stage)
-        for stage in new:
-            parent = self.by_stage[stage.parent] if stage.parent is not None else None
-            if stage.id in tree.diverged or parent == DIVERGED:
-                self._lose(stage.id, DIVERGED)
-            elif parent in (FAILED, BLOCKED, STOPPED) and stage.id not in tree.stored:
-                self.by_stage[stage.id] = BLOCKED
+        for stage in tree.stages:  # parents before children
+            if stage.id not in self.by_stage:
+                self.by_stage[stage.id] = self._first_state(stage)
         self.remaining = self._remaining_steps()
 
     def _first_state(self, stage: Stage) -> State:
-        return WAITING if stage.id in self.tree.to_run else DONE
+        if stage.id in self.tree.diverged:
+            return DIVERGED
+        if stage.id in self.tree.stopped:
+            return STOPPED
+        waits_or_done = WAITING if stage.id in self.tree.to_run else DONE
+        return self._lost_with_parent(stage) or waits_or_done
+
+    def _lost_with_parent(self, stage: Stage) -> State | None:
+        """Return the state that the end of its parent gives to a stage; None: it can still run."""
+        if stage.parent is None or stage.id in self.tree.finished:
+            return None
+        parent = self.by_stage[stage.parent]
+        if parent in (DIVERGED, STOPPED):
+            return parent
+        if parent in (FAILED, BLOCKED) and stage.id not in self.tree.stored:
+            return BLOCKED
+        return None
 
     def _remaining_steps(self) -> dict[str, float]:
         """Return the steps of the longest path of stages to run, from each stage on."""
@@ -106,18 +110,13 @@ class StageStates:
             self._lose(stage, state)
 
     def _lose(self, stage: str, state: State) -> None:
-        """Give a final state to a stage and all below it, except those with a stored start."""
+        """Give a final state to a stage and to those below it that cannot run any more."""
         assert state in (FAILED, DIVERGED, STOPPED)
         self.by_stage[stage] = state
-        state_below = BLOCKED if state == FAILED else state
-        lost = {stage}
         for other in self.tree.stages:
-            if other.parent not in lost or other.id in self.tree.stored:
-                continue
-            lost.add(other.id)
-            is_open = self.by_stage[other.id] in (WAITING, DONE)
-            if is_open and other.id not in self.tree.finished:
-                self.by_stage[other.id] = state_below
+            if self.by_stage[other.id] in (WAITING, DONE):
+                lost = self._lost_with_parent(other)
+                self.by_stage[other.id] = lost or self.by_stage[other.id]
 
     def release(self, dropped: Collection[str] = ()) -> None:
         """Let the stages on hold start, except those that only `dropped` trials need."""
@@ -129,7 +128,10 @@ class StageStates:
 
     def of_trial(self, name: str) -> State:
         """Return the state of a trial: DONE, WAITING, RUNNING, or that of its first lost stage."""
-        states = [self.by_stage[stage.id] for stage in self.tree.stages_of(name)]
+        stages = self.tree.stages_of(name)
+        states = [self.by_stage[stage.id] for stage in stages]
+        if stages[-1].id in self.tree.finished and states[-1] == DONE:
+            return DONE  # whatever happened to the stages before it since then
         for state in states:
             if state not in (WAITING, RUNNING, DONE):
                 return state

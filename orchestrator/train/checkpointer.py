@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from orchestrator.checkpoint import store, tensor_file
-from orchestrator.errors import NO_ROOM, UserError
+from orchestrator.errors import NO_ROOM, NoRoomError
 from orchestrator.runs import events, journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
@@ -37,8 +37,8 @@ class Checkpointer:
         self.lines = lines
         self._files: dict[str, tensor_file.TensorFile] = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future[UserError | None] | None = None
-        self._not_written: UserError | None = None
+        self._pending: Future[NoRoomError | None] | None = None
+        self._not_written: NoRoomError | None = None
 
     def save(
         self,
@@ -74,7 +74,7 @@ class Checkpointer:
         """Wait until everything that was saved is on disk.
 
         Raises:
-            UserError: The disk was full when the last checkpoint was to be written.
+            NoRoomError: The disk was full when the last checkpoint was to be written.
             OSError: As in `save`.
         """
         self._finish_pending()
@@ -112,7 +112,9 @@ class Checkpointer:
         if pending is not None:
             self._not_written = pending.result()
 
-    def _commit(self, step: int, parts: store.Parts, facts: Mapping[str, Any]) -> UserError | None:
+    def _commit(
+        self, step: int, parts: store.Parts, facts: Mapping[str, Any]
+    ) -> NoRoomError | None:
         """Write one checkpoint; return an error if the disk is full."""
         try:
             # After a power failure, the journal must have all lines up to the checkpoint.
@@ -125,7 +127,7 @@ class Checkpointer:
         store.prune(self.folder.checkpoints, self.keep)
         return None
 
-    def _report_full_disk(self, step: int, error: OSError) -> UserError:
+    def _report_full_disk(self, step: int, error: OSError) -> NoRoomError:
         steps = self.folder.checkpoint_steps()
         last = f"the last one is of step {steps[-1]}" if steps else "there is none yet"
         message = (
@@ -134,7 +136,7 @@ class Checkpointer:
         )
         print(f"{message}; training goes on", flush=True)
         events.note(self.folder, "disk_full", message, step=step)
-        return UserError(
+        return NoRoomError(
             f"{message}. Free some space there and run the same command again: it continues from "
             "the last checkpoint"
         )

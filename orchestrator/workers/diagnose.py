@@ -14,6 +14,7 @@ from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import fitting, hangs, marks, memory
 from orchestrator.workers.memory import OutOfMemory
 
+NO_ROOM_ERROR = "orchestrator.errors.NoRoomError: "
 DISK_FULL = ("[Errno 28]", "[Errno 122]")  # ENOSPC; EDQUOT: the user's quota
 USER_ERRORS = (
     "orchestrator.errors.UserError: ",
@@ -88,6 +89,9 @@ def ending_of_tracebacks(
     """
     exception = _exception(tracebacks[0])
     message = exception.partition("\n")[0]
+    if exception.startswith(NO_ROOM_ERROR):
+        reason = f"the disk is full: {exception.removeprefix(NO_ROOM_ERROR)}"
+        return Ending("user", reason, cause="disk_full")
     for prefix in USER_ERRORS:
         if exception.startswith(prefix):
             return Ending("user", exception.removeprefix(prefix), cause="exception")
@@ -97,7 +101,7 @@ def ending_of_tracebacks(
         return out_of_memory(kill)
     if any(words in exception for words in DISK_FULL):
         reason = (
-            f"{folder.path}: the disk is full ({message}). Free some room there and run the same "
+            f"the disk is full: {folder.path}: {message}. Free some room there and run the same "
             "command again"
         )
         return Ending("user", reason, cause="disk_full")

@@ -351,6 +351,14 @@ def test_extended_sweep_runs_only_new_steps_after_any_kill(
     assert finals == {name: curve[-1]["val/loss"] for name, (_, curve) in found.items()}
     assert_tracked(golden.storage, dict.fromkeys(asked, "FINISHED"), "FINISHED")
 
+    # With the former grid, the sweep is still finished, and its files have the former trials.
+    shrunk = run(ray_head, golden.storage, tiny_corpus, *space()).stdout
+    assert "is finished" in shrunk and results(sweep) == after
+    with open(sweep / "comparison.csv") as file:
+        assert {row["trial"] for row in csv.DictReader(file)} == set(golden.outcomes)
+    assert read(sweep / "summary.json")["trials"] == len(golden.outcomes)
+    assert ranking(shrunk) == ranking(golden.text)
+
 
 def finish_without_a_worker(process: subprocess.Popen, sweep: Path) -> str:
     """Kill the first process that starts a stage; return the output of the sweep."""

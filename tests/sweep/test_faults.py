@@ -1,6 +1,8 @@
 """A stage that fails ends like a lone run with the same fault: kind, exit status, reason, event."""
 
+import contextlib
 import errno
+import json
 import shutil
 
 import pytest
@@ -9,10 +11,13 @@ from orchestrator.errors import UserError
 from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep.outcome import ending_of
+from orchestrator.sweep.report.comparison import table
+from orchestrator.sweep.report.files import Report
+from orchestrator.sweep.stage import run_stage
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import fitting
 from orchestrator.workers.diagnose import advise, diagnose
-from orchestrator.workers.ray_train import record_failure
+from orchestrator.workers.ray_train import PATIENCE, record_failure
 from tests.helpers.datasets import change_in_place
 from tests.helpers.fixtures import Killed
 
@@ -72,17 +77,94 @@ def test_failed_stage_ends_like_a_lone_run(sweeps, error, status, event):
     assert reason == lone.reason.replace(str(study.folder.path.parent / "lone"), "FOLDER")
     if status == 2:
         assert ending.reason == study.reason("only")
-    assert not study.progress.retried
+    assert len(study.progress.begun) == 1
+    assert list(map(len, study.progress.begun.values())) == [1]
 
 
-def test_killed_stage_is_tried_once_more_and_then_fails(sweeps):
+def test_killed_stage_fails_after_as_many_attempts_as_a_lone_run(sweeps):
     study = sweeps.open(TRIAL)
     ran = sweeps.run(study, fail=failing(Killed()))
-    assert len(ran) == 2 and len(set(ran)) == 1
+    assert len(ran) == PATIENCE and len(set(ran)) == 1
     assert ending_of(study, 1).exit_status == 1
-    (restart,) = events.read(study.folder)
-    assert (restart["kind"], restart["stage"], restart["step"]) == ("restart", ran[0], 0)
+    restarts = events.read(study.folder)
+    assert len(restarts) == PATIENCE - 1
+    for restart in restarts:
+        assert (restart["kind"], restart["stage"], restart["step"]) == ("restart", ran[0], 0)
     assert "died without a traceback" in study.reason("only")
+
+
+def test_stage_that_makes_progress_between_kills_is_done(sweeps):
+    study = sweeps.open("sweep.trials.only.train.max_steps=20")
+
+    def fail(stage) -> None:
+        folder = study.folder.stage(stage.id)
+        before = folder.checkpoint_steps()
+        with contextlib.closing(run_stage(folder, Worker())) as lines:
+            for _ in lines:
+                if len(folder.checkpoint_steps()) > len(before) or stage.stop in before:
+                    break
+        if stage.stop not in folder.checkpoint_steps():
+            raise Killed
+
+    ran = sweeps.run(study, fail=fail)
+    assert len(ran) > PATIENCE
+    assert ending_of(study, 1).kind == "done"
+    assert sweeps.outcome(study.folder.trial("only")) == sweeps.alone(study, "only")
+
+
+def test_after_a_full_disk_nothing_begins_and_with_room_the_sweep_goes_on(sweeps):
+    study = sweeps.open(*TWO)
+    ran = sweeps.run(study, fail=failing(OSError(errno.ENOSPC, "No space left on device")))
+    assert len(ran) == 1
+    ending = ending_of(study, 1)
+    assert (ending.kind, ending.cause, ending.exit_status) == ("user", "disk_full", 2)
+    shown = table(study.results())
+    assert "failed   the disk is full: " in shown
+    assert "waiting  not begun: the disk is full" in shown
+    again = sweeps.open(*TWO)
+    sweeps.run(again)
+    assert ending_of(again, 1).kind == "done"
+    for name in again.trials:
+        assert sweeps.outcome(again.folder.trial(name)) == sweeps.alone(again, name)
+
+
+def test_full_disk_of_the_driver_ends_the_sweep_before_the_next_stage(sweeps, monkeypatch):
+    study = sweeps.open(*TWO)
+
+    def full(folder) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunFolder, "reserve", full)
+    assert sweeps.run(study) == []
+    assert ending_of(study, 1).exit_status == 2
+
+
+def test_ending_is_recorded_on_a_full_disk_and_its_reserve_is_removed(sweeps, monkeypatch):
+    study = sweeps.open(TRIAL)
+
+    def fail(stage) -> None:
+        assert study.folder.stage(stage.id).reserve_file.exists()
+        # `write_ending` overwrites the reserve.
+        monkeypatch.setattr("orchestrator.runs.folder.write_atomically", full)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sweeps.run(study, fail=fail)
+    assert study.reason("only").startswith("the disk is full: ")
+    assert list(study.folder.path.glob("stages/*/.reserve")) == []
+
+
+def test_summary_of_each_trial_out_of_memory_has_the_advice(sweeps):
+    study = sweeps.open(*TWO)
+    sweeps.run(study, fail=failing(MemoryError("no memory")))
+    ending = ending_of(study, 1)
+    Report(study).finish(ending, 1.0)
+    for name in study.trials:
+        summary = json.loads(study.folder.trial(name).summary_file.read_text())
+        assert summary["reason"] == ending.reason
+        assert summary["reason"].endswith("use a smaller one")
 
 
 def test_killed_stage_that_works_at_the_second_try_is_done(sweeps):

@@ -182,6 +182,30 @@ def test_diverged_stage_and_its_branches_do_not_run_again():
     assert {StageStates(p).of_trial(t.name) for t in found} == {DIVERGED}
 
 
+def test_stored_stage_below_a_diverged_one_does_not_run():
+    """Also if the tree grew: `to_run` leaves out all stages below."""
+    rates = [1.0] * 8
+    trials = [trial("a", rates), trial("b", [*rates[:6], 0.5])]
+    dead, stored = trials[0].key(4), trials[0].key(6)
+    p = build_tree(trials, {dead: 4, stored: 6}, {stored}, (), {dead})
+    grown = StageStates(build_tree([]))
+    grown.extend(p)
+    for states in (StageStates(p), grown):
+        assert set(states.by_stage.values()) == {DIVERGED}
+        assert states.ready() == []
+
+
+def test_trial_that_was_finished_before_a_stage_above_it_diverged_keeps_its_result():
+    long = trial("long", [1.0] * 8)
+    states = {long.key(4): 4, long.key(8): 8}
+    p = build_tree([long, trial("short", [1.0] * 6)], states, {long.key(8)}, {long.key(8)})
+    played = StageStates(p)
+    played.start(long.key(4))
+    played.end(long.key(4), DIVERGED)
+    assert played.of_trial("short") == DIVERGED
+    assert played.of_trial("long") == DONE
+
+
 # ---- states ----
 def play(p: StageTree, draw, outcomes=(DONE,), slots=3, on_hold=(), drop=()):
     """Run a tree in any order that `ready` allows; yield the states after every event."""

@@ -9,7 +9,7 @@ import pytest
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.dataset import load_manifest
-from orchestrator.errors import UserError
+from orchestrator.errors import NoRoomError, UserError
 from orchestrator.files import NotPlainFileError
 from orchestrator.runs import events, stop
 from orchestrator.runs.ending import Ending
@@ -36,6 +36,10 @@ FAULTS = {
     "a full disk": (
         OSError(28, "No space left on device"),
         ("user", "disk_full", "Free some room there"),
+    ),
+    "no room for the last checkpoint": (
+        NoRoomError("/run/checkpoints: no room"),
+        ("user", "disk_full", "the disk is full: /run/checkpoints: no room"),
     ),
     "a full quota": (OSError(122, "Disk quota exceeded"), ("user", "disk_full", "quota")),
     "a mistake of the user": (

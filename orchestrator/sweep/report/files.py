@@ -4,21 +4,26 @@ In the sweep's folder: run.json, metrics.jsonl, sweep.yaml, plan.txt, comparison
 figures/tree.png, summary.json and trials/<name>/, each with the file names of a lone run.
 """
 
+import contextlib
 import hashlib
 import io
 import json
+import sys
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, cast
 
 from orchestrator.cost.timing import Estimate
+from orchestrator.errors import NO_ROOM
 from orchestrator.files import write_atomically, write_json
 from orchestrator.redact import redact
 from orchestrator.runs import journal
 from orchestrator.runs.ending import Ending, Kind
 from orchestrator.runs.facts import facts_of
 from orchestrator.runs.summary import last_state
+from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep import trials
 from orchestrator.sweep.report import comparison, figures, view
 from orchestrator.sweep.report.summary import SweepSummary, summarize
@@ -75,7 +80,8 @@ class SweepFiles:
         for name in stage.trials:
             trial = self.study.trials.get(name)
             if trial and (len(stage.trials) <= FEW or self._is_over(trial)):
-                self._assemble(trial)
+                with _unless_disk_is_full(self.folder.trial(name)):
+                    self._assemble(trial)
 
         tree = self.progress.tree
         done = [name for name in self.study.trials if self.progress.states.of_trial(name) == DONE]
@@ -102,13 +108,17 @@ class SweepFiles:
         """
         if not quick:
             for trial in self.study.trials.values():
-                if not self._has_summary(trial):
-                    self._assemble(trial)
+                # The advice for a trial that ran out of memory came after its summary.
+                has_failed = self.progress.states.of_trial(trial.name) in (FAILED, BLOCKED)
+                if has_failed or not self._has_summary(trial):
+                    with _unless_disk_is_full(self.folder.trial(trial.name)):
+                        self._assemble(trial)
         summary = summarize(self.study, ending, self.estimate, wall_s)
-        write_json(self.folder.summary_file, summary)
-        write_atomically(self.folder.comparison_file, comparison.csv_text(self.study.results()))
-        if not quick:
-            self.write_tree()
+        with _unless_disk_is_full(self.folder):
+            write_json(self.folder.summary_file, summary)
+            write_atomically(self.folder.comparison_file, comparison.csv_text(self.study.results()))
+            if not quick:
+                self.write_tree()
         return summary
 
     # ---- the sweep ----
@@ -224,6 +234,17 @@ class SweepFiles:
             "reason": self.study.reason(name),
             "wall_s": round(seconds, 1),
         }
+
+
+@contextlib.contextmanager
+def _unless_disk_is_full(folder: RunFolder) -> Iterator[None]:
+    """Leave the files of a folder as they are if the disk is full; the next start writes them."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        print(f"{folder.path}: not all files are written: {error.strerror}", file=sys.stderr)
 
 
 def _now() -> str:

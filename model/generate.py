@@ -42,6 +42,9 @@ def generate(
         top_k: Draw only from the k most probable tokens, and from tokens equal to the k-th.
         seed: Seed of a separate generator. None: a random seed from the system.
         n_vocab: Draw only ids below this; the others pad the vocabulary. None: draw all ids.
+
+    Raises:
+        ValueError: The logits are not finite.
     """
     generator = torch.Generator(device=tokens.device)
     if seed is None:
@@ -75,6 +78,9 @@ def _draw(
     logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
 ) -> Tensor:
     """Draw one id for each row of `logits`: (B, V) -> (B, 1)."""
+    # On a GPU, drawing from probabilities that are not finite would end the process.
+    if not logits.isfinite().all():
+        raise ValueError("the logits are not finite: the weights are too large or not finite")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     if top_k is not None:

@@ -70,19 +70,27 @@ def main(argv: list[str]) -> int:
     prompt = prompt_ids(trained, args)
     print(title(trained, args))
     for i in range(args.num_samples):
+        drawn = draw(trained, prompt, args, args.seed + i)
+        print(f"\n──── sample {i + 1} of {args.num_samples} (seed {args.seed + i}) ────")
+        print(trained.tokenizer.decode(drawn[0].tolist()), flush=True)
+    return EXIT_DONE
+
+
+def draw(trained: Trained, prompt: torch.Tensor, args: Namespace, seed: int) -> torch.Tensor:
+    """Continue the prompt: (1, T) -> (1, T + N)."""
+    try:
         with autocast(trained.experiment, trained.device):
-            drawn = generate(
+            return generate(
                 trained.model,
                 prompt,
                 args.max_new_tokens,
                 temperature=args.temperature,
                 top_k=args.top_k,
-                seed=args.seed + i,
+                seed=seed,
                 n_vocab=trained.tokenizer.n_vocab,
             )
-        print(f"\n──── sample {i + 1} of {args.num_samples} (seed {args.seed + i}) ────")
-        print(trained.tokenizer.decode(drawn[0].tolist()), flush=True)
-    return EXIT_DONE
+    except ValueError as error:  # the model diverged
+        raise UserError(f"{trained.checkpoint or args.model}: {error}") from None
 
 
 def open_model(args: Namespace) -> Trained:

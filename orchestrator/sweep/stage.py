@@ -143,8 +143,8 @@ def _record_end(
         cost = {"seconds": attempt.seconds, "steps_run": attempt.steps_run}
         folder.write_ending(replace(ending, facts={**ending.facts, **cost}))
         return
-    if ending is not None:  # the loss of the next step is not finite
-        result = _result(spec, attempt, DIVERGED, attempt.step + 1, reason=ending.reason)
+    if ending is not None:  # facts["step"] is the last step before a value was not finite
+        result = _result(spec, attempt, DIVERGED, ending.facts["step"] + 1, reason=ending.reason)
     elif line_above is not None:
         step = line_above["step"]
         limit = spec.diverged_above

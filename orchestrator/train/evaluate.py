@@ -226,7 +226,11 @@ class Evaluator:
         if state.best_val_loss is None or val.loss < state.best_val_loss:
             state.best_val_loss = val.loss
         if self.worker.is_main:
-            self._write_sample(state)
+            try:
+                self._write_sample(state)
+            except Exception as error:  # a sample is never a reason to end the run
+                message = f"no sample of step {state.step}: {type(error).__name__}: {error}"
+                events.note(self.folder, "sample", message, step=state.step)
         return {
             "val/loss": val.loss,
             "val/bits_per_byte": val.bits_per_byte,

@@ -200,6 +200,9 @@ class Trainer:
         if metrics:
             yield self._write_line(metrics)
 
+        if due.end_of_run and not self.guard.accept_end(state, metrics.get("val/loss")):
+            return
+
         # The checkpoint comes after the line. In the other order, a run killed between the two
         # would resume at this step and never write its line.
         if due.checkpoint or state.step == self.end_step:
@@ -231,6 +234,9 @@ class Trainer:
         """Complete a run or stage that starts at its last step."""
         if self._due().end_of_run:
             yield from self._complete_last_line()
+            line = read_last_line(self.folder, self.end_step, self.worker)
+            if not self.guard.accept_end(self.state, line.metrics.get("val/loss")):
+                return
         # A stage that starts from the checkpoint of its parent needs one in its own folder.
         if not self.start.is_own:
             self._save_checkpoint({})

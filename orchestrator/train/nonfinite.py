@@ -65,6 +65,21 @@ class Guard:
             self._record(state.step, bad, verdict, is_patient)
         return verdict
 
+    def accept_end(self, state: TrainState, val_loss: float | None) -> bool:
+        """Return whether a run may end with these weights: they and its last val loss are finite.
+
+        No later step would show that the last update made the weights too large. If it did, the
+        end of the run is recorded.
+        """
+        is_finite = all(bool(p.isfinite().all()) for p in state.model.parameters())
+        if is_finite and math.isfinite(val_loss or 0.0):
+            return True
+        what = f"val/loss is {val_loss}" if is_finite else "the weights are not finite"
+        message = f"step {state.step}: {what} after the last update. Lower schedule.max_lr."
+        if self.is_writer:
+            self.folder.write_ending(Ending("diverged", message, {"step": state.step - 1}))
+        return False
+
     def _record(self, step: int, bad: list[int], verdict: Verdict, is_patient: bool) -> None:
         """Record an event or the end of the run, with the samples to look at.
 

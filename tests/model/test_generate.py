@@ -1,5 +1,7 @@
 """Sampling: with cache = a plain loop; top_k, temperature and padding."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -159,3 +161,13 @@ def test_zero_new_tokens_returns_prompt(small_gpt):
     model = small_gpt()
     tokens = prompt(model, batch=2, steps=4)
     assert torch.equal(generate(model, tokens, 0), tokens)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(small_gpt, temperature, value):
+    model = small_gpt()
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = value
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        generate(model, prompt(model, 1, 3), 2, temperature=temperature)

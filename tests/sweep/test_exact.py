@@ -206,6 +206,20 @@ def test_diverged_trial_does_not_change_the_others(sweeps):
     assert {r.trial: r.state for r in again.results()} == states
 
 
+def test_trial_whose_last_update_overflows_has_diverged_and_runs_once(sweeps):
+    hot = "schedule.kind: constant, schedule.max_lr: 1e38, schedule.warmup_steps: 0"
+    words = [
+        f"sweep.trials.hot={{{hot}, train.max_steps: 1}}",
+        f"sweep.trials.longer={{{hot}, train.max_steps: 3}}",
+    ]
+    study = sweeps.open(*words)
+    ran = sweeps.run(study)
+    assert len(ran) == 1
+    assert [row.state for row in study.results()] == ["diverged", "diverged"]
+    assert "step 1: " in study.reason("hot")
+    assert sweeps.open(*words).tree.to_run == frozenset()
+
+
 def test_diverged_trunk_ends_its_branches_and_never_runs_again(sweeps):
     hot = [
         "sweep.trials.a={schedule.max_lr: 0.9, train.max_steps: 30}",

@@ -10,7 +10,7 @@ from orchestrator.config.experiment import load_experiment
 from orchestrator.data.batches import Batches, TokenStream
 from orchestrator.runs import events, journal
 from orchestrator.runs.folder import RunFolder
-from orchestrator.train import nonfinite
+from orchestrator.train import evaluate, nonfinite
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
 from tests.helpers.curves import exact_part
@@ -133,3 +133,31 @@ def test_resume_does_not_reset_the_count_of_skipped_updates(tiny_dataset, folder
     trainer = new_trainer(folder, tiny_dataset, *words, bad=set(range(200)))
     run(trainer)
     assert trainer.state.step == 2 + nonfinite.PATIENCE
+
+
+@pytest.mark.parametrize(
+    ("rate", "words"),
+    [(1e39, []), (1e39, ["train.eval_interval=4"]), (1e30, ["train.eval_interval=4"])],
+    ids=["weights, never evaluated", "weights", "only the loss"],
+)
+def test_run_whose_last_update_overflows_has_diverged(tiny_dataset, folder, rate, words):
+    """No sample is drawn from such a model, and no checkpoint of it is stored."""
+    trainer = new_trainer(folder, tiny_dataset, *words, bad=set())
+    trainer.lr_at = lambda step: rate if step == 11 else 1e-2
+    run(trainer)
+    ending = folder.read_ending()
+    assert (ending.kind, ending.facts) == ("diverged", {"step": 11})
+    assert ending.reason.startswith("step 12: ") and "after the last update" in ending.reason
+    assert folder.checkpoint_steps()[-1] == 11
+    assert not folder.sample_file(12).exists()
+
+
+def test_sample_that_cannot_be_drawn_does_not_end_the_run(tiny_dataset, folder, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+
+    monkeypatch.setattr(evaluate, "generate", fail)
+    run(new_trainer(folder, tiny_dataset, "train.eval_interval=12", bad=set()))
+    assert folder.read_ending() is None
+    assert folder.checkpoint_steps()[-1] == 12
+    assert [event["kind"] for event in events.read(folder)] == ["sample", "sample"]

@@ -54,13 +54,12 @@ _FIXED_IN_HF = {
 
 
 def from_nanogpt(state_dict: StateDict) -> StateDict:
-    """Convert the "model" entry of nanoGPT's ckpt.pt, compiled or not, to our names.
+    """Convert the "model" entry of nanoGPT's ckpt.pt to our names.
 
     Raises:
         ValueError: A name is missing or unexpected, or the head differs from the embedding.
     """
-    names = {name.removeprefix("_orig_mod."): tensor for name, tensor in state_dict.items()}
-    return _parameters(names)
+    return _parameters({_plain(name): tensor for name, tensor in state_dict.items()})
 
 
 def from_huggingface(state_dict: StateDict) -> StateDict:
@@ -71,11 +70,30 @@ def from_huggingface(state_dict: StateDict) -> StateDict:
     """
     prefixed: StateDict = {}
     for name, tensor in state_dict.items():
+        name = _plain(name)
         # GPT2Model has names without "transformer.".
         if name != HEAD and not name.startswith("transformer."):
             name = f"transformer.{name}"
         prefixed[name] = tensor
     return _transpose(_parameters(prefixed))
+
+
+def _plain(name: str) -> str:
+    """Return a name without the prefixes of torch.compile and DistributedDataParallel."""
+    return re.sub(r"^((_orig_mod|module)\.)+", "", name)
+
+
+def check_values(state_dict: StateDict) -> None:
+    """Raise ValueError unless all weights are finite floating-point numbers."""
+    for name, tensor in state_dict.items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} is {kind}; save the weights as float32, float16 or bfloat16, without "
+                "quantization"
+            )
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"{name} has values that are not finite; use other weights")
 
 
 def config_from_huggingface(config: Mapping[str, Any]) -> GPTConfig:

@@ -85,8 +85,7 @@ def find_dataset(replay: Replay) -> Manifest:
     """Find the tokens of the run, and print what will be repeated."""
     folder = replay.run.folder
     stretch = replay.stretch
-    storage = (folder.sweep() or folder).path.parent
-    dataset = find_tokens(replay.experiment, replay.data_identity, storage)
+    dataset = find_tokens(replay.experiment, replay.data_identity, folder.path)
     print(
         f"replaying steps {stretch.first:,}..{stretch.last:,} of {folder.path} from "
         f"{stretch.origin} on {replay.device}, tokens of {dataset.directory}",

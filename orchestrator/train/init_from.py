@@ -6,12 +6,14 @@ checkpoint of this program.
 
 import contextlib
 import json
+import re
 import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -28,6 +30,17 @@ from orchestrator.train.state import NOT_LOADABLE, shape_of
 SCRATCH = "scratch"
 MAX_PADDING = 1024  # with more vocabulary rows beyond the tokens, it is another tokenizer
 HUB = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
+
+
+# What a pickled number of numpy refers to. The name of the function is that of numpy 1 or 2.
+NUMPY_NUMBERS = [
+    np.dtype,
+    *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
+    *(
+        (np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar")
+        for core in ("core", "_core")
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,7 @@ def initial_model(experiment: Experiment, n_vocab: int) -> GPT:
     model = experiment.new_model(n_vocab)
     with _as_user_error(name):
         tensors = source.load()
+        weights.check_values(tensors)
         positions = tensors[weights.POSITIONS]
         tensors[weights.POSITIONS] = positions[: model.config.block_size].clone()
         model.load_state_dict(weights.pad_vocab(tensors, model.config.vocab_size))
@@ -159,20 +173,43 @@ def _open(experiment: Experiment) -> FirstWeights:
 
 def _open_hugging_face(folder: Path) -> FirstWeights:
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        raise UserError(
-            f"train.init_from: {folder} has no model.safetensors; save it with "
-            "safe_serialization=True"
-        )
+    names = _weight_files(folder)
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(
+                f"train.init_from: {folder} has no {name}; copy it there, or save the model with "
+                "safe_serialization=True"
+            )
     shape = weights.config_from_huggingface(config)
-    return FirstWeights(shape, lambda: weights.from_huggingface(load_file(file)))
+
+    def load() -> weights.StateDict:
+        tensors: weights.StateDict = {}
+        for name in names:
+            tensors |= load_file(folder / name)
+        return weights.from_huggingface(tensors)
+
+    return FirstWeights(shape, load)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Return the files with the weights: one, or those that the index of a large model lists."""
+    whole = "model.safetensors"
+    index = folder / f"{whole}.index.json"
+    if (folder / whole).is_file() or not index.is_file():
+        return [whole]
+    names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+            raise UserError(f"train.init_from: {index}: '{name}' is not the name of a file")
+    return names
 
 
 def _open_nanogpt(file: Path) -> FirstWeights:
-    # The only unpickling in this program. weights_only admits tensors and plain values.
+    # The only unpickling in this program. weights_only admits tensors and plain values, and here
+    # also numbers of numpy: nanoGPT stores the best loss as it was computed.
     try:
-        stored = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            stored = torch.load(file, map_location="cpu", weights_only=True)
         arguments = stored["model_args"]
     except Exception as error:  # torch raises many types for files of another format
         raise UserError(

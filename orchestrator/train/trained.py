@@ -178,9 +178,7 @@ def tokens_of(trained: Trained) -> Manifest:
     """
     assert trained.checkpoint is not None and trained.manifest is not None
     wanted = trained.manifest["fingerprints"]["data"]
-    # The path is <storage>/<run>/checkpoints/<step>.
-    storage = trained.checkpoint.absolute().parent.parent.parent
-    found = find_tokens(trained.experiment, wanted, storage)
+    found = find_tokens(trained.experiment, wanted, trained.checkpoint)
     if data_identity(found) != wanted:
         raise UserError(
             f"data.dir: the tokens in {found.directory} are not those that {trained.checkpoint} "
@@ -189,24 +187,36 @@ def tokens_of(trained: Trained) -> Manifest:
     return found
 
 
-def find_tokens(experiment: Experiment, wanted: str, other_storage: Path) -> Manifest:
+def find_tokens(experiment: Experiment, wanted: str, place: Path) -> Manifest:
     """Return the dataset of an experiment.
 
     Args:
         experiment: The configuration. If `data.dir` is set, that dataset is returned.
         wanted: `data_identity` of the dataset. If no storage has it, the corpus is prepared again;
             the result differs if the corpus has changed.
-        other_storage: Storage to search after that of the experiment.
+        place: Folder of a run or checkpoint. After the storage of the experiment, each folder
+            around it is searched as if it were a storage: a trial is deeper in it than a run.
+
+    Raises:
+        UserError: No storage has the dataset, and its corpus cannot be prepared again.
     """
     data = experiment.data
     storage = storage_root(experiment)
     if data.dir is not None:
         return load_manifest(dataset_dir(data, storage))
-    for folder in (storage, other_storage):
+    for folder in (storage, *place.absolute().parents):
         for dataset in _datasets(folder / "data"):
             if data_identity(dataset) == wanted:
                 return dataset
-    return prepare_in(data, storage)
+    try:
+        return prepare_in(data, storage)
+    except UserError as error:
+        reason = " ".join(str(error).splitlines())
+        raise UserError(
+            f"data.dir: the tokens that {place} was trained on are neither in {storage}/data nor in "
+            f"a folder data around it, and cannot be prepared again ({reason}); name the folder that "
+            "has them: data.dir=…"
+        ) from None
 
 
 def _datasets(folder: Path) -> list[Manifest]:

@@ -81,12 +81,28 @@ def test_copied_checkpoint_uses_given_data_dir(trained_run, tiny_dataset, tmp_pa
     assert "the same bits" in table["logged loss"]
 
 
-def test_dataset_in_storage_is_found_by_content(trained_run, tiny_dataset, tmp_path, capsys):
-    shutil.copytree(trained_run, tmp_path / "tiny")
+@pytest.mark.parametrize("place", ["tiny", "sweep/trials/tiny", "sweep/stages/0a"])
+def test_dataset_in_storage_is_found_by_content(trained_run, tiny_dataset, tmp_path, capsys, place):
+    shutil.copytree(trained_run, tmp_path / place)
     shutil.copytree(tiny_dataset, tmp_path / "data" / "wherever")
     (tmp_path / "data" / "unfinished").mkdir()
-    main([str(tmp_path / "tiny"), "data.dir=null"])
+    main([str(tmp_path / place), "data.dir=null"])
     assert table_of(capsys)["split"] == f"val, in {tmp_path}/data/wherever"
+
+
+def test_checkpoint_whose_tokens_are_nowhere_is_refused_in_one_line(
+    tiny_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["data.tokenizer=char", "model.n_layer=1", "model.n_head=1", "model.n_embd=8"]
+    words += ["model.block_size=8", "train.max_steps=1", "data.corpus=absent.txt"]
+    (tmp_path / "alone").mkdir()
+    train(load_experiment(None, words), RunFolder(tmp_path / "alone"), tiny_dataset, Worker())
+    with pytest.raises(UserError) as caught:
+        main([str(tmp_path / "alone")])
+    message = str(caught.value)
+    assert message.startswith("data.dir: the tokens that ") and "\n" not in message
+    assert "absent.txt" in message and "data.dir=…" in message
 
 
 def test_other_tokens_are_refused(trained_run, tiny_dataset, tmp_path):

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -46,7 +47,7 @@ def our_checkpoint(directory, model: GPT, step: int = 5):
     return save(directory / "checkpoints", step, {"model": dict(model.state_dict())}, texts, FACTS)
 
 
-def nanogpt_file(path, model: GPT, prefix: str = "_orig_mod.", **more):
+def nanogpt_file(path, model: GPT, prefix: str = "_orig_mod.", best=0.0, **more):
     state = {prefix + k: v for k, v in model.state_dict().items()}
     state[prefix + "lm_head.weight"] = state[prefix + "transformer.wte.weight"]
     c = model.config
@@ -59,7 +60,7 @@ def nanogpt_file(path, model: GPT, prefix: str = "_orig_mod.", **more):
         "vocab_size": c.vocab_size,
         "dropout": 0.0,
     }
-    torch.save({"model": state, "model_args": {**arguments, **more}, "iter_num": 7}, path)
+    torch.save({"model": state, "model_args": {**arguments, **more}, "best_val_loss": best}, path)
     return path
 
 
@@ -125,7 +126,44 @@ def test_hugging_face_folder_gives_its_logits(hugging_face):
         assert torch.allclose(logits(model), theirs(TOKENS).logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_hugging_face_folder_of_several_files_gives_its_logits(hugging_face, tmp_path):
+    _, theirs = hugging_face
+    theirs.save_pretrained(tmp_path, safe_serialization=True, max_shard_size="2KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1 and not (tmp_path / "model.safetensors").exists()
+    experiment = wanting(tmp_path, "model.activation=gelu_tanh")
+    with torch.no_grad():
+        expected = theirs(TOKENS).logits
+    assert torch.allclose(logits(initial_model(experiment, N_VOCAB)), expected, atol=1e-5)
+    shards[0].unlink()
+    assert f"{tmp_path} has no {shards[0].name}; copy it there" in refusal(experiment)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"transformer.wte.weight": "../x.safetensors"}}))
+    assert "'../x.safetensors' is not the name of a file" in refusal(experiment)
+    index.write_text("{}")
+    assert str(tmp_path) in refusal(experiment)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.transformer."])
+def test_prefixes_of_compile_and_of_several_gpus_are_dropped(hugging_face, tmp_path, prefix):
+    folder, theirs = hugging_face
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    states = {prefix + k.removeprefix("transformer."): v for k, v in theirs.state_dict().items()}
+    states = {k: v.clone() for k, v in states.items() if not k.endswith("lm_head.weight")}
+    save_file(states, tmp_path / "model.safetensors")
+    model = initial_model(wanting(tmp_path, "model.activation=gelu_tanh"), N_VOCAB)
+    with torch.no_grad():
+        assert torch.allclose(logits(model), theirs(TOKENS).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("best", [np.float64(1.5), np.float32(1.5), np.int64(2), np.bool_(True)])
+def test_nanogpt_file_may_have_numbers_of_numpy(tmp_path, best):
+    theirs = some_gpt()
+    model = initial_model(wanting(nanogpt_file(tmp_path / "ckpt.pt", theirs, best=best)), N_VOCAB)
+    assert torch.equal(logits(model), logits(theirs))
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
 def test_nanogpt_file_gives_its_logits(tmp_path, prefix):
     theirs = some_gpt()
     model = initial_model(wanting(nanogpt_file(tmp_path / "ckpt.pt", theirs, prefix)), N_VOCAB)
@@ -219,6 +257,25 @@ def test_other_files_than_nanogpt_checkpoints_are_refused_in_one_line(tmp_path):
         torch.save(stored, file)
         assert str(file) in refusal(wanting(file))
     assert "unknown" in refusal(wanting(nanogpt_file(file, some_gpt(), unknown=3)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda weight: weight.to(torch.int8), "c_fc.weight is int8; save the weights as float32"),
+        (lambda weight: weight * torch.nan, "c_fc.weight has values that are not finite"),
+        (lambda weight: weight / 0, "c_fc.weight has values that are not finite"),
+    ],
+    ids=["int8", "NaN", "infinite"],
+)
+def test_weights_that_are_no_finite_numbers_are_refused(tmp_path, change, said):
+    model = some_gpt()
+    file = nanogpt_file(tmp_path / "ckpt.pt", model)
+    stored = torch.load(file)
+    name = "_orig_mod.transformer.h.1.mlp.c_fc.weight"
+    stored["model"][name] = change(stored["model"][name])
+    torch.save(stored, file)
+    assert said in refusal(wanting(file))
 
 
 class Canary:

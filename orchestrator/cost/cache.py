@@ -8,7 +8,8 @@ import contextlib
 import hashlib
 import json
 import math
-from dataclasses import asdict, fields
+import os
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,9 @@ from orchestrator.cost.timing import Timing
 from orchestrator.files import cache_folder, write_atomically
 from orchestrator.train.numerics import device_name
 
-FORMAT = 3  # increase it when the meaning of a `Timing` changes
+FORMAT = 4  # increase it when the meaning of a `Timing` changes
+LOAD_STEP = 0.5  # a timing is not used if the load has changed by more
+AGREES = 1.5  # a timing is measured again if a run was slower or faster by more than this factor
 
 
 def file_of(experiment: Experiment, n_vocab: int, layout: Layout) -> Path:
@@ -43,13 +46,50 @@ def file_of(experiment: Experiment, n_vocab: int, layout: Layout) -> Path:
 
 
 def read(experiment: Experiment, n_vocab: int, layout: Layout) -> Timing | None:
-    """Return the stored timing; None if there is none, or a GPU is needed that is not here."""
+    """Return the stored timing; None if there is none, or it does not hold here and now.
+
+    It holds only for a similar load of the machine, and on a machine with the GPU that is needed.
+    """
     if layout.use_gpu and not torch.cuda.is_available():
         return None
+    timing = _read(file_of(experiment, n_vocab, layout))
+    if timing is None or abs(timing.load - machine_load()) > LOAD_STEP:
+        return None
+    return timing
+
+
+def _read(file: Path) -> Timing | None:
     try:
-        return parse(file_of(experiment, n_vocab, layout).read_text("utf-8"))
+        return parse(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError):
         return None
+
+
+def machine_load() -> float:
+    """Return how many processes per CPU ran or waited in the last minute; 0 if unknown."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except OSError:
+        return 0.0
+
+
+def learn(experiment: Experiment, n_vocab: int, layout: Layout, step_s: float) -> None:
+    """Compare the stored timing with the time of a step in a real run.
+
+    A similar time replaces the measured one. Another time shows that the machine was not as it was
+    when the timing was measured: the timing is removed, and the next run measures again.
+    """
+    if experiment.train.compile:
+        return  # `bench` times steps without it
+    file = file_of(experiment, n_vocab, layout)
+    timing = _read(file)
+    if timing is None:
+        return
+    if 1 / AGREES <= step_s / timing.step_s <= AGREES:
+        write(experiment, n_vocab, layout, replace(timing, step_s=step_s))
+    else:
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 def write(experiment: Experiment, n_vocab: int, layout: Layout, timing: Timing) -> None:
@@ -71,6 +111,7 @@ def parse(text: str) -> Timing | None:
         return None
     if any(type(value) not in (int, float) for value in stored.values()):  # a bool is not a number
         return None
-    if not all(0 < value < math.inf for value in stored.values()):
+    load = stored.pop("load")
+    if not all(0 < value < math.inf for value in stored.values()) or not 0 <= load < math.inf:
         return None
-    return Timing(**stored)
+    return Timing(**stored, load=load)

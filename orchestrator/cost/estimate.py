@@ -13,7 +13,7 @@ from model.optim import OPTIMIZERS
 from orchestrator.cluster.layout import Layout, Node, places, resolve_layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost import timing as cost
-from orchestrator.cost.measure import LIMIT_S, measure
+from orchestrator.cost.measure import measure
 from orchestrator.cost.timing import Estimate, Timing
 from orchestrator.cost.tokens import TokenCounts, token_counts
 from orchestrator.data.corpus import without_hash
@@ -80,7 +80,7 @@ def comparison_line(
     """Return a line such as `expected 1m50s, took 1m58s (+7%); memory …; disk …`.
 
     Numbers that were not measured are left out. A run measures the disk at its end, a sweep the
-    largest use of the disk.
+    largest use of the disk. The first minute of training may have corrected the time.
     """
     rows: list[tuple[str, str, Callable[[float], str]]] = [
         ("time_s", "expected {}, took {}", duration),
@@ -89,6 +89,11 @@ def comparison_line(
         ("disk_bytes", "checkpoints at most {} expected, {} seen", _size),
     ]
     parts = []
+    corrected = estimated.get("corrected_s")
+    took = measured.get("time_s")
+    if corrected is not None and took is not None:
+        del rows[0]
+        parts.append(_corrected_time(estimated.get("time_s"), corrected, took))
     for key, words, shown in rows:
         before = estimated.get(key)
         after = measured.get(key)
@@ -96,6 +101,15 @@ def comparison_line(
             text = words.format(shown(before), shown(after))
             parts.append(f"{text} ({after / before - 1:+.0%})")
     return "; ".join(parts)
+
+
+def _corrected_time(planned: float | None, corrected: float, took: float) -> str:
+    """Return a line such as `planned 7m56s (+226%), corrected 25m10s (+3%), took 25m52s`."""
+    first = "unknown"
+    if planned is not None:
+        first = f"{duration(planned)} ({took / planned - 1:+.0%})"
+    second = f"{duration(corrected)} ({took / corrected - 1:+.0%})"
+    return f"planned {first}, corrected {second}, took {duration(took)}"
 
 
 # ---- sections ----
@@ -181,17 +195,9 @@ def _cost_lines(experiment: Experiment, facts: ModelFacts) -> list[str]:
 
 def _expected_lines(experiment: Experiment, tokens: TokenCounts, n_vocab: int) -> list[str]:
     layout = local_layout(experiment)
-    if layout.use_gpu and not torch.cuda.is_available():
-        return [
-            "time and memory are unknown: the run asks for a GPU, and this machine has none to "
-            "time it on"
-        ]
     timing = measure(experiment, n_vocab, layout)
-    if timing is None:
-        return [
-            "time and memory are unknown: this machine has too little memory or disk, its GPU is "
-            f"in use, or the measurement takes more than {LIMIT_S:.0f} s"
-        ]
+    if isinstance(timing, str):
+        return [f"time and memory are unknown: {timing}"]
     expected = tokens.expected(experiment, timing)
     missing = ""
     if tokens.val is None and experiment.train.eval_interval is not None:

@@ -30,26 +30,28 @@ SOURCES = Path(__file__).resolve().parents[2]
 
 def measure(
     experiment: Experiment, n_vocab: int, layout: Layout, limit_s: float = LIMIT_S
-) -> Timing | None:
+) -> Timing | str:
     """Return the timing of this layout, from the cache or from some seconds of training.
 
-    None if it cannot be measured: the layout needs a GPU that is missing or in use, there is too
-    little memory or disk, or the measurement takes more than `limit_s` seconds.
+    Returns:
+        The timing, or why it cannot be measured.
     """
     if layout.use_gpu and not torch.cuda.is_available():
-        return None
+        return "the run asks for a GPU, and this machine has none to time it on"
     known = cache.read(experiment, n_vocab, layout)
     if known is not None:
         return known
+    load = cache.machine_load()
     try:
         worker_timing = time_worker(experiment, n_vocab, layout, limit_s)
     except MemoryError:
-        return None
-    if worker_timing is None:
-        return None
+        return "this machine has too little memory for a step"
+    if isinstance(worker_timing, str):
+        return worker_timing
     timing = replace(
         worker_timing,
         eval_tokens_per_s=worker_timing.eval_tokens_per_s * layout.num_workers,
+        load=load,
     )
     cache.write(experiment, n_vocab, layout, timing)
     return timing
@@ -57,8 +59,8 @@ def measure(
 
 def time_worker(
     experiment: Experiment, n_vocab: int, layout: Layout, limit_s: float
-) -> Timing | None:
-    """Return the timing of one worker; None if it cannot be measured.
+) -> Timing | str:
+    """Return the timing of one worker, or why it cannot be measured.
 
     Raises:
         MemoryError: There is too little memory.
@@ -81,13 +83,18 @@ def time_worker(
             timeout=limit_s,
             env={**os.environ, **WORKER_ENVIRONMENT},
         )
-    except (subprocess.TimeoutExpired, OSError):
-        return None
-    if done.returncode == 0:
-        return cache.parse(done.stdout)
+    except subprocess.TimeoutExpired:
+        load = cache.machine_load()
+        return f"timing a step takes more than {limit_s:.0f} s at a load of {load:.1f} per CPU"
+    except OSError as error:
+        return f"timing a step: {error}"
+    timing = cache.parse(done.stdout) if done.returncode == 0 else None
+    if timing is not None:
+        return timing
     if done.returncode == -signal.SIGKILL or is_out_of_memory(done.stderr):
         raise MemoryError
-    return None
+    errors = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]
+    return f"timing a step: {errors[-1]}"
 
 
 def is_out_of_memory(message: str) -> bool:

@@ -22,6 +22,7 @@ class Timing:
         checkpoint_bytes: Size of a checkpoint.
         memory_gib: Peak memory of a worker: resident on a CPU, allocated by torch on a GPU.
         startup_s: Seconds from the start of a process until it can build a model.
+        load: Processes per CPU that ran or waited for a CPU when this was measured.
     """
 
     step_s: float
@@ -31,12 +32,14 @@ class Timing:
     checkpoint_bytes: float
     memory_gib: float
     startup_s: float
+    load: float = 0.0
 
 
 class Estimate(TypedDict, total=False):
     """Cost of a run or a sweep; `estimated` in summary.json."""
 
-    time_s: float
+    time_s: float  # as planned
+    corrected_s: float  # the same, from the first minute of training; only if it differs
     memory_gib: float  # of a worker
     disk_bytes: float  # largest size of all checkpoints at one time
     final_disk_bytes: float  # only of a run: checkpoints at its end, if the best is a recent one

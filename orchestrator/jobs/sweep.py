@@ -38,6 +38,7 @@ from orchestrator.sweep.report import view
 from orchestrator.sweep.report.files import SweepFiles
 from orchestrator.sweep.report.progress_lines import ProgressLines
 from orchestrator.sweep.report.advice import left_out
+from orchestrator.sweep.report.pace import Pace
 from orchestrator.sweep.report.summary import SweepSummary, show
 from orchestrator.sweep.source import check_sources, with_absolute_paths
 from orchestrator.sweep.space.expand import Sweep
@@ -45,6 +46,7 @@ from orchestrator.sweep.study import Study, data_key
 from orchestrator.sweep.tree import Stage
 from orchestrator.track.tracker import Tracker
 from orchestrator.train import init_from
+from orchestrator.workers.diagnose import ending_of_tracebacks
 from orchestrator.workers.watch import Watch
 
 
@@ -199,15 +201,21 @@ class SweepJob(Job):
         if estimate is not None and self.study.tree.steps_to_run:
             step_s = estimate["time_s"] * self.slots / self.study.tree.steps_to_run
         progress = self.study.progress
-        lines = ProgressLines(progress, self.slots, self.study.best, step_s)
-        report = SweepFiles(self.study, estimate)
+        planned_s = None if estimate is None else estimate["time_s"]
+        pace = Pace(progress, self.slots, step_s, planned_s)
+        lines = ProgressLines(pace, self.study.best)
+        report = SweepFiles(self.study, estimate, pace)
 
         # Tune pickles this function, so it must not refer to the job, whose tracker has a thread.
         def stage_ended(stage: Stage) -> None:
             report.stage_ended(stage)
             lines.stage_ended(stage)
 
-        progress.tick = lines.tick
+        def tick() -> None:
+            report.tick()
+            lines.tick()
+
+        progress.tick = tick
         progress.on_stage_end = stage_ended
         self.report = report
         report.begin()
@@ -228,11 +236,13 @@ class SweepJob(Job):
         if error is not None:
             # An error of the job itself; the error of a trial is stored in its stage.
             trace = "".join(traceback.format_exception(error))
-            return Ending("failed", f"{type(error).__name__}: {error}", {"traceback": trace})
+            return ending_of_tracebacks(self.folder, [trace], self.study.layout.num_workers)
         return ending_of(self.study, self.slots)
 
     def summarize(self, ending: Ending, wall_s: float) -> None:
         self.summary = self.report.finish(ending, wall_s, quick=ending.kind == "again")
+        if ending.kind == "done":
+            cost.learn(self.study)
 
     def show(self) -> None:
         show(self.study, self.summary, self.tracker.url)

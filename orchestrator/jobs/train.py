@@ -13,6 +13,7 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, fields_with
 from orchestrator.config.fields import FREE
 from orchestrator.cost import cache
+from orchestrator.cost.correct import RunCorrection
 from orchestrator.cost.estimate import comparison_line, expected_line
 from orchestrator.cost.measure import measure
 from orchestrator.cost.timing import Estimate, Timing
@@ -57,6 +58,7 @@ class TrainJob(Job):
         dataset: The prepared dataset.
         step: Step of the checkpoint from which the run resumes; 0 for a new run.
         estimate: Expected time, memory and disk of a new run; None if not known.
+        correction: Corrects the expected time after the first minute.
         summary: Content of summary.json.
     """
 
@@ -65,6 +67,7 @@ class TrainJob(Job):
     dataset: Manifest
     step: int
     estimate: Estimate | None
+    correction: RunCorrection
     summary: Summary
 
     def __init__(self, experiment: Experiment) -> None:
@@ -174,7 +177,14 @@ class TrainJob(Job):
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         experiment = self.experiment
-        console = Console(self.folder, experiment.train.max_steps, experiment.tokens_per_step)
+        planned_s = None if self.estimate is None else self.estimate["time_s"]
+        self.correction = RunCorrection(planned_s, experiment.train.max_steps)
+        console = Console(
+            self.folder,
+            experiment.train.max_steps,
+            experiment.tokens_per_step,
+            self.correction.comment if self.step == 0 else None,
+        )
         with console, self.watch:
             yield
 
@@ -201,14 +211,25 @@ class TrainJob(Job):
     def summarize(self, ending: Ending, wall_s: float) -> None:
         tokens_per_step = self.experiment.tokens_per_step
         self.summary = summarize(self.folder, ending, tokens_per_step, self.tracker.run_id, wall_s)
-        if self.estimate is not None and ending.kind == "done":
-            self.summary["estimated"] = self.estimate
+        estimate: Estimate = {**(self.estimate or {})}
+        if self.correction.corrected_s is not None:
+            estimate["corrected_s"] = self.correction.corrected_s
+        if self.step == 0 and ending.kind == "done":
+            self._learn_speed()
+        if estimate and ending.kind == "done":
+            self.summary["estimated"] = estimate
             self.summary["measured"] = {
                 "time_s": self.summary["wall_s"],
                 "memory_gib": metrics.peak_memory_gib(journal.read(self.folder)),
                 "final_disk_bytes": folder_bytes(self.folder.checkpoints),
             }
             self.folder.write_summary(self.summary)
+
+    def _learn_speed(self) -> None:
+        step_s = metrics.median_step_s(journal.read(self.folder))
+        if step_s is not None:
+            n_vocab = self.dataset.tokenizer["n_vocab"]
+            cache.learn(self.experiment, n_vocab, self.layout, step_s)
 
     def show(self) -> None:
         if self.summary["mlflow_run_id"] != self.tracker.run_id:
@@ -230,7 +251,8 @@ def estimate_of(experiment: Experiment, dataset: Manifest, layout: Layout) -> Es
     tokens = TokenCounts.of(dataset)
     try:
         timing = _timing(experiment, dataset.tokenizer["n_vocab"], layout)
-        if timing is None:
+        if isinstance(timing, str):
+            print(f"expected: unknown until the first minute of training is over: {timing}")
             return None
         estimate = tokens.expected(experiment, timing)
     except Exception as error:
@@ -240,15 +262,15 @@ def estimate_of(experiment: Experiment, dataset: Manifest, layout: Layout) -> Es
     return estimate
 
 
-def _timing(experiment: Experiment, n_vocab: int, layout: Layout) -> Timing | None:
-    """Return an earlier measurement of the speed, or measure it if that is quick."""
+def _timing(experiment: Experiment, n_vocab: int, layout: Layout) -> Timing | str:
+    """Return an earlier measurement of the speed, or measure it if that is quick, or why not."""
     known = cache.read(experiment, n_vocab, layout)
     if known is not None:
         return known
     micro_batch = experiment.train.micro_batch_size * experiment.model.block_size
     flops = model_facts(experiment, n_vocab)["flops_per_token"] * micro_batch
     if flops >= MEASURE_FLOPS and not layout.use_gpu:
-        return None
+        return "timing a step of this model takes long on a CPU; --dry-run does it"
     return measure(experiment, n_vocab, layout, limit_s=MEASURE_S)
 
 

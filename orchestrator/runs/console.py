@@ -6,6 +6,7 @@ recorded there, so the console checks for it itself.
 
 import os
 import threading
+from collections.abc import Callable
 from types import TracebackType
 
 from orchestrator.runs import events, journal
@@ -23,15 +24,22 @@ class Console:
         folder: Folder of the run.
         max_steps: Last step of the run.
         tokens_per_step: Tokens of one update, for the time that remains.
+        comment: Returns a line to print after a line of the journal, or None.
         interval_s: Pause between two reads of the files.
     """
 
     def __init__(
-        self, folder: RunFolder, max_steps: int, tokens_per_step: int, interval_s: float = 0.3
+        self,
+        folder: RunFolder,
+        max_steps: int,
+        tokens_per_step: int,
+        comment: Callable[[Line], str | None] | None = None,
+        interval_s: float = 0.3,
     ) -> None:
         self.folder = folder
         self.max_steps = max_steps
         self.tokens_per_step = tokens_per_step
+        self.comment = comment
         self.interval_s = interval_s
         self._tail = journal.Tail(folder)
         self._printed = {_identity(line) for line in self._tail.poll()}
@@ -67,6 +75,9 @@ class Console:
             if _identity(line) not in self._printed:
                 self._printed.add(_identity(line))
                 print(format_line(line, self.max_steps, self.tokens_per_step), flush=True)
+                comment = None if self.comment is None else self.comment(line)
+                if comment is not None:
+                    print(comment, flush=True)
 
     def _print_events(self) -> None:
         found = events.read(self.folder)

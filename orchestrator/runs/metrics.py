@@ -1,5 +1,6 @@
 """The table of metrics: unit, interval and meaning of each value in a line of the journal."""
 
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -69,6 +70,12 @@ METRICS = {metric.name: metric for metric in _EXACT_LOGGED + _EVALUATED + _MEASU
 def of(name: str) -> Metric:
     """Return the entry of a metric. A name that is not in the table gets an entry, not exact."""
     return METRICS.get(name) or Metric(name, "", "")
+
+
+def median_step_s(lines: Iterable[Mapping[str, Any]]) -> float | None:
+    """Return the median time of a step in these journal lines; None if no line has one."""
+    times = [line["perf/step_time_s"] for line in lines if "perf/step_time_s" in line]
+    return statistics.median(times) if times else None
 
 
 def peak_memory_gib(lines: Iterable[Mapping[str, Any]]) -> float | None:

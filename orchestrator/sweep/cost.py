@@ -21,6 +21,7 @@ from orchestrator.cost.timing import (
 from orchestrator.cost.tokens import TokenCounts, token_counts
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.prepared import find_in
+from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import SweepFolder
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.report import figures, view
@@ -30,6 +31,7 @@ from orchestrator.sweep.space.expand import Sweep
 from orchestrator.sweep.states import longest_paths
 from orchestrator.sweep.study import Study, data_key
 from orchestrator.sweep.tree import Stage
+from orchestrator.sweep.trials import PlannedTrial
 
 STARTS = 2  # process starts before the first step: Tune, then the workers
 MOST_SHAPES = 6  # at most so many shapes of model and batch are timed
@@ -125,8 +127,8 @@ def estimate_of(study: Study, slots: int, counts: Counts) -> Estimate | str:
     timings: dict[Path, Timing] = {}
     for shape, (experiment, n_vocab) in examples.items():
         timing = measure(experiment, n_vocab, study.layout)
-        if timing is None:
-            return "this machine has too little memory for a step, or lacks the devices"
+        if isinstance(timing, str):
+            return timing
         timings[shape] = timing
 
     by_trial = {name: timings[shape] for name, shape in shapes.items()}
@@ -141,6 +143,23 @@ def estimate_of(study: Study, slots: int, counts: Counts) -> Estimate | str:
         # While a stage runs, one more checkpoint is being written.
         "disk_bytes": (_kept_checkpoints(study) + slots) * checkpoint_bytes,
     }
+
+
+def learn(study: Study) -> None:
+    """Compare the timings with the steps that were run; see `cache.learn`."""
+    lines: dict[Path, list[journal.Line]] = {}
+    trials: dict[Path, PlannedTrial] = {}
+    for id_ in study.tree.to_run:
+        trial = study.trials_and_probes[study.tree.by_id[id_].example]
+        n_vocab = trial.dataset.tokenizer["n_vocab"]
+        shape = cache.file_of(trial.experiment, n_vocab, study.layout)
+        trials[shape] = trial
+        lines.setdefault(shape, []).extend(journal.read(study.folder.stage(id_)))
+    for shape, trial in trials.items():
+        step_s = metrics.median_step_s(lines[shape])
+        if step_s is not None:
+            n_vocab = trial.dataset.tokenizer["n_vocab"]
+            cache.learn(trial.experiment, n_vocab, study.layout, step_s)
 
 
 def _seconds(study: Study, stage: Stage, timings: Mapping[str, Timing], counts: Counts) -> float:

@@ -213,8 +213,8 @@ def find_tokens(experiment: Experiment, wanted: str, place: Path) -> Manifest:
     except UserError as error:
         reason = " ".join(str(error).splitlines())
         raise UserError(
-            f"data.dir: the tokens that {place} was trained on are neither in {storage}/data nor in "
-            f"a folder data around it, and cannot be prepared again ({reason}); name the folder that "
+            f"data.dir: the tokens that {place} was trained on are not in {storage}/data nor in a "
+            f"folder data around it, and cannot be prepared again ({reason}); name the folder that "
             "has them: data.dir=…"
         ) from None
 

@@ -13,6 +13,7 @@ import torch
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost.measure import time_worker
+from orchestrator.cost.timing import Timing
 from orchestrator.workers.memory import OutOfMemory, available_bytes
 
 GIB = 2**30
@@ -126,7 +127,7 @@ def _needed(experiment: Experiment, size: int, n_vocab: int, layout: Layout) -> 
         timing = time_worker(candidate, n_vocab, layout, LIMIT_S)
     except MemoryError:
         return math.inf
-    return None if timing is None else timing.memory_gib * GIB
+    return timing.memory_gib * GIB if isinstance(timing, Timing) else None
 
 
 def sizes_of_same_steps(experiment: Experiment, num_workers: int) -> list[int]:

@@ -2,9 +2,10 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.cost import bench, cache, timing
 from orchestrator.cost.bench import RAY_GIB, Bench
+from orchestrator.cost.correct import RunCorrection
 from orchestrator.cost.estimate import comparison_line, dry_run
 from orchestrator.cost.measure import measure, share_of_worker
 from orchestrator.cost.timing import Timing
@@ -72,6 +74,7 @@ def started(monkeypatch, tmp_path) -> list[list[str]]:
         return SimpleNamespace(returncode=0, stdout=json.dumps(asdict(TIMING)))
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cache, "machine_load", lambda: 0.0)
     monkeypatch.setattr(subprocess, "run", run)
     return commands
 
@@ -157,6 +160,7 @@ def test_buffers_of_a_whole_step_are_counted_if_only_one_micro_batch_is_timed(mo
 def test_measurement_runs_in_its_own_process_and_is_cached(monkeypatch, tmp_path):
     ballast = np.ones(1 << 27)  # 1 GiB in this process
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cache, "machine_load", lambda: 0.5)
     monkeypatch.chdir(tmp_path)  # works from any folder
     found = measured()
     assert ballast.nbytes == 1 << 30
@@ -164,6 +168,7 @@ def test_measurement_runs_in_its_own_process_and_is_cached(monkeypatch, tmp_path
     assert found.checkpoint_bytes == pytest.approx(3 * 4 * parameters, rel=0.05)  # and some text
     assert RAY_GIB + 0.1 < found.memory_gib < 0.9
     assert found.step_s > 0 < found.eval_tokens_per_s
+    assert found.load == 0.5
 
     monkeypatch.setattr(subprocess, "run", None)  # no other process is started
     others = ["train.max_steps=48", "schedule.max_lr=1e-5", "train.seed=3", "name=other"]
@@ -201,6 +206,8 @@ CHANGES = [
     {"step_s": True},
     {"step_s": "1"},
     {"step_s": None},
+    {"load": -1},
+    {"load": math.nan},
     {"more": 1.0},
 ]
 
@@ -236,7 +243,7 @@ def test_cache_that_cannot_be_written_is_no_error(started, monkeypatch, tmp_path
 
 def test_run_on_gpus_is_unknown_without_a_gpu(started, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert measure(small(), N_VOCAB, Layout(1, 1, True)) is None
+    assert "asks for a GPU" in measure(small(), N_VOCAB, Layout(1, 1, True))
     assert started == []
     words = ["compute.use_gpu=true", "data.tokenizer=byte", "data.corpus=builtin:stdlib"]
     [line] = dry_run(small(*words))["expected"]
@@ -245,11 +252,35 @@ def test_run_on_gpus_is_unknown_without_a_gpu(started, monkeypatch):
 
 def test_failed_or_slow_measurement_is_unknown_and_not_cached(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert measure(small(), N_VOCAB, ONE_WORKER, limit_s=0.05) is None
-    for python in ("/bin/false", "/no/such/python"):
+    assert "takes more than 0 s" in measure(small(), N_VOCAB, ONE_WORKER, limit_s=0.05)
+    for python, said in (("/bin/false", "ended with 1"), ("/no/such/python", "No such file")):
         monkeypatch.setattr(sys, "executable", python)
-        assert measured() is None
+        assert said in measured()
     assert list(tmp_path.rglob("*.json")) == []
+
+
+def test_timing_holds_only_for_a_similar_load(started, monkeypatch):
+    measured()
+    for load, count in ((0.4, 1), (2.0, 2), (1.6, 2), (0.1, 3)):
+        monkeypatch.setattr(cache, "machine_load", lambda now=load: now)
+        measured()
+        assert len(started) == count, load
+
+
+@pytest.mark.parametrize("seen", [0.4, 0.5, 0.7])
+def test_step_of_a_run_replaces_a_similar_timing(started, seen):
+    measured()
+    cache.learn(small(), N_VOCAB, ONE_WORKER, seen)
+    assert measured() == replace(TIMING, step_s=seen)
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize("seen", [0.1, 1.5])
+def test_timing_that_disagrees_with_a_run_is_measured_again(started, seen):
+    measured()
+    cache.learn(small(), N_VOCAB, ONE_WORKER, seen)
+    assert measured() == TIMING
+    assert len(started) == 2
 
 
 # ---- in a run ----
@@ -266,6 +297,49 @@ def test_run_prints_its_estimate(started, capsys):
     assert capsys.readouterr().out.startswith("expected: ")
 
 
+def test_run_says_why_it_has_no_estimate(monkeypatch, started, capsys):
+    def run(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert job.estimate_of(small(), DATASET, ONE_WORKER) is None
+    assert capsys.readouterr().out == (
+        "expected: unknown until the first minute of training is over: timing a step takes more "
+        "than 10 s at a load of 0.0 per CPU\n"
+    )
+
+
+def lines_of_steps(seconds: float, interval: int, count: int) -> list[dict]:
+    return [
+        {"step": n * interval, "timestamp": 1000 * n * interval * seconds} for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("planned", "said"),
+    [
+        (60.0, "expected: 8m2[0-9]s in all, by the steps of the first minute, and not 1m00s"),
+        (None, "expected: 8m2[0-9]s in all, from the first minute of training"),
+        (480.0, None),
+    ],
+)
+def test_time_is_given_again_after_the_first_minute(planned, said):
+    correction = RunCorrection(planned, max_steps=1000)
+    comments = [correction.comment(line) for line in lines_of_steps(0.56, 10, 101)]
+    found = [comment for comment in comments if comment is not None]
+    if said is None:
+        assert found == [] and correction.corrected_s is None
+        return
+    (comment,) = found
+    assert re.match(said, comment)
+    assert comments.index(comment) == 12  # 110 steps after the first line take a minute
+
+
+def test_short_run_is_not_corrected():
+    correction = RunCorrection(1.0, max_steps=100)
+    assert {correction.comment(line) for line in lines_of_steps(0.56, 10, 11)} == {None}
+
+
 def test_failed_estimate_does_not_end_a_run(monkeypatch, started, capsys):
     monkeypatch.setattr(subprocess, "run", None)
     assert job.estimate_of(small(), DATASET, ONE_WORKER) is None
@@ -280,6 +354,17 @@ def test_large_run_uses_only_a_cached_measurement(started):
     measure(large, N_VOCAB, ONE_WORKER)
     assert job.estimate_of(large, DATASET, ONE_WORKER) is not None
     assert len(started) == 1
+
+
+def test_comparison_has_the_planned_the_corrected_and_the_real_time():
+    seen = {"time_s": 1552.0, "memory_gib": None}
+    planned = {"time_s": 476.0, "memory_gib": 0.5, "corrected_s": 1510.0}
+    assert comparison_line(planned, seen) == (
+        "planned 7m56s (+226%), corrected 25m10s (+3%), took 25m52s"
+    )
+    assert comparison_line({"corrected_s": 1510.0}, seen) == (
+        "planned unknown, corrected 25m10s (+3%), took 25m52s"
+    )
 
 
 def test_comparison_leaves_out_numbers_that_were_not_measured():

@@ -142,7 +142,7 @@ def test_resume_does_not_reset_the_count_of_skipped_updates(tiny_dataset, folder
 )
 def test_run_whose_last_update_overflows_has_diverged(tiny_dataset, folder, rate, words):
     """No sample is drawn from such a model, and no checkpoint of it is stored."""
-    trainer = new_trainer(folder, tiny_dataset, *words, bad=set())
+    trainer = Trainer(load_experiment(None, [*SMALL, *words]), folder, tiny_dataset, Worker())
     trainer.lr_at = lambda step: rate if step == 11 else 1e-2
     run(trainer)
     ending = folder.read_ending()
@@ -157,7 +157,8 @@ def test_sample_that_cannot_be_drawn_does_not_end_the_run(tiny_dataset, folder, 
         raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
 
     monkeypatch.setattr(evaluate, "generate", fail)
-    run(new_trainer(folder, tiny_dataset, "train.eval_interval=12", bad=set()))
+    experiment = load_experiment(None, [*SMALL, "train.eval_interval=12"])
+    run(Trainer(experiment, folder, tiny_dataset, Worker()))
     assert folder.read_ending() is None
     assert folder.checkpoint_steps()[-1] == 12
     assert [event["kind"] for event in events.read(folder)] == ["sample", "sample"]

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from orchestrator.runs.summary import last_state
 from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep import trials
 from orchestrator.sweep.report import comparison, figures, view
+from orchestrator.sweep.report.pace import Pace
 from orchestrator.sweep.report.summary import SweepSummary, summarize
 from orchestrator.sweep.states import BLOCKED, DONE, FAILED, RUNNING, WAITING
 from orchestrator.sweep.study import Study, data_key
@@ -33,6 +35,7 @@ from orchestrator.sweep.tree import Stage
 from orchestrator.sweep.trials import PlannedTrial
 
 SCRIPT = "pipelines/sweep.py"
+TICK_S = 30.0  # seconds between two updates while no stage ends
 FEW = 8  # at the end of a stage of at most so many trials, all their folders are updated
 
 
@@ -42,10 +45,15 @@ class SweepFiles:
     Args:
         study: The sweep.
         estimate: Estimated time, memory and disk; None if unknown.
+        pace: Steps that were made, and the time that is left.
     """
 
-    def __init__(self, study: Study, estimate: Estimate | None = None) -> None:
+    def __init__(
+        self, study: Study, estimate: Estimate | None = None, pace: Pace | None = None
+    ) -> None:
         self.study = study
+        self.pace = pace or Pace(study.progress, slots=1)
+        self.last = time.monotonic()  # when the journal of the sweep was last extended
         self.progress = study.progress
         self.folder = study.folder
         self.estimate = estimate
@@ -83,13 +91,32 @@ class SweepFiles:
                 with _unless_disk_is_full(self.folder.trial(name)):
                     self._assemble(trial)
 
+        self._append_metrics()
+
+    def tick(self) -> None:
+        """While long stages run, update the sweep's journal and the curves of few trials."""
+        if time.monotonic() - self.last < TICK_S:
+            return
+        self._append_metrics()
+        for stage, state in self.progress.states.by_stage.items():
+            names = self.progress.tree.by_id[stage].trials if state == RUNNING else ()
+            for name in names if len(names) <= FEW else ():
+                if name in self.study.trials:
+                    with _unless_disk_is_full(self.folder.trial(name)):
+                        self._assemble(self.study.trials[name])
+
+    def _append_metrics(self) -> None:
+        self.last = time.monotonic()
         tree = self.progress.tree
+        now = self.pace.look()
         done = [name for name in self.study.trials if self.progress.states.of_trial(name) == DONE]
         metrics: dict[str, float] = {
-            "sweep/steps_run": self.progress.steps_run,
+            "sweep/steps_run": self.progress.steps_run + sum(now.live.values()),
             "sweep/steps_saved": tree.steps_asked - tree.steps_to_run,
             "sweep/trials_done": len(done),
         }
+        if now.left_s is not None:
+            metrics["sweep/seconds_left"] = now.left_s
         best = self.study.best()
         if best is not None:
             metric = self.study.metric.rpartition("/")[2]
@@ -113,7 +140,11 @@ class SweepFiles:
                 if has_failed or not self._has_summary(trial):
                     with _unless_disk_is_full(self.folder.trial(trial.name)):
                         self._assemble(trial)
-        summary = summarize(self.study, ending, self.estimate, wall_s)
+        estimate: Estimate | None = self.estimate
+        corrected = self.pace.correction.corrected_s
+        if corrected is not None:
+            estimate = {**(estimate or {}), "corrected_s": corrected}
+        summary = summarize(self.study, ending, estimate, wall_s)
         with _unless_disk_is_full(self.folder):
             write_json(self.folder.summary_file, summary)
             write_atomically(self.folder.comparison_file, comparison.csv_text(self.study.results()))

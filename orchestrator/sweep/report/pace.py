@@ -1,0 +1,108 @@
+"""How far a running sweep is, and how long it still takes: from the stages that run now, too."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from orchestrator.cost.correct import Correction
+from orchestrator.sweep.progress import Progress
+from orchestrator.sweep.states import RUNNING
+from orchestrator.workers import marks
+
+LEAST_S = 2.0  # seconds of steps that are needed to tell their pace
+
+
+@dataclass(frozen=True)
+class Now:
+    """State of a sweep at one moment.
+
+    Attributes:
+        live: Steps that each running stage has made in this attempt, by its id.
+        step_s: Seconds per step, as seen or else as planned; None if unknown.
+        left_s: Seconds until the end; None if unknown.
+    """
+
+    live: dict[str, int]
+    step_s: float | None
+    left_s: float | None
+
+
+class Pace:
+    """Follows the steps of the running stages.
+
+    Args:
+        progress: State of the sweep's stages.
+        slots: Number of stages that can run at the same time.
+        step_s: Planned seconds per step, used until steps were seen.
+        planned_s: Planned seconds of the sweep; None if unknown.
+        clock: Returns seconds.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        slots: int,
+        step_s: float | None = None,
+        planned_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.progress = progress
+        self.slots = slots
+        self.planned_step_s = step_s
+        self.correction = Correction(planned_s)
+        self.clock = clock
+        self._began = clock()
+        # Time and steps when steps of an attempt were first seen, by stage and attempt.
+        self._first: dict[tuple[str, int], tuple[float, int]] = {}
+
+    def look(self) -> Now:
+        """Read how far the running stages are."""
+        live = {}
+        seconds = 0.0
+        steps = 0
+        now = self.clock()
+        for stage, state in list(self.progress.states.by_stage.items()):
+            if state != RUNNING:
+                continue
+            live[stage] = made = self._made(stage)
+            if made > 0:
+                attempt = stage, len(self.progress.begun[stage])
+                since, first = self._first.setdefault(attempt, (now, made))
+                seconds += now - since
+                steps += made - first
+        step_s = self._step_s(seconds, steps)
+        return Now(live, step_s, self._left_s(live, step_s))
+
+    def correct(self) -> str | None:
+        """Return a line with the corrected time once, after the first minute of training."""
+        now = self.look()
+        if not self._first or now.left_s is None:
+            return None
+        training_s = self.clock() - min(since for since, _ in self._first.values())
+        return self.correction.line(training_s, self.clock() - self._began, now.left_s)
+
+    def _made(self, stage: str) -> int:
+        """Return the steps of a running stage in this attempt."""
+        first = max(self.progress.begun[stage][-1], self.progress.tree.by_id[stage].start)
+        ranks = marks.read(self.progress.folder.stage(stage))
+        return max(0, ranks[0].step - first) if ranks else 0
+
+    def _step_s(self, seconds: float, steps: int) -> float | None:
+        """Return the seconds per step of the stages that have ended here and of those that run."""
+        results = self.progress.stored.results
+        for stage in self.progress.tree.to_run & results.keys():
+            if results[stage].seconds:
+                seconds += results[stage].seconds
+                steps += results[stage].steps_run
+        if steps == 0 or seconds < LEAST_S:
+            return self.planned_step_s
+        return seconds / steps
+
+    def _left_s(self, live: dict[str, int], step_s: float | None) -> float | None:
+        if step_s is None:
+            return None
+        progress = self.progress
+        pending = progress.states.pending
+        steps = sum(progress.tree.cost(stage) for stage in pending) - sum(live.values())
+        paths = [progress.states.remaining[s.id] - live.get(s.id, 0) for s in pending]
+        return step_s * max(0, steps / self.slots, *paths)

@@ -7,9 +7,9 @@ is text and not 90, and a key that is given twice is an error. It can create no 
 import contextlib
 import os
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
@@ -109,10 +109,10 @@ def _value(text: str, where: str, kind: str, is_optional: bool) -> Any:
         if is_optional and word in ("null", ""):
             return None
         if "list" in kind and word.startswith("[") and word.endswith("]"):
-            return read_yaml(word, where, _TextLoader)
+            return _parse(word, where, _texts)
         if word[:1] in ("'", '"'):
             with contextlib.suppress(UserError):
-                unquoted = read_yaml(word, where, _TextLoader)
+                unquoted = _parse(word, where, _texts)
                 if isinstance(unquoted, str):
                     return unquoted
         return text
@@ -171,30 +171,43 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
-class _TextLoader(_Loader):
-    """Reads every value as text."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
-
-def read_yaml(text: str, where: str, loader: type[_Loader] = _Loader) -> Any:
+def read_yaml(text: str, where: str) -> Any:
     """Parse YAML.
 
     Args:
         text: The YAML.
         where: Start of the error message, such as the name of the file.
-        loader: `_TextLoader` reads numbers, dates and null as text.
 
     Raises:
         UserError: The text is not YAML, or has a duplicate key or an alias, or is too long.
     """
+    return _parse(text, where, _values)
+
+
+def _values(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+
+
+def _texts(text: str) -> Any:
+    """Return a text or a list of texts; numbers and null are text, too."""
+    node = yaml.compose(text, _Loader)
+    if isinstance(node, yaml.SequenceNode):
+        return [_text(part) for part in node.value]
+    return _text(node)
+
+
+def _text(node: Any) -> str | None:
+    return node.value if isinstance(node, yaml.ScalarNode) else None
+
+
+def _parse(text: str, where: str, parse: Callable[[str], Any]) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise UserError(
             f"{where}: has {len(text):,} characters, at most {MAX_CHARACTERS:,} are read; "
             "give an experiment file"
         )
     try:
-        return yaml.load(text, loader)  # noqa: S506 - a SafeLoader
+        return parse(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""

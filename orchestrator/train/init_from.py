@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ HUB = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
 
 
 # What a pickled number of numpy refers to. The name of the function is that of numpy 1 or 2.
-NUMPY_NUMBERS = [
+NUMPY_NUMBERS: list[Any] = [
     np.dtype,
     *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
     *(

@@ -35,10 +35,10 @@ from orchestrator.runs.folder import SweepFolder
 from orchestrator.sweep import cost
 from orchestrator.sweep.outcome import ending_of
 from orchestrator.sweep.report import view
-from orchestrator.sweep.report.files import SweepFiles
-from orchestrator.sweep.report.progress_lines import ProgressLines
 from orchestrator.sweep.report.advice import left_out
+from orchestrator.sweep.report.files import SweepFiles
 from orchestrator.sweep.report.pace import Pace
+from orchestrator.sweep.report.progress_lines import ProgressLines
 from orchestrator.sweep.report.summary import SweepSummary, show
 from orchestrator.sweep.source import check_sources, with_absolute_paths
 from orchestrator.sweep.space.expand import Sweep

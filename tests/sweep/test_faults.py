@@ -13,7 +13,7 @@ from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep.outcome import ending_of
 from orchestrator.sweep.report.comparison import table
-from orchestrator.sweep.report.files import Report
+from orchestrator.sweep.report.files import SweepFiles
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import fitting
@@ -161,7 +161,7 @@ def test_summary_of_each_trial_out_of_memory_has_the_advice(sweeps):
     study = sweeps.open(*TWO)
     sweeps.run(study, fail=failing(MemoryError("no memory")))
     ending = ending_of(study, 1)
-    Report(study).finish(ending, 1.0)
+    SweepFiles(study).finish(ending, 1.0)
     for name in study.trials:
         summary = json.loads(study.folder.trial(name).summary_file.read_text())
         assert summary["reason"] == ending.reason

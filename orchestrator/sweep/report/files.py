@@ -23,8 +23,8 @@ from orchestrator.redact import redact
 from orchestrator.runs import journal
 from orchestrator.runs.ending import Ending, Kind
 from orchestrator.runs.facts import facts_of
-from orchestrator.runs.summary import last_state
 from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.summary import last_state
 from orchestrator.sweep import trials
 from orchestrator.sweep.report import comparison, figures, view
 from orchestrator.sweep.report.pace import Pace

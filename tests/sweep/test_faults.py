@@ -146,7 +146,7 @@ def test_ending_is_recorded_on_a_full_disk_and_its_reserve_is_removed(sweeps, mo
     def fail(stage) -> None:
         assert study.folder.stage(stage.id).reserve_file.exists()
         # `write_ending` overwrites the reserve.
-        monkeypatch.setattr("orchestrator.runs.folder.write_atomically", full)
+        monkeypatch.setattr("orchestrator.files.write_atomically", full)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def full(*_) -> None:

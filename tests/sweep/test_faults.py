@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import json
-import shutil
+import re
 import shutil
 
 import pytest

@@ -36,6 +36,7 @@ class PartFacts(TypedDict):
     bytes: int  # of UTF-8 text
     documents: int
     sha256: str  # of the part file
+    index_sha256: str  # of the file with its documents
 
 
 def part_file(folder: Path, chunk: int, split: str, kind: str = "bin") -> Path:
@@ -53,8 +54,10 @@ def find_complete(folder: Path, chunk: int) -> dict[str, PartFacts] | None:
     try:
         facts = json.loads(sidecar_file(folder, chunk).read_bytes())
         for split in SPLITS:
-            if file_sha256(part_file(folder, chunk, split)) != facts[split]["sha256"]:
-                return None
+            part = facts[split]
+            for kind, sha256 in (("bin", part["sha256"]), ("json", part["index_sha256"])):
+                if file_sha256(part_file(folder, chunk, split, kind)) != sha256:
+                    return None
     except (OSError, ValueError, KeyError):
         return None
     return facts
@@ -78,12 +81,14 @@ class Part:
         """Write the part files."""
         data = b"".join(ids.data for ids in self.arrays)
         write_atomically(part_file(folder, chunk, split), data)
-        write_atomically(part_file(folder, chunk, split, "json"), json.dumps(self.index))
+        index = json.dumps(self.index).encode()
+        write_atomically(part_file(folder, chunk, split, "json"), index)
         return {
             "tokens": self.tokens,
             "bytes": self.bytes,
             "documents": len(self.index),
             "sha256": hashlib.sha256(data).hexdigest(),
+            "index_sha256": hashlib.sha256(index).hexdigest(),
         }
 
 

@@ -98,18 +98,20 @@ WITHOUT_RAY = """
 import sys
 from pathlib import Path
 from orchestrator.config.sections import Data
-from orchestrator.data.prepare import prepare
+from orchestrator.data.prepare import prepare_in
 data = Data(corpus=sys.argv[1], tokenizer="byte", append_eot=True, val_fraction=0.25)
-prepare(data, Path(sys.argv[2]))
+prepare_in(data, Path(sys.argv[2]))
 assert "ray" not in sys.modules, "ray was imported"
 """
 
 
-def test_small_corpus_is_prepared_without_ray(here, mixed, tmp_path):
+def test_two_processes_prepare_a_small_corpus_at_once_without_ray(here, mixed, tmp_path):
     command = [sys.executable, "-c", WITHOUT_RAY, str(mixed), str(tmp_path / "small")]
-    subprocess.run(command, check=True, timeout=60)
+    processes = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    [directory] = (tmp_path / "small" / "data").iterdir()
     prepare(data(mixed), tmp_path / "chunks", progress=quiet, chunk_bytes=900)
-    assert hashes_of(tmp_path / "small") == hashes_of(tmp_path / "chunks")
+    assert hashes_of(directory) == hashes_of(tmp_path / "chunks")
 
 
 # ---- interrupted ----
@@ -162,7 +164,9 @@ def sidecars(directory: Path) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in files if file.name.count(".") == 1}
 
 
-@pytest.mark.parametrize("change", ["a torn part", "another text of the same size"])
+@pytest.mark.parametrize(
+    "change", ["00000000.train.bin", "00000000.train.json", "another text of the same size"]
+)
 def test_damaged_parts_and_parts_of_another_text_are_written_again(
     here, mixed, tmp_path, monkeypatch, change
 ):
@@ -173,8 +177,8 @@ def test_damaged_parts_and_parts_of_another_text_are_written_again(
         patch.setattr(parts, "write_shard", full_disk)
         with pytest.raises(OSError, match="disk full"):
             prepare(data(mixed), tmp_path / "d", progress=quiet, chunk_bytes=500)
-    torn = change == "a torn part"
-    file = next((tmp_path / "d").glob(".parts/*/00000000.train.bin")) if torn else mixed / "a.txt"
+    [*torn] = (tmp_path / "d").glob(f".parts/*/{change}")
+    file = torn[0] if torn else mixed / "a.txt"
     content = file.read_bytes()
     file.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
     prepare(data(mixed), tmp_path / "d", progress=quiet, chunk_bytes=500)

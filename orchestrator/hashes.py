@@ -77,7 +77,7 @@ def known_sha256s(paths: Iterable[str]) -> dict[str, str]:
     """Return the SHA-256 of the files whose present version was hashed before, by path."""
     known = {}
     for path in paths:
-        folder, name = os.path.split(path)
+        folder, _, name = path.rpartition("/")
         entry = _entries(folder).get(name)
         if entry is not None and entry[0] == stamp(path):
             known[path] = entry[1]
@@ -154,7 +154,7 @@ def _remember(hashed: Mapping[str, tuple[Stamp, str]]) -> None:
     """Store hashes by path. If the cache cannot be written, this process still knows them."""
     folders: dict[str, Entries] = {}
     for path, entry in hashed.items():
-        folder, name = os.path.split(path)
+        folder, _, name = path.rpartition("/")
         folders.setdefault(folder, {})[name] = entry
     for folder, entries in folders.items():
         _folders[folder] = _entries(folder) | entries

@@ -2,7 +2,7 @@
 
 A `Stamp` identifies a version of a file. It only saves reading: what a file contains is known by
 its hash. `$XDG_CACHE_HOME/espalier/sha256/` stores both, one JSON file for each folder of hashed
-files. Only this user can write to it.
+files. It is used only if no other user can write to it.
 """
 
 import contextlib
@@ -24,7 +24,6 @@ from orchestrator.files import cache_folder, file_sha256, read_json, write_atomi
 # to 1,000 times a second, and some file systems store whole seconds.
 TICK_NS = 20_000_000
 LONG_TICK_NS = 2_000_000_000
-ADVICE = "remove it, or set XDG_CACHE_HOME to a folder of your own"
 
 
 class Stamp(NamedTuple):
@@ -50,7 +49,7 @@ def stamp(path: str | Path) -> Stamp:
     return Stamp(found.st_size, *times, found.st_ino, found.st_dev)
 
 
-def private_folder(folder: Path, advice: str) -> Path:
+def private_folder(folder: Path, advice: str = "") -> Path:
     """Create a folder that only this user can write to, unless it exists.
 
     Args:
@@ -138,13 +137,13 @@ def _file_of(folder: str) -> Path:
 
 
 def _entries(folder: str) -> Entries:
-    """Return what is known of a folder. A cache that cannot be read is as good as none."""
+    """Return what is known of a folder. A cache that others can write to is not used."""
     if folder not in _folders:
         _folders[folder] = {}
         file = _file_of(folder)
-        if file.exists():
-            private_folder(file.parent, ADVICE)
-            with contextlib.suppress(OSError, ValueError, TypeError):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            if file.exists():
+                private_folder(file.parent)
                 stored = read_json(file) or {}
                 _folders[folder] = {n: (Stamp(*s), str(h)) for n, (s, h) in stored.items()}
     return _folders[folder]
@@ -158,7 +157,7 @@ def _remember(hashed: Mapping[str, tuple[Stamp, str]]) -> None:
         folders.setdefault(folder, {})[name] = entry
     for folder, entries in folders.items():
         _folders[folder] = _entries(folder) | entries
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):
             file = _file_of(folder)
-            private_folder(file.parent, ADVICE)
+            private_folder(file.parent)
             write_atomically(file, json.dumps(_folders[folder]))

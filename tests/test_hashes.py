@@ -49,17 +49,21 @@ def test_damaged_cache_is_as_good_as_none(cache, tmp_path, content):
 
 
 @pytest.mark.parametrize("planted", ["writable for all", "a link"])
-def test_folder_that_others_can_write_to_is_refused(cache, tmp_path, planted):
+def test_cache_that_others_can_write_to_is_not_used(cache, tmp_path, planted):
     (tmp_path / "text").write_text("some text")
-    sha256s([str(tmp_path / "text")])
+    paths = [str(tmp_path / "text")]
+    [before] = sha256s(paths)
+    [stored] = cache.iterdir()
+    stored.write_text(stored.read_text().replace(before, "0" * 64))
+    forget()
+    assert sha256s(paths) == ["0" * 64]  # as long as the folder is private
     if planted == "a link":
         cache.rename(tmp_path / "moved")
         cache.symlink_to(tmp_path / "moved")
     else:
         cache.chmod(0o777)
     forget()
-    with pytest.raises(UserError, match=f"{cache}: must be a folder that only you can write to"):
-        sha256s([str(tmp_path / "text")])
+    assert sha256s(paths) == [before]
 
 
 def test_without_a_cache_files_are_hashed_by_each_process(tmp_path, monkeypatch):

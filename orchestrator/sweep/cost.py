@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.config.experiment import Experiment
+from orchestrator.config.sections import Data
 from orchestrator.cost import cache, estimate
 from orchestrator.cost.measure import measure
 from orchestrator.cost.timing import (
@@ -53,8 +54,9 @@ def show(sweep: Sweep) -> int:
     sweep = with_absolute_paths(sweep)
     check_sources(sweep, storage)
     experiments = sweep.experiments
-    counts = {data_key(e.data): token_counts(e) for e in experiments}
-    datasets = {data_key(e.data): _dataset(e, storage) for e in experiments}
+    by_data = {data_key(e.data): e for e in experiments}
+    counts = {key: token_counts(e) for key, e in by_data.items()}
+    datasets = {key: _dataset(e.data, storage) for key, e in by_data.items()}
     folder = SweepFolder(storage / sweep.base.name)
     layout = folder.recorded_layout() or estimate.local_layout(experiments[0])
     study = Study(sweep, folder, layout, datasets)
@@ -89,9 +91,8 @@ def describe(study: Study, slots: int, counts: Counts) -> list[str]:
     return [*view.summary(study.tree), *skipped, *advice(study.tree, schedules), cost]
 
 
-def _dataset(experiment: Experiment, storage: Path) -> Manifest:
+def _dataset(data: Data, storage: Path) -> Manifest:
     """Return the prepared dataset, or one without tokens that has only its name."""
-    data = experiment.data
     prepared = find_in(data, storage, read=False)
     return prepared or Manifest(storage, {"name": data_key(data)}, {})
 

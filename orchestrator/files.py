@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from orchestrator.errors import UserError
+from orchestrator.redact import redact_text
 
 # `errno` of a lock on a file system without locks, such as Lustre or NFS without its lock service.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -184,6 +186,20 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a JSON file in one step; see `write_atomically` for the errors."""
     write_atomically(path, json.dumps(content, indent=1))
+
+
+def local_path(setting: str, value: str) -> Path:
+    """Return the path that a setting gives; `~` is the home directory.
+
+    Raises:
+        UserError: It is the address of an object store. As a path it would be a local folder.
+    """
+    if re.match(r"[A-Za-z][\w.+-]*://", value):
+        raise UserError(
+            f"{setting}: '{redact_text(value)}' is an address, and only paths are supported; mount "
+            "it, or copy it to a folder that all nodes share"
+        )
+    return Path(value).expanduser()
 
 
 def file_sha256(path: str | Path) -> str:

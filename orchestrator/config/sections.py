@@ -16,9 +16,9 @@ class Data(Section):
 
     corpus: Text | Annotated[list[Text], Field(min_length=1)] = Field(
         "builtin:stdlib",
-        description="text to train on: files, globs or folders (.txt, .md, .py …, .jsonl, "
-        ".parquet), https://…#sha256=HEX, or builtin:stdlib (the source of Python's standard "
-        "library); one or a list",
+        description="text to train on: files, globs or folders (.txt, .md, .py …; JSON lines, also "
+        "as .json, .gz or .zst; .parquet), https://…#sha256=HEX, or builtin:stdlib (the source of "
+        "Python's standard library); one or a list",
     )
     dir: Annotated[Text | None, Effect.NOTHING] = Field(
         None, description="folder of the token shards; null: <storage>/data/<fingerprint>"
@@ -30,6 +30,10 @@ class Data(Section):
         "stop",
         description="text that is not UTF-8; stop: an error that names the file and the byte, "
         "replace: U+FFFD for each invalid sequence",
+    )
+    on_null: Literal["stop", "skip"] = Field(
+        "stop",
+        description="document whose text is null; stop: an error that names it, skip: leave it out",
     )
     tokenizer: Text = Field(
         "gpt2", description="any tiktoken encoding (gpt2, cl100k_base, o200k_base …), byte or char"

@@ -17,6 +17,7 @@ from orchestrator.cost.measure import measure
 from orchestrator.cost.timing import Estimate, Timing
 from orchestrator.cost.tokens import TokenCounts, token_counts
 from orchestrator.data.corpus import without_hash
+from orchestrator.data.order import check_tokens
 from orchestrator.errors import UserError
 from orchestrator.runs.facts import ModelFacts, model_facts
 from orchestrator.text import duration
@@ -160,17 +161,17 @@ def _data_lines(experiment: Experiment, tokens: TokenCounts) -> list[str]:
     if tokens.directory is None:
         place = "in a folder named after its content (not hashed yet)"
     if tokens.train is None or tokens.val is None:
-        return [f"{name}: not downloaded yet, so its size is unknown; tokens will be {place}"]
+        return [
+            *tokens.corpus,
+            f"{name}: not downloaded or not unpacked yet, so its size is unknown; tokens will be "
+            f"{place}",
+        ]
     about = "" if tokens.is_exact else "≈ "
-    block_size = experiment.model.block_size
-    if tokens.train < 2 * block_size:
-        raise UserError(
-            f"model.block_size: {block_size} needs at least {2 * block_size} tokens of train, "
-            f"{name} has {about}{tokens.train:,}"
-        )
+    check_tokens(tokens.train, tokens.val, experiment.model.block_size)
     steps = experiment.train.max_steps
     epochs = steps * experiment.tokens_per_step / tokens.train
     return [
+        *tokens.corpus,
         f"{name}: {about}{tokens.train:,} tokens of train, {about}{tokens.val:,} of val, {place}",
         f"{steps:,} steps = {about}{epochs:.2f} epochs",
     ]

@@ -6,6 +6,7 @@ from pathlib import Path
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost import timing as cost
 from orchestrator.cost.timing import Estimate, Timing
+from orchestrator.data.corpus import list_corpus
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.estimate import estimate_tokens
 from orchestrator.data.prepared import find_in, known_dir, list_sources
@@ -24,6 +25,7 @@ class TokenCounts:
         directory: Folder of the token shards, which may not exist yet; None if the corpus was not
             hashed yet.
         is_exact: False if `train` and `val` are estimates.
+        corpus: Line that says which files would be prepared; none if they are prepared.
     """
 
     n_vocab: int | None
@@ -31,6 +33,7 @@ class TokenCounts:
     val: int | None
     directory: Path | None
     is_exact: bool = True
+    corpus: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, dataset: Manifest) -> "TokenCounts":
@@ -54,9 +57,10 @@ def token_counts(experiment: Experiment) -> TokenCounts:
         return TokenCounts.of(manifest)
     directory = known_dir(data, storage, sources=sources)
     guess = estimate_tokens(data)
+    files = () if guess.bytes is None else (f"corpus: {list_corpus(data.corpus)}",)
     if guess.tokens is None:
-        return TokenCounts(guess.n_vocab, None, None, directory, is_exact=False)
+        return TokenCounts(guess.n_vocab, None, None, directory, is_exact=False, corpus=files)
     val = guess.tokens - tail_cut(guess.tokens, data.val_fraction)
     # The split cuts characters or documents, not tokens: only for `char` are these the same.
     is_exact = guess.exact and data.tokenizer == "char" and data.split == "tail"
-    return TokenCounts(guess.n_vocab, guess.tokens - val, val, directory, is_exact)
+    return TokenCounts(guess.n_vocab, guess.tokens - val, val, directory, is_exact, files)

@@ -1,22 +1,32 @@
 """The files of a corpus: paths, globs, folders, downloads, or Python's own standard library.
 
-`resolve` finds the files without reading or downloading them. `fetch` downloads, and
-`documents.py` reads.
+`list_corpus` finds the files without downloading them, and reads only their first bytes. `fetch`
+downloads, and `documents.py` reads.
 """
 
-import glob
 import hashlib
 import os
 import re
 import shutil
 import sysconfig
 import urllib.parse
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from orchestrator.data.input.kinds import check_readable, is_by_content, kind_of, one_kind
+from orchestrator.data.input.paths import (
+    LeftOut,
+    MissingCorpusError,
+    check_unchanged,
+    expand,
+    fixed_part,
+    identity,
+    refuse_missing,
+)
 from orchestrator.errors import UserError
-from orchestrator.files import cache_folder, replacement
+from orchestrator.files import cache_folder, local_path, replacement
 from orchestrator.redact import redact_text
 
 STDLIB = "builtin:stdlib"
@@ -25,8 +35,8 @@ TIMEOUT_S = 60  # a download fails if the server sends nothing for this time
 Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-_COMPRESSED = {".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".7z"}
 _BLOCK = 1 << 20
+_SHOWN = 3  # names in one message
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,7 @@ class Source:
         name: Name in the dataset, such as `folder/sub/file.txt`; the same on every machine.
         path: Absolute. For a download, its place in the cache.
         size: In bytes; None before a download.
+        modified: Time of the last write in nanoseconds; None before a download.
         sha256: Known beforehand for a download, else None.
         url: Address of a download, else None.
     """
@@ -46,6 +57,7 @@ class Source:
     size: int | None
     sha256: str | None = None
     url: str | None = None
+    modified: int | None = None
 
     @property
     def bytes(self) -> int:
@@ -53,29 +65,76 @@ class Source:
         assert self.size is not None, f"{self.name} was not downloaded"
         return self.size
 
+    @property
+    def by_content(self) -> bool:
+        """The content decides how the file is read, and not its name."""
+        return is_by_content(self.path)
+
+    def check_unchanged(self) -> None:
+        """Raise UserError if the file is not the one that was listed."""
+        check_unchanged(self.name, self.path, self.size, self.modified)
+
+
+@dataclass
+class Listing:
+    """The files of a corpus.
+
+    Attributes:
+        sources: The files, in order.
+        left_out: Names of other files that were found, by the reason.
+    """
+
+    sources: list[Source] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=lambda: defaultdict(list))
+
+    def __str__(self) -> str:
+        """Return `3 Parquet, 12,345 bytes; left out: 1 text (README.md)`."""
+        kinds = Counter(kind_of(source.path).name for source in self.sources)
+        size = sum(source.size or 0 for source in self.sources)
+        taken = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+        left_out = [
+            f"{len(names):,} {reason} ({shown(names)})" for reason, names in self.left_out.items()
+        ]
+        line = f"{taken}, {size:,} bytes"
+        return f"{line}; left out: {', '.join(left_out)}" if left_out else line
+
+
+def shown(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
 
 def resolve(corpus: str | list[str]) -> list[Source]:
-    """Return the files of a corpus.
+    """Return the files of a corpus; see `list_corpus` for the errors."""
+    return list_corpus(corpus).sources
 
-    Entries keep their order; the files of a folder or glob are sorted by name.
+
+def list_corpus(corpus: str | list[str]) -> Listing:
+    """Find the files of a corpus.
+
+    Entries keep their order; the files of a folder or glob are sorted by name. Links are followed,
+    and a file that has several names in one folder is taken once. If a folder has several kinds of
+    files, the kind that holds the data is taken.
 
     Raises:
-        UserError: An entry does not exist, a file is listed twice or compressed, a download has no
-            SHA-256, or all files are empty.
+        UserError: An entry does not exist, a file cannot be read as text or is listed twice, a
+            download has no SHA-256, or all files are empty.
     """
     entries = entries_of(corpus)
-    sources = [source for entry in entries for source in _resolve_entry(entry)]
-    seen: set[Path] = set()
-    for source in sources:
-        if source.path in seen:
+    listing = Listing()
+    for entry in entries:
+        listing.sources += _resolve_entry(entry, listing.left_out)
+    seen: set[object] = set()
+    for source in listing.sources:
+        key = identity(source.path) if source.url is None else source.path
+        if key in seen:
             raise UserError(f"data.corpus: {source.path} is listed twice; list it once")
-        seen.add(source.path)
-        if source.path.suffix.lower() in _COMPRESSED:
-            raise UserError(f"data.corpus: {source.path} is compressed; unpack it first")
-    if all(source.size == 0 for source in sources):
-        shown = redact_text(", ".join(entries))
-        raise UserError(f"data.corpus: {shown} holds no text (every file is empty)")
-    return sources
+        seen.add(key)
+    if all(source.size == 0 for source in listing.sources):
+        names = redact_text(", ".join(entries))
+        raise UserError(f"data.corpus: {names} holds no text (every file is empty)")
+    return listing
 
 
 def entries_of(corpus: str | list[str]) -> list[str]:
@@ -89,50 +148,39 @@ def root_name(entry: str) -> str:
         return "stdlib"
     if _is_url(entry):
         return _url_name(entry)
-    return _absolute(_fixed_part(entry)).name
+    return fixed_part(_absolute(entry))[0].name
 
 
 # ---- entries ----
 
 
-def _resolve_entry(entry: str) -> list[Source]:
+def _resolve_entry(entry: str, left_out: LeftOut) -> list[Source]:
     if entry == STDLIB:
         base = Path(sysconfig.get_paths()["stdlib"])
-        return _named("stdlib", base, _files_below(base, _NOT_LIBRARY, ".py"))
+        return _named("stdlib", base, _library_files(base))
     if entry.startswith("builtin:"):
         raise UserError(f"data.corpus: '{entry}' is unknown; the built-in corpus is {STDLIB}")
     if _is_url(entry):
         return [_resolve_url(entry)]
-    path = _absolute(entry)
-    if path.is_file():
-        return [_source(path.name, path)]
-    if path.exists():
-        found = _named(path.name, path, _files_below(path))
-        if not found:
-            raise UserError(f"data.corpus: {path} holds no files")
-        return found
-    if not glob.has_magic(entry):
-        raise UserError(f"data.corpus: {path} does not exist")
-    files = [Path(p) for p in glob.glob(str(path), recursive=True) if os.path.isfile(p)]
+    base, pattern = fixed_part(_absolute(local_path("data.corpus", entry)))
+    if not base.exists():
+        refuse_missing(base)
+    if base.is_file() and not pattern:
+        check_readable(base)
+        return [_source(base.name, base)]
+    files = expand(base, pattern, left_out)
     if not files:
-        raise UserError(f"data.corpus: '{entry}' matches no file")
-    base = _absolute(_fixed_part(entry))
-    return _named(base.name, base, files)
+        problem = f"'{entry}' matches no file" if pattern else f"{base} holds no files"
+        raise MissingCorpusError(f"data.corpus: {problem}")
+    return _named(base.name, base, one_kind(base, files, left_out))
 
 
-def _files_below(base: Path, skipped: Collection[str] = (), suffix: str = "") -> list[Path]:
-    """Return the files below a folder, without hidden files and folders."""
+def _library_files(base: Path) -> list[Path]:
     found = []
     for parent, folders, files in os.walk(base):
-        folders[:] = [name for name in folders if name not in skipped and _is_visible(name)]
-        found += [
-            Path(parent, name) for name in files if name.endswith(suffix) and _is_visible(name)
-        ]
+        folders[:] = [name for name in folders if name not in _NOT_LIBRARY and name[0] != "."]
+        found += [Path(parent, name) for name in files if name.endswith(".py") and name[0] != "."]
     return [path for path in found if path.is_file()]
-
-
-def _is_visible(name: str) -> bool:
-    return not name.startswith(".")
 
 
 def _named(root: str, base: Path, files: Iterable[Path]) -> list[Source]:
@@ -142,21 +190,12 @@ def _named(root: str, base: Path, files: Iterable[Path]) -> list[Source]:
 
 
 def _source(name: str, path: Path) -> Source:
-    return Source(name, path, path.stat().st_size)
+    found = path.stat()
+    return Source(name, path, found.st_size, modified=found.st_mtime_ns)
 
 
 def _absolute(entry: str | Path) -> Path:
     return Path(os.path.abspath(os.path.expanduser(entry)))
-
-
-def _fixed_part(entry: str) -> Path:
-    """Return the folder that a glob starts from; the entry itself if it is not a glob."""
-    path = Path(entry)
-    if os.path.exists(os.path.expanduser(entry)):
-        return path
-    parts = path.parts
-    magic = [i for i, part in enumerate(parts) if glob.has_magic(part)]
-    return Path(*parts[: magic[0]]) if magic else path
 
 
 # ---- downloads ----
@@ -188,8 +227,9 @@ def _resolve_url(entry: str) -> Source:
     sha256 = match[1].lower()
     name = _url_name(url)
     path = cache_folder() / f"{sha256[:16]}-{name}"
-    size = path.stat().st_size if path.is_file() else None
-    return Source(name, path, size, sha256, url)
+    if path.is_file():
+        return replace(_source(name, path), sha256=sha256, url=url)
+    return Source(name, path, None, sha256, url)
 
 
 def fetch(source: Source, folder: Path, progress: Progress = lambda *_: None) -> Source:
@@ -223,7 +263,8 @@ def fetch(source: Source, folder: Path, progress: Progress = lambda *_: None) ->
         os.link(source.path, path)
     except OSError:  # another file system
         shutil.copyfile(source.path, path)
-    return replace(source, path=path, size=path.stat().st_size)
+    fetched = _source(source.name, path)
+    return replace(fetched, sha256=source.sha256, url=source.url)
 
 
 def _download(source: Source, url: str, file: Path, progress: Progress) -> str:

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from orchestrator import files
 from orchestrator.data.tokenizer import TOKENIZER_FILE, TokenizerFacts
@@ -64,6 +64,7 @@ class SourceFile(TypedDict):
     name: str
     size: int
     sha256: str
+    by_content: NotRequired[bool]  # see `Source.by_content`; only if it is true
 
 
 class ManifestContent(TypedDict):

@@ -12,12 +12,21 @@ To read another kind of file, write a function and one entry of `READERS`.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from orchestrator.data.input.cuts import character_cut, read_at, safe_cut
+from orchestrator.data.input.kinds import (
+    LINES,
+    PARQUET,
+    TEXT,
+    check_readable,
+    kind_of,
+    open_unpacked,
+)
+from orchestrator.data.input.paths import check_unchanged
 from orchestrator.errors import UserError
 
 
@@ -33,6 +42,9 @@ class Span:
         end: Byte after the last one.
         text_field: Field of JSON lines or column of Parquet that holds the text.
         replace: Replace invalid UTF-8 by U+FFFD instead of raising an error.
+        skip_null: Leave out null texts instead of raising an error.
+        cut_anywhere: A text may be cut before each character, and not only at safe cuts.
+        modified: Time of the file's last write in nanoseconds; None: it is not compared.
     """
 
     path: str
@@ -42,6 +54,9 @@ class Span:
     end: int
     text_field: str = "text"
     replace: bool = False
+    skip_null: bool = False
+    cut_anywhere: bool = False
+    modified: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,77 +76,29 @@ class Piece:
     ends: bool = True
 
 
-def read_pieces(span: Span) -> Iterator[Piece]:
+def read_pieces(span: Span, skipped: Callable[[], object] = lambda: None) -> Iterator[Piece]:
     """Return the pieces that begin in a span, in order.
 
-    Raises:
-        UserError: The text is not UTF-8, a line is not a JSON object, or a field is missing.
-    """
-    return reader_of(span.name).read(span)
-
-
-# ---- where a text may be cut ----
-#
-# The pieces of a text, tokenized one by one, must give the tokens of the whole text. A byte-pair
-# encoding never merges across two matches of its pattern, so a cut is safe where every pattern ends
-# a match: after any non-space before a space or tab, and after a letter or digit before a line end
-# or a listed mark. This holds for the patterns of gpt2 (r50k, p50k), cl100k and o200k:
-# - No pattern has a lookbehind, so the text after a cut is matched as in the whole text.
-# - No match continues from a non-space to a space or tab, or from a letter or digit to a line end
-#   or a listed mark.
-# - The patterns have a lookahead only after whitespace, and a cut comes after a non-space.
-#
-# These cuts look safe but are not: after a line end (punctuation is matched together with it),
-# before an apostrophe or a combining mark (o200k matches both as parts of a word), and between
-# letters and other non-letters (Ⅷ, ²).
-
-# Python's \s also matches \x1c-\x1f, the \s of the patterns does not. No cut is made after these
-# characters (\S, on the left) or before them (they are excluded on the right).
-SAFE = re.compile(
-    r"""(?<=\S)(?=[^\S\r\n\x1c-\x1f])|(?<=[^\W_])(?=[\r\n])"""
-    r"""|(?<=[^\W_])(?=[.,;:!?()\[\]{}"=+*…。、，．！？；：])"""
-)
-PROBE = 4096  # bytes that are searched first; two cuts are 5 to 8 characters apart on average
-
-
-def safe_cut(file: BinaryIO, position: int, size: int) -> int:
-    """Return the first safe cut at or after byte `position`; `size` if there is none.
-
-    The result depends only on the text around it, and grows with `position`. Invalid UTF-8 may be
-    cut anywhere; decoding the pieces reports it.
-
     Args:
-        file: A text file, opened for reading bytes.
-        position: Byte at which the search starts.
-        size: Size of the file.
+        span: The part of a file.
+        skipped: Called for each null text that is left out.
+
+    Raises:
+        UserError: The text is not UTF-8, a line is not a JSON object, or a field is missing; the
+            file cannot be read, or was changed in the meantime.
     """
-    if position <= 0 or position >= size:
-        return min(max(position, 0), size)
-    first = max(0, position - 4)  # the longest character has 4 bytes
-    probe = PROBE
-    while True:
-        file.seek(first)
-        data = file.read(position - first + probe)
-        cut = _first_cut(data, position - first)
-        if cut is not None:
-            return first + cut
-        if first + len(data) >= size:
-            return size
-        probe *= 4
-
-
-def _first_cut(data: bytes, start: int) -> int | None:
-    while start < len(data) and data[start] & 0xC0 == 0x80:  # inside of a character
-        start += 1
-    # surrogateescape decodes each invalid byte as one character, also the bytes of incomplete
-    # characters at both ends. Offsets therefore stay right.
-    before = data[:start].decode("utf-8", "surrogateescape")
-    text = data[start:].decode("utf-8", "surrogateescape")
-    match = SAFE.search(before + text, len(before))
-    if match is None:
-        return None
-    skipped = text[: match.start() - len(before)]
-    return start + len(skipped.encode("utf-8", "surrogateescape"))
+    try:
+        for piece in reader_of(span.path).read(span):
+            if piece is None:
+                skipped()
+            else:
+                yield piece
+    except (UserError, OSError, EOFError) as error:
+        check_unchanged(span.name, span.path, span.size, span.modified)
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{span.name}: cannot be read ({error})") from None
+    check_unchanged(span.name, span.path, span.size, span.modified)
 
 
 # ---- kinds of files ----
@@ -139,31 +106,43 @@ def _first_cut(data: bytes, start: int) -> int | None:
 
 def _read_text(span: Span) -> Iterator[Piece]:
     with open(span.path, "rb") as file:
-        start = safe_cut(file, span.start, span.size)
-        end = safe_cut(file, span.end, span.size)
-        file.seek(start)
-        data = file.read(end - start)
+        if span.cut_anywhere:
+            start = character_cut(file, span.start, span.size)
+            end = character_cut(file, span.end, span.size)
+        else:
+            start = safe_cut(file, span.start, span.size, stop=span.end)
+            # Without a cut in the span, its text belongs to the span in which the run begins.
+            end = safe_cut(file, span.end, span.size) if start < span.end else start
+        data = read_at(file, start, end - start)
     text = _decode(data, span, start)
     yield Piece(span.name, text, span.start == 0, span.end == span.size)
 
 
-def _read_json_lines(span: Span) -> Iterator[Piece]:
-    with open(span.path, "rb") as file:
+def _read_json_lines(span: Span) -> Iterator[Piece | None]:
+    packing = kind_of(span.path).packing
+    if packing and span.start > 0:
+        return  # all lines of a packed file belong to its first span
+    with open_unpacked(span.path, packing) as file:
         if span.start > 0:
             # A line that begins at `start` belongs to this span, one that began before it does not.
             file.seek(span.start - 1)
             file.readline()
-        offset = file.tell()
-        while offset < span.end:
+            offset = file.tell()
+        else:
+            offset = 0
+        while packing or offset < span.end:
             line = file.readline()
-            if not line:  # the file has become shorter in the meantime
+            if not line and packing:
                 break
+            if not line:
+                raise EOFError("it has become shorter")
             if line.strip():
-                yield Piece(f"{span.name}@{offset}", _text_of_line(line, span, offset))
+                text = _text_of_line(line, span, offset)
+                yield None if text is None else Piece(f"{span.name}@{offset}", text)
             offset += len(line)
 
 
-def _text_of_line(line: bytes, span: Span, offset: int) -> str:
+def _text_of_line(line: bytes, span: Span, offset: int) -> str | None:
     where = f"{span.name}: the line at byte {offset}"
     field = span.text_field
     decoded = _decode(line, span, offset)
@@ -177,13 +156,15 @@ def _text_of_line(line: bytes, span: Span, offset: int) -> str:
         names = ", ".join(record) or "none: it is empty"
         raise UserError(f"{where} has no field '{field}'; set data.text_field to one of {names}")
     text = record[field]
+    if text is None and span.skip_null:
+        return None
     if not isinstance(text, str):
         raise UserError(f"{where}: field '{field}' is not text but {_shown(text)}")
     # JSON allows an unpaired surrogate such as \ud800, UTF-8 does not.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _read_parquet(span: Span) -> Iterator[Piece]:
+def _read_parquet(span: Span) -> Iterator[Piece | None]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -194,6 +175,11 @@ def _read_parquet(span: Span) -> Iterator[Piece]:
                 raise UserError(
                     f"{span.name}: has no column '{span.text_field}'; set data.text_field to one "
                     f"of {', '.join(columns)}"
+                )
+            if columns.count(span.text_field) > 1:
+                raise UserError(
+                    f"{span.name}: has {columns.count(span.text_field)} columns "
+                    f"'{span.text_field}'; rename them, or set data.text_field to another"
                 )
             row = 0
             for number in range(file.num_row_groups):
@@ -211,24 +197,38 @@ def _first_byte(group: Any) -> int:
     return min(page for page in pages if page is not None)
 
 
-def _read_rows(file: Any, group: int, row: int, span: Span) -> Iterator[Piece]:
+def _read_rows(file: Any, group: int, row: int, span: Span) -> Iterator[Piece | None]:
+    import pyarrow as pa
+
     for batch in file.iter_batches(1024, row_groups=[group], columns=[span.text_field]):
-        for value in batch.column(0):
-            try:
-                text = value.as_py()
-            except UnicodeDecodeError as error:
-                if not span.replace:
-                    raise UserError(
-                        f"{span.name}: row {row}, byte {error.start} of '{span.text_field}' is not "
-                        "UTF-8; convert it, or set data.invalid_utf8=replace"
-                    ) from None
-                text = value.as_buffer().to_pybytes().decode("utf-8", "replace")
-            if not isinstance(text, str):
-                raise UserError(
-                    f"{span.name}: row {row} has no text in '{span.text_field}' but {_shown(text)}"
-                )
-            yield Piece(f"{span.name}#{row}", text)
+        column = batch.column(0)
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        # As bytes, invalid UTF-8 can be read. A column may hold text without the mark UTF8.
+        if column.type in (pa.string(), pa.string_view(), pa.binary_view()):
+            column = column.cast(pa.binary())
+        elif column.type == pa.large_string():
+            column = column.cast(pa.large_binary())
+        for value in column:
+            yield _text_of_row(value.as_py(), row, span)
             row += 1
+
+
+def _text_of_row(value: Any, row: int, span: Span) -> Piece | None:
+    if value is None and span.skip_null:
+        return None
+    if not isinstance(value, bytes):
+        raise UserError(
+            f"{span.name}: row {row} has no text in '{span.text_field}' but {_shown(value)}"
+        )
+    try:
+        text = value.decode("utf-8", "replace" if span.replace else "strict")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{span.name}: row {row}, byte {error.start} of '{span.text_field}' is not "
+            "UTF-8; convert it, or set data.invalid_utf8=replace"
+        ) from None
+    return Piece(f"{span.name}#{row}", text)
 
 
 def _decode(data: bytes, span: Span, offset: int) -> str:
@@ -242,6 +242,8 @@ def _decode(data: bytes, span: Span, offset: int) -> str:
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "None (data.on_null=skip leaves such documents out)"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
@@ -251,27 +253,26 @@ class Reader:
     """How one kind of file is read.
 
     Attributes:
-        read: Returns the pieces that begin in a span.
-        suffixes: Suffixes of such files, in lower case.
+        read: Returns the pieces that begin in a span; None in place of a null text.
         one_document: The whole file is one document.
     """
 
-    read: Callable[[Span], Iterator[Piece]]
-    suffixes: tuple[str, ...] = ()
+    read: Callable[[Span], Iterator[Piece | None]]
     one_document: bool = False
 
 
-READERS: dict[str, Reader] = {
-    "text": Reader(_read_text, one_document=True),  # also files with an unknown suffix
-    "jsonl": Reader(_read_json_lines, (".jsonl", ".ndjson")),
-    "parquet": Reader(_read_parquet, (".parquet",)),
+READERS: dict[str, Reader] = {  # by the name of the kind of file
+    TEXT: Reader(_read_text, one_document=True),
+    LINES: Reader(_read_json_lines),
+    PARQUET: Reader(_read_parquet),
 }
 
 
-def reader_of(name: str) -> Reader:
-    """Return the reader for the suffix of a file name."""
-    suffix = Path(name).suffix.lower()
-    for reader in READERS.values():
-        if suffix in reader.suffixes:
-            return reader
-    return READERS["text"]
+def reader_of(path: str | Path) -> Reader:
+    """Return the reader of a file.
+
+    Raises:
+        UserError: Files of this kind are not read.
+    """
+    kind = check_readable(Path(path))
+    return READERS[kind.name]

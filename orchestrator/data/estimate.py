@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.data import corpus
 from orchestrator.data.documents import Span, read_pieces, reader_of
+from orchestrator.data.input.kinds import kind_of as kind_of_file
 from orchestrator.data.tasks import count, plan_chunks
 from orchestrator.data.tokenizer import has_ranks, kind_of, load_tokenizer
 
@@ -50,9 +51,11 @@ def estimate_tokens(data: "Data") -> TokenEstimate:
         return TokenEstimate(size, characters, True, len(seen))
 
     documents = 0  # documents whose end-of-text token `_bytes_per_token` does not count
-    plain = all(reader_of(source.name).one_document for source in sources)
+    plain = all(reader_of(source.path).one_document for source in sources)
     if plain and data.append_eot:
         documents = len(sources)
+    if any(kind_of_file(source.path).packing for source in sources):
+        return TokenEstimate(size, None, False, n_vocab)
     if name == "byte" and plain and data.invalid_utf8 == "stop":
         return TokenEstimate(size, size + documents, True, n_vocab)
     bytes_per_token = BYTES_PER_TOKEN
@@ -69,7 +72,7 @@ def _bytes_per_token(chunks: list[list[Span]], data: "Data") -> float:
     for spans in chunks[:: max(1, len(chunks) // SAMPLES)][:SAMPLES]:
         for span in spans:
             size += span.end - span.start
-            has_eot = data.append_eot and not reader_of(span.name).one_document
+            has_eot = data.append_eot and not reader_of(span.path).one_document
             for piece in read_pieces(span):
                 tokens += len(tokenizer.encode(piece.text)) + has_eot
     return size / tokens if tokens > 0 else BYTES_PER_TOKEN

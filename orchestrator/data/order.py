@@ -35,6 +35,16 @@ def windows_per_epoch(n_tokens: int, block_size: int) -> int:
     return (n_tokens - block_size) // block_size
 
 
+def check_tokens(train: int, val: int, block_size: int) -> None:
+    """Raise UserError if a split with this number of tokens is too small for a loss."""
+    windows_per_epoch(train, block_size)
+    if val < 2:
+        raise UserError(
+            f"data.val_fraction: val has {val} token(s), and a loss needs 2; use more text or a "
+            "larger data.val_fraction"
+        )
+
+
 def sample_offsets(positions: np.ndarray, n_tokens: int, block_size: int, seed: int) -> np.ndarray:
     """Return the first token of the window at each position, int64, at most N − T − 1.
 

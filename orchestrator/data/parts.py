@@ -35,6 +35,7 @@ class PartFacts(TypedDict):
     tokens: int
     bytes: int  # of UTF-8 text
     documents: int
+    nulls: int  # null texts that were left out; counted in train
     sha256: str  # of the part file
     index_sha256: str  # of the file with its documents
 
@@ -70,6 +71,7 @@ class Part:
     arrays: list[np.ndarray] = field(default_factory=list)
     tokens: int = 0
     bytes: int = 0  # of UTF-8 text
+    nulls: int = 0
     index: Index = field(default_factory=list)
 
     def add(self, ids: np.ndarray) -> None:
@@ -87,6 +89,7 @@ class Part:
             "tokens": self.tokens,
             "bytes": self.bytes,
             "documents": len(self.index),
+            "nulls": self.nulls,
             "sha256": hashlib.sha256(data).hexdigest(),
             "index_sha256": hashlib.sha256(index).hexdigest(),
         }
@@ -120,6 +123,10 @@ class Parts:
             "bytes": sum(part["bytes"] for part in parts),
             "documents": sum(part["documents"] for part in parts),
         }
+
+    def nulls(self) -> int:
+        """Return the number of null texts that were left out."""
+        return sum(part["train"]["nulls"] for part in self.facts)
 
     def shard_jobs(
         self, split: str, directory: Path, shard_rows: int, dtype: np.dtype

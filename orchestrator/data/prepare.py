@@ -43,7 +43,7 @@ from orchestrator.data.shards import SHARD_ROWS
 from orchestrator.data.tasks import Job, Survey
 from orchestrator.data.tokenizer import Tokenizer, kind_of, load_tokenizer
 from orchestrator.errors import UserError
-from orchestrator.hashes import hash_here, stamp
+from orchestrator.hashes import Stamp, hash_here, stamp
 
 if TYPE_CHECKING:
     from orchestrator.config.sections import Data
@@ -146,6 +146,13 @@ def _lock(directory: Path) -> Iterator[None]:
         yield
 
 
+def _versions(sources: list[Source]) -> list[Stamp]:
+    """Return the versions of the files; UserError if one is not the file that was listed."""
+    for source in sources:
+        source.check_unchanged()
+    return [stamp(source.path) for source in sources]
+
+
 @dataclass(frozen=True)
 class _Preparation:
     data: "Data"
@@ -160,7 +167,9 @@ class _Preparation:
         work.mkdir(exist_ok=True)
         fetch = functools.partial(corpus.fetch, folder=work, progress=self.ray_tasks.progress)
         sources = [fetch(source) for source in self.listed]
-        versions = [stamp(source.path) for source in sources]
+        left_out = corpus.list_corpus(self.data.corpus).left_out
+        print(f"corpus: {corpus.Listing(sources, left_out)}", flush=True)
+        versions = _versions(sources)
         source_files = tasks.source_files(sources)
         chunks = tasks.plan_chunks(sources, self._chunk_bytes(sources), self.data)
         sizes = [sum(span.end - span.start for span in spans) for spans in chunks]
@@ -182,8 +191,10 @@ class _Preparation:
         characters = [survey["characters"] for survey in surveys]
         jobs = tasks.tokenize_jobs(chunks, hashes, characters, self.data)
         parts = self._tokenize(jobs, hashes, sizes, tokenizer)
+        if parts.nulls():
+            print(f"data.on_null: left out {parts.nulls():,} documents without a text", flush=True)
         splits = self._write_shards(parts, tokenizer.dtype)
-        if [stamp(source.path) for source in sources] != versions:
+        if _versions(sources) != versions:
             raise UserError(
                 "data.corpus: a file was changed while it was prepared; run the same command again"
             )

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.data import corpus
 from orchestrator.data.corpus import Source
 from orchestrator.data.dataset import FILE, FORMAT, Manifest, load_manifest
+from orchestrator.data.input.paths import MissingCorpusError
 from orchestrator.errors import UserError
+from orchestrator.files import local_path
 from orchestrator.hashes import HashFiles, known_sha256s, sha256s
 from orchestrator.text import differences
 
@@ -32,7 +34,10 @@ Content = list[tuple[str, str | None]]
 
 def settings_of(data: "Data") -> dict[str, Any]:
     """Return the fields that decide the tokens of a corpus."""
-    return {key: getattr(data, key) for key in SETTINGS}
+    settings = {key: getattr(data, key) for key in SETTINGS}
+    if data.on_null != "stop":  # the default gives the fingerprint that it had without this field
+        settings["on_null"] = data.on_null
+    return settings
 
 
 def dataset_dir(data: "Data", storage: Path) -> Path:
@@ -63,7 +68,7 @@ def known_dir(
         # Inside a Ray job the current directory is a temporary copy of the working directory.
         in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
         base = storage if in_job else Path.cwd()
-        return Path(os.path.abspath(base / os.path.expanduser(data.dir)))
+        return Path(os.path.abspath(base / local_path("data.dir", data.dir)))
     sources = sources or corpus.resolve(data.corpus)
     content = _content(sources, read)
     if any(sha256 is None for _, sha256 in content):
@@ -91,13 +96,23 @@ def with_hashes(sources: list[Source], hash_files: HashFiles | None = None) -> l
 
 def _content(sources: list[Source], read: bool) -> Content:
     if read:
-        return [(_below_root(s.name), s.sha256) for s in with_hashes(sources)]
+        return [(_content_name(s.name, s.by_content), s.sha256) for s in with_hashes(sources)]
     known = known_sha256s(str(source.path) for source in sources if source.sha256 is None)
-    return [(_below_root(s.name), s.sha256 or known.get(str(s.path))) for s in sources]
+    return [
+        (_content_name(s.name, s.by_content), s.sha256 or known.get(str(s.path))) for s in sources
+    ]
 
 
 def _content_of(manifest: Manifest) -> Content:
-    return [(_below_root(source["name"]), source["sha256"]) for source in manifest.sources]
+    return [
+        (_content_name(source["name"], source.get("by_content", False)), source["sha256"])
+        for source in manifest.sources
+    ]
+
+
+def _content_name(name: str, by_content: bool) -> str:
+    """Mark files whose kind the content decides: earlier versions read them as text."""
+    return f"{_below_root(name)} (by content)" if by_content else _below_root(name)
 
 
 def _below_root(name: str) -> str:
@@ -123,7 +138,7 @@ def list_sources(data: "Data") -> list[Source] | None:
     """
     try:
         return corpus.resolve(data.corpus)
-    except UserError:
+    except MissingCorpusError:
         if data.dir is None:
             raise
         return None
@@ -172,7 +187,7 @@ def _differences(
     now = {f"data.{key}": value for key, value in settings_of(data).items()}
     try:
         sources = sources or corpus.resolve(data.corpus)
-    except UserError:
+    except MissingCorpusError:
         # The dataset may have been copied here without its corpus.
         if not _has_same_roots(data, manifest):
             raise

@@ -20,7 +20,7 @@ from orchestrator.data.corpus import Source
 from orchestrator.data.dataset import SourceFile
 from orchestrator.data.documents import Piece, Span, read_pieces, reader_of
 from orchestrator.data.parts import SPLITS, Part, PartFacts, find_complete, sidecar_file
-from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
+from orchestrator.data.tokenizer import Tokenizer, kind_of, load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.files import cache_folder, file_sha256, write_atomically
 from orchestrator.hashes import sha256s
@@ -39,7 +39,13 @@ def plan_chunks(sources: list[Source], chunk_bytes: int, data: "Data") -> list[l
     Returns:
         The spans of each chunk. An empty file has one empty span.
     """
-    replace_invalid = data.invalid_utf8 == "replace"
+    make = functools.partial(
+        Span,
+        text_field=data.text_field,
+        replace=data.invalid_utf8 == "replace",
+        skip_null=data.on_null == "skip",
+        cut_anywhere=kind_of(data.tokenizer).cuts_anywhere,
+    )
     chunks: list[list[Span]] = [[]]
     room = chunk_bytes
     for source in sources:
@@ -51,8 +57,7 @@ def plan_chunks(sources: list[Source], chunk_bytes: int, data: "Data") -> list[l
                 chunks.append([])
                 room = chunk_bytes
             end = min(size, start + room)
-            span = Span(path, source.name, size, start, end, data.text_field, replace_invalid)
-            chunks[-1].append(span)
+            chunks[-1].append(make(path, source.name, size, start, end, modified=source.modified))
             room -= end - start
             start = end
             if start == size:
@@ -85,6 +90,8 @@ def source_files(sources: list[Source]) -> list[SourceFile]:
                 "delete it"
             )
         found.append({"name": source.name, "size": source.bytes, "sha256": sha256})
+        if source.by_content:
+            found[-1]["by_content"] = True
     return found
 
 
@@ -179,7 +186,8 @@ def tokenize(
     encoder = _tokenizer(*tokenizer, dataset)
     made = {split: Part() for split in SPLITS}
     chunk_spans = [Span(**span) for span in spans]
-    pieces = _split_pieces(chunk_spans, train_characters, set(val_files), val_fraction)
+    nulls: list[Span] = []
+    pieces = _split_pieces(chunk_spans, train_characters, set(val_files), val_fraction, nulls)
     for split, piece, begins in pieces:
         part = made[split]
         if begins:
@@ -191,6 +199,7 @@ def tokenize(
         part.bytes += len(piece.text.encode())
         if append_eot and piece.ends:
             part.add(np.array([encoder.eot_id], encoder.dtype))
+    made["train"].nulls = len(nulls)
     facts = {split: part.save(parts, chunk, split) for split, part in made.items()}
     write_atomically(sidecar_file(parts, chunk), json.dumps(facts), durable=True)
     return facts
@@ -230,11 +239,15 @@ def _split_pieces(
     train_characters: int | None,
     val_files: set[str],
     val_fraction: float,
+    nulls: list[Span],
 ) -> Iterator[tuple[str, Piece, bool]]:
-    """Yield (split, piece, begins): whether a document, or its val part, begins with the piece."""
+    """Yield (split, piece, begins): whether a document, or its val part, begins with the piece.
+
+    The span of each null text that is left out is appended to `nulls`.
+    """
     for span in spans:
-        one_document = reader_of(span.name).one_document
-        for piece in read_pieces(span):
+        one_document = reader_of(span.path).one_document
+        for piece in read_pieces(span, functools.partial(nulls.append, span)):
             if train_characters is not None:
                 yield from _cut(piece, train_characters)
                 train_characters -= len(piece.text)

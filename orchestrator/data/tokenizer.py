@@ -187,19 +187,19 @@ class TokenizerKind:
         load: Builds it from its name and the content of tokenizer.json, if there is one.
         n_vocab: Number of ids; None if it is not known beforehand.
         learn: Builds it from the characters of a corpus; None if it needs no corpus.
+        cuts_anywhere: It encodes each character alone.
     """
 
     load: Callable[[str, Stored | None], Tokenizer]
     n_vocab: int | None = None
     learn: Callable[[str], Tokenizer] | None = None
+    cuts_anywhere: bool = False
 
 
 def _load_characters(_name: str, stored: Stored | None) -> Tokenizer:
     if stored is None:
-        raise UserError(
-            f"data.tokenizer: char takes its characters from a prepared corpus; there is no "
-            f"{TOKENIZER_FILE}"
-        )
+        problem = f"char takes its characters from a prepared corpus; there is no {TOKENIZER_FILE}"
+        raise UserError(f"data.tokenizer: {problem}")
     return CharacterTokenizer(stored["characters"])
 
 
@@ -223,8 +223,8 @@ def _tiktoken(name: str) -> Tokenizer:
 
 
 TOKENIZERS: dict[str, TokenizerKind] = {
-    "byte": TokenizerKind(lambda name, stored: ByteTokenizer(), 257),
-    "char": TokenizerKind(_load_characters, learn=CharacterTokenizer),
+    "byte": TokenizerKind(lambda name, stored: ByteTokenizer(), 257, cuts_anywhere=True),
+    "char": TokenizerKind(_load_characters, learn=CharacterTokenizer, cuts_anywhere=True),
     # The sizes of tiktoken's encodings are for the dry run, which downloads nothing.
     "gpt2": TokenizerKind(_load_tiktoken, 50257),
     "r50k_base": TokenizerKind(_load_tiktoken, 50257),

@@ -22,7 +22,7 @@ from orchestrator.cost.timing import Estimate
 from orchestrator.cost.tokens import TokenCounts
 from orchestrator.data.corpus import Source
 from orchestrator.data.dataset import Manifest
-from orchestrator.data.order import windows_per_epoch
+from orchestrator.data.order import check_tokens
 from orchestrator.data.prepare import prepare_in
 from orchestrator.data.prepared import find_in, list_sources
 from orchestrator.errors import UserError
@@ -261,7 +261,8 @@ def _fitting(sweep: Sweep, datasets: Mapping[str, Manifest]) -> Sweep:
         dataset = datasets[data_key(experiment.data)]
         n_vocab = dataset.tokenizer["n_vocab"]
         try:
-            windows_per_epoch(dataset.splits["train"].tokens, experiment.model.block_size)
+            tokens = {name: split.tokens for name, split in dataset.splits.items()}
+            check_tokens(**tokens, block_size=experiment.model.block_size)
             model_facts(experiment, n_vocab)
             init_from.check_shape(experiment, n_vocab)
             fitting.append(spec)

@@ -20,7 +20,7 @@ from orchestrator.cost.timing import Estimate, Timing
 from orchestrator.cost.tokens import TokenCounts
 from orchestrator.data.corpus import Source
 from orchestrator.data.dataset import Manifest
-from orchestrator.data.order import windows_per_epoch
+from orchestrator.data.order import check_tokens
 from orchestrator.data.prepare import prepare_in
 from orchestrator.data.prepared import find_in, list_sources
 from orchestrator.errors import UserError
@@ -113,7 +113,8 @@ class TrainJob(Job):
         self.layout = cluster.find_layout(experiment, self.folder.recorded_layout())
         self.dataset = prepare_in(experiment.data, self.storage, sources=self.sources)
         # Both calls raise UserError: the corpus is too small, or the first weights do not fit.
-        windows_per_epoch(self.dataset.splits["train"].tokens, experiment.model.block_size)
+        tokens = {name: split.tokens for name, split in self.dataset.splits.items()}
+        check_tokens(**tokens, block_size=experiment.model.block_size)
         init_from.check_shape(experiment, self.dataset.tokenizer["n_vocab"])
 
         self.step = self._resume_step(self.dataset)

@@ -92,6 +92,7 @@ def _identity_fields(experiment: Experiment) -> dict[str, Any]:
     # The files of a corpus may move, so its tokens are compared instead.
     del fields["data.corpus"]
     del fields["data.text_field"]
+    del fields["data.on_null"]
     # `null` is the same as the number that it stands for.
     fields["train.reduction_slots"] = experiment.slots
     decay_steps = experiment.schedule.decay_steps or experiment.train.max_steps

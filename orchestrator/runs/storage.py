@@ -6,6 +6,7 @@ from pathlib import Path
 
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
+from orchestrator.files import local_path
 from orchestrator.runs.folder import RunFolder
 
 DEFAULT = "runs"
@@ -23,7 +24,7 @@ def storage_root(experiment: Experiment) -> Path:
     then a folder in the home directory.
     """
     setting = storage_setting(experiment)
-    path = Path(setting).expanduser()
+    path = local_path("storage", setting)
     if path.is_absolute():
         return path
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:

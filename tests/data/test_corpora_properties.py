@@ -106,7 +106,7 @@ def check(
     documents = written(folder / "c", files)
     whole = "".join(documents)
     data = Data(
-        corpus=str(folder / "c"),
+        corpus=[f"{folder}/c/{number:04d}.*" for number in range(len(files))],
         tokenizer=name,
         append_eot=name != "char",
         val_fraction=0.5,
@@ -220,7 +220,8 @@ def test_invalid_utf8_is_refused_by_default(files):
     with tempfile.TemporaryDirectory() as folder, here():
         (Path(folder) / "c").mkdir()
         written(Path(folder) / "c", files)
-        data = Data(corpus=f"{folder}/c", tokenizer="byte", val_fraction=0.5)
+        names = [f"{folder}/c/{number:04d}.*" for number in range(len(files))]
+        data = Data(corpus=names, tokenizer="byte", val_fraction=0.5)
         try:
             made = prepare(data, Path(folder) / "d", progress=lambda *_: None, chunk_bytes=60)
         except UserError as error:

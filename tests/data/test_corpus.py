@@ -1,5 +1,6 @@
 """The files of a corpus: their names, order and downloads."""
 
+import gzip
 import hashlib
 import http.server
 import os
@@ -8,9 +9,12 @@ import tempfile
 import threading
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.data.corpus import fetch, resolve, root_name
+from orchestrator.data.corpus import fetch, list_corpus, resolve, root_name
+from orchestrator.data.input.kinds import kind_of
 from orchestrator.errors import UserError
 from orchestrator.files import cache_folder
 
@@ -65,9 +69,206 @@ def test_names_begin_with_the_root_name(folder):
         assert all(s.name.split("/")[0] == root_name(entry) for s in resolve(entry)), entry
 
 
+# ---- links ----
+
+
+@pytest.fixture
+def linked(folder) -> Path:
+    """The folder with links of every kind, which add one text and three names."""
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    (outside / "d.txt").write_text("outside")
+    (folder / "a-link").symlink_to(outside)
+    (folder / "a-sub").symlink_to("sub")
+    (folder / "sub" / "loop").symlink_to("..")
+    (folder / "sub" / "loop2").symlink_to("../a-link")
+    (folder / "0.txt").symlink_to("b.txt")
+    os.link(folder / "a.txt", folder / "hard.txt")
+    return folder
+
+
+@pytest.mark.parametrize("pattern", ["", "/**", "/**/*", "/**/**/*"])
+def test_links_are_followed_and_every_file_is_taken_once(linked, pattern):
+    listing = list_corpus(f"{linked}{pattern}")
+    assert [s.name for s in listing.sources] == [
+        "texts/a-link/d.txt",
+        "texts/a.txt",
+        "texts/b.txt",
+        "texts/empty.txt",
+        "texts/sub/c.md",
+    ]
+    assert len(listing.left_out["another name of a file"]) == 2
+
+
+def test_file_of_a_linked_folder_keeps_its_own_name(linked):
+    assert [s.name for s in resolve(f"{linked}/*/c.md")] == ["texts/sub/c.md"]
+    assert [s.name for s in resolve(f"{linked}/a-link")] == ["a-link/d.txt"]
+
+
+@pytest.mark.parametrize("entry", ["", "/**/*.txt", "/*", "/sub/gone.txt", "/*/**/*"])
+def test_link_that_leads_nowhere_is_refused(folder, entry):
+    (folder / "sub" / "gone.txt").symlink_to("nowhere")
+    (folder / "gone").symlink_to("gone")
+    with pytest.raises(UserError, match="gone.* is a link to .*cannot be opened"):
+        resolve(f"{folder}{entry}")
+
+
+def test_file_by_two_names_in_two_entries_is_listed_twice(linked):
+    with pytest.raises(UserError, match="listed twice"):
+        resolve([str(linked / "a.txt"), str(linked / "hard.txt")])
+
+
+@pytest.mark.parametrize("name", ["d[x]", "d*", "[a-z]", "q?"])
+def test_name_that_exists_is_not_a_pattern(tmp_path, name):
+    (tmp_path / name / "deep").mkdir(parents=True)
+    (tmp_path / "dx").mkdir()
+    (tmp_path / "dx" / "other.txt").write_text("other")
+    (tmp_path / name / "deep" / "a.txt").write_text("text")
+    for pattern in ("*/*.txt", "**/*.txt", "deep", "**", "deep/a.txt"):
+        found = resolve(f"{tmp_path}/{name}/{pattern}")
+        assert [s.path for s in found] == [tmp_path / name / "deep" / "a.txt"], pattern
+
+
+def test_patterns_find_the_files_that_python_finds(folder):
+    import glob
+
+    for name in ("sub/deep/x.txt", "sub/deep/x.md", ".hidden/y.txt", "sub/.hidden/z.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    for pattern in (
+        "**/*.txt",
+        "**/x.*",
+        "sub/**/*.txt",
+        "*/**/*.md",
+        "**/deep/**/*",
+        "**/.hidden/*.txt",
+        ".hidden/**/*.txt",
+        "**/[a-b].txt",
+    ):
+        expected = glob.glob(str(folder / pattern), recursive=True)
+        files = sorted({Path(path) for path in expected if os.path.isfile(path)})
+        assert [s.path for s in resolve(str(folder / pattern))] == files, pattern
+
+
+# ---- kinds of files ----
+LINE = b'{"text": "a record", "n": 1}\n'
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 9\n" % 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("d.json", LINE * 3, "JSON lines"),
+        ("d.json", b"\xef\xbb\xbf\n" + LINE, "JSON lines"),
+        ("d.json", b'{"text": "' + b"x" * 100_000 + b'"}\n' + LINE, "JSON lines"),
+        ("d.jl", LINE, "JSON lines"),
+        ("d.JSONL", b"nonsense", "JSON lines"),
+        ("part-00000", LINE, "JSON lines"),
+        ("part-00000", b"{ a text }\n", "text"),
+        ("part-00000", b"[1]\n", "text"),
+        ("d.txt", LINE, "text"),
+        ("d.json.gz", gzip.compress(LINE), "JSON lines"),
+        ("part-00000.gz", gzip.compress(LINE), "JSON lines"),
+        ("d.jsonl.zst", bytes(pa.Codec("zstd").compress(LINE)), "JSON lines"),
+        ("d.json", b"[\n" + LINE + b"]", "JSON document"),
+        ("d.json", b'{\n "text": "a"\n}\n', "JSON document"),
+        ("d.json.gz", gzip.compress(b"[1]"), "JSON document"),
+        ("d.csv", b"text\na\n", "CSV"),
+        ("d.txt.gz", gzip.compress(b"text"), "compressed"),
+        ("part-00000.gz", gzip.compress(b"text"), "compressed"),
+        ("d.tar.zst", b"x", "compressed"),
+        ("d.jsonl", POINTER, "Git-LFS pointer"),
+        ("d.parquet", POINTER, "Git-LFS pointer"),
+        ("part-00000", b"PAR1...", "Parquet"),
+        ("d.png", b"\x89PNG\r\n\0\0\0", "binary"),
+        ("d.bin", "中文".encode() + b"\0", "text"),
+    ],
+)
+def test_kind_of_a_file(tmp_path, name, content, kind):
+    (tmp_path / name).write_bytes(content)
+    found = kind_of(tmp_path / name)
+    assert found.name == kind
+    assert bool(found.problem) == (kind not in ("text", "JSON lines", "Parquet"))
+    if found.problem:
+        with pytest.raises(UserError, match=f"{name} .*; "):
+            resolve(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("coding", ["utf-16-le", "utf-16-be", "utf-16"])
+@pytest.mark.parametrize("name", ["d.txt", "d.md", "d"])
+def test_utf16_is_refused(tmp_path, name, coding):
+    (tmp_path / name).write_text("some text of the usual kind\n" * 9, coding)
+    with pytest.raises(UserError, match=f"{name} looks like UTF-16.*iconv"):
+        resolve(str(tmp_path))
+
+
+def hub_folder(base: Path) -> None:
+    """Files as on a hub of datasets and as Spark writes them."""
+    (base / "data").mkdir(parents=True)
+    (base / "README.md").write_text("about the data " * 1000)
+    (base / "dataset_info.json").write_text('{"a": 1}')
+    (base / "_SUCCESS").touch()
+    (base / ".gitattributes").write_text("x")
+    pq.write_table(pa.table({"text": ["a"] * 9}), base / "data" / "0.parquet")
+    pq.write_metadata(pa.schema([("text", pa.string())]), base / "data" / "_metadata")
+
+
+def code_folder(base: Path) -> None:
+    """Source code with some data for its tests."""
+    (base / "_tests").mkdir(parents=True)
+    (base / "README.md").write_text("about the code")
+    (base / "__init__.py").write_text("pass\n" * 100)
+    (base / "_tests" / "few.jsonl").write_bytes(LINE)
+    (base / "_tests" / "few.csv").write_text("a,b\n")
+
+
+@pytest.mark.parametrize("pattern", ["", "/**", "/**/*"])
+@pytest.mark.parametrize(
+    ("write", "taken", "left_out"),
+    [
+        (
+            hub_folder,
+            ["data/0.parquet"],
+            {
+                "text": ["README.md", "_SUCCESS"],
+                "JSON lines": ["dataset_info.json"],
+                "Parquet": ["data/_metadata"],
+                "hidden": [".gitattributes"],
+            },
+        ),
+        (
+            code_folder,
+            ["README.md", "__init__.py"],
+            {"JSON lines": ["_tests/few.jsonl"], "CSV": ["_tests/few.csv"]},
+        ),
+    ],
+)
+def test_kind_that_holds_the_data_is_taken_and_the_rest_named(
+    tmp_path, write, taken, left_out, pattern
+):
+    write(tmp_path / "c")
+    listing = list_corpus(f"{tmp_path}/c{pattern}")
+    assert [s.name for s in listing.sources] == [f"c/{name}" for name in taken]
+    assert {reason: sorted(names) for reason, names in listing.left_out.items()} == left_out
+    for reason, names in left_out.items():
+        assert f"{len(names)} {reason} ({', '.join(names)})" in str(listing)
+
+
+def test_pointer_beside_data_is_refused(tmp_path):
+    hub_folder(tmp_path / "c")
+    (tmp_path / "c" / "data" / "1.parquet").write_bytes(POINTER)
+    with pytest.raises(UserError, match=r"1\.parquet is a Git-LFS pointer.*git lfs pull"):
+        resolve(str(tmp_path / "c"))
+
+
+# ---- mistakes ----
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
+        ("s3://bucket/corpus", "s3://bucket/corpus.*only paths"),
+        ("gs://bucket/*.txt", "only paths"),
+        ("hdfs:///corpus", "only paths"),
+        ("hf://datasets/a/b", "only paths"),
         ("{}/nowhere.txt", "does not exist"),
         ("{}/*.xyz", "matches no file"),
         ("{}/nothing", "holds no files"),

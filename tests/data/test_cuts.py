@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-from orchestrator.data import documents
-from orchestrator.data.documents import SAFE, safe_cut
+from orchestrator.data.documents import Span, read_pieces
+from orchestrator.data.input import cuts
+from orchestrator.data.input.cuts import SAFE, character_cut, safe_cut
 from orchestrator.data.tokenizer import load_tokenizer
 
 PATTERNS = ["gpt2", "cl100k_base", "o200k_base"]
@@ -116,7 +117,7 @@ def test_safe_cut_is_the_first_one_at_or_after_a_byte(text, window):
     data = text.encode()
     safe = [len(text[: m.start()].encode()) for m in SAFE.finditer(text) if m.start() > 0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PROBE", window)
+        patch.setattr(cuts, "PROBE", window)
         found = [safe_cut(io.BytesIO(data), p, len(data)) for p in range(len(data) + 2)]
     assert found == [0] + [
         min((c for c in safe if c >= p), default=len(data)) for p in range(1, len(data) + 2)
@@ -132,6 +133,34 @@ def test_run_without_a_cut_stays_whole(run):
     cut = safe_cut(io.BytesIO(data), position, len(data))
     assert cut >= len(data) - len(" after")
     assert data[cut:].decode() in (" after", "")
+
+
+@pytest.mark.parametrize("text", ["ACGT" * 40_000, "中" * 50_000, "so many words " * 10_000])
+def test_spans_of_a_text_read_it_a_few_times_however_many_they_are(tmp_path, text, monkeypatch):
+    (tmp_path / "t").write_text(text)
+    size = len(text.encode())
+    read = []
+    monkeypatch.setattr(cuts, "read_at", lambda *of, real=cuts.read_at: note(real(*of)))
+
+    def note(data: bytes) -> bytes:
+        read.append(len(data))
+        return data
+
+    found = []
+    for start in range(0, size, 5000):
+        span = Span(str(tmp_path / "t"), "t", size, start, min(size, start + 5000))
+        found += [piece.text for piece in read_pieces(span)]
+    assert "".join(found) == text
+    assert sum(read) < 4 * size
+
+
+@given(st.binary(max_size=12) | st.text(max_size=9).map(str.encode))
+def test_pieces_between_characters_decode_as_the_whole(data):
+    found = [character_cut(io.BytesIO(data), p, len(data)) for p in range(len(data) + 1)]
+    assert all(p <= cut <= p + 3 for p, cut in enumerate(found))
+    at = sorted({0, *found})
+    pieces = [data[a:b].decode("utf-8", "replace") for a, b in itertools.pairwise(at)]
+    assert "".join(pieces) == data.decode("utf-8", "replace")
 
 
 def test_cuts_of_real_text_are_safe(gpt2_ranks, shakespeare):

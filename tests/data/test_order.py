@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data.order import permute, sample_offsets, windows_per_epoch
+from orchestrator.data.order import check_tokens, permute, sample_offsets, windows_per_epoch
 from orchestrator.errors import UserError
 
 
@@ -45,6 +45,15 @@ def test_epoch_visits_every_window_once_inside_of_the_split(block, n, seed, epoc
     assert phase < block
     assert sorted(offsets) == [phase + block * i for i in range(windows)]
     assert offsets.max() + block + 1 <= n
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "says"),
+    [(15, 1, "16 tokens of train"), (16, 1, "val has 1 token"), (16, 0, "val has 0 token")],
+)
+def test_split_that_is_too_small_is_named(train, val, says):
+    with pytest.raises(UserError, match=says):
+        check_tokens(train, val, block_size=8)
 
 
 def test_epochs_and_seeds_differ_in_phase_and_order():

@@ -13,10 +13,11 @@ from orchestrator import hashes
 from orchestrator.config.experiment import load_experiment
 from orchestrator.config.sections import Data
 from orchestrator.cost.estimate import dry_run
-from orchestrator.data import corpus
+from orchestrator.data import corpus, documents
 from orchestrator.data import prepare as prepare_module
 from orchestrator.data.dataset import FORMAT
 from orchestrator.data.estimate import TokenEstimate, estimate_tokens
+from orchestrator.data.input.kinds import TEXT, Kind
 from orchestrator.data.prepare import prepare, prepare_in
 from orchestrator.data.prepared import dataset_dir, known_dir, settings_of, with_hashes
 from orchestrator.errors import UserError
@@ -56,7 +57,7 @@ def replace_a_word(folder):
             lambda folder: (folder / "a.txt").write_bytes(b"short"),
             "size of a.txt: before 4280, now 5",
         ),
-        (lambda folder: (folder / "e.txt").unlink(), "size of e.txt: before 749, now None"),
+        (lambda folder: (folder / "b.txt").unlink(), "size of b.txt: before 0, now None"),
         (lambda folder: (folder / "f.txt").write_text("new"), "size of f.txt: before None"),
     ],
 )
@@ -228,16 +229,44 @@ def test_unchanged_file_is_hashed_once_and_a_changed_one_again(mixed, tmp_path, 
     assert read == ["a.txt"]
 
 
+def test_dataset_of_json_that_was_read_as_text_is_not_used(here, tmp_path, monkeypatch):
+    (tmp_path / "d.json").write_text('{"text": "one of the records"}\n' * 40)
+    settings = data(tmp_path / "d.json")
+    with monkeypatch.context() as patch:  # as earlier versions read it
+        patch.setattr(corpus, "is_by_content", lambda path: False)
+        patch.setattr(documents, "check_readable", lambda path: Kind(TEXT))
+        before = prepare_in(settings, tmp_path, quiet)
+    after = prepare_in(settings, tmp_path, quiet)
+    assert [split.documents for split in after.splits.values()] == [30, 10]
+    assert after.directory != before.directory
+    with pytest.raises(UserError, match=r"d\.json \(by content\) has changed"):
+        prepare(settings, before.directory, progress=quiet)
+
+
+@pytest.mark.parametrize("problem", ["link", "pointer"])
+def test_dataset_is_not_used_if_its_corpus_is_here_and_cannot_be_read(
+    here, mixed, tmp_path, problem
+):
+    settings = data(mixed, dir=str(tmp_path / "d"))
+    prepare_in(settings, tmp_path, quiet)
+    if problem == "link":
+        (mixed / "f.txt").symlink_to("nowhere")
+    else:
+        (mixed / "f.txt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=r"f\.txt is a"):
+        prepare_in(settings, tmp_path, quiet)
+
+
 # ---- estimates ----
 
 
 def test_dry_run_names_the_folder_only_if_the_corpus_was_hashed(here, mixed, tmp_path):
     words = ["data.tokenizer=byte", "model.block_size=16", f"data.corpus={mixed}"]
     experiment = load_experiment(None, [*words, f"storage={tmp_path}"])
-    [tokens, _] = dry_run(experiment, timed=False)["data"]
+    [_, tokens, _] = dry_run(experiment, timed=False)["data"]
     assert "(not hashed yet)" in tokens
     directory = dataset_dir(experiment.data, tmp_path)
-    [tokens, _] = dry_run(experiment, timed=False)["data"]
+    [_, tokens, _] = dry_run(experiment, timed=False)["data"]
     assert tokens.endswith(f"in {directory}")
 
 

@@ -24,8 +24,12 @@ def quiet(stage: str, done: int, total: int) -> None:
 
 
 def data(corpus: str | list[str] | Path, **fields) -> Data:
-    """A `data` section of bytes."""
+    """A `data` section of bytes. A folder of `write_mixed` is read kind by kind."""
     defaults = {"tokenizer": "byte", "append_eot": True, "val_fraction": 0.25}
+    if isinstance(corpus, Path) and (corpus / "c.jsonl").exists():
+        corpus = [
+            f"{corpus}/{name}" for name in ("[ab]*.txt", "*.jsonl", "*.parquet", "[e-z]*.txt")
+        ]
     if isinstance(corpus, Path):
         corpus = str(corpus)
     return Data(**{"corpus": corpus, **defaults, **fields})

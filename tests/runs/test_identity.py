@@ -68,6 +68,7 @@ FREE = {
     "data.dir": "/elsewhere",
     "data.corpus": "moved.txt",
     "data.text_field": "body",
+    "data.on_null": "skip",
     "train.log_interval": "1",
     "train.eval_interval": "7",
     "train.checkpoint_interval": "null",

@@ -1,10 +1,13 @@
 """Where runs and data are stored."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from orchestrator.config.experiment import Experiment
+from orchestrator.config.sections import Data
+from orchestrator.data.prepared import dataset_dir
 from orchestrator.errors import UserError
 from orchestrator.runs.storage import check_writable, run_folder, storage_root
 
@@ -40,6 +43,22 @@ def test_storage_is_absolute_and_outside_the_copy_of_a_ray_job(
     experiment = Experiment(storage=storage, name="small")
     assert storage_root(experiment) == Path(wanted)
     assert run_folder(experiment).path == Path(wanted) / "small"
+
+
+@pytest.mark.parametrize(
+    "address", ["s3://bucket/runs", "GS://bucket", "file:///runs", "abfs+x://a"]
+)
+def test_address_of_an_object_store_is_refused(tmp_path, monkeypatch, address):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ESPALIER_STORAGE", address)
+    for call in (
+        lambda: storage_root(Experiment()),
+        lambda: storage_root(Experiment(storage=address)),
+        lambda: dataset_dir(Data(dir=address), tmp_path),
+    ):
+        with pytest.raises(UserError, match=f"{re.escape(address)}.*only paths"):
+            call()
+    assert not list(tmp_path.iterdir())
 
 
 def test_storage_below_a_file_is_refused_and_nothing_is_created(tmp_path):

@@ -1,0 +1,3 @@
+"""The files of a corpus before they are read: `paths.py` finds them, `kinds.py` tells text, JSON
+lines, Parquet and other files apart, and `cuts.py` finds the places where a text may be cut.
+"""

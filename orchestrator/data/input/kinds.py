@@ -1,0 +1,230 @@
+"""The kinds of files in a corpus: text, JSON lines, Parquet, and files that are not read.
+
+The name of a file decides where it is clear. A name such as `x.json`, `x.json.gz` or `part-00000`
+is not: the content of the file decides.
+"""
+
+import functools
+import io
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import BinaryIO
+
+from orchestrator.data.input.paths import LeftOut
+from orchestrator.errors import UserError
+
+TEXT = "text"
+LINES = "JSON lines"
+PARQUET = "Parquet"
+
+PACKINGS = {".gz": "gzip", ".zst": "zstd"}
+_ARCHIVES = {".xz", ".bz2", ".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4"}
+_LINES = {".jsonl", ".ndjson"}
+_JSON = {".json", ".jl", ".jsonlines"}
+_PARQUET = {".parquet", ".parq"}
+_TABLES = {".csv", ".tsv"}
+_HEAD = 512
+_LINE = 1 << 16  # if the first line is longer, its first characters decide
+_MARK = "\ufeff"  # byte order mark
+
+# Files that describe the data beside them. Spark writes files whose names begin with "_".
+_ABOUT_DATA = {"readme", "license", "licence", "notice", "citation", "changelog", "contributing"}
+_ABOUT_DATA |= {"dataset_info", "dataset_infos", "dataset_dict", "state", "dataset-metadata"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file.
+
+    Attributes:
+        name: In words.
+        problem: Why such a file cannot be read, and what to do; empty if it can.
+        packing: `gzip` or `zstd`; empty if the file is not packed.
+    """
+
+    name: str
+    problem: str = ""
+    packing: str = ""
+
+
+POINTER = Kind(
+    "Git-LFS pointer", "is a Git-LFS pointer and not the file itself; run `git lfs pull` there"
+)
+_ARCHIVE = Kind("compressed", "is compressed; unpack it first")
+_TABLE = Kind(
+    "CSV",
+    "is a table of characters (CSV); convert it to Parquet, for example with "
+    "pyarrow.parquet.write_table(pyarrow.csv.read_csv(FILE), FILE.parquet)",
+)
+_DOCUMENT = Kind(
+    "JSON document",
+    "is one JSON value and not one object per line; convert it, for example with "
+    "`jq -c '.[]' FILE > FILE.jsonl`",
+)
+_UTF16 = Kind(
+    TEXT,
+    "looks like UTF-16 (every second byte is 0); convert it, for example with `iconv -t UTF-8`",
+)
+_BINARY = Kind("binary", "is a binary file and not text; leave it out of data.corpus")
+
+
+def kind_of(path: str | Path) -> Kind:
+    """Return the kind of a file. A file that does not exist has the kind of its name.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return _kind_by_name(PurePath(path)) or Kind(TEXT)
+    return _kind_of(str(path), found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def _kind_of(path: str, size: int, modified: int) -> Kind:
+    name = PurePath(path)
+    with open(path, "rb") as file:
+        head = file.read(_HEAD)
+    if head.startswith(b"version https://git-lfs.github.com/"):
+        return POINTER
+    by_name = _kind_by_name(name)
+    if by_name is not None:
+        return by_name
+    suffix = name.suffix.lower()
+    packing = PACKINGS.get(suffix, "")
+    if packing:
+        suffix = PurePath(name.stem).suffix.lower()
+    is_json = suffix in _JSON
+    if is_json or suffix == "":
+        with open_unpacked(path, packing) as file:
+            lines = _kind_of_json(file.read(_LINE), is_json)
+        if lines is not None:
+            return Kind(lines.name, lines.problem, packing)
+    return _ARCHIVE if packing else _kind_of_text(head, suffix)
+
+
+def is_by_content(path: Path) -> bool:
+    """Return whether the content decides that a file is not text, and not its name."""
+    suffix = path.suffix.lower()
+    return suffix in _JSON or (suffix == "" and kind_of(path).name != TEXT)
+
+
+def _kind_by_name(name: PurePath) -> Kind | None:
+    """Return the kind that a name alone decides."""
+    suffix = name.suffix.lower()
+    packing = PACKINGS.get(suffix, "")
+    if packing:
+        suffix = PurePath(name.stem).suffix.lower()
+    if suffix in _LINES:
+        return Kind(LINES, packing=packing)
+    if packing:
+        return None if suffix == "" or suffix in _JSON else _ARCHIVE
+    if suffix in _PARQUET:
+        return Kind(PARQUET)
+    if suffix in _ARCHIVES:
+        return _ARCHIVE
+    return _TABLE if suffix in _TABLES else None
+
+
+def _kind_of_json(head: bytes, is_json: bool) -> Kind | None:
+    """Return the kind of a file by its first bytes; None if it is no JSON.
+
+    Args:
+        head: The first `_LINE` bytes, or the whole file.
+        is_json: The name says that it is JSON.
+    """
+    text = head.decode("utf-8", "replace").removeprefix(_MARK).lstrip()
+    line, line_end, _ = text.partition("\n")
+    if text.startswith("{"):
+        if not line_end and len(head) == _LINE:
+            return Kind(LINES)
+        try:
+            json.loads(line)
+            return Kind(LINES)
+        except (ValueError, RecursionError):
+            return _DOCUMENT if is_json else None
+    if not is_json or "\0" in text:  # with NUL it is not UTF-8
+        return None
+    return _DOCUMENT if text.startswith("[") else Kind(LINES)
+
+
+def _kind_of_text(head: bytes, suffix: str) -> Kind:
+    zeros = sorted(head[side::2].count(0) / max(1, len(head) // 2) for side in (0, 1))
+    if len(head) >= 32 and zeros[0] < 0.1 and zeros[1] > 0.9:
+        return _UTF16
+    if suffix == ".txt":  # the name says that it is text
+        return Kind(TEXT)
+    if head.startswith(b"PAR1"):
+        return Kind(PARQUET)
+    if b"\0" in head:
+        try:
+            head[:-4].decode()  # the last character may be cut
+        except UnicodeDecodeError:
+            return _BINARY
+    return Kind(TEXT)
+
+
+def open_unpacked(path: str | Path, packing: str) -> BinaryIO:
+    """Open a file for reading bytes, and unpack it if `packing` is not empty."""
+    if not packing:
+        return open(path, "rb")
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=packing))
+
+
+# ---- files of several kinds ----
+
+
+def check_readable(path: Path) -> Kind:
+    """Return the kind of a file of the corpus.
+
+    Raises:
+        UserError: Files of this kind are not read.
+    """
+    kind = _kind(path)
+    if kind.problem:
+        raise UserError(f"data.corpus: {path} {kind.problem}")
+    return kind
+
+
+def one_kind(base: Path, files: list[Path], left_out: LeftOut) -> list[Path]:
+    """Return the files of the kind that holds the data: the one with the most bytes.
+
+    Files that describe data do not count, and are taken only together with text.
+
+    Raises:
+        UserError: Files of that kind are not read, or a file is a Git-LFS pointer.
+    """
+    kinds = {path: _kind(path) for path in files}
+    about = {path for path in files if _describes_data(path.relative_to(base))}
+    sizes: Counter[str] = Counter()
+    for path, kind in kinds.items():
+        if kind == POINTER:
+            check_readable(path)
+        sizes[kind.name] += 0 if path in about else path.stat().st_size
+    taken = max(sizes, key=lambda name: (sizes[name], name == TEXT))
+    found = []
+    for path, kind in kinds.items():
+        if kind.name != taken or (path in about and taken != TEXT):
+            left_out[kind.name].append(str(path.relative_to(base)))
+        else:
+            check_readable(path)
+            found.append(path)
+    return found
+
+
+def _kind(path: Path) -> Kind:
+    try:
+        return kind_of(path)
+    except OSError as error:
+        raise UserError(f"data.corpus: {path} cannot be read ({error.strerror or error})") from None
+
+
+def _describes_data(path: PurePath) -> bool:
+    has_mark = any(part.startswith("_") for part in path.parts)
+    return has_mark or path.name.lower().partition(".")[0] in _ABOUT_DATA

@@ -1,0 +1,166 @@
+"""Finds the files of a path, folder or glob.
+
+One rule for folders and globs: hidden names are skipped, links are followed, and each file is taken
+once, also if it has several names.
+"""
+
+import fnmatch
+import glob
+import os
+from collections import deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from orchestrator.errors import UserError
+
+LeftOut = dict[str, list[str]]  # names of files that are not read, by the reason
+
+
+class MissingCorpusError(UserError):
+    """The files of an entry are not on this machine. Its dataset may be."""
+
+
+def fixed_part(path: Path) -> tuple[Path, list[str]]:
+    """Return the folder that a glob starts from, and the pattern below it.
+
+    A part of the path that exists is not a pattern. If there is no pattern, the first value is the
+    path itself.
+    """
+    parts = list(path.parts)
+    base = Path(parts.pop(0))
+    while parts and (not glob.has_magic(parts[0]) or os.path.lexists(base / parts[0])):
+        base /= parts.pop(0)
+    return base, parts
+
+
+def expand(base: Path, pattern: list[str], left_out: LeftOut) -> list[Path]:
+    """Return the files below a folder that match a pattern; all of them if there is no pattern.
+
+    Raises:
+        UserError: A folder cannot be read, or a link leads nowhere.
+    """
+    if "**" not in pattern and pattern:
+        found = map(Path, glob.glob(os.path.join(glob.escape(str(base)), *pattern)))
+        return _once(base, found, left_out)
+    start = pattern.index("**") if pattern else 0
+    folders = glob.glob(os.path.join(glob.escape(str(base)), *pattern[:start]))
+    rest = pattern[start:] or ["**"]
+    hidden = any(part.startswith(".") for part in rest)
+    below = [
+        path
+        for folder in map(Path, sorted(folders))
+        if identity(folder) and folder.is_dir()
+        for path in _files_below(folder, hidden, left_out)
+        if _matches(path.relative_to(folder).parts, rest)
+    ]
+    return _once(base, below, left_out)
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Return whether the parts of a path match those of a glob, as in Python's `glob`."""
+    if not pattern:
+        return not parts
+    if pattern[0] != "**":
+        return (
+            len(parts) > 0
+            and fnmatch.fnmatchcase(parts[0], pattern[0])
+            and (_is_visible(parts[0]) or pattern[0].startswith("."))
+            and _matches(parts[1:], pattern[1:])
+        )
+    if _matches(parts, pattern[1:]):
+        return True
+    return len(parts) > 0 and _is_visible(parts[0]) and _matches(parts[1:], pattern)
+
+
+def _files_below(base: Path, hidden: bool, left_out: LeftOut) -> list[Path]:
+    """Return the files below a folder.
+
+    Each folder is entered once, and before the links to it. So a loop of links ends, and a file is
+    found under its own name.
+    """
+    found = []
+    entered = set()
+    folders = deque([base])
+    links: deque[Path] = deque()
+    while folders or links:
+        folder = folders.popleft() if folders else links.popleft()
+        key = identity(folder)
+        if key in entered:
+            continue
+        entered.add(key)
+        try:
+            children = sorted(folder.iterdir())
+        except OSError as error:
+            raise UserError(f"data.corpus: {folder} cannot be read ({error.strerror})") from None
+        for path in children:
+            if not hidden and not _is_visible(path.name):
+                left_out["hidden"].append(path.name)
+            elif not path.is_dir():
+                found.append(path)
+            elif path.is_symlink():
+                links.append(path)
+            else:
+                folders.append(path)
+    return found
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".")
+
+
+def _once(base: Path, paths: Iterable[Path], left_out: LeftOut) -> list[Path]:
+    """Return each file once, under its own name if that is among the paths."""
+    same_file: dict[tuple[int, int], list[Path]] = {}
+    for path in sorted(set(paths)):
+        same_file.setdefault(identity(path), []).append(path)
+    own = os.path.realpath(base)
+    found = []
+    for names in same_file.values():
+        first = names[0]
+        if len(names) > 1:
+            first = min(names, key=lambda path: path.resolve() != own / path.relative_to(base))
+        if first.is_file():
+            found.append(first)
+            for path in names:
+                if path != first:
+                    left_out["another name of a file"].append(str(path))
+        else:
+            left_out["folder" if first.is_dir() else "device or pipe"].append(first.name)
+    return found
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """Return device and inode of a file, which all its names share."""
+    try:
+        found = path.stat()
+    except OSError:
+        refuse_missing(path)
+    return found.st_dev, found.st_ino
+
+
+def refuse_missing(path: Path) -> NoReturn:
+    """Raise the UserError of a path that cannot be opened."""
+    if path.is_symlink():
+        raise UserError(
+            f"data.corpus: {path} is a link to {os.readlink(path)}, which cannot be opened; "
+            "remove the link, or restore the file"
+        )
+    raise MissingCorpusError(f"data.corpus: {path} does not exist")
+
+
+def check_unchanged(
+    name: str, path: str | Path, size: int | None, modified: int | None = None
+) -> None:
+    """Raise UserError if a file has another size or time of the last write, or was deleted."""
+    try:
+        found = os.stat(path)
+        if found.st_size == size and modified in (None, found.st_mtime_ns):
+            return
+        change = "changed"
+    except FileNotFoundError:
+        change = "deleted"
+    raise UserError(
+        f"data.corpus: {name} was {change} while it was prepared; run the same command again when "
+        "the corpus is complete"
+    )

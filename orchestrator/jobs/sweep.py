@@ -36,6 +36,7 @@ from orchestrator.sweep import cost
 from orchestrator.sweep.outcome import ending_of
 from orchestrator.sweep.report import view
 from orchestrator.sweep.report.advice import left_out
+from orchestrator.sweep.report.comparison import trials_in
 from orchestrator.sweep.report.files import SweepFiles
 from orchestrator.sweep.report.pace import Pace
 from orchestrator.sweep.report.progress_lines import ProgressLines
@@ -115,7 +116,8 @@ class SweepJob(Job):
             "trained"
         )
         summary = cast(SweepSummary, read_json(self.folder.summary_file))
-        if read_text(self.folder.sweep_file) != self.study.sweep.to_yaml():
+        file = self.folder.comparison_file
+        if not file.exists() or trials_in(read_text(file)) != self.study.trials.keys():
             summary = self._write_again()
         show(self.study, summary, None)
         self.resend()

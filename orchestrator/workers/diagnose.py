@@ -100,8 +100,9 @@ def ending_of_tracebacks(
         kill = memory.allocation_failed(message, host, workers)
         return out_of_memory(kill)
     if any(words in exception for words in DISK_FULL):
+        problem = message.partition("] ")[2]  # without class and number
         reason = (
-            f"the disk is full: {folder.path}: {message}. Free some room there and run the same "
+            f"the disk is full: {folder.path}: {problem}. Free some room there and run the same "
             "command again"
         )
         return Ending("user", reason, cause="disk_full")

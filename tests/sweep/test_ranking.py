@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.sweep.ranking import ERROR, Row, p_value, rank
-from orchestrator.sweep.report.comparison import WIDTH, csv_text, table
+from orchestrator.sweep.report.comparison import WIDTH, csv_text, table, trials_in
 
 
 def row(setting, seed, final, state="done", reason=None, **fields):
@@ -187,6 +187,7 @@ def test_csv_has_a_line_per_trial_and_a_column_per_field():
     read = list(csv.DictReader(io.StringIO(text)))
     order = ["a_seed-1", "a_seed-2", "b_seed-1", "b_seed-2", "c_seed-1"]
     assert [line["trial"] for line in read] == order
+    assert trials_in(text) == set(order)
     assert [line["rank"] for line in read] == ["1", "1", "2", "2", ""]
     a, _, b, _, c = read
     assert float(a["final"]) == 1 / 3 and float(a["schedule.max_lr"]) == 0.1 + 0.2  # every digit

@@ -62,6 +62,11 @@ def _field(row: Row, name: str) -> Any:
     return row.fields.get(name)
 
 
+def trials_in(text: str) -> set[str]:
+    """Return the names of the trials in a comparison.csv."""
+    return {row["trial"] for row in csv.DictReader(io.StringIO(text))}
+
+
 def _csv_cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, bool | list | dict) else value
 

@@ -18,12 +18,10 @@ class Now:
 
     Attributes:
         live: Steps that each running stage has made in this attempt, by its id.
-        step_s: Seconds per step, as seen or else as planned; None if unknown.
         left_s: Seconds until the end; None if unknown.
     """
 
     live: dict[str, int]
-    step_s: float | None
     left_s: float | None
 
 
@@ -70,8 +68,7 @@ class Pace:
                 since, first = self._first.setdefault(attempt, (now, made))
                 seconds += now - since
                 steps += made - first
-        step_s = self._step_s(seconds, steps)
-        return Now(live, step_s, self._left_s(live, step_s))
+        return Now(live, self._left_s(live, self._step_s(seconds, steps)))
 
     def correct(self) -> str | None:
         """Return a line with the corrected time once, after the first minute of training."""

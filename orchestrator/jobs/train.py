@@ -123,6 +123,8 @@ class TrainJob(Job):
         self.estimate = None
         if self.step == 0:
             self.estimate = estimate_of(experiment, self.dataset, self.layout)
+        planned_s = None if self.estimate is None else self.estimate["time_s"]
+        self.correction = RunCorrection(planned_s, experiment.train.max_steps)
         identity.begin_attempt(self.folder, experiment, facts, self._attempt(drift))
         self.tracker = Tracker(self.folder, self.uri, experiment.tracking.experiment)
         self._print_start()
@@ -178,8 +180,6 @@ class TrainJob(Job):
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         experiment = self.experiment
-        planned_s = None if self.estimate is None else self.estimate["time_s"]
-        self.correction = RunCorrection(planned_s, experiment.train.max_steps)
         console = Console(
             self.folder,
             experiment.train.max_steps,

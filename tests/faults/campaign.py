@@ -74,7 +74,7 @@ class Campaign:
         self.source = source
         self.only = tuple(only)
         self.breaks = breaks
-        self.starter = RankStarter()
+        self.starter = RankStarter(with_mlflow=(source / "empty.db").exists())
         self.golden: dict[str, dict[str, Any]] = {}
         self.of_part = {
             part: tuple(name for name in self.only if name in found)
@@ -168,7 +168,7 @@ def each_kind(seed: int, folder: Path, source: Path, only: tuple[str, ...]) -> l
     return reports
 
 
-def make_source(folder: Path) -> Path:
+def make_source(folder: Path, *, with_store: bool = True) -> Path:
     """Write a corpus of random sentences, its tokens (one for each character), an empty store."""
     from orchestrator.config.experiment import load_experiment
     from orchestrator.data.prepare import prepare
@@ -180,7 +180,8 @@ def make_source(folder: Path) -> Path:
     experiment = load_experiment(None, [f"data.corpus={corpus}", "data.tokenizer=char"])
     with here():
         prepare(experiment.data, folder / "tokens")
-    make_store(folder / "empty.db")
+    if with_store:
+        make_store(folder / "empty.db")
     return folder
 
 

@@ -7,6 +7,7 @@ second, and a campaign can afford hundreds.
 """
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -16,10 +17,12 @@ import types
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from orchestrator.cluster import connection
 from orchestrator.cluster import layout as cluster
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, load_experiment
@@ -35,10 +38,11 @@ from pipelines import common
 from pipelines import prepare as prepare_command
 from pipelines import sweep as sweep_command
 from pipelines import train as train_command
-from tests.faults import corpora, hooks
+from tests.faults import corpora, hooks, rank
 from tests.faults.rank import RankStarter
 from tests.helpers.here import LocalTasks
 
+PATIENCE_S = 0.3  # after the end of a rank, until the others are killed
 STARTS = 12  # of the workers by one command; Ray's own limit is 1000
 
 
@@ -171,11 +175,11 @@ def _put(owner: Any, name: str, value: Any) -> None:
 
 def _replace_ray(job: dict[str, Any]) -> None:
     world = job.get("world", 1)
-    _put(cluster, "connect", lambda *_: None)
+    _put(connection, "connect", lambda *_: None)
+    _put(connection, "job_id", lambda: None)
     _put(cluster, "check_storage", lambda *_: None)
     _put(cluster, "find_layout", lambda *_: Layout(world, 1, False))
     _put(cluster, "capacity", lambda *_: 1)
-    _put(cluster, "job_id", lambda: None)
     _put(cluster, "has_several_nodes", lambda: False)
     _put(prepare, "RayTasks", LocalTasks)
     if job.get("change"):
@@ -228,12 +232,19 @@ class NoTracker:
 
 
 class Ranks:
-    """Does what Ray does: starts the workers, and starts them again when one of them dies."""
+    """Does what Ray does: starts the workers, and starts them again when one of them dies.
+
+    The workers are forked by a process that was forked before this one had threads.
+    """
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job = job
-        self.starter = RankStarter()
         self.faults = job.get("faults", [])
+        self.connection, other_end = Pipe()
+        if os.fork() == 0:
+            self.connection.close()
+            _serve(other_end, Path(job["path"]))
+        other_end.close()
 
     def fit(
         self, experiment: Experiment, folder: RunFolder, data_dir: Path, layout: Layout
@@ -259,7 +270,7 @@ class Ranks:
             if stage is None:
                 return
             more = {"sweep_dir": str(study.folder.path)}
-            folder = SweepFolder(study.folder).stage(stage)
+            folder = SweepFolder(study.folder.path).stage(stage)
             done = self._start(folder, study.layout.num_workers, more)
             progress.ended(stage, died=not done)
 
@@ -279,13 +290,39 @@ class Ranks:
             **more,
         }
         self.faults = [fault for fault in self.faults if fault.get("stays")]
-        processes = self.starter.start([job | {"rank": rank} for rank in range(world)])
-        failed_at = None
-        while any(process.exitcode is None for process in processes):
-            wait([p.sentinel for p in processes if p.exitcode is None], 0.05)
-            if failed_at is None and any(process.exitcode for process in processes):
-                failed_at = time.monotonic()
-            if failed_at is not None and time.monotonic() > failed_at + 0.3:
-                for process in processes:
-                    process.kill()
-        return not any(process.exitcode for process in processes)
+        self.connection.send([job | {"rank": rank} for rank in range(world)])
+        return not any(self.connection.recv())
+
+
+def _serve(connection: Connection, path: Path) -> None:
+    """Fork ranks as often as asked, until the command has ended."""
+    (path / f"pid-{os.getpid()}").touch()
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            connection.send(_run_ranks(connection.recv()))
+    os._exit(0)
+
+
+def _run_ranks(jobs: list[dict[str, Any]]) -> list[int]:
+    """Fork a rank for each job, wait for all, and return their statuses."""
+    running = []
+    for job in jobs:
+        pid = os.fork()
+        if pid == 0:
+            rank.work(job)
+        running.append(pid)
+    statuses = []
+    failed_at = math.inf
+    while running:
+        for pid in list(running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                running.remove(pid)
+                statuses.append(os.waitstatus_to_exitcode(status))
+        if any(statuses):
+            failed_at = min(failed_at, time.monotonic())
+        if time.monotonic() > failed_at + PATIENCE_S:
+            for pid in running:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    return statuses

@@ -36,12 +36,19 @@ TIMEOUT_S = 60
 
 
 class RankStarter:
-    """Forks ranks from a server process that has imported torch once."""
+    """Forks ranks and commands from a server process that has imported their modules once.
 
-    def __init__(self) -> None:
+    Args:
+        with_mlflow: Also import mlflow there.
+    """
+
+    def __init__(self, *, with_mlflow: bool = False) -> None:
         os.environ |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([__name__])
+        modules = [__name__, "tests.faults.command"]
+        if with_mlflow:
+            modules.append("mlflow.tracking")
+        self.context.set_forkserver_preload(modules)
 
     def start(self, jobs: list[dict[str, Any]]) -> list[Any]:
         processes = [self.context.Process(target=work, args=(job,)) for job in jobs]

@@ -6,13 +6,15 @@ import pytest
 
 from orchestrator.runs import journal
 from tests.faults import hooks
-from tests.faults.campaign import Campaign
+from tests.faults.campaign import Campaign, make_source
 from tests.faults.case import Case
 from tests.faults.kinds import KINDS, Fault, draw
 from tests.faults.outcome import outcome
 
 SEED = 4
 KILLS = 15
+# Kinds of one case of commands, and of one of corpora. `make faults` has all kinds.
+QUICK = (("driver-kill", "driver-term", "checkpoint"), ("utf-8", "null"))
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,18 @@ def test_random_kills_change_no_bit(campaign):
         if kills >= KILLS and len(kinds) > len(KINDS) / 2:
             break
         assert number < KILLS, f"the kinds are not mixed: {sorted(kinds)}"
+
+
+def test_commands_and_corpora_with_faults_have_no_problem(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    make_source(source, with_store=False)
+    for number, only in enumerate(QUICK):
+        path = tmp_path / str(number)
+        path.mkdir()
+        report = Campaign(SEED, path, source, only).case(number)
+        assert not report.problems, f"{only}: {report.problems} after {report.happened}"
+        assert report.happened
 
 
 @pytest.mark.parametrize("moment", ["before forward", "before batch", "after batch"])

@@ -13,11 +13,10 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, fields_with
 from orchestrator.config.fields import FREE
 from orchestrator.cost import cache
+from orchestrator.cost.before_run import estimate_of
 from orchestrator.cost.correct import RunCorrection
-from orchestrator.cost.estimate import comparison_line, expected_line
-from orchestrator.cost.measure import measure
-from orchestrator.cost.timing import Estimate, Timing
-from orchestrator.cost.tokens import TokenCounts
+from orchestrator.cost.estimate import comparison_line
+from orchestrator.cost.timing import Estimate
 from orchestrator.data.corpus import Source
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.order import check_tokens
@@ -30,7 +29,7 @@ from orchestrator.redact import redact
 from orchestrator.runs import identity, journal, metrics
 from orchestrator.runs.console import Console
 from orchestrator.runs.ending import Ending
-from orchestrator.runs.facts import facts_of, model_facts
+from orchestrator.runs.facts import facts_of
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.summary import Summary, summarize
 from orchestrator.text import duration, number, table
@@ -39,9 +38,6 @@ from orchestrator.train import init_from, numerics
 from orchestrator.workers import ray_train
 from orchestrator.workers.diagnose import advise, diagnose
 from orchestrator.workers.watch import RunWatch
-
-MEASURE_S = 10.0  # longest measurement of the speed before a run
-MEASURE_FLOPS = 2e12  # of a micro-batch; more would take too long on a CPU
 
 
 def run(experiment: Experiment) -> int:
@@ -242,37 +238,6 @@ class TrainJob(Job):
 
 def _ignore_damaged_checkpoint(message: str) -> None:
     """Do nothing: rank 0 finds the same damaged checkpoint and records the event."""
-
-
-def estimate_of(experiment: Experiment, dataset: Manifest, layout: Layout) -> Estimate | None:
-    """Estimate and print the cost of the whole run; None if it cannot be estimated within seconds.
-
-    If the estimate fails, the run goes on.
-    """
-    tokens = TokenCounts.of(dataset)
-    try:
-        timing = _timing(experiment, dataset.tokenizer["n_vocab"], layout)
-        if isinstance(timing, str):
-            print(f"expected: unknown until the first minute of training is over: {timing}")
-            return None
-        estimate = tokens.expected(experiment, timing)
-    except Exception as error:
-        print(f"no estimate of the cost: {type(error).__name__}: {error}", flush=True)
-        return None
-    print(f"expected: {expected_line(estimate)}", flush=True)
-    return estimate
-
-
-def _timing(experiment: Experiment, n_vocab: int, layout: Layout) -> Timing | str:
-    """Return an earlier measurement of the speed, or measure it if that is quick, or why not."""
-    known = cache.read(experiment, n_vocab, layout)
-    if known is not None:
-        return known
-    micro_batch = experiment.train.micro_batch_size * experiment.model.block_size
-    flops = model_facts(experiment, n_vocab)["flops_per_token"] * micro_batch
-    if flops >= MEASURE_FLOPS and not layout.use_gpu:
-        return "timing a step of this model takes long on a CPU; --dry-run does it"
-    return measure(experiment, n_vocab, layout, limit_s=MEASURE_S)
 
 
 def _show(folder: RunFolder, summary: Summary, url: str | None) -> None:

@@ -232,10 +232,7 @@ class RunFolder:
             os.replace(self.reserve_file, self.ending_file)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json. On a full disk, print a message instead of raising.
-
-        The driver can then still print how the run ended.
-        """
+        """Write summary.json. On a full disk, print that; the driver then prints the ending."""
         try:
             files.write_json(self.summary_file, summary)
         except OSError as error:

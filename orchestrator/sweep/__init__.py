@@ -10,7 +10,6 @@ Read in this order:
 - `progress`: `Progress`, the state of a running sweep on disk.
 - `tune`: `execute` runs the stages with Ray Tune. The only module here that imports Ray.
 - `stage`: `run_stage` trains one stage. `records` has its files stage.json and result.json.
-- `unneeded`: removes checkpoints from which no stage starts any more.
 - `stored`: which stages are on disk, from this tree or an earlier one.
 - `ranking`: compares the trials. `outcome`: how a sweep ended.
 - `source`: checks before a sweep starts, such as those of the run that it branches off.

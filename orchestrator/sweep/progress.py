@@ -15,10 +15,9 @@ from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.sweep.records import StageResult, StageSpec, read_result, read_spec
 from orchestrator.sweep.stage import has_result, write_stopped
 from orchestrator.sweep.states import DONE, FAILED, RUNNING, WAITING, StageStates
-from orchestrator.sweep.stored import StoredStages, StoredState, checkpoint_bytes
+from orchestrator.sweep.stored import StoredStages, StoredState, checkpoint_bytes, remove_unneeded
 from orchestrator.sweep.tree import Stage, StageTree
 from orchestrator.sweep.trials import PlannedTrial
-from orchestrator.sweep.unneeded import remove_unneeded
 from orchestrator.workers import hangs
 from orchestrator.workers.diagnose import diagnose
 from orchestrator.workers.ray_train import PATIENCE

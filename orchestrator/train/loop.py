@@ -34,22 +34,18 @@ from orchestrator.train.step import Step, ignore_phase, micro_batches
 
 
 def train(
-    experiment: Experiment,
-    folder: RunFolder,
-    dataset_dir: Path,
-    worker: Worker | None = None,
+    experiment: Experiment, folder: RunFolder, dataset_dir: Path, worker: Worker | None = None
 ) -> int:
     """Train from the newest valid checkpoint, or from new weights, to `train.max_steps`.
 
     This is the entry without Ray: for tests, benchmarks and torchrun. A run on Ray uses `Trainer`
     directly, under a watchdog (`workers/ray_train.py`).
 
-    Every rank calls this function with the same arguments and its own `worker`. With more than one
-    rank, torch.distributed must be initialized. Only rank 0 writes files.
+    Every rank calls this function with its own `worker`. With more than one rank,
+    torch.distributed must be initialized. Only rank 0 writes files.
 
     Returns:
-        The number of steps done. It is below `max_steps` only if the run stopped early;
-        `folder.read_ending()` then gives the reason.
+        The number of steps done; `folder.read_ending()` tells why it is below `max_steps`.
     """
     trainer = Trainer(experiment, folder, dataset_dir, worker or Worker())
     for _ in trainer.run():
@@ -140,8 +136,7 @@ class Trainer:
         All ranks yield at the same steps, so a caller can end all of them at the same line.
 
         Raises:
-            UserError: The disk has no room for the last checkpoint or the last journal line, or a
-                token shard was changed since it was verified.
+            UserError: The disk is full at the end, or a token shard was changed.
         """
         state = self.state
         steps = range(state.step, self.end_step)
@@ -160,8 +155,7 @@ class Trainer:
                     # Forward and backward of all micro-batches, then the sum over all ranks.
                     gradient = self.step.gradient(batches)
 
-                    # Update the weights. A loss or gradient that is not finite leaves them as
-                    # they are, and either this step is skipped or the run ends.
+                    # A loss or gradient that is not finite is skipped, or ends the run.
                     verdict = self.guard.judge(state, gradient)
                     if verdict == nonfinite.STOP:
                         break
@@ -174,8 +168,8 @@ class Trainer:
                         state.meter.add([])
 
                     # A stop request travels with the gradient of rank 0, so that all ranks stop
-                    # after the same step. The resumed run then evaluates and writes the line:
-                    # there may be only seconds left until the process is killed.
+                    # after the same step. The resumed run then evaluates and writes the line, as
+                    # there may be only seconds left.
                     state.line_due = self._due().line
                     if gradient.stop:
                         raise StopRequested
@@ -226,9 +220,8 @@ class Trainer:
             self._save_checkpoint({})
         if self.worker.is_main:
             self.checkpointer.wait()
-            self.folder.write_ending(
-                Ending("again", f"asked to stop after step {step}", {"step": step})
-            )
+            ending = Ending("again", f"asked to stop after step {step}", {"step": step})
+            self.folder.write_ending(ending)
 
     def _finish_without_steps(self) -> Iterator[Line]:
         """Complete a run or stage that starts at its last step."""
@@ -250,8 +243,7 @@ class Trainer:
         """Evaluate `val` and `train` on all ranks; empty if evaluation is off.
 
         Args:
-            update_best: False for an evaluation that only the end of the run requires; see
-                `due`.
+            update_best: False if only the end of the run requires the evaluation; see `due`.
 
         Raises:
             StopRequested: The run should stop. Nothing was measured.

@@ -16,6 +16,7 @@ import torch
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.cost import bench, cache, timing
+from orchestrator.cost.before_run import estimate_of
 from orchestrator.cost.bench import RAY_GIB, Bench
 from orchestrator.cost.correct import RunCorrection
 from orchestrator.cost.estimate import comparison_line, dry_run
@@ -23,7 +24,6 @@ from orchestrator.cost.measure import measure, share_of_worker
 from orchestrator.cost.timing import Timing
 from orchestrator.data.batches import EvalBatches
 from orchestrator.data.dataset import Manifest, Split
-from orchestrator.jobs import train as job
 from orchestrator.runs.facts import model_facts
 from orchestrator.train.gradients import Gradients
 from orchestrator.train.numerics import Worker
@@ -292,7 +292,7 @@ DATASET = Manifest(Path("tokens"), {"name": "char", "n_vocab": N_VOCAB}, SPLITS)
 
 
 def test_run_prints_its_estimate(started, capsys):
-    estimate = job.estimate_of(small(), DATASET, ONE_WORKER)
+    estimate = estimate_of(small(), DATASET, ONE_WORKER)
     assert estimate == timing.expected(small(), 1000, 5000, TIMING)
     assert capsys.readouterr().out.startswith("expected: ")
 
@@ -302,7 +302,7 @@ def test_run_says_why_it_has_no_estimate(monkeypatch, started, capsys):
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert job.estimate_of(small(), DATASET, ONE_WORKER) is None
+    assert estimate_of(small(), DATASET, ONE_WORKER) is None
     assert capsys.readouterr().out == (
         "expected: unknown until the first minute of training is over: timing a step takes more "
         "than 10 s at a load of 0.0 per CPU\n"
@@ -342,17 +342,17 @@ def test_short_run_is_not_corrected():
 
 def test_failed_estimate_does_not_end_a_run(monkeypatch, started, capsys):
     monkeypatch.setattr(subprocess, "run", None)
-    assert job.estimate_of(small(), DATASET, ONE_WORKER) is None
+    assert estimate_of(small(), DATASET, ONE_WORKER) is None
     assert "no estimate of the cost: TypeError: " in capsys.readouterr().out
 
 
 def test_large_run_uses_only_a_cached_measurement(started):
     words = ["model.n_layer=48", "model.n_embd=1600", "model.n_head=25"]
     large = small(*words, "train.micro_batch_size=16")
-    assert job.estimate_of(large, DATASET, ONE_WORKER) is None
+    assert estimate_of(large, DATASET, ONE_WORKER) is None
     assert started == []
     measure(large, N_VOCAB, ONE_WORKER)
-    assert job.estimate_of(large, DATASET, ONE_WORKER) is not None
+    assert estimate_of(large, DATASET, ONE_WORKER) is not None
     assert len(started) == 1
 
 

@@ -43,7 +43,7 @@ from orchestrator.data.prepare import prepare_in
 from orchestrator.runs import journal
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.progress import Progress
-from orchestrator.sweep.space.expand import Sweep, expand
+from orchestrator.sweep.space.expand import expand
 from orchestrator.sweep.states import DIVERGED, DONE
 from orchestrator.sweep.study import Study, data_key
 from orchestrator.sweep.tree import Branch, Stage
@@ -127,7 +127,7 @@ def opened(tree: dict[str, Any], folder: Path | None, layout: Layout) -> Study:
     """Prepare the tokens and plan a sweep in `folder`; None: where `pipelines/sweep.py` has it."""
     base, settings = parse_sweep(tree, "the benchmark")
     storage = storage_root(base)
-    planned = Sweep(base, settings, expand(base.model_dump(), settings))
+    planned = expand(base.model_dump(), settings)
     dataset = prepare_in(base.data, storage)
     sweep_folder = SweepFolder(folder or storage / base.name)
     return Study(planned, sweep_folder, layout, {data_key(base.data): dataset})

@@ -48,7 +48,7 @@ def trials_of(tree) -> dict[str, Branch]:
     """Return the trials of a sweep's configuration; needs no tokens."""
     base, settings = parse_sweep(tree, "test")
     trials = {}
-    for spec in expand(base.model_dump(), settings):
+    for spec in expand(base.model_dump(), settings).trials:
         train = spec.experiment.train
         rates = Rates(spec.experiment.lr_schedule()).first(train.max_steps)
         trials[spec.name] = Branch(spec.name, f"seed {train.seed}", rates)

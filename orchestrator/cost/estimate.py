@@ -16,7 +16,7 @@ from orchestrator.cost import timing as cost
 from orchestrator.cost.measure import measure
 from orchestrator.cost.timing import Estimate, Timing
 from orchestrator.cost.tokens import TokenCounts, token_counts
-from orchestrator.data.corpus import without_hash
+from orchestrator.data.corpus import entries_of, without_hash
 from orchestrator.data.order import check_tokens
 from orchestrator.errors import UserError
 from orchestrator.runs.facts import ModelFacts, model_facts
@@ -154,9 +154,7 @@ def _model_lines(facts: ModelFacts) -> list[str]:
 
 
 def _data_lines(experiment: Experiment, tokens: TokenCounts) -> list[str]:
-    corpus = experiment.data.corpus
-    entries = [corpus] if isinstance(corpus, str) else corpus
-    name = ", ".join(map(without_hash, entries))
+    name = ", ".join(map(without_hash, entries_of(experiment.data.corpus)))
     place = f"in {tokens.directory}"
     if tokens.directory is None:
         place = "in a folder named after its content (not hashed yet)"

@@ -9,7 +9,7 @@ from model.flops import flops_per_token
 from model.gpt import GPTConfig
 from orchestrator.cluster import connection
 from orchestrator.config.experiment import Experiment
-from orchestrator.data.corpus import without_hash
+from orchestrator.data.corpus import entries_of, without_hash
 from orchestrator.data.dataset import Manifest
 from orchestrator.redact import redact
 from orchestrator.runs.folder import RunFacts
@@ -62,9 +62,8 @@ def facts_of(
 
 def _corpus_names(experiment: Experiment) -> str:
     """Return the last part of each corpus, such as `tinyshakespeare.txt`."""
-    corpus = experiment.data.corpus
-    entries = [corpus] if isinstance(corpus, str) else corpus
-    names = [without_hash(entry).rstrip("/").rpartition("/")[2] for entry in entries]
+    entries = map(without_hash, entries_of(experiment.data.corpus))
+    names = [entry.rstrip("/").rpartition("/")[2] for entry in entries]
     return ", ".join(names)
 
 

@@ -11,6 +11,7 @@ from orchestrator.data.dataset import Manifest
 from orchestrator.data.estimate import estimate_tokens
 from orchestrator.data.prepared import find_in, known_dir, list_sources
 from orchestrator.data.tasks import tail_cut
+from orchestrator.data.tokenizer import kind_of
 from orchestrator.runs.storage import storage_root
 
 
@@ -61,6 +62,7 @@ def token_counts(experiment: Experiment) -> TokenCounts:
     if guess.tokens is None:
         return TokenCounts(guess.n_vocab, None, None, directory, is_exact=False, corpus=files)
     val = guess.tokens - tail_cut(guess.tokens, data.val_fraction)
-    # The split cuts characters or documents, not tokens: only for `char` are these the same.
-    is_exact = guess.exact and data.tokenizer == "char" and data.split == "tail"
+    # The split cuts characters or documents, which need not be tokens.
+    counts = kind_of(data.tokenizer).counts
+    is_exact = guess.exact and counts == "characters" and data.split == "tail"
     return TokenCounts(guess.n_vocab, guess.tokens - val, val, directory, is_exact, files)

@@ -42,10 +42,11 @@ def estimate_tokens(data: "Data") -> TokenEstimate:
     name = data.tokenizer
     sources = corpus.resolve(data.corpus)
     n_vocab = kind_of(name).n_vocab
+    counts = kind_of(name).counts
     if any(source.size is None for source in sources):
         return TokenEstimate(None, None, False, n_vocab)
     size = sum(source.bytes for source in sources)
-    if name == "char":
+    if counts == "characters":
         chunks = plan_chunks(sources, CHUNK_BYTES, data)
         characters, seen = count(span for spans in chunks for span in spans)
         return TokenEstimate(size, characters, True, len(seen))
@@ -56,7 +57,7 @@ def estimate_tokens(data: "Data") -> TokenEstimate:
         documents = len(sources)
     if any(kind_of_file(source.path).packing for source in sources):
         return TokenEstimate(size, None, False, n_vocab)
-    if name == "byte" and plain and data.invalid_utf8 == "stop":
+    if counts == "bytes" and plain and data.invalid_utf8 == "stop":
         return TokenEstimate(size, size + documents, True, n_vocab)
     bytes_per_token = BYTES_PER_TOKEN
     if has_ranks(name):

@@ -44,7 +44,7 @@ def plan_chunks(sources: list[Source], chunk_bytes: int, data: "Data") -> list[l
         text_field=data.text_field,
         replace=data.invalid_utf8 == "replace",
         skip_null=data.on_null == "skip",
-        cut_anywhere=kind_of(data.tokenizer).cuts_anywhere,
+        cut_anywhere=kind_of(data.tokenizer).counts is not None,
     )
     chunks: list[list[Span]] = [[]]
     room = chunk_bytes

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -187,13 +187,13 @@ class TokenizerKind:
         load: Builds it from its name and the content of tokenizer.json, if there is one.
         n_vocab: Number of ids; None if it is not known beforehand.
         learn: Builds it from the characters of a corpus; None if it needs no corpus.
-        cuts_anywhere: It encodes each character alone.
+        counts: What it makes one token of, if it encodes each character alone.
     """
 
     load: Callable[[str, Stored | None], Tokenizer]
     n_vocab: int | None = None
     learn: Callable[[str], Tokenizer] | None = None
-    cuts_anywhere: bool = False
+    counts: Literal["bytes", "characters"] | None = None
 
 
 def _load_characters(_name: str, stored: Stored | None) -> Tokenizer:
@@ -223,8 +223,8 @@ def _tiktoken(name: str) -> Tokenizer:
 
 
 TOKENIZERS: dict[str, TokenizerKind] = {
-    "byte": TokenizerKind(lambda name, stored: ByteTokenizer(), 257, cuts_anywhere=True),
-    "char": TokenizerKind(_load_characters, learn=CharacterTokenizer, cuts_anywhere=True),
+    "byte": TokenizerKind(lambda name, stored: ByteTokenizer(), 257, counts="bytes"),
+    "char": TokenizerKind(_load_characters, learn=CharacterTokenizer, counts="characters"),
     # The sizes of tiktoken's encodings are for the dry run, which downloads nothing.
     "gpt2": TokenizerKind(_load_tiktoken, 50257),
     "r50k_base": TokenizerKind(_load_tiktoken, 50257),

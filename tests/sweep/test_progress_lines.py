@@ -63,6 +63,13 @@ def test_steps_of_a_running_stage_count_and_the_eta_follows_them(half_way, study
     assert "12 of 23 steps run, 17 saved | ETA 1m50s" in status
 
 
+def test_steps_of_an_earlier_attempt_are_not_left(half_way, sweeps):
+    again = sweeps.open(*WORDS).progress
+    (first,) = again.begun[again.next()]
+    assert first > 0  # the newest checkpoint
+    assert Pace(again, 1, step_s=1.0).look().left_s == 23 - first
+
+
 def test_time_is_given_again_after_the_first_minute(half_way, study, capsys):
     lines = ProgressLines(half_way, study.best)
     for _ in range(2):

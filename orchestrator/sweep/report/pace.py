@@ -80,9 +80,12 @@ class Pace:
 
     def _made(self, stage: str) -> int:
         """Return the steps of a running stage in this attempt."""
-        first = max(self.progress.begun[stage][-1], self.progress.tree.by_id[stage].start)
         ranks = marks.read(self.progress.folder.stage(stage))
-        return max(0, ranks[0].step - first) if ranks else 0
+        return max(0, ranks[0].step - self._first_step(stage)) if ranks else 0
+
+    def _first_step(self, stage: str) -> int:
+        """Return the step from which this attempt at a stage started."""
+        return max(self.progress.begun[stage][-1], self.progress.tree.by_id[stage].start)
 
     def _step_s(self, seconds: float, steps: int) -> float | None:
         """Return the seconds per step of the stages that have ended here and of those that run."""
@@ -98,8 +101,14 @@ class Pace:
     def _left_s(self, live: dict[str, int], step_s: float | None) -> float | None:
         if step_s is None:
             return None
-        progress = self.progress
-        pending = progress.states.pending
-        steps = sum(progress.tree.cost(stage) for stage in pending) - sum(live.values())
-        paths = [progress.states.remaining[s.id] - live.get(s.id, 0) for s in pending]
-        return step_s * max(0, steps / self.slots, *paths)
+        tree = self.progress.tree
+        steps = 0.0
+        longest = 0.0
+        for stage in self.progress.states.pending:
+            cost = tree.cost(stage)
+            done = 0
+            if stage.id in live:  # an earlier attempt may have made some of its steps
+                done = min(cost, self._first_step(stage.id) - stage.start + live[stage.id])
+            steps += cost - done
+            longest = max(longest, self.progress.states.remaining[stage.id] - done)
+        return step_s * max(steps / self.slots, longest)

@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.cluster import connection
 from orchestrator.data.corpus import Progress
 from orchestrator.data.tasks import Job
-from orchestrator.errors import UserError
+from orchestrator.errors import NO_ROOM, UserError
 from orchestrator.text import duration
 
 TERMINAL_INTERVAL_S = 0.2
@@ -121,6 +121,10 @@ def _run_job(
     except (UserError, PermissionError, FileNotFoundError) as raised:
         # Returned, not raised: Ray wraps exceptions and runs some tasks again.
         error = str(raised)
+    except OSError as raised:
+        if raised.errno not in NO_ROOM:
+            raise
+        error = f"the disk is full: {raised}. Free some room and run the same command again"
     return {"result": to_json([number, result, error])}
 
 

@@ -4,6 +4,7 @@ Most tests run the tasks in this process and in random order. Tests with `ray_cl
 """
 
 import argparse
+import errno
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from orchestrator.data import prepare as prepare_module
 from orchestrator.data.dataset import load_manifest
 from orchestrator.data.index import write_index
 from orchestrator.data.prepare import prepare
+from orchestrator.data.ray_tasks import RayTasks
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
 from tests.helpers.datasets import data, hashes_of, ids_of, quiet
@@ -122,6 +124,7 @@ from pathlib import Path
 import ray
 from orchestrator.config.sections import Data
 from orchestrator.data.prepare import prepare
+from orchestrator.data.ray_tasks import RayTasks
 ray.init(log_to_driver=False)
 data = Data(corpus=sys.argv[1], tokenizer="byte", append_eot=True, val_fraction=0.25)
 prepare(data, Path(sys.argv[2]), progress=lambda *_: None, chunk_bytes=100)
@@ -243,3 +246,12 @@ def test_error_in_a_task_reaches_the_user_through_ray(ray_cluster, tmp_path):
     (tmp_path / "t.txt").write_bytes(b"fine so far \xff")
     with pytest.raises(UserError, match=r"t\.txt: byte 12"):
         prepare(data(tmp_path / "t.txt"), tmp_path / "d", progress=quiet, chunk_bytes=1000)
+
+
+def test_full_disk_while_tokens_are_written_is_one_line():
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "train-00000.parquet")
+
+    tasks = RayTasks(quiet)
+    with pytest.raises(UserError, match=r"^the disk is full: .*train-00000.parquet.*run the same"):
+        tasks.map("writing", full, [{}], [1], here=True)

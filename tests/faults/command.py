@@ -205,8 +205,8 @@ def _change_between_passes(how: str, file: str) -> None:
     read_pieces = tasks.read_pieces
     changed: list[str] = []
 
-    def reading(span: Any) -> Any:
-        for piece in read_pieces(span):
+    def reading(*args: Any) -> Any:
+        for piece in read_pieces(*args):
             if not changed:
                 changed.append(how)
                 corpora.change_file(how, file)

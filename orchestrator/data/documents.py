@@ -66,12 +66,14 @@ class Piece:
     Attributes:
         document: `file.txt`, `file.jsonl@<byte>` or `file.parquet#<row>`.
         text: The text.
+        size: Bytes of the file that it takes; of Parquet, and of packed files, an average or 0.
         starts: The document begins with this piece.
         ends: The document ends with this piece.
     """
 
     document: str
     text: str
+    size: float
     starts: bool = True
     ends: bool = True
 
@@ -115,7 +117,7 @@ def _read_text(span: Span) -> Iterator[Piece]:
             end = safe_cut(file, span.end, span.size) if start < span.end else start
         data = read_at(file, start, end - start)
     text = _decode(data, span, start)
-    yield Piece(span.name, text, span.start == 0, span.end == span.size)
+    yield Piece(span.name, text, len(data), span.start == 0, span.end == span.size)
 
 
 def _read_json_lines(span: Span) -> Iterator[Piece | None]:
@@ -138,7 +140,8 @@ def _read_json_lines(span: Span) -> Iterator[Piece | None]:
                 raise EOFError("it has become shorter")
             if line.strip():
                 text = _text_of_line(line, span, offset)
-                yield None if text is None else Piece(f"{span.name}@{offset}", text)
+                size = 0 if packing else len(line)
+                yield None if text is None else Piece(f"{span.name}@{offset}", text, size)
             offset += len(line)
 
 
@@ -210,11 +213,11 @@ def _read_rows(file: Any, group: int, row: int, span: Span) -> Iterator[Piece | 
         elif column.type == pa.large_string():
             column = column.cast(pa.large_binary())
         for value in column:
-            yield _text_of_row(value.as_py(), row, span)
+            yield _text_of_row(value.as_py(), row, span, span.size / file.metadata.num_rows)
             row += 1
 
 
-def _text_of_row(value: Any, row: int, span: Span) -> Piece | None:
+def _text_of_row(value: Any, row: int, span: Span, size: float) -> Piece | None:
     if value is None and span.skip_null:
         return None
     if not isinstance(value, bytes):
@@ -228,7 +231,7 @@ def _text_of_row(value: Any, row: int, span: Span) -> Piece | None:
             f"{span.name}: row {row}, byte {error.start} of '{span.text_field}' is not "
             "UTF-8; convert it, or set data.invalid_utf8=replace"
         ) from None
-    return Piece(f"{span.name}#{row}", text)
+    return Piece(f"{span.name}#{row}", text, size)
 
 
 def _decode(data: bytes, span: Span, offset: int) -> str:

@@ -4,11 +4,12 @@ The number is exact for `char`, and for `byte` with plain text. For a byte-pair 
 chunks of the corpus are encoded, if the ranks are on this machine.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator.data import corpus
-from orchestrator.data.documents import Span, read_pieces, reader_of
+from orchestrator.data.documents import Piece, Span, read_pieces, reader_of
 from orchestrator.data.input.kinds import kind_of as kind_of_file
 from orchestrator.data.tasks import count, plan_chunks
 from orchestrator.data.tokenizer import has_ranks, kind_of, load_tokenizer
@@ -68,12 +69,24 @@ def estimate_tokens(data: "Data") -> TokenEstimate:
 def _bytes_per_token(chunks: list[list[Span]], data: "Data") -> float:
     """Return bytes of files per token, from chunks that are spread evenly over the corpus."""
     tokenizer = load_tokenizer(data.tokenizer)
-    size = 0
+    size = 0.0
     tokens = 0
     for spans in chunks[:: max(1, len(chunks) // SAMPLES)][:SAMPLES]:
-        for span in spans:
-            size += span.end - span.start
-            has_eot = data.append_eot and not reader_of(span.path).one_document
-            for piece in read_pieces(span):
-                tokens += len(tokenizer.encode(piece.text)) + has_eot
+        for piece in _first_pieces(spans):
+            # A text that cannot be cut may be one piece of many megabytes.
+            text = piece.text[:SAMPLE_BYTES]
+            size += piece.size * len(text) / max(1, len(piece.text))
+            has_eot = data.append_eot and piece.starts and piece.ends
+            tokens += len(tokenizer.encode(text)) + has_eot
     return size / tokens if tokens > 0 else BYTES_PER_TOKEN
+
+
+def _first_pieces(spans: list[Span]) -> Iterator[Piece]:
+    """Return pieces of a chunk up to `SAMPLE_BYTES` of its files: it may hold a whole row group."""
+    taken = 0.0
+    for span in spans:
+        for piece in read_pieces(span):
+            yield piece
+            taken += piece.size
+            if taken >= SAMPLE_BYTES:
+                return

@@ -191,8 +191,7 @@ class _Preparation:
         characters = [survey["characters"] for survey in surveys]
         jobs = tasks.tokenize_jobs(chunks, hashes, characters, self.data)
         parts = self._tokenize(jobs, hashes, sizes, tokenizer)
-        if parts.nulls():
-            print(f"data.on_null: left out {parts.nulls():,} documents without a text", flush=True)
+        print(f"documents: {parts}", flush=True)
         splits = self._write_shards(parts, tokenizer.dtype)
         if _versions(sources) != versions:
             raise UserError(

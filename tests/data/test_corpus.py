@@ -181,6 +181,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 9
         ("d.parquet", POINTER, "Git-LFS pointer"),
         ("part-00000", b"PAR1...", "Parquet"),
         ("d.png", b"\x89PNG\r\n\0\0\0", "binary"),
+        ("d.arrow", b"ARROW1", "binary"),
         ("d.bin", "中文".encode() + b"\0", "text"),
     ],
 )

@@ -7,6 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from orchestrator import hashes
@@ -15,11 +17,15 @@ from orchestrator.config.sections import Data
 from orchestrator.cost.estimate import dry_run
 from orchestrator.data import corpus, documents
 from orchestrator.data import prepare as prepare_module
+from orchestrator.data.corpus import resolve
 from orchestrator.data.dataset import FORMAT
+from orchestrator.data.documents import read_pieces
 from orchestrator.data.estimate import TokenEstimate, estimate_tokens
 from orchestrator.data.input.kinds import TEXT, Kind
 from orchestrator.data.prepare import prepare, prepare_in
 from orchestrator.data.prepared import dataset_dir, known_dir, settings_of, with_hashes
+from orchestrator.data.tasks import plan_chunks
+from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.files import file_sha256
 from tests.helpers.datasets import STORY, data, hashes_of, quiet
@@ -268,6 +274,33 @@ def test_dry_run_names_the_folder_only_if_the_corpus_was_hashed(here, mixed, tmp
     directory = dataset_dir(experiment.data, tmp_path)
     [_, tokens, _] = dry_run(experiment, timed=False)["data"]
     assert tokens.endswith(f"in {directory}")
+
+
+def huge_rows(file):
+    words = [f"row {i}: it was a dark and stormy night {i * 17} " * 30 for i in range(2000)]
+    pq.write_table(pa.table({"id": range(2000), "text": words}), f"{file}.parquet")
+
+
+def huge_line(file):
+    line = json.dumps({"id": "x" * 500, "text": STORY * 5000})
+    Path(f"{file}.jsonl").write_text(f"{line}\n" * 2)
+
+
+def huge_word(file):
+    Path(f"{file}.txt").write_text("ACGT" * 500_000)
+
+
+@pytest.mark.parametrize("write", [huge_rows, huge_line, huge_word])
+def test_estimate_is_near_if_pieces_are_larger_than_a_sample(gpt2_ranks, tmp_path, write):
+    write(tmp_path / "c")
+    settings = Data(corpus=str(next(tmp_path.iterdir())), tokenizer="gpt2")
+    [spans] = plan_chunks(resolve(settings.corpus), 1 << 30, settings)
+    tokens = sum(
+        len(load_tokenizer("gpt2").encode(piece.text))
+        for span in spans
+        for piece in read_pieces(span)
+    )
+    assert estimate_tokens(settings).tokens == pytest.approx(tokens, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,9 @@ _LINES = {".jsonl", ".ndjson"}
 _JSON = {".json", ".jl", ".jsonlines"}
 _PARQUET = {".parquet", ".parq"}
 _TABLES = {".csv", ".tsv"}
-_HEAD = 512
+_BINARY_NAMES = {".arrow", ".feather", ".avro", ".orc", ".tfrecord", ".npy", ".npz", ".h5", ".pkl"}
+_BINARY_NAMES |= {".pt", ".safetensors", ".db", ".sqlite", ".pdf", ".docx", ".xlsx", ".epub"}
+_HEAD = 4096
 _LINE = 1 << 16  # if the first line is longer, its first characters decide
 _MARK = "\ufeff"  # byte order mark
 
@@ -68,7 +70,9 @@ _UTF16 = Kind(
     TEXT,
     "looks like UTF-16 (every second byte is 0); convert it, for example with `iconv -t UTF-8`",
 )
-_BINARY = Kind("binary", "is a binary file and not text; leave it out of data.corpus")
+_BINARY = Kind(
+    "binary", "is a binary file and not text; convert it to JSON lines or Parquet, or leave it out"
+)
 
 
 def kind_of(path: str | Path) -> Kind:
@@ -127,6 +131,8 @@ def _kind_by_name(name: PurePath) -> Kind | None:
         return Kind(PARQUET)
     if suffix in _ARCHIVES:
         return _ARCHIVE
+    if suffix in _BINARY_NAMES:
+        return _BINARY
     return _TABLE if suffix in _TABLES else None
 
 

@@ -124,7 +124,7 @@ def _once(base: Path, paths: Iterable[Path], left_out: LeftOut) -> list[Path]:
             found.append(first)
             for path in names:
                 if path != first:
-                    left_out["another name of a file"].append(str(path))
+                    left_out["another name of a file"].append(str(path.relative_to(base)))
         else:
             left_out["folder" if first.is_dir() else "device or pipe"].append(first.name)
     return found

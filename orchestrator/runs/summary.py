@@ -1,5 +1,6 @@
 """summary.json: how a run ended, its final losses and its speed."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -46,7 +47,8 @@ def summarize(
         mlflow_run_id: None if the tracking server has not answered.
         wall_s: Seconds since the workers were started.
     """
-    folder.reserve_file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the file system may have become read-only
+        folder.reserve_file.unlink(missing_ok=True)
     lines = journal.read(folder)
     step = max(folder.checkpoint_steps(), default=0)
     found = None

@@ -4,6 +4,7 @@
     crew.py        `Crew`: the workers of a stage of a sweep
     watchdog.py    `Watchdog`: each rank reports its phase and is ended if it hangs
     watch.py       `Watch`, `RunWatch`: what the driver looks for while the workers train
+    same_error.py  `SameErrorLimit`: ends a run that fails again and again in the same way
     diagnose.py    `diagnose`: how a run or a stage ended; `advise`: which micro-batch fits
     marks.py       the current phase of each rank, on disk
     hangs.py       ends a stuck rank, keeps its thread stacks, names the rank that hung

@@ -56,9 +56,10 @@ def report(folder: RunFolder) -> str | None:
         seen = marks.read(folder)
         message = f"{verdict(seen)}; {_move(folder, stacks)}"
         events.note(folder, "hang", message, marks=[asdict(mark) for mark in seen])
-    for file in folder.hang_files():
-        file.unlink(missing_ok=True)
-    marks.remove(folder)
+    with contextlib.suppress(OSError):  # the file system may have become read-only
+        for file in folder.hang_files():
+            file.unlink(missing_ok=True)
+        marks.remove(folder)
     return message
 
 

@@ -30,7 +30,8 @@ from orchestrator.workers import hangs, memory
 from orchestrator.workers.diagnose import ending_of_tracebacks, out_of_memory
 from orchestrator.workers.watchdog import Watchdog
 
-# Attempts in a row that may fail without a new checkpoint. Another attempt would fail too.
+# Attempts in a row that may fail without a new checkpoint, or with the same error (`same_error`).
+# Another attempt would fail too.
 PATIENCE = 3
 MAX_FAILURES = 1000  # Ray's limit, in case our own count cannot be stored
 # On a network file system, the lock of a lost machine is freed when its lease ends, usually after
@@ -55,6 +56,8 @@ def fit(experiment: Experiment, folder: RunFolder, data_dir: Path, layout: Layou
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from orchestrator.workers.same_error import SameErrorLimit
+
     launch = uuid.uuid4().hex[:8]
     resources = {"CPU": layout.cpus_per_worker}
     if layout.use_gpu:
@@ -78,6 +81,7 @@ def fit(experiment: Experiment, folder: RunFolder, data_dir: Path, layout: Layou
             name=launch,
             storage_path=str(folder.ray_scratch),
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            callbacks=[SameErrorLimit(folder, PATIENCE)],
             worker_runtime_env={"env_vars": worker_environment()},
         ),
     )
@@ -231,10 +235,10 @@ def _append_attempt(folder: RunFolder, start: WorkersStart) -> None:
 
 
 def record_failure(folder: RunFolder, worker: Worker, error: Exception) -> None:
-    """Store the traceback; record the ending if the user has to change something first."""
+    """Store the traceback; record the ending if the next attempt would fail in the same way."""
     text = "".join(traceback.format_exception(error))
     ending = ending_of_tracebacks(folder, [text], worker.world_size)
-    if ending.kind == "user":
+    if ending.kind in ("user", "again"):
         folder.write_ending(ending)
     with contextlib.suppress(OSError):
         files.write_atomically(folder.failure_file(worker.rank), text)

@@ -1,0 +1,38 @@
+"""A run ends when its workers fail in the same way again and again."""
+
+import pytest
+
+from orchestrator.workers.same_error import SameErrorAgain, SameErrorLimit
+
+READ_ONLY = """Traceback (most recent call last):
+  File "loop.py", line 7, in run
+    write()
+OSError: [Errno 30] Read-only file system: 'metrics.jsonl'
+"""
+
+
+def fail(limit: SameErrorLimit, *errors: str) -> None:
+    limit.after_exception(None, {rank: RuntimeError(text) for rank, text in enumerate(errors)})
+
+
+def test_third_failure_with_the_same_error_ends_the_run(folder):
+    limit = SameErrorLimit(folder, 3)
+    fail(limit, READ_ONLY, "RuntimeError: connection closed by peer 4711")
+    fail(limit, "RuntimeError: connection closed by peer 4712", READ_ONLY)
+    with pytest.raises(SameErrorAgain, match="^OSError: .Errno 30. Read-only file system"):
+        fail(limit, READ_ONLY)
+
+
+@pytest.mark.parametrize("progress", ["another error", "a new checkpoint"])
+def test_another_error_or_a_new_checkpoint_begins_a_new_count(folder, progress):
+    limit = SameErrorLimit(folder, 3)
+    fail(limit, READ_ONLY)
+    fail(limit, READ_ONLY)
+    if progress == "another error":
+        fail(limit, "RuntimeError: killed")
+    else:
+        folder.checkpoint(20).mkdir(parents=True)
+    fail(limit, READ_ONLY)
+    fail(limit, READ_ONLY)
+    with pytest.raises(SameErrorAgain):
+        fail(limit, READ_ONLY)

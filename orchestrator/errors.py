@@ -10,6 +10,7 @@ EXIT_INTERRUPTED = 130  # Ctrl-C
 
 # `errno` of an OSError: the disk or the user's quota is full.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NOT_WRITABLE = (*NO_ROOM, errno.EROFS)  # or the file system is read-only
 
 
 class HeldError(RuntimeError):
@@ -31,10 +32,5 @@ class NoRoomError(UserError):
 class UnreadableError(UserError):
     """A file cannot be read at the moment. Its content may be intact.
 
-    Attributes:
-        errno: The system's error number, if known.
+    A command prints it as one line and ends with status 75: the same command may succeed later.
     """
-
-    def __init__(self, message: str, errno: int | None):
-        super().__init__(message)
-        self.errno = errno

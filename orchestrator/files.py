@@ -13,15 +13,27 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from orchestrator.errors import UserError
 from orchestrator.redact import redact_text
 
 # `errno` of a lock on a file system without locks, such as Lustre or NFS without its lock service.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+RETRY_S = 15.0
+# Reading again does not help: the file is missing, or it may not be read.
+_LASTING = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+)
+T = TypeVar("T")
 
 
 class NotPlainFileError(UserError, OSError):
@@ -161,6 +173,24 @@ def replacement(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """Call `read` again while it raises an OSError that may pass, for at most `RETRY_S`.
+
+    Such errors come from network file systems, disks, and too many open files.
+    """
+    deadline = time.monotonic() + RETRY_S
+    pause = 0.05
+    while True:
+        try:
+            return read()
+        except OSError as error:
+            is_lasting = isinstance(error, UserError) or error.errno in _LASTING
+            if is_lasting or time.monotonic() > deadline:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

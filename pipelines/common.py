@@ -17,6 +17,7 @@ from orchestrator.errors import (
     EXIT_USER,
     NO_ROOM,
     HeldError,
+    UnreadableError,
     UserError,
 )
 from orchestrator.runs import signals
@@ -29,14 +30,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     """Call `main(argv)` and exit with its status.
 
-    These errors are printed without a traceback: a user error or a full disk (status 2), a run that
-    another process writes to, or SIGTERM, SIGHUP or SIGQUIT (75), and Ctrl-C (130). See
-    `orchestrator.errors`.
+    These errors are printed without a traceback: a user error or a full disk (status 2), a file
+    that cannot be read at the moment, a run that another process writes to, or SIGTERM, SIGHUP or
+    SIGQUIT (75), and Ctrl-C (130). See `orchestrator.errors`.
     """
     streams.secure()
     signals.begin()
     try:
         status = main(sys.argv[1:])
+    except UnreadableError as error:
+        status = _print_error(f"error: {error}", EXIT_AGAIN)
     except UserError as error:
         status = _print_error(f"error: {error}", EXIT_USER)
     except HeldError as error:

@@ -5,27 +5,33 @@
         model.safetensors      weights
         optimizer.safetensors  state of the optimizer
         state.json, experiment.yaml, model.json, tokenizer.json
+        metrics.jsonl          copy of the journal
 
 The manifest also holds its own SHA-256. safetensors has no checksum: without these hashes, a file
 with a flipped bit would load without an error.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 from orchestrator.errors import UnreadableError, UserError
-from orchestrator.files import file_sha256
+from orchestrator.files import file_sha256, patiently
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _MAX_MANIFEST_BYTES = 1 << 20  # a real manifest has a few thousand
+# EIO after all retries: a bad sector.
+_DAMAGE = (errno.EIO, errno.ENOENT, errno.ENOTDIR)
+T = TypeVar("T")
 
 
 class Part(TypedDict):
@@ -40,6 +46,9 @@ class Fingerprints(TypedDict):
 
     data: str  # data.dataset.data_identity
     numerics: dict[str, Any]  # train.numerics.fingerprint
+    # Earlier versions of this program did not store these two.
+    proof: NotRequired[str]  # train.step.Step.proof
+    environment: NotRequired[dict[str, Any]]  # train.numerics.environment
 
 
 class CheckpointManifest(TypedDict, total=False):
@@ -73,13 +82,33 @@ def step_of(path: Path) -> int | None:
 
 def steps(directory: Path) -> list[int]:
     """Return the steps of all checkpoints in a run's `checkpoints/`, rising. None is verified."""
-    if not Path(directory).is_dir():
+    try:
+        names = os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = (step_of(Path(name)) for name in os.listdir(directory))
+    found = (step_of(Path(name)) for name in names)
     return sorted(step for step in found if step is not None)
 
 
 # ---- verification ----
+
+
+def reading(path: Path, read: Callable[[], T]) -> T:
+    """Call `read`, which reads files of a checkpoint; try again if an error may pass.
+
+    Raises:
+        UnreadableError: They cannot be read at the moment.
+        UserError: They are missing or damaged, or `read` raised it.
+    """
+    try:
+        return patiently(read)
+    except UserError:
+        raise
+    except OSError as error:
+        message = f"{error.filename or path}: cannot be read ({error.strerror or error})"
+        if error.errno in _DAMAGE:
+            raise UserError(f"{message}; use another checkpoint") from None
+        raise UnreadableError(f"{message}; run the same command again") from None
 
 
 def verify(path: Path) -> CheckpointManifest:
@@ -87,7 +116,8 @@ def verify(path: Path) -> CheckpointManifest:
 
     Raises:
         UnreadableError: A file cannot be read at the moment.
-        UserError: A file is missing or changed, or the folder has the name of another step.
+        UserError: A file is missing, damaged or changed, or the folder has the name of another
+            step.
     """
     manifest = read_manifest(path)
     if step_of(path) not in (None, manifest["step"]):
@@ -95,10 +125,7 @@ def verify(path: Path) -> CheckpointManifest:
             f"{path}: contains the checkpoint of step {manifest['step']}, not of the step in its "
             "name; restore the name"
         )
-    try:
-        _verify_parts(path, manifest["parts"])
-    except OSError as error:
-        raise _unreadable(path, error) from None
+    reading(path, lambda: _verify_parts(path, manifest["parts"]))
     return manifest
 
 
@@ -106,9 +133,9 @@ def _verify_parts(path: Path, parts: Mapping[str, Part]) -> None:
     # Compare sizes first: this is fast, and refuses pipes, devices and huge files.
     for name, part in parts.items():
         file = path / name
-        if not file.is_file():
+        size = _size(file)
+        if size is None:
             raise UserError(f"{file}: missing; the checkpoint is incomplete, use another one")
-        size = file.stat().st_size
         if size != part["size"]:
             raise UserError(f"{file}: has {size} bytes instead of {part['size']}; use another one")
     # hashlib releases the GIL, so that threads hash several files at once.
@@ -129,9 +156,10 @@ def read_manifest(path: Path) -> CheckpointManifest:
         UserError: The manifest is missing, changed or of another format.
     """
     try:
-        return _parse(_read_small(path / MANIFEST).decode())
-    except OSError as error:
-        raise _unreadable(path, error) from None
+        content = reading(path, lambda: _read_small(path / MANIFEST))
+        return _parse(content.decode())
+    except UserError:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{path}: not a checkpoint of this program (its {MANIFEST} is missing or changed)"
@@ -151,7 +179,7 @@ def _parse(text: str) -> CheckpointManifest:
 
 def _read_small(file: Path) -> bytes:
     """Read a manifest; refuse a pipe, a device or a huge file with ValueError."""
-    if not file.is_file():
+    if _size(file) is None:
         raise ValueError("not a file")
     with open(file, "rb") as opened:
         content = opened.read(_MAX_MANIFEST_BYTES + 1)
@@ -160,11 +188,13 @@ def _read_small(file: Path) -> bytes:
     return content
 
 
-def _unreadable(path: Path, error: OSError) -> UnreadableError:
-    return UnreadableError(
-        f"{error.filename or path}: cannot be read ({error.strerror}); use another checkpoint",
-        error.errno,
-    )
+def _size(file: Path) -> int | None:
+    """Return the size of a file; None if it is missing, or not a file."""
+    try:
+        found = os.stat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def manifest_text(step: int, parts: Mapping[str, Part], facts: Mapping[str, Any]) -> str:

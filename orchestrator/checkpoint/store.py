@@ -7,7 +7,6 @@ A run's `checkpoints/` has one writer, which holds the lock of the run. Readers 
 time: a checkpoint that they have listed may be removed or replaced while they read it.
 """
 
-import contextlib
 import errno
 import hashlib
 import math
@@ -25,6 +24,7 @@ from orchestrator.checkpoint.format import (
     manifest_text,
     path_of,
     read_manifest,
+    reading,
     steps,
     verify,
 )
@@ -126,15 +126,13 @@ def latest_valid(
             writer of the run may do this.
 
     Raises:
-        UnreadableError: Only with `set_aside`: a checkpoint cannot be read at the moment. It may be
-            valid, and a writer that continued from an older one could not go back. A bad sector
-            (EIO) counts as damage.
+        UnreadableError: A checkpoint cannot be read at the moment. It may be valid, and a run that
+            continued from an older one could not go back.
     """
     directory = Path(directory)
     skipped: set[int | None] = set()  # inodes; a replaced checkpoint has another one
     while True:
-        restore_replaced(directory)
-        listed = steps(directory)
+        listed = reading(directory, lambda: _restored_steps(directory))
         is_changed = False
         for step in reversed(listed):
             path = path_of(directory, step)
@@ -149,10 +147,17 @@ def latest_valid(
                     # The writer removed or replaced it, so there is a newer one. List again.
                     is_changed = True
                     break
+                if isinstance(error, UnreadableError):
+                    raise
                 _skip(path, error, warn, set_aside)
                 skipped.add(inode)
         if not is_changed and steps(directory) == listed:
             return None
+
+
+def _restored_steps(directory: Path) -> list[int]:
+    restore_replaced(directory)
+    return steps(directory)
 
 
 def _skip(path: Path, error: UserError, warn: Callable[[str], None], set_aside: bool) -> None:
@@ -160,8 +165,6 @@ def _skip(path: Path, error: UserError, warn: Callable[[str], None], set_aside: 
     if not set_aside:
         warn(f"skipped: {error}")
         return
-    if isinstance(error, UnreadableError) and error.errno != errno.EIO:
-        raise error
     damaged = path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:8]}")
     os.rename(path, damaged)
     warn(f"skipped: {error}; now {damaged.name}")
@@ -177,15 +180,22 @@ def _inode(path: Path) -> int | None:
 def best(directory: Path) -> int | None:
     """Return the step of the checkpoint with the lowest val loss; of equal ones, the earliest.
 
-    None if no checkpoint is of a step that was evaluated.
+    None if no checkpoint is of a step that was evaluated. Damaged checkpoints are skipped.
+
+    Raises:
+        UnreadableError: A checkpoint cannot be read at the moment.
     """
     scored = []
     for step in steps(directory):
-        with contextlib.suppress(UserError):
+        try:
             manifest = read_manifest(path_of(directory, step))
-            loss = manifest.get("metrics", {}).get("val/loss")
-            if loss is not None and math.isfinite(loss):
-                scored.append((loss, step))
+        except UnreadableError:
+            raise
+        except UserError:
+            continue
+        loss = manifest.get("metrics", {}).get("val/loss")
+        if loss is not None and math.isfinite(loss):
+            scored.append((loss, step))
     return min(scored)[1] if scored else None
 
 
@@ -193,8 +203,14 @@ def best(directory: Path) -> int | None:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Remove leftovers of commits, and all checkpoints but the newest `keep` and the best one."""
-    best_step = best(directory)
+    """Remove leftovers of commits, and all checkpoints but the newest `keep` and the best one.
+
+    If a checkpoint cannot be read at the moment, it may be the best one: nothing is removed now.
+    """
+    try:
+        best_step = best(directory)
+    except UnreadableError:
+        return
     for step in steps(directory)[:-keep]:
         if step != best_step:
             remove(path_of(directory, step))

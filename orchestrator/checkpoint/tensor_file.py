@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from orchestrator.checkpoint.format import reading
+
 Tensors = Mapping[str, Tensor]
 
 _DTYPES = {
@@ -110,7 +112,8 @@ def fill(files: Mapping[str, TensorFile], groups: Mapping[str, Tensors]) -> dict
 
 def load_tensors(path: Path, name: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Load `<name>.safetensors` of a verified checkpoint."""
-    return load_file(path / f"{name}.safetensors", device=str(device))
+    file = path / f"{name}.safetensors"
+    return reading(path, lambda: load_file(file, device=str(device)))
 
 
 def weights_sha256(weights: Tensors) -> str:

@@ -155,9 +155,14 @@ class Train(Section):
     )
     allow_drift: Annotated[bool, Effect.NOTHING] = Field(
         False,
-        description="resume even if the last bits of the results will differ, because one of these "
-        "changed: processor or GPU, CPUs per worker, version of torch, compile, reduction_slots, "
-        "or micro_batch_size at the same global batch",
+        description="resume even if the last bits of the results will differ, because the machine, "
+        "a version or the code computes other bits, or because compile, reduction_slots, or "
+        "micro_batch_size at the same global batch changed",
+    )
+    restart: Annotated[bool, Effect.NOTHING] = Field(
+        False,
+        description="begin again at step 0 if the run had checkpoints and none is valid any more; "
+        "what the run wrote is moved into a folder before-0001 and so on",
     )
     init_from: Text = Field(
         "scratch",

@@ -26,13 +26,13 @@ from orchestrator.errors import UserError
 from orchestrator.files import folder_bytes, read_json, read_text
 from orchestrator.jobs.job import Job
 from orchestrator.redact import redact
-from orchestrator.runs import identity, journal, metrics
+from orchestrator.runs import identity, journal, journal_copy, metrics
 from orchestrator.runs.console import Console
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.facts import facts_of
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.summary import Summary, summarize
-from orchestrator.text import duration, number, table
+from orchestrator.text import differences, duration, number, table
 from orchestrator.track.tracker import Tracker
 from orchestrator.train import init_from, numerics
 from orchestrator.workers import ray_train
@@ -90,6 +90,9 @@ class TrainJob(Job):
         return dataset is not None and self._resume_step(dataset) == max_steps
 
     def show_again(self) -> None:
+        damage = journal_copy.restore(self.folder, self.experiment.train.max_steps)
+        if damage is not None:
+            print(damage)
         name = self.experiment.name
         print(
             f"{name} is finished. To train longer, set a larger train.max_steps; to start again, "
@@ -114,14 +117,14 @@ class TrainJob(Job):
         init_from.check_shape(experiment, self.dataset.tokenizer["n_vocab"])
 
         self.step = self._resume_step(self.dataset)
-        drift = self._drift()
+        changes = self._changes()
         facts = facts_of(experiment, self.dataset)
         self.estimate = None
         if self.step == 0:
             self.estimate = estimate_of(experiment, self.dataset, self.layout)
         planned_s = None if self.estimate is None else self.estimate["time_s"]
         self.correction = RunCorrection(planned_s, experiment.train.max_steps)
-        identity.begin_attempt(self.folder, experiment, facts, self._attempt(drift))
+        identity.begin_attempt(self.folder, experiment, facts, self._attempt(changes))
         self.tracker = Tracker(self.folder, self.uri, experiment.tracking.experiment)
         self._print_start()
 
@@ -131,32 +134,36 @@ class TrainJob(Job):
             self.folder, self.experiment, dataset, _ignore_damaged_checkpoint
         )
 
-    def _drift(self) -> list[str]:
-        """Return why the bits of the resumed run may differ from those of an uninterrupted one.
+    def _changes(self) -> list[str]:
+        """Return what has changed since the checkpoint that may change the bits.
 
         Raises:
-            UserError: There is such a reason, and `train.allow_drift` is false.
+            UserError: The checkpoint has no proof, something has changed, and `train.allow_drift`
+                is false. With a proof, the workers find out whether the bits are the same.
         """
         if self.step == 0:
             return []
-        manifest = checkpoint.read_manifest(self.folder.checkpoint(self.step))
-        before = manifest["fingerprints"]["numerics"]
+        fingerprints = checkpoint.read_manifest(self.folder.checkpoint(self.step))["fingerprints"]
+        before = fingerprints["numerics"]
         worker = numerics.Worker(cpus=self.layout.cpus_per_worker)
         now = numerics.fingerprint(self.experiment, worker)
         if self.layout.use_gpu or cluster.has_several_nodes():
             # The workers may run on another kind of machine than the driver. They check these two.
             now |= {key: before.get(key) for key in ("device", "torch")}
-        return numerics.refuse_drift(before, now, self.experiment, self.folder.path)
+        lines = differences(before, now)
+        if "proof" not in fingerprints:
+            numerics.refuse_drift(lines, self.experiment, self.folder.path)
+        return lines
 
-    def _attempt(self, drift: list[str]) -> dict[str, Any]:
+    def _attempt(self, changes: list[str]) -> dict[str, Any]:
         """Return the entry of this start in run.json."""
         attempt: dict[str, Any] = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "from_step": self.step,
             "layout": asdict(self.layout),
         }
-        if drift:
-            attempt["drift"] = "; ".join(drift)
+        if changes:
+            attempt["changed"] = "; ".join(changes)
         fields = self.experiment.flat()
         attempt |= {name: fields[name] for name in fields_with(*FREE)}
         return redact(attempt)

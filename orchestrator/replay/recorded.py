@@ -11,7 +11,7 @@ from model.schedule import learning_rate
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.checkpoint.format import Fingerprints
 from orchestrator.config.experiment import Experiment
-from orchestrator.errors import UserError
+from orchestrator.errors import UnreadableError, UserError
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder, RunRecord
 from orchestrator.sweep import rates
@@ -80,6 +80,8 @@ class RecordedRun:
             try:
                 checkpoint.verify(self.folder.checkpoint(step))
                 self._is_valid[step] = True
+            except UnreadableError:
+                raise
             except UserError as error:
                 self.damaged.append(str(error))
                 self._is_valid[step] = False

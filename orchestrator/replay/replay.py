@@ -33,6 +33,8 @@ from orchestrator.train import numerics
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
 
+EXPLAINS = ("data", "seed", "experiment")  # changes that also change the proof of a checkpoint
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -87,7 +89,7 @@ class Replay:
         damage = _damage(dataset, self.experiment.data.tokenizer)
         report = ReplayResult(self.stretch, changes=damage + self._changes(dataset))
         if not damage:
-            stopped = self._train(dataset, scratch, report_line)
+            stopped = self._train(dataset, scratch, report, report_line)
             self._compare(scratch, report)
             if stopped is not None:
                 report.differences.append(stopped)
@@ -96,7 +98,11 @@ class Replay:
         return report
 
     def _train(
-        self, dataset: Manifest, scratch: RunFolder, report_line: Callable[[Line], None]
+        self,
+        dataset: Manifest,
+        scratch: RunFolder,
+        report: ReplayResult,
+        report_line: Callable[[Line], None],
     ) -> Difference | None:
         """Train all segments. Return a difference if the training stopped early."""
         parent = None
@@ -107,6 +113,7 @@ class Replay:
             experiment = self.experiment.replace(
                 **settings,
                 train__checkpoint_interval=None,  # only at the end of each segment
+                train__allow_drift=True,  # the report names it
                 train__keep=len(self.segments),
             )
             trainer = Trainer(
@@ -118,6 +125,10 @@ class Replay:
                 end_step=segment.end,
                 lr_at=self.run.lr_at(self.experiment),
             )
+            explained = any(change.kind in EXPLAINS for change in report.changes)
+            if not trainer.start.is_own and not explained:
+                # Another proof than that in the checkpoint of the run.
+                report.changes += [Cause("numerics", line) for line in trainer.start.drift]
             for line in trainer.run():
                 report_line(line)
             step = trainer.state.step

@@ -8,6 +8,7 @@ Start with `folder.RunFolder`, which lists all files. The main names are:
 - `ending.Ending`: how a run, a stage or a sweep ended. `summary.summarize` writes summary.json.
 - `journal.Journal`, `read`, `Tail`: one line of metrics per logged step; `metrics.METRICS` is the
   table of metrics.
+- `journal_copy.restore`: lines that were lost come back from a checkpoint.
 - `events.note`: events such as a hang or a damaged checkpoint.
 - `lock.held`: locks of the driver, of rank 0 and of the sender to MLflow.
 - `signals`, `stop.request`: SIGTERM, Ctrl-C and the request to stop.

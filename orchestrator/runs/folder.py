@@ -7,7 +7,6 @@ No other module writes one of these names. Inside a checkpoint, `checkpoint/form
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from orchestrator.checkpoint import format as checkpoint_format
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.config.load import read_yaml
-from orchestrator.errors import NO_ROOM, UserError
+from orchestrator.errors import NO_ROOM, NOT_WRITABLE, UserError
 from orchestrator.runs.ending import Ending
 
 RESERVE_BYTES = 128 * 1024  # enough for stopped.json with the tracebacks of all ranks
@@ -68,6 +67,7 @@ class RunFolder:
         self.summary_file = self.path / "summary.json"  # Ending of a run, final losses, cost
         self.hangs = self.path / "hangs"  # thread stacks of ranks that hung
         self.replays = self.path / "replays"
+        self.checkpointed_file = self.path / ".checkpointed"  # a checkpoint was written
 
         # State of processes.
         self.stop_request_file = self.path / "stop.json"
@@ -169,14 +169,15 @@ class RunFolder:
         for file in self.path.glob("failure-rank*.txt"):
             file.unlink(missing_ok=True)
 
-    def discard_history(self) -> None:
-        """Remove journal, events and samples, for an experiment that starts over in this folder."""
-        for file in self.aside_files():
-            file.unlink(missing_ok=True)
-        for file in (self.journal_file, self.attempts_file, self.events_file):
-            file.unlink(missing_ok=True)
-        for folder in (self.samples, self.hangs):
-            shutil.rmtree(folder, ignore_errors=True)
+    def history(self) -> list[Path]:
+        """Return what a run wrote. The file that tells that it had checkpoints comes last."""
+        lines = [self.run_file, self.journal_file, self.attempts_file, self.events_file]
+        folders = [self.samples, self.hangs, self.checkpoints]
+        return [*lines, *self.aside_files(), *folders, self.checkpointed_file]
+
+    def new_history_folder(self) -> Path:
+        """Folder for what an earlier run wrote here, which does not exist yet."""
+        return self.path / f"before-{len(list(self.path.glob('before-*'))) + 1:04d}"
 
     def read_record(self) -> RunRecord | None:
         """Read run.json; None before the first attempt."""
@@ -232,11 +233,11 @@ class RunFolder:
             os.replace(self.reserve_file, self.ending_file)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json. On a full disk, print that; the driver then prints the ending."""
+        """Write summary.json. If the disk is full or read-only, print that: the driver goes on."""
         try:
             files.write_json(self.summary_file, summary)
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if error.errno not in NOT_WRITABLE:
                 raise
             print(f"{self.summary_file}: not written: {error.strerror}", file=sys.stderr)
 

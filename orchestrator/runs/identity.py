@@ -5,6 +5,7 @@ the same run. A changed identity field would give other weights, so it is refuse
 name.
 """
 
+import os
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ def check_resumable(
     dataset: Manifest,
     warn: Callable[[str], None] = print,
 ) -> int:
-    """Return the step from which `experiment` would resume in this folder; 0 without a checkpoint.
+    """Return the step from which `experiment` would resume in this folder; 0 for a new run.
 
     Args:
         folder: Folder of the run.
@@ -35,11 +36,14 @@ def check_resumable(
         warn: Called with a message for each damaged checkpoint that is skipped.
 
     Raises:
-        UserError: The run was trained with another identity. The message shows each difference and
-            what the user can do.
+        UnreadableError: A checkpoint cannot be read at the moment.
+        UserError: The run was trained with another identity, or its checkpoints are gone. The
+            message says what the user can do.
     """
     found = checkpoint.latest_valid(folder.checkpoints, warn)
     if found is None:
+        if not experiment.train.restart:
+            require_no_checkpoints(folder)
         return 0
     manifest = checkpoint.read_manifest(found)
     lines = identity_differences(RunFolder(found).read_experiment(), experiment, manifest["step"])
@@ -53,6 +57,33 @@ def check_resumable(
     if lines and not (only_drift and experiment.train.allow_drift):
         raise UserError(_refusal(folder, lines, only_drift))
     return manifest["step"]
+
+
+def had_checkpoints(folder: RunFolder) -> bool:
+    """Return whether a run has written a checkpoint, also if all of them are gone."""
+    if folder.checkpointed_file.exists():
+        return True
+    # Earlier versions of this program did not write that file.
+    attempts = (folder.read_record() or {}).get("attempts") or []
+    if any(attempt.get("from_step") for attempt in attempts):
+        return True
+    return any(folder.checkpoints.glob("damaged-*")) or bool(folder.checkpoint_steps())
+
+
+def require_no_checkpoints(folder: RunFolder) -> None:
+    """Refuse to begin at step 0 in the folder of a run that had checkpoints.
+
+    A stage of a sweep may begin again: its checkpoints are removed once no stage needs them.
+
+    Raises:
+        UserError: The run had checkpoints.
+    """
+    if had_checkpoints(folder) and not folder.stage_file.exists():
+        raise UserError(
+            f"{folder.checkpoints}: no valid checkpoint is left of this run, which had some; "
+            "restore one, use a new name (name=…), or set train.restart=true to begin again at "
+            "step 0"
+        )
 
 
 def _refusal(folder: RunFolder, differences: list[str], only_drift: bool) -> str:
@@ -133,7 +164,8 @@ def begin_attempt(
 ) -> None:
     """Store the experiment of an attempt in the run folder.
 
-    Another experiment that starts from step 0 becomes a new MLflow run.
+    Another experiment that starts from step 0, or one that starts again there, becomes a new MLflow
+    run. What the earlier one wrote is moved aside.
 
     Args:
         folder: Folder of the run.
@@ -145,12 +177,24 @@ def begin_attempt(
     record = folder.read_record()
     if record is None or _starts_over(folder, experiment, facts, record, attempt):
         record = RunRecord(key=uuid.uuid4().hex, attempts=[])
-        folder.discard_history()
+        _move_history(folder)
     attempts = [*record["attempts"], attempt]
     folder.begin_attempt(
         experiment, {"name": experiment.name, "key": record["key"], **facts, "attempts": attempts}
     )
     stop.clear(folder)
+
+
+def _move_history(folder: RunFolder) -> None:
+    """Move what an earlier run wrote into a folder of its own."""
+    existing = [path for path in folder.history() if os.path.lexists(path)]
+    if not existing:
+        return
+    target = folder.new_history_folder()
+    target.mkdir()
+    for path in existing:
+        os.rename(path, target / path.name)
+    print(f"what an earlier run wrote is now in {target}", flush=True)
 
 
 def _starts_over(
@@ -160,9 +204,11 @@ def _starts_over(
     record: RunRecord,
     attempt: dict[str, Any],
 ) -> bool:
-    """Return whether another experiment is trained from step 0 in the folder of an earlier one."""
+    """Return whether a run begins at step 0 in the folder of another one, or with `restart`."""
     if attempt.get("from_step"):
         return False
+    if experiment.train.restart and had_checkpoints(folder):
+        return True
     try:
         changed = identity_differences(folder.read_experiment(), experiment, 0)
     except UserError:  # written by another version

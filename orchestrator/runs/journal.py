@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from orchestrator import files
 from orchestrator.errors import NO_ROOM, NoRoomError
 from orchestrator.files import fsync, write_atomically
-from orchestrator.runs import events, metrics
+from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
 
 TAIL_BYTES = 8192  # several times the size of a line
@@ -110,8 +110,10 @@ class Journal:
         """
         remaining: list[bytes] = []
         archived: list[bytes] = []
-        for data in _whole_lines(self.file):
-            line = json.loads(data)
+        for data in whole_lines(self.file):
+            line = parse(data)
+            if line is None:  # no line of a step that remains: see `journal_copy`
+                continue
             kept = _kept_part(line, step, reduce)
             if kept == line:
                 remaining.append(data + b"\n")
@@ -152,29 +154,14 @@ def _kept_part(line: Line, step: int, reduce: Callable[[Line], Line | None] | No
     return line
 
 
-def by_interval(line: Line, log_interval: int | None, eval_interval: int | None) -> Line | None:
-    """Remove the metrics that only the last step of a run logs; None if no metric remains.
-
-    Args:
-        line: A line that was perhaps written at the end of a run.
-        log_interval: `train.log_interval` of the run.
-        eval_interval: `train.eval_interval` of the run.
-    """
-    intervals = {"log": log_interval, "eval": eval_interval}
-    due = {name for name, every in intervals.items() if every and line["step"] % every == 0}
-    kept = {
-        name: value
-        for name, value in line.items()
-        if name not in ("step", "timestamp") and metrics.of(name).interval in due
-    }
-    if not kept:
-        return None
-    return {"step": line["step"], "timestamp": line["timestamp"], **kept}
-
-
 def read(folder: RunFolder) -> list[Line]:
-    """Return all lines of the journal in order, without those in asides."""
-    return [json.loads(data) for data in _whole_lines(folder.journal_file)]
+    """Return all lines in order, without those in asides. Damaged ones are skipped."""
+    return _parsed(whole_lines(folder.journal_file))
+
+
+def read_text(folder: RunFolder) -> str:
+    """Return the whole lines of the journal as one text."""
+    return b"".join(line + b"\n" for line in whole_lines(folder.journal_file)).decode()
 
 
 def last(folder: RunFolder) -> Line | None:
@@ -185,9 +172,7 @@ def last(folder: RunFolder) -> Line | None:
             lines = file.read().split(b"\n")[:-1]
     except FileNotFoundError:
         return None
-    if not lines or not lines[-1].startswith(b"{"):
-        return None
-    return json.loads(lines[-1])
+    return parse(lines[-1]) if lines else None
 
 
 def sync(folder: RunFolder) -> None:
@@ -227,7 +212,7 @@ class Tail:
         if not newline:
             return []
         self._offset += len(whole) + 1
-        return [json.loads(data) for data in whole.split(b"\n")]
+        return _parsed(whole.split(b"\n"))
 
     def _reopen_if_replaced(self) -> None:
         # The file stays open between two calls: otherwise the new file could get the same inode.
@@ -259,7 +244,7 @@ class Aside:
 
     def read(self) -> list[Line]:
         """Return the lines in the order of the former journal."""
-        return [json.loads(data) for data in _whole_lines(self.path)]
+        return _parsed(whole_lines(self.path))
 
 
 def asides(folder: RunFolder) -> list[Aside]:
@@ -282,7 +267,23 @@ def _encode(line: Line) -> bytes:
     return json.dumps(line).encode() + b"\n"
 
 
-def _whole_lines(path: Path) -> list[bytes]:
+def parse(data: bytes) -> Line | None:
+    """Return a line of the journal; None if it is damaged."""
+    try:
+        line = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict):
+        return None
+    is_whole = all(type(line.get(name)) is int for name in ("step", "timestamp"))
+    return line if is_whole else None
+
+
+def _parsed(lines: list[bytes]) -> list[Line]:
+    return [line for line in map(parse, lines) if line is not None]
+
+
+def whole_lines(path: Path) -> list[bytes]:
     """Return the complete lines, without their newlines."""
     try:
         data = files.read_bytes(path)

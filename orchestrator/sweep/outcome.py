@@ -23,6 +23,9 @@ def ending_of(study: Study, stages_at_a_time: int) -> Ending:
     endings = _failures_with_advice(study, stages_at_a_time)
     if study.progress.full_disk is not None:
         endings.insert(0, Ending("user", study.progress.full_disk, cause="disk_full"))
+    unreadable = [ending for ending in endings if ending.kind == "again"]
+    if unreadable:
+        return unreadable[0]
     if not endings or DIVERGED in states or any(e.kind != "user" for e in endings):
         return Ending("failed")
     return endings[0]

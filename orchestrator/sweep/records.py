@@ -12,6 +12,7 @@ from orchestrator.runs.journal import Line
 from orchestrator.sweep import rates
 from orchestrator.sweep.states import State
 from orchestrator.sweep.tree import Branch
+from orchestrator.train.due import by_interval
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _lines_of_longer_run(lines: list[Line], last_step: int, experiment: Experime
         if line["step"] < last_step:
             found.append(line)
         elif line["step"] == last_step:
-            reduced = journal.by_interval(line, config.log_interval, config.eval_interval)
+            reduced = by_interval(line, config.log_interval, config.eval_interval)
             if reduced:
                 found.append(reduced)
     return found

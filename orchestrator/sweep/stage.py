@@ -17,7 +17,7 @@ from typing import Any
 
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import Experiment
-from orchestrator.errors import UserError
+from orchestrator.errors import UnreadableError, UserError
 from orchestrator.runs import journal, lock
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Line
@@ -211,6 +211,8 @@ def has_result(folder: RunFolder, spec: StageSpec, experiment: Experiment) -> bo
         return False
     try:
         checkpoint.verify(folder.checkpoint(spec.stop))
+    except UnreadableError:
+        raise
     except UserError:
         return False
     return True

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.checkpoint import store as checkpoint
-from orchestrator.errors import UserError
+from orchestrator.errors import UnreadableError, UserError
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.sweep.records import StageResult, read_result, read_spec
 from orchestrator.sweep.states import DIVERGED, DONE, FAILED, RUNNING, STOPPED, WAITING, State
@@ -119,6 +119,8 @@ class StoredStages:
                 continue
             try:
                 checkpoint.verify(self.states[key].checkpoint)
+            except UnreadableError:
+                raise
             except UserError as error:
                 problems.append(str(error))
                 del self.states[key]

@@ -1,17 +1,34 @@
-"""Builds the first state: from a checkpoint of the run or of its parent, or with new weights."""
+"""Builds the first state: from a checkpoint of the run or of its parent, or with new weights.
+
+A state from a checkpoint is used only if this process computes the same bits as the one that wrote
+the checkpoint: both compute the proof, a hash of what the next step computes first.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.checkpoint import store
+from orchestrator.checkpoint.format import Fingerprints
 from orchestrator.config.experiment import Experiment
+from orchestrator.data.batches import Batches
 from orchestrator.errors import UnreadableError, UserError
-from orchestrator.runs import events
+from orchestrator.runs import events, journal_copy
 from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.identity import require_no_checkpoints
+from orchestrator.text import differences
 from orchestrator.train import numerics
 from orchestrator.train.init_from import initial_model
-from orchestrator.train.numerics import Worker, agree
+from orchestrator.train.numerics import Worker, agree, gather
 from orchestrator.train.state import TrainState, build, restore
+from orchestrator.train.step import Step
+
+_MESSAGES = {
+    "changed": "the next step has the same bits as before, though this has changed: {1}",
+    "unproven": (
+        "{0}: an earlier version wrote it, without a proof of its bits; only processor, CPUs per "
+        "worker and torch's version were compared"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -21,87 +38,156 @@ class Begin:
     Attributes:
         state: The state; the same on all ranks.
         is_own: It was read from a checkpoint in the folder of this run.
+        drift: Why the last bits differ from those of an uninterrupted run; empty if they do not.
     """
 
     state: TrainState
     is_own: bool
+    drift: list[str]
 
 
 def begin(
     experiment: Experiment,
     folder: RunFolder,
     n_vocab: int,
+    batches: Batches,
     worker: Worker,
     parent: Path | None = None,
 ) -> Begin:
     """Build the state that training starts from.
 
-    Damaged checkpoints in `folder` are skipped: rank 0 renames them and records an event.
+    Damaged checkpoints in `folder` are skipped: rank 0 renames them and records an event. It also
+    restores lines of the journal that were lost.
 
     Args:
         experiment: The configuration.
         folder: Folder of the run. Its newest valid checkpoint is used.
         n_vocab: Number of tokens of the tokenizer.
+        batches: Micro-batches of the run.
         worker: This process. All ranks must call this function.
         parent: Checkpoint to start from if `folder` has none. None: new weights, as
             `train.init_from` says.
 
     Raises:
-        UserError: `parent` is damaged, or a resumed run would not give the same bits as before and
+        UnreadableError: A checkpoint cannot be read at the moment.
+        UserError: `parent` is damaged; or the run had checkpoints and has none now; or the bits
+            would not be those of an uninterrupted run, or not the same on all ranks, and
             `train.allow_drift` is false.
     """
     own_step = agree(_newest_step(folder) if worker.is_main else 0, worker)
     is_own = own_step > 0
     path = folder.checkpoint(own_step) if is_own else parent
     if path is None:
-        model = initial_model(experiment, n_vocab)
-        return Begin(build(experiment, model, worker), is_own=False)
-    if not is_own:
-        store.verify(path)
-    elif not worker.is_main:
-        _verify_as_rank_0_did(path)
-    state = restore(experiment, path, worker)
-    if is_own:
-        _check_numerics(experiment, folder, path, worker, state.step)
-    return Begin(state, is_own)
+        state = build(experiment, initial_model(experiment, n_vocab), worker)
+    else:
+        if not is_own:
+            store.verify(path)
+        elif not worker.is_main:
+            _verify_as_rank_0_did(path)
+        state = restore(experiment, path, worker)
+    drift: list[str] = []
+    if path is not None or worker.world_size > 1:
+        drift = _check_bits(folder, Step(experiment, state), batches, worker, path)
+    return Begin(state, is_own, drift)
 
 
 def _newest_step(folder: RunFolder) -> int:
-    """Return the step of the newest valid checkpoint; 0 if there is none. Only for rank 0."""
+    """Return the step of the newest valid checkpoint; 0 if there never was one. Only for rank 0."""
 
     def skip(message: str) -> None:
         print(message, flush=True)
         events.note(folder, "checkpoint_damaged", message)
 
-    try:
-        path = store.latest_valid(folder.checkpoints, skip, set_aside=True)
-    except UnreadableError as error:
-        # Not a UserError: Ray starts the workers again, and then the file may be readable.
-        raise RuntimeError(str(error)) from error
+    path = store.latest_valid(folder.checkpoints, skip, set_aside=True)
     if path is None:
+        require_no_checkpoints(folder)
         return 0
-    return store.read_manifest(path)["step"]
+    step = store.read_manifest(path)["step"]
+    journal_copy.restore(folder, step)
+    return step
 
 
 def _verify_as_rank_0_did(path: Path) -> None:
     """Verify on this machine what rank 0 found valid. A difference is not a UserError."""
     try:
         store.verify(path)
+    except UnreadableError:
+        raise
     except UserError as error:
         raise RuntimeError(
             f"rank 0 could read this checkpoint, and this worker cannot: {error}"
         ) from error
 
 
-def _check_numerics(
-    experiment: Experiment, folder: RunFolder, path: Path, worker: Worker, step: int
-) -> None:
-    """Refuse a start that would change the bits, or record an event if `train.allow_drift`."""
-    before = store.read_manifest(path)["fingerprints"]["numerics"]
-    now = numerics.fingerprint(experiment, worker)
-    differences = numerics.refuse_drift(before, now, experiment, folder.path)
-    if not worker.is_main:
-        return
-    for difference in differences:
-        message = f"results will differ in their last bits from an uninterrupted run: {difference}"
-        events.note(folder, "drift", message, step=step)
+# ---- proof ----
+
+
+def prove(step: Step, batches: Batches, worker: Worker) -> str:
+    """Return the proof of the current state. All ranks must call this function.
+
+    Raises:
+        UserError: A rank computes other bits than rank 0, and `train.allow_drift` is false.
+    """
+    proof = step.proof(batches)
+    step.report_phase("exchange", step.state.step)  # this rank waits for the others now
+    proofs = gather(proof, worker)
+    step.report_phase("checkpoint", step.state.step)
+    numerics.refuse_drift(_ranks_that_differ(proofs), step.experiment, f"step {step.state.step}")
+    return proofs[0]
+
+
+def _ranks_that_differ(proofs: list[str]) -> list[str]:
+    return [
+        f"rank {rank} computes other bits than rank 0; use machines of one kind"
+        for rank, proof in enumerate(proofs)
+        if proof != proofs[0]
+    ]
+
+
+def _check_bits(
+    folder: RunFolder, step: Step, batches: Batches, worker: Worker, path: Path | None
+) -> list[str]:
+    """Refuse a start that would change the bits, or record it if `train.allow_drift`.
+
+    Args:
+        folder: Folder of the run, for events.
+        step: The step, with the state at the start.
+        batches: Micro-batches of the run.
+        worker: This process. All ranks must call this function.
+        path: Checkpoint that the state was read from; None: it has new weights.
+
+    Returns:
+        Why the last bits differ from those of an uninterrupted run; empty if they do not.
+    """
+    proofs = gather(step.proof(batches), worker)
+    drift = _ranks_that_differ(proofs)
+    kind, changed = "changed", ""
+    if path is not None:
+        stored = store.read_manifest(path)["fingerprints"]
+        lines = _changes(stored, step.experiment, worker)
+        changed = "; ".join(lines)
+        if "proof" not in stored:
+            kind = "unproven"
+            drift += lines
+        elif stored["proof"] != proofs[0]:
+            drift.append(f"the next step has other bits (changed: {changed or 'nothing recorded'})")
+        else:
+            drift += [line for line in lines if line.startswith(numerics.NOT_PROVEN)]
+    numerics.refuse_drift(drift, step.experiment, folder.path)
+    if worker.is_main:
+        for line in drift:
+            message = f"results will differ in their last bits from an uninterrupted run: {line}"
+            events.note(folder, "drift", message, step=step.state.step)
+        if not drift and (changed or kind == "unproven"):
+            events.note(folder, kind, _MESSAGES[kind].format(path, changed), step=step.state.step)
+    return drift
+
+
+def _changes(stored: Fingerprints, experiment: Experiment, worker: Worker) -> list[str]:
+    """Return what has changed since a checkpoint was written, as far as it is recorded."""
+    lines = differences(stored["numerics"], numerics.fingerprint(experiment, worker))
+    if "environment" in stored:
+        before = stored["environment"]
+        # A variable may also have been removed.
+        lines += differences(before, dict.fromkeys(before) | numerics.environment())
+    return lines

@@ -4,12 +4,15 @@ The training thread only copies the state into buffers in memory. The buffers ar
 hold one state, so a save waits until the previous checkpoint is on disk.
 """
 
+import contextlib
+import os
 import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
+from orchestrator import files
 from orchestrator.checkpoint import store, tensor_file
 from orchestrator.errors import NO_ROOM, NoRoomError
 from orchestrator.runs import events, journal
@@ -67,6 +70,10 @@ class Checkpointer:
             self._not_written = self._report_full_disk(step, disk_full)
             return
         self._files = tensor_file.fill(self._files, tensors)
+        texts = dict(texts)
+        if self.lines.file.exists():
+            # The copy restores lines that are lost later: these steps are not trained again.
+            texts[self.lines.file.name] = journal.read_text(self.folder)
         parts = store.parts_of(self._files, texts)
         self._pending = self._thread.submit(self._commit, step, parts, facts)
 
@@ -124,6 +131,8 @@ class Checkpointer:
             if error.errno not in NO_ROOM:
                 raise
             return self._report_full_disk(step, error)
+        with contextlib.suppress(OSError):  # the disk is full: the next commit tries again
+            os.close(files.opener(self.folder.checkpointed_file, os.O_WRONLY | os.O_CREAT))
         store.prune(self.folder.checkpoints, self.keep)
         return None
 

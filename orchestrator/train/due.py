@@ -13,9 +13,9 @@ may branch off at the end of another trial. The result must equal that of a run 
 from dataclasses import dataclass
 
 from orchestrator.config.sections import Train
-from orchestrator.runs import journal
+from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import RunFolder
-from orchestrator.runs.journal import Journal
+from orchestrator.runs.journal import Journal, Line
 from orchestrator.train.numerics import Worker, agree
 from orchestrator.train.state import TrainState
 
@@ -79,8 +79,28 @@ def rewind_journal(lines: Journal, state: TrainState, config: Train, end_step: i
         # If the run ended at this step before, its line has metrics that only the end required.
         lines.rewind(
             step,
-            lambda line: journal.by_interval(line, config.log_interval, config.eval_interval),
+            lambda line: by_interval(line, config.log_interval, config.eval_interval),
         )
+
+
+def by_interval(line: Line, log_interval: int | None, eval_interval: int | None) -> Line | None:
+    """Remove the metrics that only the last step of a run logs; None if no metric remains.
+
+    Args:
+        line: A line that was perhaps written at the end of a run.
+        log_interval: `train.log_interval` of the run.
+        eval_interval: `train.eval_interval` of the run.
+    """
+    intervals = {"log": log_interval, "eval": eval_interval}
+    due = {name for name, every in intervals.items() if every and line["step"] % every == 0}
+    kept = {
+        name: value
+        for name, value in line.items()
+        if name not in ("step", "timestamp") and metrics.of(name).interval in due
+    }
+    if not kept:
+        return None
+    return {"step": line["step"], "timestamp": line["timestamp"], **kept}
 
 
 @dataclass(frozen=True)

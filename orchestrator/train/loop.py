@@ -23,7 +23,7 @@ from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal, Line
 from orchestrator.train import nonfinite
-from orchestrator.train.begin import begin
+from orchestrator.train.begin import begin, prove
 from orchestrator.train.checkpointer import Checkpointer
 from orchestrator.train.due import Due, read_last_line, rewind_journal
 from orchestrator.train.evaluate import Evaluator, StopRequested
@@ -72,8 +72,7 @@ class Trainer:
             watchdog uses it to find a rank that hangs.
 
     Raises:
-        UserError: `parent` is damaged, or a resumed run would not give the same bits as before and
-            `train.allow_drift` is false.
+        UserError: As `begin` says.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class Trainer:
             config.seed,
         )
 
-        self.start = begin(experiment, folder, tokenizer.n_vocab, worker, parent)
+        self.start = begin(experiment, folder, tokenizer.n_vocab, self.batches, worker, parent)
         self.state = self.start.state
         self.step = Step(experiment, self.state, stop_requested, self.report_phase)
         self.guard = nonfinite.Guard(folder, config, self.batches, worker.is_main)
@@ -208,8 +207,9 @@ class Trainer:
         state = self.state
         state.meter.lap("rest")
         self.report_phase("checkpoint", state.step)
+        proof = prove(self.step, self.batches, self.worker)
         if self.worker.is_main:
-            parts = snapshot(state, self.experiment, self.dataset, self.worker, metrics)
+            parts = snapshot(state, self.experiment, self.dataset, self.worker, metrics, proof)
             self.checkpointer.save(state.step, *parts)
         state.meter.lap("checkpoint")
 

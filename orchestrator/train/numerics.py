@@ -1,10 +1,15 @@
-"""Settings of the process and seeds on which the last bit of a result depends; a fingerprint."""
+"""Settings of the process and seeds on which the last bit of a result depends; a fingerprint.
+
+No list of settings is complete. A checkpoint therefore has a proof as well (`Step.proof`), which a
+resume computes again (`begin.prove`). The fingerprint says what has changed if the proofs differ.
+"""
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
-from collections.abc import Mapping
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +20,19 @@ import torch.distributed as dist
 
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
-from orchestrator.text import differences
+from orchestrator.redact import redact
+from orchestrator.runs.facts import REPOSITORY
+from orchestrator.runs.sources import sources_sha256
+
+# Environment variables that may change the bits of a result.
+_VARIABLES = re.compile(
+    "(ATEN|BLIS|CUBLAS|CUBLASLT|CUDNN|DNNL|GOMP|KMP|MKL|OMP|ONEDNN|OPENBLAS|PYTORCH|TORCH"
+    "|TORCHINDUCTOR|TRITON)_.+|NVIDIA_TF32_OVERRIDE|GLIBC_TUNABLES|LD_PRELOAD"
+)
+_VALUE_CHARS = 200  # of a variable, in a checkpoint
+# Entries of the fingerprint that decide which sums a step makes: one micro-batch does not prove
+# that they are as before.
+NOT_PROVEN = ("micro_batch", "reduction_slots", "dtype", "compile")
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,21 @@ def agree(number: int, worker: Worker) -> int:
     return int(shared.item())
 
 
+def gather(digest: str, worker: Worker) -> list[str]:
+    """Return the `digest` of each rank, by rank. All ranks must call this function.
+
+    Args:
+        digest: Hexadecimal digits, the same number on all ranks.
+        worker: This process.
+    """
+    if worker.world_size == 1:
+        return [digest]
+    mine = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=worker.device)
+    found = [torch.empty_like(mine) for _ in range(worker.world_size)]
+    dist.all_gather(found, mine)
+    return [bytes(one.tolist()).hex() for one in found]
+
+
 def keyed_seed(seed: int, *key: int) -> int:
     """Return a seed for `seed_device` that depends on `seed` and `key` only.
 
@@ -133,29 +165,44 @@ def fingerprint(experiment: Experiment, worker: Worker) -> dict[str, Any]:
     }
 
 
-def refuse_drift(
-    before: Mapping[str, Any], now: Mapping[str, Any], experiment: Experiment, where: object
-) -> list[str]:
-    """Return the differences, or refuse them unless `train.allow_drift` is set.
+def environment() -> dict[str, Any]:
+    """Return what else may change the bits: versions, our code, and environment variables."""
+    variables = {
+        name: value[:_VALUE_CHARS]
+        for name, value in sorted(os.environ.items())
+        if _VARIABLES.fullmatch(name)
+    }
+    return {
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "sources": _own_sources(),
+        **redact(variables),
+    }
+
+
+@functools.cache
+def _own_sources() -> str:
+    return sources_sha256(REPOSITORY)[:16]
+
+
+def refuse_drift(lines: list[str], experiment: Experiment, where: object) -> None:
+    """Refuse a start that would change the last bits, unless `train.allow_drift` is set.
 
     Args:
-        before: Fingerprint of the run so far.
-        now: Fingerprint of this start.
+        lines: Why the bits would change; empty if they would not.
         experiment: The configuration.
         where: Folder of the run, for the message.
 
     Raises:
-        UserError: There are changes, and `train.allow_drift` is false.
+        UserError: There are lines, and `train.allow_drift` is false.
     """
-    lines = differences(before, now)
     if lines and not experiment.train.allow_drift:
-        message = [
-            f"{where}: results would differ in their last bits from an uninterrupted run:",
-            *(f"  {line}" for line in lines),
-            "  continue as before, set train.allow_drift=true, or use a new name (name=…)",
-        ]
-        raise UserError("\n".join(message))
-    return lines
+        raise UserError(
+            f"{where}: results would differ in their last bits from an uninterrupted run: "
+            f"{'; '.join(lines)}. Continue as before, set train.allow_drift=true, or use a new "
+            "name (name=…)"
+        )
 
 
 def device_name(device: str) -> str:

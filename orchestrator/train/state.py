@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from model import models, optim
 from model.gpt import GPT, GPTConfig
 from orchestrator.checkpoint import store
+from orchestrator.checkpoint.format import reading
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.errors import UserError
 from orchestrator.train.gradients import Gradients
 from orchestrator.train.meter import Meter
-from orchestrator.train.numerics import Worker, fingerprint
+from orchestrator.train.numerics import Worker, environment, fingerprint
 
 NOT_LOADABLE = (
     AttributeError,
@@ -105,6 +106,7 @@ def snapshot(
     dataset: Manifest,
     worker: Worker,
     metrics: dict[str, float],
+    proof: str | None = None,
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], dict[str, Any]]:
     """Return (tensors, texts, facts) as `Checkpointer.save` takes them.
 
@@ -116,6 +118,7 @@ def snapshot(
         dataset: Dataset of the run. Its tokenizer becomes a part of the checkpoint.
         worker: This process.
         metrics: Metrics of the current step. Those of `val/` decide which checkpoint is the best.
+        proof: Result of `begin.prove`; None: a resume compares only the fingerprint.
     """
     numbers = {
         "step": state.step,
@@ -134,13 +137,16 @@ def snapshot(
         "state.json": json.dumps(numbers, indent=1),
         "tokenizer.json": (dataset.directory / "tokenizer.json").read_text("utf-8"),
     }
+    fingerprints: dict[str, Any] = {
+        "data": data_identity(dataset),
+        "numerics": fingerprint(experiment, worker),
+    }
+    if proof is not None:
+        fingerprints |= {"proof": proof, "environment": environment()}
     facts = {
         "generation": worker.attempt,
         "metrics": {name: value for name, value in metrics.items() if name.startswith("val/")},
-        "fingerprints": {
-            "data": data_identity(dataset),
-            "numerics": fingerprint(experiment, worker),
-        },
+        "fingerprints": fingerprints,
     }
     return tensors, texts, facts
 
@@ -166,7 +172,7 @@ def restore(experiment: Experiment, path: Path, worker: Worker) -> TrainState:
         parameter, _, key = name.rpartition("/")
         state.optimizer.state[parameters[parameter]][key] = value
 
-    numbers = json.loads((path / "state.json").read_text("utf-8"))
+    numbers = json.loads(_read_text(path, "state.json"))
     state.step = numbers["step"]
     state.grad_norm = numbers["grad_norm"]
     state.best_val_loss = numbers["best_val_loss"]
@@ -202,11 +208,16 @@ def shape_of(path: Path) -> GPTConfig:
     Raises:
         UserError: Another version of this program wrote the checkpoint.
     """
+    text = _read_text(path, "model.json")
     try:
-        fields = json.loads((path / "model.json").read_text("utf-8"))
+        fields = json.loads(text)
         return models.new_shape(fields)
     except NOT_LOADABLE as error:
         raise _of_another_version(path, error) from None
+
+
+def _read_text(path: Path, name: str) -> str:
+    return reading(path, lambda: (path / name).read_text("utf-8"))
 
 
 def _of_another_version(path: Path, error: BaseException) -> UserError:

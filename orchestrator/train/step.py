@@ -5,6 +5,7 @@ The training loop, the stages of a sweep, the cost estimate and the benchmarks a
 Notation: B sequences per micro-batch, T tokens per sequence, M micro-batches per step (all ranks).
 """
 
+import hashlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
@@ -94,15 +95,19 @@ class Step:
     def update(self, lr: float) -> None:
         """Clip the gradient and update the weights with learning rate `lr`."""
         state = self.state
-        max_norm = self.experiment.optim.max_grad_norm
-        if max_norm:
-            state.gradients.clip(max_norm)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        state.scaler.step(state.optimizer)
+        self._apply(lr, state.scaler)
         state.scaler.update()
         state.step += 1
         state.meter.lap("compute")
+
+    def _apply(self, lr: float, scaler: torch.amp.GradScaler) -> None:
+        optimizer = self.state.optimizer
+        max_norm = self.experiment.optim.max_grad_norm
+        if max_norm:
+            self.state.gradients.clip(max_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.step(optimizer)
 
     def skip(self) -> None:
         """Count a step without an update: weights and moments stay as they are."""
@@ -112,6 +117,59 @@ class Step:
         state.step += 1
         state.skipped += 1
         state.meter.lap("compute")
+
+    def proof(self, batches: Batches) -> str:
+        """Return a hash of what the next step computes. The state stays as it is.
+
+        It is the SHA-256 of the loss and the clipped gradient of the next step's first micro-batch,
+        and of an update of the smallest parameter of each group: the same code, on the same
+        weights, as in the step.
+
+        Args:
+            batches: Micro-batches of all ranks.
+        """
+        gradients = self.state.gradients
+        device = gradients.device
+        arrays = batches.micro_batch(self.state.step, 0)
+        inputs, targets = (torch.from_numpy(array).to(device) for array in arrays)
+        buffers = [(buffer, buffer.clone()) for buffer in self.state.model.buffers()]
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            gradients.begin_slot()  # the next step begins with zeros as well
+            self._forward_backward(0, inputs, targets)
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        norm = gradients.norm().view(1)
+        updated = self._updated_copies()
+        used = gradients.current.flat[: gradients.n_params + 1]  # the gradient and the loss
+        result = torch.cat((used, norm, *updated)).cpu()
+        return hashlib.sha256(result.numpy().data).hexdigest()
+
+    @torch.no_grad()
+    def _updated_copies(self) -> list[Tensor]:
+        """Update a copy of the smallest parameter of each group; return the copies, flat."""
+        optimizer = self.state.optimizer
+        groups = optimizer.param_groups
+        copies = []
+        trial = []
+        for group in groups:
+            if not group["params"]:
+                continue
+            param = min(group["params"], key=Tensor.numel)
+            copy = param.clone()
+            copy.grad = param.grad
+            kept = optimizer.state.get(param, {})
+            optimizer.state[copy] = {key: value.clone() for key, value in kept.items()}
+            copies.append(copy)
+            trial.append({**group, "params": [copy]})
+        optimizer.param_groups = trial
+        try:
+            lr = self.experiment.schedule.max_lr
+            self._apply(lr, torch.amp.GradScaler(self.state.gradients.device.type, enabled=False))
+        finally:
+            optimizer.param_groups = groups
+            for copy in copies:
+                del optimizer.state[copy]
+        return [copy.view(-1) for copy in copies]
 
     def _forward_backward(self, micro_batch: int, inputs: Tensor, targets: Tensor) -> None:
         """Add the gradient of one micro-batch of this step."""

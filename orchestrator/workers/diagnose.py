@@ -9,18 +9,22 @@ from orchestrator.config.experiment import Experiment
 from orchestrator.cost.measure import is_out_of_memory
 from orchestrator.data.dataset import Manifest
 from orchestrator.runs import events, stop
-from orchestrator.runs.ending import Ending
+from orchestrator.runs.ending import Ending, Kind
 from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import fitting, hangs, marks, memory
 from orchestrator.workers.memory import OutOfMemory
 
 NO_ROOM_ERROR = "orchestrator.errors.NoRoomError: "
-DISK_FULL = ("[Errno 28]", "[Errno 122]")  # ENOSPC; EDQUOT: the user's quota
-USER_ERRORS = (
-    "orchestrator.errors.UserError: ",
-    "orchestrator.errors.UnreadableError: ",
-    "orchestrator.files.NotPlainFileError: ",
-)
+NOT_WRITABLE = {
+    "[Errno 28]": ("the disk is full", "Free some room there"),
+    "[Errno 122]": ("the disk is full", "Free some room there"),  # the user's quota
+    "[Errno 30]": ("the file system is read-only", "Make it writable"),
+}
+EXPECTED_ERRORS: dict[str, Kind] = {
+    "orchestrator.errors.UserError: ": "user",
+    "orchestrator.files.NotPlainFileError: ": "user",
+    "orchestrator.errors.UnreadableError: ": "again",
+}
 TRACEBACK = "Traceback (most recent call last):"
 
 
@@ -59,7 +63,8 @@ def diagnose(folder: RunFolder, error: BaseException | None = None, workers: int
     if hang is not None:
         return Ending("failed", hang, cause="hang")
 
-    tracebacks = folder.read_failures()
+    again = getattr(error, "controller_failure", None)
+    tracebacks = folder.read_failures() or ([str(again)] if again is not None else [])
     if not tracebacks:
         reason = (
             "a worker died without a traceback; its machine may be gone or out of memory "
@@ -87,25 +92,23 @@ def ending_of_tracebacks(
         workers: Number of worker processes.
         hosts: Names of the machines where the workers ran; empty if not known.
     """
-    exception = _exception(tracebacks[0])
+    exception = exception_of(tracebacks[0])
     message = exception.partition("\n")[0]
     if exception.startswith(NO_ROOM_ERROR):
         reason = f"the disk is full: {exception.removeprefix(NO_ROOM_ERROR)}"
         return Ending("user", reason, cause="disk_full")
-    for prefix in USER_ERRORS:
+    for prefix, kind in EXPECTED_ERRORS.items():
         if exception.startswith(prefix):
-            return Ending("user", exception.removeprefix(prefix), cause="exception")
+            return Ending(kind, exception.removeprefix(prefix), cause="exception")
     if is_out_of_memory(exception):
         host = next(iter(hosts), socket.gethostname())
         kill = memory.allocation_failed(message, host, workers)
         return out_of_memory(kill)
-    if any(words in exception for words in DISK_FULL):
-        problem = message.partition("] ")[2]  # without class and number
-        reason = (
-            f"the disk is full: {folder.path}: {problem}. Free some room there and run the same "
-            "command again"
-        )
-        return Ending("user", reason, cause="disk_full")
+    for number, (what, advice) in NOT_WRITABLE.items():
+        if number in exception:
+            problem = message.partition("] ")[2]  # without class and number
+            reason = f"{what}: {folder.path}: {problem}. {advice} and run the same command again"
+            return Ending("user", reason, cause="disk_full")
     return Ending("failed", message, {"traceback": "\n".join(tracebacks)}, "exception")
 
 
@@ -148,7 +151,7 @@ def _with_stop_reason(folder: RunFolder, ending: Ending) -> Ending:
     return Ending("again", f"{requested}: {ending.reason}", ending.facts)
 
 
-def _exception(traceback: str) -> str:
+def exception_of(traceback: str) -> str:
     """Return the class and the message, of one or more lines, of the exception that was raised."""
     lines = traceback.rpartition(TRACEBACK)[2].strip("\n").splitlines()
     for number, line in enumerate(lines):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator import files
 from orchestrator.checkpoint import format as checkpoint_format
 from orchestrator.checkpoint import store
 from orchestrator.checkpoint.format import step_of
@@ -80,24 +81,65 @@ def test_checkpoint_that_vanishes_while_it_is_read_is_not_damage(tmp_path, monke
     assert store.latest_valid(tmp_path, warn=pytest.fail) == store.path_of(tmp_path, 2)
 
 
-def test_writer_does_not_skip_a_checkpoint_that_cannot_be_read_at_the_moment(tmp_path, monkeypatch):
+def fail_to_hash(monkeypatch, number: int, times: int) -> None:
+    """Let the next reads of a checkpoint's parts fail with an error number."""
+    left = [times]
+    file_sha256 = checkpoint_format.file_sha256
+
+    def hash_file(path):
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number), str(path))
+        return file_sha256(path)
+
+    monkeypatch.setattr(checkpoint_format, "file_sha256", hash_file)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.EIO])
+def test_checkpoint_is_read_again_after_an_error_that_passes(tmp_path, monkeypatch, number):
+    path = commit(tmp_path, 1)
+    fail_to_hash(monkeypatch, number, times=2)
+    assert store.latest_valid(tmp_path, pytest.fail, set_aside=True) == path
+
+
+@pytest.mark.parametrize("set_aside", [False, True])
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.EACCES])
+def test_checkpoint_that_cannot_be_read_at_the_moment_is_not_skipped(
+    tmp_path, monkeypatch, number, set_aside
+):
     commit(tmp_path, 1)
     commit(tmp_path, 2)
-
-    def fail_with(number: int) -> None:
-        def hash_file(path):
-            raise OSError(number, os.strerror(number), str(path))
-
-        monkeypatch.setattr(checkpoint_format, "file_sha256", hash_file)
-
-    fail_with(errno.ESTALE)
-    assert store.latest_valid(tmp_path, lambda message: None) is None, "a reader may skip it"
-    with pytest.raises(UnreadableError, match="cannot be read"):
-        store.latest_valid(tmp_path, set_aside=True)
+    monkeypatch.setattr(files, "RETRY_S", 0)
+    fail_to_hash(monkeypatch, number, times=1000)
+    with pytest.raises(UnreadableError, match="run the same command again"):
+        store.latest_valid(tmp_path, pytest.fail, set_aside=set_aside)
     assert store.steps(tmp_path) == [1, 2]
-    fail_with(errno.EIO)  # a bad sector is damage
-    assert store.latest_valid(tmp_path, set_aside=True) is None
+
+
+def test_error_of_the_disk_that_stays_is_damage(tmp_path, monkeypatch):
+    commit(tmp_path, 1)
+    monkeypatch.setattr(files, "RETRY_S", 0)
+    fail_to_hash(monkeypatch, errno.EIO, times=1000)
+    messages: list[str] = []
+    assert store.latest_valid(tmp_path, messages.append, set_aside=True) is None
+    assert "Input/output error" in messages[0]
     assert store.steps(tmp_path) == []
+
+
+def test_best_checkpoint_is_not_removed_while_it_cannot_be_read(tmp_path, monkeypatch):
+    for step, loss in [(1, 1.0), (2, 2.0), (3, 3.0)]:
+        commit(tmp_path, step, loss=loss)
+    monkeypatch.setattr(files, "RETRY_S", 0)
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint_format, "_read_small", fail_with_stale_handle)
+        store.prune(tmp_path, keep=1)
+    assert store.steps(tmp_path) == [1, 2, 3]
+    store.prune(tmp_path, keep=1)
+    assert store.steps(tmp_path) == [1, 3]
+
+
+def fail_with_stale_handle(file):
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(file))
 
 
 def test_writer_renames_damaged_checkpoints_and_keeps_them(tmp_path):

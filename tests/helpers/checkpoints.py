@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from orchestrator.checkpoint import store, tensor_file
+from orchestrator.checkpoint.format import MANIFEST, manifest_text
 from tests.helpers.facts import FACTS
 
 
@@ -55,6 +56,14 @@ def flip(content: bytes, position: int, bit: int = 0) -> bytes:
     changed = bytearray(content)
     changed[position] ^= 1 << bit
     return bytes(changed)
+
+
+def rewrite_manifest(path: Path, manifest: dict) -> None:
+    """Replace the manifest of a checkpoint by a valid one."""
+    own = ("format", "step", "parts")
+    facts = {key: value for key, value in manifest.items() if key not in own}
+    text = manifest_text(manifest["step"], manifest["parts"], facts)
+    (path / MANIFEST).write_text(text, "utf-8")
 
 
 def damage(path: Path, part: str = "model.safetensors") -> None:

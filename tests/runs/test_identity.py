@@ -1,5 +1,6 @@
 """Which experiments may continue in a run folder, and what an attempt stores there."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,7 @@ IDENTITY = {
 FREE = {
     "train.on_nonfinite": "skip",
     "train.allow_drift": "true",
+    "train.restart": "true",
     "compute.hang_after_s": "60",
     "name": "b",
     "storage": "/elsewhere",
@@ -221,6 +223,43 @@ def test_experiment_is_compared_with_the_latest_valid_checkpoint(folder):
 def test_folder_without_an_experiment_is_refused(folder):
     with pytest.raises(UserError, match=r"experiment\.yaml"):
         folder.read_experiment()
+
+
+def lose_checkpoints(folder) -> None:
+    """Lose all checkpoints of a run that has written some."""
+    shutil.rmtree(folder.checkpoints)
+
+
+def damage_checkpoints(folder) -> None:
+    for step in folder.checkpoint_steps():
+        (folder.checkpoint(step) / "model.safetensors").write_bytes(b"")
+
+
+@pytest.mark.parametrize("lose", [lose_checkpoints, damage_checkpoints])
+def test_run_that_lost_its_checkpoints_begins_again_only_on_request(folder, lose):
+    begin_attempt(folder, experiment(), {}, {"from_step": 0})
+    key = folder.read_record()["key"]
+    Journal(folder).append(10, {"train/loss": 1.0})
+    line = folder.journal_file.read_bytes()
+    commit(folder, 20, experiment())
+    folder.checkpointed_file.touch()
+    lose(folder)
+    with pytest.raises(UserError, match="train.restart=true") as refused:
+        check_resumable(folder, experiment(), dataset())
+    assert "\n" not in str(refused.value)
+    assert folder.journal_file.exists()
+
+    restart = experiment("train.restart=true")
+    assert check_resumable(folder, restart, dataset()) == 0
+    begin_attempt(folder, restart, {}, {"from_step": 0})
+    assert folder.read_record()["key"] != key
+    assert not folder.journal_file.exists()
+    [before] = folder.path.glob("before-*")
+    assert RunFolder(before).journal_file.read_bytes() == line
+    assert check_resumable(folder, experiment(), dataset()) == 0, "the same command goes on"
+
+    commit(folder, 20, restart)
+    assert check_resumable(folder, restart, dataset()) == 20, "a valid checkpoint is used"
 
 
 # ---- attempts ----

@@ -13,6 +13,7 @@ import pytest
 from orchestrator.errors import UserError
 from orchestrator.runs import events, journal
 from orchestrator.runs.journal import Journal, Tail
+from orchestrator.train.due import by_interval
 
 
 def filled(folder, steps) -> Journal:
@@ -133,11 +134,11 @@ def test_rewind_can_keep_a_part_of_a_line_and_archives_the_whole(folder):
 
 def test_metrics_that_only_the_last_step_logs_are_removed():
     line = {"step": 12, "timestamp": 7, "train/loss": 1.0, "val/loss": 2.0, "train/eval_loss": 3.0}
-    assert journal.by_interval(line, 3, 4) == line
-    assert journal.by_interval(line, 3, 5) == {"step": 12, "timestamp": 7, "train/loss": 1.0}
+    assert by_interval(line, 3, 4) == line
+    assert by_interval(line, 3, 5) == {"step": 12, "timestamp": 7, "train/loss": 1.0}
     evaluated = {"step": 12, "timestamp": 7, "val/loss": 2.0, "train/eval_loss": 3.0}
-    assert journal.by_interval(line, None, 4) == evaluated
-    assert journal.by_interval(line, 5, None) is None
+    assert by_interval(line, None, 4) == evaluated
+    assert by_interval(line, 5, None) is None
 
 
 def test_rewind_of_an_empty_journal_writes_nothing(folder):
@@ -172,11 +173,15 @@ def test_each_rewind_has_its_own_aside_also_if_an_older_one_was_deleted(folder):
 
 
 def test_aside_of_an_earlier_version_and_a_foreign_file(folder):
-    (folder.path / "metrics.aside-0003.jsonl").write_text('{"step": 5}\n')
+    (folder.path / "metrics.aside-0003.jsonl").write_text('{"step": 5, "timestamp": 7}\n')
     (folder.path / "metrics.aside-copy.jsonl").touch()
     (folder.path / "metrics.aside-0004-from-2.jsonl").symlink_to(folder.path / "other")
     (aside,) = journal.asides(folder)
-    assert (aside.number, aside.first_step, aside.read()) == (3, 0, [{"step": 5}])
+    assert (aside.number, aside.first_step, aside.read()) == (
+        3,
+        0,
+        [{"step": 5, "timestamp": 7}],
+    )
 
 
 def test_rewind_loses_no_line_if_steps_do_not_rise(folder):

@@ -11,6 +11,7 @@ from orchestrator.runs import events, journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
+from tests.helpers.checkpoints import damage
 from tests.helpers.curves import exact_part
 
 SMALL = [
@@ -106,23 +107,40 @@ def test_run_that_is_stopped_many_times_reaches_its_end(uninterrupted, tiny_data
 
 
 @pytest.mark.parametrize(
-    ("words", "worker"),
-    [
-        ([], Worker(cpus=2)),
-        (["train.micro_batch_size=4"], Worker()),
-        (["train.reduction_slots=1"], Worker()),
-    ],
-    ids=["threads", "micro-batch", "slots"],
+    "word",
+    ["train.micro_batch_size=4", "train.reduction_slots=1"],
 )
-def test_resume_with_other_last_bits_needs_allow_drift(tiny_dataset, folder, words, worker):
+def test_resume_with_other_last_bits_needs_allow_drift(tiny_dataset, folder, word):
     first = EXPERIMENT.replace(train__checkpoint_interval=2)
     for line in Trainer(first, folder, tiny_dataset, Worker()).run():
         if line["step"] == 6:
             break
-    drifted = load_experiment(None, [*SMALL, *words])
+    drifted = load_experiment(None, [*SMALL, word])
     with pytest.raises(UserError, match="train.allow_drift=true"):
-        train(drifted, folder, tiny_dataset, worker)
+        train(drifted, folder, tiny_dataset)
     assert events.read(folder) == []
     allowed = drifted.replace(train__allow_drift=True)
-    assert train(allowed, folder, tiny_dataset, worker) == 12
+    assert train(allowed, folder, tiny_dataset) == 12
     assert {(event["kind"], event["step"]) for event in events.read(folder)} == {("drift", 4)}
+
+
+def test_journal_that_was_damaged_between_two_attempts_is_complete_again(
+    uninterrupted, tiny_dataset, folder
+):
+    train_until_asked(EXPERIMENT, folder, tiny_dataset, 80)
+    lines = folder.journal_file.read_bytes().splitlines(keepends=True)
+    assert len(lines) > 2
+    folder.journal_file.write_bytes(b"".join([lines[0], b"garbage\n", *lines[2:]]))
+    train(EXPERIMENT, folder, tiny_dataset)
+    assert outcome(folder) == uninterrupted[4]
+    assert [event["kind"] for event in events.read(folder)] == ["journal_damaged"]
+
+
+def test_run_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itself(tiny_dataset, folder):
+    step = train_until_asked(EXPERIMENT, folder, tiny_dataset, 80)
+    damage(folder.checkpoint(step))
+    journal_before = folder.journal_file.read_bytes()
+    for _ in range(2):
+        with pytest.raises(UserError, match="train.restart=true"):
+            train(EXPERIMENT, folder, tiny_dataset)
+    assert folder.journal_file.read_bytes() == journal_before

@@ -9,7 +9,7 @@ import pytest
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.dataset import load_manifest
-from orchestrator.errors import NoRoomError, UserError
+from orchestrator.errors import NoRoomError, UnreadableError, UserError
 from orchestrator.files import NotPlainFileError
 from orchestrator.runs import events, stop
 from orchestrator.runs.ending import Ending
@@ -42,6 +42,14 @@ FAULTS = {
         ("user", "disk_full", "the disk is full: /run/checkpoints: no room"),
     ),
     "a full quota": (OSError(122, "Disk quota exceeded"), ("user", "disk_full", "quota")),
+    "a read-only file system": (
+        OSError(30, "Read-only file system"),
+        ("user", "disk_full", "Make it writable"),
+    ),
+    "a checkpoint that cannot be read at the moment": (
+        UnreadableError("step-00000010: cannot be read"),
+        ("again", "exception", "step-00000010: cannot be read"),
+    ),
     "a mistake of the user": (
         UserError("model.n_embd: 3\nlower it"),
         ("user", "exception", "model.n_embd: 3\nlower it"),
@@ -77,7 +85,7 @@ def test_exception_of_a_rank(folder, name):
     assert (ending.kind, ending.cause) == (kind, cause)
     assert words in ending.reason
     assert not ending.may_be_transient
-    assert folder.ending_file.exists() == (kind == "user"), "no attempt may follow a user's mistake"
+    assert folder.ending_file.exists() == (kind in ("user", "again")), "no attempt may follow"
     if kind == "failed":
         assert "in fail" in ending.facts["traceback"]
 

@@ -116,8 +116,13 @@ def _value(text: str, where: str, kind: str, is_optional: bool) -> Any:
                 if isinstance(unquoted, str):
                     return unquoted
         return text
-    value = read_yaml(text, where)
-    if _has_comment(text):
+    try:
+        value = read_yaml(text, where)
+        has_comment = _has_comment(text)
+    except UserError as error:
+        hint = "; write quotes around a text that has a #" if "#" in text else ""
+        raise UserError(f"{error}{hint}") from None
+    if has_comment:
         raise UserError(f"{where}: an override has no comment; leave out what follows #")
     return value
 

@@ -4,6 +4,7 @@ import pytest
 
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.errors import UserError
+from orchestrator.sweep.space.expand import load_sweep
 
 
 @pytest.fixture
@@ -112,6 +113,15 @@ def test_comment_in_an_override_is_refused(override):
     with pytest.raises(UserError, match="an override has no comment") as caught:
         load_experiment(None, [override])
     assert str(caught.value).startswith(f"'{override}'")
+
+
+def test_number_sign_in_a_list_of_values_needs_quotes():
+    with pytest.raises(UserError, match="write quotes around a text that has a #"):
+        load_sweep(None, ["sweep.grid.data.corpus=[/a/b #c.txt, d.txt]"])
+    sweep = load_sweep(None, ["sweep.grid.data.corpus=['/a/b #c.txt', d.txt]"])
+    assert [trial.experiment.data.corpus for trial in sweep.trials] == ["/a/b #c.txt", "d.txt"]
+    sweep = load_sweep(None, ["sweep.trials.a.data.corpus=/a/b #c.txt"])
+    assert sweep.trials[0].experiment.data.corpus == "/a/b #c.txt"
 
 
 # ---- files ----

@@ -11,7 +11,7 @@ import shutil
 import sysconfig
 import urllib.parse
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from orchestrator.data.input.kinds import check_readable, is_by_content, kind_of
 from orchestrator.data.input.paths import (
     LeftOut,
     MissingCorpusError,
+    below,
     check_unchanged,
     expand,
     fixed_part,
@@ -126,7 +127,7 @@ def list_corpus(corpus: str | list[str]) -> Listing:
     for entry in entries:
         listing.sources += _resolve_entry(entry, listing.left_out)
     seen: set[object] = set()
-    for source in listing.sources:
+    for source in listing.sources if len(entries) > 1 else []:
         key = identity(source.path) if source.url is None else source.path
         if key in seen:
             raise UserError(f"data.corpus: {source.path} is listed twice; list it once")
@@ -183,14 +184,15 @@ def _library_files(base: Path) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def _named(root: str, base: Path, files: Iterable[Path]) -> list[Source]:
+def _named(root: str, base: Path, files: list[Path]) -> list[Source]:
     """Name each file by its place below `base`, and sort by name."""
-    sources = [_source(f"{root}/{file.relative_to(base).as_posix()}", file) for file in files]
+    names = below(base, files)
+    sources = [_source(f"{root}/{name}", file) for name, file in zip(names, files, strict=True)]
     return sorted(sources, key=lambda source: source.name)
 
 
 def _source(name: str, path: Path) -> Source:
-    found = path.stat()
+    found = os.stat(path)
     return Source(name, path, found.st_size, modified=found.st_mtime_ns)
 
 

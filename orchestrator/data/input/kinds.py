@@ -10,10 +10,10 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import BinaryIO
 
-from orchestrator.data.input.paths import LeftOut
+from orchestrator.data.input.paths import LeftOut, below
 from orchestrator.errors import UserError
 
 TEXT = "text"
@@ -84,24 +84,20 @@ def kind_of(path: str | Path) -> Kind:
     try:
         found = os.stat(path)
     except FileNotFoundError:
-        return _kind_by_name(PurePath(path)) or Kind(TEXT)
+        return _kind_by_name(*_suffix_and_packing(str(path))) or Kind(TEXT)
     return _kind_of(str(path), found.st_size, found.st_mtime_ns)
 
 
 @functools.cache
 def _kind_of(path: str, size: int, modified: int) -> Kind:
-    name = PurePath(path)
     with open(path, "rb") as file:
         head = file.read(_HEAD)
     if head.startswith(b"version https://git-lfs.github.com/"):
         return POINTER
-    by_name = _kind_by_name(name)
+    suffix, packing = _suffix_and_packing(path)
+    by_name = _kind_by_name(suffix, packing)
     if by_name is not None:
         return by_name
-    suffix = name.suffix.lower()
-    packing = PACKINGS.get(suffix, "")
-    if packing:
-        suffix = PurePath(name.stem).suffix.lower()
     is_json = suffix in _JSON
     if is_json or suffix == "":
         with open_unpacked(path, packing) as file:
@@ -113,16 +109,18 @@ def _kind_of(path: str, size: int, modified: int) -> Kind:
 
 def is_by_content(path: Path) -> bool:
     """Return whether the content decides that a file is not text, and not its name."""
-    suffix = path.suffix.lower()
+    suffix = os.path.splitext(path)[1].lower()
     return suffix in _JSON or (suffix == "" and kind_of(path).name != TEXT)
 
 
-def _kind_by_name(name: PurePath) -> Kind | None:
-    """Return the kind that a name alone decides."""
-    suffix = name.suffix.lower()
+def _suffix_and_packing(path: str) -> tuple[str, str]:
+    stem, suffix = os.path.splitext(path.lower())
     packing = PACKINGS.get(suffix, "")
-    if packing:
-        suffix = PurePath(name.stem).suffix.lower()
+    return (os.path.splitext(stem)[1] if packing else suffix), packing
+
+
+def _kind_by_name(suffix: str, packing: str) -> Kind | None:
+    """Return the kind that a name alone decides."""
     if suffix in _LINES:
         return Kind(LINES, packing=packing)
     if packing:
@@ -206,20 +204,21 @@ def one_kind(base: Path, files: list[Path], left_out: LeftOut) -> list[Path]:
     Raises:
         UserError: Files of that kind are not read, or a file is a Git-LFS pointer.
     """
-    kinds = {path: _kind(path) for path in files}
-    about = {path for path in files if _describes_data(path.relative_to(base))}
+    kinds = [_kind(path) for path in files]
+    names = below(base, files)
     sizes: Counter[str] = Counter()
-    for path, kind in kinds.items():
-        if kind == POINTER:
+    for path, kind, name in zip(files, kinds, names, strict=True):
+        if kind is POINTER:
             check_readable(path)
-        sizes[kind.name] += 0 if path in about else path.stat().st_size
-    taken = max(sizes, key=lambda name: (sizes[name], name == TEXT))
+        sizes[kind.name] += 0 if _describes_data(name) else os.path.getsize(path)
+    taken = max(sizes, key=lambda kind: (sizes[kind], kind == TEXT))
     found = []
-    for path, kind in kinds.items():
-        if kind.name != taken or (path in about and taken != TEXT):
-            left_out[kind.name].append(str(path.relative_to(base)))
+    for path, kind, name in zip(files, kinds, names, strict=True):
+        if kind.name != taken or (taken != TEXT and _describes_data(name)):
+            left_out[kind.name].append(name)
         else:
-            check_readable(path)
+            if kind.problem:
+                check_readable(path)
             found.append(path)
     return found
 
@@ -231,6 +230,7 @@ def _kind(path: Path) -> Kind:
         raise UserError(f"data.corpus: {path} cannot be read ({error.strerror or error})") from None
 
 
-def _describes_data(path: PurePath) -> bool:
-    has_mark = any(part.startswith("_") for part in path.parts)
-    return has_mark or path.name.lower().partition(".")[0] in _ABOUT_DATA
+def _describes_data(path: str) -> bool:
+    parts = path.split("/")
+    has_mark = any(part.startswith("_") for part in parts)
+    return has_mark or parts[-1].lower().partition(".")[0] in _ABOUT_DATA

@@ -7,6 +7,7 @@ once, also if it has several names.
 import fnmatch
 import glob
 import os
+import stat
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def expand(base: Path, pattern: list[str], left_out: LeftOut) -> list[Path]:
         for folder in map(Path, sorted(folders))
         if identity(folder) and folder.is_dir()
         for path in _files_below(folder, hidden, left_out)
-        if _matches(path.relative_to(folder).parts, rest)
+        if rest == ["**"] or _matches(path.relative_to(folder).parts, rest)
     ]
     return _once(base, below, left_out)
 
@@ -90,18 +91,19 @@ def _files_below(base: Path, hidden: bool, left_out: LeftOut) -> list[Path]:
             continue
         entered.add(key)
         try:
-            children = sorted(folder.iterdir())
+            with os.scandir(folder) as entries:
+                children = sorted(entries, key=lambda child: child.name)
         except OSError as error:
             raise UserError(f"data.corpus: {folder} cannot be read ({error.strerror})") from None
-        for path in children:
-            if not hidden and not _is_visible(path.name):
-                left_out["hidden"].append(path.name)
-            elif not path.is_dir():
-                found.append(path)
-            elif path.is_symlink():
-                links.append(path)
+        for child in children:
+            if not hidden and not _is_visible(child.name):
+                left_out["hidden"].append(child.name)
+            elif child.is_dir(follow_symlinks=False):
+                folders.append(Path(child.path))
+            elif child.is_symlink() and os.path.isdir(child.path):
+                links.append(Path(child.path))
             else:
-                folders.append(path)
+                found.append(Path(child.path))
     return found
 
 
@@ -111,32 +113,45 @@ def _is_visible(name: str) -> bool:
 
 def _once(base: Path, paths: Iterable[Path], left_out: LeftOut) -> list[Path]:
     """Return each file once, under its own name if that is among the paths."""
-    same_file: dict[tuple[int, int], list[Path]] = {}
-    for path in sorted(set(paths)):
-        same_file.setdefault(identity(path), []).append(path)
+    same_file: dict[tuple[int, int, int], list[Path]] = {}
+    for path in sorted(set(paths), key=str):
+        found = _stat(path)
+        key = (found.st_mode, found.st_dev, found.st_ino)
+        same_file.setdefault(key, []).append(path)
     own = os.path.realpath(base)
-    found = []
-    for names in same_file.values():
+    files = []
+    for (mode, *_), names in same_file.items():
         first = names[0]
         if len(names) > 1:
             first = min(names, key=lambda path: path.resolve() != own / path.relative_to(base))
-        if first.is_file():
-            found.append(first)
+        if stat.S_ISREG(mode):
+            files.append(first)
             for path in names:
                 if path != first:
                     left_out["another name of a file"].append(str(path.relative_to(base)))
         else:
-            left_out["folder" if first.is_dir() else "device or pipe"].append(first.name)
-    return found
+            kind = "folder" if stat.S_ISDIR(mode) else "device or pipe"
+            left_out[kind].append(first.name)
+    return files
+
+
+def below(base: Path, paths: Iterable[Path]) -> list[str]:
+    """Return paths relative to `base`, in a tenth of the time of `Path.relative_to`."""
+    start = len(os.path.join(base, ""))
+    return [str(path)[start:] for path in paths]
 
 
 def identity(path: Path) -> tuple[int, int]:
     """Return device and inode of a file, which all its names share."""
+    found = _stat(path)
+    return found.st_dev, found.st_ino
+
+
+def _stat(path: Path) -> os.stat_result:
     try:
-        found = path.stat()
+        return os.stat(path)
     except OSError:
         refuse_missing(path)
-    return found.st_dev, found.st_ino
 
 
 def refuse_missing(path: Path) -> NoReturn:

@@ -20,21 +20,30 @@ def local_processes() -> Iterator[None]:
     """Change how `ray.init` starts the processes of a cluster.
 
     It starts no API server, which sends requests to the metadata services of three clouds at every
-    start, also if usage reports are off. And the processes get a session of their own: signals
-    that a terminal or `timeout` sends to all processes of a command reach only the driver.
+    start, also if usage reports are off. It starts neither the autoscaler nor the process that
+    sends the output of workers to the driver: we use neither, and each takes a second of a CPU. And
+    the processes get a session of their own: signals that a terminal or `timeout` sends to all
+    processes of a command reach only the driver.
     """
     from ray._private import services
+    from ray._private.node import Node
 
     api_server = services.start_api_server
     popen = services.ConsolePopen
+    monitor = Node.start_monitor
+    log_monitor = Node.start_log_monitor
     # Ray itself returns (None, None) if the API server cannot be started.
     services.start_api_server = lambda *_, **__: (None, None)
     services.ConsolePopen = functools.partial(popen, start_new_session=True)
+    Node.start_monitor = lambda self: None
+    Node.start_log_monitor = lambda self: None
     try:
         yield
     finally:
         services.start_api_server = api_server
         services.ConsolePopen = popen
+        Node.start_monitor = monitor
+        Node.start_log_monitor = log_monitor
 
 
 def use_token_if_there() -> None:

@@ -1,6 +1,7 @@
 """Private functions of Ray, torch and tiktoken. A failure shows what an upgrade broke."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,30 @@ def test_local_cluster_starts_without_the_api_server_and_in_sessions_of_its_own(
     assert call in Path(node.__file__).read_text("utf-8"), (
         "Ray starts its API server in another way: it would call the metadata addresses of clouds"
     )
+
+
+OWN = """
+import psutil
+from orchestrator.cluster.connection import connect
+connect()
+for process in psutil.process_iter():
+    print(*process.cmdline())
+"""
+
+
+def test_local_cluster_has_no_process_that_a_driver_does_not_need():
+    done = subprocess.run(
+        [sys.executable, "-c", OWN],
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    session = re.search(r"session_[\d_-]+", done.stdout)
+    assert session, done.stderr
+    ours = [line for line in done.stdout.splitlines() if session[0] in line]
+    programs = set(re.findall(r"gcs_server|raylet|monitor\.py", str(ours)))
+    assert programs == {"gcs_server", "raylet"}
 
 
 def test_causes_of_death_are_read_from_the_table_of_actors(ray_cluster):

@@ -16,7 +16,15 @@ import pytest
 from tests.helpers.ports import free_port
 from tests.helpers.wait import wait_until
 
-START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+START = [
+    sys.executable,
+    "-m",
+    "ray.scripts.scripts",
+    "start",
+    "--block",
+    "--disable-usage-stats",
+    "--include-log-monitor=false",
+]
 STORE = "--object-store-memory=200000000"
 
 

@@ -26,6 +26,8 @@ from orchestrator.errors import UserError
 from tests.helpers.datasets import data, hashes_of, ids_of, quiet
 from tests.helpers.wait import wait_until
 
+REPO = Path(__file__).resolve().parents[2]
+
 TRAIN_SHA256 = "502a2bdc8210d1ac5d5674867cb74467dd31db575d25cf6dbb08c8bdbea8680f"
 VAL_SHA256 = "68a53422394c26a655ebe641f5c6f49888e8f4e45fe5d6f02abda63ba3ebd65b"
 TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -99,17 +101,16 @@ def test_bytes_do_not_depend_on_ray_or_place_of_corpus(ray_cluster, mixed, tmp_p
 WITHOUT_RAY = """
 import sys
 from pathlib import Path
-from orchestrator.config.sections import Data
 from orchestrator.data.prepare import prepare_in
-data = Data(corpus=sys.argv[1], tokenizer="byte", append_eot=True, val_fraction=0.25)
-prepare_in(data, Path(sys.argv[2]))
+from tests.helpers.datasets import data
+prepare_in(data(Path(sys.argv[1])), Path(sys.argv[2]))
 assert "ray" not in sys.modules, "ray was imported"
 """
 
 
 def test_two_processes_prepare_a_small_corpus_at_once_without_ray(here, mixed, tmp_path):
     command = [sys.executable, "-c", WITHOUT_RAY, str(mixed), str(tmp_path / "small")]
-    processes = [subprocess.Popen(command) for _ in range(2)]
+    processes = [subprocess.Popen(command, cwd=REPO) for _ in range(2)]
     assert [process.wait(60) for process in processes] == [0, 0]
     [directory] = (tmp_path / "small" / "data").iterdir()
     prepare(data(mixed), tmp_path / "chunks", progress=quiet, chunk_bytes=900)
@@ -122,12 +123,11 @@ KILLED = """
 import sys
 from pathlib import Path
 import ray
-from orchestrator.config.sections import Data
 from orchestrator.data.prepare import prepare
 from orchestrator.data.ray_tasks import RayTasks
+from tests.helpers.datasets import data
 ray.init(log_to_driver=False)
-data = Data(corpus=sys.argv[1], tokenizer="byte", append_eot=True, val_fraction=0.25)
-prepare(data, Path(sys.argv[2]), progress=lambda *_: None, chunk_bytes=100)
+prepare(data(Path(sys.argv[1])), Path(sys.argv[2]), progress=lambda *_: None, chunk_bytes=100)
 """
 
 
@@ -139,6 +139,7 @@ def test_killed_preparation_leaves_no_dataset_and_keeps_its_parts(
         [sys.executable, "-c", KILLED, str(mixed), str(out)],
         env=ray_head.env,
         stderr=subprocess.DEVNULL,
+        cwd=REPO,
     )
     wait_until(lambda: len(sidecars(out)) >= 5, process)
     process.send_signal(signal.SIGKILL)

@@ -103,6 +103,9 @@ def typed(monkeypatch, capsys):
     def type_(script: str, *words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [script, *words])
         monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+        # These two change the streams and signals of the whole process, which is pytest's here.
+        monkeypatch.setattr("pipelines.streams.secure", lambda: None)
+        monkeypatch.setattr("orchestrator.runs.signals.begin", lambda: None)
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(REPO / "pipelines" / script), run_name="__main__")
         return ended.value.code, capsys.readouterr().err

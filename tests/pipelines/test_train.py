@@ -261,7 +261,7 @@ def test_run_is_locked_and_sigterm_works_while_ray_starts(tiny_corpus, tmp_path)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, out + err
-    assert err == "terminated before the start; run the same command again\n"
+    assert err == "terminated; run the same command again\n"
     assert os.listdir(tmp_path) == [], "it left files behind"
 
 

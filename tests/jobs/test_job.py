@@ -84,6 +84,8 @@ def new_job(tmp_path, monkeypatch):
     monkeypatch.setattr("orchestrator.cluster.layout.check_storage", lambda storage: None)
     before = {number: signal.getsignal(number) for number in numbers}
     experiment = load_experiment(None, ["name=small", f"storage={tmp_path}"])
+    for number in signals.STOPS:
+        signal.signal(number, signal.SIG_DFL)  # nohup and background shells ignore some of them
     signals.begin()
     yield lambda **settings: SmallJob(experiment, **settings)
     for number, handler in before.items():

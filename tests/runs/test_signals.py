@@ -12,8 +12,8 @@ SIGNAL_DURING_A_FORK = """
 import os, signal, sys
 from orchestrator.runs import signals
 number = int(sys.argv[1])
-if sys.argv[2] == "ignored":
-    signal.signal(number, signal.SIG_IGN)
+usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+signal.signal(number, signal.SIG_IGN if sys.argv[2] == "ignored" else usual)
 signals.begin()
 try:
     with signals.while_ray_starts():

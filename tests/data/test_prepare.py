@@ -5,6 +5,7 @@ Most tests run the tasks in this process and in random order. Tests with `ray_cl
 
 import argparse
 import errno
+import json
 import os
 import shutil
 import signal
@@ -212,6 +213,19 @@ def test_preparing_again_does_nothing(here, mixed, tmp_path, monkeypatch):
     os.utime(mixed / "a.txt")  # newer than the dataset, with the same content
     assert prepare(data(mixed), tmp_path / "d", progress=quiet) == first
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "d").iterdir()} == before
+
+
+def test_preparation_says_what_it_takes_and_what_it_leaves_out(here, tmp_path, capsys):
+    (tmp_path / "c").mkdir()
+    lines = [json.dumps({"text": text}) for text in ("a" * 30, None, "b" * 30, None)]
+    (tmp_path / "c" / "d.json").write_text("\n".join(lines))
+    (tmp_path / "c" / "README.md").write_text("about")
+    made = prepare(data(tmp_path / "c", on_null="skip"), tmp_path / "d", progress=quiet)
+    assert made.settings["on_null"] == "skip"
+    assert capsys.readouterr().out.splitlines() == [
+        "corpus: 1 JSON lines, 115 bytes; left out: 1 text (README.md)",
+        "documents: 2 train, 1 val, 60 bytes of text; left out: 2 null",
+    ]
 
 
 # ---- mistakes ----

@@ -1,30 +1,30 @@
-"""Replace secrets in texts and in dicts before they are stored, shown or sent."""
+"""Replace secrets in texts that are shown or sent, and find passwords in addresses.
+
+What is read back is stored as it is: a redacted address would be another one. So an experiment with
+a password in an address is refused (`config/checks.py`).
+"""
 
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 REDACTED = "[redacted]"
 
-_SECRET_WORDS = {
-    "token",
-    "secret",
-    "secrets",
-    "password",
-    "passwd",
-    "passphrase",
-    "pwd",
-    "key",
-    "apikey",
-    "credential",
-    "credentials",
-}
+# Not `pwd`: $PWD is the current directory.
+_SECRET = (
+    r"passw(?:or)?d|passphrase|secret|credential|api[_-]?key"
+    r"|(?:access|auth|private)[_-]?(?:key|token)"
+)
+# Names of variables and of parameters of an address
+_SECRET_NAME = re.compile(rf"{_SECRET}|(?<![a-z])(?:key|token)$", re.IGNORECASE)
 
 # Private keys; tokens of Hugging Face, GitHub, GitLab, OpenAI, Slack, Databricks and AWS; JSON web
 # tokens; bearer tokens.
 _SECRET_SHAPES = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
-    r"|\b(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abprs]-|dapi)[A-Za-z0-9_-]{16,}"
+    r"|\b(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-[A-Za-z0-9_-]{20}|xox[abprs]-|dapi)"
+    r"[A-Za-z0-9_-]{16,}"
     r"|\bA[KS]IA[A-Z0-9]{16}\b"
     r"|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+"
     r"|(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}",
@@ -32,79 +32,102 @@ _SECRET_SHAPES = re.compile(
 )
 
 # The user and password in scheme://user:password@host
-_USERINFO = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")
+_USERINFO = re.compile(r"(?<=://)[^\s/?#'\"]+(?=@)")
 
 # ?name=value and &name=value in an address
 _PARAMETER = re.compile(r"""(?P<head>[?&](?P<name>[^=&#\s]+)=)(?P<value>[^&#\s"']+)""")
 
-# name=value and name: value
+# password=value and password: value
 _ASSIGNMENT = re.compile(
-    r"""(?P<head>(?P<quote>["']?)(?P<name>[A-Za-z_][\w.-]*)(?P=quote)\s*[=:]\s*)"""
-    r"""(?P<value>"[^"]*"|'[^']*'|[^\s&,;}"']+)"""
+    rf"""(?P<head>["']?\b[\w.-]*(?:{_SECRET})[\w.-]*["']?\s*[=:]\s*)"""
+    r"""(?P<value>"[^"]*"|'[^']*'|[^\s&,;}"']+)""",
+    re.IGNORECASE,
 )
+VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})")
 
 
-def redact(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy without secrets: values of keys such as `password`, and parts of texts."""
-    redacted = {}
-    for key, value in facts.items():
-        if _names_secret(key) and value not in (None, ""):
-            redacted[key] = REDACTED
-        else:
-            redacted[key] = _redact_value(value)
-    return redacted
+def redact(value: Any) -> Any:
+    """Return a copy of nested dicts and lists without secrets.
 
-
-def redact_text(text: str) -> str:
-    """Return a text without secrets.
-
-    Secrets are users and passwords in addresses, tokens of known shapes, the values of assignments
-    such as `password=…`, and the values of environment variables such as $API_KEY.
+    Secrets are parts of texts, and whole texts under a key such as `password`.
     """
-    for value in _environment_secrets():
-        text = text.replace(value, REDACTED)
-    text = _USERINFO.sub(REDACTED, text)
-    text = _SECRET_SHAPES.sub(REDACTED, text)
-    # Parameters first: the other rule reads a whole address as one assignment, `https: //…`.
-    text = _PARAMETER.sub(_redact_match, text)
-    return _ASSIGNMENT.sub(_redact_match, text)
-
-
-def redact_addresses(tree: Any) -> Any:
-    """Return a copy of nested dicts and lists without the secrets in addresses (`scheme://…`)."""
-    if isinstance(tree, dict):
-        return {key: redact_addresses(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [redact_addresses(value) for value in tree]
-    if isinstance(tree, str) and "://" in tree:
-        return redact_text(tree)
-    return tree
-
-
-def _redact_value(value: Any) -> Any:
     if isinstance(value, dict):
-        return redact(value)
+        return {key: _redact_part(key, part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_redact_value(part) for part in value]
+        return [redact(part) for part in value]
     if isinstance(value, str):
         return redact_text(value)
     return value
 
 
+def _redact_part(key: object, part: Any) -> Any:
+    if isinstance(part, str) and _SECRET_NAME.search(str(key)) and not _is_harmless(part):
+        return REDACTED
+    return redact(part)
+
+
+def redact_text(text: str) -> str:
+    """Return a text without secrets; a path that exists stays as it is.
+
+    Secrets are users and passwords in addresses, tokens of known shapes, the values of assignments
+    such as `password=…`, and the values of environment variables such as $API_KEY.
+    """
+    if _is_harmless(text):
+        return text
+    for value in _environment_secrets():
+        text = text.replace(value, REDACTED)
+    text = hide_passwords(text)
+    text = _SECRET_SHAPES.sub(REDACTED, text)
+    return _ASSIGNMENT.sub(_redact_match, text)
+
+
+def hide_passwords(text: str) -> str:
+    """Return a text without the users and passwords in its addresses.
+
+    Unlike the result of `redact_text`, the result does not depend on the environment.
+    """
+    return replace_passwords(text, lambda _: REDACTED)
+
+
+def replace_passwords(text: str, replace: Callable[[str], str]) -> str:
+    """Replace `user:password` in `://user:password@` and the value in `?token=value`."""
+    text = _USERINFO.sub(lambda match: replace(match[0]), text)
+
+    def parameter(match: re.Match[str]) -> str:
+        if _SECRET_NAME.search(match["name"]) is None:
+            return match[0]
+        return match["head"] + replace(match["value"])
+
+    return _PARAMETER.sub(parameter, text)
+
+
+def has_password(address: str) -> bool:
+    """Return whether an address has a password or a token, not only the name of a variable."""
+    found: list[str] = []
+
+    def note(secret: str) -> str:
+        found.append(secret)
+        return secret
+
+    replace_passwords(address, note)
+    return not all(
+        secret == REDACTED or VARIABLE.fullmatch(secret.rpartition(":")[2]) for secret in found
+    )
+
+
 def _redact_match(match: re.Match[str]) -> str:
-    if _names_secret(match["name"]):
-        return match["head"] + REDACTED
-    return match[0]
+    if _is_harmless(match["value"].strip("\"'")):
+        return match[0]
+    return match["head"] + REDACTED
 
 
-def _names_secret(name: str) -> bool:
-    """Return whether a value of this name is secret: `api_key`, `hfToken`; not `eval_tokens`."""
-    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", str(name))
-    for word in words:
-        word = word.lower()
-        if word in _SECRET_WORDS or "password" in word or "secret" in word:
-            return True
-    return False
+def _is_harmless(text: str) -> bool:
+    """Return whether a text is a number or a path that exists."""
+    try:
+        float(text)
+    except ValueError:
+        return os.path.isabs(text) and os.path.exists(text)
+    return True
 
 
 def _environment_secrets() -> list[str]:
@@ -113,6 +136,8 @@ def _environment_secrets() -> list[str]:
     Values of fewer than 8 characters are left out, because they may be ordinary words.
     """
     values = [
-        value for name, value in os.environ.items() if _names_secret(name) and len(value) >= 8
+        value
+        for name, value in os.environ.items()
+        if len(value) >= 8 and _SECRET_NAME.search(name) and not _is_harmless(value)
     ]
     return sorted(values, key=len, reverse=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from model.schedule import SCHEDULES
+from orchestrator.redact import has_password, hide_passwords
 
 if TYPE_CHECKING:
     from orchestrator.config.experiment import Experiment
@@ -20,6 +22,7 @@ def contradictions(experiment: Experiment) -> list[str]:
         *_name_problems(experiment),
         *_model_problems(experiment),
         *_tracking_problems(experiment),
+        *password_problems(experiment.flat()),
     ]
 
 
@@ -125,15 +128,33 @@ def _tracking_problems(experiment: Experiment) -> list[str]:
         return []
     problems = []
     if not re.match(r"^(https?|sqlite|postgresql|mysql)[+a-z0-9]*://?.", uri):
-        without_password = re.sub("//.*@", "//…@", uri)
         problems.append(
-            f"tracking.uri: '{without_password}' is not an address that is supported; "
+            f"tracking.uri: '{hide_passwords(uri)}' is not an address that is supported; "
             "use http(s)://…, sqlite:///… or postgresql://…"
         )
-    if re.search(r"//[^/]*@", uri):
+    if re.search(r"//[^/]*@", uri) or has_password(uri):
         problems.append(
             "tracking.uri: contains a user or a password, and the experiment is stored in every "
             "checkpoint; set $MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD"
         )
     return problems
+
+
+def password_problems(fields: dict[str, Any]) -> list[str]:
+    """Return one line for each field that contains a password in an address."""
+    return [
+        f"{field}: '{hide_passwords(text)}' contains a password, and the experiment is stored in "
+        "every checkpoint; write $NAME in its place, and set the environment variable NAME"
+        for field, value in fields.items()
+        for text in _texts(value)
+        if field != "tracking.uri" and "://" in text and has_password(text)
+    ]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)

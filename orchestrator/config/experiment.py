@@ -27,7 +27,6 @@ from orchestrator.config.sections import (
     Train,
 )
 from orchestrator.errors import UserError
-from orchestrator.redact import redact_addresses
 
 if TYPE_CHECKING:
     from model.gpt import GPT, GPTConfig
@@ -105,8 +104,8 @@ class Experiment(Section):
         return fields
 
     def to_yaml(self) -> str:
-        """Return YAML that reads back as an equal experiment, except for passwords in addresses."""
-        return write_yaml(redact_addresses(self.model_dump()))
+        """Return YAML that reads back as an equal experiment."""
+        return write_yaml(self.model_dump())
 
     @model_validator(mode="after")
     def _check_fields_together(self) -> "Experiment":

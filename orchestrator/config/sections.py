@@ -17,8 +17,8 @@ class Data(Section):
     corpus: Text | Annotated[list[Text], Field(min_length=1)] = Field(
         "builtin:stdlib",
         description="text to train on: files, globs or folders (.txt, .md, .py …; JSON lines, also "
-        "as .json, .gz or .zst; .parquet), https://…#sha256=HEX, or builtin:stdlib (the source of "
-        "Python's standard library); one or a list",
+        "as .json, .gz or .zst; .parquet), https://…#sha256=HEX (a password in it is the variable "
+        "$NAME), or builtin:stdlib (the source of Python's standard library); one or a list",
     )
     dir: Annotated[Text | None, Effect.NOTHING] = Field(
         None, description="folder of the token shards; null: <storage>/data/<fingerprint>"

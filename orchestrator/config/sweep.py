@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from orchestrator.config.checks import password_problems
 from orchestrator.config.experiment import Experiment
 from orchestrator.config.fields import Docs, Section, Steps, Text, describe_fields
 from orchestrator.config.messages import validate
+from orchestrator.errors import UserError
 
 Values = Annotated[list[Any], Field(min_length=1)]
 
@@ -97,6 +99,9 @@ def parse_sweep(tree: dict[str, Any], where: str) -> tuple[Experiment, SweepSect
         UserError: One line per mistake. Each starts with `where`.
     """
     file = validate(SweepFile, tree, where, sweep_docs())
+    problems = password_problems({"sweep": file.sweep.model_dump()})
+    if problems:
+        raise UserError("\n".join(f"{where}: {problem}" for problem in problems))
     base = Experiment.model_validate(file.model_dump(exclude={"sweep"}))
     return base, file.sweep
 

@@ -4,17 +4,17 @@
 downloads, and `documents.py` reads.
 """
 
-import hashlib
 import os
 import re
 import shutil
 import sysconfig
 import urllib.parse
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from orchestrator.data.input.download import Progress, download
 from orchestrator.data.input.kinds import check_readable, is_by_content, kind_of, one_kind
 from orchestrator.data.input.paths import (
     LeftOut,
@@ -31,12 +31,9 @@ from orchestrator.files import cache_folder, local_path, replacement
 from orchestrator.redact import redact_text
 
 STDLIB = "builtin:stdlib"
-TIMEOUT_S = 60  # a download fails if the server sends nothing for this time
 
-Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-_BLOCK = 1 << 20
 _SHOWN = 3  # names in one message
 
 
@@ -253,7 +250,7 @@ def fetch(source: Source, folder: Path, progress: Progress = lambda *_: None) ->
     if source.size is None:
         source.path.parent.mkdir(parents=True, exist_ok=True)
         with replacement(source.path) as temporary:
-            sha256 = _download(source, source.url, temporary, progress)
+            sha256 = download(source.url, temporary, source.path, progress)
             if sha256 != source.sha256:
                 raise UserError(
                     f"{redact_text(source.url)}: its SHA-256 is {sha256}, data.corpus says "
@@ -267,29 +264,3 @@ def fetch(source: Source, folder: Path, progress: Progress = lambda *_: None) ->
         shutil.copyfile(source.path, path)
     fetched = _source(source.name, path)
     return replace(fetched, sha256=source.sha256, url=source.url)
-
-
-def _download(source: Source, url: str, file: Path, progress: Progress) -> str:
-    """Download `url` into `file` and return its SHA-256."""
-    import http.client
-    import urllib.request
-
-    digest = hashlib.sha256()
-    done = 0
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response, open(file, "wb") as out:
-            total = int(response.headers.get("Content-Length") or 0)
-            while block := response.read(_BLOCK):
-                digest.update(block)
-                out.write(block)
-                done += len(block)
-                progress("downloading", done, total or done + 1)
-    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-        reason = redact_text(str(getattr(error, "reason", error)))
-        if "@" in url:  # urllib mistakes a password for a port, and quotes it
-            reason = "an address with a password"
-        raise UserError(
-            f"{redact_text(url)}: cannot be downloaded ({reason}); put the file at {source.path}, "
-            "or name a local copy in data.corpus"
-        ) from None
-    return digest.hexdigest()

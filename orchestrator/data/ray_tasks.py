@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from orchestrator.cluster import connection
-from orchestrator.data.corpus import Progress
+from orchestrator.data.input.download import Progress
 from orchestrator.data.tasks import Job
 from orchestrator.errors import NO_ROOM, UserError
 from orchestrator.text import duration

@@ -1,4 +1,4 @@
-"""Facts about a run for MLflow: fields, model size, dataset, sources; without secrets."""
+"""Facts about a run for MLflow: fields, model size, dataset, sources."""
 
 import functools
 from pathlib import Path
@@ -11,7 +11,6 @@ from orchestrator.cluster import connection
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.corpus import entries_of, without_hash
 from orchestrator.data.dataset import Manifest
-from orchestrator.redact import redact
 from orchestrator.runs.folder import RunFacts
 from orchestrator.runs.sources import CodeVersion, source_facts, source_tags
 
@@ -54,9 +53,9 @@ def facts_of(
     }
     tokens = {f"{name}_tokens": split.tokens for name, split in dataset.splits.items()}
     return {
-        "params": redact({key: value for key, value in params.items() if value is not None}),
-        "tags": redact(source_tags(own_sources(), script, ray_job_id=connection.job_id())),
-        "dataset": redact(described) | tokens,
+        "params": {key: value for key, value in params.items() if value is not None},
+        "tags": source_tags(own_sources(), script, ray_job_id=connection.job_id()),
+        "dataset": described | tokens,
     }
 
 

@@ -3,13 +3,16 @@
 from pathlib import Path
 
 from orchestrator import files
-from orchestrator.redact import redact_text
+from orchestrator.redact import hide_passwords, redact_text
 from orchestrator.track.mlflow_run import MlflowRun
 from orchestrator.track.outbox import file_mark
 
 
 def send_changed(tracked: MlflowRun, paths: list[Path], sent: dict[str, str]) -> None:
-    """Send the texts and figures that have changed, texts without secrets.
+    """Send the texts and figures that have changed.
+
+    A text of the model is sent as it is, and an experiment without the passwords in its addresses:
+    it may be used again. Other texts are sent without secrets.
 
     Missing files, symlinks, pipes and devices are skipped.
 
@@ -31,6 +34,10 @@ def send_changed(tracked: MlflowRun, paths: list[Path], sent: dict[str, str]) ->
         else:
             # Damaged UTF-8 must not prevent that the other files are sent.
             text = files.read_bytes(path).decode("utf-8", "replace")
-            tracked.client.log_text(run_id, redact_text(text), artifact)
+            if path.suffix == ".yaml":
+                text = hide_passwords(text)
+            elif sent is not tracked.sent.samples:
+                text = redact_text(text)
+            tracked.client.log_text(run_id, text, artifact)
         sent[name] = mark
         tracked.save()

@@ -169,6 +169,10 @@ DISAGREE = [
     (["data.tokenizer=char", "data.append_eot=true"], "data.append_eot", "char"),
     (["name=data"], "name", "data"),
     (["name=mlflow"], "name", "mlflow"),
+    (["data.corpus=https://me:pw@host/x#sha256=1"], "data.corpus", "$NAME"),
+    (["data.corpus=[a.txt, 'https://host/x?token=abc']"], "data.corpus", "$NAME"),
+    (["tracking.uri=postgresql://me:pw@host/x"], "tracking.uri", "MLFLOW_TRACKING_URI"),
+    (["tracking.uri=postgresql://host/x?password=pw"], "tracking.uri", "MLFLOW_TRACKING_URI"),
 ]
 
 

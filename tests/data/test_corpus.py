@@ -1,5 +1,6 @@
 """The files of a corpus: their names, order and downloads."""
 
+import base64
 import gzip
 import hashlib
 import http.server
@@ -293,9 +294,10 @@ def test_mistake_is_explained(folder, entry, says):
 # ---- downloads ----
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Serve `served/` on loopback. The fixture is (address, folder, paths of the requests)."""
+    """Serve `served/` on loopback. The fixture is (address, folder, paths of the requests,
+    their passwords)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    served, seen = tmp_path / "served", []
+    served, seen, sent = tmp_path / "served", [], []
     served.mkdir()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -304,15 +306,16 @@ def server(tmp_path, monkeypatch):
 
         def log_message(self, *args):
             seen.append(self.path)
+            sent.append(self.headers["Authorization"])
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
         threading.Thread(target=http_server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{http_server.server_address[1]}", served, seen
+        yield f"http://127.0.0.1:{http_server.server_address[1]}", served, seen, sent
         http_server.shutdown()
 
 
 def test_download_is_verified_and_cached(server, tmp_path):
-    url, served, seen = server
+    url, served, seen, _ = server
     (served / "input.txt").write_text("some text")
     entry = f"{url}/input.txt#sha256={hashlib.sha256(b'some text').hexdigest()}"
     [source] = resolve(entry)
@@ -326,7 +329,7 @@ def test_download_is_verified_and_cached(server, tmp_path):
 
 
 def test_download_with_another_hash_leaves_nothing(server, tmp_path):
-    url, served, _ = server
+    url, served, *_ = server
     (served / "input.txt").write_text("tampered")
     with pytest.raises(UserError, match="SHA-256"):
         fetch(resolve(f"{url}/input.txt#sha256={'0' * 64}")[0], tmp_path)
@@ -347,3 +350,21 @@ def test_cache_without_a_home_directory_is_a_folder_of_this_user(monkeypatch, tm
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.delenv("HOME")
     assert cache_folder() == tmp_path / f"espalier-cache-{os.getuid()}"
+
+
+def test_password_of_a_download_comes_from_variables(server, tmp_path, monkeypatch):
+    url, served, seen, sent = server
+    (served / "input.txt").write_text("some text")
+    secret = url.replace("//", "//$WHO:${HIDDEN}@") + "/input.txt?token=$HIDDEN&v=1"
+    [source] = resolve(f"{secret}#sha256={hashlib.sha256(b'some text').hexdigest()}")
+    monkeypatch.setenv("WHO", "me")
+    with pytest.raises(UserError, match=r"needs \$\{HIDDEN\}; set this environment variable"):
+        fetch(source, tmp_path)
+    monkeypatch.setenv("HIDDEN", "hunter2hunter2")
+    assert fetch(source, tmp_path).path.read_text() == "some text"
+    assert seen == ["/input.txt?token=hunter2hunter2&v=1"]
+    assert base64.b64decode(sent[0].removeprefix("Basic ")) == b"me:hunter2hunter2"
+    (served / "input.txt").unlink()
+    with pytest.raises(UserError) as caught:
+        fetch(source.__class__(**{**vars(source), "path": tmp_path / "other"}), tmp_path)
+    assert "hunter2" not in str(caught.value)

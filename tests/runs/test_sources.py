@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from orchestrator.redact import REDACTED, redact, redact_text
+from orchestrator.redact import REDACTED, has_password, hide_passwords, redact, redact_text
 from orchestrator.runs.sources import UNKNOWN, source_facts, source_tags, sources_sha256
 
 
@@ -70,19 +70,15 @@ def test_commit_of_a_repository_around_a_copy_is_not_used(checkout):
     assert source_facts(copy)["commit"] == UNKNOWN
 
 
-@pytest.mark.parametrize(
-    "key", ["token", "api_key", "HF_TOKEN", "aws.secretAccessKey", "db-password", "mySecret"]
-)
-def test_values_of_keys_that_name_secrets_are_removed(key):
-    assert redact({key: "s3cr3t"}) == {key: REDACTED}
-    assert redact({"section": [{key: 5}]}) == {"section": [{key: REDACTED}]}
-
-
-@pytest.mark.parametrize(
-    "key", ["train.eval_tokens", "data.tokenizer", "derived.tokens_per_step", "monkey"]
-)
-def test_values_of_other_keys_stay(key):
-    assert redact({key: "gpt2"}) == {key: "gpt2"}
+def test_numbers_and_texts_of_fields_stay():
+    fields = {
+        "derived.flops_per_token": 12345678,
+        "train.eval_tokens": "12345678",
+        "data.tokenizer": "gpt2",
+        "key": [{"token": 5}],
+        "name": "sk-learn-comparison-of-things",
+    }
+    assert redact(fields) == fields
 
 
 @pytest.mark.parametrize(
@@ -100,6 +96,10 @@ def test_values_of_other_keys_stay(key):
         ("Authorization: Bearer abcdef0123456789", f"Authorization: Bearer {REDACTED}"),
         ("-----BEGIN RSA PRIVATE KEY-----\nMII\n-----END RSA PRIVATE KEY-----", REDACTED),
         ("api_key: 'very secret'\nmax_lr: 0.1", f"api_key: {REDACTED}\nmax_lr: 0.1"),
+        ("https://me:p@ss@host/x", f"https://{REDACTED}@host/x"),
+        ("sorted(names, key=len)", "sorted(names, key=len)"),
+        ("flops_per_token=512, password=512", "flops_per_token=512, password=512"),
+        ("password=hunter2", f"password={REDACTED}"),
         (
             "tokenizer: gpt2\ntracking:\n  uri: sqlite:////a/b.db",
             "tokenizer: gpt2\ntracking:\n  uri: sqlite:////a/b.db",
@@ -117,3 +117,34 @@ def test_values_of_secret_environment_variables_are_removed(monkeypatch):
         "data.corpus": f"/x/{REDACTED}/y",
         "data.tokenizer": "gpt2",
     }
+
+
+def test_current_directory_and_paths_that_exist_are_not_secrets(monkeypatch, tmp_path):
+    place = tmp_path / "my-secret-place"
+    place.mkdir()
+    monkeypatch.setenv("PWD", str(tmp_path))
+    monkeypatch.setenv("OLDPWD", str(tmp_path))
+    monkeypatch.setenv("CREDENTIALS", str(place))
+    monkeypatch.setenv("SIZE_SECRET", "12345678")
+    monkeypatch.setenv("PLACE_PASSWORD", "my-secret-place")
+    shown = {"uri": f"sqlite:///{tmp_path}/t.db", "steps": "12345678"}
+    assert redact(shown) == shown
+    assert redact_text(str(place)) == str(place)
+    assert redact_text("in my-secret-place") == f"in {REDACTED}"
+
+
+@pytest.mark.parametrize(
+    ("address", "is_secret"),
+    [
+        ("https://host/x.txt?v=1#sha256=ab", False),
+        ("https://$USER:$TOKEN@host/x?token=${TOKEN}", False),
+        (f"https://{REDACTED}@host/x?token={REDACTED}", False),  # of an earlier version
+        ("https://me:pw@host/x", True),
+        ("https://ghp_1@host/x", True),
+        ("https://me:$TOKEN@host/x?api_key=abc", True),
+        ("/a/path@home", False),
+    ],
+)
+def test_password_in_an_address_is_found(address, is_secret):
+    assert has_password(address) == is_secret
+    assert hide_passwords(hide_passwords(address)) == hide_passwords(address)

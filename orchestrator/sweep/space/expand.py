@@ -15,7 +15,6 @@ from orchestrator.config.experiment import Experiment, field_value, parse_experi
 from orchestrator.config.load import read_tree, write_yaml
 from orchestrator.config.sweep import SweepSection, parse_sweep, sweep_docs
 from orchestrator.errors import UserError
-from orchestrator.redact import redact_addresses
 from orchestrator.sweep.space.checks import section_problems, varied_fields
 from orchestrator.sweep.space.dimensions import dimension, draw
 from orchestrator.sweep.space.names import sample_name, trial_name
@@ -65,9 +64,9 @@ class Sweep:
         return [trial.experiment for trial in self.trials] or [self.base]
 
     def to_yaml(self) -> str:
-        """Return a file that `load_sweep` reads as an equal sweep. Addresses have no passwords."""
+        """Return a file that `load_sweep` reads as an equal sweep."""
         section = self.settings.model_dump(by_alias=True)
-        return write_yaml(redact_addresses(self.base.model_dump() | {"sweep": section}))
+        return write_yaml(self.base.model_dump() | {"sweep": section})
 
 
 def load_sweep(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Sweep:

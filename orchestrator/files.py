@@ -7,11 +7,13 @@ refused. The folder itself may be reached through a symlink.
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import re
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from orchestrator.errors import UserError
+from orchestrator.folders import check_held
 from orchestrator.redact import redact_text
 
 # `errno` of a lock on a file system without locks, such as Lustre or NFS without its lock service.
@@ -43,6 +46,10 @@ class NotPlainFileError(UserError, OSError):
     """
 
 
+class DamagedError(UserError):
+    """The file is not what this program wrote: it is empty, cut or overwritten."""
+
+
 def opener(path: str | Path, flags: int) -> int:
     """Open a plain file; pass it as `open(path, opener=opener)`.
 
@@ -53,6 +60,8 @@ def opener(path: str | Path, flags: int) -> int:
         NotPlainFileError: The path is something else.
         OSError: The file cannot be opened.
     """
+    if flags & os.O_CREAT:
+        check_held(path)
     flags_without_truncate = flags & ~os.O_TRUNC
     safe = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
@@ -112,9 +121,9 @@ def read_bytes(path: Path) -> bytes:
         return file.read()
 
 
-def read_text(path: Path) -> str:
-    """Read a plain UTF-8 file; see `opener` for the errors."""
-    with open(path, encoding="utf-8", opener=opener) as file:
+def read_text(path: Path, errors: str = "strict") -> str:
+    """Read a plain UTF-8 file; see `opener` for the errors, and `open` for `errors`."""
+    with open(path, encoding="utf-8", errors=errors, opener=opener) as file:
         return file.read()
 
 
@@ -143,6 +152,7 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
     Raises:
         OSError: For example, the disk is full. The old file is still there.
     """
+    check_held(path)
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
     try:
@@ -197,20 +207,41 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Read a JSON object; None if the file does not exist.
 
     Raises:
-        UserError: The file holds something else, or it is a symlink, a pipe or a device.
+        DamagedError: The file holds something else.
+        NotPlainFileError: It is a symlink, a pipe or a device.
         OSError: The file cannot be read at the moment.
     """
     try:
         content = json.loads(read_text(path))
     except FileNotFoundError:
         return None
+    except NotPlainFileError:
+        raise
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-        raise UserError(
+        raise DamagedError(
             f"{path}: not valid JSON ({error}); restore the file or remove it"
         ) from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; restore the file or remove it")
+        raise DamagedError(f"{path}: not a JSON object; restore the file or remove it")
     return content
+
+
+def read_derived(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object that can be made again; None if it is missing or damaged.
+
+    A damaged file is reported once.
+    """
+    try:
+        return read_json(path)
+    except DamagedError:
+        _report_damage(path)
+        return None
+
+
+@functools.cache
+def _report_damage(path: Path) -> None:
+    text = "empty, cut or overwritten; it counts as missing, and the next start makes it again"
+    print(f"{path}: {text}", file=sys.stderr)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -246,11 +277,6 @@ def cache_folder() -> Path:
     return Path(os.path.abspath(base)) / "espalier"
 
 
-def folder_bytes(folder: Path) -> int:
-    """Return the size of all files in a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
 def fsync(path: Path) -> None:
     """Force a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -264,6 +290,7 @@ def replace_symlink(path: Path, target: Path) -> None:
     """Make `path` a symlink to `target`, in place of an earlier symlink or file."""
     if path.is_symlink() and path.readlink() == target:
         return
+    check_held(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)

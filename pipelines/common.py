@@ -13,6 +13,7 @@ from orchestrator.config.fields import Docs
 from orchestrator.errors import (
     EXIT_AGAIN,
     EXIT_DONE,
+    EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_USER,
     NO_ROOM,
@@ -20,6 +21,7 @@ from orchestrator.errors import (
     UnreadableError,
     UserError,
 )
+from orchestrator.folders import MovedError
 from orchestrator.runs import signals
 from pipelines import streams
 
@@ -32,7 +34,7 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
 
     These errors are printed without a traceback: a user error or a full disk (status 2), a file
     that cannot be read at the moment, a run that another process writes to, or SIGTERM, SIGHUP or
-    SIGQUIT (75), and Ctrl-C (130). See `orchestrator.errors`.
+    SIGQUIT (75), Ctrl-C (130), and a folder that was moved (1). See `orchestrator.errors`.
     """
     streams.secure()
     signals.begin()
@@ -49,6 +51,8 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
             status = _print_error("terminated; run the same command again", EXIT_AGAIN)
         else:
             status = _print_error("interrupted", EXIT_INTERRUPTED)
+    except MovedError as error:
+        status = _print_error(f"error: {error}", EXIT_FAILED)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from orchestrator.errors import UserError
-from orchestrator.files import read_json
+from orchestrator.files import read_derived
 from orchestrator.runs.storage import folders_of
 from orchestrator.track.server import UI_PORT, experiment_url, store_path
 from pipelines.common import Options, run_command
@@ -78,9 +78,7 @@ def links(storage: Path, port: int) -> list[str]:
     server = f"http://127.0.0.1:{port}"
     names: dict[str, str] = {}
     for folder in folders_of(storage):
-        if not folder.tracking_file.exists():
-            continue
-        state = read_json(folder.tracking_file) or {}
+        state = read_derived(folder.tracking_file) or {}
         if state.get("experiment_id") and state["uri"].startswith("sqlite"):
             names[state["experiment_id"]] = state["experiment"]
     if not names:

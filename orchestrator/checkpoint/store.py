@@ -63,7 +63,7 @@ def commit(directory: Path, step: int, parts: Parts, facts: Mapping[str, Any]) -
     """
     directory = Path(directory)
     if not directory.is_dir():
-        os.makedirs(directory, exist_ok=True)
+        directory.mkdir(exist_ok=True)  # not its parent: that of a running run may be moved
         fsync(directory.parent)
     clear(directory)  # first: leftovers take space that this checkpoint may need
     _require_space(directory, sum(len(content) for content in parts.values()))

@@ -24,7 +24,7 @@ from model.generate import generate
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.cost.timing import Timing
 from orchestrator.data.dataset import Manifest
-from orchestrator.files import folder_bytes
+from orchestrator.folders import folder_bytes
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
 from orchestrator.train import state

@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orchestrator import files
+from orchestrator import files, folders
 from orchestrator.data import corpus, tasks
-from orchestrator.data.corpus import Progress, Source
+from orchestrator.data.corpus import Source
 from orchestrator.data.dataset import Manifest, Shard, Split, load_manifest, write_manifest
 from orchestrator.data.index import write_index
+from orchestrator.data.input.download import Progress
 from orchestrator.data.parts import SPLITS, Parts, write_slices
 from orchestrator.data.prepared import (
     find_prepared,
@@ -119,6 +120,7 @@ def prepare(
     sources = sources or corpus.resolve(data.corpus)
     if kind_of(data.tokenizer).learn is None:
         load_tokenizer(data.tokenizer)
+    folders.check_writable(directory, "data.dir")
     directory.mkdir(parents=True, exist_ok=True)
     with _lock(directory):
         found = find_prepared(data, directory, sources=sources)

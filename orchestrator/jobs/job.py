@@ -5,18 +5,20 @@ command therefore continues.
 """
 
 import abc
+import os
 import sys
 import time
 from contextlib import AbstractContextManager
 
+from orchestrator import folders
 from orchestrator.cluster import layout as cluster
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import EXIT_DONE
 from orchestrator.runs import events, lock, signals, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
-from orchestrator.runs.storage import check_writable, storage_root, storage_setting
-from orchestrator.track.server import resolve_uri
+from orchestrator.runs.storage import storage_root, storage_setting
+from orchestrator.track.server import resolve_uri, where_to_look
 from orchestrator.track.tracker import Tracker, print_unsent, resend_metrics
 
 
@@ -47,13 +49,17 @@ class Job(abc.ABC):
         Raises:
             UserError: The job cannot be done as it is configured.
             HeldError: Another driver works in the folder.
+            MovedError: The folder was removed or moved meanwhile.
         """
         self.check()
-        check_writable(self.storage)
+        folders.check_writable(self.storage, "storage")
         if self.is_finished():
             self.show_again()
             return EXIT_DONE
-        with lock.held(self.folder.driver_lock) as killed_holder:
+        with (
+            lock.held(self.folder.driver_lock) as killed_holder,
+            folders.holding(self.folder.path),
+        ):
             if killed_holder is not None and self.folder.run_file.exists():
                 message = f"{killed_holder} was killed; this process takes over"
                 print(events.note(self.folder, "taken_over", message)["message"], flush=True)
@@ -74,6 +80,7 @@ class Job(abc.ABC):
         ending: Ending | None = None
         try:
             self.tracker.start()
+            print(f"MLflow: {where_to_look(self.uri)}", flush=True)
             with self.watching(), signals.asking_to_stop(self._request_stop):
                 self.work()
         except KeyboardInterrupt:
@@ -82,6 +89,12 @@ class Job(abc.ABC):
             error = raised
         # The following steps take a limited time and must not be interrupted.
         signals.let_end()
+        try:
+            folders.check_held(self.folder.path)
+        except folders.MovedError:
+            # Ray would print the errors of workers that could not write.
+            os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
+            raise
         if ending is None:
             ending = self.diagnose(error)
         self.summarize(ending, time.monotonic() - started)
@@ -94,6 +107,12 @@ class Job(abc.ABC):
         if not all_sent:
             print_unsent(self.folder, self.uri)
         return ending
+
+    @property
+    def link(self) -> str | None:
+        """Where the tracking server shows the job; None until it has answered."""
+        url = self.tracker.url
+        return None if url is None else where_to_look(self.uri, url)
 
     def _request_stop(self, reason: str) -> None:
         stop.request(self.folder, reason)

@@ -26,12 +26,13 @@ from orchestrator.data.order import check_tokens
 from orchestrator.data.prepare import prepare_in
 from orchestrator.data.prepared import find_in, list_sources
 from orchestrator.errors import UserError
-from orchestrator.files import read_json, read_text
+from orchestrator.files import read_text
 from orchestrator.jobs.job import Job
 from orchestrator.runs import lock, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.facts import model_facts
 from orchestrator.runs.folder import SweepFolder
+from orchestrator.runs.identity import recorded_layout
 from orchestrator.sweep import cost
 from orchestrator.sweep.outcome import ending_of
 from orchestrator.sweep.report import view
@@ -45,6 +46,7 @@ from orchestrator.sweep.source import check_sources, with_absolute_paths
 from orchestrator.sweep.space.expand import Sweep
 from orchestrator.sweep.study import Study, data_key
 from orchestrator.sweep.tree import Stage
+from orchestrator.track.server import where_to_look
 from orchestrator.track.tracker import Tracker
 from orchestrator.train import init_from
 from orchestrator.workers.diagnose import ending_of_tracebacks
@@ -94,11 +96,11 @@ class SweepJob(Job):
 
     def is_finished(self) -> bool:
         """Return whether no stage is left to run. If so, `study` is set."""
-        layout = self.folder.recorded_layout()
+        layout = recorded_layout(self.folder)
         if layout is None:
             return False
-        summary = read_json(self.folder.summary_file) or {}
-        if summary.get("status") != "FINISHED":
+        summary = self.folder.read_summary() or {}
+        if summary.get("status") != "FINISHED" or self.folder.read_record() is None:
             return False
         datasets = {}
         for key, data in self._data_sections().items():
@@ -115,11 +117,12 @@ class SweepJob(Job):
             f"{self.folder.name} is finished; if you add values to its grid, only new steps are "
             "trained"
         )
-        summary = cast(SweepSummary, read_json(self.folder.summary_file))
+        SweepFiles(self.study).write_trials()
+        summary = cast(SweepSummary, self.folder.read_summary())
         file = self.folder.comparison_file
         if not file.exists() or trials_in(read_text(file)) != self.study.trials.keys():
             summary = self._write_again()
-        show(self.study, summary, None)
+        show(self.study, summary, where_to_look(self.uri))
         self.resend()
 
     def _write_again(self) -> SweepSummary:
@@ -142,7 +145,7 @@ class SweepJob(Job):
             for key, data in sections.items()
         }
         self.sweep = _fitting(self.sweep, datasets)
-        self.study = Study(self.sweep, self.folder, layout, datasets)
+        self.study = Study(self.sweep, self.folder, layout, datasets).restored()
         stop.clear(self.folder)
         self.slots = max(1, cluster.capacity(layout))
         if os.environ.get("ESPALIER_AUTOSCALING"):
@@ -163,7 +166,7 @@ class SweepJob(Job):
             UserError: Trials with different numbers of slots would get different numbers of
                 workers.
         """
-        recorded = self.folder.recorded_layout()
+        recorded = recorded_layout(self.folder)
         by_slots = {e.slots: e for e in self.sweep.experiments}
         layouts = {cluster.find_layout(e, recorded) for e in by_slots.values()}
         if len(layouts) > 1:
@@ -247,7 +250,7 @@ class SweepJob(Job):
             cost.learn(self.study)
 
     def show(self) -> None:
-        show(self.study, self.summary, self.tracker.url)
+        show(self.study, self.summary, self.link)
 
 
 def _fitting(sweep: Sweep, datasets: Mapping[str, Manifest]) -> Sweep:

@@ -23,9 +23,9 @@ from orchestrator.data.order import check_tokens
 from orchestrator.data.prepare import prepare_in
 from orchestrator.data.prepared import find_in, list_sources
 from orchestrator.errors import UserError
-from orchestrator.files import folder_bytes, read_json, read_text
+from orchestrator.files import read_text
+from orchestrator.folders import folder_bytes
 from orchestrator.jobs.job import Job
-from orchestrator.redact import redact
 from orchestrator.runs import identity, journal, journal_copy, metrics
 from orchestrator.runs.console import Console
 from orchestrator.runs.ending import Ending
@@ -33,6 +33,7 @@ from orchestrator.runs.facts import facts_of
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.summary import Summary, summarize
 from orchestrator.text import differences, duration, number, table
+from orchestrator.track.server import where_to_look
 from orchestrator.track.tracker import Tracker
 from orchestrator.train import init_from, numerics
 from orchestrator.workers import ray_train
@@ -83,8 +84,10 @@ class TrainJob(Job):
 
     def is_finished(self) -> bool:
         max_steps = self.experiment.train.max_steps
-        summary = read_json(self.folder.summary_file) or {}
+        summary = self.folder.read_summary() or {}
         if summary.get("status") != "FINISHED" or summary.get("step") != max_steps:
+            return False
+        if self.folder.read_record() is None:
             return False
         dataset = find_in(self.experiment.data, self.storage, sources=self.sources)
         return dataset is not None and self._resume_step(dataset) == max_steps
@@ -98,8 +101,8 @@ class TrainJob(Job):
             f"{name} is finished. To train longer, set a larger train.max_steps; to start again, "
             "use a new name"
         )
-        summary = cast(Summary, read_json(self.folder.summary_file))
-        _show(self.folder, summary, None)
+        summary = cast(Summary, self.folder.read_summary())
+        _show(self.folder, summary, where_to_look(self.uri))
         self.resend()
 
     # ---- before the workers start ----
@@ -109,7 +112,7 @@ class TrainJob(Job):
 
     def prepare(self) -> None:
         experiment = self.experiment
-        self.layout = cluster.find_layout(experiment, self.folder.recorded_layout())
+        self.layout = cluster.find_layout(experiment, identity.recorded_layout(self.folder))
         self.dataset = prepare_in(experiment.data, self.storage, sources=self.sources)
         # Both calls raise UserError: the corpus is too small, or the first weights do not fit.
         tokens = {name: split.tokens for name, split in self.dataset.splits.items()}
@@ -165,8 +168,7 @@ class TrainJob(Job):
         if changes:
             attempt["changed"] = "; ".join(changes)
         fields = self.experiment.flat()
-        attempt |= {name: fields[name] for name in fields_with(*FREE)}
-        return redact(attempt)
+        return attempt | {name: fields[name] for name in fields_with(*FREE)}
 
     def _print_start(self) -> None:
         verb = "resuming" if self.step else "training"
@@ -240,14 +242,14 @@ class TrainJob(Job):
             # The server answered only now.
             self.summary["mlflow_run_id"] = self.tracker.run_id
             self.folder.write_summary(self.summary)
-        _show(self.folder, self.summary, self.tracker.url)
+        _show(self.folder, self.summary, self.link)
 
 
 def _ignore_damaged_checkpoint(message: str) -> None:
     """Do nothing: rank 0 finds the same damaged checkpoint and records the event."""
 
 
-def _show(folder: RunFolder, summary: Summary, url: str | None) -> None:
+def _show(folder: RunFolder, summary: Summary, link: str | None) -> None:
     """Print the summary, a sample, and the next commands."""
     rows: dict[str, Any] = {
         key: number(value)
@@ -257,7 +259,7 @@ def _show(folder: RunFolder, summary: Summary, url: str | None) -> None:
     rows["wall time"] = duration(summary["wall_s"])
     if "estimated" in summary:
         rows["estimate"] = comparison_line(summary["estimated"], summary["measured"])
-    rows |= {"folder": folder.path, "MLflow": url}
+    rows |= {"folder": folder.path, "MLflow": link}
     print(f"\n{folder.name}\n{table(rows)}")
 
     if summary["status"] != "FINISHED":
@@ -269,7 +271,7 @@ def _show(folder: RunFolder, summary: Summary, url: str | None) -> None:
         return
     samples = folder.sample_files()
     if samples:
-        sample = read_text(samples[-1]).strip()
+        sample = read_text(samples[-1], "replace").strip()
         print(f"\nsample (the first tokens are the prompt, from val):\n{sample}")
     print(
         f"\nnext:\n  pipelines/sample.py {folder.path} --prompt '…'\n"

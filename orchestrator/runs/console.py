@@ -83,7 +83,8 @@ class Console:
         found = events.read(self.folder)
         for event in found[self._events_printed :]:
             print(event.get("message"), flush=True)
-        self._events_printed = len(found)
+        # A file that is just being written may have fewer.
+        self._events_printed = max(self._events_printed, len(found))
 
     def _print_if_disk_is_full(self) -> None:
         is_full = _is_disk_full(self.folder)

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from orchestrator import files
+from orchestrator.folders import MovedError
 from orchestrator.runs.folder import RunFolder
 
 Event = dict[str, Any]  # time, kind and message; more for some kinds
@@ -31,6 +32,8 @@ def note(folder: RunFolder, kind: str, message: str, **facts: Any) -> Event:
     event = {"time": now, "kind": kind, "message": message, **facts}
     try:
         _append(folder, json.dumps(event).encode() + b"\n")
+    except MovedError:
+        raise
     except OSError as error:
         print(f"not noted in {folder.events_file} ({error}): {message}", flush=True)
     return event

@@ -14,7 +14,6 @@ from typing import Any, TypedDict, cast
 
 from orchestrator import files
 from orchestrator.checkpoint import format as checkpoint_format
-from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.config.load import read_yaml
 from orchestrator.errors import NO_ROOM, NOT_WRITABLE, UserError
@@ -180,17 +179,12 @@ class RunFolder:
         return self.path / f"before-{len(list(self.path.glob('before-*'))) + 1:04d}"
 
     def read_record(self) -> RunRecord | None:
-        """Read run.json; None before the first attempt."""
-        return cast(RunRecord | None, files.read_json(self.run_file))
+        """Read run.json; None before the first attempt, or if it is damaged."""
+        return cast(RunRecord | None, files.read_derived(self.run_file))
 
-    def recorded_layout(self) -> Layout | None:
-        """Workers and devices of the last attempt; None before the first one."""
-        record = self.read_record()
-        attempts = (record or {}).get("attempts") or []
-        stored = attempts[-1].get("layout") if attempts else None
-        if stored is None:
-            return None
-        return Layout(**stored)
+    def read_summary(self) -> dict[str, Any] | None:
+        """Read summary.json; None if the run has not ended, or if it is damaged."""
+        return files.read_derived(self.summary_file)
 
     def read_experiment(self) -> Experiment:
         """Read experiment.yaml.
@@ -201,18 +195,23 @@ class RunFolder:
         file = self.experiment_file
         try:
             text = files.read_text(file)
-        except OSError:
+        except (OSError, UnicodeDecodeError):
             raise UserError(
                 f"{self.path}: has no experiment.yaml; give the folder of a run or a checkpoint"
             ) from None
-        return parse_experiment(read_yaml(text, str(file)), str(file))
+        tree = read_yaml(text, str(file))
+        # Without this check, a cut file would be an experiment with default values.
+        tracking = tree.get("tracking") if isinstance(tree, dict) else None
+        if not text.endswith("\n") or "experiment" not in (tracking or {}):
+            raise files.DamagedError(f"{file}: empty or cut; the next start writes it again")
+        return parse_experiment(tree, str(file))
 
     # ---- end of an attempt ----
 
     def read_ending(self) -> Ending | None:
         """Read how the run or stage ended; None if it is still training or was killed."""
         for file in (self.result_file, self.ending_file):
-            stored = files.read_json(file)
+            stored = files.read_derived(file)
             if stored is not None:
                 return Ending.from_json(stored)
         return None
@@ -245,7 +244,7 @@ class RunFolder:
         """Tracebacks of all ranks, oldest first: the first failure often causes the others."""
         found = self.path.glob("failure-rank*.txt")
         oldest_first = sorted(found, key=lambda file: file.stat().st_mtime_ns)
-        return [files.read_text(file) for file in oldest_first]
+        return [files.read_text(file, "replace") for file in oldest_first]
 
     # ---- folder of a trial ----
 

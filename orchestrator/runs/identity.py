@@ -5,6 +5,7 @@ the same run. A changed identity field would give other weights, so it is refuse
 name.
 """
 
+import contextlib
 import os
 import uuid
 from collections.abc import Callable
@@ -12,12 +13,14 @@ from typing import Any
 
 from model.schedule import learning_rate
 from orchestrator.checkpoint import store as checkpoint
+from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, fields_with
 from orchestrator.config.fields import FREE, Effect
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.errors import UserError
+from orchestrator.files import read_derived
 from orchestrator.runs import stop
-from orchestrator.runs.folder import RunFacts, RunFolder, RunRecord
+from orchestrator.runs.folder import RunFacts, RunFolder, RunRecord, SweepFolder
 from orchestrator.text import differences
 
 
@@ -175,7 +178,9 @@ def begin_attempt(
             may start the workers several times: `ray_train.start_workers_attempt`.
     """
     record = folder.read_record()
-    if record is None or _starts_over(folder, experiment, facts, record, attempt):
+    if attempt.get("from_step"):
+        record = record or new_record(folder)
+    elif record is None or _starts_over(folder, experiment, facts, record):
         record = RunRecord(key=uuid.uuid4().hex, attempts=[])
         _move_history(folder)
     attempts = [*record["attempts"], attempt]
@@ -202,15 +207,40 @@ def _starts_over(
     experiment: Experiment,
     facts: RunFacts,
     record: RunRecord,
-    attempt: dict[str, Any],
 ) -> bool:
     """Return whether a run begins at step 0 in the folder of another one, or with `restart`."""
-    if attempt.get("from_step"):
-        return False
     if experiment.train.restart and had_checkpoints(folder):
         return True
     try:
         changed = identity_differences(folder.read_experiment(), experiment, 0)
-    except UserError:  # written by another version
+    except UserError:  # damaged, or written by another version
+        print(f"{folder.experiment_file}: not readable; the run starts over as a new one")
         return True
     return bool(changed) or record.get("dataset") != facts.get("dataset")
+
+
+# ---- what is still known if run.json is missing or damaged ----
+
+
+def new_record(folder: RunFolder) -> RunRecord:
+    """Return a run.json without attempts, with the key by which MLflow may know the run."""
+    sent = read_derived(folder.tracking_file) or {}
+    return RunRecord(key=sent.get("key") or uuid.uuid4().hex, attempts=[])
+
+
+def recorded_layout(folder: RunFolder) -> Layout | None:
+    """Return workers and devices of the last attempt; None before the first one.
+
+    The CPUs per worker, which affect the last bits, are also in the last checkpoint, and in the
+    trials of a sweep.
+    """
+    for place in [folder, *SweepFolder(folder).trials()]:
+        attempts = (place.read_record() or {}).get("attempts") or []
+        stored = attempts[-1].get("layout") if attempts else None
+        if stored is not None:
+            return Layout(**stored)
+    for step in folder.checkpoint_steps()[-1:]:
+        with contextlib.suppress(UserError, LookupError):
+            manifest = checkpoint.read_manifest(folder.checkpoint(step))
+            return Layout(1, manifest["fingerprints"]["numerics"]["cpus_per_worker"], False)
+    return None

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
-from orchestrator import files
+from orchestrator import files, folders
 from orchestrator.errors import HeldError
 from orchestrator.runs.folder import RunFolder
 
@@ -58,14 +58,16 @@ def refuse_if_held(folder: RunFolder) -> None:
         with open(folder.driver_lock, opener=files.opener) as file:
             if not _try_lock(file, fcntl.LOCK_SH):
                 raise _held_error(folder.driver_lock, file)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
+    except files.NotPlainFileError:
+        raise
+    except OSError:
         return  # no run yet, or a lock that this user may not open
 
 
 def _acquire(path: Path, deadline: float) -> TextIO:
     """Return the open, locked file. Closing it releases the lock."""
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folders.make_folder(path.parent)
         # Another process may remove the folder now, if it created it and wrote nothing else. Then
         # opening fails, or the file that we locked is no longer the one at this path.
         with contextlib.suppress(FileNotFoundError):

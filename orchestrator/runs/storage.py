@@ -68,23 +68,6 @@ def find_run(
     )
 
 
-def check_writable(storage: Path) -> None:
-    """Raise UserError if the storage is not writable. Nothing is created."""
-    existing = storage
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        problem = "a file"
-    elif not os.access(existing, os.W_OK | os.X_OK):
-        problem = "not writable"
-    else:
-        return
-    raise UserError(
-        f"storage: {storage} cannot be written to, {existing} is {problem}; "
-        "set storage=… or ESPALIER_STORAGE"
-    )
-
-
 def folders_of(storage: Path) -> list[RunFolder]:
     """Return the folders in a storage, in the order of their names. Not all of them are runs."""
-    return [RunFolder(path) for path in sorted(storage.glob("*"))]
+    return [RunFolder(path) for path in sorted(storage.glob("*")) if path.is_dir()]

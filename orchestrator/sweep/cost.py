@@ -24,6 +24,7 @@ from orchestrator.data.dataset import Manifest
 from orchestrator.data.prepared import find_in
 from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import SweepFolder
+from orchestrator.runs.identity import recorded_layout
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.report import figures, view
 from orchestrator.sweep.report.advice import advice, left_out
@@ -58,7 +59,7 @@ def show(sweep: Sweep) -> int:
     counts = {key: token_counts(e) for key, e in by_data.items()}
     datasets = {key: _dataset(e.data, storage) for key, e in by_data.items()}
     folder = SweepFolder(storage / sweep.base.name)
-    layout = folder.recorded_layout() or estimate.local_layout(experiments[0])
+    layout = recorded_layout(folder) or estimate.local_layout(experiments[0])
     study = Study(sweep, folder, layout, datasets)
     if not study.tree.stages:
         print(

@@ -17,7 +17,7 @@ from orchestrator.sweep.stage import has_result, write_stopped
 from orchestrator.sweep.states import DONE, FAILED, RUNNING, WAITING, StageStates
 from orchestrator.sweep.stored import StoredStages, StoredState, checkpoint_bytes, remove_unneeded
 from orchestrator.sweep.tree import Stage, StageTree
-from orchestrator.sweep.trials import PlannedTrial
+from orchestrator.sweep.trials import PlannedTrial, spec_of
 from orchestrator.workers import hangs
 from orchestrator.workers.diagnose import diagnose
 from orchestrator.workers.ray_train import PATIENCE
@@ -147,16 +147,7 @@ class Progress:
     def _spec(self, stage: Stage) -> StageSpec:
         """Return the content of stage.json. A trial that ends here gives the experiment."""
         trial = self.trials[stage.example]
-        spec = StageSpec(
-            id=stage.id,
-            root=trial.branch.root,
-            start=stage.start,
-            stop=stage.stop,
-            experiment=trial.experiment.model_dump(),
-            rates=trial.rates.to_json(),
-            data_dir=str(trial.dataset.directory),
-            diverged_above=self.settings.diverged_above,
-        )
+        spec = spec_of(trial, stage.start, stage.stop, self.settings.diverged_above)
         if stage.id in self.tree.stored:
             # All steps are done; only the result of a trial is missing.
             end = self.stored.states[stage.id]

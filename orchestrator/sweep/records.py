@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config.experiment import Experiment, parse_experiment
-from orchestrator.files import read_json, write_json
+from orchestrator.files import read_derived, write_json
+from orchestrator.folders import make_folder
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Line
@@ -47,7 +48,7 @@ class StageSpec:
         stored = asdict(self)
         if self.parent is not None and Path(self.parent).parent == folder.path.parent:
             stored["parent"] = f"../{Path(self.parent).name}"
-        folder.path.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.path)
         write_json(folder.stage_file, stored)
 
     def parsed_experiment(self) -> Experiment:
@@ -64,8 +65,8 @@ class StageSpec:
 
 
 def read_spec(folder: RunFolder) -> StageSpec | None:
-    """Read stage.json; None if the folder is not that of a stage."""
-    stored = read_json(folder.stage_file)
+    """Read stage.json; None if the folder is not that of a stage, or the file is damaged."""
+    stored = read_derived(folder.stage_file)
     if stored is None:
         return None
     parent = stored["parent"]
@@ -114,8 +115,8 @@ class StageResult:
 
 
 def read_result(folder: RunFolder) -> StageResult | None:
-    """Read result.json; None if the stage has not ended."""
-    stored = read_json(folder.result_file)
+    """Read result.json; None if the stage has not ended, or the file is damaged."""
+    stored = read_derived(folder.result_file)
     if stored is None:
         return None
     stored.pop("kind", None)

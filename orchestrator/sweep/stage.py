@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator import folders
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UnreadableError, UserError
@@ -53,7 +54,7 @@ def run_stage(
         return
     started = time.monotonic()
     watchdog = Watchdog(folder, worker, experiment.compute.hang_after_s)
-    with _sole_writer(folder, worker), watchdog:
+    with folders.holding(folder.path), _sole_writer(folder, worker), watchdog:
         if worker.is_main:
             _begin(folder, spec)
         trainer = Trainer(

@@ -23,7 +23,7 @@ from orchestrator.sweep.space.expand import Sweep, Trial, sampled
 from orchestrator.sweep.space.sampler import Sampler
 from orchestrator.sweep.states import DIVERGED, DONE, RUNNING, STOPPED, WAITING
 from orchestrator.sweep.tree import StageTree
-from orchestrator.sweep.trials import PlannedTrial
+from orchestrator.sweep.trials import PlannedTrial, restore_specs
 
 
 class Best(NamedTuple):
@@ -95,6 +95,14 @@ class Study:
             self.source.refuse_other_experiments(self.trials.values())
             self.stored.add_run(RunFolder(self.source.folder), branches[0], self.source.step)
         self.tree = self._build_tree()
+
+    def restored(self) -> "Study":
+        """Write stage.json again where it is lost. Return a study that uses these stages."""
+        source = RunFolder(self.source.folder) if self.source is not None else None
+        limit = self.sweep.settings.diverged_above
+        if restore_specs(self.folder, self.trials_and_probes.values(), source, limit):
+            return Study(self.sweep, self.folder, self.layout, self.datasets)
+        return self
 
     def _build_tree(self) -> StageTree:
         """Return the tree of the trials; it uses no damaged checkpoint."""

@@ -7,8 +7,8 @@ the last stage, a summary.
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ import torch
 from orchestrator.config.experiment import Experiment, fields_with
 from orchestrator.config.fields import Effect
 from orchestrator.data.dataset import Manifest, data_identity
-from orchestrator.files import read_text, write_atomically
-from orchestrator.runs.folder import RunFolder
+from orchestrator.files import write_atomically
+from orchestrator.folders import make_folder
+from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.journal import Line
 from orchestrator.sweep import records
 from orchestrator.sweep.rates import Rates
+from orchestrator.sweep.records import StageSpec
 from orchestrator.sweep.space.expand import Trial
 from orchestrator.sweep.stored import StoredState
 from orchestrator.sweep.tree import Branch
@@ -79,6 +81,56 @@ def fields_of_root(experiment: Experiment) -> dict[str, Any]:
     return {key: fields[key] for key in keys if key in fields}
 
 
+def spec_of(trial: PlannedTrial, start: int, stop: int, diverged_above: float | None) -> StageSpec:
+    """Return the stage of a trial that makes the updates [start, stop), without its parent."""
+    return StageSpec(
+        id=trial.branch.key(stop),
+        root=trial.branch.root,
+        start=start,
+        stop=stop,
+        experiment=trial.experiment.model_dump(),
+        rates=trial.rates.to_json(),
+        data_dir=str(trial.dataset.directory),
+        diverged_above=diverged_above,
+    )
+
+
+def restore_specs(
+    sweep: SweepFolder,
+    trials: Collection[PlannedTrial],
+    source: RunFolder | None,
+    diverged_above: float | None,
+) -> list[StageSpec]:
+    """Write and return stage.json of each stage that has a result but no valid stage.json.
+
+    Args:
+        sweep: Folder of the sweep.
+        trials: Trials and probes, one of which may have the stage.
+        source: The run that the sweep branches off, if there is one.
+        diverged_above: `sweep.diverged_above`.
+    """
+    restored = []
+    for folder in sweep.stages():
+        result = records.read_result(folder)
+        if result is None or records.read_spec(folder) is not None:
+            continue
+        longer = [trial for trial in trials if trial.branch.steps >= result.stop]
+        found = [trial for trial in longer if trial.branch.key(result.stop) == result.id]
+        if not found:
+            continue
+        trial = min(found, key=lambda trial: trial.branch.steps)  # one that ends here, if any
+        spec = spec_of(trial, result.start, result.stop, diverged_above)
+        if result.start > 0:
+            parent = sweep.stage(trial.branch.key(result.start))
+            if source is not None and not parent.path.exists():
+                parent = source
+            begin = parent.checkpoint(result.start)
+            spec = replace(spec, parent=str(parent.path), begin=str(begin))
+        spec.write(folder)
+        restored.append(spec)
+    return restored
+
+
 # ---- the folder of a trial ----
 
 
@@ -98,7 +150,7 @@ def assemble(
         record: Content of run.json.
         summary: Content of summary.json; None while the trial is not over.
     """
-    folder.path.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.path)
     lines = [json.dumps(line) + "\n" for line in curve(last, trial)]
     _write_if_changed(folder.journal_file, "".join(lines))
     _write_if_changed(folder.experiment_file, trial.experiment.to_yaml())
@@ -127,9 +179,6 @@ def curve(last: StoredState | None, trial: PlannedTrial) -> list[Line]:
 
 def _write_if_changed(path: Path, text: str) -> None:
     """Write a file unless it has this content: the tracker sends files that are newer."""
-    try:
-        if read_text(path) == text:
-            return
-    except FileNotFoundError:
-        pass
+    if path.is_file() and path.read_bytes() == text.encode():
+        return
     write_atomically(path, text)

@@ -15,6 +15,7 @@ from typing import Any
 from orchestrator import files
 from orchestrator.checkpoint import store, tensor_file
 from orchestrator.errors import NO_ROOM, NoRoomError
+from orchestrator.folders import check_held
 from orchestrator.runs import events, journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
@@ -124,6 +125,7 @@ class Checkpointer:
     ) -> NoRoomError | None:
         """Write one checkpoint; return an error if the disk is full."""
         try:
+            check_held(self.folder.checkpoints)
             # After a power failure, the journal must have all lines up to the checkpoint.
             journal.sync(self.folder)
             store.commit(self.folder.checkpoints, step, parts, facts)

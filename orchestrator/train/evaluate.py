@@ -24,6 +24,7 @@ from orchestrator.data.batches import EvalBatches, TokenStream
 from orchestrator.data.tokenizer import Tokenizer
 from orchestrator.errors import NO_ROOM
 from orchestrator.files import write_atomically
+from orchestrator.folders import make_folder
 from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.numerics import Worker, agree, autocast, keyed_seed
@@ -253,7 +254,7 @@ class Evaluator:
             )
         file = self.folder.sample_file(state.step)
         try:
-            self.folder.samples.mkdir(exist_ok=True)
+            make_folder(self.folder.samples)
             write_atomically(file, self.tokenizer.decode(generated[0].tolist()))
         except OSError as error:
             if error.errno not in NO_ROOM:

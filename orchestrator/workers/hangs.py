@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from orchestrator import files
+from orchestrator import files, folders
 from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import marks
@@ -70,7 +70,7 @@ def _stack_files(folder: RunFolder) -> list[Path]:
 def _move(folder: RunFolder, stacks: list[Path]) -> str:
     target = folder.new_hang_folder()
     try:
-        target.mkdir(parents=True)
+        folders.make_folder(target)
         for file in stacks:
             shutil.move(file, target / file.name)
     except OSError as error:  # the verdict is worth more than the stacks

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator import files
+from orchestrator import files, folders
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.numerics import Worker
 
@@ -93,7 +93,7 @@ class MarkFile:
     """
 
     def __init__(self, folder: RunFolder, worker: Worker, oom_kills: int) -> None:
-        folder.rank_marks.mkdir(exist_ok=True)
+        folders.make_folder(folder.rank_marks)
         self._descriptor = files.opener(
             folder.mark_file(worker.rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         )

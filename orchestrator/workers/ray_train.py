@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
-from orchestrator import files
+from orchestrator import files, folders
 from orchestrator.cluster import private
 from orchestrator.cluster.layout import COLLECTIVE_TIMEOUT_S, Layout, worker_environment
 from orchestrator.config.experiment import Experiment, parse_experiment
@@ -70,6 +70,7 @@ def fit(experiment: Experiment, folder: RunFolder, data_dir: Path, layout: Layou
             "data_dir": str(data_dir),
             "cpus": layout.cpus_per_worker,
             "launch": launch,
+            "key": (folder.read_record() or {}).get("key"),
         },
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
@@ -102,6 +103,8 @@ def _work(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     folder = RunFolder(config["folder"])
+    if (folder.read_record() or {}).get("key") != config["key"]:
+        return  # the folder was removed or moved, which the driver reports
     if folder.ending_file.exists():
         return  # an earlier attempt of this launch recorded that the run must not go on
     context = ray.train.get_context()
@@ -109,7 +112,10 @@ def _work(config: dict[str, Any]) -> None:
     world_size = context.get_world_size()
     device = str(ray.train.torch.get_device())
     worker = Worker(rank, world_size, device, config["cpus"])
-    with _only_writer(folder) if worker.is_main else contextlib.nullcontext():
+    with (
+        folders.holding(folder.path),
+        _only_writer(folder) if worker.is_main else contextlib.nullcontext(),
+    ):
         try:
             number = 0
             if worker.is_main:
@@ -220,9 +226,12 @@ def start_workers_attempt(folder: RunFolder, launch: str, world_size: int) -> in
 
 def _read_attempts(folder: RunFolder) -> list[WorkersStart]:
     file = folder.attempts_file
-    lines = files.read_text(file).split("\n") if file.exists() else []
-    # On a full disk, a line may be incomplete.
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    lines = files.read_bytes(file).split(b"\n") if file.exists() else []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # on a full disk, a line may be incomplete
+            found.append(json.loads(line))
+    return found
 
 
 def _append_attempt(folder: RunFolder, start: WorkersStart) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from orchestrator.cluster import private
+from orchestrator.folders import MovedError, check_held
 from orchestrator.runs import signals, stop
 from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import hangs, marks
@@ -34,6 +35,10 @@ class Watch:
     Args:
         folder: Folder of the run or the sweep. A signal of `signals.STOPS` asks it to stop.
         places: Returns the folders in which workers train now. Called by the thread.
+
+    Attributes:
+        over: True after the watch ended Ray's wait: the folder was removed or moved, or the workers
+            of a run were done but did not exit (torch's shutdown can deadlock).
     """
 
     def __init__(self, folder: RunFolder, places: Callable[[], Iterable[RunFolder]]) -> None:
@@ -41,6 +46,7 @@ class Watch:
         self.places = places
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self.over = False
         # Last report of each rank, and when it was first seen by our own clock.
         self._seen: dict[tuple[str, int], tuple[MarkId, float]] = {}
 
@@ -73,11 +79,21 @@ class Watch:
                 print(f"watching {self.folder.path}: {error}", flush=True)
 
     def _look(self) -> None:
-        """End the processes of this machine that are stuck."""
+        """End the wait for workers whose folder is gone, and stuck processes of this machine."""
+        try:
+            check_held(self.folder.path)
+        except MovedError:
+            self._end_wait()
+            return
         for place in self.places():
             for mark in marks.read(place):
                 if not mark.is_over and self._age(place, mark) > mark.limit + GRACE_S:
                     hangs.end_stuck(place, mark)
+
+    def _end_wait(self) -> None:
+        if not self.over:
+            self.over = True
+            signals.interrupt_work()
 
     def _age(self, place: RunFolder, mark: Mark) -> float:
         """Return the seconds since the rank reported something new."""
@@ -93,10 +109,6 @@ class Watch:
 class RunWatch(Watch):
     """Watches a lone run, whose workers exit when it ends.
 
-    Attributes:
-        over: True after the watch ended Ray's wait for workers that were done but did not exit:
-            torch's shutdown can deadlock.
-
     Args:
         folder: Folder of the run.
         hang_after_s: `compute.hang_after_s`. Workers that are done have this time to exit, within
@@ -106,7 +118,6 @@ class RunWatch(Watch):
     def __init__(self, folder: RunFolder, hang_after_s: float) -> None:
         super().__init__(folder, lambda: [folder])
         least, most = EXIT_S
-        self.over = False
         self._exit_s = min(max(hang_after_s, least), most)
         self._done_since: float | None = None
         self._earlier: set[MarkId] = set()
@@ -128,9 +139,8 @@ class RunWatch(Watch):
         now = time.monotonic()
         if self._done_since is None:
             self._done_since = now
-        if not self.over and now - self._done_since > self._exit_s:
-            self.over = True
-            signals.interrupt_work()
+        if now - self._done_since > self._exit_s:
+            self._end_wait()
 
 
 def draining_node(current: list[Mark]) -> str | None:

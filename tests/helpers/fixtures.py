@@ -85,7 +85,7 @@ class Sweeps:
         dataset = load_manifest(self.dataset_dir)
         experiments = [sweep.base, *(trial.experiment for trial in sweep.trials)]
         datasets = {data_key(experiment.data): dataset for experiment in experiments}
-        return Study(sweep, folder, Layout(1, 1, False), datasets)
+        return Study(sweep, folder, Layout(1, 1, False), datasets).restored()
 
     def run(
         self,

@@ -105,7 +105,9 @@ def test_steps_of_a_job_come_in_order(new_job, capsys):
         "tell the server FINISHED",
         "show",
     ]
-    assert capsys.readouterr().out == "starting Ray …\n"
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "starting Ray …"
+    assert second == f"MLflow: http://127.0.0.1:5000 (after `pipelines/ui.py {job.storage}`)"
 
 
 def test_finished_job_is_shown_again_without_ray_and_without_a_lock(new_job):

@@ -277,6 +277,7 @@ def test_run_is_locked_and_sigterm_works_while_ray_starts(tiny_corpus, tmp_path)
         ("train.init_from=/no/such/weights", "train.init_from: '/no/such/weights' does not exist"),
         ("tracking.uri=http://me:hunter2@host/", "set $MLFLOW_TRACKING_URI"),
         ("storage=/dev/null/runs", "storage: /dev/null/runs cannot be written to"),
+        ("storage=/proc/nothing", "storage: /proc/nothing cannot be written to"),
     ],
 )
 def test_user_error_is_one_line_with_status_2_and_writes_nothing(

@@ -9,7 +9,8 @@ from orchestrator.config.experiment import Experiment
 from orchestrator.config.sections import Data
 from orchestrator.data.prepared import dataset_dir
 from orchestrator.errors import UserError
-from orchestrator.runs.storage import check_writable, run_folder, storage_root
+from orchestrator.folders import check_writable
+from orchestrator.runs.storage import run_folder, storage_root
 
 
 @pytest.mark.parametrize(
@@ -61,9 +62,20 @@ def test_address_of_an_object_store_is_refused(tmp_path, monkeypatch, address):
     assert not list(tmp_path.iterdir())
 
 
-def test_storage_below_a_file_is_refused_and_nothing_is_created(tmp_path):
+@pytest.mark.parametrize(
+    ("storage", "reason"),
+    [
+        ("file/runs", "/file is a file"),
+        ("/proc/nothing", "/proc says: "),
+        ("/proc/self/fd/x/runs", "/proc/self/fd says: "),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_storage_that_cannot_be_made_is_refused_and_nothing_is_created(tmp_path, storage, reason):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="storage: .*/file is a file"):
-        check_writable(tmp_path / "file" / "runs")
-    check_writable(tmp_path / "new" / "runs")
+    with pytest.raises(UserError, match="storage: .* cannot be written to") as caught:
+        check_writable(tmp_path / storage, "storage")
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+    check_writable(tmp_path / "new" / "runs", "storage")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -10,7 +10,6 @@ import io
 import json
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -19,11 +18,12 @@ from typing import Any, cast
 from orchestrator.cost.timing import Estimate
 from orchestrator.errors import NO_ROOM
 from orchestrator.files import write_atomically, write_json
-from orchestrator.redact import redact
+from orchestrator.folders import make_folder
 from orchestrator.runs import journal
 from orchestrator.runs.ending import Ending, Kind
 from orchestrator.runs.facts import facts_of
 from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.identity import new_record
 from orchestrator.runs.summary import last_state
 from orchestrator.sweep import trials
 from orchestrator.sweep.report import comparison, figures, view
@@ -57,7 +57,7 @@ class SweepFiles:
         self.progress = study.progress
         self.folder = study.folder
         self.estimate = estimate
-        record = self.folder.read_record() or {"key": uuid.uuid4().hex, "attempts": []}
+        record = self.folder.read_record() or new_record(self.folder)
         self.key = record["key"]
         self.attempts = record["attempts"]
         self.facts: dict[str, Any] = {}  # of each trial, for MLflow
@@ -70,14 +70,17 @@ class SweepFiles:
             "layout": asdict(study.layout),
             "trials": len(study.trials),
         }
-        self.attempts.append(redact(attempt))
+        self.attempts.append(attempt)
         write_atomically(self.folder.sweep_file, study.sweep.to_yaml())
         write_json(self.folder.run_file, self._run_record())
         self.folder.summary_file.unlink(missing_ok=True)
         self.write_tree()
-        for trial in study.trials.values():
-            if not self._has_summary(trial) or not self._is_over(trial):
-                self._assemble(trial)
+        self.write_trials()
+
+    def write_trials(self) -> None:
+        """Write the files of all trials that are missing, damaged, or not up to date."""
+        for trial in self.study.trials.values():
+            self._assemble(trial)
 
     def stage_ended(self, stage: Stage) -> None:
         """Update the trials of a stage, and append a line to the sweep's journal.
@@ -191,13 +194,13 @@ class SweepFiles:
         write_atomically(self.folder.plan_file, text)
         picture = io.BytesIO()
         figures.stage_tree(tree).savefig(picture)
-        self.folder.figures.mkdir(exist_ok=True)
+        make_folder(self.folder.figures)
         write_atomically(self.folder.figure_file("tree"), picture.getvalue())
 
     # ---- one trial ----
 
     def _has_summary(self, trial: PlannedTrial) -> bool:
-        return self.folder.trial(trial.name).summary_file.exists()
+        return self.folder.trial(trial.name).read_summary() is not None
 
     def _is_over(self, trial: PlannedTrial) -> bool:
         return self.progress.states.of_trial(trial.name) not in (WAITING, RUNNING)
@@ -208,8 +211,15 @@ class SweepFiles:
         if last is None and not self._is_over(trial):
             return
         folder = self.folder.trial(trial.name)
-        summary = self._trial_summary(trial) if self._is_over(trial) else None
-        trials.assemble(folder, last, trial, self._trial_record(trial), summary)
+        if not self._is_over(trial):
+            trials.assemble(folder, last, trial, self._trial_record(trial), None)
+            return
+        # The record of a trial that is over names the code that trained it.
+        record = folder.read_record()
+        if not self._has_summary(trial) or (record or {}).get("trial") != trial.key:
+            record = None
+        summary = self._trial_summary(trial)
+        trials.assemble(folder, last, trial, record or self._trial_record(trial), summary)
 
     def _trial_record(self, trial: PlannedTrial) -> dict[str, Any]:
         """Return run.json of a trial."""

@@ -4,7 +4,6 @@ from typing import Any, TypedDict
 
 from orchestrator.cost import estimate as estimates
 from orchestrator.cost.timing import Estimate
-from orchestrator.files import read_json
 from orchestrator.runs import journal, metrics
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import SweepFolder
@@ -84,7 +83,7 @@ def summarize(
         "wall_s": round(wall_s, 1),
     }
     if best is not None:
-        trial = read_json(study.folder.trial(best).summary_file) or {}
+        trial = study.folder.trial(best).read_summary() or {}
         summary["best_checkpoint"] = trial.get("checkpoint")
     if estimate and progress.steps_run == tree.steps_to_run:
         summary["estimated"] = estimate
@@ -105,13 +104,13 @@ def _peak_memory_gib(study: Study) -> float | None:
     return metrics.peak_memory_gib(lines)
 
 
-def show(study: Study, summary: SweepSummary, url: str | None) -> None:
+def show(study: Study, summary: SweepSummary, link: str | None) -> None:
     """Print how the trials compare, where the results are, and the next commands.
 
     Args:
         study: The sweep.
         summary: What `SweepFiles.finish` returned, or the summary.json of a finished sweep.
-        url: MLflow's page of the trials; None if there is none.
+        link: MLflow's page of the trials; None if there is none.
     """
     folder = study.folder
     print("\n" + "\n".join([comparison.table(study.results()), *left_out(study.left_out)]))
@@ -123,7 +122,7 @@ def show(study: Study, summary: SweepSummary, url: str | None) -> None:
     shown["wall time"] = duration(summary["wall_s"])
     if "estimated" in summary:
         shown["estimate"] = estimates.comparison_line(summary["estimated"], summary["measured"])
-    shown |= {"folder": folder.path, "figures": folder.figures, "MLflow": url}
+    shown |= {"folder": folder.path, "figures": folder.figures, "MLflow": link}
     print(f"\n{folder.name}\n{table(shown)}")
     next_steps = _next_steps(folder, summary)
     if next_steps:

@@ -5,11 +5,12 @@ continued sweep keeps its samples, and reports their losses to optuna again.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import UserError
-from orchestrator.files import read_text, write_atomically
+from orchestrator.files import write_atomically
 from orchestrator.runs.folder import SweepFolder
 from orchestrator.sweep.space.dimensions import Choices, Range, dimension
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import optuna
 
 DIGITS = 6  # of a float, as in random samples
+_SAMPLE = re.compile(r"sample-(\d+)")
 
 
 class Sampler:
@@ -34,6 +36,7 @@ class Sampler:
     def __init__(self, folder: SweepFolder, space: Mapping[str, Any], seed: int) -> None:
         optuna = require_optuna()
         self.file = folder.optuna_file
+        self._trial_names = [trial.name for trial in folder.trials()]
         self.distributions = {
             key: _distribution(dimension(key, words)) for key, words in space.items()
         }
@@ -45,11 +48,18 @@ class Sampler:
         self.told: set[int] = set()
 
     def _read(self) -> list[dict[str, Any]]:
-        if not self.file.exists():
-            return []
-        # A line without a newline is incomplete, and its sample was never used.
-        lines = read_text(self.file).split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        lines = self.file.read_bytes().split(b"\n")[:-1] if self.file.exists() else []
+        try:
+            samples = [json.loads(line) for line in lines]
+        except ValueError:
+            samples = []
+        used = [int(match[1]) for match in map(_SAMPLE.match, self._trial_names) if match]
+        if len(samples) <= max(used, default=-1):
+            raise UserError(
+                f"{self.file}: empty, cut or overwritten: sample-{len(samples)} is missing, which "
+                "has a trial; restore the file, or give the sweep a new name (name=…)"
+            )
+        return samples
 
     def ask(self) -> tuple[int, dict[str, Any]]:
         """Return the number of a new sample and its values, after they were written to disk."""

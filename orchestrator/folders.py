@@ -1,0 +1,81 @@
+"""Folders: created, checked, and held while a run goes on, so that nothing is written elsewhere."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from orchestrator.errors import NO_ROOM, UserError
+
+
+class MovedError(OSError):
+    """The folder of a running run was removed, moved or replaced."""
+
+
+_held: list[tuple[str, int]] = []  # paths of folders, and their open descriptors
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Let `check_held` refuse to write in another folder at the path of this one."""
+    # An open folder keeps its inode: no other folder gets the same number.
+    held = (os.path.abspath(folder), os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    _held.append(held)
+    try:
+        yield
+    finally:
+        _held.remove(held)
+        os.close(held[1])
+
+
+def check_held(path: str | Path) -> None:
+    """Raise MovedError if `path` is in a held folder that is no longer at its path."""
+    absolute = os.path.abspath(path)
+    for folder, descriptor in list(_held):
+        if f"{absolute}/".startswith(f"{folder}/") and not _is_at(folder, descriptor):
+            raise MovedError(
+                f"{folder}: removed or moved while its run was going on; the run has ended, and "
+                "nothing was written in its place. Put the folder back to continue it"
+            )
+
+
+def _is_at(folder: str, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(folder), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder, and those above it, unless it exists."""
+    check_held(path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def check_writable(folder: Path, field: str) -> None:
+    """Raise UserError if `folder` cannot be created or written to. Nothing stays there.
+
+    Args:
+        folder: It need not exist.
+        field: The field that sets it, for the message.
+    """
+    existing = folder
+    try:
+        while not existing.exists():
+            existing = existing.parent
+        os.rmdir(tempfile.mkdtemp(prefix=".espalier-", dir=existing))
+        return
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
+        problem = "is a file" if os.path.isfile(existing) else f"says: {error.strerror}"
+    other = "ESPALIER_STORAGE" if field == "storage" else "storage=…"
+    raise UserError(
+        f"{field}: {folder} cannot be written to, {existing} {problem}; set {field}=… or {other}"
+    )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

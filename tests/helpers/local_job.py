@@ -1,0 +1,35 @@
+"""A run with all steps of `pipelines/train.py`, whose worker is this process, without Ray."""
+
+from orchestrator.config.experiment import Experiment, load_experiment
+from orchestrator.jobs.train import TrainJob
+from orchestrator.train.loop import Trainer
+from orchestrator.train.numerics import Worker
+from tests.helpers.fixtures import SMALL
+
+RUN = ["name=run", "train.keep=2", "schedule.decay_steps=20", "compute.use_gpu=false"]
+
+
+class LocalTrainJob(TrainJob):
+    """A run that calls `act` with each line of its journal. Needs the fixture `without_ray`."""
+
+    def __init__(self, experiment: Experiment, act=lambda line: None) -> None:
+        super().__init__(experiment)
+        self.act = act
+
+    def connect(self):
+        pass
+
+    def work(self):
+        worker = Worker(cpus=1)
+        for line in Trainer(self.experiment, self.folder, self.dataset.directory, worker).run():
+            self.act(line)
+
+
+def start(storage, tokens, steps=20, act=lambda line: None) -> int:
+    """Train the run `storage/run` to this step. Return the exit status.
+
+    `tokens` are the overrides of the corpus and its dataset.
+    """
+    words = [*SMALL, *RUN, f"storage={storage}", *tokens]
+    experiment = load_experiment(None, [*words, f"train.max_steps={steps}"])
+    return LocalTrainJob(experiment, act).run()

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Send the metrics to MLflow that a run or a sweep could not send.
+"""Send the metrics to MLflow that it does not have of a run or a sweep.
 
-Sending twice changes nothing.
+Every value is compared with those of MLflow, whose database may have been lost or restored. Sending
+twice changes nothing.
 
   pipelines/replay_metrics.py quickstart
   pipelines/replay_metrics.py sweep-schedules        # the sweep and all its trials
@@ -42,7 +43,8 @@ def main(argv: list[str]) -> int:
     sweep = SweepFolder(folder)
     if sweep.sweep_file.exists():
         folder = sweep
-    if not resend_metrics(folder, uri, experiment.tracking.experiment, args.deadline):
+    name = experiment.tracking.experiment
+    if not resend_metrics(folder, uri, name, args.deadline, compare_all=True):
         return EXIT_FAILED
     print(f"{redact_text(uri)} has everything of {folder.path}")
     if not folder.summary_file.exists():

@@ -7,7 +7,7 @@ Public names: `tracker.Tracker` sends while a run or a sweep goes on, and `track
 sends later what the server did not receive. `server.resolve_uri` finds the server.
 
 Start reading at `mlflow.Projection.send`; `sweep` sends a sweep and its trials.
-`outbox.MetricQueue` decides which values are sent, and `sender.Sender` retries. `mlflow_run` finds
-or creates the MLflow run, `contents` converts the content of a run folder, `attachments` sends its
-files, and `checkpoints` registers its checkpoints.
+`outbox.MetricQueue` decides which values are sent, and `sender.Sender` retries, unless `answers`
+tells that this cannot help. `mlflow_run` finds or creates the MLflow run, `contents` converts the
+content of a run folder, `attachments` sends its files, and `checkpoints` registers its checkpoints.
 """

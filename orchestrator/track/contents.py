@@ -53,7 +53,7 @@ def tags(folder: RunFolder, record: RunRecord, fixed: dict[str, str]) -> dict[st
     for kind, count in Counter(event["kind"] for event in events.read(folder)).items():
         found[f"events.{NOT_IN_TAGS.sub('-', kind)}"] = count
     for report in replay_reports(folder)[-1:]:
-        last = files.read_json(report) or {}
+        last = files.read_derived(report) or {}
         found["replay.equal"] = last.get("equal")
         found["replay.verdict"] = redact_text(str(last.get("verdict")))
     return {name: as_text(value)[:TAG_LENGTH] for name, value in found.items()}
@@ -115,7 +115,7 @@ def ended_ms(folder: RunFolder) -> int | None:
 
 def recorded_status(folder: RunFolder) -> MlflowStatus | None:
     """Return the status in summary.json; None if the run has not ended."""
-    return (files.read_json(folder.summary_file) or {}).get("status")
+    return (folder.read_summary() or {}).get("status")
 
 
 def checkpoints(folder: RunFolder) -> dict[str, str]:

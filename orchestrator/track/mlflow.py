@@ -5,20 +5,24 @@ same. So no value is lost or repeated after a crash, or if two processes send th
 """
 
 import contextlib
+import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from orchestrator.runs.ending import MlflowStatus
-from orchestrator.track import attachments, checkpoints, contents, server
+from orchestrator.track import answers, attachments, checkpoints, contents, outbox, server
 from orchestrator.track.mlflow_run import MlflowRun
-from orchestrator.track.outbox import MetricQueue, file_mark
-from orchestrator.track.sender import RefusedError
+from orchestrator.track.outbox import MetricQueue, Row, file_mark
+from orchestrator.track.sender import DoubtfulError, RefusedError
 
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+
+log = logging.getLogger(__name__)
 Status = MlflowStatus | Literal["RUNNING"]
-# Error codes of 4xx responses that may be transient: from a server that has no free connection, and
-# from a proxy whose server has not started yet.
-TRANSIENT = ("BAD_REQUEST", "ENDPOINT_NOT_FOUND")
+LOST = "RESOURCE_DOES_NOT_EXIST"
 
 
 class Projection(MlflowRun):
@@ -26,6 +30,7 @@ class Projection(MlflowRun):
 
     queue: MetricQueue
     _sent_marks: list[str | None] | None = None
+    _checked_status: Status | None = None  # when MLflow's values were checked last
 
     def load(self) -> None:
         """Read run.json and tracking.json."""
@@ -48,8 +53,30 @@ class Projection(MlflowRun):
         Raises:
             RefusedError: The run was deleted in MLflow.
         """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._send(status)
+        except MlflowException as error:
+            if error.error_code != LOST:
+                raise
+            # The run, or a checkpoint that was registered, is no longer there.
+            self.run = None
+            self.sent = self.sent.without_values()
+            self.save()
+            raise DoubtfulError(str(error)) from error
+
+    def _send(self, status: Status | None) -> None:
+        self.notice_replaced_store()
         if self.run is None:
             self.attach()
+            self.queue = MetricQueue(self.folder)
+            self._sent_marks = None
+            self.check_store()
+        elif status != self._checked_status:  # at the end of the run
+            self.run = self.fetch()
+            self.check_store()
+        self._checked_status = status
         # Metrics and status first, because users watch them.
         self.send_metrics()
         self._send_record()
@@ -58,6 +85,49 @@ class Projection(MlflowRun):
             checkpoints.send(self)
         attachments.send_changed(self, self._samples(), self.sent.samples)
         attachments.send_changed(self, self._documents(), self.sent.documents)
+
+    def check_store(self) -> None:
+        """Find out whether MLflow has lost values that it had accepted; if so, send them again.
+
+        A database may have been restored from a backup.
+        """
+        accepted = outbox.accepted_rows(self.folder, self.sent)
+        if not (self.doubted or self.lacks_values(accepted)):
+            return
+        known = self._stored_values()
+        lost = [row for row in accepted if (row.key, row.step) not in known]
+        if lost or not accepted:
+            self.queue = MetricQueue(self.folder, known)
+            self.sent.sent_step = -1
+            self.sent.asides = 0
+        if lost:
+            log.warning(
+                "tracking: MLflow has lost %d values of %s, the first of step %d; what is missing "
+                "is sent again",
+                len(lost),
+                self.folder.path,
+                lost[0].step,
+            )
+            self.sent = self.sent.without_values()
+            self._sent_marks = None
+        self.doubted = False
+
+    def lacks_values(self, accepted: list[Row]) -> bool:
+        """Compare the last value of each metric, and the number of values of one."""
+        assert self.run is not None
+        last = {row.key: row.value for row in accepted}
+        if not last.items() <= self.run.data.metrics.items():
+            return True
+        counts = Counter(row.key for row in accepted).most_common(1)
+        return any(len(self._history(key)) < count for key, count in counts)
+
+    def _stored_values(self) -> set[tuple[str, int]]:
+        """Return (metric, step) of all values that MLflow has."""
+        assert self.run is not None
+        return {(key, m.step) for key in self.run.data.metrics for m in self._history(key)}
+
+    def _history(self, key: str) -> "list[Metric]":
+        return self.client.get_metric_history(self.sent.run_id, key)
 
     def _has_own_checkpoints(self) -> bool:
         return True
@@ -138,15 +208,14 @@ class Projection(MlflowRun):
 
 
 @contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """Raise `RefusedError` if the server rejects a request and the reason is not transient."""
-    from mlflow.exceptions import MlflowException
-
+def refusals(uri: str) -> Iterator[None]:
+    """Raise `RefusedError` or `DoubtfulError` if the server rejects a request; see `answers`."""
     try:
         yield
-    except MlflowException as error:
-        # Codes from 408 on are timeouts and overload, which may be transient.
-        is_refusal = 400 <= error.get_http_status_code() < 408
-        if is_refusal and error.error_code not in TRANSIENT:
-            raise RefusedError(str(error)) from error
+    except (RefusedError, DoubtfulError):
         raise
+    except Exception as error:
+        rejection = answers.rejection(error, uri)
+        if rejection is None:
+            raise
+        raise rejection from error

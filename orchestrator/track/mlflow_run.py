@@ -1,10 +1,15 @@
 """The MLflow run of a run folder: how it is found or created, and what it has accepted so far."""
 
+import contextlib
 import functools
+import logging
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.redact import redact_text
+from orchestrator import files
+from orchestrator.errors import UserError
+from orchestrator.redact import hide_passwords
 from orchestrator.runs.folder import RunFolder, RunRecord
 from orchestrator.track import contents, server
 from orchestrator.track.outbox import Sent
@@ -15,6 +20,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 KEY_TAG = "espalier.run_key"
+# Device and inode of each file that was at the path of a local database; None: it did not exist.
+_databases: dict[Path, list[tuple[int, int] | None]] = {}
+log = logging.getLogger(__name__)
 
 
 class MlflowRun:
@@ -31,6 +39,7 @@ class MlflowRun:
         sent: Content of tracking.json: what MLflow has accepted.
         run: MLflow's run; None before `attach`.
         first_tags: Tags that a new run gets besides its key.
+        doubted: True if the server may have lost what it had accepted.
     """
 
     def __init__(
@@ -44,13 +53,25 @@ class MlflowRun:
         self.sent = self._nothing_sent()
         self.run: Run | None = None
         self.first_tags: dict[str, str] = {}
+        self.doubted = False
+        self._connected_to = 0  # number of files that were at the path of a local database
 
     def _nothing_sent(self) -> Sent:
-        return Sent(redact_text(self.uri), self.record.get("key"), self.experiment_name)
+        return Sent(hide_passwords(self.uri), self.record.get("key"), self.experiment_name)
 
     def load(self) -> None:
-        """Read run.json and tracking.json."""
-        self.record = self.folder.read_record() or self.record
+        """Read run.json and tracking.json.
+
+        Raises:
+            UserError: There is no valid run.json.
+        """
+        record = self.folder.read_record()
+        if record is None:
+            raise UserError(
+                f"{self.folder.run_file}: missing or damaged; run the command of this run again, "
+                "which makes it again"
+            )
+        self.record = record
         blank = self._nothing_sent()
         stored = Sent.read(self.folder) or blank
         # Otherwise tracking.json is about another server, or about another run of this name.
@@ -73,9 +94,38 @@ class MlflowRun:
         from mlflow import MlflowClient
 
         database = server.local_path(self.uri)
-        if database is not None:
+        if database is None:
+            return MlflowClient(tracking_uri=self.uri)
+        try:
             database.parent.mkdir(parents=True, exist_ok=True)
-        return MlflowClient(tracking_uri=self.uri)
+        except OSError as error:
+            raise RefusedError(f"{database.parent} cannot be created: {error.strerror}") from None
+        # MLflow keeps the connections to a database by its URI, and each `/.` makes another one.
+        replaced = len(_databases.get(database, [])) - 1
+        return MlflowClient(tracking_uri=f"sqlite:///{'/.' * replaced}{database}")
+
+    def notice_replaced_store(self) -> None:
+        """Connect again if the file of a local database was removed or replaced.
+
+        An open connection would write to the old file, which nobody can read.
+        """
+        database = server.local_path(self.uri)
+        if database is None:
+            return
+        seen = _databases.setdefault(database, [])
+        identity = None
+        with contextlib.suppress(OSError):
+            stat = database.stat()
+            identity = (stat.st_dev, stat.st_ino)
+        if seen and seen[-1] is None:
+            seen[-1] = identity  # it was created meanwhile
+        elif not seen or seen[-1] != identity:
+            seen.append(identity)
+        if self._connected_to not in (0, len(seen)):
+            self.__dict__.pop("client", None)
+            self.run = None
+            self.doubted = True
+        self._connected_to = len(seen)
 
     def attach(self) -> None:
         """Find the run by its id or by its key, or create it.
@@ -83,6 +133,7 @@ class MlflowRun:
         Raises:
             RefusedError: The run was deleted in MLflow.
         """
+        before = self.sent.run_id
         run = self._find_by_id() or self._find_by_key() or self._create()
         if run.info.lifecycle_stage == "deleted":
             raise RefusedError(
@@ -93,6 +144,21 @@ class MlflowRun:
         self.sent.experiment_id = run.info.experiment_id
         self.save()
         self.run = run
+        if before is not None and before != run.info.run_id:
+            self.note_new_run(before)
+
+    def note_new_run(self, before: str) -> None:
+        """Report that the run `before` was lost. Write the id of the new one into run.json."""
+        log.warning(
+            "tracking: MLflow no longer has the run %s of %s; everything is sent to a new one, %s",
+            before,
+            self.folder.path,
+            self.sent.run_id,
+        )
+        record = self.folder.read_record()
+        if record is not None and record.get("attempts"):
+            record["attempts"][-1]["mlflow_run_id"] = self.sent.run_id
+            files.write_json(self.folder.run_file, record)
 
     def fetch(self) -> "Run":
         """Return the run as MLflow has it now."""

@@ -1,13 +1,12 @@
 """Records what MLflow has accepted, and queues the metrics to be sent. Imports no mlflow."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from orchestrator import files
-from orchestrator.errors import UserError
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Line
@@ -70,16 +69,17 @@ class Sent:
     @classmethod
     def read(cls, folder: RunFolder) -> "Sent | None":
         """Read tracking.json; None if it is missing or was damaged by a power failure."""
-        try:
-            stored = files.read_json(folder.tracking_file)
-        except UserError:
-            return None
+        stored = files.read_derived(folder.tracking_file)
         if stored is None:
             return None
         sent = cls(**stored)
         for name, known in stored.get("checkpoints", {}).items():
             sent.checkpoints[name] = SentCheckpoint(known["model_id"], known["sha256"])
         return sent
+
+    def without_values(self) -> "Sent":
+        """Return a record of the same run that has accepted nothing."""
+        return Sent(self.uri, self.key, self.experiment, self.experiment_id, self.run_id)
 
     def write(self, folder: RunFolder) -> None:
         """Replace tracking.json.
@@ -139,10 +139,12 @@ class MetricQueue:
 
     Args:
         folder: Folder of the run.
+        known: (metric, step) of values that the server has and that are not sent again.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, known: Collection[tuple[str, int]] = ()) -> None:
         self.folder = folder
+        self.known = known
         self._tail = journal.Tail(folder)
         self._waiting: list[Batch] = []  # one for each line
         self._last_step = -1  # last step that was read from the journal
@@ -217,7 +219,12 @@ class MetricQueue:
         self._waiting.append(Batch(rows, self._last_step, self._asides))
 
     def _without_aside_values(self, line: Line) -> list[Row]:
-        return [row for row in rows_of(line) if (row.key, row.step) not in self._aside_values]
+        return [
+            row
+            for row in rows_of(line)
+            if (row.key, row.step) not in self._aside_values
+            and (row.key, row.step) not in self.known
+        ]
 
 
 def rows_of(line: Line) -> list[Row]:
@@ -231,3 +238,19 @@ def rows_of(line: Line) -> list[Row]:
         if is_number and math.isfinite(value):
             rows.append(Row(key, float(value), line["timestamp"], line["step"]))
     return rows
+
+
+def accepted_rows(folder: RunFolder, sent: Sent) -> list[Row]:
+    """Return the rows that the server has accepted, one per metric and step, rising by step.
+
+    Empty if a resume has moved lines since: then it is not known which of them were sent.
+    """
+    if journal.generation(folder) != sent.asides:
+        return []
+    moved = [line for aside in journal.asides(folder) for line in aside.read()]
+    lines = [line for line in journal.read(folder) if line["step"] <= sent.sent_step]
+    first: dict[tuple[str, int], Row] = {}
+    for line in moved + lines:
+        for row in rows_of(line):
+            first.setdefault((row.key, row.step), row)
+    return sorted(first.values(), key=lambda row: row.step)

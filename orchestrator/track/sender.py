@@ -5,18 +5,24 @@ import threading
 import time
 from collections.abc import Callable
 
+from orchestrator.folders import MovedError
 from orchestrator.redact import redact_text
 
 POLL_S = 2.0  # pause between two attempts if there is no outage
 PAUSES_S = (1.0, 30.0)  # first and longest pause during an outage
 WAKE_S = 0.2  # how often `finish` checks whether to print a message
 QUIET_S = 10.0  # `finish` prints a message after this time
+DOUBT_S = 10.0  # `finish` no longer waits if the server has rejected everything for so long
 ERROR_LENGTH = 300  # characters
 log = logging.getLogger(__name__)
 
 
 class RefusedError(Exception):
     """The server rejects the request: sending it again would not help."""
+
+
+class DoubtfulError(Exception):
+    """The server rejects the request, but may accept it when it has started: 403 and 404."""
 
 
 class GivenUpError(Exception):
@@ -43,6 +49,7 @@ class Sender:
         self._is_away = False
         self._is_complete = False
         self._pause = 0.0
+        self._rejected_since: float | None = None
         self._wake = threading.Event()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="tracking", daemon=True)
@@ -89,19 +96,24 @@ class Sender:
         is_last = self._is_last
         try:
             self._attempt()
-        except GivenUpError:
+        except (GivenUpError, MovedError):  # the command itself reports a folder that was moved
             return False
         except RefusedError as error:
-            log.warning(
-                "%s: rejected by the server, nothing more is sent: %s. The run folder keeps all "
-                "data; pipelines/replay_metrics.py sends it later",
-                self._name,
-                _one_line(error),
-            )
+            self._note_refusal(error)
             return False
-        except Exception as error:
+        except DoubtfulError as error:
+            now = time.monotonic()
+            self._rejected_since = self._rejected_since or now
+            if is_last and now - self._rejected_since >= DOUBT_S:
+                self._note_refusal(error)
+                return False
             self._note_outage(error)
             return True
+        except Exception as error:
+            self._rejected_since = None
+            self._note_outage(error)
+            return True
+        self._rejected_since = None
         if is_last:
             self._is_complete = True
             return False
@@ -110,6 +122,14 @@ class Sender:
         self._is_away = False
         self._pause = POLL_S
         return True
+
+    def _note_refusal(self, error: Exception) -> None:
+        log.warning(
+            "%s: rejected by the server, nothing more is sent: %s. The run folder keeps all data; "
+            "pipelines/replay_metrics.py sends it later",
+            self._name,
+            _one_line(error),
+        )
 
     def _note_outage(self, error: Exception) -> None:
         """Log the first failure of an outage, and double the pause after each further one."""

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
-from orchestrator.redact import redact_text
+from orchestrator.redact import REDACTED, redact_text
 
 UI_PORT = 5000
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's tag that makes a run the child of another
@@ -37,11 +37,12 @@ def resolve_uri(experiment: Experiment, storage: Path) -> str:
     Raises:
         UserError: MLflow 3 does not support the URI.
     """
-    if experiment.tracking.uri:
-        return absolute_uri(experiment.tracking.uri, "tracking.uri")
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if uri:
-        return absolute_uri(uri, "MLFLOW_TRACKING_URI")
+    uri = experiment.tracking.uri
+    from_environment = os.environ.get("MLFLOW_TRACKING_URI")
+    if uri and not (from_environment and REDACTED in uri):
+        return absolute_uri(uri, "tracking.uri")
+    if from_environment:
+        return absolute_uri(from_environment, "MLFLOW_TRACKING_URI")
     return f"sqlite:///{store_path(storage)}"
 
 
@@ -53,12 +54,17 @@ def absolute_uri(uri: str, source: str) -> str:
         source: Field, variable or option that has it, for the error message.
 
     Raises:
-        UserError: MLflow 3 does not support the URI.
+        UserError: MLflow 3 does not support the URI, or a part of it is not known.
     """
     if not re.match(r"^(https?|sqlite|postgresql|mysql)[+a-z0-9]*://.", uri):
         raise UserError(
             f"{source}: '{redact_text(uri)}' is not a tracking URI; use http(s)://…, sqlite:///… "
             "or postgresql://…"
+        )
+    if REDACTED in uri:
+        raise UserError(
+            f"{source}: '{uri}' has {REDACTED} in place of a part that was not stored; set "
+            "MLFLOW_TRACKING_URI to the whole URI"
         )
     database = local_path(uri)
     if database is not None:
@@ -99,6 +105,23 @@ def run_url(uri: str, experiment_id: str, run_id: str) -> str:
     """
     page = f"experiments/{experiment_id}/runs/{run_id}/model-metrics"
     return f"{_server_address(uri)}/#/{page}?{_WORKFLOW}"
+
+
+def where_to_look(uri: str, url: str | None = None) -> str:
+    """Return a link for the terminal, with the command that serves the pages of a local store.
+
+    Args:
+        uri: Tracking URI.
+        url: A page of this server; None: its first page.
+    """
+    link = url or _server_address(uri)
+    database = local_path(uri)
+    if database is None:
+        return link
+    command = f"mlflow server --backend-store-uri {uri}"
+    if database == store_path(database.parents[1]):
+        command = f"pipelines/ui.py {database.parents[1]}"
+    return f"{link} (after `{command}`)"
 
 
 def sweep_url(uri: str, experiment_id: str, run_id: str) -> str:

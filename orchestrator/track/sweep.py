@@ -7,15 +7,20 @@ has not changed since it was sent, also after a restart.
 import json
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from orchestrator import files
+from orchestrator.errors import UserError
 from orchestrator.redact import redact_text
 from orchestrator.runs.folder import RunFolder, SweepFolder
-from orchestrator.track import contents, server
+from orchestrator.track import contents, outbox, server
 from orchestrator.track.mlflow import Projection, Status, refusals
-from orchestrator.track.outbox import Sent, file_mark
+from orchestrator.track.outbox import Row, Sent, file_mark
 from orchestrator.track.sender import RefusedError
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 ALIAS = "best"  # of the best trial's checkpoint in the model registry
 VERSIONS_TAG = "mlflow.modelVersions"  # lists the versions that a logged model's page shows
@@ -32,6 +37,10 @@ class SweepProjection(Projection):
         super().load()
         # State of each trial when it was sent or rejected, by name.
         self._seen: dict[str, tuple[str, Status | None]] = {}
+        # Runs of the trials as MLflow had them at the last check, by id.
+        self.children: dict[str, Run] = {}
+        self.unchecked: set[str] = set()  # trials that were not sent since that check
+        self.doubts_trials = False
         self._rejected: set[str] = set()
 
     @property
@@ -72,6 +81,26 @@ class SweepProjection(Projection):
             self.sent.view = view
             self.save()
 
+    def check_store(self) -> None:
+        """Check the sweep's own values, and read what MLflow has of the trials."""
+        self.doubts_trials = self.doubted
+        lost = self.sent
+        super().check_store()
+        self.doubts_trials |= self.sent is not lost  # values of the sweep were lost
+        self._seen = {}
+        self.unchecked = {trial.name for trial in self.folder.trials()}
+        self.children = {run.info.run_id: run for run in self._fetch_children()}
+
+    def _fetch_children(self) -> "Iterator[Run]":
+        query = f"tags.`{server.PARENT_TAG}` = '{self.sent.run_id}'"
+        token: str | None = None
+        while True:
+            page = self.client.search_runs([self.sent.experiment_id], query, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
     def _send_trial(self, folder: RunFolder, unfinished: Status | None) -> None:
         """Send a trial if it has changed. If MLflow rejects it, log this once.
 
@@ -84,11 +113,12 @@ class SweepProjection(Projection):
         if self._seen.get(name) == state:
             return
         try:
-            with refusals():
+            with refusals(self.uri):
                 # A new object each time: otherwise hundreds of trials keep hundreds of files open.
                 TrialProjection(folder, self, state[0]).send(unfinished)
             self._rejected.discard(name)
-        except RefusedError as error:
+            self.unchecked.discard(name)
+        except (RefusedError, UserError) as error:
             if name not in self._rejected:
                 message = redact_text(str(error))
                 log.warning("trial %s: rejected by MLflow, the others go on: %s", name, message)
@@ -99,7 +129,7 @@ class SweepProjection(Projection):
 
     def _register_best(self) -> None:
         """Point the alias in the model registry to the last checkpoint of the best trial."""
-        best_trial = (files.read_json(self.folder.summary_file) or {}).get("best_trial")
+        best_trial = (self.folder.read_summary() or {}).get("best_trial")
         if best_trial is None:
             return
         trial = Sent.read(self.folder.trial(best_trial))
@@ -171,9 +201,29 @@ class TrialProjection(Projection):
         assert sweep.sent.run_id is not None
         self.client = sweep.client
         self.first_tags = {server.PARENT_TAG: sweep.sent.run_id}
+        self._sweep = sweep
         self._state = state
         self._recorded_status = contents.recorded_status(folder)
         self.load()
+        self.doubted = folder.name in sweep.unchecked and self._is_behind()
+
+    def _is_behind(self) -> bool:
+        """Return whether MLflow may lack values that it had accepted before the last check."""
+        if self.sent.run_id is None:
+            return False
+        known = self._sweep.children.get(self.sent.run_id)
+        if known is None or self._sweep.doubts_trials:
+            return True
+        accepted = outbox.accepted_rows(self.folder, self.sent)
+        return not {row.key: row.value for row in accepted}.items() <= known.data.metrics.items()
+
+    def lacks_values(self, accepted: list[Row]) -> bool:
+        """Return False: the sweep has asked for all trials at once."""
+        return False
+
+    def note_new_run(self, before: str) -> None:
+        """Report it. The sweep writes run.json of its trials."""
+        log.warning("tracking: MLflow no longer has the trial %s; it is sent again", self.folder)
 
     def send(self, status: Status | None) -> None:
         """Send everything that MLflow does not have, if the trial has changed since it was sent.
@@ -184,7 +234,7 @@ class TrialProjection(Projection):
         status = self._recorded_status or status
         # The state was read before sending, so a file that changes now gives another mark.
         mark = f"{self.first_tags[server.PARENT_TAG]} {status} {self._state}"
-        if self.sent.mark != mark:
+        if self.doubted or self.sent.mark != mark:
             super().send(status)
             self.sent.mark = mark
             self.save()

@@ -20,6 +20,7 @@ class Tracker:
         uri: Tracking URI.
         experiment_name: Name of the MLflow experiment.
         status: Status of the MLflow run until `finish`; None leaves it as it is.
+        compare_all: Compare every value with MLflow's, not only the last one of each metric.
     """
 
     def __init__(
@@ -28,11 +29,13 @@ class Tracker:
         uri: str,
         experiment_name: str,
         status: Status | None = "RUNNING",
+        compare_all: bool = False,
     ) -> None:
         self._status = status
         self._sender = Sender(self._attempt, f"tracking to {redact_text(uri)}")
         kind = SweepProjection if isinstance(folder, SweepFolder) else Projection
         self._projection = kind(folder, uri, experiment_name, self._sender.given_up)
+        self._projection.doubted = compare_all
 
     def start(self) -> None:
         """Start to send the folder, which must have a run.json."""
@@ -66,7 +69,7 @@ class Tracker:
         server.set_client_options()
         # MLflow cannot create a run "if it does not exist": without the lock, two processes that
         # send a new run at the same time would create two.
-        with lock.held(self._projection.folder.sender_lock), refusals():
+        with lock.held(self._projection.folder.sender_lock), refusals(self._projection.uri):
             self._projection.send(self._status)
 
 
@@ -75,6 +78,7 @@ def resend_metrics(
     uri: str,
     experiment_name: str,
     deadline_s: float = 60,
+    compare_all: bool = False,
 ) -> bool:
     """Send what MLflow does not have of a run or a sweep. Ctrl-C ends the wait.
 
@@ -87,12 +91,13 @@ def resend_metrics(
         uri: Tracking URI.
         experiment_name: Name of the MLflow experiment.
         deadline_s: Seconds to wait for the server.
+        compare_all: See `Tracker`.
 
     Returns:
         Whether the server has accepted everything.
     """
     status = contents.recorded_status(folder)
-    tracker = Tracker(folder, uri, experiment_name, status)
+    tracker = Tracker(folder, uri, experiment_name, status, compare_all)
     tracker.start()
     is_sent = False
     try:

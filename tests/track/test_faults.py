@@ -4,11 +4,14 @@ The server is started by `pipelines/ui.py`, in an environment that is not activa
 """
 
 import contextlib
+import http.server
 import json
 import os
 import random
 import signal
 import sqlite3
+import ssl
+import subprocess
 import threading
 from itertools import pairwise
 
@@ -224,6 +227,58 @@ def test_rejection_is_logged_once(gate, run_dir, caplog):
     assert "replay_metrics" in caplog.text
     stored = [file.read_text() for file in run_dir.glob("*.json")]
     assert "hunter2" not in caplog.text + str(stored)
+
+
+@pytest.mark.parametrize("answer", ["404 Not Found", "403 Forbidden"])
+def test_lasting_rejection_ends_the_wait(gate, run_dir, caplog, monkeypatch, answer):
+    monkeypatch.setattr("orchestrator.track.sender.DOUBT_S", 1.0)
+    log(run_dir, range(3))
+    gate.set(answer)
+    assert not resend_metrics(RunFolder(run_dir), f"http://127.0.0.1:{gate.port}", EXPERIMENT, 600)
+    first, last = caplog.messages
+    assert "not reached, retrying" in first
+    assert "rejected by the server, nothing more is sent" in last
+
+
+@pytest.fixture
+def tls_port(tmp_path):
+    """Port of a server with a certificate that nobody has signed."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    try:
+        subprocess.run(
+            [*command, "-keyout", key, "-out", certificate], check=True, capture_output=True
+        )
+    except OSError:
+        pytest.skip("needs openssl")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent) as tls_server:
+        port = tls_server.server_address[1]
+        tls_server.socket = context.wrap_socket(tls_server.socket, server_side=True)
+        threading.Thread(target=tls_server.serve_forever, daemon=True).start()
+        yield port
+        tls_server.shutdown()
+
+
+class Silent(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def test_certificate_or_protocol_error_is_rejected_at_once(gate, tls_port, run_dir, caplog):
+    log(run_dir, range(3))
+    gate.set("404 Not Found")
+    for uri, reason in (
+        (f"https://127.0.0.1:{tls_port}", "certificate verify failed"),
+        (f"http://127.0.0.1:{tls_port}", "the server expects https://"),
+        (f"https://127.0.0.1:{gate.port}", "check that the address should begin with https://"),
+    ):
+        caplog.clear()
+        assert not resend_metrics(RunFolder(run_dir), uri, EXPERIMENT, 600)
+        [message] = caplog.messages
+        assert "rejected by the server, nothing more is sent" in message
+        assert reason in message
 
 
 def test_ui_and_replay_metrics_explain_errors(server, tmp_path):

@@ -422,6 +422,12 @@ def test_tracking_uri_and_link(tmp_path, monkeypatch):
         resolve_uri(experiment, "runs")
     experiment.tracking.uri = "http://host:5000/"
     assert resolve_uri(experiment, "runs") == "http://host:5000"
+    experiment.tracking.uri = "sqlite:///[redacted]/t.db"  # stored by an earlier version
+    with pytest.raises(UserError, match="./mlruns"):
+        resolve_uri(experiment, "runs")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with pytest.raises(UserError, match="set MLFLOW_TRACKING_URI"):
+        resolve_uri(experiment, "runs")
     assert run_url("https://me:pw@host/x", "7", "r") == (
         "https://host/x/#/experiments/7/runs/r/model-metrics?workflowType=machine_learning"
     )

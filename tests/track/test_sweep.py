@@ -232,11 +232,13 @@ def test_unchanged_trials_cost_no_request(sweep, uri, monkeypatch):
     ):
         monkeypatch.setattr(MlflowClient, name, recorded(name, getattr(MlflowClient, name)))
     assert resend_metrics(SweepFolder(sweep), uri, EXPERIMENT)
-    assert requests == []
+    experiment_id = json.loads((sweep / "tracking.json").read_text())["experiment_id"]
+    all_trials = ("search_runs", [experiment_id])  # one request tells whether MLflow has them
+    assert requests == [all_trials]
     put_curve(sweep / "trials" / "b", 120, 3.5)
     assert resend_metrics(SweepFolder(sweep), uri, EXPERIMENT)
     run_id = json.loads((sweep / "trials" / "b" / "tracking.json").read_text())["run_id"]
-    assert requests == [("get_run", run_id), ("log_batch", run_id)]
+    assert requests == [all_trials, all_trials, ("get_run", run_id), ("log_batch", run_id)]
 
 
 def test_trial_grows_while_its_sweep_runs(sweep, store, uri):

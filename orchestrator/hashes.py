@@ -161,3 +161,4 @@ def _remember(hashed: Mapping[str, tuple[Stamp, str]]) -> None:
             file = _file_of(folder)
             private_folder(file.parent)
             write_atomically(file, json.dumps(_folders[folder]))
+            file.chmod(0o600)

@@ -54,6 +54,7 @@ def test_cache_that_others_can_write_to_is_not_used(cache, tmp_path, planted):
     paths = [str(tmp_path / "text")]
     [before] = sha256s(paths)
     [stored] = cache.iterdir()
+    assert (cache.stat().st_mode & 0o777, stored.stat().st_mode & 0o777) == (0o700, 0o600)
     stored.write_text(stored.read_text().replace(before, "0" * 64))
     forget()
     assert sha256s(paths) == ["0" * 64]  # as long as the folder is private

@@ -138,8 +138,7 @@ class Trainer:
             UserError: The disk is full at the end, or a token shard was changed.
         """
         state = self.state
-        steps = range(state.step, self.end_step)
-        batches = micro_batches(self.batches, state.gradients, steps)
+        batches = micro_batches(self.batches, state.gradients, range(state.step, self.end_step))
         # On exit, the checkpointer waits until the last checkpoint is on disk.
         with self.checkpointer, contextlib.closing(batches):
             try:
@@ -175,6 +174,9 @@ class Trainer:
                     yield from self._finish_step()
             except StopRequested:
                 self._save_and_stop()
+            except (IndexError, RuntimeError):  # as for a token that is not in the vocabulary
+                check_unchanged(self.streams.values())
+                raise
             self.journal.close()
 
     def _finish_step(self) -> Iterator[Line]:

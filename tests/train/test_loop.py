@@ -199,6 +199,23 @@ def test_shard_changed_in_place_ends_the_run_before_its_next_line_and_checkpoint
         train(experiment, folder, dataset, Worker(cpus=1))
 
 
+def test_tokens_outside_of_the_vocabulary_in_a_changed_shard_are_no_traceback(
+    tiny_dataset, tmp_path
+):
+    dataset = Path(shutil.copytree(tiny_dataset, tmp_path / "dataset"))
+    folder = new_folder(tmp_path / "run")
+    experiment = load_experiment(None, [*SMALL, "train.log_interval=null"])
+    lines = Trainer(experiment, folder, dataset, Worker(cpus=1)).run()
+    next(lines)
+    shard = dataset / "train-00000.parquet"
+    with open(shard, "r+b") as file:
+        file.seek(100)
+        file.write(b"\xff" * (shard.stat().st_size // 2))
+    with pytest.raises(UserError, match="was changed while it was read"):
+        for _ in lines:
+            pass
+
+
 def test_loss_that_is_not_finite_because_of_a_changed_shard_is_not_a_divergence(
     tiny_dataset, tmp_path
 ):

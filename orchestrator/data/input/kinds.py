@@ -90,8 +90,11 @@ def kind_of(path: str | Path) -> Kind:
 
 @functools.cache
 def _kind_of(path: str, size: int, modified: int) -> Kind:
-    with open(path, "rb") as file:
-        head = file.read(_HEAD)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # `open` takes three times as long
+    try:
+        head = os.read(descriptor, _HEAD)
+    finally:
+        os.close(descriptor)
     if head.startswith(b"version https://git-lfs.github.com/"):
         return POINTER
     suffix, packing = _suffix_and_packing(path)
@@ -157,9 +160,10 @@ def _kind_of_json(head: bytes, is_json: bool) -> Kind | None:
 
 
 def _kind_of_text(head: bytes, suffix: str) -> Kind:
-    zeros = sorted(head[side::2].count(0) / max(1, len(head) // 2) for side in (0, 1))
-    if len(head) >= 32 and zeros[0] < 0.1 and zeros[1] > 0.9:
-        return _UTF16
+    if b"\0" in head:
+        zeros = sorted(head[side::2].count(0) / max(1, len(head) // 2) for side in (0, 1))
+        if len(head) >= 32 and zeros[0] < 0.1 and zeros[1] > 0.9:
+            return _UTF16
     if suffix == ".txt":  # the name says that it is text
         return Kind(TEXT)
     if head.startswith(b"PAR1"):

@@ -18,6 +18,7 @@ from orchestrator.train.gradients import Gradients
 from orchestrator.train.numerics import autocast, keyed_seed, seed_device
 from orchestrator.train.state import TrainState
 
+PROOF_LR = 1e-3  # not a rate of the schedule: a trial may start from a run with another schedule
 MicroBatch = tuple[Tensor, Tensor]  # inputs and targets, (B, T) int64 each
 
 
@@ -163,8 +164,8 @@ class Step:
             trial.append({**group, "params": [copy]})
         optimizer.param_groups = trial
         try:
-            lr = self.experiment.schedule.max_lr
-            self._apply(lr, torch.amp.GradScaler(self.state.gradients.device.type, enabled=False))
+            scaler = torch.amp.GradScaler(self.state.gradients.device.type, enabled=False)
+            self._apply(PROOF_LR, scaler)
         finally:
             optimizer.param_groups = groups
             for copy in copies:

@@ -146,6 +146,8 @@ class SweepJob(Job):
         }
         self.sweep = _fitting(self.sweep, datasets)
         self.study = Study(self.sweep, self.folder, layout, datasets).restored()
+        for damage in self.study.stored.restore_journals():
+            print(damage, flush=True)
         stop.clear(self.folder)
         self.slots = max(1, cluster.capacity(layout))
         if os.environ.get("ESPALIER_AUTOSCALING"):

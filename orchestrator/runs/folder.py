@@ -58,6 +58,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"  # step-00000100/ and so on
         self.samples = self.path / "samples"  # generated text of each evaluation
         self.events_file = self.path / "events.jsonl"  # restarts, hangs, skipped updates
+        self.checkpointed_file = self.path / ".checkpointed"  # a checkpoint was written
         self.attempts_file = self.path / "attempts.jsonl"  # one line per start of the workers
 
         # How it ended.
@@ -66,7 +67,6 @@ class RunFolder:
         self.summary_file = self.path / "summary.json"  # Ending of a run, final losses, cost
         self.hangs = self.path / "hangs"  # thread stacks of ranks that hung
         self.replays = self.path / "replays"
-        self.checkpointed_file = self.path / ".checkpointed"  # a checkpoint was written
 
         # State of processes.
         self.stop_request_file = self.path / "stop.json"
@@ -193,12 +193,12 @@ class RunFolder:
             UserError: The file is missing or is not an experiment.
         """
         file = self.experiment_file
+        if not file.exists():
+            raise UserError(f"{self.path}: has no experiment.yaml; give a run or a checkpoint")
         try:
-            text = files.read_text(file)
-        except (OSError, UnicodeDecodeError):
-            raise UserError(
-                f"{self.path}: has no experiment.yaml; give the folder of a run or a checkpoint"
-            ) from None
+            text = checkpoint_format.reading(file, lambda: files.read_text(file))
+        except UnicodeDecodeError:
+            raise UserError(f"{file}: not UTF-8; restore it") from None
         tree = read_yaml(text, str(file))
         # Without this check, a cut file would be an experiment with default values.
         tracking = tree.get("tracking") if isinstance(tree, dict) else None

@@ -6,6 +6,7 @@ changed between two attempts are therefore taken from the checkpoint.
 
 import uuid
 
+from orchestrator.checkpoint.format import verify
 from orchestrator.files import write_atomically
 from orchestrator.runs import events, journal
 from orchestrator.runs.folder import RunFolder
@@ -19,8 +20,11 @@ def restore(folder: RunFolder, step: int) -> str | None:
 
     Args:
         folder: Folder of the run.
-        step: Step of a verified checkpoint. One of an earlier version has no copy: then only lines
-            that cannot be read, or are there twice, are removed.
+        step: Step of a checkpoint. One of an earlier version has no copy: then only lines that
+            cannot be read, or are there twice, are removed.
+
+    Raises:
+        UserError: The checkpoint is damaged, and it is needed.
     """
     checkpoint = RunFolder(folder.checkpoint(step))
     found = whole_lines(folder.journal_file)
@@ -28,6 +32,7 @@ def restore(folder: RunFolder, step: int) -> str | None:
         wanted = whole_lines(checkpoint.journal_file)
         if _continues(folder, found, wanted, step):
             return None
+        verify(checkpoint.path)
         lost = [line for line in wanted if line not in found]
         steps = ", ".join(str(_step(line)) for line in lost) or "none"
         what = f"missing or changed lines: steps {steps}; restored from {checkpoint.path}"

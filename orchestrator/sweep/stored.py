@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.errors import UnreadableError, UserError
+from orchestrator.runs import journal_copy
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.sweep.records import StageResult, read_result, read_spec
 from orchestrator.sweep.states import DIVERGED, DONE, FAILED, RUNNING, STOPPED, WAITING, State
@@ -105,6 +106,20 @@ class StoredStages:
     def forget(self, state: StoredState) -> None:
         """Note that a checkpoint was removed."""
         self.states = {key: known for key, known in self.states.items() if known != state}
+
+    def restore_journals(self) -> list[str]:
+        """Restore the journals of stages that are done. Return what was wrong with each."""
+        problems = []
+        for key, result in self.results.items():
+            if result.outcome == DONE:
+                try:
+                    problem = journal_copy.restore(self.folders[key], result.step)
+                except UnreadableError:
+                    raise
+                except UserError as error:
+                    problem = f"lines of {self.folders[key].journal_file} are lost: {error}"
+                problems.append(problem)
+        return [problem for problem in problems if problem is not None]
 
     def forget_damaged(self, tree: StageTree) -> list[str]:
         """Forget damaged checkpoints from which stages of a tree would start.

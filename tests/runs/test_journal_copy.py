@@ -4,10 +4,12 @@ import json
 
 import pytest
 
+from orchestrator.checkpoint import store
 from orchestrator.runs import events, journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
 from orchestrator.runs.journal_copy import restore
+from tests.helpers.facts import FACTS
 
 STEP = 30
 
@@ -18,12 +20,11 @@ def checkpoint(folder) -> RunFolder:
     lines = Journal(folder)
     for step in (10, 20, 30):
         lines.append(step, {"train/loss": step / 7, "val/loss": step / 3})
-    copy = RunFolder(folder.checkpoint(STEP))
-    copy.path.mkdir(parents=True)
-    copy.journal_file.write_bytes(folder.journal_file.read_bytes())
+    parts = {folder.journal_file.name: folder.journal_file.read_bytes()}
+    path = store.commit(folder.checkpoints, STEP, parts, FACTS)
     for step in (40, 50):
         lines.append(step, {"train/loss": step / 7})
-    return copy
+    return RunFolder(path)
 
 
 def edited(number: int):

@@ -52,6 +52,20 @@ def test_trials_of_a_mixed_sweep_equal_their_own_runs(sweeps, keep):
     assert {row.state for row in study.results()} == {"done"}
 
 
+def test_damaged_journal_of_a_stage_that_is_done_is_restored(sweeps):
+    study = sweeps.open("sweep.grid={train.max_steps: [10, 20]}")
+    [stage, *_] = sweeps.run(study)
+    journal_file = study.folder.stage(stage).journal_file
+    before = journal_file.read_bytes()
+    journal_file.write_bytes(before[:-1].rpartition(b"\n")[0] + b"\ngarbage\n")
+    again = sweeps.open("sweep.grid={train.max_steps: [10, 20]}")
+    [problem] = again.stored.restore_journals()
+    assert str(journal_file) in problem
+    assert journal_file.read_bytes() == before
+    assert again.stored.restore_journals() == []
+    assert_alone(sweeps, again)
+
+
 def test_kill_between_any_two_stages_repeats_no_stage(sweeps):
     words = MIXED[:5]
     whole = sweeps.open(*words, name="whole")

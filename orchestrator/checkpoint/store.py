@@ -33,6 +33,7 @@ from orchestrator.checkpoint.tensor_file import load_tensors as load_tensors
 from orchestrator.checkpoint.tensor_file import weights_sha256 as weights_sha256
 from orchestrator.errors import UnreadableError, UserError
 from orchestrator.files import fsync
+from orchestrator.folders import check_held
 
 SPARE_BYTES = 1 << 20  # left free for the journal and other small files of the run
 _CHUNK_BYTES = 4 << 20  # hashed and written while the data are in the CPU cache
@@ -63,6 +64,7 @@ def commit(directory: Path, step: int, parts: Parts, facts: Mapping[str, Any]) -
     """
     directory = Path(directory)
     if not directory.is_dir():
+        check_held(directory)
         directory.mkdir(exist_ok=True)  # not its parent: that of a running run may be moved
         fsync(directory.parent)
     clear(directory)  # first: leftovers take space that this checkpoint may need

@@ -13,6 +13,8 @@ from orchestrator.redact import has_password, hide_passwords
 if TYPE_CHECKING:
     from orchestrator.config.experiment import Experiment
 
+TRACKING_URI = re.compile(r"^(https?|sqlite|postgresql|mysql)[+a-z0-9]*://.")
+
 
 def contradictions(experiment: Experiment) -> list[str]:
     """Return one line per contradiction; each starts with the field to change."""
@@ -127,7 +129,7 @@ def _tracking_problems(experiment: Experiment) -> list[str]:
     if uri is None:
         return []
     problems = []
-    if not re.match(r"^(https?|sqlite|postgresql|mysql)[+a-z0-9]*://?.", uri):
+    if not TRACKING_URI.match(uri):
         problems.append(
             f"tracking.uri: '{hide_passwords(uri)}' is not an address that is supported; "
             "use http(s)://…, sqlite:///… or postgresql://…"

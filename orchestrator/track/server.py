@@ -3,12 +3,12 @@
 import json
 import logging
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from orchestrator.config.checks import TRACKING_URI
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
 from orchestrator.redact import REDACTED, redact_text
@@ -56,7 +56,7 @@ def absolute_uri(uri: str, source: str) -> str:
     Raises:
         UserError: MLflow 3 does not support the URI, or a part of it is not known.
     """
-    if not re.match(r"^(https?|sqlite|postgresql|mysql)[+a-z0-9]*://.", uri):
+    if not TRACKING_URI.match(uri):
         raise UserError(
             f"{source}: '{redact_text(uri)}' is not a tracking URI; use http(s)://…, sqlite:///… "
             "or postgresql://…"

@@ -38,7 +38,7 @@ _SHOWN = 3  # names in one message
 
 
 @dataclass(frozen=True)
-class Source:
+class CorpusFile:
     """One file of text.
 
     Attributes:
@@ -82,7 +82,7 @@ class Listing:
         left_out: Names of other files that were found, by the reason.
     """
 
-    sources: list[Source] = field(default_factory=list)
+    sources: list[CorpusFile] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=lambda: defaultdict(list))
 
     def __str__(self) -> str:
@@ -103,7 +103,7 @@ def shown(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def resolve(corpus: str | list[str]) -> list[Source]:
+def resolve(corpus: str | list[str]) -> list[CorpusFile]:
     """Return the files of a corpus; see `list_corpus` for the errors."""
     return list_corpus(corpus).sources
 
@@ -152,7 +152,7 @@ def root_name(entry: str) -> str:
 # ---- entries ----
 
 
-def _resolve_entry(entry: str, left_out: LeftOut) -> list[Source]:
+def _resolve_entry(entry: str, left_out: LeftOut) -> list[CorpusFile]:
     if entry == STDLIB:
         base = Path(sysconfig.get_paths()["stdlib"])
         return _named("stdlib", base, _library_files(base))
@@ -181,16 +181,16 @@ def _library_files(base: Path) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def _named(root: str, base: Path, files: list[Path]) -> list[Source]:
+def _named(root: str, base: Path, files: list[Path]) -> list[CorpusFile]:
     """Name each file by its place below `base`, and sort by name."""
     names = below(base, files)
     sources = [_source(f"{root}/{name}", file) for name, file in zip(names, files, strict=True)]
     return sorted(sources, key=lambda source: source.name)
 
 
-def _source(name: str, path: Path) -> Source:
+def _source(name: str, path: Path) -> CorpusFile:
     found = os.stat(path)
-    return Source(name, path, found.st_size, modified=found.st_mtime_ns)
+    return CorpusFile(name, path, found.st_size, modified=found.st_mtime_ns)
 
 
 def _absolute(entry: str | Path) -> Path:
@@ -214,7 +214,7 @@ def _url_name(entry: str) -> str:
     return urllib.parse.unquote(parts.path).rstrip("/").rsplit("/", 1)[-1] or parts.netloc
 
 
-def _resolve_url(entry: str) -> Source:
+def _resolve_url(entry: str) -> CorpusFile:
     url, _, fragment = entry.partition("#")
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
     if match is None:
@@ -228,10 +228,10 @@ def _resolve_url(entry: str) -> Source:
     path = cache_folder() / f"{sha256[:16]}-{name}"
     if path.is_file():
         return replace(_source(name, path), sha256=sha256, url=url)
-    return Source(name, path, None, sha256, url)
+    return CorpusFile(name, path, None, sha256, url)
 
 
-def fetch(source: Source, folder: Path, progress: Progress = lambda *_: None) -> Source:
+def fetch(source: CorpusFile, folder: Path, progress: Progress = lambda *_: None) -> CorpusFile:
     """Return a source that all nodes can read.
 
     A download is stored in the cache of this machine, unless it is there already, and linked into

@@ -64,7 +64,7 @@ class SourceFile(TypedDict):
     name: str
     size: int
     sha256: str
-    by_content: NotRequired[bool]  # see `Source.by_content`; only if it is true
+    by_content: NotRequired[bool]  # see `CorpusFile.by_content`; only if it is true
 
 
 class ManifestContent(TypedDict):

@@ -27,7 +27,7 @@ import numpy as np
 
 from orchestrator import files, folders
 from orchestrator.data import corpus, tasks
-from orchestrator.data.corpus import Source
+from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.dataset import Manifest, Shard, Split, load_manifest, write_manifest
 from orchestrator.data.index import write_index
 from orchestrator.data.input.download import Progress
@@ -60,7 +60,7 @@ def prepare_in(
     data: "Data",
     storage: Path,
     progress: Progress | None = None,
-    sources: list[Source] | None = None,
+    sources: list[CorpusFile] | None = None,
 ) -> Manifest:
     """Prepare a dataset in the folder that its content names; see `dataset_dir` and `prepare`.
 
@@ -97,7 +97,7 @@ def prepare(
     progress: Progress | None = None,
     chunk_bytes: int | None = None,
     shard_rows: int = SHARD_ROWS,
-    sources: list[Source] | None = None,
+    sources: list[CorpusFile] | None = None,
 ) -> Manifest:
     """Prepare the dataset in `directory`, unless it is there already.
 
@@ -148,7 +148,7 @@ def _lock(directory: Path) -> Iterator[None]:
         yield
 
 
-def _versions(sources: list[Source]) -> list[Stamp]:
+def _versions(sources: list[CorpusFile]) -> list[Stamp]:
     """Return the versions of the files; UserError if one is not the file that was listed."""
     for source in sources:
         source.check_unchanged()
@@ -159,7 +159,7 @@ def _versions(sources: list[Source]) -> list[Stamp]:
 class _Preparation:
     data: "Data"
     directory: Path
-    listed: list[Source]
+    listed: list[CorpusFile]
     ray_tasks: RayTasks
     chunk_bytes: int | None
     shard_rows: int
@@ -212,7 +212,7 @@ class _Preparation:
         shutil.rmtree(work, ignore_errors=True)
         return load_manifest(self.directory)
 
-    def _chunk_bytes(self, sources: list[Source]) -> int:
+    def _chunk_bytes(self, sources: list[CorpusFile]) -> int:
         if self.chunk_bytes is not None:
             return self.chunk_bytes
         total = sum(source.bytes for source in sources)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.data import corpus
-from orchestrator.data.corpus import Source
+from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.dataset import FILE, FORMAT, Manifest, load_manifest
 from orchestrator.data.input.paths import MissingCorpusError
 from orchestrator.errors import UserError
@@ -54,7 +54,7 @@ def dataset_dir(data: "Data", storage: Path) -> Path:
 
 
 def known_dir(
-    data: "Data", storage: Path, *, read: bool = False, sources: list[Source] | None = None
+    data: "Data", storage: Path, *, read: bool = False, sources: list[CorpusFile] | None = None
 ) -> Path | None:
     """Do the same as `dataset_dir` without reading a file; None if one was not hashed yet.
 
@@ -87,14 +87,14 @@ def _fingerprint(data: "Data", files: Sequence[tuple[str, str | int | None]]) ->
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def with_hashes(sources: list[Source], hash_files: HashFiles | None = None) -> list[Source]:
+def with_hashes(sources: list[CorpusFile], hash_files: HashFiles | None = None) -> list[CorpusFile]:
     """Return the sources with the SHA-256 of each file; see `sha256s`."""
     missing = [str(source.path) for source in sources if source.sha256 is None]
     found = iter(sha256s(missing, hash_files))
     return [s if s.sha256 is not None else replace(s, sha256=next(found)) for s in sources]
 
 
-def _content(sources: list[Source], read: bool) -> Content:
+def _content(sources: list[CorpusFile], read: bool) -> Content:
     if read:
         return [(_content_name(s.name, s.by_content), s.sha256) for s in with_hashes(sources)]
     known = known_sha256s(str(source.path) for source in sources if source.sha256 is None)
@@ -121,7 +121,7 @@ def _below_root(name: str) -> str:
 
 
 def find_in(
-    data: "Data", storage: Path, *, read: bool = True, sources: list[Source] | None = None
+    data: "Data", storage: Path, *, read: bool = True, sources: list[CorpusFile] | None = None
 ) -> Manifest | None:
     """Return the finished dataset of a `data` section; see `known_dir` and `find_prepared`."""
     directory = known_dir(data, storage, read=read, sources=sources)
@@ -130,7 +130,7 @@ def find_in(
     return find_prepared(data, directory, read=read, sources=sources)
 
 
-def list_sources(data: "Data") -> list[Source] | None:
+def list_sources(data: "Data") -> list[CorpusFile] | None:
     """Return the files of the corpus; None if they are not here, but the dataset may be.
 
     Raises:
@@ -145,7 +145,7 @@ def list_sources(data: "Data") -> list[Source] | None:
 
 
 def find_prepared(
-    data: "Data", directory: Path, *, read: bool = True, sources: list[Source] | None = None
+    data: "Data", directory: Path, *, read: bool = True, sources: list[CorpusFile] | None = None
 ) -> Manifest | None:
     """Return the finished dataset in `directory`; None if there is none.
 
@@ -180,7 +180,7 @@ def find_prepared(
 
 
 def _differences(
-    data: "Data", manifest: Manifest, read: bool, sources: list[Source] | None
+    data: "Data", manifest: Manifest, read: bool, sources: list[CorpusFile] | None
 ) -> list[str]:
     """Return one line for each difference between a dataset and the `data` section."""
     before = {f"data.{key}": value for key, value in manifest.settings.items()}

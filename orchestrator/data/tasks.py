@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from orchestrator.data.corpus import Source
+from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.dataset import SourceFile
 from orchestrator.data.documents import Piece, Span, read_pieces, reader_of
 from orchestrator.data.parts import SPLITS, Part, PartFacts, find_complete, sidecar_file
@@ -33,7 +33,7 @@ Job = dict[str, Any]  # the arguments of one task, which gets a dataclass as a d
 SpanJson = dict[str, Any]  # the fields of `Span`
 
 
-def plan_chunks(sources: list[Source], chunk_bytes: int, data: "Data") -> list[list[Span]]:
+def plan_chunks(sources: list[CorpusFile], chunk_bytes: int, data: "Data") -> list[list[Span]]:
     """Lay the files end to end and cut them every `chunk_bytes` bytes.
 
     Returns:
@@ -73,7 +73,7 @@ def hash_files(paths: list[str]) -> list[str]:
     return [file_sha256(path) for path in paths]
 
 
-def source_files(sources: list[Source]) -> list[SourceFile]:
+def source_files(sources: list[CorpusFile]) -> list[SourceFile]:
     """Return the files of the corpus with their hashes.
 
     Raises:

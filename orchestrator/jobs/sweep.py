@@ -20,7 +20,7 @@ from orchestrator.config.sections import Data
 from orchestrator.cost.estimate import expected_line
 from orchestrator.cost.timing import Estimate
 from orchestrator.cost.tokens import TokenCounts
-from orchestrator.data.corpus import Source
+from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.order import check_tokens
 from orchestrator.data.prepare import prepare_in
@@ -71,7 +71,7 @@ class SweepJob(Job):
     """
 
     folder: SweepFolder
-    sources: dict[str, list[Source] | None]
+    sources: dict[str, list[CorpusFile] | None]
     study: Study
     slots: int
     report: SweepFiles

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from orchestrator.config.sections import Data
 from orchestrator.data.batches import TokenStream
-from orchestrator.data.corpus import Source
+from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.documents import Span, read_pieces
 from orchestrator.data.prepare import prepare
 from orchestrator.data.tasks import plan_chunks
@@ -207,7 +207,7 @@ def test_invalid_utf8_is_replaced_alike_wherever_the_text_is_cut(content, chunk_
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "t.txt"
         file.write_bytes(content)
-        source = Source("t.txt", file, len(content))
+        source = CorpusFile("t.txt", file, len(content))
         chunks = plan_chunks([source], chunk_bytes, Data(invalid_utf8="replace"))
         found = [p.text for spans in chunks for span in spans for p in read_pieces(span)]
         assert "".join(found) == content.decode("utf-8", "replace")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.config.sections import Data
-from orchestrator.data.corpus import Source
+from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.documents import read_pieces
 from orchestrator.data.tasks import plan_chunks
 from orchestrator.errors import UserError
@@ -21,7 +21,7 @@ from orchestrator.errors import UserError
 
 def spans_of(path: Path, chunk_bytes: int, **fields) -> list:
     found = path.stat()
-    source = Source(path.name, path, found.st_size, modified=found.st_mtime_ns)
+    source = CorpusFile(path.name, path, found.st_size, modified=found.st_mtime_ns)
     return list(itertools.chain(*plan_chunks([source], chunk_bytes, Data(**fields))))
 
 
@@ -206,7 +206,7 @@ def test_file_that_changes_while_it_is_read_is_refused(tmp_path, name, change, c
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.integers(1, 60))
 def test_spans_cover_every_byte_once_in_order(sizes, chunk_bytes):
-    sources = [Source(f"{n:02d}", Path(f"{n:02d}"), size) for n, size in enumerate(sizes)]
+    sources = [CorpusFile(f"{n:02d}", Path(f"{n:02d}"), size) for n, size in enumerate(sizes)]
     chunks = plan_chunks(sources, chunk_bytes, Data())
     spans = [span for chunk in chunks for span in chunk]
     assert [span.name for span in spans] == sorted(span.name for span in spans)

@@ -11,7 +11,7 @@ import pytest
 from orchestrator.config.sections import Data
 from orchestrator.data import index as index_module
 from orchestrator.data import tasks
-from orchestrator.data.corpus import Source
+from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.dataset import INDEX_FILE
 from orchestrator.data.index import documents_of, find_documents, write_index
 from orchestrator.data.prepare import prepare
@@ -81,7 +81,7 @@ def run_tasks(folder: Path, texts: list[str], chunk_bytes: int, cut: int, append
     ids: dict[str, list[int]] = {"train": [], "val": []}
     index: dict[str, list] = {"train": [], "val": []}
     before = 0
-    sources = [Source(str(i), folder / str(i), len(text)) for i, text in enumerate(texts)]
+    sources = [CorpusFile(str(i), folder / str(i), len(text)) for i, text in enumerate(texts)]
     for i, spans in enumerate(tasks.plan_chunks(sources, chunk_bytes, Data())):
         span_dicts = [asdict(span) for span in spans]
         tasks.tokenize(

@@ -140,6 +140,7 @@ def test_space_can_be_narrowed_and_an_incomplete_line_is_ignored(sweeps):
 def test_finished_sweep_continues_if_more_samples_are_wanted(sweeps, monkeypatch):
     monkeypatch.setenv("ESPALIER_STORAGE", str(sweeps.folder))
     sweeps.run(sweeps.open(*SPACE, "sweep.num_samples=2"))
-    same, more = (sweeps.load(*SPACE, f"sweep.num_samples={n}") for n in (2, 3))
-    assert SweepJob(same).is_finished()
-    assert not SweepJob(more).is_finished()
+    for number, finished in ((2, True), (3, False)):
+        job = SweepJob(sweeps.load(*SPACE, f"sweep.num_samples={number}"))
+        job.check()
+        assert job.is_finished() == finished

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.config.experiment import load_experiment
 from orchestrator.sweep.states import (
     BLOCKED,
     DIVERGED,
@@ -16,6 +17,55 @@ from orchestrator.sweep.states import (
     StageStates,
 )
 from orchestrator.sweep.tree import Branch, StageTree, build_tree, grow
+from orchestrator.sweep.trials import root_of
+
+SAME_STEPS = [
+    "name=other",
+    "data.corpus=other.txt",  # the tokens are compared, not their files
+    "schedule.max_lr=1e-4",  # the rates of a branch
+    "schedule.kind=constant",
+    "train.max_steps=7",
+    "train.keep=5",
+    "train.checkpoint_interval=3",
+    "train.reduction_slots=8",  # what `null` stands for
+    "compute.num_workers=2",
+    "tracking.experiment=other",
+]
+OTHER_STEPS = [
+    "train.seed=2",
+    "train.dtype=bfloat16",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=16",
+    "train.reduction_slots=4",
+    "train.compile=true",
+    "train.init_from=gpt2",
+    "model.dropout=0.3",
+    "model.n_layer=2",
+    "model.block_size=8",
+    "model.bias=true",
+    "model.activation=gelu_tanh",
+    "optim.beta1=0.8",
+    "optim.beta2=0.9",
+    "optim.weight_decay=0.3",
+    "optim.max_grad_norm=0.5",
+]
+
+
+def test_root_is_the_same_exactly_for_trials_with_equal_steps(monkeypatch):
+    """By hand: a field that is missing here would let trials share steps that differ."""
+    base = ["model.n_layer=1", "model.n_embd=16", "model.n_head=2", "train.micro_batch_size=4"]
+    base += ["train.global_batch_size=32", "model.block_size=16", "train.max_steps=20"]
+    base += ["schedule.warmup_steps=2", "train.dtype=float32", "optim.max_grad_norm=1"]
+
+    def root(*words: str, data: str = "tokens", cpus: int = 1) -> str:
+        return root_of(load_experiment(None, [*base, *words]), data, cpus)
+
+    assert [word for word in SAME_STEPS if root(word) != root()] == []
+    roots = {word: root(word) for word in OTHER_STEPS}
+    roots |= {"": root(), "data": root(data="others"), "cpus": root(cpus=2)}
+    monkeypatch.setattr("torch.__version__", "0.1")
+    roots["torch"] = root()
+    assert len(set(roots.values())) == len(roots), roots
 
 
 def trial(name, rates, root="root") -> Branch:

@@ -120,7 +120,9 @@ def _run_stage(folder: RunFolder, worker: Worker, sweep: SweepFolder) -> None:
         for _ in run_stage(folder, worker, listener or _not_asked):
             pass
     except Exception as error:
-        ray_train.record_failure(folder, worker, error)
+        # As there: an error of the connection only says that another rank died.
+        if worker.is_main and "gloo" not in str(error):
+            ray_train.record_failure(folder, worker, error)
         raise
 
 

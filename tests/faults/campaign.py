@@ -7,6 +7,7 @@ variant without faults, made by the same command.
 import argparse
 import itertools
 import json
+import math
 import random
 import shutil
 import sys
@@ -203,6 +204,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-n", type=int, default=300, help="stop after this many faults")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="or after this time")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--case", type=int, help="run only this case, and keep its folder")
     parser.add_argument(
@@ -244,7 +246,7 @@ def main() -> int:
             f"{faults} of {args.n} faults",
             flush=True,
         )
-        if faults >= args.n:
+        if faults >= args.n or time.monotonic() - begun > 60 * args.minutes:
             break
     text = table(reports, ALL, args.seed, time.monotonic() - begun)
     print(text)

@@ -207,8 +207,8 @@ class Case:
                 )
                 return
         kind = fault.kind
-        if kind in ("flip", "cut") and not self.folder.checkpoint_steps():
-            kind = "all"  # there is no checkpoint yet that could be damaged
+        if kind in ("flip", "cut") and len(self.folder.checkpoint_steps()) < 2:
+            kind = "all"  # a run whose only checkpoint is damaged is refused
         text = f"{fault.moment or kind} of rank {fault.rank} of {fault.world}, attempt {attempt}"
         record = FaultRecord(kind, text, fault.victims(codes).count(-signal.SIGKILL))
         self.report.happened.append(record)

@@ -109,7 +109,8 @@ CAUSES: dict[str, Cause] = {
     "samples-removed": Removal("samples removed", RUN, files=_one("samples")),
     "run.json-removed": Removal("run.json removed", RUN, files=_one("run.json")),
     # checkpoints
-    "checkpoint": Damage("the latest checkpoint damaged", files=latest_checkpoint),
+    # A run whose only checkpoint is damaged is refused: it would begin anew.
+    "checkpoint": Damage("the latest checkpoint damaged", statuses=(2,), files=latest_checkpoint),
     "checkpoints-all": AllCheckpoints("all checkpoints damaged", RUN, (2,)),
     "checkpoints-removed": Removal("all checkpoints removed", RUN, (2,), files=_one("checkpoints")),
     "read-transient": InRank(

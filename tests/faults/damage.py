@@ -121,7 +121,8 @@ class Damage(Cause):
 
     def undo(self, case: "CommandCase") -> None:
         for file, content in case.kept:
-            file.write_bytes(content)
+            if file.parent.is_dir():  # else it was set aside with its folder
+                file.write_bytes(content)
 
 
 @dataclass(frozen=True)

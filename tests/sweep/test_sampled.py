@@ -137,10 +137,11 @@ def test_space_can_be_narrowed_and_an_incomplete_line_is_ignored(sweeps):
     assert {row.state for row in study.results()} == {"done"}
 
 
-def test_finished_sweep_continues_if_more_samples_are_wanted(sweeps, monkeypatch):
+def test_finished_sweep_continues_if_more_samples_are_wanted(sweeps, tiny_corpus, monkeypatch):
     monkeypatch.setenv("ESPALIER_STORAGE", str(sweeps.folder))
-    sweeps.run(sweeps.open(*SPACE, "sweep.num_samples=2"))
+    words = [*SPACE, f"data.corpus={tiny_corpus}"]
+    sweeps.run(sweeps.open(*words, "sweep.num_samples=2"))
     for number, finished in ((2, True), (3, False)):
-        job = SweepJob(sweeps.load(*SPACE, f"sweep.num_samples={number}"))
+        job = SweepJob(sweeps.load(*words, f"sweep.num_samples={number}"))
         job.check()
         assert job.is_finished() == finished

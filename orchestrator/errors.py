@@ -17,6 +17,10 @@ class HeldError(RuntimeError):
     """Another process writes to this run. A command prints the message and ends with status 75."""
 
 
+class RayDiedError(RuntimeError):
+    """The Ray that this command started has died. The command starts again."""
+
+
 class UserError(ValueError):
     """A mistake that the user can fix. The message quotes the value and says what to do.
 

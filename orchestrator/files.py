@@ -260,13 +260,27 @@ def local_path(setting: str, value: str) -> Path:
             f"{setting}: '{redact_text(value)}' is an address, and only paths are supported; mount "
             "it, or copy it to a folder that all nodes share"
         )
-    return Path(value).expanduser()
+    return expand_home(value)
 
 
 def file_sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file's content in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def expand_home(path: str | Path) -> Path:
+    """Replace `~` or `~user` at the start of a path.
+
+    Raises:
+        UserError: There is no such user, or this user has no home directory.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"'{path}': '{Path(path).parts[0]}' is no home directory here; give the whole path"
+        ) from None
 
 
 def cache_folder() -> Path:

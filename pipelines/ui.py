@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from orchestrator.errors import UserError
-from orchestrator.files import read_derived
+from orchestrator.files import expand_home, read_derived
 from orchestrator.runs.storage import folders_of
 from orchestrator.track.server import UI_PORT, experiment_url, store_path
 from pipelines.common import Options, run_command
@@ -45,7 +45,7 @@ def options() -> Options:
 def main(argv: list[str]) -> NoReturn:
     """Print the addresses of the pages, and replace this process by the MLflow server."""
     args = options().parse_args(argv)
-    store = store_path(args.storage.expanduser())
+    store = store_path(expand_home(args.storage))
     if not store.is_file():
         raise UserError(
             f"{args.storage}: has no tracked runs ({store} is missing); give the storage of a run "

@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ SOURCES = Path(__file__).resolve().parents[2]
 # Ray creates sockets below its temporary folder. The system limits their paths to 107 bytes.
 SOCKET_BYTES = 107
 SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+
+# A machine may stop for a minute. With Ray's defaults, its processes would then take each other for
+# dead and exit.
+PATIENT = {"health_check_failure_threshold": 60, "gcs_rpc_server_reconnect_timeout_s": 600}
+LOST_S = 20  # Ray itself ends a driver when it has missed the head for 60 s
+
+_gcs_address = ""
+_answered = 0.0  # time.monotonic() of the last answer of the head
 
 
 def connect(environment: dict[str, str] | None = None) -> None:
@@ -50,6 +59,7 @@ def connect(environment: dict[str, str] | None = None) -> None:
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if environment:
         settings["runtime_env"] = {"env_vars": environment}
+    private.shorten_messages()
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with contextlib.chdir(SOURCES):
@@ -60,6 +70,52 @@ def connect(environment: dict[str, str] | None = None) -> None:
     # output of the workers.
     atexit.register(ray.shutdown)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
+    _note_head()
+
+
+def failure(error: BaseException | None = None) -> str | None:
+    """Return which part of Ray has died; None if all of it seems to work.
+
+    Args:
+        error: An exception of a call to Ray.
+    """
+    import ray
+
+    dead = private.dead_process()
+    if dead is not None:
+        return f"Ray's process {dead} has died"
+    if is_shared() and _gcs_address and not _answers():
+        return f"the head of the Ray cluster at {_gcs_address} does not answer"
+    died = ray.exceptions.RayActorError, ray.exceptions.LocalRayletDiedError
+    if isinstance(error, (*died, ray.exceptions.NodeDiedError, ray.exceptions.RaySystemError)):
+        return f"a process of Ray has died ({_first_line(error)})"
+    return None
+
+
+def kill() -> None:
+    """End the processes of our own Ray at once. Workers end when they miss it."""
+    private.kill_local_processes()
+
+
+def _note_head() -> None:
+    global _gcs_address, _answered
+    import ray
+
+    _gcs_address = ray.get_runtime_context().gcs_address
+    _answered = time.monotonic()
+
+
+def _answers() -> bool:
+    """Return whether the head of the cluster has answered in the last seconds."""
+    global _answered
+    host, _, port = _gcs_address.rpartition(":")
+    now = time.monotonic()
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+        _answered = now
+    except OSError:
+        pass
+    return now - _answered < LOST_S
 
 
 def is_shared() -> bool:
@@ -131,7 +187,7 @@ def _start(settings: dict[str, Any]) -> None:
         os.environ["RAY_TMPDIR"] = "/tmp"
     try:
         with private.local_processes():
-            ray.init(address="local", include_dashboard=False, **settings)
+            ray.init(address="local", include_dashboard=False, _system_config=PATIENT, **settings)
     except Exception as error:
         raise UserError(f"Ray cannot start on this machine: {_first_line(error)}") from None
 

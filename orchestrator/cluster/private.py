@@ -46,6 +46,41 @@ def local_processes() -> Iterator[None]:
         Node.start_log_monitor = log_monitor
 
 
+def dead_process() -> str | None:
+    """Return the name of a process of our own Ray that has ended; None if there is none."""
+    from ray._private import worker
+
+    node = worker._global_node
+    dead = [] if node is None else node.dead_processes()
+    return next((name for name, _ in dead if name in ("gcs_server", "raylet")), None)
+
+
+def kill_local_processes() -> None:
+    """End the processes of our own Ray with SIGKILL."""
+    from ray._private import worker
+
+    # In the order of their start: the raylet's end is then not reported to the driver.
+    for _, process in worker._global_node.live_processes():
+        process.kill()
+
+
+def shorten_messages() -> None:
+    """Print only the first sentence of what Ray's processes report to the driver.
+
+    If a raylet dies, for example, the whole message has a page of its log.
+    """
+    from ray._private import worker
+
+    original = worker.print_to_stdstream
+
+    def first_sentence(data: dict[str, Any], *args: Any, **more: Any) -> None:
+        text = "\n".join(data["lines"])
+        original({**data, "lines": [text.split("\n")[0].split(". ")[0]]}, *args, **more)
+
+    if original.__module__ == worker.__name__:
+        worker.print_to_stdstream = first_sentence
+
+
 def use_token_if_there() -> None:
     """Use token authentication if $RAY_AUTH_MODE is not set and there is a token.
 

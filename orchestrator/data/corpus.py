@@ -27,7 +27,7 @@ from orchestrator.data.input.paths import (
     refuse_missing,
 )
 from orchestrator.errors import UserError
-from orchestrator.files import cache_folder, local_path, replacement
+from orchestrator.files import cache_folder, expand_home, local_path, replacement
 from orchestrator.redact import redact_text
 
 STDLIB = "builtin:stdlib"
@@ -194,7 +194,7 @@ def _source(name: str, path: Path) -> CorpusFile:
 
 
 def _absolute(entry: str | Path) -> Path:
-    return Path(os.path.abspath(os.path.expanduser(entry)))
+    return Path(os.path.abspath(expand_home(entry)))
 
 
 # ---- downloads ----

@@ -3,5 +3,5 @@
 Public names: `train.run` and `sweep.run` do a job and return the exit status of the driver.
 
 Start reading at `job.Job.run`, the steps of both jobs. `train.TrainJob` and `sweep.SweepJob`
-implement the steps that differ.
+implement the steps that differ. `restart` starts the command again if its own Ray has died.
 """

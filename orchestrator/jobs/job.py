@@ -11,15 +11,18 @@ import time
 from contextlib import AbstractContextManager
 
 from orchestrator import folders
+from orchestrator.cluster import connection
 from orchestrator.cluster import layout as cluster
 from orchestrator.config.experiment import Experiment
-from orchestrator.errors import EXIT_DONE
+from orchestrator.errors import EXIT_DONE, RayDiedError
+from orchestrator.jobs import restart
 from orchestrator.runs import events, lock, signals, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import storage_root, storage_setting
 from orchestrator.track.server import resolve_uri, where_to_look
 from orchestrator.track.tracker import Tracker, print_unsent, resend_metrics
+from orchestrator.workers.watch import Watch
 
 
 class Job(abc.ABC):
@@ -33,9 +36,13 @@ class Job(abc.ABC):
         folder: Folder of this run or sweep.
         uri: Tracking server.
         tracker: Sends the folder to the tracking server; set by `prepare`.
+        watch: Watches the workers; set before `work`.
+        has_lost_ray: Whether Ray has died while it worked.
     """
 
     tracker: Tracker
+    watch: Watch
+    has_lost_ray = False
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
@@ -56,16 +63,22 @@ class Job(abc.ABC):
         if self.is_finished():
             self.show_again()
             return EXIT_DONE
-        with (
-            lock.held(self.folder.driver_lock) as killed_holder,
-            folders.holding(self.folder.path),
-        ):
-            if killed_holder is not None and self.folder.run_file.exists():
-                message = f"{killed_holder} was killed; this process takes over"
-                print(events.note(self.folder, "taken_over", message)["message"], flush=True)
-            self._start_ray()
-            self.prepare()
-            return self._work_and_track().exit_status
+        try:
+            with (
+                lock.held(self.folder.driver_lock) as killed_holder,
+                folders.holding(self.folder.path),
+            ):
+                if killed_holder is not None and self.folder.run_file.exists():
+                    message = f"{killed_holder} was killed; this process takes over"
+                    print(events.note(self.folder, "taken_over", message)["message"], flush=True)
+                self._start_ray()
+                self.prepare()
+                status = self._work_and_track().exit_status
+        except RayDiedError:
+            restart.start_again(self.steps_stored())
+        if self.has_lost_ray:
+            restart.leave(status)
+        return status
 
     def _start_ray(self) -> None:
         print("starting Ray …", flush=True)
@@ -87,6 +100,8 @@ class Job(abc.ABC):
             ending = self.interrupted()
         except Exception as raised:
             error = raised
+        if ending is None:
+            ending = self._ray_died(error)
         # The following steps take a limited time and must not be interrupted.
         signals.let_end()
         try:
@@ -113,6 +128,24 @@ class Job(abc.ABC):
         """Where the tracking server shows the job; None until it has answered."""
         url = self.tracker.url
         return None if url is None else where_to_look(self.uri, url)
+
+    def _ray_died(self, error: Exception | None) -> Ending | None:
+        """Return None if Ray works.
+
+        Raises:
+            RayDiedError: Another start may help.
+        """
+        died = None if self.folder.ending_file.exists() else connection.failure(error)
+        if died is None:
+            return None
+        self.has_lost_ray = True
+        if connection.is_shared():
+            return Ending("again", f"{died}; run the same command again")
+        if restart.starts_without_a_step(self.steps_stored()) == restart.PATIENCE:
+            return Ending("failed", f"{died}, also after {restart.PATIENCE} new starts of Ray")
+        message = f"{died}; starting Ray again"
+        print(events.note(self.folder, "ray_died", message)["message"], file=sys.stderr, flush=True)
+        raise RayDiedError(died)
 
     def _request_stop(self, reason: str) -> None:
         stop.request(self.folder, reason)
@@ -145,8 +178,12 @@ class Job(abc.ABC):
         """Prepare datasets and folder, set `tracker`, and print the plan."""
 
     @abc.abstractmethod
+    def steps_stored(self) -> int:
+        """Return the steps that the checkpoints contain."""
+
+    @abc.abstractmethod
     def watching(self) -> AbstractContextManager[object]:
-        """Return a context that watches the workers and prints the progress while `work` runs."""
+        """Return a context that prints the progress while `work` runs. `watch` is part of it."""
 
     @abc.abstractmethod
     def work(self) -> None:
@@ -162,6 +199,8 @@ class Job(abc.ABC):
 
     def interrupted(self) -> Ending | None:
         """Return how the work ended after a signal; None: `diagnose` decides."""
+        if self.watch.over:
+            return None
         return Ending("again" if signals.was_stopped() else "interrupted")
 
     @abc.abstractmethod

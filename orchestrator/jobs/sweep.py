@@ -229,8 +229,12 @@ class SweepJob(Job):
 
     # ---- while the stages run ----
 
+    def steps_stored(self) -> int:
+        return sum(max(stage.checkpoint_steps(), default=0) for stage in self.folder.stages())
+
     def watching(self) -> AbstractContextManager[object]:
-        return Watch(self.folder, self.study.progress.running)
+        self.watch = Watch(self.folder, self.study.progress.running)
+        return self.watch
 
     def work(self) -> None:
         from orchestrator.sweep import tune  # importing Ray Tune takes seconds

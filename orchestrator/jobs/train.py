@@ -182,6 +182,9 @@ class TrainJob(Job):
 
     # ---- while the workers train ----
 
+    def steps_stored(self) -> int:
+        return max(self.folder.checkpoint_steps(), default=0)
+
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         experiment = self.experiment
@@ -198,11 +201,6 @@ class TrainJob(Job):
         ray_train.fit(self.experiment, self.folder, self.dataset.directory, self.layout)
 
     # ---- how it ended ----
-
-    def interrupted(self) -> Ending | None:
-        if self.watch.over:
-            return None  # the watch interrupted Ray after the workers were done
-        return super().interrupted()
 
     def diagnose(self, error: Exception | None) -> Ending:
         ending = diagnose(self.folder, error, self.layout.num_workers)

@@ -31,23 +31,23 @@ ENDING_S = 5.0  # time reserved after training for the summary and the tracking 
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 _stop_times: list[float] = []  # time.monotonic() of each signal of STOPS
-_ignored: set[int] = set()  # signals that were ignored when the command began
+ignored: set[int] = set()  # signals that were ignored when the command began
 
 
 def begin() -> None:
     """Let a signal of STOPS raise KeyboardInterrupt, after which `was_stopped` returns True."""
     _stop_times.clear()
-    _ignored.clear()
+    ignored.clear()
     for number in (*STOPS, signal.SIGINT):
         if signal.getsignal(number) is signal.SIG_IGN:
-            _ignored.add(number)
+            ignored.add(number)
     _handle(STOPS, _interrupt)
 
 
 def _handle(numbers: Iterable[int], handler: Handler) -> None:
     """Set the handler of signals, except of those that were ignored when the command began."""
     for number in numbers:
-        if number not in _ignored:
+        if number not in ignored:
             signal.signal(number, handler)
 
 
@@ -66,7 +66,7 @@ def while_ray_starts() -> Iterator[None]:
     Raises:
         KeyboardInterrupt: Ctrl-C or a signal of STOPS came.
     """
-    if signal.SIGINT in _ignored:
+    if signal.SIGINT in ignored:
         # Ray calls the handler that it finds, and SIG_IGN cannot be called.
         signal.signal(signal.SIGINT, _do_nothing)
     read_end, write_end = os.pipe()
@@ -79,14 +79,14 @@ def while_ray_starts() -> Iterator[None]:
         yield
     finally:
         _handle(STOPS, _interrupt)
-        for number in _ignored.intersection(STOPS):
+        for number in ignored.intersection(STOPS):
             signal.signal(number, signal.SIG_IGN)
         sys.unraisablehook = hook_before
         signal.set_wakeup_fd(pipe_before)
         os.close(write_end)
         with open(read_end, "rb") as pipe:
             # None if a process that was just forked still has the other end.
-            received = set(pipe.read() or b"") - _ignored
+            received = set(pipe.read() or b"") - ignored
         if named(received):
             _stop_times.append(time.monotonic())
         if named(received) or signal.SIGINT in received:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
-from orchestrator.files import local_path
+from orchestrator.files import expand_home, local_path
 from orchestrator.runs.folder import RunFolder
 
 DEFAULT = "runs"
@@ -28,7 +28,7 @@ def storage_root(experiment: Experiment) -> Path:
     if path.is_absolute():
         return path
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        home = Path("~/espalier").expanduser()
+        home = expand_home("~/espalier")
         return home if setting == DEFAULT else home / setting
     return path.absolute()
 
@@ -41,7 +41,7 @@ def run_folder(experiment: Experiment) -> RunFolder:
 def run_places(word: str, storage: Path | None = None) -> list[RunFolder]:
     """Return the folders that a word for a run may mean; see `find_run`."""
     storage = storage or storage_root(Experiment())
-    paths = [Path(word).expanduser().absolute(), storage / word]
+    paths = [expand_home(word).absolute(), storage / word]
     return [RunFolder(path) for path in dict.fromkeys(paths)]
 
 

@@ -23,7 +23,7 @@ from model.gpt import GPT, GPTConfig
 from orchestrator.checkpoint import store
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
-from orchestrator.files import cache_folder, replacement
+from orchestrator.files import cache_folder, expand_home, replacement
 from orchestrator.runs.folder import RunFolder
 from orchestrator.text import differences
 from orchestrator.train.state import NOT_LOADABLE, shape_of
@@ -82,7 +82,7 @@ def require_init_from_exists(experiment: Experiment) -> None:
         UserError: It does not exist.
     """
     name = experiment.train.init_from
-    if name == SCRATCH or name in weights.GPT2_SIZES or Path(name).expanduser().exists():
+    if name == SCRATCH or name in weights.GPT2_SIZES or expand_home(name).exists():
         return
     raise UserError(
         f"train.init_from: '{name}' does not exist; use {SCRATCH}, one of "
@@ -103,7 +103,7 @@ def check_shape(experiment: Experiment, n_vocab: int) -> None:
 
 def with_absolute_path(experiment: Experiment) -> Experiment:
     """Make `train.init_from` absolute, because workers run in another directory."""
-    source = Path(experiment.train.init_from).expanduser()
+    source = expand_home(experiment.train.init_from)
     if not source.exists():
         return experiment  # scratch, a name, or a mistake that `require_init_from_exists` finds
     return experiment.replace(train__init_from=str(source.absolute()))
@@ -160,7 +160,7 @@ def _open_fitting(experiment: Experiment, n_vocab: int) -> FirstWeights:
 def _open(experiment: Experiment) -> FirstWeights:
     require_init_from_exists(experiment)
     name = experiment.train.init_from
-    path = Path(name).expanduser()
+    path = expand_home(name)
     with _as_user_error(name):
         if name in weights.GPT2_SIZES:
             return _open_hugging_face(_download(name))

@@ -23,6 +23,7 @@ from orchestrator.data.prepare import prepare_in
 from orchestrator.data.prepared import dataset_dir
 from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
 from orchestrator.errors import UserError
+from orchestrator.files import expand_home
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import find_run, run_places, storage_root
 from orchestrator.train.init_from import checkpoint_of, initial_model
@@ -123,7 +124,7 @@ def open_checkpoint(path: Path, device: str, overrides: Sequence[str] = ()) -> T
 
 def is_gpt2(word: str) -> bool:
     """Return whether `word` names weights of Hugging Face, and not a run or checkpoint of ours."""
-    if (Path(word).expanduser() / "config.json").is_file():
+    if (expand_home(word) / "config.json").is_file():
         return True
     return word in weights.GPT2_SIZES and not any(place.path.exists() for place in run_places(word))
 
@@ -139,7 +140,7 @@ def open_gpt2(source: str, device: str, dtype: str) -> Trained:
     Raises:
         UserError: The weights cannot be read, or have another vocabulary than GPT-2.
     """
-    shape = weights.GPT2_SIZES.get(source) or _shape_of_folder(Path(source).expanduser())
+    shape = weights.GPT2_SIZES.get(source) or _shape_of_folder(expand_home(source))
     tokenizer = load_tokenizer("gpt2")
     if not tokenizer.n_vocab <= shape.vocab_size < tokenizer.n_vocab + 128:
         raise UserError(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from orchestrator import files, folders
-from orchestrator.cluster import private
+from orchestrator.cluster import connection, private
 from orchestrator.cluster.layout import COLLECTIVE_TIMEOUT_S, Layout, worker_environment
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.errors import HeldError
@@ -91,7 +91,8 @@ def fit(experiment: Experiment, folder: RunFolder, data_dir: Path, layout: Layou
     try:
         trainer.fit()
     except KeyboardInterrupt:
-        private.abort(controllers)
+        if connection.failure() is None:
+            private.abort(controllers)
         raise
     finally:
         shutil.rmtree(folder.ray_scratch, ignore_errors=True)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from orchestrator.cluster import private
+from orchestrator.cluster import connection, private
 from orchestrator.folders import MovedError, check_held
 from orchestrator.runs import signals, stop
 from orchestrator.runs.folder import RunFolder
@@ -19,6 +19,7 @@ from orchestrator.workers import hangs, marks
 from orchestrator.workers.marks import DONE, Mark
 
 POLL_S = 1.0
+JOIN_S = 5.0  # the thread may wait for a dead Ray
 GRACE_S = 5.0  # added to the limit of a rank, so that its own watchdog acts first
 # Least and most seconds that workers have to exit once they are done. Shorter than the usual time
 # between SIGTERM and SIGKILL.
@@ -37,8 +38,8 @@ class Watch:
         places: Returns the folders in which workers train now. Called by the thread.
 
     Attributes:
-        over: True after the watch ended Ray's wait: the folder was removed or moved, or the workers
-            of a run were done but did not exit (torch's shutdown can deadlock).
+        over: True after the watch ended Ray's wait: Ray has died, the folder was removed or moved,
+            or the workers of a run were done but did not exit (torch's shutdown can deadlock).
     """
 
     def __init__(self, folder: RunFolder, places: Callable[[], Iterable[RunFolder]]) -> None:
@@ -57,13 +58,14 @@ class Watch:
         os.set_blocking(self._pipe_in, False)
         self._fd_before = signal.set_wakeup_fd(self._pipe_in, warn_on_full_buffer=False)
         self._thread.start()
+        threading.Thread(target=self._watch_ray, name="watch-ray", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._fd_before)
         self._closed.set()
         os.write(self._pipe_in, b"\0")
-        self._thread.join()
+        self._thread.join(JOIN_S)
         os.close(self._pipe_out)
         os.close(self._pipe_in)
 
@@ -89,6 +91,13 @@ class Watch:
             for mark in marks.read(place):
                 if not mark.is_over and self._age(place, mark) > mark.limit + GRACE_S:
                     hangs.end_stuck(place, mark)
+
+    def _watch_ray(self) -> None:
+        """End the wait if Ray has died. Other calls to a dead Ray block for a minute."""
+        while not self._closed.wait(POLL_S):
+            if connection.failure() is not None:
+                self._end_wait()
+                return
 
     def _end_wait(self) -> None:
         if not self.over:

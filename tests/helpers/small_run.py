@@ -1,8 +1,12 @@
 """Runs `pipelines/train.py` on a small experiment, and reads its files."""
 
+import atexit
+import functools
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from orchestrator.checkpoint import store as checkpoint
@@ -44,10 +48,21 @@ def command(storage: Path, corpus: Path, *overrides: str) -> list[str]:
     ]
 
 
+@functools.cache
+def misleading_folder() -> Path:
+    """Return a folder, such as a checkout of nanoGPT, with modules that no command may import."""
+    folder = Path(tempfile.mkdtemp(prefix="espalier-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name in ("model", "train", "orchestrator", "pipelines", "numpy", "torch", "ray", "random"):
+        (folder / f"{name}.py").write_text("raise SystemExit('a module of the current folder')")
+    return folder
+
+
 def begin(ray_head, storage: Path, corpus: Path, *overrides: str, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
         command(storage, corpus, *overrides),
         env={**ray_head.env, **env},
+        cwd=misleading_folder(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -60,6 +75,7 @@ def run(
     done = subprocess.run(
         command(storage, corpus, *overrides),
         env=ray_head.env,
+        cwd=misleading_folder(),
         capture_output=True,
         text=True,
         timeout=240,

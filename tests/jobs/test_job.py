@@ -3,12 +3,16 @@
 import contextlib
 import os
 import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 
+from orchestrator.cluster import connection
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import HeldError
 from orchestrator.files import write_json
+from orchestrator.jobs import restart
 from orchestrator.jobs.job import Job
 from orchestrator.runs import events, lock, signals, stop
 from orchestrator.runs.ending import Ending
@@ -38,6 +42,7 @@ class SmallJob(Job):
         self.finished = finished
         self.done = []
         self.tracker = Tracker(self.done, accepts)
+        self.watch = SimpleNamespace(over=False)
 
     def check(self):
         self.done.append("check")
@@ -54,6 +59,9 @@ class SmallJob(Job):
     def prepare(self):
         self.done.append("prepare")
         stop.clear(self.folder)
+
+    def steps_stored(self):
+        return 40
 
     @contextlib.contextmanager
     def watching(self):
@@ -82,6 +90,8 @@ def new_job(tmp_path, monkeypatch):
     """Make a job in an empty storage; the test's own signal handlers are restored."""
     numbers = (*signals.STOPS, signal.SIGINT, signal.SIGALRM)
     monkeypatch.setattr("orchestrator.cluster.layout.check_storage", lambda storage: None)
+    monkeypatch.setattr(connection, "failure", lambda error: None)
+    monkeypatch.delenv(restart.VARIABLE, raising=False)
     before = {number: signal.getsignal(number) for number in numbers}
     experiment = load_experiment(None, ["name=small", f"storage={tmp_path}"])
     for number in signals.STOPS:
@@ -183,6 +193,72 @@ def test_signal_that_was_ignored_at_the_start_stays_ignored(new_job, name):
     job.connect = connect
     assert job.run() == 0
     assert stop.requested(job.folder) is None
+
+
+# ---- Ray dies ----
+
+
+class Replaced(BaseException):
+    """The process was replaced by another command."""
+
+
+@pytest.fixture
+def dead_ray(monkeypatch):
+    """Ray has died. Starting the command again, or leaving it, raises `Replaced`."""
+
+    def execv(path, command):
+        raise Replaced(path, command)
+
+    def leave(status):
+        raise Replaced(status)
+
+    monkeypatch.setattr(connection, "failure", lambda error: "Ray's process raylet has died")
+    monkeypatch.setattr(connection, "kill", lambda: None)
+    monkeypatch.setattr(restart.os, "execv", execv)
+    monkeypatch.setattr(restart, "leave", leave)
+
+
+def test_command_starts_again_if_its_own_ray_dies(new_job, dead_ray, capsys):
+    job = new_job(act=fail)
+    with pytest.raises(Replaced) as replaced:
+        job.run()
+    assert replaced.value.args == (sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    assert job.done[-1] == "work"
+    assert job.folder.driver_lock.read_text() == "", "the new process would take over a lock"
+    assert capsys.readouterr().err == "Ray's process raylet has died; starting Ray again\n"
+
+
+def test_command_starts_again_three_times_without_a_new_step(new_job, dead_ray, monkeypatch):
+    for _ in range(3):
+        with pytest.raises(Replaced):
+            new_job(act=fail).run()
+    monkeypatch.setattr(SmallJob, "steps_stored", lambda self: 41)
+    for _ in range(3):
+        with pytest.raises(Replaced):
+            new_job(act=fail).run()
+    job = new_job(act=fail)
+    with pytest.raises(Replaced, match="^1$"):
+        job.run()
+    assert job.done[-3:] == ["summarize failed", "tell the server FAILED", "show"]
+
+
+def test_dead_cluster_that_was_joined_gives_status_75(new_job, dead_ray, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    job = new_job(act=fail)
+    with pytest.raises(Replaced, match="^75$"):
+        job.run()
+    assert job.folder.driver_lock.read_text() == ""
+    assert job.done[-2:] == ["tell the server KILLED", "show"]
+    message = "Ray's process raylet has died; run the same command again\n"
+    assert capsys.readouterr().err == message
+
+
+def test_recorded_ending_counts_more_than_a_dead_ray(new_job, dead_ray):
+    def diverge():
+        job.folder.write_ending(Ending("diverged", "the loss is not finite"))
+
+    job = new_job(act=diverge)
+    assert job.run() == 0  # `SmallJob.diagnose` does not read it
 
 
 def test_command_that_sends_the_rest_is_printed(new_job, capsys):

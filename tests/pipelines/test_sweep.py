@@ -23,6 +23,7 @@ from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
 from tests.helpers.curves import exact_part
+from tests.helpers.small_run import misleading_folder
 from tests.helpers.wait import wait_until
 
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -118,6 +119,7 @@ def run(
     done = subprocess.run(
         command(storage, corpus, *words),
         env=ray_head.env,
+        cwd=misleading_folder(),
         capture_output=True,
         text=True,
         timeout=240,
@@ -130,6 +132,7 @@ def begin(ray_head, storage: Path, corpus: Path, *words: str) -> subprocess.Pope
     return subprocess.Popen(
         command(storage, corpus, *words),
         env=ray_head.env,
+        cwd=misleading_folder(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,12 +1,14 @@
 """Where runs and data are stored."""
 
+import pwd
 import re
 from pathlib import Path
 
 import pytest
 
-from orchestrator.config.experiment import Experiment
+from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.config.sections import Data
+from orchestrator.data import corpus
 from orchestrator.data.prepared import dataset_dir
 from orchestrator.errors import UserError
 from orchestrator.folders import check_writable
@@ -79,3 +81,20 @@ def test_storage_that_cannot_be_made_is_refused_and_nothing_is_created(tmp_path,
     assert "\n" not in str(caught.value)
     check_writable(tmp_path / "new" / "runs", "storage")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("setting", ["~no-such-user/runs", "~/runs"])
+def test_home_directory_that_does_not_exist_is_refused(monkeypatch, setting):
+    def nobody(*_):
+        raise KeyError
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(pwd, "getpwnam", nobody)
+    monkeypatch.delenv("HOME")
+    message = "is no home directory here; give the whole path"
+    with pytest.raises(UserError, match=message):
+        storage_root(load_experiment(None, [f"storage={setting}"]))
+    with pytest.raises(UserError, match=message):
+        dataset_dir(load_experiment(None, [f"data.dir={setting}"]).data, Path("runs"))
+    with pytest.raises(UserError, match=message):
+        corpus.resolve(setting)

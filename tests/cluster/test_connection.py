@@ -1,0 +1,120 @@
+"""Joining and starting Ray, with a function instead of `ray.init`."""
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import ray
+import ray.train
+
+from orchestrator.cluster import connection, private
+from orchestrator.errors import UserError
+
+LONGEST_TEMPORARY = connection.SOCKET_BYTES - len(connection.SOCKET)
+
+
+@pytest.fixture
+def init(monkeypatch):
+    """Note the calls of `ray.init`, which does nothing. Ray is not initialized."""
+    calls = []
+
+    def note(**settings):
+        calls.append((Path.cwd(), settings))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as ray.init does
+
+    monkeypatch.setattr(ray, "init", note)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(connection.atexit, "register", lambda function: None)
+    monkeypatch.setattr(connection, "_note_head", lambda: None)
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return calls
+
+
+def test_workers_of_a_local_ray_do_not_import_from_the_current_folder(init, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    connection.connect()
+    [(folder, _)] = init
+    assert (folder / "model" / "gpt.py").is_file()
+    assert Path.cwd() == tmp_path
+
+
+def test_handler_of_sigterm_stays(init):
+    before = signal.getsignal(signal.SIGTERM)
+    connection.connect()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_local_ray_has_a_token_that_is_not_stored(init, monkeypatch):
+    connection.connect()
+    token = os.environ["RAY_AUTH_TOKEN"]
+    assert len(token) == 64
+    connection.connect()
+    assert os.environ["RAY_AUTH_TOKEN"] == token
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/a/token")
+    connection.connect()
+    assert "RAY_AUTH_TOKEN" not in os.environ, "the user has one"
+
+
+@pytest.mark.parametrize(("length", "kept"), [(LONGEST_TEMPORARY, True), (60, False)])
+def test_temporary_folder_is_replaced_if_its_path_is_too_long_for_sockets(
+    init, monkeypatch, length, kept
+):
+    monkeypatch.setenv("TMPDIR", "/tmp/".ljust(length, "x"))
+    connection.connect()
+    assert os.environ.get("RAY_TMPDIR") == (None if kept else "/tmp")
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001"])
+def test_address_of_a_dashboard_is_refused(init, monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=f"RAY_ADDRESS: '{address}' .* give HOST:PORT"):
+        connection.connect()
+    assert init == []
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [("", "Ray cannot start on this machine: no space"), ("auto", "RAY_ADDRESS: .*no space")],
+)
+def test_ray_that_does_not_start_is_reported_in_one_line(monkeypatch, init, address, words):
+    def fail(**_):
+        raise ConnectionError("no space\nmany\nlines")
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "init", fail)
+    monkeypatch.setattr(private, "use_token_if_there", lambda: None)
+    with pytest.raises(UserError, match=words) as caught:
+        connection.connect()
+    assert "\n" not in str(caught.value)
+
+
+def test_head_that_does_not_answer_for_some_seconds_has_died(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        monkeypatch.setattr(connection, "_gcs_address", f"127.0.0.1:{head.getsockname()[1]}")
+        assert connection.failure() is None
+    assert connection.failure() is None, "it may be back soon"
+    monkeypatch.setattr(connection, "LOST_S", 0)
+    assert connection.failure() == (
+        f"the head of the Ray cluster at {connection._gcs_address} does not answer"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "has_died"),
+    [
+        (ray.exceptions.ActorDiedError(), True),
+        (ray.exceptions.NodeDiedError("gone"), True),
+        (ray.train.TrainingFailedError("a worker failed"), False),
+        (RuntimeError("ours"), False),
+        (None, False),
+    ],
+)
+def test_errors_of_workers_are_not_errors_of_ray(monkeypatch, error, has_died):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert (connection.failure(error) is not None) == has_died

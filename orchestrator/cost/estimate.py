@@ -209,7 +209,8 @@ def _expected_lines(experiment: Experiment, tokens: TokenCounts, n_vocab: int) -
         f"≈ {_size(expected['disk_bytes'])} of disk at most, "
         f"{_size(expected['final_disk_bytes'])} at the end",
         f"timed on {device_name(layout.device)} for {layout.num_workers} worker(s) with "
-        f"{layout.cpus_per_worker} CPU(s) each{_caveats(experiment, layout)}",
+        f"{layout.cpus_per_worker} CPU(s) each, at a load of {timing.load:.1f} per CPU"
+        f"{_caveats(experiment, layout)}",
     ]
 
 

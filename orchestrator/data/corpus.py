@@ -226,6 +226,7 @@ def _resolve_url(entry: str) -> CorpusFile:
     sha256 = match[1].lower()
     name = _url_name(url)
     path = cache_folder() / f"{sha256[:16]}-{name}"
+    check_readable(path)
     if path.is_file():
         return replace(_source(name, path), sha256=sha256, url=url)
     return CorpusFile(name, path, None, sha256, url)

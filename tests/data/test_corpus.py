@@ -196,10 +196,11 @@ def test_kind_of_a_file(tmp_path, name, content, kind):
             resolve(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("coding", ["utf-16-le", "utf-16-be", "utf-16"])
+@pytest.mark.parametrize("text", ["some text of the usual kind\n", "немного текста,\n"])
+@pytest.mark.parametrize("coding", ["utf-16-le", "utf-16-be", "utf-16", "utf-32-le"])
 @pytest.mark.parametrize("name", ["d.txt", "d.md", "d"])
-def test_utf16_is_refused(tmp_path, name, coding):
-    (tmp_path / name).write_text("some text of the usual kind\n" * 9, coding)
+def test_utf16_is_refused(tmp_path, name, coding, text):
+    (tmp_path / name).write_text(text * 9, coding)
     with pytest.raises(UserError, match=f"{name} looks like UTF-16.*iconv"):
         resolve(str(tmp_path))
 
@@ -278,6 +279,7 @@ def test_pointer_beside_data_is_refused(tmp_path):
         ("builtin:wiki", "builtin:stdlib"),
         ("https://example.org/a.txt", "#sha256="),
         ("https://example.org/a.txt#sha256=12", "#sha256="),
+        (f"https://example.org/a.zip#sha256={'0' * 64}", "unpack"),
         ("{}/packed.txt.gz", "unpack"),
         (["{}/texts", "{}/texts/a.txt"], "twice"),
     ],

@@ -31,6 +31,7 @@ _BINARY_NAMES |= {".pt", ".safetensors", ".db", ".sqlite", ".pdf", ".docx", ".xl
 _HEAD = 4096
 _LINE = 1 << 16  # if the first line is longer, its first characters decide
 _MARK = "\ufeff"  # byte order mark
+_CONTROL = bytes(range(32))
 
 # Files that describe the data beside them. Spark writes files whose names begin with "_".
 _ABOUT_DATA = {"readme", "license", "licence", "notice", "citation", "changelog", "contributing"}
@@ -68,7 +69,8 @@ _DOCUMENT = Kind(
 )
 _UTF16 = Kind(
     TEXT,
-    "looks like UTF-16 (every second byte is 0); convert it, for example with `iconv -t UTF-8`",
+    "looks like UTF-16 or UTF-32 (every second byte is a control character); convert it, for "
+    "example with `iconv -f UTF-16LE -t UTF-8`",
 )
 _BINARY = Kind(
     "binary", "is a binary file and not text; convert it to JSON lines or Parquet, or leave it out"
@@ -160,9 +162,10 @@ def _kind_of_json(head: bytes, is_json: bool) -> Kind | None:
 
 
 def _kind_of_text(head: bytes, suffix: str) -> Kind:
-    if b"\0" in head:
-        zeros = sorted(head[side::2].count(0) / max(1, len(head) // 2) for side in (0, 1))
-        if len(head) >= 32 and zeros[0] < 0.1 and zeros[1] > 0.9:
+    if b"\0" in head and len(head) >= 32:
+        sides = [head[side::2].translate(None, _CONTROL) for side in (0, 1)]
+        shares = sorted(1 - 2 * len(side) / len(head) for side in sides)  # of control characters
+        if shares[0] < 0.6 and shares[1] > 0.9:
             return _UTF16
     if suffix == ".txt":  # the name says that it is text
         return Kind(TEXT)

@@ -4,7 +4,9 @@ import atexit
 import contextlib
 import logging
 import os
+import resource
 import secrets
+import shutil
 import signal
 import socket
 import time
@@ -32,6 +34,9 @@ SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 # A machine may stop for a minute. With Ray's defaults, its processes would then take each other for
 # dead and exit.
 PATIENT = {"health_check_failure_threshold": 60, "gcs_rpc_server_reconnect_timeout_s": 600}
+# Ray needs more than this to start.
+LEAST_FILES = 256
+LEAST_SHARED_BYTES = 128 << 20
 LOST_S = 20  # Ray itself ends a driver when it has missed the head for 60 s
 
 _gcs_address = ""
@@ -182,14 +187,34 @@ def _start(settings: dict[str, Any]) -> None:
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         # Ray would write one into the home directory, readable for all users.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    if len(os.fsencode(os.path.abspath(temporary) + SOCKET)) > SOCKET_BYTES:
+    if len(os.fsencode(os.path.abspath(_temporary()) + SOCKET)) > SOCKET_BYTES:
         os.environ["RAY_TMPDIR"] = "/tmp"
     try:
         with private.local_processes():
             ray.init(address="local", include_dashboard=False, _system_config=PATIENT, **settings)
     except Exception as error:
-        raise UserError(f"Ray cannot start on this machine: {_first_line(error)}") from None
+        raise UserError(
+            f"Ray cannot start on this machine: {_first_line(error)}; {_limits()}"
+        ) from None
+
+
+def _temporary() -> str:
+    return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+
+
+def _limits() -> str:
+    """Return the limits of this process that are too low for Ray; else where its logs are."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    memory, _ = resource.getrlimit(resource.RLIMIT_AS)
+    shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
+    problems = []
+    if 0 <= files < LEAST_FILES:
+        problems.append(f"raise `ulimit -n` from {files} to at least {LEAST_FILES}")
+    if memory != resource.RLIM_INFINITY:
+        problems.append(f"raise `ulimit -v` from {memory // 1024} to unlimited")
+    if shared < LEAST_SHARED_BYTES:
+        problems.append(f"make room in /dev/shm, where {shared >> 20} MiB are free")
+    return " and ".join(problems) or f"its logs are in {_temporary()}/ray/session_latest/logs"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,12 @@
 """Joining and starting Ray, with a function instead of `ray.init`."""
 
 import os
+import resource
+import shutil
 import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -118,3 +121,22 @@ def test_head_that_does_not_answer_for_some_seconds_has_died(monkeypatch):
 def test_errors_of_workers_are_not_errors_of_ray(monkeypatch, error, has_died):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert (connection.failure(error) is not None) == has_died
+
+
+def test_limits_that_are_too_low_for_ray_are_named(init, monkeypatch):
+    def fail(**_):
+        raise RuntimeError("timed out")
+
+    def getrlimit(kind):
+        return (40, 40) if kind == resource.RLIMIT_NOFILE else (2**30, 2**30)
+
+    monkeypatch.setattr(ray, "init", fail)
+    monkeypatch.setattr(resource, "getrlimit", getrlimit)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
+    with pytest.raises(UserError) as caught:
+        connection.connect()
+    assert str(caught.value) == (
+        "Ray cannot start on this machine: timed out; raise `ulimit -n` from 40 to at least 256 "
+        "and raise `ulimit -v` from 1048576 to unlimited and make room in /dev/shm, where 1 MiB "
+        "are free"
+    )

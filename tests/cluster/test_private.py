@@ -50,6 +50,25 @@ def test_local_cluster_has_no_process_that_a_driver_does_not_need():
     assert done.stdout == "gcs_server raylet\n", done.stderr
 
 
+def test_messages_of_ray_are_cut_to_their_first_sentence(capsys, monkeypatch):
+    from ray._private import worker
+
+    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
+    private.shorten_messages()
+    private.shorten_messages()
+    lines = ["Raylet is terminated. Its log:\n  [state-dump]"]
+    worker.print_to_stdstream(
+        {"lines": lines, "pid": "raylet", "is_err": False}, ignore_prefix=False
+    )
+    printed = capsys.readouterr().out
+    assert "Raylet is terminated" in printed
+    assert "log" not in printed
+
+
+def test_own_ray_without_processes_is_not_dead(ray_cluster):
+    assert private.dead_process() is None, "this process has joined a cluster"
+
+
 def test_causes_of_death_are_read_from_the_table_of_actors(ray_cluster):
     import ray
 

@@ -148,7 +148,6 @@ def _join(settings: dict[str, Any]) -> None:
 
     address = os.environ["RAY_ADDRESS"]
     _probe(address)
-    private.use_token_if_there()
     try:
         ray.init(**settings)
     except Exception as error:
@@ -175,6 +174,27 @@ def _probe(address: str) -> None:
             f"RAY_ADDRESS: no cluster answers at {address} ({error}); start one, or unset "
             "RAY_ADDRESS to use this machine alone"
         ) from None
+    if "RAY_AUTH_MODE" in os.environ or not _wants_token(address):
+        return
+    # `ray start` uses a token that it finds; a client of $RAY_ADDRESS does not.
+    if not private.use_token_if_there():
+        raise UserError(
+            f"RAY_ADDRESS: the cluster at {address} wants a token; set RAY_AUTH_MODE=token, and "
+            "copy the head's ~/.ray/auth_token or set RAY_AUTH_TOKEN"
+        )
+
+
+def _wants_token(address: str) -> bool:
+    """Return whether a head refuses calls without a token."""
+    import grpc  # type: ignore[import-untyped]
+
+    options = [("grpc.enable_http_proxy", 0)]
+    with grpc.insecure_channel(address, options) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")(b"", timeout=PROBE_S)
+        except grpc.RpcError as error:
+            return error.code() is grpc.StatusCode.UNAUTHENTICATED
+    return False
 
 
 # ---- a cluster of our own ----

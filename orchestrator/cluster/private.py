@@ -81,15 +81,12 @@ def shorten_messages() -> None:
         worker.print_to_stdstream = first_sentence
 
 
-def use_token_if_there() -> None:
-    """Use token authentication if $RAY_AUTH_MODE is not set and there is a token.
-
-    `ray start` decides in the same way, but a client of $RAY_ADDRESS does not.
-    """
+def use_token_if_there() -> bool:
+    """Use token authentication if there is a token. Return whether there is one."""
     from ray._private.authentication import authentication_token_setup as setup
 
     logging.getLogger(setup.__name__).setLevel(logging.ERROR)
-    setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    return setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def oom_causes() -> dict[tuple[str, int], str]:

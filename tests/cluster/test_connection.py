@@ -5,9 +5,11 @@ import resource
 import shutil
 import signal
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import grpc
 import pytest
 import ray
 import ray.train
@@ -90,7 +92,6 @@ def test_ray_that_does_not_start_is_reported_in_one_line(monkeypatch, init, addr
 
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(ray, "init", fail)
-    monkeypatch.setattr(private, "use_token_if_there", lambda: None)
     with pytest.raises(UserError, match=words) as caught:
         connection.connect()
     assert "\n" not in str(caught.value)
@@ -140,3 +141,28 @@ def test_limits_that_are_too_low_for_ray_are_named(init, monkeypatch):
         "and raise `ulimit -v` from 1048576 to unlimited and make room in /dev/shm, where 1 MiB "
         "are free"
     )
+
+
+@pytest.mark.parametrize("has_token", [True, False])
+def test_token_is_used_if_the_head_wants_one(init, monkeypatch, has_token):
+    def refuse(request, context):
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, "no token")
+
+    method = grpc.unary_unary_rpc_method_handler(refuse)
+    handler = grpc.method_handlers_generic_handler(
+        "ray.rpc.NodeInfoGcsService", {"GetAllNodeInfo": method}
+    )
+    head = grpc.server(ThreadPoolExecutor(1), handlers=[handler])
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{head.add_insecure_port('127.0.0.1:0')}")
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setattr(private, "use_token_if_there", lambda: has_token)
+    head.start()
+    try:
+        if has_token:
+            connection.connect()
+            assert len(init) == 1
+        else:
+            with pytest.raises(UserError, match="wants a token; set RAY_AUTH_MODE=token"):
+                connection.connect()
+    finally:
+        head.stop(0)

@@ -81,9 +81,17 @@ def check(database, run_dir):
     assert [output.step for output in run.outputs.model_outputs] == [5]
 
 
-@pytest.mark.parametrize("is_kept", [True, False], ids=["restored", "removed"])
-@pytest.mark.parametrize("in_place", [True, False], ids=["copied", "renamed"])
-@pytest.mark.parametrize("sends", ["an attempt", "replay_metrics"])
+@pytest.mark.parametrize(
+    ("is_kept", "in_place", "sends"),
+    [
+        (True, True, "an attempt"),
+        (True, False, "replay_metrics"),
+        (False, True, "replay_metrics"),
+        (False, False, "an attempt"),
+        pytest.param(True, True, "replay_metrics", marks=pytest.mark.slow),
+        pytest.param(True, False, "an attempt", marks=pytest.mark.slow),
+    ],
+)
 def test_store_lost_between_attempts(run_dir, database, tmp_path, is_kept, in_place, sends):
     uri = f"sqlite:///{database}"
     assert attempt(run_dir, uri, range(8))
@@ -103,8 +111,14 @@ def test_store_lost_between_attempts(run_dir, database, tmp_path, is_kept, in_pl
     assert recorded.get("mlflow_run_id") == (None if is_kept else after)
 
 
-@pytest.mark.parametrize("is_kept", [True, False], ids=["restored", "removed"])
-@pytest.mark.parametrize("in_place", [True, False], ids=["copied", "renamed"])
+@pytest.mark.parametrize(
+    ("is_kept", "in_place"),
+    [
+        (True, True),
+        (False, False),
+        pytest.param(True, False, marks=pytest.mark.slow),
+    ],
+)
 def test_store_lost_during_an_attempt(run_dir, database, tmp_path, is_kept, in_place, caplog):
     tracker = Tracker(RunFolder(run_dir), f"sqlite:///{database}", EXPERIMENT)
     tracker.start()
@@ -148,8 +162,15 @@ def sweep(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("is_kept", [True, False], ids=["restored", "removed"])
-@pytest.mark.parametrize("sends", ["an attempt", "replay_metrics"])
+@pytest.mark.parametrize(
+    ("is_kept", "sends"),
+    [
+        (True, "an attempt"),
+        (False, "replay_metrics"),
+        pytest.param(True, "replay_metrics", marks=pytest.mark.slow),
+        pytest.param(False, "an attempt", marks=pytest.mark.slow),
+    ],
+)
 def test_store_of_a_sweep_is_lost(sweep, database, tmp_path, is_kept, sends):
     uri = f"sqlite:///{database}"
 

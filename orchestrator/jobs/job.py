@@ -36,12 +36,12 @@ class Job(abc.ABC):
         folder: Folder of this run or sweep.
         uri: Tracking server.
         tracker: Sends the folder to the tracking server; set by `prepare`.
-        watch: Watches the workers; set before `work`.
+        watch: Watches the workers; None before they start.
         has_lost_ray: Whether Ray has died while it worked.
     """
 
     tracker: Tracker
-    watch: Watch
+    watch: Watch | None = None
     has_lost_ray = False
 
     def __init__(self, experiment: Experiment) -> None:
@@ -199,7 +199,7 @@ class Job(abc.ABC):
 
     def interrupted(self) -> Ending | None:
         """Return how the work ended after a signal; None: `diagnose` decides."""
-        if self.watch.over:
+        if self.watch is not None and self.watch.over:
             return None
         return Ending("again" if signals.was_stopped() else "interrupted")
 

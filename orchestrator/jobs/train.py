@@ -69,7 +69,6 @@ class TrainJob(Job):
 
     def __init__(self, experiment: Experiment) -> None:
         super().__init__(init_from.with_absolute_path(experiment))
-        self.watch = RunWatch(self.folder, experiment.compute.hang_after_s)
 
     def check(self) -> None:
         init_from.require_init_from_exists(self.experiment)
@@ -194,7 +193,8 @@ class TrainJob(Job):
             experiment.tokens_per_step,
             self.correction.comment if self.step == 0 else None,
         )
-        with console, self.watch:
+        self.watch = watch = RunWatch(self.folder, experiment.compute.hang_after_s)
+        with console, watch:
             yield
 
     def work(self) -> None:

@@ -95,7 +95,7 @@ class Watch:
     def _watch_ray(self) -> None:
         """End the wait if Ray has died. Other calls to a dead Ray block for a minute."""
         while not self._closed.wait(POLL_S):
-            if connection.failure() is not None:
+            if connection.failure() is not None and not self._closed.is_set():
                 self._end_wait()
                 return
 

@@ -11,10 +11,8 @@ import functools
 import hashlib
 import json
 import os
-import re
 import stat
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +20,6 @@ from typing import IO, Any, TypeVar
 
 from orchestrator.errors import UserError
 from orchestrator.folders import check_held
-from orchestrator.redact import redact_text
 
 # `errno` of a lock on a file system without locks, such as Lustre or NFS without its lock service.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -249,46 +246,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(content, indent=1))
 
 
-def local_path(setting: str, value: str) -> Path:
-    """Return the path that a setting gives; `~` is the home directory.
-
-    Raises:
-        UserError: It is the address of an object store. As a path it would be a local folder.
-    """
-    if re.match(r"[A-Za-z][\w.+-]*://", value):
-        raise UserError(
-            f"{setting}: '{redact_text(value)}' is an address, and only paths are supported; mount "
-            "it, or copy it to a folder that all nodes share"
-        )
-    return expand_home(value)
-
-
 def file_sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file's content in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def expand_home(path: str | Path) -> Path:
-    """Replace `~` or `~user` at the start of a path.
-
-    Raises:
-        UserError: There is no such user, or this user has no home directory.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(
-            f"'{path}': '{Path(path).parts[0]}' is no home directory here; give the whole path"
-        ) from None
-
-
-def cache_folder() -> Path:
-    """Return the folder of this program's downloads, timings and hashes on this machine."""
-    base = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    if base.startswith("~"):  # this user has no home directory
-        return Path(tempfile.gettempdir()) / f"espalier-cache-{os.getuid()}"
-    return Path(os.path.abspath(base)) / "espalier"
 
 
 def fsync(path: Path) -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from orchestrator.errors import UserError
-from orchestrator.files import cache_folder, file_sha256, read_json, write_atomically
+from orchestrator.files import file_sha256, read_json, write_atomically
+from orchestrator.paths import cache_folder
 
 # Two writes within this time may leave the same stamp: the kernel updates its clock for files 100
 # to 1,000 times a second, and some file systems store whole seconds.

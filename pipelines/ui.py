@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from orchestrator.errors import UserError
-from orchestrator.files import expand_home, read_derived
+from orchestrator.files import read_derived
+from orchestrator.paths import expand_home
 from orchestrator.runs.storage import folders_of
 from orchestrator.track.server import UI_PORT, experiment_url, store_path
 from pipelines.common import Options, run_command

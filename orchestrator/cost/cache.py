@@ -17,7 +17,8 @@ import torch
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost.timing import Timing
-from orchestrator.files import cache_folder, write_atomically
+from orchestrator.files import write_atomically
+from orchestrator.paths import cache_folder
 from orchestrator.train.numerics import device_name
 
 FORMAT = 4  # increase it when the meaning of a `Timing` changes

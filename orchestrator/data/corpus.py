@@ -27,7 +27,8 @@ from orchestrator.data.input.paths import (
     refuse_missing,
 )
 from orchestrator.errors import UserError
-from orchestrator.files import cache_folder, expand_home, local_path, replacement
+from orchestrator.files import replacement
+from orchestrator.paths import cache_folder, expand_home, local_path
 from orchestrator.redact import redact_text
 
 STDLIB = "builtin:stdlib"

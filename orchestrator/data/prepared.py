@@ -17,8 +17,8 @@ from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.dataset import FILE, FORMAT, Manifest, load_manifest
 from orchestrator.data.input.paths import MissingCorpusError
 from orchestrator.errors import UserError
-from orchestrator.files import local_path
 from orchestrator.hashes import HashFiles, known_sha256s, sha256s
+from orchestrator.paths import local_path
 from orchestrator.text import differences
 
 if TYPE_CHECKING:

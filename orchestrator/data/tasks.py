@@ -22,8 +22,9 @@ from orchestrator.data.documents import Piece, Span, read_pieces, reader_of
 from orchestrator.data.parts import SPLITS, Part, PartFacts, find_complete, sidecar_file
 from orchestrator.data.tokenizer import Tokenizer, kind_of, load_tokenizer
 from orchestrator.errors import UserError
-from orchestrator.files import cache_folder, file_sha256, write_atomically
+from orchestrator.files import file_sha256, write_atomically
 from orchestrator.hashes import sha256s
+from orchestrator.paths import cache_folder
 from orchestrator.redact import redact_text
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
-from orchestrator.files import expand_home, local_path
+from orchestrator.paths import expand_home, local_path
 from orchestrator.runs.folder import RunFolder
 
 DEFAULT = "runs"

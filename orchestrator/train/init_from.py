@@ -23,7 +23,8 @@ from model.gpt import GPT, GPTConfig
 from orchestrator.checkpoint import store
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
-from orchestrator.files import cache_folder, expand_home, replacement
+from orchestrator.files import replacement
+from orchestrator.paths import cache_folder, expand_home
 from orchestrator.runs.folder import RunFolder
 from orchestrator.text import differences
 from orchestrator.train.state import NOT_LOADABLE, shape_of

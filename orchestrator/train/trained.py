@@ -23,7 +23,7 @@ from orchestrator.data.prepare import prepare_in
 from orchestrator.data.prepared import dataset_dir
 from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
 from orchestrator.errors import UserError
-from orchestrator.files import expand_home
+from orchestrator.paths import expand_home
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import find_run, run_places, storage_root
 from orchestrator.train.init_from import checkpoint_of, initial_model

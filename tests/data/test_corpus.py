@@ -17,7 +17,7 @@ import pytest
 from orchestrator.data.corpus import fetch, list_corpus, resolve, root_name
 from orchestrator.data.input.kinds import kind_of
 from orchestrator.errors import UserError
-from orchestrator.files import cache_folder
+from orchestrator.paths import cache_folder
 
 
 @pytest.fixture

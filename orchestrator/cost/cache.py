@@ -22,7 +22,7 @@ from orchestrator.paths import cache_folder
 from orchestrator.train.numerics import device_name
 
 FORMAT = 4  # increase it when the meaning of a `Timing` changes
-LOAD_STEP = 0.5  # a timing is not used if the load has changed by more
+LOAD_STEP = 1.0  # a timing is not used if the load has changed by more, and by more than half
 AGREES = 1.5  # a timing is measured again if a run was slower or faster by more than this factor
 
 
@@ -54,9 +54,11 @@ def read(experiment: Experiment, n_vocab: int, layout: Layout) -> Timing | None:
     if layout.use_gpu and not torch.cuda.is_available():
         return None
     timing = _read(file_of(experiment, n_vocab, layout))
-    if timing is None or abs(timing.load - machine_load()) > LOAD_STEP:
+    if timing is None:
         return None
-    return timing
+    load = machine_load()
+    step = max(LOAD_STEP, 0.5 * max(load, timing.load))
+    return timing if abs(timing.load - load) <= step else None
 
 
 def _read(file: Path) -> Timing | None:

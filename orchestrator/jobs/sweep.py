@@ -17,6 +17,7 @@ from orchestrator.cluster import connection
 from orchestrator.cluster import layout as cluster
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.sections import Data
+from orchestrator.cost.correct import AFTER_S
 from orchestrator.cost.estimate import expected_line
 from orchestrator.cost.timing import Estimate
 from orchestrator.cost.tokens import TokenCounts
@@ -252,7 +253,7 @@ class SweepJob(Job):
 
     def summarize(self, ending: Ending, wall_s: float) -> None:
         self.summary = self.report.finish(ending, wall_s, quick=ending.kind == "again")
-        if ending.kind == "done":
+        if ending.kind == "done" and wall_s >= AFTER_S:
             cost.learn(self.study)
 
     def show(self) -> None:

@@ -14,7 +14,7 @@ from orchestrator.config.experiment import Experiment, fields_with
 from orchestrator.config.fields import FREE
 from orchestrator.cost import cache
 from orchestrator.cost.before_run import estimate_of
-from orchestrator.cost.correct import RunCorrection
+from orchestrator.cost.correct import AFTER_S, RunCorrection
 from orchestrator.cost.estimate import comparison_line
 from orchestrator.cost.timing import Estimate
 from orchestrator.data.corpus import CorpusFile
@@ -218,7 +218,7 @@ class TrainJob(Job):
         estimate: Estimate = {**(self.estimate or {})}
         if self.correction.corrected_s is not None:
             estimate["corrected_s"] = self.correction.corrected_s
-        if self.step == 0 and ending.kind == "done":
+        if self.step == 0 and ending.kind == "done" and wall_s >= AFTER_S:
             self._learn_speed()
         if estimate and ending.kind == "done":
             self.summary["estimated"] = estimate

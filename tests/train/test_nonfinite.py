@@ -49,7 +49,17 @@ def new_trainer(folder: RunFolder, data_dir: Path, *words: str, bad: set[int]) -
         count += 1
         return logits, loss
 
+    proof = trainer.step.proof
+
+    def proof_of_sound_weights(batches):
+        trainer.state.forward = forward  # a proof is no step, so it does not count
+        try:
+            return proof(batches)
+        finally:
+            trainer.state.forward = poisoned
+
     trainer.state.forward = poisoned
+    trainer.step.proof = proof_of_sound_weights
     return trainer
 
 

@@ -171,7 +171,8 @@ def curve(last: StoredState | None, trial: PlannedTrial) -> list[Line]:
     if last is None:
         return []
     spec = records.read_spec(last.folder)
-    assert spec is not None
+    if spec is None:  # a damaged stage.json: the stage runs again, which writes the file
+        return []
     if last.step == trial.experiment.train.max_steps == spec.stop:
         return records.curve(last.folder)
     return records.curve(last.folder, last.step)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from orchestrator.runs.ending import MlflowStatus
 from orchestrator.track import answers, attachments, checkpoints, contents, outbox, server
-from orchestrator.track.mlflow_run import MlflowRun
+from orchestrator.track.mlflow_run import LOST, MlflowRun
 from orchestrator.track.outbox import MetricQueue, Row, file_mark
 from orchestrator.track.sender import DoubtfulError, RefusedError
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Status = MlflowStatus | Literal["RUNNING"]
-LOST = "RESOURCE_DOES_NOT_EXIST"
 
 
 class Projection(MlflowRun):
@@ -49,9 +48,6 @@ class Projection(MlflowRun):
 
         Args:
             status: Status of the MLflow run; None leaves it as it is.
-
-        Raises:
-            RefusedError: The run was deleted in MLflow.
         """
         from mlflow.exceptions import MlflowException
 

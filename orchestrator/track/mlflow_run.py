@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 KEY_TAG = "espalier.run_key"
+LOST = "RESOURCE_DOES_NOT_EXIST"  # code of an error
 # Device and inode of each file that was at the path of a local database; None: it did not exist.
 _databases: dict[Path, list[tuple[int, int] | None]] = {}
 log = logging.getLogger(__name__)
@@ -128,18 +129,9 @@ class MlflowRun:
         self._connected_to = len(seen)
 
     def attach(self) -> None:
-        """Find the run by its id or by its key, or create it.
-
-        Raises:
-            RefusedError: The run was deleted in MLflow.
-        """
+        """Find the run by its id or by its key, or create it."""
         before = self.sent.run_id
         run = self._find_by_id() or self._find_by_key() or self._create()
-        if run.info.lifecycle_stage == "deleted":
-            raise RefusedError(
-                "the run was deleted in MLflow; restore it there, or remove "
-                f"{self.folder.tracking_file} to send it as a new one"
-            )
         self.sent.run_id = run.info.run_id
         self.sent.experiment_id = run.info.experiment_id
         self.save()
@@ -161,9 +153,19 @@ class MlflowRun:
             files.write_json(self.folder.run_file, record)
 
     def fetch(self) -> "Run":
-        """Return the run as MLflow has it now."""
+        """Return the run as MLflow has it now.
+
+        Raises:
+            MlflowException: With code `LOST`: MLflow has no such run, or a user deleted it.
+        """
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos import databricks_pb2
+
         run = self.client.get_run(self.sent.run_id)
         server.check_complete(run.info.run_id)
+        if run.info.lifecycle_stage == "deleted":
+            message = f"the run {run.info.run_id} was deleted in MLflow"
+            raise MlflowException(message, databricks_pb2.RESOURCE_DOES_NOT_EXIST)
         return run
 
     def _find_by_id(self) -> "Run | None":
@@ -172,9 +174,9 @@ class MlflowRun:
         try:
             return self.fetch()
         except Exception as error:
-            if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
+            if getattr(error, "error_code", "") != LOST:
                 raise
-            # The server has lost its data: send everything again.
+            # The server has lost its data, or a user deleted the run: send everything again.
             self.sent = self._nothing_sent()
             return None
 

@@ -223,7 +223,9 @@ class TrialProjection(Projection):
 
     def note_new_run(self, before: str) -> None:
         """Report it. The sweep writes run.json of its trials."""
-        log.warning("tracking: MLflow no longer has the trial %s; it is sent again", self.folder)
+        log.warning(
+            "tracking: MLflow no longer has the trial %s; it is sent again", self.folder.name
+        )
 
     def send(self, status: Status | None) -> None:
         """Send everything that MLflow does not have, if the trial has changed since it was sent.

@@ -338,15 +338,16 @@ def test_checkpoints_are_registered_and_marked_when_they_are_removed(run_dir, ur
     assert tags()["300"]["checkpoint.sha256"] != before
 
 
-def test_deleted_run_is_not_sent_and_logged_once(run_dir, uri, caplog):
+def test_run_that_a_user_deleted_is_sent_as_a_new_one(run_dir, store, uri, caplog):
     log(run_dir, range(5))
-    tracker = send(run_dir, uri)
-    client(uri).delete_run(tracker.run_id)
+    deleted = send(run_dir, uri).run_id
+    client(uri).delete_run(deleted)
     log(run_dir, range(5, 9))
     with caplog.at_level(logging.WARNING):
-        assert not resend_metrics(RunFolder(run_dir), uri, EXPERIMENT, 30)
-    assert len(caplog.records) == 1
-    assert "deleted in MLflow" in caplog.text
+        assert resend_metrics(RunFolder(run_dir), uri, EXPERIMENT, 30)
+    assert [record.message.count("no longer has the run") for record in caplog.records] == [1]
+    assert json.loads((run_dir / "tracking.json").read_text())["run_id"] != deleted
+    assert rows(store, run_dir) == expected(run_dir)
 
 
 def test_another_store_gets_everything(run_dir, store, uri, tmp_path):

@@ -361,16 +361,16 @@ def test_documents_are_sent_again_when_they_change(sweep, store, uri):
     assert artifact.read_text() == "trial,final\nb,3.4\n"
 
 
-def test_deleted_trial_does_not_stop_the_others(sweep, store, uri, caplog):
+def test_trial_that_a_user_deleted_is_sent_as_a_new_run(sweep, store, uri, caplog):
     tracker = send(sweep, uri)
     client(uri).delete_run(children(uri, tracker)["a"].info.run_id)
     put_curve(sweep / "trials" / "a", 200)
     put_curve(sweep / "trials" / "b", 200, 3.5)
     with caplog.at_level(logging.WARNING):
-        assert not resend_metrics(SweepFolder(sweep), uri, EXPERIMENT, 30)
-    assert caplog.text.count("trial a: rejected") == 1
-    assert rows(store, sweep / "trials" / "b") == expected(sweep / "trials" / "b")
-    assert len(rows(store, sweep / "trials" / "a")) == 22
+        assert resend_metrics(SweepFolder(sweep), uri, EXPERIMENT, 30)
+    assert caplog.text.count("no longer has the trial a") == 1
+    for name in "ab":
+        assert rows(store, sweep / "trials" / name) == expected(sweep / "trials" / name)
 
 
 def test_unreachable_server_gets_everything_later(sweep, store, uri, monkeypatch, capsys):

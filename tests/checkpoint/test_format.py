@@ -37,7 +37,7 @@ def test_saved_tensors_come_back_bit_for_bit(tmp_path):
         "view": torch.arange(12.0).view(3, 4).t(),
         "int": torch.tensor(2**53 + 1),
     }
-    directory = tmp_path / "new" / "checkpoints"
+    directory = tmp_path / "checkpoints"
     facts = {"x": [1], **FACTS}
     path = save(directory, 3, {"model": odd, "optimizer": {}}, {"a.json": "ä"}, facts)
     manifest = store.verify(path)
@@ -215,7 +215,7 @@ def bounded_memory():
     ["step-000000003", "step-00000003\n", "step-٠٠٠٠٠٠٠٣", "step-00000003.bak", "step-3", "step-1"],
 )
 def test_names_that_only_look_like_a_checkpoint_are_ignored(tmp_path, name):
-    path = commit(tmp_path / "run" / "checkpoints", 2)
+    path = commit(tmp_path / "checkpoints", 2)
     shutil.copytree(path, path.with_name(name))
     assert store.steps(path.parent) == [2]
     assert store.latest_valid(path.parent, pytest.fail) == path

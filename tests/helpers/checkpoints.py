@@ -30,6 +30,7 @@ def save(
     facts: dict,
 ) -> Path:
     """Write a checkpoint of these tensors, by name of their file and their own name."""
+    directory.parent.mkdir(parents=True, exist_ok=True)  # the run folder
     parts = store.parts_of(tensor_file.fill({}, groups), texts)
     return store.commit(directory, step, parts, facts)
 

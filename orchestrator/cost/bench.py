@@ -34,7 +34,8 @@ from orchestrator.train.meter import memory_metrics
 from orchestrator.train.numerics import Worker, autocast, prepare_process
 from orchestrator.train.step import Step
 
-STEPS_S = 3.0  # seconds in which steps are timed
+STEPS_S = 3.0  # seconds in which steps are timed, at most
+STEPS = 30  # steps that are timed, at most
 EVALUATION_S = 1.0  # seconds in which evaluations are timed
 # Memory of a Ray worker that this process lacks: 385 MiB after all imports, 257 MiB without Ray.
 RAY_GIB = 0.125
@@ -115,7 +116,8 @@ class Bench:
             self._time_step()
         steps = 0
         started = time.perf_counter()
-        while steps == 0 or time.perf_counter() - started < min(STEPS_S, self.step_budget_s):
+        budget_s = min(STEPS_S, self.step_budget_s)
+        while steps == 0 or (steps < STEPS and time.perf_counter() - started < budget_s):
             self._time_step()
             steps += 1
         return (time.perf_counter() - started) / steps

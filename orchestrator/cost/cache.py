@@ -22,7 +22,7 @@ from orchestrator.paths import cache_folder
 from orchestrator.train.numerics import device_name
 
 FORMAT = 4  # increase it when the meaning of a `Timing` changes
-LOAD_STEP = 1.0  # a timing is not used if the load has changed by more, and by more than half
+LOAD_STEP = 1.0  # a timing is not used if the load has fallen by more, and by more than half
 AGREES = 1.5  # a timing is measured again if a run was slower or faster by more than this factor
 
 
@@ -49,16 +49,16 @@ def file_of(experiment: Experiment, n_vocab: int, layout: Layout) -> Path:
 def read(experiment: Experiment, n_vocab: int, layout: Layout) -> Timing | None:
     """Return the stored timing; None if there is none, or it does not hold here and now.
 
-    It holds only for a similar load of the machine, and on a machine with the GPU that is needed.
+    It holds on a machine with the GPU that is needed, until the machine is less busy. On a busier
+    one, a new timing would take longer than a run waits for it.
     """
     if layout.use_gpu and not torch.cuda.is_available():
         return None
     timing = _read(file_of(experiment, n_vocab, layout))
     if timing is None:
         return None
-    load = machine_load()
-    step = max(LOAD_STEP, 0.5 * max(load, timing.load))
-    return timing if abs(timing.load - load) <= step else None
+    has_fallen = timing.load - machine_load()
+    return None if has_fallen > max(LOAD_STEP, 0.5 * timing.load) else timing
 
 
 def _read(file: Path) -> Timing | None:

@@ -304,7 +304,7 @@ def test_run_says_why_it_has_no_estimate(monkeypatch, started, capsys):
     assert estimate_of(small(), DATASET, ONE_WORKER) is None
     assert capsys.readouterr().out == (
         "expected: unknown until the first minute of training is over: timing a step takes more "
-        "than 10 s at a load of 0.0 per CPU\n"
+        "than 20 s at a load of 0.0 per CPU\n"
     )
 
 

@@ -4,7 +4,7 @@ Read `_Preparation.run` first. The corpus is cut into chunks by a function of it
 task for each chunk, which writes part files and returns only counts: tokens never enter Ray's
 object store. Then each shard is written from exact slices of the parts.
 
-A corpus of a few megabytes is prepared in this process: starting Ray Data would take longer.
+A corpus of up to 16 MiB is prepared in this process: starting Ray Data would take longer.
 
 The same corpus and settings give the same bytes on any number of CPUs and nodes. A killed
 preparation continues with the part files that it has written.
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 WORK = ".parts"  # folder of part files, inside the dataset; removed at the end
 MIN_CHUNK_BYTES = 1 << 20
 MAX_CHUNK_BYTES = 32 << 20
-SMALL_BYTES = 4 * MIN_CHUNK_BYTES  # a corpus up to this size is prepared without Ray
+SMALL_BYTES = 16 * MIN_CHUNK_BYTES  # a corpus up to this size is prepared without Ray
 HASH_HERE_BYTES = 256 << 20  # a smaller corpus is hashed before Ray would have started
 
 
@@ -155,7 +155,7 @@ def _versions(sources: list[CorpusFile]) -> list[Stamp]:
     return [stamp(source.path) for source in sources]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Preparation:
     data: "Data"
     directory: Path
@@ -163,12 +163,15 @@ class _Preparation:
     ray_tasks: RayTasks
     chunk_bytes: int | None
     shard_rows: int
+    is_small: bool = False  # set by `run`
 
     def run(self) -> Manifest:
         work = self.directory / WORK
         work.mkdir(exist_ok=True)
         fetch = functools.partial(corpus.fetch, folder=work, progress=self.ray_tasks.progress)
         sources = [fetch(source) for source in self.listed]
+        total = sum(source.bytes for source in sources)
+        self.is_small = self.chunk_bytes is None and total <= SMALL_BYTES
         left_out = corpus.list_corpus(self.data.corpus).left_out
         print(f"corpus: {corpus.Listing(sources, left_out)}", flush=True)
         versions = _versions(sources)
@@ -216,7 +219,7 @@ class _Preparation:
         if self.chunk_bytes is not None:
             return self.chunk_bytes
         total = sum(source.bytes for source in sources)
-        if total <= SMALL_BYTES:
+        if self.is_small:
             return MIN_CHUNK_BYTES
         share = total // (4 * self.ray_tasks.cpus())
         return max(MIN_CHUNK_BYTES, min(MAX_CHUNK_BYTES, share))
@@ -224,8 +227,7 @@ class _Preparation:
     def _map(
         self, stage: str, task: Callable[..., Any], jobs: list[Job], sizes: list[int]
     ) -> list[Any]:
-        here = self.chunk_bytes is None and sum(sizes) <= SMALL_BYTES
-        return self.ray_tasks.map(stage, task, jobs, sizes, here)
+        return self.ray_tasks.map(stage, task, jobs, sizes, self.is_small)
 
     def _tokenize(
         self, jobs: list[Job], hashes: dict[str, str], sizes: list[int], tokenizer: Tokenizer

@@ -107,7 +107,7 @@ def jobs(ray_head, checkout) -> SimpleNamespace:
         "RAY_AUTH_TOKEN": ray_head.env["RAY_AUTH_TOKEN"],
     }
     submit = [str(venv / "bin" / "ray"), "job", "submit", "--working-dir", "."]
-    # Without this, a job has the home directory of the user who started the head.
+    # Without this setting, a job has the home directory of the head process.
     with_home = json.dumps({"env_vars": {"HOME": str(home)}})
     commands = {
         "ends": [

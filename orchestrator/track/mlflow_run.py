@@ -108,7 +108,7 @@ class MlflowRun:
     def notice_replaced_store(self) -> None:
         """Connect again if the file of a local database was removed or replaced.
 
-        An open connection would write to the old file, which nobody can read.
+        An open connection would still write to the old file, which has no name any more.
         """
         database = server.local_path(self.uri)
         if database is None:

@@ -344,10 +344,10 @@ def test_missing_address_is_a_user_error(server, tmp_path):
 
 
 def test_cache_without_a_home_directory_is_a_folder_of_this_user(monkeypatch, tmp_path):
-    def nobody(uid):
+    def unknown_user(uid):
         raise KeyError(uid)
 
-    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(pwd, "getpwuid", unknown_user)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.delenv("HOME")

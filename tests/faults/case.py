@@ -26,19 +26,12 @@ from tests.faults.kinds import Fault
 from tests.faults.outcome import is_in_mlflow, outcome
 from tests.faults.rank import RankStarter
 from tests.faults.report import FaultRecord, Report
+from tests.helpers.tiny import TINY as TINY_MODEL
 
 STEPS = 40
 TINY = [
     "name=tiny",
-    "data.tokenizer=char",
-    "model.n_layer=1",
-    "model.n_head=2",
-    "model.n_embd=16",
-    "model.block_size=16",
-    "model.dropout=0.1",
-    "model.pad_vocab_to=1",
-    "train.micro_batch_size=2",
-    "train.global_batch_size=8",
+    *TINY_MODEL,
     f"train.max_steps={STEPS}",
     "train.eval_interval=6",
     "train.eval_tokens=400",

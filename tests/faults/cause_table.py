@@ -69,8 +69,8 @@ CAUSES: dict[str, Cause] = {
     "rank-journal": InRank("SIGKILL at a journal line, under the driver", kind="journal"),
     "rank-restore": InRank("SIGKILL in a restore, under the driver", kind="restore"),
     # streams and environment
-    "stdout-closed": Facts("nobody reads stdout", facts={"closed": "out"}),
-    "stderr-closed": Facts("nobody reads stderr", facts={"closed": "err"}),
+    "stdout-closed": Facts("stdout has no reader", facts={"closed": "out"}),
+    "stderr-closed": Facts("stderr has no reader", facts={"closed": "err"}),
     "no-home": Facts("HOME does not exist", facts={"environment": {"HOME": "/does/not/exist"}}),
     "empty-cache": Facts("empty XDG_CACHE_HOME", facts={"environment": {"XDG_CACHE_HOME": ""}}),
     "pwd": Facts("a secret named PWD is no secret", facts={"environment": {"PWD": "/"}}),

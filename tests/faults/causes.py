@@ -59,7 +59,7 @@ class Cause:
         """Act after the command has ended, or check what it left."""
 
     def undo(self, case: "CommandCase") -> None:
-        """Take the fault back, as the user does who reads the message."""
+        """Remove the cause of the fault, as the error message tells the user to do."""
 
 
 def latest_checkpoint(folder: SweepFolder) -> list[Path]:

@@ -120,7 +120,7 @@ def work(job: dict[str, Any]) -> None:
 
     Keys of `job`: verb, words, path; `world`, the number of workers; `faults` of the first start of
     the workers (with `stays`: of each start; with `everywhere`: of this process too);
-    `environment`; `closed`, a stream that nobody reads; `tracked`, whether MLflow is used;
+    `environment`; `closed`, a stream without a reader; `tracked`, whether MLflow is used;
     `change` of a corpus that is read; `breaks`, a name of `breaks.BREAKS`.
     """
     folder = Path(job["path"])

@@ -18,21 +18,14 @@ from tests.faults.command import Command, Ended
 from tests.faults.outcome import Outcome, is_in_mlflow, outcome
 from tests.faults.rank import RankStarter
 from tests.faults.report import FaultRecord, Report
+from tests.helpers.tiny import TINY
 
 SECONDS = 90.0  # for one command
 PAIRS = 0.2  # share of the starts that have two faults
 WORLDS = (1, 2, 4)
 SMALL = [
     "name=tiny",
-    "data.tokenizer=char",
-    "model.n_layer=1",
-    "model.n_head=2",
-    "model.n_embd=16",
-    "model.block_size=16",
-    "model.dropout=0.1",
-    "model.pad_vocab_to=1",
-    "train.micro_batch_size=2",
-    "train.global_batch_size=8",
+    *TINY,
     "train.eval_interval=6",
     "train.eval_tokens=400",
     "train.checkpoint_interval=4",

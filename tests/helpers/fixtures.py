@@ -16,17 +16,10 @@ from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
 from orchestrator.workers.ray_train import record_failure
 from tests.helpers.curves import exact_part
+from tests.helpers.tiny import TINY
 
 SMALL = [
-    "data.tokenizer=char",
-    "model.n_layer=1",
-    "model.n_head=2",
-    "model.n_embd=16",
-    "model.block_size=16",
-    "model.dropout=0.1",
-    "model.pad_vocab_to=1",
-    "train.micro_batch_size=2",
-    "train.global_batch_size=8",
+    *TINY,
     "train.max_steps=20",
     "train.log_interval=3",
     "train.eval_interval=5",

@@ -85,11 +85,11 @@ def test_storage_that_cannot_be_made_is_refused_and_nothing_is_created(tmp_path,
 
 @pytest.mark.parametrize("setting", ["~no-such-user/runs", "~/runs"])
 def test_home_directory_that_does_not_exist_is_refused(monkeypatch, setting):
-    def nobody(*_):
+    def unknown_user(*_):
         raise KeyError
 
-    monkeypatch.setattr(pwd, "getpwuid", nobody)
-    monkeypatch.setattr(pwd, "getpwnam", nobody)
+    monkeypatch.setattr(pwd, "getpwuid", unknown_user)
+    monkeypatch.setattr(pwd, "getpwnam", unknown_user)
     monkeypatch.delenv("HOME")
     message = "is no home directory here; give the whole path"
     with pytest.raises(UserError, match=message):

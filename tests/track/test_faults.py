@@ -242,7 +242,7 @@ def test_lasting_rejection_ends_the_wait(gate, run_dir, caplog, monkeypatch, ans
 
 @pytest.fixture
 def tls_port(tmp_path):
-    """Port of a server with a certificate that nobody has signed."""
+    """Port of a server with a self-signed certificate."""
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
     try:

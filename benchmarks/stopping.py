@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from scipy.stats import spearmanr
-from sweep import PEAKS, experiment_tree, grid18, markdown, opened, parser, run_tree, start_ray
+from studies import PEAKS, experiment_tree, grid18, markdown, opened, parser, run_tree, start_ray
 
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.sweep import SweepSection

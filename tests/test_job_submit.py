@@ -21,6 +21,8 @@ import pytest
 import yaml
 
 from orchestrator.checkpoint import store as checkpoint
+from orchestrator.runs import journal
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.sources import sources_sha256
 
 REPO = Path(__file__).resolve().parent.parent
@@ -214,10 +216,13 @@ def test_stopped_job_leaves_a_killed_run_and_a_valid_checkpoint(jobs):
     run = jobs.is_stopped.run
     assert "was stopped" in jobs.is_stopped.log
     assert "training quickstart from step 0" in jobs.is_stopped.log
-    assert read(run / "summary.json")["status"] == "KILLED"
+    summary = read(run / "summary.json")
+    assert (summary["status"], summary["exit_status"]) == ("KILLED", 75)
+    assert summary["step"] >= journal.last(RunFolder(run))["step"], "a logged step was lost"
     checkpoints = run / "checkpoints"
     last = checkpoint.path_of(checkpoints, checkpoint.steps(checkpoints)[-1])
     assert checkpoint.latest_valid(checkpoints, warn=pytest.fail) == last
+    assert last == checkpoint.path_of(checkpoints, summary["step"])
     with sqlite3.connect(run.parent / "mlflow" / "mlflow.db") as db:
         assert db.execute("select status from runs").fetchall() == [("KILLED",)]
 

@@ -1,7 +1,15 @@
 """A run with all steps of `pipelines/train.py`, whose worker is this process, without Ray."""
 
+import contextlib
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from orchestrator.cluster.layout import Node
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.jobs.train import TrainJob
+from orchestrator.runs import signals
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
 from tests.helpers.fixtures import SMALL
@@ -10,7 +18,7 @@ RUN = ["name=run", "train.keep=2", "schedule.decay_steps=20", "compute.use_gpu=f
 
 
 class LocalTrainJob(TrainJob):
-    """A run that calls `act` with each line of its journal. Needs the fixture `without_ray`."""
+    """A run that calls `act` with each line of its journal. Needs `without_ray`."""
 
     def __init__(self, experiment: Experiment, act=lambda line: None) -> None:
         super().__init__(experiment)
@@ -23,6 +31,21 @@ class LocalTrainJob(TrainJob):
         worker = Worker(cpus=1)
         for line in Trainer(self.experiment, self.folder, self.dataset.directory, worker).run():
             self.act(line)
+
+
+@contextlib.contextmanager
+def without_ray() -> Iterator[None]:
+    """Let a `LocalTrainJob` run: a cluster of one CPU, and no estimate, which takes seconds."""
+    numbers = (*signals.STOPS, signal.SIGINT, signal.SIGALRM)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orchestrator.cluster.layout._nodes", lambda: [Node(1)])
+        patch.setattr("orchestrator.jobs.train.estimate_of", lambda *_: None)
+        patch.setattr("orchestrator.track.sender.POLL_S", 0.1)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def start(storage, tokens, steps=20, act=lambda line: None) -> int:

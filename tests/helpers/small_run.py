@@ -9,10 +9,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from orchestrator.checkpoint import store as checkpoint
+from orchestrator.config.experiment import load_experiment
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from tests.helpers.curves import exact_part
+from tests.helpers.local_job import LocalTrainJob, without_ray
 from tests.helpers.wait import wait_until
 
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -82,6 +86,17 @@ def run(
     )
     assert done.returncode == status, done.stdout + done.stderr
     return done
+
+
+def run_here(storage: Path, corpus: Path, *overrides: str) -> int:
+    """Do the run of `command` in this process, without Ray. Return the exit status."""
+    file, *words = command(storage, corpus, *overrides)[2:]
+    threads = torch.get_num_threads()
+    try:
+        with without_ray():
+            return LocalTrainJob(load_experiment(file, words)).run()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def curve(run_dir: Path) -> list[dict]:

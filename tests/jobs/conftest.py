@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.cluster.layout import Node
+from tests.helpers import local_job
 
 
 @pytest.fixture(scope="session")
@@ -13,10 +13,6 @@ def tokens(tiny_corpus, tiny_dataset):
 
 @pytest.fixture(scope="module")
 def without_ray():
-    """Let a `LocalTrainJob` run: a cluster of one CPU, and no estimate, which takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orchestrator.cluster.layout._nodes", lambda: [Node(1)])
-        patch.setattr("orchestrator.jobs.train.estimate_of", lambda *_: None)
-        patch.setattr("orchestrator.track.sender.POLL_S", 0.1)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    """Let a `LocalTrainJob` run."""
+    with local_job.without_ray():
         yield

@@ -1,5 +1,7 @@
 """Fixtures for tests of the commands: a small trained run, and a function that runs a command."""
 
+import contextlib
+import io
 import os
 import runpy
 import shutil
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from orchestrator.config.experiment import load_experiment
+from orchestrator.errors import EXIT_DONE
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
@@ -60,12 +63,13 @@ def trained_run(tiny_corpus, tiny_dataset, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden(ray_head, tiny_corpus, tmp_path_factory) -> tuple[Path, str]:
-    """Folder and output of an undisturbed `train.py` on one worker."""
+def golden(tiny_corpus, tmp_path_factory) -> tuple[Path, str]:
+    """Folder and output of an undisturbed run in this process, without Ray."""
     storage = tmp_path_factory.mktemp("golden")
-    return storage / "small", small_run.run(
-        ray_head, storage, tiny_corpus, "compute.num_workers=1"
-    ).stdout
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert small_run.run_here(storage, tiny_corpus) == EXIT_DONE
+    return storage / "small", out.getvalue()
 
 
 @pytest.fixture

@@ -67,7 +67,8 @@ class CorpusFile:
     @property
     def by_content(self) -> bool:
         """The content decides how the file is read, and not its name."""
-        return is_by_content(self.path)
+        # The name of a dataset must not change when its corpus is downloaded.
+        return is_by_content(self.path, read=self.url is None)
 
     def check_unchanged(self) -> None:
         """Raise UserError if the file is not the one that was listed."""

@@ -163,6 +163,9 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 9
         ("d.json", b"\xef\xbb\xbf\n" + LINE, "JSON lines"),
         ("d.json", b'{"text": "' + b"x" * 100_000 + b'"}\n' + LINE, "JSON lines"),
         ("d.jl", LINE, "JSON lines"),
+        ("d.jl", b"println(1)\n", "text"),
+        ("d.data", LINE, "JSON lines"),
+        ("d.jsonl-00000-of-00512", LINE, "JSON lines"),
         ("d.JSONL", b"nonsense", "JSON lines"),
         ("part-00000", LINE, "JSON lines"),
         ("part-00000", b"{ a text }\n", "text"),
@@ -171,6 +174,11 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 9
         ("d.json.gz", gzip.compress(LINE), "JSON lines"),
         ("part-00000.gz", gzip.compress(LINE), "JSON lines"),
         ("d.jsonl.zst", bytes(pa.Codec("zstd").compress(LINE)), "JSON lines"),
+        ("d.jsonl.zstd", bytes(pa.Codec("zstd").compress(LINE)), "JSON lines"),
+        ("d.json-00000-of-00512.gz", gzip.compress(LINE), "JSON lines"),
+        ("d.txt", gzip.compress(b"text"), "compressed"),
+        ("d.jsonl", gzip.compress(LINE), "compressed"),
+        ("d.txt", b"PK\3\4 a file in a zip archive", "compressed"),
         ("d.json", b"[\n" + LINE + b"]", "JSON document"),
         ("d.json", b'{\n "text": "a"\n}\n', "JSON document"),
         ("d.json.gz", gzip.compress(b"[1]"), "JSON document"),
@@ -203,6 +211,12 @@ def test_utf16_is_refused(tmp_path, name, coding, text):
     (tmp_path / name).write_text(text * 9, coding)
     with pytest.raises(UserError, match=f"{name} looks like UTF-16.*iconv"):
         resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["state.jsonl", "_part.jsonl", "README.parquet"])
+def test_files_that_describe_data_are_taken_if_there_are_no_others(tmp_path, name):
+    (tmp_path / name).write_bytes(LINE)
+    assert [source.path.name for source in resolve(str(tmp_path))] == [name]
 
 
 def hub_folder(base: Path) -> None:

@@ -239,7 +239,7 @@ def test_dataset_of_json_that_was_read_as_text_is_not_used(here, tmp_path, monke
     (tmp_path / "d.json").write_text('{"text": "one of the records"}\n' * 40)
     settings = data(tmp_path / "d.json")
     with monkeypatch.context() as patch:  # as earlier versions read it
-        patch.setattr(corpus, "is_by_content", lambda path: False)
+        patch.setattr(corpus, "is_by_content", lambda path, read: False)
         patch.setattr(documents, "check_readable", lambda path: Kind(TEXT))
         before = prepare_in(settings, tmp_path, quiet)
     after = prepare_in(settings, tmp_path, quiet)

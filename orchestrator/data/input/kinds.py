@@ -1,7 +1,7 @@
 """The kinds of files in a corpus: text, JSON lines, Parquet, and files that are not read.
 
-The name of a file decides where it is clear. A name such as `x.json`, `x.json.gz` or `part-00000`
-is not: the content of the file decides.
+The name of a file decides where it is clear. A name such as `x.json`, `x.json.gz`, `x.data` or
+`part-00000` is not: the content of the file decides. Packed files are known by their first bytes.
 """
 
 import functools
@@ -20,10 +20,10 @@ TEXT = "text"
 LINES = "JSON lines"
 PARQUET = "Parquet"
 
-PACKINGS = {".gz": "gzip", ".zst": "zstd"}
+PACKINGS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _ARCHIVES = {".xz", ".bz2", ".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4"}
 _LINES = {".jsonl", ".ndjson"}
-_JSON = {".json", ".jl", ".jsonlines"}
+_JSON = (".json", ".ndjson")  # starts of suffixes, such as .jsonl-00000-of-00512
 _PARQUET = {".parquet", ".parq"}
 _TABLES = {".csv", ".tsv"}
 _BINARY_NAMES = {".arrow", ".feather", ".avro", ".orc", ".tfrecord", ".npy", ".npz", ".h5", ".pkl"}
@@ -31,7 +31,10 @@ _BINARY_NAMES |= {".pt", ".safetensors", ".db", ".sqlite", ".pdf", ".docx", ".xl
 _HEAD = 4096
 _LINE = 1 << 16  # if the first line is longer, its first characters decide
 _MARK = "\ufeff"  # byte order mark
+_BEFORE_JSON = b"\xef\xbb\xbf \t\r\n"  # the same in UTF-8, and spaces
 _CONTROL = bytes(range(32))
+# First bytes of files of gzip, zstd, xz, bzip2 and zip
+_PACKED = (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0", b"BZh91AY&SY", b"PK\3\4")
 
 # Files that describe the data beside them. Spark writes files whose names begin with "_".
 _ABOUT_DATA = {"readme", "license", "licence", "notice", "citation", "changelog", "contributing"}
@@ -101,10 +104,12 @@ def _kind_of(path: str, size: int, modified: int) -> Kind:
         return POINTER
     suffix, packing = _suffix_and_packing(path)
     by_name = _kind_by_name(suffix, packing)
+    if not packing and head.startswith(_PACKED) and (by_name is None or not by_name.problem):
+        return _ARCHIVE
     if by_name is not None:
         return by_name
-    is_json = suffix in _JSON
-    if is_json or suffix == "":
+    is_json = suffix.startswith(_JSON)
+    if is_json or packing or (suffix != ".txt" and head.lstrip(_BEFORE_JSON).startswith(b"{")):
         with open_unpacked(path, packing) as file:
             lines = _kind_of_json(file.read(_LINE), is_json)
         if lines is not None:
@@ -112,10 +117,17 @@ def _kind_of(path: str, size: int, modified: int) -> Kind:
     return _ARCHIVE if packing else _kind_of_text(head, suffix)
 
 
-def is_by_content(path: Path) -> bool:
-    """Return whether the content decides that a file is not text, and not its name."""
+def is_by_content(path: Path, *, read: bool) -> bool:
+    """Return whether the content decides that a file is not text, and not its name.
+
+    Args:
+        path: The file.
+        read: Read the file if its name does not tell.
+    """
     suffix = os.path.splitext(path)[1].lower()
-    return suffix in _JSON or (suffix == "" and kind_of(path).name != TEXT)
+    if suffix == ".txt" or suffix in PACKINGS or _kind_by_name(suffix, "") is not None:
+        return False
+    return suffix.startswith(_JSON) or (read and kind_of(path).name != TEXT)
 
 
 def _suffix_and_packing(path: str) -> tuple[str, str]:
@@ -129,7 +141,7 @@ def _kind_by_name(suffix: str, packing: str) -> Kind | None:
     if suffix in _LINES:
         return Kind(LINES, packing=packing)
     if packing:
-        return None if suffix == "" or suffix in _JSON else _ARCHIVE
+        return None if suffix == "" or suffix.startswith(_JSON) else _ARCHIVE
     if suffix in _PARQUET:
         return Kind(PARQUET)
     if suffix in _ARCHIVES:
@@ -213,15 +225,18 @@ def one_kind(base: Path, files: list[Path], left_out: LeftOut) -> list[Path]:
     """
     kinds = [_kind(path) for path in files]
     names = below(base, files)
+    about = [_describes_data(name) for name in names]
+    if all(about):  # there is no data that they could describe
+        about = [False] * len(names)
     sizes: Counter[str] = Counter()
-    for path, kind, name in zip(files, kinds, names, strict=True):
+    for path, kind, describes in zip(files, kinds, about, strict=True):
         if kind is POINTER:
             check_readable(path)
-        sizes[kind.name] += 0 if _describes_data(name) else os.path.getsize(path)
+        sizes[kind.name] += 0 if describes else os.path.getsize(path)
     taken = max(sizes, key=lambda kind: (sizes[kind], kind == TEXT))
     found = []
-    for path, kind, name in zip(files, kinds, names, strict=True):
-        if kind.name != taken or (taken != TEXT and _describes_data(name)):
+    for path, kind, name, describes in zip(files, kinds, names, about, strict=True):
+        if kind.name != taken or (taken != TEXT and describes):
             left_out[kind.name].append(name)
         else:
             if kind.problem:

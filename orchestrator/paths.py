@@ -24,17 +24,26 @@ def local_path(setting: str, value: str) -> Path:
 
 
 def expand_home(path: str | Path) -> Path:
-    """Replace `~` or `~user` at the start of a path.
+    """Replace `~` or `~user` at the start of a path, which need not exist.
 
     Raises:
-        UserError: There is no such user, or this user has no home directory.
+        UserError: There is no such user, or this user has no home directory; or the system refuses
+            the path, for example because a name is too long or a folder may not be entered.
     """
     try:
-        return Path(path).expanduser()
+        expanded = Path(path).expanduser()
     except RuntimeError:
         raise UserError(
             f"'{path}': '{Path(path).parts[0]}' is no home directory here; give the whole path"
         ) from None
+    try:
+        os.stat(expanded)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"'{path}': cannot be opened ({reason}); give another path") from None
+    return expanded
 
 
 def cache_folder() -> Path:

@@ -62,6 +62,7 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
 
 
 def _print_error(message: str, status: int) -> int:
+    sys.stdout.flush()  # stdout and stderr may be one file, where the error should come last
     print(message, file=sys.stderr)
     return status
 
@@ -111,14 +112,19 @@ def split_words(words: Sequence[str], default: Path = DEFAULT) -> tuple[Path, li
     Raises:
         UserError: There is more than one path.
     """
-    files = [word for word in words if "=" not in word]
-    overrides = [word for word in words if "=" in word]
+    overrides = [word for word in words if "=" in word and not _is_path(word)]
+    files = [word for word in words if word not in overrides]
     if len(files) > 1:
         raise UserError(
             f"'{files[1]}': give one experiment at a time; an override is section.field=value"
         )
     path = Path(files[0]) if files else default
     return path, overrides
+
+
+def _is_path(word: str) -> bool:
+    """Return whether a word with a `=` is a path: fields have no `/` in their names."""
+    return "/" in word.partition("=")[0]
 
 
 def help_text(doc: str, docs: Docs, default: Path = DEFAULT) -> str:

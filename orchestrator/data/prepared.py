@@ -134,8 +134,10 @@ def list_sources(data: "Data") -> list[CorpusFile] | None:
     """Return the files of the corpus; None if they are not here, but the dataset may be.
 
     Raises:
-        UserError: The corpus does not exist, and `data.dir` is not set.
+        UserError: The corpus does not exist, and `data.dir` is not set; or that is not a path.
     """
+    if data.dir is not None:
+        local_path("data.dir", data.dir)
     try:
         return corpus.resolve(data.corpus)
     except MissingCorpusError:

@@ -2,6 +2,7 @@
 
 import re
 import string
+from pathlib import Path
 
 import pytest
 import yaml
@@ -454,6 +455,8 @@ def test_help_explains_every_choice_of_a_table():
 
 
 def test_overrides_are_separated_from_the_experiment():
+    assert split_words(["runs/lr=0.1/a.yaml"]) == (Path("runs/lr=0.1/a.yaml"), [])
+    assert split_words(["x.y=runs/a=b"])[1] == ["x.y=runs/a=b"]
     path, overrides = split_words(["a.yaml", "x.y=1", "z=2"])
     assert str(path) == "a.yaml"
     assert overrides == ["x.y=1", "z=2"]

@@ -254,6 +254,10 @@ def test_run_is_locked_and_sigterm_works_while_ray_starts(tiny_corpus, tmp_path)
         ("tracking.uri=http://me:hunter2@host/", "set $MLFLOW_TRACKING_URI"),
         ("storage=/dev/null/runs", "storage: /dev/null/runs cannot be written to"),
         ("storage=/proc/nothing", "storage: /proc/nothing cannot be written to"),
+        *(
+            (f"{field}=/{300 * 'n'}", "cannot be opened (File name too long)")
+            for field in ("data.corpus", "data.dir", "storage", "train.init_from")
+        ),
     ],
 )
 def test_user_error_is_one_line_with_status_2_and_writes_nothing(

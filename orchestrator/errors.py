@@ -10,7 +10,11 @@ EXIT_INTERRUPTED = 130  # Ctrl-C
 
 # `errno` of an OSError: the disk or the user's quota is full.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-NOT_WRITABLE = (*NO_ROOM, errno.EROFS)  # or the file system is read-only
+# `errno` of an OSError of a file system that takes no data: what it is, and what to do.
+NOT_WRITABLE = {
+    **dict.fromkeys(NO_ROOM, ("the disk is full", "Free some room there")),
+    errno.EROFS: ("the file system is read-only", "Make it writable"),
+}
 
 
 class HeldError(RuntimeError):
@@ -18,7 +22,16 @@ class HeldError(RuntimeError):
 
 
 class RayDiedError(RuntimeError):
-    """The Ray that this command started has died. The command starts again."""
+    """Ray has died. A command starts again if that Ray was its own, else it ends with status 75.
+
+    Args:
+        died: What has died.
+        steps: Steps that are stored.
+    """
+
+    def __init__(self, died: str, steps: int = 0) -> None:
+        super().__init__(died)
+        self.steps = steps
 
 
 class UserError(ValueError):

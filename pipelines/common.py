@@ -16,8 +16,9 @@ from orchestrator.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_USER,
-    NO_ROOM,
+    NOT_WRITABLE,
     HeldError,
+    RayDiedError,
     UnreadableError,
     UserError,
 )
@@ -34,7 +35,8 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
 
     These errors are printed without a traceback: a user error or a full disk (status 2), a file
     that cannot be read at the moment, a run that another process writes to, or SIGTERM, SIGHUP or
-    SIGQUIT (75), Ctrl-C (130), and a folder that was moved (1). See `orchestrator.errors`.
+    SIGQUIT (75), Ctrl-C (130), and a folder that was moved (1). See `orchestrator.errors`. If Ray
+    has died, the command may start again.
     """
     streams.secure()
     signals.begin()
@@ -53,10 +55,15 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
             status = _print_error("interrupted", EXIT_INTERRUPTED)
     except MovedError as error:
         status = _print_error(f"error: {error}", EXIT_FAILED)
+    except RayDiedError as error:
+        from orchestrator.jobs import restart
+
+        restart.end_or_start_again(error)
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in NOT_WRITABLE:
             raise
-        message = f"error: the disk is full ({error}); free some space and run this command again"
+        what, advice = NOT_WRITABLE[error.errno]
+        message = f"error: {what} ({error}). {advice} and run the same command again"
         status = _print_error(message, EXIT_USER)
     sys.exit(status)
 

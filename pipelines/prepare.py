@@ -11,6 +11,7 @@ from orchestrator.config.experiment import Experiment
 from orchestrator.cost.estimate import show
 from orchestrator.data.prepare import prepare_in
 from orchestrator.errors import EXIT_DONE
+from orchestrator.jobs import restart
 from orchestrator.runs.storage import storage_root
 from orchestrator.text import duration, table
 from pipelines.common import experiment_command
@@ -19,7 +20,8 @@ from pipelines.common import experiment_command
 def main(experiment: Experiment) -> int:
     """Prepare the dataset unless it exists, and print its size."""
     started = time.monotonic()
-    manifest = prepare_in(experiment.data, storage_root(experiment))
+    with restart.watching():
+        manifest = prepare_in(experiment.data, storage_root(experiment))
     rows = {
         "folder": str(manifest.directory),
         "tokenizer": f"{manifest.tokenizer['name']}, {manifest.tokenizer['n_vocab']:,} ids",

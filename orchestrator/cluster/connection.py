@@ -9,7 +9,10 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from orchestrator.cluster import private
 from orchestrator.errors import UserError
 
 PROBE_S = 10
+POLL_S = 1.0  # between two looks at Ray
 # The driver sets these variables before Ray starts.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no network traffic that the user did not ask for
@@ -84,6 +88,8 @@ def failure(error: BaseException | None = None) -> str | None:
     Args:
         error: An exception of a call to Ray.
     """
+    if "ray" not in sys.modules:
+        return None
     import ray
 
     dead = private.dead_process()
@@ -95,6 +101,21 @@ def failure(error: BaseException | None = None) -> str | None:
     if isinstance(error, (*died, ray.exceptions.NodeDiedError, ray.exceptions.RaySystemError)):
         return f"a process of Ray has died ({_first_line(error)})"
     return None
+
+
+def watch(closed: threading.Event, died: Callable[[], None]) -> None:
+    """Call `died` in a thread if Ray dies before `closed` is set.
+
+    Calls to a dead Ray may wait for minutes.
+    """
+
+    def look() -> None:
+        while not closed.wait(POLL_S):
+            if failure() is not None and not closed.is_set():
+                died()
+                return
+
+    threading.Thread(target=look, name="watch-ray", daemon=True).start()
 
 
 def kill() -> None:

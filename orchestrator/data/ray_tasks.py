@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.cluster import connection
 from orchestrator.data.input.download import Progress
 from orchestrator.data.tasks import Job
-from orchestrator.errors import NO_ROOM, UserError
+from orchestrator.errors import NOT_WRITABLE, UserError
 from orchestrator.text import duration
 
 TERMINAL_INTERVAL_S = 0.2
@@ -37,7 +37,7 @@ class RayTasks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.is_ours:
+        if self.is_ours and connection.failure() is None:
             import ray
 
             ray.shutdown()
@@ -122,9 +122,10 @@ def _run_job(
         # Returned, not raised: Ray wraps exceptions and runs some tasks again.
         error = str(raised)
     except OSError as raised:
-        if raised.errno not in NO_ROOM:
+        if raised.errno not in NOT_WRITABLE:
             raise
-        error = f"the disk is full: {raised}. Free some room and run the same command again"
+        what, advice = NOT_WRITABLE[raised.errno]
+        error = f"{what}: {raised}. {advice} and run the same command again"
     return {"result": to_json([number, result, error])}
 
 

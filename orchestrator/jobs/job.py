@@ -57,25 +57,24 @@ class Job(abc.ABC):
             UserError: The job cannot be done as it is configured.
             HeldError: Another driver works in the folder.
             MovedError: The folder was removed or moved meanwhile.
+            RayDiedError: Ray has died before the workers started, or another start may help.
         """
         self.check()
         folders.check_writable(self.storage, "storage")
         if self.is_finished():
             self.show_again()
             return EXIT_DONE
-        try:
-            with (
-                lock.held(self.folder.driver_lock) as killed_holder,
-                folders.holding(self.folder.path),
-            ):
-                if killed_holder is not None and self.folder.run_file.exists():
-                    message = f"{killed_holder} was killed; this process takes over"
-                    print(events.note(self.folder, "taken_over", message)["message"], flush=True)
-                self._start_ray()
+        with (
+            lock.held(self.folder.driver_lock) as killed_holder,
+            folders.holding(self.folder.path),
+        ):
+            if killed_holder is not None and self.folder.run_file.exists():
+                message = f"{killed_holder} was killed; this process takes over"
+                print(events.note(self.folder, "taken_over", message)["message"], flush=True)
+            self._start_ray()
+            with restart.watching():
                 self.prepare()
-                status = self._work_and_track().exit_status
-        except RayDiedError:
-            restart.start_again(self.steps_stored())
+            status = self._work_and_track().exit_status
         if self.has_lost_ray:
             restart.leave(status)
         return status
@@ -139,13 +138,12 @@ class Job(abc.ABC):
         if died is None:
             return None
         self.has_lost_ray = True
-        if connection.is_shared():
-            return Ending("again", f"{died}; run the same command again")
-        if restart.starts_without_a_step(self.steps_stored()) == restart.PATIENCE:
-            return Ending("failed", f"{died}, also after {restart.PATIENCE} new starts of Ray")
-        message = f"{died}; starting Ray again"
-        print(events.note(self.folder, "ray_died", message)["message"], file=sys.stderr, flush=True)
-        raise RayDiedError(died)
+        steps = self.steps_stored()
+        ending = restart.ending_after(died, steps)
+        if ending is None:
+            events.note(self.folder, "ray_died", f"{died}; starting Ray again")
+            raise RayDiedError(died, steps)
+        return ending
 
     def _request_stop(self, reason: str) -> None:
         stop.request(self.folder, reason)

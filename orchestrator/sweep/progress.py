@@ -4,11 +4,12 @@
 ended. This module does not import Ray.
 """
 
+import contextlib
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from orchestrator.config.sweep import SweepSection
-from orchestrator.errors import NO_ROOM
+from orchestrator.errors import NOT_WRITABLE
 from orchestrator.runs import events, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder, SweepFolder
@@ -44,7 +45,8 @@ class Progress:
         failures: Ending of each stage that failed, by its id.
         wait_reasons: Why a stage that had started waits again, by its id.
         begun: Steps at which each stage was started in this process, by its id.
-        full_disk: Why no stage starts any more; None unless the disk was full.
+        full_disk: Why no stage starts any more; None unless it could not be
+            written to the disk.
         peak_bytes: The most bytes that the checkpoints took on disk.
     """
 
@@ -103,11 +105,12 @@ class Progress:
                 return None
             self._prepare(stage)
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if error.errno not in NOT_WRITABLE:
                 raise
+            what, advice = NOT_WRITABLE[error.errno]
             self.full_disk = (
-                f"the disk is full: {self.folder.path} ({error.strerror}). Free some room there "
-                "and run the same command again"
+                f"{what}: {self.folder.path} ({error.strerror}). {advice} and run the same command "
+                "again"
             )
             return None
         self.states.start(stage.id)
@@ -169,7 +172,8 @@ class Progress:
             died: True if it ended with an exception, or its process died.
         """
         folder = self.folder.stage(stage)
-        folder.reserve_file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the file system may have become read-only
+            folder.reserve_file.unlink(missing_ok=True)
         stop_requested = stop.requested(self.folder) is not None
         result = read_result(folder)
         if result is None and not died and not stop_requested:
@@ -265,7 +269,7 @@ class Progress:
             if stage.id in self.failures or (result is not None and result.outcome != DONE):
                 return self.stage_reason(stage.id)
         if self.full_disk is not None and self.states.of_trial(trial) != DONE:
-            return "not begun: the disk is full"
+            return f"not begun: {self.full_disk.partition(':')[0]}"
         return None
 
     def stage_reason(self, stage: str) -> str | None:

@@ -8,6 +8,7 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost.measure import is_out_of_memory
 from orchestrator.data.dataset import Manifest
+from orchestrator.errors import NOT_WRITABLE
 from orchestrator.runs import events, stop
 from orchestrator.runs.ending import Ending, Kind
 from orchestrator.runs.folder import RunFolder
@@ -15,11 +16,6 @@ from orchestrator.workers import fitting, hangs, marks, memory
 from orchestrator.workers.memory import OutOfMemory
 
 NO_ROOM_ERROR = "orchestrator.errors.NoRoomError: "
-NOT_WRITABLE = {
-    "[Errno 28]": ("the disk is full", "Free some room there"),
-    "[Errno 122]": ("the disk is full", "Free some room there"),  # the user's quota
-    "[Errno 30]": ("the file system is read-only", "Make it writable"),
-}
 EXPECTED_ERRORS: dict[str, Kind] = {
     "orchestrator.errors.UserError: ": "user",
     "orchestrator.files.NotPlainFileError: ": "user",
@@ -105,7 +101,7 @@ def ending_of_tracebacks(
         kill = memory.allocation_failed(message, host, workers)
         return out_of_memory(kill)
     for number, (what, advice) in NOT_WRITABLE.items():
-        if number in exception:
+        if f"[Errno {number}]" in exception:
             problem = message.partition("] ")[2]  # without class and number
             reason = f"{what}: {folder.path}: {problem}. {advice} and run the same command again"
             return Ending("user", reason, cause="disk_full")

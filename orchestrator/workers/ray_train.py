@@ -248,7 +248,7 @@ def record_failure(folder: RunFolder, worker: Worker, error: Exception) -> None:
     """Store the traceback; record the ending if the next attempt would fail in the same way."""
     text = "".join(traceback.format_exception(error))
     ending = ending_of_tracebacks(folder, [text], worker.world_size)
-    if ending.kind in ("user", "again"):
-        folder.write_ending(ending)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # the driver gets the error itself
+        if ending.kind in ("user", "again"):
+            folder.write_ending(ending)
         files.write_atomically(folder.failure_file(worker.rank), text)

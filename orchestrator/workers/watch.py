@@ -58,7 +58,7 @@ class Watch:
         os.set_blocking(self._pipe_in, False)
         self._fd_before = signal.set_wakeup_fd(self._pipe_in, warn_on_full_buffer=False)
         self._thread.start()
-        threading.Thread(target=self._watch_ray, name="watch-ray", daemon=True).start()
+        connection.watch(self._closed, self._end_wait)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,13 +91,6 @@ class Watch:
             for mark in marks.read(place):
                 if not mark.is_over and self._age(place, mark) > mark.limit + GRACE_S:
                     hangs.end_stuck(place, mark)
-
-    def _watch_ray(self) -> None:
-        """End the wait if Ray has died. Other calls to a dead Ray block for a minute."""
-        while not self._closed.wait(POLL_S):
-            if connection.failure() is not None and not self._closed.is_set():
-                self._end_wait()
-                return
 
     def _end_wait(self) -> None:
         if not self.over:

@@ -4,13 +4,14 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from orchestrator.cluster import connection
 from orchestrator.config.experiment import load_experiment
-from orchestrator.errors import HeldError
+from orchestrator.errors import HeldError, RayDiedError
 from orchestrator.files import write_json
 from orchestrator.jobs import restart
 from orchestrator.jobs.job import Job
@@ -90,7 +91,7 @@ def new_job(tmp_path, monkeypatch):
     """Make a job in an empty storage; the test's own signal handlers are restored."""
     numbers = (*signals.STOPS, signal.SIGINT, signal.SIGALRM)
     monkeypatch.setattr("orchestrator.cluster.layout.check_storage", lambda storage: None)
-    monkeypatch.setattr(connection, "failure", lambda error: None)
+    monkeypatch.setattr(connection, "failure", lambda error=None: None)
     monkeypatch.delenv(restart.VARIABLE, raising=False)
     before = {number: signal.getsignal(number) for number in numbers}
     experiment = load_experiment(None, ["name=small", f"storage={tmp_path}"])
@@ -199,7 +200,7 @@ def test_signal_that_was_ignored_at_the_start_stays_ignored(new_job, name):
 
 
 class Replaced(BaseException):
-    """The process was replaced by another command."""
+    """The process has ended or was replaced by another command."""
 
 
 @pytest.fixture
@@ -212,16 +213,25 @@ def dead_ray(monkeypatch):
     def leave(status):
         raise Replaced(status)
 
-    monkeypatch.setattr(connection, "failure", lambda error: "Ray's process raylet has died")
+    monkeypatch.setattr(connection, "failure", lambda error=None: "Ray's process raylet has died")
     monkeypatch.setattr(connection, "kill", lambda: None)
+    monkeypatch.setattr(connection, "POLL_S", 0.01)
     monkeypatch.setattr(restart.os, "execv", execv)
     monkeypatch.setattr(restart, "leave", leave)
+
+
+def run_command(job):
+    """Run a job as a command does."""
+    try:
+        return job.run()
+    except RayDiedError as error:
+        restart.end_or_start_again(error)
 
 
 def test_command_starts_again_if_its_own_ray_dies(new_job, dead_ray, capsys):
     job = new_job(act=fail)
     with pytest.raises(Replaced) as replaced:
-        job.run()
+        run_command(job)
     assert replaced.value.args == (sys.executable, [sys.executable, *sys.orig_argv[1:]])
     assert job.done[-1] == "work"
     assert job.folder.driver_lock.read_text() == "", "the new process would take over a lock"
@@ -231,14 +241,14 @@ def test_command_starts_again_if_its_own_ray_dies(new_job, dead_ray, capsys):
 def test_command_starts_again_three_times_without_a_new_step(new_job, dead_ray, monkeypatch):
     for _ in range(3):
         with pytest.raises(Replaced):
-            new_job(act=fail).run()
+            run_command(new_job(act=fail))
     monkeypatch.setattr(SmallJob, "steps_stored", lambda self: 41)
     for _ in range(3):
         with pytest.raises(Replaced):
-            new_job(act=fail).run()
+            run_command(new_job(act=fail))
     job = new_job(act=fail)
     with pytest.raises(Replaced, match="^1$"):
-        job.run()
+        run_command(job)
     assert job.done[-3:] == ["summarize failed", "tell the server FAILED", "show"]
 
 
@@ -246,11 +256,35 @@ def test_dead_cluster_that_was_joined_gives_status_75(new_job, dead_ray, monkeyp
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     job = new_job(act=fail)
     with pytest.raises(Replaced, match="^75$"):
-        job.run()
+        run_command(job)
     assert job.folder.driver_lock.read_text() == ""
     assert job.done[-2:] == ["tell the server KILLED", "show"]
     message = "Ray's process raylet has died; run the same command again\n"
     assert capsys.readouterr().err == message
+
+
+def wait_for_dead_ray():
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("wait", [fail, wait_for_dead_ray])
+def test_ray_that_dies_while_tokens_are_prepared(new_job, dead_ray, monkeypatch, capsys, wait):
+    job = new_job()
+    job.prepare = wait
+    for _ in range(3):
+        with pytest.raises(Replaced, match="python"):
+            run_command(job)
+    assert capsys.readouterr().err == 3 * "Ray's process raylet has died; starting Ray again\n"
+    with pytest.raises(Replaced, match="^1$"):
+        run_command(job)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    with pytest.raises(Replaced, match="^75$"):
+        run_command(job)
+    assert capsys.readouterr().err == (
+        "error: Ray's process raylet has died, also after 3 new starts of Ray\n"
+        "error: Ray's process raylet has died; run the same command again\n"
+    )
+    assert not job.folder.path.exists()
 
 
 def test_recorded_ending_counts_more_than_a_dead_ray(new_job, dead_ray):

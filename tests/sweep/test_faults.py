@@ -3,13 +3,15 @@
 import contextlib
 import errno
 import json
+import os
 import re
 import shutil
 
 import pytest
 
-from orchestrator.errors import UserError
+from orchestrator.errors import NOT_WRITABLE, UserError
 from orchestrator.runs import events
+from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep.outcome import ending_of
 from orchestrator.sweep.report.comparison import table
@@ -21,6 +23,7 @@ from orchestrator.workers.diagnose import advise, diagnose
 from orchestrator.workers.ray_train import PATIENCE, record_failure
 from tests.helpers.datasets import change_in_place
 from tests.helpers.fixtures import Killed
+from tests.helpers.read_only import make_read_only
 
 TRIAL = "sweep.trials.only.train.max_steps=10"
 TWO = ["sweep.trials.a.train.max_steps=10", "sweep.trials.b={schedule.max_lr: 1e-3}"]
@@ -129,15 +132,36 @@ def test_after_a_full_disk_nothing_begins_and_with_room_the_sweep_goes_on(sweeps
         assert sweeps.outcome(again.folder.trial(name)) == sweeps.alone(again, name)
 
 
-def test_full_disk_of_the_driver_ends_the_sweep_before_the_next_stage(sweeps, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_full_disk_of_the_driver_ends_the_sweep_before_the_next_stage(sweeps, monkeypatch, number):
     study = sweeps.open(*TWO)
 
     def full(folder) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(RunFolder, "reserve", full)
     assert sweeps.run(study) == []
-    assert ending_of(study, 1).exit_status == 2
+    ending = ending_of(study, 1)
+    what, advice = NOT_WRITABLE[number]
+    assert ending.exit_status == 2
+    assert ending.reason.startswith(f"{what}: ") and advice in ending.reason
+    assert study.reason("a") == f"not begun: {what}"
+
+
+def test_sweep_ends_if_its_file_system_becomes_read_only_and_goes_on_later(sweeps, monkeypatch):
+    study = sweeps.open(*TWO)
+
+    def fail(stage) -> None:
+        make_read_only(monkeypatch, study.folder.path)
+
+    with pytest.raises(OSError, match="Read-only file system"):  # Tune's loop ends with it
+        sweeps.run(study, fail=fail)
+    SweepFiles(study).finish(Ending("user"), 1.0)
+    monkeypatch.undo()
+    again = sweeps.open(*TWO)
+    sweeps.run(again)
+    for name in again.trials:
+        assert sweeps.outcome(again.folder.trial(name)) == sweeps.alone(again, name)
 
 
 def test_ending_is_recorded_on_a_full_disk_and_its_reserve_is_removed(sweeps, monkeypatch):

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 from orchestrator.cost.timing import Estimate
-from orchestrator.errors import NO_ROOM
+from orchestrator.errors import NOT_WRITABLE
 from orchestrator.files import write_atomically, write_json
 from orchestrator.folders import make_folder
 from orchestrator.runs import journal
@@ -91,7 +91,7 @@ class SweepFiles:
         for name in stage.trials:
             trial = self.study.trials.get(name)
             if trial and (len(stage.trials) <= FEW or self._is_over(trial)):
-                with _unless_disk_is_full(self.folder.trial(name)):
+                with _unless_not_writable(self.folder.trial(name)):
                     self._assemble(trial)
 
         self._append_metrics()
@@ -105,7 +105,7 @@ class SweepFiles:
             names = self.progress.tree.by_id[stage].trials if state == RUNNING else ()
             for name in names if len(names) <= FEW else ():
                 if name in self.study.trials:
-                    with _unless_disk_is_full(self.folder.trial(name)):
+                    with _unless_not_writable(self.folder.trial(name)):
                         self._assemble(self.study.trials[name])
 
     def _append_metrics(self) -> None:
@@ -141,14 +141,14 @@ class SweepFiles:
                 # The advice for a trial that ran out of memory came after its summary.
                 has_failed = self.progress.states.of_trial(trial.name) in (FAILED, BLOCKED)
                 if has_failed or not self._has_summary(trial):
-                    with _unless_disk_is_full(self.folder.trial(trial.name)):
+                    with _unless_not_writable(self.folder.trial(trial.name)):
                         self._assemble(trial)
         estimate: Estimate | None = self.estimate
         corrected = self.pace.correction.corrected_s
         if corrected is not None:
             estimate = {**(estimate or {}), "corrected_s": corrected}
         summary = summarize(self.study, ending, estimate, wall_s)
-        with _unless_disk_is_full(self.folder):
+        with _unless_not_writable(self.folder):
             write_json(self.folder.summary_file, summary)
             write_atomically(self.folder.comparison_file, comparison.csv_text(self.study.results()))
             if not quick:
@@ -278,12 +278,13 @@ class SweepFiles:
 
 
 @contextlib.contextmanager
-def _unless_disk_is_full(folder: RunFolder) -> Iterator[None]:
-    """Leave the files of a folder as they are if the disk is full; the next start writes them."""
+def _unless_not_writable(folder: RunFolder) -> Iterator[None]:
+    """Leave the files of a folder as they are if they cannot be written; the next start
+    writes them."""
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in NOT_WRITABLE:
             raise
         print(f"{folder.path}: not all files are written: {error.strerror}", file=sys.stderr)
 

@@ -223,16 +223,34 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def read_derived(path: Path) -> dict[str, Any] | None:
+def read_derived(path: Path, parse: Callable[[dict[str, Any]], T]) -> T | None:
     """Read a JSON object that can be made again; None if it is missing or damaged.
 
     A damaged file is reported once.
+
+    Args:
+        path: The file.
+        parse: Converts the object. An error of it means that the object is another one.
     """
     try:
-        return read_json(path)
-    except DamagedError:
+        content = read_json(path)
+        return None if content is None else parse(content)
+    except NotPlainFileError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError):  # DamagedError is a ValueError
         _report_damage(path)
         return None
+
+
+def having(*keys: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return a `parse` for `read_derived` that requires some keys."""
+
+    def parse(content: dict[str, Any]) -> dict[str, Any]:
+        for key in keys:
+            content[key]
+        return content
+
+    return parse
 
 
 @functools.cache

@@ -76,6 +76,11 @@ def check_writable(folder: Path, field: str) -> None:
     )
 
 
+def subfolders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, by name. Other files, such as .DS_Store, are skipped."""
+    return [path for path in sorted(folder.glob("*")) if path.is_dir()]
+
+
 def folder_bytes(folder: Path) -> int:
     """Return the size of all files in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

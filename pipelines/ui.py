@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from orchestrator.errors import UserError
-from orchestrator.files import read_derived
+from orchestrator.folders import subfolders
 from orchestrator.paths import expand_home
-from orchestrator.runs.storage import folders_of
+from orchestrator.runs.folder import RunFolder
+from orchestrator.track.outbox import Sent
 from orchestrator.track.server import UI_PORT, experiment_url, store_path
 from pipelines.common import Options, run_command
 
@@ -78,10 +79,10 @@ def links(storage: Path, port: int) -> list[str]:
     """
     server = f"http://127.0.0.1:{port}"
     names: dict[str, str] = {}
-    for folder in folders_of(storage):
-        state = read_derived(folder.tracking_file) or {}
-        if state.get("experiment_id") and state["uri"].startswith("sqlite"):
-            names[state["experiment_id"]] = state["experiment"]
+    for folder in subfolders(storage):
+        sent = Sent.read(RunFolder(folder))
+        if sent is not None and sent.experiment_id and sent.uri.startswith("sqlite"):
+            names[sent.experiment_id] = sent.experiment
     if not names:
         return [f"{server}/#/experiments?workflowType=machine_learning"]
     return [f"{name}: {experiment_url(server, number)}" for number, name in names.items()]

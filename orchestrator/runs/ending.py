@@ -87,11 +87,16 @@ class Ending:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "Ending":
-        """Read what `to_json` or an earlier version of this program wrote."""
+        """Read what `to_json` or an earlier version of this program wrote.
+
+        Raises:
+            LookupError: It is something else.
+        """
         kind: Kind = stored.get("kind") or _kind_before_endings(stored)
+        _REPORTS[kind]
         own = ("kind", "reason", "cause", "again", "user")
         facts = {key: value for key, value in stored.items() if key not in own}
-        return cls(kind, stored.get("reason"), facts, stored.get("cause"))
+        return cls(kind, stored["reason"], facts, stored.get("cause"))
 
 
 def _kind_before_endings(stored: Mapping[str, Any]) -> Kind:

@@ -17,6 +17,7 @@ from orchestrator.checkpoint import format as checkpoint_format
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.config.load import read_yaml
 from orchestrator.errors import NO_ROOM, NOT_WRITABLE, UserError
+from orchestrator.folders import subfolders
 from orchestrator.runs.ending import Ending
 
 RESERVE_BYTES = 128 * 1024  # enough for stopped.json with the tracebacks of all ranks
@@ -180,11 +181,12 @@ class RunFolder:
 
     def read_record(self) -> RunRecord | None:
         """Read run.json; None before the first attempt, or if it is damaged."""
-        return cast(RunRecord | None, files.read_derived(self.run_file))
+        record = files.read_derived(self.run_file, files.having("key", "attempts"))
+        return cast(RunRecord | None, record)
 
     def read_summary(self) -> dict[str, Any] | None:
         """Read summary.json; None if the run has not ended, or if it is damaged."""
-        return files.read_derived(self.summary_file)
+        return files.read_derived(self.summary_file, files.having("status", "wall_s"))
 
     def read_experiment(self) -> Experiment:
         """Read experiment.yaml.
@@ -211,9 +213,8 @@ class RunFolder:
     def read_ending(self) -> Ending | None:
         """Read how the run or stage ended; None if it is still training or was killed."""
         for file in (self.result_file, self.ending_file):
-            stored = files.read_derived(file)
-            if stored is not None:
-                return Ending.from_json(stored)
+            if ending := files.read_derived(file, Ending.from_json):
+                return ending
         return None
 
     def write_ending(self, ending: Ending) -> None:
@@ -280,7 +281,7 @@ class SweepFolder(RunFolder):
 
     def stages(self) -> list[RunFolder]:
         """Folders of all stages on disk."""
-        return [RunFolder(path) for path in sorted((self.path / "stages").glob("*"))]
+        return [RunFolder(path) for path in subfolders(self.path / "stages")]
 
     def trial(self, name: str) -> RunFolder:
         """Folder of a trial; it has the file names of a lone run."""
@@ -288,7 +289,7 @@ class SweepFolder(RunFolder):
 
     def trials(self) -> list[RunFolder]:
         """Folders of all trials on disk, in the order of their names."""
-        return [RunFolder(path) for path in sorted((self.path / "trials").glob("*"))]
+        return [RunFolder(path) for path in subfolders(self.path / "trials")]
 
     def figure_file(self, name: str) -> Path:
         """A figure, such as "tree"."""

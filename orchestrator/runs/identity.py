@@ -18,7 +18,7 @@ from orchestrator.config.experiment import Experiment, fields_with
 from orchestrator.config.fields import FREE, Effect
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.errors import UserError
-from orchestrator.files import read_derived
+from orchestrator.files import having, read_derived
 from orchestrator.runs import stop
 from orchestrator.runs.folder import RunFacts, RunFolder, RunRecord, SweepFolder
 from orchestrator.text import differences
@@ -224,7 +224,7 @@ def _starts_over(
 
 def new_record(folder: RunFolder) -> RunRecord:
     """Return a run.json without attempts, with the key by which MLflow may know the run."""
-    sent = read_derived(folder.tracking_file) or {}
+    sent = read_derived(folder.tracking_file, having("key")) or {}
     return RunRecord(key=sent.get("key") or uuid.uuid4().hex, attempts=[])
 
 

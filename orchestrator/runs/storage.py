@@ -66,8 +66,3 @@ def find_run(
         f"'{word}': there is no run at {' or '.join(str(folder.path) for folder in places)}; give "
         "the folder of a run, or its name in the storage ($ESPALIER_STORAGE)"
     )
-
-
-def folders_of(storage: Path) -> list[RunFolder]:
-    """Return the folders in a storage, in the order of their names. Not all of them are runs."""
-    return [RunFolder(path) for path in sorted(storage.glob("*")) if path.is_dir()]

@@ -1,6 +1,6 @@
 """The files of a stage: what it trains (stage.json), how it ended (result.json), and its curve."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,10 @@ class StageSpec:
 
 def read_spec(folder: RunFolder) -> StageSpec | None:
     """Read stage.json; None if the folder is not that of a stage, or the file is damaged."""
-    stored = read_derived(folder.stage_file)
-    if stored is None:
-        return None
-    parent = stored["parent"]
-    if parent is not None and parent.startswith("../"):
-        stored["parent"] = str(folder.path.parent / parent.removeprefix("../"))
-    return StageSpec(**stored)
+    spec = read_derived(folder.stage_file, lambda stored: StageSpec(**stored))
+    if spec is None or spec.parent is None or not spec.parent.startswith("../"):
+        return spec
+    return replace(spec, parent=str(folder.path.parent / spec.parent.removeprefix("../")))
 
 
 @dataclass(frozen=True)
@@ -116,11 +113,12 @@ class StageResult:
 
 def read_result(folder: RunFolder) -> StageResult | None:
     """Read result.json; None if the stage has not ended, or the file is damaged."""
-    stored = read_derived(folder.result_file)
-    if stored is None:
-        return None
-    stored.pop("kind", None)
-    return StageResult(**stored)
+
+    def parse(stored: dict[str, Any]) -> StageResult:
+        stored.pop("kind", None)
+        return StageResult(**stored)
+
+    return read_derived(folder.result_file, parse)
 
 
 def curve(folder: RunFolder, last_step: int | None = None) -> list[Line]:

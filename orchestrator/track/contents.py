@@ -53,9 +53,10 @@ def tags(folder: RunFolder, record: RunRecord, fixed: dict[str, str]) -> dict[st
     for kind, count in Counter(event["kind"] for event in events.read(folder)).items():
         found[f"events.{NOT_IN_TAGS.sub('-', kind)}"] = count
     for report in replay_reports(folder)[-1:]:
-        last = files.read_derived(report) or {}
-        found["replay.equal"] = last.get("equal")
-        found["replay.verdict"] = redact_text(str(last.get("verdict")))
+        last = files.read_derived(report, files.having("equal", "verdict"))
+        if last is not None:
+            found["replay.equal"] = last["equal"]
+            found["replay.verdict"] = redact_text(str(last["verdict"]))
     return {name: as_text(value)[:TAG_LENGTH] for name, value in found.items()}
 
 

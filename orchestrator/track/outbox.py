@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from orchestrator import files
 from orchestrator.runs import journal
@@ -68,13 +68,14 @@ class Sent:
 
     @classmethod
     def read(cls, folder: RunFolder) -> "Sent | None":
-        """Read tracking.json; None if it is missing or was damaged by a power failure."""
-        stored = files.read_derived(folder.tracking_file)
-        if stored is None:
-            return None
+        """Read tracking.json; None if it is missing or damaged."""
+        return files.read_derived(folder.tracking_file, cls._parse)
+
+    @classmethod
+    def _parse(cls, stored: dict[str, Any]) -> "Sent":
         sent = cls(**stored)
         for name, known in stored.get("checkpoints", {}).items():
-            sent.checkpoints[name] = SentCheckpoint(known["model_id"], known["sha256"])
+            sent.checkpoints[name] = SentCheckpoint(**known)
         return sent
 
     def without_values(self) -> "Sent":

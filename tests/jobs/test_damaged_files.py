@@ -1,4 +1,4 @@
-"""Every file of a run's and a sweep's folder is cut, emptied, zeroed or doubled, one at a time.
+"""Every file of a run's and a sweep's folder is damaged in several ways, one at a time.
 
 The next start then gives the same weights, curves and points in MLflow. Journals and checkpoints
 have tests of their own.
@@ -27,6 +27,7 @@ DAMAGES = {
     "emptied": lambda content: b"",
     "zeroed": lambda content: bytes(len(content)),
     "doubled": lambda content: content * 2,
+    "foreign": lambda content: b'{"a": 1}\n',
 }
 GRID = ["sweep.grid={schedule.max_lr: [0.01, 0.02], train.max_steps: [12, 16]}"]
 
@@ -108,6 +109,18 @@ def sweep(tiny_dataset, tmp_path_factory):
     study = sweeps.open(*GRID)
     sweeps.run(study)
     return sweeps.folder, sweep_outcome(study)
+
+
+def test_other_files_in_the_folder_of_a_sweep_are_skipped(sweep, tiny_dataset, tmp_path):
+    golden, result = sweep
+    shutil.copytree(golden, tmp_path / "storage", symlinks=True)
+    for folder in ("trials", "stages"):
+        (tmp_path / "storage" / "sweep" / folder / ".DS_Store").write_bytes(b"x")
+        (tmp_path / "storage" / "sweep" / folder / "notes").mkdir()
+    sweeps = Sweeps(tiny_dataset, tmp_path / "storage", {})
+    study = sweeps.open(*GRID)
+    sweeps.run(study)
+    assert sweep_outcome(study) == result
 
 
 @given(st.data())

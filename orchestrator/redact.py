@@ -17,7 +17,7 @@ _SECRET = (
     r"|(?:access|auth|private)[_-]?(?:key|token)"
 )
 # Names of variables and of parameters of an address
-_SECRET_NAME = re.compile(rf"{_SECRET}|(?<![a-z])(?:key|token)$", re.IGNORECASE)
+_SECRET_NAME = re.compile(rf"{_SECRET}|(?<![a-z])(?:key|token|sig|signature)$", re.IGNORECASE)
 
 # Private keys; tokens of Hugging Face, GitHub, GitLab, OpenAI, Slack, Databricks and AWS; JSON web
 # tokens; bearer tokens.

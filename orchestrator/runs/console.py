@@ -4,6 +4,7 @@ The console reads the files of the run folder, so it prints what was recorded. A
 recorded there, so the console checks for it itself.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -68,7 +69,8 @@ class Console:
             done = self._done.wait(self.interval_s)
             self._print_if_disk_is_full()
             self._print_events()
-            self._print_lines()
+            with contextlib.suppress(OSError):  # the file system does not answer at the moment
+                self._print_lines()
 
     def _print_lines(self) -> None:
         for line in self._tail.poll():

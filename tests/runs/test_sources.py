@@ -93,6 +93,8 @@ def test_numbers_and_texts_of_fields_stay():
         ("AKIAABCDEFGHIJKLMNOP", REDACTED),
         ("https://host/x.txt?token=abc123&v=1#a", f"https://host/x.txt?token={REDACTED}&v=1#a"),
         ("s3://b/x?region=eu&token=abc123", f"s3://b/x?region=eu&token={REDACTED}"),
+        ("https://host/x?sv=2&sig=abc&se=3", f"https://host/x?sv=2&sig={REDACTED}&se=3"),
+        ("https://host/x?X-Amz-Signature=abc", f"https://host/x?X-Amz-Signature={REDACTED}"),
         ("Authorization: Bearer abcdef0123456789", f"Authorization: Bearer {REDACTED}"),
         ("-----BEGIN RSA PRIVATE KEY-----\nMII\n-----END RSA PRIVATE KEY-----", REDACTED),
         ("api_key: 'very secret'\nmax_lr: 0.1", f"api_key: {REDACTED}\nmax_lr: 0.1"),

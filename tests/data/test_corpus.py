@@ -1,9 +1,11 @@
 """The files of a corpus: their names, order and downloads."""
 
 import base64
+import errno
 import gzip
 import hashlib
 import http.server
+import itertools
 import os
 import pwd
 import tempfile
@@ -145,10 +147,30 @@ def test_patterns_find_the_files_that_python_finds(folder):
         "**/.hidden/*.txt",
         ".hidden/**/*.txt",
         "**/[a-b].txt",
+        "*/*.md",
+        ".*/*.txt",
+        "*/deep/x.*",
+        "[s]ub/*/x.txt",
+        "*/.hidden/*",
     ):
         expected = glob.glob(str(folder / pattern), recursive=True)
         files = sorted({Path(path) for path in expected if os.path.isfile(path)})
         assert [s.path for s in resolve(str(folder / pattern))] == files, pattern
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.txt", "*/*.txt", "*/deep/*.txt"])
+def test_folder_that_cannot_be_read_is_refused(folder, pattern, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):  # the tests may run as root, for whom all folders can be read
+        if str(path).endswith("sub/deep" if "deep" in pattern else "sub"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    (folder / "sub" / "deep").mkdir()
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"sub.* cannot be read \(Permission denied\)"):
+        resolve(f"{folder}/{pattern}")
 
 
 # ---- kinds of files ----
@@ -204,8 +226,16 @@ def test_kind_of_a_file(tmp_path, name, content, kind):
             resolve(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("text", ["some text of the usual kind\n", "немного текста,\n"])
-@pytest.mark.parametrize("coding", ["utf-16-le", "utf-16-be", "utf-16", "utf-32-le"])
+@pytest.mark.parametrize(
+    ("text", "coding"),
+    [
+        *itertools.product(
+            ["some text of the usual kind\n", "немного текста,\n"],
+            ["utf-16-le", "utf-16-be", "utf-16", "utf-32-le"],
+        ),
+        ("一些文字", "utf-16"),
+    ],
+)
 @pytest.mark.parametrize("name", ["d.txt", "d.md", "d"])
 def test_utf16_is_refused(tmp_path, name, coding, text):
     (tmp_path / name).write_text(text * 9, coding)

@@ -71,9 +71,7 @@ _DOCUMENT = Kind(
     "`jq -c '.[]' FILE > FILE.jsonl`",
 )
 _UTF16 = Kind(
-    TEXT,
-    "looks like UTF-16 or UTF-32 (every second byte is a control character); convert it, for "
-    "example with `iconv -f UTF-16LE -t UTF-8`",
+    TEXT, "looks like UTF-16 or UTF-32; convert it, for example with `iconv -f UTF-16LE -t UTF-8`"
 )
 _BINARY = Kind(
     "binary", "is a binary file and not text; convert it to JSON lines or Parquet, or leave it out"
@@ -174,6 +172,8 @@ def _kind_of_json(head: bytes, is_json: bool) -> Kind | None:
 
 
 def _kind_of_text(head: bytes, suffix: str) -> Kind:
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # its byte order mark
+        return _UTF16
     if b"\0" in head and len(head) >= 32:
         sides = [head[side::2].translate(None, _CONTROL) for side in (0, 1)]
         shares = sorted(1 - 2 * len(side) / len(head) for side in sides)  # of control characters

@@ -42,13 +42,12 @@ def expand(base: Path, pattern: list[str], left_out: LeftOut) -> list[Path]:
         UserError: A folder cannot be read, or a link leads nowhere.
     """
     if "**" not in pattern and pattern:
-        return _once(base, glob.glob(os.path.join(glob.escape(str(base)), *pattern)), left_out)
+        return _once(base, _glob(base, pattern), left_out)
     start = pattern.index("**") if pattern else 0
-    folders = glob.glob(os.path.join(glob.escape(str(base)), *pattern[:start]))
     rest = pattern[start:] or ["**"]
     hidden = any(part.startswith(".") for part in rest)
     found: list[str] = []
-    for folder in map(Path, sorted(folders)):
+    for folder in map(Path, sorted(_glob(base, pattern[:start]))):
         if identity(folder) and folder.is_dir():
             paths = _files_below(folder, hidden, left_out)
             if rest != ["**"]:
@@ -56,6 +55,32 @@ def expand(base: Path, pattern: list[str], left_out: LeftOut) -> list[Path]:
                 paths = [path for path, name in names if _matches(name.split("/"), rest)]
             found += paths
     return _once(base, found, left_out)
+
+
+def _glob(base: Path, pattern: Sequence[str]) -> list[str]:
+    """Return the paths that match a pattern without `**`, in any order.
+
+    Python's `glob` passes over folders that cannot be read.
+    """
+    paths = [str(base)]
+    for part in pattern:
+        if glob.has_magic(part):
+            children = [child for path in paths for child in _children(path)]
+            paths = [child.path for child in children if _matches([child.name], [part])]
+        else:
+            paths = list(filter(os.path.lexists, (os.path.join(path, part) for path in paths)))
+    return paths
+
+
+def _children(folder: str | Path) -> list[os.DirEntry[str]]:
+    """Return what is in a folder, by name; nothing if it is a file."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda child: child.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"data.corpus: {folder} cannot be read ({error.strerror})") from None
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
@@ -90,12 +115,7 @@ def _files_below(base: Path, hidden: bool, left_out: LeftOut) -> list[str]:
         if key in entered:
             continue
         entered.add(key)
-        try:
-            with os.scandir(folder) as entries:
-                children = sorted(entries, key=lambda child: child.name)
-        except OSError as error:
-            raise UserError(f"data.corpus: {folder} cannot be read ({error.strerror})") from None
-        for child in children:
+        for child in _children(folder):
             if not hidden and not _is_visible(child.name):
                 left_out["hidden"].append(child.name)
             elif child.is_dir(follow_symlinks=False):

@@ -168,9 +168,15 @@ def _join(settings: dict[str, Any]) -> None:
     import ray
 
     address = os.environ["RAY_ADDRESS"]
-    _probe(address)
     try:
-        ray.init(**settings)
+        if address == "auto":
+            address = private.running_head()
+        _probe(address)
+        # If the head dies, this process would print an error each second until we end it.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        ray.init(address=address, **settings)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"RAY_ADDRESS: cannot join the cluster at {address} ({_first_line(error)}); correct "
@@ -187,7 +193,7 @@ def _probe(address: str) -> None:
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        return  # such as auto
+        return
     try:
         socket.create_connection((host, int(port)), timeout=PROBE_S).close()
     except (OSError, OverflowError) as error:
@@ -195,24 +201,26 @@ def _probe(address: str) -> None:
             f"RAY_ADDRESS: no cluster answers at {address} ({error}); start one, or unset "
             "RAY_ADDRESS to use this machine alone"
         ) from None
-    if "RAY_AUTH_MODE" in os.environ or not _wants_token(address):
-        return
     # `ray start` uses a token that it finds; a client of $RAY_ADDRESS does not.
-    if not private.use_token_if_there():
+    if _refuses(address) and (not private.use_token_if_there() or _refuses(address)):
         raise UserError(
-            f"RAY_ADDRESS: the cluster at {address} wants a token; set RAY_AUTH_MODE=token, and "
-            "copy the head's ~/.ray/auth_token or set RAY_AUTH_TOKEN"
+            f"RAY_ADDRESS: the cluster at {address} wants a token, which is missing or wrong; set "
+            "RAY_AUTH_MODE=token, and copy the head's ~/.ray/auth_token or set RAY_AUTH_TOKEN"
         )
 
 
-def _wants_token(address: str) -> bool:
-    """Return whether a head refuses calls without a token."""
+def _refuses(address: str) -> bool:
+    """Return whether a head refuses a call with our token, or without one if we have none.
+
+    Ray would try for half a minute, with a warning each second.
+    """
     import grpc  # type: ignore[import-untyped]
 
     options = [("grpc.enable_http_proxy", 0)]
     with grpc.insecure_channel(address, options) as channel:
         try:
-            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")(b"", timeout=PROBE_S)
+            call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")
+            call(b"", timeout=PROBE_S, metadata=private.token_metadata())
         except grpc.RpcError as error:
             return error.code() is grpc.StatusCode.UNAUTHENTICATED
     return False

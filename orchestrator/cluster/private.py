@@ -89,6 +89,24 @@ def use_token_if_there() -> bool:
     return setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
+def token_metadata() -> tuple[tuple[str, str], ...]:
+    """Return what Ray adds to a call: the token; empty without token authentication."""
+    from ray._private.authentication import grpc_authentication_client_interceptor as client
+
+    return client._get_authentication_metadata_tuple()
+
+
+def running_head() -> str:
+    """Return the address of the cluster that RAY_ADDRESS=auto means.
+
+    Raises:
+        ConnectionError: None runs on this machine.
+    """
+    from ray._private import services
+
+    return services.canonicalize_bootstrap_address_or_die("auto")
+
+
 def oom_causes() -> dict[tuple[str, int], str]:
     """Return Ray's message for each actor that its memory monitor killed.
 

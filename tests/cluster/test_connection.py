@@ -33,7 +33,11 @@ def init(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(connection.atexit, "register", lambda function: None)
     monkeypatch.setattr(connection, "_note_head", lambda: None)
-    for name in ("RAY_ADDRESS", "RAY_TMPDIR", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+    monkeypatch.setattr(private, "running_head", lambda: "nowhere")
+    for name in (
+        *("RAY_ADDRESS", "RAY_TMPDIR", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"),
+        "RAY_BACKEND_LOG_LEVEL",
+    ):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return calls
@@ -143,26 +147,56 @@ def test_limits_that_are_too_low_for_ray_are_named(init, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("has_token", [True, False])
-def test_token_is_used_if_the_head_wants_one(init, monkeypatch, has_token):
-    def refuse(request, context):
-        context.abort(grpc.StatusCode.UNAUTHENTICATED, "no token")
+@pytest.fixture
+def head():
+    """A head that wants the token `right`. Returns its address."""
 
-    method = grpc.unary_unary_rpc_method_handler(refuse)
+    def answer(request, context):
+        if ("authorization", "Bearer right") not in context.invocation_metadata():
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "no token")
+        return b""
+
+    method = grpc.unary_unary_rpc_method_handler(answer)
     handler = grpc.method_handlers_generic_handler(
         "ray.rpc.NodeInfoGcsService", {"GetAllNodeInfo": method}
     )
-    head = grpc.server(ThreadPoolExecutor(1), handlers=[handler])
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{head.add_insecure_port('127.0.0.1:0')}")
-    monkeypatch.delenv("RAY_AUTH_MODE")
-    monkeypatch.setattr(private, "use_token_if_there", lambda: has_token)
-    head.start()
-    try:
-        if has_token:
-            connection.connect()
-            assert len(init) == 1
-        else:
-            with pytest.raises(UserError, match="wants a token; set RAY_AUTH_MODE=token"):
-                connection.connect()
-    finally:
-        head.stop(0)
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[handler])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(0)
+
+
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1"])
+@pytest.mark.parametrize(
+    ("given", "found", "joins"),
+    [
+        ("right", None, True),
+        ("wrong", None, False),
+        (None, "right", True),
+        (None, "wrong", False),
+        (None, None, False),
+    ],
+)
+def test_token_is_used_if_the_head_wants_one(init, head, monkeypatch, address, given, found, joins):
+    tokens = [given] if given else []
+
+    def use_token_if_there():
+        tokens.extend([found] if found and not tokens else [])
+        return bool(tokens)
+
+    def metadata():
+        return tuple(("authorization", f"Bearer {token}") for token in tokens)
+
+    monkeypatch.setattr(private, "running_head", lambda: head)
+    monkeypatch.setattr(private, "use_token_if_there", use_token_if_there)
+    monkeypatch.setattr(private, "token_metadata", metadata)
+    monkeypatch.setenv("RAY_ADDRESS", "auto" if address == "auto" else head)
+    if joins:
+        connection.connect()
+        [(_, settings)] = init
+        assert settings["address"] == head
+        return
+    with pytest.raises(UserError, match="wants a token.* set RAY_AUTH_MODE=token"):
+        connection.connect()
+    assert init == []

@@ -69,6 +69,15 @@ def test_own_ray_without_processes_is_not_dead(ray_cluster):
     assert private.dead_process() is None, "this process has joined a cluster"
 
 
+def test_running_head_and_its_token_are_found(ray_head, ray_cluster, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", ray_head.env["RAY_ADDRESS"])
+    port = ray_head.env["RAY_ADDRESS"].rpartition(":")[2]
+    assert private.running_head().endswith(f":{port}")
+    token = os.environ["RAY_AUTH_TOKEN"]
+    assert private.token_metadata() == (("authorization", f"Bearer {token}"),)
+    assert not connection._refuses(ray_head.env["RAY_ADDRESS"])
+
+
 def test_causes_of_death_are_read_from_the_table_of_actors(ray_cluster):
     import ray
 

@@ -1,12 +1,14 @@
-"""Kills workers of Ray again and again: `python -m tests.faults.ray_kills -n 10`.
+"""Kills processes of a run on a real Ray: `python -m tests.faults.ray_kills -n 10`.
 
-Starts `pipelines/train.py` with two workers and its own Ray. Kills a rank by SIGKILL, waits for the
-next step, and repeats this. At the end, SIGTERM stops the driver. Then the weights, the optimizer
-moments and the logged losses are compared with those of the same steps in one process.
+Starts `pipelines/train.py` with two workers and its own Ray. Draws a fault of `FAULTS`, waits for
+the next step, and repeats this. If the driver ends, the same command is started again. At the end,
+SIGTERM stops the driver. Then the weights, the optimizer moments and the logged losses are compared
+with those of the same steps in one process.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -20,6 +22,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import EXIT_AGAIN
@@ -55,15 +59,27 @@ SMALL = [
 ]
 EXPERIMENT = REPO / "configs" / "quickstart.yaml"
 WAIT_S = 120
+STOP_S = 5.0
+FAULTS = {
+    "rank": "SIGKILL of a worker",
+    "controller": "SIGKILL of Ray Train's controller",
+    "gcs_server": "SIGKILL of the GCS",
+    "raylet": "SIGKILL of the raylet",
+    "stopped gcs_server": f"SIGSTOP of the GCS for {STOP_S:.0f} s",
+    "stopped raylet": f"SIGSTOP of the raylet for {STOP_S:.0f} s",
+    "driver": "SIGKILL of the driver",
+    "SIGTERM": "SIGTERM to the driver",
+}
 BEGIN = "<!-- ray: written by `python -m tests.faults.ray_kills --write` -->"
 END = "<!-- end of ray -->"
 
 
 @dataclass
 class Recovery:
-    """Times after a kill, in seconds.
+    """Times after a fault, in seconds.
 
     Attributes:
+        fault: Its kind.
         process: Until the process of the new rank 0 started.
         attempt: Until that process began its attempt.
         step: Until its first step was done.
@@ -71,6 +87,7 @@ class Recovery:
             on other programs of the machine.
     """
 
+    fault: str
     process: float
     attempt: float
     step: float
@@ -83,12 +100,16 @@ class Driver:
     def __init__(self, storage: Path, data_dir: Path, corpus: Path) -> None:
         self.folder = RunFolder(storage / "small")
         words = [f"storage={storage}", f"data.dir={data_dir}", f"data.corpus={corpus}", *SMALL]
+        self.log = open(storage / "driver.log", "w+")  # noqa: SIM115 - the process writes to it
+        train = REPO / "pipelines" / "train.py"
+        self.command = [sys.executable, str(train), str(EXPERIMENT), *words]
+        self.begin()
+
+    def begin(self) -> None:
         env = dict(os.environ)
         for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "ESPALIER_STORAGE"):
             env.pop(name, None)
-        self.log = open(storage / "driver.log", "w+")  # noqa: SIM115 - the process writes to it
-        command = [sys.executable, str(REPO / "pipelines" / "train.py"), str(EXPERIMENT), *words]
-        self.process = subprocess.Popen(command, env=env, stdout=self.log, stderr=self.log)
+        self.process = subprocess.Popen(self.command, env=env, stdout=self.log, stderr=self.log)
 
     def wait(self, condition: Callable[[], bool]) -> None:
         """Wait until the condition is true."""
@@ -112,16 +133,46 @@ class Driver:
     def last_checkpoint(self) -> int:
         return max(self.folder.checkpoint_steps(), default=0)
 
-    def kill(self, rank: int) -> Recovery:
-        """Kill a rank some steps after a new checkpoint, and wait for the next step."""
+    def pid_of(self, name: str) -> int:
+        """Return the process of a rank that is drawn, or of Ray."""
+        if name == "rank":
+            return random.choice([mark.pid for mark in marks.read(self.folder)])
+        word = "ray::TrainController" if name == "controller" else f"/{name} "
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if word in f"{' '.join(process.cmdline())[:200]} ":
+                return process.pid
+        raise AssertionError(f"no process {name}")
+
+    def cause(self, fault: str) -> None:
+        """Cause a fault. Start the driver again if it ended."""
+        if fault == "SIGTERM":
+            self.stop()
+            self.begin()
+        elif fault == "driver":
+            self.process.kill()
+            self.process.wait()
+            self.begin()
+        elif fault.startswith("stopped "):
+            pid = self.pid_of(fault.removeprefix("stopped "))
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(STOP_S)
+            os.kill(pid, signal.SIGCONT)
+        else:
+            os.kill(self.pid_of(fault), signal.SIGKILL)
+
+    def recover(self, fault: str) -> Recovery:
+        """Cause a fault some steps after a new checkpoint, and wait for the next step."""
         saved = self.last_checkpoint()
         self.wait(lambda: self.last_checkpoint() > saved)
         time.sleep(random.random())
         attempts = self.attempts()
-        pid_of = {mark.rank: mark.pid for mark in marks.read(self.folder)}
         killed_at = time.time()
         killed_since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
-        os.kill(pid_of[rank], signal.SIGKILL)
+        self.cause(fault)
+        if fault.startswith("stopped "):
+            step = self.last_line()["step"]
+            self.wait(lambda: self.last_line()["step"] > step)
+            return Recovery(fault, 0.0, 0.0, time.time() - killed_at, 0.0)
         self.wait(lambda: self.attempts() > attempts)
         begun_at = time.time()
         attempt = json.loads(self.folder.attempts_file.read_text().splitlines()[-1])
@@ -131,7 +182,7 @@ class Driver:
         written = [line["timestamp"] / 1000 for line in journal.read(self.folder)]
         first_step = next(at for at in written if at > begun_at)
         return Recovery(
-            max(0.0, started), begun_at - killed_at, first_step - killed_at, user + system
+            fault, max(0.0, started), begun_at - killed_at, first_step - killed_at, user + system
         )
 
     def stop(self) -> int:
@@ -171,26 +222,35 @@ def _curve(folder: RunFolder, before: int) -> list[dict[str, Any]]:
     return [exact_part(line) for line in lines if line["step"] < before]
 
 
-def table(kills: list[Recovery], step: int, found: list[str]) -> str:
+def table(faults: list[Recovery], step: int, found: list[str]) -> str:
     """Return the results as Markdown."""
+    kills = [fault for fault in faults if fault.fault == "rank"]
     rows = {
-        "until Ray has noticed it and started a new rank 0": [k.process for k in kills],
-        "until the new rank 0 has imported its modules and joined the group": [
+        title: [fault.step for fault in faults if fault.fault == name]
+        for name, title in FAULTS.items()
+    }
+    rows |= {
+        "of these, after SIGKILL of a worker: until a new rank 0 was started": [
+            k.process for k in kills
+        ],
+        "until it has imported its modules and joined the group": [
             k.attempt - k.process for k in kills
         ],
         "until it has read the checkpoint and made a step": [k.step - k.attempt for k in kills],
-        "**from the kill to the next step**": [k.step for k in kills],
         "processor time of the new rank 0 until then": [k.processor for k in kills],
     }
     verdict = "no difference from" if not found else f"**{found} differ** from"
     lines = [
-        f"{datetime.now(UTC):%Y-%m-%d}: {len(kills)} times SIGKILL of a worker in one run of "
+        f"{datetime.now(UTC):%Y-%m-%d}: {len(faults)} faults in one run of "
         f"{step:,} steps on 2 workers, {verdict} the same steps in one process; "
         f"{os.cpu_count()} shared cores, average load in 5 minutes {os.getloadavg()[1]:.0f}.",
         "",
-        "| under Ray | median s | p95 s |",
-        "|---|--:|--:|",
-        *(f"| {title} | {' | '.join(quantiles(times))} |" for title, times in rows.items()),
+        "| under Ray, from the fault to the next step | faults | median s | p95 s |",
+        "|---|--:|--:|--:|",
+        *(
+            f"| {title} | {len(times)} | {' | '.join(quantiles(times))} |"
+            for title, times in rows.items()
+        ),
     ]
     return "\n".join(lines)
 
@@ -199,7 +259,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-n", type=int, default=10, help="kills")
+    parser.add_argument("-n", type=int, default=10, help="faults")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="or stop after this time")
+    parser.add_argument("--only", nargs="+", choices=FAULTS, default=tuple(FAULTS))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--write", action="store_true", help="put the table into docs/RELIABILITY.md"
@@ -209,17 +271,22 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="faults-ray-"))
     data_dir = make_source(folder) / "tokens"
     driver = Driver(folder, data_dir, folder / "corpus.txt")
-    kills = []
+    begun = time.monotonic()
+    faults: list[Recovery] = []
     try:
         driver.wait(lambda: driver.last_line()["step"] > 0)
-        for _ in range(args.n):
-            kills.append(driver.kill(random.randrange(2)))
-            print(kills[-1], flush=True)
+        while len(faults) < args.n and time.monotonic() - begun < 60 * args.minutes:
+            # Each kind comes once before one comes twice.
+            fault = args.only[len(faults) % len(args.only)]
+            faults.append(driver.recover(fault))
+            print(faults[-1], flush=True)
         step = driver.stop()
     finally:
         driver.process.kill()
     found = differences(driver.folder, data_dir, RunFolder(folder / "golden"), step)
-    text = table(kills, step, found)
+    if "Traceback" in Path(driver.log.name).read_text():
+        found.append("a traceback")
+    text = table(faults, step, found)
     print(text)
     if args.write:
         write_table(text, BEGIN, END)

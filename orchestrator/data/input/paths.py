@@ -77,7 +77,7 @@ def _children(folder: str | Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda child: child.name)
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
         return []
     except OSError as error:
         raise UserError(f"data.corpus: {folder} cannot be read ({error.strerror})") from None

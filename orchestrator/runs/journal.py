@@ -10,8 +10,6 @@ A resumed run moves the lines after its checkpoint into an aside, metrics.aside-
 """
 
 import contextlib
-import errno
-import json
 import os
 import re
 import time
@@ -20,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from orchestrator import files
+from orchestrator import files, lines
 from orchestrator.errors import NO_ROOM, NoRoomError
 from orchestrator.files import fsync, write_atomically
 from orchestrator.runs import events
@@ -89,13 +87,7 @@ class Journal:
         Raises:
             OSError: For example, the disk is full. The journal has not changed.
         """
-        data = _encode(line)
-        with open(self.file, "ab", buffering=0, opener=files.opener) as file:
-            start = file.seek(0, os.SEEK_END)
-            if file.write(data) != len(data):
-                # On a full disk, a part of the line was written. Remove it before the next line.
-                file.truncate(start)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.file))
+        lines.append(self.file, line)
 
     def rewind(self, step: int, reduce: Callable[[Line], Line | None] | None = None) -> int:
         """Move every line after `step` into an aside, and drop an incomplete last line.
@@ -110,7 +102,7 @@ class Journal:
         """
         remaining: list[bytes] = []
         archived: list[bytes] = []
-        for data in whole_lines(self.file):
+        for data in lines.read(self.file):
             line = parse(data)
             if line is None:  # no line of a step that remains: see `journal_copy`
                 continue
@@ -120,7 +112,7 @@ class Journal:
             else:
                 archived.append(data + b"\n")
                 if kept is not None:
-                    remaining.append(_encode(kept))
+                    remaining.append(lines.encode(kept))
         if archived:
             # The name has the first step that is trained again. The lines do not tell it: if the
             # intervals change, the resumed run logs other steps.
@@ -156,12 +148,12 @@ def _kept_part(line: Line, step: int, reduce: Callable[[Line], Line | None] | No
 
 def read(folder: RunFolder) -> list[Line]:
     """Return all lines in order, without those in asides. Damaged ones are skipped."""
-    return _parsed(whole_lines(folder.journal_file))
+    return _parsed(lines.read(folder.journal_file))
 
 
 def read_text(folder: RunFolder) -> str:
     """Return the whole lines of the journal as one text."""
-    return b"".join(line + b"\n" for line in whole_lines(folder.journal_file)).decode()
+    return b"".join(line + b"\n" for line in lines.read(folder.journal_file)).decode()
 
 
 def last(folder: RunFolder) -> Line | None:
@@ -169,10 +161,10 @@ def last(folder: RunFolder) -> Line | None:
     try:
         with open(folder.journal_file, "rb", opener=files.opener) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            lines = file.read().split(b"\n")[:-1]
+            found = file.read().split(b"\n")[:-1]
     except FileNotFoundError:
         return None
-    return parse(lines[-1]) if lines else None
+    return parse(found[-1]) if found else None
 
 
 def sync(folder: RunFolder) -> None:
@@ -244,7 +236,7 @@ class Aside:
 
     def read(self) -> list[Line]:
         """Return the lines in the order of the former journal."""
-        return _parsed(whole_lines(self.path))
+        return _parsed(lines.read(self.path))
 
 
 def asides(folder: RunFolder) -> list[Aside]:
@@ -263,30 +255,10 @@ def generation(folder: RunFolder) -> int:
     return found[-1].number + 1 if found else 0
 
 
-def _encode(line: Line) -> bytes:
-    return json.dumps(line).encode() + b"\n"
-
-
 def parse(data: bytes) -> Line | None:
     """Return a line of the journal; None if it is damaged."""
-    try:
-        line = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(line, dict):
-        return None
-    is_whole = all(type(line.get(name)) is int for name in ("step", "timestamp"))
-    return line if is_whole else None
+    return lines.parse(data, step=int, timestamp=int)
 
 
-def _parsed(lines: list[bytes]) -> list[Line]:
-    return [line for line in map(parse, lines) if line is not None]
-
-
-def whole_lines(path: Path) -> list[bytes]:
-    """Return the complete lines, without their newlines."""
-    try:
-        data = files.read_bytes(path)
-    except FileNotFoundError:
-        return []
-    return data.split(b"\n")[:-1]
+def _parsed(found: list[bytes]) -> list[Line]:
+    return [line for line in map(parse, found) if line is not None]

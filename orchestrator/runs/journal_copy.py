@@ -6,11 +6,12 @@ changed between two attempts are therefore taken from the checkpoint.
 
 import uuid
 
+from orchestrator import lines
 from orchestrator.checkpoint.format import verify
 from orchestrator.files import write_atomically
 from orchestrator.runs import events, journal
 from orchestrator.runs.folder import RunFolder
-from orchestrator.runs.journal import parse, whole_lines
+from orchestrator.runs.journal import parse
 
 
 def restore(folder: RunFolder, step: int) -> str | None:
@@ -27,9 +28,9 @@ def restore(folder: RunFolder, step: int) -> str | None:
         UserError: The checkpoint is damaged, and it is needed.
     """
     checkpoint = RunFolder(folder.checkpoint(step))
-    found = whole_lines(folder.journal_file)
+    found = lines.read(folder.journal_file)
     if checkpoint.journal_file.exists():
-        wanted = whole_lines(checkpoint.journal_file)
+        wanted = lines.read(checkpoint.journal_file)
         if _continues(folder, found, wanted, step):
             return None
         verify(checkpoint.path)
@@ -67,7 +68,7 @@ def _continues(folder: RunFolder, found: list[bytes], copy: list[bytes], step: i
         return False
     if not own:
         return True
-    was_moved = any(own[0] in whole_lines(aside.path) for aside in journal.asides(folder))
+    was_moved = any(own[0] in lines.read(aside.path) for aside in journal.asides(folder))
     if not rest or _step(rest[0]) != step:
         return was_moved
     stored, now = parse(own[0]) or {}, parse(rest[0]) or {}
@@ -75,11 +76,11 @@ def _continues(folder: RunFolder, found: list[bytes], copy: list[bytes], step: i
     return all(repr(now[key]) == repr(stored[key]) for key in common)
 
 
-def _readable(lines: list[bytes]) -> list[bytes]:
+def _readable(found: list[bytes]) -> list[bytes]:
     """Return the lines that can be read and have a larger step than those before."""
     kept: list[bytes] = []
     last = -1
-    for line in lines:
+    for line in found:
         if parse(line) is not None and _step(line) > last:
             kept.append(line)
             last = _step(line)
@@ -91,5 +92,5 @@ def _step(line: bytes) -> int:
     return -1 if parsed is None else int(parsed["step"])
 
 
-def _text(lines: list[bytes]) -> bytes:
-    return b"".join(line + b"\n" for line in lines)
+def _text(found: list[bytes]) -> bytes:
+    return b"".join(line + b"\n" for line in found)

@@ -103,16 +103,6 @@ class Setting:
         return stdev(self.values.values()) if len(self.values) > 1 else None
 
     @property
-    def fields(self) -> dict[str, Any]:
-        """Values of the varied fields that all of its trials have in common."""
-        first, *others = self.trials
-        return {
-            name: value
-            for name, value in first.fields.items()
-            if all(name in row.fields and row.fields[name] == value for row in others)
-        }
-
-    @property
     def state(self) -> str:
         """State of the worst trial."""
         states = {row.state for row in self.trials}

@@ -7,16 +7,15 @@ What Ray calls `world_rank` is our rank.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import traceback
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-from orchestrator import files, folders
+from orchestrator import files, folders, lines
 from orchestrator.cluster import connection, private
 from orchestrator.cluster.layout import COLLECTIVE_TIMEOUT_S, Layout, worker_environment
 from orchestrator.config.experiment import Experiment, parse_experiment
@@ -176,15 +175,6 @@ def _not_asked() -> bool:
 # ---- attempts ----
 
 
-class WorkersStart(TypedDict):
-    """A line of attempts.jsonl: one start of the workers."""
-
-    launch: str  # name of the call of `fit`
-    step: int  # of the newest checkpoint
-    workers: int
-    pid: int  # of rank 0
-
-
 def start_workers_attempt(folder: RunFolder, launch: str, world_size: int) -> int:
     """Append this attempt to attempts.jsonl, and return its number in the whole run, from 1.
 
@@ -220,28 +210,15 @@ def start_workers_attempt(folder: RunFolder, launch: str, world_size: int) -> in
     if same_launch:
         message = f"attempt {number} begins at step {step}, because a worker died"
         events.note(folder, "restart", message, step=step)
-    start = WorkersStart(launch=launch, step=step, workers=world_size, pid=os.getpid())
-    _append_attempt(folder, start)
+    # `step` is that of the newest checkpoint, `pid` that of rank 0.
+    start = {"launch": launch, "step": step, "workers": world_size, "pid": os.getpid()}
+    lines.append(folder.attempts_file, start)
     return number
 
 
-def _read_attempts(folder: RunFolder) -> list[WorkersStart]:
-    file = folder.attempts_file
-    lines = files.read_bytes(file).split(b"\n") if file.exists() else []
-    found = []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # on a full disk, a line may be incomplete
-            found.append(json.loads(line))
-    return found
-
-
-def _append_attempt(folder: RunFolder, start: WorkersStart) -> None:
-    file = folder.attempts_file
-    line = json.dumps(start) + "\n"
-    if file.exists() and not files.read_bytes(file).endswith(b"\n"):
-        line = "\n" + line
-    with open(file, "a", encoding="utf-8", opener=files.opener) as out:
-        out.write(line)
+def _read_attempts(folder: RunFolder) -> list[dict[str, Any]]:
+    found = [lines.parse(line, launch=str, step=int) for line in lines.read(folder.attempts_file)]
+    return [attempt for attempt in found if attempt is not None]
 
 
 def record_failure(folder: RunFolder, worker: Worker, error: Exception) -> None:

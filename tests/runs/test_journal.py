@@ -75,7 +75,7 @@ def disk_with_room_for(size: int):
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_lines_wait_while_the_disk_is_full_and_are_then_written_in_order(folder):
+def test_lines_wait_while_the_disk_is_full_and_are_then_written_in_order(folder, capsys):
     log = filled(folder, (1, 2))
     size = log.file.stat().st_size
     with disk_with_room_for(size + 20):
@@ -86,6 +86,7 @@ def test_lines_wait_while_the_disk_is_full_and_are_then_written_in_order(folder)
         message = f"{log.file}: no room for the line of step 3 .*run the same command again"
         with pytest.raises(UserError, match=message):
             log.close()
+    assert "step 3 (No space left on device); it waits in memory" in capsys.readouterr().out
     assert log.file.stat().st_size == size
     late.append(log.append(5, {}))
     assert journal.read(folder)[2:] == late

@@ -82,8 +82,7 @@ class Command:
         self.path = path
         self.first_step = path / "first-step"
         job |= {"verb": verb, "words": words, "path": str(path)}
-        self.process = starter.context.Process(target=work, args=(job,))
-        self.process.start()
+        [self.process] = starter.start([job], work)
 
     def wait(self, seconds: float) -> Ended | None:
         """Wait for the end, then for the ranks that outlive a killed command; None: too long."""

@@ -2,18 +2,17 @@
 
 Does what `workers.ray_train._work` does under Ray, and installs the fault that this rank will have.
 
-The processes are forked from a server that has only imported the modules. So a start takes a tenth
-of a second, and the server has no threads of torch when it forks.
+The processes are forked from a server that has only imported the modules; see `helpers.forked`.
 """
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +30,7 @@ from orchestrator.sweep.stage import run_stage
 from orchestrator.train.numerics import Worker, agree
 from orchestrator.workers import ray_train
 from tests.faults import hooks
+from tests.helpers import forked
 
 TIMEOUT_S = 60
 
@@ -43,18 +43,11 @@ class RankStarter:
     """
 
     def __init__(self, *, with_mlflow: bool = False) -> None:
-        os.environ |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
-        self.context = multiprocessing.get_context("forkserver")
-        modules = [__name__, "tests.faults.command"]
-        if with_mlflow:
-            modules.append("mlflow.tracking")
-        self.context.set_forkserver_preload(modules)
+        self.modules = ["mlflow.tracking"] if with_mlflow else []
 
-    def start(self, jobs: list[dict[str, Any]]) -> list[Any]:
-        processes = [self.context.Process(target=work, args=(job,)) for job in jobs]
-        for process in processes:
-            process.start()
-        return processes
+    def start(self, jobs: list[dict[str, Any]], target: Callable[..., None] | None = None) -> Any:
+        """Start a process for each job: a rank, or `target(job)`."""
+        return forked.start(target or work, jobs, *self.modules)
 
 
 def work(job: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,17 +12,39 @@ from orchestrator.config.experiment import load_experiment
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
+from tests.helpers import forked
 
-job = json.loads(sys.argv[1])
-if job["world_size"] > 1:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{job['store']}", rank=job["rank"], world_size=job["world_size"]
+
+def start(folder: RunFolder, data_dir: Path, overrides: list[str], world: int) -> list[BaseProcess]:
+    """Start the ranks of a run, forked from a server."""
+    job = {
+        "world_size": world,
+        "store": f"{folder.path}-store",
+        "run_dir": str(folder.path),
+        "data_dir": str(data_dir),
+        "overrides": overrides,
+    }
+    return forked.start(work, [job | {"rank": rank} for rank in range(world)])
+
+
+def work(job: dict) -> None:
+    """Train as the rank that the job describes, and end the process."""
+    if job["world_size"] > 1:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{job['store']}",
+            rank=job["rank"],
+            world_size=job["world_size"],
+        )
+    train(
+        load_experiment(job.get("file"), job["overrides"]),
+        RunFolder(job["run_dir"]),
+        Path(job["data_dir"]),
+        Worker(job["rank"], job["world_size"], "cpu", cpus=1),
     )
-train(
-    load_experiment(job.get("file"), job["overrides"]),
-    RunFolder(job["run_dir"]),
-    Path(job["data_dir"]),
-    Worker(job["rank"], job["world_size"], "cpu", cpus=1),
-)
-sys.stdout.flush()
-os._exit(0)  # torch's shutdown of gloo can deadlock or abort if the other rank has ended
+    sys.stdout.flush()
+    os._exit(0)  # torch's shutdown of gloo can deadlock or abort if the other rank has ended
+
+
+if __name__ == "__main__":
+    work(json.loads(sys.argv[1]))

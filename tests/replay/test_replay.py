@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,9 +18,9 @@ from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
+from tests.helpers import train_rank
 from tests.helpers.checkpoints import save
 
-HELPER = Path(__file__).resolve().parent.parent / "helpers" / "train_rank.py"
 SMALL = [
     "name=small",
     "data.tokenizer=char",
@@ -150,21 +147,10 @@ def test_unchanged_run_is_equal_and_not_modified(golden, replay, steps, begin, l
 def test_run_on_two_workers_is_replayed_by_one(tiny_dataset, tmp_path, replay):
     folder = RunFolder(tmp_path / "wide")
     folder.path.mkdir()
-    job = {
-        "world_size": 2,
-        "store": str(tmp_path / "store"),
-        "run_dir": str(folder.path),
-        "data_dir": str(tiny_dataset),
-        "overrides": SMALL,
-    }
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(HELPER), json.dumps(job | {"rank": rank})], env=environment
-        )
-        for rank in range(2)
-    ]
-    assert [worker.wait(120) for worker in workers] == [0, 0]
+    workers = train_rank.start(folder, tiny_dataset, SMALL, 2)
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0]
     report = replay(folder, WHOLE)
     assert report.equal
     assert report.lines == len(LOGGED)
@@ -358,7 +344,7 @@ def test_change_without_effect_is_reported_but_is_no_cause(run, replay):
     assert kinds(replay(run)) == ["seed", "code"]
 
 
-def test_other_tokens_are_the_cause(run, tiny_corpus, tmp_path, ray_cluster, replay):
+def test_other_tokens_are_the_cause(run, tiny_corpus, tmp_path, replay):
     from orchestrator.data.prepare import prepare
 
     corpus = tmp_path / "other.txt"

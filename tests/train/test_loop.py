@@ -1,12 +1,7 @@
 """Weights, moments and logged losses have the same bits after resumes and with more workers."""
 
-import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import uuid
 from pathlib import Path
 
 import pytest
@@ -19,11 +14,11 @@ from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
+from tests.helpers import train_rank
 from tests.helpers.checkpoints import damage
 from tests.helpers.curves import exact_part
 from tests.helpers.datasets import change_in_place
 
-HELPER = Path(__file__).resolve().parent.parent / "helpers" / "train_rank.py"
 SMALL = [
     "name=small",
     "data.tokenizer=char",
@@ -44,28 +39,15 @@ SMALL = [
 ]
 
 
-def start_ranks(folder: RunFolder, data_dir: Path, world_size: int) -> list[subprocess.Popen]:
-    """Start one process for each rank."""
-    rendezvous = folder.path.parent / f"store-{uuid.uuid4().hex}"
-    processes = []
-    for rank in range(world_size):
-        job = {
-            "rank": rank,
-            "world_size": world_size,
-            "store": str(rendezvous),
-            "run_dir": str(folder.path),
-            "data_dir": str(data_dir),
-            "overrides": SMALL,
-        }
-        command = [sys.executable, str(HELPER), json.dumps(job)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        processes.append(subprocess.Popen(command, env=environment))
-    return processes
-
-
 def new_folder(path: Path) -> RunFolder:
     path.mkdir()
     return RunFolder(path)
+
+
+def exit_codes(processes) -> list[int | None]:
+    for process in processes:
+        process.join(300)
+    return [process.exitcode for process in processes]
 
 
 def train_here(folder: RunFolder, data_dir: Path, *overrides: str) -> int:
@@ -99,20 +81,20 @@ def test_training_lowers_the_loss_and_logs_at_every_interval(golden):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_several_workers_have_the_same_bits_as_one(golden, tiny_dataset, folder, world_size):
-    processes = start_ranks(folder, tiny_dataset, world_size)
-    assert [process.wait(300) for process in processes] == [0] * world_size
+    processes = train_rank.start(folder, tiny_dataset, SMALL, world_size)
+    assert exit_codes(processes) == [0] * world_size
     assert outcome(folder) == golden
 
 
 def test_run_killed_on_two_workers_and_resumed_on_one_equals_uninterrupted_run(
     golden, tiny_dataset, folder
 ):
-    processes = start_ranks(folder, tiny_dataset, 2)
+    processes = train_rank.start(folder, tiny_dataset, SMALL, 2)
     while max(folder.checkpoint_steps(), default=0) < 8:
-        assert all(process.poll() is None for process in processes)
+        assert all(process.is_alive() for process in processes)
     for process in processes:
-        process.send_signal(signal.SIGKILL)
-    assert {process.wait(60) for process in processes} == {-signal.SIGKILL}
+        process.kill()
+    assert exit_codes(processes) == [-signal.SIGKILL] * 2
     assert train_here(folder, tiny_dataset) == 24
     assert outcome(folder) == golden
 

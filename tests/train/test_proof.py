@@ -21,7 +21,7 @@ from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
 from tests.helpers.checkpoints import rewrite_manifest
 
-HELPER = Path(__file__).resolve().parent.parent / "helpers" / "train_rank.py"
+REPO = Path(__file__).resolve().parent.parent.parent
 SMALL = [
     "data.tokenizer=char",
     "model.n_layer=1",
@@ -65,7 +65,8 @@ def run_rank(folder, dataset, words=(), rank=0, world_size=1, **env: str) -> sub
         "overrides": [*SMALL, *words],
     }
     return subprocess.Popen(
-        [sys.executable, str(HELPER), json.dumps(job)],
+        [sys.executable, "-m", "tests.helpers.train_rank", json.dumps(job)],
+        cwd=REPO,
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         stderr=subprocess.PIPE,
         text=True,

@@ -8,7 +8,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.workers import memory
+from orchestrator.runs.folder import RunFolder
+from orchestrator.workers import marks, memory
+from tests.helpers import forked, stuck
+from tests.helpers.wait import wait_until
 
 REPO = Path(__file__).resolve().parents[2]
 HOST = os.uname().nodename
@@ -42,61 +45,21 @@ def group():
     folder.rmdir()
 
 
-TAKES_2_GB = """
-import sys
-from pathlib import Path
-Path(sys.argv[2], "cgroup.procs").write_text("0")
-from orchestrator.train.numerics import Worker
-from orchestrator.runs.folder import RunFolder
-from orchestrator.workers.watchdog import Watchdog
-watchdog = Watchdog(RunFolder(sys.argv[1]), Worker(), 30.0)
-watchdog.report_phase("gradient", 7)
-print("ready", flush=True)
-sys.stdin.read()
-taken = [bytearray(b"x" * 2**20) for _ in range(2000)]
-"""
-FINDS_KILL = """
-import sys
-from pathlib import Path
-Path(sys.argv[2], "cgroup.procs").write_text("0")
-from orchestrator.runs.folder import RunFolder
-from orchestrator.workers import hangs, memory
-folder = RunFolder(sys.argv[1])
-def find():
-    kill = memory.find_kill(folder)
-    print(kill and kill.by)
-find()
-folder.hang_file(0).write_text("it hung")
-find()  # a rank that hung was killed for that
-hangs.report(folder)
-find()
-"""
-
-
 @pytest.mark.parametrize("by_kernel", [False, True])
 def test_kill_by_the_kernel_is_told_from_others(group, tmp_path, by_kernel):
-    arguments = [str(tmp_path), str(group)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", TAKES_2_GB, *arguments],
-        cwd=REPO,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "ready\n"
-    if not by_kernel:
+    job = {"folder": str(tmp_path), "group": str(group)}
+    [process] = forked.start(stuck.take_2_gib, [job])
+    wait_until(lambda: marks.read(RunFolder(tmp_path)))
+    if by_kernel:
+        (tmp_path / "go").touch()
+    else:
         process.kill()
-    process.stdin.close()
-    assert process.wait(60) == -9
-    found = subprocess.run(
-        [sys.executable, "-c", FINDS_KILL, *arguments],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    process.join(60)
+    assert process.exitcode == -9
+    [finder] = forked.start(stuck.find_kills, [job])
+    finder.join(60)
     first = "the kernel ended a worker" if by_kernel else "None"
-    assert found.stdout.splitlines() == [first, "None", "None"]
+    assert (tmp_path / "found").read_text().splitlines() == [first, "None", "None"]
 
 
 # ---- how much memory there is ----

@@ -4,14 +4,14 @@ The ranks are real processes, which hang in Python, in C, or are stopped from ou
 """
 
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
+from multiprocessing.process import BaseProcess
 
 import pytest
 
@@ -21,41 +21,27 @@ from orchestrator.train.numerics import Worker
 from orchestrator.workers import hangs, marks
 from orchestrator.workers.marks import DONE, FAILED, Mark
 from orchestrator.workers.watchdog import EXIT_HUNG, START_S, Pace, Watchdog
-
-REPO = Path(__file__).resolve().parents[2]
-HANGS = """
-import ctypes, sys, time
-from orchestrator.runs.folder import RunFolder
-from orchestrator.train.numerics import Worker
-from orchestrator.workers import watchdog as module
-module.START_S = module.BACKSTOP_S = 0.5
-folder, how, rank, phase = sys.argv[1:]
-worker = Worker(rank=int(rank), world_size=2)
-watchdog = module.Watchdog(RunFolder(folder), worker, 0.5, poll_s=0.1)
-watchdog.report_phase(phase, 7)
-print("ready", flush=True)
-def wait_here():
-    if how == "python":
-        time.sleep(60)
-    else:
-        ctypes.PyDLL(None).sleep(60)  # PyDLL keeps the GIL
-wait_here()
-"""
-DEFAULT_LIMITS = HANGS.replace("module.START_S = module.BACKSTOP_S = 0.5", "")
+from tests.helpers import forked, stuck
+from tests.helpers.wait import wait_until
 
 
 def start(
-    folder: RunFolder, how: str, rank: int = 0, phase: str = "gradient", code: str = HANGS
-) -> subprocess.Popen:
-    """Start a rank that hangs in `phase` of step 8."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, folder, how, str(rank), phase],
-        cwd=REPO,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "ready\n"
+    folder: RunFolder, how: str, rank: int = 0, phase: str = "gradient", quick: bool = True
+) -> BaseProcess:
+    """Start a rank that hangs in `phase` of step 8; `quick`: after half a second."""
+    job = {"folder": str(folder.path), "how": how, "rank": rank, "phase": phase, "quick": quick}
+    [process] = forked.start(stuck.hang, [job])
+    wait_until(lambda: (rank, phase) in [(mark.rank, mark.phase) for mark in marks.read(folder)])
     return process
+
+
+def status_of(process: BaseProcess) -> int | None:
+    process.join(30)
+    return process.exitcode
+
+
+def stop(process: BaseProcess) -> None:
+    os.kill(process.pid, signal.SIGSTOP)
 
 
 @pytest.fixture
@@ -95,32 +81,9 @@ def test_wait_for_an_evaluation_may_take_as_long_as_a_batch_took_here(folder):
     watchdog.close()
 
 
-HEALTHY = """
-import sys, time
-from orchestrator.runs.folder import RunFolder
-from orchestrator.train.numerics import Worker
-from orchestrator.workers import watchdog as module
-watchdog = module.Watchdog(RunFolder(sys.argv[1]), Worker(), 0.2, poll_s=0.05)
-module.START_S = 30.0
-for step in range(50):
-    for phase in ("gradient", "exchange", "update"):
-        watchdog.report_phase(phase, step)
-watchdog.report_phase("evaluation", 50)  # never timed: START_S
-time.sleep(1.5)
-watchdog.report_phase("checkpoint", 50)  # waits for the disk: 20 times the floor
-time.sleep(1.5)
-watchdog.report_phase("gradient", 50)
-module.START_S = 0.5
-watchdog.report_phase("held", 50)  # no limit
-time.sleep(1.5)
-watchdog.report_phase("gradient", 50)
-watchdog.close()
-"""
-
-
 def test_watchdog_does_not_end_healthy_ranks_with_long_phases(folder):
-    done = subprocess.run([sys.executable, "-c", HEALTHY, folder], cwd=REPO)
-    assert done.returncode == 0
+    [process] = forked.start(stuck.be_healthy, [{"folder": str(folder.path)}])
+    assert status_of(process) == 0
     assert hangs.report(folder) is None
 
 
@@ -130,7 +93,7 @@ def test_watchdog_does_not_end_healthy_ranks_with_long_phases(folder):
 @pytest.mark.parametrize(("how", "status"), [("python", EXIT_HUNG), ("c", 1)])
 def test_hung_rank_stores_its_stacks_and_ends(folder, how, status):
     process = start(folder, how)
-    assert process.wait(30) == status
+    assert status_of(process) == status
     assert "wait_here" in folder.hang_file(0).read_text()
     message = hangs.report(folder)
     assert message.startswith(f"rank 0 (process {process.pid} on ")
@@ -143,10 +106,10 @@ def test_hung_rank_stores_its_stacks_and_ends(folder, how, status):
 @pytest.mark.parametrize("phase", ["gradient", "exchange", "agreement"])
 def test_waiting_rank_ends_a_stopped_one_and_names_it(folder, phase):
     stopped = start(folder, "python", 1, phase)
-    stopped.send_signal(signal.SIGSTOP)
+    stop(stopped)
     waiting = start(folder, "python", 0, "agreement" if phase == "agreement" else "exchange")
-    assert waiting.wait(30) == EXIT_HUNG
-    assert stopped.wait(30) == -signal.SIGKILL
+    assert status_of(waiting) == EXIT_HUNG
+    assert status_of(stopped) == -signal.SIGKILL
     message = hangs.report(folder)
     assert message.startswith(f"rank 1 (process {stopped.pid} on ")
     assert "rank 0" not in message
@@ -157,10 +120,10 @@ def test_waiting_rank_ends_a_stopped_one_and_names_it(folder, phase):
 
 def test_stopped_rank_is_found_before_its_phase_was_timed(folder):
     stopped = start(folder, "python", 1)
-    stopped.send_signal(signal.SIGSTOP)
-    waiting = start(folder, "python", 0, "exchange", DEFAULT_LIMITS)
-    assert waiting.wait(30) == EXIT_HUNG
-    assert stopped.wait(30) == -signal.SIGKILL
+    stop(stopped)
+    waiting = start(folder, "python", 0, "exchange", quick=False)
+    assert status_of(waiting) == EXIT_HUNG
+    assert status_of(stopped) == -signal.SIGKILL
     assert "hung in gradient (stopped) of step 8;" in hangs.report(folder)
 
 
@@ -218,47 +181,16 @@ def test_process_that_reuses_a_pid_is_not_killed(folder):
 
 # ---- collectives ----
 
-WAITS = """
-import sys, time
-import torch
-import torch.distributed as dist
-from orchestrator.runs.folder import RunFolder
-from orchestrator.train.numerics import Worker
-from orchestrator.workers import watchdog as module
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-if rank == 1:
-    sys.stdin.read()
-module.BACKSTOP_S = 3.5
-watchdog = module.Watchdog(RunFolder(folder), Worker(rank=rank, world_size=2), 0.5)
-watchdog.closed.set()  # ends its thread, as if another thread held the GIL
-for step in range(3):
-    watchdog.report_phase("exchange", step)
-    watchdog.report_phase("update", step)
-time.sleep(1.1)  # the timers are set again once a second
-watchdog.report_phase("exchange", 3)
-try:
-    dist.all_reduce(torch.ones(1))
-except RuntimeError as error:
-    print(error)
-"""
-
 
 def test_collective_times_out_at_the_limit_of_its_phase(folder):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", WAITS, folder, str(rank)],
-            cwd=REPO,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (1, 0)
-    ]
+    jobs = [{"folder": str(folder.path), "rank": rank} for rank in (1, 0)]
+    other, waiting = forked.start(stuck.wait_in_a_collective, jobs)
     try:
-        output = ranks[1].communicate(timeout=60)[0]
-        limit_ms = int(re.search(r"Timed out waiting (\d+)ms", output)[1])
+        assert status_of(waiting) == 0
+        limit_ms = int(
+            re.search(r"Timed out waiting (\d+)ms", (folder.path / "error").read_text())[1]
+        )
         assert 2250 <= limit_ms < 60_000
     finally:
-        ranks[0].kill()
-        ranks[0].wait()
+        other.kill()
+        other.join()

@@ -16,6 +16,7 @@ from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
+from tests.helpers.here import here
 from tests.helpers.huggingface import config_to_huggingface, to_huggingface
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
@@ -37,7 +38,7 @@ SMALL = [
 @pytest.mark.parametrize(
     "path", [path for path in CONFIGS if path not in SWEEPS], ids=lambda p: p.stem
 )
-def test_config_prepares_and_trains(path, ray_cluster, tiny_corpus, tmp_path, request):
+def test_config_prepares_and_trains(path, tiny_corpus, tmp_path, request):
     words = [*SMALL, f"storage={tmp_path}"]
     shipped = load_experiment(path)
     if shipped.data.split == "hash":
@@ -53,7 +54,8 @@ def test_config_prepares_and_trains(path, ray_cluster, tiny_corpus, tmp_path, re
         words.append(f"train.init_from={weights}")
     experiment = load_experiment(path, words)
     data_dir = dataset_dir(experiment.data, tmp_path)
-    prepare(experiment.data, data_dir)
+    with here():
+        prepare(experiment.data, data_dir)
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     assert train(experiment, folder, data_dir, Worker(cpus=1)) == 2

@@ -1,6 +1,6 @@
 """The tokens of any corpus decode to its text, document by document, and the counts are right.
 
-Most examples run the tasks in this process, in random order; a few run them on Ray.
+Most examples run the tasks in this process, in random order; one runs them on Ray.
 """
 
 import contextlib
@@ -175,17 +175,19 @@ def test_any_corpus_decodes_to_its_text(gpt2_ranks, name):
     reads_back()
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_odd_corpus_decodes_to_its_text_with_ray(ray_cluster, gpt2_ranks, tmp_path, name):
+@pytest.mark.parametrize(("name", "ray"), [("byte", False), ("char", False), ("gpt2", True)])
+def test_odd_corpus_decodes_to_its_text(gpt2_ranks, tmp_path, request, name, ray):
+    if ray:
+        request.getfixturevalue("ray_cluster")
     odd = [text.encode() for text in ODD]
     both = [left + right for left, right in itertools.product(INVALID, odd)]
     lines = [json.dumps({"text": text}).encode() for text in [*ODD, "\ud800", "a\ude00 \ud83d"]]
     files = [*[("txt", content) for content in both], ("jsonl", b"\n".join(lines))]
-    check(tmp_path, files, name, 400, contextlib.nullcontext)
+    check(tmp_path, files, name, 400, contextlib.nullcontext if ray else here)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_long_runs_huge_and_tiny_documents_decode_with_ray(ray_cluster, gpt2_ranks, tmp_path, name):
+def test_long_runs_huge_and_tiny_documents_decode(gpt2_ranks, tmp_path, name):
     """A run of one mark is one match for tiktoken and cannot be cut."""
     huge = "".join(
         random.Random(0).choices(["word ", "中文。", "\r\n", "!?", "\0", "😀 "], k=200_000)
@@ -198,7 +200,7 @@ def test_long_runs_huge_and_tiny_documents_decode_with_ray(ray_cluster, gpt2_ran
         ("jsonl", tiny),
         *[("txt", bytes([n])) for n in range(100)],
     ]
-    check(tmp_path, files, name, 300_000, contextlib.nullcontext)
+    check(tmp_path, files, name, 300_000)
 
 
 @relaxed

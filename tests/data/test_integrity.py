@@ -5,8 +5,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,8 +21,8 @@ from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
+from tests.helpers.local_job import LocalTrainJob, without_ray
 
-REPO = Path(__file__).resolve().parent.parent.parent
 FILES = [
     "train-00000.parquet",
     "val-00000.parquet",
@@ -126,26 +124,15 @@ def test_training_does_not_start(copy, tmp_path, name):
     assert not any(f.read_text() for f in (tmp_path / "run").glob("metrics.jsonl"))
 
 
-def test_command_ends_in_one_line_and_status_2(ray_head, copy, tiny_corpus, tmp_path):
+def test_run_is_refused(copy, tiny_corpus, tmp_path):
     file = copy / "manifest.json"
     data = bytearray(file.read_bytes())
     data[len(data) // 3] ^= 1
     file.write_bytes(data)
-    command = [
-        sys.executable,
-        str(REPO / "pipelines" / "train.py"),
-        f"storage={tmp_path}",
-        f"data.dir={copy}",
-        f"data.corpus={tiny_corpus}",
-        "name=run",
-        *SMALL,
-    ]
-    done = subprocess.run(
-        command, env=ray_head.env, capture_output=True, text=True, timeout=120, cwd=tmp_path
-    )
-    assert done.returncode == 2, done.stderr
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert str(file) in line
+    words = [f"storage={tmp_path}", f"data.dir={copy}", f"data.corpus={tiny_corpus}", "name=run"]
+    job = LocalTrainJob(load_experiment(None, [*words, *SMALL]))
+    with without_ray(), pytest.raises(UserError, match=re.escape(str(file))):
+        job.run()
 
 
 def test_manifest_with_other_text_is_refused(copy):

@@ -37,7 +37,7 @@ TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 # ---- known tokens ----
 
 
-def test_gpt2_tokens_of_shakespeare_are_known(ray_cluster, shakespeare, gpt2_ranks, tmp_path):
+def test_gpt2_tokens_of_shakespeare_are_known(here, shakespeare, gpt2_ranks, tmp_path):
     settings = Data(corpus=str(shakespeare), tokenizer="gpt2")
     made = prepare(settings, tmp_path / "s", progress=quiet, chunk_bytes=200_000)
     found = {name: (s.tokens, s.stream_sha256, s.bytes) for name, s in made.splits.items()}

@@ -47,6 +47,35 @@ def sweeps(tiny_dataset, tmp_path, lone_runs):
     return Sweeps(tiny_dataset, tmp_path, lone_runs)
 
 
+def run_stages(
+    progress,
+    limit: int | None = None,
+    fail=lambda stage: None,
+    stop_asked=lambda: False,
+    cpus: int = 1,
+) -> list[str]:
+    """Run stages one after the other in this process; see `Sweeps.run`."""
+    worker = Worker(cpus=cpus)
+    ran: list[str] = []
+    while limit is None or len(ran) < limit:
+        stage = progress.next()
+        if not stage:
+            break
+        ran.append(stage)
+        folder = progress.folder.stage(stage)
+        try:
+            fail(progress.tree.by_id[stage])
+            for _ in run_stage(folder, worker, stop_asked):
+                pass
+            progress.ended(stage, died=False)
+        except Killed:
+            progress.ended(stage, died=True)
+        except Exception as error:
+            record_failure(folder, worker, error)
+            progress.ended(stage, died=True)
+    return ran
+
+
 class Sweeps:
     """Opens and runs sweeps.
 
@@ -104,23 +133,7 @@ class Sweeps:
         report.write_tree = lambda: None
         progress.on_stage_end = report.stage_ended
         report.begin()
-        ran: list[str] = []
-        while limit is None or len(ran) < limit:
-            stage = progress.next()
-            if not stage:
-                break
-            ran.append(stage)
-            folder = progress.folder.stage(stage)
-            try:
-                fail(progress.tree.by_id[stage])
-                for _ in run_stage(folder, Worker(), stop_asked):
-                    pass
-                progress.ended(stage, died=False)
-            except Killed:
-                progress.ended(stage, died=True)
-            except Exception as error:
-                record_failure(folder, Worker(), error)
-                progress.ended(stage, died=True)
+        ran = run_stages(progress, limit, fail, stop_asked)
         study.summary = report.finish(Ending("done"), 1.0)
         return ran
 

@@ -1,18 +1,20 @@
-"""A run with all steps of `pipelines/train.py`, whose worker is this process, without Ray."""
+"""Runs and sweeps with all steps of their commands, whose worker is this process, without Ray."""
 
 import contextlib
 import signal
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from orchestrator.cluster.layout import Node
 from orchestrator.config.experiment import Experiment, load_experiment
+from orchestrator.jobs.sweep import SweepJob
 from orchestrator.jobs.train import TrainJob
 from orchestrator.runs import signals
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
-from tests.helpers.fixtures import SMALL
+from tests.helpers.fixtures import SMALL, run_stages
 
 RUN = ["name=run", "train.keep=2", "schedule.decay_steps=20", "compute.use_gpu=false"]
 
@@ -33,19 +35,34 @@ class LocalTrainJob(TrainJob):
             self.act(line)
 
 
+class LocalSweepJob(SweepJob):
+    """A sweep, one stage after the other. Needs `without_ray`."""
+
+    def connect(self):
+        pass
+
+    def work(self):
+        run_stages(self.study.progress, cpus=self.study.layout.cpus_per_worker)
+
+
 @contextlib.contextmanager
-def without_ray() -> Iterator[None]:
-    """Let a `LocalTrainJob` run: a cluster of one CPU, and no estimate, which takes seconds."""
+def without_ray(cpus: int = 1) -> Iterator[None]:
+    """Let the jobs above run: a cluster with these CPUs, and no estimate, which takes seconds."""
+    threads = torch.get_num_threads()
     numbers = (*signals.STOPS, signal.SIGINT, signal.SIGALRM)
     handlers = {number: signal.getsignal(number) for number in numbers}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orchestrator.cluster.layout._nodes", lambda: [Node(1)])
+        patch.setattr("orchestrator.cluster.layout._nodes", lambda: [Node(cpus)])
         patch.setattr("orchestrator.jobs.train.estimate_of", lambda *_: None)
+        patch.setattr("orchestrator.sweep.cost.estimate_of", lambda *_: "not measured")
         patch.setattr("orchestrator.track.sender.POLL_S", 0.1)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            torch.set_num_threads(threads)
 
 
 def start(storage, tokens, steps=20, act=lambda line: None) -> int:

@@ -9,8 +9,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.runs import journal
@@ -91,12 +89,8 @@ def run(
 def run_here(storage: Path, corpus: Path, *overrides: str) -> int:
     """Do the run of `command` in this process, without Ray. Return the exit status."""
     file, *words = command(storage, corpus, *overrides)[2:]
-    threads = torch.get_num_threads()
-    try:
-        with without_ray():
-            return LocalTrainJob(load_experiment(file, words)).run()
-    finally:
-        torch.set_num_threads(threads)
+    with without_ray():
+        return LocalTrainJob(load_experiment(file, words)).run()
 
 
 def curve(run_dir: Path) -> list[dict]:

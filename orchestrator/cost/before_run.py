@@ -1,4 +1,6 @@
-"""The estimate that a run prints before it starts."""
+"""The estimate that a run or a sweep prints before it starts."""
+
+from collections.abc import Callable
 
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment
@@ -10,9 +12,7 @@ from orchestrator.cost.tokens import TokenCounts
 from orchestrator.data.dataset import Manifest
 from orchestrator.runs.facts import model_facts
 
-MEASURE_S = (
-    20.0  # longest measurement of the speed; the first one in a new environment takes more than 10
-)
+MEASURE_S = 20.0  # limit of the measurement; in a new environment, 10 s may not be enough
 MEASURE_FLOPS = 2e12  # of a micro-batch; more would take too long on a CPU
 
 
@@ -21,27 +21,34 @@ def estimate_of(experiment: Experiment, dataset: Manifest, layout: Layout) -> Es
 
     If the estimate fails, the run goes on.
     """
-    tokens = TokenCounts.of(dataset)
-    try:
+
+    def estimate() -> Estimate | str:
         timing = _timing(experiment, dataset.tokenizer["n_vocab"], layout)
         if isinstance(timing, str):
-            print(f"expected: unknown until the first minute of training is over: {timing}")
-            return None
-        estimate = tokens.expected(experiment, timing)
+            return timing
+        return TokenCounts.of(dataset).expected(experiment, timing)
+
+    return announced(estimate)
+
+
+def announced(make: Callable[[], Estimate | str]) -> Estimate | None:
+    """Print and return the result of `make`. If it fails or is a reason, print that: None."""
+    try:
+        made = make()
     except Exception as error:
-        print(f"no estimate of the cost: {type(error).__name__}: {error}", flush=True)
+        made = f"{type(error).__name__}: {error}"
+    if isinstance(made, str):
+        print(f"expected: unknown until the first minute of training is over: {made}", flush=True)
         return None
-    print(f"expected: {expected_line(estimate)}", flush=True)
-    return estimate
+    print(f"expected: {expected_line(made)}", flush=True)
+    return made
 
 
 def _timing(experiment: Experiment, n_vocab: int, layout: Layout) -> Timing | str:
     """Return an earlier measurement of the speed, or measure it if that is quick, or why not."""
-    known = cache.read(experiment, n_vocab, layout)
-    if known is not None:
-        return known
     micro_batch = experiment.train.micro_batch_size * experiment.model.block_size
     flops = model_facts(experiment, n_vocab)["flops_per_token"] * micro_batch
-    if flops >= MEASURE_FLOPS and not layout.use_gpu:
+    is_slow = flops >= MEASURE_FLOPS and not layout.use_gpu
+    if is_slow and cache.read(experiment, n_vocab, layout) is None:
         return "timing a step of this model takes long on a CPU; --dry-run does it"
     return measure(experiment, n_vocab, layout, limit_s=MEASURE_S)

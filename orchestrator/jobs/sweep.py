@@ -17,8 +17,8 @@ from orchestrator.cluster import connection
 from orchestrator.cluster import layout as cluster
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.sections import Data
+from orchestrator.cost.before_run import announced
 from orchestrator.cost.correct import AFTER_S
-from orchestrator.cost.estimate import expected_line
 from orchestrator.cost.timing import Estimate
 from orchestrator.cost.tokens import TokenCounts
 from orchestrator.data.corpus import CorpusFile
@@ -192,16 +192,7 @@ class SweepJob(Job):
         if not study.tree.to_run:
             return None
         counts = {key: TokenCounts.of(dataset) for key, dataset in study.datasets.items()}
-        try:
-            estimate = cost.estimate_of(study, self.slots, counts)
-        except Exception as error:  # a failed estimate must not end the sweep
-            print(f"no estimate of the cost: {type(error).__name__}: {error}", flush=True)
-            return None
-        if isinstance(estimate, str):
-            print(f"no estimate of the cost: {estimate}", flush=True)
-            return None
-        print(f"expected: {expected_line(estimate)}", flush=True)
-        return estimate
+        return announced(lambda: cost.estimate_of(study, self.slots, counts))
 
     def _begin_report(self, estimate: Estimate | None) -> None:
         """Write the files of the sweep, and start to print its progress."""

@@ -4,7 +4,6 @@ A few seconds of training for each shape of model and batch measure the time of 
 the sweep is at least that of its longest path of stages, and that of all stages over its slots.
 """
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import SweepFolder
 from orchestrator.runs.identity import recorded_layout
 from orchestrator.runs.storage import storage_root
-from orchestrator.sweep.report import figures, view
+from orchestrator.sweep.report import view
 from orchestrator.sweep.report.advice import advice, left_out
 from orchestrator.sweep.source import check_sources, with_absolute_paths
 from orchestrator.sweep.space.expand import Sweep
@@ -69,7 +68,6 @@ def show(sweep: Sweep) -> int:
         return 0
     print(view.text(study.tree) + "\n")
     print("\n".join(describe(study, estimate.local_slots(layout), counts)))
-    print(f"picture: {_save_tree(study)}")
     return 0
 
 
@@ -96,12 +94,6 @@ def _dataset(data: Data, storage: Path) -> Manifest:
     """Return the prepared dataset, or one without tokens that has only its name."""
     prepared = find_in(data, storage, read=False)
     return prepared or Manifest(storage, {"name": data_key(data)}, {})
-
-
-def _save_tree(study: Study) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix=f"espalier-{study.folder.name}-"))
-    figures.stage_tree(study.tree).savefig(folder / "tree.png")
-    return folder / "tree.png"
 
 
 # ---- estimate ----

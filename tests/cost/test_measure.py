@@ -342,7 +342,7 @@ def test_short_run_is_not_corrected():
 def test_failed_estimate_does_not_end_a_run(monkeypatch, started, capsys):
     monkeypatch.setattr(subprocess, "run", None)
     assert estimate_of(small(), DATASET, ONE_WORKER) is None
-    assert "no estimate of the cost: TypeError: " in capsys.readouterr().out
+    assert "is over: TypeError: " in capsys.readouterr().out
 
 
 def test_large_run_uses_only_a_cached_measurement(started):

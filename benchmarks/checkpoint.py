@@ -23,11 +23,12 @@ import torch
 
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.files import fsync
+from orchestrator.machine import available_cpus
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
 from orchestrator.train import state
 from orchestrator.train.checkpointer import Checkpointer
-from orchestrator.train.numerics import Worker, available_cpus, device_name, prepare_process
+from orchestrator.train.numerics import Worker, device_name, prepare_process
 from orchestrator.train.step import Step
 
 VOCAB_SIZE = {"124m": 50304, "small": 256}

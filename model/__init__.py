@@ -2,7 +2,7 @@
 
 Start with `gpt.py`.
 
-- `gpt`: the model, `GPT(GPTConfig(…))`
+- `gpt`: the model, `GPT(GPTConfig(…))`; `gpt_config`: its shape, without torch
 - `optim`, `schedule`, `models`: tables of optimizers, learning-rate schedules and models
 - `generate`: sampling from a model
 - `weights`: state dicts of Hugging Face and nanoGPT

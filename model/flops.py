@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from model.gpt import GPTConfig
+from model.gpt_config import GPTConfig
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,30 @@ def parameter_count(config: GPTConfig, positions: bool = True) -> int:
     if positions:
         total += config.block_size * c
     return total
+
+
+@dataclass(frozen=True)
+class DecaySummary:
+    """Numbers of tensors and of parameters, with and without weight decay."""
+
+    decayed_tensors: int
+    decayed_parameters: int
+    undecayed_tensors: int
+    undecayed_parameters: int
+
+
+def decay_summary(config: GPTConfig) -> DecaySummary:
+    """Count what `optim.parameter_groups` divides, without building the model."""
+    biases = int(config.bias)
+    undecayed_tensors = config.n_layer * (2 * (1 + biases) + 4 * biases) + 1 + biases
+    norms = (2 * config.n_layer + 1) * config.n_embd * (1 + biases)
+    undecayed = norms + biases * config.n_layer * 9 * config.n_embd
+    return DecaySummary(
+        decayed_tensors=2 + 4 * config.n_layer,
+        decayed_parameters=parameter_count(config) - undecayed,
+        undecayed_tensors=undecayed_tensors,
+        undecayed_parameters=undecayed,
+    )
 
 
 def flops_per_token(config: GPTConfig) -> int:

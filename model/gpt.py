@@ -11,53 +11,15 @@ H = n_head, D = C / H, V = vocab_size.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.gpt_config import GPTConfig
+
 IGNORED_TARGET = -1
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # our name -> nn.GELU's `approximate`
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """Shape of a model. The defaults are GPT-2 124M with a padded vocabulary.
-
-    Attributes:
-        block_size: Longest context in tokens.
-        vocab_size: Rows of the embedding. It may be larger than the tokenizer's vocabulary.
-        n_layer: Transformer blocks.
-        n_head: Attention heads per block.
-        n_embd: Width of the residual stream.
-        dropout: Probability, 0 <= dropout < 1.
-        bias: Biases in the linear layers and LayerNorms. GPT-2 has them.
-        activation: "gelu" (exact, as in nanoGPT) or "gelu_tanh" (the approximation that OpenAI's
-            weights were trained with).
-
-    Raises:
-        ValueError: No model can have this shape.
-    """
-
-    kind: ClassVar[str] = "gpt"  # key of `models.MODELS`
-    block_size: int = 1024
-    vocab_size: int = 50304
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True
-    activation: str = "gelu"
-
-    def __post_init__(self) -> None:
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
 
 
 class LayerCache:

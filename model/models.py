@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from model.gpt import GPT, GPTConfig
+    from model.gpt import GPT
+    from model.gpt_config import GPTConfig
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ModelKind:
 
 
 def _gpt_shape(**fields: Any) -> GPTConfig:
-    from model.gpt import GPTConfig
+    from model.gpt_config import GPTConfig
 
     return GPTConfig(**fields)
 

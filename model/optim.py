@@ -81,24 +81,3 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> ParameterGroups:
         group["params"].append(parameter)
         group["names"].append(name)
     return [decayed, not_decayed]
-
-
-@dataclass(frozen=True)
-class DecaySummary:
-    """Numbers of tensors and of parameters, with and without weight decay."""
-
-    decayed_tensors: int
-    decayed_parameters: int
-    undecayed_tensors: int
-    undecayed_parameters: int
-
-
-def decay_summary(model: nn.Module) -> DecaySummary:
-    """Count the tensors and parameters that have weight decay."""
-    decayed, not_decayed = (group["params"] for group in parameter_groups(model, 0.0))
-    return DecaySummary(
-        decayed_tensors=len(decayed),
-        decayed_parameters=sum(parameter.numel() for parameter in decayed),
-        undecayed_tensors=len(not_decayed),
-        undecayed_parameters=sum(parameter.numel() for parameter in not_decayed),
-    )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.gpt import GPTConfig
+from model.gpt_config import GPTConfig
 
 StateDict = dict[str, Tensor]
 
@@ -26,19 +26,6 @@ _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "m
 _IN_BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 _MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks that older versions stored as buffers
 
-
-def _gpt2(n_layer: int, n_head: int, n_embd: int) -> GPTConfig:
-    return GPTConfig(
-        vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd, activation="gelu_tanh"
-    )
-
-
-GPT2_SIZES: dict[str, GPTConfig] = {
-    "gpt2": _gpt2(12, 12, 768),
-    "gpt2-medium": _gpt2(24, 16, 1024),
-    "gpt2-large": _gpt2(36, 20, 1280),
-    "gpt2-xl": _gpt2(48, 25, 1600),
-}
 
 _ACTIVATION_FROM_HF = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # Settings of Hugging Face's GPT-2 that our model does not have. Only these values, which are the

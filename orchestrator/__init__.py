@@ -15,5 +15,6 @@ Imports run downward: `pipelines` uses `orchestrator`, which uses `model`. Start
 - `sweep`: many trials that share steps
 - `replay`: repeat a part of a run and compare bits
 - `jobs`: the life cycle of a run and of a sweep
-- `errors`, `files`, `folders`, `hashes`, `lines`, `paths`, `redact`, `text`: used by all packages
+- `errors`, `files`, `folders`, `hashes`, `lines`, `machine`, `paths`, `redact`, `text`: used by all
+  packages
 """

@@ -1,6 +1,7 @@
 """Arguments, `--help` and exit statuses of all commands."""
 
 import argparse
+import gc
 import math
 import sys
 import textwrap
@@ -65,6 +66,7 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
         what, advice = NOT_WRITABLE[error.errno]
         message = f"error: {what} ({error}). {advice} and run the same command again"
         status = _print_error(message, EXIT_USER)
+    gc.freeze()  # else Python looks for garbage for another second before it exits
     sys.exit(status)
 
 

@@ -30,6 +30,7 @@ from orchestrator.checkpoint.format import (
 )
 from orchestrator.checkpoint.tensor_file import TensorFile
 from orchestrator.checkpoint.tensor_file import load_tensors as load_tensors
+from orchestrator.checkpoint.tensor_file import stored_weights_sha256 as stored_weights_sha256
 from orchestrator.checkpoint.tensor_file import weights_sha256 as weights_sha256
 from orchestrator.errors import UnreadableError, UserError
 from orchestrator.files import fsync

@@ -5,32 +5,40 @@ background. The buffers are allocated once and filled again for each checkpoint.
 
 Layout of the file: length of the header (8 bytes, little-endian); the header (JSON: dtype, shape
 and offsets of each tensor, padded with spaces); the tensors, contiguous.
+
+Drivers read the final weights with this module, so torch is imported only when it is needed.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
+import numpy as np
+import safetensors
 
 from orchestrator.checkpoint.format import reading
 
-Tensors = Mapping[str, Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Tensors: TypeAlias = "Mapping[str, Tensor]"
 
 _DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
 }
 _LENGTH_BYTES = 8  # length of the header
 _ALIGNMENT = 8  # bytes
@@ -47,6 +55,8 @@ class TensorFile:
     """
 
     def __init__(self, tensors: Tensors) -> None:
+        import torch
+
         self._layout = _layout(tensors)
         # Large elements first, so that each tensor starts at a multiple of its element size.
         names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -56,7 +66,7 @@ class TensorFile:
             start = end
             end += tensors[name].nbytes
             header[name] = {
-                "dtype": _DTYPES[tensors[name].dtype],
+                "dtype": _DTYPES[str(tensors[name].dtype)],
                 "shape": list(tensors[name].shape),
                 "data_offsets": [start, end],
             }
@@ -105,6 +115,8 @@ def fill(files: Mapping[str, TensorFile], groups: Mapping[str, Tensors]) -> dict
         file.fill(tensors)
         filled[name] = file
         devices |= {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+    if devices:
+        import torch
     for device in devices:
         torch.cuda.current_stream(device).synchronize()
     return filled
@@ -112,6 +124,8 @@ def fill(files: Mapping[str, TensorFile], groups: Mapping[str, Tensors]) -> dict
 
 def load_tensors(path: Path, name: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Load `<name>.safetensors` of a verified checkpoint."""
+    from safetensors.torch import load_file
+
     file = path / f"{name}.safetensors"
     return reading(path, lambda: load_file(file, device=str(device)))
 
@@ -121,5 +135,19 @@ def weights_sha256(weights: Tensors) -> str:
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].detach().to("cpu", torch.float32).contiguous().numpy().data)
+        digest.update(weights[name].detach().cpu().float().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def stored_weights_sha256(path: Path) -> str:
+    """Return `weights_sha256` of a verified checkpoint, whose weights are float32."""
+    return reading(path, lambda: _stored_weights_sha256(path / "model.safetensors"))
+
+
+def _stored_weights_sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with safetensors.safe_open(file, framework="numpy") as weights:
+        for name in sorted(weights.keys()):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(weights.get_tensor(name), dtype=np.float32).data)
     return digest.hexdigest()

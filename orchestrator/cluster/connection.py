@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import json
 import logging
 import os
 import resource
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.cluster import private
+from orchestrator.cluster.layout import worker_environment
 from orchestrator.errors import UserError
 
 PROBE_S = 10
@@ -28,6 +30,8 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # The watcher needs one process for each group of workers. `RunWatch` finds drained nodes.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # It would print to the terminal: the controller runs in the driver (`private.fit_here`).
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
 }
 # Ray puts the current folder first on the path of its workers. There may be a model.py in it.
 SOURCES = Path(__file__).resolve().parents[2]
@@ -35,9 +39,16 @@ SOURCES = Path(__file__).resolve().parents[2]
 SOCKET_BYTES = 107
 SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 
-# A machine may stop for a minute. With Ray's defaults, its processes would then take each other for
-# dead and exit.
-PATIENT = {"health_check_failure_threshold": 60, "gcs_rpc_server_reconnect_timeout_s": 600}
+SYSTEM_CONFIG = {
+    # A machine may stop for a minute. With Ray's defaults, its processes would then take each other
+    # for dead and exit.
+    "health_check_failure_threshold": 60,
+    "gcs_rpc_server_reconnect_timeout_s": 600,
+    # With Ray's default of 15, any other program on the machine would slow the training down.
+    "worker_niceness": 0,
+    # Ray starts a process for each CPU at once, and would end it before a run needs it.
+    "idle_worker_killing_time_threshold_ms": 60_000,
+}
 # Ray needs more than this to start.
 LEAST_FILES = 256
 LEAST_SHARED_BYTES = 128 << 20
@@ -47,13 +58,17 @@ _gcs_address = ""
 _answered = 0.0  # time.monotonic() of the last answer of the head
 
 
-def connect(environment: dict[str, str] | None = None) -> None:
+def _nothing() -> None:
+    pass
+
+
+def connect(meanwhile: Callable[[], object] = _nothing) -> None:
     """Join the cluster of $RAY_ADDRESS, or start one on this machine for this process.
 
-    `ray job submit` sets $RAY_ADDRESS.
+    `ray job submit` sets $RAY_ADDRESS. All Ray processes of this driver get `worker_environment`.
 
     Args:
-        environment: Variables of all Ray processes of this driver. None: no additional ones.
+        meanwhile: Imports what the driver needs later, while the processes of a cluster start.
 
     Raises:
         UserError: No cluster answers at $RAY_ADDRESS, or Ray cannot start on this machine.
@@ -66,19 +81,16 @@ def connect(environment: dict[str, str] | None = None) -> None:
         os.environ.setdefault(key, value)
     # At every start, Ray would print that a token protects the cluster.
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if environment:
-        settings["runtime_env"] = {"env_vars": environment}
     private.shorten_messages()
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with contextlib.chdir(SOURCES):
-            _join(settings) if is_shared() else _start(settings)
+            _join(settings) if is_shared() else _start(settings, meanwhile)
     finally:
         signal.signal(signal.SIGTERM, handler)  # Ray replaces it
     # Functions that are registered last run first. Ray's own function would wait half a second for
     # output of the workers.
     atexit.register(ray.shutdown)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
     _note_head()
 
 
@@ -168,13 +180,17 @@ def _join(settings: dict[str, Any]) -> None:
     import ray
 
     address = os.environ["RAY_ADDRESS"]
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    given = submitted.get("runtime_env", {}).get("env_vars", {})
+    # Ray refuses a variable that is given twice.
+    variables = {key: value for key, value in worker_environment().items() if key not in given}
     try:
         if address == "auto":
             address = private.running_head()
         _probe(address)
         # If the head dies, this process would print an error each second until we end it.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        ray.init(address=address, **settings)
+        ray.init(address=address, runtime_env={"env_vars": variables}, **settings)
     except UserError:
         raise
     except Exception as error:
@@ -229,18 +245,21 @@ def _refuses(address: str) -> bool:
 # ---- a cluster of our own ----
 
 
-def _start(settings: dict[str, Any]) -> None:
+def _start(settings: dict[str, Any], meanwhile: Callable[[], object]) -> None:
     """Start a cluster without a dashboard, protected by a token that only this process knows."""
     import ray
 
+    # Ray's processes inherit them. Each `runtime_env` would need another process, and its agent.
+    os.environ.update(worker_environment())
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         # Ray would write one into the home directory, readable for all users.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     if len(os.fsencode(os.path.abspath(_temporary()) + SOCKET)) > SOCKET_BYTES:
         os.environ["RAY_TMPDIR"] = "/tmp"
     try:
-        with private.local_processes():
-            ray.init(address="local", include_dashboard=False, _system_config=PATIENT, **settings)
+        with private.local_processes(meanwhile):
+            settings |= {"address": "local", "include_dashboard": False}
+            ray.init(_system_config=SYSTEM_CONFIG, **settings)
     except Exception as error:
         raise UserError(
             f"Ray cannot start on this machine: {_first_line(error)}; {_limits()}"

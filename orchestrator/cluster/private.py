@@ -4,20 +4,21 @@
 an upgrade broke. `data/tokenizer.py` calls a private function of tiktoken.
 """
 
+import asyncio
 import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
-ABORT_S = 10  # a controller that does not answer in this time may be dead
-
 
 @contextlib.contextmanager
-def local_processes() -> Iterator[None]:
+def local_processes(meanwhile: Callable[[], object]) -> Iterator[None]:
     """Change how `ray.init` starts the processes of a cluster.
+
+    It calls `meanwhile` when it has started them: they need some seconds until they answer.
 
     It starts no API server, which sends requests to the metadata services of three clouds at every
     start, also if usage reports are off. It starts neither the autoscaler nor the process that
@@ -32,11 +33,18 @@ def local_processes() -> Iterator[None]:
     popen = services.ConsolePopen
     monitor = Node.start_monitor
     log_monitor = Node.start_log_monitor
+    get_node = services.get_node
+
+    def call_then_get_node(*arguments: Any) -> Any:
+        meanwhile()
+        return get_node(*arguments)
+
     # Ray itself returns (None, None) if the API server cannot be started.
     services.start_api_server = lambda *_, **__: (None, None)
     services.ConsolePopen = functools.partial(popen, start_new_session=True)
     Node.start_monitor = lambda self: None
     Node.start_log_monitor = lambda self: None
+    services.get_node = call_then_get_node
     try:
         yield
     finally:
@@ -44,6 +52,7 @@ def local_processes() -> Iterator[None]:
         services.ConsolePopen = popen
         Node.start_monitor = monitor
         Node.start_log_monitor = log_monitor
+        services.get_node = get_node
 
 
 def dead_process() -> str | None:
@@ -147,40 +156,80 @@ def draining_nodes() -> dict[str, str]:
     return {node: names.get(node, node) for node in leaving}
 
 
-def drop_datasets_callback(trainer: Any) -> None:
-    """Let a Ray Train trainer start its workers without a process for Ray Data.
+def fit_here(trainer: Any) -> None:
+    """Train with a Ray Train trainer whose controller runs in this process.
 
-    We do not use Ray Data, and each start of the workers would wait for that process.
+    Ray itself runs the controller in an actor. The run would wait for that process, which imports
+    Ray Train again. It would also wait for two callbacks that we do not need: one starts a process
+    for Ray Data, and one removes the workers of a dead controller. Here they end with this process.
+    At the end that one waits 10 s for an API server.
+
+    Raises:
+        TrainingFailedError: The workers failed too often; see the configuration of the trainer.
     """
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
 
-    create = trainer._create_default_callbacks
+    create_callbacks = trainer._create_default_callbacks
+    # Errors of workers are raised, and we print them.
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+    superfluous = DatasetsCallback, PlacementGroupCleanerCallback
 
-    def create_others() -> list[Any]:
-        return [callback for callback in create() if not isinstance(callback, DatasetsCallback)]
+    def create_needed() -> list[Any]:
+        return [one for one in create_callbacks() if not isinstance(one, superfluous)]
 
-    trainer._create_default_callbacks = create_others
-
-
-def controllers_of(trainer: Any) -> list[Any]:
-    """Return a list that gets the controller of a Ray Train trainer once it runs.
-
-    Ray passes the controller to its own handler of Ctrl-C, which it then does not install: it would
-    also be installed where Ctrl-C is ignored, and it would end the driver.
-    """
-    controllers: list[Any] = []
-    trainer._register_sigint_handler = controllers.append
-    return controllers
+    trainer._create_default_callbacks = create_needed
+    trainer._initialize_and_run_controller = _control
+    trainer.fit()
 
 
-def abort(controllers: list[Any]) -> None:
-    """End the workers of Ray Train's controllers, and the controllers."""
+def _control(scaling_policy: Any, **arguments: Any) -> Any:
+    """Start the workers of Ray Train and wait for them. Return Ray Train's result."""
+    from ray.runtime_context import RuntimeContext
+    from ray.train.v2._internal.execution.controller import TrainController
+    from ray.train.v2._internal.execution.worker_group import WorkerGroup
+
+    class Workers(WorkerGroup):
+        """Workers in the environment of the driver, so that they can be idle processes of it."""
+
+        def _get_worker_runtime_env(self, custom_runtime_env: Any) -> Any:
+            return custom_runtime_env
+
+    class Controller(TrainController):
+        worker_group_cls = Workers
+
+    # It asks an actor of Ray Data for machines. The placement group of the workers asks, too.
+    scaling_policy.after_controller_start = lambda _: None
+    scaling_policy._maybe_send_resource_request = lambda: None
+    current_actor = RuntimeContext.current_actor
+    # Workers get it for `ray.train.report`, which we do not use.
+    RuntimeContext.current_actor = None
+    controller = Controller(scaling_policy=scaling_policy, **arguments)
+    loop = asyncio.new_event_loop()
+    running = loop.create_task(controller.run())
+    try:
+        loop.run_until_complete(running)
+    except KeyboardInterrupt:
+        _end_workers(controller)
+        raise
+    finally:
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            loop.run_until_complete(running)
+        loop.close()
+        RuntimeContext.current_actor = current_actor
+    return controller.get_result()
+
+
+def _end_workers(controller: Any) -> None:
     import ray
 
-    for controller in controllers:
-        # The controller exits before it answers.
+    workers = controller.get_worker_group()
+    if workers is not None:
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(controller.abort.remote(), timeout=ABORT_S)
+            workers.abort()
 
 
 def set_collective_timeout(seconds: float) -> None:

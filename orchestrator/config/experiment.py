@@ -29,7 +29,8 @@ from orchestrator.config.sections import (
 from orchestrator.errors import UserError
 
 if TYPE_CHECKING:
-    from model.gpt import GPT, GPTConfig
+    from model.gpt import GPT
+    from model.gpt_config import GPTConfig
 
 
 class Experiment(Section):

@@ -12,16 +12,14 @@ import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-import torch
-
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost.timing import Timing
 from orchestrator.files import write_atomically
+from orchestrator.machine import processor, torch_version
 from orchestrator.paths import cache_folder
-from orchestrator.train.numerics import device_name
 
-FORMAT = 4  # increase it when the meaning of a `Timing` changes
+FORMAT = 5  # increase it when the meaning of a `Timing` changes
 LOAD_STEP = 1.0  # a timing is not used if the load has fallen by more, and by more than half
 AGREES = 1.5  # a timing is measured again if a run was slower or faster by more than this factor
 
@@ -39,8 +37,8 @@ def file_of(experiment: Experiment, n_vocab: int, layout: Layout) -> Path:
         experiment.optim.model_dump(),
         layout.num_workers,
         layout.cpus_per_worker,
-        device_name(layout.device),
-        torch.__version__,
+        _device_name(layout),
+        torch_version(),
     ]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     return cache_folder() / "calibration" / f"{name}.json"
@@ -52,13 +50,28 @@ def read(experiment: Experiment, n_vocab: int, layout: Layout) -> Timing | None:
     It holds on a machine with the GPU that is needed, until the machine is less busy. On a busier
     one, a new timing would take longer than a run waits for it.
     """
-    if layout.use_gpu and not torch.cuda.is_available():
+    if layout.use_gpu and not has_gpu():
         return None
     timing = _read(file_of(experiment, n_vocab, layout))
     if timing is None:
         return None
     has_fallen = timing.load - machine_load()
     return None if has_fallen > max(LOAD_STEP, 0.5 * timing.load) else timing
+
+
+def has_gpu() -> bool:
+    """Return whether torch can use a GPU in this process."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _device_name(layout: Layout) -> str:
+    if not layout.use_gpu:
+        return processor()
+    import torch
+
+    return torch.cuda.get_device_name(layout.device)
 
 
 def _read(file: Path) -> Timing | None:

@@ -7,8 +7,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 
-import torch
-
 from model.optim import OPTIMIZERS
 from orchestrator.cluster.layout import Layout, Node, places, resolve_layout
 from orchestrator.config.experiment import Experiment
@@ -19,10 +17,10 @@ from orchestrator.cost.tokens import TokenCounts, token_counts
 from orchestrator.data.corpus import entries_of, without_hash
 from orchestrator.data.order import check_tokens
 from orchestrator.errors import UserError
+from orchestrator.machine import available_cpus
 from orchestrator.runs.facts import ModelFacts, model_facts
 from orchestrator.text import duration
 from orchestrator.train import init_from
-from orchestrator.train.numerics import available_cpus, device_name
 
 
 def show(experiment: Experiment, timed: bool = True) -> int:
@@ -193,6 +191,8 @@ def _cost_lines(experiment: Experiment, facts: ModelFacts) -> list[str]:
 
 
 def _expected_lines(experiment: Experiment, tokens: TokenCounts, n_vocab: int) -> list[str]:
+    from orchestrator.train.numerics import device_name
+
     layout = local_layout(experiment)
     timing = measure(experiment, n_vocab, layout)
     if isinstance(timing, str):
@@ -262,6 +262,8 @@ def local_slots(layout: Layout) -> int:
 
 
 def _this_machine() -> Node:
+    import torch
+
     return Node(available_cpus(), torch.cuda.device_count())
 
 

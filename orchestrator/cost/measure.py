@@ -9,8 +9,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from orchestrator.cluster.layout import WORKER_ENVIRONMENT, Layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost import cache
@@ -36,7 +34,7 @@ def measure(
     Returns:
         The timing, or why it cannot be measured.
     """
-    if layout.use_gpu and not torch.cuda.is_available():
+    if layout.use_gpu and not cache.has_gpu():
         return "the run asks for a GPU, and this machine has none to time it on"
     known = cache.read(experiment, n_vocab, layout)
     if known is not None:

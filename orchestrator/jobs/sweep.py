@@ -136,7 +136,7 @@ class SweepJob(Job):
     # ---- before the stages start ----
 
     def connect(self) -> None:
-        connection.connect(cluster.worker_environment())
+        connection.connect()
 
     def prepare(self) -> None:
         layout = self._layout()

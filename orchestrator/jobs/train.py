@@ -35,7 +35,7 @@ from orchestrator.runs.summary import Summary, summarize
 from orchestrator.text import differences, duration, number, table
 from orchestrator.track.server import where_to_look
 from orchestrator.track.tracker import Tracker
-from orchestrator.train import init_from, numerics
+from orchestrator.train import init_from
 from orchestrator.workers import ray_train
 from orchestrator.workers.diagnose import advise, diagnose
 from orchestrator.workers.watch import RunWatch
@@ -107,7 +107,7 @@ class TrainJob(Job):
     # ---- before the workers start ----
 
     def connect(self) -> None:
-        connection.connect()
+        connection.connect(meanwhile=ray_train.import_modules)
 
     def prepare(self) -> None:
         experiment = self.experiment
@@ -145,6 +145,8 @@ class TrainJob(Job):
         """
         if self.step == 0:
             return []
+        from orchestrator.train import numerics
+
         fingerprints = checkpoint.read_manifest(self.folder.checkpoint(self.step))["fingerprints"]
         before = fingerprints["numerics"]
         worker = numerics.Worker(cpus=self.layout.cpus_per_worker)

@@ -4,9 +4,8 @@ import functools
 from pathlib import Path
 from typing import TypedDict
 
-from model import models, optim
-from model.flops import flops_per_token
-from model.gpt import GPTConfig
+from model import flops
+from model.gpt_config import GPTConfig
 from orchestrator.cluster import connection
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.corpus import entries_of, without_hash
@@ -73,21 +72,20 @@ def own_sources() -> CodeVersion:
 
 
 def model_facts(experiment: Experiment, n_vocab: int) -> ModelFacts:
-    """Return the size of the model. The weights are not allocated."""
+    """Return the size of the model, by arithmetic: no torch is imported."""
     return _facts_of_shape(experiment.gpt_config(n_vocab))
 
 
 @functools.cache
 def _facts_of_shape(config: GPTConfig) -> ModelFacts:
-    model = models.empty_model(config)
-    decay = optim.decay_summary(model)
+    decay = flops.decay_summary(config)
     return {
-        "vocab_size": model.config.vocab_size,
-        "parameters": model.num_parameters(),
-        "parameters_without_positions": model.num_parameters(positions=False),
+        "vocab_size": config.vocab_size,
+        "parameters": flops.parameter_count(config),
+        "parameters_without_positions": flops.parameter_count(config, positions=False),
         "decayed_tensors": decay.decayed_tensors,
         "decayed_parameters": decay.decayed_parameters,
         "undecayed_tensors": decay.undecayed_tensors,
         "undecayed_parameters": decay.undecayed_parameters,
-        "flops_per_token": flops_per_token(model.config),
+        "flops_per_token": flops.flops_per_token(config),
     }

@@ -175,7 +175,7 @@ def begin_attempt(
         experiment: The experiment to train.
         facts: Facts for MLflow.
         attempt: Layout, first step and free fields of this start of the command. During it, Ray
-            may start the workers several times: `ray_train.start_workers_attempt`.
+            may start the workers several times: `attempts.start_workers_attempt`.
     """
     record = folder.read_record()
     if attempt.get("from_step"):

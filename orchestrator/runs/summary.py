@@ -56,7 +56,7 @@ def summarize(
     if step > 0:
         found = folder.checkpoint(step)
         if ending.kind == "done":
-            weights_sha256 = store.weights_sha256(store.load_tensors(found, "model"))
+            weights_sha256 = store.stored_weights_sha256(found)
     summary: Summary = {
         "status": ending.mlflow_status,
         "exit_status": ending.exit_status,

@@ -20,8 +20,8 @@ from orchestrator.sweep.stored import StoredStages, StoredState, checkpoint_byte
 from orchestrator.sweep.tree import Stage, StageTree
 from orchestrator.sweep.trials import PlannedTrial, spec_of
 from orchestrator.workers import hangs
+from orchestrator.workers.attempts import PATIENCE
 from orchestrator.workers.diagnose import diagnose
-from orchestrator.workers.ray_train import PATIENCE
 
 
 class Progress:

@@ -13,13 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from orchestrator.config.experiment import Experiment, fields_with
 from orchestrator.config.fields import Effect
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.files import write_atomically
 from orchestrator.folders import make_folder
+from orchestrator.machine import torch_version
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.journal import Line
 from orchestrator.sweep import records
@@ -69,7 +68,7 @@ def root_of(experiment: Experiment, data: str, cpus: int) -> str:
         data: Identity of the tokens.
         cpus: CPUs per worker.
     """
-    facts = [fields_of_root(experiment), experiment.slots, data, cpus, torch.__version__]
+    facts = [fields_of_root(experiment), experiment.slots, data, cpus, torch_version()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

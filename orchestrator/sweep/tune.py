@@ -39,8 +39,9 @@ from orchestrator.sweep.progress import Progress  # noqa: E402
 from orchestrator.sweep.records import read_spec  # noqa: E402
 from orchestrator.sweep.stage import run_stage  # noqa: E402
 from orchestrator.sweep.study import Study  # noqa: E402
-from orchestrator.workers.crew import Crew, worker_of  # noqa: E402
-from orchestrator.workers.ray_train import record_failure  # noqa: E402
+from orchestrator.workers.attempts import record_failure  # noqa: E402
+from orchestrator.workers.crew import Crew  # noqa: E402
+from orchestrator.workers.process_group import worker_of  # noqa: E402
 
 # Names in the results that a Tune scheduler compares.
 METRIC = "val_loss"

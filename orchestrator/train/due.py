@@ -10,14 +10,19 @@ may branch off at the end of another trial. The result must equal that of a run 
    next start adds them (`read_last_line`, `Trainer._complete_last_line`).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from orchestrator.config.sections import Train
 from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal, Line
-from orchestrator.train.numerics import Worker, agree
-from orchestrator.train.state import TrainState
+
+if TYPE_CHECKING:
+    from orchestrator.train.numerics import Worker
+    from orchestrator.train.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Due:
     end_of_run: bool
 
     @classmethod
-    def after(cls, step: int, end_step: int, config: Train) -> "Due":
+    def after(cls, step: int, end_step: int, config: Train) -> Due:
         """Return what is due after `step` updates. After 0 updates, only an evaluation can be due.
 
         Args:
@@ -124,6 +129,8 @@ def read_last_line(folder: RunFolder, step: int, worker: Worker) -> LastLine:
     All ranks call this function: only rank 0 reads the journal, but all take part in the
     evaluation.
     """
+    from orchestrator.train.numerics import agree
+
     metrics: dict[str, float] = {}
     if worker.is_main:
         lines = journal.read(folder)

@@ -2,7 +2,11 @@
 
 Sources: random, OpenAI's GPT-2 or another Hugging Face folder, a nanoGPT `ckpt.pt`, a run or a
 checkpoint of this program.
+
+Drivers check names with this module, so torch is imported only when weights are opened.
 """
+
+from __future__ import annotations
 
 import contextlib
 import json
@@ -12,14 +16,11 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from safetensors.torch import load_file
 
-from model import weights
-from model.gpt import GPT, GPTConfig
+from model.gpt_config import GPT2_SIZES, GPTConfig
 from orchestrator.checkpoint import store
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
@@ -27,7 +28,10 @@ from orchestrator.files import replacement
 from orchestrator.paths import cache_folder, expand_home
 from orchestrator.runs.folder import RunFolder
 from orchestrator.text import differences
-from orchestrator.train.state import NOT_LOADABLE, shape_of
+
+if TYPE_CHECKING:
+    from model.gpt import GPT
+    from model.weights import StateDict
 
 SCRATCH = "scratch"
 MAX_PADDING = 1024  # with more vocabulary rows beyond the tokens, it is another tokenizer
@@ -50,7 +54,7 @@ class FirstWeights:
     """Weights that `load` reads."""
 
     shape: GPTConfig
-    load: Callable[[], weights.StateDict]
+    load: Callable[[], StateDict]
 
 
 def initial_model(experiment: Experiment, n_vocab: int) -> GPT:
@@ -61,6 +65,10 @@ def initial_model(experiment: Experiment, n_vocab: int) -> GPT:
     Raises:
         UserError: See `require_init_from_exists` and `check_shape`, or the weights cannot be read.
     """
+    import torch
+
+    from model import weights
+
     name = experiment.train.init_from
     if name == SCRATCH:
         torch.manual_seed(experiment.train.seed)
@@ -83,11 +91,11 @@ def require_init_from_exists(experiment: Experiment) -> None:
         UserError: It does not exist.
     """
     name = experiment.train.init_from
-    if name == SCRATCH or name in weights.GPT2_SIZES or expand_home(name).exists():
+    if name == SCRATCH or name in GPT2_SIZES or expand_home(name).exists():
         return
     raise UserError(
         f"train.init_from: '{name}' does not exist; use {SCRATCH}, one of "
-        f"{', '.join(weights.GPT2_SIZES)}, a Hugging Face folder, a nanoGPT ckpt.pt, or a run or "
+        f"{', '.join(GPT2_SIZES)}, a Hugging Face folder, a nanoGPT ckpt.pt, or a run or "
         "checkpoint folder"
     )
 
@@ -159,11 +167,13 @@ def _open_fitting(experiment: Experiment, n_vocab: int) -> FirstWeights:
 
 
 def _open(experiment: Experiment) -> FirstWeights:
+    from orchestrator.train.state import shape_of
+
     require_init_from_exists(experiment)
     name = experiment.train.init_from
     path = expand_home(name)
     with _as_user_error(name):
-        if name in weights.GPT2_SIZES:
+        if name in GPT2_SIZES:
             return _open_hugging_face(_download(name))
         if path.is_file():
             return _open_nanogpt(path)
@@ -174,6 +184,10 @@ def _open(experiment: Experiment) -> FirstWeights:
 
 
 def _open_hugging_face(folder: Path) -> FirstWeights:
+    from safetensors.torch import load_file
+
+    from model import weights
+
     config = json.loads((folder / "config.json").read_text("utf-8"))
     names = _weight_files(folder)
     for name in names:
@@ -184,8 +198,8 @@ def _open_hugging_face(folder: Path) -> FirstWeights:
             )
     shape = weights.config_from_huggingface(config)
 
-    def load() -> weights.StateDict:
-        tensors: weights.StateDict = {}
+    def load() -> StateDict:
+        tensors: StateDict = {}
         for name in names:
             tensors |= load_file(folder / name)
         return weights.from_huggingface(tensors)
@@ -207,6 +221,10 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _open_nanogpt(file: Path) -> FirstWeights:
+    import torch
+
+    from model import weights
+
     # The only unpickling in this program. weights_only admits tensors and plain values, and here
     # also numbers of numpy: nanoGPT stores the best loss as it was computed.
     try:
@@ -247,6 +265,8 @@ def _download(name: str) -> Path:
 @contextlib.contextmanager
 def _as_user_error(name: str) -> Iterator[None]:
     """Convert errors in loading a user's file to UserError."""
+    from orchestrator.train.state import NOT_LOADABLE
+
     try:
         yield
     except UserError:

@@ -39,7 +39,7 @@ def train(
     """Train from the newest valid checkpoint, or from new weights, to `train.max_steps`.
 
     This is the entry without Ray: for tests, benchmarks and torchrun. A run on Ray uses `Trainer`
-    directly, under a watchdog (`workers/ray_train.py`).
+    directly, under a watchdog (`workers/worker.py`).
 
     Every rank calls this function with its own `worker`. With more than one rank,
     torch.distributed must be initialized. Only rank 0 writes files.

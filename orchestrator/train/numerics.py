@@ -12,7 +12,6 @@ import platform
 import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ import torch.distributed as dist
 
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
+from orchestrator.machine import processor
 from orchestrator.redact import redact
 from orchestrator.runs.facts import REPOSITORY
 from orchestrator.runs.sources import sources_sha256
@@ -139,13 +139,6 @@ def seed_device(seed: int, device: str) -> None:
         torch.default_generator.manual_seed(seed)
 
 
-def available_cpus() -> int:
-    """Return the number of CPUs that this process may use, which may be fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 # ---- fingerprint ----
 
 
@@ -209,12 +202,4 @@ def device_name(device: str) -> str:
     """Return the name of the GPU, or of the processor with the instruction set that torch uses."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    return f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return f"{processor()} ({torch.backends.cpu.get_cpu_capability()})"

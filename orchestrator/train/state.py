@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from model import models, optim
-from model.gpt import GPT, GPTConfig
+from model.gpt import GPT
+from model.gpt_config import GPTConfig
 from orchestrator.checkpoint import store
 from orchestrator.checkpoint.format import reading
 from orchestrator.config.experiment import Experiment

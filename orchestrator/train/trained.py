@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from model import weights
-from model.gpt import GPT, GPTConfig
+from model.gpt import GPT
+from model.gpt_config import GPT2_SIZES, GPTConfig
 from orchestrator.checkpoint import store
 from orchestrator.checkpoint.format import CheckpointManifest
 from orchestrator.config.experiment import Experiment, load_experiment, parse_experiment
@@ -23,11 +24,12 @@ from orchestrator.data.prepare import prepare_in
 from orchestrator.data.prepared import dataset_dir
 from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
 from orchestrator.errors import UserError
+from orchestrator.machine import available_cpus
 from orchestrator.paths import expand_home
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import find_run, run_places, storage_root
 from orchestrator.train.init_from import checkpoint_of, initial_model
-from orchestrator.train.numerics import Worker, available_cpus, prepare_process
+from orchestrator.train.numerics import Worker, prepare_process
 from orchestrator.train.state import load_model
 
 
@@ -126,7 +128,7 @@ def is_gpt2(word: str) -> bool:
     """Return whether `word` names weights of Hugging Face, and not a run or checkpoint of ours."""
     if (expand_home(word) / "config.json").is_file():
         return True
-    return word in weights.GPT2_SIZES and not any(place.path.exists() for place in run_places(word))
+    return word in GPT2_SIZES and not any(place.path.exists() for place in run_places(word))
 
 
 def open_gpt2(source: str, device: str, dtype: str) -> Trained:
@@ -140,7 +142,7 @@ def open_gpt2(source: str, device: str, dtype: str) -> Trained:
     Raises:
         UserError: The weights cannot be read, or have another vocabulary than GPT-2.
     """
-    shape = weights.GPT2_SIZES.get(source) or _shape_of_folder(expand_home(source))
+    shape = GPT2_SIZES.get(source) or _shape_of_folder(expand_home(source))
     tokenizer = load_tokenizer("gpt2")
     if not tokenizer.n_vocab <= shape.vocab_size < tokenizer.n_vocab + 128:
         raise UserError(

@@ -1,6 +1,9 @@
 """Worker processes: starting them on Ray, watching them, and finding out why they ended.
 
     ray_train.py   `fit`: train one run on Ray Train; dead workers are started again
+    worker.py      `work`: what every worker process of a run does
+    attempts.py    starts of the workers and their failures, in files of the run folder
+    process_group.py  the process group that the workers form
     crew.py        `Crew`: the workers of a stage of a sweep
     watchdog.py    `Watchdog`: each rank reports its phase and is ended if it hangs
     watch.py       `Watch`, `RunWatch`: what the driver looks for while the workers train

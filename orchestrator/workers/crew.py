@@ -5,20 +5,20 @@ waits without any. The process group of torch.distributed stays for the next sta
 """
 
 import os
-import socket
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from orchestrator.cluster.layout import COLLECTIVE_TIMEOUT_S, Layout
+from orchestrator.cluster.layout import Layout
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Line
 from orchestrator.train.numerics import Worker
-from orchestrator.workers.ray_train import record_failure
+from orchestrator.workers import process_group
+from orchestrator.workers.attempts import record_failure
+from orchestrator.workers.process_group import worker_of
 
 DEATH_SHOWS_S = 5  # Ray notices a dead process in less time
 
@@ -52,9 +52,9 @@ class Crew:
                 ),
             )
             self.peers.append(actor.remote(rank, self.layout, self.train))
-        address = f"tcp://{ray.util.get_node_ip_address()}:{_free_port()}"
+        address = process_group.new_address()
         joining = [peer.join.remote(address) for peer in self.peers]
-        _join(address, 0, self.layout)
+        process_group.join(address, 0, self.layout)
         ray.get(joining)
 
     def run(self, folder: RunFolder, stop_requested: Callable[[], bool]) -> Iterator[Line]:
@@ -77,11 +77,9 @@ class Crew:
 
     def disband(self) -> None:
         """End the other workers and the process group."""
-        import torch.distributed as dist
-
         for peer in self.peers:
             ray.kill(peer)
-        dist.destroy_process_group()
+        process_group.leave()
 
 
 class _Peer:
@@ -93,7 +91,7 @@ class _Peer:
         self.train = train
 
     def join(self, address: str) -> None:
-        _join(address, self.rank, self.layout)
+        process_group.join(address, self.rank, self.layout)
 
     def run(self, path: Path) -> None:
         folder = RunFolder(path)
@@ -105,28 +103,3 @@ class _Peer:
             record_failure(folder, worker_of(self.rank, self.layout), error)
             # The other ranks wait for this one until its connection closes.
             os._exit(1)
-
-
-def _join(address: str, rank: int, layout: Layout) -> None:
-    import torch.distributed as dist
-
-    dist.init_process_group(
-        "nccl" if layout.use_gpu else "gloo",
-        init_method=address,
-        rank=rank,
-        world_size=layout.num_workers,
-        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-    )
-
-
-def worker_of(rank: int, layout: Layout) -> Worker:
-    """Return the place of a rank among the workers of the layout."""
-    # Ray shows each worker only its own GPU.
-    device = "cuda:0" if layout.use_gpu else "cpu"
-    return Worker(rank, layout.num_workers, device, layout.cpus_per_worker)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]

@@ -8,8 +8,6 @@ import math
 import socket
 from dataclasses import dataclass
 
-import torch
-
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost.measure import time_worker
@@ -77,6 +75,8 @@ def advice(
 def _free_bytes(fault: OutOfMemory, stages: int) -> float | None:
     """Return the free memory for each worker; None: it cannot be measured from this process."""
     if fault.of_gpu:
+        import torch
+
         if not torch.cuda.is_available():
             return None
         free, _ = torch.cuda.mem_get_info()

@@ -3,6 +3,8 @@
 The driver and the other ranks read these marks to find a rank that hangs or was killed.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -10,12 +12,15 @@ import socket
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from orchestrator import files, folders
 from orchestrator.runs.folder import RunFolder
-from orchestrator.train.numerics import Worker
+
+if TYPE_CHECKING:
+    from orchestrator.train.numerics import Worker
 
 MARK_BYTES = 512  # fixed, so that a mark can be overwritten in place with one system call
 

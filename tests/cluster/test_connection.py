@@ -1,5 +1,6 @@
 """Joining and starting Ray, with a function instead of `ray.init`."""
 
+import json
 import os
 import resource
 import shutil
@@ -49,6 +50,29 @@ def test_workers_of_a_local_ray_do_not_import_from_the_current_folder(init, tmp_
     [(folder, _)] = init
     assert (folder / "model" / "gpt.py").is_file()
     assert Path.cwd() == tmp_path
+
+
+def test_processes_of_a_local_ray_inherit_the_variables_of_workers(init, monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    connection.connect()
+    [(_, settings)] = init
+    assert "runtime_env" not in settings, "each would need a process of its own"
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+
+
+def test_variable_that_a_job_was_submitted_with_is_not_given_twice(init, monkeypatch):
+    """Ray refuses a variable that the job and its driver both give."""
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/mine")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    job = {"runtime_env": {"env_vars": {"TIKTOKEN_CACHE_DIR": "/mine"}}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    connection.connect()
+    [(_, settings)] = init
+    assert settings["runtime_env"]["env_vars"] == {
+        "GOMP_SPINCOUNT": "1000",
+        "XDG_CACHE_HOME": "/cache",
+    }
 
 
 def test_handler_of_sigterm_stays(init):

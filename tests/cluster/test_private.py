@@ -1,16 +1,18 @@
 """Private functions of Ray, torch and tiktoken. A failure shows what an upgrade broke."""
 
+import functools
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import ray.train
 
 from orchestrator.cluster import connection, private
-from orchestrator.cluster.layout import Layout
-from orchestrator.config.experiment import load_experiment
-from orchestrator.runs.folder import RunFolder
+from tests.helpers.wait import wait_until
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -19,7 +21,7 @@ def test_local_cluster_starts_without_the_api_server_and_in_sessions_of_its_own(
     from ray._private import node, services
 
     originals = services.start_api_server, services.ConsolePopen
-    with private.local_processes():
+    with private.local_processes(lambda: None):
         assert services.start_api_server(include_dashboard=False) == (None, None)
         sleep = services.start_ray_process(["sleep", "60"], "raylet", fate_share=True).process
         assert os.getsid(sleep.pid) == sleep.pid, "Ray starts its processes in another way"
@@ -34,7 +36,7 @@ def test_local_cluster_starts_without_the_api_server_and_in_sessions_of_its_own(
 OWN = """
 from ray._private import worker
 from orchestrator.cluster.connection import connect
-connect()
+connect(lambda: print("meanwhile"))
 print(*sorted(worker._global_node.all_processes))
 """
 
@@ -47,7 +49,7 @@ def test_local_cluster_has_no_process_that_a_driver_does_not_need():
         text=True,
         timeout=120,
     )
-    assert done.stdout == "gcs_server raylet\n", done.stderr
+    assert done.stdout == "meanwhile\ngcs_server raylet\n", done.stderr
 
 
 def test_messages_of_ray_are_cut_to_their_first_sentence(capsys, monkeypatch):
@@ -109,23 +111,68 @@ def test_draining_nodes_are_read_from_the_state_of_the_cluster(ray_cluster):
     assert private.draining_nodes() == {}
 
 
-def test_workers_start_without_unused_processes(ray_cluster, monkeypatch, tmp_path):
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
+def trainer_of(work, tmp_path):
+    from ray.train import RunConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from orchestrator.workers import ray_train
+    return DataParallelTrainer(
+        work,
+        scaling_config=ray.train.ScalingConfig(num_workers=1),
+        run_config=RunConfig(name="x", storage_path=str(tmp_path)),
+    )
 
-    started = []
 
-    def fit(trainer: TorchTrainer) -> None:
-        started.extend(trainer._create_default_callbacks())
+def alive_actors() -> set[str]:
+    """Return the names of the classes of all actors that are alive."""
+    from ray._private.state import actors
 
-    monkeypatch.setattr(TorchTrainer, "fit", fit)
-    ray_train.fit(load_experiment(None, []), RunFolder(tmp_path), tmp_path, Layout(1, 1, False))
-    names = {type(callback).__name__ for callback in started}
-    assert "BackendSetupCallback" in names
-    assert "DatasetsCallback" not in names
-    assert connection.ENVIRONMENT[ENABLE_PREEMPTION_WATCHER_ENV_VAR] == "0"
+    return {actor["ActorClassName"] for actor in actors().values() if actor["State"] == "ALIVE"}
+
+
+def note_actors(file: Path) -> None:
+    file.write_text("\n".join(sorted(alive_actors())))
+
+
+def test_ray_train_starts_no_process_besides_the_workers(ray_cluster, tmp_path):
+    """A cleaner would wait for the API server at the end of each run."""
+    before = alive_actors()
+    private.fit_here(trainer_of(functools.partial(note_actors, tmp_path / "actors"), tmp_path))
+    during = set((tmp_path / "actors").read_text().split("\n"))
+    assert during - before == {"RayTrainWorker", "SynchronizationActor"}
+    wait_until(lambda: alive_actors() == before)
+    assert connection.ENVIRONMENT["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0"
+
+
+def wait_forever(file: Path) -> None:
+    file.write_text(str(os.getpid()))
+    threading.Event().wait()
+
+
+def test_interrupt_of_the_driver_ends_the_workers(ray_cluster, tmp_path):
+    started = tmp_path / "started"
+
+    def interrupt() -> None:
+        wait_until(lambda: started.exists() and started.read_text())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises(KeyboardInterrupt):
+        private.fit_here(trainer_of(functools.partial(wait_forever, started), tmp_path))
+    interrupting.join()
+    wait_until(lambda: not Path(f"/proc/{started.read_text()}").exists())
+
+
+def fail() -> None:
+    raise OSError("no such thing")
+
+
+def test_error_of_a_worker_is_raised_in_the_driver(ray_cluster, tmp_path, capfd, monkeypatch):
+    for name, value in connection.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ray.train.WorkerGroupError, match="no such thing"):
+        private.fit_here(trainer_of(fail, tmp_path))
+    assert capfd.readouterr().err == ""
 
 
 TIMEOUT = """

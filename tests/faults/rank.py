@@ -1,6 +1,6 @@
 """One rank of a run, in a process of its own without Ray.
 
-Does what `workers.ray_train._work` does under Ray, and installs the fault that this rank will have.
+Does what `workers.worker.work` does under Ray, and installs the fault that this rank will have.
 
 The processes are forked from a server that has only imported the modules; see `helpers.forked`.
 """
@@ -28,7 +28,8 @@ from orchestrator.runs import lock, stop
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.numerics import Worker, agree
-from orchestrator.workers import ray_train
+from orchestrator.workers import attempts
+from orchestrator.workers import worker as worker_process
 from tests.faults import hooks
 from tests.helpers import forked
 
@@ -98,11 +99,11 @@ def _work(job: dict[str, Any], run_dir: Path) -> None:
         try:
             number = 0
             if rank == 0:
-                number = ray_train.start_workers_attempt(folder, job["launch"], world)
+                number = attempts.start_workers_attempt(folder, job["launch"], world)
             worker = replace(place, attempt=agree(number, place))
-            ray_train.train_watched(experiment, folder, Path(job["data_dir"]), worker)
+            worker_process.train_watched(experiment, folder, Path(job["data_dir"]), worker)
         except Exception as error:
-            ray_train.record_failure(folder, place, error)
+            attempts.record_failure(folder, place, error)
             raise
 
 
@@ -115,7 +116,7 @@ def _run_stage(folder: RunFolder, worker: Worker, sweep: SweepFolder) -> None:
     except Exception as error:
         # As there: an error of the connection only says that another rank died.
         if worker.is_main and "gloo" not in str(error):
-            ray_train.record_failure(folder, worker, error)
+            attempts.record_failure(folder, worker, error)
         raise
 
 

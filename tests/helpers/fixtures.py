@@ -14,7 +14,7 @@ from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
-from orchestrator.workers.ray_train import record_failure
+from orchestrator.workers.attempts import record_failure
 from tests.helpers.curves import exact_part
 from tests.helpers.tiny import TINY
 

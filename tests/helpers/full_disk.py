@@ -24,7 +24,7 @@ from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
-from orchestrator.workers import ray_train
+from orchestrator.workers import attempts
 from tests.helpers.curves import exact_part
 
 FOLDER = Path(sys.argv[1])
@@ -75,9 +75,9 @@ def outcome(folder: RunFolder) -> dict[str, Any]:
 def reason_of_next_attempt(folder: RunFolder) -> str:
     """Start the workers again on the full disk, and return the reason that the driver shows."""
     try:
-        ray_train.start_workers_attempt(folder, "launch", 1)
+        attempts.start_workers_attempt(folder, "launch", 1)
     except OSError as error:
-        ray_train.record_failure(folder, Worker(), error)
+        attempts.record_failure(folder, Worker(), error)
     summary.summarize(folder, Ending("failed"), EXPERIMENT.tokens_per_step, None, 0.0)
     ending = folder.read_ending()
     assert ending is not None and ending.reason is not None

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from model.gpt import GPTConfig
+from model.gpt_config import GPTConfig
 from model.weights import _FIXED_IN_HF, _modules, _transpose
 
 

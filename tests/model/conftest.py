@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from model.gpt import GPT, GPTConfig
+from model.gpt import GPT
+from model.gpt_config import GPTConfig
 
 
 @pytest.fixture(autouse=True)

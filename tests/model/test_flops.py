@@ -1,5 +1,7 @@
 """FLOPs equal nanoGPT's formula and torch's counter; unknown devices have no peak."""
 
+from dataclasses import astuple
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,8 +9,17 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.flops import flops_per_token, mfu, parameter_count, peak_flops
-from model.gpt import GPT, GPTConfig
+from model.flops import (
+    DecaySummary,
+    decay_summary,
+    flops_per_token,
+    mfu,
+    parameter_count,
+    peak_flops,
+)
+from model.gpt import GPT
+from model.gpt_config import GPTConfig
+from model.optim import parameter_groups
 
 GPT2_124M = GPTConfig(bias=False)
 
@@ -29,6 +40,13 @@ def test_parameter_count_equals_that_of_built_model(
         model = GPT(config)
     assert parameter_count(config) == model.num_parameters()
     assert parameter_count(config, positions=False) == model.num_parameters(positions=False)
+    groups = [group["params"] for group in parameter_groups(model, 0.1)]
+    sizes = [(len(group), sum(one.numel() for one in group)) for group in groups]
+    assert astuple(decay_summary(config)) == (*sizes[0], *sizes[1])
+
+
+def test_gpt2_has_known_number_of_decayed_parameters():
+    assert decay_summary(GPTConfig(bias=False)) == DecaySummary(50, 124_354_560, 25, 19_200)
 
 
 def test_gpt2_has_known_flops_per_token():

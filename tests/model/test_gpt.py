@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.gpt import GPT, GPTConfig
+from model.gpt import GPT
+from model.gpt_config import GPTConfig
 
 GPT2_124M = GPTConfig(bias=False)
 

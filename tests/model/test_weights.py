@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.gpt import GPT, GPTConfig
+from model.gpt import GPT
+from model.gpt_config import GPT2_SIZES, GPTConfig
 from model.weights import (
-    GPT2_SIZES,
     config_from_huggingface,
     from_huggingface,
     from_nanogpt,

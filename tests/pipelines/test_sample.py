@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from model.generate import generate
-from model.gpt import GPT, GPTConfig
+from model.gpt import GPT
+from model.gpt_config import GPTConfig
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError

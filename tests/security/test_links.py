@@ -14,7 +14,7 @@ from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
-from orchestrator.workers import ray_train
+from orchestrator.workers import attempts
 from orchestrator.workers.watchdog import Watchdog
 
 REPO = Path(__file__).resolve().parents[2]
@@ -48,7 +48,7 @@ WRITES = {
     ".ranks/rank-0": watch,
     "hang-rank0.txt": watch,
     "metrics.jsonl": lambda run_dir: Journal(RunFolder(run_dir)).append(1, {"train/loss": 1.0}),
-    "attempts.jsonl": lambda run_dir: ray_train.start_workers_attempt(RunFolder(run_dir), "a", 1),
+    "attempts.jsonl": lambda run_dir: attempts.start_workers_attempt(RunFolder(run_dir), "a", 1),
 }
 
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from model.gpt import GPT, GPTConfig
+from model.gpt import GPT
+from model.gpt_config import GPTConfig
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.tokenizer import load_tokenizer
 from tests.helpers import checkpoints

@@ -19,8 +19,8 @@ from orchestrator.sweep.report.files import SweepFiles
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import fitting
+from orchestrator.workers.attempts import PATIENCE, record_failure
 from orchestrator.workers.diagnose import advise, diagnose
-from orchestrator.workers.ray_train import PATIENCE, record_failure
 from tests.helpers.datasets import change_in_place
 from tests.helpers.fixtures import Killed
 from tests.helpers.read_only import make_read_only

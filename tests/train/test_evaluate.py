@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.gpt import GPT, GPTConfig
+from model.gpt import GPT
+from model.gpt_config import GPTConfig
 from orchestrator.train import evaluate as evaluate_module
 from orchestrator.train.evaluate import EvalSet
 

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from model.gpt import GPT, GPTConfig
+from model.gpt import GPT
+from model.gpt_config import GPTConfig
 from orchestrator.train.gradients import Gradients
 
 M, B, T = 8, 2, 16

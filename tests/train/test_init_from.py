@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model.gpt import GPT, GPTConfig
+from model.gpt import GPT
+from model.gpt_config import GPTConfig
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.errors import UserError
 from orchestrator.train import init_from

@@ -15,7 +15,7 @@ from orchestrator.runs import events, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.train.numerics import Worker
-from orchestrator.workers import fitting, memory, ray_train
+from orchestrator.workers import attempts, fitting, memory
 from orchestrator.workers.diagnose import advise, diagnose
 from orchestrator.workers.fitting import Fit
 
@@ -73,7 +73,7 @@ def fail(folder: RunFolder, rank: int, error: Exception) -> None:
     try:
         raise error
     except Exception as raised:
-        ray_train.record_failure(folder, Worker(rank, 2), raised)
+        attempts.record_failure(folder, Worker(rank, 2), raised)
 
 
 @pytest.mark.parametrize("name", FAULTS)

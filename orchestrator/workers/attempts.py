@@ -1,0 +1,78 @@
+"""Starts of the workers of a run, and their failures, in files of its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from orchestrator import files, lines
+from orchestrator.runs import events
+from orchestrator.runs.ending import Ending
+from orchestrator.runs.folder import RunFolder
+from orchestrator.workers import hangs, memory
+from orchestrator.workers.diagnose import ending_of_tracebacks, out_of_memory
+
+if TYPE_CHECKING:
+    from orchestrator.train.numerics import Worker
+
+# Attempts in a row that may fail without a new checkpoint, or with the same error (`same_error`).
+# Another attempt would fail too.
+PATIENCE = 3
+
+
+def start_workers_attempt(folder: RunFolder, launch: str, world_size: int) -> int:
+    """Append this attempt to attempts.jsonl, and return its number in the whole run, from 1.
+
+    Here an attempt is one start of the workers. In run.json (`identity.begin_attempt`) it is one
+    start of the command, during which Ray may start the workers several times.
+
+    Args:
+        folder: Folder of the run.
+        launch: Name of this call of `fit`. Attempts with another name belong to earlier commands.
+        world_size: Number of workers.
+
+    Raises:
+        RuntimeError: Another attempt would not help. The ending is recorded, so that Ray's next
+            attempt returns at once.
+    """
+    earlier = _read_attempts(folder)
+    same_launch = [attempt for attempt in earlier if attempt["launch"] == launch]
+    kill = memory.find_kill(folder) if same_launch else None
+    if kill is not None:
+        folder.write_ending(out_of_memory(kill))
+        raise RuntimeError(kill.by)  # the other ranks wait for this one
+    hangs.report(folder)
+
+    step = max(folder.checkpoint_steps(), default=0)
+    if [attempt["step"] for attempt in same_launch][-PATIENCE:] == [step] * PATIENCE:
+        reason = f"{PATIENCE} attempts in a row failed between step {step} and the next checkpoint"
+        last = "\n".join(folder.read_failures())
+        details = f"; the last one:\n{last}" if last else ": workers died without a traceback"
+        folder.write_ending(Ending("failed", reason + details))
+        raise RuntimeError(reason)
+
+    number = len(earlier) + 1
+    if same_launch:
+        message = f"attempt {number} begins at step {step}, because a worker died"
+        events.note(folder, "restart", message, step=step)
+    # `step` is that of the newest checkpoint, `pid` that of rank 0.
+    start = {"launch": launch, "step": step, "workers": world_size, "pid": os.getpid()}
+    lines.append(folder.attempts_file, start)
+    return number
+
+
+def _read_attempts(folder: RunFolder) -> list[dict[str, Any]]:
+    found = [lines.parse(line, launch=str, step=int) for line in lines.read(folder.attempts_file)]
+    return [attempt for attempt in found if attempt is not None]
+
+
+def record_failure(folder: RunFolder, worker: Worker, error: Exception) -> None:
+    """Store the traceback; record the ending if the next attempt would fail in the same way."""
+    text = "".join(traceback.format_exception(error))
+    ending = ending_of_tracebacks(folder, [text], worker.world_size)
+    with contextlib.suppress(OSError):  # the driver gets the error itself
+        if ending.kind in ("user", "again"):
+            folder.write_ending(ending)
+        files.write_atomically(folder.failure_file(worker.rank), text)

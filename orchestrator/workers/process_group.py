@@ -1,0 +1,49 @@
+"""The process group of torch.distributed that the workers of a run or a stage form."""
+
+import socket
+from datetime import timedelta
+
+from orchestrator.cluster.layout import COLLECTIVE_TIMEOUT_S, Layout
+from orchestrator.train.numerics import Worker
+
+
+def new_address() -> str:
+    """Return an address for a process group whose rank 0 is this process."""
+    import ray
+
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        port = listener.getsockname()[1]
+    return f"tcp://{ray.util.get_node_ip_address()}:{port}"
+
+
+def join(address: str, rank: int, layout: Layout) -> None:
+    """Wait until all workers have called this function.
+
+    Args:
+        address: Result of `new_address` on rank 0.
+        rank: Rank of this process.
+        layout: Number of workers and their devices.
+    """
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "nccl" if layout.use_gpu else "gloo",
+        init_method=address,
+        rank=rank,
+        world_size=layout.num_workers,
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+    )
+
+
+def leave() -> None:
+    """End the process group, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def worker_of(rank: int, layout: Layout) -> Worker:
+    """Return the place of a rank among the workers of the layout."""
+    return Worker(rank, layout.num_workers, layout.device, layout.cpus_per_worker)

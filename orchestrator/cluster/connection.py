@@ -190,7 +190,8 @@ def _join(settings: dict[str, Any]) -> None:
         _probe(address)
         # If the head dies, this process would print an error each second until we end it.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        ray.init(address=address, runtime_env={"env_vars": variables}, **settings)
+        with private.without_line("RAY_BACKEND_LOG_LEVEL"):
+            ray.init(address=address, runtime_env={"env_vars": variables}, **settings)
     except UserError:
         raise
     except Exception as error:

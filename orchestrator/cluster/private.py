@@ -8,7 +8,9 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -71,6 +73,26 @@ def kill_local_processes() -> None:
     # In the order of their start: the raylet's end is then not reported to the driver.
     for _, process in worker._global_node.live_processes():
         process.kill()
+
+
+@contextlib.contextmanager
+def without_line(words: str) -> Iterator[None]:
+    """Keep lines with these words from standard error.
+
+    Ray's compiled code prints one if a variable sets the level of its log.
+    """
+    with tempfile.TemporaryFile() as caught:
+        standard_error = os.dup(2)
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(standard_error, 2)
+            os.close(standard_error)
+            caught.seek(0)
+            for line in caught:
+                if words.encode() not in line:
+                    os.write(2, line)
 
 
 def shorten_messages() -> None:

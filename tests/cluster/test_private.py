@@ -52,6 +52,13 @@ def test_local_cluster_has_no_process_that_a_driver_does_not_need():
     assert done.stdout == "meanwhile\ngcs_server raylet\n", done.stderr
 
 
+def test_only_the_line_with_the_words_is_kept_from_standard_error(capfd):
+    with private.without_line("LEVEL"):
+        os.write(2, b"one\nset LEVEL\n")
+        print("two", file=sys.stderr, flush=True)
+    assert capfd.readouterr().err == "one\ntwo\n"
+
+
 def test_messages_of_ray_are_cut_to_their_first_sentence(capsys, monkeypatch):
     from ray._private import worker
 

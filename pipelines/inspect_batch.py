@@ -20,10 +20,11 @@ from orchestrator.data.index import documents_of
 from orchestrator.data.prepare import prepare_in
 from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
 from orchestrator.errors import EXIT_DONE
+from orchestrator.machine import available_cpus
 from orchestrator.runs.storage import storage_root
 from orchestrator.text import table
 from orchestrator.train.inspect import Batch, Forward, batch_of, first_model, forward
-from orchestrator.train.numerics import Worker, available_cpus
+from orchestrator.train.numerics import Worker
 from orchestrator.train.trained import find_device
 from pipelines.common import Options, run_command, split_words
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -201,6 +202,27 @@ def test_imports_and_calls_are_allowed(path):
 )
 def test_forbidden_import_or_call_is_found(file, source):
     assert problems(Path(file), source)
+
+
+DRIVERS = """
+import subprocess
+import sys
+import orchestrator.jobs.sweep, orchestrator.jobs.train, orchestrator.sweep.tune
+sys.exit("torch" in sys.modules)
+"""
+
+
+def test_drivers_import_no_torch():
+    """Importing it takes seconds, in which no worker can start."""
+    assert subprocess.run([sys.executable, "-c", DRIVERS], cwd=REPO, timeout=60).returncode == 0
+
+
+def test_version_of_torch_is_known_without_importing_it():
+    import torch
+
+    from orchestrator.machine import torch_version
+
+    assert torch_version() == torch.__version__
 
 
 def test_yaml_loader_creates_no_objects():

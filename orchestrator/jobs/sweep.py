@@ -6,6 +6,7 @@ comparison.csv   one row per trial              figures/
 summary.json     how the sweep ended            events.jsonl    events
 """
 
+import importlib
 import os
 import traceback
 from collections.abc import Mapping
@@ -136,7 +137,8 @@ class SweepJob(Job):
     # ---- before the stages start ----
 
     def connect(self) -> None:
-        connection.connect()
+        # Ray Tune takes seconds to import.
+        connection.connect(lambda: importlib.import_module("orchestrator.sweep.tune"))
 
     def prepare(self) -> None:
         layout = self._layout()

@@ -8,12 +8,14 @@
 A stage resumes from its own last checkpoint after any interruption, like a run.
 """
 
+from __future__ import annotations
+
 import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator import folders
 from orchestrator.checkpoint import store as checkpoint
@@ -25,10 +27,10 @@ from orchestrator.runs.journal import Line
 from orchestrator.sweep import rates
 from orchestrator.sweep.records import StageResult, StageSpec, curve, read_result, read_spec
 from orchestrator.sweep.states import DIVERGED, DONE, STOPPED, State
-from orchestrator.train.loop import Trainer
-from orchestrator.train.numerics import Worker, fingerprint
 from orchestrator.workers.marks import HELD
-from orchestrator.workers.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from orchestrator.train.numerics import Worker
 
 WRITER_WAIT_S = 60
 
@@ -47,6 +49,11 @@ def run_stage(
         worker: Rank, world size and device of this process.
         stop_requested: As for the trainer of a run.
     """
+    # The driver imports this module, too, and needs no torch.
+    from orchestrator.train.loop import Trainer
+    from orchestrator.train.numerics import fingerprint
+    from orchestrator.workers.watchdog import Watchdog
+
     spec = read_spec(folder)
     assert spec is not None, f"{folder.path} has no stage.json"
     experiment = spec.parsed_experiment()

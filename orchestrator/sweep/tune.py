@@ -7,6 +7,8 @@ and the other ranks are actors in its placement group. So a stage either has all
 or it waits and holds none.
 """
 
+from __future__ import annotations
+
 import inspect
 import logging
 import math
@@ -15,7 +17,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ENVIRONMENT = {  # Tune reads these when it is imported
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -37,11 +39,11 @@ from orchestrator.runs.folder import SweepFolder  # noqa: E402
 from orchestrator.runs.journal import Line  # noqa: E402
 from orchestrator.sweep.progress import Progress  # noqa: E402
 from orchestrator.sweep.records import read_spec  # noqa: E402
-from orchestrator.sweep.stage import run_stage  # noqa: E402
 from orchestrator.sweep.study import Study  # noqa: E402
 from orchestrator.workers.attempts import record_failure  # noqa: E402
-from orchestrator.workers.crew import Crew  # noqa: E402
-from orchestrator.workers.process_group import worker_of  # noqa: E402
+
+if TYPE_CHECKING:
+    from orchestrator.workers.crew import Crew
 
 # Names in the results that a Tune scheduler compares.
 METRIC = "val_loss"
@@ -199,12 +201,18 @@ class StageTrainable(tune.Trainable):
         except Exception as error:
             # If another rank died, this is only the closed connection to it.
             if self.crew is None or not self.crew.has_lost_a_peer():
+                from orchestrator.workers.process_group import worker_of
+
                 record_failure(self.folder, worker_of(0, self.layout), error)
             raise
         return {**self.reported, "done": True} if is_over else self.reported
 
     def _train(self) -> bool:
         """Return True at the end of the stage, False at an evaluation before it."""
+        # Only the workers import torch.
+        from orchestrator.sweep.stage import run_stage
+        from orchestrator.workers.crew import Crew
+
         if self.crew is None:
             self.crew = Crew(self.layout, run_stage)
         if self.lines is None:

@@ -60,6 +60,12 @@ def test_commit_leaves_nothing_beside_the_checkpoint(tmp_path):
     assert holds(tmp_path / "step-00000001", 5)
 
 
+def test_stored_weights_have_the_hash_of_the_loaded_ones(tmp_path):
+    path = commit(tmp_path, 1)
+    expected = store.weights_sha256(store.load_tensors(path, "model"))
+    assert store.stored_weights_sha256(path) == expected
+
+
 def test_hash_of_weights_is_over_sorted_names_and_float32_bytes():
     weights = {"b": torch.tensor([1.5, -2.0]), "a": torch.tensor([[0.5]])}
     content = b"a" + b"\x00\x00\x00\x3f" + b"b" + b"\x00\x00\xc0\x3f\x00\x00\x00\xc0"

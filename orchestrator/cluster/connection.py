@@ -111,7 +111,7 @@ def failure(error: BaseException | None = None) -> str | None:
         return f"the head of the Ray cluster at {_gcs_address} does not answer"
     died = ray.exceptions.RayActorError, ray.exceptions.LocalRayletDiedError
     if isinstance(error, (*died, ray.exceptions.NodeDiedError, ray.exceptions.RaySystemError)):
-        return f"a process of Ray has died ({_first_line(error)})"
+        return f"a process of Ray has died ({_first_line(error).partition(': ')[0]})"
     return None
 
 

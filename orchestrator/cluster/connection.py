@@ -107,7 +107,7 @@ def failure(error: BaseException | None = None) -> str | None:
     dead = private.dead_process()
     if dead is not None:
         return f"Ray's process {dead} has died"
-    if is_shared() and _gcs_address and not _answers():
+    if is_shared() and _gcs_address and not _answers(LOST_S if error is None else 0.0):
         return f"the head of the Ray cluster at {_gcs_address} does not answer"
     died = ray.exceptions.RayActorError, ray.exceptions.LocalRayletDiedError
     if isinstance(error, (*died, ray.exceptions.NodeDiedError, ray.exceptions.RaySystemError)):
@@ -143,8 +143,8 @@ def _note_head() -> None:
     _answered = time.monotonic()
 
 
-def _answers() -> bool:
-    """Return whether the head of the cluster has answered in the last seconds."""
+def _answers(within_s: float) -> bool:
+    """Return whether the head of the cluster answers, or has answered in this time."""
     global _answered
     host, _, port = _gcs_address.rpartition(":")
     now = time.monotonic()
@@ -152,8 +152,8 @@ def _answers() -> bool:
         socket.create_connection((host, int(port)), timeout=1).close()
         _answered = now
     except OSError:
-        pass
-    return now - _answered < LOST_S
+        return now - _answered < within_s
+    return True
 
 
 def is_shared() -> bool:

@@ -131,6 +131,7 @@ def test_head_that_does_not_answer_for_some_seconds_has_died(monkeypatch):
         monkeypatch.setattr(connection, "_gcs_address", f"127.0.0.1:{head.getsockname()[1]}")
         assert connection.failure() is None
     assert connection.failure() is None, "it may be back soon"
+    assert connection.failure(RuntimeError("a worker is gone")) is not None
     monkeypatch.setattr(connection, "LOST_S", 0)
     assert connection.failure() == (
         f"the head of the Ray cluster at {connection._gcs_address} does not answer"

@@ -62,7 +62,6 @@ WAIT_S = 120
 STOP_S = 5.0
 FAULTS = {
     "rank": "SIGKILL of a worker",
-    "controller": "SIGKILL of Ray Train's controller",
     "gcs_server": "SIGKILL of the GCS",
     "raylet": "SIGKILL of the raylet",
     "stopped gcs_server": f"SIGSTOP of the GCS for {STOP_S:.0f} s",
@@ -137,9 +136,8 @@ class Driver:
         """Return the process of a rank that is drawn, or of Ray."""
         if name == "rank":
             return random.choice([mark.pid for mark in marks.read(self.folder)])
-        word = "ray::TrainController" if name == "controller" else f"/{name} "
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            if word in f"{' '.join(process.cmdline())[:200]} ":
+            if f"/{name} " in f"{' '.join(process.cmdline())[:200]} ":
                 return process.pid
         raise AssertionError(f"no process {name}")
 

@@ -138,7 +138,7 @@ class SweepJob(Job):
 
     def connect(self) -> None:
         # Ray Tune takes seconds to import.
-        connection.connect(lambda: importlib.import_module("orchestrator.sweep.tune"))
+        connection.connect(meanwhile=lambda: importlib.import_module("orchestrator.sweep.tune"))
 
     def prepare(self) -> None:
         layout = self._layout()

@@ -174,7 +174,7 @@ def _put(owner: Any, name: str, value: Any) -> None:
 
 def _replace_ray(job: dict[str, Any]) -> None:
     world = job.get("world", 1)
-    _put(connection, "connect", lambda *_: None)
+    _put(connection, "connect", lambda **_: None)
     _put(connection, "job_id", lambda: None)
     _put(cluster, "check_storage", lambda *_: None)
     _put(cluster, "find_layout", lambda *_: Layout(world, 1, False))

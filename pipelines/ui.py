@@ -19,7 +19,7 @@ from orchestrator.folders import subfolders
 from orchestrator.paths import expand_home
 from orchestrator.runs.folder import RunFolder
 from orchestrator.track.outbox import Sent
-from orchestrator.track.server import UI_PORT, experiment_url, store_path
+from orchestrator.track.server import UI_PORT, experiment_url, sqlite_uri, store_path
 from pipelines.common import Options, run_command
 
 ENVIRONMENT = {
@@ -95,7 +95,7 @@ def serve(store: Path, port: int) -> NoReturn:
         "-m",
         "mlflow",
         "server",
-        f"--backend-store-uri=sqlite:///{store}",
+        f"--backend-store-uri={sqlite_uri(store)}",
         f"--artifacts-destination={store.parent / 'artifacts'}",
         "--host=127.0.0.1",
         f"--port={port}",

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from model.schedule import SCHEDULES
 from orchestrator.redact import has_password, hide_passwords
@@ -13,7 +14,7 @@ from orchestrator.redact import has_password, hide_passwords
 if TYPE_CHECKING:
     from orchestrator.config.experiment import Experiment
 
-TRACKING_URI = re.compile(r"^(https?|sqlite|postgresql|mysql)[+a-z0-9]*://.")
+_TRACKING_URI = re.compile(r"(https?|sqlite|postgresql|mysql)[+a-z0-9]*://.")
 
 
 def contradictions(experiment: Experiment) -> list[str]:
@@ -124,12 +125,22 @@ def _model_problems(experiment: Experiment) -> list[str]:
     return problems
 
 
+def is_tracking_uri(uri: str) -> bool:
+    """Return whether an address is one of a database or of an HTTP server."""
+    try:
+        parts = urlsplit(uri)
+        has_host = bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", uri)
+    except ValueError:  # such as the port 99999
+        return False
+    return bool(_TRACKING_URI.match(uri)) and (has_host or not uri.startswith("http"))
+
+
 def _tracking_problems(experiment: Experiment) -> list[str]:
     uri = experiment.tracking.uri
     if uri is None:
         return []
     problems = []
-    if not TRACKING_URI.match(uri):
+    if not is_tracking_uri(uri):
         problems.append(
             f"tracking.uri: '{hide_passwords(uri)}' is not an address that is supported; "
             "use http(s)://…, sqlite:///… or postgresql://…"

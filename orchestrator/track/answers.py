@@ -18,9 +18,11 @@ PROBE_S = 2.0
 def rejection(error: Exception, uri: str) -> RefusedError | DoubtfulError | None:
     """Return the rejection that an error of a request to `uri` means; None if it may be transient.
 
-    A certificate that is not valid, and an answer that is not HTTP, stay as they are. So do 4xx
-    codes below 408; the later ones are timeouts and overload.
+    Waiting does not help if a package is missing, a certificate is not valid, an answer is not HTTP
+    or a code is 400 to 407. Later codes are timeouts and overload.
     """
+    if isinstance(error, ModuleNotFoundError):  # the driver of a database
+        return RefusedError(f"{error}; install it")
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
             return RefusedError(

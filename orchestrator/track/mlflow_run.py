@@ -101,9 +101,12 @@ class MlflowRun:
             database.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RefusedError(f"{database.parent} cannot be created: {error.strerror}") from None
+        if database.is_dir():
+            raise RefusedError(f"{database} is a folder")
         # MLflow keeps the connections to a database by its URI, and each `/.` makes another one.
         replaced = len(_databases.get(database, [])) - 1
-        return MlflowClient(tracking_uri=f"sqlite:///{'/.' * replaced}{database}")
+        prefix = "sqlite:///"
+        return MlflowClient(tracking_uri=self.uri.replace(prefix, prefix + "/." * replaced, 1))
 
     def notice_replaced_store(self) -> None:
         """Connect again if the file of a local database was removed or replaced.

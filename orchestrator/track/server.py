@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
-from orchestrator.config.checks import TRACKING_URI
+from orchestrator.config.checks import is_tracking_uri
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
 from orchestrator.redact import REDACTED, redact_text
@@ -43,7 +43,7 @@ def resolve_uri(experiment: Experiment, storage: Path) -> str:
         return absolute_uri(uri, "tracking.uri")
     if from_environment:
         return absolute_uri(from_environment, "MLFLOW_TRACKING_URI")
-    return f"sqlite:///{store_path(storage)}"
+    return sqlite_uri(store_path(storage))
 
 
 def absolute_uri(uri: str, source: str) -> str:
@@ -56,7 +56,7 @@ def absolute_uri(uri: str, source: str) -> str:
     Raises:
         UserError: MLflow 3 does not support the URI, or a part of it is not known.
     """
-    if not TRACKING_URI.match(uri):
+    if not is_tracking_uri(uri):
         raise UserError(
             f"{source}: '{redact_text(uri)}' is not a tracking URI; use http(s)://…, sqlite:///… "
             "or postgresql://…"
@@ -67,16 +67,22 @@ def absolute_uri(uri: str, source: str) -> str:
             "MLFLOW_TRACKING_URI to the whole URI"
         )
     database = local_path(uri)
-    if database is not None:
-        return f"sqlite:///{database}"
-    return uri.rstrip("/")
+    if database is None:
+        return uri.rstrip("/")
+    _, mark, options = uri.partition("?")
+    return f"{sqlite_uri(database)}{mark}{options}"
+
+
+def sqlite_uri(database: Path) -> str:
+    """Return the URI of a database. In a URI, a ? ends the path and %3F stands for one."""
+    return f"sqlite:///{database}".replace("%", "%25").replace("?", "%3F")
 
 
 def local_path(uri: str) -> Path | None:
     """Return the absolute path of a sqlite database; None for a server."""
     if not uri.startswith("sqlite:///"):
         return None
-    return Path(uri.removeprefix("sqlite:///")).absolute()
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0])).absolute()
 
 
 def set_client_options() -> None:

@@ -137,7 +137,15 @@ REFUSED = {
     "compute.cpus_per_worker": ["null", "0", "-1", "1.5", "all", "true"],
     "compute.use_gpu": ["null", "1", "0", "maybe"],
     "compute.hang_after_s": ["null", "0", "-1", "auto", "nan"],
-    "tracking.uri": ["1", "''", "mlruns", "file:///tmp/mlruns", "ftp://x"],
+    "tracking.uri": [
+        "1",
+        "''",
+        "mlruns",
+        "file:///tmp/mlruns",
+        "ftp://x",
+        "http://h:99999",
+        "'http://a b'",
+    ],
     "tracking.experiment": ["null", "1", "''"],
 }
 

@@ -8,6 +8,7 @@ import http.server
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import ssl
@@ -279,6 +280,20 @@ def test_certificate_or_protocol_error_is_rejected_at_once(gate, tls_port, run_d
         [message] = caplog.messages
         assert "rejected by the server, nothing more is sent" in message
         assert reason in message
+
+
+def test_database_that_cannot_be_used_is_rejected_at_once(run_dir, tmp_path, caplog):
+    log(run_dir, range(3))
+    for uri, reason in (
+        (f"sqlite:///{tmp_path}", "is a folder"),
+        ("sqlite:////dev/null/x.db", "/dev/null cannot be created"),
+        ("mysql://host/x", "No module named .*; install it"),
+    ):
+        caplog.clear()
+        assert not resend_metrics(RunFolder(run_dir), uri, EXPERIMENT, 600)
+        [message] = caplog.messages
+        assert "rejected by the server, nothing more is sent" in message
+        assert re.search(reason, message)
 
 
 def test_ui_and_replay_metrics_explain_errors(server, tmp_path):

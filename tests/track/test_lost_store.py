@@ -12,6 +12,7 @@ import pytest
 
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.journal import Journal
+from orchestrator.track.server import sqlite_uri, store_path
 from orchestrator.track.tracker import Tracker, resend_metrics
 from tests.helpers.tracked import client, expected, log, rows, sent_step
 from tests.helpers.wait import wait_until
@@ -79,6 +80,15 @@ def check(database, run_dir):
     run = client(f"sqlite:////.{database}").get_run(run_id)
     assert run.data.params == {"a": "1"}
     assert [output.step for output in run.outputs.model_outputs] == [5]
+
+
+def test_storage_of_any_name_has_its_own_database(empty, run_dir, tmp_path, impatient):
+    database = store_path(tmp_path / "100%25 of #1, why?")
+    database.parent.mkdir(parents=True)
+    shutil.copy(empty, database)
+    assert attempt(run_dir, sqlite_uri(database), range(3))
+    assert rows(database, run_dir) == expected(run_dir)
+    assert sorted(path.name for path in database.parent.iterdir()) == ["artifacts", "mlflow.db"]
 
 
 @pytest.mark.parametrize(

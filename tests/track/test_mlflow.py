@@ -418,6 +418,8 @@ def test_tracking_uri_and_link(tmp_path, monkeypatch):
     assert resolve_uri(experiment, "runs") == f"sqlite:///{tmp_path}/runs/mlflow/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///here.db")
     assert resolve_uri(experiment, "runs") == f"sqlite:///{tmp_path}/here.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///a%20b.db?timeout=3")
+    assert resolve_uri(experiment, "runs") == f"sqlite:///{tmp_path}/a b.db?timeout=3"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
     with pytest.raises(UserError, match="./mlruns"):
         resolve_uri(experiment, "runs")

@@ -5,6 +5,7 @@ The configuration imports this table, so torch is imported only when an optimize
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -50,11 +51,36 @@ def build(kind: str, model: nn.Module, settings: OptimizerSettings) -> Optimizer
 
 def adamw(groups: ParameterGroups, settings: OptimizerSettings) -> Optimizer:
     """Build AdamW. Source: arXiv:1711.05101."""
+    import torch
     from torch.optim import AdamW
 
+    update = inspect.unwrap(AdamW.step)
+
+    class UncompiledAdamW(AdamW):
+        """AdamW without the wrapper of `step`, which imports torch's compiler."""
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            return update(self, closure)
+
+    _allow_without_compiler()
     betas = (settings.beta1, settings.beta2)
     # On a CPU, the fused kernel is five times as fast as the default one.
-    return AdamW(groups, lr=settings.max_lr, betas=betas, eps=1e-8, fused=True)
+    return UncompiledAdamW(groups, lr=settings.max_lr, betas=betas, eps=1e-8, fused=True)
+
+
+def _allow_without_compiler() -> None:
+    """Let methods of torch's optimizers run without importing torch's compiler.
+
+    They are marked as not to be compiled. At the first call, the mark imports the compiler, which
+    would take 1.5 s of each start, unless the method has the attribute that is set here.
+    """
+    from torch.optim import Optimizer
+
+    for method in vars(Optimizer).values():
+        marked = getattr(method, "__wrapped__", None)
+        if marked is not None:
+            marked.__dynamo_disable = marked
 
 
 OPTIMIZERS: dict[str, OptimizerKind] = {

@@ -75,7 +75,8 @@ def prepare_process(experiment: Experiment, worker: Worker) -> None:
     # Without this, backward passes of attention and embedding add with atomics, whose order changes
     # from run to run. With `warn_only`, cuDNN's attention would keep its atomics. The cost is 3 %
     # of a step (benchmarks/RESULTS.md).
-    torch.use_deterministic_algorithms(on_gpu)
+    if torch.are_deterministic_algorithms_enabled() != on_gpu:
+        torch.use_deterministic_algorithms(on_gpu)  # imports torch's compiler: 1.7 s
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(experiment.train.seed)
     if on_gpu:

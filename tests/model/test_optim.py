@@ -1,8 +1,46 @@
 """Optimizers: groups with and without weight decay, and the formula of AdamW."""
 
+import subprocess
+import sys
+
 import torch
 
 from model.optim import OptimizerSettings, build, parameter_groups
+
+STEP = """
+import sys
+import torch
+from model.optim import OptimizerSettings, build
+model = torch.nn.Linear(3, 2)
+optimizer = build("adamw", model, OptimizerSettings(0.1, 0.9, 0.99, 0.1))
+model(torch.ones(1, 3)).sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+sys.exit("torch._dynamo" in sys.modules)
+"""
+
+
+def test_update_imports_no_compiler():
+    assert subprocess.run([sys.executable, "-c", STEP], timeout=60).returncode == 0
+
+
+def test_updates_have_the_bits_of_adamw_of_torch(small_gpt):
+    ours, theirs = small_gpt(), small_gpt()
+    settings = OptimizerSettings(max_lr=0.01, beta1=0.9, beta2=0.99, weight_decay=0.1)
+    groups = parameter_groups(theirs, 0.1)
+    optimizers = (
+        build("adamw", ours, settings),
+        torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.99), eps=1e-8, fused=True),
+    )
+    for _ in range(3):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            tokens = torch.arange(16).view(2, 8) % model.config.vocab_size
+            _, loss = model(tokens, tokens)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_every_parameter_is_in_one_group(small_gpt):

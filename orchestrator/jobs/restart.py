@@ -1,7 +1,7 @@
 """Ends a command whose Ray has died, or starts it again if that Ray was its own.
 
-Everything that the command needs is in its folder, so a new process is the same as the same command
-after a kill. In this process, threads of the dead Ray would remain.
+Everything that the command needs is in its folder, so a new process continues as after a kill. In
+this process, threads of the dead Ray would remain.
 """
 
 import contextlib

@@ -2,18 +2,17 @@
 
 import json
 import signal
-import subprocess
-import sys
 
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
-from tests.helpers.small_run import REPO, begin, summary, wait_for_step
+from pipelines.replay_metrics import main
+from tests.helpers.small_run import begin, summary, wait_for_step
 from tests.helpers.tracked import client, curve, expected, rows
 
 
 def test_ctrl_c_ends_the_run_then_the_wait_and_the_metrics_are_sent_later(
-    ray_head, tiny_corpus, tiny_dataset, tmp_path
+    ray_head, tiny_corpus, tiny_dataset, tmp_path, capsys
 ):
     folder = RunFolder(tmp_path / "small")
     process = begin(
@@ -40,12 +39,10 @@ def test_ctrl_c_ends_the_run_then_the_wait_and_the_metrics_are_sent_later(
 
     events.note(folder, "disk_full", "there was no room for the checkpoint of step 10")
     database = tmp_path / "later.db"
+    words = [str(folder.path), "--uri", f"sqlite:///{database}"]
     for _ in range(2):  # the second time changes nothing
-        script = REPO / "pipelines" / "replay_metrics.py"
-        words = [sys.executable, script, folder.path, "--uri", f"sqlite:///{database}"]
-        sent = subprocess.run(words, env=ray_head.env, capture_output=True, text=True, timeout=120)
-        assert sent.returncode == 0, sent.stdout + sent.stderr
-        assert f"has everything of {folder.path}" in sent.stdout
+        assert main(words) == 0
+        assert f"has everything of {folder.path}" in capsys.readouterr().out
     assert rows(database, folder.path) == expected(folder.path)
     assert curve(folder.path) == [row[:3] for row in rows(database, folder.path)]
     run_id = json.loads(folder.tracking_file.read_text())["run_id"]

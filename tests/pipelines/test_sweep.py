@@ -1,6 +1,8 @@
-"""`pipelines/sweep.py` on a real cluster: every trial equals its own run, also after kills."""
+"""`pipelines/sweep.py`: every trial equals its own run, also after kills on a real cluster."""
 
+import contextlib
 import csv
+import io
 import itertools
 import json
 import os
@@ -18,31 +20,29 @@ from model.schedule import learning_rate
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.prepared import dataset_dir
+from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
+from orchestrator.sweep.report.files import SweepFiles
+from orchestrator.sweep.space.expand import load_sweep
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
+from orchestrator.workers import fitting
 from tests.helpers.curves import exact_part
+from tests.helpers.local_job import LocalSweepJob, without_ray
 from tests.helpers.small_run import misleading_folder
+from tests.helpers.tiny import TINY
 from tests.helpers.wait import wait_until
 
 REPO = Path(__file__).resolve().parent.parent.parent
 QUICKSTART = REPO / "configs" / "quickstart.yaml"
 CPUS = 2  # the Ray head has four, so two stages run at the same time
 BASE = [
-    "data.tokenizer=char",
-    "model.n_layer=2",
-    "model.n_head=2",
-    "model.n_embd=32",
-    "model.block_size=32",
-    "model.dropout=0.1",
-    "model.pad_vocab_to=1",
-    "train.micro_batch_size=4",
-    "train.global_batch_size=16",
+    *TINY,
     "train.max_steps=20",
     "train.log_interval=3",
     "train.eval_interval=5",
-    "train.eval_tokens=2000",
+    "train.eval_tokens=400",
     "train.checkpoint_interval=100",
     "schedule.kind=wsd",
     "schedule.warmup_steps=4",
@@ -113,19 +113,11 @@ def command(storage: Path, corpus: Path, *words: str) -> list[str]:
     ]
 
 
-def run(
-    ray_head, storage: Path, corpus: Path, *words: str, status: int = 0
-) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        command(storage, corpus, *words),
-        env=ray_head.env,
-        cwd=misleading_folder(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
+def run_here(storage: Path, corpus: Path, *words: str) -> int:
+    """Do the sweep of `command` in this process, without Ray. Return the exit status."""
+    file, *words = command(storage, corpus, *words)[2:]
+    with without_ray(cpus=2 * CPUS):
+        return LocalSweepJob(load_sweep(Path(file), words)).run()
 
 
 def begin(ray_head, storage: Path, corpus: Path, *words: str) -> subprocess.Popen:
@@ -209,10 +201,12 @@ def assert_tracked(storage: Path, statuses: dict[str, str], whole: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def golden(ray_head, tiny_corpus, tmp_path_factory) -> SimpleNamespace:
-    """An undisturbed sweep: its output and results. A later test extends it."""
+def golden(tiny_corpus, tmp_path_factory) -> SimpleNamespace:
+    """An undisturbed sweep in this process: its output and results. A later test extends it."""
     storage = tmp_path_factory.mktemp("golden")
-    text = run(ray_head, storage, tiny_corpus, *space()).stdout
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert run_here(storage, tiny_corpus, *space()) == EXIT_DONE
     sweep, data = (
         storage / "mixed",
         load_experiment(None, [f"data.corpus={tiny_corpus}", "data.tokenizer=char"]).data,
@@ -220,7 +214,7 @@ def golden(ray_head, tiny_corpus, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(
         storage=storage,
         sweep=sweep,
-        text=text,
+        text=out.getvalue(),
         summary=read(sweep / "summary.json"),
         outcomes=outcomes(sweep),
         results=results(sweep),
@@ -296,10 +290,11 @@ def test_mlflow_has_every_trial_with_its_whole_curve(golden):
     assert_tracked(golden.storage, dict.fromkeys(golden.outcomes, "FINISHED"), "FINISHED")
 
 
-def test_finished_sweep_runs_nothing_and_prints_ranking_again(golden, ray_head, tiny_corpus):
-    again = run(ray_head, golden.storage, tiny_corpus, *space())
-    assert "is finished" in again.stdout
-    assert ranking(again.stdout) == ranking(golden.text)
+def test_finished_sweep_runs_nothing_and_prints_ranking_again(golden, tiny_corpus, capsys):
+    assert run_here(golden.storage, tiny_corpus, *space()) == EXIT_DONE
+    again = capsys.readouterr().out
+    assert "is finished" in again
+    assert ranking(again) == ranking(golden.text)
     assert len(ranking(golden.text)) >= 1 + len(golden.outcomes)
     assert results(golden.sweep) == golden.results
     assert read(golden.sweep / "summary.json") == golden.summary
@@ -318,7 +313,7 @@ ALSO_STOPPED = [*KILLED, (signal.SIGTERM, 75), (signal.SIGINT, 130)]
     ],
 )
 def test_extended_sweep_runs_only_new_steps_after_any_kill(
-    golden, alone, ray_head, tiny_corpus, ends
+    golden, alone, ray_head, tiny_corpus, ends, capsys
 ):
     """End the driver by each signal, then kill a worker. Finished stages stay as they are."""
     words, sweep, stood = space(MORE_PEAKS, MORE_HORIZONS), golden.sweep, golden.results
@@ -355,7 +350,8 @@ def test_extended_sweep_runs_only_new_steps_after_any_kill(
     assert_tracked(golden.storage, dict.fromkeys(asked, "FINISHED"), "FINISHED")
 
     # With the former grid, the sweep is still finished, and its files have the former trials.
-    shrunk = run(ray_head, golden.storage, tiny_corpus, *space()).stdout
+    assert run_here(golden.storage, tiny_corpus, *space()) == EXIT_DONE
+    shrunk = capsys.readouterr().out
     assert "is finished" in shrunk and results(sweep) == after
     with open(sweep / "comparison.csv") as file:
         assert {row["trial"] for row in csv.DictReader(file)} == set(golden.outcomes)
@@ -395,9 +391,13 @@ FAILING = [
 
 
 def test_failed_and_diverged_trials_do_not_stop_others_and_are_reported(
-    golden, ray_head, tiny_corpus, tmp_path
+    golden, tiny_corpus, tmp_path, capsys, monkeypatch
 ):
-    done = run(ray_head, tmp_path, tiny_corpus, *FAILING, f"data.dir={golden.data}", status=1)
+    # The search for a micro-batch that fits, and the figure, take seconds and have their own tests.
+    monkeypatch.setattr(fitting, "advice", lambda fault, *_: f"{fault.by}: no memory")
+    monkeypatch.setattr(SweepFiles, "write_tree", lambda self: None)
+    assert run_here(tmp_path, tiny_corpus, *FAILING, f"data.dir={golden.data}") == EXIT_FAILED
+    text = capsys.readouterr().out
     sweep = tmp_path / "mixed"
     states = {
         "first": "done",
@@ -416,11 +416,9 @@ def test_failed_and_diverged_trials_do_not_stop_others_and_are_reported(
     assert {
         name: read(sweep / "trials" / name / "summary.json")["state"] for name in states
     } == states
-    told = [
-        line.split()[:2] for line in done.stdout[done.stdout.index("not ranked:") :].splitlines()
-    ]
+    told = [line.split()[:2] for line in text[text.index("not ranked:") :].splitlines()]
     assert all([name, state] in told for name, state in states.items() if state != "done")
-    assert len(ranking(done.stdout)) >= 1 + 2
+    assert len(ranking(text)) >= 1 + 2
     assert "not finite" in read(sweep / "trials" / "hot" / "summary.json")["reason"]
     assert "memory" in read(sweep / "trials" / "huge" / "summary.json")["reason"]
     for name, steps in (("first", 20), ("last", 30)):
@@ -503,9 +501,8 @@ def test_train_refuses_sweep_file(typed, tmp_path):
     assert not (tmp_path / "storage").exists()
 
 
-def test_request_beyond_the_cluster_is_refused_before_training(ray_head, tiny_corpus, tmp_path):
+def test_request_beyond_the_cluster_is_refused_before_training(tiny_corpus, tmp_path):
     words = [*space(), "compute.num_workers=4", "compute.cpus_per_worker=64"]
-    done = run(ray_head, tmp_path / "storage", tiny_corpus, *words, status=2)
-    assert "found 4 CPU(s)" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    with pytest.raises(UserError, match=r"found 4 CPU\(s\)"):
+        run_here(tmp_path / "storage", tiny_corpus, *words)
     assert not (tmp_path / "storage").exists()

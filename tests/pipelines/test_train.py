@@ -280,19 +280,23 @@ def test_wrong_environment_variable_is_one_line_with_status_2(
     assert "MLFLOW_TRACKING_URI" in text
 
 
-@pytest.mark.parametrize(
-    ("address", "words"),
-    [
-        (None, "found 4 CPU(s)"),  # the test's cluster
-        ("127.0.0.1:1", "no cluster answers at 127.0.0.1:1"),
-    ],
-)
-def test_what_no_cluster_can_do_is_one_line_with_status_2(
-    ray_head, tiny_corpus, tmp_path, address, words
-):
-    head = SimpleNamespace(env={**ray_head.env, **({"RAY_ADDRESS": address} if address else {})})
+def test_what_the_cluster_cannot_do_is_one_line_with_status_2(ray_head, tiny_corpus, tmp_path):
     too_much = ["compute.num_workers=4", "compute.cpus_per_worker=64"]
-    done = run(head, tmp_path / "storage", tiny_corpus, *too_much, status=2)
-    assert words in done.stderr
+    done = run(ray_head, tmp_path / "storage", tiny_corpus, *too_much, status=2)
+    assert "found 4 CPU(s)" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "storage").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "sweep.py"])
+def test_cluster_that_does_not_answer_is_one_line_with_status_2(
+    typed, monkeypatch, tiny_corpus, tmp_path, script
+):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    words = command(tmp_path / "storage", tiny_corpus)[2:]
+    if script == "sweep.py":
+        words.append("sweep.grid.schedule.max_lr=[1e-3, 2e-3]")
+    status, text = typed(script, *words)
+    assert (status, len(text.strip().splitlines())) == (2, 1)
+    assert "no cluster answers at 127.0.0.1:1" in text
     assert not (tmp_path / "storage").exists()

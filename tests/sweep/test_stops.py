@@ -6,9 +6,10 @@ import sqlite3
 import subprocess
 import sys
 
-import pytest
-
 from orchestrator.checkpoint import store as checkpoint
+from orchestrator.errors import EXIT_DONE
+from orchestrator.sweep.space.expand import load_sweep
+from tests.helpers.local_job import LocalSweepJob, without_ray
 from tests.helpers.small_run import REPO, logged
 from tests.helpers.wait import wait_until
 
@@ -24,35 +25,23 @@ WORDS = [
 ]
 
 
-@pytest.fixture
-def begin(ray_head, sweeps, tiny_corpus, tiny_dataset):
-    """Return a function that starts `pipelines/sweep.py` with overrides, as a process."""
-
-    def begin_(*words: str) -> subprocess.Popen:
-        file = sweeps.folder / "experiment.yaml"
-        file.write_text("{}\n")
-        command = [
-            sys.executable,
-            str(REPO / "pipelines" / "sweep.py"),
-            str(file),
-            "name=sweep",
-            f"storage={sweeps.folder}",
-            f"data.corpus={tiny_corpus}",
-            f"data.dir={tiny_dataset}",
-            *sweeps.small,
-            *WORDS,
-            *words,
-        ]
-        return subprocess.Popen(
-            command, env=ray_head.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    return begin_
-
-
-def test_sigterm_stops_every_stage_after_its_step_and_the_next_start_continues(sweeps, begin):
-    """The stages start on two workers and end on one."""
-    stages, process = sweeps.folder / "sweep" / "stages", begin("compute.num_workers=2")
+def test_sigterm_stops_every_stage_after_its_step_and_the_next_start_continues(
+    ray_head, sweeps, tiny_corpus, tiny_dataset
+):
+    """The stages start on two workers and end in this process."""
+    file = sweeps.folder / "experiment.yaml"
+    file.write_text("{}\n")
+    words = [f"storage={sweeps.folder}", f"data.corpus={tiny_corpus}", f"data.dir={tiny_dataset}"]
+    words += ["name=sweep", *sweeps.small, *WORDS]
+    command = [sys.executable, str(REPO / "pipelines" / "sweep.py"), str(file), *words]
+    process = subprocess.Popen(
+        [*command, "compute.num_workers=2"],
+        env=ray_head.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    stages = sweeps.folder / "sweep" / "stages"
     wait_until(lambda: sum(logged(folder) >= 6 for folder in stages.glob("*")) >= 2, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
@@ -73,13 +62,12 @@ def test_sigterm_stops_every_stage_after_its_step_and_the_next_start_continues(s
             ("KILLED",)
         ]
 
-    again, planned = begin("compute.num_workers=1"), sweeps.open(*WORDS, name="planned")
-    alone = {name: sweeps.alone(planned, name) for name in planned.trials}  # meanwhile
-    out, err = again.communicate(timeout=240)
-    assert again.returncode == 0, out + err
+    with without_ray():
+        again = LocalSweepJob(load_sweep(file, [*words, "compute.num_workers=1"]))
+        assert again.run() == EXIT_DONE
     study = sweeps.open(*WORDS)
     summary = json.loads((sweeps.folder / "sweep" / "summary.json").read_text())
     assert summary["steps_run"] == study.tree.steps_in_tree - sum(stopped.values())
     assert len(study.trials) == 3
     for name in study.trials:
-        assert sweeps.outcome(study.folder.trial(name)) == alone[name], name
+        assert sweeps.outcome(study.folder.trial(name)) == sweeps.alone(study, name), name

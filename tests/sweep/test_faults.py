@@ -21,6 +21,7 @@ from orchestrator.train.numerics import Worker
 from orchestrator.workers import fitting
 from orchestrator.workers.attempts import PATIENCE, record_failure
 from orchestrator.workers.diagnose import advise, diagnose
+from tests.helpers import forked, stuck
 from tests.helpers.datasets import change_in_place
 from tests.helpers.fixtures import Killed
 from tests.helpers.read_only import make_read_only
@@ -114,6 +115,35 @@ def test_stage_that_makes_progress_between_kills_is_done(sweeps):
     assert len(ran) > PATIENCE
     assert ending_of(study, 1).kind == "done"
     assert sweeps.outcome(study.folder.trial("only")) == sweeps.alone(study, "only")
+
+
+def test_stage_with_a_rank_that_hung_continues_from_its_checkpoint(sweeps):
+    """The events of the sweep name the rank, and the stacks are in the folder of the stage."""
+    study = sweeps.open("sweep.trials.only.train.max_steps=20", "train.checkpoint_interval=5")
+    [stage] = study.tree.stages
+    folder = study.folder.stage(stage.id)
+
+    def fail(_stage) -> None:
+        if not folder.checkpoint_steps():
+            with contextlib.closing(run_stage(folder, Worker())) as lines:
+                next(line for line in lines if line["step"] >= 10)
+            job = {"folder": str(folder.path), "how": "python", "rank": 1, "phase": "gradient"}
+            [rank] = forked.start(stuck.hang, [{**job, "quick": True}])
+            rank.join()
+            raise Killed
+
+    sweeps.run(study, fail=fail)
+    assert sweeps.outcome(study.folder.trial("only")) == sweeps.alone(study, "only")
+    hang, restart = events.read(study.folder)
+    assert (hang["kind"], hang["stage"]) == ("hang", stage.id)
+    assert (restart["kind"], restart["stage"]) == ("restart", stage.id)
+    assert hang["message"].startswith("rank 1 (process ")
+    assert study.progress.wait_reasons == {
+        stage.id: f"{hang['message']}; the stage starts once more"
+    }
+    assert [f.name for f in folder.path.glob("hangs/0001/*")] == ["hang-rank1.txt"]
+    assert [*folder.path.glob("hang-rank*"), *folder.path.glob(".ranks/*")] == []
+    assert json.loads(folder.result_file.read_text())["steps_run"] < 20
 
 
 def test_after_a_full_disk_nothing_begins_and_with_room_the_sweep_goes_on(sweeps):

@@ -256,10 +256,8 @@ def descendants(pid: int) -> list[int]:
 
 
 # ---- a worker that hangs ----
-@pytest.mark.parametrize(
-    "layout",
-    [pytest.param(ONE, id="rank 0", marks=pytest.mark.slow), pytest.param(TWO, id="rank 1")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [pytest.param(ONE, id="rank 0"), pytest.param(TWO, id="rank 1")])
 def test_stopped_worker_is_killed_and_its_stage_continues_from_its_checkpoint(
     sweeps, on_ray, layout
 ):

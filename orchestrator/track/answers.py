@@ -21,7 +21,8 @@ def rejection(error: Exception, uri: str) -> RefusedError | DoubtfulError | None
     Waiting does not help if a package is missing, a certificate is not valid, an answer is not HTTP
     or a code is 400 to 407. Later codes are timeouts and overload.
     """
-    if isinstance(error, ModuleNotFoundError):  # the driver of a database
+    # The driver of a database is not installed, or SQLAlchemy does not know it.
+    if isinstance(error, ModuleNotFoundError) or "Can't load plugin" in str(error):
         return RefusedError(f"{error}; install it")
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):

@@ -288,6 +288,7 @@ def test_database_that_cannot_be_used_is_rejected_at_once(run_dir, tmp_path, cap
         (f"sqlite:///{tmp_path}", "is a folder"),
         ("sqlite:////dev/null/x.db", "/dev/null cannot be created"),
         ("mysql://host/x", "No module named .*; install it"),
+        ("postgresql+nodriver://host/x", "Can't load plugin.*; install it"),
     ):
         caplog.clear()
         assert not resend_metrics(RunFolder(run_dir), uri, EXPERIMENT, 600)

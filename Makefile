@@ -4,35 +4,46 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STORAGE ?= runs
 
-.PHONY: install quickstart test test-slow faults lint size reference ui submit clean
+.PHONY: install dev quickstart test test-slow faults lint size reference ui submit clean
 
-# Without --no-compile, pip compiles 21,000 files, most of which are never imported: half of the time.
+# uv is much faster than pip. Without --no-compile, pip compiles 21,000 files, most of which are never
+# imported: half of the time.
+PIP := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,\
+	$(BIN)/python -m pip install --no-compile --progress-bar off --disable-pip-version-check)
+
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "installing torch, Ray, MLflow and what they need into $(VENV): some minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	$(PIP) --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@echo "installing what tests and lint need into $(VENV)"
+	$(PIP) --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
 
 install: $(VENV)/installed
+dev: $(VENV)/installed-dev   ## also what tests and lint need
 
 quickstart: install          ## corpus to trained, tracked GPT in a few minutes on two CPU cores
 	$(BIN)/python pipelines/train.py configs/quickstart.yaml
 
 # Two processes, each with a Ray of its own: what tests wait for, they wait for side by side. A file stays in one process.
 TEST_JOBS ?= 2
-test: install                ## everything, with a real Ray, a real MLflow and real kills; TEST_JOBS=0: one after another
+test: dev                    ## everything, with a real Ray, a real MLflow and real kills; TEST_JOBS=0: one after another
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
-test-slow: install           ## what `make test` leaves out: slow variants, many examples of each property
+test-slow: dev               ## what `make test` leaves out: slow variants, many examples of each property
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -m slow tests
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --hypothesis-profile many -m hypothesis tests
 
 # Minutes; the table goes into docs/RELIABILITY.md.
 N ?= 300
 SEED ?= 1
-faults: install              ## make faults N=300 SEED=1: a campaign of faults, each run compared with an undisturbed one
+faults: dev                  ## make faults N=300 SEED=1: a campaign of faults, each run compared with an undisturbed one
 	$(BIN)/python -m tests.faults.campaign -n $(N) --seed $(SEED) --write
 
-lint: install                ## format, lint rules and types, as CI checks them
+lint: dev                    ## format, lint rules and types, as CI checks them
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

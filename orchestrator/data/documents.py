@@ -162,7 +162,7 @@ def _text_of_line(line: bytes, span: Span, offset: int) -> str | None:
     if text is None and span.skip_null:
         return None
     if not isinstance(text, str):
-        raise UserError(f"{where}: field '{field}' is not text but {_shown(text)}")
+        raise _no_text(f"{where}: field '{field}'", text)
     # JSON allows an unpaired surrogate such as \ud800, UTF-8 does not.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -221,9 +221,7 @@ def _text_of_row(value: Any, row: int, span: Span, size: float) -> Piece | None:
     if value is None and span.skip_null:
         return None
     if not isinstance(value, bytes):
-        raise UserError(
-            f"{span.name}: row {row} has no text in '{span.text_field}' but {_shown(value)}"
-        )
+        raise _no_text(f"{span.name}: row {row} of column '{span.text_field}'", value)
     try:
         text = value.decode("utf-8", "replace" if span.replace else "strict")
     except UnicodeDecodeError as error:
@@ -244,9 +242,14 @@ def _decode(data: bytes, span: Span, offset: int) -> str:
         ) from None
 
 
-def _shown(value: Any) -> str:
+def _no_text(where: str, value: Any) -> UserError:
+    change = "set data.text_field to one that has text"
     if value is None:
-        return "None (data.on_null=skip leaves such documents out)"
+        change = "data.on_null=skip leaves out such documents"
+    return UserError(f"{where} is not text but {_shown(value)}; {change}")
+
+
+def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 

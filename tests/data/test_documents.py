@@ -113,7 +113,7 @@ def test_error_names_file_and_byte(tmp_path, name, content, says, chunk):
     [
         ({"body": ["a"]}, "no column 'text'.*body"),
         ({"text": ["a", None]}, "row 1.*on_null=skip"),
-        ({"text": [1]}, "no text"),
+        ({"text": [1]}, "is not text but"),
     ],
 )
 def test_parquet_without_text_is_explained(tmp_path, column, says):

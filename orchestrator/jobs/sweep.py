@@ -148,6 +148,8 @@ class SweepJob(Job):
             for key, data in sections.items()
         }
         self.sweep = _fitting(self.sweep, datasets)
+        for stage in self.folder.stages():
+            lock.wait_for_writer(stage)
         self.study = Study(self.sweep, self.folder, layout, datasets).restored()
         for damage in self.study.stored.restore_journals():
             print(damage, flush=True)

@@ -26,7 +26,7 @@ from orchestrator.errors import UserError
 from orchestrator.files import read_text
 from orchestrator.folders import folder_bytes
 from orchestrator.jobs.job import Job
-from orchestrator.runs import identity, journal, journal_copy, metrics
+from orchestrator.runs import identity, journal, journal_copy, lock, metrics
 from orchestrator.runs.console import Console
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.facts import facts_of
@@ -118,6 +118,7 @@ class TrainJob(Job):
         check_tokens(**tokens, block_size=experiment.model.block_size)
         init_from.check_shape(experiment, self.dataset.tokenizer["n_vocab"])
 
+        lock.wait_for_writer(self.folder)
         self.step = self._resume_step(self.dataset)
         changes = self._changes()
         facts = facts_of(experiment, self.dataset)

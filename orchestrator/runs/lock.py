@@ -23,6 +23,9 @@ from orchestrator.runs.folder import RunFolder
 
 PROBE_S = 0.5  # long enough for `refuse_if_held`, which holds a lock for microseconds
 RETRY_S = 0.1
+# On a network file system, the lock of a lost machine is freed when its lease ends, usually after
+# 90 s.
+WRITER_WAIT_S = 120
 
 
 @contextlib.contextmanager
@@ -62,6 +65,17 @@ def refuse_if_held(folder: RunFolder) -> None:
         raise
     except OSError:
         return  # no run yet, or a lock that this user may not open
+
+
+def wait_for_writer(folder: RunFolder) -> None:
+    """Wait until no worker of a killed driver writes or removes checkpoints any more.
+
+    Raises:
+        HeldError: One still does after `WRITER_WAIT_S`.
+    """
+    if folder.writer_lock.exists():
+        with held(folder.writer_lock, WRITER_WAIT_S):
+            pass
 
 
 def _acquire(path: Path, deadline: float) -> TextIO:

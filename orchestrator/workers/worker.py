@@ -22,10 +22,6 @@ from orchestrator.workers import process_group
 from orchestrator.workers.attempts import record_failure, start_workers_attempt
 from orchestrator.workers.watchdog import Watchdog
 
-# On a network file system, the lock of a lost machine is freed when its lease ends, usually after
-# 90 s.
-WRITER_WAIT_S = 120
-
 
 def work(config: dict[str, Any]) -> None:
     """Train in one worker process of Ray."""
@@ -62,7 +58,7 @@ def _only_writer(folder: RunFolder) -> Iterator[None]:
     """Lock the run for this worker. A worker of a killed driver may still run for a while."""
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(lock.held(folder.writer_lock, WRITER_WAIT_S))
+            stack.enter_context(lock.held(folder.writer_lock, lock.WRITER_WAIT_S))
         except HeldError as error:
             reason = (
                 f"{error}, a worker of this run that does not end; end it and run the same command "

@@ -3,11 +3,12 @@
 import json
 import shutil
 import sqlite3
+import threading
 
 import pytest
 
 from orchestrator.errors import EXIT_DONE, UserError
-from orchestrator.runs import events, journal
+from orchestrator.runs import events, journal, lock
 from orchestrator.runs.folder import RunFolder
 from orchestrator.track.tracker import resend_metrics
 from tests.helpers.curves import exact_part
@@ -70,3 +71,31 @@ def test_run_without_a_checkpoint_left_starts_again_only_on_request(runs, tokens
     assert journal.read(RunFolder(before)) == journal.read(RunFolder(runs["begun"] / "run"))
     with sqlite3.connect(storage / "mlflow" / "mlflow.db") as database:
         assert database.execute("select count(*) from runs").fetchone() == (2,)
+
+
+def test_checkpoints_are_read_when_the_worker_of_a_killed_driver_has_ended(
+    runs, tokens, tmp_path, monkeypatch, capsys
+):
+    storage = shutil.copytree(runs["begun"], tmp_path / "storage", symlinks=True)
+    folder = RunFolder(storage / "run")
+    held, waits = threading.Event(), threading.Event()
+
+    def remove_the_newest() -> None:
+        with lock.held(folder.writer_lock):
+            held.set()
+            assert waits.wait(60)
+            shutil.rmtree(folder.checkpoint(8))
+
+    def wait_for_writer(run: RunFolder) -> None:
+        waits.set()
+        original(run)
+
+    original = lock.wait_for_writer
+    monkeypatch.setattr(lock, "wait_for_writer", wait_for_writer)
+    worker = threading.Thread(target=remove_the_newest)
+    worker.start()
+    held.wait()
+    assert start(storage, tokens, 20) == EXIT_DONE
+    worker.join()
+    assert "resuming run from step 4 " in capsys.readouterr().out
+    assert outcome(storage) == outcome(runs["finished"])

@@ -181,7 +181,7 @@ class RunFolder:
 
     def read_record(self) -> RunRecord | None:
         """Read run.json; None before the first attempt, or if it is damaged."""
-        record = files.read_derived(self.run_file, files.having("key", "attempts"))
+        record = files.read_derived(self.run_file, files.having("key"))
         return cast(RunRecord | None, record)
 
     def read_summary(self) -> dict[str, Any] | None:

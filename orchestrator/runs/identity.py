@@ -183,7 +183,7 @@ def begin_attempt(
     elif record is None or _starts_over(folder, experiment, facts, record):
         record = RunRecord(key=uuid.uuid4().hex, attempts=[])
         _move_history(folder)
-    attempts = [*record["attempts"], attempt]
+    attempts = [*record.get("attempts", []), attempt]
     folder.begin_attempt(
         experiment, {"name": experiment.name, "key": record["key"], **facts, "attempts": attempts}
     )

@@ -59,7 +59,7 @@ class SweepFiles:
         self.estimate = estimate
         record = self.folder.read_record() or new_record(self.folder)
         self.key = record["key"]
-        self.attempts = record["attempts"]
+        self.attempts = record.get("attempts", [])
         self.facts: dict[str, Any] = {}  # of each trial, for MLflow
 
     def begin(self) -> None:

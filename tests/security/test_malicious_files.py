@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -38,30 +39,49 @@ class Canary:
         return os.mkdir, (self.path,)
 
 
-@pytest.fixture
-def opened(tmp_path):
-    """Open `{label: (kind, path)}` in another process; return `{label: (outcome, message)}`."""
+class Opener:
+    """A process that opens files, and is started again if it dies."""
 
-    def open_all(cases: dict[str, tuple[str, Path]]) -> dict[str, tuple[str, str]]:
-        lines = "".join(json.dumps([kind, str(path)]) + "\n" for kind, path in cases.values())
-        done = subprocess.run(
-            [sys.executable, str(REPO / "tests" / "helpers" / "open_files.py")],
-            input=lines,
-            text=True,
-            capture_output=True,
-            timeout=SECONDS * len(cases) + 60,
-            cwd=REPO,
-            env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-        )
-        results = [json.loads(line) for line in done.stdout.splitlines()]
-        assert len(results) == len(cases), (list(cases)[len(results)], done.stderr[-2000:])
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.process: subprocess.Popen | None = None
+
+    def __call__(self, cases: dict[str, tuple[str, Path]]) -> dict[str, tuple[str, str]]:
+        """Open `{label: (kind, path)}`; return `{label: (outcome, message)}`."""
+        if self.process is None or self.process.poll() is not None:
+            self._start()
+        limit = threading.Timer(SECONDS * len(cases) + 60, self.process.kill)
+        limit.start()
         found = {}
-        for label, (outcome, message, size) in zip(cases, results, strict=True):
+        for label, (kind, path) in cases.items():
+            print(json.dumps([kind, str(path)]), file=self.process.stdin, flush=True)
+            answer = self.process.stdout.readline()
+            assert answer, (label, self.log.read_text()[-2000:])
+            outcome, message, size = json.loads(answer)
             assert size <= BYTES, label
             found[label] = (outcome, message)
+        limit.cancel()
         return found
 
-    return open_all
+    def _start(self) -> None:
+        with open(self.log, "a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(REPO / "tests" / "helpers" / "open_files.py")],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=REPO,
+                env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+            )
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    opener = Opener(tmp_path_factory.mktemp("opener") / "log")
+    yield opener
+    opener.process.kill()
+    opener.process.wait()
 
 
 def refuses(results: dict[str, tuple[str, str]]) -> None:

@@ -140,6 +140,15 @@ def curve(folder: RunFolder, last_step: int | None = None) -> list[Line]:
     return [line for line in before if not own or line["step"] < own[0]["step"]] + own
 
 
+def has_whole_curve(spec: StageSpec) -> bool:
+    """Return whether all folders exist from which `curve` takes the lines before a stage."""
+    if spec.parent is None:
+        return True
+    parent = RunFolder(spec.parent)
+    before = read_spec(parent)  # None: the run that the sweep branches off
+    return parent.journal_file.exists() and (before is None or has_whole_curve(before))
+
+
 def _lines_of_longer_run(lines: list[Line], last_step: int, experiment: Experiment) -> list[Line]:
     config = experiment.train
     found = []

@@ -13,7 +13,7 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.errors import UnreadableError, UserError
 from orchestrator.runs import journal_copy
 from orchestrator.runs.folder import RunFolder, SweepFolder
-from orchestrator.sweep.records import StageResult, read_result, read_spec
+from orchestrator.sweep.records import StageResult, has_whole_curve, read_result, read_spec
 from orchestrator.sweep.states import DIVERGED, DONE, FAILED, RUNNING, STOPPED, WAITING, State
 from orchestrator.sweep.tree import Branch, StageTree, build_tree, grow
 
@@ -151,7 +151,8 @@ def scan(
     """Read the checkpoints and results of a sweep's stages.
 
     An interrupted stage continues in its own folder. Other stages may start from its checkpoints
-    only if the tree of `branches` no longer has this stage.
+    only if the tree of `branches` no longer has this stage. If the folder of a stage is lost, it
+    runs again, and then those after it find their results.
 
     Args:
         sweep: Folder of the sweep.
@@ -163,7 +164,7 @@ def scan(
     wanted = {stage.id for stage in grow(branches)}
     for folder in sweep.stages():
         spec = read_spec(folder)
-        if spec is None:
+        if spec is None or not has_whole_curve(spec):
             continue
         result = read_result(folder)
         if result is not None:

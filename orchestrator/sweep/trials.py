@@ -170,7 +170,7 @@ def curve(last: StoredState | None, trial: PlannedTrial) -> list[Line]:
     if last is None:
         return []
     spec = records.read_spec(last.folder)
-    if spec is None:  # a damaged stage.json: the stage runs again, which writes the file
+    if spec is None or not records.has_whole_curve(spec):  # a stage is lost, and runs again
         return []
     if last.step == trial.experiment.train.max_steps == spec.stop:
         return records.curve(last.folder)

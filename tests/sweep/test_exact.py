@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 
@@ -64,6 +65,21 @@ def test_damaged_journal_of_a_stage_that_is_done_is_restored(sweeps):
     assert journal_file.read_bytes() == before
     assert again.stored.restore_journals() == []
     assert_alone(sweeps, again)
+
+
+def test_lost_folder_of_a_stage_is_made_again_and_those_after_it_train_no_step(sweeps):
+    words = "sweep.grid={train.max_steps: [10, 20], schedule.kind: [wsd]}"
+    first = sweeps.open(words)
+    sweeps.run(first)
+    [lost] = {stage.parent for stage in first.tree.stages} - {None}
+    shutil.rmtree(first.folder.stage(lost).path)
+    study = sweeps.open(words)
+    assert not study.is_over
+    lines = [study.curve(trial) for trial in study.trials.values()]
+    ran = sweeps.run(study)
+    assert lines == [[], []], "steps are lost until the stage has run"
+    assert lost in ran and steps_of(study, ran) == steps_of(first, first.tree.by_id)
+    assert_alone(sweeps, study)
 
 
 def test_kill_between_any_two_stages_repeats_no_stage(sweeps):

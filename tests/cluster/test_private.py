@@ -3,7 +3,6 @@
 import functools
 import os
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -12,9 +11,8 @@ import pytest
 import ray.train
 
 from orchestrator.cluster import connection, private
+from tests.helpers import forked, stuck
 from tests.helpers.wait import wait_until
-
-REPO = Path(__file__).resolve().parents[2]
 
 
 def test_local_cluster_starts_without_the_api_server_and_in_sessions_of_its_own():
@@ -31,25 +29,6 @@ def test_local_cluster_starts_without_the_api_server_and_in_sessions_of_its_own(
     assert call in Path(node.__file__).read_text("utf-8"), (
         "Ray starts its API server in another way: it would call the metadata addresses of clouds"
     )
-
-
-OWN = """
-from ray._private import worker
-from orchestrator.cluster.connection import connect
-connect(lambda: print("meanwhile"))
-print(*sorted(worker._global_node.all_processes))
-"""
-
-
-def test_local_cluster_has_no_process_that_a_driver_does_not_need():
-    done = subprocess.run(
-        [sys.executable, "-c", OWN],
-        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(REPO)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout == "meanwhile\ngcs_server raylet\n", done.stderr
 
 
 def test_only_the_line_with_the_words_is_kept_from_standard_error(capfd):
@@ -181,23 +160,11 @@ def test_error_of_a_worker_is_raised_in_the_driver(ray_cluster, tmp_path, capfd,
     assert capfd.readouterr().err == ""
 
 
-TIMEOUT = """
-import sys
-import torch.distributed as dist
-from orchestrator.cluster import private
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/group", rank=0, world_size=1)
-private.set_collective_timeout(7.0)
-print("set")
-"""
-
-
 def test_timeout_of_collectives_can_be_changed(tmp_path):
     """`tests/workers/test_watchdog.py` shows that a collective then ends."""
-    done = subprocess.run(
-        [sys.executable, "-c", TIMEOUT, tmp_path], cwd=REPO, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "set\n"
+    [process] = forked.start(stuck.set_collective_timeout, [{"folder": str(tmp_path)}])
+    process.join(60)
+    assert process.exitcode == 0
 
 
 def test_encodings_of_tiktoken_show_their_ranks():

@@ -1,4 +1,4 @@
-"""Ranks that hang, wait or take memory, for `forked.start`. Their argument is a dictionary."""
+"""Ranks that hang, wait or take memory, for `forked.start`."""
 
 import contextlib
 import ctypes
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from orchestrator.cluster import private
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import hangs, memory, watchdog
@@ -69,6 +70,12 @@ def wait_in_a_collective(job: dict) -> None:
         dist.all_reduce(torch.ones(1))
     except RuntimeError as error:
         Path(folder, "error").write_text(str(error))
+
+
+def set_collective_timeout(job: dict) -> None:
+    store = f"file://{job['folder']}/group"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    private.set_collective_timeout(7.0)
 
 
 def take_2_gib(job: dict) -> None:

@@ -14,8 +14,11 @@ import sqlite3
 import ssl
 import subprocess
 import threading
+import urllib.error
+import urllib.request
 from itertools import pairwise
 
+import psutil
 import pytest
 
 from orchestrator.errors import UserError
@@ -307,3 +310,20 @@ def test_ui_and_replay_metrics_explain_errors(server, tmp_path):
     first = (server.storage / "server.log").read_text().splitlines()[0]
     page = "#/experiments/1/runs?workflowType=machine_learning"
     assert first == f"embedded: http://127.0.0.1:{server.port}/{page}"
+
+
+def test_server_listens_on_loopback_and_answers_only_to_its_own_names(server):
+    main = psutil.Process(server.process.pid)
+    listening = {
+        connection.laddr
+        for process in [main, *main.children(recursive=True)]
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {("127.0.0.1", server.port)}
+    foreign = urllib.request.Request(
+        f"http://127.0.0.1:{server.port}/api/2.0/mlflow/experiments/search?max_results=1",
+        headers={"Host": "evil.example"},
+    )
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(foreign, timeout=10)  # noqa: S310 - loopback

@@ -290,14 +290,14 @@ time.sleep(60)
 
 
 def test_killed_tracker_loses_and_repeats_nothing(sweep, store, uri):
-    names = [f"t{n}" for n in range(30)]
+    names = [f"t{n}" for n in range(16)]
     for name in names:
         put_trial(sweep, name, 2000)
 
     def count_begun():
         return len(list(sweep.glob("trials/*/tracking.json")))
 
-    for count in (1, 12):  # killed twice, while it sends a trial
+    for count in (1, 6):  # killed twice, while it sends a trial
         command = [sys.executable, "-c", TRACK, str(sweep), uri, EXPERIMENT]
         process = subprocess.Popen(command)
         wait_until(lambda count=count: count_begun() >= count, pause_s=0.005)

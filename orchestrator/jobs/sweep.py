@@ -104,6 +104,8 @@ class SweepJob(Job):
         summary = self.folder.read_summary() or {}
         if summary.get("status") != "FINISHED" or self.folder.read_record() is None:
             return False
+        if "wall_s" not in summary:  # a file of another program
+            return False
         datasets = {}
         for key, data in self._data_sections().items():
             dataset = find_in(data, self.storage, sources=self.sources[key])

@@ -86,7 +86,7 @@ class TrainJob(Job):
         summary = self.folder.read_summary() or {}
         if summary.get("status") != "FINISHED" or summary.get("step") != max_steps:
             return False
-        if self.folder.read_record() is None:
+        if "wall_s" not in summary or self.folder.read_record() is None:
             return False
         dataset = find_in(self.experiment.data, self.storage, sources=self.sources)
         return dataset is not None and self._resume_step(dataset) == max_steps

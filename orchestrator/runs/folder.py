@@ -186,7 +186,7 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any] | None:
         """Read summary.json; None if the run has not ended, or if it is damaged."""
-        return files.read_derived(self.summary_file, files.having("status", "wall_s"))
+        return files.read_derived(self.summary_file, files.having("status"))
 
     def read_experiment(self) -> Experiment:
         """Read experiment.yaml.

@@ -6,7 +6,6 @@ comparison.csv   one row per trial              figures/
 summary.json     how the sweep ended            events.jsonl    events
 """
 
-import importlib
 import os
 import traceback
 from collections.abc import Mapping
@@ -139,8 +138,7 @@ class SweepJob(Job):
     # ---- before the stages start ----
 
     def connect(self) -> None:
-        # Ray Tune takes seconds to import.
-        connection.connect(meanwhile=lambda: importlib.import_module("orchestrator.sweep.tune"))
+        connection.connect(meanwhile=_import_tune)
 
     def prepare(self) -> None:
         layout = self._layout()
@@ -255,6 +253,11 @@ class SweepJob(Job):
 
     def show(self) -> None:
         show(self.study, self.summary, self.link)
+
+
+def _import_tune() -> None:
+    """Import Ray Tune, which takes seconds."""
+    import orchestrator.sweep.tune  # noqa: F401
 
 
 def _fitting(sweep: Sweep, datasets: Mapping[str, Manifest]) -> Sweep:

@@ -6,7 +6,6 @@ our own newest valid checkpoint. Checkpoints are not reported to Ray, because Ra
 What Ray calls `world_rank` is our rank.
 """
 
-import importlib
 import shutil
 import uuid
 from dataclasses import asdict
@@ -19,14 +18,13 @@ from orchestrator.config.experiment import Experiment
 from orchestrator.runs.folder import RunFolder
 from orchestrator.workers.attempts import PATIENCE
 
-MODULES = ("ray.train", "ray.train.v2.api.data_parallel_trainer")
 MAX_FAILURES = 1000  # Ray's limit, in case our own count cannot be stored
 
 
 def import_modules() -> None:
     """Import what `fit` needs, which takes some seconds."""
-    for name in MODULES:
-        importlib.import_module(name)
+    import ray.train
+    import ray.train.v2.api.data_parallel_trainer  # noqa: F401
 
 
 def fit(experiment: Experiment, folder: RunFolder, data_dir: Path, layout: Layout) -> None:

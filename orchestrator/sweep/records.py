@@ -146,7 +146,7 @@ def has_whole_curve(spec: StageSpec) -> bool:
         return True
     parent = RunFolder(spec.parent)
     before = read_spec(parent)  # None: the run that the sweep branches off
-    return parent.journal_file.exists() and (before is None or has_whole_curve(before))
+    return parent.path.exists() and (before is None or has_whole_curve(before))
 
 
 def _lines_of_longer_run(lines: list[Line], last_step: int, experiment: Experiment) -> list[Line]:

@@ -81,7 +81,7 @@ def test_causes_of_death_are_read_from_the_table_of_actors(ray_cluster):
     from ray._private.state import actors
     from ray.core.generated.common_pb2 import ActorDeathCause
 
-    [record] = [found for found in actors().values() if found["DeathCause"] is not None]
+    [record] = [one for one in actors().values() if one["ActorID"] == actor._actor_id.hex()]
     assert isinstance(record["DeathCause"], ActorDeathCause)
     assert record["Address"]["NodeID"] == ray.get_runtime_context().get_node_id()
     assert isinstance(record["Pid"], int)
@@ -94,6 +94,13 @@ def test_draining_nodes_are_read_from_the_state_of_the_cluster(ray_cluster):
 
     assert ray._private.state.state.get_draining_nodes() == {}
     assert private.draining_nodes() == {}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Set the variables of Ray as `connect` does."""
+    for name, value in connection.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
 
 
 def trainer_of(work, tmp_path):
@@ -152,9 +159,7 @@ def fail() -> None:
     raise OSError("no such thing")
 
 
-def test_error_of_a_worker_is_raised_in_the_driver(ray_cluster, tmp_path, capfd, monkeypatch):
-    for name, value in connection.ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
+def test_error_of_a_worker_is_raised_in_the_driver(ray_cluster, tmp_path, capfd):
     with pytest.raises(ray.train.WorkerGroupError, match="no such thing"):
         private.fit_here(trainer_of(fail, tmp_path))
     assert capfd.readouterr().err == ""

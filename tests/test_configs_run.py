@@ -39,8 +39,10 @@ SMALL = [
     "path", [path for path in CONFIGS if path not in SWEEPS], ids=lambda p: p.stem
 )
 def test_config_prepares_and_trains(path, tiny_corpus, tmp_path, request):
-    words = [*SMALL, f"storage={tmp_path}"]
     shipped = load_experiment(path)
+    # As many micro-batches as shipped, of one sequence each.
+    batch = ["train.micro_batch_size=1", f"train.global_batch_size={shipped.micro_batches}"]
+    words = [*SMALL, *batch, f"storage={tmp_path}"]
     if shipped.data.split == "hash":
         documents = _write_documents(tiny_corpus, tmp_path / "documents")
         words += [f"data.corpus={documents}", "data.val_fraction=0.5"]

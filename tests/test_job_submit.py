@@ -157,7 +157,9 @@ def jobs(ray_head, checkout) -> SimpleNamespace:
         wait("ends", (base / "tokens" / "manifest.json").exists)
         start("is_stopped")
         checkpoints = folders["is_stopped"] / "checkpoints"
-        wait("is_stopped", lambda: len(checkpoint.steps(checkpoints)) >= 2)
+        # MLflow needs some seconds to create its database.
+        tracking = folders["is_stopped"] / "tracking.json"
+        wait("is_stopped", lambda: len(checkpoint.steps(checkpoints)) >= 2 and tracking.exists())
         package = _package(ray_head)  # Ray removes it when no job uses it
         job = re.search(r"raysubmit_\w+", logs["is_stopped"].read_text("utf-8"))[0]
         subprocess.run(

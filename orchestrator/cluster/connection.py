@@ -52,7 +52,7 @@ SYSTEM_CONFIG = {
 # Ray needs more than this to start.
 LEAST_FILES = 256
 LEAST_SHARED_BYTES = 128 << 20
-LOST_S = 20  # Ray itself ends a driver when it has missed the head for 60 s
+LOST_S = 15  # Ray itself ends a driver when it has missed the head for 60 s
 
 _gcs_address = ""
 _answered = 0.0  # time.monotonic() of the last answer of the head

@@ -33,6 +33,7 @@ from ray import tune  # noqa: E402
 from ray.tune.schedulers import ASHAScheduler  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
+from orchestrator.cluster import calls  # noqa: E402
 from orchestrator.cluster.layout import Layout  # noqa: E402
 from orchestrator.runs import stop  # noqa: E402
 from orchestrator.runs.folder import SweepFolder  # noqa: E402
@@ -91,7 +92,7 @@ def execute(study: Study, slots: int) -> None:
         ),
     )
     try:
-        tuner.fit()
+        calls.interruptibly(tuner.fit)
     finally:
         shutil.rmtree(study.folder.tune_scratch, ignore_errors=True)
 

@@ -9,11 +9,14 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
+
+import psutil
 
 
 @contextlib.contextmanager
@@ -67,12 +70,29 @@ def dead_process() -> str | None:
 
 
 def kill_local_processes() -> None:
-    """End the processes of our own Ray with SIGKILL."""
+    """End the processes of our own Ray with SIGKILL, and their children.
+
+    Workers that train may notice only minutes later that their Ray is dead.
+    """
     from ray._private import worker
 
+    started = worker._global_node.all_processes.values()
+    leaders = [info.process for infos in started for info in infos]
     # In the order of their start: the raylet's end is then not reported to the driver.
-    for _, process in worker._global_node.live_processes():
-        process.kill()
+    for leader in leaders:
+        leader.kill()
+    sessions = {leader.pid for leader in leaders}
+    for pid in psutil.pids():
+        if _session(pid) in sessions:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 @contextlib.contextmanager

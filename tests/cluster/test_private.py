@@ -3,10 +3,13 @@
 import functools
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import ray.train
 
@@ -29,6 +32,24 @@ def test_local_cluster_starts_without_the_api_server_and_in_sessions_of_its_own(
     assert call in Path(node.__file__).read_text("utf-8"), (
         "Ray starts its API server in another way: it would call the metadata addresses of clouds"
     )
+
+
+@pytest.mark.parametrize("leader_is_dead", [False, True])
+def test_workers_end_with_the_processes_that_started_them(monkeypatch, tmp_path, leader_is_dead):
+    from ray._private import worker
+
+    started = tmp_path / "worker"
+    script = f"sleep 60 & echo $! > {started}.new; mv {started}.new {started}; wait"
+    leader = subprocess.Popen(["sh", "-c", script], start_new_session=True)
+    child = int(wait_until(lambda: started.exists() and started.read_text()))
+    if leader_is_dead:
+        leader.kill()
+        leader.wait()
+    node = SimpleNamespace(all_processes={"raylet": [SimpleNamespace(process=leader)]})
+    monkeypatch.setattr(worker, "_global_node", node)
+    private.kill_local_processes()
+    wait_until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie")
+    assert leader.wait(60) == -signal.SIGKILL
 
 
 def test_only_the_line_with_the_words_is_kept_from_standard_error(capfd):

@@ -7,6 +7,7 @@ with those of the same steps in one process.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -137,8 +138,10 @@ class Driver:
         if name == "rank":
             return random.choice([mark.pid for mark in marks.read(self.folder)])
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            if f"/{name} " in f"{' '.join(process.cmdline())[:200]} ":
-                return process.pid
+            # The processes of the dead Ray are still children of the driver.
+            with contextlib.suppress(psutil.ZombieProcess):
+                if f"/{name} " in f"{' '.join(process.cmdline())[:200]} ":
+                    return process.pid
         raise AssertionError(f"no process {name}")
 
     def cause(self, fault: str) -> None:

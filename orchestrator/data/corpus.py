@@ -100,9 +100,10 @@ class Listing:
 
 
 def shown(names: Sequence[str]) -> str:
-    """Return the first names, and how many more there are."""
+    """Return the first names on one line, and how many more there are."""
+    first = [name if name.isprintable() else ascii(name) for name in names[:_SHOWN]]
     more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return ", ".join(first) + more
 
 
 def resolve(corpus: str | list[str]) -> list[CorpusFile]:

@@ -249,6 +249,13 @@ def test_files_that_describe_data_are_taken_if_there_are_no_others(tmp_path, nam
     assert [source.path.name for source in resolve(str(tmp_path))] == [name]
 
 
+def test_control_characters_of_names_are_not_printed(tmp_path):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    (tmp_path / "b\n\x1b[2J.parquet").write_bytes(b"PAR1")
+    line = str(list_corpus(str(tmp_path)))
+    assert line == "1 text, 500 bytes; left out: 1 Parquet ('b\\n\\x1b[2J.parquet')"
+
+
 def hub_folder(base: Path) -> None:
     """Files as on a hub of datasets and as Spark writes them."""
     (base / "data").mkdir(parents=True)

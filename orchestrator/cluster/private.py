@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+TASK_S = 1  # for a cancelled task to end
+
 
 @contextlib.contextmanager
 def local_processes(meanwhile: Callable[[], object]) -> Iterator[None]:
@@ -257,12 +259,20 @@ def _control(scaling_policy: Any, **arguments: Any) -> Any:
         _end_workers(controller)
         raise
     finally:
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            loop.run_until_complete(running)
-        loop.close()
+        _end_task(running, loop)
         RuntimeContext.current_actor = current_actor
     return controller.get_result()
+
+
+def _end_task(task: asyncio.Task[None], loop: asyncio.AbstractEventLoop) -> None:
+    """End a task that may have been interrupted, and its loop."""
+    task.cancel()
+    # An interrupt can take a wake-up of the task with it. The task then never ends.
+    loop.run_until_complete(asyncio.wait([task], timeout=TASK_S))
+    if task.done() and not task.cancelled():
+        task.exception()  # asyncio would print an exception that is not retrieved
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # it would be printed, too
+    loop.close()
 
 
 def _end_workers(controller: Any) -> None:

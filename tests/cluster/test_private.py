@@ -1,6 +1,9 @@
 """Private functions of Ray, torch and tiktoken. A failure shows what an upgrade broke."""
 
+import asyncio
+import contextlib
 import functools
+import gc
 import os
 import signal
 import subprocess
@@ -202,3 +205,37 @@ def test_encodings_of_tiktoken_show_their_ranks():
     assert encoding._mergeable_ranks == ranks
     assert encoding._special_tokens == {"<end>": 256}
     assert encoding._pat_str == "."
+
+
+async def never_cancelled() -> None:
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)
+
+
+def test_task_that_does_not_end_is_given_up_without_a_message(capfd, monkeypatch):
+    monkeypatch.setattr(private, "TASK_S", 0.1)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(never_cancelled())
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    private._end_task(task, loop)
+    assert loop.is_closed() and not task.done()
+    del task
+    gc.collect()
+    assert capfd.readouterr().err == ""
+
+
+async def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def test_interrupted_task_is_ended_without_a_message(capfd):
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(task)
+    private._end_task(task, loop)
+    del task
+    gc.collect()
+    assert capfd.readouterr().err == ""

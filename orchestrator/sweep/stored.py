@@ -122,24 +122,44 @@ class StoredStages:
         return [problem for problem in problems if problem is not None]
 
     def forget_damaged(self, tree: StageTree) -> list[str]:
-        """Forget damaged checkpoints from which stages of a tree would start.
+        """Forget damaged checkpoints: of trials that are done, and where stages would start.
+
+        A trial whose last checkpoint was removed stays done.
 
         Returns:
             One message for each damaged checkpoint.
         """
-        starts = [id_ if id_ in tree.stored else tree.by_id[id_].parent for id_ in tree.to_run]
         problems = []
+        for done in tree.finished & tree.by_id.keys():
+            ended, result = self.folders[done], self.results[done]
+            if result.step not in ended.checkpoint_steps():
+                continue
+            problem = _damage(ended.checkpoint(result.step))
+            if problem is not None:
+                problems.append(problem)
+                del self.results[done]
+                # The stage runs again: it resumes in its folder, so that no other stage may.
+                self.states = {k: s for k, s in self.states.items() if s.path != ended.path}
+        starts = [id_ if id_ in tree.stored else tree.by_id[id_].parent for id_ in tree.to_run]
         for key in set(starts):
             if key is None or key not in self.states or key not in tree.stored:
                 continue
-            try:
-                checkpoint.verify(self.states[key].checkpoint)
-            except UnreadableError:
-                raise
-            except UserError as error:
-                problems.append(str(error))
+            problem = _damage(self.states[key].checkpoint)
+            if problem is not None:
+                problems.append(problem)
                 del self.states[key]
         return problems
+
+
+def _damage(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint; None if it is valid."""
+    try:
+        checkpoint.verify(path)
+    except UnreadableError:
+        raise
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def scan(

@@ -390,6 +390,21 @@ def test_checkpoint_that_a_failed_stage_needs_is_kept(sweeps):
     assert checkpoint.steps(study.folder.stage(study.tree.stages[0].id).checkpoints) == []
 
 
+def test_damaged_last_checkpoint_of_a_trial_is_made_again(sweeps, capsys):
+    words = ["train.keep=3", "train.checkpoint_interval=4", *MIXED[:2]]
+    sweeps.run(sweeps.open(*words))
+    for trial in sweeps.open(*words).trials.values():
+        last = sweeps.open(*words).progress.last_stage(trial.name)
+        part = last.checkpoint / "model.safetensors"
+        part.write_bytes(part.read_bytes()[:-1] + b"?")
+        study = sweeps.open(*words)
+        assert f"not used: {part.parent}" in capsys.readouterr().out
+        assert not study.is_over
+        assert 0 < steps_of(study, sweeps.run(study)) <= 4  # it resumes in its folder
+        assert sweeps.open(*words).is_over
+        assert_alone(sweeps, study)
+
+
 def test_damaged_checkpoint_of_a_branch_is_made_again(sweeps, capsys):
     sweeps.run(sweeps.open(*MIXED[:2]))
     study = sweeps.open(*MIXED[:2])

@@ -26,16 +26,28 @@ from orchestrator.workers.watchdog import Watchdog
 def work(config: dict[str, Any]) -> None:
     """Train in one worker process of Ray."""
     folder = RunFolder(config["folder"])
-    if (folder.read_record() or {}).get("key") != config["key"]:
-        return  # the folder was removed or moved, which the driver reports
-    if folder.ending_file.exists():
-        return  # an earlier attempt of this launch recorded that the run must not go on
+    if is_over(folder, config["key"]):
+        return
     rank = ray.train.get_context().get_world_rank()
     layout = Layout(**config["layout"])
     worker = process_group.worker_of(rank, layout)
     if layout.num_workers > 1:
         address = process_group.new_address() if worker.is_main else None
         process_group.join(broadcast_from_rank_zero(address), rank, layout)
+    train(folder, worker, config)
+    process_group.leave()
+
+
+def is_over(folder: RunFolder, key: str | None) -> bool:
+    """Return whether the workers must not start again."""
+    if (folder.read_record() or {}).get("key") != key:
+        return True  # the folder was removed or moved, which the driver reports
+    # An earlier attempt of this launch may have recorded that the run must not go on.
+    return folder.ending_file.exists()
+
+
+def train(folder: RunFolder, worker: Worker, config: dict[str, Any]) -> None:
+    """Train in this process, whose process group is ready. `config` is that of `work`."""
     with (
         folders.holding(folder.path),
         _only_writer(folder) if worker.is_main else contextlib.nullcontext(),
@@ -43,14 +55,13 @@ def work(config: dict[str, Any]) -> None:
         try:
             number = 0
             if worker.is_main:
-                number = start_workers_attempt(folder, config["launch"], layout.num_workers)
+                number = start_workers_attempt(folder, config["launch"], worker.world_size)
             worker = replace(worker, attempt=agree(number, worker))
             experiment = parse_experiment(config["experiment"], "experiment")
-            train_watched(experiment, folder, Path(config["data_dir"]), worker)
+            _train_watched(experiment, folder, Path(config["data_dir"]), worker)
         except Exception as error:
             record_failure(folder, worker, error)
             raise
-    process_group.leave()
 
 
 @contextlib.contextmanager
@@ -69,7 +80,7 @@ def _only_writer(folder: RunFolder) -> Iterator[None]:
         yield
 
 
-def train_watched(
+def _train_watched(
     experiment: Experiment, folder: RunFolder, data_dir: Path, worker: Worker
 ) -> None:
     """Run the training loop under a watchdog, and stop it on request."""

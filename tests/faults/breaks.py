@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator import files
+from orchestrator import files, folders
 from orchestrator.checkpoint import format as checkpoint_format
 from orchestrator.checkpoint import store
 from orchestrator.data import batches, corpus
@@ -141,6 +141,10 @@ def _fsync_of_checkpoints() -> None:
     store.os = types.SimpleNamespace(**names)
 
 
+def _folder_that_was_moved() -> None:
+    folders._is_at = lambda *_: True
+
+
 def _message_for_users() -> None:
     files.read_json = lambda path: json.loads(path.read_text()) if path.exists() else None
     folder.read_json = files.read_json
@@ -160,6 +164,9 @@ BREAKS: dict[str, Break] = {
     "order": Break("samples are counted from the restart", _order_of_batches, ("driver-kill",)),
     "sum": Break("the sum over ranks is inexact", _rank_sum, ("driver-kill",)),
     "data": Break("a changed shard is not noticed", _identity_of_data, ("shard",)),
+    "moved": Break(
+        "workers write where their folder was", _folder_that_was_moved, ("removed",), "loss"
+    ),
     "traceback": Break(
         "a damaged file is a traceback", _message_for_users, ("run.json",), "traceback"
     ),

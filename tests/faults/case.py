@@ -98,7 +98,8 @@ class Case:
         job = {
             "world": world,
             "store": str(self.path / f"store-{self.report.attempts}"),
-            "launch": self.report.attempts,
+            "launch": str(self.report.attempts),
+            "key": (self.folder.read_record() or {}).get("key"),
             "run_dir": str(self.folder.path),
             "data_dir": str(self.data_dir),
             "log": str(self.path / "log.txt"),

@@ -13,7 +13,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.checkpoint import store
 from orchestrator.runs.folder import RunFolder, SweepFolder
@@ -35,7 +35,10 @@ class Cause:
             first: `undo` does it.
         ends: The command ends early.
         tracked: It needs a tracking store.
+        lasts: It changes files, which may show only at a later start of the command.
     """
+
+    lasts: ClassVar[bool] = False
 
     title: str
     verbs: tuple[str, ...] = ("train", "sweep")
@@ -52,14 +55,17 @@ class Cause:
         return {}
 
     def during(self, case: "CommandCase", command: "Command", rng: random.Random) -> bool:
-        """Act while the command runs. Return False if it ended before."""
+        """Act while the command runs. Return whether the fault happened."""
         return True
 
     def after(self, case: "CommandCase") -> None:
         """Act after the command has ended, or check what it left."""
 
     def undo(self, case: "CommandCase") -> None:
-        """Remove the cause of the fault, as the error message tells the user to do."""
+        """Remove the cause of the fault, as the error message tells the user to do.
+
+        `CommandCase` itself restores the files that a cause has changed or moved.
+        """
 
 
 def latest_checkpoint(folder: SweepFolder) -> list[Path]:
@@ -78,14 +84,13 @@ def latest_checkpoint(folder: SweepFolder) -> list[Path]:
 class OtherTokens(Cause):
     """A shard is changed in place: before the command, or while it reads the file."""
 
+    lasts = True
     in_run: bool = False
 
     def _change(self, case: "CommandCase") -> None:
         for file in sorted(case.data_dir.glob("train-*.parquet")):
-            content = file.read_bytes()
-            case.kept.append((file, content))
-            middle = len(content) // 4
-            with open(file, "r+b") as opened:
+            middle = file.stat().st_size // 4
+            with case.changing(file), open(file, "r+b") as opened:
                 opened.seek(middle)
                 opened.write(b"\x01\x00" * (middle // 2))
 
@@ -102,30 +107,22 @@ class OtherTokens(Cause):
         self._change(case)
         return command.process.exitcode is None
 
-    def undo(self, case: "CommandCase") -> None:
-        for file, content in case.kept:
-            file.write_bytes(content)
-
 
 @dataclass(frozen=True)
 class OtherCorpus(Cause):
     """The corpus has another text of the same size; `old`: and an older time."""
 
+    lasts = True
     old: bool = False
 
     def before(self, case: "CommandCase", rng: random.Random) -> bool:
         found = case.corpus.stat()
-        content = case.corpus.read_bytes()
-        case.kept.append((case.corpus, content))
-        case.corpus.write_bytes(content.swapcase())
+        with case.changing(case.corpus):
+            case.corpus.write_bytes(case.corpus.read_bytes().swapcase())
         past = found.st_mtime_ns - 10**12
         if self.old:
             os.utime(case.corpus, ns=(past, past))
         return True
-
-    def undo(self, case: "CommandCase") -> None:
-        for file, content in case.kept:
-            file.write_bytes(content)
 
 
 @dataclass(frozen=True)
@@ -256,18 +253,26 @@ class Moved(Cause):
         if not case.wait_for_first_step(command):
             return False
         time.sleep(rng.uniform(0.0, 0.2))
-        away = case.path / "away"
-        os.rename(case.folder.path, away)
+        if (case.path / "away").exists():
+            return False  # by the other fault of this start
+        os.rename(case.folder.path, case.path / "away")
         if self.removed:
-            shutil.rmtree(away, ignore_errors=True)
-        return command.process.exitcode is None
+            shutil.rmtree(case.path / "away", ignore_errors=True)
+            (case.path / "away").mkdir(exist_ok=True)
+        return True  # also if the command was killed: its workers may go on
 
-    def undo(self, case: "CommandCase") -> None:
+    def after(self, case: "CommandCase") -> None:
+        """Put the folder back, also after a kill: the user knows that it was moved."""
         away = case.path / "away"
-        if away.exists():
-            if case.folder.path.exists():
-                case.problem("loss", "a folder was begun beside the one that was moved")
-                shutil.rmtree(case.folder.path)
+        if not away.exists():
+            return
+        if case.folder.path.exists():
+            case.problem("loss", "a folder was begun in the place of the one that was moved")
+            shutil.rmtree(case.folder.path)
+        if self.removed:
+            shutil.rmtree(away)
+            case.forget_changes()
+        else:
             os.rename(away, case.folder.path)
 
 

@@ -254,6 +254,7 @@ class Ranks:
             "experiment": experiment.model_dump(),
             "data_dir": str(data_dir),
             "launch": launch,
+            "key": (folder.read_record() or {}).get("key"),
         }
         for _ in range(STARTS):
             # As `_work`: an ending is final.

@@ -4,10 +4,13 @@ Read `CommandCase.run` first. A user does nothing else than to start the same co
 after status 2, `Cause.undo` does what the message says.
 """
 
+import contextlib
 import json
+import os
 import random
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +97,11 @@ class CommandCase:
         ]
         self.report = Report(path.name)
         self.world = 1
-        # What `Cause.undo` needs: former contents, and paths that were moved.
-        self.kept: list[tuple[Path, bytes]] = []
+        # What was not undone yet: files with their content before and after a change, paths that
+        # were moved, and the causes, which may show only at a later start.
+        self.kept: list[tuple[Path, bytes, bytes]] = []
         self.moved: list[tuple[Path, Path]] = []
+        self.lasting: list[Cause] = []
         self.names: list[str] = []  # of the faults of the current start
         self.started_at = 0.0  # when it began
         self.texts = ""  # all that the commands have printed
@@ -135,8 +140,6 @@ class CommandCase:
     def _start(self, rng: random.Random, names: list[str]) -> None:
         """Start the command once with some faults; without one that ends it, also end it."""
         self.world = rng.choice(WORLDS)
-        self.kept.clear()
-        self.moved.clear()
         self.names = names
         possible = [name for name in names if CAUSES[name].before(self, rng)]
         self.started_at = time.time()
@@ -181,6 +184,7 @@ class CommandCase:
     def _check(self, ended: Ended | None, causes: list[Cause]) -> None:
         """Report a wrong ending of a command. After a right status 2, act as the user."""
         start = self.report.attempts
+        causes = [*self.lasting, *causes]
         if ended is None:
             self.problem("status", f"start {start} did not end within {SECONDS:.0f} s")
             return
@@ -200,6 +204,36 @@ class CommandCase:
         if ended.status in (1, 2):
             for cause in causes:
                 cause.undo(self)
+            self._restore_files()
+        else:
+            self.lasting = [cause for cause in causes if cause.lasts]
+
+    # ---- files that were changed ----
+
+    @contextlib.contextmanager
+    def changing(self, file: Path) -> Iterator[None]:
+        """Remember the content of a file before and after the `with` block."""
+        before = file.read_bytes()
+        yield
+        self.kept.append((file, before, file.read_bytes()))
+
+    def forget_changes(self) -> None:
+        """Forget what was changed: it cannot be undone, or it was undone."""
+        self.kept.clear()
+        self.moved.clear()
+        self.lasting.clear()
+
+    def _restore_files(self) -> None:
+        """Restore what was changed, the newest change first, and what no command wrote since."""
+        for file, before, after in reversed(self.kept):
+            if file.exists() and file.read_bytes() == after:
+                file.write_bytes(before)
+        for kept, path in reversed(self.moved):
+            if not path.exists() and path.parent.is_dir():
+                os.rename(kept, path)
+        self.forget_changes()
+
+    # ---- the result ----
 
     def problem(self, category: str, text: str) -> None:
         """Record a problem; see `report.CATEGORIES`."""

@@ -106,6 +106,7 @@ class Damage(Cause):
         changes: One of them is made.
     """
 
+    lasts = True
     files: Callable[[SweepFolder], list[Path]] = lambda folder: []
     changes: tuple[Change, ...] = ANY
 
@@ -114,15 +115,9 @@ class Damage(Cause):
         if not found:
             return False
         file = rng.choice(sorted(found))
-        content = file.read_bytes()
-        case.kept.append((file, content))
-        file.write_bytes(rng.choice(self.changes)(content, rng))
+        with case.changing(file):
+            file.write_bytes(rng.choice(self.changes)(file.read_bytes(), rng))
         return True
-
-    def undo(self, case: "CommandCase") -> None:
-        for file, content in case.kept:
-            if file.parent.is_dir():  # else it was set aside with its folder
-                file.write_bytes(content)
 
 
 @dataclass(frozen=True)
@@ -134,15 +129,10 @@ class Removal(Damage):
         if not found:
             return False
         path = rng.choice(sorted(found))
-        kept = case.path / f"removed-{len(list(case.path.glob('removed-*')))}"
+        kept = case.path / f"removed-{case.report.attempts}-{len(case.moved)}"
         os.rename(path, kept)
         case.moved.append((kept, path))
         return True
-
-    def undo(self, case: "CommandCase") -> None:
-        for kept, path in case.moved:
-            if not path.exists() and kept.exists():
-                os.rename(kept, path)
 
 
 @dataclass(frozen=True)
@@ -156,7 +146,6 @@ class AllCheckpoints(Damage):
         ]
         for file in files:
             content = file.read_bytes()
-            case.kept.append((file, content))
             file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         return bool(files)
 

@@ -1,11 +1,10 @@
 """One rank of a run, in a process of its own without Ray.
 
-Does what `workers.worker.work` does under Ray, and installs the fault that this rank will have.
+Calls what `workers.worker.work` calls under Ray, and installs the fault that this rank will have.
 
 The processes are forked from a server that has only imported the modules; see `helpers.forked`.
 """
 
-import contextlib
 import json
 import os
 import signal
@@ -13,7 +12,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,10 @@ import torch
 import torch._dynamo  # noqa: F401 - else the first optimizer of each rank imports it
 import torch.distributed as dist
 
-from orchestrator.config.experiment import parse_experiment
-from orchestrator.runs import lock, stop
+from orchestrator.runs import stop
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.sweep.stage import run_stage
-from orchestrator.train.numerics import Worker, agree
+from orchestrator.train.numerics import Worker
 from orchestrator.workers import attempts
 from orchestrator.workers import worker as worker_process
 from tests.faults import hooks
@@ -71,6 +68,8 @@ def _work(job: dict[str, Any], run_dir: Path) -> None:
     rank = job["rank"]
     world = job["world"]
     folder = RunFolder(run_dir)
+    if "sweep_dir" not in job and worker_process.is_over(folder, job["key"]):
+        return
     if "pids" in job:
         (Path(job["pids"]) / f"pid-{os.getpid()}").touch()
     if world > 1:
@@ -94,17 +93,7 @@ def _work(job: dict[str, Any], run_dir: Path) -> None:
     if "sweep_dir" in job:
         _run_stage(folder, place, SweepFolder(job["sweep_dir"]))
         return
-    experiment = parse_experiment(job["experiment"], "experiment")
-    with lock.held(folder.writer_lock, 60) if rank == 0 else contextlib.nullcontext():
-        try:
-            number = 0
-            if rank == 0:
-                number = attempts.start_workers_attempt(folder, job["launch"], world)
-            worker = replace(place, attempt=agree(number, place))
-            worker_process.train_watched(experiment, folder, Path(job["data_dir"]), worker)
-        except Exception as error:
-            attempts.record_failure(folder, place, error)
-            raise
+    worker_process.train(folder, place, job)
 
 
 def _run_stage(folder: RunFolder, worker: Worker, sweep: SweepFolder) -> None:

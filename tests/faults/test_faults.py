@@ -1,6 +1,7 @@
 """Runs whose processes are killed at random moments have the same bits as other runs."""
 
 import random
+import shutil
 
 import pytest
 
@@ -8,6 +9,9 @@ from orchestrator.runs import journal
 from tests.faults import hooks
 from tests.faults.campaign import Campaign, make_source
 from tests.faults.case import Case
+from tests.faults.cause_table import CAUSES
+from tests.faults.command import Ended
+from tests.faults.command_case import CommandCase
 from tests.faults.kinds import KINDS, Fault, draw
 from tests.faults.outcome import outcome
 
@@ -51,6 +55,25 @@ def test_commands_and_corpora_with_faults_have_no_problem(tmp_path):
         report = Campaign(SEED, path, source, only).case(number)
         assert not report.problems, f"{only}: {report.problems} after {report.happened}"
         assert report.happened
+
+
+def test_fault_that_shows_after_the_next_start_is_undone_then(campaign, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(campaign.source / "tokens", source / "tokens")
+    (source / "corpus.txt").write_text("a")
+    case = CommandCase(campaign.starter, tmp_path / "case", source, "train")
+    first, second = CAUSES["corpus"], CAUSES["shard"]
+    for cause in (first, first, second):
+        cause.before(case, random.Random(0))
+    shard = case.data_dir / "train-00000.parquet"
+    case._check(Ended(-9, "", ""), [first, second, CAUSES["driver-kill"]])
+    assert shard.read_bytes() != (source / "tokens" / shard.name).read_bytes()
+    case._check(Ended(2, "", "error: changed\n"), [])
+    assert case.report.problems == []
+    assert case.corpus.read_text() == "a"
+    assert shard.read_bytes() == (source / "tokens" / shard.name).read_bytes()
+    case._check(Ended(2, "", "error: changed\n"), [])
+    assert case.report.problems == ["manual: start 0 ended with 2: error: changed"]
 
 
 @pytest.mark.parametrize("moment", ["before forward", "before batch", "after batch"])

@@ -129,7 +129,7 @@ def test_disk_equals_that_of_simulated_checkpoints(keep, interval):
 def test_time_of_a_run_is_the_sum_of_its_parts():
     expected = timing.expected(small(), 1000, 5000, TIMING)
     evaluation_s = timing.evaluation_seconds(small(), 1000, 5000, TIMING)
-    assert expected["time_s"] == pytest.approx(5 * 2.0 + 24 * 0.5 + 4 * evaluation_s + 6 * 2.0)
+    assert expected["time_s"] == pytest.approx(3 * 2.0 + 24 * 0.5 + 4 * evaluation_s + 6 * 2.0)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4, 8])

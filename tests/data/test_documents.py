@@ -62,7 +62,10 @@ def test_every_json_line_is_read_once(tmp_path, chunk):
 def test_packed_lines_are_read_once(tmp_path, name, chunk):
     texts = ["one", "", "two\r\nlines", "中文 😀", "x" * 1000]
     data = "\n".join(json.dumps({"text": text}) for text in texts).encode()
-    packed = {"d.json": data, "d.json.gz": gzip.compress(data[:9]) + gzip.compress(data[9:])}
+    packed = {
+        "d.json": data,
+        "d.json.gz": gzip.compress(data[:9], mtime=0) + gzip.compress(data[9:]),
+    }
     packed["d.jsonl.zst"] = bytes(pa.Codec("zstd").compress(data))
     (tmp_path / name).write_bytes(packed[name])
     found = read_all(tmp_path / name, chunk)
@@ -98,7 +101,11 @@ def test_unpaired_surrogate_becomes_a_replacement_character(tmp_path):
         ("d.jsonl", b'{"text": null}\n', "not text but None"),
         ("d.jsonl", b"[1]\n", "not a JSON object"),
         ("d.parquet", b"PAR1 no", "cannot be read as Parquet"),
-        ("d.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-9], "cannot be read .*Truncated"),
+        (
+            "d.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-9],
+            "cannot be read .*Truncated",
+        ),
     ],
 )
 @pytest.mark.parametrize("chunk", [16, 10**6])
@@ -172,7 +179,7 @@ WORDS = b'{"text": "some words and more of them"}\n' * 400
 CONTENTS = {
     "d.txt": WORDS,
     "d.jsonl": WORDS,
-    "d.jsonl.gz": gzip.compress(WORDS * 50),
+    "d.jsonl.gz": gzip.compress(WORDS * 50, mtime=0),
     "d.json.zst": bytes(pa.Codec("zstd").compress(WORDS * 50)),
     "d.parquet": b"",
 }

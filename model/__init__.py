@@ -2,7 +2,8 @@
 
 Start with `gpt.py`.
 
-- `gpt`: the model, `GPT(GPTConfig(…))`; `gpt_config`: its shape, without torch
+- `protocol`: what a model is, for all models and for your own
+- `gpt`: GPT-2, `GPT(GPTConfig(…))`; `gpt_config`: its shape, without torch
 - `optim`, `schedule`, `models`: tables of optimizers, learning-rate schedules and models
 - `generate`: sampling from a model
 - `weights`: state dicts of Hugging Face and nanoGPT

@@ -15,6 +15,7 @@ from typing import cast
 
 from orchestrator.cluster import connection
 from orchestrator.cluster import layout as cluster
+from orchestrator.cluster.device import with_device_name
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.sections import Data
 from orchestrator.cost.before_run import announced
@@ -37,7 +38,6 @@ from orchestrator.runs.identity import recorded_layout
 from orchestrator.sweep import cost
 from orchestrator.sweep.outcome import ending_of
 from orchestrator.sweep.report import view
-from orchestrator.sweep.report.advice import left_out
 from orchestrator.sweep.report.comparison import trials_in
 from orchestrator.sweep.report.files import SweepFiles
 from orchestrator.sweep.report.pace import Pace
@@ -182,12 +182,12 @@ class SweepJob(Job):
                 f"compute.num_workers: trials with {sorted(by_slots)} reduction slots would run on "
                 f"{numbers} workers; set compute.num_workers={numbers[0]}"
             )
-        return layouts.pop()
+        return with_device_name(layouts.pop())
 
     def _describe(self) -> Estimate | None:
         """Print what will run and its cost. Return the estimate; None if there is none."""
         study = self.study
-        print("\n".join([*view.summary(study.tree), *left_out(study.left_out)]))
+        print("\n".join([*view.summary(study.tree), *study.notes()]))
         print(
             f"{self.slots} stage(s) at a time, {study.layout.num_workers} worker(s) each, "
             f"in {self.folder.path}",

@@ -4,7 +4,7 @@ They are found by the key of a state. So a tree with other branches finds what a
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +46,8 @@ class StoredStages:
         folders: Folders of the results.
         ends: Keys of the states at which a stage ended. The other states lie inside stages; `tree`
             uses them where they save steps.
+        made_by_others: What trained each stage that cannot be used, because the code or the device
+            is another one now; see `StageSpec.made_by`.
     """
 
     def __init__(self) -> None:
@@ -53,6 +55,7 @@ class StoredStages:
         self.results: dict[str, StageResult] = {}
         self.folders: dict[str, RunFolder] = {}
         self.ends: set[str] = set()
+        self.made_by_others: list[dict[str, str]] = []
 
     def tree(self, branches: Iterable[Branch], at_decays: bool = False) -> StageTree:
         """Return the tree of some branches, cut at what is stored; see `build_tree`."""
@@ -167,6 +170,7 @@ def scan(
     branches: Iterable[Branch],
     diverged_above: float | None = None,
     keeps_stopped: bool = False,
+    made_by: Mapping[str, str] | None = None,
 ) -> StoredStages:
     """Read the checkpoints and results of a sweep's stages.
 
@@ -179,12 +183,16 @@ def scan(
         branches: The trials.
         diverged_above: `sweep.diverged_above`. Stages that diverged by another limit may run again.
         keeps_stopped: True if stages that a scheduler stopped may not run again.
+        made_by: The present code and device.
     """
     found = StoredStages()
     wanted = {stage.id for stage in grow(branches)}
     for folder in sweep.stages():
         spec = read_spec(folder)
         if spec is None or not has_whole_curve(spec):
+            continue
+        if made_by is not None and spec.made_by != made_by:
+            found.made_by_others.append(spec.made_by)
             continue
         result = read_result(folder)
         if result is not None:

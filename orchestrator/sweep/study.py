@@ -18,12 +18,13 @@ from orchestrator.sweep.probes import probes_of, worse_trials
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.ranking import Row
 from orchestrator.sweep.rates import Rates
+from orchestrator.sweep.report.advice import left_out, of_other_code
 from orchestrator.sweep.source import BaseRun, check_names
 from orchestrator.sweep.space.expand import Sweep, Trial, sampled
 from orchestrator.sweep.space.sampler import Sampler
 from orchestrator.sweep.states import DIVERGED, DONE, RUNNING, STOPPED, WAITING
 from orchestrator.sweep.tree import StageTree
-from orchestrator.sweep.trials import PlannedTrial, restore_specs
+from orchestrator.sweep.trials import PlannedTrial, made_by, restore_specs
 
 
 class Best(NamedTuple):
@@ -89,7 +90,11 @@ class Study:
             self.probes = probes_of(self.trials.values(), settings.probe_step, settings.probe_steps)
         branches = [trial.branch for trial in self.trials_and_probes.values()]
         self.stored = stored.scan(
-            folder, branches, settings.diverged_above, keeps_stopped=settings.stop == "asha"
+            folder,
+            branches,
+            settings.diverged_above,
+            keeps_stopped=settings.stop == "asha",
+            made_by=made_by(layout.device_name),
         )
         if self.source is not None:
             self.source.refuse_other_experiments(self.trials.values())
@@ -115,6 +120,11 @@ class Study:
                 return tree
             for problem in problems:
                 print(f"not used: {problem}", flush=True)
+
+    def notes(self) -> list[str]:
+        """Return lines about trials that cannot be run, and stored stages that cannot be used."""
+        now = made_by(self.layout.device_name)
+        return [*left_out(self.left_out), *of_other_code(self.stored.made_by_others, now)]
 
     @property
     def trials_and_probes(self) -> dict[str, PlannedTrial]:
@@ -148,8 +158,15 @@ class Study:
                 before = self.source.experiment.lr_schedule()
                 rates = replace(rates, before=before, splice=self.source.step)
             dataset = self.datasets[data_key(trial.experiment.data)]
-            cpus = self.layout.cpus_per_worker
-            planned.append(PlannedTrial(**vars(trial), rates=rates, dataset=dataset, cpus=cpus))
+            planned.append(
+                PlannedTrial(
+                    **vars(trial),
+                    rates=rates,
+                    dataset=dataset,
+                    cpus=self.layout.cpus_per_worker,
+                    device=self.layout.device_name,
+                )
+            )
         self.trials |= {trial.name: trial for trial in planned}
         return planned
 

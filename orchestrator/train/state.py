@@ -21,6 +21,7 @@ from orchestrator.checkpoint.format import reading
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.errors import UserError
+from orchestrator.runs.code import module_hashes
 from orchestrator.train.gradients import Gradients
 from orchestrator.train.meter import Meter
 from orchestrator.train.numerics import Worker, environment, fingerprint
@@ -143,7 +144,11 @@ def snapshot(
         "numerics": fingerprint(experiment, worker),
     }
     if proof is not None:
-        fingerprints |= {"proof": proof, "environment": environment()}
+        fingerprints |= {
+            "proof": proof,
+            "environment": environment(),
+            "code": module_hashes(),
+        }
     facts = {
         "generation": worker.attempt,
         "metrics": {name: value for name, value in metrics.items() if name.startswith("val/")},

@@ -1,5 +1,6 @@
 """Each trial of a sweep equals its own run bit for bit, and no step runs twice. Without Ray."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -8,7 +9,8 @@ import pytest
 
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.runs import stop
-from orchestrator.sweep import stored
+from orchestrator.runs.code import module_hashes
+from orchestrator.sweep import stored, trials
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.numerics import Worker
 
@@ -300,6 +302,52 @@ def test_name_of_another_experiment_is_refused(sweeps):
         match="trials mine had other settings under these names before; give the sweep a new name",
     ):
         sweeps.open("sweep.trials.mine.train.max_steps=10", "model.dropout=0.2")
+
+
+def test_stages_of_other_code_are_counted_and_trained_again(sweeps, monkeypatch):
+    words = ("sweep.grid={train.max_steps: [10, 20]}", "schedule.kind=wsd")
+    first = sweeps.open(*words)
+    ran = sweeps.run(first)
+    assert first.notes() == []
+    keys = [folder.read_record()["key"] for folder in first.folder.trials()]
+    other = {**module_hashes(), "model/gpt.py": "edited"}
+    monkeypatch.setattr(trials, "module_hashes", lambda: other)
+    study = sweeps.open(*words)
+    [note] = study.notes()
+    assert f"{len(ran)} stage(s) (model/gpt.py)" in note
+    again = sweeps.run(study)
+    assert len(again) == len(ran) and not set(again) & set(ran)
+    assert_alone(sweeps, study)
+    # Their values may differ, so MLflow gets new runs.
+    new_keys = [folder.read_record()["key"] for folder in study.folder.trials()]
+    assert len({*keys, *new_keys}) == 2 * len(keys)
+    assert sweeps.run(sweeps.open(*words)) == []
+
+
+def test_another_device_has_other_stages(sweeps):
+    words = ("sweep.trials.mine.train.max_steps=10",)
+    one = sweeps.open(*words).trials["mine"]
+    other = dataclasses.replace(one, device="another processor")
+    assert one.key != other.key
+    assert one.settings_key == other.settings_key
+
+
+def test_sweep_of_an_earlier_version_is_trained_again(sweeps):
+    """Its stages have no record of code and device, its trials none of their settings."""
+    words = ("sweep.trials.mine.train.max_steps=10",)
+    first = sweeps.open(*words)
+    [stage] = sweeps.run(first)
+    file = first.folder.stage(stage).stage_file
+    spec = json.loads(file.read_text())
+    del spec["made_by"]
+    file.write_text(json.dumps(spec))
+    file = first.folder.trial("mine").run_file
+    record = json.loads(file.read_text())
+    record["trial"] = record.pop("settings")
+    file.write_text(json.dumps(record))
+    study = sweeps.open(*words)
+    assert "1 stage(s) (an earlier version did not record it)" in study.notes()[0]
+    assert sweeps.run(study) == [stage]
 
 
 # ---- probes ----

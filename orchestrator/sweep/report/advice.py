@@ -19,6 +19,27 @@ def left_out(lines: Sequence[str]) -> list[str]:
     return [f"left out, because they cannot be run: {len(lines):,}", *shown]
 
 
+def of_other_code(stored: Sequence[Mapping[str, str]], now: Mapping[str, str]) -> list[str]:
+    """Return how many stored stages are not used because other code or another device made them.
+
+    Args:
+        stored: `StageSpec.made_by` of each of them.
+        now: The present device and code.
+    """
+    if not stored:
+        return []
+    changed = sorted({key for one in stored for key in now if one.get(key) != now[key]})
+    words = ", ".join(changed[:3])
+    if len(changed) > 3:
+        words += f" and {len(changed) - 3} more modules"
+    if not all(stored):
+        words = "an earlier version did not record it"
+    return [
+        f"not used, because of other code or another device: {len(stored):,} stage(s) ({words}); "
+        "what is needed of them is trained again"
+    ]
+
+
 def advice(tree: StageTree, schedules: Mapping[str, Schedule]) -> list[str]:
     """Return one line for each reason.
 

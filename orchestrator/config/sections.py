@@ -38,6 +38,11 @@ class Data(Section):
     tokenizer: Text = Field(
         "gpt2", description="any tiktoken encoding (gpt2, cl100k_base, o200k_base …), byte or char"
     )
+    encoder: Annotated[Literal["auto", "tiktoken", "gigatoken"], Effect.NOTHING] = Field(
+        "auto",
+        description="library that encodes, with the same ids; auto: gigatoken from 4 MiB on, if it "
+        "is installed, has the tokenizer and gives the ids of tiktoken",
+    )
     split: Literal["tail", "hash"] = Field(
         "tail",
         description="part that is val; tail: the last characters of the corpus, hash: documents "

@@ -29,6 +29,9 @@ from orchestrator import files, folders
 from orchestrator.data import corpus, tasks
 from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.dataset import Manifest, Shard, Split, load_manifest, write_manifest
+from orchestrator.data.documents import Span
+from orchestrator.data.encoder import LEAST_BYTES, fast_tokenizer, is_possible
+from orchestrator.data.estimate import sample
 from orchestrator.data.index import write_index
 from orchestrator.data.input.download import Progress
 from orchestrator.data.parts import SPLITS, Parts, write_slices
@@ -116,7 +119,8 @@ def prepare(
     found = find_prepared(data, directory, sources=sources)
     if found is not None:
         return found
-    # Find mistakes in these two before the folder is created.
+    # Find mistakes in these before the folder is created.
+    is_possible(data.encoder, data.tokenizer)
     sources = sources or corpus.resolve(data.corpus)
     if kind_of(data.tokenizer).learn is None:
         load_tokenizer(data.tokenizer)
@@ -191,11 +195,12 @@ class _Preparation:
         if self.data.append_eot and tokenizer.eot_id is None:
             raise UserError(f"data.append_eot: {tokenizer.name} has no end-of-text token")
         tokenizer.save(self.directory)
+        fast = self._is_fast(tokenizer, chunks, total)
 
         hashes = {str(s.path): f["sha256"] for s, f in zip(sources, source_files, strict=True)}
         characters = [survey["characters"] for survey in surveys]
         jobs = tasks.tokenize_jobs(chunks, hashes, characters, self.data)
-        parts = self._tokenize(jobs, hashes, sizes, tokenizer)
+        parts = self._tokenize(jobs, hashes, sizes, tokenizer, fast)
         print(f"documents: {parts}", flush=True)
         splits = self._write_shards(parts, tokenizer.dtype)
         if _versions(sources) != versions:
@@ -229,8 +234,20 @@ class _Preparation:
     ) -> list[Any]:
         return self.ray_tasks.map(stage, task, jobs, sizes, self.is_small)
 
+    def _is_fast(self, tokenizer: Tokenizer, chunks: list[list[Span]], total: int) -> bool:
+        """Return whether to use gigatoken: it has the same ids for a sample of the corpus."""
+        asked = self.data.encoder
+        if not is_possible(asked, tokenizer.name) or (asked == "auto" and total < LEAST_BYTES):
+            return False
+        return fast_tokenizer(tokenizer, [piece.text for piece in sample(chunks)]) is not None
+
     def _tokenize(
-        self, jobs: list[Job], hashes: dict[str, str], sizes: list[int], tokenizer: Tokenizer
+        self,
+        jobs: list[Job],
+        hashes: dict[str, str],
+        sizes: list[int],
+        tokenizer: Tokenizer,
+        fast: bool,
     ) -> Parts:
         """Write the part files, in a folder named by the hash of all that decides them."""
         content = to_json([settings_of(self.data), tokenizer.sha256, jobs, hashes])
@@ -240,6 +257,7 @@ class _Preparation:
             tasks.tokenize,
             val_fraction=self.data.val_fraction,
             tokenizer=(tokenizer.name, tokenizer.sha256),
+            fast=fast,
             append_eot=self.data.append_eot,
             dataset=str(self.directory),
             folder=str(folder),

@@ -19,6 +19,7 @@ import numpy as np
 from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.dataset import SourceFile
 from orchestrator.data.documents import Piece, Span, read_pieces, reader_of
+from orchestrator.data.encoder import fast_tokenizer
 from orchestrator.data.parts import SPLITS, Part, PartFacts, find_complete, sidecar_file
 from orchestrator.data.tokenizer import Tokenizer, kind_of, load_tokenizer
 from orchestrator.errors import UserError
@@ -159,6 +160,7 @@ def tokenize(
     *,
     val_fraction: float,
     tokenizer: tuple[str, str],
+    fast: bool,
     append_eot: bool,
     dataset: str,
     folder: str,
@@ -173,6 +175,7 @@ def tokenize(
         val_files: Files that are val if they are one document; their hashes are known already.
         val_fraction: Share of all other documents that are val.
         tokenizer: Name and SHA-256.
+        fast: Use gigatoken.
         append_eot: End each document with the end-of-text id.
         dataset: Folder of the dataset, which has the tokenizer.
         folder: Folder of the part files.
@@ -184,7 +187,7 @@ def tokenize(
     facts = find_complete(parts, chunk)
     if facts is not None:
         return facts
-    encoder = _tokenizer(*tokenizer, dataset)
+    encoder = _tokenizer(*tokenizer, dataset, fast)
     made = {split: Part() for split in SPLITS}
     chunk_spans = [Span(**span) for span in spans]
     nulls: list[Span] = []
@@ -207,13 +210,14 @@ def tokenize(
 
 
 @functools.lru_cache(maxsize=2)
-def _tokenizer(name: str, _sha256: str, dataset: str) -> Tokenizer:
-    """Load a tokenizer once per process.
+def _tokenizer(name: str, _sha256: str, dataset: str, fast: bool) -> Tokenizer:
+    """Load a tokenizer once per process, and compare gigatoken with it on this machine.
 
     The SHA-256 is in the key of the cache: a process may prepare another corpus in the same folder,
     which has other characters.
     """
-    return load_tokenizer(name, Path(dataset))
+    exact = load_tokenizer(name, Path(dataset))
+    return (fast_tokenizer(exact) if fast else None) or exact
 
 
 # ---- which split a piece belongs to ----

@@ -94,6 +94,7 @@ REFUSED = {
     "data.invalid_utf8": ["null", "true", "strict", "ignore"],
     "data.on_null": ["null", "true", "drop", "''"],
     "data.tokenizer": ["null", "1", "''", "true"],
+    "data.encoder": ["null", "fast", "1", "Tiktoken"],
     "data.split": ["null", "head", "1", "TAIL"],
     "data.val_fraction": ["null", "0", "1", "-0.1", "x", "true", ".nan", ".inf", "'0.1'"],
     "data.append_eot": ["null", "1", "0", "x", "'true'"],

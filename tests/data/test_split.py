@@ -91,6 +91,7 @@ def run_tasks(folder: Path, texts: list[str], chunk_bytes: int, cut: int, append
             val_files=[],
             val_fraction=0.5,
             tokenizer=("byte", ""),
+            fast=False,
             append_eot=append_eot,
             dataset=str(folder),
             folder=str(parts),

@@ -7,6 +7,7 @@ Start with `gpt.py` or `modern.py`.
 - `modern`: rotary positions, RMSNorm, squared ReLU; `modern_config`: its settings, without torch
 - `cache`: keys and values of earlier tokens
 - `optim`, `schedule`, `models`: tables of optimizers, learning-rate schedules and models
+- `muon`: Muon for matrices with AdamW for the rest, in one optimizer
 - `generate`: sampling from a model
 - `weights`: state dicts of Hugging Face and nanoGPT
 - `flops`: parameters, FLOPs and MFU

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.data import corpus
 from orchestrator.data.corpus import CorpusFile
-from orchestrator.data.dataset import FILE, FORMAT, Manifest, load_manifest
+from orchestrator.data.dataset import FILE, FORMAT, ROW_TOKENS, Manifest, load_manifest
 from orchestrator.data.input.paths import MissingCorpusError
 from orchestrator.errors import UserError
 from orchestrator.hashes import HashFiles, known_sha256s, sha256s
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Fields of the `data` section that decide the tokens, besides the corpus.
 SETTINGS = ("append_eot", "invalid_utf8", "split", "text_field", "tokenizer", "val_fraction")
+END_OF_PARQUET = b"PAR1"
 SHOWN = 3  # differences in one message
 
 # Path below the root, and SHA-256, of each file; None: it was not hashed yet.
@@ -158,7 +159,8 @@ def find_prepared(
         sources: The files of the corpus, if they were listed already.
 
     Raises:
-        UserError: It was made with other settings or from another corpus, or a shard is missing.
+        UserError: It was made with other settings or from another corpus, or a shard is missing or
+            cut.
     """
     if not (directory / FILE).exists():
         return None
@@ -174,11 +176,27 @@ def find_prepared(
         )
     for split in manifest.splits.values():
         for shard in split.shards:
-            if not (directory / shard.name).is_file():
+            payload = shard.rows * ROW_TOKENS * int(manifest.dtype.removeprefix("uint")) // 8
+            if not _is_whole(directory / shard.name, payload):
                 raise UserError(
-                    f"{directory}: {shard.name} is missing; delete the folder and prepare it again"
+                    f"{directory}: {shard.name} is missing or cut; delete the folder and prepare "
+                    "it again"
                 )
     return manifest
+
+
+def _is_whole(path: Path, payload: int) -> bool:
+    """Return whether a shard has its length and its end. Workers compare the SHA-256."""
+    try:
+        with open(path, "rb") as file:
+            if file.seek(0, os.SEEK_END) < payload + len(END_OF_PARQUET):
+                return False
+            file.seek(-len(END_OF_PARQUET), os.SEEK_END)
+            return file.read() == END_OF_PARQUET
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _differences(

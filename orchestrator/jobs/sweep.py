@@ -120,6 +120,7 @@ class SweepJob(Job):
             f"{self.folder.name} is finished; if you add values to its grid, only new steps are "
             "trained"
         )
+        self._restore_journals()
         SweepFiles(self.study).write_trials()
         summary = cast(SweepSummary, self.folder.read_summary())
         file = self.folder.comparison_file
@@ -151,8 +152,7 @@ class SweepJob(Job):
         for stage in self.folder.stages():
             lock.wait_for_writer(stage)
         self.study = Study(self.sweep, self.folder, layout, datasets).restored()
-        for damage in self.study.stored.restore_journals():
-            print(damage, flush=True)
+        self._restore_journals()
         stop.clear(self.folder)
         self.slots = max(1, cluster.capacity(layout))
         if os.environ.get("ESPALIER_AUTOSCALING"):
@@ -161,6 +161,10 @@ class SweepJob(Job):
         estimate = self._describe()
         self.tracker = Tracker(self.folder, self.uri, self.experiment.tracking.experiment)
         self._begin_report(estimate)
+
+    def _restore_journals(self) -> None:
+        for damage in self.study.stored.restore_journals():
+            print(damage, flush=True)
 
     def _data_sections(self) -> dict[str, Data]:
         """Return each combination of corpus and tokenizer once."""

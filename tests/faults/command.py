@@ -24,6 +24,7 @@ from typing import Any
 
 from orchestrator.cluster import connection
 from orchestrator.cluster import layout as cluster
+from orchestrator.cluster.device import here
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.data import prepare, tasks
@@ -179,6 +180,7 @@ def _replace_ray(job: dict[str, Any]) -> None:
     _put(cluster, "check_storage", lambda *_: None)
     _put(cluster, "find_layout", lambda *_: Layout(world, 1, False))
     _put(cluster, "capacity", lambda *_: 1)
+    _put(sweep_job, "with_device_name", here)
     _put(cluster, "has_several_nodes", lambda: False)
     _put(prepare, "RayTasks", LocalTasks)
     if job.get("change"):

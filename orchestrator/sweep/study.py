@@ -49,6 +49,7 @@ class Study:
         samples: Names of the trials of each of optuna's samples.
         dropped: Why trials were stopped after their probes, by name.
         left_out: A line for each trial or sample that cannot be run.
+        not_used: A line for each damaged checkpoint.
         tree: The stages as planned when the object was created; `progress.tree` is the newest.
 
     Raises:
@@ -73,6 +74,7 @@ class Study:
         self.samples: dict[int, list[str]] = {}
         self.dropped: dict[str, str] = {}
         self.left_out = list(sweep.left_out)
+        self.not_used: list[str] = []
         self.sampler: Sampler | None = None
         self.source: BaseRun | None = None
         self._final_losses: dict[str, float | None] = {}
@@ -118,13 +120,13 @@ class Study:
             problems = self.stored.forget_damaged(tree)
             if not problems:
                 return tree
-            for problem in problems:
-                print(f"not used: {problem}", flush=True)
+            self.not_used += [f"not used: {problem}" for problem in problems]
 
     def notes(self) -> list[str]:
         """Return lines about trials that cannot be run, and stored stages that cannot be used."""
         now = made_by(self.layout.device_name)
-        return [*left_out(self.left_out), *of_other_code(self.stored.made_by_others, now)]
+        others = of_other_code(self.stored.made_by_others, now)
+        return [*left_out(self.left_out), *others, *self.not_used]
 
     @property
     def trials_and_probes(self) -> dict[str, PlannedTrial]:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.cache import LayerCache
+from model.loss import cross_entropy
 from model.modern_config import ModernConfig
-from model.protocol import IGNORED_TARGET, Reduction
+from model.protocol import Reduction
 
 
 class ModernCache:
@@ -238,7 +239,7 @@ class Modern(nn.Module):
             x = block(x, tokens, turn, cache.layers[i] if cache is not None else None)
         if targets is None:
             return self._logits(x[:, -1:])  # (B, 1, V)
-        return _loss(self._logits(x), targets, reduction)
+        return cross_entropy(self._logits(x), targets, reduction)
 
     def _embed(self, tokens: Tensor, cache: ModernCache | None) -> Tensor:
         x = self.embedding(tokens)  # (B, T, C)
@@ -283,11 +284,3 @@ class Modern(nn.Module):
     def new_cache(self, capacity: int) -> ModernCache:
         """Return an empty cache for `capacity` tokens."""
         return ModernCache(self.config, capacity)
-
-
-def _loss(logits: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:
-    """Return the cross entropy in float32: () or, for "window", (B,) in float64."""
-    each = "none" if reduction == "window" else reduction
-    flat = logits.float().flatten(0, 1)  # (B*T, V)
-    loss = F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED_TARGET, reduction=each)
-    return loss.view(targets.shape).double().sum(1) if reduction == "window" else loss

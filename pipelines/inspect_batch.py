@@ -113,8 +113,7 @@ def show_model(experiment: Experiment, model: GPT, tokenizer: Tokenizer, result:
         "vocabulary": vocabulary,
         "length": f"{model.config.block_size:,} tokens of context",
         "parameters": f"{model.num_parameters():,}",
-        "logits with targets": f"{result.with_targets} (B, T, V): a guess at every position",
-        "logits without": f"{result.without_targets} (B, 1, V): only the last position",
+        "logits": f"{result.logits} (B, 1, V): of the last position",
         "loss at initialization" if is_new else "loss": f"{result.loss:.4f} nats per token",
         "ln(vocab)": uniform,
     }

@@ -45,15 +45,13 @@ class Forward:
     """Result of a forward pass.
 
     Attributes:
-        with_targets: Shape of the logits if targets are given.
-        without_targets: Shape of the logits if none are given.
+        logits: Shape of the logits.
         loss: Mean loss in nats per token.
         next_ids: Most probable next tokens of each row, (B, k), the most probable first.
         probabilities: Their probabilities, (B, k).
     """
 
-    with_targets: tuple[int, ...]
-    without_targets: tuple[int, ...]
+    logits: tuple[int, ...]
     loss: float
     next_ids: np.ndarray
     probabilities: np.ndarray
@@ -102,12 +100,10 @@ def forward(
     inputs = torch.from_numpy(batch.inputs).to(device)  # (B, T)
     targets = torch.from_numpy(batch.targets).to(device)  # (B, T)
     with autocast(experiment, device):
-        logits, loss = model(inputs, targets)  # (B, T, V)
-        with_targets = tuple(logits.shape)
-        del logits  # more than a gigabyte for a GPT-2
-        last, _ = model(inputs)  # (B, 1, V)
+        loss = model(inputs, targets)
+        last = model(inputs)  # (B, 1, V)
     probabilities, ids = _most_probable(last[:, -1, :n_vocab], min(k, n_vocab))
-    return Forward(with_targets, tuple(last.shape), loss.item(), ids, probabilities)
+    return Forward(tuple(last.shape), loss.item(), ids, probabilities)
 
 
 def _most_probable(logits: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:

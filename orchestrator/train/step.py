@@ -180,7 +180,7 @@ class Step:
             key = keyed_seed(seed, state.step, micro_batch)
             seed_device(key, str(state.gradients.device))
         with self.autocast:
-            _, loss = state.forward(inputs, targets)
+            loss = state.forward(inputs, targets)
         state.gradients.record_loss(micro_batch, loss)
         state.scaler.scale(loss).backward()
 

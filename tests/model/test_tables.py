@@ -22,7 +22,7 @@ def test_optimizer_lowers_loss_and_keeps_the_stated_moments(kind, small_gpt):
     losses = []
     for _ in range(5):
         optimizer.zero_grad()
-        _, loss = model(tokens, tokens)
+        loss = model(tokens, tokens)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -40,7 +40,7 @@ def test_optimizer_resumed_from_its_state_takes_the_same_steps(kind, small_gpt):
     def train(model, optimizer, steps: int) -> None:
         for _ in range(steps):
             optimizer.zero_grad()
-            model(tokens, tokens)[1].backward()
+            model(tokens, tokens).backward()
             optimizer.step()
 
     whole = small_gpt()
@@ -62,9 +62,10 @@ def test_model_returns_logits_and_loss(kind):
     fields = {"block_size": 8, "vocab_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 8}
     shape = new_shape({"kind": kind, **fields})
     tokens = torch.arange(16).view(2, 8)
-    logits, loss = new_model(shape)(tokens, tokens)
-    assert logits.shape == (2, 8, 32)
-    assert loss.shape == ()
+    model = new_model(shape)
+    assert model(tokens).shape == (2, 1, 32)
+    assert model(tokens, tokens).shape == ()
+    assert model(tokens, tokens, reduction="window").shape == (2,)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -78,8 +78,7 @@ def edit_model(monkeypatch) -> None:
     forward = gpt.GPT.forward
 
     def edited(self, *args, **kwargs):
-        logits, loss = forward(self, *args, **kwargs)
-        return logits, None if loss is None else loss * (1 + 2**-20)
+        return forward(self, *args, **kwargs) * (1 + 2**-20)
 
     monkeypatch.setattr(gpt.GPT, "forward", edited)
 

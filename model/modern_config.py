@@ -1,7 +1,7 @@
 """Settings of the model `modern`. This module imports no torch."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 
 def _field(default: Any, help: str) -> Any:
@@ -19,7 +19,6 @@ class ModernConfig:
         ValueError: No model can have these settings.
     """
 
-    kind: ClassVar[str] = "modern"
     block_size: int = _field(1024, "longest context in tokens")
     vocab_size: int = _field(50304, "rows of the embedding and of the head")
     n_layer: int = _field(12, "transformer blocks")

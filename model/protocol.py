@@ -26,10 +26,9 @@ Shapes: B sequences, T tokens in this call, V = vocab_size. Tokens and targets a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor, nn
 
 IGNORED_TARGET = -1  # a position without a target
 Reduction = Literal["mean", "sum", "window"]
@@ -62,15 +61,14 @@ class Cache(Protocol):
         """Number of tokens in the cache."""
 
 
-class LanguageModel(Protocol):
-    """What every model has, beside what it inherits from `torch.nn.Module`.
+class LanguageModel(nn.Module):
+    """What every model has. It need not inherit from this class, but from `torch.nn.Module`.
 
     Attributes:
         config: The `Config` that it was built with.
     """
 
-    @property
-    def config(self) -> Config: ...
+    config: Config
 
     def forward(
         self,
@@ -96,6 +94,7 @@ class LanguageModel(Protocol):
             - "sum": sum over all targets, (), float32.
             - "window": sum of each sequence, (B,), added in float64. The evaluation uses it.
         """
+        raise NotImplementedError
 
 
 @runtime_checkable

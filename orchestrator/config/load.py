@@ -16,6 +16,7 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from orchestrator.config.fields import Docs
+from orchestrator.config.models import kind_in
 from orchestrator.errors import UserError
 
 # An experiment has thousands of characters. PyYAML takes one second for 100,000.
@@ -28,14 +29,16 @@ MAX_DIGITS = 40
 
 
 def read_tree(
-    path: str | os.PathLike[str] | None, overrides: Sequence[str], docs: Docs
+    path: str | os.PathLike[str] | None,
+    overrides: Sequence[str],
+    docs: Callable[[str], Docs],
 ) -> tuple[dict[str, Any], str]:
     """Read a file and apply overrides. Nothing is validated except the syntax.
 
     Args:
         path: The file; None for an empty configuration. Its stem is the default of `name`.
         overrides: `section.field=value`; later ones win.
-        docs: Describes the fields: a text field takes its text as it is.
+        docs: Describes the fields of a kind of model: a text field takes its text as it is.
 
     Returns:
         Nested sections, and the start of error messages: the path or "command line".
@@ -46,8 +49,9 @@ def read_tree(
     tree: dict[str, Any] = {}
     if path is not None:
         tree = _read_file(path)
+    fields = docs(_kind_of_model(tree, overrides))
     for override in overrides:
-        _apply(tree, override, docs)
+        _apply(tree, override, fields)
     # A section is None if all its lines are comments.
     tree = {key: value for key, value in tree.items() if value is not None}
     if path is None:
@@ -68,6 +72,20 @@ def _read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: has no sections; write sections such as data:, model: and train:")
     return tree
+
+
+def kind_of_model(path: str | os.PathLike[str], overrides: Sequence[str]) -> str:
+    """Return the kind of model of a file and its overrides.
+
+    Raises:
+        UserError: The file cannot be read or is not YAML.
+    """
+    return _kind_of_model(_read_file(path), overrides)
+
+
+def _kind_of_model(tree: dict[str, Any], overrides: Sequence[str]) -> str:
+    given = [word.partition("=")[2] for word in overrides if word.startswith("model.kind=")]
+    return kind_in({"model": {"kind": given[-1].strip()}} if given else tree)
 
 
 def _apply(tree: dict[str, Any], override: str, docs: Docs) -> None:

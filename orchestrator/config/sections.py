@@ -1,12 +1,22 @@
 """Sections of an experiment: every field with its type, default, limits and description."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from model.models import DEFAULT, MODELS
 from model.optim import OPTIMIZERS
 from model.schedule import DECAY_SHAPES, SCHEDULES
-from orchestrator.config.fields import Effect, Int, Interval, OneOf, Section, Steps, Text
+from orchestrator.config.fields import (
+    Effect,
+    Int,
+    Interval,
+    Later,
+    OneOf,
+    Section,
+    Steps,
+    Text,
+)
 
 
 class Data(Section):
@@ -57,12 +67,20 @@ class Data(Section):
 
 
 class Model(Section):
-    """The shape of the model. The vocabulary follows from the tokenizer."""
+    """The model. Its kind decides which fields it has."""
 
-    # A second entry of MODELS makes this a field with `OneOf(MODELS)`.
-    kind: ClassVar[str] = "gpt"
-
+    kind: Annotated[str, OneOf(MODELS), Later] = Field(DEFAULT, description="architecture")
     block_size: Int = Field(1024, ge=1, description="context length in tokens")
+    pad_vocab_to: Int = Field(
+        128,
+        ge=1,
+        description="vocab_size is the tokenizer's n_vocab, rounded up to a multiple of this",
+    )
+
+
+class Gpt2(Model):
+    """The model, here a GPT-2. The vocabulary follows from the tokenizer."""
+
     n_layer: Int = Field(12, ge=1, description="transformer blocks")
     n_head: Int = Field(12, ge=1, description="attention heads per block; must divide n_embd")
     n_embd: Int = Field(768, ge=1, description="width of the residual stream")
@@ -72,11 +90,6 @@ class Model(Section):
     bias: bool = Field(False, description="biases in Linear and LayerNorm; GPT-2 has them")
     activation: Literal["gelu", "gelu_tanh"] = Field(
         "gelu", description="OpenAI's GPT-2 weights need gelu_tanh"
-    )
-    pad_vocab_to: Int = Field(
-        128,
-        ge=1,
-        description="vocab_size is the tokenizer's n_vocab, rounded up to a multiple of this",
     )
 
 

@@ -47,7 +47,8 @@ def announced(make: Callable[[], Estimate | str]) -> Estimate | None:
 def _timing(experiment: Experiment, n_vocab: int, layout: Layout) -> Timing | str:
     """Return an earlier measurement of the speed, or measure it if that is quick, or why not."""
     micro_batch = experiment.train.micro_batch_size * experiment.model.block_size
-    flops = model_facts(experiment, n_vocab)["flops_per_token"] * micro_batch
+    facts = model_facts(experiment, n_vocab)
+    flops = (facts["flops_per_token"] or 6 * facts["parameters"]) * micro_batch
     is_slow = flops >= MEASURE_FLOPS and not layout.use_gpu
     if is_slow and cache.read(experiment, n_vocab, layout) is None:
         return "timing a step of this model takes long on a CPU; --dry-run does it"

@@ -12,16 +12,15 @@ import functools
 import hashlib
 from typing import Any
 
+from model.models import MODELS
 from orchestrator.runs.facts import REPOSITORY
 
-# What computes weights, losses and the order of the samples.
+# What computes weights, losses and the order of the samples. Each kind of model has files besides.
 MODULES = (
-    "model/gpt.py",
-    "model/gpt_config.py",
+    "model/loss.py",
     "model/models.py",
     "model/optim.py",
     "model/schedule.py",
-    "model/weights.py",
     "orchestrator/config/experiment.py",
     "orchestrator/data/batches.py",
     "orchestrator/data/order.py",
@@ -41,8 +40,10 @@ MODULES = (
 # What a step imports besides, with the reason why it may change without training again. A folder
 # stands for its modules.
 WITHOUT_EFFECT = {
+    "model/cache.py": "only samples of text",
     "model/flops.py": "only estimates and MFU",
     "model/generate.py": "only samples of text",
+    "model/protocol.py": "what a model may have, without code",
     "orchestrator/checkpoint": "stores bytes; their hashes are checked",
     "orchestrator/cluster": "places workers; results do not depend on their number",
     "orchestrator/config": "the values of all fields are in the key",
@@ -57,9 +58,10 @@ WITHOUT_EFFECT = {
 
 
 @functools.cache
-def module_hashes() -> dict[str, str]:
-    """Return the hash of each of `MODULES`, 16 hexadecimal digits."""
-    return {name: source_hash((REPOSITORY / name).read_text("utf-8")) for name in MODULES}
+def module_hashes(model: str) -> dict[str, str]:
+    """Return the hash of each module for a kind of model, 16 hexadecimal digits."""
+    names = sorted((*MODULES, *MODELS[model].files))
+    return {name: source_hash((REPOSITORY / name).read_text("utf-8")) for name in names}
 
 
 def source_hash(source: str) -> str:

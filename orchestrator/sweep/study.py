@@ -10,6 +10,7 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.sections import Data
 from orchestrator.data.dataset import Manifest
 from orchestrator.errors import UserError
+from orchestrator.runs.code import module_hashes
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.journal import Line
 from orchestrator.runs.summary import last_value
@@ -24,7 +25,7 @@ from orchestrator.sweep.space.expand import Sweep, Trial, sampled
 from orchestrator.sweep.space.sampler import Sampler
 from orchestrator.sweep.states import DIVERGED, DONE, RUNNING, STOPPED, WAITING
 from orchestrator.sweep.tree import StageTree
-from orchestrator.sweep.trials import PlannedTrial, made_by, restore_specs
+from orchestrator.sweep.trials import PlannedTrial, restore_specs
 
 
 class Best(NamedTuple):
@@ -83,7 +84,9 @@ class Study:
             self.source = BaseRun.of(sweep, folder.path.parent)
         self._add(sweep.trials)
         if settings.sampler == "optuna":
-            self.sampler = Sampler(folder, settings.space, sweep.base.train.seed)
+            self.sampler = Sampler(
+                folder, settings.space, sweep.base.train.seed, sweep.base.model.kind
+            )
             for number, values in enumerate(self.sampler.earlier[: settings.num_samples]):
                 self._add_sample(number, values)
         check_names(folder, self.trials)
@@ -96,7 +99,7 @@ class Study:
             branches,
             settings.diverged_above,
             keeps_stopped=settings.stop == "asha",
-            made_by=made_by(layout.device_name),
+            made_by=self._made_by(),
         )
         if self.source is not None:
             self.source.refuse_other_experiments(self.trials.values())
@@ -124,9 +127,12 @@ class Study:
 
     def notes(self) -> list[str]:
         """Return lines about trials that cannot be run, and stored stages that cannot be used."""
-        now = made_by(self.layout.device_name)
-        others = of_other_code(self.stored.made_by_others, now)
+        others = of_other_code(self.stored.made_by_others, self._made_by())
         return [*left_out(self.left_out), *others, *self.not_used]
+
+    def _made_by(self) -> dict[str, str]:
+        """Return the device and the code of all trials; see `StageSpec`."""
+        return {"device": self.layout.device_name, **module_hashes(self.sweep.base.model.kind)}
 
     @property
     def trials_and_probes(self) -> dict[str, PlannedTrial]:

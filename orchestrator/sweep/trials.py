@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.experiment import Experiment, fields_with
+from orchestrator.config.experiment import Experiment, field_docs
 from orchestrator.config.fields import Effect
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.files import write_atomically
@@ -54,7 +54,7 @@ class PlannedTrial(Trial):
 
         Trials with equal roots and equal learning rates have equal weights.
         """
-        root = _hash([self._settings, made_by(self.device)])
+        root = _hash([self._settings, self.made_by])
         return replace(self._branch_of_settings, root=root)
 
     @cached_property
@@ -72,14 +72,14 @@ class PlannedTrial(Trial):
         return self.branch.key(self.branch.steps)
 
     @property
+    def made_by(self) -> dict[str, str]:
+        """The device and the code, as `StageSpec` stores them."""
+        return {"device": self.device, **module_hashes(self.experiment.model.kind)}
+
+    @property
     def settings_key(self) -> str:
         """What the name of the trial stands for: `key` for any code and device."""
         return self._branch_of_settings.key(self.branch.steps)
-
-
-def made_by(device: str) -> dict[str, str]:
-    """Return the device and the code, as `StageSpec` stores them."""
-    return {"device": device, **module_hashes()}
 
 
 def settings_of(experiment: Experiment, data: str, cpus: int) -> str:
@@ -98,11 +98,19 @@ def _hash(facts: list[Any]) -> str:
 
 
 def fields_of_root(experiment: Experiment) -> dict[str, Any]:
-    """Return the fields that change what a step computes, without data and learning rate."""
+    """Return the fields that change what a step computes, without data and learning rate.
+
+    A field that earlier versions did not have is left out while it has its default.
+    """
     fields = experiment.flat()
     del fields["train.reduction_slots"]  # `Experiment.slots` is compared instead
-    keys = fields_with(Effect.STEPS, Effect.ADDITIONS, Effect.ATTEMPT)
-    return {key: fields[key] for key in keys if key in fields}
+    return {
+        key: fields[key]
+        for key, doc in field_docs(experiment.model.kind).items()
+        if key in fields
+        and doc.effect in (Effect.STEPS, Effect.ADDITIONS, Effect.ATTEMPT)
+        and not (doc.is_later and fields[key] == doc.default)
+    }
 
 
 def spec_of(trial: PlannedTrial, start: int, stop: int, diverged_above: float | None) -> StageSpec:
@@ -116,7 +124,7 @@ def spec_of(trial: PlannedTrial, start: int, stop: int, diverged_above: float | 
         rates=trial.rates.to_json(),
         data_dir=str(trial.dataset.directory),
         diverged_above=diverged_above,
-        made_by=made_by(trial.device),
+        made_by=trial.made_by,
     )
 
 

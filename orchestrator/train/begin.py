@@ -193,7 +193,7 @@ def _changes(stored: Fingerprints, experiment: Experiment, worker: Worker) -> li
         # A variable may also have been removed.
         lines += differences(before, dict.fromkeys(before) | numerics.environment())
     if "code" in stored:
-        lines += differences(stored["code"], module_hashes())
+        lines += differences(stored["code"], module_hashes(experiment.model.kind))
     elif "proof" in stored:
         lines.append("the code: an earlier version wrote the checkpoint")
     return lines

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.gpt import GPT
+from model.protocol import LanguageModel
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.batches import Batches, TokenStream
 from orchestrator.train.init_from import initial_model
@@ -77,7 +77,7 @@ def batch_of(experiment: Experiment, directory: Path, step: int) -> Batch:
     return Batch(inputs, targets, offsets, np.array(following, np.int64))
 
 
-def first_model(experiment: Experiment, n_vocab: int, worker: Worker) -> GPT:
+def first_model(experiment: Experiment, n_vocab: int, worker: Worker) -> LanguageModel:
     """Return the model that training starts with, in evaluation mode, on the device of `worker`."""
     prepare_process(experiment, worker)
     return initial_model(experiment, n_vocab).to(worker.device).eval()
@@ -85,7 +85,12 @@ def first_model(experiment: Experiment, n_vocab: int, worker: Worker) -> GPT:
 
 @torch.no_grad()
 def forward(
-    model: GPT, batch: Batch, experiment: Experiment, device: str, n_vocab: int, k: int
+    model: LanguageModel,
+    batch: Batch,
+    experiment: Experiment,
+    device: str,
+    n_vocab: int,
+    k: int,
 ) -> Forward:
     """Run the model on a batch, with targets as in training and without as in sampling.
 

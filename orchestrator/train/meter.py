@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from model.flops import mfu
+from model.protocol import HasFlops
 from orchestrator.config.experiment import Experiment
 from orchestrator.train.numerics import Worker, device_name
 
@@ -111,15 +112,16 @@ def log_metrics(
         metrics["train/skipped_steps"] = state.skipped
     if state.scaler.is_enabled():
         metrics["optim/loss_scale"] = state.scaler.get_scale()
-    utilization = mfu(
-        metrics.get("perf/tokens_per_sec", 0.0),
-        state.model.config,
-        device_name(worker.device),
-        experiment.train.dtype,
-        worker.world_size,
-    )
-    if utilization is not None:
-        metrics["perf/mfu"] = utilization
+    if isinstance(state.model, HasFlops):
+        utilization = mfu(
+            metrics.get("perf/tokens_per_sec", 0.0),
+            state.model.flops_per_token(experiment.model.block_size),
+            device_name(worker.device),
+            experiment.train.dtype,
+            worker.world_size,
+        )
+        if utilization is not None:
+            metrics["perf/mfu"] = utilization
     return metrics | memory_metrics(worker.device)
 
 

@@ -175,7 +175,7 @@ class Step:
     def _forward_backward(self, micro_batch: int, inputs: Tensor, targets: Tensor) -> None:
         """Add the gradient of one micro-batch of this step."""
         state = self.state
-        if self.experiment.model.dropout:
+        if getattr(self.experiment.model, "dropout", None) != 0:
             seed = self.experiment.train.seed
             key = keyed_seed(seed, state.step, micro_batch)
             seed_device(key, str(state.gradients.device))

@@ -73,6 +73,7 @@ PROMISED = [
 
 # field: values as YAML text that must be refused. A test checks that every field is here.
 REFUSED = {
+    "model.kind": ["gpt", "gpt3", "5", "null", "true", "[gpt2]"],
     "name": [
         "5",
         "1e5",
@@ -388,7 +389,7 @@ def test_micro_batches_and_slots_follow_from_batch_sizes(total, micro, asked, mi
 def test_vocabulary_is_padded_to_a_multiple(n_vocab, pad, rows):
     experiment = load_experiment(None, [f"model.pad_vocab_to={pad}"])
     assert experiment.vocab_size(n_vocab) == rows
-    assert experiment.gpt_config(n_vocab).vocab_size == rows
+    assert experiment.model_config_for(n_vocab).vocab_size == rows
 
 
 def test_model_has_the_shape_of_its_fields():

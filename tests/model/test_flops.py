@@ -105,7 +105,7 @@ def test_device_names_of_drivers_have_known_peaks(name, dtype, tera):
 )
 def test_unknown_device_has_no_peak_and_no_mfu(name):
     assert peak_flops(name, "bfloat16") is None
-    assert mfu(1e5, GPT2_124M, name, "bfloat16") is None
+    assert mfu(1e5, flops_per_token(GPT2_124M), name, "bfloat16") is None
 
 
 @pytest.mark.parametrize("name", ["Tesla T4", "Tesla V100-SXM2-32GB"])
@@ -117,8 +117,14 @@ def test_dtype_without_hardware_support_has_no_peak(name):
 def test_mfu_equals_that_of_published_nanogpt_run():
     # 600,000 steps of 491,520 tokens in about four days on eight A100: nanoGPT's README.
     tokens_per_sec = 600_000 * 491_520 / (4 * 24 * 3600)
-    share = mfu(tokens_per_sec, GPT2_124M, "NVIDIA A100-SXM4-40GB", "bfloat16", world_size=8)
+    share = mfu(
+        tokens_per_sec,
+        flops_per_token(GPT2_124M),
+        "NVIDIA A100-SXM4-40GB",
+        "bfloat16",
+        world_size=8,
+    )
     assert share == pytest.approx(0.29, abs=0.005)
     assert share == pytest.approx(
-        mfu(tokens_per_sec / 8, GPT2_124M, "NVIDIA A100-SXM4-40GB", "bfloat16")
+        mfu(tokens_per_sec / 8, flops_per_token(GPT2_124M), "NVIDIA A100-SXM4-40GB", "bfloat16")
     )

@@ -241,7 +241,7 @@ def test_too_many_tokens_are_refused(small_gpt):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"n_embd": 770}, "n_embd=770.*n_head=12"),
+        ({"n_embd": 770}, "n_head: 12.*n_embd=770"),
         ({"n_layer": 0}, "n_layer.*0"),
         ({"vocab_size": -5}, "vocab_size.*-5"),
         ({"block_size": 1.5}, "block_size.*1.5"),

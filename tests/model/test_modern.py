@@ -330,5 +330,5 @@ def test_every_setting_has_a_help_line():
 
 
 def test_settings_import_no_torch():
-    code = "import sys, model.modern_config, model.protocol; sys.exit('torch' in sys.modules)"
+    code = "import sys, model.modern_config, model.models; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

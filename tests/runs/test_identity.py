@@ -27,6 +27,7 @@ BASE = [
 
 # Another legal value of every field that is the run's identity.
 IDENTITY = {
+    "model.kind": "modern",
     "data.tokenizer": "char",
     "data.split": "hash",
     "data.val_fraction": "0.2",
@@ -71,6 +72,7 @@ FREE = {
     "data.corpus": "moved.txt",
     "data.text_field": "body",
     "data.on_null": "skip",
+    "data.encoder": "tiktoken",
     "train.log_interval": "1",
     "train.eval_interval": "7",
     "train.checkpoint_interval": "null",

@@ -11,6 +11,7 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.runs import stop
 from orchestrator.runs.code import module_hashes
 from orchestrator.sweep import stored, trials
+from orchestrator.sweep import study as study_module
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.numerics import Worker
 
@@ -310,8 +311,9 @@ def test_stages_of_other_code_are_counted_and_trained_again(sweeps, monkeypatch)
     ran = sweeps.run(first)
     assert first.notes() == []
     keys = [folder.read_record()["key"] for folder in first.folder.trials()]
-    other = {**module_hashes(), "model/gpt.py": "edited"}
-    monkeypatch.setattr(trials, "module_hashes", lambda: other)
+    other = {**module_hashes("gpt2"), "model/gpt.py": "edited"}
+    for module in (trials, study_module):
+        monkeypatch.setattr(module, "module_hashes", lambda model: other)
     study = sweeps.open(*words)
     [note] = study.notes()
     assert f"{len(ran)} stage(s) (model/gpt.py)" in note

@@ -40,7 +40,7 @@ def dataset(folder: Path, stream: str = "s", name: str = "byte") -> Manifest:
 
 def built(e: Experiment, seed: int) -> state.TrainState:
     torch.manual_seed(seed)
-    return state.build(e, GPT(e.gpt_config(VOCAB)), Worker())
+    return state.build(e, GPT(e.model_config_for(VOCAB)), Worker())
 
 
 def advance(s: state.TrainState, steps: int) -> None:

@@ -194,6 +194,18 @@ class GPT(nn.Module):
         """Return an empty cache for `capacity` tokens."""
         return KVCache(self.config, capacity)
 
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """Return the names of the parameters by group; the tied head belongs to the embedding."""
+        groups: dict[str, list[str]] = {"matrix": [], "embedding": [], "head": [], "scalar": []}
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                groups["scalar"].append(name)
+            elif name.startswith("transformer.h."):
+                groups["matrix"].append(name)
+            else:
+                groups["embedding"].append(name)
+        return groups
+
     def num_parameters(self, positions: bool = True) -> int:
         """Return the number of parameters. The tied head counts once.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from model.optim import _allow_without_compiler
+from model.optim import allow_without_compiler
 
 # One iteration maps each singular value s to a s + b s^3 + c s^5; a, b, c as in torch.optim.Muon.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -44,7 +44,7 @@ class MuonAdamW(Optimizer):
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float = 0.02) -> None:
-        _allow_without_compiler()
+        allow_without_compiler()
         defaults = {
             "lr": lr,
             "weight_decay": 0.0,

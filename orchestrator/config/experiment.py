@@ -95,13 +95,7 @@ class Experiment(Section):
 
     def flat(self) -> dict[str, Any]:
         """Return `{"section.field": value}` of all fields, in the order of their definition."""
-        fields: dict[str, Any] = {}
-        for name, value in self.model_dump().items():
-            if isinstance(value, dict):
-                fields |= {f"{name}.{key}": part for key, part in value.items()}
-            else:
-                fields[name] = value
-        return fields
+        return _flat(self)
 
     def to_yaml(self) -> str:
         """Return YAML that reads back as an equal experiment."""
@@ -113,6 +107,16 @@ class Experiment(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def _flat(section: Section) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in section:
+        if isinstance(value, Section):
+            fields |= {f"{name}.{key}": part for key, part in _flat(value).items()}
+        else:
+            fields[name] = value
+    return fields
 
 
 def load_experiment(
@@ -152,10 +156,13 @@ def field_value(key: str, value: Any, kind: str = models.DEFAULT) -> Any:
     Raises:
         UserError: The field does not accept the value. The message does not name a file.
     """
-    section, _, field = key.partition(".")
-    model = section_class(with_model(Experiment, kind).model_fields[section])
+    *sections, field = key.split(".")
+    model: type[Section] | None = with_model(Experiment, kind)
+    for section in sections:
+        assert model is not None, key
+        model = section_class(model.model_fields[section])
     assert model is not None, key
-    checked = validate(model, {field: value}, "", field_docs(kind), section)
+    checked = validate(model, {field: value}, "", field_docs(kind), ".".join(sections))
     return getattr(checked, field)
 
 

@@ -133,7 +133,7 @@ class FieldDoc:
         return str(self.default)
 
 
-Docs = dict[str, FieldDoc]  # by "section.field"
+Docs = dict[str, FieldDoc]  # by "section.field"; sections may be nested
 
 
 def describe_fields(model: type[Section]) -> Docs:
@@ -142,10 +142,10 @@ def describe_fields(model: type[Section]) -> Docs:
     for name, info in model.model_fields.items():
         section = section_class(info)
         if section is None:
-            docs[name] = _describe(info, model.effect)
-            continue
-        for key, part in section.model_fields.items():
-            docs[f"{name}.{part.alias or key}"] = _describe(part, section.effect)
+            docs[info.alias or name] = _describe(info, model.effect)
+        else:
+            inner = describe_fields(section)
+            docs |= {f"{name}.{key}": doc for key, doc in inner.items()}
     return docs
 
 

@@ -96,7 +96,7 @@ def _apply(tree: dict[str, Any], override: str, docs: Docs) -> None:
         )
     if not all(key.split(".")):
         raise UserError(f"'{override}': '{key}' is not a field; expected section.field=value")
-    *sections, field = _keys(key)
+    *sections, field = _keys(key, docs)
     for section in sections:
         if tree.get(section) is None:
             tree[section] = {}
@@ -145,7 +145,7 @@ def _value(text: str, where: str, kind: str, is_optional: bool) -> Any:
     return value
 
 
-def _keys(field: str) -> list[str]:
+def _keys(field: str, docs: Docs) -> list[str]:
     """Split the name of a field into the keys of the nested sections.
 
     In a sweep, the name of the varied field is one key: sweep.grid.train.seed has three keys. The
@@ -155,7 +155,10 @@ def _keys(field: str) -> list[str]:
     if parts[:2] in (["sweep", "grid"], ["sweep", "space"]) and len(parts) > 2:
         return [*parts[:2], ".".join(parts[2:])]
     if parts[:2] == ["sweep", "trials"] and len(parts) > 4:
-        return [*parts[:2], ".".join(parts[2:-2]), ".".join(parts[-2:])]
+        # The longest end that is a field; none if the field is misspelled.
+        ends = range(3, len(parts) - 1)
+        start = next((i for i in ends if ".".join(parts[i:]) in docs), len(parts) - 2)
+        return [*parts[:2], ".".join(parts[2:start]), ".".join(parts[start:])]
     return parts
 
 

@@ -93,8 +93,34 @@ class Gpt2(Model):
     )
 
 
+class ParameterGroup(Section):
+    """Settings of the optimizer for one group of parameters."""
+
+    lr_scale: Annotated[float | None, Field(ge=0), Later] = Field(
+        None, description="the learning rate is the schedule's times this; null: as optim.kind says"
+    )
+    weight_decay: Annotated[float | None, Field(ge=0), Later] = Field(
+        None, description="null: optim.weight_decay; for scalar 0"
+    )
+    beta1: Annotated[float | None, Field(ge=0, lt=1), Later] = Field(
+        None, description="null: optim.beta1"
+    )
+    beta2: Annotated[float | None, Field(ge=0, lt=1), Later] = Field(
+        None, description="null: optim.beta2"
+    )
+
+
+class ParameterGroups(Section):
+    """Settings of each group; null takes those of `optim`."""
+
+    matrix: ParameterGroup = ParameterGroup()
+    embedding: ParameterGroup = ParameterGroup()
+    head: ParameterGroup = ParameterGroup()
+    scalar: ParameterGroup = ParameterGroup()
+
+
 class Optim(Section):
-    """The optimizer."""
+    """The optimizer. It knows four groups of parameters: matrix, embedding, head and scalar."""
 
     kind: Annotated[str, OneOf(OPTIMIZERS)] = Field("adamw", description="optimizer")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment, 0 to 1")
@@ -105,6 +131,18 @@ class Optim(Section):
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="clip the norm of the whole gradient to this; null: do not clip"
     )
+    momentum: Annotated[float, Later] = Field(
+        0.95, ge=0, lt=1, description="only for muon: decay of the momentum of matrices, 0 to 1"
+    )
+    momentum_warmup_steps: Annotated[Int, Later] = Field(
+        0, ge=0, description="only for muon: steps in which the momentum rises linearly from 0.85"
+    )
+    cautious: Annotated[bool, Later] = Field(
+        False,
+        description="only for muon: decay a weight only where it shrinks in this update anyway "
+        "(2510.12402)",
+    )
+    groups: ParameterGroups = ParameterGroups()
 
 
 class ScheduleSection(Section):

@@ -180,7 +180,11 @@ def _cost_lines(experiment: Experiment, facts: ModelFacts) -> list[str]:
     if flops is not None:
         total = f"{flops:.4g} FLOPs per token × {tokens:,} tokens = {flops * tokens:.4g} FLOPs"
     tensor = 4 * facts["parameters"]  # bytes of one float32 value per parameter
-    state = (1 + OPTIMIZERS[experiment.optim.kind].moments) * tensor
+    moments = OPTIMIZERS[experiment.optim.kind].moments
+    others = facts["parameters"] - facts["matrix_parameters"]
+    state = tensor + 4 * (
+        moments["matrix"] * facts["matrix_parameters"] + moments["embedding"] * others
+    )
     # Most memory is needed with one worker: the current slot and log2(slots) partial sums.
     gradients = experiment.slots.bit_length() * tensor
     keep = experiment.train.keep

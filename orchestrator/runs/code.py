@@ -13,6 +13,7 @@ import hashlib
 from typing import Any
 
 from model.models import MODELS
+from model.optim import OPTIMIZERS
 from orchestrator.runs.facts import REPOSITORY
 
 # What computes weights, losses and the order of the samples. Each kind of model has files besides.
@@ -58,9 +59,9 @@ WITHOUT_EFFECT = {
 
 
 @functools.cache
-def module_hashes(model: str) -> dict[str, str]:
-    """Return the hash of each module for a kind of model, 16 hexadecimal digits."""
-    names = sorted((*MODULES, *MODELS[model].files))
+def module_hashes(model: str, optimizer: str) -> dict[str, str]:
+    """Return the hash of each module for a kind of model and optimizer, 16 hexadecimal digits."""
+    names = sorted((*MODULES, *MODELS[model].files, *OPTIMIZERS[optimizer].files))
     return {name: source_hash((REPOSITORY / name).read_text("utf-8")) for name in names}
 
 

@@ -29,6 +29,7 @@ class ModelFacts(TypedDict):
     decayed_parameters: int
     undecayed_tensors: int
     undecayed_parameters: int
+    matrix_parameters: int  # of the group "matrix"; 0 if the model has no groups
     flops_per_token: int | None  # forward and backward; None: the model does not say
 
 
@@ -93,19 +94,24 @@ def _facts_of_gpt2(config: GPTConfig) -> ModelFacts:
         "decayed_parameters": decay.decayed_parameters,
         "undecayed_tensors": decay.undecayed_tensors,
         "undecayed_parameters": decay.undecayed_parameters,
+        "matrix_parameters": 12 * config.n_layer * config.n_embd**2,
         "flops_per_token": flops.flops_per_token(config),
     }
 
 
 def _facts_of(kind: str, config: "Config") -> ModelFacts:
     """Count the parameters of a model without values."""
-    from model.protocol import HasFlops
+    from model.protocol import HasFlops, HasParameterGroups
 
     model = models.empty_model(kind, config)
     parameters = list(model.parameters())
     decayed = [parameter.numel() for parameter in parameters if parameter.dim() >= 2]
     others = [parameter.numel() for parameter in parameters if parameter.dim() < 2]
     count = sum(decayed) + sum(others)
+    matrices = 0
+    if isinstance(model, HasParameterGroups):
+        names = model.parameter_groups()["matrix"]
+        matrices = sum(model.get_parameter(name).numel() for name in names)
     return {
         "vocab_size": config.vocab_size,
         "parameters": count,
@@ -114,6 +120,7 @@ def _facts_of(kind: str, config: "Config") -> ModelFacts:
         "decayed_parameters": sum(decayed),
         "undecayed_tensors": len(others),
         "undecayed_parameters": sum(others),
+        "matrix_parameters": matrices,
         "flops_per_token": (
             model.flops_per_token(config.block_size) if isinstance(model, HasFlops) else None
         ),

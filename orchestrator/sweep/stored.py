@@ -4,7 +4,7 @@ They are found by the key of a state. So a tree with other branches finds what a
 """
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,13 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.errors import UnreadableError, UserError
 from orchestrator.runs import journal_copy
 from orchestrator.runs.folder import RunFolder, SweepFolder
-from orchestrator.sweep.records import StageResult, has_whole_curve, read_result, read_spec
+from orchestrator.sweep.records import (
+    StageResult,
+    StageSpec,
+    has_whole_curve,
+    read_result,
+    read_spec,
+)
 from orchestrator.sweep.states import DIVERGED, DONE, FAILED, RUNNING, STOPPED, WAITING, State
 from orchestrator.sweep.tree import Branch, StageTree, build_tree, grow
 
@@ -46,8 +52,8 @@ class StoredStages:
         folders: Folders of the results.
         ends: Keys of the states at which a stage ended. The other states lie inside stages; `tree`
             uses them where they save steps.
-        made_by_others: What trained each stage that cannot be used, because the code or the device
-            is another one now; see `StageSpec.made_by`.
+        made_by_others: For each stage that cannot be used because the code or the device is another
+            one now: what has changed; empty if an earlier version did not record it.
     """
 
     def __init__(self) -> None:
@@ -55,7 +61,7 @@ class StoredStages:
         self.results: dict[str, StageResult] = {}
         self.folders: dict[str, RunFolder] = {}
         self.ends: set[str] = set()
-        self.made_by_others: list[dict[str, str]] = []
+        self.made_by_others: list[list[str]] = []
 
     def tree(self, branches: Iterable[Branch], at_decays: bool = False) -> StageTree:
         """Return the tree of some branches, cut at what is stored; see `build_tree`."""
@@ -170,7 +176,7 @@ def scan(
     branches: Iterable[Branch],
     diverged_above: float | None = None,
     keeps_stopped: bool = False,
-    made_by: Mapping[str, str] | None = None,
+    made_by: Callable[[StageSpec], Mapping[str, str]] | None = None,
 ) -> StoredStages:
     """Read the checkpoints and results of a sweep's stages.
 
@@ -183,7 +189,7 @@ def scan(
         branches: The trials.
         diverged_above: `sweep.diverged_above`. Stages that diverged by another limit may run again.
         keeps_stopped: True if stages that a scheduler stopped may not run again.
-        made_by: The present code and device.
+        made_by: Returns the present device and code that would train a stage.
     """
     found = StoredStages()
     wanted = {stage.id for stage in grow(branches)}
@@ -191,8 +197,10 @@ def scan(
         spec = read_spec(folder)
         if spec is None or not has_whole_curve(spec):
             continue
-        if made_by is not None and spec.made_by != made_by:
-            found.made_by_others.append(spec.made_by)
+        now = made_by(spec) if made_by is not None else {}
+        if any(spec.made_by.get(key) != value for key, value in now.items()):
+            changed = [key for key in now if spec.made_by.get(key) != now[key]]
+            found.made_by_others.append(changed if spec.made_by else [])
             continue
         result = read_result(folder)
         if result is not None:

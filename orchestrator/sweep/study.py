@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from model.models import DEFAULT
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.sections import Data
 from orchestrator.data.dataset import Manifest
@@ -19,6 +20,7 @@ from orchestrator.sweep.probes import probes_of, worse_trials
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.ranking import Row
 from orchestrator.sweep.rates import Rates
+from orchestrator.sweep.records import StageSpec
 from orchestrator.sweep.report.advice import left_out, of_other_code
 from orchestrator.sweep.source import BaseRun, check_names
 from orchestrator.sweep.space.expand import Sweep, Trial, sampled
@@ -99,7 +101,7 @@ class Study:
             branches,
             settings.diverged_above,
             keeps_stopped=settings.stop == "asha",
-            made_by=self._made_by(),
+            made_by=self._made_by,
         )
         if self.source is not None:
             self.source.refuse_other_experiments(self.trials.values())
@@ -127,12 +129,13 @@ class Study:
 
     def notes(self) -> list[str]:
         """Return lines about trials that cannot be run, and stored stages that cannot be used."""
-        others = of_other_code(self.stored.made_by_others, self._made_by())
+        others = of_other_code(self.stored.made_by_others)
         return [*left_out(self.left_out), *others, *self.not_used]
 
-    def _made_by(self) -> dict[str, str]:
-        """Return the device and the code of all trials; see `StageSpec`."""
-        return {"device": self.layout.device_name, **module_hashes(self.sweep.base.model.kind)}
+    def _made_by(self, spec: StageSpec) -> dict[str, str]:
+        """Return the device and the code that would train a stage now."""
+        kinds = spec.experiment["model"].get("kind", DEFAULT), spec.experiment["optim"]["kind"]
+        return {"device": self.layout.device_name, **module_hashes(*kinds)}
 
     @property
     def trials_and_probes(self) -> dict[str, PlannedTrial]:

@@ -74,7 +74,10 @@ class PlannedTrial(Trial):
     @property
     def made_by(self) -> dict[str, str]:
         """The device and the code, as `StageSpec` stores them."""
-        return {"device": self.device, **module_hashes(self.experiment.model.kind)}
+        return {
+            "device": self.device,
+            **module_hashes(self.experiment.model.kind, self.experiment.optim.kind),
+        }
 
     @property
     def settings_key(self) -> str:

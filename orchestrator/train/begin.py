@@ -193,7 +193,9 @@ def _changes(stored: Fingerprints, experiment: Experiment, worker: Worker) -> li
         # A variable may also have been removed.
         lines += differences(before, dict.fromkeys(before) | numerics.environment())
     if "code" in stored:
-        lines += differences(stored["code"], module_hashes(experiment.model.kind))
+        lines += differences(
+            stored["code"], module_hashes(experiment.model.kind, experiment.optim.kind)
+        )
     elif "proof" in stored:
         lines.append("the code: an earlier version wrote the checkpoint")
     return lines

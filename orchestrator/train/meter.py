@@ -106,6 +106,7 @@ def log_metrics(
     metrics["train/tokens"] = state.step * experiment.tokens_per_step
     metrics["train/epoch"] = epoch
     metrics["optim/lr"] = lr
+    metrics |= _rates_of_groups(state.optimizer, lr)
     metrics["optim/grad_norm"] = state.grad_norm
     metrics["run/attempt"] = worker.attempt
     if state.skipped:
@@ -123,6 +124,14 @@ def log_metrics(
         if utilization is not None:
             metrics["perf/mfu"] = utilization
     return metrics | memory_metrics(worker.device)
+
+
+def _rates_of_groups(optimizer: torch.optim.Optimizer, lr: float) -> Metrics:
+    """Return the learning rate of each group of parameters; empty if all have that of the step."""
+    scales = {group["group"]: group["lr_scale"] for group in optimizer.param_groups}
+    if set(scales.values()) == {1.0}:
+        return {}
+    return {f"optim/lr.{name}": lr * scale for name, scale in scales.items()}
 
 
 def memory_metrics(device: str) -> Metrics:

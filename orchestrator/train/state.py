@@ -75,11 +75,18 @@ def build(experiment: Experiment, model: LanguageModel, worker: Worker) -> Train
     forward: nn.Module = model
     if experiment.train.compile:
         forward = torch.compile(model)  # type: ignore[assignment]
+    section = experiment.optim
     settings = optim.OptimizerSettings(
         max_lr=experiment.schedule.max_lr,
-        beta1=experiment.optim.beta1,
-        beta2=experiment.optim.beta2,
-        weight_decay=experiment.optim.weight_decay,
+        beta1=section.beta1,
+        beta2=section.beta2,
+        weight_decay=section.weight_decay,
+        momentum=section.momentum,
+        cautious=section.cautious,
+        groups={
+            name: optim.GroupSettings(**getattr(section.groups, name).model_dump())
+            for name in optim.GROUPS
+        },
     )
     scaler = torch.amp.GradScaler(
         torch.device(worker.device).type, enabled=experiment.train.dtype == "float16"
@@ -94,7 +101,7 @@ def build(experiment: Experiment, model: LanguageModel, worker: Worker) -> Train
     return TrainState(
         model,
         forward,
-        optim.build(experiment.optim.kind, model, settings),
+        optim.build(section.kind, model, settings),
         scaler,
         gradients,
         Meter(last_step_only=experiment.train.log_interval is None),
@@ -148,7 +155,7 @@ def snapshot(
         fingerprints |= {
             "proof": proof,
             "environment": environment(),
-            "code": module_hashes(experiment.model.kind),
+            "code": module_hashes(experiment.model.kind, experiment.optim.kind),
         }
     facts = {
         "generation": worker.attempt,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.optim import momentum_at
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.batches import Batches, Prefetcher
 from orchestrator.train.gradients import Gradients
@@ -106,8 +107,12 @@ class Step:
         max_norm = self.experiment.optim.max_grad_norm
         if max_norm:
             self.state.gradients.clip(max_norm)
+        section = self.experiment.optim
+        momentum = momentum_at(section.momentum, section.momentum_warmup_steps, self.state.step)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
+            if "momentum" in group:
+                group["momentum"] = momentum
         scaler.step(optimizer)
 
     def skip(self) -> None:

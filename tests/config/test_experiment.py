@@ -112,6 +112,19 @@ REFUSED = {
     "optim.beta2": ["null", "-0.1", "1", "x", ".nan"],
     "optim.weight_decay": ["null", "-0.1", "x", ".inf"],
     "optim.max_grad_norm": ["0", "-1", "x", ".inf"],
+    "optim.momentum": ["null", "-0.1", "1", "x"],
+    "optim.momentum_warmup_steps": ["null", "-1", "1.5", "x"],
+    "optim.cautious": ["null", "1", "x"],
+    **{
+        f"optim.groups.{group}.{field}": values
+        for group in ("matrix", "embedding", "head", "scalar")
+        for field, values in {
+            "lr_scale": ["-1", "x", ".inf"],
+            "weight_decay": ["-0.1", "x"],
+            "beta1": ["1", "-0.1", "x"],
+            "beta2": ["1", "-0.1", "x"],
+        }.items()
+    },
     "schedule.kind": ["null", "cosin", "1", "[cosine]"],
     "schedule.max_lr": ["null", "0", "-0.001", "x", ".inf", ".nan", "6e-4x", "'6e-4'"],
     "schedule.min_lr_ratio": ["null", "-0.1", "1.1", "x"],
@@ -211,8 +224,8 @@ def test_every_field_has_refused_values():
 )
 def test_wrong_value_is_one_line_with_field_and_value(field, text):
     """In a file: an override of a text field takes 5 and true as text."""
-    section, _, name = field.rpartition(".")
-    lines = f"{section}:\n  {name}: {text}" if section else f"{name}: {text}"
+    parts = field.split(".")
+    lines = "\n".join(f"{'  ' * depth}{part}:" for depth, part in enumerate(parts)) + f" {text}"
     with pytest.raises(UserError) as caught:
         parse_experiment(read_yaml(lines, "file"), "file")
     message = str(caught.value)

@@ -26,10 +26,11 @@ def test_optimizer_lowers_loss_and_keeps_the_stated_moments(kind, small_gpt):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    for parameter in model.parameters():
-        state = optimizer.state[parameter].values()
-        moments = [value for value in state if value.shape == parameter.shape]
-        assert len(moments) == OPTIMIZERS[kind].moments
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter].values()
+            moments = [value for value in state if value.shape == parameter.shape]
+            assert len(moments) == OPTIMIZERS[kind].moments[group["group"]]
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from model.models import MODELS
+from model.optim import OPTIMIZERS
 from orchestrator.runs import code
 
-NAMES = (*code.MODULES, *MODELS["gpt2"].files)
+NAMES = (*code.MODULES, *MODELS["gpt2"].files, *OPTIMIZERS["muon"].files)
 REPO = Path(__file__).resolve().parents[2]
 
 # Most of Python's syntax. Versions of Python differ in what they store about strings, and in the
@@ -94,7 +95,8 @@ def has_no_effect(file: str) -> bool:
 
 def test_every_module_that_the_training_loop_imports_is_listed():
     used = imported_by("orchestrator/train/loop.py")
-    listed = {*code.MODULES, *(file for kind in MODELS.values() for file in kind.files)}
+    kinds = (*MODELS.values(), *OPTIMIZERS.values())
+    listed = {*code.MODULES, *(file for kind in kinds for file in kind.files)}
     forgotten = {name for name in used - listed if not has_no_effect(name)}
     assert not forgotten, "add them to code.MODULES, or with a reason to code.WITHOUT_EFFECT"
     assert listed <= used, "modules that the loop does not import"
@@ -113,7 +115,7 @@ def copy(tmp_path, monkeypatch):
 
 def hashes() -> dict[str, str]:
     code.module_hashes.cache_clear()
-    return code.module_hashes("gpt2")
+    return code.module_hashes("gpt2", "muon")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -311,9 +311,9 @@ def test_stages_of_other_code_are_counted_and_trained_again(sweeps, monkeypatch)
     ran = sweeps.run(first)
     assert first.notes() == []
     keys = [folder.read_record()["key"] for folder in first.folder.trials()]
-    other = {**module_hashes("gpt2"), "model/gpt.py": "edited"}
+    other = {**module_hashes("gpt2", "adamw"), "model/gpt.py": "edited"}
     for module in (trials, study_module):
-        monkeypatch.setattr(module, "module_hashes", lambda model: other)
+        monkeypatch.setattr(module, "module_hashes", lambda *kinds: other)
     study = sweeps.open(*words)
     [note] = study.notes()
     assert f"{len(ran)} stage(s) (model/gpt.py)" in note

@@ -88,7 +88,7 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_whole_state_of_every_optimizer_is_stored(tmp_path, kind):
     """An optimizer that keeps more than tensors per parameter needs new code in `state`."""
-    e = load_experiment(None, [*WORDS, f"optim.kind={kind}"])
+    e = load_experiment(None, [*WORDS, f"optim.kind={kind}", "optim.momentum_warmup_steps=9"])
     s = built(e, 1)
     advance(s, 3)
     fresh = state.restore(e, save(s, e, tmp_path / "checkpoints", Worker(), {}), Worker())

@@ -19,16 +19,15 @@ def left_out(lines: Sequence[str]) -> list[str]:
     return [f"left out, because they cannot be run: {len(lines):,}", *shown]
 
 
-def of_other_code(stored: Sequence[Mapping[str, str]], now: Mapping[str, str]) -> list[str]:
+def of_other_code(stored: Sequence[Sequence[str]]) -> list[str]:
     """Return how many stored stages are not used because other code or another device made them.
 
     Args:
-        stored: `StageSpec.made_by` of each of them.
-        now: The present device and code.
+        stored: What has changed, for each of them; empty if that is not known.
     """
     if not stored:
         return []
-    changed = sorted({key for one in stored for key in now if one.get(key) != now[key]})
+    changed = sorted({name for names in stored for name in names})
     words = ", ".join(changed[:3])
     if len(changed) > 3:
         words += f" and {len(changed) - 3} more modules"

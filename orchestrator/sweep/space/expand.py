@@ -200,6 +200,10 @@ def _with_fields(tree: Tree, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of an experiment's tree with other values of some fields."""
     changed = dict(tree)
     for key, value in fields.items():
-        section, _, field = key.partition(".")
-        changed[section] = {**changed[section], field: value}
+        *sections, field = key.split(".")
+        place = changed
+        for section in sections:
+            place[section] = dict(place.get(section) or {})
+            place = place[section]
+        place[field] = value
     return changed

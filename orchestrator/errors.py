@@ -14,6 +14,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = {
     **dict.fromkeys(NO_ROOM, ("the disk is full", "Free some room there")),
     errno.EROFS: ("the file system is read-only", "Make it writable"),
+    errno.EIO: ("the file system has an error", "Look into the logs of the system"),
 }
 
 

@@ -7,4 +7,5 @@ Start with `layout.resolve_layout`.
 - `device`: `with_device_name`, the model of the device of a worker
 - `layout`: `find_layout`, `Layout`
 - `private`: calls of private functions of Ray and torch
+- `train_here.fit_here`: Ray Train with its controller in this process
 """

@@ -169,17 +169,18 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
 
 
 @contextlib.contextmanager
-def replacement(path: Path) -> Iterator[Path]:
+def replacement(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Replace a file in one step by a file that the `with` block writes.
 
     Yields:
         A temporary path in the same folder. At the end of the block, that file is forced to disk
-        and renamed to `path`. After an exception, it is removed.
+        if it has to be `durable`, and renamed to `path`. After an exception, it is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
     try:
         yield temporary
-        fsync(temporary)
+        if durable:
+            fsync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

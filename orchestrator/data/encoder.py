@@ -5,6 +5,7 @@ on the encoder.
 """
 
 import base64
+import functools
 import importlib.util
 import sys
 import tempfile
@@ -103,13 +104,24 @@ def fast_tokenizer(exact: Tokenizer, sample: Sequence[str] = ()) -> Tokenizer | 
     if not is_possible("auto", exact.name):
         return None
     try:
-        fast = GigatokenTokenizer(exact)
-        for text in [*(a + b + a for a in _PARTS for b in _PARTS), *sample]:
-            if not np.array_equal(fast.encode(text), exact.encode(text)):
-                raise ValueError(f"it gives other ids for {text[:40]!r}")
+        fast = _fast_tokenizer(exact)
+        _compare(fast, exact, sample)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a Rust panic is not an Exception
         print(f"data.encoder: gigatoken is not used: {error!s:.200}", file=sys.stderr, flush=True)
         return None
     return fast
+
+
+@functools.lru_cache(maxsize=2)
+def _fast_tokenizer(exact: Tokenizer) -> Tokenizer:
+    fast = GigatokenTokenizer(exact)
+    _compare(fast, exact, [a + b + a for a in _PARTS for b in _PARTS])
+    return fast
+
+
+def _compare(fast: Tokenizer, exact: Tokenizer, texts: Sequence[str]) -> None:
+    for text in texts:
+        if not np.array_equal(fast.encode(text), exact.encode(text)):
+            raise ValueError(f"it gives other ids for {text[:40]!r}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from orchestrator.data import corpus
+from orchestrator.data.corpus import Listing
 from orchestrator.data.documents import Piece, Span, read_pieces, reader_of
 from orchestrator.data.encoder import is_possible
 from orchestrator.data.input.kinds import kind_of as kind_of_file
@@ -34,8 +35,12 @@ class TokenEstimate:
     n_vocab: int | None
 
 
-def estimate_tokens(data: "Data") -> TokenEstimate:
+def estimate_tokens(data: "Data", sources: Listing | None = None) -> TokenEstimate:
     """Estimate the size of the whole corpus.
+
+    Args:
+        data: The `data` section.
+        sources: The files of the corpus, if they were listed already.
 
     Raises:
         UserError: A path is missing or the tokenizer is unknown. For `char`, also the errors of
@@ -43,7 +48,7 @@ def estimate_tokens(data: "Data") -> TokenEstimate:
     """
     name = data.tokenizer
     is_possible(data.encoder, name)
-    sources = corpus.resolve(data.corpus)
+    sources = sources or corpus.resolve(data.corpus)
     n_vocab = kind_of(name).n_vocab
     counts = kind_of(name).counts
     if any(source.size is None for source in sources):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.data import corpus
-from orchestrator.data.corpus import CorpusFile
+from orchestrator.data.corpus import Listing
 from orchestrator.data.dataset import FILE, FORMAT, ROW_TOKENS, Manifest, load_manifest
 from orchestrator.data.input.paths import MissingCorpusError
 from orchestrator.errors import UserError
@@ -55,7 +55,7 @@ def dataset_dir(data: "Data", storage: Path) -> Path:
 
 
 def known_dir(
-    data: "Data", storage: Path, *, read: bool = False, sources: list[CorpusFile] | None = None
+    data: "Data", storage: Path, *, read: bool = False, sources: Listing | None = None
 ) -> Path | None:
     """Do the same as `dataset_dir` without reading a file; None if one was not hashed yet.
 
@@ -88,14 +88,15 @@ def _fingerprint(data: "Data", files: Sequence[tuple[str, str | int | None]]) ->
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def with_hashes(sources: list[CorpusFile], hash_files: HashFiles | None = None) -> list[CorpusFile]:
+def with_hashes(sources: Listing, hash_files: HashFiles | None = None) -> Listing:
     """Return the sources with the SHA-256 of each file; see `sha256s`."""
     missing = [str(source.path) for source in sources if source.sha256 is None]
     found = iter(sha256s(missing, hash_files))
-    return [s if s.sha256 is not None else replace(s, sha256=next(found)) for s in sources]
+    hashed = (s if s.sha256 is not None else replace(s, sha256=next(found)) for s in sources)
+    return Listing(hashed, sources.left_out)
 
 
-def _content(sources: list[CorpusFile], read: bool) -> Content:
+def _content(sources: Listing, read: bool) -> Content:
     if read:
         return [(_content_name(s.name, s.by_content), s.sha256) for s in with_hashes(sources)]
     known = known_sha256s(str(source.path) for source in sources if source.sha256 is None)
@@ -122,7 +123,7 @@ def _below_root(name: str) -> str:
 
 
 def find_in(
-    data: "Data", storage: Path, *, read: bool = True, sources: list[CorpusFile] | None = None
+    data: "Data", storage: Path, *, read: bool = True, sources: Listing | None = None
 ) -> Manifest | None:
     """Return the finished dataset of a `data` section; see `known_dir` and `find_prepared`."""
     directory = known_dir(data, storage, read=read, sources=sources)
@@ -131,7 +132,7 @@ def find_in(
     return find_prepared(data, directory, read=read, sources=sources)
 
 
-def list_sources(data: "Data") -> list[CorpusFile] | None:
+def list_sources(data: "Data") -> Listing | None:
     """Return the files of the corpus; None if they are not here, but the dataset may be.
 
     Raises:
@@ -148,7 +149,7 @@ def list_sources(data: "Data") -> list[CorpusFile] | None:
 
 
 def find_prepared(
-    data: "Data", directory: Path, *, read: bool = True, sources: list[CorpusFile] | None = None
+    data: "Data", directory: Path, *, read: bool = True, sources: Listing | None = None
 ) -> Manifest | None:
     """Return the finished dataset in `directory`; None if there is none.
 
@@ -200,7 +201,7 @@ def _is_whole(path: Path, payload: int) -> bool:
 
 
 def _differences(
-    data: "Data", manifest: Manifest, read: bool, sources: list[CorpusFile] | None
+    data: "Data", manifest: Manifest, read: bool, sources: Listing | None
 ) -> list[str]:
     """Return one line for each difference between a dataset and the `data` section."""
     before = {f"data.{key}": value for key, value in manifest.settings.items()}
@@ -211,7 +212,7 @@ def _differences(
         # The dataset may have been copied here without its corpus.
         if not _has_same_roots(data, manifest):
             raise
-        sources = []
+        sources = Listing()
     else:
         for stored in manifest.sources:
             before[f"size of {_below_root(stored['name'])}"] = stored["size"]

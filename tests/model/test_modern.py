@@ -25,6 +25,7 @@ EVERYTHING = {
     "value_embeddings": "alternate",
     "layer_scalars": True,
     "logit_cap": 4.0,
+    "loss_chunk": 5,
 }
 NOTHING = {"smear": False, "value_embeddings": None, "rotary_share": 0.0}
 VARIANTS = [{}, EVERYTHING, NOTHING]
@@ -172,6 +173,28 @@ def test_cached_logits_equal_full_logits(options, prompt):
     torch.testing.assert_close(torch.cat(found, dim=1), whole[:, prompt - 1 :], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"logit_cap": 4.0, "bias": True}])
+def test_loss_in_chunks_equals_loss_of_all_logits(options):
+    tokens = some_tokens()
+    models = [small(**options), small(**options, loss_chunk=7)]
+    for reduction in ("mean", "sum", "window"):
+        with torch.no_grad():
+            losses = [model(tokens, tokens, reduction=reduction) for model in models]
+        torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-6)
+    for model in models:
+        model(tokens, tokens).backward()
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_of_half_precision_model_is_float32(dtype):
+    tokens = some_tokens()
+    loss = small(**EVERYTHING).to(dtype)(tokens, tokens)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(small(**EVERYTHING)(tokens, tokens).item(), rel=0.02)
+
+
 def test_cache_takes_several_tokens_at_a_time():
     model = small(**EVERYTHING)
     tokens = some_tokens()
@@ -203,7 +226,7 @@ def test_loss_is_float32_under_autocast():
     tokens = some_tokens()
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(tokens, tokens)
-        assert model(tokens).dtype == torch.bfloat16
+        assert small()(tokens).dtype == torch.bfloat16
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(model(tokens, tokens).item(), rel=0.02)
 
@@ -318,6 +341,7 @@ def test_too_many_tokens_are_refused():
         ({"rotary_base": 0.0}, "rotary_base.*0.0"),
         ({"attention_scale": math.nan}, "attention_scale.*nan"),
         ({"logit_cap": -1.0}, "logit_cap.*-1.0"),
+        ({"loss_chunk": 0}, "loss_chunk.*0"),
     ],
 )
 def test_settings_that_no_model_can_have_are_refused(wrong, said):

@@ -47,6 +47,10 @@ class NoRoomError(UserError):
     """The disk or the user's quota is full."""
 
 
+class DiskError(UserError):
+    """The disk could not read a file, although it was asked again: a bad sector or an outage."""
+
+
 class UnreadableError(UserError):
     """A file cannot be read at the moment. Its content may be intact.
 

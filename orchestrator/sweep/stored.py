@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.checkpoint import store as checkpoint
+from orchestrator.checkpoint.format import refuse_outage
 from orchestrator.errors import UnreadableError, UserError
 from orchestrator.runs import journal_copy
 from orchestrator.runs.folder import RunFolder, SweepFolder
@@ -136,16 +137,17 @@ class StoredStages:
         A trial whose last checkpoint was removed stays done.
 
         Returns:
-            One message for each damaged checkpoint.
+            What is wrong with each damaged checkpoint.
+
+        Raises:
+            UnreadableError: A checkpoint, or the disk, cannot be read at the moment.
         """
-        problems = []
+        problems: list[UserError] = []
         for done in tree.finished & tree.by_id.keys():
             ended, result = self.folders[done], self.results[done]
             if result.step not in ended.checkpoint_steps():
                 continue
-            problem = _damage(ended.checkpoint(result.step))
-            if problem is not None:
-                problems.append(problem)
+            if _is_damaged(ended.checkpoint(result.step), problems):
                 del self.results[done]
                 # The stage runs again: it resumes in its folder, so that no other stage may.
                 self.states = {k: s for k, s in self.states.items() if s.path != ended.path}
@@ -153,22 +155,22 @@ class StoredStages:
         for key in set(starts):
             if key is None or key not in self.states or key not in tree.stored:
                 continue
-            problem = _damage(self.states[key].checkpoint)
-            if problem is not None:
-                problems.append(problem)
+            if _is_damaged(self.states[key].checkpoint, problems):
                 del self.states[key]
-        return problems
+        return [str(problem) for problem in problems]
 
 
-def _damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint; None if it is valid."""
+def _is_damaged(path: Path, problems: list[UserError]) -> bool:
+    """Verify a checkpoint, and append what is wrong with it to the problems of others."""
     try:
         checkpoint.verify(path)
     except UnreadableError:
         raise
     except UserError as error:
-        return str(error)
-    return None
+        problems.append(error)
+        refuse_outage(problems)
+        return True
+    return False
 
 
 def scan(

@@ -19,6 +19,7 @@ from orchestrator.workers.memory import OutOfMemory
 NO_ROOM_ERROR = "orchestrator.errors.NoRoomError: "
 EXPECTED_ERRORS: dict[str, Kind] = {
     "orchestrator.errors.UserError: ": "user",
+    "orchestrator.errors.DiskError: ": "user",
     "orchestrator.files.DamagedError: ": "user",
     "orchestrator.files.NotPlainFileError: ": "user",
     "orchestrator.errors.UnreadableError: ": "again",

@@ -1,13 +1,18 @@
 """Each trial of a sweep equals its own run bit for bit, and no step runs twice. Without Ray."""
 
 import dataclasses
+import errno
 import json
+import os
 import random
 import shutil
 
 import pytest
 
+from orchestrator import files
+from orchestrator.checkpoint import format as checkpoint_format
 from orchestrator.checkpoint import store as checkpoint
+from orchestrator.errors import UnreadableError
 from orchestrator.runs import stop
 from orchestrator.runs.code import module_hashes
 from orchestrator.sweep import stored, trials
@@ -454,6 +459,21 @@ def test_damaged_last_checkpoint_of_a_trial_is_made_again(sweeps):
         assert 0 < steps_of(study, sweeps.run(study)) <= 4  # it resumes in its folder
         assert sweeps.open(*words).is_over
         assert_alone(sweeps, study)
+
+
+def test_outage_of_the_disk_damages_no_trial(sweeps, monkeypatch):
+    words = MIXED[:2]
+    sweeps.run(sweeps.open(*words))
+
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(files, "RETRY_S", 0)
+        broken.setattr(checkpoint_format, "file_sha256", fail)
+        with pytest.raises(UnreadableError, match="check the disk"):
+            sweeps.open(*words)
+    assert sweeps.open(*words).is_over
 
 
 def test_damaged_checkpoint_of_a_branch_is_made_again(sweeps):

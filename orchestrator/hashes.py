@@ -7,7 +7,6 @@ files. It is used only if no other user can write to it.
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import socket
@@ -111,12 +110,9 @@ def sha256s(paths: list[str], hash_files: HashFiles | None = None) -> list[str]:
 
 
 def hash_here(paths: list[str]) -> list[str]:
-    """Hash files in threads of this process, many small ones in one call."""
-    size = -(-len(paths) // 64)
-    groups = [paths[first : first + size] for first in range(0, len(paths), size or 1)]
+    """Hash files in threads of this process."""
     with ThreadPoolExecutor() as threads:
-        found = threads.map(lambda group: [file_sha256(path) for path in group], groups)
-        return list(itertools.chain(*found))
+        return list(threads.map(file_sha256, paths))
 
 
 def _wait_for_tick(newest_ns: int) -> None:

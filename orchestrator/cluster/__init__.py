@@ -4,8 +4,6 @@ Start with `layout.resolve_layout`.
 
 - `calls`: `interruptibly`, a call of Ray that a signal interrupts
 - `connection`: `connect`, join a cluster or start one on this machine
-- `device`: `with_device_name`, the model of the device of a worker
 - `layout`: `find_layout`, `Layout`
 - `private`: calls of private functions of Ray and torch
-- `train_here.fit_here`: Ray Train with its controller in this process
 """

@@ -26,14 +26,11 @@ class Layout:
         num_workers: Number of processes.
         cpus_per_worker: CPUs of each, and threads.
         use_gpu: Whether each has one GPU.
-        device_name: Model of the GPU, or of the processor of a worker without one; empty if it is
-            not known. Sweeps need it.
     """
 
     num_workers: int
     cpus_per_worker: int
     use_gpu: bool
-    device_name: str = ""
 
     @property
     def device(self) -> str:

@@ -3,7 +3,7 @@
 Start with `estimate.dry_run`.
 
 - `estimate`: `show` prints the dry run; lines that compare an estimate with the result
-- `before_run`: the estimate that a run prints before it starts
+- `forecast`: the estimate that a run prints at its start, or after its first steps
 - `tokens`: `TokenCounts`, the size of a dataset
 - `timing`: `Timing`, measured seconds of a step, an evaluation …; `expected`, the estimate of a run
 - `measure`: `measure` times some seconds of training; `bench` is the process that trains

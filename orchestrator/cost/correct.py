@@ -1,15 +1,12 @@
 """The time that a run or a sweep takes, given again from its first minute of training.
 
-The plan was timed before the run. The load of the machine may have changed since then.
+The load of the machine may have changed since the plan was made.
 """
 
-import time
-
-from orchestrator.runs.journal import Line
 from orchestrator.text import duration
 
 AFTER_S = 60.0  # seconds of training after which the time is given again
-TOLERANCE = 0.2  # a plan that is off by less is not corrected
+TOLERANCE = 0.1  # a plan that is off by less is not corrected
 
 
 class Correction:
@@ -47,30 +44,5 @@ class Correction:
         self.corrected_s = total_s
         return (
             f"expected: {duration(total_s)} in all, by the steps of the first minute, and not "
-            f"{duration(self.planned_s)}: the machine is not as it was when it was timed"
+            f"{duration(self.planned_s)}: the machine is not as it was before"
         )
-
-
-class RunCorrection(Correction):
-    """Corrects the planned time of a lone run, whose journal lines it reads.
-
-    Args:
-        planned_s: As for `Correction`.
-        max_steps: Last step of the run.
-    """
-
-    def __init__(self, planned_s: float | None, max_steps: int) -> None:
-        super().__init__(planned_s)
-        self.max_steps = max_steps
-        self._began = time.monotonic()
-        self._first: Line | None = None  # since the last start of the workers
-
-    def comment(self, line: Line) -> str | None:
-        """Return a line for the user, as `Correction.line` does."""
-        if self._first is None or line["step"] <= self._first["step"]:
-            self._first = line if line["step"] > 0 else None
-            return None
-        training_s = (line["timestamp"] - self._first["timestamp"]) / 1000
-        step_s = training_s / (line["step"] - self._first["step"])
-        left_s = (self.max_steps - line["step"]) * step_s
-        return self.line(training_s, time.monotonic() - self._began, left_s)

@@ -57,20 +57,28 @@ def expected(
         timing: Measured on the machine that will train.
     """
     train = experiment.train
-    written = checkpoints(experiment)
-    # The recent ones, the best one, and one that is being written.
-    most = train.keep + 1
-    if train.eval_interval is not None:
-        most += 1
     evaluation_s = evaluation_seconds(experiment, n_val_tokens, n_train_tokens, timing)
     return {
         "time_s": start_seconds(timing)
         + train.max_steps * timing.step_s
         + evaluations(experiment) * evaluation_s
-        + written * timing.checkpoint_s,
+        + checkpoints(experiment) * timing.checkpoint_s,
         "memory_gib": timing.memory_gib,
-        "disk_bytes": timing.checkpoint_bytes * min(written, most),
-        "final_disk_bytes": timing.checkpoint_bytes * min(written, train.keep),
+        **disk(experiment, timing.checkpoint_bytes),
+    }
+
+
+def disk(experiment: Experiment, checkpoint_bytes: float) -> Estimate:
+    """Return what the checkpoints of a run take."""
+    keep = experiment.train.keep
+    written = checkpoints(experiment)
+    # The recent ones, the best one, and one that is being written.
+    most = keep + 1
+    if experiment.train.eval_interval is not None:
+        most += 1
+    return {
+        "disk_bytes": checkpoint_bytes * min(written, most),
+        "final_disk_bytes": checkpoint_bytes * min(written, keep),
     }
 
 

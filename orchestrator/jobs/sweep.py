@@ -15,14 +15,12 @@ from typing import cast
 
 from orchestrator.cluster import connection
 from orchestrator.cluster import layout as cluster
-from orchestrator.cluster.device import with_device_name
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.sections import Data
-from orchestrator.cost.before_run import announced
 from orchestrator.cost.correct import AFTER_S
 from orchestrator.cost.timing import Estimate
 from orchestrator.cost.tokens import TokenCounts
-from orchestrator.data.corpus import Listing
+from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.order import check_tokens
 from orchestrator.data.prepare import prepare_in
@@ -38,6 +36,7 @@ from orchestrator.runs.identity import recorded_layout
 from orchestrator.sweep import cost
 from orchestrator.sweep.outcome import ending_of
 from orchestrator.sweep.report import view
+from orchestrator.sweep.report.advice import left_out
 from orchestrator.sweep.report.comparison import trials_in
 from orchestrator.sweep.report.files import SweepFiles
 from orchestrator.sweep.report.pace import Pace
@@ -72,7 +71,7 @@ class SweepJob(Job):
     """
 
     folder: SweepFolder
-    sources: dict[str, Listing | None]
+    sources: dict[str, list[CorpusFile] | None]
     study: Study
     slots: int
     report: SweepFiles
@@ -120,7 +119,6 @@ class SweepJob(Job):
             f"{self.folder.name} is finished; if you add values to its grid, only new steps are "
             "trained"
         )
-        self._restore_journals()
         SweepFiles(self.study).write_trials()
         summary = cast(SweepSummary, self.folder.read_summary())
         file = self.folder.comparison_file
@@ -152,7 +150,8 @@ class SweepJob(Job):
         for stage in self.folder.stages():
             lock.wait_for_writer(stage)
         self.study = Study(self.sweep, self.folder, layout, datasets).restored()
-        self._restore_journals()
+        for damage in self.study.stored.restore_journals():
+            print(damage, flush=True)
         stop.clear(self.folder)
         self.slots = max(1, cluster.capacity(layout))
         if os.environ.get("ESPALIER_AUTOSCALING"):
@@ -161,10 +160,6 @@ class SweepJob(Job):
         estimate = self._describe()
         self.tracker = Tracker(self.folder, self.uri, self.experiment.tracking.experiment)
         self._begin_report(estimate)
-
-    def _restore_journals(self) -> None:
-        for damage in self.study.stored.restore_journals():
-            print(damage, flush=True)
 
     def _data_sections(self) -> dict[str, Data]:
         """Return each combination of corpus and tokenizer once."""
@@ -186,12 +181,12 @@ class SweepJob(Job):
                 f"compute.num_workers: trials with {sorted(by_slots)} reduction slots would run on "
                 f"{numbers} workers; set compute.num_workers={numbers[0]}"
             )
-        return with_device_name(layouts.pop())
+        return layouts.pop()
 
     def _describe(self) -> Estimate | None:
         """Print what will run and its cost. Return the estimate; None if there is none."""
         study = self.study
-        print("\n".join([*view.summary(study.tree), *study.notes()]))
+        print("\n".join([*view.summary(study.tree), *left_out(study.left_out)]))
         print(
             f"{self.slots} stage(s) at a time, {study.layout.num_workers} worker(s) each, "
             f"in {self.folder.path}",
@@ -200,7 +195,7 @@ class SweepJob(Job):
         if not study.tree.to_run:
             return None
         counts = {key: TokenCounts.of(dataset) for key, dataset in study.datasets.items()}
-        return announced(lambda: cost.estimate_of(study, self.slots, counts))
+        return cost.announce(study, self.slots, counts)
 
     def _begin_report(self, estimate: Estimate | None) -> None:
         """Write the files of the sweep, and start to print its progress."""

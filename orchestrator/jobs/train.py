@@ -13,11 +13,11 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, fields_with
 from orchestrator.config.fields import FREE
 from orchestrator.cost import cache
-from orchestrator.cost.before_run import estimate_of
-from orchestrator.cost.correct import AFTER_S, RunCorrection
+from orchestrator.cost.correct import AFTER_S
 from orchestrator.cost.estimate import comparison_line
+from orchestrator.cost.forecast import RunForecast, forecast_of
 from orchestrator.cost.timing import Estimate
-from orchestrator.data.corpus import Listing
+from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.order import check_tokens
 from orchestrator.data.prepare import prepare_in
@@ -54,17 +54,15 @@ class TrainJob(Job):
         sources: The files of the corpus; None if only the dataset is here.
         dataset: The prepared dataset.
         step: Step of the checkpoint from which the run resumes; 0 for a new run.
-        estimate: Expected time, memory and disk of a new run; None if not known.
-        correction: Corrects the expected time after the first minute.
+        forecast: Expected time, memory and disk of a new run; None for one that is resumed.
         summary: Content of summary.json.
     """
 
     layout: Layout
-    sources: Listing | None
+    sources: list[CorpusFile] | None
     dataset: Manifest
     step: int
-    estimate: Estimate | None
-    correction: RunCorrection
+    forecast: RunForecast | None
     summary: Summary
 
     def __init__(self, experiment: Experiment) -> None:
@@ -122,11 +120,9 @@ class TrainJob(Job):
         self.step = self._resume_step(self.dataset)
         changes = self._changes()
         facts = facts_of(experiment, self.dataset)
-        self.estimate = None
+        self.forecast = None
         if self.step == 0:
-            self.estimate = estimate_of(experiment, self.dataset, self.layout)
-        planned_s = None if self.estimate is None else self.estimate["time_s"]
-        self.correction = RunCorrection(planned_s, experiment.train.max_steps)
+            self.forecast = forecast_of(experiment, self.dataset, self.layout)
         identity.begin_attempt(self.folder, experiment, facts, self._attempt(changes))
         self.tracker = Tracker(self.folder, self.uri, experiment.tracking.experiment)
         self._print_start()
@@ -194,7 +190,7 @@ class TrainJob(Job):
             self.folder,
             experiment.train.max_steps,
             experiment.tokens_per_step,
-            self.correction.comment if self.step == 0 else None,
+            None if self.forecast is None else self.forecast.comment,
         )
         self.watch = watch = RunWatch(self.folder, experiment.compute.hang_after_s)
         with console, watch:
@@ -218,12 +214,14 @@ class TrainJob(Job):
     def summarize(self, ending: Ending, wall_s: float) -> None:
         tokens_per_step = self.experiment.tokens_per_step
         self.summary = summarize(self.folder, ending, tokens_per_step, self.tracker.run_id, wall_s)
-        estimate: Estimate = {**(self.estimate or {})}
-        if self.correction.corrected_s is not None:
-            estimate["corrected_s"] = self.correction.corrected_s
-        if self.step == 0 and ending.kind == "done" and wall_s >= AFTER_S:
+        if self.forecast is None or ending.kind != "done":
+            return
+        if wall_s >= AFTER_S:
             self._learn_speed()
-        if estimate and ending.kind == "done":
+        estimate: Estimate = {**(self.forecast.estimate or {})}
+        if self.forecast.corrected_s is not None:
+            estimate["corrected_s"] = self.forecast.corrected_s
+        if estimate:
             self.summary["estimated"] = estimate
             self.summary["measured"] = {
                 "time_s": self.summary["wall_s"],

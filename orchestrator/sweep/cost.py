@@ -7,11 +7,10 @@ the sweep is at least that of its longest path of stages, and that of all stages
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchestrator.cluster import device
 from orchestrator.config.experiment import Experiment
 from orchestrator.config.sections import Data
 from orchestrator.cost import cache, estimate
-from orchestrator.cost.measure import measure
+from orchestrator.cost.measure import LIMIT_S, measure
 from orchestrator.cost.timing import (
     Estimate,
     Timing,
@@ -23,11 +22,12 @@ from orchestrator.cost.tokens import TokenCounts, token_counts
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.prepared import find_in
 from orchestrator.runs import journal, metrics
+from orchestrator.runs.facts import model_facts
 from orchestrator.runs.folder import SweepFolder
 from orchestrator.runs.identity import recorded_layout
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.report import view
-from orchestrator.sweep.report.advice import advice
+from orchestrator.sweep.report.advice import advice, left_out
 from orchestrator.sweep.source import check_sources, with_absolute_paths
 from orchestrator.sweep.space.expand import Sweep
 from orchestrator.sweep.states import longest_paths
@@ -37,6 +37,8 @@ from orchestrator.sweep.trials import PlannedTrial
 
 STARTS = 2  # process starts before the first step: Tune, then the workers
 MOST_SHAPES = 6  # at most so many shapes of model and batch are timed
+QUICK_S = 10.0  # a sweep that starts waits no longer for the timing of a quick shape
+QUICK_FLOPS = 2e12  # of its micro-batch, at most
 
 # For each `data_key`: n_vocab, and the tokens of train and val; None if unknown.
 Counts = Mapping[str, TokenCounts]
@@ -59,7 +61,7 @@ def show(sweep: Sweep) -> int:
     counts = {key: token_counts(e) for key, e in by_data.items()}
     datasets = {key: _dataset(e.data, storage) for key, e in by_data.items()}
     folder = SweepFolder(storage / sweep.base.name)
-    layout = recorded_layout(folder) or device.here(estimate.local_layout(experiments[0]))
+    layout = recorded_layout(folder) or estimate.local_layout(experiments[0])
     study = Study(sweep, folder, layout, datasets)
     if not study.tree.stages:
         print(
@@ -87,7 +89,8 @@ def describe(study: Study, slots: int, counts: Counts) -> list[str]:
     else:
         line = estimate.expected_line(expected)
         cost = f"expected: {line} at most (checkpoints), {slots} stage(s) at a time"
-    return [*view.summary(study.tree), *study.notes(), *advice(study.tree, schedules), cost]
+    skipped = left_out(study.left_out)
+    return [*view.summary(study.tree), *skipped, *advice(study.tree, schedules), cost]
 
 
 def _dataset(data: Data, storage: Path) -> Manifest:
@@ -99,8 +102,27 @@ def _dataset(data: Data, storage: Path) -> Manifest:
 # ---- estimate ----
 
 
-def estimate_of(study: Study, slots: int, counts: Counts) -> Estimate | str:
+def announce(study: Study, slots: int, counts: Counts) -> Estimate | None:
+    """Print and return what a sweep that starts takes; None if that fails, with the reason."""
+    try:
+        made = estimate_of(study, slots, counts, waits=False)
+    except Exception as error:
+        made = f"{type(error).__name__}: {error}"
+    if isinstance(made, str):
+        print(f"expected: unknown until the first minute of training is over: {made}", flush=True)
+        return None
+    print(f"expected: {estimate.expected_line(made)}", flush=True)
+    return made
+
+
+def estimate_of(study: Study, slots: int, counts: Counts, waits: bool = True) -> Estimate | str:
     """Return what the sweep takes, or why that is unknown.
+
+    Args:
+        study: The sweep.
+        slots: Number of stages that can run at the same time.
+        counts: Tokens and vocabulary of each dataset.
+        waits: Whether a small model may be timed for as long as a large one.
 
     Returns:
         `time_s`; `memory_gib` of a worker; `disk_bytes`, the most that checkpoints take at a time.
@@ -120,7 +142,8 @@ def estimate_of(study: Study, slots: int, counts: Counts) -> Estimate | str:
         )
     timings: dict[Path, Timing] = {}
     for shape, (experiment, n_vocab) in examples.items():
-        timing = measure(experiment, n_vocab, study.layout)
+        limit_s = LIMIT_S if waits or not _is_quick(experiment, n_vocab) else QUICK_S
+        timing = measure(experiment, n_vocab, study.layout, limit_s)
         if isinstance(timing, str):
             return timing
         timings[shape] = timing
@@ -137,6 +160,11 @@ def estimate_of(study: Study, slots: int, counts: Counts) -> Estimate | str:
         # While a stage runs, one more checkpoint is being written.
         "disk_bytes": (_kept_checkpoints(study) + slots) * checkpoint_bytes,
     }
+
+
+def _is_quick(experiment: Experiment, n_vocab: int) -> bool:
+    micro_batch = experiment.train.micro_batch_size * experiment.model.block_size
+    return model_facts(experiment, n_vocab)["flops_per_token"] * micro_batch < QUICK_FLOPS
 
 
 def learn(study: Study) -> None:

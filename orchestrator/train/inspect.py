@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.protocol import LanguageModel
+from model.gpt import GPT
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.batches import Batches, TokenStream
 from orchestrator.train.init_from import initial_model
@@ -45,13 +45,15 @@ class Forward:
     """Result of a forward pass.
 
     Attributes:
-        logits: Shape of the logits.
+        with_targets: Shape of the logits if targets are given.
+        without_targets: Shape of the logits if none are given.
         loss: Mean loss in nats per token.
         next_ids: Most probable next tokens of each row, (B, k), the most probable first.
         probabilities: Their probabilities, (B, k).
     """
 
-    logits: tuple[int, ...]
+    with_targets: tuple[int, ...]
+    without_targets: tuple[int, ...]
     loss: float
     next_ids: np.ndarray
     probabilities: np.ndarray
@@ -77,7 +79,7 @@ def batch_of(experiment: Experiment, directory: Path, step: int) -> Batch:
     return Batch(inputs, targets, offsets, np.array(following, np.int64))
 
 
-def first_model(experiment: Experiment, n_vocab: int, worker: Worker) -> LanguageModel:
+def first_model(experiment: Experiment, n_vocab: int, worker: Worker) -> GPT:
     """Return the model that training starts with, in evaluation mode, on the device of `worker`."""
     prepare_process(experiment, worker)
     return initial_model(experiment, n_vocab).to(worker.device).eval()
@@ -85,12 +87,7 @@ def first_model(experiment: Experiment, n_vocab: int, worker: Worker) -> Languag
 
 @torch.no_grad()
 def forward(
-    model: LanguageModel,
-    batch: Batch,
-    experiment: Experiment,
-    device: str,
-    n_vocab: int,
-    k: int,
+    model: GPT, batch: Batch, experiment: Experiment, device: str, n_vocab: int, k: int
 ) -> Forward:
     """Run the model on a batch, with targets as in training and without as in sampling.
 
@@ -105,10 +102,12 @@ def forward(
     inputs = torch.from_numpy(batch.inputs).to(device)  # (B, T)
     targets = torch.from_numpy(batch.targets).to(device)  # (B, T)
     with autocast(experiment, device):
-        loss = model(inputs, targets)
-        last = model(inputs)  # (B, 1, V)
+        logits, loss = model(inputs, targets)  # (B, T, V)
+        with_targets = tuple(logits.shape)
+        del logits  # more than a gigabyte for a GPT-2
+        last, _ = model(inputs)  # (B, 1, V)
     probabilities, ids = _most_probable(last[:, -1, :n_vocab], min(k, n_vocab))
-    return Forward(tuple(last.shape), loss.item(), ids, probabilities)
+    return Forward(with_targets, tuple(last.shape), loss.item(), ids, probabilities)
 
 
 def _most_probable(logits: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ here depends on the kind of optimizer: all tensors that it keeps per parameter a
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from model import models, optim
-from model.protocol import Config, LanguageModel
+from model.gpt import GPT
+from model.gpt_config import GPTConfig
 from orchestrator.checkpoint import store
 from orchestrator.checkpoint.format import reading
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.errors import UserError
-from orchestrator.runs.code import module_hashes
 from orchestrator.train.gradients import Gradients
 from orchestrator.train.meter import Meter
 from orchestrator.train.numerics import Worker, environment, fingerprint
@@ -55,7 +55,7 @@ class TrainState:
         line_due: A stop request came before the journal line of this step was measured.
     """
 
-    model: LanguageModel
+    model: GPT
     forward: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -69,24 +69,17 @@ class TrainState:
     line_due: bool = False
 
 
-def build(experiment: Experiment, model: LanguageModel, worker: Worker) -> TrainState:
+def build(experiment: Experiment, model: GPT, worker: Worker) -> TrainState:
     """Return the state of step 0. The model is moved to the device of `worker`."""
     model = model.to(worker.device).train()
     forward: nn.Module = model
     if experiment.train.compile:
         forward = torch.compile(model)  # type: ignore[assignment]
-    section = experiment.optim
     settings = optim.OptimizerSettings(
         max_lr=experiment.schedule.max_lr,
-        beta1=section.beta1,
-        beta2=section.beta2,
-        weight_decay=section.weight_decay,
-        momentum=section.momentum,
-        cautious=section.cautious,
-        groups={
-            name: optim.GroupSettings(**getattr(section.groups, name).model_dump())
-            for name in optim.GROUPS
-        },
+        beta1=experiment.optim.beta1,
+        beta2=experiment.optim.beta2,
+        weight_decay=experiment.optim.weight_decay,
     )
     scaler = torch.amp.GradScaler(
         torch.device(worker.device).type, enabled=experiment.train.dtype == "float16"
@@ -101,7 +94,7 @@ def build(experiment: Experiment, model: LanguageModel, worker: Worker) -> Train
     return TrainState(
         model,
         forward,
-        optim.build(section.kind, model, settings),
+        optim.build(experiment.optim.kind, model, settings),
         scaler,
         gradients,
         Meter(last_step_only=experiment.train.log_interval is None),
@@ -141,9 +134,7 @@ def snapshot(
     tensors = {"model": dict(state.model.state_dict()), "optimizer": _optimizer_tensors(state)}
     texts = {
         "experiment.yaml": experiment.to_yaml(),
-        "model.json": json.dumps(
-            models.stored_config(experiment.model.kind, state.model.config), indent=1
-        ),
+        "model.json": json.dumps(asdict(state.model.config), indent=1),
         "state.json": json.dumps(numbers, indent=1),
         "tokenizer.json": (dataset.directory / "tokenizer.json").read_text("utf-8"),
     }
@@ -152,11 +143,7 @@ def snapshot(
         "numerics": fingerprint(experiment, worker),
     }
     if proof is not None:
-        fingerprints |= {
-            "proof": proof,
-            "environment": environment(),
-            "code": module_hashes(experiment.model.kind, experiment.optim.kind),
-        }
+        fingerprints |= {"proof": proof, "environment": environment()}
     facts = {
         "generation": worker.attempt,
         "metrics": {name: value for name, value in metrics.items() if name.startswith("val/")},
@@ -200,24 +187,24 @@ def restore(experiment: Experiment, path: Path, worker: Worker) -> TrainState:
     return state
 
 
-def load_model(path: Path) -> LanguageModel:
+def load_model(path: Path) -> GPT:
     """Load the model of a verified checkpoint on the CPU, in evaluation mode.
 
     Raises:
         UserError: Another version of this program wrote the checkpoint.
     """
-    kind, config = stored_config(path)
+    shape = shape_of(path)
     tensors = store.load_tensors(path, "model")
     try:
-        model = models.empty_model(kind, config)
+        model = models.empty_model(shape)
         model.load_state_dict(tensors, assign=True)
     except NOT_LOADABLE as error:
         raise _of_another_version(path, error) from None
     return model.eval()
 
 
-def stored_config(path: Path) -> tuple[str, Config]:
-    """Return kind and settings of the model of a verified checkpoint, without its weights.
+def shape_of(path: Path) -> GPTConfig:
+    """Return the shape of the model of a verified checkpoint, without loading the weights.
 
     Raises:
         UserError: Another version of this program wrote the checkpoint.
@@ -225,7 +212,7 @@ def stored_config(path: Path) -> tuple[str, Config]:
     text = _read_text(path, "model.json")
     try:
         fields = json.loads(text)
-        return models.kind_of(fields), models.new_config(fields)
+        return models.new_shape(fields)
     except NOT_LOADABLE as error:
         raise _of_another_version(path, error) from None
 

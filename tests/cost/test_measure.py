@@ -15,11 +15,10 @@ import torch
 
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, load_experiment
-from orchestrator.cost import bench, cache, timing
-from orchestrator.cost.before_run import estimate_of
+from orchestrator.cost import bench, cache, forecast, timing
 from orchestrator.cost.bench import RAY_GIB, Bench
-from orchestrator.cost.correct import RunCorrection
 from orchestrator.cost.estimate import comparison_line, dry_run
+from orchestrator.cost.forecast import RunForecast, forecast_of
 from orchestrator.cost.measure import measure, share_of_worker
 from orchestrator.cost.timing import Timing
 from orchestrator.data.batches import EvalBatches
@@ -290,69 +289,125 @@ SPLITS = {
 DATASET = Manifest(Path("tokens"), {"name": "char", "n_vocab": N_VOCAB}, SPLITS)
 
 
-def test_run_prints_its_estimate(started, capsys):
-    estimate = estimate_of(small(), DATASET, ONE_WORKER)
-    assert estimate == timing.expected(small(), 1000, 5000, TIMING)
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """The clock of a forecast, in seconds."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(forecast, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def run_lines(experiment: Experiment, clock: SimpleNamespace, step_s: float):
+    """Yield the journal lines of a run that starts in 9 s, evaluates in 2 s, and ends."""
+    config = experiment.train
+    training = 0.0
+    clock.now += 9.0
+    began = clock.now
+    for step in range(config.max_steps + 1):
+        if step > 0:
+            clock.now += step_s
+            training += step_s
+        line = {"step": step, "timestamp": 0}
+        if config.eval_interval and (step % config.eval_interval == 0 or step == config.max_steps):
+            clock.now += 2.0
+            line["val/loss"] = 1.0
+        if step > 0 and step % config.log_interval == 0 or step == config.max_steps:
+            line["perf/step_time_s"] = step_s
+            line["run/goodput"] = training / (clock.now - began)
+            line["run/attempt"] = 1
+            line["memory/max_resident_gib"] = 0.5
+        if len(line) > 2:
+            yield line
+    clock.now += forecast.END_S
+
+
+def comments_of(found: RunForecast, lines) -> list[tuple[int, str]]:
+    said = [(line["step"], found.comment(line)) for line in lines]
+    return [(step, words) for step, words in said if words is not None]
+
+
+def test_run_that_was_timed_prints_its_estimate(started, capsys):
+    measured()
+    found = forecast_of(small(), DATASET, ONE_WORKER)
+    assert found.estimate == timing.expected(small(), 1000, 5000, TIMING)
     assert capsys.readouterr().out.startswith("expected: ")
 
 
-def test_run_says_why_it_has_no_estimate(monkeypatch, started, capsys):
-    def run(command, timeout, **_):
-        raise subprocess.TimeoutExpired(command, timeout)
+def test_run_that_was_not_timed_measures_nothing(started, capsys):
+    assert forecast_of(small(), DATASET, ONE_WORKER).estimate is None
+    assert started == [] and capsys.readouterr().out == ""
 
-    monkeypatch.setattr(subprocess, "run", run)
-    assert estimate_of(small(), DATASET, ONE_WORKER) is None
-    assert capsys.readouterr().out == (
-        "expected: unknown until the first minute of training is over: timing a step takes more "
-        "than 20 s at a load of 0.0 per CPU\n"
-    )
+
+@pytest.mark.parametrize("evaluates", ["null", 30, 100, 1000])
+@pytest.mark.parametrize(
+    ("step_s", "log", "tells_at"), [(0.25, 10, 30), (0.001, 5, 0), (5, 50, 50)]
+)
+def test_first_steps_tell_what_the_run_takes(clock, evaluates, step_s, log, tells_at):
+    """The time, from all that is seen until then: its start, its steps and its evaluation."""
+    words = [f"train.eval_interval={evaluates}", f"train.log_interval={log}", "train.keep=2"]
+    experiment = small("train.max_steps=170", "train.checkpoint_interval=100", *words)
+    found = RunForecast(experiment, 1 << 20, None)
+    comments = comments_of(found, run_lines(experiment, clock, step_s))
+    if tells_at == 0:  # all of its steps take less than 3 s
+        assert comments == [] and found.estimate is None
+        return
+    [(step, comment)] = comments
+    assert step == tells_at and comment.startswith("expected: ")
+    assert found.estimate["time_s"] == pytest.approx(clock.now)
+    assert found.estimate["memory_gib"] == 0.5 + 2**-10
+    assert found.estimate["disk_bytes"] == found.estimate["final_disk_bytes"] == 2 << 20
+
+
+def test_forecast_goes_on_after_a_restart_of_the_workers(clock):
+    experiment = small("train.max_steps=400", "train.log_interval=10", "train.eval_interval=null")
+    found = RunForecast(experiment, 1, None)
+    lines = {line["step"]: line for line in run_lines(experiment, clock, 0.125)}
+    clock.now = 300.0
+    seen = [lines[step] for step in (10, 20, 20, 30, 40, 50, 60)]  # killed after step 20
+    [(step, _)] = comments_of(found, seen)
+    assert step == 50
+    assert found.estimate["time_s"] == 300 + 350 * 0.125 + forecast.END_S
 
 
 def lines_of_steps(seconds: float, interval: int, count: int) -> list[dict]:
     return [
-        {"step": n * interval, "timestamp": 1000 * n * interval * seconds} for n in range(count)
+        {
+            "step": n * interval,
+            "timestamp": 0,
+            "perf/step_time_s": seconds,
+            "run/goodput": 1.0,
+            "run/attempt": 1,
+        }
+        for n in range(1, count)
     ]
 
 
 @pytest.mark.parametrize(
     ("planned", "said"),
     [
-        (60.0, "expected: 8m1[0-9]s in all, by the steps of the first minute, and not 1m00s"),
-        (None, "expected: 8m1[0-9]s in all, from the first minute of training"),
-        (480.0, None),
+        (60.0, "expected: 9m2[0-9]s in all, by the steps of the first minute, and not 1m00s"),
+        (540.0, None),
     ],
 )
-def test_time_is_given_again_after_the_first_minute(planned, said):
-    correction = RunCorrection(planned, max_steps=1000)
-    comments = [correction.comment(line) for line in lines_of_steps(0.56, 10, 101)]
-    found = [comment for comment in comments if comment is not None]
+def test_time_is_given_again_after_the_first_minute(clock, planned, said):
+    experiment = small("train.max_steps=1000", "train.eval_interval=null")
+    found = RunForecast(experiment, 1, {"time_s": planned})
+    comments = []
+    for line in lines_of_steps(0.56, 10, 101):
+        clock.now = 0.56 * line["step"]
+        comments.append(found.comment(line))
+    given = [comment for comment in comments if comment is not None]
     if said is None:
-        assert found == [] and correction.corrected_s is None
+        assert given == [] and found.corrected_s is None
         return
-    (comment,) = found
+    (comment,) = given
     assert re.match(said, comment)
-    assert comments.index(comment) == 12  # 110 steps after the first line take a minute
+    assert comments.index(comment) == 11  # 110 steps after the first line take a minute
 
 
-def test_short_run_is_not_corrected():
-    correction = RunCorrection(1.0, max_steps=100)
-    assert {correction.comment(line) for line in lines_of_steps(0.56, 10, 11)} == {None}
-
-
-def test_failed_estimate_does_not_end_a_run(monkeypatch, started, capsys):
-    monkeypatch.setattr(subprocess, "run", None)
-    assert estimate_of(small(), DATASET, ONE_WORKER) is None
-    assert "is over: TypeError: " in capsys.readouterr().out
-
-
-def test_large_run_uses_only_a_cached_measurement(started):
-    words = ["model.n_layer=48", "model.n_embd=1600", "model.n_head=25"]
-    large = small(*words, "train.micro_batch_size=16")
-    assert estimate_of(large, DATASET, ONE_WORKER) is None
-    assert started == []
-    measure(large, N_VOCAB, ONE_WORKER)
-    assert estimate_of(large, DATASET, ONE_WORKER) is not None
-    assert len(started) == 1
+def test_short_run_is_not_corrected(clock):
+    found = RunForecast(small("train.max_steps=100"), 1, {"time_s": 1.0})
+    assert {found.comment(line) for line in lines_of_steps(0.56, 10, 11)} == {None}
 
 
 def test_comparison_has_the_planned_the_corrected_and_the_real_time():

@@ -24,7 +24,6 @@ from typing import Any
 
 from orchestrator.cluster import connection
 from orchestrator.cluster import layout as cluster
-from orchestrator.cluster.device import here
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.data import prepare, tasks
@@ -180,13 +179,11 @@ def _replace_ray(job: dict[str, Any]) -> None:
     _put(cluster, "check_storage", lambda *_: None)
     _put(cluster, "find_layout", lambda *_: Layout(world, 1, False))
     _put(cluster, "capacity", lambda *_: 1)
-    _put(sweep_job, "with_device_name", here)
     _put(cluster, "has_several_nodes", lambda: False)
     _put(prepare, "RayTasks", LocalTasks)
     if job.get("change"):
         _change_between_passes(*job["change"])
-    _put(train_job, "estimate_of", lambda *_: None)
-    _put(cost, "estimate_of", lambda *_: "not measured")
+    _put(cost, "estimate_of", lambda *_, **__: "not measured")
     if not job.get("tracked"):
         _put(train_job, "Tracker", NoTracker)
         _put(sweep_job, "Tracker", NoTracker)

@@ -53,8 +53,7 @@ def without_ray(cpus: int = 1) -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in numbers}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("orchestrator.cluster.layout._nodes", lambda: [Node(cpus)])
-        patch.setattr("orchestrator.jobs.train.estimate_of", lambda *_: None)
-        patch.setattr("orchestrator.sweep.cost.estimate_of", lambda *_: "not measured")
+        patch.setattr("orchestrator.sweep.cost.estimate_of", lambda *_, **__: "not measured")
         patch.setattr("orchestrator.track.sender.POLL_S", 0.1)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         try:

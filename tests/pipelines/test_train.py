@@ -92,9 +92,8 @@ def test_dry_run_prints_estimates_and_writes_nothing(ray_head, tiny_corpus, tmp_
 
 def assert_estimate_is_compared(run_dir: Path, text: str) -> None:
     facts = summary(run_dir)
-    if "estimated" not in facts:
-        # On a busy machine, timing a step takes longer than a run waits.
-        assert "expected: unknown until the first minute of training is over: timing" in text
+    if "estimated" not in facts:  # the steps took less than three seconds
+        assert "expected: " not in text
         return
     expected, seen = facts["estimated"], facts["measured"]
     assert seen["time_s"] == facts["wall_s"]

@@ -1,6 +1,5 @@
 """Which tokens are train and which are val, and which document each token comes from."""
 
-import functools
 import hashlib
 import json
 from dataclasses import asdict
@@ -15,7 +14,6 @@ from orchestrator.data import tasks
 from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.dataset import INDEX_FILE
 from orchestrator.data.index import documents_of, find_documents, write_index
-from orchestrator.data.parts import Parts
 from orchestrator.data.prepare import prepare
 from orchestrator.data.tokenizer import load_tokenizer
 from tests.helpers.datasets import data, ids_of, mixed_documents, quiet
@@ -48,6 +46,11 @@ def test_tail_splits_characters_and_encodes_each_side_alone(
         assert made.splits[split].bytes == len(ids) - ids.count(EOT)
 
 
+@pytest.mark.parametrize(("val_fraction", "train"), [(0.9, 1), (0.7, 3), (0.1, 9), (0.25, 7)])
+def test_fraction_of_val_is_exact(val_fraction, train):
+    assert tasks.tail_cut(10, val_fraction) == train  # (1 - 0.9) * 10 is less than 1 as a float
+
+
 def test_cut_between_two_documents_and_cut_inside_of_one(here, tmp_path):
     for name, text in (("a", "x" * 60), ("b", "y" * 20), ("c", "z" * 20)):
         (tmp_path / f"corpus_{name}.txt").write_text(text)
@@ -78,38 +81,31 @@ def test_every_cut_of_every_chunking_puts_characters_and_ends_where_they_belong(
 
 def run_tasks(folder: Path, texts: list[str], chunk_bytes: int, cut: int, append_eot: bool):
     """Survey and tokenize a corpus: {split: (ids, [(document, first token)])}."""
-    folder_of_parts = folder / f"{chunk_bytes}-{cut}"
-    folder_of_parts.mkdir()
+    parts = folder / f"{chunk_bytes}-{cut}"
+    parts.mkdir()
+    ids: dict[str, list[int]] = {"train": [], "val": []}
+    index: dict[str, list] = {"train": [], "val": []}
+    before = 0
     sources = [CorpusFile(str(i), folder / str(i), len(text)) for i, text in enumerate(texts)]
-    chunks = tasks.plan_chunks(sources, chunk_bytes, Data())
-    jobs = [
-        {**job, "spans": [asdict(span) for span in job["spans"]]}
-        for job in tasks.tokenize_jobs(chunks, {}, Data())
-    ]
-    tokenize = functools.partial(
-        tasks.tokenize,
-        val_fraction=0.5,
-        tokenizer=("byte", ""),
-        fast=False,
-        append_eot=append_eot,
-        dataset=str(folder),
-        folder=str(folder_of_parts),
-    )
-    facts = [tokenize(**job) for job in jobs]
-    again = tasks.cut_tail(jobs, facts, cut)
-    assert 1 <= len(again) < 4 + len(texts)
-    for i, job in again.items():
-        facts[i] = tokenize(**job)
-    parts = Parts(folder_of_parts, facts)
-    found = {}
-    for split in ("train", "val"):
-        index = [(document, first) for first, document in parts.documents(split)]
-        slices = parts.shard_jobs(split, folder, 1, np.dtype("<u2"))
-        ids = []
-        for path, first, count in [part for job in slices for part in job["slices"]]:
-            ids += np.fromfile(path, "<u2")[first : first + count].tolist()
-        found[split] = (ids, index)
-    return found
+    for i, spans in enumerate(tasks.plan_chunks(sources, chunk_bytes, Data())):
+        span_dicts = [asdict(span) for span in spans]
+        tasks.tokenize(
+            chunk=i,
+            spans=span_dicts,
+            train_characters=cut - before,
+            val_files=[],
+            val_fraction=0.5,
+            tokenizer=("byte", ""),
+            append_eot=append_eot,
+            dataset=str(folder),
+            folder=str(parts),
+        )
+        before += tasks.survey(span_dicts)["characters"]
+        for split in ids:
+            for document, first in json.loads((parts / f"{i:08d}.{split}.json").read_bytes()):
+                index[split].append((document, first + len(ids[split])))
+            ids[split] += np.fromfile(parts / f"{i:08d}.{split}.bin", "<u2").tolist()
+    return {split: (ids[split], index[split]) for split in ids}
 
 
 def expected_split(texts: list[str], cut: int, append_eot: bool):

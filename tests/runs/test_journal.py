@@ -60,6 +60,8 @@ def test_incomplete_last_line_is_not_read(folder):
         log.file.write_bytes(whole[:-cut])
         assert steps_of(journal.read(folder)) == [1]
         assert journal.last(folder)["step"] == 1
+        log.append(3, {})  # after a killed process
+        assert steps_of(journal.read(folder))[-1] == 3
 
 
 @contextlib.contextmanager

@@ -356,18 +356,18 @@ def test_no_checkpoint_is_written_while_lines_wait(folder, monkeypatch):
 
 @pytest.fixture
 def synced_and_renamed(monkeypatch) -> list[str]:
-    """Names that are passed to fsync and rename, in order: what a power failure would leave."""
+    """Paths that are passed to fsync and rename, in order: what a power failure would leave."""
     names: list[str] = []
     fsync = os.fsync
     rename = os.rename
 
     def record_fsync(descriptor):
-        names.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        names.append(os.readlink(f"/proc/self/fd/{descriptor}"))
         fsync(descriptor)
 
     def record_rename(source, target):
         rename(source, target)
-        names.append(os.path.basename(target))
+        names.append(os.path.realpath(target))
 
     monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(os, "rename", record_rename)
@@ -380,8 +380,9 @@ def test_journal_is_on_disk_before_the_checkpoint_and_before_it_is_sent(
     checkpointer.lines.append(1, {"train/loss": 2.0})
     checkpointer.save(1, state(1.0), {}, {})
     checkpointer.wait()
-    name = folder.journal_file.name
-    assert synced_and_renamed.index(name) < synced_and_renamed.index("step-00000001")
+    name = os.path.realpath(folder.journal_file)  # the checkpoint has a copy of the same name
+    checkpoint = os.path.realpath(folder.checkpoint(1))
+    assert synced_and_renamed.index(name) < synced_and_renamed.index(checkpoint)
     synced_and_renamed.clear()
     queue = outbox.MetricQueue(folder)
     queue.refresh(outbox.Sent("", None))

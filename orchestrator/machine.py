@@ -18,11 +18,20 @@ def available_cpus() -> int:
 
 def processor() -> str:
     """Return the name of the processor."""
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def cpu_flags() -> set[str]:
+    """Return the instruction sets of the processor, as Linux calls them; empty if unknown."""
+    return set(_cpu_info("flags").split())
+
+
+def _cpu_info(key: str) -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(key):
                 return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return ""
 
 
 @functools.cache

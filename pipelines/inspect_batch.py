@@ -21,10 +21,11 @@ from orchestrator.data.prepare import prepare_in
 from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
 from orchestrator.errors import EXIT_DONE
 from orchestrator.machine import available_cpus
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import storage_root
 from orchestrator.text import table
 from orchestrator.train.inspect import Batch, Forward, batch_of, first_model, forward
-from orchestrator.train.numerics import Worker
+from orchestrator.train.numerics import Worker, resolve_dtype
 from orchestrator.train.trained import find_device
 from pipelines.common import Options, run_command, split_words
 
@@ -51,8 +52,12 @@ def options() -> Options:
 def main(argv: list[str]) -> int:
     """Print one batch and the output of the model for it."""
     args = options().parse_intermixed_args(argv)
-    experiment = load_experiment(*split_words(args.words))
     device = find_device(args.device)
+    experiment = load_experiment(*split_words(args.words))
+    folder = RunFolder(storage_root(experiment) / experiment.name)
+    cpus = experiment.compute.cpus_per_worker
+    worker = Worker(device=device, cpus=available_cpus() if cpus == "auto" else cpus)
+    experiment = resolve_dtype(experiment, folder, worker)
     dataset = prepare_in(experiment.data, storage_root(experiment))
     tokenizer = load_tokenizer(experiment.data.tokenizer, dataset.directory)
     batch = batch_of(experiment, dataset.directory, args.step)
@@ -61,8 +66,6 @@ def main(argv: list[str]) -> int:
     for row in rows:
         show_row(row, batch, dataset, tokenizer)
 
-    cpus = experiment.compute.cpus_per_worker
-    worker = Worker(device=device, cpus=available_cpus() if cpus == "auto" else cpus)
     model = first_model(experiment, tokenizer.n_vocab, worker)
     result = forward(model, batch, experiment, device, tokenizer.n_vocab, LIKELIEST)
     show_model(experiment, model, tokenizer, result)

@@ -4,6 +4,7 @@ Start with `layout.resolve_layout`.
 
 - `calls`: `interruptibly`, a call of Ray that a signal interrupts
 - `connection`: `connect`, join a cluster or start one on this machine
+- `dtypes`: `suitable`, what `train.dtype=auto` stands for
 - `layout`: `find_layout`, `Layout`
 - `private`: calls of private functions of Ray and torch
 """

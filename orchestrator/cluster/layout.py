@@ -26,11 +26,13 @@ class Layout:
         num_workers: Number of processes.
         cpus_per_worker: CPUs of each, and threads.
         use_gpu: Whether each has one GPU.
+        fast_dtype: Type with the fastest matrix products on their devices; see `dtypes`.
     """
 
     num_workers: int
     cpus_per_worker: int
     use_gpu: bool
+    fast_dtype: str = "float32"
 
     @property
     def device(self) -> str:

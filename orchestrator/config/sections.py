@@ -127,8 +127,11 @@ class Train(Section):
         "divides; null: the largest up to 8 that divides the micro-batches of an update",
     )
     seed: Int = Field(1337, ge=0, description="seed of weights, sample order and dropout")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "float32", description="type of matrix products (autocast)"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="type of matrix products (autocast); auto: bfloat16 on a GPU that has it, and "
+        "on a CPU with AMX or AVX512-BF16 if model.n_embd is 512 or more; float16 on an older GPU; "
+        "else float32; a run that has begun keeps its type",
     )
     compile: Annotated[bool, Effect.ADDITIONS] = Field(
         False, description="torch.compile the model: minutes at the start, faster steps on a GPU"

@@ -6,8 +6,10 @@
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from model.optim import OPTIMIZERS
+from orchestrator.cluster import dtypes
 from orchestrator.cluster.layout import Layout, Node, places, resolve_layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost import timing as cost
@@ -19,6 +21,9 @@ from orchestrator.data.order import check_tokens
 from orchestrator.errors import UserError
 from orchestrator.machine import available_cpus
 from orchestrator.runs.facts import ModelFacts, model_facts
+from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.identity import resolve_dtype
+from orchestrator.runs.storage import storage_root
 from orchestrator.text import duration
 from orchestrator.train import init_from
 
@@ -199,6 +204,9 @@ def _expected_lines(experiment: Experiment, tokens: TokenCounts, n_vocab: int) -
     from orchestrator.train.numerics import device_name
 
     layout = local_layout(experiment)
+    folder = RunFolder(storage_root(experiment) / experiment.name)
+    dtypes.warn_if_emulated(experiment, layout)
+    experiment = resolve_dtype(experiment, layout, folder)
     timing = measure(experiment, n_vocab, layout)
     if isinstance(timing, str):
         return [f"time and memory are unknown: {timing}"]
@@ -214,8 +222,8 @@ def _expected_lines(experiment: Experiment, tokens: TokenCounts, n_vocab: int) -
         f"≈ {_size(expected['disk_bytes'])} of disk at most, "
         f"{_size(expected['final_disk_bytes'])} at the end",
         f"timed on {device_name(layout.device)} for {layout.num_workers} worker(s) with "
-        f"{layout.cpus_per_worker} CPU(s) each, at a load of {timing.load:.1f} per CPU"
-        f"{_caveats(experiment, layout)}",
+        f"{layout.cpus_per_worker} CPU(s) each in {experiment.train.dtype}, at a load of "
+        f"{timing.load:.1f} per CPU{_caveats(experiment, layout)}",
     ]
 
 
@@ -250,7 +258,7 @@ def local_layout(experiment: Experiment) -> Layout:
     """Return the workers that the run would have on this machine, even if they do not fit."""
     here = _this_machine()
     try:
-        return resolve_layout(experiment, [here])
+        layout = resolve_layout(experiment, [here])
     except UserError:
         compute = experiment.compute
         workers = 1 if compute.num_workers == "auto" else compute.num_workers
@@ -258,7 +266,8 @@ def local_layout(experiment: Experiment) -> Layout:
         cpus = compute.cpus_per_worker
         if cpus == "auto":
             cpus = here.cpus if workers == 1 and not use_gpu else 1
-        return Layout(workers, cpus, use_gpu)
+        layout = Layout(workers, cpus, use_gpu)
+    return replace(layout, fast_dtype=dtypes.fast_dtype(layout.use_gpu and here.gpus > 0))
 
 
 def local_slots(layout: Layout) -> int:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import cast
 
-from orchestrator.cluster import connection
+from orchestrator.cluster import connection, dtypes
 from orchestrator.cluster import layout as cluster
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.sections import Data
@@ -149,6 +149,11 @@ class SweepJob(Job):
         self.sweep = _fitting(self.sweep, datasets)
         for stage in self.folder.stages():
             lock.wait_for_writer(stage)
+        recorded = recorded_layout(self.folder)
+        found = dtypes.with_fast_dtype(layout)
+        for experiment in {e.train.dtype: e for e in self.sweep.experiments}.values():
+            dtypes.warn_if_emulated(experiment, found)
+        layout = replace(layout, fast_dtype=(recorded or found).fast_dtype)
         self.study = Study(self.sweep, self.folder, layout, datasets).restored()
         for damage in self.study.stored.restore_journals():
             print(damage, flush=True)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 from orchestrator.checkpoint import store as checkpoint
-from orchestrator.cluster import connection
+from orchestrator.cluster import connection, dtypes
 from orchestrator.cluster import layout as cluster
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, fields_with
@@ -118,6 +118,10 @@ class TrainJob(Job):
 
         lock.wait_for_writer(self.folder)
         self.step = self._resume_step(self.dataset)
+        self.layout = dtypes.with_fast_dtype(self.layout)
+        dtypes.warn_if_emulated(experiment, self.layout)
+        experiment = identity.resolve_dtype(experiment, self.layout, self.folder)
+        self.experiment = experiment
         changes = self._changes()
         facts = facts_of(experiment, self.dataset)
         self.forecast = None

@@ -13,6 +13,7 @@ from typing import Any
 
 from model.schedule import learning_rate
 from orchestrator.checkpoint import store as checkpoint
+from orchestrator.cluster import dtypes
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, fields_with
 from orchestrator.config.fields import FREE, Effect
@@ -111,6 +112,8 @@ def identity_differences(stored: Experiment, wanted: Experiment, step: int) -> l
     """
     before = _identity_fields(stored)
     now = _identity_fields(wanted)
+    if wanted.train.dtype == "auto":
+        now["train.dtype"] = stored.train.dtype
     if stored.schedule.decay_steps == wanted.schedule.decay_steps:
         # `null` in both means max_steps, which is compared below.
         before["schedule.decay_steps"] = now["schedule.decay_steps"] = None
@@ -217,6 +220,20 @@ def _starts_over(
         print(f"{folder.experiment_file}: not readable; the run starts over as a new one")
         return True
     return bool(changed) or record.get("dataset") != facts.get("dataset")
+
+
+def resolve_dtype(experiment: Experiment, layout: Layout, folder: RunFolder) -> Experiment:
+    """Return the experiment with the type that `train.dtype=auto` stands for in this folder.
+
+    It is the type of the newest checkpoint; in a new run, the one that suits the workers.
+    """
+    if experiment.train.dtype != "auto":
+        return experiment
+    dtype = dtypes.suitable(experiment, layout)
+    for step in folder.checkpoint_steps():
+        with contextlib.suppress(UserError):
+            dtype = RunFolder(folder.checkpoint(step)).read_experiment().train.dtype
+    return experiment.replace(train__dtype=dtype)
 
 
 # ---- what is still known if run.json is missing or damaged ----

@@ -11,6 +11,7 @@ from orchestrator.config.sections import Data
 from orchestrator.data.dataset import Manifest
 from orchestrator.errors import UserError
 from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.runs.identity import resolve_dtype
 from orchestrator.runs.journal import Line
 from orchestrator.runs.summary import last_value
 from orchestrator.sweep import ranking, stored, trials
@@ -144,9 +145,13 @@ class Study:
         planned = []
         for trial in new:
             rates = Rates(trial.experiment.lr_schedule())
+            begun = self.folder.trial(trial.name)
             if self.source is not None:
                 before = self.source.experiment.lr_schedule()
                 rates = replace(rates, before=before, splice=self.source.step)
+                begun = RunFolder(self.source.folder)
+            experiment = resolve_dtype(trial.experiment, self.layout, begun)
+            trial = replace(trial, experiment=experiment)
             dataset = self.datasets[data_key(trial.experiment.data)]
             cpus = self.layout.cpus_per_worker
             planned.append(PlannedTrial(**vars(trial), rates=rates, dataset=dataset, cpus=cpus))

@@ -28,7 +28,7 @@ from orchestrator.train.checkpointer import Checkpointer
 from orchestrator.train.due import Due, read_last_line, rewind_journal
 from orchestrator.train.evaluate import Evaluator, StopRequested
 from orchestrator.train.meter import Metrics, log_metrics
-from orchestrator.train.numerics import Worker, prepare_process
+from orchestrator.train.numerics import Worker, prepare_process, resolve_dtype
 from orchestrator.train.state import snapshot
 from orchestrator.train.step import Step, ignore_phase, micro_batches
 
@@ -39,10 +39,8 @@ def train(
     """Train from the newest valid checkpoint, or from new weights, to `train.max_steps`.
 
     This is the entry without Ray: for tests, benchmarks and torchrun. A run on Ray uses `Trainer`
-    directly, under a watchdog (`workers/worker.py`).
-
-    Every rank calls this function with its own `worker`. With more than one rank,
-    torch.distributed must be initialized. Only rank 0 writes files.
+    directly, under a watchdog (`workers/worker.py`). Every rank calls this function with its own
+    `worker`. With more than one rank, torch.distributed must be initialized. Only rank 0 writes.
 
     Returns:
         The number of steps done; `folder.read_ending()` tells why it is below `max_steps`.
@@ -90,6 +88,7 @@ class Trainer:
     ) -> None:
         # First of all: a reused Ray process has the threads, seeds and flags of its last stage.
         prepare_process(experiment, worker)
+        experiment = resolve_dtype(experiment, folder, worker)
         config = experiment.train
         self.experiment = experiment
         self.folder = folder

@@ -17,11 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from orchestrator.cluster import dtypes
+from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
 from orchestrator.machine import processor
 from orchestrator.redact import redact
+from orchestrator.runs import identity
 from orchestrator.runs.facts import REPOSITORY
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.sources import sources_sha256
 
 # Environment variables that may change the bits of a result.
@@ -82,6 +86,13 @@ def prepare_process(experiment: Experiment, worker: Worker) -> None:
     if on_gpu:
         torch.cuda.set_device(worker.device)
         torch.cuda.reset_peak_memory_stats()
+
+
+def resolve_dtype(experiment: Experiment, folder: RunFolder, worker: Worker) -> Experiment:
+    """Return the experiment with the type that `train.dtype=auto` stands for in this process."""
+    on_gpu = worker.device.startswith("cuda")
+    layout = Layout(worker.world_size, worker.cpus, on_gpu, dtypes.fast_dtype(on_gpu))
+    return identity.resolve_dtype(experiment, layout, folder)
 
 
 def autocast(experiment: Experiment, device: str) -> AbstractContextManager:

@@ -48,6 +48,7 @@ def small(*words: str) -> Experiment:
             "model.n_layer=2",
             "model.n_head=2",
             "model.n_embd=32",
+            "train.dtype=float32",
             "model.block_size=32",
             "train.micro_batch_size=2",
             "train.global_batch_size=16",

@@ -97,7 +97,7 @@ class Sweeps:
 
         return load_sweep(None, [f"name={name}", f"data.dir={self.dataset_dir}", *SMALL, *words])
 
-    def open(self, *words: str, name: str = "sweep"):
+    def open(self, *words: str, name: str = "sweep", layout: Layout = Layout(1, 1, False)):  # noqa: B008
         """Plan a sweep."""
         from orchestrator.sweep.study import Study, data_key
 
@@ -107,7 +107,7 @@ class Sweeps:
         dataset = load_manifest(self.dataset_dir)
         experiments = [sweep.base, *(trial.experiment for trial in sweep.trials)]
         datasets = {data_key(experiment.data): dataset for experiment in experiments}
-        return Study(sweep, folder, Layout(1, 1, False), datasets).restored()
+        return Study(sweep, folder, layout, datasets).restored()
 
     def run(
         self,

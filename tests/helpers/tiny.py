@@ -8,6 +8,7 @@ TINY = [
     "model.block_size=16",
     "model.dropout=0.1",
     "model.pad_vocab_to=1",
+    "train.dtype=float32",
     "train.micro_batch_size=2",
     "train.global_batch_size=8",
 ]

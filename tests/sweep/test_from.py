@@ -5,6 +5,7 @@ import json
 import pytest
 
 from orchestrator.checkpoint import store as checkpoint
+from orchestrator.cluster import dtypes
 from orchestrator.config.experiment import load_experiment
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
@@ -61,6 +62,12 @@ def test_trials_that_branch_off_a_run_equal_their_own_runs(sweeps, source, step,
     assert made(study, ran) == study.tree.steps_to_run == alone + again
     for name in study.trials:
         assert sweeps.outcome(study.folder.trial(name)) == sweeps.alone(study, name), name
+
+
+def test_trials_have_the_type_of_the_run_that_they_branch_off(sweeps, source, monkeypatch):
+    monkeypatch.setattr(dtypes, "suitable", lambda *_: "bfloat16")
+    study = sweeps.open(*TRIALS, "sweep.from=source@8", "train.dtype=auto")
+    assert {trial.experiment.train.dtype for trial in study.trials.values()} == {"float32"}
 
 
 def test_trial_can_extend_a_finished_run(sweeps, source):

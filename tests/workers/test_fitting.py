@@ -25,6 +25,7 @@ def wide(size: int, *words: str) -> Experiment:
             "model.n_layer=2",
             "model.n_head=2",
             "model.n_embd=32",
+            "train.dtype=float32",
             "model.block_size=64",
             "model.pad_vocab_to=32768",
             f"train.micro_batch_size={size}",

@@ -1,0 +1,62 @@
+"""The type of matrix products: what a device computes fast, and what `train.dtype=auto` stands for.
+
+A run or sweep replaces `auto` once, before its workers start. They get the type itself, which is
+stored with the experiment and belongs to the identity of the run.
+"""
+
+import sys
+from dataclasses import replace
+
+from orchestrator.cluster.layout import Layout, has_several_nodes
+from orchestrator.config.experiment import Experiment
+from orchestrator.machine import cpu_flags
+
+# On a CPU with instructions for bfloat16, models of this width train twice as fast with it
+# (benchmarks/RESULTS.md). Smaller ones are fast anyway, and keep the more exact float32.
+MIN_WIDTH = 512
+# Time of a step on a CPU without instructions for the type (benchmarks/RESULTS.md).
+SLOWDOWN = {"bfloat16": "about 4 times", "float16": "up to 45 times"}
+
+
+def with_fast_dtype(layout: Layout) -> Layout:
+    """Return the layout with the fast type of its workers. Waits for the resources of a worker."""
+    if not has_several_nodes():
+        return replace(layout, fast_dtype=fast_dtype(layout.use_gpu))
+    import ray
+
+    # The machine of the driver may be of another kind.
+    task = ray.remote(fast_dtype).options(
+        num_cpus=layout.cpus_per_worker, num_gpus=int(layout.use_gpu)
+    )
+    return replace(layout, fast_dtype=ray.get(task.remote(layout.use_gpu)))
+
+
+def fast_dtype(on_gpu: bool) -> str:
+    """Return the type with the fastest matrix products on this machine, for large matrices."""
+    if on_gpu:
+        import torch
+
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if has_bfloat16 else "float16"
+    return "bfloat16" if cpu_flags() & {"amx_bf16", "avx512_bf16"} else "float32"
+
+
+def suitable(experiment: Experiment, layout: Layout) -> str:
+    """Return the type that `train.dtype=auto` stands for in a new run."""
+    if not layout.use_gpu and experiment.model.n_embd < MIN_WIDTH:
+        return "float32"
+    return layout.fast_dtype
+
+
+def warn_if_emulated(experiment: Experiment, layout: Layout) -> None:
+    """Print a line to stderr if `train.dtype` is slow on the devices of the workers."""
+    dtype = experiment.train.dtype
+    if dtype in ("auto", "float32", layout.fast_dtype):
+        return
+    if not layout.use_gpu:
+        reason = f"on this CPU, a step takes {SLOWDOWN[dtype]} as long as with float32"
+    elif layout.fast_dtype == "float16":
+        reason = "this GPU emulates it, which is slower than float16"
+    else:
+        return
+    print(f"train.dtype={dtype}: {reason}; use train.dtype=auto", file=sys.stderr, flush=True)

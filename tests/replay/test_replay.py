@@ -30,6 +30,7 @@ SMALL = [
     "model.block_size=32",
     "model.dropout=0.1",
     "model.pad_vocab_to=1",
+    "train.dtype=float32",
     "train.micro_batch_size=2",
     "train.global_batch_size=8",
     "train.max_steps=20",

@@ -14,7 +14,7 @@ PIP := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,\
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "installing torch, Ray, MLflow and what they need into $(VENV): some minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --constraint constraints.txt --editable .
+	$(PIP) --constraint constraints.txt --editable '.[fast]'
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

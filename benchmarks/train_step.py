@@ -163,7 +163,9 @@ def _report(experiment, model, worker, seconds, losses, arguments) -> None:
     for name, values in seconds.items():
         median = statistics.median(values)
         speed = experiment.tokens_per_step / median
-        share = mfu(speed, model.config, where, experiment.train.dtype)
+        share = mfu(
+            speed, model.flops_per_token(experiment.model.block_size), where, experiment.train.dtype
+        )
         least = min(values) * 1e3
         time_ms = f"{median * 1e3:9.2f} ms per step (min {least:.2f})"
         utilization = "" if share is None else f", MFU {share:.1%}"

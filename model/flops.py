@@ -124,7 +124,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 
 
 def mfu(
-    tokens_per_sec: float, config: GPTConfig, device_name: str, dtype: str, world_size: int = 1
+    tokens_per_sec: float, flops: int, device_name: str, dtype: str, world_size: int = 1
 ) -> float | None:
     """Return the model FLOPs utilization, 0 to 1; None if the peak of the device is not known.
 
@@ -132,7 +132,7 @@ def mfu(
 
     Args:
         tokens_per_sec: Speed over all devices.
-        config: Shape of the model.
+        flops: FLOPs of training on one token.
         device_name: See `peak_flops`.
         dtype: See `peak_flops`.
         world_size: Number of devices.
@@ -140,4 +140,4 @@ def mfu(
     peak = peak_flops(device_name, dtype)
     if peak is None:
         return None
-    return tokens_per_sec * flops_per_token(config) / (peak * world_size)
+    return tokens_per_sec * flops / (peak * world_size)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.gpt import GPT, KVCache
+from model.protocol import Cache, HasCache, LanguageModel
 
 
 @torch.no_grad()
 def generate(
-    model: GPT,
+    model: LanguageModel,
     tokens: Tensor,
     max_new_tokens: int,
     *,
@@ -51,7 +51,10 @@ def generate(
         generator.seed()
     else:
         generator.manual_seed(seed)
-    cache = KVCache(model.config, tokens.size(1) + max_new_tokens)
+    cache = None
+    if isinstance(model, HasCache):
+        capacity = tokens.size(1) + max_new_tokens
+        cache = model.new_cache(min(capacity, model.config.block_size))
     was_training = model.training
     model.eval()
     try:
@@ -64,13 +67,13 @@ def generate(
     return tokens
 
 
-def _next_logits(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
+def _next_logits(model: LanguageModel, tokens: Tensor, cache: Cache | None) -> Tensor:
     """Return the logits after the last of `tokens`: (B, V) float32."""
     block_size = model.config.block_size
-    if tokens.size(1) > block_size:
-        logits, _ = model(tokens[:, -block_size:])
+    if cache is None or tokens.size(1) > block_size:
+        logits = model(tokens[:, -block_size:])
     else:
-        logits, _ = model(tokens[:, cache.length :], cache=cache)
+        logits = model(tokens[:, cache.length :], cache=cache)
     return logits[:, -1].float()
 
 

@@ -11,44 +11,19 @@ H = n_head, D = C / H, V = vocab_size.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.cache import LayerCache
+from model.flops import flops_per_token
 from model.gpt_config import GPTConfig
+from model.loss import cross_entropy
+from model.protocol import Reduction
 
-IGNORED_TARGET = -1
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # our name -> nn.GELU's `approximate`
-
-
-class LayerCache:
-    """Keys and values of one attention layer, in buffers of fixed size.
-
-    Args:
-        capacity: Largest number of tokens.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self._buffers: tuple[Tensor, Tensor] | None = None  # keys and values, (B, H, capacity, D)
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v, each (B, H, T, D). Return all stored ones, each (B, H, S, D)."""
-        if self._buffers is None:
-            # Batch size, device and dtype (autocast may change it) are known only now.
-            b, h, _, d = k.shape
-            shape = (b, h, self.capacity, d)
-            self._buffers = (k.new_empty(shape), v.new_empty(shape))
-        keys, values = self._buffers
-        start = self.length
-        end = start + k.size(2)
-        assert end <= self.capacity, f"{end} tokens in a cache of {self.capacity}"
-        keys[:, :, start:end] = k
-        values[:, :, start:end] = v
-        self.length = end
-        return keys[:, :, :end], values[:, :, :end]
 
 
 class KVCache:
@@ -187,21 +162,10 @@ class GPT(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         cache: KVCache | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return logits, and with targets the loss in nats per token.
-
-        Args:
-            tokens: (B, T) int64. With a cache, they continue the tokens in it.
-            targets: (B, T) int64; -1 means that a position has no target.
-            reduction: "mean" over all targets, or "none".
-            cache: Keys and values of the tokens before.
-
-        Returns:
-            With targets: logits (B, T, V), and the loss in float32: the mean (NaN without any
-            target), or for "none" a (B, T) tensor that is 0 where there is no target.
-            Without targets: logits of the last position (B, 1, V), and None.
+    ) -> Tensor:
+        """Return the logits of the last position, or the loss: see `protocol.LanguageModel`.
 
         Raises:
             ValueError: There are more tokens than block_size.
@@ -212,12 +176,35 @@ class GPT(nn.Module):
             raise ValueError(f"{end} tokens do not fit into block_size={self.config.block_size}")
         x = self.transformer(tokens, start, cache)  # (B, T, C)
         if targets is None:
-            return self._head(x[:, -1:]), None  # (B, 1, V)
-        logits = self._head(x)  # (B, T, V)
-        return logits, _loss(logits, targets, reduction)
+            return self._head(x[:, -1:])  # (B, 1, V)
+        return cross_entropy(self._head(x), targets, reduction)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return the logits of all positions: (B, T) -> (B, T, V)."""
+        return self._head(self.transformer(tokens, 0, None))
 
     def _head(self, x: Tensor) -> Tensor:
         return F.linear(x, self.transformer.wte.weight)  # (B, T, V)
+
+    def flops_per_token(self, block_size: int) -> int:
+        """Return the FLOPs of training on one token; see `flops.flops_per_token`."""
+        return flops_per_token(replace(self.config, block_size=block_size))
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """Return an empty cache for `capacity` tokens."""
+        return KVCache(self.config, capacity)
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """Return the names of the parameters by group; the tied head belongs to the embedding."""
+        groups: dict[str, list[str]] = {"matrix": [], "embedding": [], "head": [], "scalar": []}
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                groups["scalar"].append(name)
+            elif name.startswith("transformer.h."):
+                groups["matrix"].append(name)
+            else:
+                groups["embedding"].append(name)
+        return groups
 
     def num_parameters(self, positions: bool = True) -> int:
         """Return the number of parameters. The tied head counts once.
@@ -229,18 +216,3 @@ class GPT(nn.Module):
         if positions:
             return total
         return total - self.transformer.wpe.weight.numel()
-
-
-def _loss(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Return the cross entropy, (B, T) or ().
-
-    It is computed in float32: bfloat16 keeps three digits (10.875 instead of 10.981), and float16
-    overflows.
-    """
-    flat = logits.float().view(-1, logits.size(-1))  # (B*T, V)
-    loss = F.cross_entropy(
-        flat, targets.reshape(-1), ignore_index=IGNORED_TARGET, reduction=reduction
-    )
-    if reduction == "none":
-        return loss.view(targets.shape)
-    return loss

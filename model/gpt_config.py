@@ -1,7 +1,6 @@
 """Shape of a GPT-2. This module imports no torch, so that commands can check a shape at once."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,6 @@ class GPTConfig:
         ValueError: No model can have this shape.
     """
 
-    kind: ClassVar[str] = "gpt"  # key of `models.MODELS`
     block_size: int = 1024
     vocab_size: int = 50304
     n_layer: int = 12
@@ -39,7 +37,7 @@ class GPTConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
+            raise ValueError(f"n_head: {self.n_head} does not divide n_embd={self.n_embd}")
 
 
 def _gpt2(n_layer: int, n_head: int, n_embd: int) -> GPTConfig:

@@ -1,6 +1,6 @@
 """Table of models: to add one, write its module and add one entry to `MODELS`.
 
-All code builds shapes with `new_shape` and models with `new_model`, which look into the table.
+All code builds settings with `new_config` and models with `new_model`, which look into the table.
 
 The configuration imports this table, so torch is imported only when a model is built.
 """
@@ -8,12 +8,16 @@ The configuration imports this table, so torch is imported only when a model is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from model.gpt_config import GPTConfig
+from model.modern_config import ModernConfig
 
 if TYPE_CHECKING:
-    from model.gpt import GPT
-    from model.gpt_config import GPTConfig
+    from model.protocol import Config, LanguageModel
+
+DEFAULT = "gpt2"
 
 
 @dataclass(frozen=True)
@@ -21,53 +25,80 @@ class ModelKind:
     """One architecture.
 
     Attributes:
-        shape: Creates the shape from its fields. Raises ValueError if no model can have it.
+        config: The class of its settings; see `protocol.Config`.
         build: Creates the model, with random weights from torch's global generator.
         help: One line for `--help`.
+        files: Files of this repository that only this model uses and that decide its bits.
     """
 
-    shape: Callable[..., GPTConfig]
-    build: Callable[[GPTConfig], GPT]
+    config: type
+    build: Callable[[Any], LanguageModel]
     help: str
+    files: tuple[str, ...]
 
 
-def _gpt_shape(**fields: Any) -> GPTConfig:
-    from model.gpt_config import GPTConfig
-
-    return GPTConfig(**fields)
-
-
-def _build_gpt(shape: GPTConfig) -> GPT:
+def _build_gpt2(config: GPTConfig) -> LanguageModel:
     from model.gpt import GPT
 
-    return GPT(shape)
+    return cast("LanguageModel", GPT(config))
+
+
+def _build_modern(config: ModernConfig) -> LanguageModel:
+    from model.modern import Modern
+
+    return cast("LanguageModel", Modern(config))
 
 
 MODELS: dict[str, ModelKind] = {
-    "gpt": ModelKind(_gpt_shape, _build_gpt, "GPT-2: learned positions, pre-norm, tied head"),
+    "gpt2": ModelKind(
+        GPTConfig,
+        _build_gpt2,
+        "GPT-2: learned positions, pre-norm, tied head",
+        ("model/gpt.py", "model/gpt_config.py", "model/weights.py"),
+    ),
+    "modern": ModelKind(
+        ModernConfig,
+        _build_modern,
+        "rotary positions, RMSNorm, squared ReLU, untied head",
+        ("model/modern.py", "model/modern_config.py"),
+    ),
 }
 
 
-def new_shape(fields: Mapping[str, Any]) -> GPTConfig:
-    """Create the shape of a model from its fields by name.
+def fields_of(config: Config) -> dict[str, Any]:
+    """Return the settings of a model by name."""
+    return asdict(config)  # type: ignore[call-overload]
 
-    The field "kind" is a key of `MODELS`. It may be absent for a GPT: stored shapes do not have it.
+
+def stored_config(kind: str, config: Config) -> dict[str, Any]:
+    """Return the fields that `new_config` reads. Those of a GPT-2 have no kind, as ever."""
+    fields = fields_of(config)
+    return fields if kind == DEFAULT else {"kind": kind, **fields}
+
+
+def kind_of(fields: Mapping[str, Any]) -> str:
+    """Return the kind of a stored config."""
+    return fields.get("kind", DEFAULT)
+
+
+def new_config(fields: Mapping[str, Any]) -> Config:
+    """Create the settings of a model from the fields that `stored_config` returns.
 
     Raises:
         KeyError: There is no such kind.
         TypeError: A field is unknown.
-        ValueError: No model can have this shape.
+        ValueError: No model can have these settings.
     """
     others = {name: value for name, value in fields.items() if name != "kind"}
-    return MODELS[fields.get("kind", "gpt")].shape(**others)
+    return MODELS[kind_of(fields)].config(**others)
 
 
-def new_model(shape: GPTConfig) -> GPT:
+def new_model(kind: str, config: Config) -> LanguageModel:
     """Create a model with random weights from torch's global generator."""
-    return MODELS[shape.kind].build(shape)
+    return MODELS[kind].build(config)
 
 
-def empty_model(shape: GPTConfig) -> GPT:
+def empty_model(kind: str, config: Config) -> LanguageModel:
     """Create a model whose parameters have a shape but no values, on the meta device.
 
     Drawing random values for the meta device would import torch's compiler, which takes a second.
@@ -83,4 +114,4 @@ def empty_model(shape: GPTConfig) -> GPT:
             return func(*args, **kwargs)
 
     with torch.device("meta"), WithoutDraws():
-        return new_model(shape)
+        return new_model(kind, config)

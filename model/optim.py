@@ -6,15 +6,27 @@ The configuration imports this table, so torch is imported only when an optimize
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+GROUPS = ("matrix", "embedding", "head", "scalar")  # see `protocol.HasParameterGroups`
 ParameterGroups = list[dict[str, Any]]  # as torch.optim takes them
+FIRST_MOMENTUM = 0.85  # of `momentum_at`
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """Settings of one group of parameters; None takes the general setting, or that of the kind."""
+
+    lr_scale: float | None = None
+    weight_decay: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,9 @@ class OptimizerSettings:
     beta1: float  # decay of the first moment, 0 to 1
     beta2: float  # decay of the second moment, 0 to 1
     weight_decay: float  # of tensors with two or more dimensions
+    momentum: float = 0.95  # only of muon
+    cautious: bool = False  # only of muon
+    groups: Mapping[str, GroupSettings] = field(default_factory=dict)  # by name
 
 
 @dataclass(frozen=True)
@@ -32,21 +47,39 @@ class OptimizerKind:
     """One optimizer.
 
     Attributes:
-        build: Creates the optimizer from parameter groups in torch's format.
+        build: Creates the optimizer from parameter groups in torch's format. Each has the keys
+            "params", "names", "group", "weight_decay", "lr_scale" and "betas".
         help: One line for `--help`.
-        moments: Float32 tensors that the optimizer keeps per parameter, for the estimates of
-            memory and of checkpoint size.
+        moments: Float32 tensors that the optimizer keeps per parameter, by group, for the estimates
+            of memory and of checkpoint size.
+        lr_scales: Factors of the learning rate by group; 1 if a group is not here.
+        files: Files of this repository that only this optimizer uses and that decide its bits.
     """
 
     build: Callable[[ParameterGroups, OptimizerSettings], Optimizer]
     help: str
-    moments: int
+    moments: Mapping[str, int]
+    lr_scales: Mapping[str, float] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
 
 
 def build(kind: str, model: nn.Module, settings: OptimizerSettings) -> Optimizer:
     """Build an optimizer for the parameters of `model` that require a gradient."""
-    groups = parameter_groups(model, settings.weight_decay)
+    groups = parameter_groups(kind, model, settings)
     return OPTIMIZERS[kind].build(groups, settings)
+
+
+def momentum_at(momentum: float, warmup_steps: int, step: int) -> float:
+    """Return the momentum of the update made at the 0-based `step`.
+
+    It rises linearly from 0.85, as in modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt).
+
+    >>> [round(momentum_at(0.95, 4, step), 3) for step in (0, 2, 4, 100)]
+    [0.85, 0.9, 0.95, 0.95]
+    """
+    if step >= warmup_steps:
+        return momentum
+    return FIRST_MOMENTUM + (momentum - FIRST_MOMENTUM) * step / warmup_steps
 
 
 def adamw(groups: ParameterGroups, settings: OptimizerSettings) -> Optimizer:
@@ -63,13 +96,21 @@ def adamw(groups: ParameterGroups, settings: OptimizerSettings) -> Optimizer:
         def step(self, closure: Any = None) -> Any:
             return update(self, closure)
 
-    _allow_without_compiler()
-    betas = (settings.beta1, settings.beta2)
+    allow_without_compiler()
     # On a CPU, the fused kernel is five times as fast as the default one.
-    return UncompiledAdamW(groups, lr=settings.max_lr, betas=betas, eps=1e-8, fused=True)
+    return UncompiledAdamW(groups, lr=settings.max_lr, eps=1e-8, fused=True)
 
 
-def _allow_without_compiler() -> None:
+def muon(groups: ParameterGroups, settings: OptimizerSettings) -> Optimizer:
+    """Build Muon for the matrices and AdamW for the rest; see `muon.py`."""
+    from model.muon import MuonAdamW
+
+    matrices = {"muon": True, "momentum": settings.momentum, "cautious": settings.cautious}
+    found = [group | matrices if group["group"] == "matrix" else group for group in groups]
+    return MuonAdamW(found, settings.max_lr)
+
+
+def allow_without_compiler() -> None:
     """Let methods of torch's optimizers run without importing torch's compiler.
 
     They are marked as not to be compiled. At the first call, the mark imports the compiler, which
@@ -83,27 +124,86 @@ def _allow_without_compiler() -> None:
             marked.__dynamo_disable = marked
 
 
+_TWO = dict.fromkeys(GROUPS, 2)
 OPTIMIZERS: dict[str, OptimizerKind] = {
-    "adamw": OptimizerKind(adamw, "Adam with decoupled weight decay", moments=2),
+    "adamw": OptimizerKind(adamw, "Adam with decoupled weight decay", moments=_TWO),
+    "muon": OptimizerKind(
+        muon,
+        "Muon for the matrices inside the blocks, AdamW for the rest; lr_scale is 5 for embedding, "
+        "0.4 for head and 2.5 for scalar",
+        moments={**_TWO, "matrix": 1},
+        lr_scales={"embedding": 5.0, "head": 0.4, "scalar": 2.5},
+        files=("model/muon.py",),
+    ),
 }
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> ParameterGroups:
-    """Return two groups, with and without weight decay. Both keep the order of the model.
+def parameter_groups(kind: str, model: nn.Module, settings: OptimizerSettings) -> ParameterGroups:
+    """Return the parameters that require a gradient, by equal settings, in the order of the model.
 
-    Tensors of two or more dimensions (matrices and embeddings) have weight decay; biases and
-    LayerNorms do not. Sources: nanoGPT, configure_optimizers; GPT-3, arXiv:2005.14165, appendix B.
+    Without settings of their own, tensors of two or more dimensions (matrices and embeddings) have
+    weight decay; biases and norms do not. Sources: nanoGPT, configure_optimizers; GPT-3,
+    arXiv:2005.14165, appendix B.
 
     Returns:
-        Groups with the keys "params", "weight_decay" and "names". Parameters that require no
-        gradient are left out.
+        Groups in torch's format; see `OptimizerKind.build`. For adamw, one list has all tensors of
+        two or more dimensions with equal settings, whatever their group.
+
+    Raises:
+        ValueError: The model does not have the groups that the optimizer needs.
     """
-    decayed: dict[str, Any] = {"params": [], "weight_decay": weight_decay, "names": []}
-    not_decayed: dict[str, Any] = {"params": [], "weight_decay": 0.0, "names": []}
+    group_of = _groups_by_name(kind, model)
+    resolved = {name: _resolved(OPTIMIZERS[kind], name, settings) for name in GROUPS}
+    found: dict[Any, dict[str, Any]] = {}
+    if kind == "adamw":  # torch's and nanoGPT's two groups, even if one of them is empty
+        for has_decay, name in ((True, "matrix"), (False, "scalar")):
+            found[has_decay, resolved[name]] = _group(name, resolved[name])
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        group = decayed if parameter.dim() >= 2 else not_decayed
-        group["params"].append(parameter)
-        group["names"].append(name)
-    return [decayed, not_decayed]
+        group = group_of[name]
+        first = parameter.dim() >= 2 if kind == "adamw" else group
+        group_settings = resolved[group]
+        entry = found.setdefault((first, group_settings), _group(group, group_settings))
+        entry["params"].append(parameter)
+        entry["names"].append(name)
+    return list(found.values())
+
+
+def _groups_by_name(kind: str, model: nn.Module) -> dict[str, str]:
+    """Return the group of each parameter."""
+    from model.protocol import HasParameterGroups
+
+    if isinstance(model, HasParameterGroups):
+        groups = model.parameter_groups()
+        return {name: group for group, names in groups.items() for name in names}
+    if kind != "adamw":
+        raise ValueError(f"optim.kind={kind} needs a model with `parameter_groups`")
+    return {
+        name: "matrix" if parameter.dim() >= 2 else "scalar"
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _resolved(kind: OptimizerKind, group: str, settings: OptimizerSettings) -> GroupSettings:
+    """Return the settings of a group without None."""
+    own = settings.groups.get(group, GroupSettings())
+    general = GroupSettings(
+        lr_scale=kind.lr_scales.get(group, 1.0),
+        weight_decay=0.0 if group == "scalar" else settings.weight_decay,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+    )
+    given = {name: value for name, value in vars(own).items() if value is not None}
+    return replace(general, **given)
+
+
+def _group(name: str, settings: GroupSettings) -> dict[str, Any]:
+    return {
+        "params": [],
+        "names": [],
+        "group": name,
+        "lr_scale": settings.lr_scale,
+        "weight_decay": settings.weight_decay,
+        "betas": (settings.beta1, settings.beta2),
+    }

@@ -14,6 +14,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = {
     **dict.fromkeys(NO_ROOM, ("the disk is full", "Free some room there")),
     errno.EROFS: ("the file system is read-only", "Make it writable"),
+    errno.EIO: ("the file system has an error", "Look into the logs of the system"),
 }
 
 
@@ -44,6 +45,10 @@ class UserError(ValueError):
 
 class NoRoomError(UserError):
     """The disk or the user's quota is full."""
+
+
+class DiskError(UserError):
+    """The disk could not read a file, although it was asked again: a bad sector or an outage."""
 
 
 class UnreadableError(UserError):

@@ -10,6 +10,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import stat
 import sys
@@ -24,6 +25,8 @@ from orchestrator.folders import check_held
 # `errno` of a lock on a file system without locks, such as Lustre or NFS without its lock service.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 RETRY_S = 15.0
+AFTER_VAIN_S = 1.0  # instead, within a minute after a read that was tried in vain
+_tried_in_vain_at = -math.inf  # time.monotonic()
 # Reading again does not help: the file is missing, or it may not be read.
 _LASTING = (
     errno.ENOENT,
@@ -166,17 +169,18 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
 
 
 @contextlib.contextmanager
-def replacement(path: Path) -> Iterator[Path]:
+def replacement(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Replace a file in one step by a file that the `with` block writes.
 
     Yields:
         A temporary path in the same folder. At the end of the block, that file is forced to disk
-        and renamed to `path`. After an exception, it is removed.
+        if it has to be `durable`, and renamed to `path`. After an exception, it is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
     try:
         yield temporary
-        fsync(temporary)
+        if durable:
+            fsync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -185,16 +189,22 @@ def replacement(path: Path) -> Iterator[Path]:
 def patiently(read: Callable[[], T]) -> T:
     """Call `read` again while it raises an OSError that may pass, for at most `RETRY_S`.
 
-    Such errors come from network file systems, disks, and too many open files.
+    Such errors come from network file systems, disks, and too many open files. A folder has many
+    files: if one of them cannot be read for that long, the others get less time.
     """
-    deadline = time.monotonic() + RETRY_S
+    global _tried_in_vain_at
+    now = time.monotonic()
+    deadline = now + (RETRY_S if now > _tried_in_vain_at + 60 else AFTER_VAIN_S)
     pause = 0.05
     while True:
         try:
             return read()
         except OSError as error:
             is_lasting = isinstance(error, UserError) or error.errno in _LASTING
-            if is_lasting or time.monotonic() > deadline:
+            if is_lasting:
+                raise
+            if time.monotonic() > deadline:
+                _tried_in_vain_at = time.monotonic()
                 raise
         time.sleep(pause)
         pause = min(2 * pause, 1.0)

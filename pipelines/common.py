@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from orchestrator.config.experiment import field_docs, load_experiment
 from orchestrator.config.fields import Docs
+from orchestrator.config.load import kind_of_model
 from orchestrator.errors import (
     EXIT_AGAIN,
     EXIT_DONE,
@@ -85,7 +86,7 @@ def experiment_command(
     *,
     dry_run: Callable[[Any], int],
     load: Callable[[Path, list[str]], Any] = load_experiment,
-    docs: Callable[[], Docs] = field_docs,
+    docs: Callable[[str], Docs] = field_docs,
     default: Path = DEFAULT,
 ) -> NoReturn:
     """Run a command `[EXPERIMENT.yaml] [section.field=value …] [--dry-run]` and exit.
@@ -95,13 +96,15 @@ def experiment_command(
         run: Runs the command with the result of `load`; returns the exit status.
         dry_run: Prints estimates instead.
         load: Reads a file and applies overrides.
-        docs: Describes the fields for `--help`.
+        docs: Describes the fields for `--help`, with those of one kind of model.
         default: The experiment file if none is given.
     """
 
     def main(argv: list[str]) -> int:
         if "-h" in argv or "--help" in argv:
-            print(help_text(doc, docs(), default))
+            words = [word for word in argv if not word.startswith("-")]
+            kind = kind_of_model(*split_words(words, default))
+            print(help_text(doc, docs(kind), default))
             return EXIT_DONE
         for argument in argv:
             if argument.startswith("-") and argument != "--dry-run":

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Iterable
 
-from model.gpt import GPT
+from model.protocol import LanguageModel
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.index import documents_of
@@ -101,7 +101,9 @@ def show_row(row: int, batch: Batch, dataset: Manifest, tokenizer: Tokenizer) ->
         print(f"  from     {document}, which begins at token {begins:,}")
 
 
-def show_model(experiment: Experiment, model: GPT, tokenizer: Tokenizer, result: Forward) -> None:
+def show_model(
+    experiment: Experiment, model: LanguageModel, tokenizer: Tokenizer, result: Forward
+) -> None:
     """Print the vocabulary, the shapes, and the loss of the model and of a uniform guess."""
     vocab_size = model.config.vocab_size
     n_vocab = tokenizer.n_vocab
@@ -115,9 +117,8 @@ def show_model(experiment: Experiment, model: GPT, tokenizer: Tokenizer, result:
     rows = {
         "vocabulary": vocabulary,
         "length": f"{model.config.block_size:,} tokens of context",
-        "parameters": f"{model.num_parameters():,}",
-        "logits with targets": f"{result.with_targets} (B, T, V): a guess at every position",
-        "logits without": f"{result.without_targets} (B, 1, V): only the last position",
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "logits": f"{result.logits} (B, 1, V): of the last position",
         "loss at initialization" if is_new else "loss": f"{result.loss:.4f} nats per token",
         "ln(vocab)": uniform,
     }

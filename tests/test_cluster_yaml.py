@@ -222,7 +222,9 @@ def test_machines_install_the_dependencies_in_the_tested_versions(home):
     assert not [a for args in installs for a in args if "==" in a or "://" in a]
     requirements = (home / "espalier-setup" / "requirements.txt").read_text("utf-8").splitlines()
     project = tomllib.loads((REPO / "pyproject.toml").read_text("utf-8"))["project"]
-    assert requirements == project["dependencies"]
+    fast = project["optional-dependencies"]["fast"]
+    assert requirements == project["dependencies"] + fast
+    assert all("==" in requirement for requirement in fast)
     lines = (REPO / "constraints.txt").read_text("utf-8").lower().split()
     pinned = dict(line.split("==") for line in lines)
     assert {re.match(r"[\w-]+", requirement)[0] for requirement in requirements} <= set(pinned)

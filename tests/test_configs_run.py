@@ -78,7 +78,7 @@ def _write_hugging_face_weights(experiment: Experiment, folder: Path) -> None:
     """Write random weights in place of OpenAI's, which would be downloaded."""
     folder.mkdir()
     torch.manual_seed(0)
-    model = GPT(experiment.gpt_config(50257))
+    model = GPT(experiment.model_config_for(50257))
     tensors = to_huggingface(model.state_dict())
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, folder / "model.safetensors")

@@ -17,20 +17,19 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeVar
 
-from orchestrator.errors import UnreadableError, UserError
+from orchestrator.errors import DiskError, UnreadableError, UserError
 from orchestrator.files import file_sha256, patiently
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _MAX_MANIFEST_BYTES = 1 << 20  # a real manifest has a few thousand
-# EIO after all retries: a bad sector.
-_DAMAGE = (errno.EIO, errno.ENOENT, errno.ENOTDIR)
+_MISSING = (errno.ENOENT, errno.ENOTDIR)
 T = TypeVar("T")
 
 
@@ -49,6 +48,7 @@ class Fingerprints(TypedDict):
     # Earlier versions of this program did not store these two.
     proof: NotRequired[str]  # train.step.Step.proof
     environment: NotRequired[dict[str, Any]]  # train.numerics.environment
+    code: NotRequired[dict[str, str]]  # runs.code.module_hashes
 
 
 class CheckpointManifest(TypedDict, total=False):
@@ -98,6 +98,7 @@ def reading(path: Path, read: Callable[[], T]) -> T:
 
     Raises:
         UnreadableError: They cannot be read at the moment.
+        DiskError: The disk cannot read them; see `refuse_outage`.
         UserError: They are missing or damaged, or `read` raised it.
     """
     try:
@@ -106,9 +107,31 @@ def reading(path: Path, read: Callable[[], T]) -> T:
         raise
     except OSError as error:
         message = f"{error.filename or path}: cannot be read ({error.strerror or error})"
-        if error.errno in _DAMAGE:
+        if error.errno == errno.EIO:
+            raise DiskError(f"{message}; use another checkpoint") from None
+        if error.errno in _MISSING:
             raise UserError(f"{message}; use another checkpoint") from None
         raise UnreadableError(f"{message}; run the same command again") from None
+
+
+def refuse_outage(problems: Sequence[UserError]) -> None:
+    """Refuse to go on without two checkpoints that the disk cannot read.
+
+    One may have a bad sector. With two, the disk or its connection probably fails, and they may be
+    intact: their steps would be trained again in vain.
+
+    Args:
+        problems: What is wrong with each of some checkpoints.
+
+    Raises:
+        UnreadableError: There are two.
+    """
+    found = [str(problem).partition(";")[0] for problem in problems if type(problem) is DiskError]
+    if len(found) > 1:
+        raise UnreadableError(
+            f"{found[0]}, and {found[1]}; check the disk and run the same command again; if "
+            "only these files cannot be read, move their checkpoints away first"
+        )
 
 
 def verify(path: Path) -> CheckpointManifest:

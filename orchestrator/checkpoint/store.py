@@ -25,6 +25,7 @@ from orchestrator.checkpoint.format import (
     path_of,
     read_manifest,
     reading,
+    refuse_outage,
     steps,
     verify,
 )
@@ -129,12 +130,14 @@ def latest_valid(
             writer of the run may do this.
 
     Raises:
-        UnreadableError: A checkpoint cannot be read at the moment. It may be valid, and a run that
-            continued from an older one could not go back.
+        UnreadableError: A checkpoint, or the disk, cannot be read at the moment. It may be valid,
+            and a run that continued from an older one could not go back. Nothing is renamed.
     """
     directory = Path(directory)
-    skipped: set[int | None] = set()  # inodes; a replaced checkpoint has another one
-    while True:
+    # By inode: a replaced checkpoint has another one.
+    skipped: dict[int | None, tuple[Path, UserError]] = {}
+    found = None
+    while found is None:
         listed = reading(directory, lambda: _restored_steps(directory))
         is_changed = False
         for step in reversed(listed):
@@ -144,7 +147,8 @@ def latest_valid(
                 continue
             try:
                 verify(path)
-                return path
+                found = path
+                break
             except UserError as error:
                 if inode is None or _inode(path) != inode:
                     # The writer removed or replaced it, so there is a newer one. List again.
@@ -152,10 +156,13 @@ def latest_valid(
                     break
                 if isinstance(error, UnreadableError):
                     raise
-                _skip(path, error, warn, set_aside)
-                skipped.add(inode)
+                skipped[inode] = (path, error)
+                refuse_outage([problem for _, problem in skipped.values()])
         if not is_changed and steps(directory) == listed:
-            return None
+            break
+    for path, problem in skipped.values():
+        _skip(path, problem, warn, set_aside)
+    return found
 
 
 def _restored_steps(directory: Path) -> list[int]:

@@ -30,7 +30,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # The watcher needs one process for each group of workers. `RunWatch` finds drained nodes.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # It would print to the terminal: the controller runs in the driver (`private.fit_here`).
+    # It would print to the terminal: the controller runs in the driver (`train_here`).
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
 }
 # Ray puts the current folder first on the path of its workers. There may be a model.py in it.

@@ -5,9 +5,8 @@ stored with the experiment and belongs to the identity of the run.
 """
 
 import sys
-from dataclasses import replace
 
-from orchestrator.cluster.layout import Layout, has_several_nodes
+from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.machine import cpu_flags
 
@@ -16,19 +15,6 @@ from orchestrator.machine import cpu_flags
 MIN_WIDTH = 512
 # Time of a step on a CPU without instructions for the type (benchmarks/RESULTS.md).
 SLOWDOWN = {"bfloat16": "about 4 times", "float16": "up to 45 times"}
-
-
-def with_fast_dtype(layout: Layout) -> Layout:
-    """Return the layout with the fast type of its workers. Waits for the resources of a worker."""
-    if not has_several_nodes():
-        return replace(layout, fast_dtype=fast_dtype(layout.use_gpu))
-    import ray
-
-    # The machine of the driver may be of another kind.
-    task = ray.remote(fast_dtype).options(
-        num_cpus=layout.cpus_per_worker, num_gpus=int(layout.use_gpu)
-    )
-    return replace(layout, fast_dtype=ray.get(task.remote(layout.use_gpu)))
 
 
 def fast_dtype(on_gpu: bool) -> str:
@@ -43,7 +29,8 @@ def fast_dtype(on_gpu: bool) -> str:
 
 def suitable(experiment: Experiment, layout: Layout) -> str:
     """Return the type that `train.dtype=auto` stands for in a new run."""
-    if not layout.use_gpu and experiment.model.n_embd < MIN_WIDTH:
+    width = getattr(experiment.model, "n_embd", MIN_WIDTH)  # other models may have no width
+    if not layout.use_gpu and width < MIN_WIDTH:
         return "float32"
     return layout.fast_dtype
 

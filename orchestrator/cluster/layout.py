@@ -26,12 +26,15 @@ class Layout:
         num_workers: Number of processes.
         cpus_per_worker: CPUs of each, and threads.
         use_gpu: Whether each has one GPU.
+        device_name: Model of the GPU, or of the processor of a worker without one; empty if it is
+            not known. Sweeps need it.
         fast_dtype: Type with the fastest matrix products on their devices; see `dtypes`.
     """
 
     num_workers: int
     cpus_per_worker: int
     use_gpu: bool
+    device_name: str = ""
     fast_dtype: str = "float32"
 
     @property

@@ -3,7 +3,7 @@
 Start with `sections.py`, which lists all fields.
 
 - `experiment`: `Experiment`, `load_experiment`, `parse_experiment`
-- `sections`: the fields of an experiment, by section
+- `sections`: the fields of an experiment, by section; `models`: those of each kind of model
 - `sweep`: `SweepSection`, `parse_sweep`
 - `fields`: types of fields; `OneOf`, a field whose choices are the keys of a table
 - `load`: YAML files and `section.field=value` overrides

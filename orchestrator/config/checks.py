@@ -112,11 +112,12 @@ def _name_problems(experiment: Experiment) -> list[str]:
 
 
 def _model_problems(experiment: Experiment) -> list[str]:
-    model = experiment.model
     data = experiment.data
     problems = []
-    if model.n_embd % model.n_head:
-        problems.append(f"model.n_head: {model.n_head} does not divide model.n_embd={model.n_embd}")
+    try:
+        experiment.model_config_for(n_vocab=1)
+    except ValueError as error:
+        problems.append(f"model.{error}")
     if data.append_eot and data.tokenizer == "char":
         problems.append(
             "data.append_eot: the char tokenizer has no end-of-text token; use byte or a tiktoken "

@@ -17,10 +17,11 @@ from orchestrator.config.checks import contradictions
 from orchestrator.config.fields import Docs, Effect, Section, Text, describe_fields, section_class
 from orchestrator.config.load import read_tree, write_yaml
 from orchestrator.config.messages import validate
+from orchestrator.config.models import kind_in, with_model
 from orchestrator.config.sections import (
     Compute,
     Data,
-    Model,
+    Gpt2,
     Optim,
     ScheduleSection,
     Tracking,
@@ -29,8 +30,7 @@ from orchestrator.config.sections import (
 from orchestrator.errors import UserError
 
 if TYPE_CHECKING:
-    from model.gpt import GPT
-    from model.gpt_config import GPTConfig
+    from model.protocol import Config, LanguageModel
 
 
 class Experiment(Section):
@@ -48,7 +48,7 @@ class Experiment(Section):
         "runs",
     )
     data: Data = Data()
-    model: Model = Model()
+    model: Gpt2 = Gpt2()  # `with_model` makes a subclass for each other kind
     optim: Optim = Optim()
     schedule: ScheduleSection = ScheduleSection()
     train: Train = Train()
@@ -84,25 +84,18 @@ class Experiment(Section):
         multiple = self.model.pad_vocab_to
         return -(-n_vocab // multiple) * multiple
 
-    def gpt_config(self, n_vocab: int) -> "GPTConfig":
-        """Return the shape of the model for a tokenizer of `n_vocab` tokens. Imports torch."""
+    def model_config_for(self, n_vocab: int) -> "Config":
+        """Return the settings of the model for a tokenizer of `n_vocab` tokens."""
         fields = self.model.model_dump(exclude={"pad_vocab_to"})
-        fields |= {"kind": self.model.kind, "vocab_size": self.vocab_size(n_vocab)}
-        return models.new_shape(fields)
+        return models.new_config({**fields, "vocab_size": self.vocab_size(n_vocab)})
 
-    def new_model(self, n_vocab: int) -> "GPT":
-        """Build the model. Its weights are drawn from torch's global generator."""
-        return models.new_model(self.gpt_config(n_vocab))
+    def new_model(self, n_vocab: int) -> "LanguageModel":
+        """Build the model. Its weights are drawn from torch's global generator. Imports torch."""
+        return models.new_model(self.model.kind, self.model_config_for(n_vocab))
 
     def flat(self) -> dict[str, Any]:
         """Return `{"section.field": value}` of all fields, in the order of their definition."""
-        fields: dict[str, Any] = {}
-        for name, value in self.model_dump().items():
-            if isinstance(value, dict):
-                fields |= {f"{name}.{key}": part for key, part in value.items()}
-            else:
-                fields[name] = value
-        return fields
+        return _flat(self)
 
     def to_yaml(self) -> str:
         """Return YAML that reads back as an equal experiment."""
@@ -116,6 +109,16 @@ class Experiment(Section):
         return self
 
 
+def _flat(section: Section) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in section:
+        if isinstance(value, Section):
+            fields |= {f"{name}.{key}": part for key, part in _flat(value).items()}
+        else:
+            fields[name] = value
+    return fields
+
+
 def load_experiment(
     path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()
 ) -> Experiment:
@@ -124,7 +127,7 @@ def load_experiment(
     Raises:
         UserError: One line per mistake. Each names the field.
     """
-    tree, where = read_tree(path, overrides, field_docs())
+    tree, where = read_tree(path, overrides, field_docs)
     if "sweep" in tree:
         raise UserError(
             f"{where}: describes a sweep (sweep: …), not one run; run pipelines/sweep.py with it"
@@ -138,19 +141,28 @@ def parse_experiment(tree: dict[str, Any], where: str) -> Experiment:
     Raises:
         UserError: One line per mistake. Each starts with `where`.
     """
-    return validate(Experiment, tree, where, field_docs())
+    kind = kind_in(tree)
+    return validate(with_model(Experiment, kind), tree, where, field_docs(kind))
 
 
-def field_value(key: str, value: Any) -> Any:
+def field_value(key: str, value: Any, kind: str = models.DEFAULT) -> Any:
     """Return `value` as the field "section.field" stores it: 6e5 steps become 600000.
+
+    Args:
+        key: The field.
+        value: Its value in a file.
+        kind: Kind of the model.
 
     Raises:
         UserError: The field does not accept the value. The message does not name a file.
     """
-    section, _, field = key.partition(".")
-    model = section_class(Experiment.model_fields[section])
+    *sections, field = key.split(".")
+    model: type[Section] | None = with_model(Experiment, kind)
+    for section in sections:
+        assert model is not None, key
+        model = section_class(model.model_fields[section])
     assert model is not None, key
-    checked = validate(model, {field: value}, "", field_docs(), section)
+    checked = validate(model, {field: value}, "", field_docs(kind), ".".join(sections))
     return getattr(checked, field)
 
 
@@ -161,6 +173,6 @@ def fields_with(*effects: Effect) -> tuple[str, ...]:
 
 
 @functools.cache
-def field_docs() -> Docs:
-    """Describe every field of an experiment, for `--help` and error messages."""
-    return describe_fields(Experiment)
+def field_docs(kind: str = models.DEFAULT) -> Docs:
+    """Describe every field of an experiment with this kind of model, for `--help` and errors."""
+    return describe_fields(with_model(Experiment, kind))

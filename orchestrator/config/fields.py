@@ -40,6 +40,13 @@ class Effect(Enum):
     NOTHING = "not what is learned, but where a run is and what of it is kept"
 
 
+class Later:
+    """Marks a field that earlier versions did not have: they worked as its default says.
+
+    Such a field is no part of the meaning of a trial's name while it has its default.
+    """
+
+
 FREE = (Effect.LENGTH, Effect.ATTEMPT, Effect.NOTHING)  # may change between two attempts of a run
 
 
@@ -108,6 +115,7 @@ class FieldDoc:
         description: Meaning and unit.
         effect: What its value changes.
         choices: One line of help by choice, for fields that have a `OneOf` table.
+        is_later: See `Later`.
     """
 
     type: str
@@ -115,6 +123,7 @@ class FieldDoc:
     description: str
     effect: Effect
     choices: Mapping[str, str] = field(default_factory=dict)
+    is_later: bool = False
 
     @property
     def shown_default(self) -> str:
@@ -124,7 +133,7 @@ class FieldDoc:
         return str(self.default)
 
 
-Docs = dict[str, FieldDoc]  # by "section.field"
+Docs = dict[str, FieldDoc]  # by "section.field"; sections may be nested
 
 
 def describe_fields(model: type[Section]) -> Docs:
@@ -133,10 +142,10 @@ def describe_fields(model: type[Section]) -> Docs:
     for name, info in model.model_fields.items():
         section = section_class(info)
         if section is None:
-            docs[name] = _describe(info, model.effect)
-            continue
-        for key, part in section.model_fields.items():
-            docs[f"{name}.{part.alias or key}"] = _describe(part, section.effect)
+            docs[info.alias or name] = _describe(info, model.effect)
+        else:
+            inner = describe_fields(section)
+            docs |= {f"{name}.{key}": doc for key, doc in inner.items()}
     return docs
 
 
@@ -156,7 +165,8 @@ def _describe(info: FieldInfo, effect: Effect) -> FieldDoc:
         if isinstance(mark, Effect):
             effect = mark
     words = " | ".join(choices) or _type_in_words(info.annotation)
-    return FieldDoc(words, info.default, info.description or "", effect, choices)
+    is_later = Later in info.metadata
+    return FieldDoc(words, info.default, info.description or "", effect, choices, is_later)
 
 
 _WORDS = {

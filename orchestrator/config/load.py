@@ -16,6 +16,7 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from orchestrator.config.fields import Docs
+from orchestrator.config.models import kind_in
 from orchestrator.errors import UserError
 
 # An experiment has thousands of characters. PyYAML takes one second for 100,000.
@@ -28,14 +29,16 @@ MAX_DIGITS = 40
 
 
 def read_tree(
-    path: str | os.PathLike[str] | None, overrides: Sequence[str], docs: Docs
+    path: str | os.PathLike[str] | None,
+    overrides: Sequence[str],
+    docs: Callable[[str], Docs],
 ) -> tuple[dict[str, Any], str]:
     """Read a file and apply overrides. Nothing is validated except the syntax.
 
     Args:
         path: The file; None for an empty configuration. Its stem is the default of `name`.
         overrides: `section.field=value`; later ones win.
-        docs: Describes the fields: a text field takes its text as it is.
+        docs: Describes the fields of a kind of model: a text field takes its text as it is.
 
     Returns:
         Nested sections, and the start of error messages: the path or "command line".
@@ -46,8 +49,9 @@ def read_tree(
     tree: dict[str, Any] = {}
     if path is not None:
         tree = _read_file(path)
+    fields = docs(_kind_of_model(tree, overrides))
     for override in overrides:
-        _apply(tree, override, docs)
+        _apply(tree, override, fields)
     # A section is None if all its lines are comments.
     tree = {key: value for key, value in tree.items() if value is not None}
     if path is None:
@@ -70,6 +74,20 @@ def _read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     return tree
 
 
+def kind_of_model(path: str | os.PathLike[str], overrides: Sequence[str]) -> str:
+    """Return the kind of model of a file and its overrides.
+
+    Raises:
+        UserError: The file cannot be read or is not YAML.
+    """
+    return _kind_of_model(_read_file(path), overrides)
+
+
+def _kind_of_model(tree: dict[str, Any], overrides: Sequence[str]) -> str:
+    given = [word.partition("=")[2] for word in overrides if word.startswith("model.kind=")]
+    return kind_in({"model": {"kind": given[-1].strip()}} if given else tree)
+
+
 def _apply(tree: dict[str, Any], override: str, docs: Docs) -> None:
     key, equals, text = override.partition("=")
     if not equals:
@@ -78,7 +96,7 @@ def _apply(tree: dict[str, Any], override: str, docs: Docs) -> None:
         )
     if not all(key.split(".")):
         raise UserError(f"'{override}': '{key}' is not a field; expected section.field=value")
-    *sections, field = _keys(key)
+    *sections, field = _keys(key, docs)
     for section in sections:
         if tree.get(section) is None:
             tree[section] = {}
@@ -127,7 +145,7 @@ def _value(text: str, where: str, kind: str, is_optional: bool) -> Any:
     return value
 
 
-def _keys(field: str) -> list[str]:
+def _keys(field: str, docs: Docs) -> list[str]:
     """Split the name of a field into the keys of the nested sections.
 
     In a sweep, the name of the varied field is one key: sweep.grid.train.seed has three keys. The
@@ -137,7 +155,10 @@ def _keys(field: str) -> list[str]:
     if parts[:2] in (["sweep", "grid"], ["sweep", "space"]) and len(parts) > 2:
         return [*parts[:2], ".".join(parts[2:])]
     if parts[:2] == ["sweep", "trials"] and len(parts) > 4:
-        return [*parts[:2], ".".join(parts[2:-2]), ".".join(parts[-2:])]
+        # The longest end that is a field; none if the field is misspelled.
+        ends = range(3, len(parts) - 1)
+        start = next((i for i in ends if ".".join(parts[i:]) in docs), len(parts) - 2)
+        return [*parts[:2], ".".join(parts[2:start]), ".".join(parts[start:])]
     return parts
 
 

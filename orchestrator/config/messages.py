@@ -65,7 +65,7 @@ def _errors_by_field(
     for details in error.errors():
         path = [str(part) for part in details["loc"]]
         if section:
-            path.insert(0, section)
+            path = [*section.split("."), *path]
         found.setdefault(_field_of(details, path, known), []).append(details)
     return found
 
@@ -81,10 +81,11 @@ def _field_of(error: ErrorDetails, path: Sequence[str], known: Docs) -> str:
         return ".".join(part for part in path if part != "[key]")
     if path[:1] == ["sweep"]:
         return ".".join(path[:3])
-    field = ".".join(path[:2])
-    if field in known or not path:
-        return field
-    return path[0]
+    for end in range(len(path), 0, -1):
+        field = ".".join(path[:end])
+        if field in known or any(name.startswith(f"{field}.") for name in known):
+            return field
+    return path[0] if path else ""
 
 
 def _explain(field: str, errors: Sequence[ErrorDetails], known: Docs) -> str:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from model.models import DEFAULT, MODELS
+from orchestrator.config.experiment import field_docs
 from orchestrator.config.fields import FREE, FieldDoc
 from orchestrator.config.sweep import SweepFile, sweep_docs
 
@@ -28,17 +30,29 @@ def reference() -> str:
     for key, doc in sweep_docs().items():
         title = key.partition(".")[0] if "." in key else "top level"
         if title != section:
+            if section == "model":
+                lines += _other_models()
             section = title
-            lines += _section_start(title)
+            info = SweepFile.model_fields.get(title)
+            summary = (info.annotation.__doc__ or "").partition("\n")[0] if info is not None else ""
+            lines += _section_start(title, summary)
         lines.append(_row(_cells(key, doc)))
     return "\n".join(lines) + "\n"
 
 
-def _section_start(title: str) -> list[str]:
+def _other_models() -> list[str]:
+    lines = []
+    for kind, model in MODELS.items():
+        if kind != DEFAULT:
+            lines += _section_start(f"model, if model.kind is {kind}", f"{model.help}.")
+            docs = field_docs(kind).items()
+            lines += [_row(_cells(key, doc)) for key, doc in docs if key.startswith("model.")]
+    return lines
+
+
+def _section_start(title: str, summary: str) -> list[str]:
     lines = ["", f"## {title}"]
-    info = SweepFile.model_fields.get(title)
-    if info is not None and info.annotation is not None:
-        summary = (info.annotation.__doc__ or "").partition("\n")[0]
+    if summary:
         lines += ["", summary]
     return [*lines, "", _row(["field", "type", "default", "class", "meaning"]), _row(["---"] * 5)]
 

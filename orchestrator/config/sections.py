@@ -1,12 +1,22 @@
 """Sections of an experiment: every field with its type, default, limits and description."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from model.models import DEFAULT, MODELS
 from model.optim import OPTIMIZERS
 from model.schedule import DECAY_SHAPES, SCHEDULES
-from orchestrator.config.fields import Effect, Int, Interval, OneOf, Section, Steps, Text
+from orchestrator.config.fields import (
+    Effect,
+    Int,
+    Interval,
+    Later,
+    OneOf,
+    Section,
+    Steps,
+    Text,
+)
 
 
 class Data(Section):
@@ -38,6 +48,11 @@ class Data(Section):
     tokenizer: Text = Field(
         "gpt2", description="any tiktoken encoding (gpt2, cl100k_base, o200k_base …), byte or char"
     )
+    encoder: Annotated[Literal["auto", "tiktoken", "gigatoken"], Effect.NOTHING] = Field(
+        "auto",
+        description="library that encodes, with the same ids; auto: gigatoken from 4 MiB on, if it "
+        "is installed, has the tokenizer and gives the ids of tiktoken",
+    )
     split: Literal["tail", "hash"] = Field(
         "tail",
         description="part that is val; tail: the last characters of the corpus, hash: documents "
@@ -52,12 +67,20 @@ class Data(Section):
 
 
 class Model(Section):
-    """The shape of the model. The vocabulary follows from the tokenizer."""
+    """The model. Its kind decides which fields it has."""
 
-    # A second entry of MODELS makes this a field with `OneOf(MODELS)`.
-    kind: ClassVar[str] = "gpt"
-
+    kind: Annotated[str, OneOf(MODELS), Later] = Field(DEFAULT, description="architecture")
     block_size: Int = Field(1024, ge=1, description="context length in tokens")
+    pad_vocab_to: Int = Field(
+        128,
+        ge=1,
+        description="vocab_size is the tokenizer's n_vocab, rounded up to a multiple of this",
+    )
+
+
+class Gpt2(Model):
+    """The model, here a GPT-2. The vocabulary follows from the tokenizer."""
+
     n_layer: Int = Field(12, ge=1, description="transformer blocks")
     n_head: Int = Field(12, ge=1, description="attention heads per block; must divide n_embd")
     n_embd: Int = Field(768, ge=1, description="width of the residual stream")
@@ -68,15 +91,36 @@ class Model(Section):
     activation: Literal["gelu", "gelu_tanh"] = Field(
         "gelu", description="OpenAI's GPT-2 weights need gelu_tanh"
     )
-    pad_vocab_to: Int = Field(
-        128,
-        ge=1,
-        description="vocab_size is the tokenizer's n_vocab, rounded up to a multiple of this",
+
+
+class ParameterGroup(Section):
+    """Settings of the optimizer for one group of parameters."""
+
+    lr_scale: Annotated[float | None, Field(ge=0), Later] = Field(
+        None, description="the learning rate is the schedule's times this; null: as optim.kind says"
+    )
+    weight_decay: Annotated[float | None, Field(ge=0), Later] = Field(
+        None, description="null: optim.weight_decay; for scalar 0"
+    )
+    beta1: Annotated[float | None, Field(ge=0, lt=1), Later] = Field(
+        None, description="null: optim.beta1"
+    )
+    beta2: Annotated[float | None, Field(ge=0, lt=1), Later] = Field(
+        None, description="null: optim.beta2"
     )
 
 
+class ParameterGroups(Section):
+    """Settings of each group; null takes those of `optim`."""
+
+    matrix: ParameterGroup = ParameterGroup()
+    embedding: ParameterGroup = ParameterGroup()
+    head: ParameterGroup = ParameterGroup()
+    scalar: ParameterGroup = ParameterGroup()
+
+
 class Optim(Section):
-    """The optimizer."""
+    """The optimizer. It knows four groups of parameters: matrix, embedding, head and scalar."""
 
     kind: Annotated[str, OneOf(OPTIMIZERS)] = Field("adamw", description="optimizer")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment, 0 to 1")
@@ -87,6 +131,18 @@ class Optim(Section):
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="clip the norm of the whole gradient to this; null: do not clip"
     )
+    momentum: Annotated[float, Later] = Field(
+        0.95, ge=0, lt=1, description="only for muon: decay of the momentum of matrices, 0 to 1"
+    )
+    momentum_warmup_steps: Annotated[Int, Later] = Field(
+        0, ge=0, description="only for muon: steps in which the momentum rises linearly from 0.85"
+    )
+    cautious: Annotated[bool, Later] = Field(
+        False,
+        description="only for muon: decay a weight only where it shrinks in this update anyway "
+        "(2510.12402)",
+    )
+    groups: ParameterGroups = ParameterGroups()
 
 
 class ScheduleSection(Section):

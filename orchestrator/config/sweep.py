@@ -7,10 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from model.models import DEFAULT
 from orchestrator.config.checks import password_problems
 from orchestrator.config.experiment import Experiment
 from orchestrator.config.fields import Docs, Section, Steps, Text, describe_fields
 from orchestrator.config.messages import validate
+from orchestrator.config.models import kind_in, with_model
 from orchestrator.errors import UserError
 
 Values = Annotated[list[Any], Field(min_length=1)]
@@ -98,14 +100,15 @@ def parse_sweep(tree: dict[str, Any], where: str) -> tuple[Experiment, SweepSect
     Raises:
         UserError: One line per mistake. Each starts with `where`.
     """
-    file = validate(SweepFile, tree, where, sweep_docs())
+    kind = kind_in(tree)
+    file = validate(with_model(SweepFile, kind), tree, where, sweep_docs(kind))
     problems = password_problems({"sweep": file.sweep.model_dump()})
     if problems:
         raise UserError("\n".join(f"{where}: {problem}" for problem in problems))
-    base = Experiment.model_validate(file.model_dump(exclude={"sweep"}))
+    base = with_model(Experiment, kind).model_validate(file.model_dump(exclude={"sweep"}))
     return base, file.sweep
 
 
-def sweep_docs() -> Docs:
-    """Describe every field of a sweep file, for `--help` and error messages."""
-    return describe_fields(SweepFile)
+def sweep_docs(kind: str = DEFAULT) -> Docs:
+    """Describe every field of a sweep file with this kind of model, for `--help` and errors."""
+    return describe_fields(with_model(SweepFile, kind))

@@ -12,6 +12,7 @@ import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+from model.models import stored_config
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost.timing import Timing
@@ -29,7 +30,7 @@ def file_of(experiment: Experiment, n_vocab: int, layout: Layout) -> Path:
     train = experiment.train
     key = [
         FORMAT,
-        asdict(experiment.gpt_config(n_vocab)),
+        stored_config(experiment.model.kind, experiment.model_config_for(n_vocab)),
         train.micro_batch_size,
         train.global_batch_size,
         experiment.slots,

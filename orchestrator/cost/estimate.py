@@ -181,13 +181,16 @@ def _data_lines(experiment: Experiment, tokens: TokenCounts) -> list[str]:
 def _cost_lines(experiment: Experiment, facts: ModelFacts) -> list[str]:
     tokens = experiment.tokens_per_step * experiment.train.max_steps
     flops = facts["flops_per_token"]
+    total = "FLOPs per token are not known: the model does not say"
+    if flops is not None:
+        total = f"{flops:.4g} FLOPs per token × {tokens:,} tokens = {flops * tokens:.4g} FLOPs"
     tensor = 4 * facts["parameters"]  # bytes of one float32 value per parameter
-    state = state_bytes(experiment, facts["parameters"])
+    state = state_bytes(experiment, facts)
     # Most memory is needed with one worker: the current slot and log2(slots) partial sums.
     gradients = experiment.slots.bit_length() * tensor
     keep = experiment.train.keep
     return [
-        f"{flops:.4g} FLOPs per token × {tokens:,} tokens = {flops * tokens:.4g} FLOPs",
+        total,
         f"checkpoint ≈ {_size(state)}; {keep} recent and the best one stay, one more is being "
         f"written: ≈ {_size(state * (keep + 2))} of disk",
         f"memory for weights, moments and gradients ≈ {_size(state + gradients)} per worker, "
@@ -195,9 +198,12 @@ def _cost_lines(experiment: Experiment, facts: ModelFacts) -> list[str]:
     ]
 
 
-def state_bytes(experiment: Experiment, parameters: int) -> int:
+def state_bytes(experiment: Experiment, facts: ModelFacts) -> int:
     """Return the size of weights and moments, and so of a checkpoint."""
-    return 4 * (1 + OPTIMIZERS[experiment.optim.kind].moments) * parameters
+    moments = OPTIMIZERS[experiment.optim.kind].moments
+    others = facts["parameters"] - facts["matrix_parameters"]
+    kept = moments["matrix"] * facts["matrix_parameters"] + moments["embedding"] * others
+    return 4 * (facts["parameters"] + kept)
 
 
 def _expected_lines(experiment: Experiment, tokens: TokenCounts, n_vocab: int) -> list[str]:

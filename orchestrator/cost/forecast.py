@@ -95,5 +95,5 @@ def forecast_of(experiment: Experiment, dataset: Manifest, layout: Layout) -> Ru
     if timing is not None:
         estimate = TokenCounts.of(dataset).expected(experiment, timing)
         print(f"expected: {expected_line(estimate)}", flush=True)
-    parameters = model_facts(experiment, n_vocab)["parameters"]
-    return RunForecast(experiment, state_bytes(experiment, parameters), estimate)
+    facts = model_facts(experiment, n_vocab)
+    return RunForecast(experiment, state_bytes(experiment, facts), estimate)

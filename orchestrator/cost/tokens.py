@@ -6,7 +6,6 @@ from pathlib import Path
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost import timing as cost
 from orchestrator.cost.timing import Estimate, Timing
-from orchestrator.data.corpus import list_corpus
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.estimate import estimate_tokens
 from orchestrator.data.prepared import find_in, known_dir, list_sources
@@ -57,8 +56,8 @@ def token_counts(experiment: Experiment) -> TokenCounts:
     if manifest is not None:
         return TokenCounts.of(manifest)
     directory = known_dir(data, storage, sources=sources)
-    guess = estimate_tokens(data)
-    files = () if guess.bytes is None else (f"corpus: {list_corpus(data.corpus)}",)
+    guess = estimate_tokens(data, sources)
+    files = () if guess.bytes is None else (f"corpus: {sources}",)
     if guess.tokens is None:
         return TokenCounts(guess.n_vocab, None, None, directory, is_exact=False, corpus=files)
     val = guess.tokens - tail_cut(guess.tokens, data.val_fraction)

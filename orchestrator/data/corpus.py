@@ -1,6 +1,6 @@
 """The files of a corpus: paths, globs, folders, downloads, or Python's own standard library.
 
-`list_corpus` finds the files without downloading them, and reads only their first bytes. `fetch`
+`resolve` finds the files without downloading them, and reads only their first bytes. `fetch`
 downloads, and `documents.py` reads.
 """
 
@@ -10,8 +10,8 @@ import shutil
 import sysconfig
 import urllib.parse
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.data.input.download import Progress, download
@@ -75,22 +75,21 @@ class CorpusFile:
         check_unchanged(self.name, self.path, self.size, self.modified)
 
 
-@dataclass
-class Listing:
-    """The files of a corpus.
+class Listing(list[CorpusFile]):
+    """The files of a corpus, in order.
 
     Attributes:
-        sources: The files, in order.
         left_out: Names of other files that were found, by the reason.
     """
 
-    sources: list[CorpusFile] = field(default_factory=list)
-    left_out: LeftOut = field(default_factory=lambda: defaultdict(list))
+    def __init__(self, files: Iterable[CorpusFile] = (), left_out: LeftOut | None = None):
+        super().__init__(files)
+        self.left_out: LeftOut = defaultdict(list) if left_out is None else left_out
 
     def __str__(self) -> str:
         """Return `3 Parquet, 12,345 bytes; left out: 1 text (README.md)`."""
-        kinds = Counter(kind_of(source.path).name for source in self.sources)
-        size = sum(source.size or 0 for source in self.sources)
+        kinds = Counter(kind_of(source.path).name for source in self)
+        size = sum(source.size or 0 for source in self)
         taken = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
         left_out = [
             f"{len(names):,} {reason} ({shown(names)})" for reason, names in self.left_out.items()
@@ -106,12 +105,7 @@ def shown(names: Sequence[str]) -> str:
     return ", ".join(first) + more
 
 
-def resolve(corpus: str | list[str]) -> list[CorpusFile]:
-    """Return the files of a corpus; see `list_corpus` for the errors."""
-    return list_corpus(corpus).sources
-
-
-def list_corpus(corpus: str | list[str]) -> Listing:
+def resolve(corpus: str | list[str]) -> Listing:
     """Find the files of a corpus.
 
     Entries keep their order; the files of a folder or glob are sorted by name. Links are followed,
@@ -125,14 +119,14 @@ def list_corpus(corpus: str | list[str]) -> Listing:
     entries = entries_of(corpus)
     listing = Listing()
     for entry in entries:
-        listing.sources += _resolve_entry(entry, listing.left_out)
+        listing += _resolve_entry(entry, listing.left_out)
     seen: set[object] = set()
-    for source in listing.sources if len(entries) > 1 else []:
+    for source in listing if len(entries) > 1 else []:
         key = identity(source.path) if source.url is None else source.path
         if key in seen:
             raise UserError(f"data.corpus: {source.path} is listed twice; list it once")
         seen.add(key)
-    if all(source.size == 0 for source in listing.sources):
+    if all(source.size == 0 for source in listing):
         names = redact_text(", ".join(entries))
         raise UserError(f"data.corpus: {names} holds no text (every file is empty)")
     return listing

@@ -5,11 +5,13 @@ chunks of the corpus are encoded, if the ranks are on this machine.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from orchestrator.data import corpus
+from orchestrator.data.corpus import Listing
 from orchestrator.data.documents import Piece, Span, read_pieces, reader_of
+from orchestrator.data.encoder import is_possible
 from orchestrator.data.input.kinds import kind_of as kind_of_file
 from orchestrator.data.tasks import count, plan_chunks
 from orchestrator.data.tokenizer import has_ranks, kind_of, load_tokenizer
@@ -33,15 +35,20 @@ class TokenEstimate:
     n_vocab: int | None
 
 
-def estimate_tokens(data: "Data") -> TokenEstimate:
+def estimate_tokens(data: "Data", sources: Listing | None = None) -> TokenEstimate:
     """Estimate the size of the whole corpus.
+
+    Args:
+        data: The `data` section.
+        sources: The files of the corpus, if they were listed already.
 
     Raises:
         UserError: A path is missing or the tokenizer is unknown. For `char`, also the errors of
             reading the whole corpus.
     """
     name = data.tokenizer
-    sources = corpus.resolve(data.corpus)
+    is_possible(data.encoder, name)
+    sources = sources or corpus.resolve(data.corpus)
     n_vocab = kind_of(name).n_vocab
     counts = kind_of(name).counts
     if any(source.size is None for source in sources):
@@ -71,22 +78,27 @@ def _bytes_per_token(chunks: list[list[Span]], data: "Data") -> float:
     tokenizer = load_tokenizer(data.tokenizer)
     size = 0.0
     tokens = 0
-    for spans in chunks[:: max(1, len(chunks) // SAMPLES)][:SAMPLES]:
-        for piece in _first_pieces(spans):
-            # A text that cannot be cut may be one piece of many megabytes.
-            text = piece.text[:SAMPLE_BYTES]
-            size += piece.size * len(text) / max(1, len(piece.text))
-            has_eot = data.append_eot and piece.starts and piece.ends
-            tokens += len(tokenizer.encode(text)) + has_eot
+    for piece in sample(chunks):
+        size += piece.size
+        has_eot = data.append_eot and piece.starts and piece.ends
+        tokens += len(tokenizer.encode(piece.text)) + has_eot
     return size / tokens if tokens > 0 else BYTES_PER_TOKEN
 
 
-def _first_pieces(spans: list[Span]) -> Iterator[Piece]:
-    """Return pieces of a chunk up to `SAMPLE_BYTES` of its files: it may hold a whole row group."""
-    taken = 0.0
+def sample(chunks: list[list[Span]]) -> Iterator[Piece]:
+    """Return pieces of at most `SAMPLE_BYTES` from the beginnings of `SAMPLES` chunks."""
+    for spans in chunks[:: max(1, len(chunks) // SAMPLES)][:SAMPLES]:
+        room = float(SAMPLE_BYTES)
+        for piece in _pieces(spans):
+            # A text that cannot be cut may be one piece of many megabytes.
+            text = piece.text[:SAMPLE_BYTES]
+            size = piece.size * len(text) / max(1, len(piece.text))
+            yield replace(piece, text=text, size=size)
+            room -= piece.size or len(text)  # the size of a packed piece is not known
+            if room <= 0:
+                break
+
+
+def _pieces(spans: list[Span]) -> Iterator[Piece]:
     for span in spans:
-        for piece in read_pieces(span):
-            yield piece
-            taken += piece.size
-            if taken >= SAMPLE_BYTES:
-                return
+        yield from read_pieces(replace(span, end=min(span.end, span.start + SAMPLE_BYTES)))

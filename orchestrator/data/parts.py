@@ -1,16 +1,16 @@
 """Part files: the token ids of one chunk of the corpus, before they become shards.
 
-Chunk 12 has the ids of `train` in `00000012.train.bin` and its documents in `00000012.train.json`,
-the same for `val`, and the sidecar `00000012.json`, which is written last. A chunk is not tokenized
-again if its sidecar and SHA-256 are right. Laid end to end, the parts are the token streams; a
-shard is an exact slice of a stream.
+Chunk 12 has the ids of `train` in `00000012.train.bin` and its documents in `00000012.train.json`
+(a line for each), the same for `val`, and the sidecar `00000012.json`, which is written last. A
+chunk is not tokenized again if its sidecar and SHA-256 are right. Laid end to end, the parts are
+the token streams; a shard is an exact slice of a stream.
 """
 
 import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,19 +20,21 @@ import numpy as np
 from orchestrator.data.dataset import ROW_TOKENS, Shard
 from orchestrator.data.index import Entry
 from orchestrator.data.shards import ROW_GROUP_ROWS, write_shard
-from orchestrator.files import file_sha256, replacement, write_atomically
+from orchestrator.files import file_sha256, replacement
 
+FORMAT = 2  # of the part files
 SPLITS = ("train", "val")
 _BLOCK = 1 << 20
 
-Index = list[tuple[str, int]]  # document, its first token in the part
 Slice = tuple[str, int, int]  # part file, first token, number of tokens
 
 
 class PartFacts(TypedDict):
     """What a sidecar says about one split of a chunk."""
 
+    file: str  # name of its files, without suffix
     tokens: int
+    characters: int
     bytes: int  # of UTF-8 text
     documents: int
     nulls: int  # null texts that were left out; counted in train
@@ -40,9 +42,14 @@ class PartFacts(TypedDict):
     index_sha256: str  # of the file with its documents
 
 
-def part_file(folder: Path, chunk: int, split: str, kind: str = "bin") -> Path:
-    """Return the path of a part's file: its ids (`bin`) or its documents (`json`)."""
-    return folder / f"{chunk:08d}.{split}.{kind}"
+ChunkFacts = dict[str, PartFacts]  # by split
+
+
+def no_part() -> PartFacts:
+    """Return the facts of a part without files."""
+    return PartFacts(
+        file="", tokens=0, characters=0, bytes=0, documents=0, nulls=0, sha256="", index_sha256=""
+    )
 
 
 def sidecar_file(folder: Path, chunk: int) -> Path:
@@ -50,49 +57,66 @@ def sidecar_file(folder: Path, chunk: int) -> Path:
     return folder / f"{chunk:08d}.json"
 
 
-def find_complete(folder: Path, chunk: int) -> dict[str, PartFacts] | None:
+def find_complete(folder: Path, chunk: int) -> ChunkFacts | None:
     """Return the sidecar of a chunk whose part files are complete; None if they are not."""
     try:
         facts = json.loads(sidecar_file(folder, chunk).read_bytes())
         for split in SPLITS:
             part = facts[split]
             for kind, sha256 in (("bin", part["sha256"]), ("json", part["index_sha256"])):
-                if file_sha256(part_file(folder, chunk, split, kind)) != sha256:
+                if file_sha256(folder / f"{part['file']}.{kind}") != sha256:
                     return None
     except (OSError, ValueError, KeyError):
         return None
     return facts
 
 
-@dataclass
 class Part:
-    """The ids of one split of a chunk, in memory."""
+    """Writes the ids of one split of a chunk, and its documents, as they come.
 
-    arrays: list[np.ndarray] = field(default_factory=list)
-    tokens: int = 0
-    bytes: int = 0  # of UTF-8 text
-    nulls: int = 0
-    index: Index = field(default_factory=list)
+    Args:
+        files: Closes the files, and gives them their names.
+        folder: Folder of the part files.
+        chunk: Number of the chunk.
+        split: `train` or `val`.
+    """
 
-    def add(self, ids: np.ndarray) -> None:
-        """Append ids."""
-        self.arrays.append(ids)
-        self.tokens += len(ids)
+    def __init__(self, files: ExitStack, folder: Path, chunk: int, split: str):
+        self.facts = no_part()
+        self.facts["file"] = f"{chunk:08d}.{split}"
+        self._ids = _Output(files, folder / f"{self.facts['file']}.bin")
+        self._index = _Output(files, folder / f"{self.facts['file']}.json")
 
-    def save(self, folder: Path, chunk: int, split: str) -> PartFacts:
-        """Write the part files."""
-        data = b"".join(ids.data for ids in self.arrays)
-        write_atomically(part_file(folder, chunk, split), data)
-        index = json.dumps(self.index).encode()
-        write_atomically(part_file(folder, chunk, split, "json"), index)
-        return {
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "documents": len(self.index),
-            "nulls": self.nulls,
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "index_sha256": hashlib.sha256(index).hexdigest(),
-        }
+    def begin(self, document: str) -> None:
+        """Note that a document begins here."""
+        self._index.write(json.dumps([document, self.facts["tokens"]]).encode() + b"\n")
+        self.facts["documents"] += 1
+
+    def add(self, ids: np.ndarray, text: str = "") -> None:
+        """Append the ids of a text."""
+        self._ids.write(ids.data)
+        self.facts["tokens"] += len(ids)
+        self.facts["characters"] += len(text)
+        self.facts["bytes"] += len(text.encode())
+
+    def finish(self) -> PartFacts:
+        """Return the facts of all that was added."""
+        self.facts["sha256"] = self._ids.digest.hexdigest()
+        self.facts["index_sha256"] = self._index.digest.hexdigest()
+        return self.facts
+
+
+class _Output:
+    """A file that is hashed while it is written. Its content need not survive a power failure."""
+
+    def __init__(self, files: ExitStack, path: Path):
+        temporary = files.enter_context(replacement(path, durable=False))
+        self.file = files.enter_context(temporary.open("xb"))
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+        self.digest.update(data)
 
 
 class Parts:
@@ -103,7 +127,7 @@ class Parts:
         facts: The sidecars.
     """
 
-    def __init__(self, folder: Path, facts: list[dict[str, PartFacts]]):
+    def __init__(self, folder: Path, facts: list[ChunkFacts]):
         self.folder = folder
         self.facts = facts
         # First token of each part in its stream, and then the end of the stream.
@@ -129,7 +153,7 @@ class Parts:
         totals = {split: self.totals(split) for split in SPLITS}
         counts = [f"{total['documents']:,} {split}" for split, total in totals.items()]
         size = sum(total["bytes"] for total in totals.values())
-        nulls = sum(part["train"]["nulls"] for part in self.facts)
+        nulls = sum(part[split]["nulls"] for part in self.facts for split in SPLITS)
         line = f"{', '.join(counts)}, {size:,} bytes of text"
         return f"{line}; left out: {nulls:,} null" if nulls else line
 
@@ -150,11 +174,13 @@ class Parts:
 
     def documents(self, split: str) -> Iterator[Entry]:
         """Return first token and name of each document of a split."""
-        for chunk, first in enumerate(self.starts[split][:-1]):
-            file = part_file(self.folder, chunk, split, "json")
-            for document, offset in json.loads(file.read_bytes()):
-                # A file name may have bytes that are not UTF-8, which Parquet does not allow.
-                yield first + offset, document.encode("utf-8", "replace").decode()
+        for first, chunk in zip(self.starts[split], self.facts, strict=False):
+            if chunk[split]["documents"] == 0:
+                continue
+            with open(self.folder / f"{chunk[split]['file']}.json", "rb") as lines:
+                for document, offset in map(json.loads, lines):
+                    # A file name may have bytes that are not UTF-8, which Parquet does not allow.
+                    yield first + offset, document.encode("utf-8", "replace").decode()
 
     def _slices(self, split: str, first: int, stop: int) -> list[Slice]:
         """Return the slices of part files that hold tokens [first, stop) of a split."""
@@ -164,17 +190,22 @@ class Parts:
         while first < stop:
             end = min(stop, starts[chunk + 1])
             if first < end:
-                path = str(part_file(self.folder, chunk, split))
+                path = str(self._ids(chunk, split))
                 found.append((path, first - starts[chunk], end - first))
             first = end
             chunk += 1
         return found
 
+    def _ids(self, chunk: int, split: str) -> Path:
+        return self.folder / f"{self.facts[chunk][split]['file']}.bin"
+
     def stream_sha256(self, split: str) -> str:
         """Return the SHA-256 of all ids of a split, as little-endian integers."""
         digest = hashlib.sha256()
-        for chunk in range(len(self.facts)):
-            with open(part_file(self.folder, chunk, split), "rb") as file:
+        for chunk, part in enumerate(self.facts):
+            if part[split]["tokens"] == 0:
+                continue
+            with open(self._ids(chunk, split), "rb") as file:
                 while block := file.read(_BLOCK):
                     digest.update(block)
         return digest.hexdigest()

@@ -4,7 +4,7 @@ Read `_Preparation.run` first. The corpus is cut into chunks by a function of it
 task for each chunk, which writes part files and returns only counts: tokens never enter Ray's
 object store. Then each shard is written from exact slices of the parts.
 
-A corpus of up to 16 MiB is prepared in this process: starting Ray Data would take longer.
+A corpus of up to 256 MiB is prepared in threads of this process: starting Ray would take longer.
 
 The same corpus and settings give the same bytes on any number of CPUs and nodes. A killed
 preparation continues with the part files that it has written.
@@ -27,11 +27,14 @@ import numpy as np
 
 from orchestrator import files, folders
 from orchestrator.data import corpus, tasks
-from orchestrator.data.corpus import CorpusFile
+from orchestrator.data.corpus import CorpusFile, Listing
 from orchestrator.data.dataset import Manifest, Shard, Split, load_manifest, write_manifest
+from orchestrator.data.documents import Span
+from orchestrator.data.encoder import LEAST_BYTES, fast_tokenizer, is_possible
+from orchestrator.data.estimate import sample
 from orchestrator.data.index import write_index
 from orchestrator.data.input.download import Progress
-from orchestrator.data.parts import SPLITS, Parts, write_slices
+from orchestrator.data.parts import FORMAT, SPLITS, Parts, write_slices
 from orchestrator.data.prepared import (
     find_prepared,
     known_dir,
@@ -41,10 +44,11 @@ from orchestrator.data.prepared import (
 )
 from orchestrator.data.ray_tasks import RayTasks, to_json
 from orchestrator.data.shards import SHARD_ROWS
-from orchestrator.data.tasks import Job, Survey
+from orchestrator.data.tasks import Job, tail_cut
 from orchestrator.data.tokenizer import Tokenizer, kind_of, load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.hashes import Stamp, hash_here, stamp
+from orchestrator.machine import available_cpus
 
 if TYPE_CHECKING:
     from orchestrator.config.sections import Data
@@ -52,15 +56,14 @@ if TYPE_CHECKING:
 WORK = ".parts"  # folder of part files, inside the dataset; removed at the end
 MIN_CHUNK_BYTES = 1 << 20
 MAX_CHUNK_BYTES = 32 << 20
-SMALL_BYTES = 16 * MIN_CHUNK_BYTES  # a corpus up to this size is prepared without Ray
-HASH_HERE_BYTES = 256 << 20  # a smaller corpus is hashed before Ray would have started
+SMALL_BYTES = 256 << 20  # a corpus up to this size is prepared before Ray would have started
 
 
 def prepare_in(
     data: "Data",
     storage: Path,
     progress: Progress | None = None,
-    sources: list[CorpusFile] | None = None,
+    sources: Listing | None = None,
 ) -> Manifest:
     """Prepare a dataset in the folder that its content names; see `dataset_dir` and `prepare`.
 
@@ -84,7 +87,7 @@ def _hash_files(ray_tasks: RayTasks, paths: list[str]) -> list[str]:
             sizes.append(0)
         jobs[-1].append(path)
         sizes[-1] += os.path.getsize(path)
-    if sum(sizes) <= HASH_HERE_BYTES:
+    if sum(sizes) <= SMALL_BYTES:
         return hash_here(paths)
     found = ray_tasks.map("hashing", tasks.hash_files, [{"paths": job} for job in jobs], sizes)
     return list(itertools.chain(*found))
@@ -97,7 +100,7 @@ def prepare(
     progress: Progress | None = None,
     chunk_bytes: int | None = None,
     shard_rows: int = SHARD_ROWS,
-    sources: list[CorpusFile] | None = None,
+    sources: Listing | None = None,
 ) -> Manifest:
     """Prepare the dataset in `directory`, unless it is there already.
 
@@ -116,7 +119,8 @@ def prepare(
     found = find_prepared(data, directory, sources=sources)
     if found is not None:
         return found
-    # Find mistakes in these two before the folder is created.
+    # Find mistakes in these before the folder is created.
+    is_possible(data.encoder, data.tokenizer)
     sources = sources or corpus.resolve(data.corpus)
     if kind_of(data.tokenizer).learn is None:
         load_tokenizer(data.tokenizer)
@@ -159,7 +163,7 @@ def _versions(sources: list[CorpusFile]) -> list[Stamp]:
 class _Preparation:
     data: "Data"
     directory: Path
-    listed: list[CorpusFile]
+    listed: Listing
     ray_tasks: RayTasks
     chunk_bytes: int | None
     shard_rows: int
@@ -169,33 +173,29 @@ class _Preparation:
         work = self.directory / WORK
         work.mkdir(exist_ok=True)
         fetch = functools.partial(corpus.fetch, folder=work, progress=self.ray_tasks.progress)
-        sources = [fetch(source) for source in self.listed]
+        sources = Listing(map(fetch, self.listed), self.listed.left_out)
         total = sum(source.bytes for source in sources)
         self.is_small = self.chunk_bytes is None and total <= SMALL_BYTES
-        left_out = corpus.list_corpus(self.data.corpus).left_out
-        print(f"corpus: {corpus.Listing(sources, left_out)}", flush=True)
+        print(f"corpus: {sources}", flush=True)
         versions = _versions(sources)
         source_files = tasks.source_files(sources)
         chunks = tasks.plan_chunks(sources, self._chunk_bytes(sources), self.data)
         sizes = [sum(span.end - span.start for span in spans) for spans in chunks]
 
-        # The characters are counted if the split or the tokenizer depends on them.
         learn = kind_of(self.data.tokenizer).learn
-        surveys: list[Survey] = []
-        if self.data.split == "tail" or learn is not None:
-            surveys = self._map("reading", tasks.survey, [{"spans": c} for c in chunks], sizes)
         if learn is None:
             tokenizer = load_tokenizer(self.data.tokenizer)
         else:
-            tokenizer = learn("".join(survey["seen"] for survey in surveys))
+            jobs = [{"spans": spans} for spans in chunks]
+            tokenizer = learn("".join(self._map("reading", tasks.survey, jobs, sizes)))
         if self.data.append_eot and tokenizer.eot_id is None:
             raise UserError(f"data.append_eot: {tokenizer.name} has no end-of-text token")
         tokenizer.save(self.directory)
+        fast = self._is_fast(tokenizer, chunks, total)
 
         hashes = {str(s.path): f["sha256"] for s, f in zip(sources, source_files, strict=True)}
-        characters = [survey["characters"] for survey in surveys]
-        jobs = tasks.tokenize_jobs(chunks, hashes, characters, self.data)
-        parts = self._tokenize(jobs, hashes, sizes, tokenizer)
+        jobs = tasks.tokenize_jobs(chunks, hashes, self.data)
+        parts = self._tokenize(jobs, hashes, sizes, tokenizer, fast)
         print(f"documents: {parts}", flush=True)
         splits = self._write_shards(parts, tokenizer.dtype)
         if _versions(sources) != versions:
@@ -219,9 +219,8 @@ class _Preparation:
         if self.chunk_bytes is not None:
             return self.chunk_bytes
         total = sum(source.bytes for source in sources)
-        if self.is_small:
-            return MIN_CHUNK_BYTES
-        share = total // (4 * self.ray_tasks.cpus())
+        cpus = available_cpus() if self.is_small else self.ray_tasks.cpus()
+        share = total // (4 * cpus)
         return max(MIN_CHUNK_BYTES, min(MAX_CHUNK_BYTES, share))
 
     def _map(
@@ -229,22 +228,42 @@ class _Preparation:
     ) -> list[Any]:
         return self.ray_tasks.map(stage, task, jobs, sizes, self.is_small)
 
+    def _is_fast(self, tokenizer: Tokenizer, chunks: list[list[Span]], total: int) -> bool:
+        """Return whether to use gigatoken: it has the same ids for a sample of the corpus."""
+        asked = self.data.encoder
+        if not is_possible(asked, tokenizer.name) or (asked == "auto" and total < LEAST_BYTES):
+            return False
+        return fast_tokenizer(tokenizer, [piece.text for piece in sample(chunks)]) is not None
+
     def _tokenize(
-        self, jobs: list[Job], hashes: dict[str, str], sizes: list[int], tokenizer: Tokenizer
+        self,
+        jobs: list[Job],
+        hashes: dict[str, str],
+        sizes: list[int],
+        tokenizer: Tokenizer,
+        fast: bool,
     ) -> Parts:
         """Write the part files, in a folder named by the hash of all that decides them."""
-        content = to_json([settings_of(self.data), tokenizer.sha256, jobs, hashes])
+        content = to_json([FORMAT, settings_of(self.data), tokenizer.sha256, jobs, hashes])
         folder = self.directory / WORK / hashlib.sha256(content.encode()).hexdigest()[:16]
         folder.mkdir(exist_ok=True)
         task = functools.partial(
             tasks.tokenize,
             val_fraction=self.data.val_fraction,
             tokenizer=(tokenizer.name, tokenizer.sha256),
+            fast=fast,
             append_eot=self.data.append_eot,
             dataset=str(self.directory),
             folder=str(folder),
         )
-        return Parts(folder, self._map("tokenizing", task, jobs, sizes))
+        facts = self._map("tokenizing", task, jobs, sizes)
+        if self.data.split == "tail":
+            characters = sum(part["train"]["characters"] for part in facts)
+            again = tasks.cut_tail(jobs, facts, tail_cut(characters, self.data.val_fraction))
+            cut = self._map("cutting", task, list(again.values()), [sizes[i] for i in again])
+            for i, part in zip(again, cut, strict=True):
+                facts[i] = part
+        return Parts(folder, facts)
 
     def _write_shards(self, parts: Parts, dtype: np.dtype) -> dict[str, Split]:
         """Write the shards and the index of documents."""

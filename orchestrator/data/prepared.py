@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.data import corpus
-from orchestrator.data.corpus import CorpusFile
-from orchestrator.data.dataset import FILE, FORMAT, Manifest, load_manifest
+from orchestrator.data.corpus import Listing
+from orchestrator.data.dataset import FILE, FORMAT, ROW_TOKENS, Manifest, load_manifest
 from orchestrator.data.input.paths import MissingCorpusError
 from orchestrator.errors import UserError
 from orchestrator.hashes import HashFiles, known_sha256s, sha256s
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Fields of the `data` section that decide the tokens, besides the corpus.
 SETTINGS = ("append_eot", "invalid_utf8", "split", "text_field", "tokenizer", "val_fraction")
+END_OF_PARQUET = b"PAR1"
 SHOWN = 3  # differences in one message
 
 # Path below the root, and SHA-256, of each file; None: it was not hashed yet.
@@ -54,7 +55,7 @@ def dataset_dir(data: "Data", storage: Path) -> Path:
 
 
 def known_dir(
-    data: "Data", storage: Path, *, read: bool = False, sources: list[CorpusFile] | None = None
+    data: "Data", storage: Path, *, read: bool = False, sources: Listing | None = None
 ) -> Path | None:
     """Do the same as `dataset_dir` without reading a file; None if one was not hashed yet.
 
@@ -87,14 +88,15 @@ def _fingerprint(data: "Data", files: Sequence[tuple[str, str | int | None]]) ->
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def with_hashes(sources: list[CorpusFile], hash_files: HashFiles | None = None) -> list[CorpusFile]:
+def with_hashes(sources: Listing, hash_files: HashFiles | None = None) -> Listing:
     """Return the sources with the SHA-256 of each file; see `sha256s`."""
     missing = [str(source.path) for source in sources if source.sha256 is None]
     found = iter(sha256s(missing, hash_files))
-    return [s if s.sha256 is not None else replace(s, sha256=next(found)) for s in sources]
+    hashed = (s if s.sha256 is not None else replace(s, sha256=next(found)) for s in sources)
+    return Listing(hashed, sources.left_out)
 
 
-def _content(sources: list[CorpusFile], read: bool) -> Content:
+def _content(sources: Listing, read: bool) -> Content:
     if read:
         return [(_content_name(s.name, s.by_content), s.sha256) for s in with_hashes(sources)]
     known = known_sha256s(str(source.path) for source in sources if source.sha256 is None)
@@ -121,7 +123,7 @@ def _below_root(name: str) -> str:
 
 
 def find_in(
-    data: "Data", storage: Path, *, read: bool = True, sources: list[CorpusFile] | None = None
+    data: "Data", storage: Path, *, read: bool = True, sources: Listing | None = None
 ) -> Manifest | None:
     """Return the finished dataset of a `data` section; see `known_dir` and `find_prepared`."""
     directory = known_dir(data, storage, read=read, sources=sources)
@@ -130,7 +132,7 @@ def find_in(
     return find_prepared(data, directory, read=read, sources=sources)
 
 
-def list_sources(data: "Data") -> list[CorpusFile] | None:
+def list_sources(data: "Data") -> Listing | None:
     """Return the files of the corpus; None if they are not here, but the dataset may be.
 
     Raises:
@@ -147,7 +149,7 @@ def list_sources(data: "Data") -> list[CorpusFile] | None:
 
 
 def find_prepared(
-    data: "Data", directory: Path, *, read: bool = True, sources: list[CorpusFile] | None = None
+    data: "Data", directory: Path, *, read: bool = True, sources: Listing | None = None
 ) -> Manifest | None:
     """Return the finished dataset in `directory`; None if there is none.
 
@@ -158,7 +160,8 @@ def find_prepared(
         sources: The files of the corpus, if they were listed already.
 
     Raises:
-        UserError: It was made with other settings or from another corpus, or a shard is missing.
+        UserError: It was made with other settings or from another corpus, or a shard is missing or
+            cut.
     """
     if not (directory / FILE).exists():
         return None
@@ -174,15 +177,31 @@ def find_prepared(
         )
     for split in manifest.splits.values():
         for shard in split.shards:
-            if not (directory / shard.name).is_file():
+            payload = shard.rows * ROW_TOKENS * int(manifest.dtype.removeprefix("uint")) // 8
+            if not _is_whole(directory / shard.name, payload):
                 raise UserError(
-                    f"{directory}: {shard.name} is missing; delete the folder and prepare it again"
+                    f"{directory}: {shard.name} is missing or cut; delete the folder and prepare "
+                    "it again"
                 )
     return manifest
 
 
+def _is_whole(path: Path, payload: int) -> bool:
+    """Return whether a shard has its length and its end. Workers compare the SHA-256."""
+    try:
+        with open(path, "rb") as file:
+            if file.seek(0, os.SEEK_END) < payload + len(END_OF_PARQUET):
+                return False
+            file.seek(-len(END_OF_PARQUET), os.SEEK_END)
+            return file.read() == END_OF_PARQUET
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def _differences(
-    data: "Data", manifest: Manifest, read: bool, sources: list[CorpusFile] | None
+    data: "Data", manifest: Manifest, read: bool, sources: Listing | None
 ) -> list[str]:
     """Return one line for each difference between a dataset and the `data` section."""
     before = {f"data.{key}": value for key, value in manifest.settings.items()}
@@ -193,7 +212,7 @@ def _differences(
         # The dataset may have been copied here without its corpus.
         if not _has_same_roots(data, manifest):
             raise
-        sources = []
+        sources = Listing()
     else:
         for stored in manifest.sources:
             before[f"size of {_below_root(stored['name'])}"] = stored["size"]

@@ -1,20 +1,24 @@
 """Runs the tasks of a preparation on Ray, and prints how far they are."""
 
+import contextlib
 import functools
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from orchestrator.cluster import connection
 from orchestrator.data.input.download import Progress
 from orchestrator.data.tasks import Job
 from orchestrator.errors import NOT_WRITABLE, UserError
+from orchestrator.machine import available_cpus
 from orchestrator.text import duration
 
+Row = dict[str, str]  # JSON of a job, or of its result
 TERMINAL_INTERVAL_S = 0.2
 FILE_INTERVAL_S = 5.0  # for output to a file, where each line stays
 
@@ -73,7 +77,7 @@ class RayTasks:
             task: A function at the top level of a module.
             jobs: Arguments of each call.
             sizes: Bytes of each job.
-            here: Run the tasks in this process, without Ray.
+            here: Run the tasks in threads of this process, without Ray.
 
         Raises:
             UserError: A task raised it, or a file of the corpus cannot be opened.
@@ -84,18 +88,17 @@ class RayTasks:
         self.progress(stage, done, total)
         rows = [{"job": to_json([number, job])} for number, job in enumerate(jobs)]
         run = functools.partial(_run_job, task, os.environ.get("TIKTOKEN_CACHE_DIR"))
-        for row in map(run, rows) if here else self.run_rows(run, rows):
-            number, result, error = json.loads(row["result"])
-            if error is not None:
-                raise UserError(error)
-            results[number] = result
-            done += sizes[number]
-            self.progress(stage, done, total)
+        with contextlib.closing((_run_here if here else self.run_rows)(run, rows)) as found:
+            for row in found:
+                number, result, error = json.loads(row["result"])
+                if error is not None:
+                    raise UserError(error)
+                results[number] = result
+                done += sizes[number]
+                self.progress(stage, done, total)
         return results
 
-    def run_rows(
-        self, run: Callable[[dict[str, str]], dict[str, str]], rows: list[dict[str, str]]
-    ) -> Iterator[dict[str, str]]:
+    def run_rows(self, run: Callable[[Row], Row], rows: list[Row]) -> Generator[Row, None, None]:
         """Run a function on small rows with Ray Data, one task per row."""
         import ray.data
 
@@ -109,9 +112,18 @@ class RayTasks:
         yield from ray.data.from_items(rows, override_num_blocks=len(rows)).map(run).iter_rows()
 
 
-def _run_job(
-    task: Callable[..., Any], tiktoken_cache: str | None, row: dict[str, str]
-) -> dict[str, str]:
+def _run_here(run: Callable[[Row], Row], rows: list[Row]) -> Generator[Row, None, None]:
+    """Run a function on rows in threads of this process."""
+    with ThreadPoolExecutor(available_cpus()) as threads:
+        futures = [threads.submit(run, row) for row in rows]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _run_job(task: Callable[..., Any], tiktoken_cache: str | None, row: Row) -> Row:
     if tiktoken_cache is not None:
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", tiktoken_cache)
     number, job = json.loads(row["job"])

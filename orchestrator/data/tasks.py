@@ -8,18 +8,26 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
-from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.dataset import SourceFile
 from orchestrator.data.documents import Piece, Span, read_pieces, reader_of
-from orchestrator.data.parts import SPLITS, Part, PartFacts, find_complete, sidecar_file
+from orchestrator.data.encoder import fast_tokenizer
+from orchestrator.data.parts import (
+    SPLITS,
+    ChunkFacts,
+    Part,
+    find_complete,
+    no_part,
+    sidecar_file,
+)
 from orchestrator.data.tokenizer import Tokenizer, kind_of, load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.files import file_sha256, write_atomically
@@ -32,6 +40,7 @@ if TYPE_CHECKING:
 
 Job = dict[str, Any]  # the arguments of one task, which gets a dataclass as a dict
 SpanJson = dict[str, Any]  # the fields of `Span`
+_ALL = 1 << 62  # more characters than a chunk has
 
 
 def plan_chunks(sources: list[CorpusFile], chunk_bytes: int, data: "Data") -> list[list[Span]]:
@@ -99,17 +108,10 @@ def source_files(sources: list[CorpusFile]) -> list[SourceFile]:
 # ---- survey ----
 
 
-class Survey(TypedDict):
-    """What a chunk contains."""
-
-    characters: int
-    seen: str  # the characters that occur
-
-
-def survey(spans: list[SpanJson]) -> Survey:
-    """Count the characters of a chunk."""
-    characters, seen = count(Span(**span) for span in spans)
-    return {"characters": characters, "seen": "".join(sorted(seen))}
+def survey(spans: list[SpanJson]) -> str:
+    """Return the characters that occur in a chunk."""
+    _, seen = count(Span(**span) for span in spans)
+    return "".join(sorted(seen))
 
 
 def count(spans: Iterable[Span]) -> tuple[int, set[str]]:
@@ -126,29 +128,49 @@ def count(spans: Iterable[Span]) -> tuple[int, set[str]]:
 # ---- tokenize ----
 
 
-def tokenize_jobs(
-    chunks: list[list[Span]], hashes: dict[str, str], characters: list[int], data: "Data"
-) -> list[Job]:
+def tokenize_jobs(chunks: list[list[Span]], hashes: dict[str, str], data: "Data") -> list[Job]:
     """Return the arguments of `tokenize` that differ between the chunks.
+
+    Where `split: tail` cuts is known when all characters are counted. Until then all is train.
 
     Args:
         chunks: The spans of each chunk.
         hashes: SHA-256 of each file, by path.
-        characters: Number of characters of each chunk; used if `split` is `tail`.
         data: The `data` section.
     """
-    before = [0, *accumulate(characters)]
-    cut = tail_cut(before[-1], data.val_fraction)
     val_files = {path for path, sha256 in hashes.items() if is_val(sha256, data.val_fraction)}
     return [
         {
             "chunk": i,
             "spans": spans,
-            "train_characters": cut - before[i] if data.split == "tail" else None,
+            "train_characters": _ALL if data.split == "tail" else None,
             "val_files": [span.path for span in spans if span.path in val_files],
         }
         for i, spans in enumerate(chunks)
     ]
+
+
+def cut_tail(jobs: list[Job], facts: list[ChunkFacts], cut: int) -> dict[int, Job]:
+    """Make val of the chunks after the first `cut` characters, which are train.
+
+    Args:
+        jobs: The jobs of all chunks.
+        facts: Their results, which are changed.
+        cut: See `tail_cut`.
+
+    Returns:
+        Jobs that tokenize the chunks at the cut again, by the number of the chunk.
+    """
+    again = {}
+    before = 0
+    for i, job in enumerate(jobs):
+        after = before + facts[i]["train"]["characters"]
+        if before > cut:
+            facts[i] = {"train": no_part(), "val": facts[i]["train"]}
+        elif after >= cut:
+            again[i] = job | {"chunk": len(jobs) + i, "train_characters": cut - before}
+        before = after
+    return again
 
 
 def tokenize(
@@ -159,10 +181,11 @@ def tokenize(
     *,
     val_fraction: float,
     tokenizer: tuple[str, str],
+    fast: bool,
     append_eot: bool,
     dataset: str,
     folder: str,
-) -> dict[str, PartFacts]:
+) -> ChunkFacts:
     """Write the part files of a chunk, unless they are complete.
 
     Args:
@@ -173,6 +196,7 @@ def tokenize(
         val_files: Files that are val if they are one document; their hashes are known already.
         val_fraction: Share of all other documents that are val.
         tokenizer: Name and SHA-256.
+        fast: Use gigatoken.
         append_eot: End each document with the end-of-text id.
         dataset: Folder of the dataset, which has the tokenizer.
         folder: Folder of the part files.
@@ -184,36 +208,37 @@ def tokenize(
     facts = find_complete(parts, chunk)
     if facts is not None:
         return facts
-    encoder = _tokenizer(*tokenizer, dataset)
-    made = {split: Part() for split in SPLITS}
+    encoder = _tokenizer(*tokenizer, dataset, fast)
     chunk_spans = [Span(**span) for span in spans]
     nulls: list[Span] = []
     pieces = _split_pieces(chunk_spans, train_characters, set(val_files), val_fraction, nulls)
-    for split, piece, begins in pieces:
-        part = made[split]
-        if begins:
-            part.index.append((piece.document, part.tokens))
-        try:
-            part.add(encoder.encode(piece.text))
-        except UserError as error:
-            raise UserError(f"{piece.document}: {error}") from None
-        part.bytes += len(piece.text.encode())
-        if append_eot and piece.ends:
-            part.add(np.array([encoder.eot_id], encoder.dtype))
-    made["train"].nulls = len(nulls)
-    facts = {split: part.save(parts, chunk, split) for split, part in made.items()}
-    write_atomically(sidecar_file(parts, chunk), json.dumps(facts), durable=True)
+    with ExitStack() as files:
+        made = {split: Part(files, parts, chunk, split) for split in SPLITS}
+        for split, piece, begins in pieces:
+            part = made[split]
+            if begins:
+                part.begin(piece.document)
+            try:
+                part.add(encoder.encode(piece.text), piece.text)
+            except UserError as error:
+                raise UserError(f"{piece.document}: {error}") from None
+            if append_eot and piece.ends:
+                part.add(np.array([encoder.eot_id], encoder.dtype))
+    facts = {split: part.finish() for split, part in made.items()}
+    facts["train"]["nulls"] = len(nulls)
+    write_atomically(sidecar_file(parts, chunk), json.dumps(facts))
     return facts
 
 
 @functools.lru_cache(maxsize=2)
-def _tokenizer(name: str, _sha256: str, dataset: str) -> Tokenizer:
-    """Load a tokenizer once per process.
+def _tokenizer(name: str, _sha256: str, dataset: str, fast: bool) -> Tokenizer:
+    """Load a tokenizer once per process, and compare gigatoken with it on this machine.
 
     The SHA-256 is in the key of the cache: a process may prepare another corpus in the same folder,
     which has other characters.
     """
-    return load_tokenizer(name, Path(dataset))
+    exact = load_tokenizer(name, Path(dataset))
+    return (fast_tokenizer(exact) if fast else None) or exact
 
 
 # ---- which split a piece belongs to ----
@@ -247,7 +272,7 @@ def _split_pieces(
     The span of each null text that is left out is appended to `nulls`.
     """
     for span in spans:
-        one_document = reader_of(span.path).one_document
+        one_document = train_characters is None and reader_of(span.path).one_document
         for piece in read_pieces(span, functools.partial(nulls.append, span)):
             if train_characters is not None:
                 yield from _cut(piece, train_characters)

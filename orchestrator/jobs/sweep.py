@@ -13,14 +13,14 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import cast
 
-from orchestrator.cluster import connection, dtypes
+from orchestrator.cluster import connection, device, dtypes
 from orchestrator.cluster import layout as cluster
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.sections import Data
 from orchestrator.cost.correct import AFTER_S
 from orchestrator.cost.timing import Estimate
 from orchestrator.cost.tokens import TokenCounts
-from orchestrator.data.corpus import CorpusFile
+from orchestrator.data.corpus import Listing
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.order import check_tokens
 from orchestrator.data.prepare import prepare_in
@@ -36,7 +36,6 @@ from orchestrator.runs.identity import recorded_layout
 from orchestrator.sweep import cost
 from orchestrator.sweep.outcome import ending_of
 from orchestrator.sweep.report import view
-from orchestrator.sweep.report.advice import left_out
 from orchestrator.sweep.report.comparison import trials_in
 from orchestrator.sweep.report.files import SweepFiles
 from orchestrator.sweep.report.pace import Pace
@@ -71,7 +70,7 @@ class SweepJob(Job):
     """
 
     folder: SweepFolder
-    sources: dict[str, list[CorpusFile] | None]
+    sources: dict[str, Listing | None]
     study: Study
     slots: int
     report: SweepFiles
@@ -119,6 +118,7 @@ class SweepJob(Job):
             f"{self.folder.name} is finished; if you add values to its grid, only new steps are "
             "trained"
         )
+        self._restore_journals()
         SweepFiles(self.study).write_trials()
         summary = cast(SweepSummary, self.folder.read_summary())
         file = self.folder.comparison_file
@@ -150,13 +150,12 @@ class SweepJob(Job):
         for stage in self.folder.stages():
             lock.wait_for_writer(stage)
         recorded = recorded_layout(self.folder)
-        found = dtypes.with_fast_dtype(layout)
         for experiment in {e.train.dtype: e for e in self.sweep.experiments}.values():
-            dtypes.warn_if_emulated(experiment, found)
-        layout = replace(layout, fast_dtype=(recorded or found).fast_dtype)
+            dtypes.warn_if_emulated(experiment, layout)
+        if recorded is not None:
+            layout = replace(layout, fast_dtype=recorded.fast_dtype)
         self.study = Study(self.sweep, self.folder, layout, datasets).restored()
-        for damage in self.study.stored.restore_journals():
-            print(damage, flush=True)
+        self._restore_journals()
         stop.clear(self.folder)
         self.slots = max(1, cluster.capacity(layout))
         if os.environ.get("ESPALIER_AUTOSCALING"):
@@ -165,6 +164,10 @@ class SweepJob(Job):
         estimate = self._describe()
         self.tracker = Tracker(self.folder, self.uri, self.experiment.tracking.experiment)
         self._begin_report(estimate)
+
+    def _restore_journals(self) -> None:
+        for damage in self.study.stored.restore_journals():
+            print(damage, flush=True)
 
     def _data_sections(self) -> dict[str, Data]:
         """Return each combination of corpus and tokenizer once."""
@@ -186,12 +189,12 @@ class SweepJob(Job):
                 f"compute.num_workers: trials with {sorted(by_slots)} reduction slots would run on "
                 f"{numbers} workers; set compute.num_workers={numbers[0]}"
             )
-        return layouts.pop()
+        return device.of_workers(layouts.pop())
 
     def _describe(self) -> Estimate | None:
         """Print what will run and its cost. Return the estimate; None if there is none."""
         study = self.study
-        print("\n".join([*view.summary(study.tree), *left_out(study.left_out)]))
+        print("\n".join([*view.summary(study.tree), *study.notes()]))
         print(
             f"{self.slots} stage(s) at a time, {study.layout.num_workers} worker(s) each, "
             f"in {self.folder.path}",

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 from orchestrator.checkpoint import store as checkpoint
-from orchestrator.cluster import connection, dtypes
+from orchestrator.cluster import connection, device, dtypes
 from orchestrator.cluster import layout as cluster
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, fields_with
@@ -17,7 +17,7 @@ from orchestrator.cost.correct import AFTER_S
 from orchestrator.cost.estimate import comparison_line
 from orchestrator.cost.forecast import RunForecast, forecast_of
 from orchestrator.cost.timing import Estimate
-from orchestrator.data.corpus import CorpusFile
+from orchestrator.data.corpus import Listing
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.order import check_tokens
 from orchestrator.data.prepare import prepare_in
@@ -59,7 +59,7 @@ class TrainJob(Job):
     """
 
     layout: Layout
-    sources: list[CorpusFile] | None
+    sources: Listing | None
     dataset: Manifest
     step: int
     forecast: RunForecast | None
@@ -118,7 +118,7 @@ class TrainJob(Job):
 
         lock.wait_for_writer(self.folder)
         self.step = self._resume_step(self.dataset)
-        self.layout = dtypes.with_fast_dtype(self.layout)
+        self.layout = device.of_workers(self.layout)
         dtypes.warn_if_emulated(experiment, self.layout)
         experiment = identity.resolve_dtype(experiment, self.layout, self.folder)
         self.experiment = experiment

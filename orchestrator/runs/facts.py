@@ -2,9 +2,9 @@
 
 import functools
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
-from model import flops
+from model import flops, models
 from model.gpt_config import GPTConfig
 from orchestrator.cluster import connection
 from orchestrator.config.experiment import Experiment
@@ -12,6 +12,9 @@ from orchestrator.data.corpus import entries_of, without_hash
 from orchestrator.data.dataset import Manifest
 from orchestrator.runs.folder import RunFacts
 from orchestrator.runs.sources import CodeVersion, source_facts, source_tags
+
+if TYPE_CHECKING:
+    from model.protocol import Config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -26,7 +29,8 @@ class ModelFacts(TypedDict):
     decayed_parameters: int
     undecayed_tensors: int
     undecayed_parameters: int
-    flops_per_token: int  # forward and backward
+    matrix_parameters: int  # of the group "matrix"; 0 if the model has no groups
+    flops_per_token: int | None  # forward and backward; None: the model does not say
 
 
 def facts_of(
@@ -72,12 +76,15 @@ def own_sources() -> CodeVersion:
 
 
 def model_facts(experiment: Experiment, n_vocab: int) -> ModelFacts:
-    """Return the size of the model, by arithmetic: no torch is imported."""
-    return _facts_of_shape(experiment.gpt_config(n_vocab))
+    """Return the size of the model. Only for other models than a GPT-2, torch is imported."""
+    config = experiment.model_config_for(n_vocab)
+    if isinstance(config, GPTConfig):
+        return _facts_of_gpt2(config)
+    return _facts_of(experiment.model.kind, config)
 
 
 @functools.cache
-def _facts_of_shape(config: GPTConfig) -> ModelFacts:
+def _facts_of_gpt2(config: GPTConfig) -> ModelFacts:
     decay = flops.decay_summary(config)
     return {
         "vocab_size": config.vocab_size,
@@ -87,5 +94,34 @@ def _facts_of_shape(config: GPTConfig) -> ModelFacts:
         "decayed_parameters": decay.decayed_parameters,
         "undecayed_tensors": decay.undecayed_tensors,
         "undecayed_parameters": decay.undecayed_parameters,
+        "matrix_parameters": 12 * config.n_layer * config.n_embd**2,
         "flops_per_token": flops.flops_per_token(config),
+    }
+
+
+def _facts_of(kind: str, config: "Config") -> ModelFacts:
+    """Count the parameters of a model without values."""
+    from model.protocol import HasFlops, HasParameterGroups
+
+    model = models.empty_model(kind, config)
+    parameters = list(model.parameters())
+    decayed = [parameter.numel() for parameter in parameters if parameter.dim() >= 2]
+    others = [parameter.numel() for parameter in parameters if parameter.dim() < 2]
+    count = sum(decayed) + sum(others)
+    matrices = 0
+    if isinstance(model, HasParameterGroups):
+        names = model.parameter_groups()["matrix"]
+        matrices = sum(model.get_parameter(name).numel() for name in names)
+    return {
+        "vocab_size": config.vocab_size,
+        "parameters": count,
+        "parameters_without_positions": count,
+        "decayed_tensors": len(decayed),
+        "decayed_parameters": sum(decayed),
+        "undecayed_tensors": len(others),
+        "undecayed_parameters": sum(others),
+        "matrix_parameters": matrices,
+        "flops_per_token": (
+            model.flops_per_token(config.block_size) if isinstance(model, HasFlops) else None
+        ),
     }

@@ -117,6 +117,8 @@ def identity_differences(stored: Experiment, wanted: Experiment, step: int) -> l
     if stored.schedule.decay_steps == wanted.schedule.decay_steps:
         # `null` in both means max_steps, which is compared below.
         before["schedule.decay_steps"] = now["schedule.decay_steps"] = None
+    if before["model.kind"] != now["model.kind"]:  # it has other fields
+        now = {key: now[key] for key in now if key == "model.kind" or key[:6] != "model."}
     lines = differences(before, now)
     lines += _max_steps_differences(stored, wanted, step, has_others=bool(lines))
     return lines

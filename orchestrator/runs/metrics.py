@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from model.optim import GROUPS
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -42,6 +44,12 @@ _EXACT_LOGGED = (
         "train/skipped_steps", "steps", "updates skipped because they were not finite", exact=True
     ),
     Metric("optim/lr", "", "learning rate of the last update", exact=True),
+    *(
+        Metric(
+            f"optim/lr.{group}", "", f"the same of group {group}, where rates differ", exact=True
+        )
+        for group in GROUPS
+    ),
     Metric("optim/grad_norm", "", "norm of the last gradient before clipping", exact=True),
     Metric("optim/loss_scale", "", "scale of the loss in float16", exact=True),
 )

@@ -7,6 +7,7 @@ the sweep is at least that of its longest path of stages, and that of all stages
 from collections.abc import Mapping
 from pathlib import Path
 
+from orchestrator.cluster import device
 from orchestrator.config.experiment import Experiment
 from orchestrator.config.sections import Data
 from orchestrator.cost import cache, estimate
@@ -27,7 +28,7 @@ from orchestrator.runs.folder import SweepFolder
 from orchestrator.runs.identity import recorded_layout
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.report import view
-from orchestrator.sweep.report.advice import advice, left_out
+from orchestrator.sweep.report.advice import advice
 from orchestrator.sweep.source import check_sources, with_absolute_paths
 from orchestrator.sweep.space.expand import Sweep
 from orchestrator.sweep.states import longest_paths
@@ -61,7 +62,7 @@ def show(sweep: Sweep) -> int:
     counts = {key: token_counts(e) for key, e in by_data.items()}
     datasets = {key: _dataset(e.data, storage) for key, e in by_data.items()}
     folder = SweepFolder(storage / sweep.base.name)
-    layout = recorded_layout(folder) or estimate.local_layout(experiments[0])
+    layout = recorded_layout(folder) or device.here(estimate.local_layout(experiments[0]))
     study = Study(sweep, folder, layout, datasets)
     if not study.tree.stages:
         print(
@@ -89,8 +90,7 @@ def describe(study: Study, slots: int, counts: Counts) -> list[str]:
     else:
         line = estimate.expected_line(expected)
         cost = f"expected: {line} at most (checkpoints), {slots} stage(s) at a time"
-    skipped = left_out(study.left_out)
-    return [*view.summary(study.tree), *skipped, *advice(study.tree, schedules), cost]
+    return [*view.summary(study.tree), *study.notes(), *advice(study.tree, schedules), cost]
 
 
 def _dataset(data: Data, storage: Path) -> Manifest:
@@ -164,7 +164,8 @@ def estimate_of(study: Study, slots: int, counts: Counts, waits: bool = True) ->
 
 def _is_quick(experiment: Experiment, n_vocab: int) -> bool:
     micro_batch = experiment.train.micro_batch_size * experiment.model.block_size
-    return model_facts(experiment, n_vocab)["flops_per_token"] * micro_batch < QUICK_FLOPS
+    facts = model_facts(experiment, n_vocab)
+    return (facts["flops_per_token"] or 6 * facts["parameters"]) * micro_batch < QUICK_FLOPS
 
 
 def learn(study: Study) -> None:

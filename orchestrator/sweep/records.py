@@ -1,6 +1,6 @@
 """The files of a stage: what it trains (stage.json), how it ended (result.json), and its curve."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class StageSpec:
         parent: Folder whose journal lines come before this stage's; None at step 0.
         begin: Checkpoint to start from; None at step 0.
         diverged_above: `sweep.diverged_above`.
+        made_by: Device, and hash of each module that decides the bits; empty in stages of earlier
+            versions.
     """
 
     id: str
@@ -42,6 +44,7 @@ class StageSpec:
     parent: str | None = None
     begin: str | None = None
     diverged_above: float | None = None
+    made_by: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: RunFolder) -> None:
         """Write stage.json. A parent in the same sweep has a relative path: sweeps can move."""

@@ -112,7 +112,11 @@ def check_names(folder: SweepFolder, planned: Mapping[str, PlannedTrial]) -> Non
     changed = []
     for name, trial in planned.items():
         record = folder.trial(name).read_record()
-        if record is not None and record.get("trial", trial.key) != trial.key:
+        if record is None:
+            continue
+        # Records of earlier versions have only "trial", which had this value then.
+        meant = record.get("settings", record.get("trial", trial.settings_key))
+        if meant != trial.settings_key:
             changed.append(name)
     if not changed:
         return

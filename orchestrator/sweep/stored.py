@@ -4,16 +4,23 @@ They are found by the key of a state. So a tree with other branches finds what a
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.checkpoint import store as checkpoint
+from orchestrator.checkpoint.format import refuse_outage
 from orchestrator.errors import UnreadableError, UserError
 from orchestrator.runs import journal_copy
 from orchestrator.runs.folder import RunFolder, SweepFolder
-from orchestrator.sweep.records import StageResult, has_whole_curve, read_result, read_spec
+from orchestrator.sweep.records import (
+    StageResult,
+    StageSpec,
+    has_whole_curve,
+    read_result,
+    read_spec,
+)
 from orchestrator.sweep.states import DIVERGED, DONE, FAILED, RUNNING, STOPPED, WAITING, State
 from orchestrator.sweep.tree import Branch, StageTree, build_tree, grow
 
@@ -46,6 +53,8 @@ class StoredStages:
         folders: Folders of the results.
         ends: Keys of the states at which a stage ended. The other states lie inside stages; `tree`
             uses them where they save steps.
+        made_by_others: For each stage that cannot be used because the code or the device is another
+            one now: what has changed; empty if an earlier version did not record it.
     """
 
     def __init__(self) -> None:
@@ -53,6 +62,7 @@ class StoredStages:
         self.results: dict[str, StageResult] = {}
         self.folders: dict[str, RunFolder] = {}
         self.ends: set[str] = set()
+        self.made_by_others: list[list[str]] = []
 
     def tree(self, branches: Iterable[Branch], at_decays: bool = False) -> StageTree:
         """Return the tree of some branches, cut at what is stored; see `build_tree`."""
@@ -127,16 +137,17 @@ class StoredStages:
         A trial whose last checkpoint was removed stays done.
 
         Returns:
-            One message for each damaged checkpoint.
+            What is wrong with each damaged checkpoint.
+
+        Raises:
+            UnreadableError: A checkpoint, or the disk, cannot be read at the moment.
         """
-        problems = []
+        problems: list[UserError] = []
         for done in tree.finished & tree.by_id.keys():
             ended, result = self.folders[done], self.results[done]
             if result.step not in ended.checkpoint_steps():
                 continue
-            problem = _damage(ended.checkpoint(result.step))
-            if problem is not None:
-                problems.append(problem)
+            if _is_damaged(ended.checkpoint(result.step), problems):
                 del self.results[done]
                 # The stage runs again: it resumes in its folder, so that no other stage may.
                 self.states = {k: s for k, s in self.states.items() if s.path != ended.path}
@@ -144,22 +155,22 @@ class StoredStages:
         for key in set(starts):
             if key is None or key not in self.states or key not in tree.stored:
                 continue
-            problem = _damage(self.states[key].checkpoint)
-            if problem is not None:
-                problems.append(problem)
+            if _is_damaged(self.states[key].checkpoint, problems):
                 del self.states[key]
-        return problems
+        return [str(problem) for problem in problems]
 
 
-def _damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint; None if it is valid."""
+def _is_damaged(path: Path, problems: list[UserError]) -> bool:
+    """Verify a checkpoint, and append what is wrong with it to the problems of others."""
     try:
         checkpoint.verify(path)
     except UnreadableError:
         raise
     except UserError as error:
-        return str(error)
-    return None
+        problems.append(error)
+        refuse_outage(problems)
+        return True
+    return False
 
 
 def scan(
@@ -167,6 +178,7 @@ def scan(
     branches: Iterable[Branch],
     diverged_above: float | None = None,
     keeps_stopped: bool = False,
+    made_by: Callable[[StageSpec], Mapping[str, str]] | None = None,
 ) -> StoredStages:
     """Read the checkpoints and results of a sweep's stages.
 
@@ -179,12 +191,18 @@ def scan(
         branches: The trials.
         diverged_above: `sweep.diverged_above`. Stages that diverged by another limit may run again.
         keeps_stopped: True if stages that a scheduler stopped may not run again.
+        made_by: Returns the present device and code that would train a stage.
     """
     found = StoredStages()
     wanted = {stage.id for stage in grow(branches)}
     for folder in sweep.stages():
         spec = read_spec(folder)
         if spec is None or not has_whole_curve(spec):
+            continue
+        now = made_by(spec) if made_by is not None else {}
+        if any(spec.made_by.get(key) != value for key, value in now.items()):
+            changed = [key for key in now if spec.made_by.get(key) != now[key]]
+            found.made_by_others.append(changed if spec.made_by else [])
             continue
         result = read_result(folder)
         if result is not None:

@@ -6,10 +6,12 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from model.models import DEFAULT
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.sections import Data
 from orchestrator.data.dataset import Manifest
 from orchestrator.errors import UserError
+from orchestrator.runs.code import module_hashes
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.identity import resolve_dtype
 from orchestrator.runs.journal import Line
@@ -19,6 +21,8 @@ from orchestrator.sweep.probes import probes_of, worse_trials
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.ranking import Row
 from orchestrator.sweep.rates import Rates
+from orchestrator.sweep.records import StageSpec
+from orchestrator.sweep.report.advice import left_out, of_other_code
 from orchestrator.sweep.source import BaseRun, check_names
 from orchestrator.sweep.space.expand import Sweep, Trial, sampled
 from orchestrator.sweep.space.sampler import Sampler
@@ -49,6 +53,7 @@ class Study:
         samples: Names of the trials of each of optuna's samples.
         dropped: Why trials were stopped after their probes, by name.
         left_out: A line for each trial or sample that cannot be run.
+        not_used: A line for each damaged checkpoint.
         tree: The stages as planned when the object was created; `progress.tree` is the newest.
 
     Raises:
@@ -73,6 +78,7 @@ class Study:
         self.samples: dict[int, list[str]] = {}
         self.dropped: dict[str, str] = {}
         self.left_out = list(sweep.left_out)
+        self.not_used: list[str] = []
         self.sampler: Sampler | None = None
         self.source: BaseRun | None = None
         self._final_losses: dict[str, float | None] = {}
@@ -81,7 +87,9 @@ class Study:
             self.source = BaseRun.of(sweep, folder.path.parent)
         self._add(sweep.trials)
         if settings.sampler == "optuna":
-            self.sampler = Sampler(folder, settings.space, sweep.base.train.seed)
+            self.sampler = Sampler(
+                folder, settings.space, sweep.base.train.seed, sweep.base.model.kind
+            )
             for number, values in enumerate(self.sampler.earlier[: settings.num_samples]):
                 self._add_sample(number, values)
         check_names(folder, self.trials)
@@ -90,7 +98,11 @@ class Study:
             self.probes = probes_of(self.trials.values(), settings.probe_step, settings.probe_steps)
         branches = [trial.branch for trial in self.trials_and_probes.values()]
         self.stored = stored.scan(
-            folder, branches, settings.diverged_above, keeps_stopped=settings.stop == "asha"
+            folder,
+            branches,
+            settings.diverged_above,
+            keeps_stopped=settings.stop == "asha",
+            made_by=self._made_by,
         )
         if self.source is not None:
             self.source.refuse_other_experiments(self.trials.values())
@@ -114,8 +126,17 @@ class Study:
             problems = self.stored.forget_damaged(tree)
             if not problems:
                 return tree
-            for problem in problems:
-                print(f"not used: {problem}", flush=True)
+            self.not_used += [f"not used: {problem}" for problem in problems]
+
+    def notes(self) -> list[str]:
+        """Return lines about trials that cannot be run, and stored stages that cannot be used."""
+        others = of_other_code(self.stored.made_by_others)
+        return [*left_out(self.left_out), *others, *self.not_used]
+
+    def _made_by(self, spec: StageSpec) -> dict[str, str]:
+        """Return the device and the code that would train a stage now."""
+        kinds = spec.experiment["model"].get("kind", DEFAULT), spec.experiment["optim"]["kind"]
+        return {"device": self.layout.device_name, **module_hashes(*kinds)}
 
     @property
     def trials_and_probes(self) -> dict[str, PlannedTrial]:
@@ -153,8 +174,15 @@ class Study:
             experiment = resolve_dtype(trial.experiment, self.layout, begun)
             trial = replace(trial, experiment=experiment)
             dataset = self.datasets[data_key(trial.experiment.data)]
-            cpus = self.layout.cpus_per_worker
-            planned.append(PlannedTrial(**vars(trial), rates=rates, dataset=dataset, cpus=cpus))
+            planned.append(
+                PlannedTrial(
+                    **vars(trial),
+                    rates=rates,
+                    dataset=dataset,
+                    cpus=self.layout.cpus_per_worker,
+                    device=self.layout.device_name,
+                )
+            )
         self.trials |= {trial.name: trial for trial in planned}
         return planned
 

@@ -13,12 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.experiment import Experiment, fields_with
+from orchestrator.config.experiment import Experiment, field_docs
 from orchestrator.config.fields import Effect
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.files import write_atomically
 from orchestrator.folders import make_folder
 from orchestrator.machine import torch_version
+from orchestrator.runs.code import module_hashes
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.journal import Line
 from orchestrator.sweep import records
@@ -37,47 +38,82 @@ class PlannedTrial(Trial):
         rates: Learning rate of every step.
         dataset: The prepared tokens.
         cpus: CPUs per worker, which are part of the numerics.
+        device: Model of the GPU or processor.
         is_probe: True for a short anneal that shows whether other trials are stopped.
     """
 
     rates: Rates
     dataset: Manifest
     cpus: int
+    device: str = ""
     is_probe: bool = False
 
     @cached_property
     def branch(self) -> Branch:
-        """The trial as the tree of stages sees it."""
-        root = root_of(self.experiment, data_identity(self.dataset), self.cpus)
+        """The trial as the tree of stages sees it.
+
+        Trials with equal roots and equal learning rates have equal weights.
+        """
+        root = _hash([self._settings, self.made_by])
+        return replace(self._branch_of_settings, root=root)
+
+    @cached_property
+    def _settings(self) -> str:
+        return settings_of(self.experiment, data_identity(self.dataset), self.cpus)
+
+    @cached_property
+    def _branch_of_settings(self) -> Branch:
         rates = self.rates.first(self.experiment.train.max_steps)
-        return Branch(self.name, root, rates, self.is_probe)
+        return Branch(self.name, self._settings, rates, self.is_probe)
 
     @property
     def key(self) -> str:
         """Key of the state at the end of the trial."""
         return self.branch.key(self.branch.steps)
 
+    @property
+    def made_by(self) -> dict[str, str]:
+        """The device and the code, as `StageSpec` stores them."""
+        return {
+            "device": self.device,
+            **module_hashes(self.experiment.model.kind, self.experiment.optim.kind),
+        }
 
-def root_of(experiment: Experiment, data: str, cpus: int) -> str:
-    """Return a hash of everything that is the same at every step.
+    @property
+    def settings_key(self) -> str:
+        """What the name of the trial stands for: `key` for any code and device."""
+        return self._branch_of_settings.key(self.branch.steps)
 
-    Trials with equal roots and equal learning rates have equal weights on one kind of machine.
+
+def settings_of(experiment: Experiment, data: str, cpus: int) -> str:
+    """Return a hash of everything that is the same at every step, except code and device.
 
     Args:
         experiment: The trial.
         data: Identity of the tokens.
         cpus: CPUs per worker.
     """
-    facts = [fields_of_root(experiment), experiment.slots, data, cpus, torch_version()]
+    return _hash([fields_of_root(experiment), experiment.slots, data, cpus, torch_version()])
+
+
+def _hash(facts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def fields_of_root(experiment: Experiment) -> dict[str, Any]:
-    """Return the fields that change what a step computes, without data and learning rate."""
+    """Return the fields that change what a step computes, without data and learning rate.
+
+    A field that earlier versions did not have is left out while it has its default.
+    """
     fields = experiment.flat()
     del fields["train.reduction_slots"]  # `Experiment.slots` is compared instead
-    keys = fields_with(Effect.STEPS, Effect.ADDITIONS, Effect.ATTEMPT)
-    return {key: fields[key] for key in keys if key in fields}
+    return {
+        key: fields[key]
+        for key, doc in field_docs(experiment.model.kind).items()
+        if key in fields
+        and doc.effect in (Effect.STEPS, Effect.ADDITIONS, Effect.ATTEMPT)
+        and not (doc.is_later and fields[key] == doc.default)
+    }
 
 
 def spec_of(trial: PlannedTrial, start: int, stop: int, diverged_above: float | None) -> StageSpec:
@@ -91,6 +127,7 @@ def spec_of(trial: PlannedTrial, start: int, stop: int, diverged_above: float | 
         rates=trial.rates.to_json(),
         data_dir=str(trial.dataset.directory),
         diverged_above=diverged_above,
+        made_by=trial.made_by,
     )
 
 

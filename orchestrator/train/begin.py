@@ -13,6 +13,7 @@ from orchestrator.config.experiment import Experiment
 from orchestrator.data.batches import Batches
 from orchestrator.errors import UnreadableError, UserError
 from orchestrator.runs import events, journal_copy
+from orchestrator.runs.code import module_hashes
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.identity import require_no_checkpoints
 from orchestrator.text import differences
@@ -187,7 +188,14 @@ def _changes(stored: Fingerprints, experiment: Experiment, worker: Worker) -> li
     """Return what has changed since a checkpoint was written, as far as it is recorded."""
     lines = differences(stored["numerics"], numerics.fingerprint(experiment, worker))
     if "environment" in stored:
-        before = stored["environment"]
+        before = dict(stored["environment"])
+        before.pop("sources", None)  # of earlier versions: one hash of all code
         # A variable may also have been removed.
         lines += differences(before, dict.fromkeys(before) | numerics.environment())
+    if "code" in stored:
+        lines += differences(
+            stored["code"], module_hashes(experiment.model.kind, experiment.optim.kind)
+        )
+    elif "proof" in stored:
+        lines.append("the code: an earlier version wrote the checkpoint")
     return lines

@@ -96,7 +96,7 @@ class EvalSet:
         """Run the model on this rank's batches; all ranks return the same result.
 
         Args:
-            model: Returns (logits, losses) for (inputs, targets, reduction="none").
+            model: A model; see `model.protocol`.
             device: Device of the model.
             autocast: Context of the forward pass.
             rank: This rank.
@@ -141,9 +141,9 @@ class EvalSet:
         """Store the summed losses (nats) of the windows of a batch in `sums`, (windows,)."""
         inputs, targets, window_ids = (torch.from_numpy(array).to(device) for array in batch)
         with autocast:
-            losses = model(inputs, targets, reduction="none")[1]  # (B, T)
+            losses = model(inputs, targets, reduction="window")  # (B,)
         real = window_ids >= 0
-        sums[window_ids[real]] = losses.double().sum(dim=1)[real]
+        sums[window_ids[real]] = losses[real]
 
 
 class Evaluator:

@@ -14,13 +14,14 @@ import re
 import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from model.gpt_config import GPT2_SIZES, GPTConfig
+from model.models import DEFAULT, fields_of
 from orchestrator.checkpoint import store
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
@@ -30,7 +31,7 @@ from orchestrator.runs.folder import RunFolder
 from orchestrator.text import differences
 
 if TYPE_CHECKING:
-    from model.gpt import GPT
+    from model.protocol import Config, LanguageModel
     from model.weights import StateDict
 
 SCRATCH = "scratch"
@@ -51,13 +52,14 @@ NUMPY_NUMBERS: list[Any] = [
 
 @dataclass(frozen=True)
 class FirstWeights:
-    """Weights that `load` reads."""
+    """Weights that `load` reads, of a model of this kind and these settings."""
 
-    shape: GPTConfig
+    shape: Config
     load: Callable[[], StateDict]
+    kind: str = DEFAULT
 
 
-def initial_model(experiment: Experiment, n_vocab: int) -> GPT:
+def initial_model(experiment: Experiment, n_vocab: int) -> LanguageModel:
     """Return a model of the experiment's shape on the CPU, with its first weights.
 
     A longer context is cropped, and vocabulary rows are padded or cut.
@@ -78,9 +80,11 @@ def initial_model(experiment: Experiment, n_vocab: int) -> GPT:
     with _as_user_error(name):
         tensors = source.load()
         weights.check_values(tensors)
-        positions = tensors[weights.POSITIONS]
-        tensors[weights.POSITIONS] = positions[: model.config.block_size].clone()
-        model.load_state_dict(weights.pad_vocab(tensors, model.config.vocab_size))
+        if source.kind == DEFAULT:
+            positions = tensors[weights.POSITIONS]
+            tensors[weights.POSITIONS] = positions[: model.config.block_size].clone()
+            tensors = weights.pad_vocab(tensors, model.config.vocab_size)
+        model.load_state_dict(tensors)
     return model
 
 
@@ -151,14 +155,10 @@ def _open_fitting(experiment: Experiment, n_vocab: int) -> FirstWeights:
             f"{experiment.data.tokenizer} has {n_vocab:,} tokens; use the tokenizer that it was "
             "trained with"
         )
-    wanted = experiment.gpt_config(n_vocab)
-    usable = replace(
-        source.shape,
-        vocab_size=wanted.vocab_size,
-        dropout=wanted.dropout,
-        block_size=min(source.shape.block_size, wanted.block_size),
-    )
-    found = differences(asdict(usable), asdict(wanted))
+    wanted = experiment.model_config_for(n_vocab)
+    found = differences({"kind": source.kind}, {"kind": experiment.model.kind})
+    if not found:
+        found = differences(_usable(source, wanted), fields_of(wanted))
     if found:
         raise UserError(
             f"train.init_from: {name} has another shape: model.{'; model.'.join(found)}"
@@ -166,8 +166,20 @@ def _open_fitting(experiment: Experiment, n_vocab: int) -> FirstWeights:
     return source
 
 
+def _usable(source: FirstWeights, wanted: Config) -> dict[str, Any]:
+    """Return the settings that the weights can be used with. Dropout has no weights."""
+    usable = fields_of(source.shape)
+    now = fields_of(wanted)
+    if "dropout" in now:
+        usable["dropout"] = now["dropout"]
+    if source.kind == DEFAULT:
+        usable["vocab_size"] = wanted.vocab_size
+        usable["block_size"] = min(source.shape.block_size, wanted.block_size)
+    return usable
+
+
 def _open(experiment: Experiment) -> FirstWeights:
-    from orchestrator.train.state import shape_of
+    from orchestrator.train.state import stored_config
 
     require_init_from_exists(experiment)
     name = experiment.train.init_from
@@ -180,7 +192,8 @@ def _open(experiment: Experiment) -> FirstWeights:
         if (path / "config.json").is_file():
             return _open_hugging_face(path)
         found = checkpoint_of(path)
-        return FirstWeights(shape_of(found), lambda: store.load_tensors(found, "model"))
+        kind, config = stored_config(found)
+        return FirstWeights(config, lambda: store.load_tensors(found, "model"), kind)
 
 
 def _open_hugging_face(folder: Path) -> FirstWeights:

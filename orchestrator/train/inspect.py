@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.gpt import GPT
+from model.protocol import LanguageModel
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.batches import Batches, TokenStream
 from orchestrator.train.init_from import initial_model
@@ -45,15 +45,13 @@ class Forward:
     """Result of a forward pass.
 
     Attributes:
-        with_targets: Shape of the logits if targets are given.
-        without_targets: Shape of the logits if none are given.
+        logits: Shape of the logits.
         loss: Mean loss in nats per token.
         next_ids: Most probable next tokens of each row, (B, k), the most probable first.
         probabilities: Their probabilities, (B, k).
     """
 
-    with_targets: tuple[int, ...]
-    without_targets: tuple[int, ...]
+    logits: tuple[int, ...]
     loss: float
     next_ids: np.ndarray
     probabilities: np.ndarray
@@ -79,7 +77,7 @@ def batch_of(experiment: Experiment, directory: Path, step: int) -> Batch:
     return Batch(inputs, targets, offsets, np.array(following, np.int64))
 
 
-def first_model(experiment: Experiment, n_vocab: int, worker: Worker) -> GPT:
+def first_model(experiment: Experiment, n_vocab: int, worker: Worker) -> LanguageModel:
     """Return the model that training starts with, in evaluation mode, on the device of `worker`."""
     prepare_process(experiment, worker)
     return initial_model(experiment, n_vocab).to(worker.device).eval()
@@ -87,7 +85,12 @@ def first_model(experiment: Experiment, n_vocab: int, worker: Worker) -> GPT:
 
 @torch.no_grad()
 def forward(
-    model: GPT, batch: Batch, experiment: Experiment, device: str, n_vocab: int, k: int
+    model: LanguageModel,
+    batch: Batch,
+    experiment: Experiment,
+    device: str,
+    n_vocab: int,
+    k: int,
 ) -> Forward:
     """Run the model on a batch, with targets as in training and without as in sampling.
 
@@ -102,12 +105,10 @@ def forward(
     inputs = torch.from_numpy(batch.inputs).to(device)  # (B, T)
     targets = torch.from_numpy(batch.targets).to(device)  # (B, T)
     with autocast(experiment, device):
-        logits, loss = model(inputs, targets)  # (B, T, V)
-        with_targets = tuple(logits.shape)
-        del logits  # more than a gigabyte for a GPT-2
-        last, _ = model(inputs)  # (B, 1, V)
+        loss = model(inputs, targets)
+        last = model(inputs)  # (B, 1, V)
     probabilities, ids = _most_probable(last[:, -1, :n_vocab], min(k, n_vocab))
-    return Forward(with_targets, tuple(last.shape), loss.item(), ids, probabilities)
+    return Forward(tuple(last.shape), loss.item(), ids, probabilities)
 
 
 def _most_probable(logits: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:

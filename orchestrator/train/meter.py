@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from model.flops import mfu
+from model.protocol import HasFlops
 from orchestrator.config.experiment import Experiment
 from orchestrator.train.numerics import Worker, device_name
 
@@ -105,22 +106,32 @@ def log_metrics(
     metrics["train/tokens"] = state.step * experiment.tokens_per_step
     metrics["train/epoch"] = epoch
     metrics["optim/lr"] = lr
+    metrics |= _rates_of_groups(state.optimizer, lr)
     metrics["optim/grad_norm"] = state.grad_norm
     metrics["run/attempt"] = worker.attempt
     if state.skipped:
         metrics["train/skipped_steps"] = state.skipped
     if state.scaler.is_enabled():
         metrics["optim/loss_scale"] = state.scaler.get_scale()
-    utilization = mfu(
-        metrics.get("perf/tokens_per_sec", 0.0),
-        state.model.config,
-        device_name(worker.device),
-        experiment.train.dtype,
-        worker.world_size,
-    )
-    if utilization is not None:
-        metrics["perf/mfu"] = utilization
+    if isinstance(state.model, HasFlops):
+        utilization = mfu(
+            metrics.get("perf/tokens_per_sec", 0.0),
+            state.model.flops_per_token(experiment.model.block_size),
+            device_name(worker.device),
+            experiment.train.dtype,
+            worker.world_size,
+        )
+        if utilization is not None:
+            metrics["perf/mfu"] = utilization
     return metrics | memory_metrics(worker.device)
+
+
+def _rates_of_groups(optimizer: torch.optim.Optimizer, lr: float) -> Metrics:
+    """Return the learning rate of each group of parameters; empty if all have that of the step."""
+    scales = {group["group"]: group["lr_scale"] for group in optimizer.param_groups}
+    if set(scales.values()) == {1.0}:
+        return {}
+    return {f"optim/lr.{name}": lr * scale for name, scale in scales.items()}
 
 
 def memory_metrics(device: str) -> Metrics:

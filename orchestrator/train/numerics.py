@@ -5,7 +5,6 @@ resume computes again (`begin.prove`). The fingerprint says what has changed if 
 """
 
 import contextlib
-import functools
 import hashlib
 import os
 import platform
@@ -24,9 +23,7 @@ from orchestrator.errors import UserError
 from orchestrator.machine import processor
 from orchestrator.redact import redact
 from orchestrator.runs import identity
-from orchestrator.runs.facts import REPOSITORY
 from orchestrator.runs.folder import RunFolder
-from orchestrator.runs.sources import sources_sha256
 
 # Environment variables that may change the bits of a result.
 _VARIABLES = re.compile(
@@ -171,7 +168,7 @@ def fingerprint(experiment: Experiment, worker: Worker) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Return what else may change the bits: versions, our code, and environment variables."""
+    """Return what else may change the bits: versions and environment variables."""
     variables = {
         name: value[:_VALUE_CHARS]
         for name, value in sorted(os.environ.items())
@@ -181,14 +178,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "sources": _own_sources(),
         **redact(variables),
     }
-
-
-@functools.cache
-def _own_sources() -> str:
-    return sources_sha256(REPOSITORY)[:16]
 
 
 def refuse_drift(lines: list[str], experiment: Experiment, where: object) -> None:

@@ -5,7 +5,7 @@ here depends on the kind of optimizer: all tensors that it keeps per parameter a
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from model import models, optim
-from model.gpt import GPT
-from model.gpt_config import GPTConfig
+from model.protocol import Config, LanguageModel
 from orchestrator.checkpoint import store
 from orchestrator.checkpoint.format import reading
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.errors import UserError
+from orchestrator.runs.code import module_hashes
 from orchestrator.train.gradients import Gradients
 from orchestrator.train.meter import Meter
 from orchestrator.train.numerics import Worker, environment, fingerprint
@@ -55,7 +55,7 @@ class TrainState:
         line_due: A stop request came before the journal line of this step was measured.
     """
 
-    model: GPT
+    model: LanguageModel
     forward: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -69,17 +69,24 @@ class TrainState:
     line_due: bool = False
 
 
-def build(experiment: Experiment, model: GPT, worker: Worker) -> TrainState:
+def build(experiment: Experiment, model: LanguageModel, worker: Worker) -> TrainState:
     """Return the state of step 0. The model is moved to the device of `worker`."""
     model = model.to(worker.device).train()
     forward: nn.Module = model
     if experiment.train.compile:
         forward = torch.compile(model)  # type: ignore[assignment]
+    section = experiment.optim
     settings = optim.OptimizerSettings(
         max_lr=experiment.schedule.max_lr,
-        beta1=experiment.optim.beta1,
-        beta2=experiment.optim.beta2,
-        weight_decay=experiment.optim.weight_decay,
+        beta1=section.beta1,
+        beta2=section.beta2,
+        weight_decay=section.weight_decay,
+        momentum=section.momentum,
+        cautious=section.cautious,
+        groups={
+            name: optim.GroupSettings(**getattr(section.groups, name).model_dump())
+            for name in optim.GROUPS
+        },
     )
     scaler = torch.amp.GradScaler(
         torch.device(worker.device).type, enabled=experiment.train.dtype == "float16"
@@ -94,7 +101,7 @@ def build(experiment: Experiment, model: GPT, worker: Worker) -> TrainState:
     return TrainState(
         model,
         forward,
-        optim.build(experiment.optim.kind, model, settings),
+        optim.build(section.kind, model, settings),
         scaler,
         gradients,
         Meter(last_step_only=experiment.train.log_interval is None),
@@ -134,7 +141,9 @@ def snapshot(
     tensors = {"model": dict(state.model.state_dict()), "optimizer": _optimizer_tensors(state)}
     texts = {
         "experiment.yaml": experiment.to_yaml(),
-        "model.json": json.dumps(asdict(state.model.config), indent=1),
+        "model.json": json.dumps(
+            models.stored_config(experiment.model.kind, state.model.config), indent=1
+        ),
         "state.json": json.dumps(numbers, indent=1),
         "tokenizer.json": (dataset.directory / "tokenizer.json").read_text("utf-8"),
     }
@@ -143,7 +152,11 @@ def snapshot(
         "numerics": fingerprint(experiment, worker),
     }
     if proof is not None:
-        fingerprints |= {"proof": proof, "environment": environment()}
+        fingerprints |= {
+            "proof": proof,
+            "environment": environment(),
+            "code": module_hashes(experiment.model.kind, experiment.optim.kind),
+        }
     facts = {
         "generation": worker.attempt,
         "metrics": {name: value for name, value in metrics.items() if name.startswith("val/")},
@@ -187,24 +200,24 @@ def restore(experiment: Experiment, path: Path, worker: Worker) -> TrainState:
     return state
 
 
-def load_model(path: Path) -> GPT:
+def load_model(path: Path) -> LanguageModel:
     """Load the model of a verified checkpoint on the CPU, in evaluation mode.
 
     Raises:
         UserError: Another version of this program wrote the checkpoint.
     """
-    shape = shape_of(path)
+    kind, config = stored_config(path)
     tensors = store.load_tensors(path, "model")
     try:
-        model = models.empty_model(shape)
+        model = models.empty_model(kind, config)
         model.load_state_dict(tensors, assign=True)
     except NOT_LOADABLE as error:
         raise _of_another_version(path, error) from None
     return model.eval()
 
 
-def shape_of(path: Path) -> GPTConfig:
-    """Return the shape of the model of a verified checkpoint, without loading the weights.
+def stored_config(path: Path) -> tuple[str, Config]:
+    """Return kind and settings of the model of a verified checkpoint, without its weights.
 
     Raises:
         UserError: Another version of this program wrote the checkpoint.
@@ -212,7 +225,7 @@ def shape_of(path: Path) -> GPTConfig:
     text = _read_text(path, "model.json")
     try:
         fields = json.loads(text)
-        return models.new_shape(fields)
+        return models.kind_of(fields), models.new_config(fields)
     except NOT_LOADABLE as error:
         raise _of_another_version(path, error) from None
 

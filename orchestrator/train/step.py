@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.optim import momentum_at
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.batches import Batches, Prefetcher
 from orchestrator.train.gradients import Gradients
@@ -106,8 +107,12 @@ class Step:
         max_norm = self.experiment.optim.max_grad_norm
         if max_norm:
             self.state.gradients.clip(max_norm)
+        section = self.experiment.optim
+        momentum = momentum_at(section.momentum, section.momentum_warmup_steps, self.state.step)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
+            if "momentum" in group:
+                group["momentum"] = momentum
         scaler.step(optimizer)
 
     def skip(self) -> None:
@@ -175,12 +180,12 @@ class Step:
     def _forward_backward(self, micro_batch: int, inputs: Tensor, targets: Tensor) -> None:
         """Add the gradient of one micro-batch of this step."""
         state = self.state
-        if self.experiment.model.dropout:
+        if getattr(self.experiment.model, "dropout", None) != 0:
             seed = self.experiment.train.seed
             key = keyed_seed(seed, state.step, micro_batch)
             seed_device(key, str(state.gradients.device))
         with self.autocast:
-            _, loss = state.forward(inputs, targets)
+            loss = state.forward(inputs, targets)
         state.gradients.record_loss(micro_batch, loss)
         state.scaler.scale(loss).backward()
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from model import weights
-from model.gpt import GPT
 from model.gpt_config import GPT2_SIZES, GPTConfig
+from model.protocol import LanguageModel
 from orchestrator.checkpoint import store
 from orchestrator.checkpoint.format import CheckpointManifest
 from orchestrator.config.experiment import Experiment, load_experiment, parse_experiment
@@ -46,7 +46,7 @@ class Trained:
         manifest: Manifest of the checkpoint; None for weights from elsewhere.
     """
 
-    model: GPT
+    model: LanguageModel
     tokenizer: Tokenizer
     experiment: Experiment
     device: str

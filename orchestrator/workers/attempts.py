@@ -12,7 +12,7 @@ from orchestrator.runs import events
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import hangs, memory
-from orchestrator.workers.diagnose import ending_of_tracebacks, out_of_memory
+from orchestrator.workers.diagnose import ending_of_tracebacks, failures_of, out_of_memory
 
 if TYPE_CHECKING:
     from orchestrator.train.numerics import Worker
@@ -48,9 +48,7 @@ def start_workers_attempt(folder: RunFolder, launch: str, world_size: int) -> in
     step = max(folder.checkpoint_steps(), default=0)
     if [attempt["step"] for attempt in same_launch][-PATIENCE:] == [step] * PATIENCE:
         reason = f"{PATIENCE} attempts in a row failed between step {step} and the next checkpoint"
-        last = "\n".join(folder.read_failures())
-        details = f"; the last one:\n{last}" if last else ": workers died without a traceback"
-        folder.write_ending(Ending("failed", reason + details))
+        folder.write_ending(_last_failure(folder, world_size, reason))
         raise RuntimeError(reason)
 
     number = len(earlier) + 1
@@ -63,6 +61,17 @@ def start_workers_attempt(folder: RunFolder, launch: str, world_size: int) -> in
     return number
 
 
+def _last_failure(folder: RunFolder, world_size: int, reason: str) -> Ending:
+    """Return why the last attempt failed."""
+    last = failures_of(folder)
+    if not last:
+        return Ending("failed", f"{reason}: workers died without a traceback")
+    ending = ending_of_tracebacks(folder, last, world_size)
+    if ending.kind != "failed":
+        return ending
+    return Ending("failed", "\n".join([f"{reason}; the last one:", *last]))
+
+
 def _read_attempts(folder: RunFolder) -> list[dict[str, Any]]:
     found = [lines.parse(line, launch=str, step=int) for line in lines.read(folder.attempts_file)]
     return [attempt for attempt in found if attempt is not None]
@@ -73,6 +82,6 @@ def record_failure(folder: RunFolder, worker: Worker, error: Exception) -> None:
     text = "".join(traceback.format_exception(error))
     ending = ending_of_tracebacks(folder, [text], worker.world_size)
     with contextlib.suppress(OSError):  # the driver gets the error itself
-        if ending.kind in ("user", "again"):
+        if ending.kind in ("user", "again") and not ending.may_be_transient:
             folder.write_ending(ending)
         files.write_atomically(folder.failure_file(worker.rank), text)

@@ -1,5 +1,6 @@
 """Why the workers of a run or a stage ended: one answer for lone runs and for sweeps."""
 
+import errno
 import socket
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from orchestrator.cost.measure import is_out_of_memory
 from orchestrator.data.dataset import Manifest
 from orchestrator.errors import NOT_WRITABLE
 from orchestrator.runs import events, stop
-from orchestrator.runs.ending import Ending, Kind
+from orchestrator.runs.ending import Cause, Ending, Kind
 from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import fitting, hangs, marks, memory
 from orchestrator.workers.memory import OutOfMemory
@@ -18,11 +19,15 @@ from orchestrator.workers.memory import OutOfMemory
 NO_ROOM_ERROR = "orchestrator.errors.NoRoomError: "
 EXPECTED_ERRORS: dict[str, Kind] = {
     "orchestrator.errors.UserError: ": "user",
+    "orchestrator.errors.DiskError: ": "user",
     "orchestrator.files.DamagedError: ": "user",
     "orchestrator.files.NotPlainFileError: ": "user",
     "orchestrator.errors.UnreadableError: ": "again",
 }
+_CAUSES: dict[int, Cause] = {errno.EIO: "disk_error"}
 TRACEBACK = "Traceback (most recent call last):"
+# The whole reason that a rank gives if another one died.
+_LOST_PEER = ("closed by peer", "reset by peer", "remote process exited")
 
 
 def diagnose(folder: RunFolder, error: BaseException | None = None, workers: int = 1) -> Ending:
@@ -61,7 +66,7 @@ def diagnose(folder: RunFolder, error: BaseException | None = None, workers: int
         return Ending("failed", hang, cause="hang")
 
     again = getattr(error, "controller_failure", None)
-    tracebacks = folder.read_failures() or ([str(again)] if again is not None else [])
+    tracebacks = failures_of(folder) or ([str(again)] if again is not None else [])
     if not tracebacks:
         reason = (
             "a worker died without a traceback; its machine may be gone or out of memory "
@@ -69,6 +74,15 @@ def diagnose(folder: RunFolder, error: BaseException | None = None, workers: int
         )
         return Ending("failed", reason, cause="kill")
     return ending_of_tracebacks(folder, tracebacks, workers, hosts)
+
+
+def failures_of(folder: RunFolder) -> list[str]:
+    """Return the tracebacks of all ranks, oldest first, but for those that lost another rank."""
+    return [
+        text
+        for text in folder.read_failures()
+        if not any(words in exception_of(text) for words in _LOST_PEER)
+    ]
 
 
 def out_of_memory(fault: OutOfMemory) -> Ending:
@@ -105,7 +119,7 @@ def ending_of_tracebacks(
         if f"[Errno {number}]" in exception:
             problem = message.partition("] ")[2]  # without class and number
             reason = f"{what}: {folder.path}: {problem}. {advice} and run the same command again"
-            return Ending("user", reason, cause="disk_full")
+            return Ending("user", reason, cause=_CAUSES.get(number, "disk_full"))
     return Ending("failed", message, {"traceback": "\n".join(tracebacks)}, "exception")
 
 

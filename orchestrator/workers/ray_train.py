@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster import calls, private
+from orchestrator.cluster import calls, train_here
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.runs.folder import RunFolder
@@ -73,7 +73,7 @@ def fit(experiment: Experiment, folder: RunFolder, data_dir: Path, layout: Layou
         ),
     )
     try:
-        calls.interruptibly(lambda: private.fit_here(trainer))
+        calls.interruptibly(lambda: train_here.fit_here(trainer))
     finally:
         shutil.rmtree(folder.ray_scratch, ignore_errors=True)
 

@@ -5,6 +5,7 @@ import errno
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,13 +82,13 @@ def test_checkpoint_that_vanishes_while_it_is_read_is_not_damage(tmp_path, monke
     assert store.latest_valid(tmp_path, warn=pytest.fail) == store.path_of(tmp_path, 2)
 
 
-def fail_to_hash(monkeypatch, number: int, times: int) -> None:
-    """Let the next reads of a checkpoint's parts fail with an error number."""
+def fail_to_hash(monkeypatch, number: int, times: int, name: str = "") -> None:
+    """Let the next reads of parts of checkpoints with this name fail with an error number."""
     left = [times]
     file_sha256 = checkpoint_format.file_sha256
 
     def hash_file(path):
-        if left[0] > 0:
+        if left[0] > 0 and name in str(path):
             left[0] -= 1
             raise OSError(number, os.strerror(number), str(path))
         return file_sha256(path)
@@ -124,6 +125,37 @@ def test_error_of_the_disk_that_stays_is_damage(tmp_path, monkeypatch):
     assert store.latest_valid(tmp_path, messages.append, set_aside=True) is None
     assert "Input/output error" in messages[0]
     assert store.steps(tmp_path) == []
+
+
+def test_time_to_read_again_is_given_once_and_not_for_each_checkpoint(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        commit(tmp_path, step)
+    slept = []
+    clock = SimpleNamespace(sleep=slept.append, monotonic=lambda: 1000 + sum(slept))
+    monkeypatch.setattr(files, "time", clock)
+    monkeypatch.setattr(files, "_tried_in_vain_at", 0)
+    fail_to_hash(monkeypatch, errno.EIO, times=1000)
+    with pytest.raises(UnreadableError):
+        store.latest_valid(tmp_path)
+    assert files.RETRY_S < sum(slept) < 2 * files.RETRY_S
+
+
+def test_disk_that_cannot_read_two_checkpoints_is_not_damage_of_both(tmp_path, monkeypatch):
+    path = commit(tmp_path, 1)
+    commit(tmp_path, 2)
+    commit(tmp_path, 3)
+    monkeypatch.setattr(files, "RETRY_S", 0)
+    with monkeypatch.context() as broken:
+        fail_to_hash(broken, errno.EIO, times=1000)
+        with pytest.raises(UnreadableError, match="step-00000003.*step-00000002.*check the disk"):
+            store.latest_valid(tmp_path, pytest.fail, set_aside=True)
+    assert store.steps(tmp_path) == [1, 2, 3]
+    # Of two damaged checkpoints, only one has the error.
+    damage(store.path_of(tmp_path, 2))
+    fail_to_hash(monkeypatch, errno.EIO, times=1000, name="step-00000003")
+    messages: list[str] = []
+    assert store.latest_valid(tmp_path, messages.append, set_aside=True) == path
+    assert store.steps(tmp_path) == [1] and len(messages) == 2
 
 
 def test_best_checkpoint_is_not_removed_while_it_cannot_be_read(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from orchestrator.cluster import device as device_module
 from orchestrator.cluster import dtypes
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import load_experiment
@@ -18,7 +19,7 @@ def device(monkeypatch):
 
     def become(flags, gpu_has_bfloat16=False):
         monkeypatch.setattr(dtypes, "cpu_flags", lambda: flags)
-        monkeypatch.setattr(dtypes, "has_several_nodes", lambda: False)
+        monkeypatch.setattr(device_module, "has_several_nodes", lambda: False)
         answer = lambda including_emulation: gpu_has_bfloat16 or including_emulation  # noqa: E731
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
 
@@ -40,7 +41,7 @@ def device(monkeypatch):
 )
 def test_type_suits_device_and_width(device, flags, gpu_has_bfloat16, layout, width, dtype):
     device(flags, gpu_has_bfloat16)
-    found = dtypes.with_fast_dtype(layout)
+    found = device_module.of_workers(layout)
     experiment = load_experiment(None, [f"model.n_embd={width}", "model.n_head=1"])
     assert dtypes.suitable(experiment, found) == dtype
 
@@ -54,8 +55,8 @@ def test_flags_are_those_of_the_kernel():
 def test_a_worker_finds_the_type_on_a_cluster_of_several_nodes(ray_cluster, device, monkeypatch):
     expected = dtypes.fast_dtype(False)
     device(set() if expected == "bfloat16" else BFLOAT16)  # the driver's machine is of another kind
-    monkeypatch.setattr(dtypes, "has_several_nodes", lambda: True)
-    assert dtypes.with_fast_dtype(CPU).fast_dtype == expected
+    monkeypatch.setattr(device_module, "has_several_nodes", lambda: True)
+    assert device_module.of_workers(CPU).fast_dtype == expected
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_a_worker_finds_the_type_on_a_cluster_of_several_nodes(ray_cluster, devi
 def test_emulated_type_is_one_line(device, capsys, dtype, flags, layout, words):
     device(flags)
     experiment = load_experiment(None, [f"train.dtype={dtype}"])
-    dtypes.warn_if_emulated(experiment, dtypes.with_fast_dtype(layout))
+    dtypes.warn_if_emulated(experiment, device_module.of_workers(layout))
     line = capsys.readouterr().err
     assert line.count("\n") == (words is not None)
     assert words is None or (f"train.dtype={dtype}" in line and words in line)

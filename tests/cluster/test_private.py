@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import psutil
 import pytest
 import ray.train
 
-from orchestrator.cluster import connection, private
+from orchestrator.cluster import connection, private, train_here
 from tests.helpers import forked, stuck
 from tests.helpers.wait import wait_until
 
@@ -78,6 +79,20 @@ def test_messages_of_ray_are_cut_to_their_first_sentence(capsys, monkeypatch):
 
 def test_own_ray_without_processes_is_not_dead(ray_cluster):
     assert private.dead_process() is None, "this process has joined a cluster"
+
+
+def test_raylet_of_a_joined_cluster_has_died_if_its_socket_has_no_listener(tmp_path, monkeypatch):
+    from ray._private import worker
+
+    path = str(tmp_path / "raylet")
+    node = SimpleNamespace(all_processes={}, raylet_socket_name=path, dead_processes=list)
+    monkeypatch.setattr(worker, "_global_node", node)
+    with socket.socket(socket.AF_UNIX) as raylet:
+        raylet.bind(path)
+        raylet.listen(1)
+        for _ in range(5):  # more than it accepts: it may be stopped
+            assert private.dead_process() is None
+    assert private.dead_process() == "raylet"
 
 
 def test_running_head_and_its_token_are_found(ray_head, ray_cluster, monkeypatch):
@@ -152,7 +167,7 @@ def note_actors(file: Path) -> None:
 def test_ray_train_starts_no_process_besides_the_workers(ray_cluster, tmp_path):
     """A cleaner would wait for the API server at the end of each run."""
     before = alive_actors()
-    private.fit_here(trainer_of(functools.partial(note_actors, tmp_path / "actors"), tmp_path))
+    train_here.fit_here(trainer_of(functools.partial(note_actors, tmp_path / "actors"), tmp_path))
     during = set((tmp_path / "actors").read_text().split("\n"))
     assert during - before == {"RayTrainWorker", "SynchronizationActor"}
     wait_until(lambda: alive_actors() == before)
@@ -174,7 +189,7 @@ def test_interrupt_of_the_driver_ends_the_workers(ray_cluster, tmp_path):
     interrupting = threading.Thread(target=interrupt)
     interrupting.start()
     with pytest.raises(KeyboardInterrupt):
-        private.fit_here(trainer_of(functools.partial(wait_forever, started), tmp_path))
+        train_here.fit_here(trainer_of(functools.partial(wait_forever, started), tmp_path))
     interrupting.join()
     wait_until(lambda: not Path(f"/proc/{started.read_text()}").exists())
 
@@ -185,7 +200,7 @@ def fail() -> None:
 
 def test_error_of_a_worker_is_raised_in_the_driver(ray_cluster, tmp_path, capfd):
     with pytest.raises(ray.train.WorkerGroupError, match="no such thing"):
-        private.fit_here(trainer_of(fail, tmp_path))
+        train_here.fit_here(trainer_of(fail, tmp_path))
     assert capfd.readouterr().err == ""
 
 
@@ -214,12 +229,12 @@ async def never_cancelled() -> None:
 
 
 def test_task_that_does_not_end_is_given_up_without_a_message(capfd, monkeypatch):
-    monkeypatch.setattr(private, "TASK_S", 0.1)
+    monkeypatch.setattr(train_here, "TASK_S", 0.1)
     loop = asyncio.new_event_loop()
     task = loop.create_task(never_cancelled())
     loop.call_soon(loop.stop)
     loop.run_forever()
-    private._end_task(task, loop)
+    train_here._end_task(task, loop)
     assert loop.is_closed() and not task.done()
     del task
     gc.collect()
@@ -235,7 +250,7 @@ def test_interrupted_task_is_ended_without_a_message(capfd):
     task = loop.create_task(interrupted())
     with pytest.raises(KeyboardInterrupt):
         loop.run_until_complete(task)
-    private._end_task(task, loop)
+    train_here._end_task(task, loop)
     del task
     gc.collect()
     assert capfd.readouterr().err == ""

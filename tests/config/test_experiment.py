@@ -73,6 +73,7 @@ PROMISED = [
 
 # field: values as YAML text that must be refused. A test checks that every field is here.
 REFUSED = {
+    "model.kind": ["gpt", "gpt3", "5", "null", "true", "[gpt2]"],
     "name": [
         "5",
         "1e5",
@@ -94,6 +95,7 @@ REFUSED = {
     "data.invalid_utf8": ["null", "true", "strict", "ignore"],
     "data.on_null": ["null", "true", "drop", "''"],
     "data.tokenizer": ["null", "1", "''", "true"],
+    "data.encoder": ["null", "fast", "1", "Tiktoken"],
     "data.split": ["null", "head", "1", "TAIL"],
     "data.val_fraction": ["null", "0", "1", "-0.1", "x", "true", ".nan", ".inf", "'0.1'"],
     "data.append_eot": ["null", "1", "0", "x", "'true'"],
@@ -110,6 +112,19 @@ REFUSED = {
     "optim.beta2": ["null", "-0.1", "1", "x", ".nan"],
     "optim.weight_decay": ["null", "-0.1", "x", ".inf"],
     "optim.max_grad_norm": ["0", "-1", "x", ".inf"],
+    "optim.momentum": ["null", "-0.1", "1", "x"],
+    "optim.momentum_warmup_steps": ["null", "-1", "1.5", "x"],
+    "optim.cautious": ["null", "1", "x"],
+    **{
+        f"optim.groups.{group}.{field}": values
+        for group in ("matrix", "embedding", "head", "scalar")
+        for field, values in {
+            "lr_scale": ["-1", "x", ".inf"],
+            "weight_decay": ["-0.1", "x"],
+            "beta1": ["1", "-0.1", "x"],
+            "beta2": ["1", "-0.1", "x"],
+        }.items()
+    },
     "schedule.kind": ["null", "cosin", "1", "[cosine]"],
     "schedule.max_lr": ["null", "0", "-0.001", "x", ".inf", ".nan", "6e-4x", "'6e-4'"],
     "schedule.min_lr_ratio": ["null", "-0.1", "1.1", "x"],
@@ -209,8 +224,8 @@ def test_every_field_has_refused_values():
 )
 def test_wrong_value_is_one_line_with_field_and_value(field, text):
     """In a file: an override of a text field takes 5 and true as text."""
-    section, _, name = field.rpartition(".")
-    lines = f"{section}:\n  {name}: {text}" if section else f"{name}: {text}"
+    parts = field.split(".")
+    lines = "\n".join(f"{'  ' * depth}{part}:" for depth, part in enumerate(parts)) + f" {text}"
     with pytest.raises(UserError) as caught:
         parse_experiment(read_yaml(lines, "file"), "file")
     message = str(caught.value)
@@ -387,7 +402,7 @@ def test_micro_batches_and_slots_follow_from_batch_sizes(total, micro, asked, mi
 def test_vocabulary_is_padded_to_a_multiple(n_vocab, pad, rows):
     experiment = load_experiment(None, [f"model.pad_vocab_to={pad}"])
     assert experiment.vocab_size(n_vocab) == rows
-    assert experiment.gpt_config(n_vocab).vocab_size == rows
+    assert experiment.model_config_for(n_vocab).vocab_size == rows
 
 
 def test_model_has_the_shape_of_its_fields():

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.data.corpus import fetch, list_corpus, resolve, root_name
+from orchestrator.data.corpus import fetch, resolve, root_name
 from orchestrator.data.input.kinds import kind_of
 from orchestrator.errors import UserError
 from orchestrator.paths import cache_folder
@@ -92,8 +92,8 @@ def linked(folder) -> Path:
 
 @pytest.mark.parametrize("pattern", ["", "/**", "/**/*", "/**/**/*"])
 def test_links_are_followed_and_every_file_is_taken_once(linked, pattern):
-    listing = list_corpus(f"{linked}{pattern}")
-    assert [s.name for s in listing.sources] == [
+    listing = resolve(f"{linked}{pattern}")
+    assert [s.name for s in listing] == [
         "texts/a-link/d.txt",
         "texts/a.txt",
         "texts/b.txt",
@@ -252,7 +252,7 @@ def test_files_that_describe_data_are_taken_if_there_are_no_others(tmp_path, nam
 def test_control_characters_of_names_are_not_printed(tmp_path):
     (tmp_path / "a.txt").write_text("text " * 100)
     (tmp_path / "b\n\x1b[2J.parquet").write_bytes(b"PAR1")
-    line = str(list_corpus(str(tmp_path)))
+    line = str(resolve(str(tmp_path)))
     assert line == "1 text, 500 bytes; left out: 1 Parquet ('b\\n\\x1b[2J.parquet')"
 
 
@@ -301,8 +301,8 @@ def test_kind_that_holds_the_data_is_taken_and_the_rest_named(
     tmp_path, write, taken, left_out, pattern
 ):
     write(tmp_path / "c")
-    listing = list_corpus(f"{tmp_path}/c{pattern}")
-    assert [s.name for s in listing.sources] == [f"c/{name}" for name in taken]
+    listing = resolve(f"{tmp_path}/c{pattern}")
+    assert [s.name for s in listing] == [f"c/{name}" for name in taken]
     assert {reason: sorted(names) for reason, names in listing.left_out.items()} == left_out
     for reason, names in left_out.items():
         assert f"{len(names)} {reason} ({', '.join(names)})" in str(listing)

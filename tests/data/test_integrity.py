@@ -124,6 +124,17 @@ def test_training_does_not_start(copy, tmp_path, name):
     assert not any(f.read_text() for f in (tmp_path / "run").glob("metrics.jsonl"))
 
 
+@pytest.mark.parametrize("kept", [0, 0.5, -1], ids=["empty", "half", "all but a byte"])
+def test_cut_shard_is_found_without_reading_it(copy, tiny_corpus, kept):
+    data = Data(corpus=str(tiny_corpus), tokenizer="char", dir=str(copy))
+    assert find_prepared(data, copy) is not None
+    file = copy / "val-00000.parquet"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content)) if kept >= 0 else kept])
+    with pytest.raises(UserError, match="val-00000.parquet is missing or cut; delete the folder"):
+        find_prepared(data, copy)
+
+
 def test_run_is_refused(copy, tiny_corpus, tmp_path):
     file = copy / "manifest.json"
     data = bytearray(file.read_bytes())

@@ -11,12 +11,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from orchestrator.config.sections import Data
-from orchestrator.data import parts
+from orchestrator.data import parts, ray_tasks
 from orchestrator.data import prepare as prepare_module
 from orchestrator.data.dataset import load_manifest
 from orchestrator.data.index import write_index
@@ -24,6 +27,7 @@ from orchestrator.data.prepare import prepare
 from orchestrator.data.ray_tasks import RayTasks
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
+from orchestrator.files import file_sha256
 from tests.helpers.datasets import data, hashes_of, ids_of, quiet
 from tests.helpers.wait import wait_until
 
@@ -87,6 +91,41 @@ def test_bytes_do_not_depend_on_chunks_or_order_of_tasks(
         found.append(hashes_of(tmp_path / str(size)))
     assert len(found[0]) > 6  # several shards
     assert found[1:] == found[:1] * 3
+
+
+@pytest.mark.parametrize("split", ["tail", "hash"])
+def test_threads_give_the_same_bytes(mixed, tmp_path, monkeypatch, split):
+    prepare(data(mixed, split=split), tmp_path / "one", progress=quiet)
+    monkeypatch.setattr(prepare_module, "MIN_CHUNK_BYTES", 300)
+    monkeypatch.setattr(ray_tasks, "available_cpus", lambda: 4)
+    prepare(data(mixed, split=split), tmp_path / "many", progress=quiet)
+    assert hashes_of(tmp_path / "many") == hashes_of(tmp_path / "one")
+
+
+def test_mistake_in_one_file_ends_the_threads(monkeypatch):
+    done = []
+
+    def task(number: int) -> None:
+        done.append(number)
+        if number == 0:
+            raise UserError("a mistake")
+        time.sleep(0.05)
+
+    monkeypatch.setattr(ray_tasks, "available_cpus", lambda: 2)
+    jobs = [{"number": number} for number in range(100)]
+    with pytest.raises(UserError, match="a mistake"):
+        RayTasks(quiet).map("tokenizing", task, jobs, [1] * 100, here=True)
+    assert len(done) < 50
+
+
+def test_ids_of_a_packed_file_are_not_kept_in_memory(tmp_path):
+    with ExitStack() as files:
+        part = parts.Part(files, tmp_path, 0, "train")
+        for _ in range(100):
+            part.begin("document")
+            part.add(np.zeros(50_000, np.uint16), "text")
+        assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 9e6
+    assert part.finish()["sha256"] == file_sha256(tmp_path / "00000000.train.bin")
 
 
 def test_bytes_do_not_depend_on_ray_or_place_of_corpus(ray_cluster, mixed, tmp_path, request):

@@ -189,7 +189,7 @@ def test_large_corpus_is_hashed_in_tasks(here, mixed, tmp_path, monkeypatch):
     expected = dataset_dir(data(mixed), tmp_path)
     hashes.forget()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(prepare_module, "HASH_HERE_BYTES", 0)
+    monkeypatch.setattr(prepare_module, "SMALL_BYTES", 0)
     monkeypatch.setattr(prepare_module, "MAX_CHUNK_BYTES", 1000)
     monkeypatch.setattr(hashes, "file_sha256", lambda _: pytest.fail("hashed in the driver"))
     assert prepare_in(data(mixed), tmp_path, quiet).directory == expected

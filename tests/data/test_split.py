@@ -1,5 +1,6 @@
 """Which tokens are train and which are val, and which document each token comes from."""
 
+import functools
 import hashlib
 import json
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from orchestrator.data import tasks
 from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.dataset import INDEX_FILE
 from orchestrator.data.index import documents_of, find_documents, write_index
+from orchestrator.data.parts import Parts
 from orchestrator.data.prepare import prepare
 from orchestrator.data.tokenizer import load_tokenizer
 from tests.helpers.datasets import data, ids_of, mixed_documents, quiet
@@ -81,31 +83,38 @@ def test_every_cut_of_every_chunking_puts_characters_and_ends_where_they_belong(
 
 def run_tasks(folder: Path, texts: list[str], chunk_bytes: int, cut: int, append_eot: bool):
     """Survey and tokenize a corpus: {split: (ids, [(document, first token)])}."""
-    parts = folder / f"{chunk_bytes}-{cut}"
-    parts.mkdir()
-    ids: dict[str, list[int]] = {"train": [], "val": []}
-    index: dict[str, list] = {"train": [], "val": []}
-    before = 0
+    folder_of_parts = folder / f"{chunk_bytes}-{cut}"
+    folder_of_parts.mkdir()
     sources = [CorpusFile(str(i), folder / str(i), len(text)) for i, text in enumerate(texts)]
-    for i, spans in enumerate(tasks.plan_chunks(sources, chunk_bytes, Data())):
-        span_dicts = [asdict(span) for span in spans]
-        tasks.tokenize(
-            chunk=i,
-            spans=span_dicts,
-            train_characters=cut - before,
-            val_files=[],
-            val_fraction=0.5,
-            tokenizer=("byte", ""),
-            append_eot=append_eot,
-            dataset=str(folder),
-            folder=str(parts),
-        )
-        before += tasks.survey(span_dicts)["characters"]
-        for split in ids:
-            for document, first in json.loads((parts / f"{i:08d}.{split}.json").read_bytes()):
-                index[split].append((document, first + len(ids[split])))
-            ids[split] += np.fromfile(parts / f"{i:08d}.{split}.bin", "<u2").tolist()
-    return {split: (ids[split], index[split]) for split in ids}
+    chunks = tasks.plan_chunks(sources, chunk_bytes, Data())
+    jobs = [
+        {**job, "spans": [asdict(span) for span in job["spans"]]}
+        for job in tasks.tokenize_jobs(chunks, {}, Data())
+    ]
+    tokenize = functools.partial(
+        tasks.tokenize,
+        val_fraction=0.5,
+        tokenizer=("byte", ""),
+        fast=False,
+        append_eot=append_eot,
+        dataset=str(folder),
+        folder=str(folder_of_parts),
+    )
+    facts = [tokenize(**job) for job in jobs]
+    again = tasks.cut_tail(jobs, facts, cut)
+    assert 1 <= len(again) < 4 + len(texts)
+    for i, job in again.items():
+        facts[i] = tokenize(**job)
+    parts = Parts(folder_of_parts, facts)
+    found = {}
+    for split in ("train", "val"):
+        index = [(document, first) for first, document in parts.documents(split)]
+        slices = parts.shard_jobs(split, folder, 1, np.dtype("<u2"))
+        ids = []
+        for path, first, count in [part for job in slices for part in job["slices"]]:
+            ids += np.fromfile(path, "<u2")[first : first + count].tolist()
+        found[split] = (ids, index)
+    return found
 
 
 def expected_split(texts: list[str], cut: int, append_eot: bool):

@@ -133,7 +133,7 @@ def _identity_of_data() -> None:
 
 def _order_of_files() -> None:
     resolve = corpus.resolve
-    corpus.resolve = lambda entries: list(reversed(resolve(entries)))
+    corpus.resolve = lambda entries: corpus.Listing(reversed(resolve(entries)))
 
 
 def _fsync_of_checkpoints() -> None:

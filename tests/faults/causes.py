@@ -225,16 +225,18 @@ class Power(Signal):
             inode, size = map(int, line.split())
             synced[inode] = size
         for place in (case.folder, *case.folder.stages()):
-            steps = place.checkpoint_steps()
+            steps = [  # earlier ones may be damaged
+                step
+                for step in place.checkpoint_steps()
+                if place.checkpoint(step).stat().st_mtime >= case.started_at
+            ]
             for file in [place.journal_file, *place.checkpoints.rglob("*")]:
                 found = file.stat() if file.is_file() else None
                 if found is None or found.st_mtime < case.started_at:
                     continue
                 if synced.get(found.st_ino, 0) < found.st_size:
                     os.truncate(file, synced.get(found.st_ino, 0))
-            if steps and store.latest_valid(place.checkpoints, lambda message: None) is None:
-                case.problem("loss", f"no checkpoint of {place.name} survives a power failure")
-            elif steps:
+            if steps:
                 latest = store.latest_valid(place.checkpoints, lambda message: None)
                 if latest != place.checkpoint(steps[-1]) and "checkpoint" not in case.names:
                     case.problem("loss", f"{place.name}: step {steps[-1]} was not on disk")

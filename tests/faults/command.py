@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster import connection
+from orchestrator.cluster import connection, device
 from orchestrator.cluster import layout as cluster
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, load_experiment
@@ -179,6 +179,7 @@ def _replace_ray(job: dict[str, Any]) -> None:
     _put(cluster, "check_storage", lambda *_: None)
     _put(cluster, "find_layout", lambda *_: Layout(world, 1, False))
     _put(cluster, "capacity", lambda *_: 1)
+    _put(device, "has_several_nodes", lambda: False)
     _put(cluster, "has_several_nodes", lambda: False)
     _put(prepare, "RayTasks", LocalTasks)
     if job.get("change"):

@@ -76,6 +76,18 @@ def test_fault_that_shows_after_the_next_start_is_undone_then(campaign, tmp_path
     assert case.report.problems == ["manual: start 0 ended with 2: error: changed"]
 
 
+def test_journals_of_a_finished_sweep_are_restored(campaign, tmp_path):
+    source = make_source(tmp_path, with_store=False)
+    case = CommandCase(campaign.starter, tmp_path / "case", source, "sweep")
+    assert case.finish(random.Random(0)), case.texts
+    golden = case.outcomes()
+    for stage in case.folder.stages():
+        stage.journal_file.write_bytes(2 * stage.journal_file.read_bytes())
+    assert case.finish(random.Random(0)), case.texts
+    case.compare(golden)
+    assert case.report.problems == []
+
+
 @pytest.mark.parametrize("moment", ["before forward", "before batch", "after batch"])
 def test_stopped_rank_is_named_and_the_run_goes_on(campaign, moment):
     path = campaign.path / f"hang {moment}"

@@ -18,7 +18,7 @@ def prompt(model: GPT, batch: int, steps: int) -> Tensor:
 def greedy(model: GPT, tokens: Tensor, new: int) -> Tensor:
     """Generate with one full forward pass per token, over the last block_size tokens."""
     for _ in range(new):
-        logits, _ = model(tokens[:, -model.config.block_size :])
+        logits = model(tokens[:, -model.config.block_size :])
         tokens = torch.cat((tokens, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
     return tokens
 
@@ -47,7 +47,7 @@ def test_sampling_with_cache_equals_sampling_without(small_gpt, monkeypatch, opt
     assert torch.equal(with_cache[:, :4], tokens)
     monkeypatch.setattr(
         "model.generate._next_logits",
-        lambda model, tokens, _: model(tokens[:, -model.config.block_size :])[0][:, -1],
+        lambda model, tokens, _: model(tokens[:, -model.config.block_size :])[:, -1],
     )
     assert torch.equal(with_cache, generate(model, tokens, 30, seed=11, **options))
 
@@ -56,11 +56,11 @@ def test_cached_logits_equal_full_logits_for_any_prompt_length(small_gpt):
     model = small_gpt()
     tokens = prompt(model, batch=2, steps=16)
     with torch.no_grad():
-        whole, _ = model(tokens, tokens)
+        whole = model.logits(tokens)
         for first in range(1, 16):
             cache = KVCache(model.config)
-            pieces = [model(tokens[:, :first], cache=cache)[0]]
-            pieces += [model(tokens[:, t : t + 1], cache=cache)[0] for t in range(first, 16)]
+            pieces = [model(tokens[:, :first], cache=cache)]
+            pieces += [model(tokens[:, t : t + 1], cache=cache) for t in range(first, 16)]
             assert cache.length == 16
             torch.testing.assert_close(
                 torch.cat(pieces, dim=1), whole[:, first - 1 :], atol=1e-5, rtol=0
@@ -88,7 +88,7 @@ def test_frequencies_equal_softmax_of_logits(small_gpt, temperature):
     rows = 20_000
     tokens = prompt(model, batch=1, steps=3)
     drawn = generate(model, tokens.expand(rows, -1), 1, temperature=temperature, seed=0)[:, -1]
-    expected = (model(tokens)[0][0, -1] / temperature).softmax(-1)
+    expected = (model(tokens)[0, -1] / temperature).softmax(-1)
     observed = torch.bincount(drawn, minlength=8) / rows
     five_sigma = 5 * (expected * (1 - expected) / rows).sqrt() + 1 / rows
     assert ((observed - expected).abs() < five_sigma).all()
@@ -98,7 +98,7 @@ def test_top_k_draws_only_the_k_most_probable_tokens(small_gpt):
     model = small_gpt()
     tokens = prompt(model, batch=1, steps=3)
     drawn = generate(model, tokens.expand(2000, -1), 1, temperature=5.0, top_k=4, seed=0)[:, -1]
-    assert set(drawn.tolist()) == set(model(tokens)[0][0, -1].topk(4).indices.tolist())
+    assert set(drawn.tolist()) == set(model(tokens)[0, -1].topk(4).indices.tolist())
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"temperature": 1e-30}])

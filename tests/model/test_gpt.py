@@ -65,7 +65,7 @@ def some_tokens(model: GPT, batch: int = 3, steps: int | None = None) -> Tensor:
 def test_logits_equal_plain_implementation(small_gpt, bias, activation):
     model = small_gpt(bias=bias, activation=activation)
     tokens = some_tokens(model)
-    logits, _ = model(tokens, tokens)
+    logits = model.logits(tokens)
     expected = reference_logits(model, tokens)
     assert expected.std() > 0.5  # otherwise all logits would be within the tolerance
     torch.testing.assert_close(logits.double(), expected, atol=1e-5, rtol=0)
@@ -74,7 +74,7 @@ def test_logits_equal_plain_implementation(small_gpt, bias, activation):
 def test_loss_is_the_mean_negative_log_likelihood_in_nats(small_gpt):
     model = small_gpt()
     tokens = some_tokens(model)
-    _, loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss = model(tokens[:, :-1], tokens[:, 1:])
     probabilities = reference_logits(model, tokens[:, :-1]).softmax(-1)
     likelihoods = probabilities.gather(-1, tokens[:, 1:, None])
     assert loss.item() == pytest.approx(-likelihoods.log().mean().item(), abs=1e-5)
@@ -86,21 +86,22 @@ def test_target_minus_one_is_ignored(small_gpt):
     targets = tokens.clone()
     targets[0, 3:] = -1
     targets[2] = -1
-    _, whole = model(tokens, tokens, reduction="none")
-    _, each = model(tokens, targets, reduction="none")
-    _, mean = model(tokens, targets)
+    log_likelihoods = model.logits(tokens).double().log_softmax(-1)
+    losses = -log_likelihoods.gather(-1, tokens[..., None]).squeeze(-1)  # (B, T)
     counted = targets != -1
-    assert each.shape == tokens.shape
-    assert torch.equal(each, whole * counted)
-    assert mean.item() == pytest.approx(whole[counted].mean().item(), rel=1e-6)
+    windows = model(tokens, targets, reduction="window")
+    assert windows.dtype == torch.float64
+    torch.testing.assert_close(windows, (losses * counted).sum(dim=1), atol=1e-5, rtol=0)
+    total = losses[counted].sum().item()
+    assert model(tokens, targets, reduction="sum").item() == pytest.approx(total, rel=1e-6)
+    assert model(tokens, targets).item() == pytest.approx(total / counted.sum().item(), rel=1e-6)
 
 
 def test_without_targets_only_last_position_has_logits(small_gpt):
     model = small_gpt()
     tokens = some_tokens(model, steps=9)
-    last, loss = model(tokens)
-    every, _ = model(tokens, tokens)
-    assert loss is None
+    last = model(tokens)
+    every = model.logits(tokens)
     assert last.shape == (3, 1, model.config.vocab_size)
     torch.testing.assert_close(last, every[:, -1:], atol=1e-5, rtol=0)
 
@@ -108,11 +109,11 @@ def test_without_targets_only_last_position_has_logits(small_gpt):
 def test_token_does_not_change_earlier_positions(small_gpt):
     model = small_gpt()
     tokens = some_tokens(model, batch=1)
-    before, _ = model(tokens, tokens)
+    before = model.logits(tokens)
     for t in range(model.config.block_size):
         changed = tokens.clone()
         changed[0, t] = (changed[0, t] + 1) % model.config.vocab_size
-        after, _ = model(changed, tokens)
+        after = model.logits(changed)
         assert torch.equal(after[:, :t], before[:, :t])
         assert not torch.allclose(after[:, t:], before[:, t:])
 
@@ -121,13 +122,13 @@ def test_token_does_not_change_earlier_positions(small_gpt):
 def test_accumulated_micro_batches_equal_the_full_batch(small_gpt, micro_batches):
     model = small_gpt()
     tokens, targets = some_tokens(model, batch=8, steps=15).unsqueeze(0).repeat(2, 1, 1)
-    model(tokens, targets)[1].backward()
+    model(tokens, targets).backward()
     full = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     for micro_tokens, micro_targets in zip(
         tokens.chunk(micro_batches), targets.chunk(micro_batches), strict=True
     ):
-        (model(micro_tokens, micro_targets)[1] / micro_batches).backward()
+        (model(micro_tokens, micro_targets) / micro_batches).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, full[name], atol=1e-6, rtol=1e-4)
 
@@ -156,7 +157,7 @@ def test_initial_loss_is_that_of_uniform_guess():
     model = GPT(GPT2_124M)
     tokens = some_tokens(model, batch=1, steps=129)
     with torch.no_grad():
-        _, loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss = model(tokens[:, :-1], tokens[:, 1:])
     assert 10.8 < loss.item() < 11.15  # ln 50,304 = 10.826
 
 
@@ -185,13 +186,13 @@ def test_initial_weights_depend_only_on_global_seed():
 def test_dropout_depends_on_seed_and_is_off_in_eval(small_gpt):
     model = small_gpt(dropout=0.3)
     tokens = some_tokens(model)
-    without = small_gpt()(tokens, tokens)[0]
-    assert torch.equal(model(tokens, tokens)[0], without)
+    without = small_gpt().logits(tokens)
+    assert torch.equal(model.logits(tokens), without)
     model.train()
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn.append(model(tokens, tokens)[0])
+        drawn.append(model.logits(tokens))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.allclose(drawn[0], drawn[2])
     assert not torch.allclose(drawn[0], without)
@@ -200,14 +201,15 @@ def test_dropout_depends_on_seed_and_is_off_in_eval(small_gpt):
 def test_loss_is_float32_under_autocast(small_gpt):
     model = small_gpt()
     tokens = some_tokens(model)
-    _, exact = model(tokens, tokens)
+    exact = model(tokens, tokens)
     with torch.autocast("cpu", torch.bfloat16):
-        logits, mean = model(tokens, tokens)
-        _, each = model(tokens, tokens, reduction="none")
+        logits = model.logits(tokens)
+        mean = model(tokens, tokens)
+        windows = model(tokens, tokens, reduction="window")
     assert logits.dtype == torch.bfloat16
-    assert mean.dtype == each.dtype == torch.float32
+    assert mean.dtype == torch.float32
     from_its_logits = -logits.double().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-    torch.testing.assert_close(each.double(), from_its_logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(windows, from_its_logits.sum(dim=1), atol=1e-4, rtol=0)
     assert mean.item() == pytest.approx(exact.item(), rel=0.02)
 
 
@@ -215,7 +217,8 @@ def test_loss_is_float32_under_autocast(small_gpt):
 def test_loss_of_half_precision_model_is_float32(small_gpt, dtype):
     model = small_gpt().to(dtype)
     tokens = some_tokens(model)
-    logits, loss = model(tokens, tokens)
+    logits = model.logits(tokens)
+    loss = model(tokens, tokens)
     from_its_logits = -logits.double().log_softmax(-1).gather(-1, tokens[..., None]).mean()
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(from_its_logits.item(), abs=1e-5)
@@ -225,8 +228,8 @@ def test_compiled_model_is_one_graph_with_same_loss(small_gpt):
     model = small_gpt()
     tokens = some_tokens(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    _, loss = compiled(tokens, tokens)
-    assert loss.item() == pytest.approx(model(tokens, tokens)[1].item(), abs=1e-6)
+    loss = compiled(tokens, tokens)
+    assert loss.item() == pytest.approx(model(tokens, tokens).item(), abs=1e-6)
 
 
 def test_too_many_tokens_are_refused(small_gpt):
@@ -238,7 +241,7 @@ def test_too_many_tokens_are_refused(small_gpt):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"n_embd": 770}, "n_embd=770.*n_head=12"),
+        ({"n_embd": 770}, "n_head: 12.*n_embd=770"),
         ({"n_layer": 0}, "n_layer.*0"),
         ({"vocab_size": -5}, "vocab_size.*-5"),
         ({"block_size": 1.5}, "block_size.*1.5"),

@@ -2,12 +2,11 @@
 
 import subprocess
 import sys
-from dataclasses import asdict
 
 import pytest
 import torch
 
-from model.models import MODELS, empty_model, new_model, new_shape
+from model.models import MODELS, empty_model, kind_of, new_config, new_model, stored_config
 from model.optim import OPTIMIZERS, OptimizerSettings, build
 from model.schedule import DECAY_SHAPES, SCHEDULES
 
@@ -22,15 +21,16 @@ def test_optimizer_lowers_loss_and_keeps_the_stated_moments(kind, small_gpt):
     losses = []
     for _ in range(5):
         optimizer.zero_grad()
-        _, loss = model(tokens, tokens)
+        loss = model(tokens, tokens)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    for parameter in model.parameters():
-        state = optimizer.state[parameter].values()
-        moments = [value for value in state if value.shape == parameter.shape]
-        assert len(moments) == OPTIMIZERS[kind].moments
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter].values()
+            moments = [value for value in state if value.shape == parameter.shape]
+            assert len(moments) == OPTIMIZERS[kind].moments[group["group"]]
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -40,7 +40,7 @@ def test_optimizer_resumed_from_its_state_takes_the_same_steps(kind, small_gpt):
     def train(model, optimizer, steps: int) -> None:
         for _ in range(steps):
             optimizer.zero_grad()
-            model(tokens, tokens)[1].backward()
+            model(tokens, tokens).backward()
             optimizer.step()
 
     whole = small_gpt()
@@ -60,18 +60,19 @@ def test_optimizer_resumed_from_its_state_takes_the_same_steps(kind, small_gpt):
 @pytest.mark.parametrize("kind", MODELS)
 def test_model_returns_logits_and_loss(kind):
     fields = {"block_size": 8, "vocab_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 8}
-    shape = new_shape({"kind": kind, **fields})
+    config = new_config({"kind": kind, **fields})
     tokens = torch.arange(16).view(2, 8)
-    logits, loss = new_model(shape)(tokens, tokens)
-    assert logits.shape == (2, 8, 32)
-    assert loss.shape == ()
+    model = new_model(kind, config)
+    assert model(tokens).shape == (2, 1, 32)
+    assert model(tokens, tokens).shape == ()
+    assert model(tokens, tokens, reduction="window").shape == (2,)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_empty_model_has_the_parameters_of_a_real_one_and_no_values(kind):
-    shape = new_shape({"kind": kind, "n_layer": 2, "n_embd": 24, "vocab_size": 32})
-    real = new_model(shape)
-    empty = empty_model(shape)
+    config = new_config({"kind": kind, "n_layer": 2, "n_head": 6, "n_embd": 24, "vocab_size": 32})
+    real = new_model(kind, config)
+    empty = empty_model(kind, config)
     assert [(n, p.shape) for n, p in empty.named_parameters()] == [
         (n, p.shape) for n, p in real.named_parameters()
     ]
@@ -84,8 +85,8 @@ def test_empty_model_has_the_parameters_of_a_real_one_and_no_values(kind):
 def test_empty_model_does_not_import_the_compiler():
     code = (
         "import sys\n"
-        "from model.models import empty_model, new_shape\n"
-        "empty_model(new_shape({}))\n"
+        "from model.models import MODELS, empty_model\n"
+        "for kind, model in MODELS.items(): empty_model(kind, model.config())\n"
         "assert 'torch._dynamo' not in sys.modules, 'the compiler was imported'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -93,9 +94,9 @@ def test_empty_model_does_not_import_the_compiler():
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_stored_shape_gives_the_same_kind_of_model(kind):
-    shape = new_shape({"kind": kind})
-    assert shape.kind == kind
-    assert new_shape(asdict(shape)) == shape
+    config = MODELS[kind].config()
+    stored = stored_config(kind, config)
+    assert (kind_of(stored), new_config(stored)) == (kind, config)
 
 
 @pytest.mark.parametrize("table", [MODELS, OPTIMIZERS, SCHEDULES, DECAY_SHAPES])

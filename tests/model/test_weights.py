@@ -41,7 +41,7 @@ def our_logits(config: GPTConfig, weights: dict[str, Tensor]) -> Tensor:
     model = GPT(config).eval()
     model.load_state_dict(weights)
     with torch.no_grad():
-        return model(TOKENS, TOKENS)[0]
+        return model.logits(TOKENS)
 
 
 def their_logits(theirs) -> Tensor:
@@ -204,8 +204,9 @@ def test_vocabulary_padding_keeps_logits_and_nearly_keeps_loss(small_gpt):
         model.transformer.ln_f.bias -= 0.5  # logits far below 0, as in GPT-2
     padded = GPT(GPTConfig(**{**vars(model.config), "vocab_size": 64}))
     padded.load_state_dict(pad_vocab(model.state_dict(), 64))
-    before, loss = model(TOKENS, TOKENS)
-    after, padded_loss = padded.eval()(TOKENS, TOKENS)
+    padded.eval()
+    before, loss = model.logits(TOKENS), model(TOKENS, TOKENS)
+    after, padded_loss = padded.logits(TOKENS), padded(TOKENS, TOKENS)
     assert before.mean() < -5
     torch.testing.assert_close(after[..., :61], before, atol=1e-5, rtol=0)
     assert loss < padded_loss < loss + math.log(1 + 3 / 61)

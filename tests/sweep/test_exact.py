@@ -1,14 +1,22 @@
 """Each trial of a sweep equals its own run bit for bit, and no step runs twice. Without Ray."""
 
+import dataclasses
+import errno
 import json
+import os
 import random
 import shutil
 
 import pytest
 
+from orchestrator import files
+from orchestrator.checkpoint import format as checkpoint_format
 from orchestrator.checkpoint import store as checkpoint
+from orchestrator.errors import UnreadableError
 from orchestrator.runs import stop
-from orchestrator.sweep import stored
+from orchestrator.runs.code import module_hashes
+from orchestrator.sweep import stored, trials
+from orchestrator.sweep import study as study_module
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.numerics import Worker
 
@@ -302,6 +310,53 @@ def test_name_of_another_experiment_is_refused(sweeps):
         sweeps.open("sweep.trials.mine.train.max_steps=10", "model.dropout=0.2")
 
 
+def test_stages_of_other_code_are_counted_and_trained_again(sweeps, monkeypatch):
+    words = ("sweep.grid={train.max_steps: [10, 20]}", "schedule.kind=wsd")
+    first = sweeps.open(*words)
+    ran = sweeps.run(first)
+    assert first.notes() == []
+    keys = [folder.read_record()["key"] for folder in first.folder.trials()]
+    other = {**module_hashes("gpt2", "adamw"), "model/gpt.py": "edited"}
+    for module in (trials, study_module):
+        monkeypatch.setattr(module, "module_hashes", lambda *kinds: other)
+    study = sweeps.open(*words)
+    [note] = study.notes()
+    assert f"{len(ran)} stage(s) (model/gpt.py)" in note
+    again = sweeps.run(study)
+    assert len(again) == len(ran) and not set(again) & set(ran)
+    assert_alone(sweeps, study)
+    # Their values may differ, so MLflow gets new runs.
+    new_keys = [folder.read_record()["key"] for folder in study.folder.trials()]
+    assert len({*keys, *new_keys}) == 2 * len(keys)
+    assert sweeps.run(sweeps.open(*words)) == []
+
+
+def test_another_device_has_other_stages(sweeps):
+    words = ("sweep.trials.mine.train.max_steps=10",)
+    one = sweeps.open(*words).trials["mine"]
+    other = dataclasses.replace(one, device="another processor")
+    assert one.key != other.key
+    assert one.settings_key == other.settings_key
+
+
+def test_sweep_of_an_earlier_version_is_trained_again(sweeps):
+    """Its stages have no record of code and device, its trials none of their settings."""
+    words = ("sweep.trials.mine.train.max_steps=10",)
+    first = sweeps.open(*words)
+    [stage] = sweeps.run(first)
+    file = first.folder.stage(stage).stage_file
+    spec = json.loads(file.read_text())
+    del spec["made_by"]
+    file.write_text(json.dumps(spec))
+    file = first.folder.trial("mine").run_file
+    record = json.loads(file.read_text())
+    record["trial"] = record.pop("settings")
+    file.write_text(json.dumps(record))
+    study = sweeps.open(*words)
+    assert "1 stage(s) (an earlier version did not record it)" in study.notes()[0]
+    assert sweeps.run(study) == [stage]
+
+
 # ---- probes ----
 PROBED = [
     "sweep.grid.schedule.max_lr=[1e-2,1e-5]",
@@ -390,7 +445,7 @@ def test_checkpoint_that_a_failed_stage_needs_is_kept(sweeps):
     assert checkpoint.steps(study.folder.stage(study.tree.stages[0].id).checkpoints) == []
 
 
-def test_damaged_last_checkpoint_of_a_trial_is_made_again(sweeps, capsys):
+def test_damaged_last_checkpoint_of_a_trial_is_made_again(sweeps):
     words = ["train.keep=3", "train.checkpoint_interval=4", *MIXED[:2]]
     sweeps.run(sweeps.open(*words))
     for trial in sweeps.open(*words).trials.values():
@@ -398,14 +453,30 @@ def test_damaged_last_checkpoint_of_a_trial_is_made_again(sweeps, capsys):
         part = last.checkpoint / "model.safetensors"
         part.write_bytes(part.read_bytes()[:-1] + b"?")
         study = sweeps.open(*words)
-        assert f"not used: {part.parent}" in capsys.readouterr().out
+        [line] = study.notes()
+        assert line.startswith(f"not used: {part.parent}")
         assert not study.is_over
         assert 0 < steps_of(study, sweeps.run(study)) <= 4  # it resumes in its folder
         assert sweeps.open(*words).is_over
         assert_alone(sweeps, study)
 
 
-def test_damaged_checkpoint_of_a_branch_is_made_again(sweeps, capsys):
+def test_outage_of_the_disk_damages_no_trial(sweeps, monkeypatch):
+    words = MIXED[:2]
+    sweeps.run(sweeps.open(*words))
+
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(files, "RETRY_S", 0)
+        broken.setattr(checkpoint_format, "file_sha256", fail)
+        with pytest.raises(UnreadableError, match="check the disk"):
+            sweeps.open(*words)
+    assert sweeps.open(*words).is_over
+
+
+def test_damaged_checkpoint_of_a_branch_is_made_again(sweeps):
     sweeps.run(sweeps.open(*MIXED[:2]))
     study = sweeps.open(*MIXED[:2])
     trunk = study.tree.stages[0]
@@ -419,7 +490,7 @@ def test_damaged_checkpoint_of_a_branch_is_made_again(sweeps, capsys):
     study = sweeps.open(
         *MIXED[:2], "sweep.trials.new={train.max_steps: 14, schedule.decay_shape: cosine}"
     )
-    assert "SHA-256 differs" in capsys.readouterr().out
+    assert "SHA-256 differs" in study.notes()[0]
     sweeps.run(study)
     assert_alone(sweeps, study)
 

@@ -17,7 +17,7 @@ from orchestrator.sweep.states import (
     StageStates,
 )
 from orchestrator.sweep.tree import Branch, StageTree, build_tree, grow
-from orchestrator.sweep.trials import root_of
+from orchestrator.sweep.trials import settings_of
 
 SAME_STEPS = [
     "name=other",
@@ -58,7 +58,7 @@ def test_root_is_the_same_exactly_for_trials_with_equal_steps(monkeypatch):
     base += ["schedule.warmup_steps=2", "train.dtype=float32", "optim.max_grad_norm=1"]
 
     def root(*words: str, data: str = "tokens", cpus: int = 1) -> str:
-        return root_of(load_experiment(None, [*base, *words]), data, cpus)
+        return settings_of(load_experiment(None, [*base, *words]), data, cpus)
 
     assert [word for word in SAME_STEPS if root(word) != root()] == []
     roots = {word: root(word) for word in OTHER_STEPS}

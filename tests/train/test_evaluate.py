@@ -51,7 +51,7 @@ def test_loss_is_the_mean_over_all_targets_and_bits_are_per_byte(tokens):
     total = 0.0
     for i in range(1, tokens):  # each target by itself, after the tokens of its window
         start = (i - 1) // T * T
-        logits = gpt(torch.from_numpy(STREAM[start:i])[None])[0][0, -1].double()
+        logits = gpt(torch.from_numpy(STREAM[start:i])[None])[0, -1].double()
         total -= torch.log_softmax(logits, 0)[STREAM[i]].item()
     result = evaluate(gpt, batches(tokens))
     assert result.tokens == tokens - 1

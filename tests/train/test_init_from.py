@@ -81,7 +81,7 @@ def hugging_face(tmp_path_factory):
 
 def logits(model: GPT, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(tokens, tokens)[0]
+        return model.eval().logits(tokens)
 
 
 def refusal(experiment: Experiment, n_vocab: int = N_VOCAB) -> str:

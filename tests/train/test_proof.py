@@ -78,8 +78,7 @@ def edit_model(monkeypatch) -> None:
     forward = gpt.GPT.forward
 
     def edited(self, *args, **kwargs):
-        logits, loss = forward(self, *args, **kwargs)
-        return logits, None if loss is None else loss * (1 + 2**-20)
+        return forward(self, *args, **kwargs) * (1 + 2**-20)
 
     monkeypatch.setattr(gpt.GPT, "forward", edited)
 
@@ -164,10 +163,24 @@ def test_change_without_effect_is_recorded_and_the_run_goes_on(tiny_dataset, fol
     assert "MKL_CBWR: before None, now 'AUTO'" in event["message"]
 
 
+def test_edited_module_without_effect_is_named_and_the_run_goes_on(
+    tiny_dataset, folder, monkeypatch
+):
+    path = interrupt(folder, tiny_dataset).checkpoint(4)
+    now = store.read_manifest(path)["fingerprints"]["code"]["model/gpt.py"]
+    manifest = store.read_manifest(path)
+    manifest["fingerprints"]["code"]["model/gpt.py"] = "before"
+    rewrite_manifest(path, manifest)
+    assert train(EXPERIMENT, folder, tiny_dataset) == 8
+    [event] = events.read(folder)
+    assert event["kind"] == "changed"
+    assert event["message"].endswith(f"model/gpt.py: before 'before', now '{now}'")
+
+
 def test_checkpoint_without_a_proof_is_compared_by_names(tiny_dataset, folder):
     path = interrupt(folder, tiny_dataset).checkpoint(4)
     manifest = store.read_manifest(path)
-    for name in ("proof", "environment"):
+    for name in ("proof", "environment", "code"):
         del manifest["fingerprints"][name]
     rewrite_manifest(path, manifest)
     with pytest.raises(UserError, match="cpus_per_worker: before 1, now 2"):

@@ -46,6 +46,10 @@ FAULTS = {
         OSError(30, "Read-only file system"),
         ("user", "disk_full", "Make it writable"),
     ),
+    "a broken disk": (
+        OSError(5, "Input/output error"),
+        ("user", "disk_error", "the file system has an error"),
+    ),
     "a checkpoint that cannot be read at the moment": (
         UnreadableError("step-00000010: cannot be read"),
         ("again", "exception", "step-00000010: cannot be read"),
@@ -84,8 +88,9 @@ def test_exception_of_a_rank(folder, name):
     ending = diagnose(folder, DIED, 2)
     assert (ending.kind, ending.cause) == (kind, cause)
     assert words in ending.reason
-    assert not ending.may_be_transient
-    assert folder.ending_file.exists() == (kind in ("user", "again")), "no attempt may follow"
+    assert ending.may_be_transient == (cause == "disk_error")
+    is_final = kind in ("user", "again") and not ending.may_be_transient
+    assert folder.ending_file.exists() == is_final, "no attempt may follow"
     if kind == "failed":
         assert "in fail" in ending.facts["traceback"]
 
@@ -116,6 +121,30 @@ def test_worker_that_died_without_a_traceback_may_be_started_again(folder):
     ending = diagnose(folder, DIED)
     assert (ending.kind, ending.cause, ending.may_be_transient) == ("failed", "kill", True)
     assert "a worker died" in ending.reason
+
+
+def test_rank_that_lost_another_one_is_not_the_cause(folder):
+    fail(folder, 0, RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
+    assert diagnose(folder, DIED).cause == "kill"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (OSError(5, "Input/output error"), "user", "the file system has an error"),
+        (KeyError("step"), "failed", "3 attempts in a row failed between step 0 and the next"),
+        (RuntimeError("Connection reset by peer"), "failed", "workers died without a traceback"),
+    ],
+)
+def test_attempts_that_fail_alike_end_with_the_cause(folder, error, kind, words):
+    for _ in range(attempts.PATIENCE):
+        attempts.start_workers_attempt(folder, "launch", 2)
+        fail(folder, 0, error)
+    with pytest.raises(RuntimeError, match="3 attempts in a row"):
+        attempts.start_workers_attempt(folder, "launch", 2)
+    ending = folder.read_ending()
+    assert ending.kind == kind and words in ending.reason
+    assert ("Traceback" in ending.reason) == isinstance(error, KeyError)
 
 
 def mark(folder: RunFolder, rank: int, phase: str, oom_kills: int) -> None:

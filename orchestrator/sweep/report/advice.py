@@ -19,6 +19,26 @@ def left_out(lines: Sequence[str]) -> list[str]:
     return [f"left out, because they cannot be run: {len(lines):,}", *shown]
 
 
+def of_other_code(stored: Sequence[Sequence[str]]) -> list[str]:
+    """Return how many stored stages are not used because other code or another device made them.
+
+    Args:
+        stored: What has changed, for each of them; empty if that is not known.
+    """
+    if not stored:
+        return []
+    changed = sorted({name for names in stored for name in names})
+    words = ", ".join(changed[:3])
+    if len(changed) > 3:
+        words += f" and {len(changed) - 3} more modules"
+    if not all(stored):
+        words = "an earlier version did not record it"
+    return [
+        f"not used, because of other code or another device: {len(stored):,} stage(s) ({words}); "
+        "what is needed of them is trained again"
+    ]
+
+
 def advice(tree: StageTree, schedules: Mapping[str, Schedule]) -> list[str]:
     """Return one line for each reason.
 

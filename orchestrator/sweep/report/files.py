@@ -10,7 +10,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -241,12 +241,23 @@ class SweepFiles:
         first_attempt = {"started": _now(), "layout": asdict(self.study.layout)}
         return {
             "name": name,
-            "key": hashlib.sha256(f"{self.key}/{name}".encode()).hexdigest()[:32],
+            "key": self._tracking_key(trial, known),
             "trial": trial.key,
+            "settings": trial.settings_key,
             **self.facts[name],
             "tags": self.facts[name]["tags"] | tags,
             "attempts": known.get("attempts") or [first_attempt],
         }
+
+    def _tracking_key(self, trial: PlannedTrial, known: Mapping[str, Any]) -> str:
+        """Return the key by which MLflow knows a trial. Other code or another device gets another
+        run: its values may differ."""
+        if known.get("trial") == trial.key:
+            return known["key"]
+        words = [self.key, trial.name]
+        if known:
+            words.append(trial.key)
+        return hashlib.sha256("/".join(words).encode()).hexdigest()[:32]
 
     def _trial_summary(self, trial: PlannedTrial) -> dict[str, Any]:
         """Return summary.json of a trial that is over."""

@@ -48,7 +48,7 @@ def section_problems(base: Experiment, settings: SweepSection) -> list[str]:
     """Return a line for each mistake."""
     problems = [
         *_extent(settings),
-        *_fields(settings),
+        *_fields(base, settings),
         *_sampling(settings),
         *_stopping(settings),
         *_origin(settings),
@@ -79,9 +79,10 @@ def _extent(settings: SweepSection) -> list[str]:
     return []
 
 
-def _fields(settings: SweepSection) -> list[str]:
+def _fields(base: Experiment, settings: SweepSection) -> list[str]:
     problems = []
-    known = {key: doc for key, doc in field_docs().items() if _why_fixed(key) is None}
+    docs = field_docs(base.model.kind)
+    known = {key: doc for key, doc in docs.items() if _why_fixed(key) is None}
     for entry in _entries(settings):
         why_fixed = _why_fixed(entry.key)
         if why_fixed is not None:
@@ -89,17 +90,17 @@ def _fields(settings: SweepSection) -> list[str]:
         elif entry.key not in known:
             problems.append(f"{entry.where}.{unknown_field(entry.key, known)}")
         else:
-            lines = _value_problems(entry)
+            lines = _value_problems(entry, base.model.kind)
             problems += [f"{entry.where}.{line}" for line in lines]
     return problems
 
 
-def _value_problems(entry: _Entry) -> list[str]:
+def _value_problems(entry: _Entry, kind: str) -> list[str]:
     try:
         if isinstance(entry.words, list):
-            values_of(entry.key, entry.words)
+            values_of(entry.key, entry.words, kind)
         else:
-            dimension(entry.key, entry.words)
+            dimension(entry.key, entry.words, kind)
     except UserError as error:
         return str(error).split("\n")
     return []
@@ -109,6 +110,8 @@ def _why_fixed(key: str) -> str | None:
     """Return why no sweep varies this field; None if one may."""
     if key in COMPARED:
         return "trials are compared at the same steps on the same tokens; set it for all of them"
+    if key == "model.kind":
+        return "each kind of model has fields of its own; run a sweep for each"
     if key in fields_with(Effect.NOTHING):
         return "it does not change what a trial learns"
     return None

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from model.models import DEFAULT
 from orchestrator.config.experiment import field_docs, field_value
 from orchestrator.config.messages import shown
 from orchestrator.errors import UserError
@@ -42,19 +43,26 @@ class Range:
     integer: bool = False
 
 
-def dimension(key: str, words: list[Any] | Mapping[str, Any]) -> Choices | Range:
+def dimension(
+    key: str, words: list[Any] | Mapping[str, Any], model: str = DEFAULT
+) -> Choices | Range:
     """Return what `sweep.space` says about a field.
+
+    Args:
+        key: The field.
+        words: Its values or its range.
+        model: Kind of the model.
 
     Raises:
         UserError: One line for each mistake; each starts with the key.
     """
     if isinstance(words, list):
-        return Choices(values_of(key, words))
-    return _range(key, words)
+        return Choices(values_of(key, words, model))
+    return _range(key, words, model)
 
 
-def values_of(key: str, values: list[Any]) -> tuple[Any, ...]:
-    """Return the values as the field stores them.
+def values_of(key: str, values: list[Any], model: str = DEFAULT) -> tuple[Any, ...]:
+    """Return the values as the field stores them; see `dimension`.
 
     Raises:
         UserError: One line for each wrong value, and for each that is given twice.
@@ -63,7 +71,7 @@ def values_of(key: str, values: list[Any]) -> tuple[Any, ...]:
     problems = []
     for value in values:
         try:
-            stored = field_value(key, value)
+            stored = field_value(key, value, model)
         except UserError as error:
             problems.append(str(error))
             continue
@@ -75,8 +83,8 @@ def values_of(key: str, values: list[Any]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _range(key: str, words: Mapping[str, Any]) -> Range:
-    kind = field_docs()[key].type
+def _range(key: str, words: Mapping[str, Any], model: str) -> Range:
+    kind = field_docs(model)[key].type
     integer = kind.startswith("an integer")
     if not integer and not kind.startswith("a number"):
         raise UserError(
@@ -88,8 +96,8 @@ def _range(key: str, words: Mapping[str, Any]) -> Range:
     for name in ("low", "high"):
         if words.get(name) is None:
             raise UserError(f"{key}: a range needs low and high, and {name} is missing")
-    low = field_value(key, words["low"])
-    high = field_value(key, words["high"])
+    low = field_value(key, words["low"], model)
+    high = field_value(key, words["high"], model)
     log = words.get("log", False)
     if low >= high:
         raise UserError(f"{key}: low={shown(low)} is not below high={shown(high)}")
@@ -118,9 +126,7 @@ def _step(key: str, step: Any, range_: Range) -> float:
     if not range_.integer:
         return float(step)
     if step != int(step):
-        raise UserError(
-            f"{key}: step={shown(step)} is not whole, and the field is {field_docs()[key].type}"
-        )
+        raise UserError(f"{key}: step={shown(step)} is not whole, and the field is an integer")
     return int(step)
 
 

@@ -76,7 +76,7 @@ def load_sweep(path: str | os.PathLike[str] | None, overrides: Sequence[str] = (
         UserError: One line for each mistake: those of the file, else those of the section, else
             those of the trials.
     """
-    tree, where = read_tree(path, overrides, sweep_docs())
+    tree, where = read_tree(path, overrides, sweep_docs)
     base, settings = parse_sweep(tree, where)
     try:
         return expand(base.model_dump(), settings)
@@ -129,7 +129,8 @@ def sampled(
     Raises:
         UserError: The values contradict each other or the experiment.
     """
-    fields = {key: field_value(key, value) for key, value in values.items()}
+    kind = base_tree["model"]["kind"]
+    fields = {key: field_value(key, value, kind) for key, value in values.items()}
     trials = _trials_of(settings, base_tree, sample_name(number, fields), fields)
     problems = branch_problems(settings, trials)
     if problems:
@@ -142,13 +143,14 @@ def _named_fields(base: Experiment, settings: SweepSection) -> Iterator[tuple[st
     if settings.grid:
         values = []
         for key, listed in settings.grid.items():
-            values.append([field_value(key, value) for value in listed])
+            values.append([field_value(key, value, base.model.kind) for value in listed])
         for combination in itertools.product(*values):
             fields = dict(zip(settings.grid, combination, strict=True))
             yield trial_name(fields), fields
     yield from settings.trials.items()
     if settings.sampler == "random":
-        dimensions = {key: dimension(key, words) for key, words in settings.space.items()}
+        kind = base.model.kind
+        dimensions = {key: dimension(key, words, kind) for key, words in settings.space.items()}
         for number in range(settings.num_samples or 0):
             fields = draw(base.train.seed, number, dimensions)
             yield sample_name(number, fields), fields
@@ -198,6 +200,10 @@ def _with_fields(tree: Tree, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of an experiment's tree with other values of some fields."""
     changed = dict(tree)
     for key, value in fields.items():
-        section, _, field = key.partition(".")
-        changed[section] = {**changed[section], field: value}
+        *sections, field = key.split(".")
+        place = changed
+        for section in sections:
+            place[section] = dict(place.get(section) or {})
+            place = place[section]
+        place[field] = value
     return changed

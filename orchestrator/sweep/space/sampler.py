@@ -28,17 +28,20 @@ class Sampler:
         folder: Folder of the sweep.
         space: `sweep.space`.
         seed: Seed of the sampler.
+        model: Kind of the model.
 
     Attributes:
         earlier: The values of all samples, by their number.
     """
 
-    def __init__(self, folder: SweepFolder, space: Mapping[str, Any], seed: int) -> None:
+    def __init__(
+        self, folder: SweepFolder, space: Mapping[str, Any], seed: int, model: str
+    ) -> None:
         optuna = require_optuna()
         self.file = folder.optuna_file
         self._trial_names = [trial.name for trial in folder.trials()]
         self.distributions = {
-            key: _distribution(dimension(key, words)) for key, words in space.items()
+            key: _distribution(dimension(key, words, model)) for key, words in space.items()
         }
         self.earlier = self._read()
         # A new seed after each restart: with the old one, optuna would draw the same samples again.

@@ -18,12 +18,12 @@ import os
 import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeVar
 
 from orchestrator.errors import DiskError, UnreadableError, UserError
-from orchestrator.files import file_sha256, patiently
+from orchestrator.files import patiently
+from orchestrator.hashes import hash_here, sha256s
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -134,8 +134,12 @@ def refuse_outage(problems: Sequence[UserError]) -> None:
         )
 
 
-def verify(path: Path) -> CheckpointManifest:
+def verify(path: Path, *, remember: bool = False) -> CheckpointManifest:
     """Compare every byte of a checkpoint with its manifest, and return the manifest.
+
+    Args:
+        path: Folder of the checkpoint.
+        remember: Do not read a file whose present version this machine has hashed; see `hashes`.
 
     Raises:
         UnreadableError: A file cannot be read at the moment.
@@ -148,11 +152,11 @@ def verify(path: Path) -> CheckpointManifest:
             f"{path}: contains the checkpoint of step {manifest['step']}, not of the step in its "
             "name; restore the name"
         )
-    reading(path, lambda: _verify_parts(path, manifest["parts"]))
+    reading(path, lambda: _verify_parts(path, manifest["parts"], remember))
     return manifest
 
 
-def _verify_parts(path: Path, parts: Mapping[str, Part]) -> None:
+def _verify_parts(path: Path, parts: Mapping[str, Part], remember: bool) -> None:
     # Compare sizes first: this is fast, and refuses pipes, devices and huge files.
     for name, part in parts.items():
         file = path / name
@@ -161,14 +165,13 @@ def _verify_parts(path: Path, parts: Mapping[str, Part]) -> None:
             raise UserError(f"{file}: missing; the checkpoint is incomplete, use another one")
         if size != part["size"]:
             raise UserError(f"{file}: has {size} bytes instead of {part['size']}; use another one")
-    # hashlib releases the GIL, so that threads hash several files at once.
-    with ThreadPoolExecutor() as threads:
-        hashes = threads.map(file_sha256, [path / name for name in parts])
-        for (name, part), sha256 in zip(parts.items(), hashes, strict=True):
-            if sha256 != part["sha256"]:
-                raise UserError(
-                    f"{path / name}: its content has changed (SHA-256 differs); use another one"
-                )
+    files = [os.path.abspath(path / name) for name in parts]
+    hashes = sha256s(files, hash_here) if remember else hash_here(files)
+    for (name, part), sha256 in zip(parts.items(), hashes, strict=True):
+        if sha256 != part["sha256"]:
+            raise UserError(
+                f"{path / name}: its content has changed (SHA-256 differs); use another one"
+            )
 
 
 def read_manifest(path: Path) -> CheckpointManifest:

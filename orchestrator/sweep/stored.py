@@ -163,7 +163,7 @@ class StoredStages:
 def _is_damaged(path: Path, problems: list[UserError]) -> bool:
     """Verify a checkpoint, and append what is wrong with it to the problems of others."""
     try:
-        checkpoint.verify(path)
+        checkpoint.verify(path, remember=True)
     except UnreadableError:
         raise
     except UserError as error:

@@ -85,15 +85,15 @@ def test_checkpoint_that_vanishes_while_it_is_read_is_not_damage(tmp_path, monke
 def fail_to_hash(monkeypatch, number: int, times: int, name: str = "") -> None:
     """Let the next reads of parts of checkpoints with this name fail with an error number."""
     left = [times]
-    file_sha256 = checkpoint_format.file_sha256
+    hash_here = checkpoint_format.hash_here
 
-    def hash_file(path):
-        if left[0] > 0 and name in str(path):
+    def hash_files(paths):
+        if left[0] > 0 and name in paths[0]:
             left[0] -= 1
-            raise OSError(number, os.strerror(number), str(path))
-        return file_sha256(path)
+            raise OSError(number, os.strerror(number), paths[0])
+        return hash_here(paths)
 
-    monkeypatch.setattr(checkpoint_format, "file_sha256", hash_file)
+    monkeypatch.setattr(checkpoint_format, "hash_here", hash_files)
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.EIO])

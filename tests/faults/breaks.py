@@ -41,7 +41,7 @@ class Break:
 
 
 def _hash_of_checkpoints() -> None:
-    def verify_sizes(path: Any, parts: Any) -> None:
+    def verify_sizes(path: Any, parts: Any, *_: Any) -> None:
         for name in parts:
             assert (path / name).is_file()
 

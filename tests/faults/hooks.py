@@ -144,18 +144,18 @@ def fail(kind: str, fault: dict[str, Any], note: Callable[[str], None]) -> None:
 
 def _fail_reads(fault: dict[str, Any], note: Callable[[str], None]) -> None:
     """Let the first `nth` reads of files of checkpoints fail with the error `code`."""
-    read = checkpoint_format.file_sha256
+    read = checkpoint_format.hash_here
     left = fault["nth"]
 
-    def failing_read(path: Any) -> str:
+    def failing_read(paths: list[str]) -> list[str]:
         nonlocal left
         if left == 0:
-            return read(path)
+            return read(paths)
         left -= 1
         note("unreadable")
-        raise OSError(fault["code"], os.strerror(fault["code"]), str(path))
+        raise OSError(fault["code"], os.strerror(fault["code"]), paths[0])
 
-    checkpoint_format.file_sha256 = failing_read
+    checkpoint_format.hash_here = failing_read
 
 
 def _fail_writes(fault: dict[str, Any], note: Callable[[str], None]) -> None:

@@ -465,15 +465,22 @@ def test_outage_of_the_disk_damages_no_trial(sweeps, monkeypatch):
     words = MIXED[:2]
     sweeps.run(sweeps.open(*words))
 
-    def fail(path):
-        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+    def fail(paths):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), paths[0])
 
     with monkeypatch.context() as broken:
         broken.setattr(files, "RETRY_S", 0)
-        broken.setattr(checkpoint_format, "file_sha256", fail)
+        broken.setattr(checkpoint_format, "hash_here", fail)
         with pytest.raises(UnreadableError, match="check the disk"):
             sweeps.open(*words)
     assert sweeps.open(*words).is_over
+
+
+def test_checkpoints_of_done_trials_are_hashed_once(sweeps, monkeypatch):
+    sweeps.run(sweeps.open(*MIXED[:2]))
+    assert sweeps.open(*MIXED[:2]).is_over
+    monkeypatch.setattr(checkpoint_format, "hash_here", pytest.fail)
+    assert sweeps.open(*MIXED[:2]).is_over
 
 
 def test_damaged_checkpoint_of_a_branch_is_made_again(sweeps):

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import resource
 import secrets
 import shutil
@@ -52,6 +53,9 @@ SYSTEM_CONFIG = {
 # Ray needs more than this to start.
 LEAST_FILES = 256
 LEAST_SHARED_BYTES = 128 << 20
+# Statuses of gRPC. The last ones are those of another program, or of one that does not answer.
+NO_TOKEN = "UNAUTHENTICATED"
+NOT_RAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNKNOWN")
 LOST_S = 15  # Ray itself ends a driver when it has missed the head for 60 s
 
 _gcs_address = ""
@@ -187,6 +191,11 @@ def _join(settings: dict[str, Any]) -> None:
     try:
         if address == "auto":
             address = private.running_head()
+        elif not re.fullmatch(r"[^/\s]+:\d+", address):
+            raise UserError(
+                f"RAY_ADDRESS: '{address}' is not the address of a cluster's head; give HOST:PORT, "
+                "such as 10.0.0.1:6379, or submit a job to a dashboard with RAY_API_SERVER_ADDRESS"
+            )
         _probe(address)
         # If the head dies, this process would print an error each second until we end it.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -203,33 +212,31 @@ def _join(settings: dict[str, Any]) -> None:
 
 def _probe(address: str) -> None:
     """Refuse an address that does not answer; Ray itself would wait for minutes."""
-    if "://" in address:
-        raise UserError(
-            f"RAY_ADDRESS: '{address}' is not the address of a cluster's head; give HOST:PORT, such"
-            " as 10.0.0.1:6379, or submit a job to a dashboard with RAY_API_SERVER_ADDRESS"
-        )
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        return
     try:
         socket.create_connection((host, int(port)), timeout=PROBE_S).close()
+        answer = _answer(address)
+        # `ray start` uses a token that it finds; a client of $RAY_ADDRESS does not.
+        if answer == NO_TOKEN and private.use_token_if_there():
+            answer = _answer(address)
+        if answer in NOT_RAY and not os.environ.get("RAY_USE_TLS"):
+            raise OSError(f"not the head of a Ray cluster: {answer}")
     except (OSError, OverflowError) as error:
         raise UserError(
             f"RAY_ADDRESS: no cluster answers at {address} ({error}); start one, or unset "
             "RAY_ADDRESS to use this machine alone"
         ) from None
-    # `ray start` uses a token that it finds; a client of $RAY_ADDRESS does not.
-    if _refuses(address) and (not private.use_token_if_there() or _refuses(address)):
+    if answer == NO_TOKEN:
         raise UserError(
             f"RAY_ADDRESS: the cluster at {address} wants a token, which is missing or wrong; set "
             "RAY_AUTH_MODE=token, and copy the head's ~/.ray/auth_token or set RAY_AUTH_TOKEN"
         )
 
 
-def _refuses(address: str) -> bool:
-    """Return whether a head refuses a call with our token, or without one if we have none.
+def _answer(address: str) -> str:
+    """Return gRPC's status of a call to a head with our token, or without one if we have none.
 
-    Ray would try for half a minute, with a warning each second.
+    Ray would try for half a minute, with a warning each second, or wait for ever.
     """
     import grpc  # type: ignore[import-untyped]
 
@@ -239,8 +246,8 @@ def _refuses(address: str) -> bool:
             call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")
             call(b"", timeout=PROBE_S, metadata=private.token_metadata())
         except grpc.RpcError as error:
-            return error.code() is grpc.StatusCode.UNAUTHENTICATED
-    return False
+            return error.code().name
+    return "OK"
 
 
 # ---- a cluster of our own ----

@@ -1,5 +1,6 @@
 """Joining and starting Ray, with a function instead of `ray.init`."""
 
+import contextlib
 import json
 import os
 import resource
@@ -63,6 +64,7 @@ def test_processes_of_a_local_ray_inherit_the_variables_of_workers(init, monkeyp
 def test_variable_that_a_job_was_submitted_with_is_not_given_twice(init, monkeypatch):
     """Ray refuses a variable that the job and its driver both give."""
     monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(connection, "_probe", lambda address: None)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/mine")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     job = {"runtime_env": {"env_vars": {"TIKTOKEN_CACHE_DIR": "/mine"}}}
@@ -102,8 +104,14 @@ def test_temporary_folder_is_replaced_if_its_path_is_too_long_for_sockets(
     assert os.environ.get("RAY_TMPDIR") == (None if kept else "/tmp")
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001"])
-def test_address_of_a_dashboard_is_refused(init, monkeypatch, address):
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("http://127.0.0.1:8265", "ray://127.0.0.1:10001", "127.0.0.1", ":6379", "127.0.0.1:-5"),
+        *(" auto", "head:"),
+    ],
+)
+def test_what_is_not_the_address_of_a_head_is_refused(init, monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match=f"RAY_ADDRESS: '{address}' .* give HOST:PORT"):
         connection.connect()
@@ -119,6 +127,7 @@ def test_ray_that_does_not_start_is_reported_in_one_line(monkeypatch, init, addr
         raise ConnectionError("no space\nmany\nlines")
 
     monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(connection, "_probe", lambda address: None)
     monkeypatch.setattr(ray, "init", fail)
     with pytest.raises(UserError, match=words) as caught:
         connection.connect()
@@ -190,6 +199,28 @@ def head():
     server.start()
     yield f"127.0.0.1:{port}"
     server.stop(0)
+
+
+@pytest.mark.parametrize("answer", [None, b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_port_of_another_program_is_refused(init, monkeypatch, answer):
+    monkeypatch.setattr(connection, "PROBE_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as thread:
+        clients = []
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # the server is closed
+                while True:
+                    clients.append(server.accept()[0])  # stays open
+                    if answer is not None:
+                        clients[-1].sendall(answer)
+                        clients.pop().close()
+
+        thread.submit(serve)
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(UserError, match="no cluster answers at .*not the head of a Ray"):
+            connection.connect()
+        server.shutdown(socket.SHUT_RDWR)
+    assert init == []
 
 
 @pytest.mark.parametrize("address", ["auto", "127.0.0.1"])

@@ -101,7 +101,7 @@ def test_running_head_and_its_token_are_found(ray_head, ray_cluster, monkeypatch
     assert private.running_head().endswith(f":{port}")
     token = os.environ["RAY_AUTH_TOKEN"]
     assert private.token_metadata() == (("authorization", f"Bearer {token}"),)
-    assert not connection._refuses(ray_head.env["RAY_ADDRESS"])
+    assert connection._answer(ray_head.env["RAY_ADDRESS"]) == "OK"
 
 
 def test_causes_of_death_are_read_from_the_table_of_actors(ray_cluster):

@@ -10,7 +10,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import math
 import os
 import stat
 import sys
@@ -25,8 +24,6 @@ from orchestrator.folders import check_held
 # `errno` of a lock on a file system without locks, such as Lustre or NFS without its lock service.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 RETRY_S = 15.0
-AFTER_VAIN_S = 1.0  # instead, within a minute after a read that was tried in vain
-_tried_in_vain_at = -math.inf  # time.monotonic()
 # Reading again does not help: the file is missing, or it may not be read.
 _LASTING = (
     errno.ENOENT,
@@ -189,22 +186,16 @@ def replacement(path: Path, *, durable: bool = True) -> Iterator[Path]:
 def patiently(read: Callable[[], T]) -> T:
     """Call `read` again while it raises an OSError that may pass, for at most `RETRY_S`.
 
-    Such errors come from network file systems, disks, and too many open files. A folder has many
-    files: if one of them cannot be read for that long, the others get less time.
+    Such errors come from network file systems, disks, and too many open files.
     """
-    global _tried_in_vain_at
-    now = time.monotonic()
-    deadline = now + (RETRY_S if now > _tried_in_vain_at + 60 else AFTER_VAIN_S)
+    deadline = time.monotonic() + RETRY_S
     pause = 0.05
     while True:
         try:
             return read()
         except OSError as error:
             is_lasting = isinstance(error, UserError) or error.errno in _LASTING
-            if is_lasting:
-                raise
-            if time.monotonic() > deadline:
-                _tried_in_vain_at = time.monotonic()
+            if is_lasting or time.monotonic() > deadline:
                 raise
         time.sleep(pause)
         pause = min(2 * pause, 1.0)

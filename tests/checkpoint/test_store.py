@@ -5,7 +5,6 @@ import errno
 import os
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -125,19 +124,6 @@ def test_error_of_the_disk_that_stays_is_damage(tmp_path, monkeypatch):
     assert store.latest_valid(tmp_path, messages.append, set_aside=True) is None
     assert "Input/output error" in messages[0]
     assert store.steps(tmp_path) == []
-
-
-def test_time_to_read_again_is_given_once_and_not_for_each_checkpoint(tmp_path, monkeypatch):
-    for step in (1, 2, 3):
-        commit(tmp_path, step)
-    slept = []
-    clock = SimpleNamespace(sleep=slept.append, monotonic=lambda: 1000 + sum(slept))
-    monkeypatch.setattr(files, "time", clock)
-    monkeypatch.setattr(files, "_tried_in_vain_at", 0)
-    fail_to_hash(monkeypatch, errno.EIO, times=1000)
-    with pytest.raises(UnreadableError):
-        store.latest_valid(tmp_path)
-    assert files.RETRY_S < sum(slept) < 2 * files.RETRY_S
 
 
 def test_disk_that_cannot_read_two_checkpoints_is_not_damage_of_both(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ EXPECTED_ERRORS: dict[str, Kind] = {
 _CAUSES: dict[int, Cause] = {errno.EIO: "disk_error"}
 TRACEBACK = "Traceback (most recent call last):"
 # The whole reason that a rank gives if another one died.
-_LOST_PEER = ("closed by peer", "reset by peer", "remote process exited")
+_LOST_PEER = ("gloo/transport/tcp/pair.cc", "reset by peer", "remote process exited")
 
 
 def diagnose(folder: RunFolder, error: BaseException | None = None, workers: int = 1) -> Ending:

@@ -123,8 +123,16 @@ def test_worker_that_died_without_a_traceback_may_be_started_again(folder):
     assert "a worker died" in ending.reason
 
 
-def test_rank_that_lost_another_one_is_not_the_cause(folder):
-    fail(folder, 0, RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer",
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:301] Write error: Broken pipe",
+        "NCCL error: remote process exited or there was a network error, NCCL version 2.29",
+    ],
+)
+def test_rank_that_lost_another_one_is_not_the_cause(folder, message):
+    fail(folder, 0, RuntimeError(message))
     assert diagnose(folder, DIED).cause == "kill"
 
 

@@ -9,18 +9,20 @@ on tokens that exist, without the evaluation at step 0:
 - start: from the command to the line of step 1;
 - end: from the line of the last step to the end of the process.
 
-A first run of ours has a new storage: the tracking store is created, and the speed is measured. A
-second run has not. The table also has the other commands. Times are medians; the load is printed
-beside them.
+A first run of ours has a new storage: the tracking store is created. A second run has not. A job on
+a running cluster joins a Ray that was started with `ray start --head` and has had a job before. The
+table also has the other commands. Times are medians; the load is printed beside them.
 """
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -30,6 +32,9 @@ from studies import markdown
 from pipelines.common import Options, at_least, run_command
 
 REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+from tests.helpers import cluster  # noqa: E402 - not installed
+
 STEPS = 20
 # nanoGPT's documented run on a CPU. Its evaluation at step 0 has one batch.
 NANOGPT = {
@@ -63,7 +68,9 @@ class Waits:
     end: float
 
 
-def timed_run(command: list[str], cwd: Path, first: str, last: str) -> Waits:
+def timed_run(
+    command: list[str], cwd: Path, first: str, last: str, env: Mapping[str, str] = os.environ
+) -> Waits:
     """Run a command and note when it prints the lines with `first` and `last`.
 
     Raises:
@@ -72,7 +79,7 @@ def timed_run(command: list[str], cwd: Path, first: str, last: str) -> Waits:
     began = time.monotonic()
     seen: dict[str, float] = {}
     output = []
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**env, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command,
         cwd=cwd,
@@ -124,10 +131,18 @@ class Bench:
         command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *words]
         return timed_run(command, self.nanogpt, "iter 1:", f"iter {STEPS}:")
 
-    def our_run(self, storage: Path, name: str) -> Waits:
+    def our_run(self, storage: Path, name: str, env: Mapping[str, str] = os.environ) -> Waits:
         words = [*self.fields, f"storage={storage}", f"name={name}"]
         command = self._command("train", "configs/shakespeare-char-cpu.yaml", *words)
-        return timed_run(command, REPO, f" 1/{STEPS} |", f"{STEPS}/{STEPS} |")
+        return timed_run(command, REPO, f" 1/{STEPS} |", f"{STEPS}/{STEPS} |", env)
+
+    def job_on_cluster(self, storage: Path) -> Waits:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        with cluster.head(storage, cpus=os.cpu_count() or 1) as head:
+            self.our_run(storage, "first-job", head.env)
+            wait = self.our_run(storage, "second-job", head.env)
+        del os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]
+        return wait
 
     def round(self, number: int, seconds: dict[str, list[float]]) -> None:
         """Run every command once, and append its seconds to its row."""
@@ -137,6 +152,7 @@ class Bench:
             "nanoGPT": self.nanogpt_run(),
             "first run": self.our_run(storage, "first"),
             "second run": self.our_run(storage, "second"),
+            "job on a running cluster": self.job_on_cluster(storage),
         }
         for name, wait in waits.items():
             seconds[f"{name}: start"].append(wait.start)
@@ -144,7 +160,8 @@ class Bench:
         sample = [str(storage / "second"), "--max-new-tokens", "1"]
         seconds["sample.py, 1 token"].append(self._ours("sample", *sample))
         fields = [*self.fields, f"storage={storage}"]
-        seconds["train.py --dry-run"].append(self._ours("train", *fields, "--dry-run"))
+        for row in ("train.py --dry-run", "train.py --dry-run again"):
+            seconds[row].append(self._ours("train", *fields, "--dry-run"))
         seconds["train.py --help"].append(self._ours("train", "--help"))
         seconds["a refusal"].append(self._ours("train", "model.n_head=3", status=2))
 

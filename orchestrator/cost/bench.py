@@ -34,9 +34,7 @@ from orchestrator.train.meter import memory_metrics
 from orchestrator.train.numerics import Worker, autocast, prepare_process
 from orchestrator.train.step import Step
 
-STEPS_S = 3.0  # seconds in which steps are timed, at most
 STEPS = 30  # steps that are timed, at most
-EVALUATION_S = 1.0  # seconds in which evaluations are timed
 # Memory of a Ray worker that this process lacks: 385 MiB after all imports, 257 MiB without Ray.
 RAY_GIB = 0.125
 
@@ -54,7 +52,7 @@ def main() -> None:
     experiment = parse_experiment(job["experiment"], "job")
     prepare_process(experiment, worker)
     startup_s = time.time() - job["started"]
-    bench = Bench(experiment, job["n_vocab"], worker, step_budget_s=job["limit_s"] / 4)
+    bench = Bench(experiment, job["n_vocab"], worker, job["limit_s"] / 4, job["timed_s"])
     print(json.dumps(asdict(bench.run(startup_s))))
 
 
@@ -67,15 +65,22 @@ class Bench:
         worker: Device and threads of this process.
         step_budget_s: Seconds for the steps. If a whole step would take too long, one micro-batch
             is timed, and the time is multiplied.
+        timed_s: Seconds in which steps and evaluations are timed, at most.
     """
 
     def __init__(
-        self, experiment: Experiment, n_vocab: int, worker: Worker, step_budget_s: float
+        self,
+        experiment: Experiment,
+        n_vocab: int,
+        worker: Worker,
+        step_budget_s: float,
+        timed_s: float,
     ) -> None:
         self.experiment = experiment
         self.n_vocab = n_vocab
         self.worker = worker
         self.step_budget_s = step_budget_s
+        self.timed_s = timed_s
         # The experiment that `state` was built for: one micro-batch per step.
         self.timed = experiment.replace(
             train__global_batch_size=experiment.train.micro_batch_size, train__reduction_slots=1
@@ -116,7 +121,7 @@ class Bench:
             self._time_step()
         steps = 0
         started = time.perf_counter()
-        budget_s = min(STEPS_S, self.step_budget_s)
+        budget_s = min(0.75 * self.timed_s, self.step_budget_s)
         while steps == 0 or (steps < STEPS and time.perf_counter() - started < budget_s):
             self._time_step()
             steps += 1
@@ -153,7 +158,7 @@ class Bench:
         eval_set.evaluate(self.state.forward, device, context)  # warm-up
         batches = 0
         started = time.perf_counter()
-        while batches == 0 or time.perf_counter() - started < EVALUATION_S:
+        while batches == 0 or time.perf_counter() - started < 0.25 * self.timed_s:
             eval_set.evaluate(self.state.forward, device, context)
             batches += 1
         return batches * inputs.size / (time.perf_counter() - started)

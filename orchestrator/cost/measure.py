@@ -15,6 +15,7 @@ from orchestrator.cost import cache
 from orchestrator.cost.timing import Timing
 
 LIMIT_S = 60.0
+TIMED_S = 4.0  # seconds in which steps and evaluations are timed, at most
 # Parts of the messages of torch, CUDA and Python.
 OUT_OF_MEMORY = (
     "OutOfMemoryError",
@@ -56,9 +57,15 @@ def measure(
 
 
 def time_worker(
-    experiment: Experiment, n_vocab: int, layout: Layout, limit_s: float
+    experiment: Experiment,
+    n_vocab: int,
+    layout: Layout,
+    limit_s: float,
+    timed_s: float = TIMED_S,
 ) -> Timing | str:
     """Return the timing of one worker, or why it cannot be measured.
+
+    With `timed_s=0`, only its memory and sizes are exact.
 
     Raises:
         MemoryError: There is too little memory.
@@ -69,6 +76,7 @@ def time_worker(
         "cpus": layout.cpus_per_worker,
         "device": layout.device,
         "limit_s": limit_s,
+        "timed_s": timed_s,
         "started": time.time(),
     }
     try:

@@ -124,7 +124,7 @@ def _needed(experiment: Experiment, size: int, n_vocab: int, layout: Layout) -> 
     """
     candidate = experiment.replace(train__micro_batch_size=size)
     try:
-        timing = time_worker(candidate, n_vocab, layout, LIMIT_S)
+        timing = time_worker(candidate, n_vocab, layout, LIMIT_S, timed_s=0.0)
     except MemoryError:
         return math.inf
     return timing.memory_gib * GIB if isinstance(timing, Timing) else None

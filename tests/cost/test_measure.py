@@ -15,7 +15,7 @@ import torch
 
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, load_experiment
-from orchestrator.cost import bench, cache, forecast, timing
+from orchestrator.cost import cache, forecast, timing
 from orchestrator.cost.bench import RAY_GIB, Bench
 from orchestrator.cost.estimate import comparison_line, dry_run
 from orchestrator.cost.forecast import RunForecast, forecast_of
@@ -142,10 +142,9 @@ def test_share_of_a_worker_has_the_same_slots_as_its_rank(workers):
     assert alone.my_slots() == whole.my_slots()
 
 
-def test_buffers_of_a_whole_step_are_counted_if_only_one_micro_batch_is_timed(monkeypatch):
-    monkeypatch.setattr(bench, "STEPS_S", 0.3)
-    scaled = Bench(small(), N_VOCAB, Worker(), step_budget_s=0.0)
-    whole = Bench(small(), N_VOCAB, Worker(), step_budget_s=100.0)
+def test_buffers_of_a_whole_step_are_counted_if_only_one_micro_batch_is_timed():
+    scaled = Bench(small(), N_VOCAB, Worker(), step_budget_s=0.0, timed_s=0.4)
+    whole = Bench(small(), N_VOCAB, Worker(), step_budget_s=100.0, timed_s=0.4)
     assert scaled.time_steps() > 0
     assert whole.time_steps() > 0
     gradients = whole.state.gradients

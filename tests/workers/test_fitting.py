@@ -38,7 +38,7 @@ def wide(size: int, *words: str) -> Experiment:
 def worker_with(needed: Callable[[int], float], measured: list[int]) -> Callable[..., Timing]:
     """Return a replacement of `time_worker`: a micro-batch of B sequences takes needed(B) GiB."""
 
-    def time_worker(experiment: Experiment, *_: object) -> Timing:
+    def time_worker(experiment: Experiment, *_: object, **__: object) -> Timing:
         size = experiment.train.micro_batch_size
         measured.append(size)
         return Timing(1, 1, 1, 1, 1, needed(size), 1)
@@ -88,7 +88,7 @@ def test_real_measurement_fits_under_its_limit():
 
 
 def test_unknown_memory_gives_no_answer(monkeypatch):
-    monkeypatch.setattr(fitting, "time_worker", lambda *_: None)
+    monkeypatch.setattr(fitting, "time_worker", lambda *_, **__: None)
     assert fitting.largest_fitting(wide(64), 40, ONE_WORKER, GIB) is None
 
 

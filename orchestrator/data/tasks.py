@@ -20,14 +20,7 @@ from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.dataset import SourceFile
 from orchestrator.data.documents import Piece, Span, read_pieces, reader_of
 from orchestrator.data.encoder import fast_tokenizer
-from orchestrator.data.parts import (
-    SPLITS,
-    ChunkFacts,
-    Part,
-    find_complete,
-    no_part,
-    sidecar_file,
-)
+from orchestrator.data.parts import SPLITS, ChunkFacts, Part, find_complete, no_part, sidecar_file
 from orchestrator.data.tokenizer import Tokenizer, kind_of, load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.files import file_sha256, write_atomically

@@ -4,7 +4,7 @@ Read `_Preparation.run` first. The corpus is cut into chunks by a function of it
 task for each chunk, which writes part files and returns only counts: tokens never enter Ray's
 object store. Then each shard is written from exact slices of the parts.
 
-A corpus of up to 256 MiB is prepared in threads of this process: starting Ray would take longer.
+A corpus of up to 512 MiB is prepared in threads of this process: starting Ray would take longer.
 
 The same corpus and settings give the same bytes on any number of CPUs and nodes. A killed
 preparation continues with the part files that it has written.
@@ -56,7 +56,8 @@ if TYPE_CHECKING:
 WORK = ".parts"  # folder of part files, inside the dataset; removed at the end
 MIN_CHUNK_BYTES = 1 << 20
 MAX_CHUNK_BYTES = 32 << 20
-SMALL_BYTES = 256 << 20  # a corpus up to this size is prepared before Ray would have started
+SMALL_BYTES = 512 << 20  # a corpus up to this size is prepared before Ray would have started
+SMALL_CHUNK_BYTES = 8 << 20  # largest chunk of such a corpus: its tasks share a process
 
 
 def prepare_in(
@@ -87,7 +88,7 @@ def _hash_files(ray_tasks: RayTasks, paths: list[str]) -> list[str]:
             sizes.append(0)
         jobs[-1].append(path)
         sizes[-1] += os.path.getsize(path)
-    if sum(sizes) <= SMALL_BYTES:
+    if sum(sizes) <= 8 * SMALL_BYTES:  # hashing is ten times as fast as tokenizing
         return hash_here(paths)
     found = ray_tasks.map("hashing", tasks.hash_files, [{"paths": job} for job in jobs], sizes)
     return list(itertools.chain(*found))
@@ -220,8 +221,8 @@ class _Preparation:
             return self.chunk_bytes
         total = sum(source.bytes for source in sources)
         cpus = available_cpus() if self.is_small else self.ray_tasks.cpus()
-        share = total // (4 * cpus)
-        return max(MIN_CHUNK_BYTES, min(MAX_CHUNK_BYTES, share))
+        largest = SMALL_CHUNK_BYTES if self.is_small else MAX_CHUNK_BYTES
+        return max(MIN_CHUNK_BYTES, min(largest, total // (4 * cpus)))
 
     def _map(
         self, stage: str, task: Callable[..., Any], jobs: list[Job], sizes: list[int]

@@ -173,6 +173,16 @@ def test_cached_logits_equal_full_logits(options, prompt):
     torch.testing.assert_close(torch.cat(found, dim=1), whole[:, prompt - 1 :], atol=2e-5, rtol=0)
 
 
+def test_gradients_of_equal_inputs_have_equal_bits():
+    tokens = some_tokens()
+    found = []
+    for _ in range(2):
+        model = small(**EVERYTHING)
+        model(tokens, tokens).backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("options", [{}, {"logit_cap": 4.0, "bias": True}])
 def test_loss_in_chunks_equals_loss_of_all_logits(options):
     tokens = some_tokens()

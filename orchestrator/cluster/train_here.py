@@ -42,6 +42,7 @@ def fit_here(trainer: Any) -> None:
 
 def _control(scaling_policy: Any, **arguments: Any) -> Any:
     """Start the workers of Ray Train and wait for them. Return Ray Train's result."""
+    import ray
     from ray.runtime_context import RuntimeContext
     from ray.train.v2._internal.execution.controller import TrainController
     from ray.train.v2._internal.execution.worker_group import WorkerGroup
@@ -51,6 +52,15 @@ def _control(scaling_policy: Any, **arguments: Any) -> Any:
 
         def _get_worker_runtime_env(self, custom_runtime_env: Any) -> Any:
             return custom_runtime_env
+
+        def _start_impl(self, builder: Any) -> None:
+            """Start the workers. After an interrupt, the controller does not know them yet."""
+            try:
+                super()._start_impl(builder)
+            except KeyboardInterrupt:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    (self.abort if self.has_started() else builder.shutdown)()
+                raise
 
     class Controller(TrainController):
         worker_group_cls = Workers

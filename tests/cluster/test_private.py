@@ -194,6 +194,24 @@ def test_interrupt_of_the_driver_ends_the_workers(ray_cluster, tmp_path):
     wait_until(lambda: not Path(f"/proc/{started.read_text()}").exists())
 
 
+def test_interrupt_while_workers_start_ends_them(ray_cluster, tmp_path, monkeypatch):
+    """They begin to train before the controller knows them."""
+    from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
+
+    started = tmp_path / "started"
+    start = WorkerGroup._start_impl
+
+    def start_and_interrupt(self, builder):
+        start(self, builder)
+        wait_until(lambda: started.exists() and started.read_text())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WorkerGroup, "_start_impl", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train_here.fit_here(trainer_of(functools.partial(wait_forever, started), tmp_path))
+    wait_until(lambda: not Path(f"/proc/{started.read_text()}").exists())
+
+
 def fail() -> None:
     raise OSError("no such thing")
 

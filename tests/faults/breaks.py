@@ -14,7 +14,7 @@ from orchestrator import files, folders
 from orchestrator.checkpoint import format as checkpoint_format
 from orchestrator.checkpoint import store
 from orchestrator.data import batches, corpus
-from orchestrator.runs import folder, identity
+from orchestrator.runs import identity
 from orchestrator.runs.journal import Journal
 from orchestrator.track import outbox
 from orchestrator.train import begin, state, step
@@ -146,8 +146,10 @@ def _folder_that_was_moved() -> None:
 
 
 def _message_for_users() -> None:
-    files.read_json = lambda path: json.loads(path.read_text()) if path.exists() else None
-    folder.read_json = files.read_json
+    def read_derived(path: Any, parse: Any) -> Any:
+        return parse(json.loads(path.read_text())) if path.exists() else None
+
+    files.read_derived = read_derived
 
 
 BREAKS: dict[str, Break] = {

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from model.optim import OPTIMIZERS
 from orchestrator.cluster import dtypes
 from orchestrator.cluster.layout import Layout, Node, places, resolve_layout
 from orchestrator.config.experiment import Experiment
@@ -184,10 +183,9 @@ def _cost_lines(experiment: Experiment, facts: ModelFacts) -> list[str]:
     total = "FLOPs per token are not known: the model does not say"
     if flops is not None:
         total = f"{flops:.4g} FLOPs per token × {tokens:,} tokens = {flops * tokens:.4g} FLOPs"
-    tensor = 4 * facts["parameters"]  # bytes of one float32 value per parameter
-    state = state_bytes(experiment, facts)
+    state = cost.state_bytes(experiment, facts)
     # Most memory is needed with one worker: the current slot and log2(slots) partial sums.
-    gradients = experiment.slots.bit_length() * tensor
+    gradients = experiment.slots.bit_length() * 4 * facts["parameters"]
     keep = experiment.train.keep
     return [
         total,
@@ -196,14 +194,6 @@ def _cost_lines(experiment: Experiment, facts: ModelFacts) -> list[str]:
         f"memory for weights, moments and gradients ≈ {_size(state + gradients)} per worker, "
         "activations not counted",
     ]
-
-
-def state_bytes(experiment: Experiment, facts: ModelFacts) -> int:
-    """Return the size of weights and moments, and so of a checkpoint."""
-    moments = OPTIMIZERS[experiment.optim.kind].moments
-    others = facts["parameters"] - facts["matrix_parameters"]
-    kept = moments["matrix"] * facts["matrix_parameters"] + moments["embedding"] * others
-    return 4 * (facts["parameters"] + kept)
 
 
 def _expected_lines(experiment: Experiment, tokens: TokenCounts, n_vocab: int) -> list[str]:

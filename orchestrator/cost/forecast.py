@@ -9,8 +9,8 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost import cache
 from orchestrator.cost.correct import Correction
-from orchestrator.cost.estimate import expected_line, state_bytes
-from orchestrator.cost.timing import Estimate, disk, evaluations
+from orchestrator.cost.estimate import expected_line
+from orchestrator.cost.timing import Estimate, disk, evaluations, state_bytes
 from orchestrator.cost.tokens import TokenCounts
 from orchestrator.data.dataset import Manifest
 from orchestrator.runs.facts import model_facts

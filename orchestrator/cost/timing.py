@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import TypedDict
 
+from model.optim import OPTIMIZERS
 from orchestrator.config.experiment import Experiment
+from orchestrator.runs.facts import ModelFacts
 
 # From launch to the first step, and from the last one to the end, a run takes as long as this many
 # starts of one process: the worker imports Ray Train as well, while the driver imports MLflow.
@@ -80,6 +82,14 @@ def disk(experiment: Experiment, checkpoint_bytes: float) -> Estimate:
         "disk_bytes": checkpoint_bytes * min(written, most),
         "final_disk_bytes": checkpoint_bytes * min(written, keep),
     }
+
+
+def state_bytes(experiment: Experiment, facts: ModelFacts) -> int:
+    """Return the size of weights and moments, and so of a checkpoint."""
+    moments = OPTIMIZERS[experiment.optim.kind].moments
+    others = facts["parameters"] - facts["matrix_parameters"]
+    kept = moments["matrix"] * facts["matrix_parameters"] + moments["embedding"] * others
+    return 4 * (facts["parameters"] + kept)
 
 
 def start_seconds(timing: Timing) -> float:

@@ -215,11 +215,18 @@ def test_cache_takes_several_tokens_at_a_time():
         torch.testing.assert_close(last, model(tokens), atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("options", [EVERYTHING, pytest.param({}, marks=pytest.mark.slow)])
-def test_compiled_model_is_one_graph_with_same_loss(options):
+@pytest.mark.parametrize(
+    ("options", "backend"),
+    [
+        (EVERYTHING, "eager"),
+        pytest.param(EVERYTHING, "aot_eager", marks=pytest.mark.slow),
+        pytest.param({}, "aot_eager", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_model_is_one_graph_with_same_loss(options, backend):
     model = small(n_layer=2, **options)
     tokens = some_tokens()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     loss = compiled(tokens, tokens)
     loss.backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]

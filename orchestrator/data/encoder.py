@@ -114,6 +114,11 @@ def fast_tokenizer(exact: Tokenizer, sample: Sequence[str] = ()) -> Tokenizer | 
     return fast
 
 
+def forget() -> None:
+    """Free the memory of gigatoken in this process."""
+    _fast_tokenizer.cache_clear()
+
+
 @functools.lru_cache(maxsize=2)
 def _fast_tokenizer(exact: Tokenizer) -> Tokenizer:
     fast = GigatokenTokenizer(exact)

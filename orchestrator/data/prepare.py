@@ -139,6 +139,8 @@ def prepare(
                 # The corpus or the settings have to change; then these parts are of no use.
                 shutil.rmtree(directory / WORK, ignore_errors=True)
                 raise
+            finally:
+                tasks.forget_tokenizers()
 
 
 @contextlib.contextmanager

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from orchestrator.data import encoder
 from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.dataset import SourceFile
 from orchestrator.data.documents import Piece, Span, read_pieces, reader_of
-from orchestrator.data.encoder import fast_tokenizer
 from orchestrator.data.parts import SPLITS, ChunkFacts, Part, find_complete, no_part, sidecar_file
 from orchestrator.data.tokenizer import Tokenizer, kind_of, load_tokenizer
 from orchestrator.errors import UserError
@@ -103,8 +103,7 @@ def source_files(sources: list[CorpusFile]) -> list[SourceFile]:
 
 def survey(spans: list[SpanJson]) -> str:
     """Return the characters that occur in a chunk."""
-    _, seen = count(Span(**span) for span in spans)
-    return "".join(sorted(seen))
+    return "".join(sorted(count(Span(**span) for span in spans)[1]))
 
 
 def count(spans: Iterable[Span]) -> tuple[int, set[str]]:
@@ -201,7 +200,7 @@ def tokenize(
     facts = find_complete(parts, chunk)
     if facts is not None:
         return facts
-    encoder = _tokenizer(*tokenizer, dataset, fast)
+    loaded = _tokenizer(*tokenizer, dataset, fast)
     chunk_spans = [Span(**span) for span in spans]
     nulls: list[Span] = []
     pieces = _split_pieces(chunk_spans, train_characters, set(val_files), val_fraction, nulls)
@@ -212,11 +211,11 @@ def tokenize(
             if begins:
                 part.begin(piece.document)
             try:
-                part.add(encoder.encode(piece.text), piece.text)
+                part.add(loaded.encode(piece.text), piece.text)
             except UserError as error:
                 raise UserError(f"{piece.document}: {error}") from None
             if append_eot and piece.ends:
-                part.add(np.array([encoder.eot_id], encoder.dtype))
+                part.add(np.array([loaded.eot_id], loaded.dtype))
     facts = {split: part.finish() for split, part in made.items()}
     facts["train"]["nulls"] = len(nulls)
     write_atomically(sidecar_file(parts, chunk), json.dumps(facts))
@@ -231,7 +230,13 @@ def _tokenizer(name: str, _sha256: str, dataset: str, fast: bool) -> Tokenizer:
     which has other characters.
     """
     exact = load_tokenizer(name, Path(dataset))
-    return (fast_tokenizer(exact) if fast else None) or exact
+    return (encoder.fast_tokenizer(exact) if fast else None) or exact
+
+
+def forget_tokenizers() -> None:
+    """Free the memory of the tokenizers of this process."""
+    _tokenizer.cache_clear()
+    encoder.forget()
 
 
 # ---- which split a piece belongs to ----

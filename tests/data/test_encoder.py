@@ -42,6 +42,7 @@ def test_dataset_does_not_depend_on_the_encoder(here, gpt2_ranks, mixed, tmp_pat
         settings = data(mixed, tokenizer="gpt2", split=split, encoder=name)
         prepare.prepare(settings, tmp_path / name, progress=quiet, chunk_bytes=900)
     assert hashes_of(tmp_path / "tiktoken") == hashes_of(tmp_path / "gigatoken")
+    assert encoder._fast_tokenizer.cache_info().currsize == 0  # no memory is kept for a run
     assert "gigatoken" not in capsys.readouterr().err
 
 
@@ -64,9 +65,8 @@ def test_tiktoken_encodes_if_gigatoken_differs(
     settings = data(mixed, tokenizer="gpt2", encoder="gigatoken")
     prepare.prepare(settings.replace(encoder="tiktoken"), tmp_path / "exact", progress=quiet)
     monkeypatch.setattr(encoder, "GigatokenTokenizer", kind)
-    encoder._fast_tokenizer.cache_clear()
+    encoder.forget()
     prepare.prepare(settings, tmp_path / "d", progress=quiet)
-    encoder._fast_tokenizer.cache_clear()
     assert hashes_of(tmp_path / "d") == hashes_of(tmp_path / "exact")
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("data.encoder: gigatoken is not used: ")

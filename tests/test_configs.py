@@ -120,6 +120,7 @@ def test_shakespeare_is_downloaded_with_its_hash():
         "shakespeare",
         "shakespeare-char",
         "shakespeare-char-cpu",
+        "shakespeare-char-modern",
         "finetune-gpt2",
     }
     assert all(corpora[name].endswith(f"#sha256={known}") for name in downloaded)

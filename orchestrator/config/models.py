@@ -35,6 +35,7 @@ def section_of(kind: str) -> type[Model]:
     return create_model("Model", __base__=Model, __doc__=Model.__doc__, **found)
 
 
+@functools.cache
 def with_model(file: type[SomeFile], kind: str) -> type[SomeFile]:
     """Return the class of a configuration with the section `model` of one kind."""
     if kind == DEFAULT:

@@ -69,7 +69,9 @@ def test_stages_are_those_of_the_type_that_auto_stands_for(sweeps):
 
 def test_samples_of_optuna_have_the_type_that_auto_stands_for(sweeps):
     words = "sweep={sampler: optuna, num_samples: 2, space: {schedule.max_lr: [1e-3, 1e-2]}}"
-    study = sweeps.open(words, AUTO, "model.n_embd=512", layout=Layout(1, 1, False, fast_dtype="bfloat16"))
+    study = sweeps.open(
+        words, AUTO, "model.n_embd=512", layout=Layout(1, 1, False, fast_dtype="bfloat16")
+    )
     (trial,) = study.next_sample()
     assert trial.experiment.train.dtype == "bfloat16"
 

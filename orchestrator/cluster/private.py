@@ -5,7 +5,6 @@ an upgrade broke. `data/tokenizer.py` calls a private function of tiktoken.
 """
 
 import contextlib
-import errno
 import functools
 import logging
 import os
@@ -71,17 +70,29 @@ def dead_process() -> str | None:
     node = worker._global_node
     if node is None:
         return None
-    if not node.all_processes and _has_no_listener(node.raylet_socket_name):
+    if not node.all_processes and _has_ended(node.raylet_socket_name):
         return "raylet"
     dead = node.dead_processes()
     return next((name for name, _ in dead if name in ("gcs_server", "raylet")), None)
 
 
-def _has_no_listener(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX) as client:
-        client.setblocking(False)
-        # A stopped process has a listener, too, whose queue may be full.
-        return client.connect_ex(path) in (errno.ECONNREFUSED, errno.ENOENT)
+def _has_ended(path: str) -> bool:
+    """Return whether the process that listened on a socket has ended. It may be stopped."""
+    try:
+        return _connection(path).recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+@functools.cache
+def _connection(path: str) -> socket.socket:
+    """Return a connection that stays: a raylet logs the end of each."""
+    client = socket.socket(socket.AF_UNIX)
+    client.setblocking(False)
+    client.connect(path)
+    return client
 
 
 def kill_local_processes() -> None:

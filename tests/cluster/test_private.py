@@ -81,7 +81,7 @@ def test_own_ray_without_processes_is_not_dead(ray_cluster):
     assert private.dead_process() is None, "this process has joined a cluster"
 
 
-def test_raylet_of_a_joined_cluster_has_died_if_its_socket_has_no_listener(tmp_path, monkeypatch):
+def test_raylet_of_a_joined_cluster_has_died_if_its_socket_is_closed(tmp_path, monkeypatch):
     from ray._private import worker
 
     path = str(tmp_path / "raylet")
@@ -90,9 +90,13 @@ def test_raylet_of_a_joined_cluster_has_died_if_its_socket_has_no_listener(tmp_p
     with socket.socket(socket.AF_UNIX) as raylet:
         raylet.bind(path)
         raylet.listen(1)
-        for _ in range(5):  # more than it accepts: it may be stopped
-            assert private.dead_process() is None
+        assert private.dead_process() is None  # it is stopped: it accepts nothing
+        client, _ = raylet.accept()
+        assert private.dead_process() is None
+        client.close()
     assert private.dead_process() == "raylet"
+    private._connection.cache_clear()
+    assert private.dead_process() == "raylet", "it had ended before"
 
 
 def test_running_head_and_its_token_are_found(ray_head, ray_cluster, monkeypatch):

@@ -19,7 +19,7 @@ from model.flops import (
 )
 from model.gpt import GPT
 from model.gpt_config import GPTConfig
-from model.optim import parameter_groups
+from model.optim import OptimizerSettings, parameter_groups
 
 GPT2_124M = GPTConfig(bias=False)
 
@@ -40,7 +40,8 @@ def test_parameter_count_equals_that_of_built_model(
         model = GPT(config)
     assert parameter_count(config) == model.num_parameters()
     assert parameter_count(config, positions=False) == model.num_parameters(positions=False)
-    groups = [group["params"] for group in parameter_groups(model, 0.1)]
+    settings = OptimizerSettings(max_lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1)
+    groups = [group["params"] for group in parameter_groups("adamw", model, settings)]
     sizes = [(len(group), sum(one.numel() for one in group)) for group in groups]
     assert astuple(decay_summary(config)) == (*sizes[0], *sizes[1])
 

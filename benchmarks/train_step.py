@@ -3,14 +3,16 @@
 
     benchmarks/train_step.py --nanogpt CHECKOUT [--config char|124m] [--steps 20] [--rounds 7]
 
-Both sides start from the same weights, see the same batches and use the same learning rate. Their
-rounds alternate in one process, so that noise of the machine hits both. A ratio below 1 means that
-ours is faster. nanoGPT's side is its own `model.py` and the inner loop of its `train.py`. With a
-GPU, 124m runs in bfloat16 with torch.compile on both sides.
+Both sides start from the same weights, see the same batches and use the same learning rate. Each
+has a process, and their rounds alternate, so that noise of the machine hits both. A ratio below 1
+means that ours is faster. nanoGPT's side is its own `model.py` and the inner loop of its
+`train.py`. Both compute in the type that `train.dtype=auto` stands for; with a GPU, both use
+torch.compile.
 """
 
 import argparse
 import importlib.util
+import multiprocessing
 import statistics
 import sys
 import time
@@ -22,7 +24,8 @@ import torch
 from model.flops import mfu
 from model.gpt import GPT
 from orchestrator.config.experiment import Experiment, load_experiment
-from orchestrator.train.numerics import Worker, device_name, prepare_process
+from orchestrator.runs.folder import RunFolder
+from orchestrator.train.numerics import Worker, device_name, prepare_process, resolve_dtype
 from orchestrator.train.state import build
 from orchestrator.train.step import Step
 
@@ -106,53 +109,68 @@ class NanoGPT:
 
 def main() -> None:
     arguments = _arguments()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    experiment, vocab_size = _experiment(
-        arguments.config, device, arguments.micro_batch_size, arguments.accumulate
-    )
-    worker = Worker(device="cuda:0" if device == "cuda" else "cpu", cpus=arguments.threads)
-    prepare_process(experiment, worker)
-    model = experiment.new_model(vocab_size)
-    weights = {k: v.clone() for k, v in model.state_dict().items()}
-    sides = {
-        "ours": Ours(experiment, model, worker),
-        "nanoGPT": NanoGPT(arguments.nanogpt, experiment, weights, vocab_size, worker.device),
-    }
-    seconds, losses = _race(sides, experiment, vocab_size, worker.device, arguments)
-    _report(experiment, model, worker, seconds, losses, arguments)
-
-
-def _race(sides, experiment: Experiment, vocab_size: int, device: str, arguments):
-    """Run rounds of `--steps` steps; return seconds per step and losses of each side.
-
-    The sides take turns in being first. The first round is a warm-up and is not timed.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    losses: dict[str, list[float]] = {name: [] for name in sides}
-    generator = torch.Generator().manual_seed(1)
-    t = experiment.train
-    m = experiment.model
+    context = multiprocessing.get_context("spawn")
+    seconds: dict[str, list[tuple[float, float]]] = {"ours": [], "nanoGPT": []}
+    losses: dict[str, list[float]] = {name: [] for name in seconds}
+    sides = {}
+    for name in seconds:
+        sides[name], theirs = context.Pipe()
+        context.Process(target=_serve, args=(name, arguments, theirs), daemon=True).start()
+    # The sides take turns in being first. The first round is a warm-up and is not timed.
     for number in range(arguments.rounds + 1):
+        for name in list(sides)[:: 1 if number % 2 else -1]:
+            sides[name].send(number)
+            times, values = sides[name].recv()
+            losses[name] += values
+            if number:
+                seconds[name].append(times)
+    for side in sides.values():
+        side.send(None)
+    experiment, vocab_size = _experiment(arguments)
+    model = experiment.new_model(vocab_size)
+    _report(experiment, model, _worker(arguments), seconds, losses, arguments)
+
+
+def _worker(arguments) -> Worker:
+    return Worker(device="cuda:0" if torch.cuda.is_available() else "cpu", cpus=arguments.threads)
+
+
+def _serve(name: str, arguments, connection) -> None:
+    """Run a round of one side for each number received; send times of a step and losses."""
+    worker = _worker(arguments)
+    experiment, vocab_size = _experiment(arguments)
+    torch.set_num_threads(arguments.threads)
+    torch.set_float32_matmul_precision("high")  # TF32, as in nanoGPT
+    if name == "ours":
+        prepare_process(experiment, worker)
+    torch.manual_seed(experiment.train.seed)
+    model = experiment.new_model(vocab_size)
+    side: Ours | NanoGPT
+    if name == "ours":
+        side = Ours(experiment, model, worker)
+    else:
+        weights = model.state_dict()
+        side = NanoGPT(arguments.nanogpt, experiment, weights, vocab_size, worker.device)
+    generator = torch.Generator().manual_seed(1)
+    shape = (experiment.train.micro_batch_size, experiment.model.block_size)
+    while connection.recv() is not None:
         rounds = [
             [
-                _batch(generator, vocab_size, t.micro_batch_size, m.block_size, device)
+                _batch(generator, vocab_size, *shape, worker.device)
                 for _ in range(experiment.micro_batches)
             ]
             for _ in range(arguments.steps)
         ]
-        for name in list(sides)[:: 1 if number % 2 else -1]:
-            _synchronize(device)
-            start = time.perf_counter()
-            values = [sides[name].run(batches) for batches in rounds]
-            _synchronize(device)
-            if number:
-                seconds[name].append((time.perf_counter() - start) / arguments.steps)
-            losses[name] += values
-    return seconds, losses
+        _synchronize(worker.device)
+        wall = time.perf_counter()
+        cpu = time.process_time()
+        values = [side.run(batches) for batches in rounds]
+        _synchronize(worker.device)
+        times = (time.perf_counter() - wall, time.process_time() - cpu)
+        connection.send(([spent / arguments.steps for spent in times], values))
 
 
 def _report(experiment, model, worker, seconds, losses, arguments) -> None:
-    ratios = [a / b for a, b in zip(seconds["ours"], seconds["nanoGPT"], strict=True)]
     where = device_name(worker.device)
     print(
         f"{arguments.config}: {model.num_parameters():,} parameters, {experiment.micro_batches} × "
@@ -160,20 +178,21 @@ def _report(experiment, model, worker, seconds, losses, arguments) -> None:
         f"{experiment.train.dtype}, compile {experiment.train.compile}, {where}, "
         f"{worker.cpus} threads, torch {torch.__version__}"
     )
-    for name, values in seconds.items():
-        median = statistics.median(values)
+    for name, times in seconds.items():
+        median, cpu = (statistics.median(column) for column in zip(*times, strict=True))
         speed = experiment.tokens_per_step / median
-        share = mfu(
-            speed, model.flops_per_token(experiment.model.block_size), where, experiment.train.dtype
-        )
-        least = min(values) * 1e3
-        time_ms = f"{median * 1e3:9.2f} ms per step (min {least:.2f})"
+        share = mfu(speed, model.config, where, experiment.train.dtype)
+        least = min(wall for wall, _ in times) * 1e3
+        time_ms = f"{median * 1e3:9.2f} ms per step (min {least:.2f}), CPU {cpu * 1e3:.2f} ms"
         utilization = "" if share is None else f", MFU {share:.1%}"
         print(f"  {name:<8} {time_ms}, {speed:12,.0f} tokens/s{utilization}")
-    print(
-        f"  ours / nanoGPT: median {statistics.median(ratios):.3f} of {len(ratios)} rounds "
-        f"({min(ratios):.3f} … {max(ratios):.3f})"
-    )
+    for i, kind in enumerate(("time", "CPU time")):
+        pairs = zip(seconds["ours"], seconds["nanoGPT"], strict=True)
+        ratios = [ours[i] / theirs[i] for ours, theirs in pairs]
+        print(
+            f"  {kind}, ours / nanoGPT: median {statistics.median(ratios):.3f} of {len(ratios)} "
+            f"rounds ({min(ratios):.3f} … {max(ratios):.3f})"
+        )
     apart = max(abs(a - b) for a, b in zip(losses["ours"], losses["nanoGPT"], strict=True))
     print(
         f"  loss after {len(losses['ours'])} steps: {losses['ours'][-1]:.6f} ours, "
@@ -181,23 +200,21 @@ def _report(experiment, model, worker, seconds, losses, arguments) -> None:
     )
 
 
-def _experiment(
-    name: str, device: str, micro_batch_size: int | None, accumulate: int
-) -> tuple[Experiment, int]:
+def _experiment(arguments) -> tuple[Experiment, int]:
+    gpu = torch.cuda.is_available()
+    name = arguments.config
     file, vocab_size = {"char": ("shakespeare-char-cpu", 65), "124m": ("shakespeare", 50304)}[name]
-    gpu = device == "cuda"
-    size = micro_batch_size or {"char": 12, "124m": 32 if gpu else 1}[name]
-    dtype = "bfloat16" if name == "124m" else "float32"
-    return load_experiment(
+    size = arguments.micro_batch_size or {"char": 12, "124m": 32 if gpu else 1}[name]
+    experiment = load_experiment(
         CONFIGS / f"{file}.yaml",
         [
             f"train.micro_batch_size={size}",
-            f"train.global_batch_size={size * accumulate}",
-            f"train.dtype={dtype}",
+            f"train.global_batch_size={size * arguments.accumulate}",
             f"train.compile={str(gpu).lower()}",
             "train.max_steps=1000000",
         ],
-    ), vocab_size
+    )
+    return resolve_dtype(experiment, RunFolder("none"), _worker(arguments)), vocab_size
 
 
 def _batch(generator, vocab_size: int, b: int, t: int, device: str):

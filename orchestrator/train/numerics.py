@@ -5,6 +5,7 @@ resume computes again (`begin.prove`). The fingerprint says what has changed if 
 """
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import platform
@@ -66,6 +67,7 @@ def prepare_process(experiment: Experiment, worker: Worker) -> None:
     A reused Ray process still has the settings of its previous work.
     """
     on_gpu = worker.device.startswith("cuda")
+    keep_memory()
     torch.set_num_threads(worker.cpus)
     torch.set_default_dtype(torch.float32)
     torch.set_float32_matmul_precision("high" if on_gpu else "highest")  # high: TF32
@@ -85,10 +87,22 @@ def prepare_process(experiment: Experiment, worker: Worker) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def keep_memory() -> None:
+    """Let glibc keep the memory that torch frees, for the next step.
+
+    By default it returns large blocks to the kernel, which fills each page with zeros when it is
+    used again: 4 % of a small step, and a fifth of a step of GPT-2 (benchmarks/RESULTS.md).
+    """
+    with contextlib.suppress(AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped alone
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
 def resolve_dtype(experiment: Experiment, folder: RunFolder, worker: Worker) -> Experiment:
     """Return the experiment with the type that `train.dtype=auto` stands for in this process."""
     on_gpu = worker.device.startswith("cuda")
-    layout = Layout(worker.world_size, worker.cpus, on_gpu, dtypes.fast_dtype(on_gpu))
+    layout = Layout(1, worker.cpus, on_gpu, fast_dtype=dtypes.fast_dtype(on_gpu))
     return identity.resolve_dtype(experiment, layout, folder)
 
 

@@ -1,6 +1,7 @@
 """Settings, seeds and fingerprint that decide the last bit."""
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from orchestrator.config.experiment import Experiment, load_experiment
+from orchestrator.runs.folder import RunFolder
 from orchestrator.train.numerics import (
     Worker,
     autocast,
@@ -15,6 +17,7 @@ from orchestrator.train.numerics import (
     fingerprint,
     keyed_seed,
     prepare_process,
+    resolve_dtype,
     seed_device,
 )
 
@@ -43,6 +46,27 @@ def test_prepared_process_does_not_depend_on_its_earlier_settings():
         torch.use_deterministic_algorithms(False)
         torch.set_default_dtype(torch.float32)
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(512, "bfloat16"), (256, "float32")])
+def test_auto_is_replaced_in_this_process(tmp_path, monkeypatch, width, dtype):
+    monkeypatch.setattr("orchestrator.cluster.dtypes.fast_dtype", lambda on_gpu: "bfloat16")
+    experiment = load_experiment(None, [f"model.n_embd={width}", "model.n_head=1"])
+    assert resolve_dtype(experiment, RunFolder(tmp_path), Worker()).train.dtype == dtype
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_memory_that_was_freed_is_not_mapped_again():
+    prepare_process(load_experiment(None, ["train.dtype=float32"]), Worker(cpus=1))
+
+    def page_faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            torch.ones(8 << 20).mul_(2)  # 32 MiB: 8,192 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    page_faults()
+    assert page_faults() < 4096
 
 
 def test_keyed_seeds_differ_and_are_the_same_in_all_processes():

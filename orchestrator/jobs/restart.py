@@ -39,8 +39,8 @@ def watching() -> Iterator[None]:
         signals.interrupt_work()
 
     signal.signal(signal.SIGALRM, signal.default_int_handler)
-    connection.watch(closed, interrupt)
     try:
+        connection.watch(closed, interrupt)  # on a busy machine, it may interrupt its own start
         yield
     except KeyboardInterrupt:
         died = connection.failure() if interrupted.is_set() else None

@@ -28,6 +28,7 @@ from tests.faults.outcome import outcome
 from tests.faults.rank import RankStarter
 from tests.faults.report import Report, table, write_table
 from tests.helpers.here import here
+from tests.helpers.stores import copy_empty
 
 BEGIN = "<!-- campaign: written by `make faults` -->"
 END = "<!-- end of the campaign -->"
@@ -185,18 +186,8 @@ def make_source(folder: Path, *, with_store: bool = True) -> Path:
     with here():
         prepare(experiment.data, folder / "tokens")
     if with_store:
-        make_store(folder / "empty.db")
+        copy_empty(folder / "empty.db")
     return folder
-
-
-def make_store(database: Path) -> None:
-    """Create an empty MLflow store, which takes seconds: cases copy it."""
-    from orchestrator.track import server
-
-    server.set_client_options()
-    from mlflow import MlflowClient
-
-    MlflowClient(tracking_uri=f"sqlite:///{database}").search_experiments()
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from orchestrator.sweep.stage import run_stage
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
 from orchestrator.workers.attempts import record_failure
+from tests.helpers import stores
 from tests.helpers.curves import exact_part
 from tests.helpers.tiny import TINY
 
@@ -165,8 +166,10 @@ class Sweeps:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Database of an embedded MLflow store. One for each module: creating it takes seconds."""
-    return tmp_path_factory.mktemp("storage") / "mlflow" / "mlflow.db"
+    """Database of an embedded MLflow store. One for each module."""
+    database = tmp_path_factory.mktemp("storage") / "mlflow" / "mlflow.db"
+    stores.copy_empty(database)
+    return database
 
 
 @pytest.fixture

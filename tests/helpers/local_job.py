@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,8 +12,11 @@ from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.jobs.sweep import SweepJob
 from orchestrator.jobs.train import TrainJob
 from orchestrator.runs import signals
+from orchestrator.track.server import local_path
+from orchestrator.track.tracker import Tracker
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
+from tests.helpers import stores
 from tests.helpers.fixtures import SMALL, run_stages
 
 RUN = ["name=run", "train.keep=2", "schedule.decay_steps=20", "compute.use_gpu=false"]
@@ -45,6 +48,18 @@ class LocalSweepJob(SweepJob):
         run_stages(self.study.progress, cpus=self.study.layout.cpus_per_worker)
 
 
+def _start_with_store(start: Callable[[Tracker], None]) -> Callable[[Tracker], None]:
+    """Return `Tracker.start` with a copied database instead of a new one, which takes seconds."""
+
+    def start_with_store(tracker: Tracker) -> None:
+        database = local_path(tracker._projection.uri)
+        if database is not None and not database.exists():
+            stores.copy_empty(database)
+        start(tracker)
+
+    return start_with_store
+
+
 @contextlib.contextmanager
 def without_ray(cpus: int = 1) -> Iterator[None]:
     """Let the jobs above run: a cluster with these CPUs, and no estimate, which takes seconds."""
@@ -55,6 +70,7 @@ def without_ray(cpus: int = 1) -> Iterator[None]:
         patch.setattr("orchestrator.cluster.layout._nodes", lambda: [Node(cpus)])
         patch.setattr("orchestrator.sweep.cost.estimate_of", lambda *_, **__: "not measured")
         patch.setattr("orchestrator.track.sender.POLL_S", 0.1)
+        patch.setattr(Tracker, "start", _start_with_store(Tracker.start))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         try:
             yield

@@ -14,25 +14,18 @@ from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.journal import Journal
 from orchestrator.track.server import sqlite_uri, store_path
 from orchestrator.track.tracker import Tracker, resend_metrics
+from tests.helpers import stores
 from tests.helpers.tracked import client, expected, log, rows, sent_step
 from tests.helpers.wait import wait_until
 
 EXPERIMENT = "lost"
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory):
-    """A database without runs. Creating it takes seconds."""
-    database = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    client(f"sqlite:///{database}").search_experiments()
-    return database
-
-
 @pytest.fixture
-def database(empty, tmp_path, impatient):
+def database(tmp_path, impatient):
     """A database of one test."""
-    (tmp_path / "mlflow").mkdir()
-    return shutil.copy(empty, tmp_path / "mlflow" / "mlflow.db")
+    stores.copy_empty(tmp_path / "mlflow" / "mlflow.db")
+    return tmp_path / "mlflow" / "mlflow.db"
 
 
 def make_run(folder, key):
@@ -82,10 +75,9 @@ def check(database, run_dir):
     assert [output.step for output in run.outputs.model_outputs] == [5]
 
 
-def test_storage_of_any_name_has_its_own_database(empty, run_dir, tmp_path, impatient):
+def test_storage_of_any_name_has_its_own_database(run_dir, tmp_path, impatient):
     database = store_path(tmp_path / "100%25 of #1, why?")
-    database.parent.mkdir(parents=True)
-    shutil.copy(empty, database)
+    stores.copy_empty(database)
     assert attempt(run_dir, sqlite_uri(database), range(3))
     assert rows(database, run_dir) == expected(run_dir)
     assert sorted(path.name for path in database.parent.iterdir()) == ["artifacts", "mlflow.db"]

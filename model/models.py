@@ -98,10 +98,10 @@ def new_model(kind: str, config: Config) -> LanguageModel:
     return MODELS[kind].build(config)
 
 
-def empty_model(kind: str, config: Config) -> LanguageModel:
-    """Create a model whose parameters have a shape but no values, on the meta device.
+def empty_model(kind: str, config: Config, device: str = "meta") -> LanguageModel:
+    """Create a model whose parameters have a shape but no values; torch's generator stays.
 
-    Drawing random values for the meta device would import torch's compiler, which takes a second.
+    Drawing random values takes time, and for the meta device it would import torch's compiler.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -113,5 +113,5 @@ def empty_model(kind: str, config: Config) -> LanguageModel:
                 return args[0] if args else kwargs["tensor"]
             return func(*args, **kwargs)
 
-    with torch.device("meta"), WithoutDraws():
+    with torch.random.fork_rng(devices=[]), torch.device(device), WithoutDraws():
         return new_model(kind, config)

@@ -9,7 +9,8 @@ forward pass runs in `torch.autocast`.
 What you get in return: the same bits on 1, 2 and 4 workers and after a kill, sweeps that share
 common steps, evaluation, sampling, and the estimate of time and memory. For this, equal parameters,
 inputs and state of torch's generators must give equal bits: use no random numbers but torch's, no
-clock, and no state from one call of `forward` to the next but buffers and the cache.
+clock, and no state from one call of `forward` to the next but buffers and the cache. A checkpoint
+has the state dict: a buffer with `persistent=False` must follow from the config alone.
 
     @dataclass(frozen=True)
     class Config:

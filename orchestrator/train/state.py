@@ -209,8 +209,9 @@ def load_model(path: Path) -> LanguageModel:
     kind, config = stored_config(path)
     tensors = store.load_tensors(path, "model")
     try:
-        model = models.empty_model(kind, config)
-        model.load_state_dict(tensors, assign=True)
+        # Tensors are copied, not assigned: tied weights stay tied, and buffers are real.
+        model = models.empty_model(kind, config, "cpu")
+        model.load_state_dict(tensors)
     except NOT_LOADABLE as error:
         raise _of_another_version(path, error) from None
     return model.eval()

@@ -1,11 +1,13 @@
 """State of a run: saved and restored, it continues with the same bits."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from model import models
 from model.gpt import GPT
 from model.optim import OPTIMIZERS
 from orchestrator.checkpoint import store
@@ -175,6 +177,34 @@ def test_loaded_model_equals_the_saved_one(tmp_path):
     assert not model.training
     assert model.config == s.model.config
     assert same_bits(dict(model.state_dict()), dict(s.model.state_dict()))
+
+
+def test_tied_weights_and_buffers_that_are_not_stored_survive_a_restore(tmp_path, monkeypatch):
+    class Tied(GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.second = torch.nn.Embedding(*self.transformer.wte.weight.shape)
+            self.second.weight = self.transformer.wte.weight
+            self.register_buffer("scale", torch.full((1,), 1.5), persistent=False)
+
+        def forward(self, tokens, *arguments, **others):
+            return super().forward(tokens, *arguments, **others) + self.second(tokens).sum() * 1e-3
+
+    tied = dataclasses.replace(models.MODELS["gpt2"], build=Tied)
+    monkeypatch.setitem(models.MODELS, "gpt2", tied)
+    e = experiment("float32")
+    torch.manual_seed(1)
+    s = state.build(e, Tied(e.model_config_for(VOCAB)), Worker())
+    advance(s, 2)
+    path = save(s, e, tmp_path / "c", Worker(), {})
+    drawn = torch.get_rng_state()
+    fresh = state.restore(e, path, Worker())
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert fresh.model.second.weight is fresh.model.transformer.wte.weight
+    assert fresh.model.scale.item() == 1.5
+    advance(s, 2)
+    advance(fresh, 2)
+    assert same_bits(everything(fresh), everything(s))
 
 
 def test_data_identity_depends_on_tokens_and_tokenizer_only(tmp_path):

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.protocol import IGNORED_TARGET, Reduction
+from model.protocol import Reduction
+
+IGNORED_TARGET = -1  # a position without a target
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:

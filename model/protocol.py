@@ -31,7 +31,6 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-IGNORED_TARGET = -1  # a position without a target
 Reduction = Literal["mean", "sum", "window"]
 
 

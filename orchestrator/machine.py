@@ -34,16 +34,6 @@ def _cpu_info(key: str) -> str:
     return ""
 
 
-def gpu_name() -> str:
-    """Return the name of the first NVIDIA GPU, as torch calls it; "cuda" if it is not known."""
-    for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        with contextlib.suppress(OSError):
-            for line in file.read_text().splitlines():
-                if line.startswith("Model:"):
-                    return line.split(":", 1)[1].strip()
-    return "cuda"
-
-
 @functools.cache
 def torch_version() -> str:
     """Return `torch.__version__`, such as `2.13.0+cpu`."""

@@ -20,5 +20,11 @@ def of_workers(layout: Layout) -> Layout:
 
 def here(layout: Layout) -> Layout:
     """Return the layout with the device of this machine."""
-    name = machine.gpu_name() if layout.use_gpu else machine.processor()
+    name = _gpu_name() if layout.use_gpu else machine.processor()
     return replace(layout, device_name=name, fast_dtype=dtypes.fast_dtype(layout.use_gpu))
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 from pydantic import Field, create_model
 
 from model.models import DEFAULT, MODELS
-from orchestrator.config.fields import Int, Section, Text
+from orchestrator.config.fields import Int, OneOf, Section, Text
 from orchestrator.config.sections import Gpt2, Model
 
 SomeFile = TypeVar("SomeFile", bound=Section)
@@ -27,11 +27,9 @@ def section_of(kind: str) -> type[Model]:
         for one in fields(config)
         if one.name != "vocab_size"
     }
-    kind_field = Model.model_fields["kind"]
-    found["kind"] = (
-        Annotated[str, *kind_field.metadata],
-        _field(kind, kind_field.description or ""),
-    )
+    description = Model.model_fields["kind"].description or ""
+    # Not `Later`: only a GPT-2 is what earlier versions trained.
+    found["kind"] = (Annotated[str, OneOf(MODELS)], _field(kind, description))
     return create_model("Model", __base__=Model, __doc__=Model.__doc__, **found)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import Experiment, fields_with
@@ -65,16 +66,21 @@ class BaseRun:
         """
         manifest = checkpoint.read_manifest(init_from.checkpoint_of(self.folder))
         data = manifest["fingerprints"]["data"]
-        before = fields_of_root(self.experiment) | {"train.reduction_slots": self.experiment.slots}
+        before = _steps_of(self.experiment)
         for trial in trials:
-            now = fields_of_root(trial.experiment)
-            now["train.reduction_slots"] = trial.experiment.slots
-            lines = differences(before, now)
+            now = _steps_of(trial.experiment)
+            lines = differences(before, dict.fromkeys(before) | now)
             if data != data_identity(trial.dataset):
                 lines.append("data: the tokens are not those that the run was trained on")
             if lines:
                 first = f"sweep.from: {self.folder} was another experiment:"
                 raise UserError("\n  ".join([first, *lines]))
+
+
+def _steps_of(experiment: Experiment) -> dict[str, Any]:
+    """Return the fields that change what a step computes, also those with their defaults."""
+    fields = fields_of_root(experiment, with_later=True)
+    return fields | {"train.reduction_slots": experiment.slots}
 
 
 def with_absolute_paths(sweep: Sweep) -> Sweep:

@@ -22,6 +22,7 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UnreadableError, UserError
 from orchestrator.runs import journal, lock
+from orchestrator.runs.code import module_hashes
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Line
 from orchestrator.sweep import rates
@@ -59,6 +60,7 @@ def run_stage(
     experiment = spec.parsed_experiment()
     if has_result(folder, spec, experiment):
         return
+    _refuse_other_code(spec, experiment)
     started = time.monotonic()
     watchdog = Watchdog(folder, worker, experiment.compute.hang_after_s)
     with folders.holding(folder.path), _sole_writer(folder, worker), watchdog:
@@ -92,6 +94,20 @@ def run_stage(
                 fingerprint(experiment, worker),
             )
             _record_end(folder, spec, experiment, attempt, line_above)
+
+
+def _refuse_other_code(spec: StageSpec, experiment: Experiment) -> None:
+    """Refuse a stage if this process has other code than the driver, whose key it would get.
+
+    Raises:
+        UserError: Files were edited after the sweep had started.
+    """
+    now = module_hashes(experiment.model.kind, experiment.optim.kind)
+    changed = [name for name, value in now.items() if spec.made_by.get(name, value) != value]
+    if changed:
+        raise UserError(
+            f"{', '.join(changed)}: edited after the sweep had started; run the same command again"
+        )
 
 
 def _sole_writer(

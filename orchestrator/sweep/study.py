@@ -6,7 +6,8 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from model.models import DEFAULT
+from model.models import DEFAULT, MODELS
+from model.optim import OPTIMIZERS
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.sections import Data
 from orchestrator.data.dataset import Manifest
@@ -130,13 +131,16 @@ class Study:
 
     def notes(self) -> list[str]:
         """Return lines about trials that cannot be run, and stored stages that cannot be used."""
-        others = of_other_code(self.stored.made_by_others)
+        others = of_other_code(self.stored.made_by_others) if self.tree.to_run else []
         return [*left_out(self.left_out), *others, *self.not_used]
 
     def _made_by(self, spec: StageSpec) -> dict[str, str]:
         """Return the device and the code that would train a stage now."""
-        kinds = spec.experiment["model"].get("kind", DEFAULT), spec.experiment["optim"]["kind"]
-        return {"device": self.layout.device_name, **module_hashes(*kinds)}
+        model = spec.experiment["model"].get("kind", DEFAULT)
+        optimizer = spec.experiment["optim"]["kind"]
+        if model not in MODELS or optimizer not in OPTIMIZERS:  # of a later version
+            return {"model": model, "optimizer": optimizer}
+        return {"device": self.layout.device_name, **module_hashes(model, optimizer)}
 
     @property
     def trials_and_probes(self) -> dict[str, PlannedTrial]:

@@ -100,10 +100,11 @@ def _hash(facts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def fields_of_root(experiment: Experiment) -> dict[str, Any]:
+def fields_of_root(experiment: Experiment, with_later: bool = False) -> dict[str, Any]:
     """Return the fields that change what a step computes, without data and learning rate.
 
-    A field that earlier versions did not have is left out while it has its default.
+    A field that earlier versions did not have is left out while it has its default, unless
+    `with_later`.
     """
     fields = experiment.flat()
     del fields["train.reduction_slots"]  # `Experiment.slots` is compared instead
@@ -112,7 +113,7 @@ def fields_of_root(experiment: Experiment) -> dict[str, Any]:
         for key, doc in field_docs(experiment.model.kind).items()
         if key in fields
         and doc.effect in (Effect.STEPS, Effect.ADDITIONS, Effect.ATTEMPT)
-        and not (doc.is_later and fields[key] == doc.default)
+        and (with_later or not (doc.is_later and fields[key] == doc.default))
     }
 
 

@@ -75,6 +75,8 @@ def begin(
             would not be those of an uninterrupted run, or not the same on all ranks, and
             `train.allow_drift` is false.
     """
+    # The hashes of what was imported: files may be edited while the run trains.
+    module_hashes(experiment.model.kind, experiment.optim.kind)
     own_step = agree(_newest_step(folder) if worker.is_main else 0, worker)
     is_own = own_step > 0
     path = folder.checkpoint(own_step) if is_own else parent

@@ -152,21 +152,22 @@ class Step:
 
     @torch.no_grad()
     def _updated_copies(self) -> list[Tensor]:
-        """Update a copy of the smallest parameter of each group; return the copies, flat."""
+        """Update copies of some parameters of each group; return the copies, flat.
+
+        The smallest one is enough where each number is updated by itself. Matrices that Muon
+        updates meet other kernels if they have another shape, so there is one of each shape.
+        """
         optimizer = self.state.optimizer
         groups = optimizer.param_groups
         copies = []
         trial = []
         for group in groups:
-            if not group["params"]:
-                continue
-            param = min(group["params"], key=Tensor.numel)
-            copy = param.clone()
-            copy.grad = param.grad
-            kept = optimizer.state.get(param, {})
-            optimizer.state[copy] = {key: value.clone() for key, value in kept.items()}
-            copies.append(copy)
-            trial.append({**group, "params": [copy]})
+            chosen = list({param.shape: param for param in group["params"]}.values())
+            if not group.get("muon"):
+                chosen = sorted(group["params"], key=Tensor.numel)[:1]
+            updated = [self._copy_with_state(param) for param in chosen]
+            copies += updated
+            trial.append({**group, "params": updated})
         optimizer.param_groups = trial
         try:
             scaler = torch.amp.GradScaler(self.state.gradients.device.type, enabled=False)
@@ -176,6 +177,14 @@ class Step:
             for copy in copies:
                 del optimizer.state[copy]
         return [copy.view(-1) for copy in copies]
+
+    def _copy_with_state(self, param: Tensor) -> Tensor:
+        """Return a copy that has the gradient and a copy of the optimizer's state."""
+        state = self.state.optimizer.state
+        copy = param.clone()
+        copy.grad = param.grad
+        state[copy] = {key: value.clone() for key, value in state.get(param, {}).items()}
+        return copy
 
     def _forward_backward(self, micro_batch: int, inputs: Tensor, targets: Tensor) -> None:
         """Add the gradient of one micro-batch of this step."""

@@ -15,6 +15,7 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.errors import UnreadableError
 from orchestrator.runs import stop
 from orchestrator.runs.code import module_hashes
+from orchestrator.sweep import stage as stage_module
 from orchestrator.sweep import stored, trials
 from orchestrator.sweep import study as study_module
 from orchestrator.sweep.stage import run_stage
@@ -317,7 +318,7 @@ def test_stages_of_other_code_are_counted_and_trained_again(sweeps, monkeypatch)
     assert first.notes() == []
     keys = [folder.read_record()["key"] for folder in first.folder.trials()]
     other = {**module_hashes("gpt2", "adamw"), "model/gpt.py": "edited"}
-    for module in (trials, study_module):
+    for module in (trials, study_module, stage_module):
         monkeypatch.setattr(module, "module_hashes", lambda *kinds: other)
     study = sweeps.open(*words)
     [note] = study.notes()
@@ -328,7 +329,29 @@ def test_stages_of_other_code_are_counted_and_trained_again(sweeps, monkeypatch)
     # Their values may differ, so MLflow gets new runs.
     new_keys = [folder.read_record()["key"] for folder in study.folder.trials()]
     assert len({*keys, *new_keys}) == 2 * len(keys)
-    assert sweeps.run(sweeps.open(*words)) == []
+    last = sweeps.open(*words)
+    assert last.notes() == []
+    assert sweeps.run(last) == []
+
+
+def test_stage_whose_code_was_edited_after_the_start_is_refused(sweeps, monkeypatch):
+    study = sweeps.open("sweep.trials.mine.train.max_steps=10")
+    edited = {**module_hashes("gpt2", "adamw"), "model/gpt.py": "edited"}
+    monkeypatch.setattr(stage_module, "module_hashes", lambda *kinds: edited)
+    sweeps.run(study)
+    [row] = study.results()
+    assert row.state == "failed"
+    assert "model/gpt.py: edited after the sweep had started" in row.reason
+
+
+def test_stage_of_a_model_that_this_version_does_not_have_is_not_used(sweeps):
+    words = ("sweep.trials.mine.train.max_steps=10",)
+    [stage] = sweeps.run(sweeps.open(*words))
+    file = sweeps.open(*words).folder.stage(stage).stage_file
+    spec = json.loads(file.read_text())
+    spec["experiment"]["model"]["kind"] = "later"
+    file.write_text(json.dumps(spec))
+    assert len(sweeps.open(*words).notes()) == 1
 
 
 def test_another_device_has_other_stages(sweeps):

@@ -7,6 +7,7 @@ import pytest
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.cluster import dtypes
 from orchestrator.config.experiment import load_experiment
+from orchestrator.errors import UserError
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 
@@ -68,6 +69,16 @@ def test_trials_have_the_type_of_the_run_that_they_branch_off(sweeps, source, mo
     monkeypatch.setattr(dtypes, "suitable", lambda *_: "bfloat16")
     study = sweeps.open(*TRIALS, "sweep.from=source@8", "train.dtype=auto")
     assert {trial.experiment.train.dtype for trial in study.trials.values()} == {"float32"}
+
+
+def test_run_with_another_value_of_a_later_field_is_refused(sweeps, source):
+    """Also if the trials have the default, which keys of trials leave out."""
+    stored = (source / "experiment.yaml").read_text()
+    edited = stored.replace("momentum: 0.95", "momentum: 0.8")
+    assert edited != stored
+    (source / "experiment.yaml").write_text(edited)
+    with pytest.raises(UserError, match="optim.momentum: before 0.8, now 0.95"):
+        sweeps.open(*TRIALS, "sweep.from=source@8")
 
 
 def test_trial_can_extend_a_finished_run(sweeps, source):

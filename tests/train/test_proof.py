@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import gpt, optim
+from model import gpt, muon, optim
 from orchestrator.checkpoint import store
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
@@ -118,6 +118,15 @@ def test_proof_covers_weights_step_and_dropout(tiny_dataset, folder):
         weight[0] = torch.nextafter(weight[0], torch.tensor(2.0))
     proofs.add(trainer.step.proof(trainer.batches))
     assert len(proofs) == 3
+
+
+def test_proof_covers_the_kernel_of_muon_for_wide_matrices(tiny_dataset, folder, monkeypatch):
+    experiment = load_experiment(None, [*SMALL, "optim.kind=muon"])
+    trainer = Trainer(experiment, folder, tiny_dataset, Worker())
+    proof = trainer.step.proof(trainer.batches)
+    product = muon._gram_product
+    monkeypatch.setattr(muon, "_gram_product", lambda *args: product(*args) * (1 + 2**-20))
+    assert trainer.step.proof(trainer.batches) != proof
 
 
 @pytest.mark.parametrize("edit", [edit_model, edit_optimizer, edit_clipping])

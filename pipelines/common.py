@@ -1,6 +1,7 @@
 """Arguments, `--help` and exit statuses of all commands."""
 
 import argparse
+import contextlib
 import gc
 import math
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from model import models
 from orchestrator.config.experiment import field_docs, load_experiment
 from orchestrator.config.fields import Docs
 from orchestrator.config.load import kind_of_model
@@ -103,7 +105,9 @@ def experiment_command(
     def main(argv: list[str]) -> int:
         if "-h" in argv or "--help" in argv:
             words = [word for word in argv if not word.startswith("-")]
-            kind = kind_of_model(*split_words(words, default))
+            kind = models.DEFAULT
+            with contextlib.suppress(UserError):  # a mistake in the other words
+                kind = kind_of_model(*split_words(words, default))
             print(help_text(doc, docs(kind), default))
             return EXIT_DONE
         for argument in argv:

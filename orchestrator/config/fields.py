@@ -149,6 +149,24 @@ def describe_fields(model: type[Section]) -> Docs:
     return docs
 
 
+def without_empty(tree: dict[str, Any], docs: Docs, start: str = "") -> dict[str, Any]:
+    """Leave out sections that are None, because all their lines are comments."""
+    found = {}
+    for key, value in tree.items():
+        name = f"{start}{key}"
+        if isinstance(value, dict):
+            found[key] = without_empty(value, docs, f"{name}.")
+        elif value is not None or (start and not _is_section(name, docs)):
+            found[key] = value
+    return found
+
+
+def _is_section(name: str, docs: Docs) -> bool:
+    if name in docs:
+        return docs[name].type.startswith("a mapping")
+    return any(field.startswith(f"{name}.") for field in docs)
+
+
 def section_class(info: FieldInfo) -> type[Section] | None:
     """Return the class of a section; None for a field that is not a section."""
     annotation = info.annotation

@@ -15,7 +15,7 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
-from orchestrator.config.fields import Docs
+from orchestrator.config.fields import Docs, without_empty
 from orchestrator.config.models import kind_in
 from orchestrator.errors import UserError
 
@@ -52,8 +52,7 @@ def read_tree(
     fields = docs(_kind_of_model(tree, overrides))
     for override in overrides:
         _apply(tree, override, fields)
-    # A section is None if all its lines are comments.
-    tree = {key: value for key, value in tree.items() if value is not None}
+    tree = without_empty(tree, fields)
     if path is None:
         return tree, "command line"
     tree.setdefault("name", Path(path).stem)
@@ -84,8 +83,18 @@ def kind_of_model(path: str | os.PathLike[str], overrides: Sequence[str]) -> str
 
 
 def _kind_of_model(tree: dict[str, Any], overrides: Sequence[str]) -> str:
-    given = [word.partition("=")[2] for word in overrides if word.startswith("model.kind=")]
-    return kind_in({"model": {"kind": given[-1].strip()}} if given else tree)
+    model = tree.get("model")
+    alone = {"model": dict(model) if isinstance(model, dict) else model}
+    kinds = [word for word in overrides if word.startswith("model.kind=")]
+    for override in overrides:
+        if override.startswith("model=") or override in kinds:
+            _apply(alone, override, {})
+    model = alone["model"] or {}
+    if kinds and isinstance(model, dict) and "kind" not in model:
+        raise UserError(
+            f"{kinds[-1]}: a later model=… replaces the whole section; give model=… first"
+        )
+    return kind_in(alone)
 
 
 def _apply(tree: dict[str, Any], override: str, docs: Docs) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from orchestrator.config.experiment import Experiment, load_experiment
+from orchestrator.config.load import kind_of_model
 from orchestrator.errors import UserError
 from orchestrator.sweep.space.expand import load_sweep
 
@@ -137,6 +138,41 @@ def test_file_is_overridden_and_names_the_run(write):
     assert experiment.optim == Experiment().optim
     assert load_experiment(path, ["name=other"]).name == "other"
     assert load_experiment(path, ["name=null"]).name == "my-run"
+
+
+@pytest.mark.parametrize("section", ["optim:", "optim:\n  groups:", "optim:\n  groups:\n    head:"])
+def test_section_whose_lines_are_all_comments_is_as_if_absent(write, section):
+    assert load_experiment(write(f"{section}\n      # a comment\n")).optim == Experiment().optim
+
+
+def test_mapping_of_a_sweep_whose_lines_are_all_comments_is_empty(write):
+    sweep = load_sweep(
+        write("sweep:\n  trials:\n  grid:\n    train.seed: [1, 2]\n"), ["train.max_steps=9"]
+    )
+    assert len(sweep.trials) == 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.kind=modern"],
+        ["model={kind: modern, n_layer: 2}", "model.n_layer=3"],
+        ["model=null", "model.kind=modern"],
+        ["model={kind: gpt2}", "model.kind=modern"],
+        ["model.kind=gpt2", "model={kind: modern}"],
+    ],
+)
+def test_kind_of_model_is_that_after_all_overrides(overrides, write):
+    path = write("model:\n  kind: gpt2\n")
+    assert kind_of_model(path, overrides) == "modern"
+    experiment = load_experiment(path, [*overrides, "model.window=S"])
+    assert experiment.model.kind == "modern"
+
+
+@pytest.mark.parametrize("later", ["model=null", "model={n_layer: 2}"])
+def test_override_that_would_remove_the_kind_of_model_is_refused(later):
+    with pytest.raises(UserError, match="model.kind=modern: a later model=… replaces"):
+        load_experiment(None, ["model.kind=modern", later])
 
 
 @pytest.mark.parametrize(

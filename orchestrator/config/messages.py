@@ -2,13 +2,15 @@
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from model.models import MODELS
 from orchestrator.config.fields import Docs, Section
+from orchestrator.config.models import section_of
 from orchestrator.errors import UserError
 
 SomeSection = TypeVar("SomeSection", bound=Section)
@@ -43,7 +45,16 @@ def validate(
 
 def unknown_field(key: str, known: Iterable[str]) -> str:
     """Return the line for a field that does not exist; it suggests the most similar one."""
-    similar = _most_similar(key, list(known))
+    names = list(known)
+    if key in names:
+        return (
+            f"{key}: one key with dots; nest it: {key.replace('.', ': {')}: …{'}' * key.count('.')}"
+        )
+    section, _, field = key.partition(".")
+    kinds = [kind for kind in MODELS if field in section_of(kind).model_fields]
+    if section == "model" and kinds:
+        return f"{key}: no such field; only model.kind={' or '.join(kinds)} has it"
+    similar = _most_similar(key, names)
     if similar is None:
         return f"{key}: no such field; --help lists all fields"
     return f"{key}: no such field; did you mean {similar}?"
@@ -91,7 +102,10 @@ def _field_of(error: ErrorDetails, path: Sequence[str], known: Docs) -> str:
 def _explain(field: str, errors: Sequence[ErrorDetails], known: Docs) -> str:
     first = errors[0]
     if _is_about_key(first):
-        return unknown_field(field, known)
+        whole = f"{field}{_only_path(first['input'])}"
+        similar = _most_similar(field, list(known))
+        is_section_wrong = similar is not None and whole.replace(field, similar, 1) in known
+        return unknown_field(whole if is_section_wrong else field, known)
     if first["type"] == "value_error":  # from `checks.contradictions`
         return str(first["ctx"]["error"])
     value = shown(first["input"])
@@ -126,13 +140,33 @@ def _bounds(error: ErrorDetails) -> str:
 
 
 def _most_similar(key: str, known: Sequence[str]) -> str | None:
-    """Return the most similar field of the same section, else a section, else any field."""
+    """Return the most similar field or section of the same section, else of all.
+
+    The last part of the name counts first, then the whole name.
+    """
     section, _, field = key.rpartition(".")
-    same_section = [name for name in known if name.rpartition(".")[0] == section]
-    top_level = list(dict.fromkeys(name.split(".")[0] for name in known))
-    for names in (same_section, top_level, known):
-        by_last_part = {name.split(".")[-1]: name for name in names}
-        similar = difflib.get_close_matches(field, by_last_part, 1)
+    everything = dict.fromkeys(_prefixes(known))
+    same_section = [name for name in everything if name.rpartition(".")[0] == section]
+    for names in (same_section, everything):
+        similar = difflib.get_close_matches(field, {name.split(".")[-1] for name in names}, 1)
         if similar:
-            return by_last_part[similar[0]]
+            equal = [name for name in names if name.split(".")[-1] == similar[0]]
+            return max(equal, key=lambda name: difflib.SequenceMatcher(None, key, name).ratio())
     return None
+
+
+def _prefixes(known: Iterable[str]) -> Iterator[str]:
+    """Yield all sections and fields."""
+    for name in known:
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            yield ".".join(parts[:end])
+
+
+def _only_path(value: Any) -> str:
+    """Return the keys of nested mappings of one key each, such as `.head.lr_scale`."""
+    path = ""
+    while isinstance(value, dict) and len(value) == 1:
+        [(key, value)] = value.items()
+        path = f"{path}.{key}"
+    return path

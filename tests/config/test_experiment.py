@@ -274,12 +274,33 @@ def test_each_mistake_has_its_own_line():
         ("nam", "name"),
         ("optim.beta", "optim.beta"),
         ("data.corpora", "data.corpus"),
+        ("trian.max_steps", "train.max_steps"),
+        ("optim.groups.matrx.lr_scale", "optim.groups.matrix.lr_scale"),
+        ("optim.groups.head.lr_scal", "optim.groups.head.lr_scale"),
+        ("optim.group.embedding.beta1", "optim.groups.embedding.beta1"),
+        ("optm.groups.scalar.beta2", "optim.groups.scalar.beta2"),
+        ("optim.groups.heads.x", "optim.groups.head"),
     ],
 )
 def test_unknown_field_suggests_the_most_similar_one(unknown, similar):
     message = refusal(f"{unknown}=3")
     assert f"no such field; did you mean {similar}" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["optim={groups.matrix.lr_scale: 3}"],
+            "optim.groups.matrix.lr_scale: one key with dots; nest it: "
+            "optim: {groups: {matrix: {lr_scale: …}}}",
+        ),
+        (["model.n_kv_head=2"], "model.n_kv_head: no such field; only model.kind=modern has it"),
+    ],
+)
+def test_field_that_exists_elsewhere_is_refused_with_its_place(overrides, line):
+    assert refusal(*overrides) == f"command line: {line}"
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class OptimizerSettings:
     max_lr: float  # the training loop sets the rate of each step
     beta1: float  # decay of the first moment, 0 to 1
     beta2: float  # decay of the second moment, 0 to 1
-    weight_decay: float  # of tensors with two or more dimensions
+    weight_decay: float  # of all groups but scalar, which has none
     momentum: float = 0.95  # only of muon
     cautious: bool = False  # only of muon
     groups: Mapping[str, GroupSettings] = field(default_factory=dict)  # by name
@@ -48,7 +48,8 @@ class OptimizerKind:
 
     Attributes:
         build: Creates the optimizer from parameter groups in torch's format. Each has the keys
-            "params", "names", "group", "weight_decay", "lr_scale" and "betas".
+            "params", "names", "group", "groups" (the groups of its parameters, "group" is the
+            first), "weight_decay", "lr_scale" and "betas".
         help: One line for `--help`.
         moments: Float32 tensors that the optimizer keeps per parameter, by group, for the estimates
             of memory and of checkpoint size.
@@ -141,9 +142,8 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
 def parameter_groups(kind: str, model: nn.Module, settings: OptimizerSettings) -> ParameterGroups:
     """Return the parameters that require a gradient, by equal settings, in the order of the model.
 
-    Without settings of their own, tensors of two or more dimensions (matrices and embeddings) have
-    weight decay; biases and norms do not. Sources: nanoGPT, configure_optimizers; GPT-3,
-    arXiv:2005.14165, appendix B.
+    Without settings of its own, each group has weight decay but "scalar": biases, norms, scales.
+    Sources: nanoGPT, configure_optimizers; GPT-3, arXiv:2005.14165, appendix B.
 
     Returns:
         Groups in torch's format; see `OptimizerKind.build`. For adamw, one list has all tensors of
@@ -167,6 +167,8 @@ def parameter_groups(kind: str, model: nn.Module, settings: OptimizerSettings) -
         entry = found.setdefault((first, group_settings), _group(group, group_settings))
         entry["params"].append(parameter)
         entry["names"].append(name)
+        if group not in entry["groups"]:
+            entry["groups"].append(group)
     return list(found.values())
 
 
@@ -203,6 +205,7 @@ def _group(name: str, settings: GroupSettings) -> dict[str, Any]:
         "params": [],
         "names": [],
         "group": name,
+        "groups": [],
         "lr_scale": settings.lr_scale,
         "weight_decay": settings.weight_decay,
         "betas": (settings.beta1, settings.beta2),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from model.optim import parameter_groups
 from model.schedule import learning_rate
 from orchestrator.config.experiment import Experiment, load_experiment, parse_experiment
 from orchestrator.config.load import read_yaml
@@ -26,7 +27,17 @@ KNOWN = {
     "shakespeare": (GPT2, 12288, 10, 1, 1, 124373760, 123587328, (50, 124354560), (25, 19200)),
     "shakespeare-char": (CHAR, 16384, 5000, 1, 1, 10745088, 10646784, (26, 10740096), (13, 4992)),
     "shakespeare-char-cpu": (CHAR, 768, 2000, 1, 1, 804096, 795904, (18, 802944), (9, 1152)),
-    "shakespeare-char-modern": (CHAR, 768, 190, 1, 1, 811520, 811520, (27, 811392), (1, 128)),
+    "shakespeare-char-modern": (
+        CHAR,
+        768,
+        190,
+        1,
+        1,
+        811520,
+        811520,
+        (0, 0),
+        (28, 811520),
+    ),  # no decay
     "gpt2-124m": (GPT2, 491520, 600000, 40, 8, 124373760, 123587328, (50, 124354560), (25, 19200)),
     "finetune-gpt2": (GPT2, 32768, 20, 32, 8, 124475904, 123689472, (50, 124354560), (98, 121344)),
 }
@@ -49,6 +60,30 @@ def test_config_is_named_after_its_file_and_reads_back_equal(path):
     assert experiment.data.dir is None
     assert experiment.tracking.uri is None
     assert path.read_text("utf-8").startswith("# ")  # a comment that describes it
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("model", ["gpt2", "modern"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["optim.weight_decay=0"],
+        ["optim.groups.embedding.weight_decay=0"],
+        ["optim.groups.scalar.weight_decay=0.1"],
+    ],
+)
+def test_decayed_parameters_are_those_that_the_optimizer_decays(model, kind, words):
+    shape = ["model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=32"]
+    scalars = ["model.layer_scalars=true"] if model == "modern" else []
+    experiment = load_experiment(
+        None, [f"model.kind={model}", f"optim.kind={kind}", *shape, *scalars, *words]
+    )
+    groups = parameter_groups(kind, experiment.new_model(65), experiment.optimizer_settings())
+    decayed = [p.numel() for group in groups if group["weight_decay"] for p in group["params"]]
+    facts = model_facts(experiment, 65)
+    assert (facts["decayed_tensors"], facts["decayed_parameters"]) == (len(decayed), sum(decayed))
+    assert facts["decayed_parameters"] + facts["undecayed_parameters"] == facts["parameters"]
 
 
 @pytest.mark.parametrize("name", KNOWN)

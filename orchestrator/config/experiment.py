@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, model_validator
 
 from model import models
+from model.optim import GROUPS, GroupSettings, OptimizerSettings
 from model.schedule import Schedule
 from orchestrator.config.checks import contradictions
 from orchestrator.config.fields import Docs, Effect, Section, Text, describe_fields, section_class
@@ -78,6 +79,21 @@ class Experiment(Section):
         fields = self.schedule.model_dump()
         fields["decay_steps"] = self.schedule.decay_steps or self.train.max_steps
         return Schedule(**fields)
+
+    def optimizer_settings(self) -> OptimizerSettings:
+        """Return the values that the optimizer is built from."""
+        section = self.optim
+        return OptimizerSettings(
+            max_lr=self.schedule.max_lr,
+            beta1=section.beta1,
+            beta2=section.beta2,
+            weight_decay=section.weight_decay,
+            momentum=section.momentum,
+            cautious=section.cautious,
+            groups={
+                name: GroupSettings(**getattr(section.groups, name).model_dump()) for name in GROUPS
+            },
+        )
 
     def vocab_size(self, n_vocab: int) -> int:
         """Return the number of rows of the embedding: the tokenizer's `n_vocab`, rounded up."""

@@ -126,7 +126,7 @@ class Optim(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment, 0 to 1")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment, 0 to 1")
     weight_decay: float = Field(
-        0.1, ge=0, description="decoupled; only on tensors of two or more dimensions"
+        0.1, ge=0, description="decoupled; on all groups but scalar: biases, norms and scales"
     )
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="clip the norm of the whole gradient to this; null: do not clip"

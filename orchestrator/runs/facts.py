@@ -4,31 +4,37 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from model import flops, models
+from model import flops, models, optim
 from model.gpt_config import GPTConfig
 from orchestrator.cluster import connection
 from orchestrator.config.experiment import Experiment
+from orchestrator.config.sections import ParameterGroups
 from orchestrator.data.corpus import entries_of, without_hash
 from orchestrator.data.dataset import Manifest
 from orchestrator.runs.folder import RunFacts
 from orchestrator.runs.sources import CodeVersion, source_facts, source_tags
 
 if TYPE_CHECKING:
-    from model.protocol import Config
+    from model.protocol import Config, LanguageModel
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-class ModelFacts(TypedDict):
+class DecayFacts(TypedDict):
+    """Number of tensors and parameters with weight decay, and without."""
+
+    decayed_tensors: int
+    decayed_parameters: int
+    undecayed_tensors: int
+    undecayed_parameters: int
+
+
+class ModelFacts(DecayFacts):
     """Size of a model."""
 
     vocab_size: int  # with padding
     parameters: int
     parameters_without_positions: int
-    decayed_tensors: int  # with weight decay
-    decayed_parameters: int
-    undecayed_tensors: int
-    undecayed_parameters: int
     matrix_parameters: int  # of the group "matrix"; 0 if the model has no groups
     flops_per_token: int | None  # forward and backward; None: the model does not say
 
@@ -76,11 +82,15 @@ def own_sources() -> CodeVersion:
 
 
 def model_facts(experiment: Experiment, n_vocab: int) -> ModelFacts:
-    """Return the size of the model. Only for other models than a GPT-2, torch is imported."""
+    """Return the size of the model. For a GPT-2 with usual weight decay, torch is not imported."""
     config = experiment.model_config_for(n_vocab)
-    if isinstance(config, GPTConfig):
-        return _facts_of_gpt2(config)
-    return _facts_of(experiment.model.kind, config)
+    if not isinstance(config, GPTConfig):
+        return _facts_of(experiment, config)
+    facts = _facts_of_gpt2(config)
+    if experiment.optim.weight_decay and experiment.optim.groups == ParameterGroups():
+        return facts
+    model = models.empty_model(experiment.model.kind, config)
+    return {**facts, **_decay_of(experiment, model)}
 
 
 @functools.cache
@@ -99,15 +109,12 @@ def _facts_of_gpt2(config: GPTConfig) -> ModelFacts:
     }
 
 
-def _facts_of(kind: str, config: "Config") -> ModelFacts:
+def _facts_of(experiment: Experiment, config: "Config") -> ModelFacts:
     """Count the parameters of a model without values."""
     from model.protocol import HasFlops, HasParameterGroups
 
-    model = models.empty_model(kind, config)
-    parameters = list(model.parameters())
-    decayed = [parameter.numel() for parameter in parameters if parameter.dim() >= 2]
-    others = [parameter.numel() for parameter in parameters if parameter.dim() < 2]
-    count = sum(decayed) + sum(others)
+    model = models.empty_model(experiment.model.kind, config)
+    count = sum(parameter.numel() for parameter in model.parameters())
     matrices = 0
     if isinstance(model, HasParameterGroups):
         names = model.parameter_groups()["matrix"]
@@ -116,12 +123,22 @@ def _facts_of(kind: str, config: "Config") -> ModelFacts:
         "vocab_size": config.vocab_size,
         "parameters": count,
         "parameters_without_positions": count,
-        "decayed_tensors": len(decayed),
-        "decayed_parameters": sum(decayed),
-        "undecayed_tensors": len(others),
-        "undecayed_parameters": sum(others),
+        **_decay_of(experiment, model),
         "matrix_parameters": matrices,
         "flops_per_token": (
             model.flops_per_token(config.block_size) if isinstance(model, HasFlops) else None
         ),
+    }
+
+
+def _decay_of(experiment: Experiment, model: "LanguageModel") -> DecayFacts:
+    groups = optim.parameter_groups(experiment.optim.kind, model, experiment.optimizer_settings())
+    counts: dict[bool, list[int]] = {True: [], False: []}
+    for group in groups:
+        counts[group["weight_decay"] > 0] += [tensor.numel() for tensor in group["params"]]
+    return {
+        "decayed_tensors": len(counts[True]),
+        "decayed_parameters": sum(counts[True]),
+        "undecayed_tensors": len(counts[False]),
+        "undecayed_parameters": sum(counts[False]),
     }

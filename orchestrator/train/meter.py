@@ -128,7 +128,9 @@ def log_metrics(
 
 def _rates_of_groups(optimizer: torch.optim.Optimizer, lr: float) -> Metrics:
     """Return the learning rate of each group of parameters; empty if all have that of the step."""
-    scales = {group["group"]: group["lr_scale"] for group in optimizer.param_groups}
+    scales = {
+        name: group["lr_scale"] for group in optimizer.param_groups for name in group["groups"]
+    }
     if set(scales.values()) == {1.0}:
         return {}
     return {f"optim/lr.{name}": lr * scale for name, scale in scales.items()}

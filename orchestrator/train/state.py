@@ -75,19 +75,6 @@ def build(experiment: Experiment, model: LanguageModel, worker: Worker) -> Train
     forward: nn.Module = model
     if experiment.train.compile:
         forward = torch.compile(model)  # type: ignore[assignment]
-    section = experiment.optim
-    settings = optim.OptimizerSettings(
-        max_lr=experiment.schedule.max_lr,
-        beta1=section.beta1,
-        beta2=section.beta2,
-        weight_decay=section.weight_decay,
-        momentum=section.momentum,
-        cautious=section.cautious,
-        groups={
-            name: optim.GroupSettings(**getattr(section.groups, name).model_dump())
-            for name in optim.GROUPS
-        },
-    )
     scaler = torch.amp.GradScaler(
         torch.device(worker.device).type, enabled=experiment.train.dtype == "float16"
     )
@@ -101,7 +88,7 @@ def build(experiment: Experiment, model: LanguageModel, worker: Worker) -> Train
     return TrainState(
         model,
         forward,
-        optim.build(section.kind, model, settings),
+        optim.build(experiment.optim.kind, model, experiment.optimizer_settings()),
         scaler,
         gradients,
         Meter(last_step_only=experiment.train.log_interval is None),

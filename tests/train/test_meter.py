@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 
+from model import optim
+from orchestrator.config.experiment import load_experiment
 from orchestrator.train import meter
 from orchestrator.train.meter import Meter, memory_metrics
 
@@ -100,6 +102,39 @@ def test_window_of_a_run_that_logs_only_at_its_end_has_the_losses_of_one_step():
     for losses in ([3.0, 3.0], [1.0, 1.0]):
         m.add(losses)
     assert m.losses == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "scales", "expected"),
+    [
+        ("adamw", {}, {}),
+        # One list of the optimizer has the matrices and the head.
+        ("adamw", {"embedding": 3}, {"matrix": 1, "embedding": 3, "head": 1, "scalar": 1}),
+        (
+            "adamw",
+            {"embedding": 3, "head": 3},
+            {"matrix": 1, "embedding": 3, "head": 3, "scalar": 1},
+        ),
+        ("muon", {"head": 2}, {"matrix": 1, "embedding": 5, "head": 2, "scalar": 2.5}),
+    ],
+)
+def test_each_group_has_its_learning_rate(kind, scales, expected):
+    words = [f"optim.groups.{name}.lr_scale={scale}" for name, scale in scales.items()]
+    experiment = load_experiment(
+        None,
+        [
+            "model.kind=modern",
+            "model.norm_gains=true",
+            "model.n_embd=64",
+            "model.n_head=2",
+            f"optim.kind={kind}",
+            *words,
+        ],
+    )
+    optimizer = optim.build(kind, experiment.new_model(65), experiment.optimizer_settings())
+    assert meter._rates_of_groups(optimizer, 0.5) == {
+        f"optim/lr.{name}": 0.5 * scale for name, scale in expected.items()
+    }
 
 
 def test_memory_is_in_gib():

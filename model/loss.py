@@ -133,9 +133,9 @@ def _losses(
         part = slice(start, start + chunk)
         x = hidden[part].to(dtype)
         logits = F.linear(x, weight, None if bias is None else bias.to(dtype))
-        loss, grad = _loss_and_gradient(logits, targets[part], cap)
+        loss, grad = _loss_and_gradient(logits, targets[part], cap, gradients is not None)
         losses.append(loss)
-        if gradients is not None:
+        if gradients is not None and grad is not None:
             if gradients.bias is not None:
                 gradients.bias += grad.sum(0)
             grad = grad.to(dtype)
@@ -147,8 +147,10 @@ def _losses(
     return torch.cat(losses)
 
 
-def _loss_and_gradient(logits: Tensor, to: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
-    """Return the losses (N,) and their gradients with respect to the logits, (N, V).
+def _loss_and_gradient(
+    logits: Tensor, to: Tensor, cap: float | None, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the losses (N,) and, if wanted, their gradients with respect to the logits, (N, V).
 
     The gradients overwrite `logits` if these have at least float32: fewer passes over memory.
     """
@@ -157,7 +159,8 @@ def _loss_and_gradient(logits: Tensor, to: Tensor, cap: float | None) -> tuple[T
     if cap is not None:
         tanh = z.div_(cap).tanh_()
         z = tanh * cap
-        slope = tanh.square_().neg_().add_(1)
+        if with_gradient:
+            slope = tanh.square_().neg_().add_(1)
     counts = to != IGNORED_TARGET
     rows = torch.arange(len(to), device=to.device)
     columns = to.clamp(min=0)
@@ -165,6 +168,8 @@ def _loss_and_gradient(logits: Tensor, to: Tensor, cap: float | None) -> tuple[T
     shifted = z[rows, columns]
     sums = z.exp_().sum(1)
     losses = torch.where(counts, sums.log() - shifted, 0)
+    if not with_gradient:
+        return losses, None
     # softmax - one-hot; 0 for positions without a target
     z.mul_((counts / sums).unsqueeze(1))
     z[rows, columns] -= counts.to(z.dtype)

@@ -48,6 +48,7 @@ KINDS = {
         "model.norm_gains=true",
         "model.bias=true",
         "model.logit_cap=15",
+        "model.loss_chunk=7",
     ],
     "modern and adamw": ["model.kind=modern", *SHAPE, "optim.groups.embedding.lr_scale=3"],
 }

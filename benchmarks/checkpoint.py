@@ -203,8 +203,9 @@ def main(argv: list[str] | None = None) -> None:
         for group in training.tensors().values()
         for t in group.values()
     )
+    parameters = sum(parameter.numel() for parameter in training.state.model.parameters())
     print(
-        f"{arguments.config}: {training.state.model.num_parameters():,} parameters, a state of "
+        f"{arguments.config}: {parameters:,} parameters, a state of "
         f"{total / 1e9:.2f} GB; {size} × {training.tokens} tokens a step, {device_name(device)}, "
         f"{worker.cpus} threads of {os.cpu_count()} CPUs, torch {torch.__version__}; medians of "
         f"{arguments.rounds} rounds\n"

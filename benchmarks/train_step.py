@@ -172,8 +172,9 @@ def _serve(name: str, arguments, connection) -> None:
 
 def _report(experiment, model, worker, seconds, losses, arguments) -> None:
     where = device_name(worker.device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"{arguments.config}: {model.num_parameters():,} parameters, {experiment.micro_batches} × "
+        f"{arguments.config}: {parameters:,} parameters, {experiment.micro_batches} × "
         f"{experiment.train.micro_batch_size} × {experiment.model.block_size} tokens, "
         f"{experiment.train.dtype}, compile {experiment.train.compile}, {where}, "
         f"{worker.cpus} threads, torch {torch.__version__}"

@@ -1,9 +1,9 @@
 """Sampling: continue prompts with a model.
 
 While the context is not full, the keys and values of earlier tokens are cached, so that a new token
-costs a forward pass of one position. Once the context is full, the window slides. Because positions
-are absolute, every token in the window then has a new position and new keys: the cache is useless,
-and each token costs a forward pass of the whole window.
+costs a forward pass of one position. Once the context is full, the window slides, and each token
+costs a forward pass of the whole window: the cached keys and values depend on tokens that have left
+it, and, if positions are absolute, on the old positions.
 
 Shapes: B sequences, T tokens of prompt, N new tokens, V = vocab_size.
 """

@@ -270,6 +270,11 @@ def test_user_error_is_one_line_with_status_2_and_writes_nothing(
     assert not (tmp_path / "storage").exists()
 
 
+@pytest.mark.parametrize("word", ["/no/such.yaml", "model=[", "model.kind=none"])
+def test_help_is_printed_with_a_mistake_beside_it(typed, word):
+    assert typed("train.py", "--help", word) == (0, "")
+
+
 def test_wrong_environment_variable_is_one_line_with_status_2(
     typed, monkeypatch, tiny_corpus, tmp_path
 ):

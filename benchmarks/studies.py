@@ -26,8 +26,9 @@ from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.space.expand import expand
 from orchestrator.sweep.states import DIVERGED, DONE
-from orchestrator.sweep.study import Study, data_key
+from orchestrator.sweep.study import Study
 from orchestrator.sweep.tree import Stage
+from orchestrator.sweep.trials import data_key
 from pipelines.common import Options, at_least
 
 PEAKS = (1e-3, 3e-3, 1e-2)

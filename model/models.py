@@ -60,7 +60,7 @@ MODELS: dict[str, ModelKind] = {
         ModernConfig,
         _build_modern,
         "rotary positions, RMSNorm, squared ReLU, untied head",
-        ("model/modern.py", "model/modern_config.py"),
+        ("model/modern.py", "model/modern_config.py", "model/operations.py"),
     ),
 }
 

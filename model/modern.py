@@ -10,7 +10,6 @@ H = n_head, K = n_kv_head, D = C / H, V = vocab_size.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from model.cache import LayerCache
 from model.loss import chunked_cross_entropy, cross_entropy, wide_dtype
 from model.modern_config import ModernConfig
+from model.operations import normalize, rotate, squared_relu
 from model.protocol import Reduction
 
 
@@ -33,42 +33,6 @@ class ModernCache:
     def length(self) -> int:
         """Number of tokens stored so far."""
         return self.layers[0].length
-
-
-class _Normalize(torch.autograd.Function):
-    """x / RMS(x). On a CPU it is faster than F.rms_norm: it keeps y and 1/RMS for the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        inverse = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-        y = x * inverse
-        ctx.save_for_backward(y, inverse)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        y, inverse = ctx.saved_tensors
-        return (grad - y * (grad * y).mean(-1, keepdim=True)) * inverse
-
-
-class _SquaredReLU(torch.autograd.Function):
-    """max(x, 0)^2. Its gradient takes a third of the time of the two operations' on a CPU."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        positive = F.relu(x)
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (positive,) = ctx.saved_tensors
-        return torch.addcmul(grad.new_zeros(()), grad, positive, value=2)
-
-
-def normalize(x: Tensor) -> Tensor:
-    """Divide the last dimension by its root mean square, in float32 or float64."""
-    return _Normalize.apply(x.to(wide_dtype(x)))
 
 
 class RMSNorm(nn.Module):
@@ -95,17 +59,6 @@ def rotation(config: ModernConfig, positions: Tensor) -> Tensor:
     frequencies[:turning] = config.rotary_base**-exponents
     angles = torch.outer(positions, frequencies)
     return torch.stack((angles.cos(), angles.sin()), dim=-1).unsqueeze(1)
-
-
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn each pair of channels of (B, T, heads, D) by its angle."""
-    pairs = x.unflatten(-1, (-1, 2))  # (B, T, heads, D/2, 2)
-    if torch.compiler.is_compiling():  # the compiler has no complex numbers
-        a, b = pairs.unbind(-1)
-        cos, sin = turn.unbind(-1)
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
-    product = torch.view_as_complex(pairs) * torch.view_as_complex(turn)
-    return torch.view_as_real(product).flatten(-2)
 
 
 class Attention(nn.Module):
@@ -175,7 +128,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        return self.projection(_SquaredReLU.apply(self.expand(x)))
+        return self.projection(squared_relu(self.expand(x)))
 
 
 class Block(nn.Module):

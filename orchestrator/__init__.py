@@ -15,6 +15,7 @@ Imports run downward: `pipelines` uses `orchestrator`, which uses `model`. Start
 - `sweep`: many trials that share steps
 - `replay`: repeat a part of a run and compare bits
 - `jobs`: the life cycle of a run and of a sweep
+- `code_hashes`: hashes of the modules that decide the bits of a result
 - `errors`, `files`, `folders`, `hashes`, `lines`, `machine`, `paths`, `redact`, `text`: used by all
   packages
 """

@@ -48,7 +48,7 @@ class Fingerprints(TypedDict):
     # Earlier versions of this program did not store these two.
     proof: NotRequired[str]  # train.step.Step.proof
     environment: NotRequired[dict[str, Any]]  # train.numerics.environment
-    code: NotRequired[dict[str, str]]  # runs.code.module_hashes
+    code: NotRequired[dict[str, str]]  # code_hashes.module_hashes
 
 
 class CheckpointManifest(TypedDict, total=False):

@@ -43,8 +43,9 @@ from orchestrator.sweep.report.progress_lines import ProgressLines
 from orchestrator.sweep.report.summary import SweepSummary, show
 from orchestrator.sweep.source import check_sources, with_absolute_paths
 from orchestrator.sweep.space.expand import Sweep
-from orchestrator.sweep.study import Study, data_key
+from orchestrator.sweep.study import Study
 from orchestrator.sweep.tree import Stage
+from orchestrator.sweep.trials import data_key
 from orchestrator.track.server import where_to_look
 from orchestrator.track.tracker import Tracker
 from orchestrator.train import init_from

@@ -13,6 +13,5 @@ Start with `folder.RunFolder`, which lists all files. The main names are:
 - `lock.held`: locks of the driver, of rank 0 and of the sender to MLflow.
 - `signals`, `stop.request`: SIGTERM, Ctrl-C and the request to stop.
 - `console.Console`: prints lines and events while the run trains.
-- `code.module_hashes`: hashes of the modules that decide the bits of a result.
 - `facts.facts_of`, `sources.source_facts`: parameters and tags for MLflow; the code that runs.
 """

@@ -32,9 +32,9 @@ from orchestrator.sweep.report.advice import advice
 from orchestrator.sweep.source import check_sources, with_absolute_paths
 from orchestrator.sweep.space.expand import Sweep
 from orchestrator.sweep.states import longest_paths
-from orchestrator.sweep.study import Study, data_key
+from orchestrator.sweep.study import Study
 from orchestrator.sweep.tree import Stage
-from orchestrator.sweep.trials import PlannedTrial
+from orchestrator.sweep.trials import PlannedTrial, data_key
 
 STARTS = 2  # process starts before the first step: Tune, then the workers
 MOST_SHAPES = 6  # at most so many shapes of model and batch are timed

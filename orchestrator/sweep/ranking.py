@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 ERROR = 0.05  # probability that a ranking calls any of equal settings worse, at most
 ROUNDING = 2.0**-23  # of a float32
@@ -179,3 +179,19 @@ def p_value(values: Mapping[int, float], best: Mapping[int, float]) -> float:
     if standard_error == 0.0:
         return 0.0
     return 2 * float(stdtr(len(common) - 1, -mean / standard_error))
+
+
+class Best(NamedTuple):
+    """The best trial and its final loss."""
+
+    trial: str
+    loss: float
+
+
+def lowest(losses: Mapping[str, float | None]) -> Best | None:
+    """Return the trial with the lowest loss; None if no loss is known."""
+    known = [(loss, name) for name, loss in losses.items() if loss is not None]
+    if not known:
+        return None
+    loss, name = min(known)
+    return Best(name, loss)

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import folders
 from orchestrator.checkpoint import store as checkpoint
+from orchestrator.code_hashes import module_hashes
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UnreadableError, UserError
 from orchestrator.runs import journal, lock
-from orchestrator.runs.code import module_hashes
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Line
 from orchestrator.sweep import rates

@@ -3,16 +3,12 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any
 
-from model.models import DEFAULT, MODELS
-from model.optim import OPTIMIZERS
 from orchestrator.cluster.layout import Layout
-from orchestrator.config.sections import Data
 from orchestrator.data.dataset import Manifest
 from orchestrator.errors import UserError
-from orchestrator.runs.code import module_hashes
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.identity import resolve_dtype
 from orchestrator.runs.journal import Line
@@ -22,21 +18,13 @@ from orchestrator.sweep.probes import probes_of, worse_trials
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.ranking import Row
 from orchestrator.sweep.rates import Rates
-from orchestrator.sweep.records import StageSpec
 from orchestrator.sweep.report.advice import left_out, of_other_code
 from orchestrator.sweep.source import BaseRun, check_names
 from orchestrator.sweep.space.expand import Sweep, Trial, sampled
 from orchestrator.sweep.space.sampler import Sampler
 from orchestrator.sweep.states import DIVERGED, DONE, RUNNING, STOPPED, WAITING
 from orchestrator.sweep.tree import StageTree
-from orchestrator.sweep.trials import PlannedTrial, restore_specs
-
-
-class Best(NamedTuple):
-    """The best trial and its final loss."""
-
-    trial: str
-    loss: float
+from orchestrator.sweep.trials import PlannedTrial, data_key, present_code, restore_specs
 
 
 class Study:
@@ -103,7 +91,7 @@ class Study:
             branches,
             settings.diverged_above,
             keeps_stopped=settings.stop == "asha",
-            made_by=self._made_by,
+            made_by=partial(present_code, layout.device_name),
         )
         if self.source is not None:
             self.source.refuse_other_experiments(self.trials.values())
@@ -133,14 +121,6 @@ class Study:
         """Return lines about trials that cannot be run, and stored stages that cannot be used."""
         others = of_other_code(self.stored.made_by_others) if self.tree.to_run else []
         return [*left_out(self.left_out), *others, *self.not_used]
-
-    def _made_by(self, spec: StageSpec) -> dict[str, str]:
-        """Return the device and the code that would train a stage now."""
-        model = spec.experiment["model"].get("kind", DEFAULT)
-        optimizer = spec.experiment["optim"]["kind"]
-        if model not in MODELS or optimizer not in OPTIMIZERS:  # of a later version
-            return {"model": model, "optimizer": optimizer}
-        return {"device": self.layout.device_name, **module_hashes(model, optimizer)}
 
     @property
     def trials_and_probes(self) -> dict[str, PlannedTrial]:
@@ -283,7 +263,7 @@ class Study:
             return self.dropped[trial]
         return self.progress.reason(trial)
 
-    def winner(self, rows: list[Row]) -> Best | None:
+    def winner(self, rows: list[Row]) -> ranking.Best | None:
         """Return the best seed of the best setting; None if nothing is done.
 
         The trial with the lowest loss may be a lucky seed of another setting.
@@ -291,11 +271,11 @@ class Study:
         settings = ranking.rank(rows)
         if not settings or settings[0].rank is None:
             return self.best()
-        return _lowest({row.trial: row.final for row in settings[0].trials})
+        return ranking.lowest({row.trial: row.final for row in settings[0].trials})
 
-    def best(self) -> Best | None:
+    def best(self) -> ranking.Best | None:
         """Return the trial with the lowest final loss."""
-        return _lowest({name: self.final_loss(trial) for name, trial in self.trials.items()})
+        return ranking.lowest({name: self.final_loss(trial) for name, trial in self.trials.items()})
 
     def judge_probes(self) -> list[str]:
         """Return the trials to stop after their probes. Losses are averaged over seeds."""
@@ -311,16 +291,3 @@ class Study:
         settings = {name: self.trials[name].setting for name in self.probes}
         self.dropped |= worse_trials(losses, settings, self.sweep.settings.probe_margin)
         return list(self.dropped)
-
-
-def _lowest(losses: Mapping[str, float | None]) -> Best | None:
-    known = [(loss, name) for name, loss in losses.items() if loss is not None]
-    if not known:
-        return None
-    loss, name = min(known)
-    return Best(name, loss)
-
-
-def data_key(data: Data) -> str:
-    """Return a text that is equal for experiments trained on the same prepared tokens."""
-    return data.model_dump_json()

@@ -13,13 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from model.models import DEFAULT, MODELS
+from model.optim import OPTIMIZERS
+from orchestrator.code_hashes import module_hashes
 from orchestrator.config.experiment import Experiment, field_docs
 from orchestrator.config.fields import Effect
+from orchestrator.config.sections import Data
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.files import write_atomically
 from orchestrator.folders import make_folder
 from orchestrator.machine import torch_version
-from orchestrator.runs.code import module_hashes
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.journal import Line
 from orchestrator.sweep import records
@@ -94,6 +97,15 @@ def settings_of(experiment: Experiment, data: str, cpus: int) -> str:
         cpus: CPUs per worker.
     """
     return _hash([fields_of_root(experiment), experiment.slots, data, cpus, torch_version()])
+
+
+def present_code(device: str, spec: StageSpec) -> dict[str, str]:
+    """Return the device and the code that would train a stage now; see `StageSpec.made_by`."""
+    model = spec.experiment["model"].get("kind", DEFAULT)
+    optimizer = spec.experiment["optim"]["kind"]
+    if model not in MODELS or optimizer not in OPTIMIZERS:  # of a later version
+        return {"model": model, "optimizer": optimizer}
+    return {"device": device, **module_hashes(model, optimizer)}
 
 
 def _hash(facts: list[Any]) -> str:
@@ -220,3 +232,26 @@ def _write_if_changed(path: Path, text: str) -> None:
     if path.is_file() and path.read_bytes() == text.encode():
         return
     write_atomically(path, text)
+
+
+def data_key(data: Data) -> str:
+    """Return a text that is equal for experiments trained on the same prepared tokens."""
+    return data.model_dump_json()
+
+
+def tracking_key(sweep: str, trial: PlannedTrial, known: Mapping[str, Any]) -> str:
+    """Return the key by which MLflow knows a trial.
+
+    Other code or another device gets another run of MLflow, because its values may differ.
+
+    Args:
+        sweep: Key of the sweep.
+        trial: The trial.
+        known: Its run.json as it is; empty if there is none.
+    """
+    if known.get("trial") == trial.key:
+        return known["key"]
+    words = [sweep, trial.name]
+    if known:
+        words.append(trial.key)
+    return hashlib.sha256("/".join(words).encode()).hexdigest()[:32]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from orchestrator.checkpoint import store
 from orchestrator.checkpoint.format import Fingerprints
+from orchestrator.code_hashes import module_hashes
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.batches import Batches
 from orchestrator.errors import UnreadableError, UserError
 from orchestrator.runs import events, journal_copy
-from orchestrator.runs.code import module_hashes
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.identity import require_no_checkpoints
 from orchestrator.text import differences

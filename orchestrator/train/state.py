@@ -17,10 +17,10 @@ from model import models, optim
 from model.protocol import Config, LanguageModel
 from orchestrator.checkpoint import store
 from orchestrator.checkpoint.format import reading
+from orchestrator.code_hashes import module_hashes
 from orchestrator.config.experiment import Experiment
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.errors import UserError
-from orchestrator.runs.code import module_hashes
 from orchestrator.train.gradients import Gradients
 from orchestrator.train.meter import Meter
 from orchestrator.train.numerics import Worker, environment, fingerprint

@@ -100,7 +100,8 @@ class Sweeps:
 
     def open(self, *words: str, name: str = "sweep", layout: Layout = Layout(1, 1, False)):  # noqa: B008
         """Plan a sweep."""
-        from orchestrator.sweep.study import Study, data_key
+        from orchestrator.sweep.study import Study
+        from orchestrator.sweep.trials import data_key
 
         sweep = self.load(*words, name=name)
         folder = SweepFolder(self.folder / name)

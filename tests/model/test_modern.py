@@ -132,7 +132,7 @@ def test_gradient_equals_that_of_plain_operations(options, monkeypatch):
     monkeypatch.setattr(
         "model.modern.normalize", lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     )
-    monkeypatch.setattr("model.modern._SquaredReLU.apply", lambda x: x.clamp(min=0).square())
+    monkeypatch.setattr("model.operations._SquaredReLU.apply", lambda x: x.clamp(min=0).square())
     model.zero_grad()
     model(tokens, tokens).backward()
     for name, parameter in model.named_parameters():

@@ -12,12 +12,11 @@ import pytest
 from orchestrator import files
 from orchestrator.checkpoint import format as checkpoint_format
 from orchestrator.checkpoint import store as checkpoint
+from orchestrator.code_hashes import module_hashes
 from orchestrator.errors import UnreadableError
 from orchestrator.runs import stop
-from orchestrator.runs.code import module_hashes
 from orchestrator.sweep import stage as stage_module
 from orchestrator.sweep import stored, trials
-from orchestrator.sweep import study as study_module
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.numerics import Worker
 
@@ -318,7 +317,7 @@ def test_stages_of_other_code_are_counted_and_trained_again(sweeps, monkeypatch)
     assert first.notes() == []
     keys = [folder.read_record()["key"] for folder in first.folder.trials()]
     other = {**module_hashes("gpt2", "adamw"), "model/gpt.py": "edited"}
-    for module in (trials, study_module, stage_module):
+    for module in (trials, stage_module):
         monkeypatch.setattr(module, "module_hashes", lambda *kinds: other)
     study = sweeps.open(*words)
     [note] = study.notes()

@@ -22,7 +22,8 @@ from orchestrator.runs.folder import SweepFolder
 from orchestrator.sweep import tune as sweep
 from orchestrator.sweep.report.files import SweepFiles
 from orchestrator.sweep.states import FAILED
-from orchestrator.sweep.study import Study, data_key
+from orchestrator.sweep.study import Study
+from orchestrator.sweep.trials import data_key
 from orchestrator.workers import marks
 from orchestrator.workers.watch import Watch
 

@@ -5,12 +5,11 @@ figures/tree.png, summary.json and trials/<name>/, each with the file names of a
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -30,9 +29,9 @@ from orchestrator.sweep.report import comparison, figures, view
 from orchestrator.sweep.report.pace import Pace
 from orchestrator.sweep.report.summary import SweepSummary, summarize
 from orchestrator.sweep.states import BLOCKED, DONE, FAILED, RUNNING, WAITING
-from orchestrator.sweep.study import Study, data_key
+from orchestrator.sweep.study import Study
 from orchestrator.sweep.tree import Stage
-from orchestrator.sweep.trials import PlannedTrial
+from orchestrator.sweep.trials import PlannedTrial, data_key
 
 SCRIPT = "pipelines/sweep.py"
 TICK_S = 30.0  # seconds between two updates while no stage ends
@@ -241,23 +240,13 @@ class SweepFiles:
         first_attempt = {"started": _now(), "layout": asdict(self.study.layout)}
         return {
             "name": name,
-            "key": self._tracking_key(trial, known),
+            "key": trials.tracking_key(self.key, trial, known),
             "trial": trial.key,
             "settings": trial.settings_key,
             **self.facts[name],
             "tags": self.facts[name]["tags"] | tags,
             "attempts": known.get("attempts") or [first_attempt],
         }
-
-    def _tracking_key(self, trial: PlannedTrial, known: Mapping[str, Any]) -> str:
-        """Return the key by which MLflow knows a trial. Other code or another device gets another
-        run: its values may differ."""
-        if known.get("trial") == trial.key:
-            return known["key"]
-        words = [self.key, trial.name]
-        if known:
-            words.append(trial.key)
-        return hashlib.sha256("/".join(words).encode()).hexdigest()[:32]
 
     def _trial_summary(self, trial: PlannedTrial) -> dict[str, Any]:
         """Return summary.json of a trial that is over."""

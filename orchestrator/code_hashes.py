@@ -10,12 +10,13 @@ on all versions of Python that we support.
 import ast
 import functools
 import hashlib
+from pathlib import Path
 from typing import Any
 
 from model.models import MODELS
 from model.optim import OPTIMIZERS
-from orchestrator.runs.facts import REPOSITORY
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 # What computes weights, losses and the order of the samples. Each kind of model has files besides.
 MODULES = (
     "model/loss.py",

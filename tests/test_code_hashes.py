@@ -10,10 +10,10 @@ import pytest
 
 from model.models import MODELS
 from model.optim import OPTIMIZERS
-from orchestrator.runs import code
+from orchestrator import code_hashes as code
 
 NAMES = (*code.MODULES, *MODELS["gpt2"].files, *OPTIMIZERS["muon"].files)
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[1]
 
 # Most of Python's syntax. Versions of Python differ in what they store about strings, and in the
 # number of fields of a node.

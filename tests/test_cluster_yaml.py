@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -141,7 +142,10 @@ def calls(home: Path, program: str) -> list[tuple[list[str], dict[str, str]]]:
     """Return the arguments and the environment of every call of `program`."""
     found = []
     for file in sorted((home / "calls").glob(f"{program}-*")):
-        first, *rest = file.read_text("utf-8").splitlines()
+        lines = file.read_text("utf-8").splitlines()
+        if not lines:  # it is being written
+            continue
+        first, *rest = lines
         found.append((first.split()[1:], dict(line.split("=", 1) for line in rest if "=" in line)))
     return found
 
@@ -156,6 +160,10 @@ def started(home) -> dict[str, tuple[list[str], dict[str, str]]]:
         seen[kind] = next(call for call in calls(home, "ray") if call[0][0] == "start")
         for file in (home / "calls").glob("ray-start-*"):
             file.unlink()
+    # The command leaves MLflow in the background.
+    deadline = time.monotonic() + 30
+    while not calls(home, "mlflow") and time.monotonic() < deadline:
+        time.sleep(0.05)
     return {**seen, "mlflow": calls(home, "mlflow")[0]}
 
 

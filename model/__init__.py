@@ -2,7 +2,7 @@
 
 Start with `gpt.py` or `modern.py`.
 
-- `protocol`: what a model is, for all models and for your own
+- `protocol`: what every model has, and what it may have
 - `gpt`: GPT-2, `GPT(GPTConfig(…))`; `gpt_config`: its shape, without torch
 - `modern`: rotary positions, RMSNorm, squared ReLU; `modern_config`: its settings, without torch
 - `cache`: keys and values of earlier tokens; `loss`: cross entropy, also in chunks

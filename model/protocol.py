@@ -1,10 +1,10 @@
-"""What a model is: read this first if you bring your own. `model/modern.py` is an example.
+"""What a model is: read this first if you add one. `model/modern.py` is an example.
 
-A model is one Python file with one class that is a `torch.nn.Module`: `model.kind` names both as
-`path/to/file.py:Class`. The class has an attribute `Config`, a frozen dataclass whose fields become
-the settings `model.<field>`. `Class(config)` builds the model on the CPU with random weights that
-depend on torch's global generator alone. The parameters are float32; under `train.dtype`, the
-forward pass runs in `torch.autocast`.
+A model is a class that is a `torch.nn.Module`, with a frozen dataclass of its settings. Its fields
+become the settings `model.<field>`. An entry of `MODELS` in `models.py` names both: its key is the
+value of `model.kind`. `Class(config)` builds the model on the CPU with random weights that depend
+on torch's global generator alone. The parameters are float32; under `train.dtype`, the forward pass
+runs in `torch.autocast`.
 
 What you get in return: the same bits on 1, 2 and 4 workers and after a kill, sweeps that share
 common steps, evaluation, sampling, and the estimate of time and memory. For this, equal parameters,
@@ -134,11 +134,3 @@ class HasCache(Protocol):
         The prompt comes first, (B, T), then one token at a time, (B, 1). The logits must be those
         without a cache, up to rounding.
         """
-
-
-@runtime_checkable
-class HasInitialWeights(Protocol):
-    """Optional. Without it, the weights are those that the constructor drew."""
-
-    def init_weights(self, seed: int) -> None:
-        """Set all parameters to initial values that depend on `seed` alone."""

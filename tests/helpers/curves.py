@@ -1,11 +1,25 @@
-"""The part of a journal line that is equal in equal runs."""
+"""What is equal in equal runs: a part of each journal line, and the final state."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.runs import metrics
+from orchestrator.checkpoint import store
+from orchestrator.runs import journal, metrics
+from orchestrator.runs.folder import RunFolder
 
 
 def exact_part(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return the step and the exact metrics of a journal line."""
     return {k: value for k, value in line.items() if k == "step" or metrics.of(k).exact}
+
+
+def final_outcome(folder: RunFolder) -> dict[str, Any]:
+    """Return the bytes of the final state of a run, and all its exact metrics."""
+    last = store.latest_valid(folder.checkpoints)
+    assert last is not None
+    files = ("model.safetensors", "optimizer.safetensors", "state.json")
+    return {
+        "curve": [exact_part(line) for line in journal.read(folder)],
+        "step": last.name,
+        **{name: (last / name).read_bytes() for name in files},
+    }

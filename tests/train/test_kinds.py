@@ -9,13 +9,13 @@ import torch
 from model.generate import generate
 from orchestrator.checkpoint import store
 from orchestrator.config.experiment import Experiment, load_experiment
-from orchestrator.runs import events, journal
+from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
 from orchestrator.train.state import load_model
 from tests.helpers import train_rank
-from tests.helpers.curves import exact_part
+from tests.helpers.curves import final_outcome as outcome
 
 SMALL = [
     "name=small",
@@ -52,17 +52,6 @@ KINDS = {
     ],
     "modern and adamw": ["model.kind=modern", *SHAPE, "optim.groups.embedding.lr_scale=3"],
 }
-
-
-def outcome(folder: RunFolder) -> dict:
-    """Return the final state and all exact metrics."""
-    last = store.latest_valid(folder.checkpoints)
-    files = ("model.safetensors", "optimizer.safetensors", "state.json")
-    return {
-        "curve": [exact_part(line) for line in journal.read(folder)],
-        "step": last.name,
-        **{name: (last / name).read_bytes() for name in files},
-    }
 
 
 class Kind:

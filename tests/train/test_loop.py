@@ -16,7 +16,7 @@ from orchestrator.train.loop import Trainer, train
 from orchestrator.train.numerics import Worker
 from tests.helpers import train_rank
 from tests.helpers.checkpoints import damage
-from tests.helpers.curves import exact_part
+from tests.helpers.curves import final_outcome as outcome
 from tests.helpers.datasets import change_in_place
 
 SMALL = [
@@ -52,17 +52,6 @@ def exit_codes(processes) -> list[int | None]:
 
 def train_here(folder: RunFolder, data_dir: Path, *overrides: str) -> int:
     return train(load_experiment(None, [*SMALL, *overrides]), folder, data_dir, Worker(cpus=1))
-
-
-def outcome(folder: RunFolder) -> dict:
-    """Return the final state and all exact metrics."""
-    last = store.latest_valid(folder.checkpoints)
-    files = ("model.safetensors", "optimizer.safetensors", "state.json")
-    return {
-        "curve": [exact_part(line) for line in journal.read(folder)],
-        "step": last.name,
-        **{name: (last / name).read_bytes() for name in files},
-    }
 
 
 @pytest.fixture(scope="module")

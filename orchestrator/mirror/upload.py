@@ -1,0 +1,296 @@
+"""Copies what is committed in a folder to its mirror, from a thread of the driver.
+
+A training step never waits for the store. If the store is slow or away, the thread tries again; a
+checkpoint that the run has removed meanwhile is skipped.
+"""
+
+import contextlib
+import hashlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from orchestrator import files
+from orchestrator.errors import UserError
+from orchestrator.hashes import Stamp, stamp
+from orchestrator.mirror import committed, manifest
+from orchestrator.mirror.lock import MirrorLock
+from orchestrator.mirror.manifest import Files, Manifest, Part, object_name
+from orchestrator.mirror.state import State
+from orchestrator.objects.address import Address
+from orchestrator.objects.store import ChangedObjectError, Store
+from orchestrator.runs import events
+from orchestrator.runs.folder import RunFolder, SweepFolder
+
+POLL_S = 10.0
+MOST_SMALL = 32  # small parts of a file that grows
+NICENESS = 10  # the thread gets what the training leaves of the CPUs
+
+
+class Removed(Exception):
+    """A file was removed or replaced while it was read."""
+
+
+class Uploader:
+    """Copies a folder to its mirror until `finish`.
+
+    Args:
+        folder: Folder of a run or a sweep.
+        store: The store.
+        address: Address of the folder's copy.
+        lock: The lock of the copy.
+        state: What this folder knows of the copy.
+        last: Manifest of the copy and its version; None if there is none yet.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        store: Store,
+        address: Address,
+        lock: MirrorLock,
+        state: State,
+        last: tuple[Manifest, str] | None,
+    ) -> None:
+        self.folder = folder
+        self.store = store
+        self.address = address
+        self.lock = lock
+        self.state = state
+        self.last = Manifest()
+        self.version: str | None = None
+        if last is not None:
+            self.last, self.version = last
+        self.datasets: list[Path] = []
+        self.problem: str | None = None  # why the copy is behind
+        self._known: dict[str, tuple[Stamp, tuple[Part, ...]]] = {}  # files that were written
+        self._has_cleaned = False
+        self._is_whole = False  # the copy has what the folder had after `finish` was called
+        self._progress = time.monotonic()  # of the last part that got there, or was there
+        self._synced = 0.0
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def finish(self, wait_s: float, *, is_limit: bool = False) -> bool:
+        """Copy the rest. Return whether the mirror has everything.
+
+        Args:
+            wait_s: How long to wait while no part gets there; with `is_limit`, in all.
+            is_limit: See `wait_s`.
+        """
+        self._ending.set()
+        started = time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(0.05)
+            since = started if is_limit else max(started, self._progress)
+            if time.monotonic() > since + wait_s:
+                break
+        if not self._is_whole:
+            self.problem = self.problem or self._reason()
+        return self._is_whole
+
+    def _reason(self) -> str:
+        if self.lock.lost_to is not None:
+            return f"it was taken over by {self.lock.lost_to}"
+        return "the store is slow" if self._thread.is_alive() else "its thread has failed"
+
+    def _work(self) -> None:
+        with contextlib.suppress(OSError):  # not on every system
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        is_last = False
+        while not is_last and self.lock.lost_to is None:
+            is_last = self._ending.wait(POLL_S)
+            try:
+                self.sync()
+            except UserError as error:
+                self._report(str(error))
+            except OSError as error:
+                self._report(f"{error.filename or self.folder.path}: {error.strerror or error}")
+            else:
+                if self.lock.lost_to is None:
+                    self._report(None)
+                    self._is_whole = is_last
+
+    def _report(self, problem: str | None) -> None:
+        """Note that the copy is behind, or no longer. Each change is noted once."""
+        if (problem is None) != (self.problem is None):
+            message = f"{self.address}: has everything again"
+            if problem is not None:
+                message = f"mirror: {problem.partition('; run the same')[0]}; training goes on"
+            print(message, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                events.note(self.folder, "mirror", message)
+        self.problem = problem
+
+    # ---- one copy ----
+
+    def sync(self) -> None:
+        """Copy what is new of the folder, then the datasets, which may take hours."""
+        self._sync_folder()
+        for dataset in list(self.datasets):
+            address = self.address.parent / "data" / dataset.name
+            upload_dataset(self.store, address, dataset, self._after_part)
+            self.datasets.remove(dataset)
+            self.state.data = sorted({*self.state.data, dataset.name})
+            self._sync_folder()
+
+    def _after_part(self) -> None:
+        """Copy the folder if it is due, while a dataset is copied."""
+        self._progress = time.monotonic()
+        if self._progress > self._synced + POLL_S:
+            self._sync_folder()
+
+    def _sync_folder(self) -> None:
+        """Copy what is new, write the manifest, and remove what it no longer names."""
+        self._synced = time.monotonic()
+        if len(self.state.ids) > 1:
+            self._resolve_ids()
+        now = Manifest(
+            key=(self.folder.read_record() or {}).get("key", ""), data=list(self.state.data)
+        )
+        for group in committed.groups(self.folder.path):
+            with contextlib.suppress(Removed):
+                now.files |= self._upload(group)
+        now.links = committed.links(self.folder.path)
+        if now.has_content_of(self.last) or not now.key:
+            return
+        own = self.folder.checkpoints
+        had_some = now.key == self.last.key and any(self.last.below(own.name))
+        if had_some and not any(now.below(own.name)):
+            raise UserError(f"{own}: has lost all checkpoints; the copy keeps its own")
+        if self.lock.lost_to is not None:
+            return
+        self.state.expect(now.id)
+        data = now.to_bytes()
+        try:
+            self.version = self.store.put_if((self.address / manifest.NAME).key, data, self.version)
+        except ChangedObjectError:
+            self.lock.lost_to = self.lock.lost_to or "another process"
+            raise
+        self.state.confirm(now.id)
+        removed = self.last.objects() - now.objects()
+        self.last = now
+        self._known = {path: known for path, known in self._known.items() if path in now.files}
+        for name in removed:
+            self._delete((self.address / name).key)
+        self._remove_leftovers()
+
+    def _delete(self, key: str) -> None:
+        """Remove an object, unless another process has taken over, which may need it."""
+        if self.lock.lost_to is None:
+            self.store.delete(key)
+
+    def _resolve_ids(self) -> None:
+        """Find out which manifest the store has after an answer that never came."""
+        found = manifest.read(self.store, self.address)
+        if found is not None and found[0].id in self.state.ids:
+            self.last, self.version = found
+            self.state.confirm(found[0].id)
+
+    def _upload(self, group: list[str]) -> Files:
+        """Write the parts of files that are new or have changed, and return all parts.
+
+        Raises:
+            Removed: A file is no longer there.
+        """
+        paths = [self.folder.path / path for path in group]
+        with contextlib.ExitStack() as stack:
+            try:
+                inode = paths[0].parent.stat().st_ino
+                versions = [stamp(path) for path in paths]
+                # While a file is open, its bytes stay, also if the run removes it.
+                opened = [
+                    stack.enter_context(open(path, "rb", opener=files.opener)).fileno()
+                    for path in paths
+                ]
+                if paths[0].parent.stat().st_ino != inode:  # another checkpoint of this step
+                    raise Removed
+            except (FileNotFoundError, files.NotPlainFileError):
+                raise Removed from None
+            for path, version, descriptor in zip(group, versions, opened, strict=True):
+                if path not in self._known or self._known[path][0] != version:
+                    self._known[path] = version, self._upload_file(path, descriptor)
+        return {path: self._known[path][1] for path in group}
+
+    def _upload_file(self, path: str, descriptor: int) -> tuple[Part, ...]:
+        """Write the parts that the store does not have, and return all parts."""
+        parts: list[Part] = []
+        start = 0
+        for before in _without_small_ones(self.last.files.get(path, ())):
+            data = os.pread(descriptor, before.size, start)
+            if before != Part(len(data), hashlib.sha256(data).hexdigest()):
+                break
+            self._progress = time.monotonic()
+            parts.append(before)
+            start += before.size
+        for part, data in read_parts(descriptor, start):
+            self.store.put((self.address / object_name(path, part)).key, data)
+            self._progress = time.monotonic()
+            parts.append(part)
+        return tuple(parts)
+
+    def _remove_leftovers(self) -> None:
+        """Remove parts of checkpoints that a killed process has written and no manifest names.
+
+        Only those: what else is below the address may be of a mirror inside of this one.
+        """
+        if self._has_cleaned:
+            return
+        self._has_cleaned = True
+        named = {(self.address / name).key for name in self.last.objects()}
+        for place in (self.folder.checkpoints, SweepFolder(self.folder).stage("").path):
+            for found in self.store.list(f"{(self.address / place.name).key}/"):
+                if "@" in found.key and found.key not in named:
+                    self._delete(found.key)
+
+
+def _without_small_ones(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    """Return the parts of a file that stay; if many are small, what they hold is written anew."""
+    small = [i for i, part in enumerate(parts) if part.size < manifest.PART_BYTES]
+    return parts[: small[0]] if len(small) > MOST_SMALL else parts
+
+
+def read_parts(descriptor: int, start: int) -> Iterator[tuple[Part, bytes]]:
+    """Yield the parts of an open file from a byte on. An empty file has no part."""
+    while data := os.pread(descriptor, manifest.PART_BYTES, start):
+        yield Part(len(data), hashlib.sha256(data).hexdigest()), data
+        start += len(data)
+
+
+def upload_dataset(
+    store: Store, address: Address, folder: Path, after_part: Callable[[], object] = lambda: None
+) -> None:
+    """Copy a finished dataset to its address, unless that has it. Its files never change.
+
+    Args:
+        store: The store.
+        address: Address of the copy.
+        folder: Folder of the dataset.
+        after_part: Called after each part.
+    """
+    if manifest.read(store, address) is not None:
+        return
+    # Parts of a copy that was killed. If the listing lacks some, they are written again.
+    there = {found.key: found.size for found in store.list(f"{address.key}/")}
+    now = Manifest()
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not files.is_plain(path):
+            continue
+        with open(path, "rb", opener=files.opener) as file:
+            parts = []
+            for part, data in read_parts(file.fileno(), 0):
+                key = (address / object_name(path.name, part)).key
+                if there.get(key) != part.size:
+                    store.put(key, data)
+                parts.append(part)
+                after_part()
+        now.files[path.name] = tuple(parts)
+    with contextlib.suppress(ChangedObjectError):  # another run has copied it
+        store.put_if((address / manifest.NAME).key, now.to_bytes(), None)

@@ -1,0 +1,9 @@
+"""Object storage: buckets of S3, or of a store that has S3's interface.
+
+- `address.Address`: `s3://bucket/key`, parsed and checked
+- `store.Store`: what is asked of a store; `store.open_store` connects to one
+- `s3.S3Store`: the only module that imports boto3
+- `cache`: copies of objects on this machine, bounded in size
+
+A listing may be old or incomplete: only `data.corpus` uses one.
+"""

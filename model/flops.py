@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a GPT, and the share of the hardware's peak that is used (MFU).
+"""Parameters and FLOPs of the models, and the share of the hardware's peak that is used (MFU).
 
 For a device that is not in the table, the peak and the MFU are None.
 """
@@ -9,6 +9,12 @@ import re
 from dataclasses import dataclass
 
 from model.gpt_config import GPTConfig
+from model.modern_config import ModernConfig
+
+Sizes = dict[str, list[int]]  # of each parameter, by group; see `protocol.HasParameterGroups`
+
+# Hashes of the sources that `sizes_of` holds for. An edited model is built to count its parameters.
+COUNTED = {"gpt2": "86054d8a5f655a67", "modern": "d5d27fc7cd4981f2"}
 
 
 @dataclass(frozen=True)
@@ -57,56 +63,66 @@ _PEAKS = (
 )
 
 
-def parameter_count(config: GPTConfig, positions: bool = True) -> int:
-    """Return `GPT(config).num_parameters(positions)` without building the model."""
-    c = config.n_embd
-    biases = int(config.bias)
-    norm = c * (1 + biases)
-    attention = 3 * c * (c + biases) + c * (c + biases)
-    mlp = 4 * c * (c + biases) + c * (4 * c + biases)
-    total = config.vocab_size * c + config.n_layer * (2 * norm + attention + mlp) + norm
-    if positions:
-        total += config.block_size * c
-    return total
+def sizes_of(config: GPTConfig | ModernConfig) -> Sizes:
+    """Return the sizes of the parameters of `GPT(config)` or `Modern(config)`, without torch."""
+    if isinstance(config, GPTConfig):
+        return _sizes_of_gpt(config)
+    return _sizes_of_modern(config)
 
 
-@dataclass(frozen=True)
-class DecaySummary:
-    """Numbers of tensors and of parameters, with and without weight decay."""
-
-    decayed_tensors: int
-    decayed_parameters: int
-    undecayed_tensors: int
-    undecayed_parameters: int
-
-
-def decay_summary(config: GPTConfig) -> DecaySummary:
-    """Count what `optim.parameter_groups` divides, without building the model."""
-    biases = int(config.bias)
-    undecayed_tensors = config.n_layer * (2 * (1 + biases) + 4 * biases) + 1 + biases
-    norms = (2 * config.n_layer + 1) * config.n_embd * (1 + biases)
-    undecayed = norms + biases * config.n_layer * 9 * config.n_embd
-    return DecaySummary(
-        decayed_tensors=2 + 4 * config.n_layer,
-        decayed_parameters=parameter_count(config) - undecayed,
-        undecayed_tensors=undecayed_tensors,
-        undecayed_parameters=undecayed,
-    )
+def _sizes_of_gpt(config: GPTConfig) -> Sizes:
+    c, layers = config.n_embd, config.n_layer
+    norm = [c] * (1 + config.bias)
+    biases = [3 * c, c, 4 * c, c] * config.bias
+    return {
+        "matrix": [3 * c * c, c * c, 4 * c * c, 4 * c * c] * layers,
+        "embedding": [config.vocab_size * c, config.block_size * c],
+        "head": [],  # tied to the embedding
+        "scalar": (2 * norm + biases) * layers + norm,
+    }
 
 
-def flops_per_token(config: GPTConfig) -> int:
-    """Return the FLOPs of training on one token: 6 N + 12 n_layer n_embd block_size.
+def _sizes_of_modern(config: ModernConfig) -> Sizes:
+    c, layers, vocabulary = config.n_embd, config.n_layer, config.vocab_size
+    kv = config.kv_heads * config.head_size
+    value_embeddings = sum(map(config.has_value_embedding, range(layers)))
+    factors = [c] * (2 * config.norm_gains + 2 * config.layer_smear)
+    biases = [c, kv, kv, c, 4 * c, c] * config.bias
+    return {
+        "matrix": [c * c, kv * c, kv * c, c * c, 4 * c * c, 4 * c * c] * layers,
+        "embedding": [vocabulary * c] + [vocabulary * kv] * value_embeddings,
+        "head": [vocabulary * c],
+        "scalar": (factors + biases) * layers
+        + [c] * (config.smear + 2 * config.norm_gains)
+        + [2 * layers] * config.layer_scalars
+        + [vocabulary] * config.bias,
+    }
 
-    N is the number of parameters without position embeddings, which are only added. Each weight
-    needs a multiplication and an addition in the forward pass, and twice as many in the backward
-    pass. The second term is attention over a full context, including the masked half that causal
-    kernels skip.
+
+def position_parameters(config: GPTConfig | ModernConfig) -> int:
+    """Return the number of parameters of position embeddings."""
+    return config.block_size * config.n_embd if isinstance(config, GPTConfig) else 0
+
+
+def flops_per_token(config: GPTConfig | ModernConfig) -> int:
+    """Return the FLOPs of training on one token: 6 N + 12 n_embd × tokens that each layer sees.
+
+    N is the number of weights that multiply; of a GPT-2, as in nanoGPT, of all parameters without
+    position embeddings, which are only added. Each weight needs a multiplication and an addition in
+    the forward pass, and twice as many in the backward pass. The second term is attention over a
+    full context or window, including the masked half that causal kernels skip.
     GPT-2 124M, block 1024, no bias: 854,770,176.
 
     Sources: PaLM, arXiv:2204.02311, appendix B; nanoGPT, estimate_mfu, writes 12 L H Q T.
     """
-    attention = 12 * config.n_layer * config.n_embd * config.block_size
-    return 6 * parameter_count(config, positions=False) + attention
+    sizes = sizes_of(config)
+    if isinstance(config, GPTConfig):
+        multiplied = sum(map(sum, sizes.values())) - position_parameters(config)
+        seen = config.n_layer * config.block_size
+    else:
+        multiplied = sum(sizes["matrix"] + sizes["head"])
+        seen = sum(map(config.window_of, range(config.n_layer)))
+    return 6 * multiplied + 12 * config.n_embd * seen
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:

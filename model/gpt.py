@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from model.cache import LayerCache
 from model.flops import flops_per_token
 from model.gpt_config import GPTConfig
-from model.loss import cross_entropy
+from model.loss import chunked_cross_entropy, cross_entropy
 from model.protocol import Reduction
 
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # our name -> nn.GELU's `approximate`
@@ -55,6 +55,8 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        # Queries, keys and values: see `protocol.HasParameterGroups`.
+        self.c_attn.weight.row_parts = 3  # type: ignore[attr-defined]
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -142,6 +144,11 @@ class GPT(nn.Module):
         self.transformer = Transformer(config)
         self._initialize()
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers; see `protocol.HasBlocks`."""
+        return self.transformer.h
+
     @torch.no_grad()
     def _initialize(self) -> None:
         """Draw all weights as GPT-2 does: from N(0, 0.02), and zeros for biases.
@@ -177,7 +184,11 @@ class GPT(nn.Module):
         x = self.transformer(tokens, start, cache)  # (B, T, C)
         if targets is None:
             return self._head(x[:, -1:])  # (B, 1, V)
-        return cross_entropy(self._head(x), targets, reduction)
+        if self.config.loss_chunk is None:
+            return cross_entropy(self._head(x), targets, reduction)
+        head = self.transformer.wte.weight
+        chunk = self.config.loss_chunk
+        return chunked_cross_entropy(x, head, None, targets, reduction, chunk=chunk)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return the logits of all positions: (B, T) -> (B, T, V)."""

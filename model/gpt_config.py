@@ -17,6 +17,7 @@ class GPTConfig:
         bias: Biases in the linear layers and LayerNorms. GPT-2 has them.
         activation: "gelu" (exact, as in nanoGPT) or "gelu_tanh" (the approximation that OpenAI's
             weights were trained with).
+        loss_chunk: Positions whose logits exist at a time while the loss is computed; None: all.
 
     Raises:
         ValueError: No model can have this shape.
@@ -30,10 +31,13 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True
     activation: str = "gelu"
+    loss_chunk: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "loss_chunk"):
             value = getattr(self, name)
+            if name == "loss_chunk" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.n_embd % self.n_head:

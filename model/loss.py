@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from model.protocol import Reduction
 
 IGNORED_TARGET = -1  # a position without a target
+BLOCK_NUMEL = 1 << 21  # logits that fit into the cache of a CPU, as float32
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:
@@ -133,47 +134,69 @@ def _losses(
         part = slice(start, start + chunk)
         x = hidden[part].to(dtype)
         logits = F.linear(x, weight, None if bias is None else bias.to(dtype))
-        loss, grad = _loss_and_gradient(logits, targets[part], cap, gradients is not None)
-        losses.append(loss)
-        if gradients is not None and grad is not None:
-            if gradients.bias is not None:
-                gradients.bias += grad.sum(0)
-            grad = grad.to(dtype)
-            gradients.hidden[part] = grad @ weight
-            if gradients.weight.dtype == dtype:
-                gradients.weight.addmm_(grad.mT, x)
-            else:
-                gradients.weight += grad.mT @ x
+        rows = _rows_at_a_time(logits) or chunk
+        for block, to in zip(logits.split(rows), targets[part].split(rows), strict=True):
+            losses.append(_block_losses(block, to, cap, gradients))
+        if gradients is not None:  # `_block_losses` has replaced the logits
+            _add_products(gradients, part, logits, x, weight)
+        del logits, block  # before the next chunk, which would be a second one
     return torch.cat(losses)
 
 
-def _loss_and_gradient(
-    logits: Tensor, to: Tensor, cap: float | None, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return the losses (N,) and, if wanted, their gradients with respect to the logits, (N, V).
+def _add_products(
+    gradients: _Gradients, part: slice, grad: Tensor, x: Tensor, weight: Tensor
+) -> None:
+    """Add what follows from the gradient with respect to the logits of a chunk, (N, V)."""
+    gradients.hidden[part] = grad @ weight
+    # A product, its copy in float32, or the sums of each thread would be as large as the head.
+    rows = _rows_at_a_time(x) or len(weight)
+    for sums, columns in zip(gradients.weight.split(rows), grad.split(rows, 1), strict=True):
+        if sums.dtype == grad.dtype:
+            sums.addmm_(columns.mT, x)
+        else:
+            sums += columns.mT @ x
 
-    The gradients overwrite `logits` if these have at least float32: fewer passes over memory.
+
+def _rows_at_a_time(matrix: Tensor) -> int | None:
+    """Return how many rows of this length stay in the cache of a CPU; None: take all at once.
+
+    A GPU would spend its time on starting kernels, and the compiler on the unrolled loop.
+    """
+    if matrix.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return max(1, BLOCK_NUMEL // matrix.size(1))
+
+
+def _block_losses(
+    logits: Tensor, to: Tensor, cap: float | None, gradients: _Gradients | None
+) -> Tensor:
+    """Return the losses of some positions, (N,).
+
+    If gradients are wanted, replace `logits` by the gradient with respect to them, (N, V), and add
+    that of the bias.
     """
     z = logits.to(wide_dtype(logits))
     slope = None
     if cap is not None:
-        tanh = z.div_(cap).tanh_()
+        tanh = (z / cap).tanh_()
         z = tanh * cap
-        if with_gradient:
-            slope = tanh.square_().neg_().add_(1)
+        slope = tanh.square_().neg_().add_(1)
+    log_p = torch.log_softmax(z, 1)
     counts = to != IGNORED_TARGET
     rows = torch.arange(len(to), device=to.device)
     columns = to.clamp(min=0)
-    z.sub_(z.amax(1, keepdim=True))
-    shifted = z[rows, columns]
-    sums = z.exp_().sum(1)
-    losses = torch.where(counts, sums.log() - shifted, 0)
-    if not with_gradient:
-        return losses, None
-    # softmax - one-hot; 0 for positions without a target
-    z.mul_((counts / sums).unsqueeze(1))
-    z[rows, columns] -= counts.to(z.dtype)
-    return losses, z if slope is None else z.mul_(slope)
+    losses = torch.where(counts, -log_p[rows, columns], 0)
+    if gradients is not None:
+        # softmax - one-hot; 0 for positions without a target
+        grad = log_p.exp_()
+        grad[rows, columns] -= 1
+        grad.mul_(counts.unsqueeze(1))
+        if slope is not None:
+            grad.mul_(slope)
+        if gradients.bias is not None:
+            gradients.bias += grad.sum(0)
+        logits.copy_(grad)
+    return losses
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:

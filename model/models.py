@@ -15,6 +15,8 @@ from model.gpt_config import GPTConfig
 from model.modern_config import ModernConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from model.protocol import Config, LanguageModel
 
 DEFAULT = "gpt2"
@@ -26,7 +28,7 @@ class ModelKind:
 
     Attributes:
         config: The class of its settings; see `protocol.Config`.
-        build: Creates the model, with random weights from torch's global generator.
+        build: Calls the constructor, which draws weights from torch's global generator.
         help: One line for `--help`.
         files: Files of this repository that only this model uses and that decide its bits.
     """
@@ -93,15 +95,29 @@ def new_config(fields: Mapping[str, Any]) -> Config:
     return MODELS[kind_of(fields)].config(**others)
 
 
-def new_model(kind: str, config: Config) -> LanguageModel:
-    """Create a model with random weights from torch's global generator."""
-    return MODELS[kind].build(config)
+def new_model(kind: str, config: Config, seed: int) -> LanguageModel:
+    """Create a model with its first weights.
+
+    Its constructor draws them from torch's global generator as it is. If the model has
+    `init_weights`, see `protocol.HasInitWeights`, this function calls it with `seed`.
+    """
+    import torch
+
+    from model.protocol import HasInitWeights
+
+    model = MODELS[kind].build(config)
+    if isinstance(model, HasInitWeights):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            model.init_weights(seed)
+    return model
 
 
 def empty_model(kind: str, config: Config, device: str = "meta") -> LanguageModel:
     """Create a model whose parameters have a shape but no values; torch's generator stays.
 
-    Drawing random values takes time, and for the meta device it would import torch's compiler.
+    `init_weights` is not called. Drawing random values takes time, and for the meta device it would
+    import torch's compiler.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -114,4 +130,35 @@ def empty_model(kind: str, config: Config, device: str = "meta") -> LanguageMode
             return func(*args, **kwargs)
 
     with torch.random.fork_rng(devices=[]), torch.device(device), WithoutDraws():
-        return new_model(kind, config)
+        return MODELS[kind].build(config)
+
+
+def checkpoint_activations(model: LanguageModel) -> None:
+    """Let the backward pass compute the activations inside of each block again; arXiv:1604.06174.
+
+    The forward pass then keeps only the inputs of the blocks. The bits stay, also with dropout.
+
+    Raises:
+        ValueError: The model has no blocks; see `protocol.HasBlocks`.
+    """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    from model.protocol import HasBlocks
+
+    if not isinstance(model, HasBlocks):
+        raise ValueError(
+            "train.activation_checkpointing needs a model with `blocks`; set it to false"
+        )
+
+    def again(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any) -> Tensor:
+            if not torch.is_grad_enabled():
+                return forward(*args)
+            return checkpoint(forward, *args, use_reentrant=False)
+
+        return run
+
+    for block in model.blocks:
+        if "forward" not in vars(block):  # not yet
+            block.forward = again(block.forward)

@@ -21,13 +21,23 @@ from model.modern_config import ModernConfig
 from model.operations import normalize, rotate, squared_relu
 from model.protocol import Reduction
 
+LastToken = dict[str, Tensor]  # what `smear` needs of the last token, by name, (B, 1, C) each
+
+
+class BlockCache(LayerCache):
+    """What a block keeps of earlier tokens."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.last: LastToken = {}
+
 
 class ModernCache:
     """What the model keeps of earlier tokens, for at most `capacity` of them."""
 
     def __init__(self, config: ModernConfig, capacity: int) -> None:
-        self.layers = [LayerCache(capacity) for _ in range(config.n_layer)]
-        self.last: Tensor | None = None  # embedding of the last token, (B, 1, C)
+        self.layers = [BlockCache(capacity) for _ in range(config.n_layer)]
+        self.last: LastToken = {}
 
     @property
     def length(self) -> int:
@@ -48,6 +58,29 @@ class RMSNorm(nn.Module):
         """Map (B, T, C) to (B, T, C)."""
         y = normalize(x).to(x.dtype)
         return y if self.gain is None else y * self.gain
+
+
+def smear(x: Tensor, factor: Tensor | None, last: LastToken | None, name: str) -> Tensor:
+    """Add the channels of the previous token, times a factor each: (B, T, C).
+
+    Args:
+        x: Channels of each token, (B, T, C).
+        factor: (C,); None changes nothing.
+        last: From it comes the token before the first one, and the last one goes into it.
+        name: Key of `last`.
+    """
+    if factor is None:
+        return x
+    before = x.new_zeros(x.size(0), 1, x.size(2))
+    if last is not None:
+        before = last.get(name, before)
+        last[name] = x[:, -1:]
+    return x + factor * torch.cat((before, x[:, :-1]), dim=1)
+
+
+def zeros(config: ModernConfig, is_used: bool) -> nn.Parameter | None:
+    """Return a factor of `smear`, if the model has it."""
+    return nn.Parameter(torch.zeros(config.n_embd)) if is_used else None
 
 
 def rotation(config: ModernConfig, positions: Tensor) -> Tensor:
@@ -140,12 +173,17 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config)
+        self.attention_smear = zeros(config, config.layer_smear)
+        self.mlp_smear = zeros(config, config.layer_smear)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, tokens: Tensor, turn: Tensor, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tensor, turn: Tensor, cache: BlockCache | None) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), tokens, turn, cache))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        last = cache.last if cache is not None else None
+        y = smear(self.attention_norm(x), self.attention_smear, last, "attention")
+        x = x + self.dropout(self.attention(y, tokens, turn, cache))
+        y = smear(self.mlp_norm(x), self.mlp_smear, last, "mlp")
+        return x + self.dropout(self.mlp(y))
 
 
 class Modern(nn.Module):
@@ -157,9 +195,7 @@ class Modern(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.smear: nn.Parameter | None = None
-        if config.smear:
-            self.smear = nn.Parameter(torch.zeros(config.n_embd))
+        self.smear = zeros(config, config.smear)
         self.embedding_norm = RMSNorm(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.layer_scalars: nn.Parameter | None = None  # of the stream and of the embedding
@@ -210,13 +246,8 @@ class Modern(nn.Module):
         return self._loss(self.head_norm(x), targets, reduction)
 
     def _embed(self, tokens: Tensor, cache: ModernCache | None) -> Tensor:
-        x = self.embedding(tokens)  # (B, T, C)
-        if self.smear is not None:
-            last = x.new_zeros(x.size(0), 1, x.size(2))
-            if cache is not None:
-                last = last if cache.last is None else cache.last
-                cache.last = x[:, -1:]
-            x = x + self.smear * torch.cat((last, x[:, :-1]), dim=1)
+        last = cache.last if cache is not None else None
+        x = smear(self.embedding(tokens), self.smear, last, "embedding")  # (B, T, C)
         return self.embedding_norm(x)
 
     def _logits(self, x: Tensor) -> Tensor:

@@ -57,6 +57,11 @@ class ModernConfig:
     smear: bool = _field(
         True, "add the embedding of the previous token, times a factor per channel (nanochat)"
     )
+    layer_smear: bool = _field(
+        False,
+        "smear the inputs of attention and MLP in each layer too (Canon layers, 2512.17351, of one "
+        "token)",
+    )
     layer_scalars: bool = _field(
         False, "learned factors of the residual stream and of the embedding per layer (nanochat)"
     )

@@ -10,7 +10,7 @@ Shapes: N matrices of R rows and C columns; R <= C in Newton-Schulz iterations.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,16 @@ from torch.optim import Optimizer
 
 from model.optim import allow_without_compiler
 
-# One iteration maps each singular value s to a s + b s^3 + c s^5; a, b, c as in torch.optim.Muon.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# One iteration maps each singular value s to a s + b s^3 + c s^5; (a, b, c) of each iteration.
+Coefficients = Sequence[tuple[float, float, float]]
+NEWTON_SCHULZ: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5  # as in torch.optim.Muon
+POLAR_EXPRESS: Coefficients = (  # arXiv:2505.16932
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
 # From this ratio of columns to rows on, iterations on x x^T alone need fewer operations. Rounding
 # errors grow with each of them, so x x^T is computed again after a few.
 GRAM_RATIO = 2
@@ -32,11 +40,11 @@ class MuonAdamW(Optimizer):
     """One optimizer for all groups of a model.
 
     A group with `"muon": True` has only matrices. Its keys: lr, momentum, weight_decay, cautious
-    (decay only where it has the direction of the update, arXiv:2510.12402), ns_steps and
-    ns_coefficients. The keys of another group: lr, betas, eps, weight_decay. Weight decay is
-    decoupled: a step multiplies the weights by 1 - lr * weight_decay.
+    (decay only where it has the direction of the update, arXiv:2510.12402) and coefficients. The
+    keys of another group: lr, betas, eps, weight_decay. Weight decay is decoupled: a step
+    multiplies the weights by 1 - lr * weight_decay.
 
-    Every process updates all parameters, and its result depends on no other process.
+    A process may update some of the parameters; the result depends on no other process.
 
     Args:
         groups: Parameter groups in torch's format.
@@ -51,8 +59,7 @@ class MuonAdamW(Optimizer):
             "muon": False,
             "momentum": 0.95,
             "cautious": False,
-            "ns_steps": 5,
-            "ns_coefficients": NEWTON_SCHULZ,
+            "coefficients": NEWTON_SCHULZ,
             "betas": (0.8, 0.95),
             "eps": 1e-10,
         }
@@ -81,7 +88,7 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Update matrices that have one shape when the longer side is horizontal."""
+        """Update parameters whose parts have one shape when the longer side is horizontal."""
         momentum = group["momentum"]
         updates = []
         for param in params:
@@ -90,18 +97,20 @@ class MuonAdamW(Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(param)
             grad = _gradient(param)
             buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
-            update = grad.lerp(buffer, momentum)
-            updates.append(update.mT if _is_tall(param) else update)
-        stacked = orthogonalize(torch.stack(updates), group["ns_steps"], group["ns_coefficients"])
+            for part in grad.lerp(buffer, momentum).chunk(_row_parts(param)):
+                updates.append(part.mT if _is_tall(part) else part)
+        stacked = orthogonalize(torch.stack(updates), group["coefficients"])
+        done = iter(stacked.unbind())
         decay = group["lr"] * group["weight_decay"]
-        for param, update in zip(params, stacked.unbind(), strict=True):
-            update = update.mT if _is_tall(param) else update
-            if decay and group["cautious"]:
-                param.sub_(param * (update * param >= 0), alpha=decay)
-            elif decay:
-                param.mul_(1 - decay)
-            rows, columns = param.shape
-            param.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+        for param in params:
+            for part in param.chunk(_row_parts(param)):
+                update = next(done).mT if _is_tall(part) else next(done)
+                if decay and group["cautious"]:
+                    part.sub_(part * (update * part >= 0), alpha=decay)
+                elif decay:
+                    part.mul_(1 - decay)
+                rows, columns = part.shape
+                part.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
     def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for param in params:
@@ -130,28 +139,26 @@ class MuonAdamW(Optimizer):
         )
 
 
-def orthogonalize(
-    matrices: Tensor, steps: int, coefficients: tuple[float, float, float] = NEWTON_SCHULZ
-) -> Tensor:
+def orthogonalize(matrices: Tensor, coefficients: Coefficients = NEWTON_SCHULZ) -> Tensor:
     """Replace the singular values of each matrix by values of about 1: (N, R, C), R <= C."""
-    a, b, c = coefficients
     x = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=1e-7)
     if x.size(2) >= GRAM_RATIO * x.size(1):
-        for done in range(0, steps, GRAM_STEPS):
-            x = _gram_product(x @ x.mT, min(GRAM_STEPS, steps - done), coefficients) @ x
+        for done in range(0, len(coefficients), GRAM_STEPS):
+            x = _gram_product(x @ x.mT, coefficients[done : done + GRAM_STEPS]) @ x
         return x
-    for _ in range(steps):
+    for a, b, c in coefficients:
         gram = x @ x.mT  # (N, R, R)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
-def _gram_product(gram: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
-    """Return the matrix by which `steps` iterations multiply x, where gram = x x^T: (N, R, R)."""
-    product = factor = _factor(gram, coefficients)
-    for _ in range(steps - 1):
+def _gram_product(gram: Tensor, coefficients: Coefficients) -> Tensor:
+    """Return the matrix by which the iterations multiply x, where gram = x x^T: (N, R, R)."""
+    first, *others = coefficients
+    product = factor = _factor(gram, first)
+    for one in others:
         gram = factor @ gram @ factor
-        factor = _factor(gram, coefficients)
+        factor = _factor(gram, one)
         product = factor @ product
     return product
 
@@ -169,15 +176,26 @@ def _gradient(param: Tensor) -> Tensor:
     return param.grad
 
 
+def _row_parts(param: Tensor) -> int:
+    """Return in how many matrices of equal size the rows of a parameter are divided."""
+    return getattr(param, "row_parts", 1)
+
+
 def _is_tall(matrix: Tensor) -> bool:
     return matrix.size(0) > matrix.size(1)
 
 
 def _batches(params: list[Tensor]) -> list[list[Tensor]]:
-    """Divide matrices into lists of one shape, up to transposition, and of a limited size."""
+    """Divide parameters into lists of a limited size, whose matrices have one shape.
+
+    A matrix may be transposed. A parameter may have an attribute `slot`. Other slots have other
+    lists, because another process may update them, and bits may depend on the whole list.
+    """
     batches: dict[tuple[Any, ...], list[list[Tensor]]] = {}
     for param in params:
-        key = (*sorted(param.shape), param.dtype, param.device)
+        rows, columns = param.shape
+        sides = sorted((rows // _row_parts(param), columns))
+        key = (getattr(param, "slot", 0), *sides, param.dtype, param.device)
         lists = batches.setdefault(key, [[]])
         if lists[-1] and (len(lists[-1]) + 1) * param.numel() > BATCH_NUMEL:
             lists.append([])

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 GROUPS = ("matrix", "embedding", "head", "scalar")  # see `protocol.HasParameterGroups`
 ParameterGroups = list[dict[str, Any]]  # as torch.optim takes them
-FIRST_MOMENTUM = 0.85  # of `momentum_at`
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class OptimizerSettings:
     weight_decay: float  # of all groups but scalar, which has none
     momentum: float = 0.95  # only of muon
     cautious: bool = False  # only of muon
+    polar_steps: int | None = None  # only of muon: iterations of Polar Express; None: Newton-Schulz
     groups: Mapping[str, GroupSettings] = field(default_factory=dict)  # by name
 
 
@@ -55,6 +55,7 @@ class OptimizerKind:
             of memory and of checkpoint size.
         lr_scales: Factors of the learning rate by group; 1 if a group is not here.
         files: Files of this repository that only this optimizer uses and that decide its bits.
+        may_be_sharded: It updates each number by itself, or as Muon does; see `shards.Shard`.
     """
 
     build: Callable[[ParameterGroups, OptimizerSettings], Optimizer]
@@ -62,25 +63,16 @@ class OptimizerKind:
     moments: Mapping[str, int]
     lr_scales: Mapping[str, float] = field(default_factory=dict)
     files: tuple[str, ...] = ()
+    may_be_sharded: bool = False
 
 
 def build(kind: str, model: nn.Module, settings: OptimizerSettings) -> Optimizer:
     """Build an optimizer for the parameters of `model` that require a gradient."""
     groups = parameter_groups(kind, model, settings)
-    return OPTIMIZERS[kind].build(groups, settings)
-
-
-def momentum_at(momentum: float, warmup_steps: int, step: int) -> float:
-    """Return the momentum of the update made at the 0-based `step`.
-
-    It rises linearly from 0.85, as in modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt).
-
-    >>> [round(momentum_at(0.95, 4, step), 3) for step in (0, 2, 4, 100)]
-    [0.85, 0.9, 0.95, 0.95]
-    """
-    if step >= warmup_steps:
-        return momentum
-    return FIRST_MOMENTUM + (momentum - FIRST_MOMENTUM) * step / warmup_steps
+    optimizer = OPTIMIZERS[kind].build(groups, settings)
+    for group in optimizer.param_groups:  # a schedule multiplies it
+        group["full_weight_decay"] = group.get("weight_decay", 0.0)
+    return optimizer
 
 
 def adamw(groups: ParameterGroups, settings: OptimizerSettings) -> Optimizer:
@@ -104,9 +96,15 @@ def adamw(groups: ParameterGroups, settings: OptimizerSettings) -> Optimizer:
 
 def muon(groups: ParameterGroups, settings: OptimizerSettings) -> Optimizer:
     """Build Muon for the matrices and AdamW for the rest; see `muon.py`."""
-    from model.muon import MuonAdamW
+    from model.muon import NEWTON_SCHULZ, POLAR_EXPRESS, MuonAdamW
 
-    matrices = {"muon": True, "momentum": settings.momentum, "cautious": settings.cautious}
+    is_polar = settings.polar_steps is not None
+    matrices = {
+        "muon": True,
+        "momentum": settings.momentum,
+        "cautious": settings.cautious,
+        "coefficients": POLAR_EXPRESS[: settings.polar_steps] if is_polar else NEWTON_SCHULZ,
+    }
     found = [group | matrices if group["group"] == "matrix" else group for group in groups]
     return MuonAdamW(found, settings.max_lr)
 
@@ -127,7 +125,9 @@ def allow_without_compiler() -> None:
 
 _TWO = dict.fromkeys(GROUPS, 2)
 OPTIMIZERS: dict[str, OptimizerKind] = {
-    "adamw": OptimizerKind(adamw, "Adam with decoupled weight decay", moments=_TWO),
+    "adamw": OptimizerKind(
+        adamw, "Adam with decoupled weight decay", moments=_TWO, may_be_sharded=True
+    ),
     "muon": OptimizerKind(
         muon,
         "Muon for the matrices inside the blocks, AdamW for the rest; lr_scale is 5 for embedding, "
@@ -135,6 +135,7 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         moments={**_TWO, "matrix": 1},
         lr_scales={"embedding": 5.0, "head": 0.4, "scalar": 2.5},
         files=("model/muon.py",),
+        may_be_sharded=True,
     ),
 }
 
@@ -179,7 +180,7 @@ def _groups_by_name(kind: str, model: nn.Module) -> dict[str, str]:
     if isinstance(model, HasParameterGroups):
         groups = model.parameter_groups()
         return {name: group for group, names in groups.items() for name in names}
-    if kind != "adamw":
+    if kind == "muon":
         raise ValueError(f"optim.kind={kind} needs a model with `parameter_groups`")
     return {
         name: "matrix" if parameter.dim() >= 2 else "scalar"

@@ -2,15 +2,18 @@
 
 A model is a class that is a `torch.nn.Module`, with a frozen dataclass of its settings. Its fields
 become the settings `model.<field>`. An entry of `MODELS` in `models.py` names both: its key is the
-value of `model.kind`. `Class(config)` builds the model on the CPU with random weights that depend
-on torch's global generator alone. The parameters are float32; under `train.dtype`, the forward pass
-runs in `torch.autocast`.
+value of `model.kind`. A user's own model needs no entry: `model.kind=path/to/file.py:Class` is
+`Class` with the settings `Class.Config` (docs/own-code.md; `tests/own/conv.py` is an example).
 
-What you get in return: the same bits on 1, 2 and 4 workers and after a kill, sweeps that share
+`Class(config)` builds the model on the CPU with random weights that depend on torch's global
+generator alone, which is seeded with `train.seed` before. The parameters are float32; under
+`train.dtype`, the forward pass runs in `torch.autocast`.
+
+What you get in return: the same bits on any number of workers and after a kill, sweeps that share
 common steps, evaluation, sampling, and the estimate of time and memory. For this, equal parameters,
 inputs and state of torch's generators must give equal bits: use no random numbers but torch's, no
-clock, and no state from one call of `forward` to the next but buffers and the cache. A checkpoint
-has the state dict: a buffer with `persistent=False` must follow from the config alone.
+clock, and no state from one call of `forward` to the next but the cache. A buffer does not change,
+and one with `persistent=False` follows from the config alone: a checkpoint has the state dict.
 
     @dataclass(frozen=True)
     class Config:
@@ -27,6 +30,7 @@ Shapes: B sequences, T tokens in this call, V = vocab_size. Tokens and targets a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -65,7 +69,7 @@ class LanguageModel(nn.Module):
     """What every model has. It need not inherit from this class, but from `torch.nn.Module`.
 
     Attributes:
-        config: The `Config` that it was built with.
+        config: The `Config` that it was built with; set for a user's own model.
     """
 
     config: Config
@@ -98,6 +102,20 @@ class LanguageModel(nn.Module):
 
 
 @runtime_checkable
+class HasInitWeights(Protocol):
+    """Optional. Without it, the first weights are those of the constructor."""
+
+    def init_weights(self, seed: int) -> None:
+        """Set the values of the parameters, once, before a run trains its first step.
+
+        It is called after the constructor, on the CPU, under `torch.no_grad()`. Just before,
+        torch's global generator is seeded with `seed`, which is `train.seed`: the values do not
+        depend on what the constructor drew. Shapes and names stay, and so do buffers that are not
+        in the state dict. It is not called for weights of a checkpoint or of `train.init_from`.
+        """
+
+
+@runtime_checkable
 class HasParameterGroups(Protocol):
     """Optional. Without it, the optimizer `muon` refuses the model."""
 
@@ -105,7 +123,8 @@ class HasParameterGroups(Protocol):
         """Return the names of all parameters, each once, by group.
 
         - "matrix": matrices between hidden states, two dimensions each. Muon orthogonalises each by
-          itself, so query, key and value should be three matrices.
+          itself. If one has several below each other, such as query, key and value, set the
+          attribute `row_parts` of the parameter to their number.
         - "embedding": tables that tokens or positions are looked up in; a tied head too.
         - "head": the weights that map the last hidden state to logits.
         - "scalar": all others: gains, biases, scales.
@@ -122,6 +141,18 @@ class HasFlops(Protocol):
         Each weight that multiplies counts 6: a multiplication and an addition forward, and twice as
         many backward. See `model/flops.py` for attention.
         """
+
+
+@runtime_checkable
+class HasBlocks(Protocol):
+    """Optional. Without it, `train.activation_checkpointing` refuses the model.
+
+    Attributes:
+        blocks: Modules. The backward pass runs each again, to compute what the forward pass did not
+            keep. They are called with positional arguments.
+    """
+
+    blocks: Iterable[nn.Module]
 
 
 @runtime_checkable

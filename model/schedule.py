@@ -28,8 +28,10 @@ class Schedule:
         min_lr_ratio: The floor as a share of the peak, 0 to 1.
         warmup_steps: Step at which warmup ends.
         decay_steps: Step at which the decay ends.
-        decay_fraction: Only for wsd: share of `decay_steps` that decays, 0 to 1.
+        decay_fraction: Only for wsd and power: share of `decay_steps` that decays, 0 to 1.
         decay_shape: Only for wsd: a key of `DECAY_SHAPES`.
+        exponent: Only for power.
+        points: Only for piecewise: (step, factor of the peak), by rising step.
     """
 
     kind: str
@@ -39,6 +41,13 @@ class Schedule:
     decay_steps: int = field(kw_only=True)
     decay_fraction: float = 0.2
     decay_shape: str = "linear"
+    exponent: float = 1.2
+    points: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def is_constant(self) -> bool:
+        """True if the rate is `max_lr` at every step."""
+        return self.kind == "constant" and self.warmup_steps == 0
 
 
 def learning_rate(schedule: Schedule, step: int) -> float:
@@ -94,13 +103,49 @@ def wsd(schedule: Schedule, step: int) -> float:
     >>> [wsd(s, step) for step in (0, 80, 85, 90, 100)]
     [1.0, 1.0, 0.75, 0.5, 0.0]
     """
+    return _late_decay(schedule, step, DECAY_SHAPES[schedule.decay_shape].share)
+
+
+def power(schedule: Schedule, step: int) -> float:
+    """Return max_lr, and in the last part of `decay_steps` floor + (max_lr - floor) (1 - p)^e.
+
+    p is that of wsd, e is `exponent`. With floor 0, this is min(max_lr, c (decay_steps - step)^e),
+    with the c that leaves max_lr at `wsd_decay_start`. Source: "PowerCool", e = 1.2, in track 3 of
+    modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt).
+
+    >>> s = Schedule("power", 1.0, 0.0, decay_steps=100, decay_fraction=0.4, exponent=2)
+    >>> [round(power(s, step), 4) for step in (0, 60, 80, 90, 100)]
+    [1.0, 1.0, 0.25, 0.0625, 0.0]
+    """
+    return _late_decay(schedule, step, lambda p: (1.0 - p) ** schedule.exponent)
+
+
+def _late_decay(schedule: Schedule, step: int, share: Callable[[float], float]) -> float:
     start = wsd_decay_start(schedule)
     # At `start`, p is 0, but the formula could differ from the peak in the last bit. A longer run
     # has exactly the peak at this step.
     if step < start or step == start < schedule.decay_steps:
         return schedule.max_lr
-    progress = _progress(step, start, schedule.decay_steps)
-    return _above_floor(schedule, DECAY_SHAPES[schedule.decay_shape].share(progress))
+    return _above_floor(schedule, share(_progress(step, start, schedule.decay_steps)))
+
+
+def piecewise(schedule: Schedule, step: int) -> float:
+    """Return max_lr times the factor of `points`: straight lines between them, flat outside.
+
+    `decay_steps` and `min_lr_ratio` have no effect. Source: `piecewise_interpolate_schedule` of
+    optax (https://optax.readthedocs.io).
+
+    >>> s = Schedule("piecewise", 2.0, decay_steps=1, points=((0, 0.5), (10, 1.0), (20, 0.0)))
+    >>> [piecewise(s, step) for step in (0, 5, 10, 15, 99)]
+    [1.0, 1.5, 2.0, 1.0, 0.0]
+    """
+    (start, before), *later = schedule.points
+    for end, after in later:
+        if step < end:
+            share = max(0, step - start) / (end - start)
+            return schedule.max_lr * (before + (after - before) * share)
+        start, before = end, after
+    return schedule.max_lr * before
 
 
 def constant(schedule: Schedule, step: int) -> float:
@@ -127,7 +172,7 @@ def inverse_sqrt(schedule: Schedule, step: int) -> float:
 
 
 def wsd_decay_start(schedule: Schedule) -> int:
-    """Return the first step of the decay of wsd.
+    """Return the first step of the decay of wsd and power.
 
     >>> wsd_decay_start(Schedule("wsd", 1.0, decay_steps=1000, decay_fraction=0.2))
     800
@@ -203,6 +248,12 @@ SCHEDULES: dict[str, ScheduleKind] = {
     "linear": ScheduleKind(linear, "a straight line from the peak to the floor"),
     "wsd": ScheduleKind(
         wsd, "the peak, then a decay to the floor over the last decay_fraction of decay_steps"
+    ),
+    "power": ScheduleKind(
+        power, "as wsd; the decay is a power of the steps that are left, see exponent"
+    ),
+    "piecewise": ScheduleKind(
+        piecewise, "straight lines between the factors of the peak in points", has_end=False
     ),
     "constant": ScheduleKind(constant, "the peak at every step", has_end=False),
     "inverse_sqrt": ScheduleKind(

@@ -4,8 +4,12 @@
         MANIFEST.json          step, fingerprints, and size and SHA-256 of each other file
         model.safetensors      weights
         optimizer.safetensors  state of the optimizer
+        ema.safetensors        moving average of the weights, with train.ema
         state.json, experiment.yaml, model.json, tokenizer.json
         metrics.jsonl          copy of the journal
+
+Format 2 is that of several ranks. Each writes a part of the tensors, such as
+model-00001-of-00004.safetensors; see `tensor_file.Slice`. The other files are the same.
 
 The manifest also holds its own SHA-256. safetensors has no checksum: without these hashes, a file
 with a flipped bit would load without an error.
@@ -17,7 +21,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeVar
 
@@ -26,6 +30,8 @@ from orchestrator.files import patiently
 from orchestrator.hashes import hash_here, sha256s
 
 FORMAT = 1
+FORMAT_IN_PARTS = 2
+FORMATS = (FORMAT, FORMAT_IN_PARTS)
 MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _MAX_MANIFEST_BYTES = 1 << 20  # a real manifest has a few thousand
@@ -146,27 +152,65 @@ def verify(path: Path, *, remember: bool = False) -> CheckpointManifest:
         UserError: A file is missing, damaged or changed, or the folder has the name of another
             step.
     """
+    manifest = named_manifest(path)
+    reading(path, lambda: _verify_parts(path, manifest["parts"], remember))
+    return manifest
+
+
+def named_manifest(path: Path) -> CheckpointManifest:
+    """Return the manifest of a checkpoint, whose folder must not have the name of another step.
+
+    Raises:
+        UserError: As `verify` does for the manifest and the name.
+    """
     manifest = read_manifest(path)
     if step_of(path) not in (None, manifest["step"]):
         raise UserError(
             f"{path}: contains the checkpoint of step {manifest['step']}, not of the step in its "
             "name; restore the name"
         )
-    reading(path, lambda: _verify_parts(path, manifest["parts"], remember))
     return manifest
 
 
+def read_parts(path: Path, parts: Mapping[str, Part]) -> dict[str, bytearray]:
+    """Read files of a checkpoint once, and compare what was read with its entry in the manifest.
+
+    Raises:
+        UserError: As `verify` does.
+    """
+
+    def read() -> dict[str, bytearray]:
+        _compare_sizes(path, parts)
+        contents = [bytearray(part["size"]) for part in parts.values()]
+        hashes = hash_here(_files(path, parts), [memoryview(content) for content in contents])
+        _compare_hashes(path, parts, hashes)
+        return dict(zip(parts, contents, strict=True))
+
+    return reading(path, read)
+
+
 def _verify_parts(path: Path, parts: Mapping[str, Part], remember: bool) -> None:
-    # Compare sizes first: this is fast, and refuses pipes, devices and huge files.
+    _compare_sizes(path, parts)
+    files = _files(path, parts)
+    _compare_hashes(path, parts, sha256s(files, hash_here) if remember else hash_here(files))
+
+
+def _files(path: Path, parts: Mapping[str, Part]) -> list[str]:
+    return [os.path.abspath(path / name) for name in parts]
+
+
+def _compare_sizes(path: Path, parts: Mapping[str, Part]) -> None:
+    """Compare sizes before anything is read: this refuses pipes, devices and huge files."""
     for name, part in parts.items():
         file = path / name
-        size = _size(file)
+        size = file_size(file)
         if size is None:
             raise UserError(f"{file}: missing; the checkpoint is incomplete, use another one")
         if size != part["size"]:
             raise UserError(f"{file}: has {size} bytes instead of {part['size']}; use another one")
-    files = [os.path.abspath(path / name) for name in parts]
-    hashes = sha256s(files, hash_here) if remember else hash_here(files)
+
+
+def _compare_hashes(path: Path, parts: Mapping[str, Part], hashes: Iterable[str]) -> None:
     for (name, part), sha256 in zip(parts.items(), hashes, strict=True):
         if sha256 != part["sha256"]:
             raise UserError(
@@ -198,14 +242,14 @@ def _parse(text: str) -> CheckpointManifest:
     # The text is compared as well: JSON with a changed byte may have the same content.
     if text != _to_text(stored):
         raise ValueError("changed")
-    if stored.pop("sha256") != _sha256(stored) or stored["format"] != FORMAT:
+    if stored.pop("sha256") != _sha256(stored) or stored["format"] not in FORMATS:
         raise ValueError("changed, or another format")
     return stored
 
 
 def _read_small(file: Path) -> bytes:
     """Read a manifest; refuse a pipe, a device or a huge file with ValueError."""
-    if _size(file) is None:
+    if file_size(file) is None:
         raise ValueError("not a file")
     with open(file, "rb") as opened:
         content = opened.read(_MAX_MANIFEST_BYTES + 1)
@@ -214,7 +258,7 @@ def _read_small(file: Path) -> bytes:
     return content
 
 
-def _size(file: Path) -> int | None:
+def file_size(file: Path) -> int | None:
     """Return the size of a file; None if it is missing, or not a file."""
     try:
         found = os.stat(file)
@@ -223,9 +267,23 @@ def _size(file: Path) -> int | None:
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
-def manifest_text(step: int, parts: Mapping[str, Part], facts: Mapping[str, Any]) -> str:
+def part_name(group: str, rank: int, ranks: int) -> str:
+    """Return the name of the part of a rank, without its extension."""
+    return f"{group}-{rank:05d}-of-{ranks:05d}"
+
+
+def tensor_files(parts: Iterable[str], group: str) -> list[str]:
+    """Return which files of a checkpoint have the tensors of a group, such as "model"."""
+    whole = f"{group}.safetensors"
+    pattern = re.compile(rf"{group}-\d{{5}}-of-\d{{5}}\.safetensors")
+    return sorted(filter(pattern.fullmatch, parts)) or [whole]
+
+
+def manifest_text(
+    step: int, parts: Mapping[str, Part], facts: Mapping[str, Any], format_: int = FORMAT
+) -> str:
     """Return the content of MANIFEST.json."""
-    manifest = {"format": FORMAT, "step": step, "parts": parts, **facts}
+    manifest = {"format": format_, "step": step, "parts": parts, **facts}
     return _to_text({**manifest, "sha256": _sha256(manifest)})
 
 

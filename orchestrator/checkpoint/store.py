@@ -7,19 +7,24 @@ A run's `checkpoints/` has one writer, which holds the lock of the run. Readers 
 time: a checkpoint that they have listed may be removed or replaced while they read it.
 """
 
+from __future__ import annotations
+
+import contextlib
 import errno
 import hashlib
 import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.checkpoint.folders import clear, remove, rename, restore_replaced
 from orchestrator.checkpoint.format import (
+    FORMAT,
     MANIFEST,
+    CheckpointManifest,
     Part,
     manifest_text,
     path_of,
@@ -30,15 +35,19 @@ from orchestrator.checkpoint.format import (
     verify,
 )
 from orchestrator.checkpoint.tensor_file import TensorFile
-from orchestrator.checkpoint.tensor_file import load_tensors as load_tensors
-from orchestrator.checkpoint.tensor_file import stored_weights_sha256 as stored_weights_sha256
-from orchestrator.checkpoint.tensor_file import weights_sha256 as weights_sha256
+from orchestrator.checkpoint.tensor_read import load_tensors as load_tensors
+from orchestrator.checkpoint.tensor_read import stored_weights_sha256 as stored_weights_sha256
+from orchestrator.checkpoint.tensor_read import weights_sha256 as weights_sha256
 from orchestrator.errors import UnreadableError, UserError
 from orchestrator.files import fsync
 from orchestrator.folders import check_held
+from orchestrator.hashes import CHUNK_BYTES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SPARE_BYTES = 1 << 20  # left free for the journal and other small files of the run
-_CHUNK_BYTES = 4 << 20  # hashed and written while the data are in the CPU cache
 
 Parts = Mapping[str, bytes | memoryview]  # content of each file by its name
 
@@ -64,25 +73,53 @@ def commit(directory: Path, step: int, parts: Parts, facts: Mapping[str, Any]) -
             The disk is full if its errno is in `errors.NO_ROOM`. This is checked before the
             first write, if the file system reports its free space.
     """
+    temporary = begin(directory, step, sum(len(content) for content in parts.values()))
+    with discarded_on_error(temporary):
+        return finish(temporary, step, write(temporary, parts), facts)
+
+
+def begin(directory: Path, step: int, size: int) -> Path:
+    """Create the temporary folder of a checkpoint of `size` bytes; see `commit` for the errors."""
     directory = Path(directory)
     if not directory.is_dir():
         check_held(directory)
         directory.mkdir(exist_ok=True)  # not its parent: that of a running run may be moved
         fsync(directory.parent)
     clear(directory)  # first: leftovers take space that this checkpoint may need
-    _require_space(directory, sum(len(content) for content in parts.values()))
-    final = path_of(directory, step)
-    temporary = directory / f".{final.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    _require_space(directory, size)
+    temporary = directory / f".{path_of(directory, step).name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    os.mkdir(temporary)
+    return temporary
+
+
+def write(temporary: Path, parts: Parts) -> dict[str, Part]:
+    """Write files of a checkpoint. Return their entries in the manifest."""
+    return {name: _write(temporary / name, parts[name]) for name in sorted(parts)}
+
+
+def finish(
+    temporary: Path,
+    step: int,
+    entries: Mapping[str, Part],
+    facts: Mapping[str, Any],
+    format_: int = FORMAT,
+) -> Path:
+    """Write the manifest of a checkpoint whose files are written; return its final folder."""
+    _write(temporary / MANIFEST, manifest_text(step, entries, facts, format_).encode())
+    fsync(temporary)
+    final = path_of(temporary.parent, step)
+    rename(temporary, final)
+    return final
+
+
+@contextlib.contextmanager
+def discarded_on_error(temporary: Path) -> Iterator[None]:
+    """Remove a temporary folder if an error ends the `with` block."""
     try:
-        os.mkdir(temporary)
-        entries = {name: _write(temporary / name, parts[name]) for name in sorted(parts)}
-        _write(temporary / MANIFEST, manifest_text(step, entries, facts).encode())
-        fsync(temporary)
-        rename(temporary, final)
+        yield
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return final
 
 
 def _require_space(directory: Path, size: int) -> None:
@@ -103,8 +140,8 @@ def _write(path: Path, content: bytes | memoryview) -> Part:
     view = memoryview(content)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        for start in range(0, len(view), _CHUNK_BYTES):
-            chunk = view[start : start + _CHUNK_BYTES]
+        for start in range(0, len(view), CHUNK_BYTES):
+            chunk = view[start : start + CHUNK_BYTES]
             digest.update(chunk)
             while chunk:
                 written = os.write(descriptor, chunk)
@@ -119,7 +156,11 @@ def _write(path: Path, content: bytes | memoryview) -> Part:
 
 
 def latest_valid(
-    directory: Path, warn: Callable[[str], None] = print, *, set_aside: bool = False
+    directory: Path,
+    warn: Callable[[str], None] = print,
+    *,
+    set_aside: bool = False,
+    read: Callable[[Path], object] | None = None,
 ) -> Path | None:
     """Return the newest checkpoint that passes `verify`; None if there is none.
 
@@ -128,6 +169,7 @@ def latest_valid(
         warn: Called once with a message for each damaged checkpoint that is skipped.
         set_aside: Rename damaged checkpoints, so that their steps can be written again. Only the
             writer of the run may do this.
+        read: Reads and verifies a checkpoint, with the errors of `verify`; None: `verify`.
 
     Raises:
         UnreadableError: A checkpoint, or the disk, cannot be read at the moment. It may be valid,
@@ -146,7 +188,7 @@ def latest_valid(
             if inode in skipped:
                 continue
             try:
-                verify(path)
+                (read or verify)(path)
                 found = path
                 break
             except UserError as error:
@@ -207,6 +249,30 @@ def best(directory: Path) -> int | None:
         if loss is not None and math.isfinite(loss):
             scored.append((loss, step))
     return min(scored)[1] if scored else None
+
+
+# ---- reading ----
+
+
+class Content:
+    """Files of a verified checkpoint in the folder `path`, and its manifest."""
+
+    def __init__(self, path: Path, manifest: CheckpointManifest | None = None) -> None:
+        self.path = path
+        self.manifest = manifest or read_manifest(path)
+
+    def text(self, name: str) -> str:
+        """Return the content of a text file."""
+        return reading(self.path, lambda: (self.path / name).read_text("utf-8"))
+
+    def tensors(
+        self,
+        group: str,
+        device: str | torch.device = "cpu",
+        wanted: Mapping[str, range] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the tensors of a group: "model", "optimizer" or "ema"; see `assemble`."""
+        return load_tensors(self.path, group, device, wanted)
 
 
 # ---- removing; only for the writer ----

@@ -1,34 +1,30 @@
-"""safetensors files: as one reusable buffer in memory for writing, and read back into tensors.
+"""safetensors files as reusable buffers in memory, for writing.
 
 A checkpoint is copied into such buffers while training waits, and written from them in the
 background. The buffers are allocated once and filled again for each checkpoint.
 
-Layout of the file: length of the header (8 bytes, little-endian); the header (JSON: dtype, shape
-and offsets of each tensor, padded with spaces); the tensors, contiguous.
+Several ranks write the tensors of a group in parts: each writes a slice of some tensors.
 
-Drivers read the final weights with this module, so torch is imported only when it is needed.
+Layout of the file: length of the header (8 bytes, little-endian); the header (JSON: dtype, shape
+and offsets of each tensor, padded with spaces); the tensors, contiguous. A slice is a tensor with
+one dimension; the metadata of the file have its start and the shape of the whole tensor.
+`tensor_read` reads such files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
-
-import numpy as np
-import safetensors
-
-from orchestrator.checkpoint.format import reading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 Tensors: TypeAlias = "Mapping[str, Tensor]"
+TensorsOrSlices: TypeAlias = "Mapping[str, Tensor | Slice]"
 
-_DTYPES = {
+DTYPES = {
     "torch.float64": "F64",
     "torch.float32": "F32",
     "torch.float16": "F16",
@@ -40,44 +36,95 @@ _DTYPES = {
     "torch.uint8": "U8",
     "torch.bool": "BOOL",
 }
-_LENGTH_BYTES = 8  # length of the header
-_ALIGNMENT = 8  # bytes
+LENGTH_BYTES = 8  # length of the header
+ALIGNMENT = 8  # bytes
+METADATA = "__metadata__"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some consecutive numbers of a tensor.
+
+    Attributes:
+        numbers: The numbers, with one dimension.
+        start: Index of the first one in the flattened tensor.
+        shape: Shape of the tensor.
+    """
+
+    numbers: Tensor
+    start: int
+    shape: tuple[int, ...]
+
+
+def own_share(tensors: TensorsOrSlices, rank: int, ranks: int) -> TensorsOrSlices:
+    """Return what one rank writes.
+
+    Tensors are the same on all ranks. They form one sequence of bytes, in the order of a file, and
+    each rank writes as many of these bytes. Slices are held by this rank alone, so it writes them.
+    """
+    whole = {name: t for name, t in tensors.items() if not isinstance(t, Slice)}
+    total = sum(tensor.nbytes for tensor in whole.values())
+    borders = [total * place // ranks // ALIGNMENT * ALIGNMENT for place in range(ranks)]
+    first, last = [*borders, total][rank : rank + 2]
+    share: dict[str, Tensor | Slice] = {k: t for k, t in tensors.items() if k not in whole}
+    for name in _in_order(whole):
+        tensor = whole[name].detach()
+        begin = max(first, 0) // tensor.element_size()
+        end = min(last, tensor.nbytes) // tensor.element_size()
+        if begin < end or (rank == 0 and tensor.numel() == 0):
+            share[name] = Slice(tensor.reshape(-1)[begin:end], begin, tuple(tensor.shape))
+        first -= tensor.nbytes
+        last -= tensor.nbytes
+    return share
+
+
+def _in_order(tensors: Tensors) -> list[str]:
+    """Return the names in the order of a file.
+
+    Large elements come first, so that each tensor starts at a multiple of its element size.
+    """
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
 class TensorFile:
     """A safetensors file in memory. The memory is pinned if a tensor is on a GPU.
 
     Args:
-        tensors: Tensors of the shapes, dtypes and devices that `fill` will be given.
+        content: Tensors or slices of the shapes, dtypes and devices that `fill` will be given.
 
     Attributes:
         data: The bytes of the file, complete after `fill`.
     """
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, content: TensorsOrSlices) -> None:
         import torch
 
-        self._layout = _layout(tensors)
-        # Large elements first, so that each tensor starts at a multiple of its element size.
-        names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-        header = {}
+        self._layout = _layout(content)
+        places = {
+            name: json.dumps([item.start, item.shape])
+            for name, item in content.items()
+            if isinstance(item, Slice)
+        }
+        tensors = _numbers(content)
+        names = _in_order(tensors)
+        header: dict[str, Any] = {METADATA: places} if places else {}
         end = 0
         for name in names:
             start = end
             end += tensors[name].nbytes
             header[name] = {
-                "dtype": _DTYPES[str(tensors[name].dtype)],
+                "dtype": DTYPES[str(tensors[name].dtype)],
                 "shape": list(tensors[name].shape),
                 "data_offsets": [start, end],
             }
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % _ALIGNMENT)
+        text += b" " * (-len(text) % ALIGNMENT)
 
-        first = _LENGTH_BYTES + len(text)
+        first = LENGTH_BYTES + len(text)
         is_pinned = any(tensor.is_cuda for tensor in tensors.values())
         self._buffer = torch.empty(first + end, dtype=torch.uint8, pin_memory=is_pinned)
         self.data = self._buffer.numpy().data
-        self.data[:first] = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+        self.data[:first] = len(text).to_bytes(LENGTH_BYTES, "little") + text
         self._views = {}
         for name in names:
             size = tensors[name].nbytes
@@ -85,69 +132,52 @@ class TensorFile:
             self._views[name] = part.view(tensors[name].dtype).view(tensors[name].shape)
             first += size
 
-    def fits(self, tensors: Tensors) -> bool:
-        """Return whether `fill` can be called with these tensors."""
-        return self._layout == _layout(tensors)
+    def fits(self, content: TensorsOrSlices) -> bool:
+        """Return whether `fill` can be called with this content."""
+        return self._layout == _layout(content)
 
-    def fill(self, tensors: Tensors) -> None:
+    def fill(self, content: TensorsOrSlices) -> None:
         """Start the copy. Synchronize a GPU before reading the bytes or changing the tensors."""
+        tensors = _numbers(content)
         for name, view in self._views.items():
             view.copy_(tensors[name].detach(), non_blocking=True)
 
 
-def _layout(tensors: Tensors) -> dict[str, tuple[torch.dtype, torch.Size, bool]]:
-    return {name: (tensor.dtype, tensor.shape, tensor.is_cuda) for name, tensor in tensors.items()}
+def _numbers(content: TensorsOrSlices) -> dict[str, Tensor]:
+    return {
+        name: item.numbers if isinstance(item, Slice) else item for name, item in content.items()
+    }
 
 
-def fill(files: Mapping[str, TensorFile], groups: Mapping[str, Tensors]) -> dict[str, TensorFile]:
-    """Copy each group of tensors into a file, and return the files when the copies are complete.
+def _layout(content: TensorsOrSlices) -> dict[str, tuple[Any, ...]]:
+    layout: dict[str, tuple[Any, ...]] = {}
+    for name, tensor in _numbers(content).items():
+        item = content[name]
+        place = (item.start, item.shape) if isinstance(item, Slice) else ()
+        layout[name] = (tensor.dtype, tensor.shape, tensor.is_cuda, *place)
+    return layout
+
+
+def fill(
+    files: Mapping[str, TensorFile], groups: Mapping[str, TensorsOrSlices]
+) -> dict[str, TensorFile]:
+    """Copy each group of tensors or slices into a file; return the complete files.
 
     Args:
         files: Files of an earlier call, used again where the layout is the same.
-        groups: Tensors by name of the file and name of the tensor.
+        groups: Content by name of the file and name of the tensor.
     """
     filled = {}
     devices = set()
-    for name, tensors in groups.items():
+    for name, content in groups.items():
         file = files.get(name)
-        if file is None or not file.fits(tensors):
-            file = TensorFile(tensors)
-        file.fill(tensors)
+        if file is None or not file.fits(content):
+            file = TensorFile(content)
+        file.fill(content)
         filled[name] = file
-        devices |= {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+        devices |= {tensor.device for tensor in _numbers(content).values() if tensor.is_cuda}
     if devices:
         import torch
     for device in devices:
         torch.cuda.current_stream(device).synchronize()
     return filled
-
-
-def load_tensors(path: Path, name: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Load `<name>.safetensors` of a verified checkpoint."""
-    from safetensors.torch import load_file
-
-    file = path / f"{name}.safetensors"
-    return reading(path, lambda: load_file(file, device=str(device)))
-
-
-def weights_sha256(weights: Tensors) -> str:
-    """Return the SHA-256 of the sorted names and the float32 bytes of a model's weights."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].detach().cpu().float().contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def stored_weights_sha256(path: Path) -> str:
-    """Return `weights_sha256` of a verified checkpoint, whose weights are float32."""
-    return reading(path, lambda: _stored_weights_sha256(path / "model.safetensors"))
-
-
-def _stored_weights_sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with safetensors.safe_open(file, framework="numpy") as weights:
-        for name in sorted(weights.keys()):
-            digest.update(name.encode())
-            digest.update(np.ascontiguousarray(weights.get_tensor(name), dtype=np.float32).data)
-    return digest.hexdigest()

@@ -4,7 +4,7 @@ Start with `loop.Trainer.run`, the training loop. The main names are:
 
 - `loop.train`, `loop.Trainer`: train to the last step, from the newest checkpoint if there is one.
 - `step.Step`, `gradients.Gradients`: one optimizer step, with the same bits for any number of
-  ranks.
+  ranks; `ranks` adds the gradients of all ranks.
 - `state.TrainState`: what a checkpoint holds. `begin.begin` restores it or builds a new one, with
   the weights that `init_from` finds.
 - `due`: when a journal line, an evaluation or a checkpoint is required.

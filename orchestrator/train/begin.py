@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.checkpoint import store
-from orchestrator.checkpoint.format import Fingerprints
+from orchestrator.checkpoint.format import Fingerprints, step_of
 from orchestrator.code_hashes import module_hashes
 from orchestrator.config.experiment import Experiment
+from orchestrator.config.steps import Steps
 from orchestrator.data.batches import Batches
 from orchestrator.errors import UnreadableError, UserError
 from orchestrator.runs import events, journal_copy
@@ -20,6 +21,7 @@ from orchestrator.text import differences
 from orchestrator.train import numerics
 from orchestrator.train.init_from import initial_model
 from orchestrator.train.numerics import Worker, agree, gather
+from orchestrator.train.ranks.reading import ReadTogether, read_together
 from orchestrator.train.state import TrainState, build, restore
 from orchestrator.train.step import Step
 
@@ -30,6 +32,7 @@ _MESSAGES = {
         "worker and torch's version were compared"
     ),
 }
+_NONE = -1  # instead of the step of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def begin(
     n_vocab: int,
     batches: Batches,
     worker: Worker,
+    steps: Steps,
     parent: Path | None = None,
 ) -> Begin:
     """Build the state that training starts from.
@@ -66,6 +70,7 @@ def begin(
         n_vocab: Number of tokens of the tokenizer.
         batches: Micro-batches of the run.
         worker: This process. All ranks must call this function.
+        steps: Settings of every step.
         parent: Checkpoint to start from if `folder` has none. None: new weights, as
             `train.init_from` says.
 
@@ -77,49 +82,51 @@ def begin(
     """
     # The hashes of what was imported: files may be edited while the run trains.
     module_hashes(experiment.model.kind, experiment.optim.kind)
-    own_step = agree(_newest_step(folder) if worker.is_main else 0, worker)
-    is_own = own_step > 0
-    path = folder.checkpoint(own_step) if is_own else parent
-    if path is None:
-        state = build(experiment, initial_model(experiment, n_vocab), worker)
+    content = _read_newest(folder, worker)
+    is_own = content is not None
+    if content is None and parent is not None:
+        content = read_together(parent, worker)
+    if content is None:
+        state = build(experiment, initial_model(experiment, n_vocab), worker, steps)
     else:
-        if not is_own:
-            store.verify(path)
-        elif not worker.is_main:
-            _verify_as_rank_0_did(path)
-        state = restore(experiment, path, worker)
+        state = restore(experiment, content, worker, steps)
     drift: list[str] = []
-    if path is not None or worker.world_size > 1:
-        drift = _check_bits(folder, Step(experiment, state), batches, worker, path)
+    if content is not None or worker.world_size > 1:
+        drift = _check_bits(folder, Step(experiment, state, steps), batches, worker, content)
     return Begin(state, is_own, drift)
 
 
-def _newest_step(folder: RunFolder) -> int:
-    """Return the step of the newest valid checkpoint; 0 if there never was one. Only for rank 0."""
+def _read_newest(folder: RunFolder, worker: Worker) -> ReadTogether | None:
+    """Return the newest valid checkpoint; None if there never was one.
+
+    Rank 0 chooses, and all ranks read each checkpoint that it tries.
+    """
+    if not worker.is_main:
+        while (step := agree(0, worker)) != _NONE:
+            try:
+                return read_together(folder.checkpoint(step), worker)
+            except UnreadableError:
+                raise
+            except UserError:
+                continue  # rank 0 reports it
+        return None
+
+    found: list[ReadTogether] = []
+
+    def read(path: Path) -> None:
+        agree(step_of(path) or 0, worker)
+        found.append(read_together(path, worker))
 
     def skip(message: str) -> None:
         print(message, flush=True)
         events.note(folder, "checkpoint_damaged", message)
 
-    path = store.latest_valid(folder.checkpoints, skip, set_aside=True)
-    if path is None:
+    if store.latest_valid(folder.checkpoints, skip, set_aside=True, read=read) is None:
         require_no_checkpoints(folder)
-        return 0
-    step = store.read_manifest(path)["step"]
-    journal_copy.restore(folder, step)
-    return step
-
-
-def _verify_as_rank_0_did(path: Path) -> None:
-    """Verify on this machine what rank 0 found valid. A difference is not a UserError."""
-    try:
-        store.verify(path)
-    except UnreadableError:
-        raise
-    except UserError as error:
-        raise RuntimeError(
-            f"rank 0 could read this checkpoint, and this worker cannot: {error}"
-        ) from error
+        agree(_NONE, worker)
+        return None
+    journal_copy.restore(folder, found[-1].manifest["step"])
+    return found[-1]
 
 
 # ---- proof ----
@@ -148,7 +155,11 @@ def _ranks_that_differ(proofs: list[str]) -> list[str]:
 
 
 def _check_bits(
-    folder: RunFolder, step: Step, batches: Batches, worker: Worker, path: Path | None
+    folder: RunFolder,
+    step: Step,
+    batches: Batches,
+    worker: Worker,
+    content: store.Content | None,
 ) -> list[str]:
     """Refuse a start that would change the bits, or record it if `train.allow_drift`.
 
@@ -157,7 +168,7 @@ def _check_bits(
         step: The step, with the state at the start.
         batches: Micro-batches of the run.
         worker: This process. All ranks must call this function.
-        path: Checkpoint that the state was read from; None: it has new weights.
+        content: Checkpoint that the state was read from; None: it has new weights.
 
     Returns:
         Why the last bits differ from those of an uninterrupted run; empty if they do not.
@@ -165,8 +176,8 @@ def _check_bits(
     proofs = gather(step.proof(batches), worker)
     drift = _ranks_that_differ(proofs)
     kind, changed = "changed", ""
-    if path is not None:
-        stored = store.read_manifest(path)["fingerprints"]
+    if content is not None:
+        stored = content.manifest["fingerprints"]
         lines = _changes(stored, step.experiment, worker)
         changed = "; ".join(lines)
         if "proof" not in stored:
@@ -181,8 +192,9 @@ def _check_bits(
         for line in drift:
             message = f"results will differ in their last bits from an uninterrupted run: {line}"
             events.note(folder, "drift", message, step=step.state.step)
-        if not drift and (changed or kind == "unproven"):
-            events.note(folder, kind, _MESSAGES[kind].format(path, changed), step=step.state.step)
+        if content is not None and not drift and (changed or kind == "unproven"):
+            message = _MESSAGES[kind].format(content.path, changed)
+            events.note(folder, kind, message, step=step.state.step)
     return drift
 
 

@@ -1,7 +1,8 @@
 """Writes checkpoints in a background thread while training goes on.
 
 The training thread only copies the state into buffers in memory. The buffers are allocated once and
-hold one state, so a save waits until the previous checkpoint is on disk.
+hold one state, so a save waits until the previous checkpoint is on disk. Of several ranks, each
+copies and writes a part, and rank 0 completes the checkpoint (`ranks/writing.py`).
 """
 
 import contextlib
@@ -14,11 +15,14 @@ from typing import Any
 
 from orchestrator import files
 from orchestrator.checkpoint import store, tensor_file
+from orchestrator.checkpoint.format import part_name
 from orchestrator.errors import NO_ROOM, NoRoomError
 from orchestrator.folders import check_held
 from orchestrator.runs import events, journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
+from orchestrator.train.numerics import Worker
+from orchestrator.train.ranks import writing
 
 
 class Checkpointer:
@@ -33,12 +37,17 @@ class Checkpointer:
         folder: Folder of the run.
         keep: Number of newest checkpoints that stay, besides the one with the lowest val loss.
         lines: Journal of the run.
+        worker: This process. All ranks must have a checkpointer and call its methods.
     """
 
-    def __init__(self, folder: RunFolder, keep: int, lines: Journal) -> None:
+    def __init__(
+        self, folder: RunFolder, keep: int, lines: Journal, worker: Worker | None = None
+    ) -> None:
         self.folder = folder
         self.keep = keep
         self.lines = lines
+        self.worker = worker or Worker()
+        self._tell = writing.messages(self.worker)
         self._files: dict[str, tensor_file.TensorFile] = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[NoRoomError | None] | None = None
@@ -47,7 +56,7 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        tensors: Mapping[str, tensor_file.Tensors],
+        tensors: Mapping[str, tensor_file.TensorsOrSlices],
         texts: Mapping[str, str],
         facts: Mapping[str, Any],
     ) -> None:
@@ -55,28 +64,47 @@ class Checkpointer:
 
         Args:
             step: Number of updates done.
-            tensors: Tensors by name of the safetensors file ("model", "optimizer") and own name.
-            texts: Content of the text files by file name.
-            facts: Further fields of the manifest.
+            tensors: Tensors by name of their group ("model", "optimizer") and own name. Slices are
+                held by this rank alone; tensors are the same on all ranks.
+            texts: Content of the text files by file name. Those of rank 0 are written.
+            facts: Further fields of the manifest, also of rank 0.
 
         Raises:
             OSError: The previous checkpoint could not be written, for another reason than a full
                 disk.
         """
         self._finish_pending()
+        if not self.worker.is_main:
+            self._files = tensor_file.fill(self._files, self._own(tensors))
+            parts = store.parts_of(self._files, {})
+            self._pending = self._thread.submit(self._follow, parts)
+            return
         disk_full = self.lines.catch_up()
         if disk_full is not None:
             # Lines of the journal are only in memory, so no checkpoint is written: a run that is
             # killed after it would resume after these lines and lose them.
             self._not_written = self._report_full_disk(step, disk_full)
+            self._pending = self._thread.submit(self._skip, self._not_written)
             return
-        self._files = tensor_file.fill(self._files, tensors)
+        self._files = tensor_file.fill(self._files, self._own(tensors))
         texts = dict(texts)
         if self.lines.file.exists():
             # The copy restores lines that are lost later: these steps are not trained again.
             texts[self.lines.file.name] = journal.read_text(self.folder)
         parts = store.parts_of(self._files, texts)
         self._pending = self._thread.submit(self._commit, step, parts, facts)
+
+    def _own(
+        self, tensors: Mapping[str, tensor_file.TensorsOrSlices]
+    ) -> Mapping[str, tensor_file.TensorsOrSlices]:
+        """Return what this rank writes, by name of the file."""
+        rank, ranks = self.worker.rank, self.worker.world_size
+        if ranks == 1:
+            return tensors
+        return {
+            part_name(group, rank, ranks): tensor_file.own_share(content, rank, ranks)
+            for group, content in tensors.items()
+        }
 
     def wait(self) -> None:
         """Wait until everything that was saved is on disk.
@@ -125,10 +153,12 @@ class Checkpointer:
     ) -> NoRoomError | None:
         """Write one checkpoint; return an error if the disk is full."""
         try:
-            check_held(self.folder.checkpoints)
-            # After a power failure, the journal must have all lines up to the checkpoint.
-            journal.sync(self.folder)
-            store.commit(self.folder.checkpoints, step, parts, facts)
+            if self.worker.world_size > 1:
+                folder = self.folder.checkpoints
+                writing.lead(folder, step, parts, facts, self._prepare, self._tell)
+            else:
+                self._prepare()
+                store.commit(self.folder.checkpoints, step, parts, facts)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
@@ -137,6 +167,18 @@ class Checkpointer:
             os.close(files.opener(self.folder.checkpointed_file, os.O_WRONLY | os.O_CREAT))
         store.prune(self.folder.checkpoints, self.keep)
         return None
+
+    def _prepare(self) -> None:
+        check_held(self.folder.checkpoints)
+        # After a power failure, the journal must have all lines up to the checkpoint.
+        journal.sync(self.folder)
+
+    def _follow(self, parts: store.Parts) -> None:
+        writing.follow(self.folder.checkpoints, parts, self._tell, self.worker.has_folder)
+
+    def _skip(self, error: NoRoomError) -> NoRoomError:
+        writing.skip(self._tell)
+        return error
 
     def _report_full_disk(self, step: int, error: OSError) -> NoRoomError:
         steps = self.folder.checkpoint_steps()

@@ -31,7 +31,8 @@ from orchestrator.train.numerics import Worker, agree, autocast, keyed_seed
 from orchestrator.train.state import TrainState
 
 SAMPLE_PROMPT = 16  # tokens of val that the sample starts with
-SAMPLE_TOKENS = 64  # tokens that the model adds
+SAMPLE_TOKENS = 64  # tokens that the model adds, unless train.sample_tokens is set
+SAMPLE_TEMPERATURE = 0.8
 
 EvalBatch = tuple[np.ndarray, np.ndarray, np.ndarray]  # inputs, targets (B, T); window ids (B,)
 
@@ -212,10 +213,13 @@ class Evaluator:
                     return True
                 return not agree(int(self.stop_requested()), self.worker)
 
+        models = {split: (self.sets[split], state.forward) for split in self.sets}
+        if state.ema is not None:
+            models["ema"] = (self.sets["val"], state.ema)
         results: dict[str, EvalResult] = {}
-        for split, eval_set in self.sets.items():
-            results[split] = eval_set.evaluate(
-                state.forward,
+        for name, (eval_set, model) in models.items():
+            results[name] = eval_set.evaluate(
+                model,
                 self.device,
                 self.autocast,
                 self.worker.rank,
@@ -232,25 +236,33 @@ class Evaluator:
             except Exception as error:  # a sample is never a reason to end the run
                 message = f"no sample of step {state.step}: {type(error).__name__}: {error}"
                 events.note(self.folder, "sample", message, step=state.step)
-        return {
+        metrics = {
             "val/loss": val.loss,
             "val/bits_per_byte": val.bits_per_byte,
             "val/best_loss": state.best_val_loss,
             "train/eval_loss": results["train"].loss,
         }
+        if "ema" in results:
+            metrics["val/ema_loss"] = results["ema"].loss
+        return metrics
 
     def _write_sample(self, state: TrainState) -> None:
-        """Write the text that the model generates after the first tokens of val."""
-        prompt = self.val.read(0, min(SAMPLE_PROMPT, self.val.tokens)).astype("int64")
-        tokens = torch.from_numpy(prompt)[None].to(self.device)  # (1, SAMPLE_PROMPT)
+        """Write the text that the model generates after the prompt."""
+        settings = self.experiment.train
+        if settings.sample_prompt is None:
+            prompt = self.val.read(0, min(SAMPLE_PROMPT, self.val.tokens))
+        else:
+            prompt = self.tokenizer.encode(settings.sample_prompt)
+        tokens = torch.from_numpy(prompt.astype("int64"))[None].to(self.device)  # (1, T)
         with self.autocast:
             generated = generate(
                 state.model,
                 tokens,
-                SAMPLE_TOKENS,
+                settings.sample_tokens or SAMPLE_TOKENS,
+                temperature=SAMPLE_TEMPERATURE,
                 top_k=50,
                 n_vocab=self.tokenizer.n_vocab,
-                seed=keyed_seed(self.experiment.train.seed, state.step),
+                seed=keyed_seed(settings.seed, state.step),
             )
         file = self.folder.sample_file(state.step)
         try:

@@ -9,6 +9,7 @@ Drivers check names with this module, so torch is imported only when weights are
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import shutil
@@ -26,6 +27,9 @@ from orchestrator.checkpoint import store
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
 from orchestrator.files import replacement
+from orchestrator.mirror import remote
+from orchestrator.objects.address import is_address
+from orchestrator.own_code import plain
 from orchestrator.paths import cache_folder, expand_home
 from orchestrator.runs.folder import RunFolder
 from orchestrator.text import differences
@@ -37,7 +41,6 @@ if TYPE_CHECKING:
 SCRATCH = "scratch"
 MAX_PADDING = 1024  # with more vocabulary rows beyond the tokens, it is another tokenizer
 HUB = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
-
 
 # What a pickled number of numpy refers to. The name of the function is that of numpy 1 or 2.
 NUMPY_NUMBERS: list[Any] = [
@@ -69,14 +72,15 @@ def initial_model(experiment: Experiment, n_vocab: int) -> LanguageModel:
     """
     import torch
 
-    from model import weights
+    from model import models, weights
 
     name = experiment.train.init_from
     if name == SCRATCH:
         torch.manual_seed(experiment.train.seed)
         return experiment.new_model(n_vocab)
     source = _open_fitting(experiment, n_vocab)
-    model = experiment.new_model(n_vocab)
+    kind = experiment.model.kind
+    model = models.empty_model(kind, experiment.model_config_for(n_vocab), "cpu")
     with _as_user_error(name):
         tensors = source.load()
         weights.check_values(tensors)
@@ -89,19 +93,25 @@ def initial_model(experiment: Experiment, n_vocab: int) -> LanguageModel:
 
 
 def require_init_from_exists(experiment: Experiment) -> None:
-    """Check that `train.init_from` names something that exists. Nothing is read.
+    """Check that `train.init_from` names something that exists. A run in a mirror is copied.
 
     Raises:
         UserError: It does not exist.
     """
     name = experiment.train.init_from
-    if name == SCRATCH or name in GPT2_SIZES or expand_home(name).exists():
+    if name == SCRATCH or name in GPT2_SIZES or _source(name).exists():
         return
     raise UserError(
         f"train.init_from: '{name}' does not exist; use {SCRATCH}, one of "
         f"{', '.join(GPT2_SIZES)}, a Hugging Face folder, a nanoGPT ckpt.pt, or a run or "
-        "checkpoint folder"
+        "checkpoint folder, also s3://… in a mirror"
     )
+
+
+@functools.cache  # a process uses one state of a run that may go on
+def _source(name: str) -> Path:
+    """Return where first weights are; a run in a mirror is copied to this machine."""
+    return expand_home(remote.here(name, "train.init_from") if is_address(name) else name)
 
 
 def check_shape(experiment: Experiment, n_vocab: int) -> None:
@@ -156,7 +166,7 @@ def _open_fitting(experiment: Experiment, n_vocab: int) -> FirstWeights:
             "trained with"
         )
     wanted = experiment.model_config_for(n_vocab)
-    found = differences({"kind": source.kind}, {"kind": experiment.model.kind})
+    found = differences({"kind": plain(source.kind)}, {"kind": plain(experiment.model.kind)})
     if not found:
         found = differences(_usable(source, wanted), fields_of(wanted))
     if found:
@@ -183,7 +193,7 @@ def _open(experiment: Experiment) -> FirstWeights:
 
     require_init_from_exists(experiment)
     name = experiment.train.init_from
-    path = expand_home(name)
+    path = _source(name)
     with _as_user_error(name):
         if name in GPT2_SIZES:
             return _open_hugging_face(_download(name))
@@ -192,8 +202,9 @@ def _open(experiment: Experiment) -> FirstWeights:
         if (path / "config.json").is_file():
             return _open_hugging_face(path)
         found = checkpoint_of(path)
-        kind, config = stored_config(found)
-        return FirstWeights(config, lambda: store.load_tensors(found, "model"), kind)
+        content = store.Content(found)
+        kind, config = stored_config(content)
+        return FirstWeights(config, lambda: content.tensors("model"), kind)
 
 
 def _open_hugging_face(folder: Path) -> FirstWeights:

@@ -68,9 +68,7 @@ def batch_of(experiment: Experiment, directory: Path, step: int) -> Batch:
     config = experiment.train
     length = experiment.model.block_size
     stream = TokenStream(directory, "train")
-    batches = Batches(
-        stream, length, config.global_batch_size, config.micro_batch_size, config.seed
-    )
+    batches = Batches(stream, length, experiment.batch_sizes, config.micro_batch_size, config.seed)
     inputs, targets = batches.micro_batch(step, 0)
     offsets = batches.offsets(step)[: config.micro_batch_size]
     following = [stream.read(offset + length, 1)[0] for offset in offsets.tolist()]

@@ -10,12 +10,11 @@ weights, the optimizer moments and a few numbers, and a resumed run equals an un
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from model.schedule import learning_rate
 from orchestrator.config.experiment import Experiment
+from orchestrator.config.steps import Steps
 from orchestrator.data.batches import Batches, TokenStream, check_unchanged
 from orchestrator.data.dataset import load_manifest
 from orchestrator.data.tokenizer import load_tokenizer
@@ -28,7 +27,7 @@ from orchestrator.train.checkpointer import Checkpointer
 from orchestrator.train.due import Due, read_last_line, rewind_journal
 from orchestrator.train.evaluate import Evaluator, StopRequested
 from orchestrator.train.meter import Metrics, log_metrics
-from orchestrator.train.numerics import Worker, prepare_process, resolve_dtype
+from orchestrator.train.numerics import Worker, prepare_process, resolve_auto
 from orchestrator.train.state import snapshot
 from orchestrator.train.step import Step, ignore_phase, micro_batches
 
@@ -40,7 +39,8 @@ def train(
 
     This is the entry without Ray: for tests, benchmarks and torchrun. A run on Ray uses `Trainer`
     directly, under a watchdog (`workers/worker.py`). Every rank calls this function with its own
-    `worker`. With more than one rank, torch.distributed must be initialized. Only rank 0 writes.
+    `worker`. With more than one rank, torch.distributed must be initialized. Only rank 0 writes,
+    but for the parts of checkpoints.
 
     Returns:
         The number of steps done; `folder.read_ending()` tells why it is below `max_steps`.
@@ -63,7 +63,7 @@ class Trainer:
             `train.init_from` says.
         end_step: Last step to train. None: `train.max_steps`. A smaller value is the end of a
             stage, not of the run, and adds no end-of-run evaluation.
-        lr_at: Learning rate of the update made at a 0-based step. None: the configured schedule.
+        steps: Settings of every step. None: the configured ones.
         stop_requested: Returns True on rank 0 once the run should stop, and False on other ranks.
             Either all ranks or none pass a function.
         report_phase: Called on every rank with (phase, step) when a phase of the step starts. The
@@ -82,19 +82,19 @@ class Trainer:
         *,
         parent: Path | None = None,
         end_step: int | None = None,
-        lr_at: Callable[[int], float] | None = None,
+        steps: Steps | None = None,
         stop_requested: Callable[[], bool] | None = None,
         report_phase: Callable[[str, int], None] | None = None,
     ) -> None:
         # First of all: a reused Ray process has the threads, seeds and flags of its last stage.
         prepare_process(experiment, worker)
-        experiment = resolve_dtype(experiment, folder, worker)
+        experiment = resolve_auto(experiment, folder, worker)
         config = experiment.train
         self.experiment = experiment
         self.folder = folder
         self.worker = worker
         self.end_step = config.max_steps if end_step is None else end_step
-        self.lr_at = lr_at or functools.partial(learning_rate, experiment.lr_schedule())
+        self.steps = steps or experiment.steps()
         self.report_phase = report_phase or ignore_phase
 
         self.dataset = load_manifest(dataset_dir)
@@ -103,17 +103,19 @@ class Trainer:
         self.batches = Batches(
             self.streams["train"],
             experiment.model.block_size,
-            config.global_batch_size,
+            self.steps.batch_sizes,
             config.micro_batch_size,
             config.seed,
         )
 
-        self.start = begin(experiment, folder, tokenizer.n_vocab, self.batches, worker, parent)
+        self.start = begin(
+            experiment, folder, tokenizer.n_vocab, self.batches, worker, self.steps, parent
+        )
         self.state = self.start.state
-        self.step = Step(experiment, self.state, stop_requested, self.report_phase)
+        self.step = Step(experiment, self.state, self.steps, stop_requested, self.report_phase)
         self.guard = nonfinite.Guard(folder, config, self.batches, worker.is_main)
         self.journal = Journal(folder)
-        self.checkpointer = Checkpointer(folder, config.keep, self.journal)
+        self.checkpointer = Checkpointer(folder, config.keep, self.journal, worker)
         self.evaluator: Evaluator | None = None
         if config.eval_interval is not None:
             self.evaluator = Evaluator(
@@ -158,7 +160,7 @@ class Trainer:
                         break
                     if verdict == nonfinite.APPLY:
                         state.grad_norm = gradient.norm
-                        self.step.update(self.lr_at(state.step))
+                        self.step.update(self.steps(state.step))
                         state.meter.add(gradient.losses)
                     else:
                         self.step.skip()
@@ -203,15 +205,14 @@ class Trainer:
             self._save_checkpoint(metrics)
 
     def _save_checkpoint(self, metrics: Metrics) -> None:
-        """Copy the state; a thread of rank 0 writes it. `metrics` are those of the current step."""
+        """Copy the state; a thread of each rank writes it. `metrics` are of the current step."""
         check_unchanged(self.streams.values())
         state = self.state
         state.meter.lap("rest")
         self.report_phase("checkpoint", state.step)
         proof = prove(self.step, self.batches, self.worker)
-        if self.worker.is_main:
-            parts = snapshot(state, self.experiment, self.dataset, self.worker, metrics, proof)
-            self.checkpointer.save(state.step, *parts)
+        parts = snapshot(state, self.experiment, self.dataset, self.worker, metrics, proof)
+        self.checkpointer.save(state.step, *parts)
         state.meter.lap("checkpoint")
 
     def _save_and_stop(self) -> None:
@@ -271,7 +272,7 @@ class Trainer:
             self.experiment,
             self.worker,
             epoch=self.batches.epoch(self.state.step),
-            lr=self.lr_at(self.state.step - 1),
+            steps=self.steps,
         )
         if not empty_window:
             self.state.meter.losses = window

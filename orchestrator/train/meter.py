@@ -18,12 +18,19 @@ import torch
 from model.flops import mfu
 from model.protocol import HasFlops
 from orchestrator.config.experiment import Experiment
+from orchestrator.config.steps import Steps, first_change
 from orchestrator.train.numerics import Worker, device_name
 
 if TYPE_CHECKING:
     from orchestrator.train.state import TrainState
 
 Metrics = dict[str, float]
+LOGGED_AS = {
+    "lr": "optim/lr",
+    "weight_decay": "optim/weight_decay_factor",
+    "momentum": "optim/momentum",
+    "batch_size": "train/batch_size",
+}  # by name of the setting
 
 
 @dataclass
@@ -61,8 +68,11 @@ class Meter:
         self.losses += losses
         self.steps += 1
 
-    def flush(self, tokens_per_step: int) -> Metrics:
+    def flush(self, tokens: int) -> Metrics:
         """Return the metrics of the window and empty it.
+
+        Args:
+            tokens: Tokens of the steps of the window.
 
         `perf/overhead_share` is the part of the training time that is not spent on forward,
         backward, reduction or optimizer.
@@ -79,7 +89,7 @@ class Meter:
             metrics["train/loss"] = math.fsum(self.losses) / len(self.losses)
             metrics["train/loss_max"] = max(self.losses)
         if self.steps:
-            metrics["perf/tokens_per_sec"] = self.steps * tokens_per_step / training
+            metrics["perf/tokens_per_sec"] = tokens / training
             metrics["perf/step_time_s"] = training / self.steps
             metrics["perf/data_wait_s"] = data / self.steps
             metrics["perf/overhead_share"] = (training - compute) / training
@@ -90,7 +100,11 @@ class Meter:
 
 
 def log_metrics(
-    state: TrainState, experiment: Experiment, worker: Worker, epoch: float, lr: float
+    state: TrainState,
+    experiment: Experiment,
+    worker: Worker,
+    epoch: float,
+    steps: Steps,
 ) -> Metrics:
     """Return the metrics of a log line, and empty the log window.
 
@@ -99,14 +113,16 @@ def log_metrics(
         experiment: The configuration.
         worker: This process.
         epoch: Number of passes over the train split so far.
-        lr: Learning rate of the last update.
+        steps: Settings of every step.
     """
     state.meter.lap("rest")
-    metrics = state.meter.flush(experiment.tokens_per_step)
-    metrics["train/tokens"] = state.step * experiment.tokens_per_step
+    sizes, length = steps.batch_sizes, experiment.model.block_size
+    before = sizes.before(max(0, state.step - state.meter.steps))
+    metrics = state.meter.flush((sizes.before(state.step) - before) * length)
+    metrics["train/tokens"] = sizes.before(state.step) * length
     metrics["train/epoch"] = epoch
-    metrics["optim/lr"] = lr
-    metrics |= _rates_of_groups(state.optimizer, lr)
+    metrics |= _settings(steps, state.step, experiment.train.max_steps)
+    metrics |= _rates_of_groups(state.optimizer, metrics["optim/lr"])
     metrics["optim/grad_norm"] = state.grad_norm
     metrics["run/attempt"] = worker.attempt
     if state.skipped:
@@ -124,6 +140,18 @@ def log_metrics(
         if utilization is not None:
             metrics["perf/mfu"] = utilization
     return metrics | memory_metrics(worker.device)
+
+
+def _settings(steps: Steps, step: int, max_steps: int) -> Metrics:
+    """Return the learning rate of the last update, and its settings that have changed so far.
+
+    Trials that share their steps so far log the same ones.
+    """
+    return {
+        logged: steps.value(name, step - 1)
+        for name, logged in LOGGED_AS.items()
+        if name == "lr" or first_change(steps, name, max_steps) < step
+    }
 
 
 def _rates_of_groups(optimizer: torch.optim.Optimizer, lr: float) -> Metrics:

@@ -112,6 +112,6 @@ class Guard:
     def _windows(self, step: int, bad: list[int]) -> dict[int, list[int]]:
         """Return the offsets of the samples of each suspect micro-batch in the train split."""
         size = self.config.micro_batch_size
-        suspects = bad or range(self.config.global_batch_size // size)
+        suspects = bad or range(self.batches.micro_batches(step))
         offsets = self.batches.offsets(step)
         return {m: offsets[m * size : (m + 1) * size].tolist() for m in suspects}

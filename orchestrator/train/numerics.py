@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import re
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,9 @@ _VARIABLES = re.compile(
     "|TORCHINDUCTOR|TRITON)_.+|NVIDIA_TF32_OVERRIDE|GLIBC_TUNABLES|LD_PRELOAD"
 )
 _VALUE_CHARS = 200  # of a variable, in a checkpoint
+# Raised when the bits of all runs change. 2: a gradient's norm is that of pieces of fixed size, and
+# Muon orthogonalises the matrices of each slot together.
+VERSION = 2
 # Entries of the fingerprint that decide which sums a step makes: one micro-batch does not prove
 # that they are as before.
 NOT_PROVEN = ("micro_batch", "reduction_slots", "dtype", "compile")
@@ -47,6 +51,7 @@ class Worker:
         device: "cpu", "cuda:0" and so on.
         cpus: Number of CPUs, and so of torch's threads.
         attempt: Number of this start of the processes, from 1.
+        has_folder: This process sees the files that rank 0 writes.
     """
 
     rank: int = 0
@@ -54,11 +59,16 @@ class Worker:
     device: str = "cpu"
     cpus: int = 1
     attempt: int = 1
+    has_folder: bool = True
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes the files of the run."""
         return self.rank == 0
+
+
+# Variables that decide what glibc does with large blocks.
+MALLOC = {"MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
 
 
 def prepare_process(experiment: Experiment, worker: Worker) -> None:
@@ -92,18 +102,25 @@ def keep_memory() -> None:
 
     By default it returns large blocks to the kernel, which fills each page with zeros when it is
     used again: 4 % of a small step, and a fifth of a step of GPT-2 (benchmarks/RESULTS.md).
+    Settings of the user in the environment hold.
     """
+    if MALLOC & os.environ.keys() or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
+        return
     with contextlib.suppress(AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped alone
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
-def resolve_dtype(experiment: Experiment, folder: RunFolder, worker: Worker) -> Experiment:
-    """Return the experiment with the type that `train.dtype=auto` stands for in this process."""
+def resolve_auto(experiment: Experiment, folder: RunFolder, worker: Worker) -> Experiment:
+    """Return the experiment with what `auto` stands for in this process.
+
+    Raises:
+        UserError: See `identity.resolve_auto`.
+    """
     on_gpu = worker.device.startswith("cuda")
     layout = Layout(1, worker.cpus, on_gpu, fast_dtype=dtypes.fast_dtype(on_gpu))
-    return identity.resolve_dtype(experiment, layout, folder)
+    return identity.resolve_auto(experiment, layout, folder)
 
 
 def autocast(experiment: Experiment, device: str) -> AbstractContextManager:
@@ -116,6 +133,20 @@ def autocast(experiment: Experiment, device: str) -> AbstractContextManager:
     return torch.autocast(torch.device(device).type, getattr(torch, experiment.train.dtype))
 
 
+@contextlib.contextmanager
+def casts_kept() -> Iterator[None]:
+    """Keep the weights that autocast has cast, which it otherwise casts for each micro-batch.
+
+    They are dropped at the end, before the update of the weights.
+    """
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+
+
 def agree(number: int, worker: Worker) -> int:
     """Return the `number` of rank 0 on all ranks. All ranks must call this function."""
     if worker.world_size == 1:
@@ -125,19 +156,28 @@ def agree(number: int, worker: Worker) -> int:
     return int(shared.item())
 
 
-def gather(digest: str, worker: Worker) -> list[str]:
-    """Return the `digest` of each rank, by rank. All ranks must call this function.
+def gather(text: str, worker: Worker, group: dist.ProcessGroup | None = None) -> list[str]:
+    """Return the `text` of each rank, by rank. All ranks must call this function.
 
     Args:
-        digest: Hexadecimal digits, the same number on all ranks.
+        text: Any text.
         worker: This process.
+        group: A process group of CPUs with all ranks; None: the default one.
     """
     if worker.world_size == 1:
-        return [digest]
-    mine = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=worker.device)
+        return [text]
+    device = worker.device if group is None else "cpu"
+    content = text.encode()
+    own_size = torch.tensor([len(content)], dtype=torch.int64, device=device)
+    sizes = [torch.empty_like(own_size) for _ in range(worker.world_size)]
+    dist.all_gather(sizes, own_size, group=group)
+    longest = max(1, *(int(size) for size in sizes))
+    padded = bytearray(content.ljust(longest))
+    mine = torch.frombuffer(padded, dtype=torch.uint8).to(device)
     found = [torch.empty_like(mine) for _ in range(worker.world_size)]
-    dist.all_gather(found, mine)
-    return [bytes(one.tolist()).hex() for one in found]
+    dist.all_gather(found, mine, group=group)
+    texts = zip(found, sizes, strict=True)
+    return [one[: int(size)].cpu().numpy().tobytes().decode() for one, size in texts]
 
 
 def keyed_seed(seed: int, *key: int) -> int:
@@ -178,6 +218,7 @@ def fingerprint(experiment: Experiment, worker: Worker) -> dict[str, Any]:
         "cpus_per_worker": worker.cpus,
         "device": device_name(worker.device),
         "torch": torch.__version__,
+        "numerics": VERSION,
     }
 
 

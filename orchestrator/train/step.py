@@ -6,17 +6,18 @@ Notation: B sequences per micro-batch, T tokens per sequence, M micro-batches pe
 """
 
 import hashlib
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from model.optim import momentum_at
 from orchestrator.config.experiment import Experiment
+from orchestrator.config.steps import Steps, StepSettings
 from orchestrator.data.batches import Batches, Prefetcher
+from orchestrator.own_code import is_own
 from orchestrator.train.gradients import Gradients
-from orchestrator.train.numerics import autocast, keyed_seed, seed_device
+from orchestrator.train.numerics import autocast, casts_kept, keyed_seed, seed_device
 from orchestrator.train.state import TrainState
 
 PROOF_LR = 1e-3  # not a rate of the schedule: a trial may start from a run with another schedule
@@ -44,6 +45,7 @@ class Step:
     Args:
         experiment: The configuration.
         state: State that the steps change.
+        steps: Settings of every step. None: the configured ones.
         stop_requested: Called once per slot. If it returns True, all ranks stop after this step.
         report_phase: Called with (phase, step) when a phase of the step starts.
     """
@@ -52,11 +54,13 @@ class Step:
         self,
         experiment: Experiment,
         state: TrainState,
+        steps: Steps | None = None,
         stop_requested: Callable[[], bool] | None = None,
         report_phase: Callable[[str, int], None] | None = None,
     ) -> None:
         self.experiment = experiment
         self.state = state
+        self.steps = steps or experiment.steps()
         self.stop_requested = stop_requested or _never_stop
         self.report_phase = report_phase or ignore_phase
         self.autocast = autocast(experiment, str(state.gradients.device))
@@ -71,18 +75,16 @@ class Step:
         """
         state = self.state
         gradients = state.gradients
+        batch_size = self.steps.batch_sizes.at(state.step)
+        gradients.set_micro_batches(batch_size // self.experiment.train.micro_batch_size)
         self.report_phase("gradient", state.step)
-        for slot in gradients.my_slots():
-            gradients.begin_slot()
-            for micro_batch in slot:
-                state.meter.lap("rest")
-                inputs, targets = next(batches)
-                state.meter.lap("data")
-                self._forward_backward(micro_batch, inputs, targets)
-                state.meter.lap("compute")
-            if self.stop_requested():
-                gradients.vote()
-            gradients.end_slot()
+        with casts_kept():
+            for slot in gradients.my_slots():
+                self._add_slot(slot, batches)
+                if gradients.ends_round():
+                    self.report_phase("exchange", state.step)
+                    gradients.end_round()
+                    self.report_phase("gradient", state.step)
 
         self.report_phase("exchange", state.step)
         losses = gradients.reduce()
@@ -94,25 +96,44 @@ class Step:
         self.report_phase("update", state.step)
         return Gradient(loss_values, norm_value, vote_count > 0)
 
-    def update(self, lr: float) -> None:
-        """Clip the gradient and update the weights with learning rate `lr`."""
+    def _add_slot(self, slot: Iterable[int], batches: Iterator[MicroBatch]) -> None:
+        """Add the gradients of the micro-batches of a slot."""
         state = self.state
-        self._apply(lr, state.scaler)
+        state.gradients.begin_slot()
+        for micro_batch in slot:
+            state.meter.lap("rest")
+            inputs, targets = next(batches)
+            state.meter.lap("data")
+            self._forward_backward(micro_batch, inputs, targets)
+            state.meter.lap("compute")
+        if self.stop_requested():
+            state.gradients.vote()
+        state.gradients.end_slot()
+
+    def update(self, settings: StepSettings) -> None:
+        """Clip the gradient and update the weights."""
+        state = self.state
+        self._apply(settings, state.scaler)
         state.scaler.update()
+        if state.gradients.shard is not None:
+            self.report_phase("exchange", state.step)
+            state.gradients.shard.gather_weights()
+            self.report_phase("update", state.step)
+        if self.experiment.train.ema is not None:
+            state.update_ema(self.experiment.train.ema)
         state.step += 1
         state.meter.lap("compute")
 
-    def _apply(self, lr: float, scaler: torch.amp.GradScaler) -> None:
+    def _apply(self, settings: StepSettings, scaler: torch.amp.GradScaler) -> None:
         optimizer = self.state.optimizer
         max_norm = self.experiment.optim.max_grad_norm
         if max_norm:
             self.state.gradients.clip(max_norm)
-        section = self.experiment.optim
-        momentum = momentum_at(section.momentum, section.momentum_warmup_steps, self.state.step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = settings.lr * group["lr_scale"]
+            group["weight_decay"] = settings.weight_decay * group["full_weight_decay"]
             if "momentum" in group:
-                group["momentum"] = momentum
+                group["momentum"] = settings.momentum
         scaler.step(optimizer)
 
     def skip(self) -> None:
@@ -145,51 +166,69 @@ class Step:
         for buffer, before in buffers:
             buffer.copy_(before)
         norm = gradients.norm().view(1)
+        if gradients.shard is not None:  # the moments come from all ranks
+            self.report_phase("exchange", self.state.step)
         updated = self._updated_copies()
-        used = gradients.current.flat[: gradients.n_params + 1]  # the gradient and the loss
-        result = torch.cat((used, norm, *updated)).cpu()
-        return hashlib.sha256(result.numpy().data).hexdigest()
+        digest = hashlib.sha256()
+        # One after another: together, they would take the memory of a gradient.
+        for tensor in (*gradients.current.views, gradients.tail[:1], norm, *updated):
+            digest.update(tensor.reshape(-1).cpu().numpy().data)
+        return digest.hexdigest()
 
     @torch.no_grad()
     def _updated_copies(self) -> list[Tensor]:
         """Update copies of some parameters of each group; return the copies, flat.
 
         The smallest one is enough where each number is updated by itself. Matrices that Muon
-        updates meet other kernels if they have another shape, so there is one of each shape.
+        updates meet other kernels if they have another shape, so there is one of each shape; also
+        for an optimizer of the user.
         """
         optimizer = self.state.optimizer
         groups = optimizer.param_groups
         copies = []
         trial = []
         for group in groups:
-            chosen = list({param.shape: param for param in group["params"]}.values())
-            if not group.get("muon"):
-                chosen = sorted(group["params"], key=Tensor.numel)[:1]
-            updated = [self._copy_with_state(param) for param in chosen]
+            params = group.get("whole", group["params"])  # of a sharded run
+            chosen = list({param.shape: i for i, param in enumerate(params)}.values())
+            if not (group.get("muon") or is_own(self.experiment.optim.kind)):
+                chosen = sorted(range(len(params)), key=lambda i: params[i].numel())[:1]
+            updated = [self._copy_with_state(params[i]) for i in chosen]
             copies += updated
-            trial.append({**group, "params": updated})
+            names = group.get("names", ())
+            names = [names[i] for i in chosen if i < len(names)]
+            trial.append({**group, "params": updated, "names": names})
         optimizer.param_groups = trial
         try:
             scaler = torch.amp.GradScaler(self.state.gradients.device.type, enabled=False)
-            self._apply(PROOF_LR, scaler)
+            self._apply(self._proof_settings(), scaler)
         finally:
             optimizer.param_groups = groups
             for copy in copies:
                 del optimizer.state[copy]
         return [copy.view(-1) for copy in copies]
 
+    def _proof_settings(self) -> StepSettings:
+        """Return the settings of the last update, with a fixed learning rate.
+
+        They are the same for all trials that start from this state; those of the next update may
+        differ between them.
+        """
+        return replace(self.steps(max(0, self.state.step - 1)), lr=PROOF_LR)
+
     def _copy_with_state(self, param: Tensor) -> Tensor:
         """Return a copy that has the gradient and a copy of the optimizer's state."""
-        state = self.state.optimizer.state
+        found = self.state.optimizer_state(param)
         copy = param.clone()
+        copy.__dict__.update(param.__dict__)  # such as `row_parts`
         copy.grad = param.grad
-        state[copy] = {key: value.clone() for key, value in state.get(param, {}).items()}
+        self.state.optimizer.state[copy] = {key: value.clone() for key, value in found.items()}
         return copy
 
     def _forward_backward(self, micro_batch: int, inputs: Tensor, targets: Tensor) -> None:
         """Add the gradient of one micro-batch of this step."""
         state = self.state
-        if getattr(self.experiment.model, "dropout", None) != 0:
+        model = self.experiment.model
+        if is_own(model.kind) or getattr(model, "dropout", None) != 0:
             seed = self.experiment.train.seed
             key = keyed_seed(seed, state.step, micro_batch)
             seed_device(key, str(state.gradients.device))
@@ -210,8 +249,12 @@ def micro_batches(
         steps: Steps to read, rising.
     """
     device = gradients.device
-    mine = [micro_batch for slot in gradients.my_slots() for micro_batch in slot]
-    items = ((step, micro_batch) for step in steps for micro_batch in mine)
+    items = (
+        (step, micro_batch)
+        for step in steps
+        for slot in gradients.my_slots(batches.micro_batches(step))
+        for micro_batch in slot
+    )
 
     def fetch(item: tuple[int, int]) -> MicroBatch:
         input_array, target_array = batches.micro_batch(*item)

@@ -18,13 +18,15 @@ from model.gpt_config import GPT2_SIZES, GPTConfig
 from model.protocol import LanguageModel
 from orchestrator.checkpoint import store
 from orchestrator.checkpoint.format import CheckpointManifest
-from orchestrator.config.experiment import Experiment, load_experiment, parse_experiment
+from orchestrator.config.experiment import Experiment, field_docs, parse_experiment
+from orchestrator.config.load import apply_override
 from orchestrator.data.dataset import Manifest, data_identity, load_manifest
 from orchestrator.data.prepare import prepare_in
 from orchestrator.data.prepared import dataset_dir
 from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.machine import available_cpus
+from orchestrator.mirror import remote
 from orchestrator.paths import expand_home
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import find_run, run_places, storage_root
@@ -44,6 +46,7 @@ class Trained:
         device: torch's name of the device.
         checkpoint: Folder of the checkpoint; None for weights from elsewhere.
         manifest: Manifest of the checkpoint; None for weights from elsewhere.
+        is_ema: The model has the moving average of the weights.
     """
 
     model: LanguageModel
@@ -52,23 +55,28 @@ class Trained:
     device: str
     checkpoint: Path | None = None
     manifest: CheckpointManifest | None = None
+    is_ema: bool = False
 
 
 # ---- checkpoints ----
 
 
-def find_checkpoint(word: str, *, best: bool = False) -> Path:
+def find_checkpoint(word: str, *, best: bool = False, data: bool = False) -> Path:
     """Return a verified checkpoint.
 
     Args:
         word: Folder of a checkpoint, folder of a run, or name of a run in the storage. For a run it
-            is the newest valid checkpoint; damaged ones are skipped with a message.
+            is the newest valid checkpoint; damaged ones are skipped with a message. All of them
+            may be addresses in a mirror.
         best: For a run, take the checkpoint with the lowest val loss instead.
+        data: Copy the datasets of a mirrored run too.
 
     Raises:
         UserError: None was found, or it is damaged.
     """
-    folder = find_run(word, _has_checkpoint)
+    folder = find_run(
+        remote.here(word, checkpoints="all" if best else "newest", data=data), _has_checkpoint
+    )
     if not best:
         return checkpoint_of(folder.path, _warn)
     if not folder.checkpoints.is_dir():
@@ -95,7 +103,9 @@ def _warn(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def open_checkpoint(path: Path, device: str, overrides: Sequence[str] = ()) -> Trained:
+def open_checkpoint(
+    path: Path, device: str, overrides: Sequence[str] = (), *, ema: bool = False
+) -> Trained:
     """Load a verified checkpoint.
 
     The process is prepared as a worker of the run was, so that results have the same bits.
@@ -104,21 +114,28 @@ def open_checkpoint(path: Path, device: str, overrides: Sequence[str] = ()) -> T
         path: Folder of the checkpoint.
         device: torch's name of the device.
         overrides: `section.field=value` for the experiment of the checkpoint.
+        ema: Load the moving average of the weights.
 
     Raises:
-        UserError: An override is wrong, or another version of this program wrote the checkpoint.
+        UserError: An override is wrong, there is no average, or another version of this program
+            wrote the checkpoint.
     """
-    manifest = store.read_manifest(path)
-    experiment = load_experiment(RunFolder(path).experiment_file, overrides)
-    cpus: int = manifest["fingerprints"]["numerics"]["cpus_per_worker"]
+    content = store.Content(path)
+    tree = RunFolder(path).read_experiment().model_dump()
+    for override in overrides:
+        apply_override(tree, override, field_docs(tree["model"]["kind"]))
+    experiment = parse_experiment(tree, str(path))
+    cpus: int = content.manifest["fingerprints"]["numerics"]["cpus_per_worker"]
     if isinstance(experiment.compute.cpus_per_worker, int):
         cpus = experiment.compute.cpus_per_worker
     else:
         cpus = min(cpus, available_cpus())
     prepare_process(experiment, Worker(device=device, cpus=cpus))
     tokenizer = load_tokenizer(experiment.data.tokenizer, path)
-    model = load_model(path).to(device)
-    return Trained(model, tokenizer, experiment, device, path, manifest)
+    if ema and experiment.train.ema is None:
+        raise UserError(f"--ema: {path} has no average of the weights, as train.ema was null")
+    model = load_model(content, part="ema" if ema else "model").to(device)
+    return Trained(model, tokenizer, experiment, device, path, content.manifest, ema)
 
 
 # ---- weights of GPT-2 ----

@@ -12,7 +12,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 HELPER = REPO / "tests" / "helpers" / "crash_commit.py"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPO)}
-SCENARIOS = ("first", "beside", "same", "prune", "leftovers")
+SCENARIOS = ("first", "beside", "same", "parts", "prune", "leftovers")
 FILES = ["a.txt", "model.safetensors", "state.json", "MANIFEST.json"]
 
 

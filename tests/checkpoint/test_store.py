@@ -86,11 +86,11 @@ def fail_to_hash(monkeypatch, number: int, times: int, name: str = "") -> None:
     left = [times]
     hash_here = checkpoint_format.hash_here
 
-    def hash_files(paths):
+    def hash_files(paths, *contents):
         if left[0] > 0 and name in paths[0]:
             left[0] -= 1
             raise OSError(number, os.strerror(number), paths[0])
-        return hash_here(paths)
+        return hash_here(paths, *contents)
 
     monkeypatch.setattr(checkpoint_format, "hash_here", hash_files)
 

@@ -9,6 +9,9 @@ import torch
 from model.generate import generate
 from orchestrator.checkpoint import store
 from orchestrator.config.experiment import Experiment, load_experiment
+from orchestrator.data.dataset import load_manifest
+from orchestrator.replay.recorded import RecordedRun
+from orchestrator.replay.replay import Replay
 from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer, train
@@ -17,6 +20,7 @@ from orchestrator.train.state import load_model
 from tests.helpers import train_rank
 from tests.helpers.curves import final_outcome as outcome
 
+FILES = Path(__file__).parent.parent / "own"
 SMALL = [
     "name=small",
     "data.tokenizer=char",
@@ -34,6 +38,7 @@ SMALL = [
 SHAPE = ["model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.dropout=0.1"]
 MUON = ["optim.kind=muon", "optim.momentum_warmup_steps=10", "optim.cautious=true"]
 EVERY_PART = "modern with every part, and muon"
+OWN = "a model and an optimizer of the user"
 KINDS = {
     "gpt2 and muon": [*SHAPE, *MUON],
     "modern and muon": ["model.kind=modern", *SHAPE, *MUON],
@@ -45,10 +50,22 @@ KINDS = {
         "model.window=SL",
         "model.value_embeddings=alternate",
         "model.layer_scalars=true",
+        "model.layer_smear=true",
         "model.norm_gains=true",
         "model.bias=true",
         "model.logit_cap=15",
         "model.loss_chunk=7",
+        "train.global_batch_size=null",
+        "train.batch_schedule={0: 16, 9: 32, 17: 16}",
+        "schedule.weight_decay.kind=cosine",
+        "train.ema=0.9",
+    ],
+    OWN: [
+        f"model.kind={FILES}/conv.py:GatedConv",
+        f"optim.kind={FILES}/lion.py:lion",
+        "model.width=32",
+        "model.n_layer=2",
+        "model.dropout=0.1",
     ],
     "modern and adamw": ["model.kind=modern", *SHAPE, "optim.groups.embedding.lr_scale=3"],
 }
@@ -74,7 +91,8 @@ class Kind:
 
 def parameters() -> list:
     """Return the kinds. Those that others contain are slow tests."""
-    return [pytest.param(k, marks=[] if k == EVERY_PART else pytest.mark.slow) for k in KINDS]
+    fast = (EVERY_PART, OWN)
+    return [pytest.param(k, marks=[] if k in fast else pytest.mark.slow) for k in KINDS]
 
 
 @pytest.fixture(scope="module", params=parameters())
@@ -88,7 +106,7 @@ def test_training_lowers_the_loss(kind):
     assert losses[-1] < losses[0] - 0.3
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [3, 4])  # the next test has two
 def test_several_workers_have_the_same_bits_as_one(kind, folder, world_size):
     processes = train_rank.start(folder, kind.data_dir, kind.words, world_size)
     for process in processes:
@@ -113,8 +131,9 @@ def test_run_killed_on_two_workers_and_resumed_on_one_equals_the_whole(kind, fol
 
 def test_stage_that_starts_from_a_checkpoint_of_another_equals_the_whole(kind, folder, tmp_path):
     before = RunFolder(tmp_path / "before")
-    kind.train(before, "train.max_steps=12", "schedule.decay_steps=24")
+    before.path.mkdir()
     experiment = kind.experiment()
+    list(Trainer(experiment, before, kind.data_dir, Worker(), end_step=12).run())
     trainer = Trainer(experiment, folder, kind.data_dir, Worker(), parent=before.checkpoint(12))
     for _ in trainer.run():
         pass
@@ -123,8 +142,17 @@ def test_stage_that_starts_from_a_checkpoint_of_another_equals_the_whole(kind, f
         assert found[name] == kind.outcome[name]
 
 
+def test_replay_of_the_whole_run_has_its_bits(kind, tmp_path):
+    recorded = RecordedRun(kind.whole)
+    replay = Replay(recorded, recorded.stretch((0, 24)))
+    report = replay.compare(load_manifest(kind.data_dir), RunFolder(tmp_path), lambda line: None)
+    assert report.equal
+    assert report.lines == len(kind.outcome["curve"])
+    assert 24 in report.weights
+
+
 def test_stored_model_gives_the_text_of_a_model_without_a_cache(kind):
-    model = load_model(store.latest_valid(kind.whole.checkpoints))
+    model = load_model(store.Content(store.latest_valid(kind.whole.checkpoints)))
     prompt = torch.arange(5)[None]
     drawn = generate(model, prompt, 40, temperature=0)  # longer than the context
     for end in range(5, 45):

@@ -7,6 +7,7 @@ import pytest
 
 from orchestrator.checkpoint import store
 from orchestrator.config.experiment import load_experiment
+from orchestrator.config.steps import BatchSizes
 from orchestrator.data.batches import Batches, TokenStream
 from orchestrator.runs import events, journal
 from orchestrator.runs.folder import RunFolder
@@ -76,7 +77,7 @@ def weights(folder: RunFolder, step: int) -> str:
 @pytest.fixture
 def windows(tiny_dataset) -> list[int]:
     """Positions of the samples of micro-batch 2 in the update after step 5."""
-    batches = Batches(TokenStream(tiny_dataset, "train"), 16, 8, 2, 1337)
+    batches = Batches(TokenStream(tiny_dataset, "train"), 16, BatchSizes(((0, 8),)), 2, 1337)
     return batches.offsets(5)[4:6].tolist()
 
 
@@ -152,8 +153,8 @@ def test_resume_does_not_reset_the_count_of_skipped_updates(tiny_dataset, folder
 )
 def test_run_whose_last_update_overflows_has_diverged(tiny_dataset, folder, rate, words):
     """No sample is drawn from such a model, and no checkpoint of it is stored."""
+    words += ["schedule.kind=piecewise", f"schedule.points={{10: 1, 11: {rate / 1e-2}}}"]
     trainer = Trainer(load_experiment(None, [*SMALL, *words]), folder, tiny_dataset, Worker())
-    trainer.lr_at = lambda step: rate if step == 11 else 1e-2
     run(trainer)
     ending = folder.read_ending()
     assert (ending.kind, ending.facts) == ("diverged", {"step": 11})

@@ -1,15 +1,20 @@
 """Settings, seeds and fingerprint that decide the last bit."""
 
+import contextlib
+import copy
 import os
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.runs.folder import RunFolder
+from orchestrator.train import numerics, state
 from orchestrator.train.numerics import (
     Worker,
     autocast,
@@ -17,9 +22,10 @@ from orchestrator.train.numerics import (
     fingerprint,
     keyed_seed,
     prepare_process,
-    resolve_dtype,
+    resolve_auto,
     seed_device,
 )
+from orchestrator.train.step import Step
 
 
 def test_prepared_process_does_not_depend_on_its_earlier_settings():
@@ -52,7 +58,49 @@ def test_prepared_process_does_not_depend_on_its_earlier_settings():
 def test_auto_is_replaced_in_this_process(tmp_path, monkeypatch, width, dtype):
     monkeypatch.setattr("orchestrator.cluster.dtypes.fast_dtype", lambda on_gpu: "bfloat16")
     experiment = load_experiment(None, [f"model.n_embd={width}", "model.n_head=1"])
-    assert resolve_dtype(experiment, RunFolder(tmp_path), Worker()).train.dtype == dtype
+    assert resolve_auto(experiment, RunFolder(tmp_path), Worker()).train.dtype == dtype
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often the matrix of queries, keys and values becomes bfloat16."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        super().__init__()
+        self.shape = (3 * experiment.model.n_embd, experiment.model.n_embd)
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and kwargs["dtype"] is torch.bfloat16:
+            self.count += args[0].shape == self.shape
+        return func(*args, **kwargs)
+
+
+def gradient_of_step(experiment: Experiment, model: torch.nn.Module) -> tuple[int, torch.Tensor]:
+    """Return how often a matrix is cast in a step, and the gradient of the step."""
+    training = state.build(experiment, model, Worker())
+    generator = torch.Generator().manual_seed(1)
+    tokens = [torch.randint(61, (2, 16), generator=generator) for _ in range(8)]
+    step = Step(experiment, training)
+    with Casts(experiment) as casts:
+        step.gradient(iter([(one, one) for one in tokens]))
+    gradient = training.gradients.current.flat[: training.gradients.layout.tail].clone()
+    step.update(step.steps(0))
+    return casts.count, gradient
+
+
+def test_weights_are_cast_once_in_a_step_with_the_same_gradient(monkeypatch):
+    words = ["model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.block_size=16"]
+    words += ["train.micro_batch_size=2", "train.global_batch_size=16", "train.dtype=bfloat16"]
+    experiment = load_experiment(None, words)
+    model = experiment.new_model(61)
+    again = copy.deepcopy(model)
+    kept = [gradient_of_step(experiment, model) for _ in range(2)]
+    monkeypatch.setattr("orchestrator.train.step.casts_kept", contextlib.nullcontext)
+    plain = [gradient_of_step(experiment, again) for _ in range(2)]
+    assert [count for count, _ in kept] == [1, 1]  # the updated weights are cast again
+    assert [count for count, _ in plain] == [8, 8]
+    for (_, ours), (_, reference) in zip(kept, plain, strict=True):
+        assert torch.equal(ours, reference)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
@@ -88,6 +136,17 @@ def test_keyed_seeds_differ_and_are_the_same_in_all_processes():
         env={**os.environ, "PYTHONHASHSEED": "99"},
     ).stdout
     assert int(said) == keyed_seed(1337, 5, 2)
+
+
+@pytest.mark.parametrize("variable", [None, "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_memory_settings_of_the_user_hold(monkeypatch, variable):
+    calls = []
+    library = SimpleNamespace(mallopt=lambda *words: calls.append(words))
+    monkeypatch.setattr(numerics.ctypes, "CDLL", lambda _: library)
+    if variable is not None:
+        monkeypatch.setenv(variable, "glibc.malloc.trim_threshold=131072")
+    numerics.keep_memory()
+    assert calls == ([] if variable else [(-4, 0), (-1, -1)])
 
 
 def test_seeded_device_draws_what_torch_draws_after_manual_seed():

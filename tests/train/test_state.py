@@ -93,7 +93,9 @@ def test_whole_state_of_every_optimizer_is_stored(tmp_path, kind):
     e = load_experiment(None, [*WORDS, f"optim.kind={kind}", "optim.momentum_warmup_steps=9"])
     s = built(e, 1)
     advance(s, 3)
-    fresh = state.restore(e, save(s, e, tmp_path / "checkpoints", Worker(), {}), Worker())
+    fresh = state.restore(
+        e, store.Content(save(s, e, tmp_path / "checkpoints", Worker(), {})), Worker()
+    )
     saved = s.optimizer.state_dict()
     restored = fresh.optimizer.state_dict()
     assert restored["param_groups"] == saved["param_groups"]
@@ -114,7 +116,7 @@ def test_restored_state_equals_the_saved_one_and_continues_with_the_same_bits(tm
     advance(s, 3)
     s.best_val_loss = 0.1 + 0.2
     path = save(s, e, tmp_path / "checkpoints", Worker(attempt=4), {"val/loss": 0.3})
-    fresh = state.restore(e, path, Worker())
+    fresh = state.restore(e, store.Content(path), Worker())
     assert fresh.step == s.step == 3
     assert fresh.best_val_loss == s.best_val_loss
     assert fresh.meter.losses == s.meter.losses
@@ -136,7 +138,7 @@ def test_loss_scale_is_restored(tmp_path):
     advance(s, 1)
     moved = {**s.scaler.state_dict(), "scale": 1024.0, "_growth_tracker": 17}
     s.scaler.load_state_dict(moved)
-    fresh = state.restore(e, save(s, e, tmp_path / "c", Worker(), {}), Worker())
+    fresh = state.restore(e, store.Content(save(s, e, tmp_path / "c", Worker(), {})), Worker())
     assert fresh.scaler.state_dict() == moved
     assert fresh.scaler.get_scale() == 1024.0
 
@@ -173,7 +175,7 @@ def test_loaded_model_equals_the_saved_one(tmp_path):
     e = experiment("float32")
     s = built(e, 1)
     path = save(s, e, tmp_path / "c", Worker(), {})
-    model = state.load_model(path)
+    model = state.load_model(store.Content(path))
     assert not model.training
     assert model.config == s.model.config
     assert same_bits(dict(model.state_dict()), dict(s.model.state_dict()))
@@ -198,7 +200,7 @@ def test_tied_weights_and_buffers_that_are_not_stored_survive_a_restore(tmp_path
     advance(s, 2)
     path = save(s, e, tmp_path / "c", Worker(), {})
     drawn = torch.get_rng_state()
-    fresh = state.restore(e, path, Worker())
+    fresh = state.restore(e, store.Content(path), Worker())
     assert torch.equal(torch.get_rng_state(), drawn)
     assert fresh.model.second.weight is fresh.model.transformer.wte.weight
     assert fresh.model.scale.item() == 1.5

@@ -3,11 +3,8 @@
 A stretch has its own folder, like a stage of a sweep or a segment of a replay.
 """
 
-import dataclasses
-
 import pytest
 
-from model.schedule import learning_rate
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.runs import journal
@@ -106,13 +103,30 @@ def test_stretch_that_becomes_the_end_of_a_run_gets_the_metrics_of_the_end(
 
 
 def test_given_learning_rates_are_used_and_logged(tiny_dataset, tmp_path):
-    schedule = load_experiment(None, SMALL).lr_schedule()
-    other = dataclasses.replace(schedule, max_lr=5e-3)
+    other = load_experiment(None, [*SMALL, "schedule.max_lr=5e-3"])
     train_run(tmp_path / "given", tiny_dataset, "schedule.max_lr=5e-3")
-    train_stretch(
-        tmp_path / "rates", tiny_dataset, 20, lr_at=lambda step: learning_rate(other, step)
-    )
+    train_stretch(tmp_path / "rates", tiny_dataset, 20, steps=other.steps())
     assert outcome(tmp_path / "rates")[1:] == outcome(tmp_path / "given")[1:]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("scheduled", "constant"),
+    [
+        (["optim.weight_decay=0.6", "schedule.weight_decay={}"], "optim.weight_decay=0.3"),
+        (["optim.momentum=0.9", "schedule.momentum={}"], "optim.momentum=0.45"),
+    ],
+)
+def test_scheduled_setting_is_that_of_the_update(tiny_dataset, tmp_path, kind, scheduled, constant):
+    """Half of a value at all steps is half of the value."""
+    half = "{kind: piecewise, points: {0: 0.5}}"
+    words = [f"optim.kind={kind}", "train.max_steps=6"]
+    words += [word.replace("={}", f"={half}") for word in scheduled]
+    _, ours, _ = train_run(tmp_path / "scheduled", tiny_dataset, *words)
+    _, theirs, _ = train_run(tmp_path / "constant", tiny_dataset, *words[:2], constant)
+    assert ours == theirs
+    _, others, _ = train_run(tmp_path / "other", tiny_dataset, *words[:3])
+    assert (others[0] == ours[0]) == (kind == "adamw" and "momentum" in constant)
 
 
 def test_damaged_parent_is_refused_with_the_name_of_its_file(tiny_dataset, tmp_path):

@@ -1,0 +1,8 @@
+"""Work that the ranks of a run share.
+
+- `slots` deals out the slots of a step, and counts the vectors that a rank needs to add them.
+- `exchange.Exchange` adds vectors over all ranks.
+- `layout.Layout` places all parameters in flat vectors; `shards.Shard` is the part of them that a
+  rank updates.
+- `writing`, `reading`: a checkpoint of which each rank writes or reads a part.
+"""

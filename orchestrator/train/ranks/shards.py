@@ -1,0 +1,213 @@
+"""The shard of all parameters that a rank updates.
+
+In a sharded run (ZeRO-1, arXiv:1910.02054) each rank sums, clips and updates one shard, and has
+only its moments; then all ranks gather the weights. That moves as many bytes as to gather the
+gradients. All bits are those of a run without shards; see `layout`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.checkpoint.tensor_file import Slice
+from orchestrator.train.ranks.exchange import Exchange, Partial
+from orchestrator.train.ranks.layout import Layout
+
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+MUON_STATE = ("momentum_buffer",)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a parameter that lies in the shard.
+
+    Attributes:
+        weights: View of the weights; the optimizer updates it.
+        first: First number of the parameter that it has.
+        region: Region of the layout, 0 or 1.
+        offset: First number in the part of the shard in that region.
+    """
+
+    weights: nn.Parameter
+    first: int
+    region: int
+    offset: int
+
+
+class Shard:
+    """The part of all parameters that this rank updates.
+
+    The parameters become views of one vector, and the groups of the optimizer get the segments of
+    the shard as parameters. Their own are kept in the groups as "whole".
+
+    Args:
+        layout: The layout of the parameters.
+        exchange: The ranks.
+        optimizer: An optimizer without state.
+    """
+
+    def __init__(
+        self, layout: Layout, exchange: Exchange, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.layout = layout
+        self.exchange = exchange
+        self.optimizer = optimizer
+        self.own = layout.shard(exchange.place)
+        self.gradients: list[Tensor] = []
+        self.sums: list[list[Partial]] = [[], []]  # of the rounds before the last, by region
+        self.weights = torch.zeros(layout.tail, device=layout.params[0].device)
+        for param in layout.params:
+            view = layout.view(self.weights, param)
+            view.copy_(param.data)
+            param.data = view
+        self.segments: dict[Tensor, list[Segment]] = {}
+        for group in optimizer.param_groups:
+            group["whole"] = group["params"]
+            for param in group["whole"]:
+                self.segments[param] = self._segments(param)
+            group["params"] = [s.weights for param in group["whole"] for s in self.segments[param]]
+        self.normed = [
+            (place, region, first - start, shape)
+            for place, (first, shape) in enumerate(layout.normed)
+            for region, (start, stop) in enumerate(self.own)
+            if start <= first < stop
+        ]
+        # With a list as index, the CPU would wait for the GPU in each step.
+        places = [place for place, *_ in self.normed]
+        self.norm_places = torch.tensor(places, dtype=torch.int64, device=self.weights.device)
+
+    def _segments(self, param: nn.Parameter) -> list[Segment]:
+        offset = self.layout.offsets[param]
+        found = []
+        for region, (start, stop) in enumerate(self.own):
+            first = max(start, offset)
+            last = min(stop, offset + param.numel())
+            if first < last:
+                weights = self.weights[first:last]
+                if last - first == param.numel():
+                    weights = weights.view_as(param)
+                segment = nn.Parameter(weights, requires_grad=False)
+                segment.__dict__.update(param.__dict__)  # such as `row_parts`
+                found.append(Segment(segment, first - offset, region, first - start))
+        return found
+
+    def scatter(self, partials: Sequence[Partial], spare: Sequence[Tensor]) -> None:
+        """Add the sums of a round that is not the last over the ranks of this node."""
+        self.sums = []
+        for start, stop in self.layout.regions:
+            parts = [Partial(p.first, p.slots, p.flat[start:stop]) for p in partials]
+            unused = [flat[start:stop] for flat in spare]
+            self.sums.append(self.exchange.scatter(parts, unused) if start < stop else [])
+
+    def reduce(
+        self, partials: Sequence[Partial], divisor: int, spare: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Set the gradients of the segments to the sum over all ranks, divided.
+
+        Args:
+            partials: Sums of the subtrees of this rank in the last round, in the layout.
+            divisor: Number of micro-batches.
+            spare: Vectors that may be used.
+
+        Returns:
+            The norms of the pieces and matrices of this shard, zero for others.
+        """
+        self.gradients = []
+        for (start, stop), before in zip(self.layout.regions, self.sums, strict=True):
+            parts = [Partial(p.first, p.slots, p.flat[start:stop]) for p in partials]
+            own = parts[0].flat
+            if start < stop:
+                unused = [flat[start:stop] for flat in spare]
+                # A copy: the sum may be a view of what all ranks have sent, as long as the region.
+                own = self.exchange.reduce_scatter(parts, unused, before).clone()
+            self.gradients.append(own.div_(divisor) if divisor > 1 else own)
+        self.sums = [[], []]
+        for segments in self.segments.values():
+            for segment in segments:
+                end = segment.offset + segment.weights.numel()
+                own = self.gradients[segment.region][segment.offset : end]
+                segment.weights.grad = own.view_as(segment.weights)
+        return self._norms()
+
+    def _norms(self) -> Tensor:
+        norms = self.weights.new_zeros(len(self.layout.normed))
+        parts = [
+            self.gradients[region][first : first + math.prod(shape)].view(shape)
+            for _, region, first, shape in self.normed
+        ]
+        if parts:
+            norms[self.norm_places] = torch.stack(torch._foreach_norm(parts))
+        return norms
+
+    def gather_weights(self) -> None:
+        """Drop the gradients, and copy the weights of all shards to all ranks."""
+        self.gradients = []
+        for segments in self.segments.values():
+            for segment in segments:
+                segment.weights.grad = None
+        for (start, stop), (first, last) in zip(self.layout.regions, self.own, strict=True):
+            if start < stop:
+                own = self.weights[first:last].clone()
+                self.exchange.all_gather(self.weights[start:stop], own)
+
+    # ---- state of the optimizer ----
+
+    def state_of(self, param: Tensor) -> dict[str, Tensor]:
+        """Return the whole state of a parameter; empty before the first update.
+
+        All ranks must call this function.
+        """
+        if param not in self.segments:
+            return {}
+        mine = [(s, self.optimizer.state.get(s.weights, {})) for s in self.segments[param]]
+        has_state = torch.zeros(1, dtype=torch.int32, device=param.device)
+        has_state += sum(bool(state) for _, state in mine)
+        self.exchange.add_up(has_state)
+        if not has_state:
+            return {}
+        found = {}
+        for name in _state_names(param):
+            whole = torch.zeros(() if name == "step" else param.shape, device=param.device)
+            flat = whole.view(-1)
+            for segment, state in mine:
+                value = state[name].view(-1)
+                if name != "step" or segment.first == 0:
+                    flat[segment.first : segment.first + len(value)] = value
+            # Each number has one owner. As integers, because -0.0 + 0.0 is 0.0.
+            self.exchange.add_up(flat.view(torch.int32))
+            found[name] = whole
+        return found
+
+    def own_of(self, param: Tensor) -> dict[str, Slice]:
+        """Return what the optimizer keeps of the numbers of a parameter that are in this shard."""
+        own: dict[str, Slice] = {}
+        for segment in self.segments.get(param, []):
+            for name, value in self.optimizer.state.get(segment.weights, {}).items():
+                if value.dim():
+                    own[name] = Slice(value.reshape(-1), segment.first, tuple(param.shape))
+                elif segment.first == 0:  # a number for the whole parameter
+                    own[name] = Slice(value.view(-1), 0, ())
+        return own
+
+    def wanted(self, params: Mapping[str, nn.Parameter]) -> dict[str, range]:
+        """Return which numbers this shard has of each tensor of the optimizer."""
+        found: dict[str, range] = {}
+        for name, param in params.items():
+            for segment in self.segments.get(param, []):
+                numbers = range(segment.first, segment.first + segment.weights.numel())
+                for key in _state_names(param):
+                    found[f"{name}/{key}"] = range(1) if key == "step" else numbers
+        return found
+
+    def set_state(self, param: nn.Parameter, name: str, value: Tensor) -> None:
+        """Take these numbers of the state of a parameter."""
+        for segment in self.segments[param]:
+            shape = () if name == "step" else segment.weights.shape
+            self.optimizer.state[segment.weights][name] = value.view(shape)
+
+
+def _state_names(param: Tensor) -> tuple[str, ...]:
+    return MUON_STATE if hasattr(param, "slot") else ADAMW_STATE

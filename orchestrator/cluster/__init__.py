@@ -6,7 +6,11 @@ Start with `layout.resolve_layout`.
 - `connection`: `connect`, join a cluster or start one on this machine
 - `device`: `of_workers`, the model of their device and its fast type
 - `dtypes`: `suitable`, what `train.dtype=auto` stands for
+- `gauges`: `show`, the progress as metrics of Ray
 - `layout`: `find_layout`, `Layout`
+- `nodes`: `check_nodes`, whether each node shares the storage and has the same software
+- `room`: `Room`, the number of workers of each start, and what is printed without room for them
+- `reach`: `Reach`, finds nodes that do not answer
 - `private`: calls of private functions of Ray and torch
 - `train_here.fit_here`: Ray Train with its controller in this process
 """

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from orchestrator.cluster import connection
 
+POLL_S = 0.5
 END_S = 20  # for a call to end after KeyboardInterrupt; Ray gives workers 5 s
 T = TypeVar("T")
 
@@ -29,6 +30,9 @@ def interruptibly(call: Callable[[], T]) -> T:
     thread = threading.Thread(target=run, name="ray", daemon=True)
     try:
         thread.start()
+        # A wait without a limit can miss a signal that comes just before it, and then never ends.
+        while not outcome.done():
+            wait([outcome], POLL_S)
         return outcome.result()
     except KeyboardInterrupt:
         if not outcome.done() and connection.failure() is None:

@@ -31,6 +31,8 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # The watcher needs one process for each group of workers. `RunWatch` finds drained nodes.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Ray's default is 60. After it, another number of workers is tried, or a line says what lacks.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     # It would print to the terminal: the controller runs in the driver (`train_here`).
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
 }
@@ -56,17 +58,16 @@ LEAST_SHARED_BYTES = 128 << 20
 # Statuses of gRPC. The last ones are those of another program, or of one that does not answer.
 NO_TOKEN = "UNAUTHENTICATED"
 NOT_RAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNKNOWN")
-LOST_S = 15  # Ray itself ends a driver when it has missed the head for 60 s
+# Ray itself ends a driver when it has missed the head for 60 s, or for the time of this variable,
+# which is for clusters whose next head continues from Redis.
+RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
+LOST_S = float(os.environ.get(RECONNECT, 15))
 
 _gcs_address = ""
 _answered = 0.0  # time.monotonic() of the last answer of the head
 
 
-def _nothing() -> None:
-    pass
-
-
-def connect(meanwhile: Callable[[], object] = _nothing) -> None:
+def connect(meanwhile: Callable[[], object] = lambda: None) -> None:
     """Join the cluster of $RAY_ADDRESS, or start one on this machine for this process.
 
     `ray job submit` sets $RAY_ADDRESS. All Ray processes of this driver get `worker_environment`.

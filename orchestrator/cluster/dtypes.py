@@ -1,9 +1,11 @@
 """The type of matrix products: what a device computes fast, and what `train.dtype=auto` stands for.
 
-A run or sweep replaces `auto` once, before its workers start. They get the type itself, which is
-stored with the experiment and belongs to the identity of the run.
+A run or sweep replaces `auto` before its workers start. The type itself is stored with the
+experiment and belongs to the identity of the run.
 """
 
+import os
+import re
 import sys
 
 from orchestrator.cluster.layout import Layout
@@ -15,6 +17,8 @@ from orchestrator.machine import cpu_flags
 MIN_WIDTH = 512
 # Time of a step on a CPU without instructions for the type (benchmarks/RESULTS.md).
 SLOWDOWN = {"bfloat16": "about 4 times", "float16": "up to 45 times"}
+# Values of ONEDNN_MAX_CPU_ISA with which torch uses the instructions for bfloat16.
+WITH_BFLOAT16 = re.compile("BF16|FP16|AMX|AVX10|DEFAULT|ALL")
 
 
 def fast_dtype(on_gpu: bool) -> str:
@@ -24,7 +28,9 @@ def fast_dtype(on_gpu: bool) -> str:
 
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if has_bfloat16 else "float16"
-    return "bfloat16" if cpu_flags() & {"amx_bf16", "avx512_bf16"} else "float32"
+    limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or "ALL").upper()
+    is_fast = cpu_flags() & {"amx_bf16", "avx512_bf16"} and WITH_BFLOAT16.search(limit)
+    return "bfloat16" if is_fast else "float32"
 
 
 def suitable(experiment: Experiment, layout: Layout) -> str:
@@ -35,15 +41,24 @@ def suitable(experiment: Experiment, layout: Layout) -> str:
     return layout.fast_dtype
 
 
-def warn_if_emulated(experiment: Experiment, layout: Layout) -> None:
-    """Print a line to stderr if `train.dtype` is slow on the devices of the workers."""
+def warn_if_emulated(experiment: Experiment, layout: Layout, has_begun: bool) -> None:
+    """Print a line to stderr if `train.dtype` is slow on the devices of the workers.
+
+    Args:
+        experiment: The run, without `auto`.
+        layout: Its workers.
+        has_begun: Its checkpoints have this type, which `auto` would keep.
+    """
     dtype = experiment.train.dtype
-    if dtype in ("auto", "float32", layout.fast_dtype):
+    if dtype in ("float32", layout.fast_dtype):
         return
     if not layout.use_gpu:
+        if dtype == "float16" and "avx512_fp16" in cpu_flags():
+            return
         reason = f"on this CPU, a step takes {SLOWDOWN[dtype]} as long as with float32"
     elif layout.fast_dtype == "float16":
         reason = "this GPU emulates it, which is slower than float16"
     else:
         return
-    print(f"train.dtype={dtype}: {reason}; use train.dtype=auto", file=sys.stderr, flush=True)
+    advice = "a new name (name=…) with train.dtype=auto" if has_begun else "train.dtype=auto"
+    print(f"train.dtype={dtype}: {reason}; use {advice}", file=sys.stderr, flush=True)

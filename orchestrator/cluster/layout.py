@@ -1,11 +1,10 @@
 """Choose the workers of a run on the connected Ray cluster."""
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from orchestrator.config.checks import change_for_workers
+from orchestrator.config.checks import change_for_slots
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
 
@@ -29,6 +28,7 @@ class Layout:
         device_name: Model of the GPU, or of the processor of a worker without one; empty if it is
             not known. Sweeps need it.
         fast_dtype: Type with the fastest matrix products on their devices; see `dtypes`.
+        micro_batch_size: What `train.micro_batch_size=auto` stands for; None: it was not measured.
     """
 
     num_workers: int
@@ -36,6 +36,7 @@ class Layout:
     use_gpu: bool
     device_name: str = ""
     fast_dtype: str = "float32"
+    micro_batch_size: int | None = None
 
     @property
     def device(self) -> str:
@@ -56,25 +57,12 @@ class Node:
 
 def has_several_nodes() -> bool:
     """Return whether the connected cluster has, or may get, more than one machine."""
-    return len(_nodes()) > 1 or _grows()
-
-
-def check_storage(storage: str) -> None:
-    """Refuse a relative storage on several nodes: each node would use another folder.
-
-    Raises:
-        UserError: The path is relative and the cluster has or may get several nodes.
-    """
-    if has_several_nodes() and not Path(storage).expanduser().is_absolute():
-        raise UserError(
-            f"storage: '{storage}' is relative and the cluster has or may get several nodes; set "
-            "storage=… or ESPALIER_STORAGE to an absolute path that all of them share"
-        )
+    return len(alive_nodes()) > 1 or cluster_grows()
 
 
 def capacity(layout: Layout) -> int:
     """Return how many groups of workers fit on the connected cluster at the same time."""
-    return places(_nodes(), layout) // layout.num_workers
+    return places(alive_nodes(), layout) // layout.num_workers
 
 
 def worker_environment() -> dict[str, str]:
@@ -83,14 +71,21 @@ def worker_environment() -> dict[str, str]:
     return WORKER_ENVIRONMENT | passed_on
 
 
-def _nodes() -> list[Node]:
+def alive_nodes() -> list[Node]:
+    """Return the machines of the connected cluster."""
     import ray
 
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in alive]
+    return [node_of(resources) for resources in alive]
 
 
-def _grows() -> bool:
+def node_of(resources: Mapping[str, float]) -> Node:
+    """Return the machine that has these resources of Ray."""
+    return Node(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+
+
+def cluster_grows() -> bool:
+    """Return whether the cluster adds machines on demand."""
     return bool(os.environ.get("ESPALIER_AUTOSCALING"))
 
 
@@ -99,7 +94,10 @@ def _grows() -> bool:
 
 def find_layout(experiment: Experiment, recorded: Layout | None = None) -> Layout:
     """Return `resolve_layout` for the nodes of the connected cluster."""
-    return resolve_layout(experiment, _nodes(), recorded, grows=_grows())
+    # A node of a cluster that others started may be back later: `room.Room` waits for it.
+    is_shared = os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+    waits = is_shared and recorded is not None
+    return resolve_layout(experiment, alive_nodes(), recorded, cluster_grows(), waits)
 
 
 def resolve_layout(
@@ -107,6 +105,7 @@ def resolve_layout(
     nodes: list[Node],
     recorded: Layout | None = None,
     grows: bool = False,
+    waits: bool = False,
 ) -> Layout:
     """Choose workers and devices as the section `compute` requires.
 
@@ -116,19 +115,25 @@ def resolve_layout(
         recorded: Layout of the last attempt. Its CPUs per worker are kept if they fit, because
             the number of threads affects the last bits of the result.
         grows: Whether the cluster adds machines on demand.
+        waits: Return a layout that does not fit now, for a run that has begun.
 
     Raises:
-        UserError: The workers do not fit, and the cluster does not grow.
+        UserError: The workers do not fit, and the cluster neither grows nor waits.
     """
     use_gpu = _resolve_use_gpu(experiment, nodes, grows)
-    workers = _resolve_workers(experiment, nodes, use_gpu)
+    numbers = experiment.compute.worker_counts or [_automatic_workers(experiment, nodes, use_gpu)]
     cpus = experiment.compute.cpus_per_worker
     if cpus == "auto":
-        cpus = _resolve_cpus(nodes, workers, use_gpu, recorded, grows)
-    layout = Layout(workers, cpus, use_gpu)
-    if places(nodes, layout) < workers and not grows:
-        raise _too_much(experiment, nodes, layout)
-    return layout
+        cpus = _resolve_cpus(nodes, numbers, use_gpu, recorded, grows)
+    layout = Layout(max(numbers), cpus, use_gpu)
+    if grows:
+        return layout
+    room = places(nodes, layout)
+    if room < min(numbers) and waits:
+        return replace(layout, num_workers=min(numbers))
+    if room < min(numbers):
+        raise _too_much(experiment, nodes, replace(layout, num_workers=min(numbers)))
+    return replace(layout, num_workers=max(number for number in numbers if number <= room))
 
 
 def places(nodes: Iterable[Node], layout: Layout) -> int:
@@ -153,33 +158,45 @@ def _resolve_use_gpu(experiment: Experiment, nodes: list[Node], grows: bool) -> 
     return has_gpu or compute.use_gpu is True
 
 
-def _resolve_workers(experiment: Experiment, nodes: list[Node], use_gpu: bool) -> int:
-    """Return `num_workers`; for auto, the largest divisor of the slots for which there are GPUs."""
-    if experiment.compute.num_workers != "auto":
-        return experiment.compute.num_workers
+def _automatic_workers(experiment: Experiment, nodes: list[Node], use_gpu: bool) -> int:
+    """Return as few workers as make the shortest steps on the GPUs."""
     slots = experiment.slots
     devices = max(1, sum(node.gpus for node in nodes)) if use_gpu else 1
-    workers = max(number for number in range(1, devices + 1) if slots % number == 0)
+    workers = _useful_workers(slots, devices)
     if workers < devices:
         message = (
-            f"{devices - workers} of {devices} GPUs stay idle: the {slots} reduction slots of "
-            f"{experiment.micro_batches} micro-batches have no divisor nearer to {devices}"
+            f"{devices - workers} of {devices} GPUs stay idle: with the {slots} reduction slots of "
+            f"{experiment.micro_batches} micro-batches, more than {workers} would not be faster"
         )
-        more = workers
-        while 2 * more <= devices and change_for_workers(experiment, 2 * more):
-            more *= 2
-        if more > workers:
-            message += f"; {change_for_workers(experiment, more)} would use {more}"
+        most = workers
+        for more in (slots << i for i in range(1, devices.bit_length() + 3)):
+            changes = change_for_slots(experiment, more)
+            if changes and _useful_workers(more, devices) > most:
+                most = _useful_workers(more, devices)
+                ways = " and ".join(changes)
+        if most > workers:
+            message += f"; {ways} would use {most}"
         print(message, flush=True)
     return workers
 
 
+def _useful_workers(slots: int, devices: int) -> int:
+    """Return the fewest workers with which no worker has more slots than with all devices."""
+    most_slots = -(-slots // min(slots, devices))
+    return -(-slots // most_slots)
+
+
 def _resolve_cpus(
-    nodes: list[Node], workers: int, use_gpu: bool, recorded: Layout | None, grows: bool
+    nodes: list[Node],
+    numbers: Sequence[int],
+    use_gpu: bool,
+    recorded: Layout | None,
+    grows: bool,
 ) -> int:
     """Return the CPUs per worker: as recorded, else all for one worker without a GPU, else 1."""
     cpus = 1
-    if workers == 1 and not use_gpu:
+    workers = min(numbers)
+    if max(numbers) == 1 and not use_gpu:
         cpus = max((node.cpus for node in nodes), default=0) or 1
     if recorded is None:
         return cpus
@@ -218,7 +235,7 @@ def _largest_that_fits(slots: int, nodes: list[Node], layout: Layout) -> Layout 
     cpus = min(layout.cpus_per_worker, max((node.cpus for node in nodes), default=0))
     for cpus_per_worker in range(cpus, 0, -1):
         room = places(nodes, Layout(1, cpus_per_worker, layout.use_gpu))
-        for workers in range(min(room, layout.num_workers), 0, -1):
-            if slots % workers == 0:
-                return Layout(workers, cpus_per_worker, layout.use_gpu)
+        workers = min(room, layout.num_workers, slots)
+        if workers:
+            return Layout(workers, cpus_per_worker, layout.use_gpu)
     return None

@@ -1,7 +1,7 @@
 """Calls of private functions of Ray and torch that have no public equivalent.
 
 `tests/cluster/test_private.py` tests each one against the installed version, so that it shows what
-an upgrade broke. `data/tokenizer.py` calls a private function of tiktoken.
+an upgrade broke. `data/tokenizers/pairs.py` calls a private function of tiktoken.
 """
 
 import contextlib
@@ -17,6 +17,8 @@ from datetime import timedelta
 from typing import Any
 
 import psutil
+
+from orchestrator.cluster.layout import Node, node_of
 
 
 @contextlib.contextmanager
@@ -224,11 +226,23 @@ def draining_nodes() -> dict[str, str]:
     return {node: names.get(node, node) for node in leaving}
 
 
-def set_collective_timeout(seconds: float) -> None:
-    """Set the timeout of later collectives of the default process group.
+def free_nodes() -> list[Node]:
+    """Return the machines of the cluster with the CPUs and GPUs that nothing uses now."""
+    import ray._private.state
 
-    `init_process_group` can set it only once.
+    free = ray._private.state.state.available_resources_per_node()
+    return [node_of(resources) for resources in free.values()]
+
+
+def set_collective_timeout(seconds: float) -> None:
+    """Set the timeout of later collectives of the default process group, and of its parts.
+
+    `init_process_group` can set it only once. A group of all ranks, beside the default one, has
+    messages of checkpoints, which may take longer: it keeps its timeout.
     """
+    import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
-    distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+    for group in list(distributed_c10d._world.pg_map):
+        if group is dist.group.WORLD or group.size() < dist.get_world_size():
+            distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

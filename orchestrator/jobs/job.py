@@ -11,16 +11,24 @@ import time
 from contextlib import AbstractContextManager
 
 from orchestrator import folders
-from orchestrator.cluster import connection
-from orchestrator.cluster import layout as cluster
+from orchestrator.cluster import connection, nodes
+from orchestrator.cluster.layout import has_several_nodes
 from orchestrator.config.experiment import Experiment
-from orchestrator.errors import EXIT_DONE, RayDiedError
+from orchestrator.config.sections import Data
+from orchestrator.data.corpus import Listing
+from orchestrator.data.dataset import FILE as DATASET_MANIFEST
+from orchestrator.data.dataset import Manifest
+from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, RayDiedError
 from orchestrator.jobs import restart
+from orchestrator.jobs.alerts import Alerts
+from orchestrator.mirror.session import mirrored, prepare
+from orchestrator.mirror.upload import Uploader, upload_dataset
+from orchestrator.objects.address import is_address
 from orchestrator.runs import events, lock, signals, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
-from orchestrator.runs.storage import storage_root, storage_setting
-from orchestrator.track.server import resolve_uri, where_to_look
+from orchestrator.runs.storage import mirror_of, storage_root, storage_setting
+from orchestrator.track.server import resolve_uri, share_warning, where_to_look
 from orchestrator.track.tracker import Tracker, print_unsent, resend_metrics
 from orchestrator.workers.watch import Watch
 
@@ -35,18 +43,25 @@ class Job(abc.ABC):
         storage: Folder of all runs and datasets.
         folder: Folder of this run or sweep.
         uri: Tracking server.
+        mirror: Address that gets a copy; None: none does.
+        is_spread: Workers may be on nodes that do not share the storage.
+        uploader: Copies the folder to the mirror; None without one.
         tracker: Sends the folder to the tracking server; set by `prepare`.
         watch: Watches the workers; None before they start.
         has_lost_ray: Whether Ray has died while it worked.
     """
 
     tracker: Tracker
+    uploader: Uploader | None = None
     watch: Watch | None = None
     has_lost_ray = False
+    is_spread = False
+    can_spread = False  # the other nodes only need the tokens
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.storage = storage_root(experiment)
+        self.mirror = mirror_of(experiment)
         self.folder = RunFolder(self.storage / experiment.name)
         self.uri = resolve_uri(experiment, self.storage)
 
@@ -61,12 +76,28 @@ class Job(abc.ABC):
         """
         self.check()
         folders.check_writable(self.storage, "storage")
+        if self.mirror is None:
+            status = self._run()
+        else:
+            with mirrored(self.folder, self.mirror, self.storage) as self.uploader:
+                if self.was_restored:
+                    self.check()  # the folder exists only now
+                status = self._run()
+                if not self._finish_mirror() and status == EXIT_DONE:
+                    status = EXIT_AGAIN
+        if self.has_lost_ray:
+            restart.leave(status)
+        return status
+
+    def _run(self) -> int:
         if self.is_finished():
             self.show_again()
             return EXIT_DONE
+        alerts = Alerts(self.folder, self.experiment.tracking.alert)
         with (
             lock.held(self.folder.driver_lock) as killed_holder,
             folders.holding(self.folder.path),
+            alerts,
         ):
             if killed_holder is not None and self.folder.run_file.exists():
                 message = f"{killed_holder} was killed; this process takes over"
@@ -74,16 +105,52 @@ class Job(abc.ABC):
             self._start_ray()
             with restart.watching():
                 self.prepare()
-            status = self._work_and_track().exit_status
-        if self.has_lost_ray:
-            restart.leave(status)
-        return status
+            ending = self._work_and_track()
+            alerts.ended(ending)
+        return ending.exit_status
+
+    def _finish_mirror(self) -> bool:
+        """Wait until the mirror has everything. Return whether it does."""
+        assert self.uploader is not None
+        is_short = signals.was_stopped()
+        wait_s = signals.tracking_wait_s(Ending("again" if is_short else "done"))
+        is_whole = False
+        print(f"copying the rest to {self.mirror}", flush=True)
+        with signals.ending_on_ctrl_c():
+            is_whole = self.uploader.finish(wait_s, is_limit=is_short)
+        if not is_whole:
+            print(
+                f"{self.mirror}: does not have everything ({self.uploader.problem}); nothing is "
+                f"lost in {self.folder.path}, run the same command again",
+                file=sys.stderr,
+            )
+        return is_whole
+
+    @property
+    def was_restored(self) -> bool:
+        """The folder was made from its mirror, so MLflow may have values that it has not."""
+        return self.uploader is not None and self.uploader.state.was_restored
+
+    def prepare_dataset(self, data: Data, sources: Listing | None) -> Manifest:
+        """Return the dataset of a `data` section: from the storage, the mirror, or the corpus."""
+        dataset = prepare(data, self.storage, self.mirror, sources)
+        if not dataset.directory.is_relative_to(self.storage):
+            nodes.check_has(dataset.directory / DATASET_MANIFEST)
+        if self.uploader is not None and dataset.directory.parent == self.storage / "data":
+            if self.is_spread:
+                print(f"copying the tokens to {self.mirror}, for the other nodes", flush=True)
+                place = self.uploader.address.parent / "data" / dataset.directory.name
+                upload_dataset(self.uploader.store, place, dataset.directory)
+            self.uploader.datasets.append(dataset.directory)
+        return dataset
 
     def _start_ray(self) -> None:
         print("starting Ray …", flush=True)
         with signals.while_ray_starts():
             self.connect()
-        cluster.check_storage(storage_setting(self.experiment))
+        setting = storage_setting(self.experiment)
+        nodes.check_nodes(setting, self.storage, self.can_spread)
+        self.is_spread = is_address(setting) and has_several_nodes()
 
     def _work_and_track(self) -> Ending:
         """Do the work. Write and print how it ended, also after an error or a signal."""
@@ -93,6 +160,9 @@ class Job(abc.ABC):
         try:
             self.tracker.start()
             print(f"MLflow: {where_to_look(self.uri)}", flush=True)
+            warning = share_warning(self.uri)
+            if warning is not None:
+                print(warning, file=sys.stderr, flush=True)
             with self.watching(), signals.asking_to_stop(self._request_stop):
                 self.work()
         except KeyboardInterrupt:

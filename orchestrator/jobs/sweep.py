@@ -23,7 +23,6 @@ from orchestrator.cost.tokens import TokenCounts
 from orchestrator.data.corpus import Listing
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.order import check_tokens
-from orchestrator.data.prepare import prepare_in
 from orchestrator.data.prepared import find_in, list_sources
 from orchestrator.errors import UserError
 from orchestrator.files import read_text
@@ -41,7 +40,7 @@ from orchestrator.sweep.report.files import SweepFiles
 from orchestrator.sweep.report.pace import Pace
 from orchestrator.sweep.report.progress_lines import ProgressLines
 from orchestrator.sweep.report.summary import SweepSummary, show
-from orchestrator.sweep.source import check_sources, with_absolute_paths
+from orchestrator.sweep.source import check_sources, with_absolute_paths, with_known_sizes
 from orchestrator.sweep.space.expand import Sweep
 from orchestrator.sweep.study import Study
 from orchestrator.sweep.tree import Stage
@@ -66,6 +65,7 @@ class SweepJob(Job):
         sources: The files of each corpus; None if only the dataset is here.
         study: The trials and their tree of stages.
         slots: Number of stages that can run at the same time.
+        counts: Size of each dataset.
         report: Writes the files of the sweep.
         summary: Content of summary.json.
     """
@@ -74,6 +74,7 @@ class SweepJob(Job):
     sources: dict[str, Listing | None]
     study: Study
     slots: int
+    counts: cost.Counts
     report: SweepFiles
     summary: SweepSummary
 
@@ -142,29 +143,35 @@ class SweepJob(Job):
 
     def prepare(self) -> None:
         layout = self._layout()
-        sections = self._data_sections()
         datasets = {
-            key: prepare_in(data, self.storage, sources=self.sources[key])
-            for key, data in sections.items()
+            key: self.prepare_dataset(data, self.sources[key])
+            for key, data in self._data_sections().items()
         }
         self.sweep = _fitting(self.sweep, datasets)
         for stage in self.folder.stages():
             lock.wait_for_writer(stage)
+        workers = layout
         recorded = recorded_layout(self.folder)
-        for experiment in {e.train.dtype: e for e in self.sweep.experiments}.values():
-            dtypes.warn_if_emulated(experiment, layout)
         if recorded is not None:
-            layout = replace(layout, fast_dtype=recorded.fast_dtype)
+            size = recorded.micro_batch_size
+            layout = replace(layout, fast_dtype=recorded.fast_dtype, micro_batch_size=size)
+        self.slots = max(1, cluster.capacity(layout))
+        self.counts = {key: TokenCounts.of(dataset) for key, dataset in datasets.items()}
+        layout = cost.with_micro_batch(layout, self.sweep, self.counts, self.slots)
         self.study = Study(self.sweep, self.folder, layout, datasets).restored()
+        if self.study.source is not None:
+            self.study.source.check_nodes()
+        experiments = [trial.experiment for trial in self.study.trials.values()]
+        for experiment in {e.train.dtype: e for e in experiments}.values():
+            dtypes.warn_if_emulated(experiment, workers, has_begun=recorded is not None)
         self._restore_journals()
         stop.clear(self.folder)
-        self.slots = max(1, cluster.capacity(layout))
         if os.environ.get("ESPALIER_AUTOSCALING"):
             # The autoscaler adds nodes for stages that wait, so all stages request their resources.
             self.slots = max(self.slots, len(self.study.tree.to_run))
-        estimate = self._describe()
-        self.tracker = Tracker(self.folder, self.uri, self.experiment.tracking.experiment)
-        self._begin_report(estimate)
+        name = self.experiment.tracking.experiment
+        self.tracker = Tracker(self.folder, self.uri, name, compare_all=self.was_restored)
+        self._begin_report(self._describe())
 
     def _restore_journals(self) -> None:
         for damage in self.study.stored.restore_journals():
@@ -178,11 +185,10 @@ class SweepJob(Job):
         """Return the layout that all trials share.
 
         Raises:
-            UserError: Trials with different numbers of slots would get different numbers of
-                workers.
+            UserError: Trials with other slots would get another number of workers.
         """
         recorded = recorded_layout(self.folder)
-        by_slots = {e.slots: e for e in self.sweep.experiments}
+        by_slots = {e.slots: e for e in with_known_sizes(self.sweep, self.storage, recorded)}
         layouts = {cluster.find_layout(e, recorded) for e in by_slots.values()}
         if len(layouts) > 1:
             numbers = sorted(layout.num_workers for layout in layouts)
@@ -203,19 +209,13 @@ class SweepJob(Job):
         )
         if not study.tree.to_run:
             return None
-        counts = {key: TokenCounts.of(dataset) for key, dataset in study.datasets.items()}
-        return cost.announce(study, self.slots, counts)
+        return cost.announce(study, self.slots, self.counts)
 
     def _begin_report(self, estimate: Estimate | None) -> None:
         """Write the files of the sweep, and start to print its progress."""
-        step_s = None
-        if estimate is not None and self.study.tree.steps_to_run:
-            step_s = estimate["time_s"] * self.slots / self.study.tree.steps_to_run
-        progress = self.study.progress
-        planned_s = None if estimate is None else estimate["time_s"]
-        pace = Pace(progress, self.slots, step_s, planned_s)
+        pace = Pace(self.study, self.slots, estimate)
         lines = ProgressLines(pace, self.study.best)
-        report = SweepFiles(self.study, estimate, pace)
+        report = SweepFiles(self.study, pace)
 
         # Tune pickles this function, so it must not refer to the job, whose tracker has a thread.
         def stage_ended(stage: Stage) -> None:
@@ -226,8 +226,8 @@ class SweepJob(Job):
             report.tick()
             lines.tick()
 
-        progress.tick = tick
-        progress.on_stage_end = stage_ended
+        self.study.progress.tick = tick
+        self.study.progress.on_stage_end = stage_ended
         self.report = report
         report.begin()
 

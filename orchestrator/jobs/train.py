@@ -7,43 +7,49 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 from orchestrator.checkpoint import store as checkpoint
-from orchestrator.cluster import connection, device, dtypes
+from orchestrator.cluster import connection, device, dtypes, gauges
 from orchestrator.cluster import layout as cluster
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, fields_with
 from orchestrator.config.fields import FREE
 from orchestrator.cost import cache
 from orchestrator.cost.correct import AFTER_S
-from orchestrator.cost.estimate import comparison_line
 from orchestrator.cost.forecast import RunForecast, forecast_of
 from orchestrator.cost.timing import Estimate
 from orchestrator.data.corpus import Listing
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.order import check_tokens
-from orchestrator.data.prepare import prepare_in
 from orchestrator.data.prepared import find_in, list_sources
 from orchestrator.errors import UserError
-from orchestrator.files import read_text
 from orchestrator.folders import folder_bytes
 from orchestrator.jobs.job import Job
+from orchestrator.jobs.show import show_run
 from orchestrator.runs import identity, journal, journal_copy, lock, metrics
-from orchestrator.runs.console import Console
+from orchestrator.runs.console import Console, left_s
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.facts import facts_of
-from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.runs.folder import SweepFolder
 from orchestrator.runs.summary import Summary, summarize
-from orchestrator.text import differences, duration, number, table
+from orchestrator.text import differences
 from orchestrator.track.server import where_to_look
 from orchestrator.track.tracker import Tracker
 from orchestrator.train import init_from
 from orchestrator.workers import ray_train
 from orchestrator.workers.diagnose import advise, diagnose
+from orchestrator.workers.fitting import with_auto_size, with_known_size
 from orchestrator.workers.watch import RunWatch
 
 
-def run(experiment: Experiment) -> int:
-    """Train one run. Return the exit status; see `Job.run` for the errors."""
-    return TrainJob(experiment).run()
+def run(experiment: Experiment, profile: int = 0) -> int:
+    """Train one run. Return the exit status; see `Job.run` for the errors.
+
+    Args:
+        experiment: The configuration.
+        profile: Number of steps to profile.
+    """
+    job = TrainJob(experiment)
+    job.profile = profile
+    return job.run()
 
 
 class TrainJob(Job):
@@ -56,8 +62,11 @@ class TrainJob(Job):
         step: Step of the checkpoint from which the run resumes; 0 for a new run.
         forecast: Expected time, memory and disk of a new run; None for one that is resumed.
         summary: Content of summary.json.
+        profile: Number of steps to profile.
     """
 
+    profile = 0
+    can_spread = True
     layout: Layout
     sources: Listing | None
     dataset: Manifest
@@ -98,8 +107,10 @@ class TrainJob(Job):
             f"{name} is finished. To train longer, set a larger train.max_steps; to start again, "
             "use a new name"
         )
+        if self.profile:
+            print("--profile: there is nothing to profile, because no step is left")
         summary = cast(Summary, self.folder.read_summary())
-        _show(self.folder, summary, where_to_look(self.uri))
+        show_run(self.folder, summary, where_to_look(self.uri))
         self.resend()
 
     # ---- before the workers start ----
@@ -109,8 +120,10 @@ class TrainJob(Job):
 
     def prepare(self) -> None:
         experiment = self.experiment
+        recorded = None if experiment.train.restart else identity.recorded_train(self.folder)
+        experiment = with_known_size(experiment, recorded.micro_batch_size if recorded else None)
         self.layout = cluster.find_layout(experiment, identity.recorded_layout(self.folder))
-        self.dataset = prepare_in(experiment.data, self.storage, sources=self.sources)
+        self.dataset = self.prepare_dataset(experiment.data, self.sources)
         # Both calls raise UserError: the corpus is too small, or the first weights do not fit.
         tokens = {name: split.tokens for name, split in self.dataset.splits.items()}
         check_tokens(**tokens, block_size=experiment.model.block_size)
@@ -119,8 +132,12 @@ class TrainJob(Job):
         lock.wait_for_writer(self.folder)
         self.step = self._resume_step(self.dataset)
         self.layout = device.of_workers(self.layout)
-        dtypes.warn_if_emulated(experiment, self.layout)
-        experiment = identity.resolve_dtype(experiment, self.layout, self.folder)
+        begun = self.folder if self.step else None  # with `train.restart`, no checkpoint is valid
+        if begun is None:
+            trial = (experiment, self.dataset.tokenizer["n_vocab"])
+            self.layout = with_auto_size(self.layout, [trial])
+        experiment = identity.resolve_auto(experiment, self.layout, begun)
+        dtypes.warn_if_emulated(experiment, self.layout, has_begun=self.step > 0)
         self.experiment = experiment
         changes = self._changes()
         facts = facts_of(experiment, self.dataset)
@@ -128,7 +145,8 @@ class TrainJob(Job):
         if self.step == 0:
             self.forecast = forecast_of(experiment, self.dataset, self.layout)
         identity.begin_attempt(self.folder, experiment, facts, self._attempt(changes))
-        self.tracker = Tracker(self.folder, self.uri, experiment.tracking.experiment)
+        name = experiment.tracking.experiment
+        self.tracker = Tracker(self.folder, self.uri, name, compare_all=self.was_restored)
         self._print_start()
 
     def _resume_step(self, dataset: Manifest) -> int:
@@ -193,15 +211,31 @@ class TrainJob(Job):
         console = Console(
             self.folder,
             experiment.train.max_steps,
-            experiment.tokens_per_step,
-            None if self.forecast is None else self.forecast.comment,
+            experiment.tokens,
+            self._on_line,
         )
         self.watch = watch = RunWatch(self.folder, experiment.compute.hang_after_s)
         with console, watch:
             yield
 
+    def _on_line(self, line: journal.Line) -> str | None:
+        """Show a journal line in the gauges. Return a line for the user, if one is due."""
+        last = self.experiment.train.max_steps
+        gauges.show(
+            self.folder.name,
+            step=line["step"],
+            steps=last,
+            train_loss=line.get("train/loss"),
+            val_loss=line.get("val/loss"),
+            tokens_per_second=line.get("perf/tokens_per_sec"),
+            left_seconds=left_s(line, last, self.experiment.tokens),
+        )
+        return None if self.forecast is None else self.forecast.comment(line)
+
     def work(self) -> None:
-        ray_train.fit(self.experiment, self.folder, self.dataset.directory, self.layout)
+        folder = self.dataset.directory
+        mirror = self.mirror if self.is_spread else None
+        ray_train.fit(self.experiment, self.folder, folder, self.layout, self.profile, mirror)
 
     # ---- how it ended ----
 
@@ -216,8 +250,8 @@ class TrainJob(Job):
         return ending
 
     def summarize(self, ending: Ending, wall_s: float) -> None:
-        tokens_per_step = self.experiment.tokens_per_step
-        self.summary = summarize(self.folder, ending, tokens_per_step, self.tracker.run_id, wall_s)
+        tokens = self.experiment.tokens
+        self.summary = summarize(self.folder, ending, tokens, self.tracker.run_id, wall_s)
         if self.forecast is None or ending.kind != "done":
             return
         if wall_s >= AFTER_S:
@@ -235,49 +269,16 @@ class TrainJob(Job):
             self.folder.write_summary(self.summary)
 
     def _learn_speed(self) -> None:
-        step_s = metrics.median_step_s(journal.read(self.folder))
-        if step_s is not None:
-            n_vocab = self.dataset.tokenizer["n_vocab"]
-            cache.learn(self.experiment, n_vocab, self.layout, step_s)
+        n_vocab = self.dataset.tokenizer["n_vocab"]
+        cache.learn(self.experiment, n_vocab, self.layout, journal.read(self.folder))
 
     def show(self) -> None:
         if self.summary["mlflow_run_id"] != self.tracker.run_id:
             # The server answered only now.
             self.summary["mlflow_run_id"] = self.tracker.run_id
             self.folder.write_summary(self.summary)
-        _show(self.folder, self.summary, self.link)
+        show_run(self.folder, self.summary, self.link)
 
 
 def _ignore_damaged_checkpoint(message: str) -> None:
     """Do nothing: rank 0 finds the same damaged checkpoint and records the event."""
-
-
-def _show(folder: RunFolder, summary: Summary, link: str | None) -> None:
-    """Print the summary, a sample, and the next commands."""
-    rows: dict[str, Any] = {
-        key: number(value)
-        for key, value in summary.items()
-        if value is not None and key not in ("wall_s", "estimated", "measured")
-    }
-    rows["wall time"] = duration(summary["wall_s"])
-    if "estimated" in summary:
-        rows["estimate"] = comparison_line(summary["estimated"], summary["measured"])
-    rows |= {"folder": folder.path, "MLflow": link}
-    print(f"\n{folder.name}\n{table(rows)}")
-
-    if summary["status"] != "FINISHED":
-        if summary["checkpoint"]:
-            print(
-                "\nnext: run the same command again; it resumes from the last checkpoint",
-                flush=True,
-            )
-        return
-    samples = folder.sample_files()
-    if samples:
-        sample = read_text(samples[-1], "replace").strip()
-        print(f"\nsample (the first tokens are the prompt, from val):\n{sample}")
-    print(
-        f"\nnext:\n  pipelines/sample.py {folder.path} --prompt '…'\n"
-        f"  pipelines/evaluate.py {folder.path}\n  pipelines/ui.py {folder.path.parent}",
-        flush=True,
-    )

@@ -2,10 +2,12 @@
 
     ray_train.py   `fit`: train one run on Ray Train; dead workers are started again
     worker.py      `work`: what every worker process of a run does
+    places.py      `find`: where a worker has the run and its tokens
     attempts.py    starts of the workers and their failures, in files of the run folder
     process_group.py  the process group that the workers form
     crew.py        `Crew`: the workers of a stage of a sweep
     watchdog.py    `Watchdog`: each rank reports its phase and is ended if it hangs
+    profiler.py    `Profiler`: a trace of some steps, and their largest costs
     watch.py       `Watch`, `RunWatch`: what the driver looks for while the workers train
     same_error.py  `SameErrorLimit`: ends a run that fails again and again in the same way
     diagnose.py    `diagnose`: how a run or a stage ended; `advise`: which micro-batch fits

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # Attempts in a row that may fail without a new checkpoint, or with the same error (`same_error`).
 # Another attempt would fail too.
 PATIENCE = 3
+# Events that say why workers ended, if there was no checkpoint since.
+CAUSES = ("node_lost", "node_silent", "node_back", "resize")
 
 
 def start_workers_attempt(folder: RunFolder, launch: str, world_size: int) -> int:
@@ -53,12 +55,24 @@ def start_workers_attempt(folder: RunFolder, launch: str, world_size: int) -> in
 
     number = len(earlier) + 1
     if same_launch:
-        message = f"attempt {number} begins at step {step}, because a worker died"
+        message = f"attempt {number} begins at step {step} on {world_size} worker(s), because "
+        message += _cause(folder, step)
         events.note(folder, "restart", message, step=step)
     # `step` is that of the newest checkpoint, `pid` that of rank 0.
     start = {"launch": launch, "step": step, "workers": world_size, "pid": os.getpid()}
     lines.append(folder.attempts_file, start)
     return number
+
+
+def _cause(folder: RunFolder, step: int) -> str:
+    """Return why the workers start again at a step."""
+    found: dict[str, str] = {}
+    for event in events.read(folder):
+        if event["kind"] == "restart":
+            found.clear()
+        elif event["kind"] in CAUSES and event.get("step") == step:
+            found[event["kind"]] = event["message"]
+    return found.get("resize") or next(reversed(found.values()), "a worker died")
 
 
 def _last_failure(folder: RunFolder, world_size: int, reason: str) -> Ending:

@@ -1,6 +1,7 @@
 """Why the workers of a run or a stage ended: one answer for lone runs and for sweeps."""
 
 import errno
+import re
 import socket
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -24,6 +25,7 @@ EXPECTED_ERRORS: dict[str, Kind] = {
     "orchestrator.files.NotPlainFileError: ": "user",
     "orchestrator.errors.UnreadableError: ": "again",
 }
+_COMPILER = re.compile(r"torch\._(?:dynamo|inductor)\.exc\.\w+: ")
 _CAUSES: dict[int, Cause] = {errno.EIO: "disk_error"}
 TRACEBACK = "Traceback (most recent call last):"
 # The whole reason that a rank gives if another one died.
@@ -68,8 +70,9 @@ def diagnose(folder: RunFolder, error: BaseException | None = None, workers: int
     again = getattr(error, "controller_failure", None)
     tracebacks = failures_of(folder) or ([str(again)] if again is not None else [])
     if not tracebacks:
+        where = f" on {' or '.join(dict.fromkeys(hosts))}" if hosts else ""
         reason = (
-            "a worker died without a traceback; its machine may be gone or out of memory "
+            f"a worker{where} died without a traceback; its machine may be gone or out of memory "
             f"({type(error).__name__}: {error})"
         )
         return Ending("failed", reason, cause="kill")
@@ -111,6 +114,15 @@ def ending_of_tracebacks(
     for prefix, kind in EXPECTED_ERRORS.items():
         if exception.startswith(prefix):
             return Ending(kind, exception.removeprefix(prefix), cause="exception")
+    compiler = _COMPILER.match(exception)
+    if compiler and not is_out_of_memory(exception):
+        places = re.findall(r'File "(.+)", line (\d+)', exception)  # in the code of the model
+        where = "".join(f"{file}:{line}: " for file, line in places[-1:])
+        reason = (
+            f"train.compile: torch cannot compile the model: {where}{message[compiler.end() :]}; "
+            "set train.compile=false"
+        )
+        return Ending("user", reason, cause="exception")
     if is_out_of_memory(exception):
         host = next(iter(hosts), socket.gethostname())
         kill = memory.allocation_failed(message, host, workers)

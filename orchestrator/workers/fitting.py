@@ -1,22 +1,36 @@
 """A micro-batch that fits into the memory of a worker.
 
-`advice` measures two small micro-batches, computes which one fits, and checks that one with a third
-measurement. Each measurement runs in a new process, as in a dry run.
+`with_auto_size` finds what `train.micro_batch_size=auto` stands for, before the first step.
+`advice` is for a run that ran out of memory: it measures two small micro-batches, computes which
+one fits, and checks that one with a third measurement. Each measurement runs in a new process, as
+in a dry run.
 """
 
 import math
 import socket
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from orchestrator.cluster import device, dtypes
 from orchestrator.cluster.layout import Layout
+from orchestrator.config.checks import contradictions
 from orchestrator.config.experiment import Experiment
+from orchestrator.config.fields import AUTO
+from orchestrator.cost.estimate import local_layout
 from orchestrator.cost.measure import time_worker
 from orchestrator.cost.timing import Timing
+from orchestrator.cost.tokens import token_counts
+from orchestrator.errors import UserError
+from orchestrator.runs.facts import model_facts
+from orchestrator.runs.identity import resolve_auto
+from orchestrator.runs.storage import run_folder
 from orchestrator.workers.memory import OutOfMemory, available_bytes
 
 GIB = 2**30
 MARGIN = 0.9  # of the free memory: other processes on the machine grow and shrink
 LIMIT_S = 90.0  # for one measurement, which takes some seconds on an idle machine
+# Larger micro-batches make a step on a CPU no faster (benchmarks/RESULTS.md).
+MOST_CPU_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -137,6 +151,121 @@ def sizes_of_same_steps(experiment: Experiment, num_workers: int) -> list[int]:
     for size in range(1, largest + 1):
         if largest % size == 0:
             candidate = experiment.replace(train__micro_batch_size=size)
-            if candidate.slots % num_workers == 0:
+            if candidate.slots >= num_workers:
                 found.append(size)
     return found
+
+
+# ---- train.micro_batch_size=auto ----
+
+
+def with_auto_size(
+    layout: Layout,
+    trials: Sequence[tuple[Experiment, int | None]],
+    stages: int = 1,
+    here: bool = False,
+) -> Layout:
+    """Return the layout with what `train.micro_batch_size=auto` stands for.
+
+    Args:
+        layout: The workers of each trial.
+        trials: Experiment and size of the vocabulary of each trial; all get the same number.
+        stages: Trials that run at the same time.
+        here: Measure on this machine, without Ray.
+
+    Raises:
+        UserError: No size fits, or they cannot be measured.
+    """
+    trials = [trial for trial in trials if trial[0].train.micro_batch_size == AUTO]
+    if not trials or layout.micro_batch_size is not None:
+        return layout
+    print("train.micro_batch_size=auto: measuring which micro-batch fits …", flush=True)
+    if here:
+        found = _find_size(layout, trials, stages)
+    else:
+        found = device.on_worker(layout, _find_size, layout, trials, stages)
+    if isinstance(found, str):
+        raise UserError(f"train.micro_batch_size: auto: {found}; give a number")
+    print(f"train.micro_batch_size=auto: {found}", flush=True)
+    return replace(layout, micro_batch_size=found)
+
+
+def with_known_size(experiment: Experiment, size: int | None, where: str = "") -> Experiment:
+    """Return the experiment with the number that was found for `train.micro_batch_size=auto`.
+
+    Raises:
+        UserError: The batches, slots or workers do not fit this number; starts with `where`.
+    """
+    if size is None or experiment.train.micro_batch_size != AUTO:
+        return experiment
+    experiment = experiment.replace(train__micro_batch_size=size)
+    for problem in contradictions(experiment):
+        raise UserError(f"{where}train.micro_batch_size: auto is {size} here; {problem}")
+    return experiment
+
+
+def resolved_here(experiment: Experiment) -> Experiment:
+    """Return the experiment of a dry run, with a number for `train.micro_batch_size=auto`."""
+    if experiment.train.micro_batch_size != AUTO:
+        return experiment
+    folder = run_folder(experiment)
+    layout = local_layout(experiment)
+    if not folder.checkpoint_steps():
+        trial = (experiment, token_counts(experiment).n_vocab)
+        layout = with_auto_size(layout, [trial], here=True)
+    return resolve_auto(experiment, layout, folder)
+
+
+def _find_size(
+    layout: Layout, trials: Sequence[tuple[Experiment, int | None]], stages: int
+) -> int | str:
+    """Try the sizes from the largest to the smallest. Return one that fits, or a problem."""
+
+    def cost(trial: tuple[Experiment, int]) -> int:
+        facts = model_facts(*trial)
+        return (facts["flops_per_token"] or facts["parameters"]) * trial[0].model.block_size
+
+    known = [(experiment, n_vocab) for experiment, n_vocab in trials if n_vocab is not None]
+    if len(known) < len(trials):
+        return "the tokens are not prepared yet: run pipelines/prepare.py first"
+    experiment, n_vocab = max(known, key=cost)
+    if experiment.train.dtype == AUTO:
+        experiment = experiment.replace(train__dtype=dtypes.suitable(experiment, layout))
+    room = _room(layout, stages)
+    for size in reversed(auto_sizes([experiment for experiment, _ in known], layout)):
+        needed = _needed(experiment, size, n_vocab, layout)
+        if needed is None:
+            return "it cannot be measured on this machine"
+        if needed <= room:
+            return size
+    return f"one sequence needs more than the {max(0, room) / GIB:.2f} GiB of a worker"
+
+
+def _room(layout: Layout, stages: int) -> float:
+    """Return the memory of a worker in bytes."""
+    if layout.use_gpu:
+        import torch
+
+        return MARGIN * torch.cuda.get_device_properties(0).total_memory
+    return MARGIN * available_bytes() / (layout.num_workers * stages)
+
+
+def auto_sizes(experiments: Sequence[Experiment], layout: Layout) -> list[int]:
+    """Return the powers of two, rising, with which the workers can share all steps.
+
+    More workers may come later (`compute.num_workers` is a list), when the slots are fixed.
+    """
+    counts = [count for e in experiments for count in e.compute.worker_counts]
+    layout = replace(layout, num_workers=max([layout.num_workers, *counts]))
+    most = min(e.batch_sizes.at(0) for e in experiments) // layout.num_workers
+    powers = [1 << i for i in range(most.bit_length())]
+    return [size for size in powers if all(_can_share(e, size, layout) for e in experiments)]
+
+
+def _can_share(experiment: Experiment, size: int, layout: Layout) -> bool:
+    tokens = size * experiment.model.block_size
+    if size > 1 and tokens > MOST_CPU_TOKENS and not layout.use_gpu:
+        return False
+    slots = experiment.replace(train__micro_batch_size=size).slots
+    batches = [batch for _, batch in experiment.batch_sizes.stretches]
+    return slots >= layout.num_workers and not any(b % (size * slots) for b in batches)

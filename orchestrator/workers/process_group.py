@@ -1,10 +1,19 @@
 """The process group of torch.distributed that the workers of a run or a stage form."""
 
+from __future__ import annotations
+
+import os
 import socket
 from datetime import timedelta
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import psutil
 
 from orchestrator.cluster.layout import COLLECTIVE_TIMEOUT_S, Layout
-from orchestrator.train.numerics import Worker
+
+if TYPE_CHECKING:
+    from orchestrator.train.numerics import Worker
 
 
 def new_address() -> str:
@@ -27,6 +36,7 @@ def join(address: str, rank: int, layout: Layout) -> None:
     """
     import torch.distributed as dist
 
+    _choose_interface(address)
     dist.init_process_group(
         "nccl" if layout.use_gpu else "gloo",
         init_method=address,
@@ -34,6 +44,21 @@ def join(address: str, rank: int, layout: Layout) -> None:
         world_size=layout.num_workers,
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
     )
+
+
+def _choose_interface(address: str) -> None:
+    """Let gloo and NCCL use the network interface that reaches rank 0, unless the user chose one.
+
+    gloo itself takes the one of the host name. On Debian that is 127.0.1.1, which no other machine
+    reaches.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        route.connect((urlsplit(address).hostname, 9))  # sends nothing
+        own = route.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address == own for one in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # the whole name
 
 
 def leave() -> None:
@@ -46,4 +71,6 @@ def leave() -> None:
 
 def worker_of(rank: int, layout: Layout) -> Worker:
     """Return the place of a rank among the workers of the layout."""
+    from orchestrator.train.numerics import Worker
+
     return Worker(rank, layout.num_workers, layout.device, layout.cpus_per_worker)

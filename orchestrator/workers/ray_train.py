@@ -14,8 +14,14 @@ from typing import Any
 
 from orchestrator.cluster import calls, train_here
 from orchestrator.cluster.layout import Layout
+from orchestrator.cluster.room import Room, WaitedTooLongError
 from orchestrator.config.experiment import Experiment
+from orchestrator.objects.address import Address
+from orchestrator.own_code import sources
+from orchestrator.runs import events, stop
+from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
+from orchestrator.workers import places
 from orchestrator.workers.attempts import PATIENCE
 
 MAX_FAILURES = 1000  # Ray's limit, in case our own count cannot be stored
@@ -27,7 +33,14 @@ def import_modules() -> None:
     import ray.train.v2.api.data_parallel_trainer  # noqa: F401
 
 
-def fit(experiment: Experiment, folder: RunFolder, data_dir: Path, layout: Layout) -> None:
+def fit(
+    experiment: Experiment,
+    folder: RunFolder,
+    data_dir: Path,
+    layout: Layout,
+    profile: int = 0,
+    mirror: Address | None = None,
+) -> None:
     """Train to the end. Start dead workers again for as long as that makes progress.
 
     Returns when the workers are done, also if the run stopped early: see `folder.read_ending`.
@@ -37,33 +50,32 @@ def fit(experiment: Experiment, folder: RunFolder, data_dir: Path, layout: Layou
         folder: Folder of the run.
         data_dir: Folder of the token shards.
         layout: Workers and devices.
+        profile: Steps of each attempt to profile; see `Profiler`.
+        mirror: See `places.of_driver`.
 
     Raises:
         Exception: Ray's error if the workers failed; see `diagnose`.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from orchestrator.workers.same_error import SameErrorLimit
 
     launch = uuid.uuid4().hex[:8]
-    resources = {"CPU": layout.cpus_per_worker}
-    if layout.use_gpu:
-        resources["GPU"] = 1
     trainer = DataParallelTrainer(
         _work,
         train_loop_config={
+            **places.of_driver(folder, data_dir, mirror),
             "experiment": experiment.model_dump(),
-            "folder": str(folder.path),
-            "data_dir": str(data_dir),
             "layout": asdict(layout),
             "launch": launch,
-            "key": (folder.read_record() or {}).get("key"),
+            "profile": profile,
+            "code": sources(),
         },
         scaling_config=ScalingConfig(
             num_workers=layout.num_workers,
             use_gpu=layout.use_gpu,
-            resources_per_worker=resources,
+            resources_per_worker=_resources(layout),
         ),
         run_config=RunConfig(
             name=launch,
@@ -73,9 +85,35 @@ def fit(experiment: Experiment, folder: RunFolder, data_dir: Path, layout: Layou
         ),
     )
     try:
-        calls.interruptibly(lambda: train_here.fit_here(trainer))
+        calls.interruptibly(lambda: train_here.fit_here(trainer, _room(experiment, folder, layout)))
+    except TrainingFailedError as error:
+        waited = getattr(error, "controller_failure", None)
+        if not isinstance(waited, WaitedTooLongError):
+            raise
+        folder.write_ending(Ending("again", str(waited)))
     finally:
         shutil.rmtree(folder.ray_scratch, ignore_errors=True)
+
+
+def _resources(layout: Layout) -> dict[str, float]:
+    """Return the resources of a worker."""
+    return {"CPU": layout.cpus_per_worker, **({"GPU": 1} if layout.use_gpu else {})}
+
+
+def _room(experiment: Experiment, folder: RunFolder, layout: Layout) -> Room:
+    """Return what decides how many workers start."""
+
+    def newest_step() -> int:
+        return max(folder.checkpoint_steps(), default=0)
+
+    return Room(
+        layout,
+        experiment.compute.worker_counts or [layout.num_workers],
+        experiment.compute.wait_for_nodes_s,
+        newest_step=newest_step,
+        stop_requested=lambda: stop.requested(folder),
+        note=lambda kind, message: events.note(folder, kind, message, step=newest_step()),
+    )
 
 
 def _work(config: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from ray.train import UserCallback
 
 from orchestrator.runs.folder import RunFolder
-from orchestrator.workers.diagnose import exception_of
+from orchestrator.workers.diagnose import ending_of_tracebacks, exception_of
 
 
 class SameErrorAgain(Exception):  # noqa: N818
@@ -17,6 +17,9 @@ class SameErrorAgain(Exception):  # noqa: N818
 
 class SameErrorLimit(UserCallback):
     """Counts failures in a row that have an error in common and between which no step was saved.
+
+    A mistake of the user ends the run at the first failure: the folder in which a worker records it
+    may be another one than that of the driver.
 
     Args:
         folder: Folder of the run.
@@ -33,6 +36,10 @@ class SameErrorLimit(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raise SameErrorAgain at the last failure. Ray then does not start the workers again."""
         errors = {exception_of(str(error)) for error in worker_exceptions.values()}
+        for error in sorted(errors):
+            ending = ending_of_tracebacks(self._folder, [error], len(worker_exceptions))
+            if ending.cause == "exception" and ending.kind == "user":
+                raise SameErrorAgain(error)
         step = self._saved_step()
         common = errors & self._errors
         if step == self._step and common:

@@ -1,7 +1,8 @@
 """What the driver does while its workers train.
 
-It passes on a signal to stop at once, stops a run when Ray drains one of its nodes, ends stuck
-processes of this machine, and ends the wait for workers that are done but do not exit.
+It passes on a signal to stop at once, stops when Ray drains a node of the workers, notes nodes that
+do not answer, ends stuck processes of this machine, and ends the wait for workers that are done but
+do not exit.
 """
 
 import os
@@ -12,13 +13,16 @@ import time
 from collections.abc import Callable, Iterable
 
 from orchestrator.cluster import connection, private
+from orchestrator.cluster.reach import Reach
 from orchestrator.folders import MovedError, check_held
-from orchestrator.runs import signals, stop
+from orchestrator.runs import events, signals, stop
+from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import hangs, marks
 from orchestrator.workers.marks import DONE, Mark
 
 POLL_S = 1.0
+RECENT_S = 60.0  # for which a node without workers is still looked at
 JOIN_S = 5.0  # the thread may wait for a dead Ray
 GRACE_S = 5.0  # added to the limit of a rank, so that its own watchdog acts first
 # Least and most seconds that workers have to exit once they are done. Shorter than the usual time
@@ -48,6 +52,8 @@ class Watch:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self.over = False
+        self._reach = Reach(self._note)
+        self._used: dict[str, float] = {}  # when workers were seen on a node
         # Last report of each rank, and when it was first seen by our own clock.
         self._seen: dict[tuple[str, int], tuple[MarkId, float]] = {}
 
@@ -87,10 +93,47 @@ class Watch:
         except MovedError:
             self._end_wait()
             return
+        groups = []
         for place in self.places():
-            for mark in marks.read(place):
+            groups.append(self._current(place))
+            for mark in groups[-1]:
                 if not mark.is_over and self._age(place, mark) > mark.limit + GRACE_S:
                     hangs.end_stuck(place, mark)
+        self._look_at_nodes(groups)
+
+    def _current(self, place: RunFolder) -> list[Mark]:
+        """Return the marks of the workers that train in a folder now."""
+        return marks.read(place)
+
+    def _look_at_nodes(self, groups: list[list[Mark]]) -> None:
+        """Note nodes of workers that do not answer; stop if one is drained.
+
+        Args:
+            groups: The workers that train together.
+        """
+        nodes = {mark.node for group in groups for mark in group}
+        for node, name in private.draining_nodes().items():
+            if node in nodes:
+                stop.request(self.folder, f"the node {name} is drained")
+        now = time.monotonic()
+        self._used |= dict.fromkeys(nodes, now)
+        # Workers of a node that is lost may have started elsewhere by now.
+        self._reach.look({node for node, used in self._used.items() if now - used < RECENT_S})
+        asked = stop.requested(self.folder)
+        away = set(self._reach.away)
+        waiting = [group for group in groups if not all(mark.is_over for mark in group)]
+        if self.over or not asked or not waiting:
+            return
+        if all(away & {mark.host for mark in group} for group in waiting):
+            # The steps that would end with checkpoints wait for these nodes.
+            self._end_without(", ".join(sorted(away)), asked)
+
+    def _end_without(self, hosts: str, asked: str) -> None:
+        self._end_wait()
+
+    def _note(self, kind: str, message: str) -> None:
+        """Note an event and print it."""
+        print(events.note(self.folder, kind, message)["message"], flush=True)
 
     def _end_wait(self) -> None:
         if not self.over:
@@ -129,12 +172,21 @@ class RunWatch(Watch):
         super().__enter__()
         return self
 
+    def _current(self, place: RunFolder) -> list[Mark]:
+        return [mark for mark in super()._current(place) if _mark_id(mark) not in self._earlier]
+
+    def _note(self, kind: str, message: str) -> None:
+        step = max(self.folder.checkpoint_steps(), default=0)
+        events.note(self.folder, kind, message, step=step)  # the console prints it
+
+    def _end_without(self, hosts: str, asked: str) -> None:
+        reason = f"{asked}: stopped without a new checkpoint, because {hosts} did not answer"
+        self.folder.write_ending(Ending("again", reason))
+        super()._end_without(hosts, asked)
+
     def _look(self) -> None:
         super()._look()
-        current = [mark for mark in marks.read(self.folder) if _mark_id(mark) not in self._earlier]
-        node = draining_node(current)
-        if node is not None:
-            stop.request(self.folder, f"the node {node} is drained")
+        current = self._current(self.folder)
         if not current or any(mark.phase != DONE for mark in current):
             self._done_since = None
             return
@@ -143,15 +195,6 @@ class RunWatch(Watch):
             self._done_since = now
         if now - self._done_since > self._exit_s:
             self._end_wait()
-
-
-def draining_node(current: list[Mark]) -> str | None:
-    """Return the name of a node that has workers and is being drained; None if there is none."""
-    ours = {mark.node for mark in current}
-    for node, name in private.draining_nodes().items():
-        if node in ours:
-            return name
-    return None
 
 
 def _mark_id(mark: Mark) -> MarkId:

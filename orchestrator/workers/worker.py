@@ -13,41 +13,43 @@ from orchestrator import folders
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.errors import HeldError
+from orchestrator.own_code import register
 from orchestrator.runs import lock, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker, agree
-from orchestrator.workers import process_group
+from orchestrator.workers import places, process_group
 from orchestrator.workers.attempts import record_failure, start_workers_attempt
+from orchestrator.workers.profiler import Profiler
 from orchestrator.workers.watchdog import Watchdog
 
 
 def work(config: dict[str, Any]) -> None:
     """Train in one worker process of Ray."""
-    folder = RunFolder(config["folder"])
-    if is_over(folder, config["key"]):
-        return
-    rank = ray.train.get_context().get_world_rank()
-    layout = Layout(**config["layout"])
-    worker = process_group.worker_of(rank, layout)
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    found = places.find(config, rank)
+    folder = found.folder
+    layout = replace(Layout(**config["layout"]), num_workers=context.get_world_size())
+    worker = replace(process_group.worker_of(rank, layout), has_folder=found.is_shared)
+    # An earlier attempt of this launch may have recorded that the run must not go on.
+    is_over = folder.ending_file.exists()
     if layout.num_workers > 1:
         address = process_group.new_address() if worker.is_main else None
-        process_group.join(broadcast_from_rank_zero(address), rank, layout)
-    train(folder, worker, config)
+        # Rank 0 decides: another rank may see its files later.
+        is_over, address = broadcast_from_rank_zero((is_over, address))
+        if not is_over:
+            process_group.join(address, rank, layout)
+    if is_over:
+        return
+    train(found, worker, config)
     process_group.leave()
 
 
-def is_over(folder: RunFolder, key: str | None) -> bool:
-    """Return whether the workers must not start again."""
-    if (folder.read_record() or {}).get("key") != key:
-        return True  # the folder was removed or moved, which the driver reports
-    # An earlier attempt of this launch may have recorded that the run must not go on.
-    return folder.ending_file.exists()
-
-
-def train(folder: RunFolder, worker: Worker, config: dict[str, Any]) -> None:
+def train(found: places.Places, worker: Worker, config: dict[str, Any]) -> None:
     """Train in this process, whose process group is ready. `config` is that of `work`."""
+    folder = found.folder
     with (
         folders.holding(folder.path),
         _only_writer(folder) if worker.is_main else contextlib.nullcontext(),
@@ -57,8 +59,10 @@ def train(folder: RunFolder, worker: Worker, config: dict[str, Any]) -> None:
             if worker.is_main:
                 number = start_workers_attempt(folder, config["launch"], worker.world_size)
             worker = replace(worker, attempt=agree(number, worker))
+            register(config["code"])
             experiment = parse_experiment(config["experiment"], "experiment")
-            _train_watched(experiment, folder, Path(config["data_dir"]), worker)
+            profiled = config["profile"] if worker.is_main else 0
+            _train_watched(experiment, folder, found.data_dir, worker, profiled)
         except Exception as error:
             record_failure(folder, worker, error)
             raise
@@ -81,10 +85,15 @@ def _only_writer(folder: RunFolder) -> Iterator[None]:
 
 
 def _train_watched(
-    experiment: Experiment, folder: RunFolder, data_dir: Path, worker: Worker
+    experiment: Experiment, folder: RunFolder, data_dir: Path, worker: Worker, profiled: int
 ) -> None:
-    """Run the training loop under a watchdog, and stop it on request."""
-    with Watchdog(folder, worker, experiment.compute.hang_after_s) as watchdog:
+    """Run the training loop under a watchdog, and stop it on request. Profile some steps."""
+    with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(folder, worker, experiment.compute.hang_after_s))
+        report_phase = watchdog.report_phase
+        if profiled:
+            profiler = stack.enter_context(Profiler(folder, profiled, report_phase))
+            report_phase = profiler.report_phase
         listener = stop.Listener(folder) if worker.is_main else None
         trainer = Trainer(
             experiment,
@@ -92,7 +101,7 @@ def _train_watched(
             data_dir,
             worker,
             stop_requested=listener or _not_asked,
-            report_phase=watchdog.report_phase,
+            report_phase=report_phase,
         )
         try:
             for _ in trainer.run():

@@ -18,10 +18,18 @@ def interrupts():
     signal.signal(signal.SIGINT, before)
 
 
-def interrupt_when(event):
+def interrupt_when(event, late=False):
+    """Send SIGINT to this process; a late one does not end a wait that the main thread has begun.
+
+    That is a signal that another thread gets, or the main thread just before the wait.
+    """
+
     def interrupt():
         event.wait()
-        os.kill(os.getpid(), signal.SIGINT)
+        if late:
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        else:
+            os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
 
@@ -32,7 +40,8 @@ def test_call_returns_or_raises_what_it_would_without_a_thread():
         calls.interruptibly(lambda: 1 // 0)
 
 
-def test_ctrl_c_reaches_the_call(monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+def test_ctrl_c_reaches_the_call(monkeypatch, late):
     monkeypatch.setattr(connection, "failure", lambda: None)
     started, ended = threading.Event(), threading.Event()
 
@@ -44,7 +53,7 @@ def test_ctrl_c_reaches_the_call(monkeypatch):
         finally:
             ended.set()
 
-    interrupt_when(started)
+    interrupt_when(started, late)
     with pytest.raises(KeyboardInterrupt):
         calls.interruptibly(call)
     assert ended.is_set()

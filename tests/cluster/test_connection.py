@@ -7,6 +7,8 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,6 +134,14 @@ def test_ray_that_does_not_start_is_reported_in_one_line(monkeypatch, init, addr
     with pytest.raises(UserError, match=words) as caught:
         connection.connect()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "seconds"), [({}, 15.0), ({connection.RECONNECT: "600"}, 600.0)])
+def test_wait_for_the_head_is_that_of_ray_if_another_head_may_come(given, seconds):
+    script = "from orchestrator.cluster import connection; print(connection.LOST_S)"
+    kept = {key: value for key, value in os.environ.items() if key != connection.RECONNECT}
+    found = subprocess.run([sys.executable, "-c", script], env=kept | given, capture_output=True)
+    assert float(found.stdout) == seconds
 
 
 def test_head_that_does_not_answer_for_some_seconds_has_died(monkeypatch):

@@ -1,6 +1,10 @@
 """What `train.dtype=auto` stands for: tables of devices and models."""
 
+import threading
+from dataclasses import replace
+
 import pytest
+import ray
 
 from orchestrator.cluster import device as device_module
 from orchestrator.cluster import dtypes
@@ -46,17 +50,48 @@ def test_type_suits_device_and_width(device, flags, gpu_has_bfloat16, layout, wi
     assert dtypes.suitable(experiment, found) == dtype
 
 
+@pytest.mark.parametrize(
+    ("limit", "dtype"),
+    [("", "bfloat16"), ("avx512_core_amx", "bfloat16"), ("AVX512_CORE", "float32")],
+)
+def test_instructions_that_the_environment_forbids_are_not_used(device, monkeypatch, limit, dtype):
+    device(BFLOAT16)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert dtypes.fast_dtype(on_gpu=False) == dtype
+
+
 def test_flags_are_those_of_the_kernel():
     import torch
 
     assert ("avx512_bf16" in cpu_flags()) == torch.cpu._is_avx512_bf16_supported()
 
 
-def test_a_worker_finds_the_type_on_a_cluster_of_several_nodes(ray_cluster, device, monkeypatch):
+@pytest.mark.parametrize("busy", [False, True])
+def test_each_node_finds_its_type_also_while_its_cpus_are_busy(
+    ray_cluster, device, monkeypatch, busy
+):
     expected = dtypes.fast_dtype(False)
     device(set() if expected == "bfloat16" else BFLOAT16)  # the driver's machine is of another kind
     monkeypatch.setattr(device_module, "has_several_nodes", lambda: True)
+    cpus = int(ray.cluster_resources()["CPU"]) if busy else 0
+    holder = ray.remote(threading.Event).options(num_cpus=cpus).remote()
+    ray.get(holder.is_set.remote())
     assert device_module.of_workers(CPU).fast_dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("types", "dtype"),
+    [
+        (["bfloat16", "bfloat16"], "bfloat16"),
+        (["bfloat16", "float32"], "float32"),
+        (["float16", "bfloat16"], "float16"),
+    ],
+)
+def test_unlike_nodes_have_a_type_that_none_of_them_emulates(types, dtype):
+    nodes = [replace(CPU, fast_dtype=name, device_name=f"of {name}") for name in types]
+    found = device_module.common(nodes)
+    assert found.fast_dtype == dtype
+    assert found.device_name == ", ".join(sorted({f"of {name}" for name in types}))
 
 
 @pytest.mark.parametrize(
@@ -68,13 +103,13 @@ def test_a_worker_finds_the_type_on_a_cluster_of_several_nodes(ray_cluster, devi
         ("float16", BFLOAT16, CPU, "times as long as with float32"),
         ("float16", set(), GPU, None),
         ("float32", set(), CPU, None),
-        ("auto", set(), CPU, None),
+        ("float16", {"avx512_fp16"}, CPU, None),
     ],
 )
 def test_emulated_type_is_one_line(device, capsys, dtype, flags, layout, words):
     device(flags)
     experiment = load_experiment(None, [f"train.dtype={dtype}"])
-    dtypes.warn_if_emulated(experiment, device_module.of_workers(layout))
+    dtypes.warn_if_emulated(experiment, device_module.of_workers(layout), has_begun=False)
     line = capsys.readouterr().err
     assert line.count("\n") == (words is not None)
     assert words is None or (f"train.dtype={dtype}" in line and words in line)

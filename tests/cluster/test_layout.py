@@ -4,12 +4,20 @@ import re
 
 import pytest
 
-from orchestrator.cluster.layout import Layout, Node, resolve_layout, worker_environment
+from orchestrator.cluster import layout
+from orchestrator.cluster.layout import (
+    Layout,
+    Node,
+    find_layout,
+    resolve_layout,
+    worker_environment,
+)
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
 
 EIGHT = ["train.micro_batch_size=1", "train.global_batch_size=8"]  # eight slots
 TWO = ["train.micro_batch_size=3", "train.global_batch_size=18"]  # six micro-batches in two slots
+SIXTEEN = ["train.micro_batch_size=1", "train.global_batch_size=16"]
 
 TABLE = [
     # words, (CPUs, GPUs) of each node, workers, CPUs of each, GPU
@@ -24,10 +32,16 @@ TABLE = [
     (EIGHT, [(16, 4), (16, 4)], 8, 1, True),
     (EIGHT, [(16, 1)], 1, 1, True),
     (EIGHT, [(64, 16)], 8, 1, True),
-    (EIGHT, [(16, 6)], 4, 1, True),
+    (EIGHT, [(16, 3)], 3, 1, True),
+    (EIGHT, [(16, 6)], 4, 1, True),  # with six, a worker has two slots as well
+    ([*SIXTEEN, "train.reduction_slots=16"], [(16, 6)], 6, 1, True),
+    ([*EIGHT, "compute.num_workers=6"], [(16, 8)], 6, 1, True),
     (TWO, [(16, 8)], 2, 1, True),
     ([*EIGHT, "compute.use_gpu=false"], [(16, 8)], 1, 16, False),
     ([*EIGHT, "compute.use_gpu=true", "compute.num_workers=2"], [(16, 8)], 2, 1, True),
+    ([*EIGHT, "compute.num_workers=[1, 2]"], [(8, 0)], 2, 1, False),
+    ([*EIGHT, "compute.num_workers=[1, 2]"], [(1, 0)], 1, 1, False),  # with the same threads
+    ([*EIGHT, "compute.num_workers=[8, 2]"], [(16, 4)], 2, 1, True),
 ]
 
 
@@ -51,7 +65,9 @@ def test_layout_is_the_largest_that_slots_and_devices_allow(words, nodes, worker
         (EIGHT, [(64, 16)], "8 of 16", None),  # eight sequences
         ([*EIGHT, "train.global_batch_size=64"], [(64, 32)], "24 of 32", 32),
         ([*EIGHT, "train.reduction_slots=2"], [(16, 6)], "4 of 6", 4),
-        (EIGHT, [(16, 6)], "2 of 6", None),  # six is not a power of two
+        (EIGHT, [(16, 6)], "2 of 6", None),  # eight sequences
+        (SIXTEEN, [(16, 6)], "2 of 6", 6),
+        (SIXTEEN, [(16, 5)], "1 of 5", None),
         (TWO, [(16, 8)], "6 of 8", None),
         (["train.micro_batch_size=6", "train.global_batch_size=24"], [(16, 8)], "4 of 8", 8),
         ([*TWO, "train.global_batch_size=12"], [(16, 8)], "4 of 8", None),
@@ -103,6 +119,7 @@ def test_idle_gpus_are_reported_with_the_change_that_uses_more(capsys, words, no
             "4 CPU(s) and 8 GPU(s)",
         ),
         ([], [], "1 worker(s)", "0 CPU(s) and 0 GPU(s) on 0 node(s)"),
+        ([*EIGHT, "compute.num_workers=[8, 4]"], [(2, 0)], "4 worker(s)", "2 CPU(s)"),
     ],
 )
 def test_too_large_request_is_refused_unless_the_cluster_grows(words, nodes, asked, found):
@@ -120,6 +137,20 @@ def test_too_large_request_is_refused_unless_the_cluster_grows(words, nodes, ask
         f"compute.num_workers={asked.split()[0]}",
     ]
     assert isinstance(resolved([*words, *explicit], nodes, grows=True), Layout)
+
+
+def test_run_that_has_begun_waits_on_a_shared_cluster_for_its_nodes(monkeypatch):
+    monkeypatch.setattr(layout, "alive_nodes", lambda: [Node(0, 0), Node(1, 0)])
+    experiment = load_experiment(None, [*EIGHT, "compute.num_workers=2"])
+    before = Layout(2, 1, False)
+    monkeypatch.delenv("ESPALIER_AUTOSCALING", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert find_layout(experiment, before) == before
+    with pytest.raises(UserError, match=r"asked for 2 worker"):
+        find_layout(experiment)
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(UserError, match=r"asked for 2 worker"):
+        find_layout(experiment, before)
 
 
 def test_workers_get_variables_of_the_driver(monkeypatch):

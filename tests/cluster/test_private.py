@@ -18,6 +18,8 @@ import pytest
 import ray.train
 
 from orchestrator.cluster import connection, private, train_here
+from orchestrator.cluster.layout import Layout
+from orchestrator.cluster.room import Room
 from tests.helpers import forked, stuck
 from tests.helpers.wait import wait_until
 
@@ -146,15 +148,17 @@ def environment(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-def trainer_of(work, tmp_path):
+def fit_here(work, tmp_path) -> None:
     from ray.train import RunConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    return DataParallelTrainer(
+    trainer = DataParallelTrainer(
         work,
         scaling_config=ray.train.ScalingConfig(num_workers=1),
         run_config=RunConfig(name="x", storage_path=str(tmp_path)),
     )
+    room = Room(Layout(1, 1, False), [1], 60.0, lambda: 0, lambda: None, pytest.fail)
+    train_here.fit_here(trainer, room)
 
 
 def alive_actors() -> set[str]:
@@ -171,7 +175,7 @@ def note_actors(file: Path) -> None:
 def test_ray_train_starts_no_process_besides_the_workers(ray_cluster, tmp_path):
     """A cleaner would wait for the API server at the end of each run."""
     before = alive_actors()
-    train_here.fit_here(trainer_of(functools.partial(note_actors, tmp_path / "actors"), tmp_path))
+    fit_here(functools.partial(note_actors, tmp_path / "actors"), tmp_path)
     during = set((tmp_path / "actors").read_text().split("\n"))
     assert during - before == {"RayTrainWorker", "SynchronizationActor"}
     wait_until(lambda: alive_actors() == before)
@@ -193,7 +197,7 @@ def test_interrupt_of_the_driver_ends_the_workers(ray_cluster, tmp_path):
     interrupting = threading.Thread(target=interrupt)
     interrupting.start()
     with pytest.raises(KeyboardInterrupt):
-        train_here.fit_here(trainer_of(functools.partial(wait_forever, started), tmp_path))
+        fit_here(functools.partial(wait_forever, started), tmp_path)
     interrupting.join()
     wait_until(lambda: not Path(f"/proc/{started.read_text()}").exists())
 
@@ -212,8 +216,15 @@ def test_interrupt_while_workers_start_ends_them(ray_cluster, tmp_path, monkeypa
 
     monkeypatch.setattr(WorkerGroup, "_start_impl", start_and_interrupt)
     with pytest.raises(KeyboardInterrupt):
-        train_here.fit_here(trainer_of(functools.partial(wait_forever, started), tmp_path))
+        fit_here(functools.partial(wait_forever, started), tmp_path)
     wait_until(lambda: not Path(f"/proc/{started.read_text()}").exists())
+
+
+def test_workers_on_a_lost_node_are_waited_for_as_ray_does_by_default():
+    from ray.train.v2._internal.execution.worker_group import state
+
+    [patience_s] = state._shutdown_workers.__defaults__
+    assert patience_s in (5, train_here.SHUTDOWN_S)
 
 
 def fail() -> None:
@@ -222,7 +233,7 @@ def fail() -> None:
 
 def test_error_of_a_worker_is_raised_in_the_driver(ray_cluster, tmp_path, capfd):
     with pytest.raises(ray.train.WorkerGroupError, match="no such thing"):
-        train_here.fit_here(trainer_of(fail, tmp_path))
+        fit_here(fail, tmp_path)
     assert capfd.readouterr().err == ""
 
 
@@ -234,7 +245,7 @@ def test_timeout_of_collectives_can_be_changed(tmp_path):
 
 
 def test_encodings_of_tiktoken_show_their_ranks():
-    """`data/tokenizer.py` hashes them and counts the bytes of each token."""
+    """`data/tokenizers/pairs.py` hashes them and counts the bytes of each token."""
     from tiktoken import Encoding
 
     ranks = {bytes([byte]): byte for byte in range(256)}
@@ -276,3 +287,20 @@ def test_interrupted_task_is_ended_without_a_message(capfd):
     del task
     gc.collect()
     assert capfd.readouterr().err == ""
+
+
+def test_rank_0_is_on_the_machine_of_the_driver(monkeypatch):
+    from ray.train.v2._internal.execution.worker_group import WorkerGroup
+    from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata
+
+    def worker(node: str) -> SimpleNamespace:
+        return SimpleNamespace(metadata=ActorMetadata(node, node, node, 1, {}), resources={})
+
+    here = SimpleNamespace(get_node_id=lambda: "b")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: here)
+    original = WorkerGroup._sort_workers_by_gpu_id_grouped_by_node
+    with train_here._rank_0_here():
+        ranks = WorkerGroup._assign_worker_ranks([worker(node) for node in "aabbc"])
+    assert [one.metadata.node_id for one in ranks] == ["b", "b", "a", "a", "c"]
+    assert [one.distributed_context.world_rank for one in ranks] == [0, 1, 2, 3, 4]
+    assert WorkerGroup._sort_workers_by_gpu_id_grouped_by_node is original

@@ -90,6 +90,44 @@ def test_sweep_that_grows_on_another_machine_keeps_its_type(machine, tokens, tmp
     assert list(types(folder).values()) == ["float32", "float32"]
 
 
+def test_sweep_that_goes_on_with_auto_has_one_type(machine, tokens, tmp_path, capsys):
+    """The first trials had another type than auto stands for on this machine."""
+    grid = "sweep.grid={{schedule.max_lr: [{}]}}"
+    machine("float32")
+    sweep(tmp_path, tokens, grid.format("0.01"), "train.max_steps=6", "train.dtype=bfloat16")
+    folder = sweep(tmp_path, tokens, grid.format("0.01, 0.02"), "train.max_steps=6", AUTO)
+    assert list(types(folder).values()) == ["bfloat16", "bfloat16"]
+    assert "are compared" not in capsys.readouterr().out
+
+
+def test_trials_of_several_types_are_one_line_unless_the_sweep_compares_types(sweeps):
+    fast = Layout(1, 1, False, fast_dtype="bfloat16")
+    mixed = sweeps.open("sweep.grid={model.n_embd: [256, 512]}", AUTO, layout=fast)
+    [line] = [line for line in mixed.notes() if line.startswith("train.dtype: ")]
+    assert "1 trial(s) in float32, 1 trial(s) in bfloat16 are compared" in line
+    assert sweeps.open("sweep.grid={train.dtype: [float32, bfloat16]}").notes() == []
+
+
+def test_emulated_type_of_a_run_that_has_begun_is_one_line(machine, tokens, tmp_path, capsys):
+    machine("bfloat16")
+    start(tmp_path, [*tokens, AUTO], steps=5)
+    assert capsys.readouterr().err == ""
+    machine("float32")
+    start(tmp_path, [*tokens, AUTO], steps=8)
+    [line] = [li for li in capsys.readouterr().err.splitlines() if "train.dtype=bfloat16: " in li]
+    assert "use a new name" in line
+
+
+def test_run_that_begins_again_has_the_type_of_a_new_one(machine, tokens, tmp_path):
+    machine("float32")
+    start(tmp_path, [*tokens, AUTO], steps=5)
+    for weights in (tmp_path / "run" / "checkpoints").glob("*/model.safetensors"):
+        weights.write_bytes(b"")
+    machine("bfloat16")
+    assert start(tmp_path, [*tokens, AUTO, "train.restart=true"], steps=5) == EXIT_DONE
+    assert RunFolder(tmp_path / "run").read_experiment().train.dtype == "bfloat16"
+
+
 def test_emulated_type_is_one_line_of_a_run(machine, tokens, tmp_path, capsys):
     machine("float32")
     words = [*SMALL, "name=run", f"storage={tmp_path}", "train.max_steps=5", *tokens]

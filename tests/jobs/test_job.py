@@ -90,7 +90,7 @@ class SmallJob(Job):
 def new_job(tmp_path, monkeypatch):
     """Make a job in an empty storage; the test's own signal handlers are restored."""
     numbers = (*signals.STOPS, signal.SIGINT, signal.SIGALRM)
-    monkeypatch.setattr("orchestrator.cluster.layout.check_storage", lambda storage: None)
+    monkeypatch.setattr("orchestrator.cluster.nodes.check_nodes", lambda *_: None)
     monkeypatch.setattr(connection, "failure", lambda error=None: None)
     monkeypatch.delenv(restart.VARIABLE, raising=False)
     before = {number: signal.getsignal(number) for number in numbers}

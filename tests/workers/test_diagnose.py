@@ -23,7 +23,28 @@ DIED = RuntimeError("a worker died")
 CUDA = """CUDA error: out of memory
 CUDA kernel errors might be asynchronously reported at some other API call.
 Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."""
+# As torch names it, without the import of its compiler. tests/own/test_compile.py has a real one.
+InductorError = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+NOT_COMPILED = """InvalidCxxCompiler: No working C++ compiler found
+
+from user code:
+   File "/mine/conv.py", line 48, in forward
+    x = self.blocks(tokens)
+"""
 FAULTS = {
+    "a model that cannot be compiled": (
+        InductorError(NOT_COMPILED),
+        (
+            "user",
+            "exception",
+            "train.compile: torch cannot compile the model: /mine/conv.py:48: InvalidCxxCompiler: "
+            "No working C++ compiler found; set train.compile=false",
+        ),
+    ),
+    "too little memory to compile": (
+        InductorError("RuntimeError: CUDA out of memory"),
+        ("user", "out_of_memory", "CUDA out of memory"),
+    ),
     "CUDA out of memory, as torch words it first": (
         RuntimeError(CUDA),
         ("user", "out_of_memory", "CUDA error: out of memory"),
@@ -241,3 +262,22 @@ def test_other_endings_need_no_advice(tmp_path, experiment, tiny_dataset):
     dataset = load_manifest(Path(tiny_dataset))
     assert advise(ending, RunFolder(tmp_path), experiment, dataset, Layout(1, 1, False)) == ending
     assert events.read(RunFolder(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("event", "step", "cause"),
+    [
+        (None, 0, "a worker died"),
+        ("node_lost", 0, "node2 is lost"),
+        ("resize", 0, "node2 is lost"),
+        ("node_back", 5, "a worker died"),  # there was a checkpoint since
+        ("sample", 0, "a worker died"),
+    ],
+)
+def test_restart_says_why(folder, event, step, cause):
+    attempts.start_workers_attempt(folder, "launch", 2)
+    if event is not None:
+        events.note(folder, event, "node2 is lost", step=step)
+    attempts.start_workers_attempt(folder, "launch", 1)
+    restart = events.read(folder)[-1]["message"]
+    assert restart == f"attempt 2 begins at step 0 on 1 worker(s), because {cause}"

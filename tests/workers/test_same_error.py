@@ -1,7 +1,11 @@
 """A run ends when its workers fail in the same way again and again."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from orchestrator.runs.ending import Ending
+from orchestrator.workers.diagnose import diagnose
 from orchestrator.workers.same_error import SameErrorAgain, SameErrorLimit
 
 READ_ONLY = """Traceback (most recent call last):
@@ -36,3 +40,14 @@ def test_another_error_or_a_new_checkpoint_begins_a_new_count(folder, progress):
     fail(limit, READ_ONLY)
     with pytest.raises(SameErrorAgain):
         fail(limit, READ_ONLY)
+
+
+def test_mistake_of_the_user_on_one_rank_ends_the_run_at_once(folder):
+    """Its worker may not share the folder in which the driver looks for the reason."""
+    problem = "orchestrator.errors.UserError: storage: node2 has no run in /mnt/espalier/small"
+    lost = "RuntimeError: connection closed by peer 4711"
+    with pytest.raises(SameErrorAgain) as ended:
+        fail(SameErrorLimit(folder, 3), lost, problem)
+    assert diagnose(folder, SimpleNamespace(controller_failure=ended.value)) == Ending(
+        "user", "storage: node2 has no run in /mnt/espalier/small", cause="exception"
+    )

@@ -105,7 +105,7 @@ def test_hung_rank_stores_its_stacks_and_ends(folder, how, status):
 
 @pytest.mark.parametrize("phase", ["gradient", "exchange", "agreement"])
 def test_waiting_rank_ends_a_stopped_one_and_names_it(folder, phase):
-    stopped = start(folder, "python", 1, phase)
+    stopped = start(folder, "python", 1, phase, quick=False)
     stop(stopped)
     waiting = start(folder, "python", 0, "agreement" if phase == "agreement" else "exchange")
     assert status_of(waiting) == EXIT_HUNG
@@ -119,7 +119,7 @@ def test_waiting_rank_ends_a_stopped_one_and_names_it(folder, phase):
 
 
 def test_stopped_rank_is_found_before_its_phase_was_timed(folder):
-    stopped = start(folder, "python", 1)
+    stopped = start(folder, "python", 1, quick=False)
     stop(stopped)
     waiting = start(folder, "python", 0, "exchange", quick=False)
     assert status_of(waiting) == EXIT_HUNG

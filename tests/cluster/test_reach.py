@@ -1,0 +1,85 @@
+"""Nodes that do not answer, lost ones, and the events about them."""
+
+import contextlib
+import socket
+
+import pytest
+
+from orchestrator.cluster import reach
+from orchestrator.cluster.layout import Node
+
+
+@pytest.fixture
+def silent():
+    """An address that does not answer: the queue of its listener is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(3):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield listener.getsockname()
+
+
+def test_machine_answers_also_if_nothing_listens_there(silent, monkeypatch):
+    monkeypatch.setattr(reach, "ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        places = {
+            "listens": server.getsockname(),
+            "refuses": closed.getsockname(),
+            "silent": silent,
+        }
+        assert reach.answers(places) == {"listens", "refuses"}
+
+
+def test_present_machines_are_those_that_answer(monkeypatch):
+    table = {
+        id_: {
+            "NodeManagerHostname": f"host-{id_}",
+            "NodeManagerAddress": "",
+            "NodeManagerPort": 1,
+            "Alive": id_ != "c",
+            "Resources": {"CPU": 4.0},
+        }
+        for id_ in "abc"
+    }
+    monkeypatch.setattr(reach, "_table", lambda: table)
+    monkeypatch.setattr(reach, "answers", lambda places: places.keys() & {"a", "c"})
+    assert reach.present() == ([Node(4)], {"host-a"})
+    assert reach.alive_hosts() == {"host-a", "host-b"}
+
+
+def test_silence_is_noted_once_and_its_end_and_a_loss(monkeypatch):
+    noted = []
+    table = {
+        id_: {
+            "NodeID": id_,
+            "NodeManagerHostname": f"host-{id_}",
+            "NodeManagerAddress": "",
+            "NodeManagerPort": 1,
+            "Alive": True,
+        }
+        for id_ in "abc"
+    }
+    answering = {"a", "b"}
+    monkeypatch.setattr(reach, "_table", lambda: table)
+    monkeypatch.setattr(reach, "answers", lambda places: answering)
+    monkeypatch.setattr(reach, "SILENT_S", 0.0)
+    found = reach.Reach(lambda kind, message: noted.append((kind, message)))
+
+    def look() -> list[str]:
+        before = len(noted)
+        found.look({"a", "b", "gone from the table", ""})
+        return [kind for kind, _ in noted[before:]]
+
+    assert (look(), found.away) == ([], [])
+    answering.remove("b")
+    assert (look(), found.away) == (["node_silent"], ["host-b"])
+    assert (look(), found.away) == ([], ["host-b"])
+    answering.add("b")
+    assert (look(), found.away) == (["node_back"], [])
+    table["b"]["Alive"] = False
+    assert (look(), found.away) == (["node_lost"], ["host-b"])
+    assert (look(), found.away) == ([], ["host-b"])
+    assert all("host-b" in message for _, message in noted)

@@ -8,5 +8,5 @@ Start with `estimate.dry_run`.
 - `timing`: `Timing`, measured seconds of a step, an evaluation …; `expected`, the estimate of a run
 - `measure`: `measure` times some seconds of training; `bench` is the process that trains
 - `cache`: timings of earlier measurements
-- `correct`: the expected time again, from the first minute of training
+- `correct`: the expected time again, after the first steps and the first minute
 """

@@ -9,18 +9,23 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from model.models import stored_config
+from orchestrator.cluster import device
 from orchestrator.cluster.layout import Layout
+from orchestrator.config.checks import is_sharded
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost.timing import Timing
 from orchestrator.files import write_atomically
-from orchestrator.machine import processor, torch_version
+from orchestrator.machine import gpus, torch_version
 from orchestrator.paths import cache_folder
+from orchestrator.runs.journal import Line
+from orchestrator.runs.metrics import median_step_s
 
-FORMAT = 5  # increase it when the meaning of a `Timing` changes
+FORMAT = 7  # increase it when the meaning of a `Timing` changes
 LOAD_STEP = 1.0  # a timing is not used if the load has fallen by more, and by more than half
 AGREES = 1.5  # a timing is measured again if a run was slower or faster by more than this factor
 
@@ -32,13 +37,16 @@ def file_of(experiment: Experiment, n_vocab: int, layout: Layout) -> Path:
         FORMAT,
         stored_config(experiment.model.kind, experiment.model_config_for(n_vocab)),
         train.micro_batch_size,
-        train.global_batch_size,
+        experiment.largest_batch,
         experiment.slots,
         train.dtype,
+        *([] if train.ema is None else ["ema"]),
+        train.activation_checkpointing,
+        is_sharded(experiment, layout.num_workers),
         experiment.optim.model_dump(),
         layout.num_workers,
         layout.cpus_per_worker,
-        _device_name(layout),
+        device.here(layout).device_name,
         torch_version(),
     ]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
@@ -51,28 +59,13 @@ def read(experiment: Experiment, n_vocab: int, layout: Layout) -> Timing | None:
     It holds on a machine with the GPU that is needed, until the machine is less busy. On a busier
     one, a new timing would take longer than a run waits for it.
     """
-    if layout.use_gpu and not has_gpu():
+    if layout.use_gpu and not gpus():
         return None
     timing = _read(file_of(experiment, n_vocab, layout))
     if timing is None:
         return None
     has_fallen = timing.load - machine_load()
     return None if has_fallen > max(LOAD_STEP, 0.5 * timing.load) else timing
-
-
-def has_gpu() -> bool:
-    """Return whether torch can use a GPU in this process."""
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _device_name(layout: Layout) -> str:
-    if not layout.use_gpu:
-        return processor()
-    import torch
-
-    return torch.cuda.get_device_name(layout.device)
 
 
 def _read(file: Path) -> Timing | None:
@@ -90,14 +83,15 @@ def machine_load() -> float:
         return 0.0
 
 
-def learn(experiment: Experiment, n_vocab: int, layout: Layout, step_s: float) -> None:
+def learn(experiment: Experiment, n_vocab: int, layout: Layout, lines: Iterable[Line]) -> None:
     """Compare the stored timing with the time of a step in a real run.
 
     A similar time replaces the measured one. Another time shows that the machine was not as it was
     when the timing was measured: the timing is removed, and the next run measures again.
     """
-    if experiment.train.compile:
-        return  # `bench` times steps without it
+    step_s = median_step_s(_with_largest_steps(experiment, lines))
+    if step_s is None or experiment.train.compile:  # `bench` times steps without it
+        return
     file = file_of(experiment, n_vocab, layout)
     timing = _read(file)
     if timing is None:
@@ -107,6 +101,17 @@ def learn(experiment: Experiment, n_vocab: int, layout: Layout, step_s: float) -
     else:
         with contextlib.suppress(OSError):
             file.unlink()
+
+
+def _with_largest_steps(experiment: Experiment, lines: Iterable[Line]) -> Iterator[Line]:
+    """Yield the lines of windows that have only steps of the largest batch, as `bench` times."""
+    sizes = experiment.batch_sizes
+    before = 0
+    for line in lines:
+        start = min(before, line["step"] - 1)  # a line may be the first one of another stage
+        if sizes.at(start) == sizes.at(line["step"] - 1) == experiment.largest_batch:
+            yield line
+        before = line["step"]
 
 
 def write(experiment: Experiment, n_vocab: int, layout: Layout, timing: Timing) -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from orchestrator.cluster import dtypes
+from orchestrator.cluster import device, dtypes
 from orchestrator.cluster.layout import Layout, Node, places, resolve_layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost import timing as cost
@@ -18,10 +18,10 @@ from orchestrator.cost.tokens import TokenCounts, token_counts
 from orchestrator.data.corpus import entries_of, without_hash
 from orchestrator.data.order import check_tokens
 from orchestrator.errors import UserError
-from orchestrator.machine import available_cpus
+from orchestrator.machine import available_cpus, gpus
 from orchestrator.runs.facts import ModelFacts, model_facts
 from orchestrator.runs.folder import RunFolder
-from orchestrator.runs.identity import resolve_dtype
+from orchestrator.runs.identity import recorded_train, resolve_auto
 from orchestrator.runs.storage import storage_root
 from orchestrator.text import duration
 from orchestrator.train import init_from
@@ -83,7 +83,7 @@ def comparison_line(
     """Return a line such as `expected 1m50s, took 1m58s (+7%); memory …; disk …`.
 
     Numbers that were not measured are left out. A run measures the disk at its end, a sweep the
-    largest use of the disk. The first minute of training may have corrected the time.
+    largest use of the disk. The first steps may have corrected the time.
     """
     rows: list[tuple[str, str, Callable[[float], str]]] = [
         ("time_s", "expected {}, took {}", duration),
@@ -103,6 +103,8 @@ def comparison_line(
         if before is not None and after is not None:
             text = words.format(shown(before), shown(after))
             parts.append(f"{text} ({after / before - 1:+.0%})")
+    if "share_over" in estimated:
+        parts.append(f"estimated when {estimated['share_over']:.0%} of the time was over")
     return "; ".join(parts)
 
 
@@ -119,29 +121,28 @@ def _corrected_time(planned: float | None, corrected: float, took: float) -> str
 
 
 def _batch_lines(experiment: Experiment) -> list[str]:
-    train = experiment.train
-    count = experiment.micro_batches
+    stretches = experiment.batch_sizes.stretches
+    steps = experiment.train.max_steps
+    total = f"{experiment.tokens(steps):,} tokens in all"
+    if len(stretches) == 1:
+        tokens = f"{experiment.tokens_per_step:,} tokens × {steps:,} steps = {total}"
+        return [*_step_lines(experiment, stretches[0][1]), tokens]
+    lines = [[f"from step {n:,} on:", *_step_lines(experiment, size)] for n, size in stretches]
+    return [*sum(lines, []), total]
+
+
+def _step_lines(experiment: Experiment, size: int) -> list[str]:
+    micro, length = experiment.train.micro_batch_size, experiment.model.block_size
+    count = size // micro
     slots = experiment.slots
-    tokens = experiment.tokens_per_step
-    workers = [number for number in range(1, slots + 1) if slots % number == 0]
-    lines = [
-        f"{train.global_batch_size} sequences per step / {train.micro_batch_size} per micro-batch "
-        f"= {count} micro-batches",
-        f"{count} micro-batches in {slots} reduction slots = {count // slots} per slot; workers may"
-        f" be {', '.join(map(str, workers))}",
+    even = [number for number in range(1, slots + 1) if slots % number == 0]
+    share = "with {0} worker(s): {1} / {0} = {2} micro-batches per worker (grad_accum_steps)"
+    return [
+        f"{size} sequences per step / {micro} per micro-batch = {count} micro-batches",
+        f"{count} micro-batches in {slots} reduction slots (of at most {slots} workers)",
+        *(share.format(number, count, count // number) for number in even),
+        f"{size} sequences × {length} tokens = {size * length:,} tokens per step",
     ]
-    for number in workers:
-        lines.append(
-            f"with {number} worker(s): {count} / {number} = {count // number} micro-batches per "
-            "worker (grad_accum_steps)"
-        )
-    lines.append(
-        f"{train.global_batch_size} sequences × {experiment.model.block_size} tokens = {tokens:,} "
-        "tokens per step"
-    )
-    total = tokens * train.max_steps
-    lines.append(f"{tokens:,} tokens × {train.max_steps:,} steps = {total:,} tokens in all")
-    return lines
 
 
 def _model_lines(facts: ModelFacts) -> list[str]:
@@ -169,7 +170,7 @@ def _data_lines(experiment: Experiment, tokens: TokenCounts) -> list[str]:
     about = "" if tokens.is_exact else "≈ "
     check_tokens(tokens.train, tokens.val, experiment.model.block_size)
     steps = experiment.train.max_steps
-    epochs = steps * experiment.tokens_per_step / tokens.train
+    epochs = experiment.tokens(steps) / tokens.train
     return [
         *tokens.corpus,
         f"{name}: {about}{tokens.train:,} tokens of train, {about}{tokens.val:,} of val, {place}",
@@ -178,31 +179,29 @@ def _data_lines(experiment: Experiment, tokens: TokenCounts) -> list[str]:
 
 
 def _cost_lines(experiment: Experiment, facts: ModelFacts) -> list[str]:
-    tokens = experiment.tokens_per_step * experiment.train.max_steps
+    tokens = experiment.tokens(experiment.train.max_steps)
     flops = facts["flops_per_token"]
     total = "FLOPs per token are not known: the model does not say"
     if flops is not None:
         total = f"{flops:.4g} FLOPs per token × {tokens:,} tokens = {flops * tokens:.4g} FLOPs"
     state = cost.state_bytes(experiment, facts)
-    # Most memory is needed with one worker: the current slot and log2(slots) partial sums.
-    gradients = experiment.slots.bit_length() * 4 * facts["parameters"]
+    workers = min(experiment.compute.worker_counts, default=1)  # fewer need more
     keep = experiment.train.keep
     return [
         total,
         f"checkpoint ≈ {_size(state)}; {keep} recent and the best one stay, one more is being "
         f"written: ≈ {_size(state * (keep + 2))} of disk",
-        f"memory for weights, moments and gradients ≈ {_size(state + gradients)} per worker, "
+        f"memory for weights, moments and gradients ≈ "
+        f"{_size(cost.worker_bytes(experiment, facts, workers))} for each of {workers} worker(s), "
         "activations not counted",
     ]
 
 
 def _expected_lines(experiment: Experiment, tokens: TokenCounts, n_vocab: int) -> list[str]:
-    from orchestrator.train.numerics import device_name
-
     layout = local_layout(experiment)
     folder = RunFolder(storage_root(experiment) / experiment.name)
-    dtypes.warn_if_emulated(experiment, layout)
-    experiment = resolve_dtype(experiment, layout, folder)
+    experiment = resolve_auto(experiment, layout, folder)
+    dtypes.warn_if_emulated(experiment, layout, has_begun=recorded_train(folder) is not None)
     timing = measure(experiment, n_vocab, layout)
     if isinstance(timing, str):
         return [f"time and memory are unknown: {timing}"]
@@ -217,14 +216,16 @@ def _expected_lines(experiment: Experiment, tokens: TokenCounts, n_vocab: int) -
         f"≈ {expected['memory_gib']:.3g} GiB {memory}, activations counted",
         f"≈ {_size(expected['disk_bytes'])} of disk at most, "
         f"{_size(expected['final_disk_bytes'])} at the end",
-        f"timed on {device_name(layout.device)} for {layout.num_workers} worker(s) with "
+        f"timed on {device.here(layout).device_name} for {layout.num_workers} worker(s) with "
         f"{layout.cpus_per_worker} CPU(s) each in {experiment.train.dtype}, at a load of "
         f"{timing.load:.1f} per CPU{_caveats(experiment, layout)}",
     ]
 
 
 def _time_parts(experiment: Experiment, tokens: TokenCounts, timing: Timing) -> list[str]:
-    parts = [f"{experiment.train.max_steps:,} steps of {_seconds(timing.step_s)}"]
+    steps = experiment.train.max_steps
+    step_s = cost.steps_seconds(experiment, timing, 0, steps) / steps
+    parts = [f"{steps:,} steps of {_seconds(step_s)}"]
     if experiment.train.eval_interval is not None and tokens.val is not None:
         each = cost.evaluation_seconds(experiment, tokens.val, tokens.train or 0, timing)
         parts.append(f"{cost.evaluations(experiment)} evaluations of {_seconds(each)}")
@@ -257,7 +258,7 @@ def local_layout(experiment: Experiment) -> Layout:
         layout = resolve_layout(experiment, [here])
     except UserError:
         compute = experiment.compute
-        workers = 1 if compute.num_workers == "auto" else compute.num_workers
+        workers = max(experiment.compute.worker_counts, default=1)
         use_gpu = here.gpus > 0 if compute.use_gpu == "auto" else compute.use_gpu
         cpus = compute.cpus_per_worker
         if cpus == "auto":
@@ -272,9 +273,7 @@ def local_slots(layout: Layout) -> int:
 
 
 def _this_machine() -> Node:
-    import torch
-
-    return Node(available_cpus(), torch.cuda.device_count())
+    return Node(available_cpus(), gpus())
 
 
 # ---- text ----

@@ -1,21 +1,26 @@
 """Measure the time and memory of a step, an evaluation and a checkpoint on this machine."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from orchestrator.cluster.layout import WORKER_ENVIRONMENT, Layout
+from orchestrator.config.checks import is_sharded
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost import cache
-from orchestrator.cost.timing import Timing
+from orchestrator.cost.timing import Timing, phase_bytes, state_bytes
+from orchestrator.machine import gpus
+from orchestrator.own_code import sources
+from orchestrator.runs.facts import model_facts
 
-LIMIT_S = 60.0
-TIMED_S = 4.0  # seconds in which steps and evaluations are timed, at most
+LIMIT_S = 20.0  # on two idle cores, GPT-2 124M takes half of it
+TIMED_S = 1.5  # seconds in which steps and evaluations are timed, at most
 # Parts of the messages of torch, CUDA and Python.
 OUT_OF_MEMORY = (
     "OutOfMemoryError",
@@ -35,7 +40,7 @@ def measure(
     Returns:
         The timing, or why it cannot be measured.
     """
-    if layout.use_gpu and not cache.has_gpu():
+    if layout.use_gpu and not gpus():
         return "the run asks for a GPU, and this machine has none to time it on"
     known = cache.read(experiment, n_vocab, layout)
     if known is not None:
@@ -72,6 +77,7 @@ def time_worker(
     """
     job = {
         "experiment": share_of_worker(experiment, layout.num_workers).model_dump(),
+        "code": [{**asdict(s), "content": s.content.decode("latin-1")} for s in sources()],
         "n_vocab": n_vocab,
         "cpus": layout.cpus_per_worker,
         "device": layout.device,
@@ -96,7 +102,9 @@ def time_worker(
         return f"timing a step: {error}"
     timing = cache.parse(done.stdout) if done.returncode == 0 else None
     if timing is not None:
-        return timing
+        return replace(
+            timing, memory_gib=_shared_gib(timing.memory_gib, experiment, n_vocab, layout)
+        )
     if done.returncode == -signal.SIGKILL or is_out_of_memory(done.stderr):
         raise MemoryError
     errors = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]
@@ -108,11 +116,31 @@ def is_out_of_memory(message: str) -> bool:
     return any(words in message for words in OUT_OF_MEMORY)
 
 
+def _shared_gib(alone_gib: float, experiment: Experiment, n_vocab: int, layout: Layout) -> float:
+    """Return the memory of one of several workers, from that of one with its share of a step."""
+    count = layout.num_workers
+    if count == 1:
+        return alone_gib
+    facts = model_facts(experiment, n_vocab)
+    alone, _ = phase_bytes(share_of_worker(experiment, count), facts, 1)
+    backward, exchange = phase_bytes(experiment, facts, count)
+    if layout.use_gpu:  # no activations in the exchange
+        return max(alone_gib + (backward - alone) / 2**30, exchange / 2**30)
+    # On a CPU, gloo gathers into a vector of its own; a sharded worker sends a copy of its part.
+    vector = 4 * facts["parameters"]
+    sent = backward + vector / count if is_sharded(experiment, count) else exchange
+    # And a copy of the state becomes a checkpoint: each worker has a part.
+    copied = state_bytes(experiment, facts) * (1 - 1 / count)
+    return alone_gib + (max(exchange, sent + vector) - alone - copied) / 2**30
+
+
 def share_of_worker(experiment: Experiment, num_workers: int) -> Experiment:
-    """Return an experiment whose steps are one worker's share of the steps of `experiment`."""
+    """Return an experiment whose steps are the largest share that a worker has of its steps."""
+    slots = math.ceil(experiment.slots / num_workers)
     return experiment.replace(
-        train__global_batch_size=experiment.train.global_batch_size // num_workers,
-        train__reduction_slots=experiment.slots // num_workers,
+        train__global_batch_size=experiment.largest_batch // experiment.slots * slots,
+        train__batch_schedule=None,
+        train__reduction_slots=slots & -slots,
         train__init_from="scratch",
         train__compile=False,
         compute__num_workers=1,

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from model.optim import OPTIMIZERS
+from orchestrator.config.checks import is_sharded
 from orchestrator.config.experiment import Experiment
 from orchestrator.runs.facts import ModelFacts
+from orchestrator.train.ranks.slots import most_vectors
 
 # From launch to the first step, and from the last one to the end, a run takes as long as this many
 # starts of one process: the worker imports Ray Train as well, while the driver imports MLflow.
@@ -17,7 +19,7 @@ class Timing:
     """Measurements of one layout of workers on one machine.
 
     Attributes:
-        step_s: Seconds of a step.
+        step_s: Seconds of the largest step.
         eval_tokens_per_s: Tokens per second of an evaluation, over all workers.
         sample_s: Seconds to generate the sample text of an evaluation.
         checkpoint_s: Seconds to write a checkpoint.
@@ -41,7 +43,8 @@ class Estimate(TypedDict, total=False):
     """Cost of a run or a sweep; `estimated` in summary.json."""
 
     time_s: float  # as planned
-    corrected_s: float  # the same, from the first minute of training; only if it differs
+    share_over: float  # part of this time that was over when the steps told it
+    corrected_s: float  # the same, from the first steps or minute; only if it differs
     memory_gib: float  # of a worker
     disk_bytes: float  # largest size of all checkpoints at one time
     final_disk_bytes: float  # only of a run: checkpoints at its end, if the best is a recent one
@@ -62,7 +65,7 @@ def expected(
     evaluation_s = evaluation_seconds(experiment, n_val_tokens, n_train_tokens, timing)
     return {
         "time_s": start_seconds(timing)
-        + train.max_steps * timing.step_s
+        + steps_seconds(experiment, timing, 0, train.max_steps)
         + evaluations(experiment) * evaluation_s
         + checkpoints(experiment) * timing.checkpoint_s,
         "memory_gib": timing.memory_gib,
@@ -85,11 +88,47 @@ def disk(experiment: Experiment, checkpoint_bytes: float) -> Estimate:
 
 
 def state_bytes(experiment: Experiment, facts: ModelFacts) -> int:
-    """Return the size of weights and moments, and so of a checkpoint."""
+    """Return the size of weights, their average and moments, and so of a checkpoint."""
+    weights = facts["parameters"]
+    if experiment.train.ema is not None:
+        weights += facts["parameters"]
+    return 4 * weights + _moment_bytes(experiment, facts)
+
+
+def _moment_bytes(experiment: Experiment, facts: ModelFacts) -> int:
     moments = OPTIMIZERS[experiment.optim.kind].moments
     others = facts["parameters"] - facts["matrix_parameters"]
-    kept = moments["matrix"] * facts["matrix_parameters"] + moments["embedding"] * others
-    return 4 * (facts["parameters"] + kept)
+    return 4 * (moments["matrix"] * facts["matrix_parameters"] + moments["embedding"] * others)
+
+
+def worker_bytes(experiment: Experiment, facts: ModelFacts, num_workers: int) -> int:
+    """Return the memory of a worker for weights, their average, moments and gradients.
+
+    It is the largest of the workers, which are on one node.
+    """
+    return max(phase_bytes(experiment, facts, num_workers))
+
+
+def phase_bytes(experiment: Experiment, facts: ModelFacts, num_workers: int) -> tuple[int, int]:
+    """Return `worker_bytes` in the backward pass and while gradients are exchanged.
+
+    Autocast keeps 2 bytes per parameter in the backward pass.
+    """
+    vector = 4 * facts["parameters"]
+    moments = _moment_bytes(experiment, facts)
+    state = state_bytes(experiment, facts)
+    backward, exchange = most_vectors(experiment, num_workers)
+    if is_sharded(experiment, num_workers):
+        state += moments // num_workers - moments
+    if experiment.train.dtype != "float32":
+        backward += 0.5
+    return state + int(backward * vector), state + int(exchange * vector)
+
+
+def steps_seconds(experiment: Experiment, timing: Timing, start: int, stop: int) -> float:
+    """Return the seconds of steps [start, stop): in proportion to their sequences."""
+    sizes = experiment.batch_sizes
+    return (sizes.before(stop) - sizes.before(start)) / experiment.largest_batch * timing.step_s
 
 
 def start_seconds(timing: Timing) -> float:
@@ -101,13 +140,22 @@ def evaluation_seconds(
     experiment: Experiment, n_val_tokens: int, n_train_tokens: int, timing: Timing
 ) -> float:
     """Return the seconds of one evaluation: on val, on as many tokens of train, and a sample."""
+    tokens = evaluation_tokens(experiment, n_val_tokens, n_train_tokens)
+    return tokens / timing.eval_tokens_per_s + timing.sample_s
+
+
+def evaluation_tokens(experiment: Experiment, n_val_tokens: int, n_train_tokens: int) -> int:
+    """Return the tokens of one evaluation, with those that fill up the last batches."""
     limit = min(experiment.train.eval_tokens or n_val_tokens, n_val_tokens)
     batch = experiment.train.micro_batch_size * experiment.model.block_size
     tokens = 0
-    for split in (n_val_tokens, n_train_tokens):
+    splits = [n_val_tokens, n_train_tokens]
+    if experiment.train.ema is not None:
+        splits.append(n_val_tokens)
+    for split in splits:
         batches = -(-min(limit, split) // batch)
         tokens += batches * batch
-    return tokens / timing.eval_tokens_per_s + timing.sample_s
+    return tokens
 
 
 def evaluations(experiment: Experiment, start: int = 0, stop: int | None = None) -> int:

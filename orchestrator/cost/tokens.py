@@ -9,7 +9,7 @@ from orchestrator.cost.timing import Estimate, Timing
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.estimate import estimate_tokens
 from orchestrator.data.prepared import find_in, known_dir, list_sources
-from orchestrator.data.tasks import tail_cut
+from orchestrator.data.split import tail_cut
 from orchestrator.data.tokenizer import kind_of
 from orchestrator.runs.storage import storage_root
 

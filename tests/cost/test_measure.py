@@ -15,8 +15,8 @@ import torch
 
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, load_experiment
-from orchestrator.cost import cache, forecast, timing
-from orchestrator.cost.bench import RAY_GIB, Bench
+from orchestrator.cost import bench, cache, forecast, timing
+from orchestrator.cost.bench import FEW, RAY_GIB, Bench
 from orchestrator.cost.estimate import comparison_line, dry_run
 from orchestrator.cost.forecast import RunForecast, forecast_of
 from orchestrator.cost.measure import measure, share_of_worker
@@ -26,6 +26,8 @@ from orchestrator.data.dataset import Manifest, Split
 from orchestrator.runs.facts import model_facts
 from orchestrator.train.gradients import Gradients
 from orchestrator.train.numerics import Worker
+from orchestrator.train.ranks.exchange import Exchange
+from orchestrator.train.ranks.slots import deal
 
 N_VOCAB = 65
 ONE_WORKER = Layout(num_workers=1, cpus_per_worker=1, use_gpu=False)
@@ -132,14 +134,16 @@ def test_time_of_a_run_is_the_sum_of_its_parts():
     assert expected["time_s"] == pytest.approx(3 * 2.0 + 24 * 0.5 + 4 * evaluation_s + 6 * 2.0)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4, 8])
-def test_share_of_a_worker_has_the_same_slots_as_its_rank(workers):
-    experiment = small()
-    parameters = [torch.nn.Parameter(torch.zeros(4))]
-    whole = Gradients(parameters, experiment.micro_batches, experiment.slots, 0, workers)
+@pytest.mark.parametrize(("workers", "slots"), [(1, 8), (2, 4), (3, 3), (4, 2), (5, 2), (8, 1)])
+def test_share_of_a_worker_is_the_largest_of_all_ranks(workers, slots):
+    experiment = small()  # one micro-batch per slot
+    assert max(len(mine) for mine in deal(experiment.slots, workers)) == slots
     share = share_of_worker(experiment, workers)
-    alone = Gradients(parameters, share.micro_batches, share.slots)
-    assert alone.my_slots() == whole.my_slots()
+    gradients = Gradients(
+        [torch.nn.Parameter(torch.zeros(4))], share.micro_batches, Exchange(share.slots)
+    )
+    assert sum(map(list, gradients.my_slots()), []) == list(range(slots))
+    assert share.slots == (slots if slots != 3 else 1)
 
 
 def test_buffers_of_a_whole_step_are_counted_if_only_one_micro_batch_is_timed():
@@ -153,7 +157,52 @@ def test_buffers_of_a_whole_step_are_counted_if_only_one_micro_batch_is_timed():
     assert scaled.unused_bytes == pytest.approx(buffers * gradients.size * 4, rel=0.01)
 
 
+@pytest.mark.parametrize("most", [1e7, 5e7, 1.5e8])
+def test_large_micro_batch_is_computed_from_a_part_of_it(monkeypatch, most):
+    """Time grows linearly with the FLOPs, and memory with the tokens, above what is fixed."""
+
+    class Linear(Bench):
+        tokens = 0
+
+        def _time_step(self):
+            self.tokens = max(self.tokens, math.prod(self.shape))
+            return 1.0 + 1e-8 * self._flops(*self.shape), 0.5
+
+    monkeypatch.setattr(bench, "MOST_FLOPS", most)
+    monkeypatch.setattr(bench, "peak_gib", lambda _: 1.0 + found.tokens / 1024)
+    words = ["model.block_size=128", "train.micro_batch_size=8", "train.global_batch_size=32"]
+    found = Linear(small(*words), N_VOCAB, Worker(), step_budget_s=100.0, timed_s=2.5)
+    assert found._flops(*found.shape) <= most < found._flops(8, 128)
+    whole_s = 1.0 + 1e-8 * found._flops(8, 128)
+    assert found.time_steps() == pytest.approx(4 * whole_s + 0.5)
+    buffers = 4 * found.state.gradients.size  # of the second pair of micro-batches
+    tokens = 8 * 128 - math.prod(found.shape)
+    assert found.unused_bytes == pytest.approx(tokens * 2**20 + buffers)
+
+
 # ---- measurement ----
+
+
+@pytest.mark.parametrize(
+    ("seconds", "calls", "mean"),
+    [
+        ([0.1], FEW, 0.1),  # steady: few calls are enough
+        ([0.1, 0.1, 0.1, 0.1, 0.3], 25, 0.14),  # a busy machine: as many as there may be
+        ([0.1, 0.9], 10, 0.5),  # until the time is over
+        ([7.0], 1, 7.0),
+    ],
+)
+def test_timing_ends_when_the_mean_is_known(seconds, calls, mean):
+    now = 0.0
+    done = 0
+
+    def work() -> None:
+        nonlocal now, done
+        now += seconds[done % len(seconds)]
+        done += 1
+
+    assert bench.mean_seconds(work, 5.0, 25, lambda: now) == pytest.approx(mean)
+    assert done == calls
 
 
 def test_measurement_runs_in_its_own_process_and_is_cached(monkeypatch, tmp_path):
@@ -268,15 +317,24 @@ def test_timing_holds_until_the_machine_is_less_busy(started, monkeypatch):
 @pytest.mark.parametrize("seen", [0.4, 0.5, 0.7])
 def test_step_of_a_run_replaces_a_similar_timing(started, seen):
     measured()
-    cache.learn(small(), N_VOCAB, ONE_WORKER, seen)
+    cache.learn(small(), N_VOCAB, ONE_WORKER, [{"step": 1, "perf/step_time_s": seen}])
     assert measured() == replace(TIMING, step_s=seen)
     assert len(started) == 1
+
+
+def test_only_windows_of_the_largest_batch_replace_a_timing(started):
+    words = ["train.global_batch_size=null", "train.batch_schedule={0: 8, 15: 16}"]
+    measured(*words)
+    times = {10: 0.3, 20: 0.4, 24: 0.6}  # step 15 is in the second window
+    lines = [{"step": step, "perf/step_time_s": seconds} for step, seconds in times.items()]
+    cache.learn(small(*words), N_VOCAB, ONE_WORKER, lines)
+    assert measured(*words) == replace(TIMING, step_s=0.6)
 
 
 @pytest.mark.parametrize("seen", [0.1, 1.5])
 def test_timing_that_disagrees_with_a_run_is_measured_again(started, seen):
     measured()
-    cache.learn(small(), N_VOCAB, ONE_WORKER, seen)
+    cache.learn(small(), N_VOCAB, ONE_WORKER, [{"step": 1, "perf/step_time_s": seen}])
     assert measured() == TIMING
     assert len(started) == 2
 
@@ -297,22 +355,25 @@ def clock(monkeypatch) -> SimpleNamespace:
     return clock
 
 
-def run_lines(experiment: Experiment, clock: SimpleNamespace, step_s: float):
+def run_lines(experiment: Experiment, clock: SimpleNamespace, step_s: float, compile_s: float = 0):
     """Yield the journal lines of a run that starts in 9 s, evaluates in 2 s, and ends."""
     config = experiment.train
-    training = 0.0
+    training = window = 0.0
     clock.now += 9.0
     began = clock.now
     for step in range(config.max_steps + 1):
         if step > 0:
-            clock.now += step_s
-            training += step_s
+            seconds = step_s + compile_s * (step == 1)
+            clock.now += seconds
+            training += seconds
+            window += seconds
         line = {"step": step, "timestamp": 0}
         if config.eval_interval and (step % config.eval_interval == 0 or step == config.max_steps):
-            clock.now += 2.0
+            clock.now += 2.0 + compile_s * (step == 0)
             line["val/loss"] = 1.0
         if step > 0 and step % config.log_interval == 0 or step == config.max_steps:
-            line["perf/step_time_s"] = step_s
+            line["perf/step_time_s"] = window / ((step - 1) % config.log_interval + 1)
+            window = 0.0
             line["run/goodput"] = training / (clock.now - began)
             line["run/attempt"] = 1
             line["memory/max_resident_gib"] = 0.5
@@ -333,6 +394,12 @@ def test_run_that_was_timed_prints_its_estimate(started, capsys):
     assert capsys.readouterr().out.startswith("expected: ")
 
 
+def test_timing_without_compile_is_not_the_estimate_of_a_compiled_run(started, capsys):
+    measured()
+    assert forecast_of(small("train.compile=true"), DATASET, ONE_WORKER).estimate is None
+    assert capsys.readouterr().out == ""
+
+
 def test_run_that_was_not_timed_measures_nothing(started, capsys):
     assert forecast_of(small(), DATASET, ONE_WORKER).estimate is None
     assert started == [] and capsys.readouterr().out == ""
@@ -340,20 +407,35 @@ def test_run_that_was_not_timed_measures_nothing(started, capsys):
 
 @pytest.mark.parametrize("evaluates", ["null", 30, 100, 1000])
 @pytest.mark.parametrize(
-    ("step_s", "log", "tells_at"), [(0.25, 10, 30), (0.001, 5, 0), (5, 50, 50)]
+    ("step_s", "log", "compile_s", "tells_at"),
+    [
+        (0.25, 10, 0, 30),
+        (0.25, 10, 60, 30),
+        (0.001, 5, 0, None),  # its steps take less than 3 s
+        (5, 50, 0, 100),
+        (5, 85, 0, None),  # the second line is that of the last step
+    ],
 )
-def test_first_steps_tell_what_the_run_takes(clock, evaluates, step_s, log, tells_at):
+def test_first_steps_tell_what_the_run_takes(clock, evaluates, step_s, log, compile_s, tells_at):
     """The time, from all that is seen until then: its start, its steps and its evaluation."""
     words = [f"train.eval_interval={evaluates}", f"train.log_interval={log}", "train.keep=2"]
-    experiment = small("train.max_steps=170", "train.checkpoint_interval=100", *words)
+    words += [f"train.compile={str(compile_s > 0).lower()}", "train.checkpoint_interval=100"]
+    experiment = small("train.max_steps=170", *words)
     found = RunForecast(experiment, 1 << 20, None)
-    comments = comments_of(found, run_lines(experiment, clock, step_s))
-    if tells_at == 0:  # all of its steps take less than 3 s
+    comments = []
+    for line in run_lines(experiment, clock, step_s, compile_s):
+        seen_s = clock.now
+        comments += comments_of(found, [line])
+        if line["step"] == tells_at:
+            told_s = seen_s
+    if tells_at is None:
         assert comments == [] and found.estimate is None
         return
     [(step, comment)] = comments
     assert step == tells_at and comment.startswith("expected: ")
-    assert found.estimate["time_s"] == pytest.approx(clock.now)
+    unknown_s = 4 if compile_s else 0  # two evaluations, until one is seen that compiles nothing
+    assert found.estimate["time_s"] == pytest.approx(clock.now, abs=unknown_s)
+    assert found.estimate["share_over"] == pytest.approx(told_s / clock.now, rel=unknown_s / 50)
     assert found.estimate["memory_gib"] == 0.5 + 2**-10
     assert found.estimate["disk_bytes"] == found.estimate["final_disk_bytes"] == 2 << 20
 
@@ -385,11 +467,11 @@ def lines_of_steps(seconds: float, interval: int, count: int) -> list[dict]:
 @pytest.mark.parametrize(
     ("planned", "said"),
     [
-        (60.0, "expected: 9m2[0-9]s in all, by the steps of the first minute, and not 1m00s"),
+        (60.0, "expected: 9m2[0-9]s in all, by the steps so far, and not 1m00s"),
         (540.0, None),
     ],
 )
-def test_time_is_given_again_after_the_first_minute(clock, planned, said):
+def test_time_is_given_again_after_the_first_steps(clock, planned, said):
     experiment = small("train.max_steps=1000", "train.eval_interval=null")
     found = RunForecast(experiment, 1, {"time_s": planned})
     comments = []
@@ -402,12 +484,32 @@ def test_time_is_given_again_after_the_first_minute(clock, planned, said):
         return
     (comment,) = given
     assert re.match(said, comment)
-    assert comments.index(comment) == 11  # 110 steps after the first line take a minute
+    assert comments.index(comment) == 1  # 10 steps after the first line take 5 s
+
+
+def test_time_is_given_again_after_the_first_minute_if_the_steps_have_become_slower(clock):
+    found = RunForecast(
+        small("train.max_steps=1000", "train.eval_interval=null"), 1, {"time_s": 60}
+    )
+    slower = lines_of_steps(1.12, 10, 101)[3:]
+    comments = []
+    for line in [*lines_of_steps(0.56, 10, 4), *slower]:
+        clock.now += 10 * line["perf/step_time_s"]
+        comments.append(found.comment(line))
+    first, second = (comment for comment in comments if comment is not None)
+    assert "and not 1m00s" in first and first.split()[1] in second.split("and not ")[1]
+    assert found.corrected_s > 560
 
 
 def test_short_run_is_not_corrected(clock):
-    found = RunForecast(small("train.max_steps=100"), 1, {"time_s": 1.0})
-    assert {found.comment(line) for line in lines_of_steps(0.56, 10, 11)} == {None}
+    found = RunForecast(small("train.max_steps=8"), 1, {"time_s": 1.0})
+    assert {found.comment(line) for line in lines_of_steps(0.56, 1, 9)} == {None}
+
+
+def test_last_step_corrects_nothing(clock):
+    found = RunForecast(small("train.max_steps=200"), 1, {"time_s": 1.0})
+    assert {found.comment(line) for line in lines_of_steps(1.0, 100, 3)} == {None}
+    assert found.corrected_s is None
 
 
 def test_comparison_has_the_planned_the_corrected_and_the_real_time():
@@ -427,5 +529,8 @@ def test_comparison_leaves_out_numbers_that_were_not_measured():
     assert comparison_line(expected, seen) == (
         "expected 1m50s, took 1m58s (+7%); memory 512 MiB expected, 640 MiB seen (+25%); "
         "disk at the end 1 MiB expected, 1 MiB seen (+0%)"
+    )
+    assert comparison_line({"time_s": 110.0, "share_over": 0.124}, {"time_s": 118.0}) == (
+        "expected 1m50s, took 1m58s (+7%); estimated when 12% of the time was over"
     )
     assert "memory" not in comparison_line(expected, {**seen, "memory_gib": None})

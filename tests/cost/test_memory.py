@@ -1,0 +1,177 @@
+"""Estimates of memory are what a rank allocates."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from model import optim
+from orchestrator.cluster.layout import WORKER_ENVIRONMENT, Layout
+from orchestrator.config.experiment import Experiment, load_experiment
+from orchestrator.cost import timing
+from orchestrator.cost.measure import SOURCES, time_worker
+from orchestrator.train.gradients import Gradients
+from orchestrator.train.ranks import layout
+from orchestrator.train.ranks.exchange import Exchange
+from orchestrator.train.ranks.slots import adds_pairs, deal_in_rounds, rounds_of, subtrees
+from tests.helpers.allocated import Allocated
+from tests.helpers.groups import ZerosFromOthers
+
+PIECE = 1 << 17
+PARAMETERS = 336 * PIECE  # whole pieces for each worker, if there are not 5
+FACTS = {"parameters": PARAMETERS, "matrix_parameters": 0}
+
+
+BASE = ["data.tokenizer=char", "train.dtype=float32", "train.micro_batch_size=1"]
+
+
+def slots_of(slots: int) -> list[str]:
+    return [f"train.global_batch_size={slots}", f"train.reduction_slots={slots}"]
+
+
+def experiment_of(slots: int, *words: str) -> Experiment:
+    return load_experiment(None, [*BASE, *slots_of(slots), *words])
+
+
+@pytest.fixture(autouse=True)
+def few_pieces(monkeypatch):
+    monkeypatch.setattr(layout, "LEAST_PIECE", PIECE)
+
+
+def allocated(experiment: Experiment, ranks: int, rank: int, is_sharded: bool) -> tuple[int, int]:
+    """Return the most bytes in the backward pass of a second step, and in the whole step."""
+    with FakeTensorMode(), Allocated() as found:
+        weights = [nn.Parameter(torch.zeros(PARAMETERS // 4)) for _ in range(4)]
+        optimizer = optim.adamw([{"params": weights}], experiment.optimizer_settings())
+        rounds = rounds_of(experiment, ranks)
+        exchange = Exchange(
+            experiment.slots, rank, ranks * "A", lambda _: ZerosFromOthers(), rounds
+        )
+        gradients = Gradients(
+            weights,
+            experiment.micro_batches,
+            exchange,
+            sharded_by=optimizer if is_sharded else None,
+            pairs=adds_pairs(experiment),
+        )
+        for step in range(2):
+            if step == 1:
+                found.most = found.now
+            for _ in gradients.my_slots():
+                gradients.begin_slot()
+                gradients.end_slot()
+                if gradients.ends_round():
+                    gradients.end_round()
+            backward = found.most
+            gradients.reduce()
+            optimizer.step()
+            if gradients.shard is not None:
+                gradients.shard.gather_weights()
+        return backward, found.most
+
+
+def largest(experiment: Experiment, ranks: int, is_sharded: bool = True) -> tuple[int, int]:
+    """Return `allocated` of the rank that has the most; ranks with slots of one kind are equal."""
+    kinds = {}
+    dealt = deal_in_rounds(experiment.slots, [ranks], rounds_of(experiment, ranks))
+    for rank, mine in enumerate(dealt):
+        kinds[tuple(tuple(size for _, size in subtrees(numbers)) for numbers in mine)] = rank
+    found = [allocated(experiment, ranks, rank, is_sharded) for rank in kinds.values()]
+    return max(first for first, _ in found), max(last for _, last in found)
+
+
+COUNTS = (*range(1, 9), 12, 16)
+
+
+@pytest.mark.parametrize("per_slot", [1, 2])
+@pytest.mark.parametrize(
+    ("slots", "ranks"),
+    [(slots, ranks) for slots in (8, 16, 64) for ranks in COUNTS if ranks <= slots],
+)
+def test_estimate_is_what_the_largest_rank_allocates(slots, ranks, per_slot):
+    experiment = experiment_of(slots, f"train.global_batch_size={slots * per_slot}")
+    _, most = largest(experiment, ranks, is_sharded=ranks > 1)
+    expected = timing.worker_bytes(experiment, FACTS, ranks)
+    assert most == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_estimate_without_shards_is_what_the_largest_rank_allocates(ranks):
+    experiment = experiment_of(8, "train.shard_optimizer=false")
+    _, most = largest(experiment, ranks, is_sharded=False)
+    expected = timing.worker_bytes(experiment, FACTS, ranks)
+    assert most == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("slots", "ranks", "size"), [(8, 8, 13.5), (64, 8, 15.5), (64, 16, 14.5), (8, 3, 21.3)]
+)
+def test_bytes_of_a_parameter_are_those_of_the_documents(slots, ranks, size):
+    experiment = experiment_of(slots, "train.dtype=bfloat16")
+    backward, most = largest(experiment, ranks)
+    # Autocast keeps 2 bytes, which are dropped before the exchange.
+    assert max(backward / PARAMETERS + 2, most / PARAMETERS) == pytest.approx(size, abs=0.1)
+    expected = timing.worker_bytes(experiment, FACTS, ranks)
+    assert expected / PARAMETERS == pytest.approx(size, abs=0.1)
+
+
+RANK = """
+import json, os, sys
+from orchestrator.cost.bench import peak_gib
+from tests.helpers import train_rank
+
+leave = os._exit
+
+def report(status):
+    print(peak_gib("cpu"), flush=True)
+    leave(status)
+
+os._exit = report
+train_rank.work(json.loads(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("is_sharded", ["auto", pytest.param("false", marks=pytest.mark.slow)])
+def test_two_ranks_on_a_cpu_take_the_memory_of_the_estimate(
+    tiny_dataset, folder, tmp_path, is_sharded
+):
+    words = [
+        f"train.shard_optimizer={is_sharded}",
+        "model.n_layer=6",
+        "model.n_head=8",
+        "model.n_embd=512",
+        "model.block_size=32",
+        "train.max_steps=4",
+        "train.eval_interval=null",
+        "train.checkpoint_interval=2",
+    ]
+    experiment = experiment_of(8, *words)
+    expected = time_worker(experiment, 65, Layout(2, 1, False), 120.0, timed_s=0.0)
+    job = {
+        "world_size": 2,
+        "store": str(tmp_path / "store"),
+        "run_dir": str(folder.path),
+        "data_dir": str(tiny_dataset),
+        "overrides": [*BASE, *slots_of(8), *words],
+    }
+    command = [sys.executable, "-c", RANK]
+    environment = {**os.environ, **WORKER_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [*command, json.dumps({**job, "rank": rank})],
+            cwd=SOURCES,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        output, _ = rank.communicate(timeout=120)
+        seen = float(output.splitlines()[-1])
+        assert seen == pytest.approx(expected.memory_gib, rel=0.1)

@@ -15,8 +15,10 @@ from typing import Any
 
 from model.models import MODELS
 from model.optim import OPTIMIZERS
+from orchestrator.own_code import contents
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = ("model", "orchestrator", "pipelines")
 # What computes weights, losses and the order of the samples. Each kind of model has files besides.
 MODULES = (
     "model/loss.py",
@@ -24,6 +26,7 @@ MODULES = (
     "model/optim.py",
     "model/schedule.py",
     "orchestrator/config/experiment.py",
+    "orchestrator/config/steps.py",
     "orchestrator/data/batches.py",
     "orchestrator/data/order.py",
     "orchestrator/data/shards.py",
@@ -36,6 +39,10 @@ MODULES = (
     "orchestrator/train/meter.py",
     "orchestrator/train/nonfinite.py",
     "orchestrator/train/numerics.py",
+    "orchestrator/train/ranks/exchange.py",
+    "orchestrator/train/ranks/layout.py",
+    "orchestrator/train/ranks/shards.py",
+    "orchestrator/train/ranks/slots.py",
     "orchestrator/train/state.py",
     "orchestrator/train/step.py",
 )
@@ -53,20 +60,29 @@ WITHOUT_EFFECT = {
     "orchestrator/data/dataset.py": "the tokens are in the key",
     "orchestrator/data/input": "the tokens are in the key",
     "orchestrator/data/tokenizer.py": "the tokens are in the key",
+    "orchestrator/data/tokenizers": "the tokens are in the key",
+    "orchestrator/mirror": "moves bytes; their hashes are checked",
+    "orchestrator/objects": "moves bytes; their hashes are checked",
     "orchestrator/runs": "stores and reports what was computed",
     "orchestrator/train/checkpointer.py": "stores what was computed",
+    "orchestrator/train/ranks/reading.py": "moves bytes; their hashes are checked",
+    "orchestrator/train/ranks/writing.py": "stores what was computed",
     "orchestrator/*.py": "files, paths and messages",
 }
 
 
 @functools.cache
 def module_hashes(model: str, optimizer: str) -> dict[str, str]:
-    """Return the hash of each module for a kind of model and optimizer, 16 hexadecimal digits."""
+    """Return the hash of each module for a kind of model and optimizer, 16 hexadecimal digits.
+
+    A file of the user stands under its field, such as `model.kind=gru.py:GRU`.
+    """
     names = sorted((*MODULES, *MODELS[model].files, *OPTIMIZERS[optimizer].files))
-    return {name: source_hash((REPOSITORY / name).read_text("utf-8")) for name in names}
+    found = {name: (REPOSITORY / name).read_bytes() for name in names} | contents(model, optimizer)
+    return {name: source_hash(source) for name, source in found.items()}
 
 
-def source_hash(source: str) -> str:
+def source_hash(source: str | bytes) -> str:
     """Return the hash of a module's syntax tree."""
     tree = _content(ast.parse(source))
     return hashlib.sha256(repr(tree).encode()).hexdigest()[:16]
@@ -97,3 +113,17 @@ def _is_docstring(node: Any) -> bool:
         and isinstance(node.value, ast.Constant)
         and isinstance(node.value.value, str)
     )
+
+
+def sources_sha256(directory: Path) -> str:
+    """Return the SHA-256 of names, sizes and contents of the Python files of our packages."""
+    names = [
+        path.relative_to(directory).as_posix()
+        for package in PACKAGES
+        for path in (directory / package).rglob("*.py")
+    ]
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        content = (directory / name).read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()

@@ -13,7 +13,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from orchestrator.paths import cache_folder
 # to 1,000 times a second, and some file systems store whole seconds.
 TICK_NS = 20_000_000
 LONG_TICK_NS = 2_000_000_000
+CHUNK_BYTES = 4 << 20  # read or written, and hashed while it is in the CPU cache
 
 
 class Stamp(NamedTuple):
@@ -110,13 +111,30 @@ def sha256s(paths: list[str], hash_files: HashFiles | None = None) -> list[str]:
     return [known[path] for path in paths]
 
 
-def hash_here(paths: list[str]) -> list[str]:
-    """Hash files in threads of this process, many small ones in one call."""
+def hash_here(paths: list[str], contents: Sequence[memoryview] | None = None) -> list[str]:
+    """Hash files in threads of this process, many small ones in one call.
+
+    Args:
+        paths: The files.
+        contents: Memory of the size of each file; its content is stored there. None: nowhere.
+    """
+    if contents is not None:
+        with ThreadPoolExecutor() as threads:
+            return list(threads.map(_read_and_hash, paths, contents))
     size = -(-len(paths) // 64)
     groups = [paths[first : first + size] for first in range(0, len(paths), size or 1)]
     with ThreadPoolExecutor() as threads:
         found = threads.map(lambda group: [file_sha256(path) for path in group], groups)
         return list(itertools.chain(*found))
+
+
+def _read_and_hash(path: str, content: memoryview) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while read := file.readinto(content[:CHUNK_BYTES]):
+            digest.update(content[:read])
+            content = content[read:]
+    return digest.hexdigest()
 
 
 def _wait_for_tick(newest_ns: int) -> None:

@@ -2,11 +2,29 @@
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import os
 import platform
 import re
+import socket
 from pathlib import Path
+
+import psutil
+
+# Starts of their names; fuse. is that of sshfs, s3fs and others.
+NETWORK_FILE_SYSTEMS = (
+    "nfs",
+    "cifs",
+    "smb",
+    "fuse.",
+    "lustre",
+    "ceph",
+    "gluster",
+    "gpfs",
+    "beegfs",
+)
+GPU_DEVICES = ("nvidiactl", "kfd", "dxg", "nvmap")  # NVIDIA, AMD, either of them in WSL, Jetson
 
 
 def available_cpus() -> int:
@@ -19,6 +37,14 @@ def available_cpus() -> int:
 def processor() -> str:
     """Return the name of the processor."""
     return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def node_digest() -> str:
+    """Return hexadecimal digits that tell this machine, or this container, from others."""
+    boot = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    return hashlib.sha256(f"{socket.gethostname()}/{boot}".encode()).hexdigest()[:16]
 
 
 def cpu_flags() -> set[str]:
@@ -34,12 +60,37 @@ def _cpu_info(key: str) -> str:
     return ""
 
 
-@functools.cache
 def torch_version() -> str:
     """Return `torch.__version__`, such as `2.13.0+cpu`."""
+    return _torch_build()["__version__"]
+
+
+def gpus() -> int:
+    """Return the number of GPUs that torch can use. It is imported only if there may be one."""
+    if not may_have_gpus() or not _torch_build().keys() & {"cuda", "hip"}:
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def may_have_gpus() -> bool:
+    """Return whether a driver of GPUs has made its device files."""
+    return any(Path("/dev", name).exists() for name in GPU_DEVICES)
+
+
+@functools.cache
+def _torch_build() -> dict[str, str]:
+    """Return the texts in torch's version.py, where `cuda` is None in a build for CPUs."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.origin is not None
     text = (Path(spec.origin).parent / "version.py").read_text("utf-8")
-    found = re.search(r"^__version__ = '([^']+)'$", text, re.MULTILINE)
-    assert found is not None, text
-    return found[1]
+    return dict(re.findall(r"^(\w+)(?:: .+)? = '([^']+)'$", text, re.MULTILINE))
+
+
+def network_file_system(path: Path) -> str | None:
+    """Return the kind of the network file system of a path, such as nfs4; None if it is local."""
+    parents = {str(one) for one in (path, *path.parents)}
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if mount.mountpoint in parents]
+    kind = max(reversed(mounts), key=lambda mount: len(mount.mountpoint)).fstype if mounts else ""
+    return kind if kind.startswith(NETWORK_FILE_SYSTEMS) else None

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from orchestrator.errors import UserError
-from orchestrator.redact import redact_text
+from orchestrator.redact import address_shown
 
 
 def local_path(setting: str, value: str) -> Path:
@@ -15,10 +15,10 @@ def local_path(setting: str, value: str) -> Path:
     Raises:
         UserError: It is the address of an object store. As a path it would be a local folder.
     """
-    if re.match(r"[A-Za-z][\w.+-]*://", value):
+    if re.match(r"[A-Za-z][\w.+-]+:/|(file|s3|gs):", value):
         raise UserError(
-            f"{setting}: '{redact_text(value)}' is an address, and only paths are supported; mount "
-            "it, or copy it to a folder that all nodes share"
+            f"{setting}: '{address_shown(value)}' is an address, and only paths are supported "
+            "here; mount it, or copy it to a folder that all nodes share"
         )
     return expand_home(value)
 
@@ -52,3 +52,8 @@ def cache_folder() -> Path:
     if base.startswith("~"):  # this user has no home directory
         return Path(tempfile.gettempdir()) / f"espalier-cache-{os.getuid()}"
     return Path(os.path.abspath(base)) / "espalier"
+
+
+def scratch_folder() -> Path:
+    """Return the folder for storages that are in a bucket. Other machines do not share it."""
+    return cache_folder() / "scratch"

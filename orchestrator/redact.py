@@ -14,7 +14,7 @@ REDACTED = "[redacted]"
 # Not `pwd`: $PWD is the current directory.
 _SECRET = (
     r"passw(?:or)?d|passphrase|secret|credential|api[_-]?key"
-    r"|(?:access|auth|private)[_-]?(?:key|token)"
+    r"|(?:access|auth|private)[_-]?(?:key|token)|alert[_-]?url"
 )
 # Names of variables and of parameters of an address
 _SECRET_NAME = re.compile(rf"{_SECRET}|(?<![a-z])(?:key|token|sig|signature)$", re.IGNORECASE)
@@ -87,6 +87,11 @@ def hide_passwords(text: str) -> str:
     Unlike the result of `redact_text`, the result does not depend on the environment.
     """
     return replace_passwords(text, lambda _: REDACTED)
+
+
+def address_shown(text: str) -> str:
+    """Return an address without a password, also if it has too few slashes."""
+    return redact_text(re.sub(":/*", "://", text, count=1) if "@" in text else text)
 
 
 def replace_passwords(text: str, replace: Callable[[str], str]) -> str:

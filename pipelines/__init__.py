@@ -1,4 +1,5 @@
 """Commands. Each reads its arguments, makes one call and prints a table.
 
-Start with `train.py`. `common.py` has the arguments, `--help` and exit statuses of all commands.
+Start with `train.py`. `common.py` has the exit statuses of all commands, and the arguments and
+`--help` of those that take an experiment; `options.py` has the options of the others.
 """

@@ -1,9 +1,7 @@
-"""Arguments, `--help` and exit statuses of all commands."""
+"""Exit statuses of all commands; arguments and `--help` of those that take an experiment."""
 
-import argparse
 import contextlib
 import gc
-import math
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -11,9 +9,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from model import models
-from orchestrator.config.experiment import field_docs, load_experiment
+from orchestrator import own_files
+from orchestrator.config.experiment import Experiment, field_docs, load_experiment
 from orchestrator.config.fields import Docs
 from orchestrator.config.load import kind_of_model
+from orchestrator.config.only_for import useless
 from orchestrator.errors import (
     EXIT_AGAIN,
     EXIT_DONE,
@@ -29,9 +29,10 @@ from orchestrator.errors import (
 from orchestrator.folders import MovedError
 from orchestrator.runs import signals
 from pipelines import streams
+from pipelines.options import TRUST, TRUST_HELP
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
-DTYPES = ("float32", "bfloat16", "float16")
+MOST_PROFILED = 100  # steps: their events are in memory until the last one
 
 
 def run_command(main: Callable[[list[str]], int]) -> NoReturn:
@@ -44,6 +45,8 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     """
     streams.secure()
     signals.begin()
+    if TRUST in sys.argv[1:]:
+        own_files.trust_copies()
     try:
         status = main(sys.argv[1:])
     except UnreadableError as error:
@@ -73,6 +76,29 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     sys.exit(status)
 
 
+def parse_first(name: str, parse: Callable[[], object]) -> None:
+    """Let a command answer --help and refuse wrong arguments before it imports torch.
+
+    Args:
+        name: `__name__` of the command; if it is imported, nothing is done.
+        parse: Parses `sys.argv`.
+    """
+    if name == "__main__":
+        sys.excepthook = _show
+        try:
+            parse()
+        except UserError as error:
+            sys.exit(_print_error(f"error: {error}", EXIT_USER))
+
+
+def _show(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Print an exception; Ctrl-C, for example during the import of torch, is one word."""
+    if issubclass(kind, KeyboardInterrupt):
+        _print_error("interrupted", EXIT_INTERRUPTED)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def _print_error(message: str, status: int) -> int:
     sys.stdout.flush()  # stdout and stderr may be one file, where the error should come last
     print(message, file=sys.stderr)
@@ -84,12 +110,13 @@ def _print_error(message: str, status: int) -> int:
 
 def experiment_command(
     doc: str,
-    run: Callable[[Any], int],
+    run: Callable[..., int],
     *,
     dry_run: Callable[[Any], int],
     load: Callable[[Path, list[str]], Any] = load_experiment,
     docs: Callable[[str], Docs] = field_docs,
     default: Path = DEFAULT,
+    profiles: bool = False,
 ) -> NoReturn:
     """Run a command `[EXPERIMENT.yaml] [section.field=value …] [--dry-run]` and exit.
 
@@ -100,6 +127,7 @@ def experiment_command(
         load: Reads a file and applies overrides.
         docs: Describes the fields for `--help`, with those of one kind of model.
         default: The experiment file if none is given.
+        profiles: The command has the option `--profile`, whose value `run` gets.
     """
 
     def main(argv: list[str]) -> int:
@@ -108,18 +136,49 @@ def experiment_command(
             kind = models.DEFAULT
             with contextlib.suppress(UserError):  # a mistake in the other words
                 kind = kind_of_model(*split_words(words, default))
-            print(help_text(doc, docs(kind), default))
+            print(help_text(doc, docs(kind), default, profiles))
             return EXIT_DONE
+        argv, profile = _take_profile(argv) if profiles else (argv, {})
         for argument in argv:
-            if argument.startswith("-") and argument != "--dry-run":
+            if argument.startswith("-") and argument not in ("--dry-run", TRUST):
                 raise UserError(f"{argument}: no such option; --help lists all options")
-        words = [argument for argument in argv if argument != "--dry-run"]
+        words = [argument for argument in argv if not argument.startswith("-")]
         experiment = load(*split_words(words, default))
+        _note_useless_fields(getattr(experiment, "experiments", [experiment]))
         if "--dry-run" in argv:
             return dry_run(experiment)
-        return run(experiment)
+        return run(experiment, **profile)
 
     run_command(main)
+
+
+def _note_useless_fields(experiments: list[Experiment]) -> None:
+    """Print a line for each field that was given and has no effect in any of the experiments."""
+    docs = field_docs(experiments[0].model.kind)
+    flats = [experiment.flat() for experiment in experiments]
+    reasons = [useless(flat, docs) for flat in flats]
+    for key, doc in docs.items():
+        given = [i for i, flat in enumerate(flats) if flat[key] != doc.default]
+        if given and all(key in reasons[i] for i in given):
+            first = given[0]
+            line = f"note: {key}: {flats[first][key]} has no effect with {reasons[first][key]}"
+            print(line, file=sys.stderr, flush=True)
+
+
+def _take_profile(argv: list[str]) -> tuple[list[str], dict[str, int]]:
+    """Take `--profile N` out of the arguments."""
+    words: list[str] = []
+    for word in argv:
+        words += ["--profile", word[10:]] if word.startswith("--profile=") else [word]
+    if "--profile" not in words:
+        return argv, {}
+    place = words.index("--profile")
+    text = "".join(words[place + 1 : place + 2])
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_PROFILED or "--dry-run" in words:
+        raise UserError(
+            f"--profile {text}: give the number of steps to profile, 1 to {MOST_PROFILED}, of a run"
+        )
+    return [*words[:place], *words[place + 2 :]], {"profile": int(text)}
 
 
 def split_words(words: Sequence[str], default: Path = DEFAULT) -> tuple[Path, list[str]]:
@@ -143,16 +202,19 @@ def _is_path(word: str) -> bool:
     return "/" in word.partition("=")[0]
 
 
-def help_text(doc: str, docs: Docs, default: Path = DEFAULT) -> str:
+def help_text(doc: str, docs: Docs, default: Path = DEFAULT, profiles: bool = False) -> str:
     """Return the description of a command and of every field: type, default and meaning."""
     lines = [
-        f"usage: {Path(sys.argv[0]).name} [EXPERIMENT.yaml] [section.field=value …] [--dry-run]",
+        f"usage: {Path(sys.argv[0]).name} [EXPERIMENT.yaml] [section.field=value …] [--dry-run] "
+        f"[{TRUST}]",
         "",
         doc.strip(),
         "",
         f"  EXPERIMENT.yaml      file with values of fields (default: configs/{default.name})",
         "  section.field=value  another value for one field",
         "  --dry-run            print estimates of size, time, memory and disk; write nothing",
+        *(["  --profile N          record N steps: a trace, and their largest costs"] * profiles),
+        f"  {TRUST}         {TRUST_HELP}",
         "",
         "fields (type; default):",
     ]
@@ -169,74 +231,3 @@ def _indented(text: str, width: int) -> list[str]:
     return textwrap.wrap(
         text, 100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
     )
-
-
-# ---- commands with other options ----
-
-
-class Options(argparse.ArgumentParser):
-    """An argparse parser whose errors are `UserError`: one line and status 2."""
-
-    def __init__(self, doc: str, epilog: str | None = None) -> None:
-        super().__init__(
-            description=doc.strip(),
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UserError."""
-        raise UserError(f"{message}; --help lists all options")
-
-    def add_number(self, name: str, metavar: str, least: float, default: Any, text: str) -> None:
-        """Add an option for a number of at least `least`; an integer if `least` is an integer.
-
-        `--help` shows the default unless it is None.
-        """
-        if default is not None:
-            text = f"{text} (default: {default:g})"
-        self.add_argument(name, metavar=metavar, type=at_least(least), default=default, help=text)
-
-    def add_best(self) -> None:
-        """Add `--best`."""
-        self.add_argument(
-            "--best",
-            action="store_true",
-            help="use the checkpoint of the run with the lowest val loss, not the latest",
-        )
-
-    def add_device(self) -> None:
-        """Add `--device`."""
-        self.add_argument(
-            "--device",
-            default="auto",
-            help="cpu, cuda:1 … or auto, the first GPU if there is one (default: auto)",
-        )
-
-    def add_dtype(self, default: str) -> None:
-        """Add `--dtype`; `default` describes its default."""
-        self.add_argument(
-            "--dtype", choices=DTYPES, help=f"type of matrix products (default: {default})"
-        )
-
-
-def at_least(least: float) -> Callable[[str], float]:
-    """Return a `type=` for argparse: a finite number of at least `least`.
-
-    The number must be an integer if `least` is an integer.
-    """
-    is_int = isinstance(least, int)
-    kind = "a whole number" if is_int else "a number"
-    limit = 2**53 if is_int else math.inf
-
-    def parse(text: str) -> float:
-        try:
-            value = int(text) if is_int else float(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value < limit:
-            raise argparse.ArgumentTypeError(f"'{text}' is not {kind} of at least {least}")
-        return value
-
-    return parse

@@ -10,6 +10,38 @@ must be those that the run was trained on.
   pipelines/evaluate.py copied/step-00001000 data.dir=/data/shakespeare
 """
 
+from pipelines.common import parse_first, run_command
+from pipelines.options import Options
+
+FREE = ("data.dir", "storage", "train.micro_batch_size", "compute.cpus_per_worker")
+
+
+def options() -> Options:
+    """Return the parser of the command's arguments."""
+    parser = Options(__doc__)
+    parser.add_model()
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.field=value",
+        help=f"fields that may differ from the run: {', '.join(FREE)}",
+    )
+    parser.add_argument(
+        "--split", choices=("val", "train"), default="val", help="split to evaluate (default: val)"
+    )
+    parser.add_number(
+        "--tokens", "N", 2, None, "evaluate only the first N tokens of the split (default: all)"
+    )
+    parser.add_best()
+    parser.add_ema()
+    parser.add_device()
+    parser.add_dtype("that of the run")
+    return parser
+
+
+parse_first(__name__, options().parse_args)
+
 import math
 import sys
 import time
@@ -32,9 +64,6 @@ from orchestrator.train.trained import (
     open_checkpoint,
     tokens_of,
 )
-from pipelines.common import Options, run_command
-
-FREE = ("data.dir", "storage", "train.micro_batch_size", "compute.cpus_per_worker")
 
 
 @dataclass(frozen=True)
@@ -89,33 +118,6 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
 
-def options() -> Options:
-    """Return the parser of the command's arguments."""
-    parser = Options(__doc__)
-    parser.add_argument(
-        "model",
-        metavar="RUN_OR_CHECKPOINT",
-        help="name or folder of a run (its latest valid checkpoint is used), or of a checkpoint",
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="section.field=value",
-        help=f"fields that may differ from the run: {', '.join(FREE)}",
-    )
-    parser.add_argument(
-        "--split", choices=("val", "train"), default="val", help="split to evaluate (default: val)"
-    )
-    parser.add_number(
-        "--tokens", "N", 2, None, "evaluate only the first N tokens of the split (default: all)"
-    )
-    parser.add_best()
-    parser.add_device()
-    parser.add_dtype("that of the run")
-    return parser
-
-
 def main(argv: list[str]) -> int:
     """Evaluate one checkpoint and print the result."""
     args = options().parse_intermixed_args(argv)
@@ -128,8 +130,10 @@ def main(argv: list[str]) -> int:
     overrides = list(args.overrides)
     if args.dtype:
         overrides.append(f"train.dtype={args.dtype}")
-    checkpoint = find_checkpoint(args.model, best=args.best)
-    trained = open_checkpoint(checkpoint, find_device(args.device), overrides)
+    checkpoint = find_checkpoint(args.model, best=args.best, data=True)
+    if "train.micro_batch_size=auto" in overrides:
+        raise UserError("train.micro_batch_size: auto is only known to a run; give a number")
+    trained = open_checkpoint(checkpoint, find_device(args.device), overrides, ema=args.ema)
     dataset = tokens_of(trained)
     measured = measure(trained, dataset, args.split, args.tokens)
     print(table(rows(trained, dataset, args.split, measured)))
@@ -180,7 +184,8 @@ def compare_with_logged(
 
     None if training logged none, or measured it on other targets.
     """
-    logged = _manifest(trained).get("metrics", {}).get("val/loss")
+    metric = "val/ema_loss" if trained.is_ema else "val/loss"
+    logged = _manifest(trained).get("metrics", {}).get(metric)
     if logged is None or split != "val":
         return None
     all_tokens = dataset.splits["val"].tokens

@@ -9,28 +9,8 @@ prepared first.
   pipelines/inspect_batch.py configs/shakespeare.yaml --step 9 --rows 1
 """
 
-import json
-import math
-from collections.abc import Iterable
-
-from model.protocol import LanguageModel
-from orchestrator.config.experiment import Experiment, load_experiment
-from orchestrator.data.dataset import Manifest
-from orchestrator.data.index import documents_of
-from orchestrator.data.prepare import prepare_in
-from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
-from orchestrator.errors import EXIT_DONE
-from orchestrator.machine import available_cpus
-from orchestrator.runs.folder import RunFolder
-from orchestrator.runs.storage import storage_root
-from orchestrator.text import table
-from orchestrator.train.inspect import Batch, Forward, batch_of, first_model, forward
-from orchestrator.train.numerics import Worker, resolve_dtype
-from orchestrator.train.trained import find_device
-from pipelines.common import Options, run_command, split_words
-
-LAST = 8  # how many ids are shown from the end of a row
-LIKELIEST = 5  # how many next tokens are shown
+from pipelines.common import parse_first, run_command, split_words
+from pipelines.options import Options
 
 
 def options() -> Options:
@@ -49,6 +29,31 @@ def options() -> Options:
     return parser
 
 
+parse_first(__name__, options().parse_intermixed_args)
+
+import json
+import math
+from collections.abc import Iterable
+
+from model.protocol import LanguageModel
+from orchestrator.config.experiment import Experiment, load_experiment
+from orchestrator.data.dataset import Manifest
+from orchestrator.data.index import documents_of
+from orchestrator.data.prepare import prepare_in
+from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
+from orchestrator.errors import EXIT_DONE
+from orchestrator.machine import available_cpus
+from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.storage import storage_root
+from orchestrator.text import table
+from orchestrator.train.inspect import Batch, Forward, batch_of, first_model, forward
+from orchestrator.train.numerics import Worker, resolve_auto
+from orchestrator.train.trained import find_device
+
+LAST = 8  # how many ids are shown from the end of a row
+LIKELIEST = 5  # how many next tokens are shown
+
+
 def main(argv: list[str]) -> int:
     """Print one batch and the output of the model for it."""
     args = options().parse_intermixed_args(argv)
@@ -57,7 +62,7 @@ def main(argv: list[str]) -> int:
     folder = RunFolder(storage_root(experiment) / experiment.name)
     cpus = experiment.compute.cpus_per_worker
     worker = Worker(device=device, cpus=available_cpus() if cpus == "auto" else cpus)
-    experiment = resolve_dtype(experiment, folder, worker)
+    experiment = resolve_auto(experiment, folder, worker)
     dataset = prepare_in(experiment.data, storage_root(experiment))
     tokenizer = load_tokenizer(experiment.data.tokenizer, dataset.directory)
     batch = batch_of(experiment, dataset.directory, args.step)
@@ -76,9 +81,8 @@ def main(argv: list[str]) -> int:
 
 def show_batch(experiment: Experiment, step: int, batch: Batch) -> None:
     """Print the shapes, and whether the targets are the inputs moved by one."""
-    print(
-        f"{experiment.name}, step {step} → {step + 1}: micro-batch 1 of {experiment.micro_batches}"
-    )
+    count = experiment.batch_sizes.at(step) // experiment.train.micro_batch_size
+    print(f"{experiment.name}, step {step} → {step + 1}: micro-batch 1 of {count}")
     legend = f"{batch.inputs.dtype}, (B, T): B sequences of T tokens"
     rows = {
         "inputs": f"{batch.inputs.shape} {legend}",

@@ -9,10 +9,12 @@ import time
 
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost.estimate import show
-from orchestrator.data.prepare import prepare_in
 from orchestrator.errors import EXIT_DONE
 from orchestrator.jobs import restart
-from orchestrator.runs.storage import storage_root
+from orchestrator.mirror.session import prepare
+from orchestrator.mirror.upload import upload_dataset
+from orchestrator.objects.store import open_store
+from orchestrator.runs.storage import mirror_of, storage_root
 from orchestrator.text import duration, table
 from pipelines.common import experiment_command
 
@@ -21,7 +23,12 @@ def main(experiment: Experiment) -> int:
     """Prepare the dataset unless it exists, and print its size."""
     started = time.monotonic()
     with restart.watching():
-        manifest = prepare_in(experiment.data, storage_root(experiment))
+        storage = storage_root(experiment)
+        mirror = mirror_of(experiment)
+        manifest = prepare(experiment.data, storage, mirror)
+        if mirror is not None and manifest.directory.parent == storage / "data":
+            place = mirror / "data" / manifest.directory.name
+            upload_dataset(open_store(mirror), place, manifest.directory)
     rows = {
         "folder": str(manifest.directory),
         "tokenizer": f"{manifest.tokenizer['name']}, {manifest.tokenizer['n_vocab']:,} ids",

@@ -14,25 +14,8 @@ Exit status: 0 everything is equal, 1 something differs, 2 there is nothing to c
 has not ended.
 """
 
-import re
-import shutil
-
-from orchestrator.config.experiment import Experiment
-from orchestrator.data.dataset import Manifest
-from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
-from orchestrator.replay.recorded import RecordedRun
-from orchestrator.replay.replay import Replay
-from orchestrator.replay.report import ReplayResult, new_scratch, store_report
-from orchestrator.runs import lock
-from orchestrator.runs.console import format_line
-from orchestrator.runs.folder import RunFolder, SweepFolder
-from orchestrator.runs.journal import Line
-from orchestrator.runs.storage import find_run
-from orchestrator.text import table
-from orchestrator.track.server import resolve_uri
-from orchestrator.track.tracker import resend_metrics
-from orchestrator.train.trained import find_tokens
-from pipelines.common import Options, run_command
+from pipelines.common import parse_first, run_command
+from pipelines.options import Options
 
 
 def options() -> Options:
@@ -41,7 +24,8 @@ def options() -> Options:
     parser.add_argument(
         "run",
         metavar="RUN",
-        help="folder of a run, or its name in $ESPALIER_STORAGE (default: runs)",
+        help="folder of a run, also s3://… in a mirror, or its name in $ESPALIER_STORAGE (default: "
+        "runs)",
     )
     parser.add_argument(
         "--steps",
@@ -58,10 +42,34 @@ def options() -> Options:
     return parser
 
 
+parse_first(__name__, options().parse_args)
+
+import re
+import shutil
+
+from orchestrator.config.experiment import Experiment
+from orchestrator.data.dataset import Manifest
+from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
+from orchestrator.mirror import remote
+from orchestrator.replay.recorded import RecordedRun
+from orchestrator.replay.replay import Replay
+from orchestrator.replay.report import ReplayResult, new_scratch, store_report
+from orchestrator.runs import lock
+from orchestrator.runs.console import format_line
+from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.runs.journal import Line
+from orchestrator.runs.storage import find_run
+from orchestrator.text import table
+from orchestrator.track.server import resolve_uri
+from orchestrator.track.tracker import resend_metrics
+from orchestrator.train.trained import find_tokens
+
+
 def main(argv: list[str]) -> int:
     """Replay, store and print the report, and send it to MLflow."""
     args = options().parse_args(argv)
-    folder = find_run(args.run, has_steps)
+    run_copy = remote.here(args.run, "RUN", checkpoints="all", data=True)
+    folder = find_run(run_copy, has_steps)
     steps = parse_steps(args.steps)
     lock.refuse_if_held(folder)  # a run in progress removes checkpoints
     run = RecordedRun(folder)
@@ -77,7 +85,10 @@ def main(argv: list[str]) -> int:
         "repeated in": scratch.path if scratch.path.exists() else None,
     }
     print(f"\n{folder.name}\n{table(rows)}\n{report.sentence()}", flush=True)
-    send(folder, replay.experiment, args.deadline)
+    if run_copy == args.run:
+        send(folder, replay.experiment, args.deadline)
+    else:
+        print("the report of a run in a mirror is not sent to MLflow; it stays in the copy here")
     return EXIT_DONE if report.equal else EXIT_FAILED
 
 
@@ -97,10 +108,9 @@ def find_dataset(replay: Replay) -> Manifest:
 def repeat(replay: Replay, dataset: Manifest, scratch: RunFolder) -> ReplayResult:
     """Train the steps again and compare them. Remove `scratch` after an error."""
     last = replay.stretch.last
-    tokens_per_step = replay.experiment.tokens_per_step
 
     def print_line(line: Line) -> None:
-        print(format_line(line, last, tokens_per_step), flush=True)
+        print(format_line(line, last, replay.experiment.tokens), flush=True)
 
     try:
         return replay.compare(dataset, scratch, print_line)

@@ -10,12 +10,14 @@ twice changes nothing.
 """
 
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
+from orchestrator.mirror import remote
 from orchestrator.redact import redact_text
 from orchestrator.runs.folder import RunFolder, SweepFolder
-from orchestrator.runs.storage import find_run
+from orchestrator.runs.storage import find_run, scratch_of
 from orchestrator.track.server import absolute_uri, resolve_uri
 from orchestrator.track.tracker import resend_metrics
-from pipelines.common import Options, run_command
+from pipelines.common import run_command
+from pipelines.options import Options
 
 
 def options() -> Options:
@@ -24,7 +26,8 @@ def options() -> Options:
     parser.add_argument(
         "run",
         metavar="RUN",
-        help="folder of a run or a sweep, or its name in $ESPALIER_STORAGE (default: runs)",
+        help="folder of a run or a sweep, also s3://… in a mirror, or its name in "
+        "$ESPALIER_STORAGE (default: runs)",
     )
     parser.add_argument("--uri", help="MLflow tracking URI (default: that of the experiment)")
     parser.add_number("--deadline", "S", 1.0, 300.0, "give up after this many seconds")
@@ -34,12 +37,14 @@ def options() -> Options:
 def main(argv: list[str]) -> int:
     """Send the metrics, and print whether MLflow accepted all of them."""
     args = options().parse_args(argv)
-    folder = find_run(args.run, is_tracked)
+    address = remote.address_of(args.run, "RUN")
+    folder = find_run(remote.here(args.run, "RUN", checkpoints="none"), is_tracked)
     experiment = _experiment_folder(folder).read_experiment()
     if args.uri:
         uri = absolute_uri(args.uri, "--uri")
     else:
-        uri = resolve_uri(experiment, folder.path.parent)
+        storage = folder.path.parent if address is None else scratch_of(address.parent)
+        uri = resolve_uri(experiment, storage)
     sweep = SweepFolder(folder)
     if sweep.sweep_file.exists():
         folder = sweep

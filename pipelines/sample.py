@@ -7,23 +7,10 @@ Sample number i has the seed `--seed` + i - 1, so more samples do not change the
   pipelines/sample.py runs/quickstart/checkpoints/step-00001000 --temperature 0
 """
 
-from argparse import Namespace
 from pathlib import Path
 
-import torch
-
-from model.generate import generate
-from orchestrator.errors import EXIT_DONE, UserError
-from orchestrator.train.numerics import autocast
-from orchestrator.train.trained import (
-    Trained,
-    find_checkpoint,
-    find_device,
-    is_gpt2,
-    open_checkpoint,
-    open_gpt2,
-)
-from pipelines.common import Options, run_command
+from pipelines.common import parse_first, run_command
+from pipelines.options import Options
 
 
 def options() -> Options:
@@ -33,7 +20,8 @@ def options() -> Options:
         "model",
         metavar="RUN_OR_CHECKPOINT",
         help="name or folder of a run (its latest valid checkpoint is used), folder of a "
-        "checkpoint, Hugging Face folder of a GPT-2, or gpt2, gpt2-medium …",
+        "checkpoint, either as s3://… in a mirror, Hugging Face folder of a GPT-2, or gpt2, "
+        "gpt2-medium …",
     )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
@@ -58,9 +46,29 @@ def options() -> Options:
     parser.add_number("--top-k", "K", 1, 200, "draw only from the K most probable tokens")
     parser.add_number("--seed", "N", 0, 1337, "seed of the first sample")
     parser.add_best()
+    parser.add_ema()
     parser.add_device()
     parser.add_dtype("float32 on a CPU, else that of the run")
     return parser
+
+
+parse_first(__name__, options().parse_args)
+
+from argparse import Namespace
+
+import torch
+
+from model.generate import generate
+from orchestrator.errors import EXIT_DONE, UserError
+from orchestrator.train.numerics import autocast
+from orchestrator.train.trained import (
+    Trained,
+    find_checkpoint,
+    find_device,
+    is_gpt2,
+    open_checkpoint,
+    open_gpt2,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -99,15 +107,18 @@ def open_model(args: Namespace) -> Trained:
     dtype = args.dtype
     if dtype is None and device == "cpu":
         dtype = "float32"
-    if is_gpt2(args.model) and not args.best:
+    if is_gpt2(args.model) and not (args.best or args.ema):
         return open_gpt2(args.model, device, dtype or "bfloat16")
     overrides = [f"train.dtype={dtype}"] if dtype else []
-    return open_checkpoint(find_checkpoint(args.model, best=args.best), device, overrides)
+    path = find_checkpoint(args.model, best=args.best)
+    return open_checkpoint(path, device, overrides, ema=args.ema)
 
 
 def title(trained: Trained, args: Namespace) -> str:
     """Return a line that names the checkpoint and the settings."""
     step = f", step {trained.manifest['step']:,}" if trained.manifest else ""
+    if trained.is_ema:
+        step += ", averaged weights"
     method = f"temperature {args.temperature}, top-k {args.top_k}"
     if args.temperature == 0:
         method = "always the most probable token"

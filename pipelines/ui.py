@@ -14,13 +14,15 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
 from orchestrator.folders import subfolders
-from orchestrator.paths import expand_home
 from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.storage import storage_root
 from orchestrator.track.outbox import Sent
 from orchestrator.track.server import UI_PORT, experiment_url, sqlite_uri, store_path
-from pipelines.common import Options, run_command
+from pipelines.common import run_command
+from pipelines.options import Options
 
 ENVIRONMENT = {
     # Saves 13 processes and 2.4 GB that only features for generative AI need.
@@ -36,8 +38,7 @@ def options() -> Options:
     parser.add_argument(
         "storage",
         nargs="?",
-        type=Path,
-        default=Path(os.environ.get("ESPALIER_STORAGE") or "runs"),
+        default=os.environ.get("ESPALIER_STORAGE") or "runs",
         help="folder of the runs (default: $ESPALIER_STORAGE, else runs)",
     )
     parser.add_number("--port", "N", 1, UI_PORT, "port on 127.0.0.1")
@@ -47,7 +48,7 @@ def options() -> Options:
 def main(argv: list[str]) -> NoReturn:
     """Print the addresses of the pages, and replace this process by the MLflow server."""
     args = options().parse_args(argv)
-    store = store_path(expand_home(args.storage))
+    store = store_path(storage_root(Experiment(storage=args.storage)))
     if not store.is_file():
         raise UserError(
             f"{args.storage}: has no tracked runs ({store} is missing); give the storage of a run "

@@ -4,6 +4,7 @@ The Ray head is started as the head of a cluster is, with token authentication.
 """
 
 import atexit
+import functools
 import os
 import random
 import secrets
@@ -41,7 +42,7 @@ from hypothesis import settings  # noqa: E402
 
 from tests.helpers import cluster  # noqa: E402 - after what Ray reads
 
-pytest_plugins = ["tests.helpers.fixtures"]
+pytest_plugins = ["tests.helpers.fixtures", "tests.helpers.bucket"]
 
 # `make test` tries few examples of each property, `make test-slow` many. No deadline: the machines
 # are shared, and a test must not fail because of a slow moment.
@@ -50,17 +51,12 @@ settings.register_profile("many", max_examples=500, deadline=None)
 settings.load_profile("few")
 
 
-# The files that take longest, the first one most.
+# The files without a cluster that take longest, the first one most.
 LONGEST = (
-    "pipelines/test_train.py",
-    "sweep/test_tune.py",
-    "pipelines/test_sweep.py",
-    "sweep/test_stops.py",
-    "test_job_submit.py",
-    "security/test_small_run.py",
-    "pipelines/test_replay_metrics.py",
     "sweep/test_exact.py",
     "track/test_faults.py",
+    "security/test_small_run.py",
+    "mirror/test_runs.py",
     "workers/test_fitting.py",
     "track/test_kills.py",
     "track/test_sweep.py",
@@ -69,17 +65,37 @@ LONGEST = (
 )
 
 
+@functools.cache
+def is_on_cluster(file: str) -> bool:
+    """Return whether a file, such as tests/sweep/test_tune.py, uses the cluster of `ray_head`."""
+    text = (REPO / file).read_text("utf-8")
+    return "ray_head" in text or "ray_cluster" in text
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """Give each process whole files, and all files on the cluster to one: it starts one head."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneHead(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "cluster" if is_on_cluster(file) else file
+
+    return OneHead(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """Run the longest files first, then files with tests on a cluster, whose start takes long.
+    """Run the files on the cluster first, then the longest ones.
 
     Two processes that share the tests then end at about the same time.
     """
-    on_cluster = {item.path for item in items if "ray_head" in item.fixturenames}
-    rank = {REPO / "tests" / name: place for place, name in enumerate(LONGEST)}
-    assert all(path.is_file() for path in rank), "a file of LONGEST was renamed"
+    rank = {f"tests/{name}": place for place, name in enumerate(LONGEST)}
+    assert all((REPO / file).is_file() for file in rank), "a file of LONGEST was renamed"
 
     def place(item):
-        return rank.get(item.path, len(rank)), item.path not in on_cluster
+        file = item.path.relative_to(REPO).as_posix()
+        return not is_on_cluster(file), rank.get(file, len(rank))
 
     items.sort(key=place)
 

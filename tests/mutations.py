@@ -3,11 +3,13 @@
     python -m tests.mutations [PART …] [--results FILE] [--write]
 
 The mistakes are in mutations.toml. Each runs the test files that it names, without Ray and without
-slow tests, until one fails. PART limits the mistakes to some parts, such as `dropout`.
+slow tests, until one fails. Before, none of them may fail. PART limits the mistakes to some parts,
+such as `dropout`.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -20,7 +22,7 @@ import tempfile
 import time
 import tomllib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import hypothesis  # noqa: F401 - imported once, for all processes that are forked from this one
@@ -69,13 +71,26 @@ class Mutation:
             sys.exit(f"{self.wrong}: {self.file} has {text.count(self.old)} times {self.old!r}")
         file.write_text(text.replace(self.old, self.new), "utf-8")
 
+    def digest(self) -> str:
+        """Return a hash of the mistake, its file and its tests."""
+        found = hashlib.sha256(json.dumps(asdict(self)).encode())
+        for name in (self.file, *self.tests.split()):
+            place = REPO / name
+            for file in [place] if place.is_file() else sorted(place.rglob("*.py")):
+                found.update(file.read_bytes())
+        return found.hexdigest()
+
 
 @dataclass(frozen=True)
 class Result:
-    """The first test that failed, or `SURVIVED`, and the seconds until then."""
+    """The first test that failed, or `SURVIVED`, and the seconds until then.
+
+    `of` is the `digest` of the mistake; empty without one.
+    """
 
     caught_by: str
     seconds: float
+    of: str = ""
 
 
 def mutations() -> list[Mutation]:
@@ -122,9 +137,16 @@ def try_out(mutation: Mutation, tree: Path) -> Result:
     """Make the mistake, run the tests, and take it back."""
     before = (tree / mutation.file).read_bytes()
     mutation.apply(tree)
+    result = first_failure(mutation.tests, tree)
+    (tree / mutation.file).write_bytes(before)
+    return replace(result, of=mutation.digest())
+
+
+def first_failure(tests: str, tree: Path) -> Result:
+    """Run test files until a test fails."""
     output = tree / "output.txt"
     started = time.monotonic()
-    arguments = (tree, mutation.tests.split(), output)
+    arguments = (tree, tests.split(), output)
     process = multiprocessing.get_context("fork").Process(target=run_tests, args=arguments)
     process.start()
     process.join(LIMIT_S)
@@ -133,13 +155,12 @@ def try_out(mutation: Mutation, tree: Path) -> Result:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # also what the tests have left
     process.join()
-    (tree / mutation.file).write_bytes(before)
     text = output.read_text("utf-8", "replace")
     if seconds >= LIMIT_S or process.exitcode == 0:
         return Result(SURVIVED, seconds)
     failed = re.search(r"^(?:FAILED|ERROR) [\w/]*/(.+?)(?: - .*)?$", text, re.MULTILINE)
     if failed is None or process.exitcode not in (1, 2):
-        sys.exit(f"{mutation.wrong}:\n{text}")
+        sys.exit(text)
     return Result(failed[1], seconds)
 
 
@@ -180,13 +201,24 @@ def main() -> int:
     found: dict[str, Result] = {}
     if options.results and options.results.exists():
         stored = json.loads(options.results.read_text("utf-8"))
-        found = {wrong: Result(**result) for wrong, result in stored.items()}
+        now = {mutation.wrong: mutation.digest() for mutation in table_}
+        found = {wrong: Result(**stored[wrong]) for wrong in stored if wrong in now}
+        found = {wrong: result for wrong, result in found.items() if result.of == now[wrong]}
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         tree = Path(folder)
         copy_project(tree)
+        passed = set()
         for mutation in table_:
             if mutation.wrong in found or options.part and mutation.part not in options.part:
                 continue
+            if mutation.tests not in passed:
+                control = first_failure(mutation.tests, tree)
+                if control.caught_by != SURVIVED or control.seconds >= LIMIT_S:
+                    sys.exit(f"{mutation.tests}: fails without a mistake: {control}")
+                skipped = re.search(r"\d+ skipped", (tree / "output.txt").read_text("utf-8"))
+                if skipped:
+                    print(f"{mutation.tests}: {skipped[0]}; what only these find survives here")
+                passed.add(mutation.tests)
             found[mutation.wrong] = result = try_out(mutation, tree)
             print(f"{result.seconds:5.1f} s  {mutation.wrong}: {result.caught_by}", flush=True)
             if options.results:

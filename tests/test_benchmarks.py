@@ -12,9 +12,9 @@ import pytest
 
 from orchestrator.config.sweep import parse_sweep
 from orchestrator.errors import UserError
-from orchestrator.sweep.rates import Rates
+from orchestrator.sweep.branch import Branch, settings_of_steps
 from orchestrator.sweep.space.expand import expand
-from orchestrator.sweep.tree import Branch, grow
+from orchestrator.sweep.tree import grow
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPO / "benchmarks"))  # scripts that import each other
@@ -50,7 +50,7 @@ def trials_of(tree) -> dict[str, Branch]:
     trials = {}
     for spec in expand(base.model_dump(), settings).trials:
         train = spec.experiment.train
-        rates = Rates(spec.experiment.lr_schedule()).first(train.max_steps)
+        rates, _ = settings_of_steps(spec.experiment.steps(), train.max_steps)
         trials[spec.name] = Branch(spec.name, f"seed {train.seed}", rates)
     return trials
 

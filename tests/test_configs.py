@@ -1,50 +1,54 @@
 """The experiments in configs/: each is valid and has the numbers that its comments promise."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from model import flops, models
 from model.optim import parameter_groups
 from model.schedule import learning_rate
 from orchestrator.config.experiment import Experiment, load_experiment, parse_experiment
-from orchestrator.config.load import read_yaml
 from orchestrator.config.sweep import parse_sweep
+from orchestrator.config.yaml_text import read_yaml
+from orchestrator.runs import facts
 from orchestrator.runs.facts import model_facts
-from orchestrator.sweep.rates import Rates
+from orchestrator.sweep.branch import Branch, settings_of_steps
 from orchestrator.sweep.space.expand import load_sweep
-from orchestrator.sweep.tree import Branch, build_tree
+from orchestrator.sweep.tree import build_tree
 
 FILES = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
 SWEEPS = [path for path in FILES if path.name.startswith("sweep-")]
 CONFIGS = [path for path in FILES if path not in SWEEPS]
-GPT2, BYTE, CHAR = 50257, 257, 65  # n_vocab
+GPT2, BPE, CHAR = 50257, 1024, 65  # n_vocab
 
 # Steps are None if the configuration promises only a duration.
 # name: (n_vocab, tokens per step, steps, micro-batches, slots, parameters, parameters without
 # positions, decayed (tensors, parameters), not decayed)
 KNOWN = {
-    "quickstart": (BYTE, 768, None, 1, 1, 828672, 820480, (18, 827520), (9, 1152)),
+    "quickstart": (BPE, 1024, 1000, 1, 1, 1310848, 1310848, (0, 0), (29, 1310848)),  # no decay
     "shakespeare": (GPT2, 12288, 10, 1, 1, 124373760, 123587328, (50, 124354560), (25, 19200)),
     "shakespeare-char": (CHAR, 16384, 5000, 1, 1, 10745088, 10646784, (26, 10740096), (13, 4992)),
     "shakespeare-char-cpu": (CHAR, 768, 2000, 1, 1, 804096, 795904, (18, 802944), (9, 1152)),
     "shakespeare-char-modern": (
         CHAR,
         768,
-        190,
+        150,
         1,
         1,
-        811520,
-        811520,
+        804224,
+        804224,
         (0, 0),
-        (28, 811520),
+        (35, 804224),
     ),  # no decay
-    "gpt2-124m": (GPT2, 491520, 600000, 40, 8, 124373760, 123587328, (50, 124354560), (25, 19200)),
+    "gpt2-124m": (GPT2, 524288, 600000, 64, 64, 124373760, 123587328, (50, 124354560), (25, 19200)),
+    "speedrun-124m": (GPT2, 524288, 3250, 32, 8, 162354816, 162354816, (173, 162354816), (0, 0)),
     "finetune-gpt2": (GPT2, 32768, 20, 32, 8, 124475904, 123689472, (50, 124354560), (98, 121344)),
 }
 
 
-def by_name(name: str) -> Experiment:
-    return load_experiment(next(path for path in CONFIGS if path.stem == name))
+def by_name(name: str, *words: str) -> Experiment:
+    return load_experiment(next(path for path in CONFIGS if path.stem == name), list(words))
 
 
 def test_every_config_has_known_numbers():
@@ -81,24 +85,35 @@ def test_decayed_parameters_are_those_that_the_optimizer_decays(model, kind, wor
     )
     groups = parameter_groups(kind, experiment.new_model(65), experiment.optimizer_settings())
     decayed = [p.numel() for group in groups if group["weight_decay"] for p in group["params"]]
-    facts = model_facts(experiment, 65)
-    assert (facts["decayed_tensors"], facts["decayed_parameters"]) == (len(decayed), sum(decayed))
-    assert facts["decayed_parameters"] + facts["undecayed_parameters"] == facts["parameters"]
+    found = model_facts(experiment, 65)
+    assert (found["decayed_tensors"], found["decayed_parameters"]) == (len(decayed), sum(decayed))
+    assert found["decayed_parameters"] + found["undecayed_parameters"] == found["parameters"]
+
+
+def test_facts_of_an_edited_model_are_those_of_the_model_that_is_built(monkeypatch):
+    words = ["model.kind=modern", "optim.kind=muon", "model.layer_scalars=true"]
+    experiment = load_experiment(None, words)
+    counted = model_facts(experiment, 65)
+    monkeypatch.setitem(flops.COUNTED, "modern", "of another source")
+    monkeypatch.setattr(facts, "_is_counted", facts._is_counted.__wrapped__)
+    monkeypatch.setattr(models, "empty_model", build := Mock(wraps=models.empty_model))
+    assert model_facts(experiment, 65) == counted
+    build.assert_called_once()
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_config_has_known_numbers(name):
     n_vocab, tokens, steps, micro_batches, slots, total, without, decayed, kept = KNOWN[name]
     experiment = by_name(name)
-    facts = model_facts(experiment, n_vocab)
+    found = model_facts(experiment, n_vocab)
     steps = steps or experiment.train.max_steps
     assert experiment.train.max_steps == steps
     assert experiment.tokens_per_step == tokens
     assert (experiment.micro_batches, experiment.slots) == (micro_batches, slots)
-    assert (facts["parameters"], facts["parameters_without_positions"]) == (total, without)
-    assert (facts["decayed_tensors"], facts["decayed_parameters"]) == decayed
-    assert (facts["undecayed_tensors"], facts["undecayed_parameters"]) == kept
-    assert facts["vocab_size"] == {GPT2: 50304, BYTE: 257, CHAR: 65}[n_vocab]
+    assert (found["parameters"], found["parameters_without_positions"]) == (total, without)
+    assert (found["decayed_tensors"], found["decayed_parameters"]) == decayed
+    assert (found["undecayed_tensors"], found["undecayed_parameters"]) == kept
+    assert found["vocab_size"] == {GPT2: 50304, BPE: 1024, CHAR: 65}[n_vocab]
     schedule = experiment.lr_schedule()
     rates = [learning_rate(schedule, step) for step in (0, steps // 2, steps - 1)]
     assert all(0 < rate <= experiment.schedule.max_lr for rate in rates)
@@ -108,7 +123,10 @@ def test_config_has_known_numbers(name):
     ("name", "field", "value"),
     [
         ("quickstart", "data.corpus", "builtin:stdlib"),
-        ("quickstart", "data.tokenizer", "byte"),
+        ("quickstart", "data.tokenizer", "bpe:1024"),
+        ("quickstart", "model.value_embeddings", "alternate"),
+        ("quickstart", "optim.momentum", 0.9),
+        ("quickstart", "train.sample_prompt", "def read(self, "),
         ("shakespeare", "train.micro_batch_size", 12),
         ("shakespeare", "model.block_size", 1024),
         ("shakespeare", "data.tokenizer", "gpt2"),
@@ -120,6 +138,12 @@ def test_config_has_known_numbers(name):
         ("gpt2-124m", "compute.num_workers", 8),
         ("gpt2-124m", "schedule.max_lr", 6e-4),
         ("gpt2-124m", "schedule.warmup_steps", 2000),
+        ("speedrun-124m", "model.n_head", 6),
+        ("speedrun-124m", "model.bias", True),
+        ("speedrun-124m", "model.norm_gains", True),
+        ("speedrun-124m", "model.smear", False),
+        ("speedrun-124m", "model.value_embeddings", None),
+        ("speedrun-124m", "optim.weight_decay", 0.05),
         ("finetune-gpt2", "train.init_from", "gpt2"),
         ("finetune-gpt2", "model.activation", "gelu_tanh"),
         ("finetune-gpt2", "schedule.max_lr", 3e-5),
@@ -128,6 +152,29 @@ def test_config_has_known_numbers(name):
 )
 def test_config_has_the_values_of_its_source(name, field, value):
     assert by_name(name).flat()[field] == value
+
+
+def test_speedrun_has_the_rates_and_the_scale_of_its_source():
+    """modded-nanogpt, track 3: one rate for each group, a fixed scale of the attention scores."""
+    experiment = by_name("speedrun-124m", "model.n_layer=1")
+    model = experiment.model
+    scale = model.attention_scale / (model.n_embd / model.n_head) ** 0.5
+    assert scale == pytest.approx(0.12, rel=1e-4)
+    groups = parameter_groups("muon", experiment.new_model(64), experiment.optimizer_settings())
+    rates = {g["group"]: g["lr_scale"] * experiment.schedule.max_lr for g in groups}
+    assert rates == pytest.approx(
+        {"matrix": 0.025, "embedding": 0.7, "head": 0.004, "scalar": 0.015}
+    )
+    assert {g["group"]: g["weight_decay"] for g in groups} == {
+        "matrix": 0.05,
+        "embedding": 0.001,
+        "head": 0.001,
+        "scalar": 0.001,
+    }
+    schedule = experiment.lr_schedule()
+    steps = experiment.train.max_steps
+    assert learning_rate(schedule, 0.3 * steps) == 0.025  # constant until then
+    assert learning_rate(schedule, round(0.65 * steps)) == pytest.approx(0.0125, rel=0.01)
 
 
 def test_every_sweep_is_tested():
@@ -139,7 +186,7 @@ def test_sweep_schedules_trains_40_percent_of_its_steps():
     assert parse_sweep(read_yaml(sweep.to_yaml(), "again"), "again") == (sweep.base, sweep.settings)
     trials = []
     for trial in sweep.trials:
-        rates = Rates(trial.experiment.lr_schedule()).first(trial.experiment.train.max_steps)
+        rates, _ = settings_of_steps(trial.experiment.steps(), trial.experiment.train.max_steps)
         trials.append(Branch(trial.name, "", rates))
     tree = build_tree(trials)
     assert (len(trials), tree.steps_asked, tree.steps_in_tree) == (21, 15750, 6381)

@@ -1,7 +1,7 @@
 """Jobs of `ray job submit`, from another shell, to a head that requires a token.
 
-One job ends, one fails and one is stopped. They run at the same time, because most of their time is
-spent on starting processes. They are submitted from a copy of this checkout.
+One job ends, one fails and one is stopped. They overlap, because most of their time is spent on
+starting processes. They are submitted from a copy of this checkout.
 """
 
 import json
@@ -19,11 +19,17 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from ray.job_submission import JobSubmissionClient
 
+from deploy import submit
 from orchestrator.checkpoint import store as checkpoint
+from orchestrator.code_hashes import sources_sha256
+from orchestrator.config.experiment import load_experiment
+from orchestrator.data.prepare import prepare
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
-from orchestrator.runs.sources import sources_sha256
+from tests.helpers import stores
+from tests.helpers.here import here
 
 REPO = Path(__file__).resolve().parent.parent
 STEPS = 20
@@ -41,7 +47,8 @@ EXCLUDED = (
 
 
 SMALL = {
-    "model": {"block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 32},
+    # A file of the user travels with the job.
+    "model": {"kind": "tests/own/conv.py:GatedConv", "block_size": 32, "n_layer": 1, "width": 32},
     "train": {
         "max_steps": 1_000_000,
         "micro_batch_size": 4,
@@ -65,7 +72,10 @@ def checkout(tmp_path_factory) -> Path:
     text.write_text("".join(f"{n} times seven is {7 * n}.\n" for n in range(2000)), "utf-8")
     data = {"corpus": str(text), "tokenizer": "byte", "dir": str(folder.parent / "tokens")}
     experiment = {"data": data, **SMALL}
-    (folder / "configs" / "quickstart.yaml").write_text(yaml.safe_dump(experiment), "utf-8")
+    file = folder / "configs" / "quickstart.yaml"
+    file.write_text(yaml.safe_dump(experiment), "utf-8")
+    with here():
+        prepare(load_experiment(file, []).data, folder.parent / "tokens")
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "a copy"]):
         subprocess.run(
             ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *command],
@@ -99,6 +109,8 @@ def jobs(ray_head, checkout) -> SimpleNamespace:
     venv = base / "venv"
     for folder in (home, venv):
         folder.mkdir()
+    for folder in (storage, home / "espalier"):
+        stores.copy_empty(folder / "mlflow" / "mlflow.db")
     (venv / "bin").symlink_to(Path(sys.executable).parent)
     (venv / "installed").touch()
     shell = {
@@ -107,6 +119,7 @@ def jobs(ray_head, checkout) -> SimpleNamespace:
         "RAY_API_SERVER_ADDRESS": ray_head.dashboard,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": ray_head.env["RAY_AUTH_TOKEN"],
+        "PYTHONUNBUFFERED": "1",  # the logs below are read while they are written
     }
     submit = [str(venv / "bin" / "ray"), "job", "submit", "--working-dir", "."]
     # Without this setting, a job has the home directory of the head process.
@@ -117,7 +130,7 @@ def jobs(ray_head, checkout) -> SimpleNamespace:
             "--silent",
             "submit",
             f"VENV={venv}",
-            f"ARGS=storage={storage} train.max_steps={STEPS}",
+            f"ARGS=storage={storage} data.dir={base / 'own'} train.max_steps={STEPS}",
         ],
         "fails": [
             *submit,
@@ -150,26 +163,23 @@ def jobs(ray_head, checkout) -> SimpleNamespace:
             assert time.monotonic() < deadline, logs[name].read_text("utf-8")
             time.sleep(0.1)
 
+    def is_running(name: str) -> bool:
+        return "Running entrypoint" in logs[name].read_text("utf-8")
+
     try:
+        # Ray may remove the package when a job ends while another one with the same package starts.
+        start("is_stopped")
+        wait("is_stopped", lambda: is_running("is_stopped"))
         start("ends")
         start("fails")
-        # The tokens are prepared once, for both jobs.
-        wait("ends", (base / "tokens" / "manifest.json").exists)
-        start("is_stopped")
+        wait("is_stopped", lambda: all(map(is_running, commands)))
         checkpoints = folders["is_stopped"] / "checkpoints"
-        # MLflow needs some seconds to create its database.
         tracking = folders["is_stopped"] / "tracking.json"
         wait("is_stopped", lambda: len(checkpoint.steps(checkpoints)) >= 2 and tracking.exists())
         package = _package(ray_head)  # Ray removes it when no job uses it
         job = re.search(r"raysubmit_\w+", logs["is_stopped"].read_text("utf-8"))[0]
-        subprocess.run(
-            [*submit[:2], "stop", job],
-            cwd=base,
-            env=shell,
-            check=True,
-            capture_output=True,
-            timeout=60,
-        )
+        # As `ray job stop` does it.
+        JobSubmissionClient(ray_head.dashboard).stop_job(job)
         ended = {name: process.wait(120) for name, process in running.items()}
     finally:
         for process in running.values():
@@ -210,6 +220,10 @@ def test_mistake_ends_with_status_1_and_a_message_that_names_it(jobs):
     printed = jobs.fails.log.split("Running entrypoint")[1]
     assert re.search(r"^error: .*max_stepz.*max_steps", printed, re.MULTILINE)
     assert "Traceback" not in printed
+    assert submit.ACCEPTED.search(jobs.fails.log)
+    assert [
+        found[1] for found in map(submit.FAILED.search, jobs.fails.log.splitlines()) if found
+    ] == ["2"]
     assert not jobs.fails.run.exists()
 
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from model.optim import OPTIMIZERS
 from model.schedule import SCHEDULES
+from orchestrator.own_code import failure, is_own, parts
 from orchestrator.redact import has_password, hide_passwords
 
 if TYPE_CHECKING:
@@ -25,53 +27,91 @@ def contradictions(experiment: Experiment) -> list[str]:
         *_name_problems(experiment),
         *_model_problems(experiment),
         *_tracking_problems(experiment),
+        *_sharding_problems(experiment),
         *password_problems(experiment.flat()),
     ]
 
 
 def _batch_problems(experiment: Experiment) -> list[str]:
+    problems = _batch_schedule_problems(experiment)
+    if problems:
+        return problems
     train = experiment.train
-    if train.global_batch_size % train.micro_batch_size:
+    micro = experiment.micro_batch
+    for step, size in experiment.batch_sizes.stretches:
+        field = "train.global_batch_size: "
+        if train.batch_schedule is not None:
+            field = f"train.batch_schedule: step {step}: "
+        if size % micro:
+            return [
+                f"{field}{size} is not a multiple of "
+                f"train.micro_batch_size={micro}; set train.micro_batch_size="
+                f"{math.gcd(size, micro)}"
+            ]
+        slots = experiment.slots
+        count = size // micro
+        if not _is_power_of_two(slots) or count % slots:
+            fitting = math.gcd(_power_of_two(slots), count)
+            return [
+                f"train.reduction_slots: {slots} must be a power of two that divides the "
+                f"{count} micro-batches of a step ({size} / {micro}); set "
+                f"train.reduction_slots={fitting}"
+            ]
+    workers = max(experiment.compute.worker_counts, default=0)
+    if workers > experiment.slots:
+        fewer = f"compute.num_workers={experiment.slots}"
+        changes = change_for_slots(experiment, 1 << (workers - 1).bit_length())
+        ways = fewer if changes is None else f"{' and '.join(changes)}, or {fewer}"
         return [
-            f"train.global_batch_size: {train.global_batch_size} is not a multiple of "
-            f"train.micro_batch_size={train.micro_batch_size}; set train.micro_batch_size="
-            f"{math.gcd(train.global_batch_size, train.micro_batch_size)}"
-        ]
-    slots = train.reduction_slots
-    if slots is not None and (not _is_power_of_two(slots) or experiment.micro_batches % slots):
-        return [
-            f"train.reduction_slots: {slots} must be a power of two that divides the "
-            f"{experiment.micro_batches} micro-batches of a step "
-            f"({train.global_batch_size} / {train.micro_batch_size}); set train.reduction_slots="
-            f"{math.gcd(_power_of_two(slots), experiment.micro_batches)}"
-        ]
-    workers = experiment.compute.num_workers
-    if workers != "auto" and experiment.slots % workers:
-        fewer = f"compute.num_workers={min(_power_of_two(workers), experiment.slots)}"
-        changes = change_for_workers(experiment, workers)
-        return [
-            f"compute.num_workers: {workers} does not divide the {experiment.slots} reduction "
-            f"slots; set {fewer if changes is None else f'{changes}, or {fewer}'}"
+            f"compute.num_workers: {workers} is more than the {experiment.slots} reduction slots; "
+            f"set {ways}"
         ]
     return []
 
 
-def change_for_workers(experiment: Experiment, workers: int) -> str | None:
-    """Return the overrides with which `workers` processes can share a step of the same batch.
-
-    None: no change does, because their number is not a power of two or does not divide the batch.
-    """
+def _batch_schedule_problems(experiment: Experiment) -> list[str]:
     train = experiment.train
-    share, rest = divmod(train.global_batch_size, workers)
-    if rest or not _is_power_of_two(workers):
+    schedule = train.batch_schedule
+    if schedule is None:
+        if train.global_batch_size is not None:
+            return []
+        return ["train.global_batch_size: null needs train.batch_schedule, such as {0: 64}"]
+    steps = list(schedule)
+    reason = None
+    if train.global_batch_size is not None:
+        reason = (
+            f"it replaces train.global_batch_size={train.global_batch_size}; give one of them, or "
+            "set train.global_batch_size=null"
+        )
+    elif steps[:1] != [0]:
+        reason = "the first step must be 0"
+    elif steps != sorted(steps):
+        reason = f"the steps {', '.join(map(str, steps))} must rise"
+    elif steps[-1] >= train.max_steps:
+        reason = f"step {steps[-1]} must be below train.max_steps={train.max_steps}"
+    return [] if reason is None else [f"train.batch_schedule: {reason}"]
+
+
+def change_for_slots(experiment: Experiment, slots: int) -> list[str] | None:
+    """Return the overrides with which a step of the same batch has at least that many slots.
+
+    None: no change does, because the batch cannot be divided so.
+
+    Args:
+        experiment: The configuration.
+        slots: A power of two.
+    """
+    smallest = math.gcd(*(size for _, size in experiment.batch_sizes.stretches))
+    share, rest = divmod(smallest, slots)
+    if rest:
         return None
-    micro = math.gcd(share, train.micro_batch_size)
+    micro = math.gcd(share, experiment.micro_batch)
     changes = []
-    if micro != train.micro_batch_size:
+    if micro != experiment.micro_batch:
         changes.append(f"train.micro_batch_size={micro}")
-    if (train.reduction_slots or 8) % workers:
-        changes.append(f"train.reduction_slots={workers}")
-    return " and ".join(changes)
+    if (experiment.train.reduction_slots or 8) < slots:
+        changes.append(f"train.reduction_slots={slots}")
+    return changes
 
 
 def _is_power_of_two(number: int) -> bool:
@@ -87,17 +127,54 @@ def _schedule_problems(experiment: Experiment) -> list[str]:
     schedule = experiment.schedule
     warmup = schedule.warmup_steps
     max_steps = experiment.train.max_steps
-    end = schedule.decay_steps or max_steps
-    end_field = "schedule.decay_steps" if schedule.decay_steps else "train.max_steps"
     if warmup >= max_steps:
         return [f"schedule.warmup_steps: {warmup} must be below train.max_steps={max_steps}"]
-    if SCHEDULES[schedule.kind].has_end and warmup >= end:
-        return [f"schedule.warmup_steps: {warmup} must be below {end_field}={end}"]
-    decay_start = end - round(schedule.decay_fraction * end)
-    if schedule.kind == "wsd" and warmup > decay_start:
+    found = {"schedule": (schedule, "schedule.warmup_steps", warmup)}
+    for name in ("weight_decay", "momentum"):
+        section = getattr(schedule, name)
+        steps = experiment.optim.momentum_warmup_steps if name == "momentum" else 0
+        found[f"schedule.{name}"] = (section, "optim.momentum_warmup_steps", steps)
+    problems = []
+    for place, (section, warmup_field, warmup) in found.items():
+        problems += _points_problems(place, section)
+        problems += _decay_problems(experiment, place, section, warmup_field, warmup)
+    return problems
+
+
+def _points_problems(place: str, section: Any) -> list[str]:
+    points = section.points
+    if section.kind != "piecewise":
+        if points is None:
+            return []
+        return [f"{place}.points: only for {place}.kind=piecewise, not {section.kind}"]
+    if not points:
+        return [f"{place}.points: missing; give a factor by step, such as {{0: 1, 1000: 0.1}}"]
+    if list(points) != sorted(points):
+        return [f"{place}.points: the steps {', '.join(map(str, points))} must rise"]
+    return []
+
+
+def _decay_problems(
+    experiment: Experiment, place: str, section: Any, warmup_field: str, warmup: int
+) -> list[str]:
+    """Return a line if a decay begins before the warmup has ended."""
+    if not SCHEDULES[section.kind].has_end:
+        return []
+    ends = {
+        f"{place}.decay_steps": section.decay_steps,
+        "schedule.decay_steps": experiment.schedule.decay_steps,
+        "train.max_steps": experiment.train.max_steps,
+    }
+    end_field, end = next((name, steps) for name, steps in ends.items() if steps)
+    if warmup >= end:
+        return [f"{warmup_field}: {warmup} must be below {end_field}={end}"]
+    fraction = section.decay_fraction or experiment.schedule.decay_fraction
+    decay_start = end - round(fraction * end)
+    if section.kind in ("wsd", "power") and warmup > decay_start:
+        field = f"{place if section.decay_fraction else 'schedule'}.decay_fraction"
         return [
-            f"schedule.decay_fraction: with {schedule.decay_fraction} of {end_field}={end} the "
-            f"decay starts at step {decay_start}, inside the warmup of {warmup} steps"
+            f"{field}: with {fraction} of {end_field}={end} the decay starts at step "
+            f"{decay_start}, inside the warmup of {warmup} steps"
         ]
     return []
 
@@ -117,7 +194,12 @@ def _model_problems(experiment: Experiment) -> list[str]:
     try:
         experiment.model_config_for(n_vocab=1)
     except ValueError as error:
-        problems.append(f"model.{error}")
+        problems.append(f"model.{' '.join(str(error).split())}")
+    except (Exception, SystemExit) as error:
+        kind = experiment.model.kind
+        if not is_own(kind):
+            raise
+        problems.append(str(failure("model", kind, error, parts(kind)["name"], "Config")))
     if data.append_eot and data.tokenizer == "char":
         problems.append(
             "data.append_eot: the char tokenizer has no end-of-text token; use byte or a tiktoken "
@@ -134,6 +216,29 @@ def is_tracking_uri(uri: str) -> bool:
     except ValueError:  # such as the port 99999
         return False
     return bool(_TRACKING_URI.match(uri)) and (has_host or not uri.startswith("http"))
+
+
+def is_sharded(experiment: Experiment, num_workers: int) -> bool:
+    """Return whether each worker updates only a part of the parameters."""
+    wanted = experiment.train.shard_optimizer is not False
+    return wanted and num_workers > 1 and _may_be_sharded(experiment)
+
+
+def _may_be_sharded(experiment: Experiment) -> bool:
+    kind = experiment.optim.kind
+    # With float16, an update depends on whether any gradient of any shard is infinite.
+    return (
+        not is_own(kind) and OPTIMIZERS[kind].may_be_sharded and experiment.train.dtype != "float16"
+    )
+
+
+def _sharding_problems(experiment: Experiment) -> list[str]:
+    if experiment.train.shard_optimizer is not True or _may_be_sharded(experiment):
+        return []
+    return [
+        "train.shard_optimizer: true needs optim.kind adamw or muon, and a train.dtype that is not "
+        "float16; set train.shard_optimizer=auto"
+    ]
 
 
 def _tracking_problems(experiment: Experiment) -> list[str]:
@@ -159,11 +264,17 @@ def password_problems(fields: dict[str, Any]) -> list[str]:
     """Return one line for each field that contains a password in an address."""
     return [
         f"{field}: '{hide_passwords(text)}' contains a password, and the experiment is stored in "
-        "every checkpoint; write $NAME in its place, and set the environment variable NAME"
+        f"every checkpoint; {_instead(text)}"
         for field, value in fields.items()
         for text in _texts(value)
         if field != "tracking.uri" and "://" in text and has_password(text)
     ]
+
+
+def _instead(address: str) -> str:
+    if re.match("(?i)(s3|gs):", address):
+        return "leave it out, credentials come from the environment, such as AWS_ACCESS_KEY_ID"
+    return "write $NAME in its place, and set the environment variable NAME"
 
 
 def _texts(value: Any) -> Iterator[str]:

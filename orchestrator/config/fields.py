@@ -5,13 +5,25 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from orchestrator.config.only_for import OnlyFor
+from orchestrator.own_code import is_own
 
 
 def _whole_to_int(value: Any) -> Any:
@@ -28,12 +40,31 @@ Interval = Steps | None
 Text = Annotated[str, Field(min_length=1)]
 
 
+def _by_step(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Check a mapping of steps to values as a whole, so that its errors name the field.
+
+    JSON, in which experiments are stored, has only texts as keys.
+    """
+    if not isinstance(value, dict):
+        return validate(value)
+    keys = [int(key) if str(key).isdecimal() else key for key in value]
+    try:
+        return validate(dict(zip(keys, value.values(), strict=True)))
+    except ValidationError:
+        raise PydanticCustomError("by_step", "not by step") from None
+
+
+Step = Annotated[Int, Field(ge=0)]
+BatchSchedule = Annotated[dict[Step, Steps] | None, WrapValidator(_by_step)]
+Points = Annotated[dict[Step, Annotated[float, Field(ge=0)]] | None, WrapValidator(_by_step)]
+
+
 class Effect(Enum):
     """What the value of a field changes."""
 
     STEPS = "what a step computes"
     ADDITIONS = "only the order of additions in a step"
-    RATES = "the learning rates"
+    PER_STEP = "what may change from step to step"
     TOKENS = "the tokens"
     LENGTH = "the number of steps"
     ATTEMPT = "what is logged, and when an attempt stops"
@@ -95,14 +126,47 @@ class OneOf:
 
     Attributes:
         table: The choices. Each value has a `help` text of one line.
+        file: A file of the user that is a choice too, in words. It is in the table once it is
+            loaded; see `own_code`.
     """
 
     table: Mapping[str, Any]
+    file: str | None = None
 
     def __get_pydantic_core_schema__(
         self, source: type[Any], handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        return core_schema.literal_schema(list(self.table))
+        return core_schema.no_info_after_validator_function(
+            self._checked, core_schema.str_schema(strict=True)
+        )
+
+    def _checked(self, value: str) -> str:
+        if value not in self.table:
+            raise PydanticCustomError("literal_error", "not a choice")
+        return value
+
+    @property
+    def words(self) -> str:
+        """The choices in words."""
+        own = [] if self.file is None else [self.file]
+        return " | ".join([*self.choices, *own])
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """The help of each choice, without files of the user."""
+        return {name: entry.help for name, entry in self.table.items() if not is_own(name)}
+
+
+AUTO: Any = "auto"
+
+
+class OrAuto:
+    """Marks a number that may be `auto` until a run begins. Type checkers see the number."""
+
+    def __get_pydantic_core_schema__(
+        self, source: type[Any], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.union_schema([core_schema.literal_schema([AUTO]), handler(source)])
 
 
 @dataclass(frozen=True)
@@ -116,6 +180,7 @@ class FieldDoc:
         effect: What its value changes.
         choices: One line of help by choice, for fields that have a `OneOf` table.
         is_later: See `Later`.
+        only_for: When the field has an effect; None: always.
     """
 
     type: str
@@ -124,6 +189,13 @@ class FieldDoc:
     effect: Effect
     choices: Mapping[str, str] = field(default_factory=dict)
     is_later: bool = False
+    only_for: OnlyFor | None = None
+
+    def inside(self, section: str, only_for: OnlyFor | None) -> "FieldDoc":
+        """Return the description of a field of a section, which may have a mark itself."""
+        if self.only_for is None:
+            return replace(self, only_for=only_for)
+        return replace(self, only_for=self.only_for.inside(section))
 
     @property
     def shown_default(self) -> str:
@@ -145,7 +217,8 @@ def describe_fields(model: type[Section]) -> Docs:
             docs[info.alias or name] = _describe(info, model.effect)
         else:
             inner = describe_fields(section)
-            docs |= {f"{name}.{key}": doc for key, doc in inner.items()}
+            for key, doc in inner.items():
+                docs[f"{name}.{key}"] = doc.inside(name, OnlyFor.of(info.metadata, key))
     return docs
 
 
@@ -176,15 +249,21 @@ def section_class(info: FieldInfo) -> type[Section] | None:
 
 
 def _describe(info: FieldInfo, effect: Effect) -> FieldDoc:
-    choices = {}
+    choices: dict[str, str] = {}
+    words = ""
     for mark in info.metadata:
         if isinstance(mark, OneOf):
-            choices = {name: entry.help for name, entry in mark.table.items()}
+            choices = mark.choices
+            words = mark.words
         if isinstance(mark, Effect):
             effect = mark
-    words = " | ".join(choices) or _type_in_words(info.annotation)
+    words = words or _type_in_words(info.annotation)
+    if any(isinstance(mark, OrAuto) for mark in info.metadata):
+        words += f" or {AUTO}"
     is_later = Later in info.metadata
-    return FieldDoc(words, info.default, info.description or "", effect, choices, is_later)
+    description = info.description or ""
+    only_for = OnlyFor.of(info.metadata)
+    return FieldDoc(words, info.default, description, effect, choices, is_later, only_for)
 
 
 _WORDS = {
@@ -208,9 +287,11 @@ def _type_in_words(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(arguments)
     if origin is list:
-        return "a list of values" if arguments[0] is Any else "a list of texts"
+        return f"a list of {_type_in_words(arguments[0]).split()[-1]}s"
     if origin is dict:
-        values = arguments[1]
+        key, values = arguments
+        if _type_in_words(key) == _WORDS[int]:
+            return f"a mapping of steps to {_type_in_words(values)}"
         return "a mapping" if values is Any else f"a mapping to {_type_in_words(values)}"
     # A union. Two of its types may have the same words.
     assert origin is Union or origin.__name__ == "UnionType", annotation

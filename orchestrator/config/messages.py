@@ -12,6 +12,7 @@ from model.models import MODELS
 from orchestrator.config.fields import Docs, Section
 from orchestrator.config.models import section_of
 from orchestrator.errors import UserError
+from orchestrator.own_code import is_own
 
 SomeSection = TypeVar("SomeSection", bound=Section)
 UNKNOWN_FIELD = ("extra_forbidden", "invalid_key")  # types of pydantic's errors
@@ -51,7 +52,8 @@ def unknown_field(key: str, known: Iterable[str]) -> str:
             f"{key}: one key with dots; nest it: {key.replace('.', ': {')}: …{'}' * key.count('.')}"
         )
     section, _, field = key.partition(".")
-    kinds = [kind for kind in MODELS if field in section_of(kind).model_fields]
+    ours = [kind for kind in MODELS if not is_own(kind)]
+    kinds = [kind for kind in ours if field in section_of(kind).model_fields]
     if section == "model" and kinds:
         return f"{key}: no such field; only model.kind={' or '.join(kinds)} has it"
     similar = _most_similar(key, names)

@@ -6,6 +6,7 @@ from model.models import DEFAULT, MODELS
 from orchestrator.config.experiment import field_docs
 from orchestrator.config.fields import FREE, FieldDoc
 from orchestrator.config.sweep import SweepFile, sweep_docs
+from orchestrator.own_code import is_own
 
 HEADER = """\
 # Reference: all fields
@@ -43,7 +44,7 @@ def reference() -> str:
 def _other_models() -> list[str]:
     lines = []
     for kind, model in MODELS.items():
-        if kind != DEFAULT:
+        if kind != DEFAULT and not is_own(kind):
             lines += _section_start(f"model, if model.kind is {kind}", f"{model.help}.")
             docs = field_docs(kind).items()
             lines += [_row(_cells(key, doc)) for key, doc in docs if key.startswith("model.")]

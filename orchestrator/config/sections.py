@@ -1,22 +1,29 @@
 """Sections of an experiment: every field with its type, default, limits and description."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from model.models import DEFAULT, MODELS
 from model.optim import OPTIMIZERS
-from model.schedule import DECAY_SHAPES, SCHEDULES
 from orchestrator.config.fields import (
+    BatchSchedule,
     Effect,
     Int,
     Interval,
     Later,
     OneOf,
+    OrAuto,
     Section,
     Steps,
     Text,
 )
+from orchestrator.config.only_for import OnlyFor
+
+# muon has one momentum for matrices; the head of gpt2 is its embedding.
+NOT_MUON = [kind for kind in OPTIMIZERS if kind != "muon"]
+BETAS_OF_MATRIX = OnlyFor(NOT_MUON, "/optim.kind", marked=("beta1", "beta2"))
+HEAD = OnlyFor([kind for kind in MODELS if kind != "gpt2"], "/model.kind")
 
 
 class Data(Section):
@@ -27,8 +34,9 @@ class Data(Section):
     corpus: Text | Annotated[list[Text], Field(min_length=1)] = Field(
         "builtin:stdlib",
         description="text to train on: files, globs or folders (.txt, .md, .py …; JSON lines, also "
-        "as .json, .gz or .zst; .parquet), https://…#sha256=HEX (a password in it is the variable "
-        "$NAME), or builtin:stdlib (the source of Python's standard library); one or a list",
+        "as .json, .gz or .zst; .parquet), the same in a bucket, such as s3://BUCKET/folder/*.txt, "
+        "https://…#sha256=HEX (a password in it is the variable $NAME), or builtin:stdlib (the "
+        "source of Python's standard library); one or a list",
     )
     dir: Annotated[Text | None, Effect.NOTHING] = Field(
         None, description="folder of the token shards; null: <storage>/data/<fingerprint>"
@@ -46,7 +54,10 @@ class Data(Section):
         description="document whose text is null; stop: an error that names it, skip: leave it out",
     )
     tokenizer: Text = Field(
-        "gpt2", description="any tiktoken encoding (gpt2, cl100k_base, o200k_base …), byte or char"
+        "gpt2",
+        description="any tiktoken encoding (gpt2, cl100k_base, o200k_base …), byte, char, or "
+        "bpe:SIZE (byte pairs, trained on train alone, or on 64 MiB of it if it is larger; SIZE "
+        "ids, of which 256 are bytes and one is end of text)",
     )
     encoder: Annotated[Literal["auto", "tiktoken", "gigatoken"], Effect.NOTHING] = Field(
         "auto",
@@ -69,7 +80,9 @@ class Data(Section):
 class Model(Section):
     """The model. Its kind decides which fields it has."""
 
-    kind: Annotated[str, OneOf(MODELS), Later] = Field(DEFAULT, description="architecture")
+    kind: Annotated[str, OneOf(MODELS, "FILE.py:CLASS"), Later] = Field(
+        DEFAULT, description="architecture; FILE.py:CLASS: a model of yours (docs/own-code.md)"
+    )
     block_size: Int = Field(1024, ge=1, description="context length in tokens")
     pad_vocab_to: Int = Field(
         128,
@@ -90,6 +103,11 @@ class Gpt2(Model):
     bias: bool = Field(False, description="biases in Linear and LayerNorm; GPT-2 has them")
     activation: Literal["gelu", "gelu_tanh"] = Field(
         "gelu", description="OpenAI's GPT-2 weights need gelu_tanh"
+    )
+    loss_chunk: Annotated[Steps | None, Later] = Field(
+        None,
+        description="positions whose logits exist at a time while the loss is computed; saves "
+        "memory for large vocabularies (2411.09009); null: all",
     )
 
 
@@ -113,16 +131,18 @@ class ParameterGroup(Section):
 class ParameterGroups(Section):
     """Settings of each group; null takes those of `optim`."""
 
-    matrix: ParameterGroup = ParameterGroup()
+    matrix: Annotated[ParameterGroup, BETAS_OF_MATRIX] = ParameterGroup()
     embedding: ParameterGroup = ParameterGroup()
-    head: ParameterGroup = ParameterGroup()
+    head: Annotated[ParameterGroup, HEAD] = ParameterGroup()
     scalar: ParameterGroup = ParameterGroup()
 
 
 class Optim(Section):
     """The optimizer. It knows four groups of parameters: matrix, embedding, head and scalar."""
 
-    kind: Annotated[str, OneOf(OPTIMIZERS)] = Field("adamw", description="optimizer")
+    kind: Annotated[str, OneOf(OPTIMIZERS, "FILE.py:FACTORY")] = Field(
+        "adamw", description="optimizer; FILE.py:FACTORY: one of yours (docs/own-code.md)"
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment, 0 to 1")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment, 0 to 1")
     weight_decay: float = Field(
@@ -131,56 +151,64 @@ class Optim(Section):
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="clip the norm of the whole gradient to this; null: do not clip"
     )
-    momentum: Annotated[float, Later] = Field(
+    momentum: Annotated[float, OnlyFor(("muon",)), Later] = Field(
         0.95, ge=0, lt=1, description="only for muon: decay of the momentum of matrices, 0 to 1"
     )
-    momentum_warmup_steps: Annotated[Int, Later] = Field(
+    momentum_warmup_steps: Annotated[Int, Effect.PER_STEP, OnlyFor(("muon",)), Later] = Field(
         0, ge=0, description="only for muon: steps in which the momentum rises linearly from 0.85"
     )
-    cautious: Annotated[bool, Later] = Field(
+    cautious: Annotated[bool, OnlyFor(("muon",)), Later] = Field(
         False,
         description="only for muon: decay a weight only where it shrinks in this update anyway "
         "(2510.12402)",
     )
+    polar_steps: Annotated[Int | None, OnlyFor(("muon",)), Later] = Field(
+        None,
+        ge=1,
+        le=5,
+        description="only for muon: orthogonalise by so many iterations of Polar Express "
+        "(2505.16932), 3 of which did as well as null: 5 of Newton-Schulz",
+    )
     groups: ParameterGroups = ParameterGroups()
-
-
-class ScheduleSection(Section):
-    """The learning rate of every step."""
-
-    effect = Effect.RATES
-
-    kind: Annotated[str, OneOf(SCHEDULES)] = Field(
-        "cosine", description="shape of the learning rate after warmup"
-    )
-    max_lr: float = Field(6e-4, gt=0, description="peak learning rate")
-    min_lr_ratio: float = Field(
-        0.1, ge=0, le=1, description="lowest learning rate as a share of the peak, 0 to 1"
-    )
-    warmup_steps: Int = Field(0, ge=0, description="steps of linear warmup")
-    decay_steps: Steps | None = Field(
-        None, description="step at which the decay ends; null: train.max_steps"
-    )
-    decay_fraction: float = Field(
-        0.2, gt=0, le=1, description="only for wsd: share of decay_steps that decays, 0 to 1"
-    )
-    decay_shape: Annotated[str, OneOf(DECAY_SHAPES)] = Field(
-        "linear", description="only for wsd: shape of the decay"
-    )
 
 
 class Train(Section):
     """Steps, batches, precision, and intervals of logging, evaluation and checkpoints."""
 
     max_steps: Annotated[Steps, Effect.LENGTH] = Field(2000, description="optimizer updates")
-    micro_batch_size: Annotated[Steps, Effect.ADDITIONS] = Field(
-        12, description="sequences per worker in one forward pass"
+    micro_batch_size: Annotated[Steps, OrAuto(), Effect.ADDITIONS] = Field(
+        12,
+        description="sequences per worker in one forward pass; auto: the largest power of two that "
+        "fits into the memory of a worker and divides its share of the batch, on a CPU of at most "
+        "4,096 tokens; measured before the first step; a run that has begun keeps its number",
     )
-    global_batch_size: Steps = Field(12, description="sequences per update over all workers")
+    global_batch_size: Steps | None = Field(
+        12, description="sequences per update over all workers; null: train.batch_schedule"
+    )
+    batch_schedule: Annotated[BatchSchedule, Effect.PER_STEP, Later] = Field(
+        None,
+        description="sequences per update from each step on, such as {0: 64, 1000: 128}, in place "
+        "of train.global_batch_size",
+    )
     reduction_slots: Annotated[Steps | None, Effect.ADDITIONS] = Field(
         None,
-        description="partial sums of one gradient, a power of two that the number of workers "
-        "divides; null: the largest up to 8 that divides the micro-batches of an update",
+        description="partial sums of one gradient, a power of two: the largest number of workers; "
+        "null: the largest up to 8 that divides the micro-batches of the first update",
+    )
+    shard_optimizer: Annotated[bool | Literal["auto"], Effect.NOTHING] = Field(
+        "auto",
+        description="each worker updates a part of the parameters and has its moments (ZeRO-1), "
+        "with the same bits; auto: with adamw or muon, but not with float16",
+    )
+    activation_checkpointing: Annotated[bool, Effect.NOTHING] = Field(
+        False,
+        description="compute the activations of each block again in the backward pass, with the "
+        "same bits: less memory, longer steps",
+    )
+    ema: Annotated[float | None, Field(gt=0, lt=1), Later] = Field(
+        None,
+        description="decay of a moving average of the weights, such as 0.999: after each update, "
+        "average = ema average + (1 - ema) weights; it is evaluated and saved; null: none",
     )
     seed: Int = Field(1337, ge=0, description="seed of weights, sample order and dropout")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
@@ -200,6 +228,13 @@ class Train(Section):
     )
     eval_tokens: Annotated[Int, Field(ge=2)] | None = Field(
         None, description="evaluate on the first N tokens of val; null: on all"
+    )
+    sample_prompt: Annotated[Text | None, Effect.NOTHING] = Field(
+        None,
+        description="text that the sample of each evaluation continues; null: first tokens of val",
+    )
+    sample_tokens: Annotated[Steps | None, Effect.NOTHING] = Field(
+        None, description="tokens that the model adds to it; null: 64"
     )
     checkpoint_interval: Annotated[Interval, Effect.NOTHING] = Field(
         250, description="save a checkpoint every N steps and at the end; null: only at the end"
@@ -226,43 +261,12 @@ class Train(Section):
     init_from: Text = Field(
         "scratch",
         description="initial weights: scratch (random), gpt2|gpt2-medium|gpt2-large|gpt2-xl, a "
-        "Hugging Face folder, a nanoGPT ckpt.pt, a run or a checkpoint",
+        "Hugging Face folder, a nanoGPT ckpt.pt, a run or a checkpoint, also s3://… in a mirror",
     )
 
-
-class Compute(Section):
-    """Workers and their devices."""
-
-    effect = Effect.NOTHING
-
-    num_workers: Steps | Literal["auto"] = Field(
-        "auto",
-        description="training processes; must divide the reduction slots; auto: the largest "
-        "divisor for which there are GPUs, or 1 without GPUs",
-    )
-    cpus_per_worker: Steps | Literal["auto"] = Field(
-        "auto",
-        description="CPUs and torch threads of each worker; auto: all for one worker without a "
-        "GPU, else 1",
-    )
-    hang_after_s: float = Field(
-        30.0,
-        gt=0,
-        description="a worker hangs if one phase of a step takes more than this many seconds and "
-        "more than ten times its longest duration so far",
-    )
-    use_gpu: bool | Literal["auto"] = Field(
-        "auto", description="one GPU per worker; auto: if the cluster has GPUs"
-    )
-
-
-class Tracking(Section):
-    """The MLflow server."""
-
-    effect = Effect.NOTHING
-
-    uri: Text | None = Field(
-        None,
-        description="MLflow tracking URI; null: $MLFLOW_TRACKING_URI, else sqlite in the storage",
-    )
-    experiment: Text = Field("espalier", description="name of the MLflow experiment")
+    @model_validator(mode="before")
+    @classmethod
+    def _schedule_replaces_the_default(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("batch_schedule") is not None:
+            return {"global_batch_size": None, **fields}
+        return fields

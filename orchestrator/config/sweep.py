@@ -9,7 +9,7 @@ from pydantic import Field
 
 from model.models import DEFAULT
 from orchestrator.config.checks import password_problems
-from orchestrator.config.experiment import Experiment
+from orchestrator.config.experiment import Experiment, field_docs
 from orchestrator.config.fields import Docs, Section, Steps, Text, describe_fields
 from orchestrator.config.messages import validate
 from orchestrator.config.models import kind_in, with_model
@@ -74,8 +74,8 @@ class SweepSection(Section):
     from_: Text | None = Field(
         None,
         alias="from",
-        description="RUN@STEP: all trials start from the state of this run after STEP steps; null: "
-        "from step 0",
+        description="RUN@STEP: all trials start from the state of this run, also s3://… in a "
+        "mirror, after STEP steps; null: from step 0",
     )
     keep_branches: bool = Field(
         True,
@@ -106,7 +106,22 @@ def parse_sweep(tree: dict[str, Any], where: str) -> tuple[Experiment, SweepSect
     if problems:
         raise UserError("\n".join(f"{where}: {problem}" for problem in problems))
     base = with_model(Experiment, kind).model_validate(file.model_dump(exclude={"sweep"}))
-    return base, file.sweep
+    trials = {
+        name: _by_field(fields, field_docs(kind)) for name, fields in file.sweep.trials.items()
+    }
+    return base, file.sweep.replace(trials=trials)
+
+
+def _by_field(tree: dict[str, Any], docs: Docs) -> dict[str, Any]:
+    """Return the fields of a trial by whole names: schedule.momentum: {kind: wsd} is one field."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        is_section = "." in name and any(field.startswith(f"{name}.") for field in docs)
+        if is_section and isinstance(value, dict):
+            found |= _by_field({f"{name}.{key}": part for key, part in value.items()}, docs)
+        else:
+            found[name] = value
+    return found
 
 
 def sweep_docs(kind: str = DEFAULT) -> Docs:

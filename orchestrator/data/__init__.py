@@ -3,8 +3,9 @@
 Prepare: `prepare.prepare_in` makes the dataset of a `data` section, or finds it.
 `prepared.dataset_dir` is its folder, `prepared.find_prepared` looks without preparing, and
 `estimate.estimate_tokens` estimates its size. `corpus.py` and the package `input` find the files,
-`documents.py` reads them, `tokenizer.py` encodes them, `encoder.py` does it faster, `shards.py` is
-the format of the tokens. `tasks.py` and `parts.py` have the tasks that `ray_tasks.py` runs.
+`documents.py` reads them, `split.py` tells train from val, `tokenizer.py` and the package
+`tokenizers` encode them, `shards.py` is the format of the tokens. `tasks.py` and `parts.py` have
+the tasks that `ray_tasks.py` runs.
 
 Train: `dataset.load_manifest` reads a dataset. `batches.TokenStream`, `Batches` and `EvalBatches`
 read its tokens, in the order of `order.py`; `batches.Prefetcher` reads ahead.

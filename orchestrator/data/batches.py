@@ -3,7 +3,7 @@
 Shards are memory-mapped, so all workers of a node share one copy in the page cache. Nothing is kept
 from step to step: the only state to save is the step.
 
-Notation: N tokens of the split, T block_size, B micro_batch_size, G global_batch_size.
+Notation: N tokens of the split, T block_size, B micro_batch_size, G batch size of a step.
 """
 
 from bisect import bisect_right
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.config.steps import BatchSizes
 from orchestrator.data.dataset import Manifest, load_manifest, verify
 from orchestrator.data.order import sample_offsets, windows_per_epoch
 from orchestrator.data.shards import map_shard
@@ -98,14 +99,14 @@ class Batches:
         self,
         stream: TokenStream,
         block_size: int,
-        global_batch_size: int,
+        sizes: BatchSizes,
         micro_batch_size: int,
         seed: int,
     ):
-        assert global_batch_size % micro_batch_size == 0
+        assert all(size % micro_batch_size == 0 for _, size in sizes.stretches)
         self.stream = stream
         self.block_size = block_size
-        self.global_batch_size = global_batch_size
+        self.sizes = sizes
         self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.windows_per_epoch = windows_per_epoch(stream.tokens, block_size)
@@ -114,12 +115,16 @@ class Batches:
 
     def epoch(self, step: int) -> float:
         """Return the number of epochs that `step` updates have seen."""
-        return step * self.global_batch_size / self.windows_per_epoch
+        return self.sizes.before(step) / self.windows_per_epoch
+
+    def micro_batches(self, step: int) -> int:
+        """Return the number of micro-batches of the update after `step` updates."""
+        return self.sizes.at(step) // self.micro_batch_size
 
     def offsets(self, step: int) -> np.ndarray:
         """Return the first token of each window of the update after `step` updates, (G,) int64."""
-        size = self.global_batch_size
-        position = step * size
+        size = self.sizes.at(step)
+        position = self.sizes.before(step)
         # The pair is read and written as a whole: two threads at worst compute the same offsets.
         first, known = self._ahead
         if not first <= position <= position + size <= first + len(known):

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from orchestrator.data.input import objects
 from orchestrator.data.input.download import Progress, download
 from orchestrator.data.input.kinds import check_readable, is_by_content, kind_of, one_kind
 from orchestrator.data.input.paths import (
@@ -28,6 +29,8 @@ from orchestrator.data.input.paths import (
 )
 from orchestrator.errors import UserError
 from orchestrator.files import replacement
+from orchestrator.hashes import sha256s
+from orchestrator.objects.address import is_address
 from orchestrator.paths import cache_folder, expand_home, local_path
 from orchestrator.redact import redact_text
 
@@ -57,6 +60,7 @@ class CorpusFile:
     sha256: str | None = None
     url: str | None = None
     modified: int | None = None
+    object: str = ""
 
     @property
     def bytes(self) -> int:
@@ -122,7 +126,9 @@ def resolve(corpus: str | list[str]) -> Listing:
         listing += _resolve_entry(entry, listing.left_out)
     seen: set[object] = set()
     for source in listing if len(entries) > 1 else []:
-        key = identity(source.path) if source.url is None else source.path
+        key: object = source.object or source.path
+        if source.url is None and not source.object:
+            key = identity(source.path)
         if key in seen:
             raise UserError(f"data.corpus: {source.path} is listed twice; list it once")
         seen.add(key)
@@ -143,6 +149,8 @@ def root_name(entry: str) -> str:
         return "stdlib"
     if _is_url(entry):
         return _url_name(entry)
+    if is_address(entry):
+        return objects.fixed_part(entry)[0].name
     return fixed_part(_absolute(entry))[0].name
 
 
@@ -157,6 +165,8 @@ def _resolve_entry(entry: str, left_out: LeftOut) -> list[CorpusFile]:
         raise UserError(f"data.corpus: '{entry}' is unknown; the built-in corpus is {STDLIB}")
     if _is_url(entry):
         return [_resolve_url(entry)]
+    if is_address(entry):
+        return _resolve_objects(entry, left_out)
     base, pattern = fixed_part(_absolute(local_path("data.corpus", entry)))
     if not base.exists():
         refuse_missing(base)
@@ -168,6 +178,21 @@ def _resolve_entry(entry: str, left_out: LeftOut) -> list[CorpusFile]:
         problem = f"'{entry}' matches no file" if pattern else f"{base} holds no files"
         raise MissingCorpusError(f"data.corpus: {problem}")
     return _named(base.name, base, one_kind(base, files, left_out))
+
+
+def _resolve_objects(entry: str, left_out: LeftOut) -> list[CorpusFile]:
+    base, found = objects.copies(entry, left_out)
+    if base in found:
+        check_readable(base)
+        sources = [_source(base.name, base)]
+    else:
+        sources = _named(base.name, base, one_kind(base, list(found), left_out))
+    # Other nodes may not have the copies, so they are hashed here.
+    hashes = sha256s([str(source.path) for source in sources])
+    return [
+        replace(source, sha256=sha256, object=found[source.path])
+        for source, sha256 in zip(sources, hashes, strict=True)
+    ]
 
 
 def _library_files(base: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from orchestrator import files
-from orchestrator.data.tokenizer import TOKENIZER_FILE, TokenizerFacts
+from orchestrator.data.tokenizers.base import TOKENIZER_FILE, TokenizerFacts
 from orchestrator.errors import UserError
 from orchestrator.files import file_sha256, fsync, write_atomically
 from orchestrator.hashes import Stamp, private_folder, stamp

@@ -6,11 +6,12 @@ row groups whose data begin there. Each piece begins in exactly one span. The pi
 order are therefore the corpus, wherever the spans end.
 
 Text is UTF-8. Line ends, byte order marks and NUL stay as they are. Invalid UTF-8 is an error, or
-is replaced by U+FFFD as with Python's `errors="replace"`.
-
-To read another kind of file, write a function and one entry of `READERS`.
+is replaced by U+FFFD as with Python's `errors="replace"`. To read another kind of file, write a
+function and one entry of `READERS`.
 """
 
+import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from orchestrator.data.input.kinds import (
 )
 from orchestrator.data.input.paths import check_unchanged
 from orchestrator.errors import UserError
+from orchestrator.hashes import Stamp, stamp
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Span:
         skip_null: Leave out null texts instead of raising an error.
         cut_anywhere: A text may be cut before each character, and not only at safe cuts.
         modified: Time of the file's last write in nanoseconds; None: it is not compared.
+        object: As in `CorpusFile`.
     """
 
     path: str
@@ -57,6 +60,7 @@ class Span:
     skip_null: bool = False
     cut_anywhere: bool = False
     modified: int | None = None
+    object: str = ""
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,8 @@ def _read_parquet(span: Span) -> Iterator[Piece | None]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(span.path) as file:
+        footer, first_bytes, first_rows = _footer(span.path, stamp(span.path))
+        with pq.ParquetFile(span.path, metadata=footer) as file:
             columns = file.schema_arrow.names
             if span.text_field not in columns:
                 raise UserError(
@@ -184,14 +189,25 @@ def _read_parquet(span: Span) -> Iterator[Piece | None]:
                     f"{span.name}: has {columns.count(span.text_field)} columns "
                     f"'{span.text_field}'; rename them, or set data.text_field to another"
                 )
-            row = 0
-            for number in range(file.num_row_groups):
-                group = file.metadata.row_group(number)
-                if span.start <= _first_byte(group) < span.end:
-                    yield from _read_rows(file, number, row, span)
-                row += group.num_rows
+            for number, first_byte in enumerate(first_bytes):
+                if span.start <= first_byte < span.end:
+                    yield from _read_rows(file, number, first_rows[number], span)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{span.name}: cannot be read as Parquet ({error})") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _footer(path: str, _version: Stamp) -> tuple[Any, list[int], list[int]]:
+    """Return the footer of a Parquet file, and first byte and first row of each row group.
+
+    A file may have many spans, and tens of thousands of row groups.
+    """
+    import pyarrow.parquet as pq
+
+    footer = pq.read_metadata(path)
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    rows = [0, *itertools.accumulate(group.num_rows for group in groups)]
+    return footer, [_first_byte(group) for group in groups], rows
 
 
 def _first_byte(group: Any) -> int:

@@ -1,7 +1,7 @@
 """Estimates the tokens of a corpus before it is prepared. Nothing is written or downloaded.
 
 The number is exact for `char`, and for `byte` with plain text. For a byte-pair encoding, a few
-chunks of the corpus are encoded, if the ranks are on this machine.
+chunks of the corpus are encoded, if the ranks are on this machine or are trained on the corpus.
 """
 
 from collections.abc import Iterator
@@ -11,17 +11,22 @@ from typing import TYPE_CHECKING
 from orchestrator.data import corpus
 from orchestrator.data.corpus import Listing
 from orchestrator.data.documents import Piece, Span, read_pieces, reader_of
-from orchestrator.data.encoder import is_possible
 from orchestrator.data.input.kinds import kind_of as kind_of_file
 from orchestrator.data.tasks import count, plan_chunks
 from orchestrator.data.tokenizer import has_ranks, kind_of, load_tokenizer
+from orchestrator.data.tokenizers import merges
+from orchestrator.data.tokenizers.encoder import check_encoder
+from orchestrator.errors import UserError
 
 if TYPE_CHECKING:
     from orchestrator.config.sections import Data
 
 BYTES_PER_TOKEN = 4.0  # English, vocabulary of 50,000; used if nothing can be encoded
-SAMPLES = 8  # chunks that are encoded
-SAMPLE_BYTES = 64 << 10  # of each of them
+SAMPLES = 8  # chunks of a sample
+SAMPLE_BYTES = 64 << 10  # of each of them, at most
+# Of a sample for an estimate: training merges on it takes the most time of a dry run.
+ESTIMATE_SAMPLES = 32
+ESTIMATE_BYTES = 256 << 10
 CHUNK_BYTES = 16 << 20
 
 
@@ -47,7 +52,7 @@ def estimate_tokens(data: "Data", sources: Listing | None = None) -> TokenEstima
             reading the whole corpus.
     """
     name = data.tokenizer
-    is_possible(data.encoder, name)
+    check_encoder(data.encoder, name)
     sources = sources or corpus.resolve(data.corpus)
     n_vocab = kind_of(name).n_vocab
     counts = kind_of(name).counts
@@ -68,37 +73,51 @@ def estimate_tokens(data: "Data", sources: Listing | None = None) -> TokenEstima
     if counts == "bytes" and plain and data.invalid_utf8 == "stop":
         return TokenEstimate(size, size + documents, True, n_vocab)
     bytes_per_token = BYTES_PER_TOKEN
-    if has_ranks(name):
+    if has_ranks(name) or kind_of(name).train is not None:
         bytes_per_token = _bytes_per_token(plan_chunks(sources, SAMPLE_BYTES, data), data)
     return TokenEstimate(size, round(size / bytes_per_token) + documents, False, n_vocab)
 
 
 def _bytes_per_token(chunks: list[list[Span]], data: "Data") -> float:
     """Return bytes of files per token, from chunks that are spread evenly over the corpus."""
-    tokenizer = load_tokenizer(data.tokenizer)
-    size = 0.0
+    size = ESTIMATE_BYTES // min(ESTIMATE_SAMPLES, len(chunks) or 1)
+    pieces = list(sample(chunks, ESTIMATE_SAMPLES, min(size, SAMPLE_BYTES)))
+    train = kind_of(data.tokenizer).train
+    if train is None:
+        tokenizer = load_tokenizer(data.tokenizer)
+    else:
+        try:
+            tokenizer = train(merges.count_words(piece.text for piece in pieces), lambda _: None)
+        except UserError:  # the sample is too small for so many tokens
+            return BYTES_PER_TOKEN
+    read = 0.0
     tokens = 0
-    for piece in sample(chunks):
-        size += piece.size
+    for piece in pieces:
+        read += piece.size
         has_eot = data.append_eot and piece.starts and piece.ends
         tokens += len(tokenizer.encode(piece.text)) + has_eot
-    return size / tokens if tokens > 0 else BYTES_PER_TOKEN
+    return read / tokens if tokens > 0 else BYTES_PER_TOKEN
 
 
-def sample(chunks: list[list[Span]]) -> Iterator[Piece]:
-    """Return pieces of at most `SAMPLE_BYTES` from the beginnings of `SAMPLES` chunks."""
-    for spans in chunks[:: max(1, len(chunks) // SAMPLES)][:SAMPLES]:
-        room = float(SAMPLE_BYTES)
-        for piece in _pieces(spans):
+def sample(
+    chunks: list[list[Span]], samples: int = SAMPLES, size: int = SAMPLE_BYTES
+) -> Iterator[Piece]:
+    """Return pieces of at most `size` bytes from `samples` chunks over the whole corpus."""
+    count = min(samples, len(chunks))
+    for spans in (chunks[i * len(chunks) // count] for i in range(count)):
+        room = float(size)
+        for piece in _pieces(spans, size):
             # A text that cannot be cut may be one piece of many megabytes.
-            text = piece.text[:SAMPLE_BYTES]
-            size = piece.size * len(text) / max(1, len(piece.text))
-            yield replace(piece, text=text, size=size)
+            text = piece.text[:size]
+            bytes_read = piece.size * len(text) / max(1, len(piece.text))
+            yield replace(piece, text=text, size=bytes_read)
             room -= piece.size or len(text)  # the size of a packed piece is not known
             if room <= 0:
                 break
 
 
-def _pieces(spans: list[Span]) -> Iterator[Piece]:
+def _pieces(spans: list[Span], size: int) -> Iterator[Piece]:
     for span in spans:
-        yield from read_pieces(replace(span, end=min(span.end, span.start + SAMPLE_BYTES)))
+        if reader_of(span.path).one_document:  # it is read at once
+            span = replace(span, end=min(span.end, span.start + size))
+        yield from read_pieces(span)

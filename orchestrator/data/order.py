@@ -2,7 +2,7 @@
 
 Notation: N tokens of a split, T block_size. A window has T + 1 tokens and windows have stride T, so
 an epoch has (N − T) div T windows. Position p, counted over all epochs, is window p mod windows of
-epoch p div windows; sample i of step n has position n · global_batch_size + i.
+epoch p div windows; sample i of step n has position i + the samples of all steps before n.
 
 Each epoch visits its windows in the order of its own keyed permutation, which is a function and not
 an array. Each epoch also starts at its own phase, so that a small corpus is not cut at the same

@@ -1,10 +1,11 @@
 """Prepare a dataset: token shards, `documents.parquet`, `tokenizer.json` and `manifest.json`.
 
-Read `_Preparation.run` first. The corpus is cut into chunks by a function of its sizes. Ray runs a
-task for each chunk, which writes part files and returns only counts: tokens never enter Ray's
-object store. Then each shard is written from exact slices of the parts.
+Read `_Preparation.run` first. The corpus is cut into chunks by a function of its sizes. A task for
+each chunk writes part files and returns only counts. Then each shard is written from exact slices
+of the parts.
 
-A corpus of up to 512 MiB is prepared in threads of this process: starting Ray would take longer.
+The tasks run in threads of this process; in processes of its own if the corpus is larger; on Ray
+from 2 GiB for each CPU of this machine. Ray Data costs 30 CPU seconds and a gigabyte.
 
 The same corpus and settings give the same bytes on any number of CPUs and nodes. A killed
 preparation continues with the part files that it has written.
@@ -17,7 +18,7 @@ import hashlib
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,6 @@ from orchestrator import files, folders
 from orchestrator.data import corpus, tasks
 from orchestrator.data.corpus import CorpusFile, Listing
 from orchestrator.data.dataset import Manifest, Shard, Split, load_manifest, write_manifest
-from orchestrator.data.documents import Span
-from orchestrator.data.encoder import LEAST_BYTES, fast_tokenizer, is_possible
 from orchestrator.data.estimate import sample
 from orchestrator.data.index import write_index
 from orchestrator.data.input.download import Progress
@@ -44,11 +43,16 @@ from orchestrator.data.prepared import (
 )
 from orchestrator.data.ray_tasks import RayTasks, to_json
 from orchestrator.data.shards import SHARD_ROWS
-from orchestrator.data.tasks import Job, tail_cut
-from orchestrator.data.tokenizer import Tokenizer, kind_of, load_tokenizer
-from orchestrator.errors import UserError
+from orchestrator.data.split import tail_cut
+from orchestrator.data.tasks import Job
+from orchestrator.data.tokenizer import kind_of, load_tokenizer
+from orchestrator.data.tokenizers.base import Tokenizer
+from orchestrator.data.tokenizers.encoder import check_encoder, choose_encoder
+from orchestrator.data.tokenizers.learn import tokenizer_of
+from orchestrator.errors import NoRoomError, UnreadableError, UserError
 from orchestrator.hashes import Stamp, hash_here, stamp
 from orchestrator.machine import available_cpus
+from orchestrator.paths import scratch_folder
 
 if TYPE_CHECKING:
     from orchestrator.config.sections import Data
@@ -56,8 +60,9 @@ if TYPE_CHECKING:
 WORK = ".parts"  # folder of part files, inside the dataset; removed at the end
 MIN_CHUNK_BYTES = 1 << 20
 MAX_CHUNK_BYTES = 32 << 20
-SMALL_BYTES = 512 << 20  # a corpus up to this size is prepared before Ray would have started
-SMALL_CHUNK_BYTES = 8 << 20  # largest chunk of such a corpus: its tasks share a process
+# A CPU tokenizes this in less than a minute.
+SMALL_BYTES = 2 << 30
+SMALL_CHUNK_BYTES = 8 << 20  # largest chunk of such a corpus: its tasks may share a process
 
 
 def prepare_in(
@@ -80,18 +85,19 @@ def prepare_in(
 
 
 def _hash_files(ray_tasks: RayTasks, paths: list[str]) -> list[str]:
-    jobs: list[list[str]] = []
+    jobs: list[Job] = []
     sizes: list[int] = []
     for path in paths:
         if not sizes or sizes[-1] >= MAX_CHUNK_BYTES:
-            jobs.append([])
+            jobs.append({"paths": []})
             sizes.append(0)
-        jobs[-1].append(path)
+        jobs[-1]["paths"].append(path)
         sizes[-1] += os.path.getsize(path)
+    if sum(sizes) > SMALL_BYTES // 4:
+        print(f"hashing the corpus, {sum(sizes) / 1e6:,.0f} MB", flush=True)
     if sum(sizes) <= 8 * SMALL_BYTES:  # hashing is ten times as fast as tokenizing
         return hash_here(paths)
-    found = ray_tasks.map("hashing", tasks.hash_files, [{"paths": job} for job in jobs], sizes)
-    return list(itertools.chain(*found))
+    return list(itertools.chain(*ray_tasks.map("hashing", tasks.hash_files, jobs, sizes)))
 
 
 def prepare(
@@ -121,9 +127,9 @@ def prepare(
     if found is not None:
         return found
     # Find mistakes in these before the folder is created.
-    is_possible(data.encoder, data.tokenizer)
+    check_encoder(data.encoder, data.tokenizer)
     sources = sources or corpus.resolve(data.corpus)
-    if kind_of(data.tokenizer).learn is None:
+    if not kind_of(data.tokenizer).needs_corpus:
         load_tokenizer(data.tokenizer)
     folders.check_writable(directory, "data.dir")
     directory.mkdir(parents=True, exist_ok=True)
@@ -135,9 +141,10 @@ def prepare(
             preparation = _Preparation(data, directory, sources, ray, chunk_bytes, shard_rows)
             try:
                 return preparation.run()
-            except UserError:
+            except UserError as error:
                 # The corpus or the settings have to change; then these parts are of no use.
-                shutil.rmtree(directory / WORK, ignore_errors=True)
+                if not isinstance(error, UnreadableError | NoRoomError):
+                    shutil.rmtree(directory / WORK, ignore_errors=True)
                 raise
             finally:
                 tasks.forget_tokenizers()
@@ -178,26 +185,26 @@ class _Preparation:
         fetch = functools.partial(corpus.fetch, folder=work, progress=self.ray_tasks.progress)
         sources = Listing(map(fetch, self.listed), self.listed.left_out)
         total = sum(source.bytes for source in sources)
-        self.is_small = self.chunk_bytes is None and total <= SMALL_BYTES
+        self.is_small = self.chunk_bytes is None and total <= SMALL_BYTES * available_cpus()
+        self.is_small |= self.directory.is_relative_to(scratch_folder())
+        if not self.is_small:
+            self.ray_tasks.check_shared(self.directory)
         print(f"corpus: {sources}", flush=True)
         versions = _versions(sources)
         source_files = tasks.source_files(sources)
         chunks = tasks.plan_chunks(sources, self._chunk_bytes(sources), self.data)
         sizes = [sum(span.end - span.start for span in spans) for spans in chunks]
 
-        learn = kind_of(self.data.tokenizer).learn
-        if learn is None:
-            tokenizer = load_tokenizer(self.data.tokenizer)
-        else:
-            jobs = [{"spans": spans} for spans in chunks]
-            tokenizer = learn("".join(self._map("reading", tasks.survey, jobs, sizes)))
+        hashes = {str(s.path): f["sha256"] for s, f in zip(sources, source_files, strict=True)}
+        jobs = tasks.tokenize_jobs(chunks, hashes, self.data)
+        progress = self.ray_tasks.progress
+        tokenizer = tokenizer_of(self.data, jobs, sizes, self._map, progress)
         if self.data.append_eot and tokenizer.eot_id is None:
             raise UserError(f"data.append_eot: {tokenizer.name} has no end-of-text token")
         tokenizer.save(self.directory)
-        fast = self._is_fast(tokenizer, chunks, total)
+        texts = (piece.text for piece in sample(chunks))
+        fast = choose_encoder(self.data.encoder, tokenizer, total, texts)
 
-        hashes = {str(s.path): f["sha256"] for s, f in zip(sources, source_files, strict=True)}
-        jobs = tasks.tokenize_jobs(chunks, hashes, self.data)
         parts = self._tokenize(jobs, hashes, sizes, tokenizer, fast)
         print(f"documents: {parts}", flush=True)
         splits = self._write_shards(parts, tokenizer.dtype)
@@ -226,17 +233,8 @@ class _Preparation:
         largest = SMALL_CHUNK_BYTES if self.is_small else MAX_CHUNK_BYTES
         return max(MIN_CHUNK_BYTES, min(largest, total // (4 * cpus)))
 
-    def _map(
-        self, stage: str, task: Callable[..., Any], jobs: list[Job], sizes: list[int]
-    ) -> list[Any]:
-        return self.ray_tasks.map(stage, task, jobs, sizes, self.is_small)
-
-    def _is_fast(self, tokenizer: Tokenizer, chunks: list[list[Span]], total: int) -> bool:
-        """Return whether to use gigatoken: it has the same ids for a sample of the corpus."""
-        asked = self.data.encoder
-        if not is_possible(asked, tokenizer.name) or (asked == "auto" and total < LEAST_BYTES):
-            return False
-        return fast_tokenizer(tokenizer, [piece.text for piece in sample(chunks)]) is not None
+    def _map(self, *arguments: Any, threads: bool = False) -> list[Any]:
+        return self.ray_tasks.map(*arguments, here=self.is_small, threads=threads)
 
     def _tokenize(
         self,
@@ -247,7 +245,7 @@ class _Preparation:
         fast: bool,
     ) -> Parts:
         """Write the part files, in a folder named by the hash of all that decides them."""
-        content = to_json([FORMAT, settings_of(self.data), tokenizer.sha256, jobs, hashes])
+        content = to_json([FORMAT, settings_of(self.data), tokenizer.sha256, fast, jobs, hashes])
         folder = self.directory / WORK / hashlib.sha256(content.encode()).hexdigest()[:16]
         folder.mkdir(exist_ok=True)
         task = functools.partial(
@@ -263,7 +261,8 @@ class _Preparation:
         if self.data.split == "tail":
             characters = sum(part["train"]["characters"] for part in facts)
             again = tasks.cut_tail(jobs, facts, tail_cut(characters, self.data.val_fraction))
-            cut = self._map("cutting", task, list(again.values()), [sizes[i] for i in again])
+            sizes = [sizes[i] for i in again]
+            cut = self._map("cutting", task, list(again.values()), sizes, threads=True)
             for i, part in zip(again, cut, strict=True):
                 facts[i] = part
         return Parts(folder, facts)
@@ -285,7 +284,7 @@ class _Preparation:
         # The hash of a stream is the only sequential work. It runs while the shards are written.
         with ThreadPoolExecutor(1) as pool:
             hashes = {split: pool.submit(parts.stream_sha256, split) for split in SPLITS}
-            shards = iter(self._map("writing", write_slices, all_jobs, sizes))
+            shards = iter(self._map("writing", write_slices, all_jobs, sizes, threads=True))
             write_index(self.directory, {split: parts.documents(split) for split in SPLITS})
             return {
                 split: Split(

@@ -16,6 +16,7 @@ from orchestrator.data import corpus
 from orchestrator.data.corpus import Listing
 from orchestrator.data.dataset import FILE, FORMAT, ROW_TOKENS, Manifest, load_manifest
 from orchestrator.data.input.paths import MissingCorpusError
+from orchestrator.data.tokenizer import kind_of
 from orchestrator.errors import UserError
 from orchestrator.hashes import HashFiles, known_sha256s, sha256s
 from orchestrator.paths import local_path
@@ -136,8 +137,10 @@ def list_sources(data: "Data") -> Listing | None:
     """Return the files of the corpus; None if they are not here, but the dataset may be.
 
     Raises:
-        UserError: The corpus does not exist, and `data.dir` is not set; or that is not a path.
+        UserError: The corpus does not exist, and `data.dir` is not set; or that is not a path; or
+            the tokenizer is unknown.
     """
+    kind_of(data.tokenizer)
     if data.dir is not None:
         local_path("data.dir", data.dir)
     try:

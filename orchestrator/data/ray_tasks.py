@@ -1,24 +1,37 @@
-"""Runs the tasks of a preparation on Ray, and prints how far they are."""
+"""Runs the tasks of a preparation on Ray or on this machine, and prints how far they are."""
 
 import contextlib
 import functools
 import json
 import logging
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import (
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+)
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster import connection
+from orchestrator.cluster import connection, nodes
+from orchestrator.data import tasks
 from orchestrator.data.input.download import Progress
 from orchestrator.data.tasks import Job
-from orchestrator.errors import NOT_WRITABLE, UserError
+from orchestrator.errors import NO_ROOM, NOT_WRITABLE, NoRoomError, UnreadableError, UserError
 from orchestrator.machine import available_cpus
 from orchestrator.text import duration
 
 Row = dict[str, str]  # JSON of a job, or of its result
+PROCESS_BYTES = 64 << 20  # a process starts in less time than it takes to tokenize this
 TERMINAL_INTERVAL_S = 0.2
 FILE_INTERVAL_S = 5.0  # for output to a file, where each line stays
 
@@ -53,6 +66,11 @@ class RayTasks:
             connection.connect()
             self.is_ours = True
 
+    def check_shared(self, folder: Path) -> None:
+        """Raise UserError if a node of the cluster does not share a folder."""
+        self._connect()
+        nodes.check_shared(folder)
+
     def cpus(self) -> int:
         """Return the number of CPUs; 1 if a cluster that grows has none yet."""
         import ray
@@ -66,7 +84,9 @@ class RayTasks:
         task: Callable[..., Any],
         jobs: list[Job],
         sizes: list[int],
+        *,
         here: bool = False,
+        threads: bool = False,
     ) -> list[Any]:
         """Run `task(**job)` for each job, and return the results in the order of the jobs.
 
@@ -77,10 +97,13 @@ class RayTasks:
             task: A function at the top level of a module.
             jobs: Arguments of each call.
             sizes: Bytes of each job.
-            here: Run the tasks in threads of this process, without Ray.
+            here: Run the tasks on this machine, without Ray.
+            threads: The tasks are few, or do not hold the lock of Python: threads are enough.
 
         Raises:
             UserError: A task raised it, or a file of the corpus cannot be opened.
+            NoRoomError: The disk is full.
+            UnreadableError: A process was killed.
         """
         results = [None] * len(jobs)
         done = 0
@@ -88,11 +111,13 @@ class RayTasks:
         self.progress(stage, done, total)
         rows = [{"job": to_json([number, job])} for number, job in enumerate(jobs)]
         run = functools.partial(_run_job, task, os.environ.get("TIKTOKEN_CACHE_DIR"))
-        with contextlib.closing((_run_here if here else self.run_rows)(run, rows)) as found:
+        processes = 1 if threads else min(available_cpus(), total // PROCESS_BYTES)
+        found = _run_here(run, rows, processes) if here else self.run_rows(run, rows)
+        with contextlib.closing(found):
             for row in found:
-                number, result, error = json.loads(row["result"])
+                number, result, error, is_full = json.loads(row["result"])
                 if error is not None:
-                    raise UserError(error)
+                    raise NoRoomError(error) if is_full else UserError(error)
                 results[number] = result
                 done += sizes[number]
                 self.progress(stage, done, total)
@@ -112,15 +137,57 @@ class RayTasks:
         yield from ray.data.from_items(rows, override_num_blocks=len(rows)).map(run).iter_rows()
 
 
-def _run_here(run: Callable[[Row], Row], rows: list[Row]) -> Generator[Row, None, None]:
-    """Run a function on rows in threads of this process."""
-    with ThreadPoolExecutor(available_cpus()) as threads:
-        futures = [threads.submit(run, row) for row in rows]
+def _run_here(
+    run: Callable[[Row], Row], rows: list[Row], processes: int
+) -> Generator[Row, None, None]:
+    """Run a function on rows in several processes, or in threads of this one."""
+    others = multiprocessing.active_children()
+    futures: list[Future[Row]] = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(tasks.interrupted.clear)  # when the threads have ended
+        executor = stack.enter_context(_executor(processes))
         try:
+            # The processes inherit the mask: Ctrl-C ends only the driver, and then they end.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                for row in rows:
+                    futures.append(executor.submit(run, row))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for future in as_completed(futures):
                 yield future.result()
+        except BrokenProcessPool:
+            raise UnreadableError(
+                "data.corpus: a process that read it was killed, perhaps because there was too "
+                "little memory; the same command goes on from there"
+            ) from None
         finally:
-            threads.shutdown(wait=False, cancel_futures=True)
+            executor.shutdown(wait=False, cancel_futures=True)
+            if not all(future.done() for future in futures):
+                tasks.interrupted.set()
+                for process in multiprocessing.active_children():
+                    if process not in others:
+                        process.kill()
+
+
+def _executor(processes: int) -> Executor:
+    if processes < 2:
+        return ThreadPoolExecutor(available_cpus())
+    # Forked processes could inherit a lock that another thread holds.
+    new = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(processes, new, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has ended: a killed parent cannot do it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _run_job(task: Callable[..., Any], tiktoken_cache: str | None, row: Row) -> Row:
@@ -128,6 +195,7 @@ def _run_job(task: Callable[..., Any], tiktoken_cache: str | None, row: Row) -> 
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", tiktoken_cache)
     number, job = json.loads(row["job"])
     result = error = None
+    is_full = False
     try:
         result = task(**job)
     except (UserError, PermissionError, FileNotFoundError) as raised:
@@ -138,7 +206,8 @@ def _run_job(task: Callable[..., Any], tiktoken_cache: str | None, row: Row) -> 
             raise
         what, advice = NOT_WRITABLE[raised.errno]
         error = f"{what}: {raised}. {advice} and run the same command again"
-    return {"result": to_json([number, result, error])}
+        is_full = raised.errno in NO_ROOM
+    return {"result": to_json([number, result, error, is_full])}
 
 
 def to_json(content: list[Any]) -> str:

@@ -5,23 +5,26 @@ them; this module does not import Ray. The last task is `parts.write_slices`.
 """
 
 import functools
-import hashlib
 import json
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orchestrator.data import encoder
 from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.dataset import SourceFile
-from orchestrator.data.documents import Piece, Span, read_pieces, reader_of
+from orchestrator.data.documents import Span, read_pieces
+from orchestrator.data.input import objects
+from orchestrator.data.input.cuts import safe_pieces
 from orchestrator.data.parts import SPLITS, ChunkFacts, Part, find_complete, no_part, sidecar_file
-from orchestrator.data.tokenizer import Tokenizer, kind_of, load_tokenizer
+from orchestrator.data.split import is_val, split_pieces
+from orchestrator.data.tokenizer import kind_of, load_tokenizer
+from orchestrator.data.tokenizers import encoder, merges
+from orchestrator.data.tokenizers.base import Tokenizer
 from orchestrator.errors import UserError
 from orchestrator.files import file_sha256, write_atomically
 from orchestrator.hashes import sha256s
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 Job = dict[str, Any]  # the arguments of one task, which gets a dataclass as a dict
 SpanJson = dict[str, Any]  # the fields of `Span`
+PIECE = 1 << 20  # characters that are encoded in one call, which no signal ends
+interrupted = threading.Event()  # the tasks in threads of this process shall end
 _ALL = 1 << 62  # more characters than a chunk has
 
 
@@ -60,12 +65,22 @@ def plan_chunks(sources: list[CorpusFile], chunk_bytes: int, data: "Data") -> li
                 chunks.append([])
                 room = chunk_bytes
             end = min(size, start + room)
-            chunks[-1].append(make(path, source.name, size, start, end, modified=source.modified))
+            span = make(path, source.name, size, start, end)
+            chunks[-1].append(replace(span, modified=source.modified, object=source.object))
             room -= end - start
             start = end
             if start == size:
                 break
     return chunks
+
+
+def _here(spans: list[SpanJson]) -> list[Span]:
+    """Return spans whose files are on this machine."""
+    found = [Span(**span) for span in spans]
+    for span in found:
+        if span.object:
+            objects.fetch(Path(span.path), span.object)
+    return found
 
 
 # ---- hash ----
@@ -101,9 +116,10 @@ def source_files(sources: list[CorpusFile]) -> list[SourceFile]:
 # ---- survey ----
 
 
-def survey(spans: list[SpanJson]) -> str:
-    """Return the characters that occur in a chunk."""
-    return "".join(sorted(count(Span(**span) for span in spans)[1]))
+def survey(spans: list[SpanJson]) -> tuple[int, str]:
+    """Return the number of characters of a chunk, and which occur."""
+    characters, seen = count(_here(spans))
+    return characters, "".join(sorted(seen))
 
 
 def count(spans: Iterable[Span]) -> tuple[int, set[str]]:
@@ -115,6 +131,38 @@ def count(spans: Iterable[Span]) -> tuple[int, set[str]]:
             characters += len(piece.text)
             seen.update(piece.text)
     return characters, seen
+
+
+def count_words(
+    spans: list[SpanJson],
+    train_characters: int | None,
+    val_files: list[str],
+    *,
+    before: int,
+    total: int,
+    val_fraction: float,
+) -> dict[str, int]:
+    """Return how often each word occurs in the sample of a chunk's train.
+
+    Args:
+        spans: Spans of the chunk.
+        train_characters: As in `tokenize`.
+        val_files: As in `tokenize`.
+        before: Characters of the corpus before the chunk.
+        total: Characters that are sampled, see `merges.windows`.
+        val_fraction: As in `tokenize`.
+    """
+
+    def texts() -> Iterator[str]:
+        first = before
+        pieces = split_pieces(_here(spans), train_characters, set(val_files), val_fraction, [])
+        for split, piece, _ in pieces:
+            if split == "train":
+                for window in merges.windows(first, len(piece.text), total):
+                    yield piece.text[window]
+            first += len(piece.text)
+
+    return merges.count_words(texts())
 
 
 # ---- tokenize ----
@@ -143,7 +191,7 @@ def tokenize_jobs(chunks: list[list[Span]], hashes: dict[str, str], data: "Data"
 
 
 def cut_tail(jobs: list[Job], facts: list[ChunkFacts], cut: int) -> dict[int, Job]:
-    """Make val of the chunks after the first `cut` characters, which are train.
+    """Change train to val in the results of all chunks after the first `cut` characters.
 
     Args:
         jobs: The jobs of all chunks.
@@ -201,19 +249,22 @@ def tokenize(
     if facts is not None:
         return facts
     loaded = _tokenizer(*tokenizer, dataset, fast)
-    chunk_spans = [Span(**span) for span in spans]
+    chunk_spans = _here(spans)
     nulls: list[Span] = []
-    pieces = _split_pieces(chunk_spans, train_characters, set(val_files), val_fraction, nulls)
+    pieces = split_pieces(chunk_spans, train_characters, set(val_files), val_fraction, nulls)
     with ExitStack() as files:
         made = {split: Part(files, parts, chunk, split) for split in SPLITS}
         for split, piece, begins in pieces:
             part = made[split]
             if begins:
                 part.begin(piece.document)
-            try:
-                part.add(loaded.encode(piece.text), piece.text)
-            except UserError as error:
-                raise UserError(f"{piece.document}: {error}") from None
+            for text in safe_pieces(piece.text, PIECE):
+                if interrupted.is_set():
+                    raise InterruptedError
+                try:
+                    part.add(loaded.encode(text), text)
+                except UserError as error:
+                    raise UserError(f"{piece.document}: {error}") from None
             if append_eot and piece.ends:
                 part.add(np.array([loaded.eot_id], loaded.dtype))
     facts = {split: part.finish() for split, part in made.items()}
@@ -237,64 +288,3 @@ def forget_tokenizers() -> None:
     """Free the memory of the tokenizers of this process."""
     _tokenizer.cache_clear()
     encoder.forget()
-
-
-# ---- which split a piece belongs to ----
-
-
-def tail_cut(characters: int, val_fraction: float) -> int:
-    """Return the number of characters that are train if `split` is `tail`.
-
-    It is computed as an exact fraction: as a float, 1 − 0.9 is less than 0.1.
-    """
-    return int((1 - Fraction(str(val_fraction))) * characters)
-
-
-def is_val(content_sha256: str, val_fraction: float) -> bool:
-    """Return whether a document is val if `split` is `hash`.
-
-    Only its content decides, so adding other documents never moves it to the other split.
-    """
-    return int(content_sha256[:16], 16) < val_fraction * 2**64
-
-
-def _split_pieces(
-    spans: list[Span],
-    train_characters: int | None,
-    val_files: set[str],
-    val_fraction: float,
-    nulls: list[Span],
-) -> Iterator[tuple[str, Piece, bool]]:
-    """Yield (split, piece, begins): whether a document, or its val part, begins with the piece.
-
-    The span of each null text that is left out is appended to `nulls`.
-    """
-    for span in spans:
-        one_document = train_characters is None and reader_of(span.path).one_document
-        for piece in read_pieces(span, functools.partial(nulls.append, span)):
-            if train_characters is not None:
-                yield from _cut(piece, train_characters)
-                train_characters -= len(piece.text)
-                continue
-            if one_document:
-                val = span.path in val_files
-            else:
-                val = is_val(hashlib.sha256(piece.text.encode()).hexdigest(), val_fraction)
-            yield "val" if val else "train", piece, piece.starts
-
-
-def _cut(piece: Piece, cut: int) -> Iterator[tuple[str, Piece, bool]]:
-    """Cut a piece after `cut` characters, which are train. Yields as `_split_pieces`."""
-    text = piece.text
-    if not text and not piece.starts:
-        # The empty rest of a document, after which its end-of-text id follows. It belongs to the
-        # split of the last character. A document that ends exactly at the cut: its end-of-text id
-        # is train.
-        yield "val" if cut < 0 else "train", piece, False
-    elif cut <= 0:
-        yield "val", piece, piece.starts or cut == 0
-    elif cut >= len(text):
-        yield "train", piece, piece.starts
-    else:
-        yield "train", replace(piece, text=text[:cut], ends=False), piece.starts
-        yield "val", replace(piece, text=text[cut:], starts=False), True

@@ -1,20 +1,18 @@
 """Reads what a run folder has for a replay: journal, attempts and valid checkpoints."""
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from model.schedule import learning_rate
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.checkpoint.format import Fingerprints
 from orchestrator.config.experiment import Experiment
+from orchestrator.config.steps import Steps
 from orchestrator.errors import UnreadableError, UserError
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder, RunRecord
-from orchestrator.sweep import rates
 from orchestrator.sweep.records import read_spec
 
 
@@ -124,13 +122,13 @@ class RecordedRun:
             return self.folder.read_experiment()
         return RunFolder(self.source(step)).read_experiment()
 
-    def lr_at(self, experiment: Experiment) -> Callable[[int], float]:
-        """Return the learning rate as a function of the 0-based step."""
+    def steps(self, experiment: Experiment) -> Steps:
+        """Return the settings of every step."""
         # In the folder of a trial, `checkpoints` is a symlink to those of its last stage.
         spec = read_spec(RunFolder(self.folder.checkpoints.resolve().parent))
         if spec is not None:
-            return rates.from_json(spec.rates)
-        return functools.partial(learning_rate, experiment.lr_schedule())
+            return spec.settings
+        return experiment.steps()
 
     def stretch(self, steps: tuple[int | None, int | None] | None = None) -> Stretch:
         """Return which steps to train again.

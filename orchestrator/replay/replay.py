@@ -123,7 +123,7 @@ class Replay:
                 Worker(device=self.device, cpus=segment.cpus),
                 parent=parent,
                 end_step=segment.end,
-                lr_at=self.run.lr_at(self.experiment),
+                steps=self.run.steps(self.experiment),
             )
             explained = any(change.kind in EXPLAINS for change in report.changes)
             if not trainer.start.is_own and not explained:
@@ -155,7 +155,8 @@ class Replay:
 
     def _compare_checkpoint(self, step: int, scratch: RunFolder) -> list[Difference]:
         differences: list[Difference] = []
-        for part in ("model", "optimizer"):
+        parts = ["model", "optimizer"] + ["ema"] * (self.experiment.train.ema is not None)
+        for part in parts:
             then = checkpoint.load_tensors(self.run.folder.checkpoint(step), part)
             now = checkpoint.load_tensors(scratch.checkpoint(step), part)
             differences += compare_tensors(step, part, then, now)

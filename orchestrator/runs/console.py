@@ -24,7 +24,7 @@ class Console:
     Args:
         folder: Folder of the run.
         max_steps: Last step of the run.
-        tokens_per_step: Tokens of one update, for the time that remains.
+        tokens: Returns the tokens of the first updates, for the time that remains.
         comment: Returns a line to print after a line of the journal, or None.
         interval_s: Pause between two reads of the files.
     """
@@ -33,13 +33,13 @@ class Console:
         self,
         folder: RunFolder,
         max_steps: int,
-        tokens_per_step: int,
+        tokens: Callable[[int], int],
         comment: Callable[[Line], str | None] | None = None,
         interval_s: float = 0.3,
     ) -> None:
         self.folder = folder
         self.max_steps = max_steps
-        self.tokens_per_step = tokens_per_step
+        self.tokens = tokens
         self.comment = comment
         self.interval_s = interval_s
         self._tail = journal.Tail(folder)
@@ -76,7 +76,7 @@ class Console:
         for line in self._tail.poll():
             if _identity(line) not in self._printed:
                 self._printed.add(_identity(line))
-                print(format_line(line, self.max_steps, self.tokens_per_step), flush=True)
+                print(format_line(line, self.max_steps, self.tokens), flush=True)
                 comment = None if self.comment is None else self.comment(line)
                 if comment is not None:
                     print(comment, flush=True)
@@ -121,7 +121,7 @@ def _identity(line: Line) -> tuple[int, int]:
     return line["step"], line["timestamp"]
 
 
-def format_line(line: Line, max_steps: int, tokens_per_step: int) -> str:
+def format_line(line: Line, max_steps: int, tokens: Callable[[int], int]) -> str:
     """Return a journal line as text for people.
 
     Example:
@@ -138,10 +138,18 @@ def format_line(line: Line, max_steps: int, tokens_per_step: int) -> str:
         parts.append(f"{speed:,.0f} tok/s")
     if "perf/mfu" in line:
         parts.append(f"MFU {line['perf/mfu']:.1%}")
-    if speed:
-        seconds = (max_steps - step) * tokens_per_step / speed
-        parts.append(f"ETA {duration(seconds)}")
+    left = left_s(line, max_steps, tokens)
+    if left is not None:
+        parts.append(f"ETA {duration(left)}")
     if "val/loss" in line:
         bits = line["val/bits_per_byte"]
         parts.append(f"val loss {line['val/loss']:.4f}, {bits:.4f} bits/byte")
     return " | ".join(parts)
+
+
+def left_s(line: Line, max_steps: int, tokens: Callable[[int], int]) -> float | None:
+    """Return the seconds to the last step at the speed of a journal line; None without a speed."""
+    speed = line.get("perf/tokens_per_sec")
+    if not speed:
+        return None
+    return (tokens(max_steps) - tokens(line["step"])) / speed

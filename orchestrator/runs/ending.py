@@ -1,15 +1,19 @@
 """How a run, a stage or a sweep ended."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator import files
 from orchestrator.errors import (
     EXIT_AGAIN,
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_USER,
+    NO_ROOM,
 )
 
 Kind = Literal["done", "failed", "user", "again", "interrupted", "diverged", "stopped"]
@@ -110,3 +114,17 @@ def _kind_before_endings(stored: Mapping[str, Any]) -> Kind:
     if "windows" in stored:
         return "diverged"
     return "failed"
+
+
+def write_with_reserve(path: Path, text: str, reserve: Path) -> None:
+    """Write a file atomically; on a full disk, into the space that the file `reserve` has."""
+    try:
+        files.write_atomically(path, text)
+    except OSError as error:
+        if error.errno not in NO_ROOM or not reserve.exists():
+            raise
+        # Overwrite the reserved file: other processes could take space that we free first.
+        with open(reserve, "r+b", buffering=0, opener=files.opener) as file:
+            file.write(text.encode())
+            file.truncate()
+        os.replace(reserve, path)

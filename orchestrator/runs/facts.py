@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, TypedDict
 
 from model import flops, models, optim
 from model.gpt_config import GPTConfig
+from model.modern_config import ModernConfig
 from orchestrator.cluster import connection
+from orchestrator.code_hashes import source_hash
 from orchestrator.config.experiment import Experiment
-from orchestrator.config.sections import ParameterGroups
 from orchestrator.data.corpus import entries_of, without_hash
 from orchestrator.data.dataset import Manifest
 from orchestrator.runs.folder import RunFacts
@@ -52,7 +53,8 @@ def facts_of(
     params = experiment.flat()
     for name, value in model_facts(experiment, dataset.tokenizer["n_vocab"]).items():
         params[f"derived.{name}"] = value
-    params["derived.tokens_per_step"] = experiment.tokens_per_step
+    if experiment.train.batch_schedule is None:
+        params["derived.tokens_per_step"] = experiment.tokens_per_step
     params["derived.reduction_slots"] = experiment.slots
 
     described = {
@@ -82,31 +84,40 @@ def own_sources() -> CodeVersion:
 
 
 def model_facts(experiment: Experiment, n_vocab: int) -> ModelFacts:
-    """Return the size of the model. For a GPT-2 with usual weight decay, torch is not imported."""
+    """Return the size of the model. Torch is imported only to count a model that `flops` cannot."""
     config = experiment.model_config_for(n_vocab)
-    if not isinstance(config, GPTConfig):
+    if not _is_counted(experiment.model.kind):
         return _facts_of(experiment, config)
-    facts = _facts_of_gpt2(config)
-    if experiment.optim.weight_decay and experiment.optim.groups == ParameterGroups():
-        return facts
-    model = models.empty_model(experiment.model.kind, config)
-    return {**facts, **_decay_of(experiment, model)}
+    assert isinstance(config, (GPTConfig, ModernConfig))
+    sizes = flops.sizes_of(config)
+    decayed: dict[bool, list[int]] = {True: [], False: []}
+    for group, numbers in sizes.items():
+        decayed[_has_decay(experiment, group)] += numbers
+    count = sum(map(sum, sizes.values()))
+    return {
+        "vocab_size": config.vocab_size,
+        "parameters": count,
+        "parameters_without_positions": count - flops.position_parameters(config),
+        **_decay_facts(decayed),
+        "matrix_parameters": sum(sizes["matrix"]),
+        "flops_per_token": flops.flops_per_token(config),
+    }
 
 
 @functools.cache
-def _facts_of_gpt2(config: GPTConfig) -> ModelFacts:
-    decay = flops.decay_summary(config)
-    return {
-        "vocab_size": config.vocab_size,
-        "parameters": flops.parameter_count(config),
-        "parameters_without_positions": flops.parameter_count(config, positions=False),
-        "decayed_tensors": decay.decayed_tensors,
-        "decayed_parameters": decay.decayed_parameters,
-        "undecayed_tensors": decay.undecayed_tensors,
-        "undecayed_parameters": decay.undecayed_parameters,
-        "matrix_parameters": 12 * config.n_layer * config.n_embd**2,
-        "flops_per_token": flops.flops_per_token(config),
-    }
+def _is_counted(kind: str) -> bool:
+    """Return whether `flops.sizes_of` holds: not for a user's model, or one that was edited."""
+    if kind not in flops.COUNTED:
+        return False
+    source = (REPOSITORY / models.MODELS[kind].files[0]).read_bytes()
+    return source_hash(source) == flops.COUNTED[kind]
+
+
+def _has_decay(experiment: Experiment, group: str) -> bool:
+    """Return whether `optim.parameter_groups` gives a group a weight decay above 0."""
+    own = getattr(experiment.optim.groups, group).weight_decay
+    general = 0.0 if group == "scalar" else experiment.optim.weight_decay
+    return (general if own is None else own) > 0
 
 
 def _facts_of(experiment: Experiment, config: "Config") -> ModelFacts:
@@ -117,7 +128,7 @@ def _facts_of(experiment: Experiment, config: "Config") -> ModelFacts:
     count = sum(parameter.numel() for parameter in model.parameters())
     matrices = 0
     if isinstance(model, HasParameterGroups):
-        names = model.parameter_groups()["matrix"]
+        names = model.parameter_groups().get("matrix", [])
         matrices = sum(model.get_parameter(name).numel() for name in names)
     return {
         "vocab_size": config.vocab_size,
@@ -133,12 +144,16 @@ def _facts_of(experiment: Experiment, config: "Config") -> ModelFacts:
 
 def _decay_of(experiment: Experiment, model: "LanguageModel") -> DecayFacts:
     groups = optim.parameter_groups(experiment.optim.kind, model, experiment.optimizer_settings())
-    counts: dict[bool, list[int]] = {True: [], False: []}
+    decayed: dict[bool, list[int]] = {True: [], False: []}
     for group in groups:
-        counts[group["weight_decay"] > 0] += [tensor.numel() for tensor in group["params"]]
+        decayed[group["weight_decay"] > 0] += [tensor.numel() for tensor in group["params"]]
+    return _decay_facts(decayed)
+
+
+def _decay_facts(decayed: dict[bool, list[int]]) -> DecayFacts:
     return {
-        "decayed_tensors": len(counts[True]),
-        "decayed_parameters": sum(counts[True]),
-        "undecayed_tensors": len(counts[False]),
-        "undecayed_parameters": sum(counts[False]),
+        "decayed_tensors": len(decayed[True]),
+        "decayed_parameters": sum(decayed[True]),
+        "undecayed_tensors": len(decayed[False]),
+        "undecayed_parameters": sum(decayed[False]),
     }

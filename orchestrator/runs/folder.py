@@ -15,10 +15,11 @@ from typing import Any, TypedDict, cast
 from orchestrator import files
 from orchestrator.checkpoint import format as checkpoint_format
 from orchestrator.config.experiment import Experiment, parse_experiment
-from orchestrator.config.load import read_yaml
-from orchestrator.errors import NO_ROOM, NOT_WRITABLE, UserError
+from orchestrator.config.yaml_text import read_yaml
+from orchestrator.errors import NOT_WRITABLE, UserError
 from orchestrator.folders import subfolders
-from orchestrator.runs.ending import Ending
+from orchestrator.own_files import load_copies
+from orchestrator.runs.ending import Ending, write_with_reserve
 
 RESERVE_BYTES = 128 * 1024  # enough for stopped.json with the tracebacks of all ranks
 
@@ -53,11 +54,13 @@ class RunFolder:
         self.experiment_file = self.path / "experiment.yaml"  # the resolved configuration
         self.run_file = self.path / "run.json"  # RunRecord
         self.stage_file = self.path / "stage.json"  # steps, parent and learning rates of a stage
+        self.code = self.path / "code"  # files of the user's model and optimizer
 
         # What training wrote.
         self.journal_file = self.path / "metrics.jsonl"  # one line per logged step
         self.checkpoints = self.path / "checkpoints"  # step-00000100/ and so on
         self.samples = self.path / "samples"  # generated text of each evaluation
+        self.trace_file = self.path / "profile" / "trace.json.gz"  # of `train.py --profile`
         self.events_file = self.path / "events.jsonl"  # restarts, hangs, skipped updates
         self.checkpointed_file = self.path / ".checkpointed"  # a checkpoint was written
         self.attempts_file = self.path / "attempts.jsonl"  # one line per start of the workers
@@ -73,6 +76,8 @@ class RunFolder:
         self.stop_request_file = self.path / "stop.json"
         self.tracking_file = self.path / "tracking.json"  # what MLflow has accepted
         self.driver_lock = self.path / ".lock"
+        self.mirror_lock = self.path / ".mirror.lock"
+        self.mirror_file = self.path / ".mirror.json"  # what is known of the copy in a bucket
         self.writer_lock = self.path / ".writer"  # rank 0, which may outlive its driver
         self.sender_lock = self.path / ".tracking"
         self.rank_marks = self.path / ".ranks"  # current phase of each rank
@@ -123,6 +128,10 @@ class RunFolder:
         """Generated texts, oldest first."""
         return sorted(self.samples.glob("step-*.txt"))
 
+    def code_files(self) -> list[Path]:
+        """Copies of the user's files, in the order of their names."""
+        return sorted(self.code.glob("*.py"))
+
     def replay_file(self, name: str) -> Path:
         """Report of a replay; its scratch folder is beside it and has this name without `.json`."""
         return self.replays / f"{name}.json"
@@ -151,8 +160,7 @@ class RunFolder:
 
     def begin_attempt(self, experiment: Experiment, record: RunRecord) -> None:
         """Store experiment.yaml and run.json of an attempt. Remove the ending of the last one."""
-        # run.json first. In the other order, a kill between the two writes would leave a new
-        # experiment with the MLflow key of the old one.
+        # In the other order, a kill could leave a new experiment with the MLflow key of the old.
         files.write_json(self.run_file, record)
         files.write_atomically(self.experiment_file, experiment.to_yaml())
         self.reserve()
@@ -172,7 +180,7 @@ class RunFolder:
     def history(self) -> list[Path]:
         """Return what a run wrote. The file that tells that it had checkpoints comes last."""
         lines = [self.run_file, self.journal_file, self.attempts_file, self.events_file]
-        folders = [self.samples, self.hangs, self.checkpoints]
+        folders = [self.samples, self.hangs, self.trace_file.parent, self.checkpoints]
         return [*lines, *self.aside_files(), *folders, self.checkpointed_file]
 
     def new_history_folder(self) -> Path:
@@ -181,8 +189,7 @@ class RunFolder:
 
     def read_record(self) -> RunRecord | None:
         """Read run.json; None before the first attempt, or if it is damaged."""
-        record = files.read_derived(self.run_file, files.having("key"))
-        return cast(RunRecord | None, record)
+        return cast(RunRecord | None, files.read_derived(self.run_file, files.having("key")))
 
     def read_summary(self) -> dict[str, Any] | None:
         """Read summary.json; None if the run has not ended, or if it is damaged."""
@@ -202,8 +209,8 @@ class RunFolder:
         except UnicodeDecodeError:
             raise UserError(f"{file}: not UTF-8; restore it") from None
         tree = read_yaml(text, str(file))
-        # Without this check, a cut file would be an experiment with default values.
-        tracking = tree.get("tracking") if isinstance(tree, dict) else None
+        load_copies(tree, self.path)
+        tracking = tree.get("tracking") if isinstance(tree, dict) else None  # of a cut file: None
         if not text.endswith("\n") or "experiment" not in (tracking or {}):
             raise files.DamagedError(f"{file}: empty or cut; the next start writes it again")
         return parse_experiment(tree, str(file))
@@ -220,17 +227,7 @@ class RunFolder:
     def write_ending(self, ending: Ending) -> None:
         """Write stopped.json. After that, the workers are not started again."""
         text = json.dumps(ending.to_json(), indent=1)
-        try:
-            files.write_atomically(self.ending_file, text)
-        except OSError as error:
-            if error.errno not in NO_ROOM or not self.reserve_file.exists():
-                raise
-            # The disk is full: overwrite the reserved file and rename it. Space that we free
-            # first could be taken by another process.
-            with open(self.reserve_file, "r+b", buffering=0, opener=files.opener) as file:
-                file.write(text.encode())
-                file.truncate()
-            os.replace(self.reserve_file, self.ending_file)
+        write_with_reserve(self.ending_file, text, self.reserve_file)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json. If the disk is full or read-only, print that: the driver goes on."""

@@ -11,18 +11,24 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from model.schedule import learning_rate
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.cluster import dtypes
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, fields_with
-from orchestrator.config.fields import FREE, Effect
+from orchestrator.config.fields import AUTO, FREE, Effect
+from orchestrator.config.meanings import with_null
+from orchestrator.config.sections import Train
+from orchestrator.config.steps import IN_WORDS, NAMES
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.errors import UserError
 from orchestrator.files import having, read_derived
+from orchestrator.own_code import plain
+from orchestrator.own_files import store
 from orchestrator.runs import stop
 from orchestrator.runs.folder import RunFacts, RunFolder, RunRecord, SweepFolder
 from orchestrator.text import differences
+
+ENDS = [f"schedule.{part}decay_steps" for part in ("", "weight_decay.", "momentum.")]
 
 
 def check_resumable(
@@ -110,13 +116,17 @@ def identity_differences(stored: Experiment, wanted: Experiment, step: int) -> l
         wanted: Experiment that should continue.
         step: Number of updates that are done.
     """
+    if wanted.train.micro_batch_size == AUTO:  # the number of slots depends on it
+        wanted = wanted.replace(train__micro_batch_size=stored.train.micro_batch_size)
+    stored, wanted = stored.effective(), wanted.effective()
     before = _identity_fields(stored)
     now = _identity_fields(wanted)
-    if wanted.train.dtype == "auto":
+    if wanted.train.dtype == AUTO:
         now["train.dtype"] = stored.train.dtype
-    if stored.schedule.decay_steps == wanted.schedule.decay_steps:
-        # `null` in both means max_steps, which is compared below.
-        before["schedule.decay_steps"] = now["schedule.decay_steps"] = None
+    for key in ENDS:
+        if stored.flat()[key] == wanted.flat()[key]:
+            # `null` in both means max_steps, which is compared below.
+            before[key] = now[key] = None
     if before["model.kind"] != now["model.kind"]:  # it has other fields
         now = {key: now[key] for key in now if key == "model.kind" or key[:6] != "model."}
     lines = differences(before, now)
@@ -127,16 +137,21 @@ def identity_differences(stored: Experiment, wanted: Experiment, step: int) -> l
 def _identity_fields(experiment: Experiment) -> dict[str, Any]:
     """Return the fields that decide the weights, with their defaults filled in."""
     free = fields_with(*FREE)
-    fields = {key: value for key, value in experiment.flat().items() if key not in free}
+    fields = {key: value for key, value in with_null(experiment).items() if key not in free}
     # The files of a corpus may move, so its tokens are compared instead.
     del fields["data.corpus"]
     del fields["data.text_field"]
     del fields["data.on_null"]
     # `null` is the same as the number that it stands for.
     fields["train.reduction_slots"] = experiment.slots
-    decay_steps = experiment.schedule.decay_steps or experiment.train.max_steps
-    fields["schedule.decay_steps"] = decay_steps
-    return fields
+    # The folder of a user's file may differ, and its code is compared by the bits that it computes.
+    fields |= {key: plain(fields[key]) for key in ("model.kind", "optim.kind")}
+    sizes = experiment.batch_sizes.stretches
+    changes = dict(now for now, last in zip(sizes[1:], sizes, strict=False) if now[1] != last[1])
+    fields["train.global_batch_size"] = sizes[0][1]
+    fields["train.batch_schedule"] = dict(sizes[:1]) | changes if changes else None
+    end = experiment.schedule.decay_steps or experiment.train.max_steps
+    return fields | {key: fields[key] or end for key in ENDS}
 
 
 def _max_steps_differences(
@@ -148,22 +163,25 @@ def _max_steps_differences(
         return [f"train.max_steps: now {now}, but {step} steps are done"]
     if has_others or before == now:
         return []
-    changed = _first_changed_rate(stored, wanted, step)
+    changed = _first_change(stored, wanted, step)
     if changed is None:
         return []
+    name, update = changed
     return [
-        f"train.max_steps: before {before}, now {now}, which changes the learning rate of step "
-        f"{changed + 1}, already made; set schedule.decay_steps={before} or use a new name"
+        f"train.max_steps: before {before}, now {now}, which changes the {name} of step "
+        f"{update + 1}, already made; set schedule.decay_steps={before} or use a new name"
     ]
 
 
-def _first_changed_rate(stored: Experiment, wanted: Experiment, step: int) -> int | None:
-    """Return the first update below `step` whose learning rate differs; None if all agree."""
-    old = stored.lr_schedule()
-    new = wanted.lr_schedule()
+def _first_change(stored: Experiment, wanted: Experiment, step: int) -> tuple[str, int] | None:
+    """Return the first update below `step` with another setting, and its name; None if none has."""
+    old = stored.steps()
+    new = wanted.steps()
+    names = [name for name in NAMES if old.constant(name) is None or new.constant(name) is None]
     for update in range(step):
-        if learning_rate(old, update) != learning_rate(new, update):
-            return update
+        for name in names:
+            if old.value(name, update) != new.value(name, update):
+                return IN_WORDS[name], update
     return None
 
 
@@ -189,6 +207,7 @@ def begin_attempt(
         record = RunRecord(key=uuid.uuid4().hex, attempts=[])
         _move_history(folder)
     attempts = [*record.get("attempts", []), attempt]
+    store(folder.code, experiment.own_kinds)
     folder.begin_attempt(
         experiment, {"name": experiment.name, "key": record["key"], **facts, "attempts": attempts}
     )
@@ -208,10 +227,7 @@ def _move_history(folder: RunFolder) -> None:
 
 
 def _starts_over(
-    folder: RunFolder,
-    experiment: Experiment,
-    facts: RunFacts,
-    record: RunRecord,
+    folder: RunFolder, experiment: Experiment, facts: RunFacts, record: RunRecord
 ) -> bool:
     """Return whether a run begins at step 0 in the folder of another one, or with `restart`."""
     if experiment.train.restart and had_checkpoints(folder):
@@ -224,18 +240,35 @@ def _starts_over(
     return bool(changed) or record.get("dataset") != facts.get("dataset")
 
 
-def resolve_dtype(experiment: Experiment, layout: Layout, folder: RunFolder) -> Experiment:
-    """Return the experiment with the type that `train.dtype=auto` stands for in this folder.
+def resolve_auto(experiment: Experiment, layout: Layout, folder: RunFolder | None) -> Experiment:
+    """Return the experiment with what `auto` stands for in this folder.
 
-    It is the type of the newest checkpoint; in a new run, the one that suits the workers.
+    It is the value of the newest checkpoint; in a new run (None), the one that suits the workers.
+
+    Raises:
+        UserError: `train.micro_batch_size` is `auto`, and was not measured.
     """
-    if experiment.train.dtype != "auto":
+    train = experiment.train
+    if AUTO not in (train.dtype, train.micro_batch_size):
         return experiment
-    dtype = dtypes.suitable(experiment, layout)
-    for step in folder.checkpoint_steps():
+    recorded = None if folder is None else recorded_train(folder)
+    dtype: str = train.dtype
+    size: int | None = train.micro_batch_size
+    if dtype == AUTO:
+        dtype = recorded.dtype if recorded else dtypes.suitable(experiment, layout)
+    if size == AUTO:
+        size = recorded.micro_batch_size if recorded else layout.micro_batch_size
+    if size is None:
+        raise UserError("train.micro_batch_size: auto is only known to a run; give a number")
+    return experiment.replace(train__dtype=dtype, train__micro_batch_size=size)
+
+
+def recorded_train(folder: RunFolder) -> Train | None:
+    """Return the section `train` of the newest checkpoint; None if there is none."""
+    for step in reversed(folder.checkpoint_steps()):
         with contextlib.suppress(UserError):
-            dtype = RunFolder(folder.checkpoint(step)).read_experiment().train.dtype
-    return experiment.replace(train__dtype=dtype)
+            return RunFolder(folder.checkpoint(step)).read_experiment().train
+    return None
 
 
 # ---- what is still known if run.json is missing or damaged ----

@@ -46,7 +46,7 @@ def held(file: Path, wait_s: float = PROBE_S) -> Iterator[str | None]:
     created = [folder for folder in file.parents if not folder.exists()]
     with _acquire(file, time.monotonic() + wait_s) as opened:
         killed_holder = _read_name(opened)
-        _write_name(opened, _own_name())
+        _write_name(opened, own_name())
         try:
             yield killed_holder
         finally:
@@ -134,7 +134,8 @@ def _write_name(file: TextIO, name: str) -> None:
         file.flush()
 
 
-def _own_name() -> str:
+def own_name() -> str:
+    """Return the name of this process for messages of others."""
     job = f", Ray job {os.environ['RAY_JOB_ID']}" if "RAY_JOB_ID" in os.environ else ""
     since = datetime.now(UTC).isoformat(timespec="seconds")
     return f"process {os.getpid()} on {socket.gethostname()}{job} since {since}"

@@ -50,6 +50,13 @@ _EXACT_LOGGED = (
         )
         for group in GROUPS
     ),
+    Metric(
+        "optim/weight_decay_factor", "", "factor of all weight decays, once it changes", exact=True
+    ),
+    Metric("optim/momentum", "", "momentum of the last update, once it changes", exact=True),
+    Metric(
+        "train/batch_size", "sequences", "those of the last update, once it changes", exact=True
+    ),
     Metric("optim/grad_norm", "", "norm of the last gradient before clipping", exact=True),
     Metric("optim/loss_scale", "", "scale of the loss in float16", exact=True),
 )
@@ -57,6 +64,7 @@ _EVALUATED = (
     Metric("val/loss", "nats per token", "loss of the val split", "eval", True),
     Metric("val/bits_per_byte", "bits per byte", "the same per byte of text", "eval", True),
     Metric("val/best_loss", "nats per token", "lowest val/loss until now", "eval", True),
+    Metric("val/ema_loss", "nats per token", "val/loss of the averaged weights", "eval", True),
     Metric("train/eval_loss", "nats per token", "loss of a part of the train split", "eval", True),
 )
 _MEASURED = (

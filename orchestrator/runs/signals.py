@@ -163,9 +163,8 @@ def was_stopped() -> bool:
 
 def notice_s() -> float:
     """Return the time between SIGTERM and SIGKILL."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        return float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", RAY_JOB_NOTICE_S))
-    return NOTICE_S
+    default = RAY_JOB_NOTICE_S if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else NOTICE_S
+    return float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", default))
 
 
 def stop_wait_s() -> float:

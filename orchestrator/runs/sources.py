@@ -1,13 +1,13 @@
 """Which code a run used, for MLflow: the commit, and a hash of the Python files."""
 
 import getpass
-import hashlib
 import os
 import subprocess
 from pathlib import Path
 from typing import TypedDict
 
-PACKAGES = ("model", "orchestrator", "pipelines")
+from orchestrator.code_hashes import PACKAGES, sources_sha256
+
 UNKNOWN = "unknown"
 GIT_TIMEOUT_S = 20
 
@@ -38,20 +38,6 @@ def source_facts(directory: Path) -> CodeVersion:
     if not commit:
         return sources
     return {**sources, "commit": commit, "dirty": bool(_git(directory, "status", "--porcelain"))}
-
-
-def sources_sha256(directory: Path) -> str:
-    """Return the SHA-256 of names, sizes and contents of the Python files of our packages."""
-    names = [
-        path.relative_to(directory).as_posix()
-        for package in PACKAGES
-        for path in (directory / package).rglob("*.py")
-    ]
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        content = (directory / name).read_bytes()
-        digest.update(f"{name}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()
 
 
 def source_tags(

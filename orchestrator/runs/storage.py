@@ -6,7 +6,8 @@ from pathlib import Path
 
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
-from orchestrator.paths import expand_home, local_path
+from orchestrator.objects.address import Address, is_address, parse
+from orchestrator.paths import expand_home, local_path, scratch_folder
 from orchestrator.runs.folder import RunFolder
 
 DEFAULT = "runs"
@@ -20,10 +21,14 @@ def storage_setting(experiment: Experiment) -> str:
 def storage_root(experiment: Experiment) -> Path:
     """Return the absolute folder of runs and data.
 
-    Inside a Ray job the current directory is a copy that is deleted later. A relative storage is
-    then a folder in the home directory.
+    It is a folder of this machine if the storage is in a bucket. Inside a Ray job the current
+    directory is a copy that is deleted later. A relative storage is then a folder in the home
+    directory.
     """
     setting = storage_setting(experiment)
+    mirror = mirror_of(experiment)
+    if mirror is not None and is_address(setting):
+        return scratch_of(mirror)
     path = local_path("storage", setting)
     if path.is_absolute():
         return path
@@ -31,6 +36,27 @@ def storage_root(experiment: Experiment) -> Path:
         home = expand_home("~/espalier")
         return home if setting == DEFAULT else home / setting
     return path.absolute()
+
+
+def scratch_of(mirror: Address) -> Path:
+    """Return the folder of this machine for runs whose storage is in a bucket."""
+    return scratch_folder() / mirror.scheme / mirror.bucket / mirror.key
+
+
+def mirror_of(experiment: Experiment) -> Address | None:
+    """Return the address that gets a copy of the run: `mirror`, or `storage` if it is an address.
+
+    Raises:
+        UserError: It is not an address in object storage, or both are set.
+    """
+    setting = storage_setting(experiment)
+    if is_address(setting):
+        if experiment.mirror not in (None, setting):
+            raise UserError(
+                f"mirror: '{experiment.mirror}' is not the storage, {setting}; set one of the two"
+            )
+        return parse("storage", setting)
+    return None if experiment.mirror is None else parse("mirror", experiment.mirror)
 
 
 def run_folder(experiment: Experiment) -> RunFolder:
@@ -41,7 +67,7 @@ def run_folder(experiment: Experiment) -> RunFolder:
 def run_places(word: str, storage: Path | None = None) -> list[RunFolder]:
     """Return the folders that a word for a run may mean; see `find_run`."""
     storage = storage or storage_root(Experiment())
-    paths = [expand_home(word).absolute(), storage / word]
+    paths = [local_path("RUN", word).absolute(), storage / word]
     return [RunFolder(path) for path in dict.fromkeys(paths)]
 
 

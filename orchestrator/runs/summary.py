@@ -1,6 +1,7 @@
 """summary.json: how a run ended, its final losses and its speed."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -33,7 +34,7 @@ class Summary(TypedDict, total=False):
 def summarize(
     folder: RunFolder,
     ending: Ending,
-    tokens_per_step: int,
+    tokens: Callable[[int], int],
     mlflow_run_id: str | None,
     wall_s: float,
 ) -> Summary:
@@ -43,7 +44,7 @@ def summarize(
         folder: Folder of the run.
         ending: How the run ended. Only the weights of a finished run are hashed: a Ray job that
             is stopped has 3 s before SIGKILL.
-        tokens_per_step: Tokens of one update.
+        tokens: Returns the tokens of the first updates.
         mlflow_run_id: None if the tracking server has not answered.
         wall_s: Seconds since the workers were started.
     """
@@ -60,10 +61,10 @@ def summarize(
     summary: Summary = {
         "status": ending.mlflow_status,
         "exit_status": ending.exit_status,
-        **last_state(lines, step, tokens_per_step, found, weights_sha256),
+        **last_state(lines, step, tokens(step), found, weights_sha256),
         "mlflow_run_id": mlflow_run_id,
         "wall_s": round(wall_s, 1),
-        "tokens_per_sec": _tokens_per_sec(lines, tokens_per_step),
+        "tokens_per_sec": _tokens_per_sec(lines, tokens),
     }
     folder.write_summary(summary)
     return summary
@@ -72,14 +73,14 @@ def summarize(
 def last_state(
     lines: list[dict[str, Any]],
     step: int,
-    tokens_per_step: int,
+    tokens: int,
     checkpoint: Path | None,
     weights_sha256: str | None,
 ) -> Summary:
     """Return the fields that the summaries of a run and of a trial share."""
     return {
         "step": step,
-        "tokens": step * tokens_per_step,
+        "tokens": tokens,
         "train_loss": last_value(lines, "train/loss"),
         "val_loss": last_value(lines, "val/loss"),
         "val_bits_per_byte": last_value(lines, "val/bits_per_byte"),
@@ -97,10 +98,17 @@ def last_value(lines: list[dict[str, Any]], metric: str) -> float | None:
     return None
 
 
-def _tokens_per_sec(lines: list[dict[str, Any]], tokens_per_step: int) -> float | None:
+def _tokens_per_sec(lines: list[dict[str, Any]], tokens: Callable[[int], int]) -> float | None:
     """Return the mean speed without the first log window, which includes the warm-up."""
-    seconds = [line["perf/step_time_s"] for line in lines if "perf/step_time_s" in line]
-    seconds = seconds[1:] or seconds
-    if not seconds:
+    windows = []  # mean tokens and seconds of a step
+    start = 0
+    for line in lines:
+        if "perf/step_time_s" in line:
+            step = line["step"]
+            mean = (tokens(step) - tokens(start)) / (step - start)
+            windows.append((mean, line["perf/step_time_s"]))
+            start = step
+    if not windows:
         return None
-    return round(tokens_per_step * len(seconds) / sum(seconds), 1)
+    made, seconds = map(sum, zip(*(windows[1:] or windows), strict=True))
+    return round(made / seconds, 1)

@@ -3,7 +3,8 @@
 Read in this order:
 
 - `space`: reads a sweep's file and makes its trials.
-- `trials`: `PlannedTrial`, a trial with its learning rates (`rates`) and its dataset.
+- `trials`: `PlannedTrial`, a trial with the settings of its steps and its dataset.
+- `branch`: `Branch`, a trial as the tree sees it.
 - `tree`: `build_tree` finds the steps that trials share; each stage of the tree runs once.
 - `states`: which stages of a tree can start, and which cannot run any more.
 - `study`: `Study`, a sweep that is ready to run. It builds the tree and collects the results.

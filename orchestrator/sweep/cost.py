@@ -1,29 +1,32 @@
 """What a sweep costs: `--dry-run`, and the estimate that its summary compares with the real cost.
 
-A few seconds of training for each shape of model and batch measure the time of a step. The time of
-the sweep is at least that of its longest path of stages, and that of all stages over its slots.
+For a dry run, a few seconds of training for each shape of model and batch measure the time of a
+step. A sweep that starts does not wait for that: if no dry run measured it, its first steps tell
+(`report/pace.py`). The time of the sweep is at least that of its longest path of stages, and that
+of all stages over its slots.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from orchestrator.cluster import device
+from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.config.sections import Data
 from orchestrator.cost import cache, estimate
-from orchestrator.cost.measure import LIMIT_S, measure
+from orchestrator.cost.measure import measure
 from orchestrator.cost.timing import (
     Estimate,
     Timing,
     checkpoints,
     evaluation_seconds,
     evaluations,
+    steps_seconds,
 )
 from orchestrator.cost.tokens import TokenCounts, token_counts
 from orchestrator.data.dataset import Manifest
 from orchestrator.data.prepared import find_in
-from orchestrator.runs import journal, metrics
-from orchestrator.runs.facts import model_facts
+from orchestrator.runs import journal
 from orchestrator.runs.folder import SweepFolder
 from orchestrator.runs.identity import recorded_layout
 from orchestrator.runs.storage import storage_root
@@ -35,11 +38,10 @@ from orchestrator.sweep.states import longest_paths
 from orchestrator.sweep.study import Study
 from orchestrator.sweep.tree import Stage
 from orchestrator.sweep.trials import PlannedTrial, data_key
+from orchestrator.workers.fitting import with_auto_size
 
 STARTS = 2  # process starts before the first step: Tune, then the workers
 MOST_SHAPES = 6  # at most so many shapes of model and batch are timed
-QUICK_S = 10.0  # a sweep that starts waits no longer for the timing of a quick shape
-QUICK_FLOPS = 2e12  # of its micro-batch, at most
 
 # For each `data_key`: n_vocab, and the tokens of train and val; None if unknown.
 Counts = Mapping[str, TokenCounts]
@@ -63,6 +65,8 @@ def show(sweep: Sweep) -> int:
     datasets = {key: _dataset(e.data, storage) for key, e in by_data.items()}
     folder = SweepFolder(storage / sweep.base.name)
     layout = recorded_layout(folder) or device.here(estimate.local_layout(experiments[0]))
+    slots = estimate.local_slots(layout)
+    layout = with_micro_batch(layout, sweep, counts, slots, here=True)
     study = Study(sweep, folder, layout, datasets)
     if not study.tree.stages:
         print(
@@ -71,7 +75,7 @@ def show(sweep: Sweep) -> int:
         )
         return 0
     print(view.text(study.tree) + "\n")
-    print("\n".join(describe(study, estimate.local_slots(layout), counts)))
+    print("\n".join(describe(study, slots, counts)))
     return 0
 
 
@@ -93,6 +97,24 @@ def describe(study: Study, slots: int, counts: Counts) -> list[str]:
     return [*view.summary(study.tree), *study.notes(), *advice(study.tree, schedules), cost]
 
 
+def with_micro_batch(
+    layout: Layout, sweep: Sweep, counts: Counts, slots: int, here: bool = False
+) -> Layout:
+    """Return `with_auto_size` for all trials. The run that a sweep branches off has the number.
+
+    Args:
+        layout: Workers of each stage.
+        sweep: The sweep.
+        counts: Tokens and vocabulary of each dataset.
+        slots: Number of stages that can run at the same time.
+        here: Measure on this machine, without Ray.
+    """
+    if sweep.settings.from_ is not None:
+        return layout
+    trials = [(e, counts[data_key(e.data)].n_vocab) for e in sweep.experiments]
+    return with_auto_size(layout, trials, slots, here)
+
+
 def _dataset(data: Data, storage: Path) -> Manifest:
     """Return the prepared dataset, or one without tokens that has only its name."""
     prepared = find_in(data, storage, read=False)
@@ -103,26 +125,27 @@ def _dataset(data: Data, storage: Path) -> Manifest:
 
 
 def announce(study: Study, slots: int, counts: Counts) -> Estimate | None:
-    """Print and return what a sweep that starts takes; None if that fails, with the reason."""
-    try:
-        made = estimate_of(study, slots, counts, waits=False)
-    except Exception as error:
-        made = f"{type(error).__name__}: {error}"
+    """Print and return what a sweep that starts takes; None if that was not measured before."""
+    made = estimate_of(study, slots, counts, lambda *shape: cache.read(*shape) or "not measured")
     if isinstance(made, str):
-        print(f"expected: unknown until the first minute of training is over: {made}", flush=True)
         return None
     print(f"expected: {estimate.expected_line(made)}", flush=True)
     return made
 
 
-def estimate_of(study: Study, slots: int, counts: Counts, waits: bool = True) -> Estimate | str:
+def estimate_of(
+    study: Study,
+    slots: int,
+    counts: Counts,
+    timing_of: Callable[[Experiment, int, Layout], Timing | str] = measure,
+) -> Estimate | str:
     """Return what the sweep takes, or why that is unknown.
 
     Args:
         study: The sweep.
         slots: Number of stages that can run at the same time.
         counts: Tokens and vocabulary of each dataset.
-        waits: Whether a small model may be timed for as long as a large one.
+        timing_of: Returns the timing of an experiment, or why it is unknown.
 
     Returns:
         `time_s`; `memory_gib` of a worker; `disk_bytes`, the most that checkpoints take at a time.
@@ -142,8 +165,7 @@ def estimate_of(study: Study, slots: int, counts: Counts, waits: bool = True) ->
         )
     timings: dict[Path, Timing] = {}
     for shape, (experiment, n_vocab) in examples.items():
-        limit_s = LIMIT_S if waits or not _is_quick(experiment, n_vocab) else QUICK_S
-        timing = measure(experiment, n_vocab, study.layout, limit_s)
+        timing = timing_of(experiment, n_vocab, study.layout)
         if isinstance(timing, str):
             return timing
         timings[shape] = timing
@@ -157,15 +179,13 @@ def estimate_of(study: Study, slots: int, counts: Counts, waits: bool = True) ->
     return {
         "time_s": start + max(sum(seconds.values()) / slots, longest),
         "memory_gib": max(t.memory_gib for t in timings.values()),
-        # While a stage runs, one more checkpoint is being written.
-        "disk_bytes": (_kept_checkpoints(study) + slots) * checkpoint_bytes,
+        "disk_bytes": disk_bytes(study, slots, checkpoint_bytes),
     }
 
 
-def _is_quick(experiment: Experiment, n_vocab: int) -> bool:
-    micro_batch = experiment.train.micro_batch_size * experiment.model.block_size
-    facts = model_facts(experiment, n_vocab)
-    return (facts["flops_per_token"] or 6 * facts["parameters"]) * micro_batch < QUICK_FLOPS
+def disk_bytes(study: Study, slots: int, checkpoint_bytes: float) -> float:
+    """Return the most that checkpoints take: one more is being written by each stage that runs."""
+    return (_kept_checkpoints(study) + slots) * checkpoint_bytes
 
 
 def learn(study: Study) -> None:
@@ -179,10 +199,8 @@ def learn(study: Study) -> None:
         trials[shape] = trial
         lines.setdefault(shape, []).extend(journal.read(study.folder.stage(id_)))
     for shape, trial in trials.items():
-        step_s = metrics.median_step_s(lines[shape])
-        if step_s is not None:
-            n_vocab = trial.dataset.tokenizer["n_vocab"]
-            cache.learn(trial.experiment, n_vocab, study.layout, step_s)
+        n_vocab = trial.dataset.tokenizer["n_vocab"]
+        cache.learn(trial.experiment, n_vocab, study.layout, lines[shape])
 
 
 def _seconds(study: Study, stage: Stage, timings: Mapping[str, Timing], counts: Counts) -> float:
@@ -194,7 +212,7 @@ def _seconds(study: Study, stage: Stage, timings: Mapping[str, Timing], counts: 
     tokens = counts[data_key(experiment.data)]
     evaluation_s = evaluation_seconds(experiment, tokens.val or 0, tokens.train or 0, timing)
     return (
-        steps * timing.step_s
+        steps_seconds(experiment, timing, first, stage.stop)
         + evaluations(experiment, first, stage.stop) * evaluation_s
         + checkpoints(experiment, first, stage.stop) * timing.checkpoint_s
     )

@@ -14,8 +14,9 @@ def ending_of(study: Study, stages_at_a_time: int) -> Ending:
     If a stage ran out of memory, this searches for a micro-batch that fits, for up to two minutes.
     The ending is "user" only if the user has to change something for every stage that failed.
     """
-    if stop.requested(study.folder) is not None and not study.is_over:
-        return Ending("again")
+    asked = stop.requested(study.folder)
+    if asked is not None and not study.is_over:
+        return Ending("again", f"asked to stop: {asked}")
     states = {study.progress.states.of_trial(name) for name in study.trials}
     probes = {study.progress.states.of_trial(probe.name) for probe in study.probes.values()}
     if states <= {DONE, STOPPED} and not probes & {FAILED, BLOCKED}:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from orchestrator.config.schedules import ScheduleSection
 from orchestrator.sweep.trials import PlannedTrial
 
 
@@ -25,13 +26,14 @@ def probes_of(trials: Iterable[PlannedTrial], step: int, steps: int) -> dict[str
 
 
 def _probe(trial: PlannedTrial, number: int, step: int, steps: int) -> PlannedTrial:
-    # `rates` has the learning rate of the probe; the fields only have to be valid for its length.
+    # `steps` has the settings of the probe; the fields only have to be valid for its length.
     experiment = trial.experiment.replace(
         name=f"probe-{number}",
         train__max_steps=step + steps,
-        schedule__kind="constant",
-        schedule__warmup_steps=0,
-        schedule__decay_steps=None,
+        train__global_batch_size=trial.experiment.batch_sizes.at(0),
+        train__batch_schedule=None,
+        schedule=ScheduleSection(kind="constant", max_lr=trial.experiment.schedule.max_lr),
+        optim__momentum_warmup_steps=0,
     )
     name = f"probe~{number}"  # a name that no trial can have
     return replace(
@@ -39,7 +41,7 @@ def _probe(trial: PlannedTrial, number: int, step: int, steps: int) -> PlannedTr
         name=name,
         setting=name,
         experiment=experiment,
-        rates=replace(trial.rates, anneal_at=step, anneal_steps=steps),
+        steps=replace(trial.steps, anneal_at=step, anneal_steps=steps),
         is_probe=True,
     )
 

@@ -15,7 +15,7 @@ from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.sweep.records import StageResult, StageSpec, read_result, read_spec
 from orchestrator.sweep.stage import has_result, write_stopped
-from orchestrator.sweep.states import DONE, FAILED, RUNNING, WAITING, StageStates
+from orchestrator.sweep.states import DIVERGED, DONE, FAILED, RUNNING, WAITING, StageStates
 from orchestrator.sweep.stored import StoredStages, StoredState, checkpoint_bytes, remove_unneeded
 from orchestrator.sweep.tree import Stage, StageTree
 from orchestrator.sweep.trials import PlannedTrial, spec_of
@@ -164,23 +164,26 @@ class Progress:
             return spec
         return _starting_at(spec, self.stored.states[stage.parent])
 
-    def ended(self, stage: str, died: bool) -> None:
+    def ended(self, stage: str, died: bool, problem: str | None = None) -> None:
         """Record how a stage ended.
 
         Args:
             stage: Id of the stage.
             died: True if it ended with an exception, or its process died.
+            problem: Why its node could not begin it.
         """
         folder = self.folder.stage(stage)
         with contextlib.suppress(OSError):  # the file system may have become read-only
             folder.reserve_file.unlink(missing_ok=True)
         stop_requested = stop.requested(self.folder) is not None
         result = read_result(folder)
-        if result is None and not died and not stop_requested:
+        if result is None and not died and problem is None and not stop_requested:
             result = write_stopped(folder, "stopped by the scheduler")
 
         error = RuntimeError("the process of a stage ended") if died else None
         ending = diagnose(folder, error, self.workers)
+        if problem is not None:
+            ending = Ending("user", problem)
         if result is not None:  # also if the process died after it had written the result
             self.states.end(stage, result.outcome)
             self.steps_run += result.steps_run
@@ -194,7 +197,16 @@ class Progress:
         self.peak_bytes = max(self.peak_bytes, checkpoint_bytes(self.folder))
         self.release_judged()
         remove_unneeded(self)
+        self._note_lost_trials(self.tree.by_id[stage])
         self.on_stage_end(self.tree.by_id[stage])
+
+    def _note_lost_trials(self, stage: Stage) -> None:
+        """Note each trial that gets no result, because a stage has failed or diverged."""
+        state = self.states.by_stage[stage.id]
+        for trial in stage.trials:
+            if state in (DIVERGED, FAILED) and trial not in self.probes:
+                message = f"trial {trial}: {self.stage_reason(stage.id)}"
+                events.note(self.folder, f"trial_{state}", message, trial=trial)
 
     def _record_failure(self, stage: str, ending: Ending) -> None:
         """Try a stage again if its process hung or was killed; else it has failed.

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config.experiment import Experiment, parse_experiment
+from orchestrator.config.steps import Steps, steps_of_json
 from orchestrator.files import read_derived, write_json
 from orchestrator.folders import make_folder
+from orchestrator.own_files import load_copies
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Line
-from orchestrator.sweep import rates
+from orchestrator.sweep.branch import Branch, settings_of_steps
 from orchestrator.sweep.states import State
-from orchestrator.sweep.tree import Branch
 from orchestrator.train.due import by_interval
 
 
@@ -22,10 +23,10 @@ class StageSpec:
 
     Attributes:
         id: Key of the state at the end of the stage.
-        root: Hash of everything that is the same at every step; see `tree.Branch`.
+        root: Hash of what is the same at every step, and of step 0; see `tree.Branch`.
         start, stop: The stage makes the updates [start, stop).
         experiment: One trial of the stage; one that ends with it, if there is any.
-        rates: The learning rates, as `Rates.to_json` stores them.
+        steps: Settings of every step: the fields of `Steps`.
         data_dir: Folder of the token shards.
         parent: Folder whose journal lines come before this stage's; None at step 0.
         begin: Checkpoint to start from; None at step 0.
@@ -39,7 +40,7 @@ class StageSpec:
     start: int
     stop: int
     experiment: dict[str, Any]
-    rates: dict[str, Any]
+    steps: dict[str, Any]
     data_dir: str
     parent: str | None = None
     begin: str | None = None
@@ -63,16 +64,34 @@ class StageSpec:
 
     def keys(self, steps: list[int]) -> dict[int, str]:
         """Return the keys of the states after some rising numbers of updates."""
-        made = rates.from_json(self.rates).first(max(steps, default=0))
-        return Branch("", self.root, made).keys(steps)
+        rates, others = settings_of_steps(self.settings, max(steps, default=0))
+        return Branch("", self.root, rates, others=others).keys(steps)
+
+    @property
+    def settings(self) -> Steps:
+        """Settings of every step."""
+        return steps_of_json(self.steps)
 
 
 def read_spec(folder: RunFolder) -> StageSpec | None:
     """Read stage.json; None if the folder is not that of a stage, or the file is damaged."""
-    spec = read_derived(folder.stage_file, lambda stored: StageSpec(**stored))
+    spec = read_derived(folder.stage_file, _parse_spec)
     if spec is None or spec.parent is None or not spec.parent.startswith("../"):
         return spec
     return replace(spec, parent=str(folder.path.parent / spec.parent.removeprefix("../")))
+
+
+def _parse_spec(stored: dict[str, Any]) -> StageSpec:
+    if "rates" in stored:  # of earlier versions: only the learning rate could change
+        rates = stored.pop("rates")
+        plan = asdict(parse_experiment(stored["experiment"], "").steps().plan)
+        plans = {
+            name: rates[old] and {**plan, "lr": {**plan["lr"], **rates[old]}}
+            for name, old in (("plan", "schedule"), ("before", "before"))
+        }
+        stored["steps"] = {**rates, **plans}
+        del stored["steps"]["schedule"]
+    return StageSpec(**stored)
 
 
 @dataclass(frozen=True)
@@ -135,6 +154,8 @@ def curve(folder: RunFolder, last_step: int | None = None) -> list[Line]:
     spec = read_spec(folder)
     own = journal.read(folder)
     if last_step is not None:
+        if spec is not None:
+            load_copies(spec.experiment, folder.path)
         experiment = folder.read_experiment() if spec is None else spec.parsed_experiment()
         own = _lines_of_longer_run(own, last_step, experiment)
     if spec is None or spec.parent is None:

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint import store as checkpoint
+from orchestrator.cluster import nodes
+from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, fields_with
 from orchestrator.config.fields import Effect
 from orchestrator.data.dataset import data_identity
-from orchestrator.errors import UserError
+from orchestrator.errors import UnreadableError, UserError
+from orchestrator.mirror import remote
+from orchestrator.objects import cache
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.storage import find_run
 from orchestrator.sweep.records import read_spec
@@ -19,6 +23,7 @@ from orchestrator.sweep.space.expand import Sweep
 from orchestrator.sweep.trials import PlannedTrial, fields_of_root
 from orchestrator.text import differences
 from orchestrator.train import init_from
+from orchestrator.workers.fitting import with_known_size
 
 
 @dataclass(frozen=True)
@@ -38,20 +43,28 @@ class BaseRun:
         """
         name, step = origin(sweep.settings.from_ or "")
         try:
-            folder = find_run(name, lambda place: place.experiment_file.is_file(), storage)
+            place = remote.here(name, "RUN@STEP", sweep.base, checkpoints="all")
+            folder = find_run(place, lambda found: found.experiment_file.is_file(), storage)
+        except UnreadableError:
+            raise
         except UserError as error:
             raise UserError(f"sweep.from: {error}") from None
         found = cls(folder.path, step, folder.read_experiment())
         found._check_steps(name)
         return found
 
+    def check_nodes(self) -> None:
+        """Raise UserError if a node does not have the copy of a run in a mirror."""
+        if self.folder.is_relative_to(cache.root()):
+            nodes.check_has(RunFolder(self.folder).experiment_file)
+
     def _check_steps(self, name: str) -> None:
         # If the run is a trial of another sweep, `checkpoints` is a link into its last stage.
         last_stage = RunFolder(self.folder).checkpoints.resolve().parent
         spec = read_spec(RunFolder(last_stage))
-        if spec is not None and spec.rates["before"]:
+        if spec is not None and spec.settings.before:
             raise UserError(
-                f"sweep.from: '{name}' is a trial that branched off {spec.rates['splice']:,} steps "
+                f"sweep.from: '{name}' is a trial that branched off {spec.settings.splice:,} steps "
                 "of another run itself; branch off that run, or train this trial alone"
             )
         steps = self.experiment.train.max_steps
@@ -79,7 +92,7 @@ class BaseRun:
 
 def _steps_of(experiment: Experiment) -> dict[str, Any]:
     """Return the fields that change what a step computes, also those with their defaults."""
-    fields = fields_of_root(experiment, with_later=True)
+    fields = fields_of_root(experiment, experiment.steps()(0), with_later=True)
     return fields | {"train.reduction_slots": experiment.slots}
 
 
@@ -90,6 +103,19 @@ def with_absolute_paths(sweep: Sweep) -> Sweep:
         for trial in sweep.trials
     )
     return replace(sweep, base=init_from.with_absolute_path(sweep.base), trials=absolute)
+
+
+def with_known_sizes(sweep: Sweep, storage: Path, recorded: Layout | None) -> list[Experiment]:
+    """Return `sweep.experiments` with the micro-batch of what has begun, which decides the slots.
+
+    Raises:
+        UserError: A trial does not fit it.
+    """
+    size: int | None = recorded.micro_batch_size if recorded else None
+    if sweep.settings.from_ is not None:
+        size = BaseRun.of(sweep, storage).experiment.train.micro_batch_size
+    known = [with_known_size(t.experiment, size, f"trial {t.name}: ") for t in sweep.trials]
+    return known or [with_known_size(sweep.base, size)]
 
 
 def check_sources(sweep: Sweep, storage: Path) -> None:

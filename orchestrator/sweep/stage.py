@@ -25,7 +25,6 @@ from orchestrator.errors import UnreadableError, UserError
 from orchestrator.runs import journal, lock
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Line
-from orchestrator.sweep import rates
 from orchestrator.sweep.records import StageResult, StageSpec, curve, read_result, read_spec
 from orchestrator.sweep.states import DIVERGED, DONE, STOPPED, State
 from orchestrator.workers.marks import HELD
@@ -73,7 +72,7 @@ def run_stage(
             worker,
             parent=Path(spec.begin) if spec.begin is not None else None,
             end_step=spec.stop,
-            lr_at=rates.from_json(spec.rates),
+            steps=spec.settings,
             stop_requested=stop_requested,
             report_phase=watchdog.report_phase,
         )

@@ -14,6 +14,7 @@ from orchestrator.checkpoint.format import refuse_outage
 from orchestrator.errors import UnreadableError, UserError
 from orchestrator.runs import journal_copy
 from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.sweep.branch import Branch
 from orchestrator.sweep.records import (
     StageResult,
     StageSpec,
@@ -22,7 +23,7 @@ from orchestrator.sweep.records import (
     read_spec,
 )
 from orchestrator.sweep.states import DIVERGED, DONE, FAILED, RUNNING, STOPPED, WAITING, State
-from orchestrator.sweep.tree import Branch, StageTree, build_tree, grow
+from orchestrator.sweep.tree import StageTree, build_tree, grow
 
 if TYPE_CHECKING:
     from orchestrator.sweep.progress import Progress

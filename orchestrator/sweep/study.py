@@ -1,6 +1,6 @@
 """A sweep that is ready to run: its trials, their tree of stages, and their results."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
@@ -10,16 +10,16 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.data.dataset import Manifest
 from orchestrator.errors import UserError
 from orchestrator.runs.folder import RunFolder, SweepFolder
-from orchestrator.runs.identity import resolve_dtype
 from orchestrator.runs.journal import Line
 from orchestrator.runs.summary import last_value
 from orchestrator.sweep import ranking, stored, trials
 from orchestrator.sweep.probes import probes_of, worse_trials
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.ranking import Row
-from orchestrator.sweep.rates import Rates
 from orchestrator.sweep.report.advice import left_out, of_other_code
 from orchestrator.sweep.source import BaseRun, check_names
+from orchestrator.sweep.space.auto import AutoValues
+from orchestrator.sweep.space.checks import varied_fields
 from orchestrator.sweep.space.expand import Sweep, Trial, sampled
 from orchestrator.sweep.space.sampler import Sampler
 from orchestrator.sweep.states import DIVERGED, DONE, RUNNING, STOPPED, WAITING
@@ -74,6 +74,8 @@ class Study:
 
         if settings.from_ is not None:
             self.source = BaseRun.of(sweep, folder.path.parent)
+        source = RunFolder(self.source.folder) if self.source is not None else None
+        self._auto = AutoValues(folder, layout, source)
         self._add(sweep.trials)
         if settings.sampler == "optuna":
             self.sampler = Sampler(
@@ -120,7 +122,15 @@ class Study:
     def notes(self) -> list[str]:
         """Return lines about trials that cannot be run, and stored stages that cannot be used."""
         others = of_other_code(self.stored.made_by_others) if self.tree.to_run else []
-        return [*left_out(self.left_out), *others, *self.not_used]
+        return [*left_out(self.left_out), *others, *self.not_used, *self._other_dtypes()]
+
+    def _other_dtypes(self) -> list[str]:
+        """Return a line if trials have several types, and the sweep does not compare those."""
+        counts = Counter(trial.experiment.train.dtype for trial in self.trials.values())
+        if len(counts) < 2 or "train.dtype" in varied_fields(self.sweep.settings):
+            return []
+        found = ", ".join(f"{count:,} trial(s) in {dtype}" for dtype, count in counts.items())
+        return [f"train.dtype: {found} are compared; for one type, set it under a new name"]
 
     @property
     def trials_and_probes(self) -> dict[str, PlannedTrial]:
@@ -148,20 +158,16 @@ class Study:
 
     def _add(self, new: Iterable[Trial]) -> list[PlannedTrial]:
         planned = []
-        for trial in new:
-            rates = Rates(trial.experiment.lr_schedule())
-            begun = self.folder.trial(trial.name)
+        for trial in self._auto.put_into(list(new)):
+            steps = trial.experiment.steps()
             if self.source is not None:
-                before = self.source.experiment.lr_schedule()
-                rates = replace(rates, before=before, splice=self.source.step)
-                begun = RunFolder(self.source.folder)
-            experiment = resolve_dtype(trial.experiment, self.layout, begun)
-            trial = replace(trial, experiment=experiment)
+                before = self.source.experiment.steps().plan
+                steps = replace(steps, before=before, splice=self.source.step)
             dataset = self.datasets[data_key(trial.experiment.data)]
             planned.append(
                 PlannedTrial(
                     **vars(trial),
-                    rates=rates,
+                    steps=steps,
                     dataset=dataset,
                     cpus=self.layout.cpus_per_worker,
                     device=self.layout.device_name,
@@ -177,12 +183,12 @@ class Study:
         assert self.sampler is not None
         try:
             new = sampled(self.sweep.settings, self.sweep.base.model_dump(), number, values)
+            added = self._add(new)
         except UserError as error:
             self.left_out.append(f"sample-{number}: {error}")
             print(f"sample-{number} is left out: {error}", flush=True)
             self.sampler.tell(number, None)
             return []
-        added = self._add(new)
         self.samples[number] = [trial.name for trial in added]
         return added
 

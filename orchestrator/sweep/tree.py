@@ -1,68 +1,19 @@
 """The tree of stages of a sweep: steps that several trials share are one stage, which runs once.
 
-A branch is a trial as the tree sees it: a root (a hash of everything that is the same at every
-step: data, model, optimizer, batch, seed) and the learning rate of every step. Branches with one
-root, and with rates that are equal bit for bit before step n, have the same weights after n steps.
-The tree of stages is a trie over the steps, so no plan of the same trials has fewer steps. Source:
-Shin et al., "Hippo: Sharing Computations in Hyper-Parameter Optimization", PVLDB 15(5), 2022.
+Branches (`branch.py`) with one root, and with settings that are equal bit for bit before step n,
+have the same weights after n steps. The tree of stages is a trie over the steps, so no plan of the
+same trials has fewer steps. Source: Shin et al., "Hippo: Sharing Computations in Hyper-Parameter
+Optimization", PVLDB 15(5), 2022.
 
 This module reads no files. Steps [start, stop) are updates counted from 0; a stage ends in the
 state after `stop` updates. A state has a key, and equal keys mean equal weights.
 """
 
-import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
-from numpy.typing import NDArray
-
-
-@dataclass(frozen=True, eq=False)
-class Branch:
-    """A trial as the tree sees it.
-
-    Attributes:
-        name: Name of the trial.
-        root: Hash of everything that is the same at every step.
-        rates: Learning rate of every update, float64, (max_steps,).
-        is_probe: True for a probe, which is not one of the user's trials.
-    """
-
-    name: str
-    root: str
-    rates: NDArray[np.float64]
-    is_probe: bool = False
-
-    @property
-    def steps(self) -> int:
-        return len(self.rates)
-
-    def decay_start(self) -> int | None:
-        """Return the end of the last stretch of equal rates; None if no other rate follows it."""
-        equal = np.flatnonzero(np.diff(self.rates) == 0)
-        if len(equal) == 0:
-            return None
-        end = int(equal[-1]) + 2
-        return end if end < self.steps else None
-
-    def key(self, step: int) -> str:
-        """Return the key of the state after `step` updates, which is the same in all sweeps."""
-        return self.keys([step])[step]
-
-    def keys(self, steps: Iterable[int]) -> dict[int, str]:
-        """Return `key` of each of some rising steps, in one pass over the rates."""
-        digest = hashlib.sha256(f"{self.root}/".encode())
-        rates = self.rates.astype("<f8")
-        before = 0
-        found = {}
-        for step in steps:
-            assert before <= step <= self.steps
-            digest.update(rates[before:step].data)
-            found[step] = digest.copy().hexdigest()[:20]
-            before = step
-        return found
+from orchestrator.sweep.branch import Branch
 
 
 @dataclass(frozen=True)
@@ -98,12 +49,13 @@ def grow(branches: Iterable[Branch], cuts: Cuts | None = None) -> list[Stage]:
     """
     cuts = cuts or {}
     stages: list[Stage] = []
-    # All branches of a group have one root, one parent and an equal rate at step `start`.
+    # All branches of a group have one root, one parent and equal settings at step `start`.
     waiting: list[tuple[list[Branch], int, str | None]]
     waiting = [(group, 0, None) for group in reversed(_groups(list(branches), 0))]
     while waiting:
         group, start, parent = waiting.pop()
         stop = _end(group, start, cuts)
+        assert stop > start, "a group makes its first update together"
         stage = Stage(
             id=group[0].key(stop),
             parent=parent,
@@ -120,9 +72,9 @@ def grow(branches: Iterable[Branch], cuts: Cuts | None = None) -> list[Stage]:
 
 def _groups(branches: list[Branch], step: int) -> list[list[Branch]]:
     """Put branches together that make the same update at `step`."""
-    groups: dict[tuple[str, bytes], list[Branch]] = {}
+    groups: dict[tuple[str, tuple[bytes, ...]], list[Branch]] = {}
     for branch in branches:
-        groups.setdefault((branch.root, branch.rates[step].tobytes()), []).append(branch)
+        groups.setdefault((branch.root, branch.update(step)), []).append(branch)
     return list(groups.values())
 
 
@@ -132,13 +84,8 @@ def _end(group: list[Branch], start: int, cuts: Cuts) -> int:
     for branch in group:
         stops += [cut for cut in cuts.get(branch.name, ()) if cut > start]
     stop = min(stops)
-    # Compare bits, not values: 0.0 and -0.0 are two rates.
-    common = group[0].rates[start:stop].view(np.int64)
     for branch in group[1:]:
-        different = np.flatnonzero(common != branch.rates[start:stop].view(np.int64))
-        if len(different) > 0:
-            stop = start + int(different[0])
-            common = common[: stop - start]
+        stop = group[0].first_difference(branch, start, stop)
     return stop
 
 

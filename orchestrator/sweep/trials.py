@@ -1,14 +1,14 @@
 """Trials that are ready to be planned, and their folders.
 
-A `PlannedTrial` is a trial of the sweep with its learning rates and its dataset. `assemble` makes
-`trials/<name>/` look like the folder of a lone run: the whole curve from step 0, the checkpoints of
-the last stage, a summary.
+A `PlannedTrial` is a trial of the sweep with the settings of its steps and its dataset. `assemble`
+makes `trials/<name>/` look like the folder of a lone run: the whole curve from step 0, the
+checkpoints of the last stage, a summary.
 """
 
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,22 @@ from model.optim import OPTIMIZERS
 from orchestrator.code_hashes import module_hashes
 from orchestrator.config.experiment import Experiment, field_docs
 from orchestrator.config.fields import Effect
+from orchestrator.config.meanings import with_null
 from orchestrator.config.sections import Data
+from orchestrator.config.steps import Steps, StepSettings
 from orchestrator.data.dataset import Manifest, data_identity
 from orchestrator.files import write_atomically
 from orchestrator.folders import make_folder
 from orchestrator.machine import torch_version
+from orchestrator.own_code import is_own, plain
+from orchestrator.own_files import present
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.runs.journal import Line
 from orchestrator.sweep import records
-from orchestrator.sweep.rates import Rates
+from orchestrator.sweep.branch import Branch, settings_of_steps
 from orchestrator.sweep.records import StageSpec
 from orchestrator.sweep.space.expand import Trial
 from orchestrator.sweep.stored import StoredState
-from orchestrator.sweep.tree import Branch
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +41,14 @@ class PlannedTrial(Trial):
     """A trial with all that running it needs.
 
     Attributes:
-        rates: Learning rate of every step.
+        steps: Settings of every step.
         dataset: The prepared tokens.
         cpus: CPUs per worker, which are part of the numerics.
         device: Model of the GPU or processor.
         is_probe: True for a short anneal that shows whether other trials are stopped.
     """
 
-    rates: Rates
+    steps: Steps
     dataset: Manifest
     cpus: int
     device: str = ""
@@ -55,19 +58,20 @@ class PlannedTrial(Trial):
     def branch(self) -> Branch:
         """The trial as the tree of stages sees it.
 
-        Trials with equal roots and equal learning rates have equal weights.
+        Trials with equal roots and equal settings of all steps have equal weights.
         """
         root = _hash([self._settings, self.made_by])
         return replace(self._branch_of_settings, root=root)
 
     @cached_property
     def _settings(self) -> str:
-        return settings_of(self.experiment, data_identity(self.dataset), self.cpus)
+        first = self.steps(0)
+        return settings_of(self.experiment, first, data_identity(self.dataset), self.cpus)
 
     @cached_property
     def _branch_of_settings(self) -> Branch:
-        rates = self.rates.first(self.experiment.train.max_steps)
-        return Branch(self.name, self._settings, rates, self.is_probe)
+        rates, others = settings_of_steps(self.steps, self.experiment.train.max_steps)
+        return Branch(self.name, self._settings, rates, self.is_probe, others)
 
     @property
     def key(self) -> str:
@@ -88,21 +92,22 @@ class PlannedTrial(Trial):
         return self._branch_of_settings.key(self.branch.steps)
 
 
-def settings_of(experiment: Experiment, data: str, cpus: int) -> str:
-    """Return a hash of everything that is the same at every step, except code and device.
+def settings_of(experiment: Experiment, first: StepSettings, data: str, cpus: int) -> str:
+    """Return a hash of what is the same at every step, and of step 0, except code and device.
 
     Args:
         experiment: The trial.
+        first: Settings of step 0. The learning rate is no part of the hash.
         data: Identity of the tokens.
         cpus: CPUs per worker.
     """
-    return _hash([fields_of_root(experiment), experiment.slots, data, cpus, torch_version()])
+    return _hash([fields_of_root(experiment, first), experiment.slots, data, cpus, torch_version()])
 
 
 def present_code(device: str, spec: StageSpec) -> dict[str, str]:
     """Return the device and the code that would train a stage now; see `StageSpec.made_by`."""
-    model = spec.experiment["model"].get("kind", DEFAULT)
-    optimizer = spec.experiment["optim"]["kind"]
+    model = present("model", spec.experiment["model"].get("kind", DEFAULT))
+    optimizer = present("optim", spec.experiment["optim"]["kind"])
     if model not in MODELS or optimizer not in OPTIMIZERS:  # of a later version
         return {"model": model, "optimizer": optimizer}
     return {"device": device, **module_hashes(model, optimizer)}
@@ -112,15 +117,25 @@ def _hash(facts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def fields_of_root(experiment: Experiment, with_later: bool = False) -> dict[str, Any]:
+def fields_of_root(
+    experiment: Experiment, first: StepSettings, with_later: bool = False
+) -> dict[str, Any]:
     """Return the fields that change what a step computes, without data and learning rate.
 
-    A field that earlier versions did not have is left out while it has its default, unless
-    `with_later`.
+    Fields of settings that may change from step to step have their values at step 0. A field that
+    earlier versions did not have is left out while it has its default, unless `with_later`.
     """
-    fields = experiment.flat()
+    fields = with_null(experiment)
     del fields["train.reduction_slots"]  # `Experiment.slots` is compared instead
-    return {
+    # `StageSpec.made_by` has the hash of a user's file.
+    fields |= {key: plain(fields[key]) for key in ("model.kind", "optim.kind")}
+    fields["optim.momentum"] = first.momentum
+    fields["train.global_batch_size"] = first.batch_size
+    added = {} if first.weight_decay == 1.0 else {"weight_decay_factor": first.weight_decay}
+    if is_own(experiment.optim.kind):  # the user's function sees them, whatever the steps are
+        added["schedule.max_lr"] = experiment.schedule.max_lr
+        added["optim.momentum after its warmup"] = experiment.optim.momentum
+    return added | {
         key: fields[key]
         for key, doc in field_docs(experiment.model.kind).items()
         if key in fields
@@ -137,7 +152,7 @@ def spec_of(trial: PlannedTrial, start: int, stop: int, diverged_above: float | 
         start=start,
         stop=stop,
         experiment=trial.experiment.model_dump(),
-        rates=trial.rates.to_json(),
+        steps=asdict(trial.steps),
         data_dir=str(trial.dataset.directory),
         diverged_above=diverged_above,
         made_by=trial.made_by,

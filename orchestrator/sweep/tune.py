@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,12 +31,16 @@ for _key, _value in ENVIRONMENT.items():
     os.environ.setdefault(_key, _value)
 
 from ray import tune  # noqa: E402
+from ray.exceptions import RayActorError  # noqa: E402
 from ray.tune.schedulers import ASHAScheduler  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
+from orchestrator import own_code  # noqa: E402
 from orchestrator.cluster import calls  # noqa: E402
-from orchestrator.cluster.layout import Layout  # noqa: E402
-from orchestrator.runs import stop  # noqa: E402
+from orchestrator.cluster.layout import Layout, cluster_grows  # noqa: E402
+from orchestrator.cluster.nodes import folder_problem  # noqa: E402
+from orchestrator.cluster.room import LOOK_S, Room, WaitedTooLongError  # noqa: E402
+from orchestrator.runs import events, stop  # noqa: E402
 from orchestrator.runs.folder import SweepFolder  # noqa: E402
 from orchestrator.runs.journal import Line  # noqa: E402
 from orchestrator.sweep.progress import Progress  # noqa: E402
@@ -49,7 +54,9 @@ if TYPE_CHECKING:
 # Names in the results that a Tune scheduler compares.
 METRIC = "val_loss"
 TIME = "optimizer_step"
+PROBLEM = "problem"  # why a node cannot train a stage: it may not share the folder of the stage
 
+MOST_STAGES = 1_000_000  # at the same time
 ASHA_REDUCTION = 3  # of three trials that reach a rung of asha, one goes on
 
 
@@ -60,9 +67,17 @@ def execute(study: Study, slots: int) -> None:
 
     Args:
         study: The sweep.
-        slots: Number of stages that the cluster can run at the same time. No more are suggested:
-            Tune cannot take back a suggested stage.
+        slots: Number of stages that the cluster can run at the same time when the sweep starts.
     """
+    room = Room(
+        study.layout,
+        [study.layout.num_workers],
+        study.sweep.base.compute.wait_for_nodes_s,
+        newest_step=lambda: 0,
+        stop_requested=lambda: stop.requested(study.folder),
+        note=lambda kind, message: print(events.note(study.folder, kind, message)["message"]),
+    )
+    searcher = _StageSearcher(study.progress, slots)
     for name in ("ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     scheduler = _asha(study)
@@ -70,14 +85,15 @@ def execute(study: Study, slots: int) -> None:
         StageTrainable,
         folder=study.folder.path,
         layout=study.layout,
+        code=own_code.sources(),
         reported_metric=None if scheduler is None else study.metric,
     )
     tuner = tune.Tuner(
         tune.with_resources(trainable, _resources(study.layout)),
         tune_config=tune.TuneConfig(
-            search_alg=_StageSearcher(study.progress),
+            search_alg=searcher,
             num_samples=-1,
-            max_concurrent_trials=slots,
+            max_concurrent_trials=MOST_STAGES,  # the searcher knows how many have room
             reuse_actors=True,  # starting a process takes seconds
             scheduler=scheduler,
             trial_name_creator=_trial_id,
@@ -87,12 +103,15 @@ def execute(study: Study, slots: int) -> None:
             name=uuid.uuid4().hex[:8],
             storage_path=str(study.folder.tune_scratch),
             verbose=0,
-            callbacks=[_Ticks(study.progress)],
+            callbacks=[_Ticks(study.progress, searcher, room)],
             failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),
         ),
     )
     try:
         calls.interruptibly(tuner.fit)
+    except WaitedTooLongError as error:
+        if stop.requested(study.folder) is None:
+            stop.request(study.folder, str(error))
     finally:
         shutil.rmtree(study.folder.tune_scratch, ignore_errors=True)
 
@@ -136,12 +155,15 @@ def _trial_id(trial: Any) -> str:
 class _StageSearcher(Searcher):
     """Suggests the stages that may start. It ends the search if none is ready and none runs."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, slots: int) -> None:
         super().__init__()
         self.progress = progress
+        self.slots = slots
         self.running: dict[str, str] = {}  # stage of each Tune trial
 
     def suggest(self, trial_id: str) -> dict[str, str] | str | None:
+        if len(self.running) >= self.slots:
+            return None  # Tune cannot take back a stage
         stage = self.progress.next()
         if stage is None:
             return None if self.running else Searcher.FINISHED
@@ -151,7 +173,8 @@ class _StageSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        self.progress.ended(self.running.pop(trial_id), error)
+        problem = (result or {}).get(PROBLEM)
+        self.progress.ended(self.running.pop(trial_id), error, problem)
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: the stages are on disk."""
@@ -160,13 +183,24 @@ class _StageSearcher(Searcher):
 
 
 class _Ticks(tune.Callback):
-    """Calls `Progress.tick` in Tune's loop."""
+    """Calls `Progress.tick` in Tune's loop, and follows the room for stages."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, searcher: _StageSearcher, room: Room) -> None:
         self.progress = progress
+        self.searcher = searcher
+        self.room = room
+        self.groups: int | None = None
+        self.look_at = 0.0
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.progress.tick()
+        if time.monotonic() > self.look_at:
+            self.look_at = time.monotonic() + LOOK_S
+            groups = self.room.groups()
+            # On a cluster that grows, machines are added for stages that wait.
+            if self.groups is not None and not cluster_grows():
+                self.searcher.slots += groups - self.groups
+            self.groups = groups
 
 
 class StageTrainable(tune.Trainable):
@@ -177,8 +211,10 @@ class StageTrainable(tune.Trainable):
         config: dict[str, Any],
         folder: Path,
         layout: Layout,
+        code: list[own_code.Source],
         reported_metric: str | None,
     ) -> None:
+        own_code.register(code)
         self.sweep = SweepFolder(folder)
         self.layout = layout
         self.reported_metric = reported_metric
@@ -197,27 +233,33 @@ class StageTrainable(tune.Trainable):
         """Train to the end of the stage or, if a metric is reported, to the next evaluation."""
         if self.lines is None and stop.requested(self.sweep):
             return {**self.reported, "done": True}
+        if self.problem is not None:
+            return {**self.reported, "done": True, PROBLEM: self.problem}
         try:
             is_over = self._train()
         except Exception as error:
             # If another rank died, this is only the closed connection to it.
-            if self.crew is None or not self.crew.has_lost_a_peer():
+            if not (isinstance(error, RayActorError) or self._has_lost_a_peer()):
                 from orchestrator.workers.process_group import worker_of
 
                 record_failure(self.folder, worker_of(0, self.layout), error)
             raise
         return {**self.reported, "done": True} if is_over else self.reported
 
+    def _has_lost_a_peer(self) -> bool:
+        return self.crew is not None and self.crew.has_lost_a_peer()
+
     def _train(self) -> bool:
         """Return True at the end of the stage, False at an evaluation before it."""
+        if self.crew is None:
+            from orchestrator.workers.crew import Crew
+
+            self.crew = Crew(self.layout)
         # Only the workers import torch.
         from orchestrator.sweep.stage import run_stage
-        from orchestrator.workers.crew import Crew
 
-        if self.crew is None:
-            self.crew = Crew(self.layout, run_stage)
         if self.lines is None:
-            self.lines = self.crew.run(self.folder, self.stop_requested)
+            self.lines = self.crew.run(run_stage, self.folder, self.stop_requested)
         for line in self.lines:
             if self.reported_metric not in line or line["step"] == 0:
                 continue
@@ -240,9 +282,9 @@ class StageTrainable(tune.Trainable):
     def _begin(self, stage: str) -> None:
         self.folder = self.sweep.stage(stage)
         self.lines = None
+        self.problem = folder_problem(self.folder.path)
         spec = read_spec(self.folder)
-        assert spec is not None
-        self.last_step = spec.stop
+        self.last_step = 0 if spec is None else spec.stop
         self.reported = {TIME: 0, METRIC: math.inf}
 
     def _abandon(self) -> None:

@@ -9,5 +9,6 @@ sends later what the server did not receive. `server.resolve_uri` finds the serv
 Start reading at `mlflow.Projection.send`; `sweep` sends a sweep and its trials.
 `outbox.MetricQueue` decides which values are sent, and `sender.Sender` retries, unless `answers`
 tells that this cannot help. `mlflow_run` finds or creates the MLflow run, `contents` converts the
-content of a run folder, `attachments` sends its files, and `checkpoints` registers its checkpoints.
+content of a run folder, `attachments` sends its files, `checkpoints` registers its checkpoints, and
+`exported` a model that `pipelines/export.py` wrote.
 """

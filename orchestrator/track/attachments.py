@@ -9,27 +9,29 @@ from orchestrator.track.outbox import file_mark
 
 
 def send_changed(tracked: MlflowRun, paths: list[Path], sent: dict[str, str]) -> None:
-    """Send the texts and figures that have changed.
+    """Send the texts, figures, traces and code that have changed.
 
-    A text of the model is sent as it is, and an experiment without the passwords in its addresses:
-    it may be used again. Other texts are sent without secrets.
+    A text of the model and code are sent as they are, and an experiment without the passwords in
+    its addresses: they may be used again. Other texts are sent without secrets.
 
     Missing files, symlinks, pipes and devices are skipped.
 
     Args:
         tracked: The run.
-        paths: Files in its folder.
+        paths: Files in its folder, or those in a folder of its sweep.
         sent: Marks of the files that were sent: `tracked.sent.samples` or `tracked.sent.documents`.
     """
     run_id = tracked.sent.run_id
     for path in paths:
-        artifact = path.relative_to(tracked.folder.path).as_posix()
+        is_its_own = path.is_relative_to(tracked.folder.path)
+        root = tracked.folder.path if is_its_own else path.parents[1]
+        artifact = path.relative_to(root).as_posix()
         name = path.name if sent is tracked.sent.samples else artifact
         # The mark is taken before the file is read: a later change then gives another mark.
         mark = file_mark(path)
         if mark is None or not files.is_plain(path) or sent.get(name) == mark:
             continue
-        if path.suffix == ".png":
+        if path.suffix in (".png", ".gz", ".py"):
             tracked.client.log_artifact(run_id, str(path), path.parent.name)
         else:
             # Damaged UTF-8 must not prevent that the other files are sent.

@@ -133,10 +133,10 @@ class Projection(MlflowRun):
         return self.folder.sample_files()
 
     def _documents(self) -> list[Path]:
-        """Texts and figures that are sent whenever they change; some may not exist."""
+        """Files that are sent whenever they change; some may not exist."""
         folder = self.folder
-        files = [folder.experiment_file, folder.summary_file, folder.events_file]
-        return files + contents.replay_reports(folder)
+        files = [folder.experiment_file, folder.summary_file, folder.events_file, folder.trace_file]
+        return files + folder.code_files() + contents.replay_reports(folder)
 
     def send_metrics(self) -> None:
         """Send the new lines of the journal."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 KEY_TAG = "espalier.run_key"
 LOST = "RESOURCE_DOES_NOT_EXIST"  # code of an error
+TAKEN = "RESOURCE_ALREADY_EXISTS"
 # Device and inode of each file that was at the path of a local database; None: it did not exist.
 _databases: dict[Path, list[tuple[int, int] | None]] = {}
 log = logging.getLogger(__name__)
@@ -199,7 +200,13 @@ class MlflowRun:
         database = server.local_path(self.uri)
         if database is not None:
             artifacts = (database.parent / "artifacts").as_uri()
-        experiment_id = self.client.create_experiment(self.experiment_name, artifacts)
+        try:
+            experiment_id = self.client.create_experiment(self.experiment_name, artifacts)
+        except Exception as error:
+            if getattr(error, "error_code", "") != TAKEN:
+                raise
+            # Another run has created it meanwhile.
+            experiment_id = self.client.get_experiment_by_name(self.experiment_name).experiment_id
         server.check_complete(experiment_id)
         return experiment_id
 

@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from orchestrator.config.checks import is_tracking_uri
 from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
+from orchestrator.machine import network_file_system
 from orchestrator.redact import REDACTED, redact_text
 
 UI_PORT = 5000
@@ -83,6 +84,18 @@ def local_path(uri: str) -> Path | None:
     if not uri.startswith("sqlite:///"):
         return None
     return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0])).absolute()
+
+
+def share_warning(uri: str) -> str | None:
+    """Return a line about a sqlite database on a network file system; None for other stores."""
+    database = local_path(uri)
+    kind = None if database is None else network_file_system(database)
+    if kind is None:
+        return None
+    return (
+        f"tracking.uri: {database} is on a network file system ({kind}), where sqlite's locks can "
+        "fail: with several drivers at a time, start one MLflow server and set tracking.uri"
+    )
 
 
 def set_client_options() -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import UserError
+from orchestrator.own_code import is_own
+from orchestrator.own_files import copy_name
 from orchestrator.redact import redact_text
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.track import contents, outbox, server
@@ -244,6 +246,13 @@ class TrialProjection(Projection):
     def _has_own_checkpoints(self) -> bool:
         # While a trial runs, its checkpoints are those of a stage that other trials share.
         return self._recorded_status is not None
+
+    def _documents(self) -> list[Path]:
+        """Its own, and its copies of the user's files, which are in the folder of the sweep."""
+        kinds = [str(value) for value in self.record.get("params", {}).values()]
+        names = [copy_name(kind) for kind in kinds if is_own(kind)]
+        copies = self._sweep.folder.code_files()
+        return super()._documents() + [copy for copy in copies if copy.name in names]
 
     def _samples(self) -> list[Path]:
         """Only the last one, because there are many trials."""

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.config.steps import BatchSizes
 from orchestrator.data import batches as module
 from orchestrator.data.batches import Batches, EvalBatches, Prefetcher
 from orchestrator.data.order import sample_offsets
@@ -38,7 +39,7 @@ class CountingStream:
 
 
 def test_micro_batches_are_the_samples_of_the_step_in_order():
-    batches = Batches(CountingStream(10_007), 64, 12, 4, 3)
+    batches = Batches(CountingStream(10_007), 64, BatchSizes(((0, 12),)), 4, 3)
     for step in (0, 1, 37, 400, 2):  # in any order
         offsets = sample_offsets(np.arange(step * 12, step * 12 + 12), 10_007, 64, 3)
         assert (batches.offsets(step) == offsets).all()
@@ -52,10 +53,20 @@ def test_micro_batches_are_the_samples_of_the_step_in_order():
             assert (targets == inputs + 1).all()
 
 
+def test_samples_of_a_batch_schedule_follow_each_other():
+    batches = Batches(CountingStream(5_000), 32, BatchSizes(((0, 4), (3, 10), (9, 2))), 2, 11)
+    steps = [9, *range(12)]  # in any order
+    found = {step: batches.offsets(step) for step in steps}
+    expected = sample_offsets(np.arange(3 * 4 + 6 * 10 + 3 * 2), 5_000, 32, 11)
+    assert (np.concatenate([found[step] for step in range(12)]) == expected).all()
+    assert [batches.micro_batches(step) for step in (2, 3, 8, 9)] == [2, 5, 5, 1]
+    assert batches.epoch(4) == 22 / batches.windows_per_epoch
+
+
 @pytest.mark.parametrize("ahead", [1, 7, 4096])
 def test_offsets_do_not_depend_on_how_many_are_computed_at_once(monkeypatch, ahead):
     monkeypatch.setattr(module, "AHEAD", ahead)
-    batches = Batches(CountingStream(5_000), 32, 10, 2, 11)
+    batches = Batches(CountingStream(5_000), 32, BatchSizes(((0, 10),)), 2, 11)
     expected = sample_offsets(np.arange(2_000), 5_000, 32, 11).reshape(200, 10)
     assert (np.stack([batches.offsets(step) for step in range(200)]) == expected).all()
     for step in reversed(range(200)):  # a replay goes back
@@ -63,7 +74,7 @@ def test_offsets_do_not_depend_on_how_many_are_computed_at_once(monkeypatch, ahe
 
 
 def test_epoch_counts_windows():
-    batches = Batches(CountingStream(1_000), 10, 33, 33, 0)
+    batches = Batches(CountingStream(1_000), 10, BatchSizes(((0, 33),)), 33, 0)
     assert (batches.windows_per_epoch, batches.epoch(0), batches.epoch(3)) == (99, 0.0, 1.0)
 
 

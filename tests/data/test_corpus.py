@@ -319,9 +319,11 @@ def test_pointer_beside_data_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        ("s3://bucket/corpus", "s3://bucket/corpus.*only paths"),
-        ("gs://bucket/*.txt", "only paths"),
-        ("hdfs:///corpus", "only paths"),
+        ("hdfs:///corpus", "hdfs:///corpus.*only paths"),
+        ("s3://Bucket/corpus", "is not s3://BUCKET/KEY"),
+        ("S3://bucket/corpus", "is not s3://BUCKET/KEY"),
+        ("gs://bucket/a/../b", "'..'"),
+        ("s3://key:secret@bucket/corpus", r"s3://\[redacted\]@bucket.*user or a password"),
         ("hf://datasets/a/b", "only paths"),
         ("{}/nowhere.txt", "does not exist"),
         ("{}/*.xyz", "matches no file"),

@@ -6,8 +6,10 @@ Proved by brute force with tiktoken's own regular expressions.
 import io
 import itertools
 import re
+import sys
 
 import pytest
+import regex
 import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ from tiktoken_ext import openai_public
 
 from orchestrator.data.documents import Span, read_pieces
 from orchestrator.data.input import cuts
-from orchestrator.data.input.cuts import SAFE, character_cut, safe_cut
+from orchestrator.data.input.cuts import SAFE, character_cut, safe_cut, safe_pieces
 from orchestrator.data.tokenizer import load_tokenizer
 
 PATTERNS = ["gpt2", "cl100k_base", "o200k_base"]
@@ -97,6 +99,19 @@ def test_unsafe_rules_are_found(exhaustive):
         assert bool(failures(re.compile(rule), tokens)) == (name in where), rule
 
 
+def test_letters_and_digits_of_python_are_those_of_the_tokenizers():
+    """The Unicode tables of Python 3.11 to 3.13 differ. Those of tiktoken and regex are newer."""
+    every = "".join(map(chr, [*range(0xD800), *range(0xE000, sys.maxunicode + 1)]))
+    alone = {bytes([i]): i for i in range(256)}
+    pattern = r"[\p{L}\p{N}]"
+    encoding = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=alone, special_tokens={})
+    found = set(re.findall(r"[^\W_]", every))
+    assert len(found) > 130_000
+    # Characters without a match have no token.
+    assert found <= set(encoding.decode(encoding.encode_ordinary(every)))
+    assert found <= set(regex.findall(pattern, every))
+
+
 @given(
     text=st.text(
         st.sampled_from([*SYMBOLS, *"😀ſ’_", "\u200d", "\u0bcd", "\v", "\u2028", "\x85"]),
@@ -161,6 +176,16 @@ def test_pieces_between_characters_decode_as_the_whole(data):
     at = sorted({0, *found})
     pieces = [data[a:b].decode("utf-8", "replace") for a, b in itertools.pairwise(at)]
     assert "".join(pieces) == data.decode("utf-8", "replace")
+
+
+@given(st.text(st.sampled_from([*SYMBOLS, "b"]), max_size=60), st.integers(1, 20))
+def test_pieces_of_a_text_end_at_the_first_safe_cut_after_their_length(text, length):
+    pieces = list(safe_pieces(text, length))
+    assert "".join(pieces) == text
+    starts = list(itertools.accumulate(map(len, pieces[:-1])))
+    cuts = [match.start() for match in SAFE.finditer(text)]
+    for before, start in zip([0, *starts], starts, strict=False):
+        assert start == min(cut for cut in cuts if cut >= before + length)
 
 
 def test_cuts_of_real_text_are_safe(gpt2_ranks, shakespeare):

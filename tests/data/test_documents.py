@@ -129,6 +129,16 @@ def test_parquet_without_text_is_explained(tmp_path, column, says):
         read_all(tmp_path / "d.parquet", 10**6)
 
 
+def test_footer_of_a_parquet_file_is_read_once_for_all_spans(tmp_path, monkeypatch):
+    read, seen = pq.read_metadata, []
+    monkeypatch.setattr(pq, "read_metadata", lambda path: seen.append(path) or read(path))
+    path = tmp_path / "d.parquet"
+    for texts in (["one", "two"], ["three"]):  # the second one replaces the first one
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=1)
+        assert [p.text for p in read_all(path, 20)] == texts
+    assert len(seen) == 2
+
+
 def test_two_parquet_columns_of_one_name_are_refused(tmp_path):
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(table, tmp_path / "d.parquet")

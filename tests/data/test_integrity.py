@@ -12,12 +12,12 @@ import pytest
 from orchestrator.config.experiment import load_experiment
 from orchestrator.config.sections import Data
 from orchestrator.data import dataset as manifest
-from orchestrator.data import tokenizer
 from orchestrator.data.batches import TokenStream
 from orchestrator.data.dataset import load_manifest
 from orchestrator.data.index import documents_of
 from orchestrator.data.prepared import dataset_dir, find_prepared
 from orchestrator.data.tokenizer import load_tokenizer
+from orchestrator.data.tokenizers import pairs
 from orchestrator.errors import UserError
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
@@ -188,13 +188,13 @@ def test_ranks_with_a_changed_byte_are_not_used(gpt2_ranks, tmp_path, monkeypatc
     cache = Path(shutil.copytree(gpt2_ranks, tmp_path / "ranks"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
     monkeypatch.setattr(tiktoken.load, "read_file", unreachable)
-    tokenizer._tiktoken.cache_clear()
+    pairs._encoding.cache_clear()
     before, found = load_tokenizer("gpt2").sha256, []
     for file in sorted(cache.iterdir()):
         content = file.read_bytes()
         monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
         file.write_bytes(content[:999] + bytes([content[999] ^ 1]) + content[1000:])
-        tokenizer._tiktoken.cache_clear()
+        pairs._encoding.cache_clear()
         used = "replaces a damaged file" in refusal(lambda: load_tokenizer("gpt2"))
         found.append(used)
         if used:

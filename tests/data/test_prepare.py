@@ -16,17 +16,19 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from orchestrator.config.sections import Data
-from orchestrator.data import parts, ray_tasks
+from orchestrator.data import parts, ray_tasks, tasks
 from orchestrator.data import prepare as prepare_module
 from orchestrator.data.dataset import load_manifest
 from orchestrator.data.index import write_index
 from orchestrator.data.prepare import prepare
 from orchestrator.data.ray_tasks import RayTasks
 from orchestrator.data.tokenizer import load_tokenizer
-from orchestrator.errors import UserError
+from orchestrator.data.tokenizers.plain import ByteTokenizer
+from orchestrator.errors import NoRoomError, UnreadableError, UserError
 from orchestrator.files import file_sha256
 from tests.helpers.datasets import data, hashes_of, ids_of, quiet
 from tests.helpers.wait import wait_until
@@ -93,11 +95,16 @@ def test_bytes_do_not_depend_on_chunks_or_order_of_tasks(
     assert found[1:] == found[:1] * 3
 
 
-@pytest.mark.parametrize("split", ["tail", "hash"])
-def test_threads_give_the_same_bytes(mixed, tmp_path, monkeypatch, split):
+@pytest.mark.parametrize(
+    ("split", "process_bytes"), [("tail", 1 << 30), ("hash", 1 << 30), ("tail", 1)]
+)
+def test_threads_and_processes_give_the_same_bytes(
+    mixed, tmp_path, monkeypatch, split, process_bytes
+):
     prepare(data(mixed, split=split), tmp_path / "one", progress=quiet)
     monkeypatch.setattr(prepare_module, "MIN_CHUNK_BYTES", 300)
-    monkeypatch.setattr(ray_tasks, "available_cpus", lambda: 4)
+    monkeypatch.setattr(ray_tasks, "PROCESS_BYTES", process_bytes)
+    monkeypatch.setattr(ray_tasks, "available_cpus", lambda: 3)
     prepare(data(mixed, split=split), tmp_path / "many", progress=quiet)
     assert hashes_of(tmp_path / "many") == hashes_of(tmp_path / "one")
 
@@ -116,6 +123,65 @@ def test_mistake_in_one_file_ends_the_threads(monkeypatch):
     with pytest.raises(UserError, match="a mistake"):
         RayTasks(quiet).map("tokenizing", task, jobs, [1] * 100, here=True)
     assert len(done) < 50
+
+
+TWO = [ray_tasks.PROCESS_BYTES] * 2  # bytes of two jobs that have a process each
+
+
+def test_killed_process_is_an_error_and_the_parts_stay(here, mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_tasks, "available_cpus", lambda: 2)
+    with pytest.raises(UnreadableError, match="was killed"):
+        RayTasks(quiet).map("tokenizing", os._exit, [{"status": 9}] * 2, TWO, here=True)
+
+    for kind in (UnreadableError, NoRoomError):
+
+        def fail(*_, kind=kind):
+            raise kind("a process was killed, or the disk is full")
+
+        monkeypatch.setattr(prepare_module, "write_index", fail)
+        with pytest.raises(kind):
+            prepare(data(mixed), tmp_path / kind.__name__, progress=quiet)
+        assert sidecars(tmp_path / kind.__name__)
+
+
+WAITING = """
+import signal
+from orchestrator.data import ray_tasks
+ray_tasks.available_cpus = lambda: 2
+ray_tasks.RayTasks(lambda *_: None).map("", signal.pause, [{}] * 2, [1 << 30] * 2, here=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_processes_end_with_a_killed_or_interrupted_driver(number):
+    driver = psutil.Popen([sys.executable, "-c", WAITING], cwd=REPO)
+    wait_until(lambda: len(driver.children()) >= 3, driver)  # and one of multiprocessing
+    children = driver.children()
+    driver.send_signal(number)
+    driver.wait(timeout=30)
+    assert psutil.wait_procs(children, timeout=30)[1] == []
+
+
+def test_interrupt_ends_the_threads_inside_a_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "PIECE", 10)
+    monkeypatch.setattr(prepare_module, "MIN_CHUNK_BYTES", 120)
+    monkeypatch.setattr(ray_tasks, "available_cpus", lambda: 2)
+    (tmp_path / "t.jsonl").write_text(f'{{"text": "{"so many words " * 8}"}}\n' * 2)
+    pieces = []
+    once = iter([True])
+    encode = ByteTokenizer.encode
+
+    def interrupt(self, text: str) -> np.ndarray:
+        pieces.append(text)
+        if next(once, False):
+            os.kill(os.getpid(), signal.SIGINT)
+        tasks.interrupted.wait(2)
+        return encode(self, text)
+
+    monkeypatch.setattr(ByteTokenizer, "encode", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data(tmp_path / "t.jsonl", split="hash"), tmp_path / "d", progress=quiet)
+    assert len(pieces) < 8
 
 
 def test_ids_of_a_packed_file_are_not_kept_in_memory(tmp_path):
@@ -309,6 +375,8 @@ def test_full_disk_while_tokens_are_written_is_one_line():
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "train-00000.parquet")
 
-    tasks = RayTasks(quiet)
-    with pytest.raises(UserError, match=r"^the disk is full: .*train-00000.parquet.*run the same"):
-        tasks.map("writing", full, [{}], [1], here=True)
+    ray_tasks = RayTasks(quiet)
+    with pytest.raises(
+        NoRoomError, match=r"^the disk is full: .*train-00000.parquet.*run the same"
+    ):
+        ray_tasks.map("writing", full, [{}], [1], here=True)

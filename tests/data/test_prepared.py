@@ -20,7 +20,7 @@ from orchestrator.data import prepare as prepare_module
 from orchestrator.data.corpus import resolve
 from orchestrator.data.dataset import FORMAT
 from orchestrator.data.documents import read_pieces
-from orchestrator.data.estimate import TokenEstimate, estimate_tokens
+from orchestrator.data.estimate import SAMPLE_BYTES, TokenEstimate, estimate_tokens, sample
 from orchestrator.data.input.kinds import TEXT, Kind
 from orchestrator.data.prepare import prepare, prepare_in
 from orchestrator.data.prepared import dataset_dir, known_dir, settings_of, with_hashes
@@ -301,6 +301,29 @@ def test_estimate_is_near_if_pieces_are_larger_than_a_sample(gpt2_ranks, tmp_pat
         for piece in read_pieces(span)
     )
     assert estimate_tokens(settings).tokens == pytest.approx(tokens, rel=0.05)
+
+
+def groups_of_rows(folder):
+    table = pa.table({"text": ["so many words " * 700] * 40})
+    pq.write_table(table, folder / "c.parquet", row_group_size=10, compression="none")
+
+
+def long_lines(folder):
+    (folder / "c.jsonl").write_text(f"{json.dumps({'text': 'so many words ' * 7000})}\n" * 4)
+
+
+@pytest.mark.parametrize("write", [groups_of_rows, long_lines])
+def test_sample_has_a_piece_of_each_part_of_a_corpus(tmp_path, write):
+    """A part is a row group, or a line: each of four begins anywhere in another chunk."""
+    write(tmp_path)
+    settings = Data(corpus=str(next(tmp_path.iterdir())))
+    sources = resolve(settings.corpus)
+    chunks = plan_chunks(sources, sources[0].bytes // 4 - 1000, settings)
+    pieces = list(sample(chunks))
+    starts = {re.split("[@#]", piece.document)[1] for piece in pieces}
+    size = 10 if write is groups_of_rows else sources[0].bytes // 4
+    assert starts >= {str(i * size) for i in range(4)}
+    assert all(len(piece.text) <= SAMPLE_BYTES for piece in pieces)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.config.sections import Data
 from orchestrator.data import index as index_module
+from orchestrator.data import split as split_module
 from orchestrator.data import tasks
 from orchestrator.data.corpus import CorpusFile
 from orchestrator.data.dataset import INDEX_FILE
@@ -50,7 +51,9 @@ def test_tail_splits_characters_and_encodes_each_side_alone(
 
 @pytest.mark.parametrize(("val_fraction", "train"), [(0.9, 1), (0.7, 3), (0.1, 9), (0.25, 7)])
 def test_fraction_of_val_is_exact(val_fraction, train):
-    assert tasks.tail_cut(10, val_fraction) == train  # (1 - 0.9) * 10 is less than 1 as a float
+    assert (
+        split_module.tail_cut(10, val_fraction) == train
+    )  # (1 - 0.9) * 10 is less than 1 as a float
 
 
 def test_cut_between_two_documents_and_cut_inside_of_one(here, tmp_path):

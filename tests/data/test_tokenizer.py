@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data import tokenizer
-from orchestrator.data.tokenizer import TOKENIZERS, CharacterTokenizer, load_tokenizer
+from orchestrator.data.tokenizer import TOKENIZERS, load_tokenizer
+from orchestrator.data.tokenizers import pairs
+from orchestrator.data.tokenizers.plain import CharacterTokenizer
 from orchestrator.errors import UserError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
@@ -133,6 +134,6 @@ def test_missing_ranks_explain_the_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(tiktoken.load, "read_file", unreachable)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    tokenizer._tiktoken.cache_clear()
+    pairs._encoding.cache_clear()
     with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
         load_tokenizer("p50k_base")

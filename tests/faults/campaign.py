@@ -126,6 +126,7 @@ class Campaign:
         database = None
         if number % TRACKED_INTERVAL == 0:
             database = str(self.path / "mlflow.db")
+            copy_empty(Path(database))
         path = self.path / f"case-{number}"
         case = Case(self.starter, path, data_dir, VARIANTS[variant], database)
         report = case.run(rng, rng.randint(*self.starts), self.of_part["ranks"])

@@ -19,7 +19,7 @@ from orchestrator.data.dataset import load_manifest
 from orchestrator.files import read_json
 from orchestrator.runs import identity, stop
 from orchestrator.runs.folder import RunFolder
-from orchestrator.workers import hangs
+from orchestrator.workers import hangs, places
 from tests.faults import kinds
 from tests.faults.damage import damage_checkpoint, tear_journal
 from tests.faults.kinds import Fault
@@ -99,9 +99,10 @@ class Case:
             "world": world,
             "store": str(self.path / f"store-{self.report.attempts}"),
             "launch": str(self.report.attempts),
-            "key": (self.folder.read_record() or {}).get("key"),
+            "profile": 0,
+            "code": [],
+            **places.of_driver(self.folder, self.data_dir, None),
             "run_dir": str(self.folder.path),
-            "data_dir": str(self.data_dir),
             "log": str(self.path / "log.txt"),
             "first_step": str(first_step),
             "met": str(note),

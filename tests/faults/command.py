@@ -7,6 +7,7 @@ second, and a campaign can afford hundreds.
 """
 
 import contextlib
+import importlib
 import math
 import os
 import signal
@@ -22,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster import connection, device
+from orchestrator.cluster import connection, device, nodes
 from orchestrator.cluster import layout as cluster
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, load_experiment
@@ -30,10 +31,11 @@ from orchestrator.data import prepare, tasks
 from orchestrator.jobs import job as job_module
 from orchestrator.jobs import sweep as sweep_job
 from orchestrator.jobs import train as train_job
+from orchestrator.objects.address import Address
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.sweep import cost
 from orchestrator.sweep.space.expand import load_sweep
-from orchestrator.workers import ray_train
+from orchestrator.workers import places, ray_train
 from pipelines import common
 from pipelines import prepare as prepare_command
 from pipelines import sweep as sweep_command
@@ -119,8 +121,10 @@ def work(job: dict[str, Any]) -> None:
 
     Keys of `job`: verb, words, path; `world`, the number of workers; `faults` of the first start of
     the workers (with `stays`: of each start; with `everywhere`: of this process too);
-    `environment`; `closed`, a stream without a reader; `tracked`, whether MLflow is used;
-    `change` of a corpus that is read; `breaks`, a name of `breaks.BREAKS`.
+    `environment`; `environments` of ranks; `spread`, whether ranks may be on other nodes; `values`
+    of variables, by `module:name`; `closed`, a stream without a reader;
+    `tracked`, whether MLflow is used; `change` of a corpus that is read; `breaks`, a name of
+    `breaks.BREAKS`.
     """
     folder = Path(job["path"])
     for number, name in ((1, "out"), (2, "err")):
@@ -132,6 +136,9 @@ def work(job: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, value in job.get("environment", {}).items():
         os.environ[name] = value
+    for place, value in job.get("values", {}).items():
+        module, _, name = place.partition(":")
+        _put(importlib.import_module(module), name, value)
     status: Any = 1
     try:
         _replace_ray(job)
@@ -176,11 +183,12 @@ def _replace_ray(job: dict[str, Any]) -> None:
     world = job.get("world", 1)
     _put(connection, "connect", lambda **_: None)
     _put(connection, "job_id", lambda: None)
-    _put(cluster, "check_storage", lambda *_: None)
+    _put(nodes, "has_several_nodes", lambda: False)
     _put(cluster, "find_layout", lambda *_: Layout(world, 1, False))
     _put(cluster, "capacity", lambda *_: 1)
     _put(device, "has_several_nodes", lambda: False)
     _put(cluster, "has_several_nodes", lambda: False)
+    _put(job_module, "has_several_nodes", lambda: job.get("spread", False))
     _put(prepare, "RayTasks", LocalTasks)
     if job.get("change"):
         _change_between_passes(*job["change"])
@@ -220,7 +228,7 @@ class NoTracker:
     run_id = None
     url = None
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
     def start(self) -> None:
@@ -246,15 +254,23 @@ class Ranks:
         other_end.close()
 
     def fit(
-        self, experiment: Experiment, folder: RunFolder, data_dir: Path, layout: Layout
+        self,
+        experiment: Experiment,
+        folder: RunFolder,
+        data_dir: Path,
+        layout: Layout,
+        profile: int = 0,
+        mirror: Address | None = None,
     ) -> None:
         """Stands for `ray_train.fit`."""
         launch = uuid.uuid4().hex[:8]
         more = {
+            **places.of_driver(folder, data_dir, mirror),
             "experiment": experiment.model_dump(),
-            "data_dir": str(data_dir),
             "launch": launch,
-            "key": (folder.read_record() or {}).get("key"),
+            "environments": self.job.get("environments", {}),
+            "profile": profile,
+            "code": [],
         }
         for _ in range(STARTS):
             # As `_work`: an ending is final.

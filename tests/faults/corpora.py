@@ -158,7 +158,7 @@ def invalid_utf8(path: Path, rng: random.Random) -> Corpus:
 
 
 def other_scheme(path: Path, rng: random.Random) -> Corpus:
-    return Corpus([rng.choice(["s3://b/c.txt", "gs://b/c", "hdfs://n/c"])], None)
+    return Corpus([rng.choice(["s3://B/c.txt", "abfs://b/c", "hdfs://n/c"])], None)
 
 
 def number_sign(path: Path, rng: random.Random) -> Corpus:

@@ -141,7 +141,7 @@ class AllCheckpoints(Damage):
 
     def before(self, case: "CommandCase", rng: random.Random) -> bool:
         files = [
-            case.folder.checkpoint(step) / "model.safetensors"
+            min(case.folder.checkpoint(step).glob("model*.safetensors"))
             for step in case.folder.checkpoint_steps()
         ]
         for file in files:

@@ -12,7 +12,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from orchestrator.runs.journal import Journal
 from orchestrator.train import begin, evaluate
 from orchestrator.train.evaluate import Evaluator
 from orchestrator.train.gradients import Gradients
+from orchestrator.train.ranks import reading
 from orchestrator.train.step import Step
 
 # Name of a point: owner and name of the function.
@@ -38,11 +38,11 @@ POINTS = {
     "all_gather": (dist, "all_gather_into_tensor"),
     "line": (Journal, "write"),
     "copy": (tensor_file, "fill"),
-    "commit": (checkpoint, "commit"),
+    "commit": (checkpoint, "write"),
     "prune": (checkpoint, "prune"),
     "batch": (evaluate, "agree"),
     "sample": (Evaluator, "_write_sample"),
-    "verify": (checkpoint, "verify"),
+    "verify": (reading, "read_parts"),
     "restore": (begin, "restore"),
     "rewind": (Journal, "rewind"),
     "rewrite": (journal, "write_atomically"),
@@ -116,13 +116,13 @@ TORN = {"line": _write_half_a_line, "write": _write_half}
 
 def fill_disk(nth: int, note: Callable[[str], None]) -> None:
     """Let the writes of the n-th commit fail with a full disk, and no others."""
-    commit = checkpoint.commit
+    write_files = checkpoint.write
     commits = 0
 
-    def counted_commit(*args: Any) -> Path:
+    def counted_write(*args: Any) -> Any:
         nonlocal commits
         commits += 1
-        return commit(*args)
+        return write_files(*args)
 
     def failing_write(fd: int, data: Any) -> int:
         if threading.current_thread().name.startswith(WRITER) and commits == nth:
@@ -130,7 +130,7 @@ def fill_disk(nth: int, note: Callable[[str], None]) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(fd, data)
 
-    checkpoint.commit = counted_commit
+    checkpoint.write = counted_write
     os.write = failing_write
 
 
@@ -147,10 +147,10 @@ def _fail_reads(fault: dict[str, Any], note: Callable[[str], None]) -> None:
     read = checkpoint_format.hash_here
     left = fault["nth"]
 
-    def failing_read(paths: list[str]) -> list[str]:
+    def failing_read(paths: list[str], *contents: Any) -> list[str]:
         nonlocal left
         if left == 0:
-            return read(paths)
+            return read(paths, *contents)
         left -= 1
         note("unreadable")
         raise OSError(fault["code"], os.strerror(fault["code"]), paths[0])

@@ -9,6 +9,7 @@ from typing import Any
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.runs import journal, metrics
 from orchestrator.runs.folder import RunFolder
+from tests.helpers.checkpoints import written_by_one
 from tests.helpers.curves import exact_part
 
 Outcome = dict[str, Any]
@@ -21,7 +22,7 @@ def outcome(run_dir: Path) -> Outcome:
     last = checkpoint.latest_valid(run_dir / "checkpoints")
     if last is None:
         return {"curve": curve, "step": None}
-    parts = {name: (last / name).read_bytes() for name in PARTS}
+    parts = {name: written_by_one(last, name) for name in PARTS}
     weights = checkpoint.weights_sha256(checkpoint.load_tensors(last, "model"))
     return {"curve": curve, "step": last.name, "weights": weights, **parts}
 

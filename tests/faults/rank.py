@@ -12,36 +12,44 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet  # noqa: F401 - imported once in the server, not in each rank
 import torch
-import torch._dynamo  # noqa: F401 - else the first optimizer of each rank imports it
 import torch.distributed as dist
 
+from orchestrator.code_hashes import module_hashes
+from orchestrator.errors import UserError
 from orchestrator.runs import stop
+from orchestrator.runs.facts import own_sources
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.numerics import Worker
-from orchestrator.workers import attempts
+from orchestrator.workers import attempts, places
 from orchestrator.workers import worker as worker_process
 from tests.faults import hooks
 from tests.helpers import forked
 
 TIMEOUT_S = 60
 
+# Both are kept: computed once in the server, not in each rank and command.
+module_hashes("gpt2", "adamw")
+own_sources()
+
 
 class RankStarter:
     """Forks ranks and commands from a server process that has imported their modules once.
 
     Args:
+        modules: More modules to import there.
         with_mlflow: Also import mlflow there.
     """
 
-    def __init__(self, *, with_mlflow: bool = False) -> None:
-        self.modules = ["mlflow.tracking"] if with_mlflow else []
+    def __init__(self, *modules: str, with_mlflow: bool = False) -> None:
+        self.modules = [*modules, *(["mlflow.tracking"] if with_mlflow else [])]
 
     def start(self, jobs: list[dict[str, Any]], target: Callable[..., None] | None = None) -> Any:
         """Start a process for each job: a rank, or `target(job)`."""
@@ -68,8 +76,14 @@ def _work(job: dict[str, Any], run_dir: Path) -> None:
     rank = job["rank"]
     world = job["world"]
     folder = RunFolder(run_dir)
-    if "sweep_dir" not in job and worker_process.is_over(folder, job["key"]):
-        return
+    if "sweep_dir" not in job:
+        os.environ.update(job.get("environments", {}).get(str(rank), {}))
+        try:
+            found = places.find(job, rank)
+        except UserError:
+            return  # Ray's driver would end all ranks
+        if folder.ending_file.exists():
+            return
     if "pids" in job:
         (Path(job["pids"]) / f"pid-{os.getpid()}").touch()
     if world > 1:
@@ -93,7 +107,7 @@ def _work(job: dict[str, Any], run_dir: Path) -> None:
     if "sweep_dir" in job:
         _run_stage(folder, place, SweepFolder(job["sweep_dir"]))
         return
-    worker_process.train(folder, place, job)
+    worker_process.train(found, replace(place, has_folder=found.is_shared), job)
 
 
 def _run_stage(folder: RunFolder, worker: Worker, sweep: SweepFolder) -> None:

@@ -95,7 +95,7 @@ def table(reports: list[Report], titles: Mapping[str, str], seed: int, wall_s: f
     pairs = sum(record.pair for report in reports for record in report.happened)
     attempts = sum(report.attempts for report in reports)
     wrong = sum(bool(report.problems) for report in reports)
-    conclusion = f"**{wrong} of {len(reports)} runs had a wrong result.**"
+    conclusion = f"**{wrong} of {len(reports)} runs had a problem.**"
     if not wrong:
         conclusion = (
             f"With no wrong result in {faults} faults, at most {300 / faults:.1f} % of such faults "

@@ -52,6 +52,15 @@ def holds(path: Path, seed: int) -> bool:
     return True
 
 
+def written_by_one(path: Path, name: str) -> bytes:
+    """Return a file of a checkpoint as one rank writes it, also if several ranks wrote it."""
+    group = name.removesuffix(".safetensors")
+    if group == name or (path / name).is_file():
+        return (path / name).read_bytes()
+    [file] = tensor_file.fill({}, {group: store.load_tensors(path, group)}).values()
+    return bytes(file.data)
+
+
 def flip(content: bytes, position: int, bit: int = 0) -> bytes:
     """Return `content` with one bit changed."""
     changed = bytearray(content)

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.helpers import warm
 from tests.helpers.ports import free_port
 from tests.helpers.wait import wait_until
 
 START = [
     sys.executable,
-    "-m",
-    "ray.scripts.scripts",
+    str(Path(__file__).with_name("warm_head.py")),
     "start",
     "--block",
     "--disable-usage-stats",
@@ -37,7 +37,12 @@ def head(logs: Path, cpus: int) -> Iterator[SimpleNamespace]:
     """
     # A short path: Ray creates sockets below it, whose paths have at most 107 bytes.
     base = Path("/tmp") / f"espalier-{os.getpid()}-{free_port()}"
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    base.mkdir(mode=0o700)
+    env = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        warm.SOCKET: str(base / "warm"),
+    }
     port, dashboard, agent, client = (free_port() for _ in range(4))
     processes = []
 

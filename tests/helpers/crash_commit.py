@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint import store
+from orchestrator.checkpoint.format import FORMAT_IN_PARTS
 from tests.helpers.facts import FACTS
 
 NAMES = (
@@ -40,6 +41,15 @@ def commit(directory: Path, step: int, mark: int) -> None:
     parts = {"model.safetensors": NO_TENSORS, "state.json": bytes([mark]) * 1000, "a.txt": b""}
     facts = {"mark": mark, "metrics": {"val/loss": abs(step - 2)}, **FACTS}
     store.commit(directory, step, parts, facts)
+
+
+def commit_in_parts(directory: Path, step: int, mark: int) -> None:
+    """Write the same files as `commit`, as if one of them came from another rank."""
+    parts = {"model.safetensors": NO_TENSORS, "state.json": bytes([mark]) * 1000}
+    temporary = store.begin(directory, step, 2000)
+    with store.discarded_on_error(temporary):
+        entries = store.write(temporary, {"a.txt": b""}) | store.write(temporary, parts)
+        store.finish(temporary, step, entries, {"mark": mark, **FACTS}, FORMAT_IN_PARTS)
 
 
 def commit_and_prune(directory: Path, step: int, mark: int) -> None:
@@ -83,6 +93,7 @@ SCENARIOS = {
     "first": Scenario(write_steps(), lambda d: commit(d, 1, NEW), None),
     "beside": Scenario(write_steps(1), lambda d: commit(d, 2, NEW), 1),
     "same": Scenario(write_steps(1), lambda d: commit(d, 1, NEW), 1),
+    "parts": Scenario(write_steps(1), lambda d: commit_in_parts(d, 1, NEW), 1),
     "prune": Scenario(write_steps(1, 2, 3), lambda d: commit_and_prune(d, 4, NEW), 3),
     "leftovers": Scenario(leave_behind, lambda d: commit_and_prune(d, 2, NEW), 1),
 }

@@ -1,6 +1,8 @@
-"""Fixtures for sweeps, which run in this process without Ray, and for tracking."""
+"""Fixtures for sweeps and commands, which run in this process without Ray, and for tracking."""
 
 import os
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,11 @@ from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
 from orchestrator.workers.attempts import record_failure
 from tests.helpers import stores
+from tests.helpers.checkpoints import written_by_one
 from tests.helpers.curves import exact_part
 from tests.helpers.tiny import TINY
 
+REPO = Path(__file__).resolve().parent.parent.parent
 SMALL = [
     *TINY,
     "train.max_steps=20",
@@ -132,7 +136,7 @@ class Sweeps:
         progress = study.progress
         report = SweepFiles(study)
         # The figure takes a second and has its own tests.
-        report.write_tree = lambda: None
+        report.write_figure = lambda: None
         progress.on_stage_end = report.stage_ended
         report.begin()
         ran = run_stages(progress, limit, fail, stop_asked)
@@ -160,7 +164,7 @@ class Sweeps:
         return {
             "step": last.name,
             "weights": checkpoint.weights_sha256(tensors),
-            "parts": [(last / name).read_bytes() for name in parts],
+            "parts": [written_by_one(last, name) for name in parts],
             "curve": [exact_part(line) for line in journal.read(folder)],
         }
 
@@ -188,3 +192,20 @@ def uri(store, impatient, monkeypatch, tmp_path):
     monkeypatch.chdir(folder)
     yield f"sqlite:///{store}"
     assert os.listdir(folder) == []
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """Return a function that runs a command in this process, without Ray: (status, stderr)."""
+
+    def type_(script: str, *words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+        # These two change the streams and signals of the whole process, which is pytest's here.
+        monkeypatch.setattr("pipelines.streams.secure", lambda: None)
+        monkeypatch.setattr("orchestrator.runs.signals.begin", lambda: None)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(REPO / "pipelines" / script), run_name="__main__")
+        return ended.value.code, capsys.readouterr().err
+
+    return type_

@@ -78,7 +78,7 @@ def reason_of_next_attempt(folder: RunFolder) -> str:
         attempts.start_workers_attempt(folder, "launch", 1)
     except OSError as error:
         attempts.record_failure(folder, Worker(), error)
-    summary.summarize(folder, Ending("failed"), EXPERIMENT.tokens_per_step, None, 0.0)
+    summary.summarize(folder, Ending("failed"), EXPERIMENT.tokens, None, 0.0)
     ending = folder.read_ending()
     assert ending is not None and ending.reason is not None
     return ending.reason

@@ -18,6 +18,9 @@ class LocalTasks(prepare.RayTasks):
     def __exit__(self, *_: object) -> None:
         pass
 
+    def check_shared(self, folder) -> None:
+        pass
+
     def cpus(self) -> int:
         return 1
 

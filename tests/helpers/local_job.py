@@ -62,13 +62,12 @@ def _start_with_store(start: Callable[[Tracker], None]) -> Callable[[Tracker], N
 
 @contextlib.contextmanager
 def without_ray(cpus: int = 1) -> Iterator[None]:
-    """Let the jobs above run: a cluster with these CPUs, and no estimate, which takes seconds."""
+    """Let the jobs above run on a cluster with these CPUs."""
     threads = torch.get_num_threads()
     numbers = (*signals.STOPS, signal.SIGINT, signal.SIGALRM)
     handlers = {number: signal.getsignal(number) for number in numbers}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orchestrator.cluster.layout._nodes", lambda: [Node(cpus)])
-        patch.setattr("orchestrator.sweep.cost.estimate_of", lambda *_, **__: "not measured")
+        patch.setattr("orchestrator.cluster.layout.alive_nodes", lambda: [Node(cpus)])
         patch.setattr("orchestrator.track.sender.POLL_S", 0.1)
         patch.setattr(Tracker, "start", _start_with_store(Tracker.start))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -13,6 +13,7 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
+from tests.helpers import warm
 from tests.helpers.curves import exact_part
 from tests.helpers.local_job import LocalTrainJob, without_ray
 from tests.helpers.wait import wait_until
@@ -26,7 +27,7 @@ def command(storage: Path, corpus: Path, *overrides: str) -> list[str]:
     return [
         sys.executable,
         str(REPO / "pipelines" / "train.py"),
-        str(REPO / "configs" / "quickstart.yaml"),
+        str(REPO / "tests" / "helpers" / "small.yaml"),
         f"storage={storage}",
         f"data.corpus={corpus}",
         "data.tokenizer=char",
@@ -60,30 +61,19 @@ def misleading_folder() -> Path:
     return folder
 
 
-def begin(ray_head, storage: Path, corpus: Path, *overrides: str, **env: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(storage, corpus, *overrides),
-        env={**ray_head.env, **env},
-        cwd=misleading_folder(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def begin(ray_head, storage: Path, corpus: Path, *overrides: str, **env: str) -> warm.Process:
+    """Start the command, on a head of `cluster.head`."""
+    words = command(storage, corpus, *overrides)[1:]
+    return warm.Process(words, {**ray_head.env, **env}, misleading_folder())
 
 
 def run(
     ray_head, storage: Path, corpus: Path, *overrides: str, status: int = 0
 ) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        command(storage, corpus, *overrides),
-        env=ray_head.env,
-        cwd=misleading_folder(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
+    process = begin(ray_head, storage, corpus, *overrides)
+    out, err = process.communicate(240)
+    assert process.returncode == status, out + err
+    return subprocess.CompletedProcess(process.words, status, out, err)
 
 
 def run_here(storage: Path, corpus: Path, *overrides: str) -> int:

@@ -10,10 +10,9 @@ def log(run_dir, steps, **more):
     from orchestrator.runs.folder import RunFolder
     from orchestrator.runs.journal import Journal
 
+    journal = Journal(RunFolder(run_dir))
     for step in steps:
-        Journal(RunFolder(run_dir)).append(
-            step, {"train/loss": 5 - step / 1000, "optim/lr": 1e-3, **more}
-        )
+        journal.append(step, {"train/loss": 5 - step / 1000, "optim/lr": 1e-3, **more})
 
 
 def expected(run_dir):

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import uuid
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -10,21 +11,25 @@ import torch.distributed as dist
 
 from orchestrator.config.experiment import load_experiment
 from orchestrator.runs.folder import RunFolder
+from orchestrator.train import state
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
 from tests.helpers import forked
 
 
-def start(folder: RunFolder, data_dir: Path, overrides: list[str], world: int) -> list[BaseProcess]:
-    """Start the ranks of a run, forked from a server."""
+def start(
+    folder: RunFolder, data_dir: Path, overrides: list[str], world: int, nodes: str = ""
+) -> list[BaseProcess]:
+    """Start the ranks of a run, forked from a server. `nodes`: a letter for the node of each."""
     job = {
         "world_size": world,
-        "store": f"{folder.path}-store",
+        "store": f"{folder.path}-store-{uuid.uuid4().hex}",
         "run_dir": str(folder.path),
         "data_dir": str(data_dir),
         "overrides": overrides,
     }
-    return forked.start(work, [job | {"rank": rank} for rank in range(world)])
+    jobs = [job | {"rank": rank, "node": nodes[rank : rank + 1]} for rank in range(world)]
+    return forked.start(work, jobs)
 
 
 def work(job: dict) -> None:
@@ -36,6 +41,8 @@ def work(job: dict) -> None:
             rank=job["rank"],
             world_size=job["world_size"],
         )
+    if job.get("node"):
+        state.node_digest = lambda: job["node"].encode().hex()
     train(
         load_experiment(job.get("file"), job["overrides"]),
         RunFolder(job["run_dir"]),

@@ -5,15 +5,7 @@ import torch
 
 from model.gpt import GPT
 from model.gpt_config import GPTConfig
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Use one thread: more threads than free cores slow each other down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.helpers.threads import one_thread  # noqa: F401 - used by all tests here
 
 
 @pytest.fixture

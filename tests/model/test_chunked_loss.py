@@ -6,20 +6,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model import loss as loss_module
 from model.loss import chunked_cross_entropy
 
 BATCH, STEPS, WIDTH, VOCAB = 3, 7, 16, 53
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the size of the largest new tensor."""
+    """Remembers the size of the largest new tensor of each type."""
 
-    numel = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel: dict[torch.dtype, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
-            self.numel = max(self.numel, result.numel())
+            self.numel[result.dtype] = max(self.numel.get(result.dtype, 0), result.numel())
         return result
 
 
@@ -101,14 +104,34 @@ def test_autocast_gives_float32_loss_and_gradients_near_those_of_all_logits(dtyp
         assert (mine - true).norm() < 1.2 * (other - true).norm() + 1e-3 * true.norm()
 
 
-def test_largest_tensor_is_a_chunk_of_logits():
-    rows = 4096
-    hidden = torch.randn(2, rows // 2, 2, requires_grad=True)
-    weight = torch.randn(1000, 2, requires_grad=True)
-    targets = torch.zeros(2, rows // 2, dtype=torch.long)
-    with Largest() as largest:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_largest_tensor_is_a_chunk_of_logits(dtype, monkeypatch):
+    monkeypatch.setattr(loss_module, "BLOCK_NUMEL", 3 * 1000)
+    hidden = torch.randn(2, 256, 8, requires_grad=True)
+    weight = torch.randn(1000, 8, requires_grad=True)
+    targets = torch.zeros(2, 256, dtype=torch.long)
+    with Largest() as largest, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         chunked_cross_entropy(hidden, weight, None, targets, "mean", chunk=16).backward()
-    assert largest.numel == 16 * 1000
+    assert largest.numel[dtype] == 16 * 1000
+    if dtype == torch.bfloat16:  # only a part of a chunk, or the weights, are in float32
+        assert largest.numel[torch.float32] == weight.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_that_stay_in_the_cache_change_no_bit_of_the_loss(dtype, monkeypatch):
+    found = []
+    for rows in (1, 3, 100):
+        monkeypatch.setattr(loss_module, "BLOCK_NUMEL", rows * VOCAB)
+        tensors = inputs(torch.float32)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = chunked_cross_entropy(*tensors, some_targets(), "mean", chunk=10, cap=5.0)
+        found.append((loss, gradients(loss, tensors)))
+    expected, (hidden, *others) = found[-1]
+    for loss, (of_hidden, *of_others) in found[:-1]:
+        assert torch.equal(loss, expected)
+        assert torch.equal(of_hidden, hidden)
+        for one, other in zip(of_others, others, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_second_backward_pass_is_an_error():

@@ -1,6 +1,6 @@
 """FLOPs equal nanoGPT's formula and torch's counter; unknown devices have no peak."""
 
-from dataclasses import astuple
+from dataclasses import fields
 
 import pytest
 import torch
@@ -10,44 +10,76 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.flops import (
-    DecaySummary,
-    decay_summary,
+    COUNTED,
     flops_per_token,
     mfu,
-    parameter_count,
     peak_flops,
+    position_parameters,
+    sizes_of,
 )
 from model.gpt import GPT
 from model.gpt_config import GPTConfig
-from model.optim import OptimizerSettings, parameter_groups
+from model.models import MODELS, empty_model
+from orchestrator.code_hashes import REPOSITORY, source_hash
 
 GPT2_124M = GPTConfig(bias=False)
 
 
-@given(
-    st.integers(1, 3),
-    st.integers(1, 4),
-    st.integers(1, 8),
-    st.integers(1, 40),
-    st.integers(1, 99),
-    st.booleans(),
-)
-def test_parameter_count_equals_that_of_built_model(
-    n_layer, n_head, head_size, block_size, vocab_size, bias
-):
-    config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_head * head_size, bias=bias)
-    with torch.device("meta"):
-        model = GPT(config)
-    assert parameter_count(config) == model.num_parameters()
-    assert parameter_count(config, positions=False) == model.num_parameters(positions=False)
-    settings = OptimizerSettings(max_lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1)
-    groups = [group["params"] for group in parameter_groups("adamw", model, settings)]
-    sizes = [(len(group), sum(one.numel() for one in group)) for group in groups]
-    assert astuple(decay_summary(config)) == (*sizes[0], *sizes[1])
+SHAPE = {
+    "block_size": st.integers(1, 40),
+    "vocab_size": st.integers(1, 99),
+    "n_layer": st.integers(1, 5),
+    "n_head": st.just(4),
+    "n_embd": st.sampled_from([8, 24, 64]),
+    "dropout": st.just(0.0),
+    "bias": st.booleans(),
+    "loss_chunk": st.sampled_from([None, 7]),
+}
+OPTIONS = {
+    "gpt2": {**SHAPE, "activation": st.sampled_from(["gelu", "gelu_tanh"])},
+    "modern": {
+        **SHAPE,
+        "n_kv_head": st.sampled_from([None, 1, 2]),
+        "norm_gains": st.booleans(),
+        "rotary_base": st.just(1024.0),
+        "rotary_share": st.sampled_from([0.0, 0.5]),
+        "attention_scale": st.just(1.0),
+        "window": st.sampled_from(["S", "SL"]),
+        "window_size": st.sampled_from([None, 1, 9]),
+        "value_embeddings": st.sampled_from([None, "last", "alternate"]),
+        "smear": st.booleans(),
+        "layer_smear": st.booleans(),
+        "layer_scalars": st.booleans(),
+        "logit_cap": st.sampled_from([None, 15.0]),
+    },
+}
+CONFIGS = [st.builds(MODELS[kind].config, **options) for kind, options in OPTIONS.items()]
 
 
-def test_gpt2_has_known_number_of_decayed_parameters():
-    assert decay_summary(GPTConfig(bias=False)) == DecaySummary(50, 124_354_560, 25, 19_200)
+@given(st.one_of(CONFIGS))
+def test_sizes_and_flops_equal_those_of_built_model(config):
+    model = empty_model("gpt2" if isinstance(config, GPTConfig) else "modern", config)
+    groups = model.parameter_groups()
+    built = {
+        group: sorted(model.get_parameter(name).numel() for name in names)
+        for group, names in groups.items()
+    }
+    assert {group: sorted(numbers) for group, numbers in sizes_of(config).items()} == built
+    assert flops_per_token(config) == model.flops_per_token(config.block_size)
+
+
+@given(CONFIGS[0])
+def test_positions_of_a_gpt2_are_those_of_the_built_model(config):
+    model = empty_model("gpt2", config)
+    without = model.num_parameters() - model.num_parameters(positions=False)
+    assert position_parameters(config) == without
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_sizes_are_checked_for_each_option_and_for_the_present_source(kind):
+    """If the source has changed: mend `sizes_of` if the test above fails, then `COUNTED`."""
+    assert OPTIONS[kind].keys() == {field.name for field in fields(MODELS[kind].config)}
+    assert COUNTED[kind] == source_hash((REPOSITORY / MODELS[kind].files[0]).read_bytes())
 
 
 def test_gpt2_has_known_flops_per_token():

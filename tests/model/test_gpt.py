@@ -106,6 +106,23 @@ def test_without_targets_only_last_position_has_logits(small_gpt):
     torch.testing.assert_close(last, every[:, -1:], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_chunked_loss_has_the_loss_and_gradients_of_the_full_one(small_gpt, reduction):
+    full, chunked = small_gpt(), small_gpt(loss_chunk=5)
+    chunked.load_state_dict(full.state_dict())
+    tokens = torch.randint(full.config.vocab_size, (3, 8))
+    targets = torch.randint(-1, full.config.vocab_size, (3, 8))
+    losses = [model(tokens, targets, reduction=reduction) for model in (full, chunked)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    gradients = [[p.grad for p in model.parameters()] for model in (full, chunked)]
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        windows = [model(tokens, targets, reduction="window") for model in (full, chunked)]
+    torch.testing.assert_close(*windows)
+
+
 def test_token_does_not_change_earlier_positions(small_gpt):
     model = small_gpt()
     tokens = some_tokens(model, batch=1)

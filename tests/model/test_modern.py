@@ -23,6 +23,7 @@ EVERYTHING = {
     "window": "SL",
     "window_size": 5,
     "value_embeddings": "alternate",
+    "layer_smear": True,
     "layer_scalars": True,
     "logit_cap": 4.0,
     "loss_chunk": 5,
@@ -100,15 +101,20 @@ def reference_logits(model: Modern, tokens: Tensor) -> Tensor:
             heads.append(scores.softmax(-1) @ v[..., kv * d : (kv + 1) * d])
         return linear(torch.cat(heads, dim=-1), f"{name}.projection")
 
-    x = weights["embedding.weight"][tokens]
-    before = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
-    x = embedded = norm(x + weights.get("smear", 0) * before, "embedding_norm")
+    def smeared(x: Tensor, name: str) -> Tensor:
+        before = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
+        return x + weights.get(name, 0) * before
+
+    x = smeared(weights["embedding.weight"][tokens], "smear")
+    x = embedded = norm(x, "embedding_norm")
     for i in range(config.n_layer):
         block = f"blocks.{i}"
         residual, first = weights.get("layer_scalars", torch.tensor([[1, 0]] * 3))[i]
         x = residual * x + first * embedded
-        x = x + attention(norm(x, f"{block}.attention_norm"), i)
-        hidden = linear(norm(x, f"{block}.mlp_norm"), f"{block}.mlp.expand").clamp(min=0) ** 2
+        y = smeared(norm(x, f"{block}.attention_norm"), f"{block}.attention_smear")
+        x = x + attention(y, i)
+        y = smeared(norm(x, f"{block}.mlp_norm"), f"{block}.mlp_smear")
+        hidden = linear(y, f"{block}.mlp.expand").clamp(min=0) ** 2
         x = x + linear(hidden, f"{block}.mlp.projection")
     logits = linear(norm(x, "head_norm"), "head")
     return config.logit_cap * (logits / config.logit_cap).tanh() if config.logit_cap else logits

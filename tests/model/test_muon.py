@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.muon import MuonAdamW, orthogonalize
+from model.gpt import GPT
+from model.gpt_config import GPTConfig
+from model.muon import NEWTON_SCHULZ, POLAR_EXPRESS, MuonAdamW, orthogonalize
 
 SHAPES = [(32, 32), (32, 32), (96, 32), (32, 128), (32, 32), (128, 32)]
 STEP = """
 import sys
 import torch
+from model.gpt import GPT
+from model.gpt_config import GPTConfig
 from model.muon import MuonAdamW
 model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
 optimizer = MuonAdamW([
@@ -70,19 +74,23 @@ def test_muon_equals_that_of_torch_without_its_cast(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 32, 48), (2, 32, 64), (2, 32, 128), (1, 1, 5)])
-@pytest.mark.parametrize("steps", [5, 12])
-def test_orthogonalized_matrices_equal_singular_vectors_with_polynomial_of_values(shape, steps):
-    coefficients = (3.4445, -4.7750, 2.0315) if steps == 5 else (2.0, -1.5, 0.5)
+@pytest.mark.parametrize(
+    "coefficients",
+    [NEWTON_SCHULZ, ((2.0, -1.5, 0.5),) * 12, POLAR_EXPRESS[:3], POLAR_EXPRESS],
+    ids=["newton-schulz", "track 3", "polar-express-3", "polar-express-5"],
+)
+def test_orthogonalized_matrices_equal_singular_vectors_with_polynomial_of_values(
+    shape, coefficients
+):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     u, s, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
     s = s / s.norm(dim=-1, keepdim=True)
-    a, b, c = coefficients
-    for _ in range(steps):
+    for a, b, c in coefficients:
         s = a * s + b * s**3 + c * s**5
     expected = u @ s.diag_embed() @ vh
-    found = orthogonalize(matrices, steps, coefficients)
+    found = orthogonalize(matrices, coefficients)
     torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
-    if steps == 12:
+    if len(coefficients) > 5 or coefficients == POLAR_EXPRESS:
         assert (s - 1).abs().max() < 0.3  # the values themselves are near 1
 
 
@@ -165,6 +173,36 @@ def test_cautious_decay_only_strengthens_the_update():
     assert 0.2 < same_direction.float().mean() < 0.8
     expected = torch.where(same_direction, results["plain"], results["none"])
     torch.testing.assert_close(results["cautious"], expected, atol=1e-6, rtol=0)
+
+
+def test_parts_of_a_matrix_are_updated_as_matrices_of_their_own():
+    whole = [nn.Parameter(torch.randn(96, 32)), nn.Parameter(torch.randn(48, 32))]
+    whole[0].row_parts = 3
+    whole[1].row_parts = 3  # (16, 32)
+    alone = [nn.Parameter(part.clone()) for param in whole for part in param.detach().chunk(3)]
+    optimizers = [
+        MuonAdamW([{"params": params, "muon": True, "weight_decay": 0.1}])
+        for params in (whole, alone)
+    ]
+    for step in range(3):
+        set_gradients(whole, step)
+        parts = [part for param in whole for part in param.grad.chunk(3)]
+        for param, part in zip(alone, parts, strict=True):
+            param.grad = part.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(torch.cat([*alone[:3]]), whole[0])
+    assert torch.equal(torch.cat([*alone[3:]]), whole[1])
+
+
+def test_gpt2_has_query_key_and_value_apart():
+    model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=2, n_head=2, n_embd=8))
+    parts = {
+        name: parameter.row_parts
+        for name, parameter in model.named_parameters()
+        if hasattr(parameter, "row_parts")
+    }
+    assert parts == {f"transformer.h.{i}.attn.c_attn.weight": 3 for i in range(2)}
 
 
 def test_batches_of_limited_size_give_the_same_updates(monkeypatch):

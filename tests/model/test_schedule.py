@@ -3,6 +3,7 @@
 import doctest
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -26,17 +27,20 @@ TABLES = {
     ("wsd", "linear"): [1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2],
     ("wsd", "cosine"): [1.0, 1.0, 1.0, 1.0, 1.0, 0.6 + 0.4 * HALF, 0.6, 0.6 - 0.4 * HALF, 0.2],
     ("wsd", "1-sqrt"): [1.0, 1.0, 1.0, 1.0, 1.0, 0.6, 1 - 0.8 * HALF, 1 - 0.4 * math.sqrt(3), 0.2],
+    ("power", "linear"): [1.0] * 5 + [0.2 + 0.8 * share**1.2 for share in (0.75, 0.5, 0.25, 0)],
+    ("piecewise", "linear"): [0.5, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 0.5, 0.0],
     ("constant", "linear"): [1.0] * 9,
     ("inverse_sqrt", "linear"): [math.sqrt(4 / (step + 1)) for step in range(3, 12)],
 }
+LATE = ("wsd", "power")  # decay at the end
 
 
 @st.composite
 def schedules(draw) -> Schedule:
-    kind = draw(st.sampled_from(sorted(SCHEDULES)))
+    kind = draw(st.sampled_from(sorted(SCHEDULES.keys() - {"piecewise"})))
     decay_steps = draw(st.integers(1, 300))
-    fraction = draw(st.floats(0, 1)) if kind == "wsd" else 0.2
-    stable = decay_steps - round(fraction * decay_steps) if kind == "wsd" else decay_steps
+    fraction = draw(st.floats(0, 1)) if kind in LATE else 0.2
+    stable = decay_steps - round(fraction * decay_steps) if kind in LATE else decay_steps
     return Schedule(
         kind,
         draw(st.floats(1e-8, 10)),
@@ -67,7 +71,14 @@ def our_rates(schedule: Schedule, steps: int) -> list[float]:
 @pytest.mark.parametrize(("kind", "shape"), TABLES)
 def test_rates_equal_table(kind, shape):
     schedule = Schedule(
-        kind, 1.0, 0.2, warmup_steps=3, decay_steps=11, decay_fraction=0.35, decay_shape=shape
+        kind,
+        1.0,
+        0.2,
+        warmup_steps=3,
+        decay_steps=11,
+        decay_fraction=0.35,
+        decay_shape=shape,
+        points=((4, 0.5), (9, 1.0), (11, 0.0)),
     )
     expected = WARMUP + TABLES[kind, shape]
     assert our_rates(schedule, 12) == pytest.approx(expected, rel=1e-12)
@@ -191,6 +202,24 @@ def test_wsd_runs_of_different_length_share_steps_before_decay(length, more, sha
     long = Schedule("wsd", peak, warmup_steps=5, decay_steps=length + more, decay_shape=shape)
     shared = length - round(0.2 * length) + 1
     assert our_rates(short, shared) == our_rates(long, shared)
+
+
+@given(st.integers(2, 500), st.floats(0.01, 1), st.floats(0.1, 4))
+def test_power_with_floor_zero_is_the_smaller_of_peak_and_power(length, fraction, exponent):
+    schedule = Schedule(
+        "power", 2.0, 0.0, decay_steps=length, decay_fraction=fraction, exponent=exponent
+    )
+    decaying = max(1, round(fraction * length))
+    expected = [min(2.0, 2.0 * ((length - n) / decaying) ** exponent) for n in range(length)]
+    assert our_rates(schedule, length) == pytest.approx(expected, rel=1e-9)
+
+
+@given(st.dictionaries(st.integers(0, 50), st.floats(0, 2), min_size=1))
+def test_piecewise_is_linear_interpolation(points):
+    points = tuple(sorted(points.items()))
+    schedule = Schedule("piecewise", 1.0, decay_steps=1, points=points)
+    expected = np.interp(range(60), *zip(*points, strict=True))
+    assert our_rates(schedule, 60) == pytest.approx(expected, abs=1e-12)
 
 
 def test_docstring_examples():

@@ -62,7 +62,7 @@ def test_model_returns_logits_and_loss(kind):
     fields = {"block_size": 8, "vocab_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 8}
     config = new_config({"kind": kind, **fields})
     tokens = torch.arange(16).view(2, 8)
-    model = new_model(kind, config)
+    model = new_model(kind, config, seed=0)
     assert model(tokens).shape == (2, 1, 32)
     assert model(tokens, tokens).shape == ()
     assert model(tokens, tokens, reduction="window").shape == (2,)
@@ -71,7 +71,7 @@ def test_model_returns_logits_and_loss(kind):
 @pytest.mark.parametrize("kind", MODELS)
 def test_empty_model_has_the_parameters_of_a_real_one_and_no_values(kind):
     config = new_config({"kind": kind, "n_layer": 2, "n_head": 6, "n_embd": 24, "vocab_size": 32})
-    real = new_model(kind, config)
+    real = new_model(kind, config, seed=0)
     empty = empty_model(kind, config)
     assert [(n, p.shape) for n, p in empty.named_parameters()] == [
         (n, p.shape) for n, p in real.named_parameters()

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from orchestrator.runs.folder import RunFolder
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
 from tests.helpers import small_run
+from tests.helpers.threads import one_thread  # noqa: F401 - used by all tests here
 
 REPO = Path(__file__).resolve().parent.parent.parent
 SMALL = [
@@ -37,15 +37,6 @@ SMALL = [
     "schedule.max_lr=3e-3",
     "compute.use_gpu=false",
 ]
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """Use one thread: more threads than free cores slow each other down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -98,20 +89,3 @@ def type_command():
         )
 
     return run
-
-
-@pytest.fixture
-def typed(monkeypatch, capsys):
-    """Return a function that runs a command in this process, without Ray: (status, stderr)."""
-
-    def type_(script: str, *words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [script, *words])
-        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-        # These two change the streams and signals of the whole process, which is pytest's here.
-        monkeypatch.setattr("pipelines.streams.secure", lambda: None)
-        monkeypatch.setattr("orchestrator.runs.signals.begin", lambda: None)
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(REPO / "pipelines" / script), run_name="__main__")
-        return ended.value.code, capsys.readouterr().err
-
-    return type_

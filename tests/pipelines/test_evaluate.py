@@ -43,7 +43,7 @@ def test_loss_equals_logged_loss(trained_run, tiny_dataset, capsys, step):
 def test_numbers_equal_their_definitions(trained_run, tiny_dataset, capsys):
     """The expected values are computed window by window, without the code of the evaluation."""
     folder = checkpoint.path_of(trained_run / "checkpoints", 12)
-    model, stream = state.load_model(folder), TokenStream(tiny_dataset, "val")
+    model, stream = state.load_model(checkpoint.Content(folder)), TokenStream(tiny_dataset, "val")
     lengths = load_tokenizer("char", folder).byte_lengths
     ids = torch.from_numpy(stream.read(0, stream.tokens).astype("int64"))
     nats = 0.0
@@ -117,6 +117,7 @@ def test_other_tokens_are_refused(trained_run, tiny_dataset, tmp_path):
     [
         (["train.max_steps=5"], "cannot be changed for an evaluation; only data.dir"),
         (["more"], "'more': cannot be changed"),
+        (["train.micro_batch_size=auto"], "auto is only known to a run; give a number"),
         (["data.dir=/nowhere"], "/nowhere: not a finished dataset"),
         (["--split", "test"], "invalid choice: 'test'"),
         (["--tokens", "1"], "'1' is not a whole number of at least 2"),

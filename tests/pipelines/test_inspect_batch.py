@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from orchestrator.config.experiment import Experiment
+from orchestrator.config.steps import BatchSizes
 from orchestrator.data.batches import Batches, TokenStream
 from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.errors import UserError
@@ -30,7 +31,7 @@ def experiment(stored) -> Experiment:
 
 @pytest.mark.parametrize("step", [0, 7])
 def test_batch_equals_that_of_training(stored, tiny_dataset, capsys, step):
-    batches = Batches(TokenStream(tiny_dataset, "train"), 32, 4, 4, 1337)
+    batches = Batches(TokenStream(tiny_dataset, "train"), 32, BatchSizes(((0, 4),)), 4, 1337)
     inputs, targets = batches.micro_batch(step, 0)
     assert main([str(stored), "--step", str(step), "--rows", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -89,6 +90,7 @@ def test_moved_by_one_is_false_for_other_targets(experiment, tiny_dataset):
         (["--step", "x"], "'x' is not a whole number of at least 0"),
         (["--lines", "3"], "unrecognized arguments: --lines"),
         (["model.n_heads=3"], "did you mean model.n_head"),
+        (["train.micro_batch_size=auto", "name=new"], "auto is only known to a run; give a number"),
         (["other.yaml"], "one experiment at a time"),
     ],
 )

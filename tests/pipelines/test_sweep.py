@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,13 +20,14 @@ from orchestrator.checkpoint import store as checkpoint
 from orchestrator.config.experiment import load_experiment
 from orchestrator.data.prepared import dataset_dir
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
-from orchestrator.runs import journal
+from orchestrator.runs import events, journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep.report.files import SweepFiles
 from orchestrator.sweep.space.expand import load_sweep
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import fitting
+from tests.helpers import warm
 from tests.helpers.curves import exact_part
 from tests.helpers.local_job import LocalSweepJob, without_ray
 from tests.helpers.small_run import misleading_folder
@@ -35,7 +35,7 @@ from tests.helpers.tiny import TINY
 from tests.helpers.wait import wait_until
 
 REPO = Path(__file__).resolve().parent.parent.parent
-QUICKSTART = REPO / "configs" / "quickstart.yaml"
+SMALL = REPO / "tests" / "helpers" / "small.yaml"
 CPUS = 2  # the Ray head has four, so two stages run at the same time
 BASE = [
     *TINY,
@@ -89,7 +89,7 @@ def count_steps(asked: dict[str, list[str]]) -> int:
     """Count the distinct steps by brute force: prefixes of learning rates, by weight decay."""
     prefixes = set()
     for words in asked.values():
-        e = load_experiment(QUICKSTART, [*BASE, *words])
+        e = load_experiment(SMALL, [*BASE, *words])
         rates = np.array(
             [learning_rate(e.lr_schedule(), step) for step in range(e.train.max_steps)]
         ).tobytes()
@@ -104,7 +104,7 @@ def command(storage: Path, corpus: Path, *words: str) -> list[str]:
     return [
         sys.executable,
         str(REPO / "pipelines" / "sweep.py"),
-        str(QUICKSTART),
+        str(SMALL),
         f"storage={storage}",
         f"data.corpus={corpus}",
         "name=mixed",
@@ -120,15 +120,8 @@ def run_here(storage: Path, corpus: Path, *words: str) -> int:
         return LocalSweepJob(load_sweep(Path(file), words)).run()
 
 
-def begin(ray_head, storage: Path, corpus: Path, *words: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(storage, corpus, *words),
-        env=ray_head.env,
-        cwd=misleading_folder(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def begin(ray_head, storage: Path, corpus: Path, *words: str) -> warm.Process:
+    return warm.Process(command(storage, corpus, *words)[1:], ray_head.env, misleading_folder())
 
 
 # ---- results ----
@@ -233,7 +226,7 @@ def alone(golden, tmp_path_factory):
             run_dir = folder / str(len(known))
             run_dir.mkdir()
             train(
-                load_experiment(QUICKSTART, [*BASE, *words]),
+                load_experiment(SMALL, [*BASE, *words]),
                 RunFolder(run_dir),
                 golden.data,
                 Worker(cpus=CPUS),
@@ -315,23 +308,29 @@ ALSO_STOPPED = [*KILLED, (signal.SIGTERM, 75), (signal.SIGINT, 130)]
 def test_extended_sweep_runs_only_new_steps_after_any_kill(
     golden, alone, ray_head, tiny_corpus, ends, capsys
 ):
-    """End the driver by each signal, then kill a worker. Finished stages stay as they are."""
+    """Kill a worker, and end the driver by each signal. Finished stages stay as they are.
+
+    The sweep ends in this process.
+    """
     words, sweep, stood = space(MORE_PEAKS, MORE_HORIZONS), golden.sweep, golden.results
-    for how, status in ends:
+    for number, (how, status) in enumerate(ends):
         process, enough = begin(ray_head, golden.storage, tiny_corpus, *words), len(stood) + 2
+        if number == 0:
+            kill_first_worker(process, sweep)
         wait_until(lambda n=enough: len(results(sweep)) >= n, process)
         stood = results(sweep)
         process.send_signal(how)
         out, err = process.communicate(timeout=120)
         assert process.returncode == status, out + err
+        assert out.count("; the stage starts once more") == (number == 0)
         ended = (sweep / "summary.json").exists() and read(sweep / "summary.json")["status"]
         assert ended == (False if how == signal.SIGKILL else "KILLED")
         found = outcomes(sweep)
         assert {name: found[name] for name in golden.outcomes} == golden.outcomes, (
             "a finished trial was touched"
         )
-    out = finish_without_a_worker(begin(ray_head, golden.storage, tiny_corpus, *words), sweep)
-    assert out.count("; the stage starts once more") == 1
+    assert run_here(golden.storage, tiny_corpus, *words) == EXIT_DONE
+    capsys.readouterr()
 
     asked, after, found = trials(MORE_PEAKS, MORE_HORIZONS), results(sweep), outcomes(sweep)
     assert {stage: after[stage] for stage in stood} == stood
@@ -359,8 +358,8 @@ def test_extended_sweep_runs_only_new_steps_after_any_kill(
     assert ranking(shrunk) == ranking(golden.text)
 
 
-def finish_without_a_worker(process: subprocess.Popen, sweep: Path) -> str:
-    """Kill the first process that starts a stage; return the output of the sweep."""
+def kill_first_worker(process: warm.Process, sweep: Path) -> None:
+    """Kill the first process that starts a stage, and wait until the stage starts once more."""
     marks = {f: f.stat().st_mtime_ns for f in sweep.glob(WRITERS)}
 
     def begun() -> Path | None:
@@ -375,9 +374,7 @@ def finish_without_a_worker(process: subprocess.Popen, sweep: Path) -> str:
 
     _, pid, *_ = wait_until(begun, process).read_text().split()  # "process PID on host"
     os.kill(int(pid), signal.SIGKILL)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, out + err
-    return out
+    wait_until(lambda: events.read(RunFolder(sweep)), process)
 
 
 # ---- failing trials ----
@@ -395,7 +392,7 @@ def test_failed_and_diverged_trials_do_not_stop_others_and_are_reported(
 ):
     # The search for a micro-batch that fits, and the figure, take seconds and have their own tests.
     monkeypatch.setattr(fitting, "advice", lambda fault, *_: f"{fault.by}: no memory")
-    monkeypatch.setattr(SweepFiles, "write_tree", lambda self: None)
+    monkeypatch.setattr(SweepFiles, "write_figure", lambda self: None)
     assert run_here(tmp_path, tiny_corpus, *FAILING, f"data.dir={golden.data}") == EXIT_FAILED
     text = capsys.readouterr().out
     sweep = tmp_path / "mixed"

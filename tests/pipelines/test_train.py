@@ -8,7 +8,6 @@ import signal
 import sqlite3
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +17,8 @@ from orchestrator.errors import UserError
 from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import marks
+from tests.helpers import stores
+from tests.helpers.local_job import LocalTrainJob
 from tests.helpers.small_run import (
     REPO,
     STEPS,
@@ -130,10 +131,18 @@ def equals(run_dir: Path, golden_dir: Path) -> bool:
     )
 
 
-def test_killed_worker_and_hanging_rank_are_restarted_and_two_workers_equal_one(
-    golden, ray_head, tiny_corpus, tiny_dataset, tmp_path
+@pytest.mark.parametrize(
+    "kills",
+    [
+        pytest.param(0, id="hanging rank"),
+        pytest.param(1, id="killed worker, then hanging rank", marks=pytest.mark.slow),
+    ],
+)
+def test_hanging_rank_is_killed_and_restarted_and_two_workers_equal_one(
+    golden, ray_head, tiny_corpus, tiny_dataset, tmp_path, kills
 ):
     """The driver stays. Both ranks stick in their last attempt after they have reported its end."""
+    stores.copy_empty(tmp_path / "mlflow" / "mlflow.db")
     run_dir, hook = tmp_path / "small", tmp_path / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(STICK)
@@ -149,15 +158,16 @@ def test_killed_worker_and_hanging_rank_are_restarted_and_two_workers_equal_one(
         RAY_JOB_CONFIG_JSON_ENV_VAR=json.dumps(job),
     )
     wait_for_step(run_dir, 10, process)
-    os.kill(worker_starts(run_dir)[-1]["pid"], signal.SIGKILL)
-    wait_until(lambda: len(worker_starts(run_dir)) == 2, process)
+    if kills:
+        os.kill(worker_starts(run_dir)[-1]["pid"], signal.SIGKILL)
+    wait_until(lambda: len(worker_starts(run_dir)) == 1 + kills, process)
     # Wait until the last checkpoint is some steps ago: shortly after one, the limit is higher.
     first_pid = worker_starts(run_dir)[-1]["pid"]
     victim = wait_until(lambda: rank_1_between_checkpoints(run_dir, first_pid), process)
     os.kill(victim.pid, signal.SIGSTOP)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
-    assert len(worker_starts(run_dir)) == 3
+    assert len(worker_starts(run_dir)) == 2 + kills
     (hang,) = [e for e in events.read(RunFolder(run_dir)) if e["kind"] == "hang"]
     assert hang["message"].startswith(f"rank 1 (process {victim.pid} on ")
     assert sorted(f.name for f in (run_dir / "hangs" / "0001").iterdir()) == [
@@ -190,12 +200,13 @@ def test_run_killed_on_two_workers_and_finished_on_one_equals_undisturbed_run(
     golden, ray_head, tiny_corpus, tmp_path
 ):
     run_dir = tmp_path / "small"
-    process = begin(ray_head, tmp_path, tiny_corpus, "compute.num_workers=2")
+    stores.copy_empty(tmp_path / "mlflow" / "mlflow.db")
+    process = begin(ray_head, tmp_path, tiny_corpus, "compute.num_workers=2", "--profile=5")
     wait_for_step(run_dir, 20, process)
     process.kill()
     process.wait(30)
     assert not (run_dir / "summary.json").exists(), "the run ended before it could be killed"
-    again = run(ray_head, tmp_path, tiny_corpus, "compute.num_workers=1")
+    again = run(ray_head, tmp_path, tiny_corpus, "compute.num_workers=1", "--profile", "5")
     assert "resuming small from step" in again.stdout
     assert "estimated" not in summary(run_dir), (
         "the estimate of a whole run was compared with a part of it"
@@ -207,15 +218,22 @@ def test_run_killed_on_two_workers_and_finished_on_one_equals_undisturbed_run(
             "select step, count(*) from metrics where key = 'train/loss' group by step"
         ).fetchall()
     assert points == [(r["step"], 1) for r in curve(golden[0]) if "train/loss" in r]
+    profile = RunFolder(run_dir).trace_file
+    assert f"profile of 5 steps of rank 0: {profile} " in again.stdout
+    assert "aten::" in again.stdout
+    (sent,) = (tmp_path / "mlflow").rglob(profile.name)
+    assert sent.read_bytes() == profile.read_bytes()
 
 
 def test_finished_run_prints_summary_again_and_other_experiment_is_refused(
-    golden, tiny_corpus, capsys
+    golden, tiny_corpus, capsys, monkeypatch
 ):
     run_dir, _ = golden
     before = (run_dir / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(LocalTrainJob, "profile", 5)
     assert run_here(run_dir.parent, tiny_corpus) == 0
     text = capsys.readouterr().out
+    assert "nothing to profile" in text
     assert "is finished" in text
     assert summary(run_dir)["weights_sha256"] in text
     with pytest.raises(UserError, match=re.escape("schedule.max_lr: before 0.002, now 0.001")):
@@ -225,12 +243,11 @@ def test_finished_run_prints_summary_again_and_other_experiment_is_refused(
 
 def test_run_is_locked_and_sigterm_works_while_ray_starts(tiny_corpus, tmp_path):
     """A local Ray needs seconds to start and installs its own signal handlers."""
-    head = SimpleNamespace(env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"})
-    process = begin(head, tmp_path, tiny_corpus)
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    start = {"args": command(tmp_path, tiny_corpus), "env": env, "text": True}
+    process = subprocess.Popen(**start, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == "starting Ray …\n"
-    second = subprocess.run(
-        command(tmp_path, tiny_corpus), env=head.env, capture_output=True, text=True, timeout=60
-    )
+    second = subprocess.run(**start, capture_output=True, timeout=60)
     assert (second.returncode, second.stdout) == (75, "")
     assert f"held by process {process.pid} on " in second.stderr
     process.send_signal(signal.SIGTERM)
@@ -249,6 +266,7 @@ def test_run_is_locked_and_sigterm_works_while_ray_starts(tiny_corpus, tmp_path)
             "schedule.warmup_steps: 100 must be below train.max_steps=60",
         ),
         ("data.corpus=/no/such/file", "/no/such/file"),
+        ("data.tokenizer=bpe:12", "data.tokenizer: 'bpe:12': the size must be a number from 257"),
         ("train.init_from=/no/such/weights", "train.init_from: '/no/such/weights' does not exist"),
         ("tracking.uri=http://me:hunter2@host/", "set $MLFLOW_TRACKING_URI"),
         ("storage=/dev/null/runs", "storage: /dev/null/runs cannot be written to"),
@@ -268,6 +286,22 @@ def test_user_error_is_one_line_with_status_2_and_writes_nothing(
     assert "hunter2" not in text
     assert len(text.strip().splitlines()) == 1
     assert not (tmp_path / "storage").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "says"),
+    [
+        ("train.py", ["--profile"], "--profile : give the number of steps"),
+        ("train.py", ["--profile", "0"], "1 to 100"),
+        ("train.py", ["--profile=many"], "--profile many: give the number of steps"),
+        ("train.py", ["--profile", "5", "--dry-run"], "of a run"),
+        ("sweep.py", ["--profile", "5"], "--profile: no such option"),
+    ],
+)
+def test_profile_that_cannot_be_made_is_one_line_with_status_2(typed, script, words, says):
+    status, text = typed(script, *words)
+    assert (status, len(text.splitlines())) == (2, 1)
+    assert says in text
 
 
 @pytest.mark.parametrize("word", ["/no/such.yaml", "model=[", "model.kind=none"])

@@ -145,6 +145,15 @@ def test_unchanged_run_is_equal_and_not_modified(golden, replay, steps, begin, l
     assert contents(golden) == before
 
 
+def test_run_with_other_batches_and_an_average_is_equal(tiny_dataset, tmp_path, replay):
+    words = ["train.global_batch_size=null", "train.batch_schedule={0: 8, 14: 16}", "train.ema=0.9"]
+    folder = train_run(RunFolder(tmp_path / "rising"), tiny_dataset, *words)
+    assert replay(folder, (13, 20)).equal
+    name, _ = nudge_weight(folder, 20, "ema")
+    [difference] = replay(folder, (16, 20)).differences
+    assert difference.key.startswith(f"ema {name}[3]")
+
+
 def test_run_on_two_workers_is_replayed_by_one(tiny_dataset, tmp_path, replay):
     folder = RunFolder(tmp_path / "wide")
     folder.path.mkdir()
@@ -275,16 +284,16 @@ def test_one_ulp_in_the_weights_is_found(run, replay):
     assert kinds(report) == ["unknown"]
 
 
-def nudge_weight(folder, step):
+def nudge_weight(folder, step, changed="model"):
     """Change the fourth element of a tensor, with a valid manifest. Return its name and size."""
     path = folder.checkpoint(step)
     manifest = checkpoint.read_manifest(path)
     tensors = {
         part: {name: tensor.clone() for name, tensor in checkpoint.load_tensors(path, part).items()}
-        for part in ("model", "optimizer")
+        for part in {"model", "optimizer", changed}
     }
-    name = max(tensors["model"])
-    flat = tensors["model"][name].reshape(-1)
+    name = max(tensors[changed])
+    flat = tensors[changed][name].reshape(-1)
     flat[3] = torch.nextafter(flat[3], torch.tensor(9.0))
     texts = {
         part: (path / part).read_text("utf-8")

@@ -46,7 +46,7 @@ from tests.helpers.wait import wait_until
     ],
 )
 def test_text_of_a_line(line, text):
-    assert format_line(line, 2000, 256) == text
+    assert format_line(line, 2000, lambda step: 256 * step) == text
 
 
 class Screen:
@@ -70,7 +70,7 @@ def screen(capsys):
 
 
 def console(folder, interval_s=0.01) -> Console:
-    return Console(folder, 100, 1, interval_s=interval_s)
+    return Console(folder, 100, int, interval_s=interval_s)
 
 
 def lines_of(*steps: int) -> list[str]:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.schedule import learning_rate
-from orchestrator.config.experiment import Experiment, load_experiment
+from orchestrator.config.experiment import Experiment, field_docs, load_experiment
+from orchestrator.config.steps import StepSettings
 from orchestrator.data.dataset import Manifest, Split, data_identity
 from orchestrator.errors import UserError
 from orchestrator.runs import stop
@@ -40,6 +40,7 @@ IDENTITY = {
     "model.dropout": "0.1",
     "model.bias": "true",
     "model.activation": "gelu_tanh",
+    "model.loss_chunk": "64",
     "model.pad_vocab_to": "64",
     "optim.beta1": "0.8",
     "optim.beta2": "0.99",
@@ -49,6 +50,7 @@ IDENTITY = {
     "optim.momentum": "0.9",
     "optim.momentum_warmup_steps": "10",
     "optim.cautious": "true",
+    "optim.polar_steps": "3",
     **{
         f"optim.groups.{group}.{field}": "0.5"
         for group in ("matrix", "embedding", "head", "scalar")
@@ -61,8 +63,24 @@ IDENTITY = {
     "schedule.decay_steps": "50",
     "schedule.decay_fraction": "0.3",
     "schedule.decay_shape": "cosine",
+    "schedule.exponent": "2",
+    "schedule.points": "{0: 1}",
+    **{
+        f"schedule.{name}.{field}": value
+        for name in ("weight_decay", "momentum")
+        for field, value in {
+            "kind": "cosine",
+            "decay_steps": "50",
+            "decay_fraction": "0.3",
+            "points": "{0: 1}",
+        }.items()
+    },
+    "schedule.weight_decay.min_ratio": "0.5",
+    "schedule.momentum.final": "0.5",
     "train.micro_batch_size": "2",
     "train.global_batch_size": "16",
+    "train.batch_schedule": "{0: 8, 50: 16}",
+    "train.ema": "0.99",
     "train.reduction_slots": "4",
     "train.seed": "1",
     "train.dtype": "bfloat16",
@@ -75,8 +93,10 @@ FREE = {
     "train.allow_drift": "true",
     "train.restart": "true",
     "compute.hang_after_s": "60",
+    "compute.wait_for_nodes_s": "60",
     "name": "b",
     "storage": "/elsewhere",
+    "mirror": "s3://bucket/elsewhere",
     "data.dir": "/elsewhere",
     "data.corpus": "moved.txt",
     "data.text_field": "body",
@@ -86,11 +106,16 @@ FREE = {
     "train.eval_interval": "7",
     "train.checkpoint_interval": "null",
     "train.keep": "9",
+    "train.sample_prompt": "def",
+    "train.sample_tokens": "9",
     "compute.num_workers": "4",
     "compute.cpus_per_worker": "2",
     "compute.use_gpu": "true",
     "tracking.uri": "http://elsewhere:5000",
     "tracking.experiment": "other",
+    "tracking.alert": "never",
+    "train.shard_optimizer": "false",
+    "train.activation_checkpointing": "true",
 }
 
 
@@ -117,10 +142,24 @@ def test_every_field_is_either_identity_or_free():
     assert rows == set(Experiment().flat())
 
 
+def what_makes_it_count(field: str) -> list[str]:
+    """Return overrides with which a field has an effect."""
+    mark = field_docs()[field].only_for
+    if mark is None or mark.missing(experiment().flat()) is None:
+        return []
+    other = mark.fields[0].strip("/")
+    return [*what_makes_it_count(other), f"{other}={mark.values[0]}"]
+
+
 @pytest.mark.parametrize("field", IDENTITY)
 def test_changed_identity_field_is_shown_with_both_values(field):
-    wanted = experiment(f"{field}={IDENTITY[field]}")
-    lines = identity_differences(experiment(), wanted, 10)
+    name = field.rpartition(".")[2]
+    before = what_makes_it_count(field)
+    if name == "points":
+        before.append(f"{field}={{0: 2}}")
+    also = ["train.global_batch_size=null"] if name == "batch_schedule" else []
+    wanted = experiment(*before, *also, f"{field}={IDENTITY[field]}")
+    lines = identity_differences(experiment(*before), wanted, 10)
     (line,) = [line for line in lines if line.startswith(f"{field}: ")]
     assert line.endswith(f", now {wanted.flat()[field]!r}")
     # Another micro-batch size also changes the number of slots.
@@ -140,6 +179,18 @@ def test_free_field_may_change(field):
         ((), ("train.reduction_slots=8",)),
         (("train.reduction_slots=8",), ()),
         ((), ("schedule.decay_steps=100",)),
+        ((), ("train.global_batch_size=null", "train.batch_schedule={0: 8}")),
+        ((), ("train.global_batch_size=null", "train.batch_schedule={0: 8, 50: 8}")),
+        (
+            ("schedule.weight_decay.kind=cosine", "schedule.weight_decay.decay_steps=100"),
+            ("schedule.weight_decay.kind=cosine",),
+        ),
+        ((), ("schedule.momentum.decay_steps=100",)),
+        ((), ("optim.groups.matrix.weight_decay=0.1", "optim.groups.head.beta1=0.9")),
+        (("optim.groups.scalar.weight_decay=0", "optim.groups.head.lr_scale=1"), ()),
+        (("optim.kind=muon", "optim.groups.embedding.lr_scale=5"), ("optim.kind=muon",)),
+        (("model.kind=modern", "model.n_kv_head=6"), ("model.kind=modern",)),
+        ((), ("schedule.momentum.final=0.95", "schedule.weight_decay.decay_fraction=0.2")),
         (("schedule.decay_steps=100",), ()),
     ],
 )
@@ -159,14 +210,23 @@ def test_null_and_the_value_that_it_means_are_the_same(before, after):
         ("schedule.warmup_steps=20", 200, 21, False),
         ("schedule.warmup_steps=20", 200, 22, True),
         ("schedule.decay_steps=100", 50, 50, False),
+        ("schedule={kind: constant, weight_decay: {kind: cosine}}", 200, 10, True),
+        ("schedule={kind: constant, momentum: {kind: wsd}}", 200, 80, False),
+        (
+            "schedule={kind: constant, weight_decay: {kind: cosine, decay_steps: 100}}",
+            200,
+            9,
+            False,
+        ),
+        ("schedule={kind: constant, momentum: {kind: wsd, final: 0.5}}", 200, 82, True),
         ("schedule.decay_steps=100", 49, 50, True),  # more steps are done
     ],
 )
 def test_max_steps_may_change_if_no_learning_rate_that_was_used_changes(
     schedule, max_steps, step, changes
 ):
-    stored = experiment(schedule)
-    wanted = experiment(schedule, f"train.max_steps={max_steps}")
+    stored = experiment("optim.kind=muon", schedule)  # it has a momentum
+    wanted = stored.replace(train__max_steps=max_steps)
     lines = identity_differences(stored, wanted, step)
     if changes:
         assert "train.max_steps" in lines[0]
@@ -184,9 +244,9 @@ def test_max_steps_may_grow_with_the_schedule_that_the_refusal_proposes():
     assert rates(stored, 100) == rates(wanted, 100)
 
 
-def rates(e: Experiment, steps: int) -> list[float]:
-    """Learning rates of the first updates."""
-    return [learning_rate(e.lr_schedule(), update) for update in range(steps)]
+def rates(e: Experiment, steps: int) -> list[StepSettings]:
+    """Settings of the first updates."""
+    return [e.steps()(update) for update in range(steps)]
 
 
 def test_same_experiment_resumes_and_any_may_start_before_the_first_checkpoint(folder):

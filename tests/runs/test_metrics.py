@@ -14,7 +14,13 @@ def test_losses_rates_and_counts_are_exact_and_measurements_are_not(name):
 
 def test_metrics_of_an_evaluation_follow_the_eval_interval():
     evaluated = {name for name, metric in METRICS.items() if metric.interval == "eval"}
-    assert evaluated == {"val/loss", "val/bits_per_byte", "val/best_loss", "train/eval_loss"}
+    assert evaluated == {
+        "val/loss",
+        "val/bits_per_byte",
+        "val/best_loss",
+        "train/eval_loss",
+        "val/ema_loss",
+    }
 
 
 def test_unknown_metric_is_not_exact():

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.runs import signals
+
 REPO = Path(__file__).resolve().parents[2]
 SIGNAL_DURING_A_FORK = """
 import os, signal, sys
@@ -68,3 +70,19 @@ def test_signal_during_a_fork_is_not_lost_and_prints_no_traceback(name, end):
 
 def test_ignored_ctrl_c_is_not_called_as_a_handler_by_ray():
     assert output(IGNORED_DURING_RAY) == "done\n"
+
+
+@pytest.mark.parametrize(
+    ("is_job", "variable", "seconds"),
+    [(False, None, 30), (True, None, 3), (True, "60", 60), (False, "75", 75)],
+)
+def test_time_between_sigterm_and_sigkill(monkeypatch, is_job, variable, seconds):
+    """A job of Slurm is no job of Ray, but may have more time too."""
+    for name, value in {
+        "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}" if is_job else None,
+        "RAY_JOB_STOP_WAIT_TIME_S": variable,
+    }.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert signals.notice_s() == seconds

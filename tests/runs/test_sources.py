@@ -4,8 +4,9 @@ import subprocess
 
 import pytest
 
+from orchestrator.code_hashes import sources_sha256
 from orchestrator.redact import REDACTED, has_password, hide_passwords, redact, redact_text
-from orchestrator.runs.sources import UNKNOWN, source_facts, source_tags, sources_sha256
+from orchestrator.runs.sources import UNKNOWN, source_facts, source_tags
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from orchestrator.data import corpus
 from orchestrator.data.prepared import dataset_dir
 from orchestrator.errors import UserError
 from orchestrator.folders import check_writable
-from orchestrator.runs.storage import run_folder, storage_root
+from orchestrator.runs.storage import find_run, mirror_of, run_folder, storage_root
 
 
 @pytest.mark.parametrize(
@@ -49,19 +49,51 @@ def test_storage_is_absolute_and_outside_the_copy_of_a_ray_job(
 
 
 @pytest.mark.parametrize(
-    "address", ["s3://bucket/runs", "GS://bucket", "file:///runs", "abfs+x://a"]
+    ("address", "reason"),
+    [
+        ("file:///runs", "only paths"),
+        ("file:runs", "only paths"),
+        ("abfs+x://a", "only paths"),
+        ("hdfs:/a", "only paths"),
+        ("https:/a:b@host/runs", r"'https://\[redacted\]@host/runs' is an address"),
+        ("s3:/bucket/runs", "is not s3://BUCKET/KEY"),
+        ("s3:bucket", "is not s3://BUCKET/KEY"),
+        ("GS://bucket", "is not s3://BUCKET/KEY"),
+        ("s3://bucket//runs", "has a part that is empty"),
+        ("s3://a:b@bucket/runs", "user or a password"),
+        ("s3:/a:b@bucket/runs", r"//\[redacted\]@bucket/runs' contains a user or a password"),
+    ],
 )
-def test_address_of_an_object_store_is_refused(tmp_path, monkeypatch, address):
+def test_address_that_is_no_storage_is_refused(tmp_path, monkeypatch, address, reason):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ESPALIER_STORAGE", address)
-    for call in (
-        lambda: storage_root(Experiment()),
-        lambda: storage_root(Experiment(storage=address)),
-        lambda: dataset_dir(Data(dir=address), tmp_path),
-    ):
-        with pytest.raises(UserError, match=f"{re.escape(address)}.*only paths"):
-            call()
+    with pytest.raises(UserError, match=f"storage: .*{reason}"):
+        storage_root(Experiment())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/runs", "gs://bucket", "hdfs://a", "s3:a"])
+def test_tokens_and_runs_are_read_from_paths(tmp_path, monkeypatch, address):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"{re.escape(address)}.*only paths"):
+        dataset_dir(Data(dir=address), tmp_path)
+    with pytest.raises(UserError, match=f"{re.escape(address)}.*only paths"):
+        find_run(address, lambda _: True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_storage_in_a_bucket_is_a_folder_of_this_machine_and_a_mirror(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    experiment = Experiment(storage="s3://bucket/a/b", name="small")
+    assert storage_root(experiment) == tmp_path / "espalier" / "scratch" / "s3" / "bucket/a/b"
+    assert str(mirror_of(experiment)) == "s3://bucket/a/b"
+    local = Experiment(storage=str(tmp_path), mirror="s3://bucket")
+    assert (storage_root(local), str(mirror_of(local))) == (tmp_path, "s3://bucket")
+    assert mirror_of(Experiment()) is None
+    with pytest.raises(UserError, match="set one of the two"):
+        storage_root(Experiment(storage="s3://bucket/a", mirror="s3://bucket/b"))
+    with pytest.raises(UserError, match="mirror: 'x' is not s3://"):
+        mirror_of(Experiment(mirror="x"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """summary.json agrees with the journal and the checkpoints."""
 
+import functools
 import json
+import operator
 
 import torch
 
@@ -10,6 +12,8 @@ from orchestrator.runs.journal import Journal
 from orchestrator.runs.summary import summarize
 from tests.helpers import checkpoints
 from tests.helpers.facts import FACTS
+
+TOKENS = functools.partial(operator.mul, 128)  # of the first updates
 
 
 def save(folder, step):
@@ -27,7 +31,7 @@ def test_summary_of_a_finished_run(folder):
     journal.append(30, {"train/loss": 2.0, "perf/step_time_s": 0.5})
     save(folder, 10)
     last = save(folder, 30)
-    summary = summarize(folder, Ending("done"), 128, "id", 12.34)
+    summary = summarize(folder, Ending("done"), TOKENS, "id", 12.34)
     assert summary == json.loads(folder.summary_file.read_text("utf-8"))
     assert summary == {
         "status": "FINISHED",
@@ -46,13 +50,22 @@ def test_summary_of_a_finished_run(folder):
     }
 
 
+def test_speed_counts_the_tokens_of_all_steps_of_a_window(folder):
+    journal = Journal(folder)
+    for step in (10, 20, 30):
+        journal.append(step, {"perf/step_time_s": 2.0})
+    tokens = [1 * step if step < 18 else 18 + 11 * (step - 18) for step in range(31)]
+    summary = summarize(folder, Ending("again"), tokens.__getitem__, None, 0.0)
+    assert summary["tokens_per_sec"] == (tokens[30] - tokens[10]) / 40.0
+
+
 def test_weights_are_hashed_only_if_the_run_is_finished(folder):
     save(folder, 10)
-    assert summarize(folder, Ending("again"), 128, None, 0.0)["weights_sha256"] is None
+    assert summarize(folder, Ending("again"), TOKENS, None, 0.0)["weights_sha256"] is None
 
 
 def test_summary_of_a_run_without_any_step(folder):
-    summary = summarize(folder, Ending("again"), 128, None, 0.0)
+    summary = summarize(folder, Ending("again"), TOKENS, None, 0.0)
     assert (summary["status"], summary["step"], summary["tokens"]) == ("KILLED", 0, 0)
     unknown = ("train_loss", "val_loss", "checkpoint", "weights_sha256", "tokens_per_sec")
     assert {summary[key] for key in unknown} == {None}

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.config.load import read_yaml
+from orchestrator.config.yaml_text import read_yaml
 
 REPO = Path(__file__).resolve().parent.parent.parent
 VARIABLES = [

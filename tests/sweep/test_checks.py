@@ -48,6 +48,13 @@ def test_all_invalid_trials_are_reported_with_one_line_each():
     ]
 
 
+def test_auto_is_no_type_to_compare():
+    says = "train.dtype: auto stands for one of the other types; give the types themselves"
+    assert refusal("sweep.grid.train.dtype=[auto, float32]") == [f"sweep.grid.{says}"]
+    trials = ["sweep.trials.a.train.dtype=float32", "sweep.trials.b.train.dtype=auto"]
+    assert refusal(*trials) == [f"sweep.trials.b.{says}"]
+
+
 def test_mistakes_of_section_and_experiment_are_reported_together():
     lines = refusal(
         "train.max_steps=0", "sweep.seeds=0", "sweep.grid.schedule.max_lr=5", "sweep.sed=3"

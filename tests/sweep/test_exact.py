@@ -14,9 +14,9 @@ from orchestrator.checkpoint import format as checkpoint_format
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.code_hashes import module_hashes
 from orchestrator.errors import UnreadableError
-from orchestrator.runs import stop
+from orchestrator.runs import events, stop
+from orchestrator.sweep import records, stored, trials
 from orchestrator.sweep import stage as stage_module
-from orchestrator.sweep import stored, trials
 from orchestrator.sweep.stage import run_stage
 from orchestrator.train.numerics import Worker
 
@@ -59,6 +59,56 @@ def test_trials_of_a_mixed_sweep_equal_their_own_runs(sweeps, keep):
         < study.tree.steps_asked
     )
     assert {row.state for row in study.results()} == {"done"}
+
+
+LATE = [
+    "optim.kind=muon",
+    "schedule.momentum.decay_fraction=0.5",
+    "sweep.trials.constant={schedule.kind: constant}",
+    "sweep.trials.decay={schedule.kind: constant, schedule.weight_decay: {kind: piecewise, "
+    "points: {11: 1, 16: 0}}}",
+    "sweep.trials.momentum={schedule.kind: constant, schedule.momentum: {kind: wsd, final: 0.8}}",
+    "sweep.trials.warmup={schedule.kind: constant, optim.momentum_warmup_steps: 6}",
+    "sweep.trials.both={schedule.kind: constant, optim.momentum_warmup_steps: 6, "
+    "schedule.weight_decay.kind: cosine}",
+    "sweep.trials.batch={schedule.kind: constant, train.batch_schedule: {0: 8, 13: 16}}",
+    "sweep.trials.twice={schedule.kind: constant, train.batch_schedule: {0: 8, 13: 16, 17: 32}}",
+    "sweep.trials.power={schedule.kind: power, schedule.decay_fraction: 0.5}",
+]
+
+
+def test_trials_that_differ_in_other_settings_share_their_steps_and_equal_their_own_runs(sweeps):
+    """Killed at each checkpoint, too: a trial starts from the state of another one's settings."""
+    study = sweeps.open(*LATE)
+    counts = {name: trial.branch.changes for name, trial in study.trials.items()}
+    assert counts["decay"] == {"weight_decay": 12} and counts["momentum"] == {"momentum": 11}
+    # The trunk to step 11 and what each leaves it at, and two trials with a warmup from 0.85.
+    own = {"constant": 20, "decay": 8, "momentum": 9, "warmup": 20, "both": 19, "power": 9}
+    own |= {"batch": 7, "twice": 3}
+    assert study.tree.steps_in_tree == sum(own.values())
+    ran = sweeps.run(study)
+    assert_alone(sweeps, study)
+    assert steps_of(study, ran) == study.tree.steps_in_tree
+    lines = [line for line in study.curve(study.trials["both"]) if "optim/lr" in line]
+    assert {"optim/momentum", "optim/weight_decay_factor"} <= lines[-1].keys()
+    assert study.curve(study.trials["twice"])[-1]["train/tokens"] == 16 * (13 * 8 + 4 * 16 + 3 * 32)
+
+
+def test_stages_of_earlier_versions_are_read(sweeps):
+    """They stored schedules of the learning rate; all other settings were constant."""
+    study = sweeps.open("sweep.trials.a={train.max_steps: 5, optim.momentum: 0.8}")
+    [stage] = sweeps.run(study)
+    folder = study.folder.stage(stage)
+    spec = records.read_spec(folder)
+    stored = json.loads(folder.stage_file.read_text())
+    steps = stored.pop("steps")
+    for name in ("exponent", "points"):
+        del steps["plan"]["lr"][name]
+    stored["rates"] = {"schedule": steps.pop("plan")["lr"], **steps}
+    folder.stage_file.write_text(json.dumps(stored))
+    again = records.read_spec(folder)
+    assert again.settings == spec.settings
+    assert again.key(5) == stage
 
 
 def test_damaged_journal_of_a_stage_that_is_done_is_restored(sweeps):
@@ -239,6 +289,9 @@ def test_diverged_trial_does_not_change_the_others(sweeps):
     assert_alone(sweeps, study, ["wsd-20", "wsd-14"])
     summary = json.loads((study.folder.path / "trials" / "hot" / "summary.json").read_text())
     assert summary["status"] == "FAILED" and summary["state"] == "diverged"
+    [event] = [event for event in events.read(study.folder) if "trial" in event]
+    assert (event["kind"], event["trial"]) == ("trial_diverged", "hot")
+    assert event["message"].startswith("trial hot: ") and "not finite" in event["message"]
     again = sweeps.open(*words)
     assert sweeps.run(again) == [] and len(ran) == 4
     assert {r.trial: r.state for r in again.results()} == states
@@ -408,7 +461,10 @@ def test_probes_stop_worse_trials_and_do_not_change_the_others(sweeps):
 
 
 def test_wide_margin_stops_no_trial(sweeps):
-    study = sweeps.open(*PROBED, "sweep.probe_margin=100")
+    """Also if the batch grows and the momentum rises after the end of the probes."""
+    words = ["train.global_batch_size=null", "train.batch_schedule={0: 8, 15: 16}"]
+    words += ["optim.kind=muon", "optim.momentum_warmup_steps=15"]
+    study = sweeps.open(*PROBED, *words, "sweep.probe_margin=100")
     sweeps.run(study)
     assert {row.state for row in study.results()} == {"done"}
     assert_alone(sweeps, study)

@@ -75,7 +75,8 @@ def test_failed_stage_ends_like_a_lone_run(sweeps, error, status, event):
     sweeps.run(study, fail=failing(error))
     ending = ending_of(study, 1)
     lone, lone_events = lone_ending(study, error)
-    assert [e["kind"] for e in events.read(study.folder)] == lone_events == event
+    assert lone_events == event
+    assert [e["kind"] for e in events.read(study.folder)] == ["trial_failed", *event]
     assert ending.exit_status == lone.exit_status == status
     stage = study.folder.stage(study.tree.stages[0].id)
     reason = study.reason("only").replace(str(stage.path), "FOLDER")
@@ -86,12 +87,21 @@ def test_failed_stage_ends_like_a_lone_run(sweeps, error, status, event):
     assert list(map(len, study.progress.begun.values())) == [1]
 
 
+def test_stage_on_a_node_that_does_not_share_the_sweep_fails_at_once(sweeps):
+    study = sweeps.open(TRIAL)
+    stage = study.progress.next()
+    study.progress.ended(stage, died=False, problem="storage: node2 does not have /mnt")
+    ending = ending_of(study, 1)
+    assert (ending.exit_status, ending.reason) == (2, "storage: node2 does not have /mnt")
+
+
 def test_killed_stage_fails_after_as_many_attempts_as_a_lone_run(sweeps):
     study = sweeps.open(TRIAL)
     ran = sweeps.run(study, fail=failing(Killed()))
     assert len(ran) == PATIENCE and len(set(ran)) == 1
     assert ending_of(study, 1).exit_status == 1
-    restarts = events.read(study.folder)
+    *restarts, failed = events.read(study.folder)
+    assert (failed["kind"], failed["trial"]) == ("trial_failed", "only")
     assert len(restarts) == PATIENCE - 1
     for restart in restarts:
         assert (restart["kind"], restart["stage"], restart["step"]) == ("restart", ran[0], 0)
@@ -243,7 +253,8 @@ def test_sweep_with_another_fault_beside_out_of_memory_has_status_1(sweeps):
 
     sweeps.run(study, fail=fail)
     assert ending_of(study, 1).exit_status == 1
-    assert [event["kind"] for event in events.read(study.folder)] == ["out_of_memory"]
+    kinds = [event["kind"] for event in events.read(study.folder)]
+    assert sorted(kinds) == ["out_of_memory", "trial_failed", "trial_failed"]
 
 
 def test_trial_out_of_memory_beside_one_that_is_done_has_status_2(sweeps):

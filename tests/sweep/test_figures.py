@@ -6,8 +6,9 @@ from itertools import pairwise
 import numpy as np
 
 from model.schedule import Schedule, learning_rate
+from orchestrator.sweep.branch import Branch
 from orchestrator.sweep.report.figures import POINTS, stage_tree
-from orchestrator.sweep.tree import Branch, build_tree
+from orchestrator.sweep.tree import build_tree
 
 
 def plan_of(*schedules):

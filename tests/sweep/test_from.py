@@ -55,7 +55,7 @@ def test_trials_that_branch_off_a_run_equal_their_own_runs(sweeps, source, step,
     # The trunk to step 13 (a, b) and to 30 (longer), and three decays; a and b share a first step.
     alone = len(
         {
-            (c.rates.first(n).tobytes())
+            tuple(map(c.steps, range(n)))
             for c in study.trials.values()
             for n in range(step + 1, c.branch.steps + 1)
         }
@@ -74,10 +74,10 @@ def test_trials_have_the_type_of_the_run_that_they_branch_off(sweeps, source, mo
 def test_run_with_another_value_of_a_later_field_is_refused(sweeps, source):
     """Also if the trials have the default, which keys of trials leave out."""
     stored = (source / "experiment.yaml").read_text()
-    edited = stored.replace("momentum: 0.95", "momentum: 0.8")
+    edited = stored.replace("ema: null", "ema: 0.9")
     assert edited != stored
     (source / "experiment.yaml").write_text(edited)
-    with pytest.raises(UserError, match="optim.momentum: before 0.8, now 0.95"):
+    with pytest.raises(UserError, match="train.ema: before 0.9, now None"):
         sweeps.open(*TRIALS, "sweep.from=source@8")
 
 
@@ -86,6 +86,16 @@ def test_trial_can_extend_a_finished_run(sweeps, source):
     study = sweeps.open(TRIALS[2], "sweep.from=source@20")
     assert made(study, sweeps.run(study)) == 20
     assert sweeps.outcome(study.folder.path / "trials" / "longer") == sweeps.alone(study, "longer")
+
+
+def test_batch_of_a_trial_may_change_after_the_branch(sweeps, source):
+    study = sweeps.open(
+        "sweep.trials.batch.train.batch_schedule={0: 8, 14: 16}", "sweep.from=source@12"
+    )
+    assert made(study, sweeps.run(study)) == 8
+    assert sweeps.outcome(study.folder.trial("batch")) == sweeps.alone(study, "batch")
+    with pytest.raises(UserError, match="train.global_batch_size: before 8, now 16"):
+        sweeps.open("sweep.trials.other.train.batch_schedule={0: 16}", "sweep.from=source@12")
 
 
 def test_rates_before_the_branch_are_those_of_the_run(sweeps, source):

@@ -19,8 +19,8 @@ from orchestrator.config.experiment import (
     load_experiment,
     parse_experiment,
 )
-from orchestrator.config.load import read_yaml
 from orchestrator.config.sweep import SweepSection, sweep_docs
+from orchestrator.config.yaml_text import read_yaml
 from orchestrator.errors import UserError
 from orchestrator.sweep.report.advice import left_out
 from orchestrator.sweep.space.checks import origin

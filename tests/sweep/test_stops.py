@@ -3,12 +3,12 @@
 import json
 import signal
 import sqlite3
-import subprocess
-import sys
 
 from orchestrator.checkpoint import store as checkpoint
 from orchestrator.errors import EXIT_DONE
+from orchestrator.sweep.report.files import SweepFiles
 from orchestrator.sweep.space.expand import load_sweep
+from tests.helpers import warm
 from tests.helpers.local_job import LocalSweepJob, without_ray
 from tests.helpers.small_run import REPO, logged
 from tests.helpers.wait import wait_until
@@ -19,6 +19,7 @@ WORDS = [
     "sweep.grid.schedule.max_lr=[1e-2, 5e-3]",
     "sweep.trials.third={schedule.max_lr: 2e-3, train.max_steps: 30}",
     f"train.max_steps={STEPS}",
+    "train.micro_batch_size=4",  # two micro-batches a step: one for each worker
     "train.eval_interval=50",
     "train.checkpoint_interval=null",
     "compute.cpus_per_worker=1",
@@ -26,21 +27,15 @@ WORDS = [
 
 
 def test_sigterm_stops_every_stage_after_its_step_and_the_next_start_continues(
-    ray_head, sweeps, tiny_corpus, tiny_dataset
+    ray_head, sweeps, tiny_corpus, tiny_dataset, monkeypatch
 ):
     """The stages start on two workers and end in this process."""
     file = sweeps.folder / "experiment.yaml"
     file.write_text("{}\n")
     words = [f"storage={sweeps.folder}", f"data.corpus={tiny_corpus}", f"data.dir={tiny_dataset}"]
     words += ["name=sweep", *sweeps.small, *WORDS]
-    command = [sys.executable, str(REPO / "pipelines" / "sweep.py"), str(file), *words]
-    process = subprocess.Popen(
-        [*command, "compute.num_workers=2"],
-        env=ray_head.env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [str(REPO / "pipelines" / "sweep.py"), str(file), *words, "compute.num_workers=2"]
+    process = warm.Process(command, ray_head.env, sweeps.folder)
     stages = sweeps.folder / "sweep" / "stages"
     wait_until(lambda: sum(logged(folder) >= 6 for folder in stages.glob("*")) >= 2, process)
     process.send_signal(signal.SIGTERM)
@@ -62,6 +57,8 @@ def test_sigterm_stops_every_stage_after_its_step_and_the_next_start_continues(
             ("KILLED",)
         ]
 
+    # The figure takes a second and has its own tests.
+    monkeypatch.setattr(SweepFiles, "write_figure", lambda files: None)
     with without_ray():
         again = LocalSweepJob(load_sweep(file, [*words, "compute.num_workers=1"]))
         assert again.run() == EXIT_DONE

@@ -1,11 +1,15 @@
 """The tree of stages, compared with brute force: fewest steps, complete trials."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.config.experiment import load_experiment
+from orchestrator.config.steps import NAMES
+from orchestrator.sweep.branch import Branch
 from orchestrator.sweep.states import (
     BLOCKED,
     DIVERGED,
@@ -16,7 +20,7 @@ from orchestrator.sweep.states import (
     WAITING,
     StageStates,
 )
-from orchestrator.sweep.tree import Branch, StageTree, build_tree, grow
+from orchestrator.sweep.tree import StageTree, build_tree, grow
 from orchestrator.sweep.trials import settings_of
 
 SAME_STEPS = [
@@ -24,10 +28,16 @@ SAME_STEPS = [
     "data.corpus=other.txt",  # the tokens are compared, not their files
     "schedule.max_lr=1e-4",  # the rates of a branch
     "schedule.kind=constant",
+    "schedule.weight_decay.kind=cosine",  # the factor of step 0 is 1
+    "schedule.momentum.kind=linear",
+    "schedule.momentum.final=0.5",
     "train.max_steps=7",
     "train.keep=5",
     "train.checkpoint_interval=3",
     "train.reduction_slots=8",  # what `null` stands for
+    "optim.groups.embedding.weight_decay=0.1",
+    "optim.momentum=0.8",  # AdamW has none; see test_keys.py
+    "optim.momentum_warmup_steps=5",
     "compute.num_workers=2",
     "tracking.experiment=other",
 ]
@@ -39,6 +49,7 @@ OTHER_STEPS = [
     "train.reduction_slots=4",
     "train.compile=true",
     "train.init_from=gpt2",
+    "train.ema=0.99",
     "model.dropout=0.3",
     "model.n_layer=2",
     "model.block_size=8",
@@ -48,6 +59,9 @@ OTHER_STEPS = [
     "optim.beta2=0.9",
     "optim.weight_decay=0.3",
     "optim.max_grad_norm=0.5",
+    "optim.kind=muon",
+    "optim.kind=muon optim.momentum=0.8",
+    "optim.kind=muon optim.momentum_warmup_steps=5",  # another momentum at step 0
 ]
 
 
@@ -58,7 +72,8 @@ def test_root_is_the_same_exactly_for_trials_with_equal_steps(monkeypatch):
     base += ["schedule.warmup_steps=2", "train.dtype=float32", "optim.max_grad_norm=1"]
 
     def root(*words: str, data: str = "tokens", cpus: int = 1) -> str:
-        return settings_of(load_experiment(None, [*base, *words]), data, cpus)
+        experiment = load_experiment(None, [*base, *" ".join(words).split()])
+        return settings_of(experiment, experiment.steps()(0), data, cpus)
 
     assert [word for word in SAME_STEPS if root(word) != root()] == []
     roots = {word: root(word) for word in OTHER_STEPS}
@@ -66,23 +81,56 @@ def test_root_is_the_same_exactly_for_trials_with_equal_steps(monkeypatch):
     monkeypatch.setattr("orchestrator.sweep.trials.torch_version", lambda: "0.1")
     roots["torch"] = root()
     assert len(set(roots.values())) == len(roots), roots
+    own = "optim.kind=tests/own/lion.py:lion"
+    seen = ["schedule.max_lr=1e-4", "optim.groups.embedding.lr_scale=1.0"]
+    seen += ["optim.groups.embedding.weight_decay=0.1", "optim.momentum_warmup_steps=5"]
+    seen.append("optim.momentum=0.8")
+    found = {root(own), *(root(own, word) for word in seen)}
+    found.add(root(own, *seen[-2:]))  # both begin with the momentum of the warmup
+    assert len(found) == len(seen) + 2
 
 
 def trial(name, rates, root="root") -> Branch:
     return Branch(name, root, np.array(rates, np.float64))
 
 
+# Settings of an update: a usual one, and others that differ in one setting.
+USUAL = (1.0, 1.0, 1.0, 1.0)
+OTHERS = [(0.5, 1.0, 1.0, 1.0), (1.0, 2.0, 1.0, 1.0), (1.0, 1.0, 2.0, 1.0), (1.0, 1.0, 1.0, 2.0)]
+
+
 @st.composite
 def trials(draw, least=1, most=7) -> list[Branch]:
-    """Trials that share a lot: two rates, two roots, up to nine steps."""
-    rates = st.lists(st.sampled_from([1.0, 0.5]), min_size=1, max_size=9)
-    found = draw(st.lists(st.tuples(rates, st.sampled_from("ab")), min_size=least, max_size=most))
-    return [trial(f"t{i}", r, root) for i, (r, root) in enumerate(found)]
+    """Trials that share a lot: three kinds of updates, two roots, up to nine steps.
+
+    As for planned trials, the root has the settings of step 0, and one that never changes may be
+    absent.
+    """
+    updates = [USUAL, draw(st.sampled_from(OTHERS)), draw(st.sampled_from(OTHERS))]
+    steps = st.lists(st.sampled_from(updates), min_size=1, max_size=9)
+    trial_of = st.tuples(steps, st.sampled_from("ab"), st.booleans())
+    made = []
+    for i, (settings, root, is_short) in enumerate(
+        draw(st.lists(trial_of, min_size=least, max_size=most))
+    ):
+        rates, *columns = np.array(settings).T
+        others = dict(zip(NAMES[1:], columns, strict=True))
+        root += "".join(f" {column[0]}" for column in columns)
+        if is_short:
+            others = {name: c for name, c in others.items() if (c != c[0]).any()}
+        made.append(Branch(f"t{i}", root, rates.copy(), others=others))
+    return made
 
 
 def prefixes(found) -> set:
     """Return all states after one or more steps of any trial: as many as the fewest steps."""
-    return {(t.root, tuple(t.rates[:n])) for t in found for n in range(1, t.steps + 1)}
+    states = set()
+    for t in found:
+        firsts = [float(word) for word in t.root.split()[1:]]
+        rest = [t.others.get(n, [v] * t.steps) for n, v in zip(NAMES[1:], firsts, strict=True)]
+        updates = list(zip(t.rates, *rest, strict=True))
+        states |= {(t.root, tuple(updates[:n])) for n in range(1, t.steps + 1)}
+    return states
 
 
 # ---- the tree ----
@@ -142,6 +190,24 @@ def test_rates_are_compared_bit_for_bit():
     assert build_tree([trial("a", [0.0, 1.0]), trial("b", [-0.0, 1.0])]).steps_in_tree == 4
 
 
+def test_other_settings_are_compared_bit_for_bit():
+    def varied(name, values):
+        return Branch(name, "r", np.ones(3), others={"momentum": np.array(values)})
+
+    nearly = np.nextafter(1.0, 2.0)
+    constant = trial("constant", [1.0, 1.0, 1.0], "r")
+    found = [constant, varied("same", [1.0] * 3), varied("late", [1.0, 1.0, nearly])]
+    tree = build_tree([*found, varied("back", [1.0, 0.5, 1.0])])
+    assert tree.steps_in_tree == 6
+    assert [stage.ends for stage in tree.stages_of("same")] == [(), (), ("constant", "same")]
+    assert found[2].key(2) == constant.key(2) != found[2].key(3) != constant.key(3)
+
+
+def test_key_of_a_trial_with_constant_settings_is_that_of_its_rates():
+    """Keys are names of folders: those of earlier versions stay."""
+    assert trial("a", [1.0, 0.5]).key(2) == "7c48b086691dfb3d22df"
+
+
 def test_other_roots_share_no_step_and_equal_trials_share_all():
     assert build_tree([trial("a", [1, 1]), trial("b", [1, 1], "other")]).steps_in_tree == 4
     twins = build_tree([trial("a", [1, 1]), trial("b", [1, 1])])
@@ -191,7 +257,7 @@ def test_only_stages_that_a_missing_result_needs_run(found, data):
 
 @given(trials(2), trials(1))
 def test_grown_tree_runs_only_new_steps(first, more):
-    more = [Branch(f"new-{t.name}", t.root, t.rates) for t in more]
+    more = [replace(t, name=f"new-{t.name}") for t in more]
     old = build_tree(first)
     states = {s.id: s.stop for s in old.stages}
     p = build_tree([*first, *more], states, states, {s.id for s in old.stages if s.ends})

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.schedule import Schedule, learning_rate
+from orchestrator.sweep.branch import Branch
 from orchestrator.sweep.report import view
 from orchestrator.sweep.report.advice import advice
-from orchestrator.sweep.tree import Branch, build_tree
+from orchestrator.sweep.tree import build_tree
 
 LINE = re.compile(
     r"([│├└┬┼─ ]+)\[([\d,]+), ([\d,]+)\)\s+([\d,]+)  \S+ → \S+\s+([\d,]+)  "

@@ -196,3 +196,18 @@ def test_store_of_a_sweep_is_lost(sweep, database, tmp_path, is_kept, sends):
     children = "SELECT value FROM tags WHERE run_uuid = ? AND key = 'mlflow.parentRunId'"
     for name in "ab":
         assert rows(database, sweep / "trials" / name, children) == [(parent,)]
+
+
+def test_run_that_continues_from_an_older_copy_repeats_no_value(run_dir, database, tmp_path):
+    """A machine was lost: MLflow has values that the copy of the run in a mirror has not."""
+    uri = sqlite_uri(database)
+    assert attempt(run_dir, uri, range(1, 31))
+    older = make_run(tmp_path / "older" / "run", "key")
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (older / "metrics.jsonl").write_text("".join(lines[:10]))
+    tracker = Tracker(RunFolder(older), uri, EXPERIMENT, compare_all=True)
+    tracker.start()
+    log(older, range(11, 41))
+    assert tracker.finish("FINISHED", 60)
+    steps = sorted(row[1] for row in rows(database, older) if row[0] == "train/loss")
+    assert steps == list(range(1, 41))

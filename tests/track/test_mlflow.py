@@ -73,6 +73,8 @@ def test_projection_is_complete(run_dir, store, uri):
     commit(run_dir, 100)
     (run_dir / "samples").mkdir()
     (run_dir / "samples" / "step-00000100.txt").write_text("To be")
+    (run_dir / "code").mkdir()
+    (run_dir / "code" / "conv-0123.py").write_text('token = "hf_0123456789012345678"\n')
     (run_dir / "summary.json").write_text('{"status": "FINISHED"}')
     (run_dir / "experiment.yaml").write_text(
         "name: demo\ntracking: {uri: https://me:hunter2@host}\n"
@@ -92,7 +94,9 @@ def test_projection_is_complete(run_dir, store, uri):
         "experiment.yaml",
         "summary.json",
         "samples/step-00000100.txt",
+        "code/conv-0123.py",
     }
+    assert "hf_" in (artifacts / "code" / "conv-0123.py").read_text()  # its hash is the run's
     assert "hunter2" not in (artifacts / "experiment.yaml").read_text()
     assert tracker.url.endswith(
         f"/runs/{tracker.run_id}/model-metrics?workflowType=machine_learning"
@@ -442,3 +446,23 @@ def test_tracking_module_does_not_import_mlflow_matplotlib_or_torch():
         "sys.exit(bool({'matplotlib', 'mlflow', 'torch'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_experiment_that_another_run_creates_meanwhile_is_used(run_dir, store, uri, monkeypatch):
+    from mlflow import MlflowClient
+
+    name = "created meanwhile"
+    other = client(uri).create_experiment(name)
+    find = MlflowClient.get_experiment_by_name
+    answers = [None]  # the first one is from before
+    monkeypatch.setattr(
+        MlflowClient,
+        "get_experiment_by_name",
+        lambda self, name: answers.pop() if answers else find(self, name),
+    )
+    log(run_dir, [1])
+    tracker = Tracker(RunFolder(run_dir), uri, name)
+    tracker.start()
+    assert tracker.finish("FINISHED", 60)
+    assert answers == []
+    assert client(uri).get_run(tracker.run_id).info.experiment_id == other

@@ -350,6 +350,32 @@ def test_best_trial_without_a_checkpoint_is_not_registered(sweep, uri):
     assert not client(uri).search_registered_models(f"name = '{sweep.name}'")
 
 
+def test_code_is_sent_as_it_is_and_a_trial_has_what_it_names(sweep, store, uri):
+    hashes = {name: str(number) * 32 for number, name in enumerate(("conv", "lion", "other"))}
+    codes = {f"code/{name}-{digest}.py": f"key=1 # {name}\r\n" for name, digest in hashes.items()}
+    for name, code in codes.items():
+        put(sweep / name, code)
+    (sweep / "code" / "link.py").symlink_to(sweep / "run.json")
+    kinds = {"model.kind": f"mine/conv.py:Conv@{hashes['conv']}", "optim.kind": "adamw"}
+    put_run(sweep / "trials" / "a", f"{sweep.name}/a", params=kinds)
+    kinds["optim.kind"] = f"/x/lion.py:lion@{hashes['lion']}"
+    put_run(sweep / "trials" / "b", f"{sweep.name}/b", params=kinds)
+    tracker = send(sweep, uri)
+    runs = {name: run.info.run_id for name, run in children(uri, tracker).items()}
+    runs["sweep"] = tracker.run_id
+    sent = {}
+    for name, run_id in runs.items():
+        artifacts = store.parent / "artifacts" / run_id / "artifacts"
+        for file in artifacts.rglob("*.py"):
+            assert file.read_bytes().decode() == codes[f"code/{file.name}"]
+        sent[name] = sorted(file.name.partition("-")[0] for file in artifacts.rglob("*.py"))
+    assert sent == {
+        "a": ["conv"],
+        "b": ["conv", "lion"],
+        "sweep": ["conv", "lion", "other"],
+    }
+
+
 def test_documents_are_sent_again_when_they_change(sweep, store, uri):
     put(sweep / "comparison.csv", "trial,final\n")
     tracker = start(sweep, uri)

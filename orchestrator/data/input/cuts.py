@@ -1,6 +1,7 @@
 """Finds the places where a text may be cut: safe cuts, or the beginnings of characters."""
 
 import re
+from collections.abc import Iterator
 from typing import BinaryIO
 
 # The pieces of a text, tokenized one by one, must give the tokens of the whole text. A byte-pair
@@ -12,6 +13,9 @@ from typing import BinaryIO
 # - No match continues from a non-space to a space or tab, or from a letter or digit to a line end
 #   or a listed mark.
 # - The patterns have a lookahead only after whitespace, and a cut comes after a non-space.
+#
+# Python decides here what is a letter or a digit: its Unicode tables must not be newer than those
+# of the tokenizer. tests/data/test_cuts.py compares all characters.
 #
 # These cuts look safe but are not: after a line end (punctuation is matched together with it),
 # before an apostrophe or a combining mark (o200k matches both as parts of a word), and between
@@ -72,6 +76,16 @@ def character_cut(file: BinaryIO, position: int, size: int) -> int:
             break
         cut += 1
     return first + cut
+
+
+def safe_pieces(text: str, length: int) -> Iterator[str]:
+    """Cut a text at the first safe place after each `length` characters."""
+    start = 0
+    while start < len(text):
+        match = SAFE.search(text, start + length)
+        end = match.start() if match else len(text)
+        yield text[start:end]
+        start = end
 
 
 def read_at(file: BinaryIO, offset: int, length: int) -> bytes:

@@ -52,7 +52,7 @@ def expand(base: Path, pattern: list[str], left_out: LeftOut) -> list[Path]:
             paths = _files_below(folder, hidden, left_out)
             if rest != ["**"]:
                 names = zip(paths, below(folder, paths), strict=True)
-                paths = [path for path, name in names if _matches(name.split("/"), rest)]
+                paths = [path for path, name in names if matches(name.split("/"), rest)]
             found += paths
     return _once(base, found, left_out)
 
@@ -66,7 +66,7 @@ def _glob(base: Path, pattern: Sequence[str]) -> list[str]:
     for part in pattern:
         if glob.has_magic(part):
             children = [child for path in paths for child in _children(path)]
-            paths = [child.path for child in children if _matches([child.name], [part])]
+            paths = [child.path for child in children if matches([child.name], [part])]
         else:
             paths = list(filter(os.path.lexists, (os.path.join(path, part) for path in paths)))
     return paths
@@ -83,7 +83,7 @@ def _children(folder: str | Path) -> list[os.DirEntry[str]]:
         raise UserError(f"data.corpus: {folder} cannot be read ({error.strerror})") from None
 
 
-def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     """Return whether the parts of a path match those of a glob, as in Python's `glob`."""
     if not pattern:
         return not parts
@@ -92,11 +92,11 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
             len(parts) > 0
             and fnmatch.fnmatchcase(parts[0], pattern[0])
             and (_is_visible(parts[0]) or pattern[0].startswith("."))
-            and _matches(parts[1:], pattern[1:])
+            and matches(parts[1:], pattern[1:])
         )
-    if _matches(parts, pattern[1:]):
+    if matches(parts, pattern[1:]):
         return True
-    return len(parts) > 0 and _is_visible(parts[0]) and _matches(parts[1:], pattern)
+    return len(parts) > 0 and _is_visible(parts[0]) and matches(parts[1:], pattern)
 
 
 def _files_below(base: Path, hidden: bool, left_out: LeftOut) -> list[str]:

@@ -14,10 +14,10 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, cast
 
-from orchestrator.cost.timing import Estimate
 from orchestrator.errors import NOT_WRITABLE
 from orchestrator.files import write_atomically, write_json
 from orchestrator.folders import make_folder
+from orchestrator.own_files import store
 from orchestrator.runs import journal
 from orchestrator.runs.ending import Ending, Kind
 from orchestrator.runs.facts import facts_of
@@ -30,7 +30,7 @@ from orchestrator.sweep.report.pace import Pace
 from orchestrator.sweep.report.summary import SweepSummary, summarize
 from orchestrator.sweep.states import BLOCKED, DONE, FAILED, RUNNING, WAITING
 from orchestrator.sweep.study import Study
-from orchestrator.sweep.tree import Stage
+from orchestrator.sweep.tree import Stage, StageTree
 from orchestrator.sweep.trials import PlannedTrial, data_key
 
 SCRIPT = "pipelines/sweep.py"
@@ -43,22 +43,19 @@ class SweepFiles:
 
     Args:
         study: The sweep.
-        estimate: Estimated time, memory and disk; None if unknown.
         pace: Steps that were made, and the time that is left.
     """
 
-    def __init__(
-        self, study: Study, estimate: Estimate | None = None, pace: Pace | None = None
-    ) -> None:
+    def __init__(self, study: Study, pace: Pace | None = None) -> None:
         self.study = study
-        self.pace = pace or Pace(study.progress, slots=1)
+        self.pace = pace or Pace(study, slots=1)
         self.last = time.monotonic()  # when the journal of the sweep was last extended
         self.progress = study.progress
         self.folder = study.folder
-        self.estimate = estimate
         record = self.folder.read_record() or new_record(self.folder)
         self.key = record["key"]
         self.attempts = record.get("attempts", [])
+        self.drawn: StageTree | None = None
         self.facts: dict[str, Any] = {}  # of each trial, for MLflow
 
     def begin(self) -> None:
@@ -70,10 +67,11 @@ class SweepFiles:
             "trials": len(study.trials),
         }
         self.attempts.append(attempt)
+        store(self.folder.code, [k for e in study.sweep.experiments for k in e.own_kinds])
         write_atomically(self.folder.sweep_file, study.sweep.to_yaml())
         write_json(self.folder.run_file, self._run_record())
         self.folder.summary_file.unlink(missing_ok=True)
-        self.write_tree()
+        self.write_plan()
         self.write_trials()
 
     def write_trials(self) -> None:
@@ -97,6 +95,9 @@ class SweepFiles:
 
     def tick(self) -> None:
         """While long stages run, update the sweep's journal and the curves of few trials."""
+        if self.drawn is None:  # it takes a second, in which the workers start
+            with _unless_not_writable(self.folder):
+                self.write_figure()
         if time.monotonic() - self.last < TICK_S:
             return
         self._append_metrics()
@@ -142,16 +143,16 @@ class SweepFiles:
                 if has_failed or not self._has_summary(trial):
                     with _unless_not_writable(self.folder.trial(trial.name)):
                         self._assemble(trial)
-        estimate: Estimate | None = self.estimate
-        corrected = self.pace.correction.corrected_s
-        if corrected is not None:
-            estimate = {**(estimate or {}), "corrected_s": corrected}
+        estimate = self.pace.estimate
+        if estimate is not None and self.pace.corrected_s is not None:
+            estimate = {**estimate, "corrected_s": self.pace.corrected_s}
         summary = summarize(self.study, ending, estimate, wall_s)
         with _unless_not_writable(self.folder):
             write_json(self.folder.summary_file, summary)
             write_atomically(self.folder.comparison_file, comparison.csv_text(self.study.results()))
             if not quick:
-                self.write_tree()
+                self.write_plan()
+                self.write_figure()
         return summary
 
     # ---- the sweep ----
@@ -184,17 +185,22 @@ class SweepFiles:
             "attempts": self.attempts,
         }
 
-    def write_tree(self) -> None:
-        """Write the tree of stages as plan.txt and as a figure."""
+    def write_plan(self) -> None:
+        """Write the tree of stages as text."""
         tree = self.progress.tree
-        if not tree.stages:  # optuna has not proposed a trial yet
-            return
-        text = "\n".join([*view.summary(tree), "", view.text(tree), ""])
-        write_atomically(self.folder.plan_file, text)
-        picture = io.BytesIO()
-        figures.stage_tree(tree).savefig(picture)
-        make_folder(self.folder.figures)
-        write_atomically(self.folder.figure_file("tree"), picture.getvalue())
+        if tree.stages:  # optuna may not have proposed a trial yet
+            text = "\n".join([*view.summary(tree), "", view.text(tree), ""])
+            write_atomically(self.folder.plan_file, text)
+
+    def write_figure(self) -> None:
+        """Draw the tree of stages, unless this one was drawn."""
+        tree = self.progress.tree
+        if tree.stages and tree is not self.drawn:
+            self.drawn = tree
+            picture = io.BytesIO()
+            figures.stage_tree(tree).savefig(picture)
+            make_folder(self.folder.figures)
+            write_atomically(self.folder.figure_file("tree"), picture.getvalue())
 
     # ---- one trial ----
 
@@ -264,7 +270,7 @@ class SweepFiles:
         state_at_end = last_state(
             lines,
             step,
-            trial.experiment.tokens_per_step,
+            trial.steps.batch_sizes.before(step) * trial.experiment.model.block_size,
             checkpoint,
             result.weights_sha256 if result is not None else None,
         )

@@ -1,9 +1,12 @@
 """Progress of a running sweep: a line when a stage ends, and every half minute."""
 
+import math
 import time
 from collections.abc import Callable
 
-from orchestrator.sweep.report.pace import Pace
+from orchestrator.cluster import gauges
+from orchestrator.runs import journal
+from orchestrator.sweep.report.pace import Now, Pace
 from orchestrator.sweep.states import DONE, RUNNING, WAITING
 from orchestrator.sweep.tree import Stage
 from orchestrator.text import duration
@@ -28,6 +31,7 @@ class ProgressLines:
         self.pace = pace
         self.best = best
         self.last = time.monotonic()
+        self.asked = -math.inf  # when the estimate was last asked for
 
     def stage_ended(self, stage: Stage) -> None:
         """Print how a stage ended, and the progress."""
@@ -44,20 +48,22 @@ class ProgressLines:
         self._print_status()
 
     def tick(self) -> None:
-        """Print the progress if enough time has passed."""
-        if time.monotonic() - self.last < INTERVAL_S:
-            return
-        corrected = self.pace.correct()
-        if corrected is not None:
-            print(corrected)
-        self._print_status()
+        """Print the estimate when it is due, and the progress if enough time has passed."""
+        now = time.monotonic()
+        if now - self.asked >= 1.0:
+            self.asked = now
+            comment = self.pace.comment()
+            if comment is not None:
+                print(comment, flush=True)
+        if now - self.last >= INTERVAL_S:
+            self._print_status()
 
     def _print_status(self) -> None:
         print(self.status(), flush=True)
         self.last = time.monotonic()
 
     def status(self) -> str:
-        """Return one line: stages, trials, steps, the best trial, the time left."""
+        """Return one line: stages, trials, steps, the best trial, the time left. Set the gauges."""
         progress = self.progress
         tree = progress.tree
         states = [progress.states.by_stage[stage] for stage in tree.to_run]
@@ -77,4 +83,17 @@ class ProgressLines:
             parts.append(f"best {best[0]} {best[1]:.4f}")
         if now.left_s is not None:
             parts.append(f"ETA {duration(now.left_s)}")
+        self._set_gauges(now, run, None if best is None else best[1])
         return " | ".join(parts)
+
+    def _set_gauges(self, now: Now, steps: int, best: float | None) -> None:
+        folder = self.progress.folder
+        last = [journal.last(folder.stage(stage)) or {} for stage in now.live]
+        gauges.show(
+            folder.name,
+            step=steps,
+            steps=self.progress.tree.steps_to_run,
+            val_loss=best,
+            tokens_per_second=sum(line.get("perf/tokens_per_sec", 0.0) for line in last),
+            left_seconds=now.left_s,
+        )

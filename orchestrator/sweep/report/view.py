@@ -6,6 +6,8 @@ take. So a trunk with a hundred branches has a hundred lines and not a hundred l
 indentation; the depth is at most log2(trials).
 """
 
+from orchestrator.config.steps import IN_WORDS
+from orchestrator.sweep.branch import Branch
 from orchestrator.sweep.tree import Stage, StageTree
 from orchestrator.text import aligned, clip
 
@@ -24,13 +26,12 @@ def text(tree: StageTree, width: int = 100, lines: int = 60) -> str:
         lines: Lines of the drawing, at most; the middle of a longer one is left out.
     """
     drawn = [line for root in tree.children.get(None, ()) for line in _draw(tree, root, "", "")]
-    rates = {branch.name: branch.rates for branch in tree.branches}
+    branches = {branch.name: branch for branch in tree.branches}
     lost = tree.below(tree.diverged)
     rows = [HEAD]
     for prefix, stage in drawn:
         mark = "lost" if stage.id in lost else _mark(tree, stage)
-        curve = rates[stage.trials[0]][stage.start : stage.stop]
-        rows.append(_cells(prefix, stage, float(curve[0]), float(curve[-1]), mark))
+        rows.append(_cells(prefix, stage, branches[stage.trials[0]], mark))
     cells = aligned(rows, left=(0, 2, 4)).splitlines()
     names = [NAMES, *(" = ".join(stage.ends) for _, stage in drawn)]
     used = max(map(len, cells))
@@ -46,11 +47,16 @@ def text(tree: StageTree, width: int = 100, lines: int = 60) -> str:
     return "\n".join(shown)
 
 
-def _cells(prefix: str, stage: Stage, first: float, last: float, mark: str) -> tuple[str, ...]:
+def _cells(prefix: str, stage: Stage, branch: Branch, mark: str) -> tuple[str, ...]:
+    last = stage.stop - 1
+    settings = f"{branch.rates[stage.start]:.2e} → {branch.rates[last]:.2e}"
+    for name, first in branch.changes.items():
+        if first <= last:
+            settings += f", {IN_WORDS[name]} {branch.others[name][last]:.3g}"
     return (
         f"{prefix}[{stage.start:,}, {stage.stop:,})",
         f"{stage.steps:,}",
-        f"{first:.2e} → {last:.2e}",
+        settings,
         f"{len(stage.trials):,}",
         mark,
     )

@@ -54,6 +54,7 @@ def section_problems(base: Experiment, settings: SweepSection) -> list[str]:
         *_origin(settings),
         *_names(settings),
         *_seeds(settings),
+        *_types(settings),
     ]
     if base.train.eval_interval is None:
         problems.append(
@@ -93,6 +94,15 @@ def _fields(base: Experiment, settings: SweepSection) -> list[str]:
             lines = _value_problems(entry, base.model.kind)
             problems += [f"{entry.where}.{line}" for line in lines]
     return problems
+
+
+def _types(settings: SweepSection) -> list[str]:
+    entries = [entry for entry in _entries(settings) if entry.key == "train.dtype"]
+    values = [value for entry in entries for value in entry.words]
+    if "auto" in values and len(values) > 1:
+        place = next(entry.place for entry in entries if "auto" in entry.words)
+        return [f"{place}: auto stands for one of the other types; give the types themselves"]
+    return []
 
 
 def _value_problems(entry: _Entry, kind: str) -> list[str]:
@@ -179,10 +189,10 @@ def _origin(settings: SweepSection) -> list[str]:
     if settings.from_ is None:
         return []
     problems = [
-        f"{entry.place}: cannot vary with sweep.from={settings.from_}; all fields but schedule.* "
-        "and train.max_steps are those of the run"
+        f"{entry.place}: cannot vary with sweep.from={settings.from_}; all fields but schedule.*, "
+        "optim.momentum_warmup_steps, train.batch_schedule and train.max_steps are those of the run"
         for entry in _entries(settings)
-        if not entry.key.startswith("schedule.") and entry.key != "train.max_steps"
+        if entry.key not in fields_with(Effect.PER_STEP, Effect.LENGTH)
     ]
     if settings.seeds > 1:
         problems.append(

@@ -12,14 +12,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.config.experiment import Experiment, field_value, parse_experiment
-from orchestrator.config.load import read_tree, write_yaml
+from orchestrator.config.load import read_tree
 from orchestrator.config.sweep import SweepSection, parse_sweep, sweep_docs
+from orchestrator.config.yaml_text import write_yaml
 from orchestrator.errors import UserError
 from orchestrator.sweep.space.checks import section_problems, varied_fields
 from orchestrator.sweep.space.dimensions import dimension, draw
 from orchestrator.sweep.space.names import sample_name, trial_name
 from orchestrator.sweep.space.trial_checks import branch_problems, trial_problems
 
+BATCH_FIELDS = ("train.global_batch_size", "train.batch_schedule")
 Tree = Mapping[str, Any]  # Experiment.model_dump()
 
 
@@ -79,10 +81,13 @@ def load_sweep(path: str | os.PathLike[str] | None, overrides: Sequence[str] = (
     tree, where = read_tree(path, overrides, sweep_docs)
     base, settings = parse_sweep(tree, where)
     try:
-        return expand(base.model_dump(), settings)
+        sweep = expand(base.model_dump(), settings)
     except UserError as error:
         lines = [f"{where}: {line}" for line in str(error).split("\n")]
         raise UserError("\n".join(lines)) from None
+    for experiment in {tuple(e.own_kinds): e for e in sweep.experiments}.values():
+        experiment.check_own_code()
+    return sweep
 
 
 def expand(base_tree: Tree, settings: SweepSection) -> Sweep:
@@ -199,6 +204,9 @@ def _seeds_together(
 def _with_fields(tree: Tree, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of an experiment's tree with other values of some fields."""
     changed = dict(tree)
+    for one, other in (BATCH_FIELDS, BATCH_FIELDS[::-1]):
+        if fields.get(one) is not None and other not in fields:
+            fields = {**fields, other: None}  # a trial's replaces that of the base
     for key, value in fields.items():
         *sections, field = key.split(".")
         place = changed

@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from orchestrator.own_code import plain
+
 LONGEST_NAME = 100  # a run's name may have 128 characters, and the seed follows
 
 
@@ -47,7 +49,7 @@ def _word(value: Any) -> str:
     """
     if isinstance(value, float):
         return repr(value).removesuffix(".0").replace("e+", "e")
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = plain(value) if isinstance(value, str) else json.dumps(value)
     if re.fullmatch(r"[A-Za-z0-9.]+(-[A-Za-z0-9.]+)*(_[A-Za-z0-9.]+)*", text):
         return text
     readable = re.sub("[^A-Za-z0-9.]+", "-", text).strip("-")[:40]

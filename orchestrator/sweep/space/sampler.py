@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import UserError
 from orchestrator.files import write_atomically
+from orchestrator.own_files import present
 from orchestrator.runs.folder import SweepFolder
 from orchestrator.sweep.space.dimensions import Choices, Range, dimension
 
@@ -56,6 +57,9 @@ class Sampler:
             samples = [json.loads(line) for line in lines]
         except ValueError:
             samples = []
+        for sample in samples:
+            if "optim.kind" in sample:  # a file of the user, which may have been edited
+                sample["optim.kind"] = present("optim", sample["optim.kind"])
         used = [int(match[1]) for match in map(_SAMPLE.match, self._trial_names) if match]
         if len(samples) <= max(used, default=-1):
             raise UserError(

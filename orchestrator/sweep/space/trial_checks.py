@@ -18,7 +18,8 @@ def trial_problems(settings: SweepSection, trials: "Sequence[Trial]") -> list[st
     """Return a line for each mistake."""
     counts = Counter(trial.name for trial in trials)
     problems = [
-        f"sweep.trials: {shown(name)} names two trials; choose another name"
+        f"sweep.trials: {shown(name)} names two trials; choose another name, for "
+        "a trial or for a file of optim.kind"
         for name, count in counts.items()
         if count > 1
     ]

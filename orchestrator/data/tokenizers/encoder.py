@@ -6,15 +6,17 @@ on the encoder.
 
 import base64
 import functools
+import importlib.metadata
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from orchestrator.data.tokenizer import Tokenizer
+from orchestrator.data.tokenizers.base import Tokenizer
+from orchestrator.data.tokenizers.pairs import TRAINED
 from orchestrator.errors import UserError
 
 # Encodings that gigatoken has, and its name for their patterns.
@@ -30,6 +32,7 @@ PATTERNS = {
 RENEW_BYTES = 32 << 20
 # For less text, the comparison with tiktoken takes longer than gigatoken saves.
 LEAST_BYTES = 4 << 20
+INSTALL = "`pip install 'espalier[fast]'`"
 # Each pair of these is compared: the ends of words, lines, numbers and characters.
 _WORDS = (
     "a The 's 'LL ’ve ſ 7 12345 ² Ⅷ ٣ é e\u0301 中文 한국 हिन्दी ไทย 😀 👩‍👩‍👧 🇩🇪 . ... \"( // _ "
@@ -39,11 +42,18 @@ _LONG = [" " * 70, "x" * 300, "!" * 99, "<|endoftext|>", "".join(map(chr, range(
 _PARTS = [*_WORDS.split(), *_SPACES.split("|"), *_LONG]
 
 
+def _pattern(name: str) -> str:
+    """Return gigatoken's name for a pattern; none if it does not have it."""
+    return "gpt2" if name.startswith(TRAINED) else PATTERNS.get(name, "")
+
+
 class GigatokenTokenizer(Tokenizer):
-    """The ids of another tokenizer, made by gigatoken."""
+    """The ids of another tokenizer, made by gigatoken until it fails."""
 
     def __init__(self, exact: Tokenizer) -> None:
         super().__init__(exact.name, exact.tokens, exact.special, exact.eot_id, exact.pattern)
+        self._exact = exact
+        self._failed = False
         # Special tokens are left out: text that looks like one is text.
         self._ranks = b"".join(
             b"%s %d\n" % (base64.b64encode(token), i)
@@ -54,6 +64,18 @@ class GigatokenTokenizer(Tokenizer):
         self._room = RENEW_BYTES
 
     def encode(self, text: str) -> np.ndarray:
+        if not self._failed:
+            try:
+                return self.ids(text)
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # a Rust panic is not an Exception
+                self._failed = True
+                _say(error)
+        return self._exact.encode(text)
+
+    def ids(self, text: str) -> np.ndarray:
+        """Return what `encode` returns; raises what gigatoken raises."""
         if self._room < 0:
             self._encoder = self._make()
             self._room = RENEW_BYTES
@@ -68,48 +90,73 @@ class GigatokenTokenizer(Tokenizer):
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
             file.write(self._ranks)
             file.flush()
-            return BPETokenizer.from_tiktoken(file.name, PATTERNS[self.name])
+            return BPETokenizer.from_tiktoken(file.name, _pattern(self.name))
 
 
-def is_possible(asked: str, name: str) -> bool:
-    """Return whether gigatoken is here and has an encoding.
+def _say(problem: object) -> None:
+    print(f"data.encoder: gigatoken is not used: {problem!s:.200}", file=sys.stderr, flush=True)
+
+
+def check_encoder(asked: str, name: str) -> None:
+    """Refuse `data.encoder=gigatoken` where it cannot be used.
 
     Args:
         asked: Value of `data.encoder`.
         name: Value of `data.tokenizer`.
 
     Raises:
-        UserError: It was asked for, and is not.
+        UserError: It is not installed, or does not have the encoding.
     """
-    if asked == "tiktoken":
-        return False
-    if name not in PATTERNS:
-        problem = f"gigatoken has no '{name}', but {', '.join(PATTERNS)}; use auto"
-    elif importlib.util.find_spec("gigatoken") is None:
-        problem = "gigatoken is not installed; use auto, or `pip install 'espalier[fast]'`"
+    if asked != "gigatoken":
+        return
+    if not _pattern(name):
+        problem = f"gigatoken has no '{name}', but {', '.join(PATTERNS)}"
+    elif not _is_installed():
+        problem = f"gigatoken is not installed; {INSTALL}"
     else:
-        return True
-    if asked == "gigatoken":
-        raise UserError(f"data.encoder: {problem}")
-    return False
+        return
+    raise UserError(f"data.encoder: {problem}; or use auto")
 
 
-def fast_tokenizer(exact: Tokenizer, sample: Sequence[str] = ()) -> Tokenizer | None:
-    """Return a tokenizer that uses gigatoken; None if it is not here or its ids differ.
+def _is_installed() -> bool:
+    return importlib.util.find_spec("gigatoken") is not None
+
+
+def choose_encoder(asked: str, exact: Tokenizer, total: int, sample: Iterable[str]) -> bool:
+    """Return whether gigatoken encodes a corpus, and print which encoder does.
+
+    Args:
+        asked: Value of `data.encoder`.
+        exact: The tokenizer that defines the ids.
+        total: Bytes of the corpus.
+        sample: Texts of it, which are compared.
+    """
+    if asked == "auto" and total < LEAST_BYTES or not _pattern(exact.name):
+        return False
+    if asked == "tiktoken" or not _is_installed():
+        advice = "" if asked == "tiktoken" else f"; for a faster one, {INSTALL}"
+        print(f"encoder: tiktoken{advice}", flush=True)
+        return False
+    if fast_tokenizer(exact, sample) is None:
+        return False
+    print(f"encoder: gigatoken {importlib.metadata.version('gigatoken')}", flush=True)
+    return True
+
+
+def fast_tokenizer(exact: Tokenizer, sample: Iterable[str] = ()) -> Tokenizer | None:
+    """Return a tokenizer that uses gigatoken; None if it does not work here or its ids differ.
 
     Args:
         exact: The tokenizer that defines the ids.
         sample: Texts that are compared, besides the hard ones.
     """
-    if not is_possible("auto", exact.name):
-        return None
     try:
         fast = _fast_tokenizer(exact)
         _compare(fast, exact, sample)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a Rust panic is not an Exception
-        print(f"data.encoder: gigatoken is not used: {error!s:.200}", file=sys.stderr, flush=True)
+    except BaseException as error:
+        _say(error)
         return None
     return fast
 
@@ -120,13 +167,13 @@ def forget() -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def _fast_tokenizer(exact: Tokenizer) -> Tokenizer:
+def _fast_tokenizer(exact: Tokenizer) -> GigatokenTokenizer:
     fast = GigatokenTokenizer(exact)
     _compare(fast, exact, [a + b + a for a in _PARTS for b in _PARTS])
     return fast
 
 
-def _compare(fast: Tokenizer, exact: Tokenizer, texts: Sequence[str]) -> None:
+def _compare(fast: GigatokenTokenizer, exact: Tokenizer, texts: Iterable[str]) -> None:
     for text in texts:
-        if not np.array_equal(fast.encode(text), exact.encode(text)):
+        if not np.array_equal(fast.ids(text), exact.encode(text)):
             raise ValueError(f"it gives other ids for {text[:40]!r}")

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STORAGE ?= runs
 
-.PHONY: install dev quickstart test test-slow faults lint size reference ui submit clean
+.PHONY: install dev quickstart test test-slow faults faults-cluster lint size reference ui submit clean
 
 # uv is much faster than pip. Without --no-compile, pip compiles 21,000 files, most of which are never
 # imported: half of the time.
@@ -34,14 +34,17 @@ test: dev                    ## everything, with a real Ray, a real MLflow and r
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: dev               ## what `make test` leaves out: slow variants, many examples of each property
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -m slow tests
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --hypothesis-profile many -m hypothesis tests
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --timeout 3600 -m slow tests
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --timeout 3600 --hypothesis-profile many -m hypothesis tests
 
 # Minutes; the table goes into docs/RELIABILITY.md.
 N ?= 300
 SEED ?= 1
 faults: dev                  ## make faults N=300 SEED=1: a campaign of faults, each run compared with an undisturbed one
 	$(BIN)/python -m tests.faults.campaign -n $(N) --seed $(SEED) --write
+
+faults-cluster: dev          ## make faults-cluster N=40: the same on three machines, which are namespaces of this one; needs root
+	$(BIN)/python -m tests.machines.campaign -n $(N) --seed $(SEED) --write
 
 lint: dev                    ## format, lint rules and types, as CI checks them
 	$(BIN)/ruff format --check .
@@ -60,8 +63,9 @@ ui: install                  ## MLflow's pages for the runs in $(STORAGE), on lo
 # A job's copy of this folder has no repository: the commit is taken here and travels with the job.
 PIPELINE ?= train
 EXPERIMENT ?= configs/quickstart.yaml
-submit: install              ## make submit [PIPELINE=sweep] EXPERIMENT=… ARGS='section.field=value …', to the cluster of $$RAY_API_SERVER_ADDRESS
-	$(BIN)/ray job submit --working-dir . --runtime-env-json \
+RETRY ?= 0
+submit: install              ## make submit [PIPELINE=sweep] [RETRY=10] EXPERIMENT=… ARGS='section.field=value …', to the cluster of $$RAY_API_SERVER_ADDRESS
+	$(BIN)/python deploy/submit.py $(RETRY) $(BIN)/ray job submit --working-dir . --runtime-env-json \
 	  "{\"env_vars\": {\"ESPALIER_GIT_COMMIT\": \"$$(git rev-parse HEAD)\", \"ESPALIER_GIT_DIRTY\": \"$$(test -z "$$(git status --porcelain)" && echo 0 || echo 1)\"}}" \
 	  -- pipelines/$(PIPELINE).py $(EXPERIMENT) $(ARGS)
 

@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ class Training:
     def run(self, steps: int) -> None:
         for _ in range(steps):
             self.step.gradient(self._batches())
-            self.step.update(LR)
+            self.step.update(replace(self.step.steps(0), lr=LR))
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         size = (self.experiment.train.micro_batch_size, self.tokens + 1)

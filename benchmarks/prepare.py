@@ -2,15 +2,17 @@
 """Measure the preparation of GPT-2 tokens, beside nanoGPT's method.
 
     benchmarks/prepare.py [--mb 120] [--files 8000] [--kinds files text lines parquet] [--cpus 1 2]
+        [--alone]
 
 nanoGPT's method is `token_pool.py`, with as many processes. Both write the same ids, and run in
-turns. The corpus is made from the source of Python's standard library: its paragraphs in random
-order, in which a word in fifty is replaced by a random one.
+turns; `--alone` leaves it out. The corpus is made from the source of Python's standard library: its
+paragraphs in random order, in which a word in fifty is replaced by a random one.
 
 Times are those of whole commands. CPU seconds and memory are those of all their processes; shared
 memory counts once.
 """
 
+import itertools
 import json
 import os
 import random
@@ -30,7 +32,8 @@ from studies import markdown
 
 from orchestrator.data.corpus import STDLIB, resolve
 from orchestrator.data.dataset import load_manifest
-from pipelines.common import Options, at_least, run_command
+from pipelines.common import run_command
+from pipelines.options import Options, at_least
 
 REPO = Path(__file__).resolve().parent.parent
 KINDS = ("files", "text", "lines", "parquet")
@@ -52,8 +55,9 @@ def documents(size: int, count: int) -> Iterator[str]:
             return match[0]
         return "".join(chance.choices(string.ascii_lowercase, k=chance.randint(3, 10)))
 
+    room = 0
     for _ in range(count):
-        room = size // count
+        room += size // count
         taken = []
         while room > 0:
             taken.append(WORD.sub(word, chance.choice(paragraphs)))
@@ -77,8 +81,8 @@ def write_corpus(folder: Path, kind: str, size: int, files: int) -> Path:
     path = folder / {"text": "one.txt", "lines": "one.jsonl", "parquet": "one.parquet"}[kind]
     if kind == "parquet":
         with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
-            for text in texts:
-                writer.write_batch(pa.record_batch([pa.array([text])], ["text"]), 1000)
+            while group := list(itertools.islice(texts, 1000)):
+                writer.write_batch(pa.record_batch([pa.array(group)], ["text"]))
         return path
     with open(path, "wb") as file:
         for text in texts:
@@ -147,8 +151,10 @@ def measure(command: list[str], cpus: int, folder: Path) -> list[float]:
     return [seconds, *used]
 
 
-def compare(corpus: Path, cpus: int, number: int, folder: Path) -> dict[str, list[float]]:
-    """Prepare a corpus in both ways."""
+def compare(
+    corpus: Path, cpus: int, number: int, folder: Path, alone: bool
+) -> dict[str, list[float]]:
+    """Prepare a corpus in both ways, or only in ours."""
     here = folder / f"{number}-{cpus}"
     here.mkdir()
     dataset = here / "dataset"
@@ -156,11 +162,9 @@ def compare(corpus: Path, cpus: int, number: int, folder: Path) -> dict[str, lis
     fields += [f"data.dir={dataset}", f"storage={here}"]
     ours = [sys.executable, "pipelines/prepare.py", "configs/quickstart.yaml", *fields]
     theirs = [sys.executable, "benchmarks/token_pool.py", str(corpus), str(here / "ids.bin")]
-    found = {
-        "nanoGPT's method": measure([*theirs, str(cpus)], cpus, here),
-        "ours": measure(ours, cpus, here),
-    }
-    if corpus.suffix != ".txt":  # one text is cut in other places
+    found = {} if alone else {"nanoGPT's method": measure([*theirs, str(cpus)], cpus, here)}
+    found["ours"] = measure(ours, cpus, here)
+    if not alone and corpus.suffix != ".txt":  # one text is cut in other places
         tokens = sum(split.tokens for split in load_manifest(dataset).splits.values())
         # The cut between train and val may be inside a token.
         assert abs(tokens - (here / "ids.bin").stat().st_size // 2) < 8
@@ -176,6 +180,7 @@ def main(argv: list[str]) -> int:
     options.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of corpora")
     options.add_argument("--cpus", type=at_least(1), nargs="+", default=[1, 2], help="of both")
     options.add_argument("--rounds", type=at_least(1), default=3, help="of each comparison")
+    options.add_argument("--alone", action="store_true", help="without nanoGPT's method")
     arguments = options.parse_args(argv)
     rows = []
     for size in arguments.mb:
@@ -184,7 +189,10 @@ def main(argv: list[str]) -> int:
                 folder = Path(name)
                 corpus = write_corpus(folder / "corpus", kind, size * 10**6, arguments.files)
                 for cpus in arguments.cpus:
-                    rounds = [compare(corpus, cpus, i, folder) for i in range(arguments.rounds)]
+                    rounds = [
+                        compare(corpus, cpus, i, folder, arguments.alone)
+                        for i in range(arguments.rounds)
+                    ]
                     for program in rounds[0]:
                         figures = [
                             median(x) for x in zip(*(r[program] for r in rounds), strict=True)

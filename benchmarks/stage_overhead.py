@@ -31,7 +31,8 @@ from orchestrator.runs import journal
 from orchestrator.runs.storage import storage_root
 from orchestrator.sweep.study import Study
 from orchestrator.sweep.tree import StageTree, grow
-from pipelines.common import at_least, run_command
+from pipelines.common import run_command
+from pipelines.options import at_least
 
 CALIBRATION_STEPS = 60
 WINDOW = 20  # steps between two log lines

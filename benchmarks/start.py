@@ -29,7 +29,8 @@ from statistics import median
 
 from studies import markdown
 
-from pipelines.common import Options, at_least, run_command
+from pipelines.common import run_command
+from pipelines.options import Options, at_least
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))

@@ -42,10 +42,12 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.sweep import SweepSection
 from orchestrator.errors import UserError
 from orchestrator.runs import lock
+from orchestrator.sweep.branch import Branch
 from orchestrator.sweep.study import Study
-from orchestrator.sweep.tree import Branch, Stage
+from orchestrator.sweep.tree import Stage
 from orchestrator.sweep.tune import ASHA_REDUCTION, asha_first_rung
-from pipelines.common import at_least, run_command
+from pipelines.common import run_command
+from pipelines.options import at_least
 
 EVALUATIONS = 18  # of a run; a ninth, a third and a half of its steps are among them
 

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from scipy.stats import spearmanr
 
-from orchestrator.sweep.tree import Branch, grow
+from orchestrator.sweep.branch import Branch
+from orchestrator.sweep.tree import grow
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def steps_shared(
     trials: Mapping[str, Branch], stopped: Mapping[str, int], more: Collection[Branch] = ()
 ) -> int:
     """Return the steps of the tree of trials that end where they are stopped, and of `more`."""
-    cut = [replace(t, rates=t.rates[: stopped.get(name, t.steps)]) for name, t in trials.items()]
+    cut = [t.first(stopped.get(name, t.steps)) for name, t in trials.items()]
     return sum(stage.steps for stage in grow([*cut, *more]))
 
 

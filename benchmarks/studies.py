@@ -29,7 +29,7 @@ from orchestrator.sweep.states import DIVERGED, DONE
 from orchestrator.sweep.study import Study
 from orchestrator.sweep.tree import Stage
 from orchestrator.sweep.trials import data_key
-from pipelines.common import Options, at_least
+from pipelines.options import Options, at_least
 
 PEAKS = (1e-3, 3e-3, 1e-2)
 

@@ -44,11 +44,12 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.runs import journal
 from orchestrator.runs.storage import storage_root
+from orchestrator.sweep.branch import Branch
 from orchestrator.sweep.study import Study
-from orchestrator.sweep.tree import Branch
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
-from pipelines.common import at_least, run_command
+from pipelines.common import run_command
+from pipelines.options import at_least
 
 # ---- the studies of this benchmark ----
 

@@ -33,7 +33,8 @@ from sweep import markdown, spread
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
 from orchestrator.track.tracker import Tracker
-from pipelines.common import Options, at_least, run_command
+from pipelines.common import run_command
+from pipelines.options import Options, at_least
 
 REPO = Path(__file__).resolve().parent.parent
 METRICS = {f"metric/{n}": 1 / (n + 3) for n in range(15)}

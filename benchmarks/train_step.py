@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from model.flops import mfu
 from model.gpt import GPT
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.runs.folder import RunFolder
-from orchestrator.train.numerics import Worker, device_name, prepare_process, resolve_dtype
+from orchestrator.train.numerics import Worker, device_name, prepare_process, resolve_auto
 from orchestrator.train.state import build
 from orchestrator.train.step import Step
 
@@ -45,7 +46,7 @@ class Ours:
         """Make one update; return its mean loss."""
         torch.use_deterministic_algorithms(self.on_gpu)  # as in our workers
         losses = self.step.gradient(iter(batches)).losses
-        self.step.update(LR)
+        self.step.update(replace(self.step.steps(0), lr=LR))
         return sum(losses) / len(losses)
 
 
@@ -215,7 +216,7 @@ def _experiment(arguments) -> tuple[Experiment, int]:
             "train.max_steps=1000000",
         ],
     )
-    return resolve_dtype(experiment, RunFolder("none"), _worker(arguments)), vocab_size
+    return resolve_auto(experiment, RunFolder("none"), _worker(arguments)), vocab_size
 
 
 def _batch(generator, vocab_size: int, b: int, t: int, device: str):

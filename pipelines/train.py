@@ -5,6 +5,7 @@ Missing tokens are prepared first. The same command resumes a stopped run.
 """
 
 from orchestrator.config.experiment import Experiment
+from orchestrator.cost import process
 from orchestrator.runs import lock
 from orchestrator.runs.storage import run_folder
 from pipelines.common import experiment_command
@@ -21,6 +22,7 @@ def main(experiment: Experiment, profile: int = 0) -> int:
 
 def dry_run(experiment: Experiment) -> int:
     """Print estimates of size, time, memory and disk."""
+    process.start_ahead()  # before imports that take half a second
     from orchestrator.cost.estimate import show
     from orchestrator.workers.fitting import resolved_here
 

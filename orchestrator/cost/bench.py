@@ -1,6 +1,6 @@
-"""Time the parts of a run in this process: `python -m orchestrator.cost.bench`.
+"""Time the parts of a run in this process: `python -m orchestrator.cost.bench <time of its start>`.
 
-`orchestrator.cost.measure` starts this process, whose threads and peak memory are then those of a
+`orchestrator.cost.process` starts this process, whose threads and peak memory are then those of a
 worker. The steps are real, on random tokens.
 
 Not measured: traffic between workers (one worker's share of a step is timed), torch.compile (steps
@@ -54,7 +54,9 @@ RAY_GIB = 0.125
 def main() -> None:
     """Read a job from stdin; write the `Timing` of one worker to stdout."""
     be_expendable()
+    ready = time.time()
     job = json.loads(sys.stdin.read())
+    waited_s = time.time() - ready  # for the job
     worker = Worker(device=job["device"], cpus=job["cpus"])
     if worker.device != "cpu":
         free, total = torch.cuda.mem_get_info(worker.device)
@@ -65,7 +67,7 @@ def main() -> None:
     register(Source(**source) for source in code)
     experiment = parse_experiment(job["experiment"], "job")
     prepare_process(experiment, worker)
-    startup_s = time.time() - job["started"]
+    startup_s = time.time() - float(sys.argv[1]) - waited_s
     bench = Bench(experiment, job["n_vocab"], worker, job["limit_s"] / 4, job["timed_s"])
     print(json.dumps(asdict(bench.run(startup_s))))
     gc.freeze()  # else Python looks for garbage for half a second before it exits

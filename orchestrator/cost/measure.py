@@ -2,18 +2,14 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
-import sys
-import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
-from orchestrator.cluster.layout import WORKER_ENVIRONMENT, Layout
+from orchestrator.cluster.layout import Layout
 from orchestrator.config.checks import is_sharded
 from orchestrator.config.experiment import Experiment
-from orchestrator.cost import cache
+from orchestrator.cost import cache, process
 from orchestrator.cost.timing import Timing, phase_bytes, state_bytes
 from orchestrator.machine import gpus
 from orchestrator.own_code import sources
@@ -29,7 +25,6 @@ OUT_OF_MEMORY = (
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-SOURCES = Path(__file__).resolve().parents[2]
 
 
 def measure(
@@ -83,18 +78,9 @@ def time_worker(
         "device": layout.device,
         "limit_s": limit_s,
         "timed_s": timed_s,
-        "started": time.time(),
     }
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "orchestrator.cost.bench"],
-            input=json.dumps(job),
-            text=True,
-            cwd=SOURCES,
-            capture_output=True,
-            timeout=limit_s,
-            env={**os.environ, **WORKER_ENVIRONMENT},
-        )
+        done = process.run(json.dumps(job), limit_s)
     except subprocess.TimeoutExpired:
         load = cache.machine_load()
         return f"timing a step takes more than {limit_s:.0f} s at a load of {load:.1f} per CPU"

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, load_experiment
-from orchestrator.cost import bench, cache, forecast, timing
+from orchestrator.cost import bench, cache, forecast, process, timing
 from orchestrator.cost.bench import FEW, RAY_GIB, Bench
 from orchestrator.cost.estimate import comparison_line, dry_run
 from orchestrator.cost.forecast import RunForecast, forecast_of
@@ -67,18 +66,18 @@ def measured(*words: str) -> Timing | None:
 
 
 @pytest.fixture
-def started(monkeypatch, tmp_path) -> list[list[str]]:
-    """Use an empty cache. Record commands instead of running them; each returns `TIMING`."""
-    commands = []
+def started(monkeypatch, tmp_path) -> list[str]:
+    """Use an empty cache. Record jobs instead of running them; each returns `TIMING`."""
+    jobs = []
 
-    def run(command, **_):
-        commands.append(command)
+    def run(job, _limit_s):
+        jobs.append(job)
         return SimpleNamespace(returncode=0, stdout=json.dumps(asdict(TIMING)))
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cache, "machine_load", lambda: 0.0)
-    monkeypatch.setattr(subprocess, "run", run)
-    return commands
+    monkeypatch.setattr(process, "run", run)
+    return jobs
 
 
 # ---- arithmetic ----
@@ -218,7 +217,7 @@ def test_measurement_runs_in_its_own_process_and_is_cached(monkeypatch, tmp_path
     assert found.step_s > 0 < found.eval_tokens_per_s
     assert found.load == 0.5
 
-    monkeypatch.setattr(subprocess, "run", None)  # no other process is started
+    monkeypatch.setattr(process, "run", None)  # no other process is started
     others = ["train.max_steps=48", "schedule.max_lr=1e-5", "train.seed=3", "name=other"]
     assert measured() == measured(*others) == found
 

@@ -14,7 +14,8 @@ from model import optim
 from orchestrator.cluster.layout import WORKER_ENVIRONMENT, Layout
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.cost import timing
-from orchestrator.cost.measure import SOURCES, time_worker
+from orchestrator.cost.measure import time_worker
+from orchestrator.cost.process import SOURCES
 from orchestrator.train.gradients import Gradients
 from orchestrator.train.ranks import layout
 from orchestrator.train.ranks.exchange import Exchange

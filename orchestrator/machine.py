@@ -1,4 +1,7 @@
-"""Facts about this machine and its version of torch. Importing torch would take seconds."""
+"""Facts about this machine, its environment variables, and its version of torch.
+
+Importing torch would take seconds.
+"""
 
 import contextlib
 import functools
@@ -11,6 +14,8 @@ import socket
 from pathlib import Path
 
 import psutil
+
+from orchestrator.errors import UserError
 
 # Starts of their names; fuse. is that of sshfs, s3fs and others.
 NETWORK_FILE_SYSTEMS = (
@@ -37,6 +42,23 @@ def available_cpus() -> int:
 def processor() -> str:
     """Return the name of the processor."""
     return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def seconds_in(variable: str, default: float) -> float:
+    """Return the seconds that an environment variable of Ray gives.
+
+    Raises:
+        UserError: It is not a whole number, which Ray needs.
+    """
+    text = os.environ.get(variable)
+    if text is None:
+        return default
+    if text.isascii() and text.isdecimal():
+        return float(text)
+    raise UserError(
+        f"{variable}: '{text}' is not a whole number of seconds; give one, such as {default:g}, or "
+        "unset the variable"
+    )
 
 
 def node_digest() -> str:

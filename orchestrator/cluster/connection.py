@@ -21,6 +21,7 @@ from typing import Any
 from orchestrator.cluster import private
 from orchestrator.cluster.layout import worker_environment
 from orchestrator.errors import UserError
+from orchestrator.machine import seconds_in
 
 PROBE_S = 10
 POLL_S = 1.0  # between two looks at Ray
@@ -61,7 +62,7 @@ NOT_RAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNK
 # Ray itself ends a driver when it has missed the head for 60 s, or for the time of this variable,
 # which is for clusters whose next head continues from Redis.
 RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
-LOST_S = float(os.environ.get(RECONNECT, 15))
+LOST_S = 15.0
 
 _gcs_address = ""
 _answered = 0.0  # time.monotonic() of the last answer of the head
@@ -78,6 +79,7 @@ def connect(meanwhile: Callable[[], object] = lambda: None) -> None:
     Raises:
         UserError: No cluster answers at $RAY_ADDRESS, or Ray cannot start on this machine.
     """
+    seconds_in(RECONNECT, LOST_S)  # with a wrong one, the import of Ray would crash
     import ray
 
     if ray.is_initialized():
@@ -112,7 +114,7 @@ def failure(error: BaseException | None = None) -> str | None:
     dead = private.dead_process()
     if dead is not None:
         return f"Ray's process {dead} has died"
-    if is_shared() and _gcs_address and not _answers(LOST_S if error is None else 0.0):
+    if is_shared() and _gcs_address and not _answers(error is None):
         return f"the head of the Ray cluster at {_gcs_address} does not answer"
     died = ray.exceptions.RayActorError, ray.exceptions.LocalRayletDiedError
     if isinstance(error, (*died, ray.exceptions.NodeDiedError, ray.exceptions.RaySystemError)):
@@ -148,8 +150,8 @@ def _note_head() -> None:
     _answered = time.monotonic()
 
 
-def _answers(within_s: float) -> bool:
-    """Return whether the head of the cluster answers, or has answered in this time."""
+def _answers(patient: bool) -> bool:
+    """Return whether the head of the cluster answers; `patient`: or has answered lately."""
     global _answered
     host, _, port = _gcs_address.rpartition(":")
     now = time.monotonic()
@@ -157,7 +159,7 @@ def _answers(within_s: float) -> bool:
         socket.create_connection((host, int(port)), timeout=1).close()
         _answered = now
     except OSError:
-        return now - _answered < within_s
+        return patient and now - _answered < seconds_in(RECONNECT, LOST_S)
     return True
 
 
@@ -241,8 +243,7 @@ def _answer(address: str) -> str:
     """
     import grpc  # type: ignore[import-untyped]
 
-    options = [("grpc.enable_http_proxy", 0)]
-    with grpc.insecure_channel(address, options) as channel:
+    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
         try:
             call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")
             call(b"", timeout=PROBE_S, metadata=private.token_metadata())

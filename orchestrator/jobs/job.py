@@ -74,6 +74,7 @@ class Job(abc.ABC):
             MovedError: The folder was removed or moved meanwhile.
             RayDiedError: Ray has died before the workers started, or another start may help.
         """
+        signals.notice_s()  # a wrong value would be found only after SIGTERM
         self.check()
         folders.check_writable(self.storage, "storage")
         if self.mirror is None:

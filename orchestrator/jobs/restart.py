@@ -25,7 +25,7 @@ VARIABLE = "ESPALIER_RESTARTS"
 def starts_without_a_step(steps: int) -> int:
     """Return how often the command has started again since the number of stored steps grew."""
     before, _, starts = os.environ.get(VARIABLE, "").partition(" ")
-    return int(starts) if before == str(steps) else 0
+    return int(starts) if before == str(steps) and starts.isdecimal() else 0
 
 
 @contextlib.contextmanager

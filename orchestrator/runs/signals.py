@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TypeAlias
 
+from orchestrator.machine import seconds_in
 from orchestrator.runs.ending import Ending
 
 Handler: TypeAlias = Callable[[int, FrameType | None], object] | signal.Handlers
@@ -35,12 +36,16 @@ ignored: set[int] = set()  # signals that were ignored when the command began
 
 
 def begin() -> None:
-    """Let a signal of STOPS raise KeyboardInterrupt, after which `was_stopped` returns True."""
+    """Let Ctrl-C and a signal of STOPS raise KeyboardInterrupt.
+
+    After one of STOPS, `was_stopped` returns True.
+    """
     _stop_times.clear()
     ignored.clear()
     for number in (*STOPS, signal.SIGINT):
         if signal.getsignal(number) is signal.SIG_IGN:
             ignored.add(number)
+    _handle([signal.SIGINT], signal.default_int_handler)
     _handle(STOPS, _interrupt)
 
 
@@ -162,9 +167,13 @@ def was_stopped() -> bool:
 
 
 def notice_s() -> float:
-    """Return the time between SIGTERM and SIGKILL."""
+    """Return the time between SIGTERM and SIGKILL.
+
+    Raises:
+        UserError: $RAY_JOB_STOP_WAIT_TIME_S is not a whole number.
+    """
     default = RAY_JOB_NOTICE_S if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else NOTICE_S
-    return float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", default))
+    return seconds_in("RAY_JOB_STOP_WAIT_TIME_S", default)
 
 
 def stop_wait_s() -> float:

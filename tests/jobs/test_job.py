@@ -228,6 +228,12 @@ def run_command(job):
         restart.end_or_start_again(error)
 
 
+@pytest.mark.parametrize(("given", "starts"), [("40 2", 2), ("30 2", 0), ("40 x", 0), ("40", 0)])
+def test_starts_without_a_step_are_counted(monkeypatch, given, starts):
+    monkeypatch.setenv(restart.VARIABLE, given)
+    assert restart.starts_without_a_step(40) == starts
+
+
 def test_command_starts_again_if_its_own_ray_dies(new_job, dead_ray, capsys):
     job = new_job(act=fail)
     with pytest.raises(Replaced) as replaced:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.errors import UserError
 from orchestrator.runs import signals
 
 REPO = Path(__file__).resolve().parents[2]
@@ -86,3 +87,10 @@ def test_time_between_sigterm_and_sigkill(monkeypatch, is_job, variable, seconds
         if value is not None:
             monkeypatch.setenv(name, value)
     assert signals.notice_s() == seconds
+
+
+@pytest.mark.parametrize("text", ["soon", "", "nan", "-1", "1.5", "1_0", "١"])
+def test_time_that_is_not_a_number_of_seconds_is_named(monkeypatch, text):
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", text)
+    with pytest.raises(UserError, match=f"RAY_JOB_STOP_WAIT_TIME_S: '{text}' is not a whole"):
+        signals.notice_s()

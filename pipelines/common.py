@@ -44,10 +44,10 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     has died, the command may start again.
     """
     streams.secure()
-    signals.begin()
-    if TRUST in sys.argv[1:]:
-        own_files.trust_copies()
     try:
+        signals.begin()
+        if TRUST in sys.argv[1:]:
+            own_files.trust_copies()
         status = main(sys.argv[1:])
     except UnreadableError as error:
         status = _print_error(f"error: {error}", EXIT_AGAIN)
@@ -84,19 +84,10 @@ def parse_first(name: str, parse: Callable[[], object]) -> None:
         parse: Parses `sys.argv`.
     """
     if name == "__main__":
-        sys.excepthook = _show
         try:
             parse()
         except UserError as error:
             sys.exit(_print_error(f"error: {error}", EXIT_USER))
-
-
-def _show(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Print an exception; Ctrl-C, for example during the import of torch, is one word."""
-    if issubclass(kind, KeyboardInterrupt):
-        _print_error("interrupted", EXIT_INTERRUPTED)
-    else:
-        sys.__excepthook__(kind, error, trace)
 
 
 def _print_error(message: str, status: int) -> int:

@@ -10,6 +10,10 @@ must be those that the run was trained on.
   pipelines/evaluate.py copied/step-00001000 data.dir=/data/shakespeare
 """
 
+from pipelines import starting
+
+starting.end_on_ctrl_c(__name__)
+
 from pipelines.common import parse_first, run_command
 from pipelines.options import Options
 

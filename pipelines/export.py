@@ -10,6 +10,10 @@ imports. The folder is also a model of MLflow:
   pipelines/export.py runs/quickstart exported --best --mlflow
 """
 
+from pipelines import starting
+
+starting.end_on_ctrl_c(__name__)
+
 from pipelines.common import parse_first, run_command
 from pipelines.options import Options
 

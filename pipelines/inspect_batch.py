@@ -9,6 +9,10 @@ prepared first.
   pipelines/inspect_batch.py configs/shakespeare.yaml --step 9 --rows 1
 """
 
+from pipelines import starting
+
+starting.end_on_ctrl_c(__name__)
+
 from pipelines.common import parse_first, run_command, split_words
 from pipelines.options import Options
 

@@ -4,6 +4,10 @@
 Training also does this if the tokens are missing.
 """
 
+from pipelines import starting
+
+starting.end_on_ctrl_c(__name__)
+
 import functools
 import time
 

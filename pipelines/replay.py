@@ -14,6 +14,10 @@ Exit status: 0 everything is equal, 1 something differs, 2 there is nothing to c
 has not ended.
 """
 
+from pipelines import starting
+
+starting.end_on_ctrl_c(__name__)
+
 from pipelines.common import parse_first, run_command
 from pipelines.options import Options
 

@@ -9,6 +9,10 @@ twice changes nothing.
   pipelines/replay_metrics.py runs/quickstart --deadline 600
 """
 
+from pipelines import starting
+
+starting.end_on_ctrl_c(__name__)
+
 from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
 from orchestrator.mirror import remote
 from orchestrator.redact import redact_text

@@ -7,6 +7,10 @@ Sample number i has the seed `--seed` + i - 1, so more samples do not change the
   pipelines/sample.py runs/quickstart/checkpoints/step-00001000 --temperature 0
 """
 
+from pipelines import starting
+
+starting.end_on_ctrl_c(__name__)
+
 from pathlib import Path
 
 from pipelines.common import parse_first, run_command

@@ -5,6 +5,10 @@ Trials with equal learning rates up to a step share the steps before it: no step
 same command resumes a stopped sweep. If trials were added, it runs only the new steps.
 """
 
+from pipelines import starting
+
+starting.end_on_ctrl_c(__name__)
+
 from orchestrator.config.sweep import sweep_docs
 from orchestrator.cost import process
 from orchestrator.runs import lock

@@ -4,6 +4,10 @@
 Missing tokens are prepared first. The same command resumes a stopped run.
 """
 
+from pipelines import starting
+
+starting.end_on_ctrl_c(__name__)
+
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost import process
 from orchestrator.runs import lock

@@ -8,6 +8,10 @@ From another machine: ssh -L 5000:127.0.0.1:5000 HOST. For runs that are tracked
 server (tracking.uri), open the pages of that server.
 """
 
+from pipelines import starting
+
+starting.end_on_ctrl_c(__name__)
+
 import os
 import socket
 import sys

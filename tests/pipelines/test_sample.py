@@ -2,10 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -169,18 +165,3 @@ def test_character_outside_the_vocabulary_is_refused(trained_run, type_command):
     done = type_command("sample.py", trained_run, "--prompt", "the β")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "'β'" in done.stderr
-
-
-INTERRUPTED = """
-import sys
-from pipelines.common import parse_first
-parse_first("__main__", lambda: None)
-raise KeyboardInterrupt
-"""
-
-
-def test_ctrl_c_while_torch_is_imported_is_one_word():
-    ended = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED], capture_output=True, cwd=Path(__file__).parents[2]
-    )
-    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, b"interrupted\n")

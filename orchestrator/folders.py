@@ -2,8 +2,9 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 from orchestrator.errors import NO_ROOM, UserError
@@ -33,16 +34,17 @@ def check_held(path: str | Path) -> None:
     """Raise MovedError if `path` is in a held folder that is no longer at its path."""
     absolute = os.path.abspath(path)
     for folder, descriptor in list(_held):
-        if f"{absolute}/".startswith(f"{folder}/") and not _is_at(folder, descriptor):
+        if f"{absolute}/".startswith(f"{folder}/") and not is_at(folder, descriptor):
             raise MovedError(
                 f"{folder}: removed or moved while its run was going on; the run has ended, and "
                 "nothing was written in its place. Put the folder back to continue it"
             )
 
 
-def _is_at(folder: str, descriptor: int) -> bool:
+def is_at(path: str | Path, descriptor: int) -> bool:
+    """Return whether `path` is the open file or folder, and not another one or none."""
     try:
-        return os.path.samestat(os.stat(folder), os.fstat(descriptor))
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except OSError:
         return False
 
@@ -74,6 +76,36 @@ def check_writable(folder: Path, field: str) -> None:
     raise UserError(
         f"{field}: {folder} cannot be written to, {existing} {problem}; set {field}=… or {other}"
     )
+
+
+def missing(path: Path) -> list[Path]:
+    """Return the folder and those above it that do not exist, the deepest first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def remove_unused(lock: Path, created: Sequence[Path]) -> None:
+    """Remove the folders that we created for a lock if they contain only the lock.
+
+    Args:
+        lock: The file.
+        created: `missing(lock.parent)`, before the folders were created.
+    """
+    with contextlib.suppress(OSError):
+        if created and os.listdir(lock.parent) == [lock.name]:
+            lock.unlink()
+            for folder in created:
+                folder.rmdir()
+
+
+def remove_new(folder: Path, before: Container[str]) -> None:
+    """Remove what is in a folder, except these names."""
+    for path in folder.iterdir():
+        if path.name in before:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def subfolders(folder: Path) -> list[Path]:

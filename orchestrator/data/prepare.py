@@ -15,14 +15,13 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import itertools
 import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
@@ -41,7 +40,7 @@ from orchestrator.data.prepared import (
     settings_of,
     with_hashes,
 )
-from orchestrator.data.ray_tasks import RayTasks, to_json
+from orchestrator.data.ray_tasks import MAX_CHUNK_BYTES, SMALL_BYTES, RayTasks, to_json
 from orchestrator.data.shards import SHARD_ROWS
 from orchestrator.data.split import tail_cut
 from orchestrator.data.tasks import Job
@@ -50,7 +49,7 @@ from orchestrator.data.tokenizers.base import Tokenizer
 from orchestrator.data.tokenizers.encoder import check_encoder, choose_encoder
 from orchestrator.data.tokenizers.learn import tokenizer_of
 from orchestrator.errors import NoRoomError, UnreadableError, UserError
-from orchestrator.hashes import Stamp, hash_here, stamp
+from orchestrator.hashes import Stamp, stamp
 from orchestrator.machine import available_cpus
 from orchestrator.paths import scratch_folder
 
@@ -59,9 +58,6 @@ if TYPE_CHECKING:
 
 WORK = ".parts"  # folder of part files, inside the dataset; removed at the end
 MIN_CHUNK_BYTES = 1 << 20
-MAX_CHUNK_BYTES = 32 << 20
-# A CPU tokenizes this in less than a minute.
-SMALL_BYTES = 2 << 30
 SMALL_CHUNK_BYTES = 8 << 20  # largest chunk of such a corpus: its tasks may share a process
 
 
@@ -78,26 +74,10 @@ def prepare_in(
     sources = sources or list_sources(data)
     with RayTasks(progress) as ray:
         if sources is not None:
-            sources = with_hashes(sources, functools.partial(_hash_files, ray))
+            sources = with_hashes(sources, ray.hash_files)
         directory = known_dir(data, storage, read=True, sources=sources)
         assert directory is not None
         return prepare(data, directory, progress=progress, sources=sources)
-
-
-def _hash_files(ray_tasks: RayTasks, paths: list[str]) -> list[str]:
-    jobs: list[Job] = []
-    sizes: list[int] = []
-    for path in paths:
-        if not sizes or sizes[-1] >= MAX_CHUNK_BYTES:
-            jobs.append({"paths": []})
-            sizes.append(0)
-        jobs[-1]["paths"].append(path)
-        sizes[-1] += os.path.getsize(path)
-    if sum(sizes) > SMALL_BYTES // 4:
-        print(f"hashing the corpus, {sum(sizes) / 1e6:,.0f} MB", flush=True)
-    if sum(sizes) <= 8 * SMALL_BYTES:  # hashing is ten times as fast as tokenizing
-        return hash_here(paths)
-    return list(itertools.chain(*ray_tasks.map("hashing", tasks.hash_files, jobs, sizes)))
 
 
 def prepare(
@@ -132,8 +112,7 @@ def prepare(
     if not kind_of(data.tokenizer).needs_corpus:
         load_tokenizer(data.tokenizer)
     folders.check_writable(directory, "data.dir")
-    directory.mkdir(parents=True, exist_ok=True)
-    with _lock(directory):
+    with _alone(directory):
         found = find_prepared(data, directory, sources=sources)
         if found is not None:
             return found
@@ -141,25 +120,48 @@ def prepare(
             preparation = _Preparation(data, directory, sources, ray, chunk_bytes, shard_rows)
             try:
                 return preparation.run()
-            except UserError as error:
-                # The corpus or the settings have to change; then these parts are of no use.
-                if not isinstance(error, UnreadableError | NoRoomError):
-                    shutil.rmtree(directory / WORK, ignore_errors=True)
-                raise
             finally:
                 tasks.forget_tokenizers()
 
 
 @contextlib.contextmanager
-def _lock(directory: Path) -> Iterator[None]:
-    """Let one process at a time prepare a folder. The system frees the lock of a killed process."""
-    with open(directory / ".lock", "w", opener=files.opener) as file:
+def _alone(directory: Path) -> Iterator[None]:
+    """Let one process at a time prepare a folder. If it is refused, remove what it has written."""
+    lock = directory / ".lock"
+    created = folders.missing(directory)
+    try:
+        locked = _lock(lock)
+    except UserError:  # the file system has no locks
+        folders.remove_unused(lock, created)
+        raise
+    with locked:
+        before = {*os.listdir(directory)} - {WORK}
         try:
-            files.lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{directory}: another process is preparing it; waiting", flush=True)
-            files.lock(file, fcntl.LOCK_EX)
-        yield
+            yield
+        except (UnreadableError, NoRoomError):
+            raise  # the same command will go on with the parts
+        except UserError:  # the corpus or the settings have to change
+            folders.remove_new(directory, before)
+            with contextlib.suppress(OSError):
+                lock.unlink()
+                for folder in created:
+                    folder.rmdir()
+            raise
+
+
+def _lock(path: Path) -> TextIO:
+    """Return an open file with a lock, which the system frees if this process is killed."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another preparation was refused just now
+            file = open(path, "w", opener=files.opener)  # noqa: SIM115 - the caller closes it
+            try:
+                files.lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{path.parent}: another process is preparing it; waiting", flush=True)
+                files.lock(file, fcntl.LOCK_EX)
+            if folders.is_at(path, file.fileno()):
+                return file
 
 
 def _versions(sources: list[CorpusFile]) -> list[Stamp]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import multiprocessing
@@ -27,10 +28,14 @@ from orchestrator.data import tasks
 from orchestrator.data.input.download import Progress
 from orchestrator.data.tasks import Job
 from orchestrator.errors import NO_ROOM, NOT_WRITABLE, NoRoomError, UnreadableError, UserError
+from orchestrator.hashes import hash_here
 from orchestrator.machine import available_cpus
 from orchestrator.text import duration
 
 Row = dict[str, str]  # JSON of a job, or of its result
+MAX_CHUNK_BYTES = 32 << 20  # of a task
+# A CPU tokenizes this in less than a minute.
+SMALL_BYTES = 2 << 30
 PROCESS_BYTES = 64 << 20  # a process starts in less time than it takes to tokenize this
 TERMINAL_INTERVAL_S = 0.2
 FILE_INTERVAL_S = 5.0  # for output to a file, where each line stays
@@ -60,11 +65,10 @@ class RayTasks:
             ray.shutdown()
 
     def _connect(self) -> None:
-        import ray
-
-        if not ray.is_initialized():
-            connection.connect()
-            self.is_ours = True
+        # `connect` checks variables before it imports Ray.
+        was_connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+        connection.connect()
+        self.is_ours |= not was_connected
 
     def check_shared(self, folder: Path) -> None:
         """Raise UserError if a node of the cluster does not share a folder."""
@@ -73,10 +77,26 @@ class RayTasks:
 
     def cpus(self) -> int:
         """Return the number of CPUs; 1 if a cluster that grows has none yet."""
+        self._connect()
         import ray
 
-        self._connect()
         return int(ray.cluster_resources().get("CPU", 0)) or 1
+
+    def hash_files(self, paths: list[str]) -> list[str]:
+        """Return the SHA-256 of files; if they are very large, tasks on Ray read them."""
+        jobs: list[Job] = []
+        sizes: list[int] = []
+        for path in paths:
+            if not sizes or sizes[-1] >= MAX_CHUNK_BYTES:
+                jobs.append({"paths": []})
+                sizes.append(0)
+            jobs[-1]["paths"].append(path)
+            sizes[-1] += os.path.getsize(path)
+        if sum(sizes) > SMALL_BYTES // 4:
+            print(f"hashing the corpus, {sum(sizes) / 1e6:,.0f} MB", flush=True)
+        if sum(sizes) <= 8 * SMALL_BYTES:  # hashing is ten times as fast as tokenizing
+            return hash_here(paths)
+        return list(itertools.chain(*self.map("hashing", tasks.hash_files, jobs, sizes)))
 
     def map(
         self,
@@ -125,9 +145,9 @@ class RayTasks:
 
     def run_rows(self, run: Callable[[Row], Row], rows: list[Row]) -> Generator[Row, None, None]:
         """Run a function on small rows with Ray Data, one task per row."""
+        self._connect()
         import ray.data
 
-        self._connect()
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from orchestrator import files, folders
-from orchestrator.errors import HeldError
+from orchestrator.errors import HeldError, UserError
 from orchestrator.runs.folder import RunFolder
 
 PROBE_S = 0.5  # long enough for `refuse_if_held`, which holds a lock for microseconds
@@ -43,16 +43,20 @@ def held(file: Path, wait_s: float = PROBE_S) -> Iterator[str | None]:
     Raises:
         HeldError: Another process still holds the lock after `wait_s`. The message names it.
     """
-    created = [folder for folder in file.parents if not folder.exists()]
-    with _acquire(file, time.monotonic() + wait_s) as opened:
+    created = folders.missing(file.parent)
+    try:
+        acquired = _acquire(file, time.monotonic() + wait_s)
+    except UserError:  # the file system has no locks
+        folders.remove_unused(file, created)
+        raise
+    with acquired as opened:
         killed_holder = _read_name(opened)
         _write_name(opened, own_name())
         try:
             yield killed_holder
         finally:
             _write_name(opened, "")
-            if created:
-                _remove_unused(file, created)
+            folders.remove_unused(file, created)
 
 
 def refuse_if_held(folder: RunFolder) -> None:
@@ -106,15 +110,6 @@ def _try_lock(file: TextIO, kind: int) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     return True
-
-
-def _remove_unused(file: Path, created: list[Path]) -> None:
-    """Remove the folders that we created if they contain only the lock."""
-    with contextlib.suppress(OSError):
-        if os.listdir(file.parent) == [file.name]:
-            file.unlink()
-            for folder in created:
-                folder.rmdir()
 
 
 def _held_error(path: Path, file: TextIO) -> HeldError:

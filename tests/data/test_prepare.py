@@ -4,7 +4,9 @@ Most tests run the tasks in this process and in random order. Tests with `ray_cl
 """
 
 import argparse
+import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -12,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,6 +33,7 @@ from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.data.tokenizers.plain import ByteTokenizer
 from orchestrator.errors import NoRoomError, UnreadableError, UserError
 from orchestrator.files import file_sha256
+from orchestrator.runs import lock
 from tests.helpers.datasets import data, hashes_of, ids_of, quiet
 from tests.helpers.wait import wait_until
 
@@ -310,7 +314,7 @@ def test_no_dataset_if_the_corpus_changes_during_the_preparation(
     monkeypatch.setattr(prepare_module, "write_index", change_corpus)
     with pytest.raises(UserError, match="while it was prepared"):
         prepare(data(mixed), tmp_path / "d", progress=quiet)
-    assert not (tmp_path / "d" / "manifest.json").exists()
+    assert not (tmp_path / "d").exists()
 
 
 def test_preparing_again_does_nothing(here, mixed, tmp_path, monkeypatch):
@@ -349,12 +353,43 @@ def test_preparation_says_what_it_takes_and_what_it_leaves_out(here, tmp_path, c
         (b"abc", {"tokenizer": "char"}, "no end-of-text"),
     ],
 )
-def test_mistake_leaves_no_dataset(here, tmp_path, content, fields, says):
-    (tmp_path / "t.txt").write_bytes(content)
-    with pytest.raises(UserError, match=says):
-        prepare(data(tmp_path / "t.txt", **fields), tmp_path / "d", progress=quiet)
-    assert not list((tmp_path / "d").glob("[!.]*.parquet"))
-    assert not (tmp_path / "d" / "manifest.json").exists()
+def test_mistake_leaves_nothing(here, tmp_path, content, fields, says):
+    corpus = tmp_path / "t.txt"
+    corpus.write_bytes(content)
+    for directory in (tmp_path / "new" / "data" / "d", tmp_path / "old"):
+        if directory.name == "old":
+            (directory / ".parts" / "killed").mkdir(parents=True)
+            (directory / "notes").write_text("of the user")
+        with pytest.raises(UserError, match=says):
+            prepare(data(corpus, **fields), directory, progress=quiet)
+    is_early = says in ("unknown", "holds no text")  # then the folder is not touched
+    left = {path.name for path in tmp_path.rglob("*")}
+    assert left == {"t.txt", "old", "notes"} | ({".parts", "killed"} if is_early else set())
+
+
+def test_file_system_without_locks_leaves_nothing(here, mixed, tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match="has no locks"):
+        prepare(data(mixed), tmp_path / "new" / "d", progress=quiet)
+    with pytest.raises(UserError, match="has no locks"), lock.held(tmp_path / "new" / ".lock"):
+        pytest.fail("held")
+    assert not (tmp_path / "new").exists()
+
+
+def test_preparation_that_waited_for_a_refused_one_makes_the_folder_again(
+    here, mixed, tmp_path, capsys
+):
+    directory = tmp_path / "new" / "d"
+    with ThreadPoolExecutor(1) as pool:
+        with contextlib.suppress(UserError), prepare_module._alone(directory):
+            waiting = pool.submit(prepare, data(mixed), directory, progress=quiet)
+            wait_until(lambda: "waiting" in capsys.readouterr().out)
+            raise UserError("refused")
+        assert waiting.result(30) == load_manifest(directory)
+    assert (directory / ".lock").exists()
 
 
 def test_too_long_a_run_of_spaces_is_a_user_error(here, gpt2_ranks, tmp_path):
@@ -362,7 +397,6 @@ def test_too_long_a_run_of_spaces_is_a_user_error(here, gpt2_ranks, tmp_path):
     settings = data(tmp_path / "t.txt", tokenizer="gpt2", val_fraction=0.000001)
     with pytest.raises(UserError, match=r"t\.txt: a run of whitespace too long"):
         prepare(settings, tmp_path / "d", progress=quiet)
-    assert not (tmp_path / "d" / "manifest.json").exists()
 
 
 def test_error_in_a_task_reaches_the_user_through_ray(ray_cluster, tmp_path):

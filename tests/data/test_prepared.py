@@ -15,8 +15,7 @@ from orchestrator import hashes
 from orchestrator.config.experiment import load_experiment
 from orchestrator.config.sections import Data
 from orchestrator.cost.estimate import dry_run
-from orchestrator.data import corpus, documents
-from orchestrator.data import prepare as prepare_module
+from orchestrator.data import corpus, documents, ray_tasks
 from orchestrator.data.corpus import resolve
 from orchestrator.data.dataset import FORMAT
 from orchestrator.data.documents import read_pieces
@@ -189,8 +188,8 @@ def test_large_corpus_is_hashed_in_tasks(here, mixed, tmp_path, monkeypatch):
     expected = dataset_dir(data(mixed), tmp_path)
     hashes.forget()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(prepare_module, "SMALL_BYTES", 0)
-    monkeypatch.setattr(prepare_module, "MAX_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(ray_tasks, "SMALL_BYTES", 0)
+    monkeypatch.setattr(ray_tasks, "MAX_CHUNK_BYTES", 1000)
     monkeypatch.setattr(hashes, "file_sha256", lambda _: pytest.fail("hashed in the driver"))
     assert prepare_in(data(mixed), tmp_path, quiet).directory == expected
 

@@ -65,6 +65,7 @@ def check_shared(folder: Path) -> None:
         mine.touch()
         _require(mine, writes=True)
     finally:
+        mine.unlink(missing_ok=True)  # first: a node that is late then removes its reply itself
         for file in folder.glob(f"{mine.name}*"):
             file.unlink(missing_ok=True)
 
@@ -245,6 +246,8 @@ def _answer(driver_file: Path | None, reply: Path | None) -> Answer:
             problem = "has another folder at"
         elif reply != driver_file:
             reply.touch()
+            if not driver_file.exists():  # the driver waits no longer
+                reply.unlink(missing_ok=True)
     except OSError as error:
         problem = f"cannot write ({error.strerror}) to"
     torch = importlib.metadata.version("torch").partition("+")[0]

@@ -226,12 +226,12 @@ def draining_nodes() -> dict[str, str]:
     return {node: names.get(node, node) for node in leaving}
 
 
-def free_nodes() -> list[Node]:
-    """Return the machines of the cluster with the CPUs and GPUs that nothing uses now."""
+def free_nodes() -> dict[str, Node]:
+    """Return the CPUs and GPUs of each machine that nothing uses now, by Ray's id of the node."""
     import ray._private.state
 
     free = ray._private.state.state.available_resources_per_node()
-    return [node_of(resources) for resources in free.values()]
+    return {id_: node_of(resources) for id_, resources in free.items()}
 
 
 def set_collective_timeout(seconds: float) -> None:

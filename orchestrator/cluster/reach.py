@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from orchestrator.cluster import private
 from orchestrator.cluster.layout import Node, node_of
 from orchestrator.text import duration
 
@@ -77,6 +78,14 @@ class Reach:
             message = f"the node {host} does not answer: it is down, or its network is cut"
             self._note("node_silent", message)
         return node in self._silent
+
+
+def free_nodes() -> list[Node]:
+    """Return the machines that answer, with the CPUs and GPUs that nothing uses now."""
+    free = private.free_nodes()
+    table = _alive()
+    there = _answering(table) if len(table) > 1 else set(table)
+    return [free[id_] for id_ in there & free.keys()]
 
 
 def present() -> tuple[list[Node], set[str]]:

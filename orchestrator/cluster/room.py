@@ -4,9 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.cluster import private
 from orchestrator.cluster.layout import Layout, Node, alive_nodes, cluster_grows, places
-from orchestrator.cluster.reach import alive_hosts, present
+from orchestrator.cluster.reach import alive_hosts, free_nodes, present
 from orchestrator.text import duration
 
 LOOK_S = 1.0  # between two looks at the cluster
@@ -96,7 +95,7 @@ class Room:
         if running == max(self.numbers) or time.monotonic() < self._look_at:
             return None
         self._look_at = time.monotonic() + LOOK_S
-        room = running + places(private.free_nodes(), self.layout)
+        room = running + places(free_nodes(), self.layout)
         number = max(n for n in self.numbers if n <= max(room, running))
         if number <= running:
             self._noticed = None

@@ -24,6 +24,9 @@ from orchestrator.runs.journal import Journal
 from orchestrator.train.numerics import Worker
 from orchestrator.train.ranks import writing
 
+# For the last checkpoint, after an error: another rank may be gone, or wait for this one.
+LEAVES_S = 10.0
+
 
 class Checkpointer:
     """Saves checkpoints of a run; keeps the newest ones and the best one.
@@ -117,14 +120,19 @@ class Checkpointer:
         if self._not_written is not None:
             raise self._not_written
 
-    def close(self) -> None:
-        """Wait for the thread and end it; print its error."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """Wait for the thread and end it; print its error.
+
+        Args:
+            timeout_s: Leave the thread alone after this time; the process ends soon.
+        """
         try:
-            self._finish_pending()
+            self._finish_pending(timeout_s)
         except Exception as error:
-            message = f"{self.folder.checkpoints}: the last checkpoint was not written: {error}"
+            reason = "another rank does not answer" if isinstance(error, TimeoutError) else error
+            message = f"{self.folder.checkpoints}: the last checkpoint was not written: {reason}"
             print(message, file=sys.stderr, flush=True)
-        self._thread.shutdown()
+        self._thread.shutdown(wait=timeout_s is None)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -140,13 +148,13 @@ class Checkpointer:
             if kind is None:
                 self.wait()
         finally:
-            self.close()
+            self.close(LEAVES_S if kind is not None and self.worker.world_size > 1 else None)
 
-    def _finish_pending(self) -> None:
+    def _finish_pending(self, timeout_s: float | None = None) -> None:
         pending = self._pending
         self._pending = None
         if pending is not None:
-            self._not_written = pending.result()
+            self._not_written = pending.result(timeout_s)
 
     def _commit(
         self, step: int, parts: store.Parts, facts: Mapping[str, Any]

@@ -77,7 +77,7 @@ def _cause(folder: RunFolder, step: int) -> str:
 
 def _last_failure(folder: RunFolder, world_size: int, reason: str) -> Ending:
     """Return why the last attempt failed."""
-    last = failures_of(folder)
+    last = failures_of(folder, world_size)
     if not last:
         return Ending("failed", f"{reason}: workers died without a traceback")
     ending = ending_of_tracebacks(folder, last, world_size)

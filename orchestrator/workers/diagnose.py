@@ -28,8 +28,12 @@ EXPECTED_ERRORS: dict[str, Kind] = {
 _COMPILER = re.compile(r"torch\._(?:dynamo|inductor)\.exc\.\w+: ")
 _CAUSES: dict[int, Cause] = {errno.EIO: "disk_error"}
 TRACEBACK = "Traceback (most recent call last):"
-# The whole reason that a rank gives if another one died.
-_LOST_PEER = ("gloo/transport/tcp/pair.cc", "reset by peer", "remote process exited")
+# The whole reason that gloo, NCCL or torch's store gives if another rank died.
+_LOST_PEER = re.compile(
+    r"(RuntimeError|torch\.distributed\.\w+): "
+    r".*(gloo/transport/tcp/pair\.cc|reset by peer|remote process exited)",
+    re.DOTALL,
+)
 
 
 def diagnose(folder: RunFolder, error: BaseException | None = None, workers: int = 1) -> Ending:
@@ -68,7 +72,7 @@ def diagnose(folder: RunFolder, error: BaseException | None = None, workers: int
         return Ending("failed", hang, cause="hang")
 
     again = getattr(error, "controller_failure", None)
-    tracebacks = failures_of(folder) or ([str(again)] if again is not None else [])
+    tracebacks = failures_of(folder, workers) or ([str(again)] if again is not None else [])
     if not tracebacks:
         where = f" on {' or '.join(dict.fromkeys(hosts))}" if hosts else ""
         reason = (
@@ -79,13 +83,12 @@ def diagnose(folder: RunFolder, error: BaseException | None = None, workers: int
     return ending_of_tracebacks(folder, tracebacks, workers, hosts)
 
 
-def failures_of(folder: RunFolder) -> list[str]:
+def failures_of(folder: RunFolder, workers: int) -> list[str]:
     """Return the tracebacks of all ranks, oldest first, but for those that lost another rank."""
-    return [
-        text
-        for text in folder.read_failures()
-        if not any(words in exception_of(text) for words in _LOST_PEER)
-    ]
+    failures = folder.read_failures()
+    if workers == 1:
+        return failures
+    return [text for text in failures if not _LOST_PEER.match(exception_of(text))]
 
 
 def out_of_memory(fault: OutOfMemory) -> Ending:

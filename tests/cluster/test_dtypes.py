@@ -21,6 +21,8 @@ def device(monkeypatch):
     """Make this machine one with these CPU flags, and a GPU with or without bfloat16."""
     import torch
 
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+
     def become(flags, gpu_has_bfloat16=False):
         monkeypatch.setattr(dtypes, "cpu_flags", lambda: flags)
         monkeypatch.setattr(device_module, "has_several_nodes", lambda: False)

@@ -138,6 +138,19 @@ def test_nodes_that_share_the_folder_are_fine_also_if_one_is_slow(asked, tmp_pat
     assert (asked.cancelled, list(tmp_path.iterdir())) == ([], [])
 
 
+def test_node_that_answers_too_late_leaves_no_file(tmp_path, monkeypatch):
+    mine = tmp_path / ".node-1"
+
+    def seen_and_removed(file):
+        file.touch()
+        file.unlink()
+        return True
+
+    monkeypatch.setattr(nodes, "_appears", seen_and_removed)
+    assert nodes._answer(mine, tmp_path / ".node-1-2").problem is None
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_file_that_a_node_does_not_have_is_refused_without_writing(asked, tmp_path):
     (tmp_path / "mine").touch()
     asked.outcomes = {"node1": "", "node2": "does not have"}

@@ -47,6 +47,10 @@ def test_present_machines_are_those_that_answer(monkeypatch):
     monkeypatch.setattr(reach, "_table", lambda: table)
     monkeypatch.setattr(reach, "answers", lambda places: places.keys() & {"a", "c"})
     assert reach.present() == ([Node(4)], {"host-a"})
+    # Ray lists what is free on a silent node until it gives the node up.
+    free = {id_: Node(number) for number, id_ in enumerate("abc", 1)}
+    monkeypatch.setattr(reach.private, "free_nodes", lambda: free)
+    assert reach.free_nodes() == [Node(1)]
     assert reach.alive_hosts() == {"host-a", "host-b"}
 
 

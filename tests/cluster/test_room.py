@@ -37,7 +37,7 @@ def cluster(monkeypatch):
     monkeypatch.setattr(module, "present", lambda: (found.nodes, found.answering))
     monkeypatch.setattr(module, "alive_hosts", lambda: found.hosts)
     monkeypatch.setattr(module, "cluster_grows", lambda: False)
-    monkeypatch.setattr(module.private, "free_nodes", lambda: found.free)
+    monkeypatch.setattr(module, "free_nodes", lambda: found.free)
     clock = SimpleNamespace(monotonic=lambda: found.now, sleep=found.sleep)
     monkeypatch.setattr(module, "time", clock)
     return found

@@ -20,12 +20,13 @@ from orchestrator.checkpoint.format import step_of
 from orchestrator.errors import NoRoomError
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
+from orchestrator.train import checkpointer
 from orchestrator.train.checkpointer import Checkpointer
 from orchestrator.train.numerics import Worker
 from orchestrator.train.ranks import reading
 from tests.helpers.facts import FACTS
 
-ENDS_S = 30  # a rank ends by itself when another one is dead
+ENDS_S = 60  # a rank ends by itself when another one is dead: at once, or after `LEAVES_S`
 
 
 def state(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -65,19 +66,19 @@ def work(job: dict) -> None:
     try:
         if "read" in job:
             reading.read_together(folder.checkpoint(job["read"]), worker)
-        with Checkpointer(folder, 2, Journal(folder), worker) as checkpointer:
+        with Checkpointer(folder, 2, Journal(folder), worker) as saver:
             dist.barrier()
             if "pipe" in job:
                 _report_writes(job["pipe"])
             for step in range(job["first"], job["first"] + job["steps"]):
                 with contextlib.suppress(NoRoomError):
-                    checkpointer.wait()
+                    saver.wait()
                 if step == job.get("full_at"):
                     _fill_disk()
                 if job.get("loses"):
                     _lose_files()
                 texts = {"state.json": json.dumps({"step": step})} if rank == 0 else {}
-                checkpointer.save(step, state(step), texts, FACTS)
+                saver.save(step, state(step), texts, FACTS)
                 dist.barrier()
     except Exception as error:
         status = 1
@@ -112,8 +113,11 @@ def _lose_files() -> None:
 # ---- kills ----
 
 
-def kill_one(folder: Path, ranks: int, first: int, draw: random.Random) -> bool:
-    """Let ranks save checkpoints until one is killed. Return whether it left a commit half done."""
+def kill_one(folder: Path, ranks: int, first: int, draw: random.Random, leader: bool) -> bool:
+    """Let ranks save checkpoints until one is killed. Return whether it left a commit half done.
+
+    With `leader`, it is rank 0: another rank's death is an error there, which removes the commit.
+    """
     reader, pipe = os.pipe()
     store_file = folder / f"store-{os.urandom(4).hex()}"
     children = []
@@ -126,15 +130,17 @@ def kill_one(folder: Path, ranks: int, first: int, draw: random.Random) -> bool:
     os.close(pipe)
     for _ in range(draw.randrange(1, 40 * ranks)):
         os.read(reader, 1)
-    os.kill(draw.choice(children), signal.SIGKILL)
+    os.kill(children[0] if leader else draw.choice(children), signal.SIGKILL)
     deadline = time.monotonic() + ENDS_S
-    while children:
+    while children and time.monotonic() < deadline:
         pid, _ = os.waitpid(-1, os.WNOHANG)
         if pid:
             children.remove(pid)
-        assert time.monotonic() < deadline, "a rank waits for a dead one"
         time.sleep(0.002)
     os.close(reader)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    assert not children, "a rank waits for a dead one"
     return any((folder / "checkpoints").glob(".step-*"))
 
 
@@ -152,10 +158,11 @@ def _report_writes(pipe: int) -> None:
 
 
 def main(folder: Path, ranks: int, rounds: int) -> None:
+    checkpointer.LEAVES_S = 1.0
     draw = random.Random(f"{ranks}")
     newest = torn = 0
-    for _ in range(rounds):
-        torn += kill_one(folder, ranks, newest + 1, draw)
+    for number in range(rounds):
+        torn += kill_one(folder, ranks, newest + 1, draw, leader=number % 2 == 0)
         found = store.latest_valid(folder / "checkpoints", warn=sys.exit)
         step = step_of(found) if found else 0
         assert step >= newest, (step, newest)

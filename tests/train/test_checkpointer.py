@@ -21,6 +21,7 @@ from orchestrator.track import outbox
 from orchestrator.train.checkpointer import Checkpointer
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
+from orchestrator.train.ranks import writing
 from tests.helpers.checkpoints import save
 from tests.helpers.facts import FACTS
 
@@ -196,6 +197,23 @@ def test_checkpoint_saved_before_an_error_is_written(folder, error):
     with pytest.raises(error):
         save_and(folder, fail, size=3_000_000)
     assert holds(folder.checkpoint(1), 1.0, size=3_000_000)
+
+
+def test_rank_with_an_error_does_not_wait_for_a_rank_that_is_silent(folder, monkeypatch, capsys):
+    answer = threading.Event()
+    monkeypatch.setattr("orchestrator.train.checkpointer.LEAVES_S", 0.1)
+    monkeypatch.setattr(writing, "messages", lambda _: lambda text: answer.wait(60) and [text])
+
+    def fail():
+        with Checkpointer(folder, 2, Journal(folder), Worker(1, 2)) as checkpointer:
+            checkpointer.save(1, state(1.0), {}, FACTS)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert "not written: another rank does not answer" in capsys.readouterr().err
+    assert not answer.is_set()
+    answer.set()
 
 
 # ---- in a run ----

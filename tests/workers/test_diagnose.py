@@ -154,7 +154,14 @@ def test_worker_that_died_without_a_traceback_may_be_started_again(folder):
 )
 def test_rank_that_lost_another_one_is_not_the_cause(folder, message):
     fail(folder, 0, RuntimeError(message))
-    assert diagnose(folder, DIED).cause == "kill"
+    assert diagnose(folder, DIED, workers=2).cause == "kill"
+    assert diagnose(folder, DIED).cause == "exception", "a lone worker has no other one to lose"
+
+
+def test_error_of_a_connection_that_a_model_has_is_the_cause(folder):
+    fail(folder, 0, ConnectionResetError(104, "Connection reset by peer"))
+    ending = diagnose(folder, DIED, workers=2)
+    assert ending.cause == "exception" and "ConnectionResetError" in ending.reason
 
 
 @pytest.mark.parametrize(

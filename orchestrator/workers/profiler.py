@@ -37,6 +37,7 @@ class Profiler:
         self.steps = steps
         self._report_phase = report_phase
         self._seen = 0  # steps that have begun
+        self._step: int | None = None  # the last of them
         self._profile: profile | None = None
         self._writer: threading.Thread | None = None
 
@@ -54,8 +55,9 @@ class Profiler:
             events.note(self.folder, "profile", message)
 
     def report_phase(self, phase: str, step: int) -> None:
-        """Pass on a phase. A step begins with the phase "gradient"."""
-        if phase == "gradient" and self._writer is None:
+        """Pass on a phase. A step begins with its first phase "gradient"; each round has one."""
+        if phase == "gradient" and step != self._step and self._writer is None:
+            self._step = step
             if self._profile is None:
                 self._profile = self._new_profile()
                 self._profile.start()

@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from torch.profiler import record_function
 
 from orchestrator.config.experiment import load_experiment
 from orchestrator.runs import events
@@ -52,6 +53,22 @@ def test_profile_has_the_steps_after_the_warm_up_and_changes_no_bit(
     assert len({name for name in names if name.startswith("ProfilerStep#")}) == found
     assert any(name.startswith("Optimizer.step") for name in names)
     assert [file.name for file in folder.trace_file.parent.iterdir()] == ["trace.json.gz"]
+
+
+def test_step_in_two_rounds_is_one_step(tmp_path):
+    folder = RunFolder(tmp_path)
+    with Profiler(folder, 2, lambda phase, step: None) as profiler:
+        for step in range(6):  # as `Step` reports them
+            for phase in ("gradient", "exchange", "gradient", "exchange", "update"):
+                profiler.report_phase(phase, step)
+                with record_function(f"{phase} of {step}"):
+                    pass
+    with gzip.open(folder.trace_file, "rt") as file:
+        names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
+    assert sorted(name for name in names if name.startswith("update of")) == [
+        "update of 3",
+        "update of 4",
+    ]
 
 
 def test_run_that_ends_in_the_warm_up_has_no_profile(tiny_dataset, tmp_path):

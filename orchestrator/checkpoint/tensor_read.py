@@ -55,8 +55,9 @@ def assemble(
     files: Iterable[Iterable[Tensor]],
     device: str | torch.device,
     wanted: Mapping[str, range] | None = None,
+    is_view: bool = True,
 ) -> dict[str, Tensor]:
-    """Return the tensors whose slices are in some files. A tensor in one piece of one is a view.
+    """Return the tensors whose slices are in some files.
 
     Args:
         path: The checkpoint.
@@ -64,6 +65,8 @@ def assemble(
         device: Device of the tensors.
         wanted: Numbers to copy of each tensor, which are returned with one dimension. None: all
             numbers of all tensors.
+        is_view: A tensor in one piece of a file is a view of it, if `wanted` is None and the device
+            is the CPU.
 
     Raises:
         UserError: Numbers are missing.
@@ -75,7 +78,7 @@ def assemble(
     for name, part in itertools.chain.from_iterable(map(_slices, files)):
         count = part.numbers.numel()
         if wanted is None and count == math.prod(part.shape):
-            tensors[name] = part.numbers.view(part.shape).to(device)
+            tensors[name] = part.numbers.view(part.shape).to(device, copy=not is_view)
             continue
         numbers = range(math.prod(part.shape)) if wanted is None else wanted.get(name, range(0))
         if name not in tensors and numbers:

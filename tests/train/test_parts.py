@@ -106,9 +106,9 @@ def test_any_number_of_ranks_goes_on_from_a_part_of_the_run(begun, tiny_dataset,
 class Alone(reading.ReadTogether):
     """Reads as one of several ranks; what the others would send comes from their files."""
 
-    def _receive(self, name):
+    def _receive(self, name, **kwargs):
         self.name, self.sent = name, 0
-        yield from super()._receive(name)
+        yield from super()._receive(name, **kwargs)
 
     def broadcast(self, piece, src):
         content = (self.path / self.name).read_bytes()[self.sent : self.sent + len(piece)]
@@ -143,6 +143,26 @@ def test_rank_that_resumes_holds_its_part_of_the_optimizer(begun, monkeypatch):
         read = sum(content.manifest["parts"][name]["size"] for name in own)
         assert content.most <= held[-1] + read + (2 << 14) + 64, "and two pieces of other files"
     assert sum(held) == whole and max(held) < whole / 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["whole", "begun"])
+def test_moments_of_a_rank_without_shards_take_only_their_own_memory(
+    begun, monkeypatch, name, ranks
+):
+    monkeypatch.setattr(reading, "BROADCAST_BYTES", 1 << 14)
+    monkeypatch.setattr(state, "gather", lambda text, worker: [text] * worker.world_size)
+    path = RunFolder(begun[1].parent / name).checkpoint(8)
+    experiment = RunFolder(path).read_experiment()
+    experiment = experiment.replace(train__ema=None, train__shard_optimizer=False)
+    content = Alone(path, store.verify(path), Worker(ranks - 1, ranks), list(range(ranks)))
+    monkeypatch.setattr(torch.distributed, "broadcast", content.broadcast)
+    content.read_own()
+    restored = state.restore(experiment, content, content.worker)
+    values = [v for found in restored.optimizer.state.values() for v in found.values()]
+    storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in values}
+    header = 1 << 14
+    assert sum(storages.values()) <= sum(value.nbytes for value in values) + header
 
 
 def test_damaged_part_is_named_and_the_checkpoint_before_is_taken(begun, tiny_dataset, tmp_path):

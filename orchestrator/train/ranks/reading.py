@@ -139,25 +139,35 @@ class ReadTogether(store.Content):
     ) -> dict[str, Tensor]:
         """As `Content` says."""
         names = tensor_files(self.readers, group)
-        return assemble(self.path, map(self._receive, names), device, wanted)
+        # The tensors of a lone file are views of its bytes. A view of a piece would keep all of it,
+        # also what was copied from it.
+        is_on_cpu = torch.device(device).type == "cpu"
+        is_view = wanted is None and len(names) == 1 and is_on_cpu
+        files = (self._receive(name, in_one_piece=is_view) for name in names)
+        return assemble(self.path, files, device, wanted, is_view)
 
-    def _receive(self, name: str) -> Iterator[Tensor]:
-        """Yield the bytes of a file in pieces, on all ranks."""
+    def _receive(self, name: str, in_one_piece: bool = False) -> Iterator[Tensor]:
+        """Yield the bytes of a file, by default in pieces, on all ranks."""
         if name not in self.readers:
             raise UserError(f"{self.path / name}: missing; use another checkpoint")
         reader = self.readers[name]
         size = self.manifest["parts"][name]["size"]
-        own = None
+        content = None
         if reader == self.worker.rank:
-            own = torch.frombuffer(self._own.pop(name), dtype=torch.uint8)
+            content = torch.frombuffer(self._own.pop(name), dtype=torch.uint8)
+        elif in_one_piece:
+            content = torch.empty(size, dtype=torch.uint8)
         for first in range(0, size, BROADCAST_BYTES):
             count = min(BROADCAST_BYTES, size - first)
-            if own is None:
+            if content is None:
                 piece = torch.empty(count, dtype=torch.uint8)
             else:
-                piece = own[first : first + count]
+                piece = content[first : first + count]
             if self.worker.world_size > 1:
                 sent = piece.to(self.worker.device)
                 dist.broadcast(sent, src=reader)
                 piece.copy_(sent)
-            yield piece
+            if not in_one_piece:
+                yield piece
+        if in_one_piece and content is not None:
+            yield content

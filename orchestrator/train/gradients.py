@@ -164,7 +164,7 @@ class Gradients:
         return self._bind(first)
 
     def votes(self) -> Tensor:
-        """Return the number of slots that voted in the reduced step, 0-dim."""
+        """Return a value that is positive if a slot voted in the reduced step, 0-dim."""
         return self.tail[self.micro_batches]
 
     def norm(self) -> Tensor:

@@ -152,7 +152,7 @@ class Bench:
         """Return the sequences and their length, (B, T), whose FLOPs are not too many."""
         size, length = self.whole
         size = max(1, min(size, int(MOST_FLOPS / self._flops(1, length))))
-        while length > FEW_TOKENS and self._flops(size, length) > MOST_FLOPS:
+        while length > 2 * FEW_TOKENS and self._flops(size, length) > MOST_FLOPS:
             length //= 2
         return size, length
 

@@ -100,7 +100,7 @@ def comparison_line(
     for key, words, shown in rows:
         before = estimated.get(key)
         after = measured.get(key)
-        if before is not None and after is not None:
+        if before and after is not None:
             text = words.format(shown(before), shown(after))
             parts.append(f"{text} ({after / before - 1:+.0%})")
     if "share_over" in estimated:

@@ -15,7 +15,7 @@ import torch
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.cost import bench, cache, forecast, process, timing
-from orchestrator.cost.bench import FEW, RAY_GIB, Bench
+from orchestrator.cost.bench import FEW, FEW_TOKENS, RAY_GIB, Bench
 from orchestrator.cost.estimate import comparison_line, dry_run
 from orchestrator.cost.forecast import RunForecast, forecast_of
 from orchestrator.cost.measure import measure, share_of_worker
@@ -156,7 +156,7 @@ def test_buffers_of_a_whole_step_are_counted_if_only_one_micro_batch_is_timed():
     assert scaled.unused_bytes == pytest.approx(buffers * gradients.size * 4, rel=0.01)
 
 
-@pytest.mark.parametrize("most", [1e7, 5e7, 1.5e8])
+@pytest.mark.parametrize("most", [1.0, 1e7, 5e7, 1.5e8])
 def test_large_micro_batch_is_computed_from_a_part_of_it(monkeypatch, most):
     """Time grows linearly with the FLOPs, and memory with the tokens, above what is fixed."""
 
@@ -171,7 +171,8 @@ def test_large_micro_batch_is_computed_from_a_part_of_it(monkeypatch, most):
     monkeypatch.setattr(bench, "peak_gib", lambda _: 1.0 + found.tokens / 1024)
     words = ["model.block_size=128", "train.micro_batch_size=8", "train.global_batch_size=32"]
     found = Linear(small(*words), N_VOCAB, Worker(), step_budget_s=100.0, timed_s=2.5)
-    assert found._flops(*found.shape) <= most < found._flops(8, 128)
+    least = found._flops(1, 2 * FEW_TOKENS)
+    assert found._flops(*found.shape) <= max(least, most) < found._flops(8, 128)
     whole_s = 1.0 + 1e-8 * found._flops(8, 128)
     assert found.time_steps() == pytest.approx(4 * whole_s + 0.5)
     buffers = 4 * found.state.gradients.size  # of the second pair of micro-batches
@@ -533,3 +534,4 @@ def test_comparison_leaves_out_numbers_that_were_not_measured():
         "expected 1m50s, took 1m58s (+7%); estimated when 12% of the time was over"
     )
     assert "memory" not in comparison_line(expected, {**seen, "memory_gib": None})
+    assert "memory" not in comparison_line({**expected, "memory_gib": 0.0}, seen)

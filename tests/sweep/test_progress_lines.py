@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from orchestrator.cost.timing import evaluation_tokens
 from orchestrator.runs import journal
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.facts import model_facts
-from orchestrator.sweep.records import read_spec
+from orchestrator.sweep.records import read_result, read_spec
 from orchestrator.sweep.report.files import SweepFiles
 from orchestrator.sweep.report.pace import Pace
 from orchestrator.sweep.report.progress_lines import ProgressLines
@@ -153,6 +154,20 @@ def test_steps_of_an_earlier_attempt_are_not_left(sweeps, timed):
     tokens = (trial.dataset.splits[name].tokens for name in ("val", "train"))
     evaluation = evaluation_tokens(trial.experiment, *tokens) / trial.experiment.tokens_per_step / 3
     assert left_s == pytest.approx(10.0 * (23 - step + 2 * evaluation))
+
+
+def test_stage_that_makes_no_step_in_this_attempt_tells_no_pace(sweeps, study):
+    sweeps.run(study, limit=1)
+    (stage,) = study.progress.begun
+    folder = study.folder.stage(stage)
+    folder.result_file.unlink()  # as if killed after the last checkpoint
+    again = sweeps.open(*WORDS)
+    sweeps.run(again, limit=1)
+    result = read_result(folder)
+    assert (*again.progress.begun, result.steps_run) == (stage, 0)
+    again.progress.stored.results[stage] = replace(result, seconds=60.0)
+    assert Pace(again, 1).look().left_s is None
+    assert Pace(again, 1, {"time_s": 1000.0}).look().left_s == pytest.approx(1000.0, abs=60.0)
 
 
 def test_first_steps_tell_what_the_sweep_takes_or_correct_it(half_way, study, capsys):

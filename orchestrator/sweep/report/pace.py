@@ -161,7 +161,7 @@ class Pace(Correction):
                 evaluated = waiting
         if not windows:
             result = self.progress.stored.results.get(stage)
-            if result is None:
+            if result is None or not result.steps_run:  # an earlier attempt made all its steps
                 return Spent()
             sequences = sizes.before(result.step) - sizes.before(result.step - result.steps_run)
             return Spent(result.seconds, sequences * sequence_flops)
@@ -191,7 +191,7 @@ class Pace(Correction):
     # ---- the future ----
 
     def _left_s(self, live: dict[str, int], spent: Spent) -> float | None:
-        if spent.steps_s < LEAST_S:
+        if not spent.steps or spent.steps_s < LEAST_S:
             if self.planned_s is None:
                 return None
             return max(0.0, self.planned_s - (self.clock() - self._began))

@@ -49,6 +49,7 @@ from orchestrator.config.yaml_text import write_yaml
 from orchestrator.errors import EXIT_DONE, UserError
 from orchestrator.files import write_json
 from orchestrator.folders import folder_bytes
+from orchestrator.mirror import remote
 from orchestrator.own_code import parts, sources
 from orchestrator.paths import local_path
 from orchestrator.runs.folder import RunFolder
@@ -148,8 +149,7 @@ def register(trained: Trained, folder: Path) -> str:
     assert trained.checkpoint is not None and trained.manifest is not None
     run = RunFolder(trained.checkpoint.absolute().parents[1])
     sweep = run.sweep()
-    place = run.path if sweep is None else sweep.path
-    uri = resolve_uri(trained.experiment, place.parent)
+    uri = resolve_uri(trained.experiment, remote.storage_of(sweep or run))
     name = trained.experiment.tracking.experiment
     return exported.register(run, uri, name, folder, trained.manifest["step"])
 

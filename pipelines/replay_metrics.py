@@ -17,7 +17,7 @@ from orchestrator.errors import EXIT_DONE, EXIT_FAILED, UserError
 from orchestrator.mirror import remote
 from orchestrator.redact import redact_text
 from orchestrator.runs.folder import RunFolder, SweepFolder
-from orchestrator.runs.storage import find_run, scratch_of
+from orchestrator.runs.storage import find_run
 from orchestrator.track.server import absolute_uri, resolve_uri
 from orchestrator.track.tracker import resend_metrics
 from pipelines.common import run_command
@@ -41,14 +41,12 @@ def options() -> Options:
 def main(argv: list[str]) -> int:
     """Send the metrics, and print whether MLflow accepted all of them."""
     args = options().parse_args(argv)
-    address = remote.address_of(args.run, "RUN")
     folder = find_run(remote.here(args.run, "RUN", checkpoints="none"), is_tracked)
     experiment = _experiment_folder(folder).read_experiment()
     if args.uri:
         uri = absolute_uri(args.uri, "--uri")
     else:
-        storage = folder.path.parent if address is None else scratch_of(address.parent)
-        uri = resolve_uri(experiment, storage)
+        uri = resolve_uri(experiment, remote.storage_of(folder))
     sweep = SweepFolder(folder)
     if sweep.sweep_file.exists():
         folder = sweep

@@ -19,10 +19,12 @@ from orchestrator.objects import cache
 from orchestrator.objects.address import Address, is_address, parse
 from orchestrator.objects.store import MissingObjectError, Store, open_store
 from orchestrator.runs.folder import RunFolder
-from orchestrator.runs.storage import mirror_of, run_places, storage_root
+from orchestrator.runs.storage import mirror_of, run_places, scratch_of, storage_root
 
 TRIES = 5  # while a run that goes on removes objects
 Checkpoints = Literal["none", "newest", "all"]
+
+_mirrors: dict[Path, Address] = {}  # by the folder that has the copy of a run
 
 
 def address_of(word: str, given_in: str, experiment: Experiment | None = None) -> Address | None:
@@ -80,6 +82,12 @@ def here(
     raise AssertionError
 
 
+def storage_of(folder: RunFolder) -> Path:
+    """Return the storage of a run or sweep. For a copy it is not in the cache, which is removed."""
+    mirror = _mirrors.get(folder.path.parent)
+    return folder.path.parent if mirror is None else scratch_of(mirror)
+
+
 def _find(store: Store, wanted: Address) -> tuple[Address, Manifest]:
     """Return the mirrored folder at or above an address."""
     address = wanted
@@ -105,6 +113,7 @@ def _copy(
     # What goes to MLflow must not have the paths of checkpoints in this cache.
     unit = cache.use("journals" if checkpoints == "none" else "runs", address)
     folder = unit / address.name
+    _mirrors[unit] = address.parent
     paths = list(_wanted(content, below, checkpoints))
     sizes = {path: sum(part.size for part in content.files[path]) for path in paths}
     with _copying(unit):

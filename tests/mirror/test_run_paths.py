@@ -3,11 +3,14 @@
 import hashlib
 import os
 import re
+from pathlib import Path
 
 import pytest
 
 from orchestrator.errors import UserError
+from orchestrator.paths import scratch_folder
 from orchestrator.runs.folder import SweepFolder
+from orchestrator.track.server import store_path
 from pipelines import evaluate, export, inspect_batch, replay, replay_metrics, sample
 from tests.faults.command import Command
 from tests.faults.command_case import SMALL
@@ -57,6 +60,18 @@ def exported(machine, path, folder, capsys):
     return status, err, hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
 
 
+def registered(machine, path, folder, capsys):
+    # That of a run with this storage on this machine.
+    folder_here = scratch_folder() / path.replace("://", "/") if "://" in path else Path(path)
+    database = store_path(folder_here.parent)
+    if not database.exists():
+        stores.copy_empty(database)
+    words = ["{path}", "{folder}/exported", "--mlflow"]
+    status, err, _ = printed(export, *words)(machine, path, folder, capsys)
+    query = "SELECT name, status FROM logged_models WHERE name > ?"
+    return status, err, rows(database, "", query)
+
+
 def sent(machine, path, folder, capsys):
     database = folder / "mlflow.db"
     stores.copy_empty(database)
@@ -88,6 +103,7 @@ COMMANDS = {
     "sample": printed(sample, "{path}", "--temperature", "0", "--device", "cpu"),
     "evaluate": printed(evaluate, "{path}", "--best", "--tokens", "400"),
     "export": exported,
+    "export --mlflow": registered,
     "replay": printed(replay, "{path}"),
     "replay_metrics": sent,
     "inspect_batch": printed(inspect_batch, os.devnull, "train.init_from={path}", *SMALL),

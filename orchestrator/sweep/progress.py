@@ -156,7 +156,7 @@ class Progress:
             end = self.stored.states[stage.id]
             folder = self.folder.stage(stage.id)
             if end.path == folder.path:
-                old = read_spec(folder)
+                old = read_spec(folder, trial.base)
                 assert old is not None
                 return replace(spec, start=old.start, parent=old.parent, begin=old.begin)
             return replace(_starting_at(spec, end), start=end.step)

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.config.steps import Steps, steps_of_json
@@ -15,6 +15,9 @@ from orchestrator.runs.journal import Line
 from orchestrator.sweep.branch import Branch, settings_of_steps
 from orchestrator.sweep.states import State
 from orchestrator.train.due import by_interval
+
+if TYPE_CHECKING:
+    from orchestrator.sweep.source import BaseRun
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,22 @@ class StageSpec:
         return steps_of_json(self.steps)
 
 
-def read_spec(folder: RunFolder) -> StageSpec | None:
-    """Read stage.json; None if the folder is not that of a stage, or the file is damaged."""
+def read_spec(folder: RunFolder, base: "BaseRun | None" = None) -> StageSpec | None:
+    """Read stage.json; None if the folder is not that of a stage, or the file is damaged.
+
+    Args:
+        folder: The stage.
+        base: The run that the sweep branches off. It may be elsewhere than when the file was
+            written: in another cache, or on another machine.
+    """
     spec = read_derived(folder.stage_file, _parse_spec)
-    if spec is None or spec.parent is None or not spec.parent.startswith("../"):
+    if spec is None or spec.parent is None:
         return spec
-    return replace(spec, parent=str(folder.path.parent / spec.parent.removeprefix("../")))
+    if spec.parent.startswith("../"):
+        return replace(spec, parent=str(folder.path.parent / spec.parent.removeprefix("../")))
+    if base is not None and spec.start <= base.step:
+        return replace(spec, parent=str(base.folder))
+    return spec
 
 
 def _parse_spec(stored: dict[str, Any]) -> StageSpec:
@@ -143,40 +156,43 @@ def read_result(folder: RunFolder) -> StageResult | None:
     return read_derived(folder.result_file, parse)
 
 
-def curve(folder: RunFolder, last_step: int | None = None) -> list[Line]:
+def curve(
+    folder: RunFolder, last_step: int | None = None, base: "BaseRun | None" = None
+) -> list[Line]:
     """Return the journal lines from step 0 through a stage: those of its parents and its own.
 
     Args:
         folder: A stage, or a run that a sweep branches off.
         last_step: Leave out the folder's own lines after this step, and the metrics that only the
             end of a run has from the line at this step. None: all lines as they are.
+        base: As for `read_spec`.
     """
-    spec = read_spec(folder)
-    own = journal.read(folder)
-    if last_step is not None:
-        if spec is not None:
-            load_copies(spec.experiment, folder.path)
-        experiment = folder.read_experiment() if spec is None else spec.parsed_experiment()
-        own = _lines_of_longer_run(own, last_step, experiment)
+    spec = read_spec(folder, base)
+    own = journal.read(folder) if last_step is None else lines_until(folder, last_step)
     if spec is None or spec.parent is None:
         return own
-    before = curve(RunFolder(spec.parent), spec.start)
+    before = curve(RunFolder(spec.parent), spec.start, base)
     return [line for line in before if not own or line["step"] < own[0]["step"]] + own
 
 
-def has_whole_curve(spec: StageSpec) -> bool:
+def has_whole_curve(spec: StageSpec, base: "BaseRun | None" = None) -> bool:
     """Return whether all folders exist from which `curve` takes the lines before a stage."""
     if spec.parent is None:
         return True
     parent = RunFolder(spec.parent)
-    before = read_spec(parent)  # None: the run that the sweep branches off
-    return parent.path.exists() and (before is None or has_whole_curve(before))
+    before = read_spec(parent, base)  # None: the run that the sweep branches off
+    return parent.path.exists() and (before is None or has_whole_curve(before, base))
 
 
-def _lines_of_longer_run(lines: list[Line], last_step: int, experiment: Experiment) -> list[Line]:
+def lines_until(folder: RunFolder, last_step: int) -> list[Line]:
+    """Return the own lines of a folder as a longer run would have them; see `curve`."""
+    spec = read_spec(folder)
+    if spec is not None:
+        load_copies(spec.experiment, folder.path)
+    experiment = folder.read_experiment() if spec is None else spec.parsed_experiment()
     config = experiment.train
     found = []
-    for line in lines:
+    for line in journal.read(folder):
         if line["step"] < last_step:
             found.append(line)
         elif line["step"] == last_step:

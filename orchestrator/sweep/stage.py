@@ -25,7 +25,7 @@ from orchestrator.errors import UnreadableError, UserError
 from orchestrator.runs import journal, lock
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Line
-from orchestrator.sweep.records import StageResult, StageSpec, curve, read_result, read_spec
+from orchestrator.sweep.records import StageResult, StageSpec, lines_until, read_result, read_spec
 from orchestrator.sweep.states import DIVERGED, DONE, STOPPED, State
 from orchestrator.workers.marks import HELD
 
@@ -126,7 +126,7 @@ def _begin(folder: RunFolder, spec: StageSpec) -> None:
     # The stage has no steps: a trial ends at the state of another folder. Copy the line of this
     # step, to which the trainer adds the metrics of the end.
     assert spec.parent is not None
-    for line in curve(RunFolder(spec.parent), spec.stop):
+    for line in lines_until(RunFolder(spec.parent), spec.stop):
         if line["step"] == spec.stop:
             journal.Journal(folder).write(line)
 

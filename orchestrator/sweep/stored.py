@@ -27,6 +27,7 @@ from orchestrator.sweep.tree import StageTree, build_tree, grow
 
 if TYPE_CHECKING:
     from orchestrator.sweep.progress import Progress
+    from orchestrator.sweep.source import BaseRun
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ def scan(
     diverged_above: float | None = None,
     keeps_stopped: bool = False,
     made_by: Callable[[StageSpec], Mapping[str, str]] | None = None,
+    base: "BaseRun | None" = None,
 ) -> StoredStages:
     """Read the checkpoints and results of a sweep's stages.
 
@@ -193,12 +195,13 @@ def scan(
         diverged_above: `sweep.diverged_above`. Stages that diverged by another limit may run again.
         keeps_stopped: True if stages that a scheduler stopped may not run again.
         made_by: Returns the present device and code that would train a stage.
+        base: The run that the sweep branches off, if there is one.
     """
     found = StoredStages()
     wanted = {stage.id for stage in grow(branches)}
     for folder in sweep.stages():
-        spec = read_spec(folder)
-        if spec is None or not has_whole_curve(spec):
+        spec = read_spec(folder, base)
+        if spec is None or not has_whole_curve(spec, base):
             continue
         now = made_by(spec) if made_by is not None else {}
         if any(spec.made_by.get(key) != value for key, value in now.items()):

@@ -94,6 +94,7 @@ class Study:
             settings.diverged_above,
             keeps_stopped=settings.stop == "asha",
             made_by=partial(present_code, layout.device_name),
+            base=self.source,
         )
         if self.source is not None:
             self.source.refuse_other_experiments(self.trials.values())
@@ -102,9 +103,8 @@ class Study:
 
     def restored(self) -> "Study":
         """Write stage.json again where it is lost. Return a study that uses these stages."""
-        source = RunFolder(self.source.folder) if self.source is not None else None
         limit = self.sweep.settings.diverged_above
-        if restore_specs(self.folder, self.trials_and_probes.values(), source, limit):
+        if restore_specs(self.folder, self.trials_and_probes.values(), limit):
             return Study(self.sweep, self.folder, self.layout, self.datasets)
         return self
 
@@ -171,6 +171,7 @@ class Study:
                     dataset=dataset,
                     cpus=self.layout.cpus_per_worker,
                     device=self.layout.device_name,
+                    base=self.source,
                 )
             )
         self.trials |= {trial.name: trial for trial in planned}

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model.models import DEFAULT, MODELS
 from model.optim import OPTIMIZERS
@@ -35,6 +35,9 @@ from orchestrator.sweep.records import StageSpec
 from orchestrator.sweep.space.expand import Trial
 from orchestrator.sweep.stored import StoredState
 
+if TYPE_CHECKING:
+    from orchestrator.sweep.source import BaseRun
+
 
 @dataclass(frozen=True, eq=False)
 class PlannedTrial(Trial):
@@ -46,6 +49,7 @@ class PlannedTrial(Trial):
         cpus: CPUs per worker, which are part of the numerics.
         device: Model of the GPU or processor.
         is_probe: True for a short anneal that shows whether other trials are stopped.
+        base: The run that the sweep branches off, if there is one.
     """
 
     steps: Steps
@@ -53,6 +57,7 @@ class PlannedTrial(Trial):
     cpus: int
     device: str = ""
     is_probe: bool = False
+    base: "BaseRun | None" = None
 
     @cached_property
     def branch(self) -> Branch:
@@ -160,17 +165,13 @@ def spec_of(trial: PlannedTrial, start: int, stop: int, diverged_above: float | 
 
 
 def restore_specs(
-    sweep: SweepFolder,
-    trials: Collection[PlannedTrial],
-    source: RunFolder | None,
-    diverged_above: float | None,
+    sweep: SweepFolder, trials: Collection[PlannedTrial], diverged_above: float | None
 ) -> list[StageSpec]:
     """Write and return stage.json of each stage that has a result but no valid stage.json.
 
     Args:
         sweep: Folder of the sweep.
         trials: Trials and probes, one of which may have the stage.
-        source: The run that the sweep branches off, if there is one.
         diverged_above: `sweep.diverged_above`.
     """
     restored = []
@@ -186,8 +187,8 @@ def restore_specs(
         spec = spec_of(trial, result.start, result.stop, diverged_above)
         if result.start > 0:
             parent = sweep.stage(trial.branch.key(result.start))
-            if source is not None and not parent.path.exists():
-                parent = source
+            if trial.base is not None and not parent.path.exists():
+                parent = RunFolder(trial.base.folder)
             begin = parent.checkpoint(result.start)
             spec = replace(spec, parent=str(parent.path), begin=str(begin))
         spec.write(folder)
@@ -234,12 +235,13 @@ def curve(last: StoredState | None, trial: PlannedTrial) -> list[Line]:
     """
     if last is None:
         return []
-    spec = records.read_spec(last.folder)
-    if spec is None or not records.has_whole_curve(spec):  # a stage is lost, and runs again
+    base = trial.base
+    spec = records.read_spec(last.folder, base)
+    if spec is None or not records.has_whole_curve(spec, base):  # a stage is lost, and runs again
         return []
     if last.step == trial.experiment.train.max_steps == spec.stop:
-        return records.curve(last.folder)
-    return records.curve(last.folder, last.step)
+        return records.curve(last.folder, base=base)
+    return records.curve(last.folder, last.step, base)
 
 
 def _write_if_changed(path: Path, text: str) -> None:

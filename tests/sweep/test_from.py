@@ -136,3 +136,25 @@ def test_trial_that_branched_off_another_run_is_refused_as_source(sweeps, source
             "sweep.from=sweep/trials/lower@20",
             name="other",
         )
+
+
+def test_sweep_finds_its_run_at_another_path(sweeps, source):
+    """As in another cache or on another machine. The records of the stages have the former path."""
+    constant = "sweep.trials.c{0}={{schedule.kind: constant, train.max_steps: {0}}}"
+    words = [TRIALS[0], constant.format(20), "sweep.keep_branches=true"]
+    study = sweeps.open(*words, "sweep.from=source@12")
+    assert made(study, sweeps.run(study)) == 2 + 6 + 12
+    curves = [study.curve(trial) for trial in study.trials.values()]
+
+    source.rename(sweeps.folder / "moved")
+    again = sweeps.open(*words, "sweep.from=moved@12")
+    assert again.is_over
+    assert [again.curve(trial) for trial in again.trials.values()] == curves
+
+    # A trial that ends at a checkpoint inside the second stage of another one.
+    words += [constant.format(16), "sweep.from=moved@12"]
+    study = sweeps.open(*words)
+    assert made(study, sweeps.run(study)) == 0
+    for name in study.trials:
+        assert sweeps.outcome(study.folder.trial(name)) == sweeps.alone(study, name), name
+    assert sweeps.open(*words).is_over

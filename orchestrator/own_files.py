@@ -18,9 +18,10 @@ from orchestrator.errors import UserError
 from orchestrator.folders import make_folder
 from orchestrator.hashes import private_folder
 from orchestrator.own_code import TABLES, Source, is_own, parts, plain, register, sources
-from orchestrator.paths import cache_folder, expand_home
+from orchestrator.paths import cache_folder, local_path
 
 MAX_BYTES = 1 << 20
+MAX_NAME_BYTES = 180  # without .py: the name of the copy also has the hash
 _named: list[tuple[str, str]] = []  # section and kind that the user gave to this process
 
 
@@ -64,7 +65,8 @@ def _requested(section: str, kind: Any, origin: str | os.PathLike[str] | None) -
         _named.append((section, kind))
         return kind
     words = parts(kind)
-    path = expand_home(words["path"])
+    path = local_path(f"{section}.kind", words["path"])
+    _check_name(section, path)
     real = Path(os.path.realpath(path))
     content = _read(real, f"{section}.kind")
     found = _hash(content)
@@ -84,6 +86,20 @@ def _requested(section: str, kind: Any, origin: str | os.PathLike[str] | None) -
     _remember(found)
     _named.append((section, full))
     return full
+
+
+def _check_name(section: str, path: Path) -> None:
+    """Raise UserError if the copy of a file in a run, or its object in a mirror, gets no name."""
+    if not str(path).isprintable():
+        raise UserError(
+            f"{section}.kind: {ascii(str(path))} has a character that cannot be printed; rename it"
+        )
+    size = len(path.stem.encode())
+    if size > MAX_NAME_BYTES:
+        raise UserError(
+            f"{section}.kind: the name of {path} has {size} bytes before .py; a copy of the file "
+            f"is stored with each run, so give it a name of at most {MAX_NAME_BYTES}"
+        )
 
 
 def present(section: str, kind: str) -> str:

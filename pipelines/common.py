@@ -27,6 +27,7 @@ from orchestrator.errors import (
     UserError,
 )
 from orchestrator.folders import MovedError
+from orchestrator.paths import local_path
 from orchestrator.runs import signals
 from pipelines import streams
 from pipelines.options import TRUST, TRUST_HELP
@@ -176,7 +177,7 @@ def split_words(words: Sequence[str], default: Path = DEFAULT) -> tuple[Path, li
     """Separate the path of the experiment from the overrides.
 
     Raises:
-        UserError: There is more than one path.
+        UserError: There is more than one path, or it is an address.
     """
     overrides = [word for word in words if "=" in word and not _is_path(word)]
     files = [word for word in words if word not in overrides]
@@ -184,7 +185,7 @@ def split_words(words: Sequence[str], default: Path = DEFAULT) -> tuple[Path, li
         raise UserError(
             f"'{files[1]}': give one experiment at a time; an override is section.field=value"
         )
-    path = Path(files[0]) if files else default
+    path = local_path("EXPERIMENT.yaml", files[0]) if files else default
     return path, overrides
 
 

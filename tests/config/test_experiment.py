@@ -579,3 +579,5 @@ def test_overrides_are_separated_from_the_experiment():
     assert split_words(["x.y=1"])[0].name == "quickstart.yaml"
     with pytest.raises(UserError, match=r"b\.yaml"):
         split_words(["a.yaml", "b.yaml"])
+    with pytest.raises(UserError, match="EXPERIMENT.yaml: 's3://b/x=1.yaml' is an address"):
+        split_words(["s3://b/x=1.yaml"])

@@ -409,6 +409,36 @@ def test_mistake_in_an_optimizer_is_one_line(label, tmp_path):
     assert found.startswith(f"{tmp_path}/lion.py:{line_of(text, place)}: "), found
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (f"{'m' * 181}.py", "has 181 bytes before .py"),
+        (f"{'é' * 91}.py", "has 182 bytes before .py"),
+        ("a\u202eb.py", "a\\u202eb.py' has a character that cannot be printed"),
+    ],
+    ids=["long", "bytes", "not printable"],
+)
+def test_name_that_its_copy_cannot_have_is_one_line(name, says, tmp_path):
+    (tmp_path / name).write_text(CONV)
+    found = refusal("model.kind", tmp_path / name, "GatedConv")
+    assert says in found
+    assert "\n" not in found and found.isprintable()
+
+
+def test_longest_name_has_a_copy(tmp_path):
+    file = tmp_path / f"{'m' * 180}.py"
+    file.write_text(CONV)
+    experiment = load_experiment(None, [f"model.kind={file}:GatedConv"])
+    store(tmp_path / "code", [experiment.model.kind])
+    [copy] = (tmp_path / "code").iterdir()
+    assert copy.read_text() == CONV
+
+
+def test_address_of_a_file_is_refused():
+    found = refusal("model.kind", "s3://bucket/conv.py", "GatedConv")
+    assert "model.kind: 's3://bucket/conv.py' is an address" in found
+
+
 def test_module_of_the_current_folder_is_refused(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "helper_of_mine.py").write_text("")

@@ -81,7 +81,7 @@ class MuonAdamW(Optimizer):
             if not params:
                 continue
             if group["muon"]:
-                for batch in _batches(params):
+                for batch in batches(params):
                     self._muon(batch, group)
             else:
                 self._adamw(params, group)
@@ -139,6 +139,28 @@ class MuonAdamW(Optimizer):
         )
 
 
+def batches(params: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Divide parameters into lists of at most `BATCH_NUMEL` numbers, whose matrices have one shape.
+
+    A larger parameter is alone. A matrix may be transposed. A parameter may have an attribute
+    `slot`. Other slots have other lists, because another process may update them, and bits may
+    depend on the whole list.
+    """
+    found: dict[tuple[Any, ...], list[list[Tensor]]] = {}
+    sizes: dict[tuple[Any, ...], int] = {}  # numbers in the last list
+    for param in params:
+        rows, columns = param.shape
+        sides = sorted((rows // _row_parts(param), columns))
+        key = (getattr(param, "slot", 0), *sides, param.dtype, param.device)
+        lists = found.setdefault(key, [])
+        sizes[key] = sizes.get(key, 0) + param.numel()
+        if not lists or sizes[key] > BATCH_NUMEL:
+            lists.append([])
+            sizes[key] = param.numel()
+        lists[-1].append(param)
+    return [batch for lists in found.values() for batch in lists]
+
+
 def orthogonalize(matrices: Tensor, coefficients: Coefficients = NEWTON_SCHULZ) -> Tensor:
     """Replace the singular values of each matrix by values of about 1: (N, R, C), R <= C."""
     x = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=1e-7)
@@ -183,21 +205,3 @@ def _row_parts(param: Tensor) -> int:
 
 def _is_tall(matrix: Tensor) -> bool:
     return matrix.size(0) > matrix.size(1)
-
-
-def _batches(params: list[Tensor]) -> list[list[Tensor]]:
-    """Divide parameters into lists of a limited size, whose matrices have one shape.
-
-    A matrix may be transposed. A parameter may have an attribute `slot`. Other slots have other
-    lists, because another process may update them, and bits may depend on the whole list.
-    """
-    batches: dict[tuple[Any, ...], list[list[Tensor]]] = {}
-    for param in params:
-        rows, columns = param.shape
-        sides = sorted((rows // _row_parts(param), columns))
-        key = (getattr(param, "slot", 0), *sides, param.dtype, param.device)
-        lists = batches.setdefault(key, [[]])
-        if lists[-1] and (len(lists[-1]) + 1) * param.numel() > BATCH_NUMEL:
-            lists.append([])
-        lists[-1].append(param)
-    return [batch for lists in batches.values() for batch in lists]

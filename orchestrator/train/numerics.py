@@ -33,9 +33,10 @@ _VARIABLES = re.compile(
     "|TORCHINDUCTOR|TRITON)_.+|NVIDIA_TF32_OVERRIDE|GLIBC_TUNABLES|LD_PRELOAD"
 )
 _VALUE_CHARS = 200  # of a variable, in a checkpoint
-# Raised when the bits of all runs change. 2: a gradient's norm is that of pieces of fixed size, and
-# Muon orthogonalises the matrices of each slot together.
-VERSION = 2
+# Raised when the bits of runs change, and so their proofs. 2: a gradient's norm is that of pieces
+# of fixed size, and Muon orthogonalises the matrices of each slot together. 3, only with Muon: the
+# lists of these matrices are limited by the sum of their numbers.
+VERSION = 3
 # Entries of the fingerprint that decide which sums a step makes: one micro-batch does not prove
 # that they are as before.
 NOT_PROVEN = ("micro_batch", "reduction_slots", "dtype", "compile")

@@ -8,6 +8,7 @@ Notation: B sequences per micro-batch, T tokens per sequence, M micro-batches pe
 import hashlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,9 +93,9 @@ class Step:
             state.scaler.unscale_(state.optimizer)
         votes = gradients.votes().view(1)
         norm = gradients.norm().view(1)
-        *loss_values, vote_count, norm_value = torch.cat((losses, votes, norm)).tolist()
+        *loss_values, vote, norm_value = torch.cat((losses, votes, norm)).tolist()
         self.report_phase("update", state.step)
-        return Gradient(loss_values, norm_value, vote_count > 0)
+        return Gradient(loss_values, norm_value, vote > 0)
 
     def _add_slot(self, slot: Iterable[int], batches: Iterator[MicroBatch]) -> None:
         """Add the gradients of the micro-batches of a slot."""
@@ -149,8 +150,8 @@ class Step:
         """Return a hash of what the next step computes. The state stays as it is.
 
         It is the SHA-256 of the loss and the clipped gradient of the next step's first micro-batch,
-        and of an update of the smallest parameter of each group: the same code, on the same
-        weights, as in the step.
+        of an update of the smallest parameter of each group, and of which matrices Muon updates
+        together: the same code, on the same weights, as in the step.
 
         Args:
             batches: Micro-batches of all ranks.
@@ -173,6 +174,9 @@ class Step:
         # One after another: together, they would take the memory of a gradient.
         for tensor in (*gradients.current.views, gradients.tail[:1], norm, *updated):
             digest.update(tensor.reshape(-1).cpu().numpy().data)
+        for group in self.state.optimizer.param_groups:
+            if group.get("muon"):
+                digest.update(repr(_together(group)).encode())
         return digest.hexdigest()
 
     @torch.no_grad()
@@ -236,6 +240,18 @@ class Step:
             loss = state.forward(inputs, targets)
         state.gradients.record_loss(micro_batch, loss)
         state.scaler.scale(loss).backward()
+
+
+def _together(group: dict[str, Any]) -> list[list[int]]:
+    """Return which matrices Muon updates together: their places in the group, of each list.
+
+    Bits may depend on it. The numbers of slots do not matter.
+    """
+    from model.muon import batches
+
+    params = group.get("whole", group["params"])  # of a sharded run
+    places = {param: place for place, param in enumerate(params)}
+    return sorted([places[param] for param in batch] for batch in batches(params))
 
 
 def micro_batches(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from model.gpt import GPT
 from model.gpt_config import GPTConfig
-from model.muon import NEWTON_SCHULZ, POLAR_EXPRESS, MuonAdamW, orthogonalize
+from model.muon import NEWTON_SCHULZ, POLAR_EXPRESS, MuonAdamW, batches, orthogonalize
 
 SHAPES = [(32, 32), (32, 32), (96, 32), (32, 128), (32, 32), (128, 32)]
 STEP = """
@@ -212,6 +212,20 @@ def test_batches_of_limited_size_give_the_same_updates(monkeypatch):
     train(MuonAdamW([{"params": theirs, "muon": True}]), theirs, range(3))
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_list_of_matrices_has_no_more_numbers_than_the_limit(monkeypatch, order):
+    c = 8
+    monkeypatch.setattr("model.muon.BATCH_NUMEL", 8 * c * c)
+    params = [nn.Parameter(torch.empty(3 * c, c)) for _ in range(4)]
+    for param in params:
+        param.row_parts = 3
+    params = [*params, *(nn.Parameter(torch.empty(c, c)) for _ in range(5))][::order]
+    found = batches([*params, nn.Parameter(torch.empty(9 * c, c))])
+    sizes = [[param.numel() // (c * c) for param in batch] for batch in found]
+    by_order = {1: [[3, 3], [3, 3, 1, 1], [1, 1, 1]], -1: [[1, 1, 1, 1, 1, 3], [3, 3], [3]]}
+    assert sizes == [*by_order[order], [9]], "a larger one is alone"
 
 
 def test_parameters_without_gradient_stay():

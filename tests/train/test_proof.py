@@ -129,6 +129,15 @@ def test_proof_covers_the_kernel_of_muon_for_wide_matrices(tiny_dataset, folder,
     assert trainer.step.proof(trainer.batches) != proof
 
 
+def test_proof_covers_which_matrices_muon_updates_together(tiny_dataset, folder, monkeypatch):
+    words = ["optim.kind=muon", "model.n_layer=2", "train.reduction_slots=1"]
+    trainer = Trainer(load_experiment(None, [*SMALL, *words]), folder, tiny_dataset, Worker())
+    proof = trainer.step.proof(trainer.batches)
+    # The lists of the matrices whose update the proof has stay as they are.
+    monkeypatch.setattr(muon, "BATCH_NUMEL", 8 * 32 * 32)
+    assert trainer.step.proof(trainer.batches) != proof
+
+
 @pytest.mark.parametrize("edit", [edit_model, edit_optimizer, edit_clipping])
 def test_changed_code_is_refused_or_recorded(tiny_dataset, folder, monkeypatch, edit):
     interrupt(folder, tiny_dataset)

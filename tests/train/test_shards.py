@@ -195,5 +195,5 @@ def test_checkpoint_of_the_first_numerics_is_refused_by_name(tiny_dataset, folde
     manifest["fingerprints"]["proof"] = "0"
     rewrite_manifest(path, manifest)
     longer = load_experiment(None, [*words, "train.max_steps=6"])
-    with pytest.raises(UserError, match="numerics: before None, now 2"):
+    with pytest.raises(UserError, match="numerics: before None, now 3"):
         train(longer, folder, tiny_dataset, Worker(cpus=1))

@@ -47,11 +47,11 @@ def _by_step(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
     """
     if not isinstance(value, dict):
         return validate(value)
-    keys = [int(key) if str(key).isdecimal() else key for key in value]
     try:
-        return validate(dict(zip(keys, value.values(), strict=True)))
-    except ValidationError:
-        raise PydanticCustomError("by_step", "not by step") from None
+        return validate({int(k) if str(k).isdecimal() else k: v for k, v in value.items()})
+    except ValidationError as error:
+        first = {"first": error.errors()[0]}
+        raise PydanticCustomError("by_step", "not by step", first) from None
 
 
 Step = Annotated[Int, Field(ge=0)]
@@ -266,6 +266,7 @@ def _describe(info: FieldInfo, effect: Effect) -> FieldDoc:
     return FieldDoc(words, info.default, description, effect, choices, is_later, only_for)
 
 
+BY_STEP = "a mapping of steps to "
 _WORDS = {
     int: "an integer",
     float: "a number",
@@ -291,7 +292,7 @@ def _type_in_words(annotation: Any) -> str:
     if origin is dict:
         key, values = arguments
         if _type_in_words(key) == _WORDS[int]:
-            return f"a mapping of steps to {_type_in_words(values)}"
+            return f"{BY_STEP}{_type_in_words(values)}"
         return "a mapping" if values is Any else f"a mapping to {_type_in_words(values)}"
     # A union. Two of its types may have the same words.
     assert origin is Union or origin.__name__ == "UnionType", annotation

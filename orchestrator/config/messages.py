@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -9,7 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from model.models import MODELS
-from orchestrator.config.fields import Docs, Section
+from orchestrator.config.fields import BY_STEP, Docs, FieldDoc, Section
 from orchestrator.config.models import section_of
 from orchestrator.errors import UserError
 from orchestrator.own_code import is_own
@@ -50,6 +51,12 @@ def unknown_field(key: str, known: Iterable[str]) -> str:
     if key in names:
         return (
             f"{key}: one key with dots; nest it: {key.replace('.', ': {')}: …{'}' * key.count('.')}"
+        )
+    section, _, field = key.rpartition(".")
+    if field == "vocab_size":
+        return (
+            f"{key}: no such field; the vocabulary is that of data.tokenizer, rounded up to a "
+            "multiple of model.pad_vocab_to"
         )
     section, _, field = key.partition(".")
     ours = [kind for kind in MODELS if not is_own(kind)]
@@ -112,13 +119,31 @@ def _explain(field: str, errors: Sequence[ErrorDetails], known: Docs) -> str:
         return str(first["ctx"]["error"])
     value = shown(first["input"])
     bounds = max((_bounds(error) for error in errors), key=len)
+    if field in known and known[field].type.startswith(BY_STEP):
+        return _explain_by_step(field, first, known[field])
     if field in known:
         return f"{field}: {value} is not {known[field].type}{bounds}"
     for name, doc in known.items():
         if field.startswith(f"{name}."):  # an entry of sweep.grid: "a mapping to a list of values"
             entry = doc.type.partition(" to ")[2]
             return f"{field}: {value} is not {entry}{bounds}"
-    return f"{field}: {value} is not a section with fields"
+    hint = "; write a blank after each colon" if ":" in value else ""
+    return f"{field}: {value} is not a section with fields{hint}"
+
+
+def _explain_by_step(field: str, error: ErrorDetails, doc: FieldDoc) -> str:
+    """Return the line for a mapping of steps to values, with an example of one."""
+    example = re.search(r"\{0: [^}]*\}", doc.description)
+    advice = f"; write it as {example[0] if example else '{0: 1, 1000: 0.1}'}"
+    if error["type"] != "by_step":
+        return f"{field}: {shown(error['input'])} is not {doc.type}{advice}"
+    found: ErrorDetails = error["ctx"]["first"]
+    value = shown(found["input"])
+    step, *of_key = found["loc"]
+    if of_key == ["[key]"]:
+        return f"{field}: {value} is not a step, which is an integer of at least 0{advice}"
+    kind = doc.type.removeprefix(BY_STEP).removesuffix(" or null")
+    return f"{field}: step {step}: {value} is not {kind}{_bounds(found)}{advice}"
 
 
 _BOUNDS = {

@@ -32,7 +32,11 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, value_node in node.value:
+            if node.flow_style and _is_joined(key_node) and value_node.value == "":
+                text = key_node.value
+                problem = f"no blank after the colon of {text}; write {text.replace(':', ': ', 1)}"
+                raise ConstructorError(None, None, problem, node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 continue  # PyYAML refuses it below
@@ -46,6 +50,11 @@ class _Loader(yaml.SafeLoader):
             problem = f"a number of {len(node.value)} digits"
             raise ConstructorError(None, None, problem, node.start_mark)
         return super().construct_yaml_int(node)
+
+
+def _is_joined(key: Any) -> bool:
+    """Return whether a key without quotes is a key and its value: YAML reads {0:8} so."""
+    return isinstance(key, yaml.ScalarNode) and key.style is None and ":" in key.value.strip(":")
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)

@@ -310,6 +310,32 @@ def test_contradiction_is_one_line_with_field_and_value(overrides, field, value)
     assert value in message
 
 
+FORM = "write it as {0: 64, 1000: 128}"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.batch_schedule={0: 0}", f"step 0: 0 is not an integer at least 1; {FORM}"),
+        ("train.batch_schedule={0: 8, 9: x}", f'step 9: "x" is not an integer; {FORM}'),
+        (
+            "train.batch_schedule={x: 4}",
+            f'"x" is not a step, which is an integer of at least 0; {FORM}',
+        ),
+        (
+            "train.batch_schedule=0:8",
+            f'"0:8" is not a mapping of steps to an integer or null; {FORM}',
+        ),
+        (
+            "schedule.momentum.points={0: -1}",
+            "step 0: -1 is not a number at least 0.0; write it as {0: 1, 1000: 0.1}",
+        ),
+    ],
+)
+def test_wrong_value_of_a_step_is_named_and_the_right_form_is_shown(override, says):
+    assert refusal(override) == f"command line: {override.partition('=')[0]}: {says}"
+
+
 def test_each_mistake_has_its_own_line():
     message = refusal(
         "data.val_fraction=2", "model.n_head=0", "compute.num_workers=0", "train.foo=3"
@@ -355,6 +381,14 @@ def test_unknown_field_suggests_the_most_similar_one(unknown, similar):
             "optim: {groups: {matrix: {lr_scale: …}}}",
         ),
         (["model.n_kv_head=2"], "model.n_kv_head: no such field; only model.kind=modern has it"),
+        *(
+            (
+                [f"{field}=3"],
+                f"{field}: no such field; the vocabulary is that of data.tokenizer, rounded up to "
+                "a multiple of model.pad_vocab_to",
+            )
+            for field in ("model.vocab_size", "data.vocab_size", "vocab_size")
+        ),
     ],
 )
 def test_field_that_exists_elsewhere_is_refused_with_its_place(overrides, line):

@@ -4,6 +4,7 @@ import pytest
 
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.config.load import kind_of_model
+from orchestrator.config.yaml_text import read_yaml
 from orchestrator.errors import UserError
 from orchestrator.sweep.space.expand import load_sweep
 
@@ -114,6 +115,29 @@ def test_comment_in_an_override_is_refused(override):
     with pytest.raises(UserError, match="an override has no comment") as caught:
         load_experiment(None, [override])
     assert str(caught.value).startswith(f"'{override}'")
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("train: {batch_schedule: {0:8, 9:16}}", "0: 8"),
+        ("train: {max_steps:5}", "max_steps: 5"),
+        ("sweep: {trials: {a: {schedule.kind:constant}}}", "schedule.kind: constant"),
+    ],
+)
+def test_missing_blank_after_a_colon_is_named(write, text, right):
+    joined = right.replace(" ", "")
+    words = f"no blank after the colon of {joined}; write {right}$"
+    with pytest.raises(UserError, match=f"some.yaml line 1: .*{words}"):
+        load_sweep(write(text), [])
+    key, _, value = text.partition(": ")
+    with pytest.raises(UserError, match=f"^'{key}={{.*{words}"):
+        load_sweep(None, [f"{key}={value}"])
+
+
+def test_keys_with_colons_and_sets_of_words_are_read():
+    text = "{'a:b': 1, c:d: 2, e: , f::}"
+    assert read_yaml(text, "file") == {"a:b": 1, "c:d": 2, "e": None, "f:": None}
 
 
 def test_number_sign_in_a_list_of_values_needs_quotes():

@@ -24,8 +24,8 @@ from orchestrator.paths import cache_folder
 
 # Two writes within this time may leave the same stamp: the kernel updates its clock for files 100
 # to 1,000 times a second, and some file systems store whole seconds.
-TICK_NS = 20_000_000
-LONG_TICK_NS = 2_000_000_000
+TICK_S = 0.02
+LONG_TICK_S = 2.0
 CHUNK_BYTES = 4 << 20  # read or written, and hashed while it is in the CPU cache
 
 
@@ -101,7 +101,7 @@ def sha256s(paths: list[str], hash_files: HashFiles | None = None) -> list[str]:
         missing = [path for path in paths if path not in known]
         if missing:
             stamps = [stamp(path) for path in missing]
-            _wait_for_tick(max(found.ctime_ns for found in stamps))
+            _wait_for_tick(stamps)
             found = (hash_files or hash_here)(missing)
             hashed = dict(zip(missing, zip(stamps, found, strict=True), strict=True))
             _remember(hashed)
@@ -137,12 +137,13 @@ def _read_and_hash(path: str, content: memoryview) -> str:
     return digest.hexdigest()
 
 
-def _wait_for_tick(newest_ns: int) -> None:
-    """Wait until a write would give the newest file another ctime than it has now."""
-    tick = TICK_NS if newest_ns % 10**9 else LONG_TICK_NS
-    wait = min(newest_ns + tick - time.time_ns(), LONG_TICK_NS)
-    if wait > 0:
-        time.sleep(wait / 1e9)
+def _wait_for_tick(stamps: Iterable[Stamp]) -> None:
+    """Wait until a write would give each file another ctime than it has in its stamp.
+
+    A file server may have another clock than this machine: no ctime tells how old it is.
+    """
+    has_seconds = any(found.ctime_ns % 10**9 == 0 for found in stamps)
+    time.sleep(LONG_TICK_S if has_seconds else TICK_S)
 
 
 # ---- the cache ----

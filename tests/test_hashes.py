@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +26,35 @@ def test_files_that_change_at_once_after_they_were_hashed_are_hashed_again(cache
         file.write_text(f"{number:09d}")
         os.utime(file, (0, 0))
         assert sha256s([str(file)]) == [hashlib.sha256(file.read_bytes()).hexdigest()]
+
+
+@pytest.mark.parametrize("ahead_s", [-3600, 0, 3600])
+@pytest.mark.parametrize("step_ns", [10_000_000, 1_000_000_000])
+def test_every_write_changes_the_stamp_whatever_the_clock_of_the_file_server(
+    cache, tmp_path, monkeypatch, ahead_s, step_ns
+):
+    """The file server has a clock of its own, which steps; the file is written after each read."""
+    start = time.time_ns()
+    now = [start]
+    ctime = [0]
+
+    def write() -> None:
+        server = now[0] + ahead_s * 10**9
+        ctime[0] = server - server % step_ns + (step_ns < 10**9)  # fine ones are no whole seconds
+
+    def sleep(seconds: float) -> None:
+        now[0] += int(seconds * 1e9)
+
+    def hash_and_write(paths: list[str]) -> list[str]:
+        write()
+        return ["0" * 64 for _ in paths]
+
+    monkeypatch.setattr(hashes, "time", SimpleNamespace(sleep=sleep, time_ns=lambda: now[0]))
+    monkeypatch.setattr(hashes, "stamp", lambda path: hashes.Stamp(1, 0, ctime[0], 1, 1))
+    write()
+    sha256s([str(tmp_path / "text")], hash_and_write)
+    assert known_sha256s([str(tmp_path / "text")]) == {}
+    assert now[0] - start <= 2 * 10**9
 
 
 def test_stored_hash_counts_only_for_its_version_of_the_file(cache, tmp_path):

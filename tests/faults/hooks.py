@@ -33,7 +33,8 @@ POINTS = {
     "forward": (Step, "_forward_backward"),
     "backward": (torch.Tensor, "backward"),
     "clip": (Gradients, "clip"),
-    "optimizer": (torch.optim.AdamW, "step"),
+    # Not `AdamW.step`: `optim.adamw` would call it wrapped, and import torch's compiler.
+    "optimizer": (torch.amp.GradScaler, "step"),
     "all_to_all": (dist, "all_to_all_single"),
     "all_gather": (dist, "all_gather_into_tensor"),
     "line": (Journal, "write"),

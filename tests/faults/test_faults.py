@@ -2,6 +2,9 @@
 
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,7 @@ from tests.faults.command_case import CommandCase
 from tests.faults.kinds import KINDS, Fault, draw
 from tests.faults.outcome import outcome
 
+REPO = Path(__file__).resolve().parents[2]
 SEED = 4
 KILLS = 15
 # Kinds of one case of commands, and of one of corpora. `make faults` has all kinds.
@@ -127,6 +131,30 @@ def test_seed_draws_the_same_faults_and_all_kinds():
     assert faults == draw_500(seed=1)
     assert {fault.kind for fault in faults} == set(KINDS)
     assert {fault.world for fault in faults} == {1, 2, 4}
+
+
+HOOKED = """
+import os, sys
+from pathlib import Path
+from orchestrator.config.experiment import load_experiment
+from orchestrator.runs.folder import RunFolder
+from orchestrator.train.loop import train
+from orchestrator.train.numerics import Worker
+from tests.faults import hooks
+from tests.helpers.tiny import TINY
+tokens, folder = sys.argv[1:]
+hooks.install("after optimizer", 2, lambda _: os._exit("torch._dynamo" in sys.modules))
+experiment = load_experiment(None, [*TINY, "train.max_steps=4"])
+train(experiment, RunFolder(folder), Path(tokens), Worker())
+sys.exit("the second step was not noticed")
+"""
+
+
+def test_step_of_the_optimizer_is_noticed_without_the_compiler_of_torch(tiny_dataset, tmp_path):
+    """Importing it would take seconds in each rank."""
+    words = [sys.executable, "-c", HOOKED, tiny_dataset, tmp_path]
+    ended = subprocess.run(words, cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_every_moment_is_a_function_of_the_product():

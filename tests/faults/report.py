@@ -29,15 +29,15 @@ class FaultRecord:
     Attributes:
         kind: Its kind, see `campaign.ALL`.
         text: Its moment, rank and attempt, in words.
-        kills: Processes that it ended by SIGKILL. Processes that were ended because another one had
-            died do not count.
+        kills: Processes that it ended by SIGKILL; None: not counted. Processes that were ended
+            because another one had died do not count.
         recovery_s: Seconds to the next step; None if the next attempt made no step.
         pair: Another fault came at the same time.
     """
 
     kind: str
     text: str
-    kills: int = 0
+    kills: int | None = 0
     recovery_s: float | None = None
     pair: bool = False
 
@@ -62,9 +62,10 @@ def row(title: str, reports: list[Report], kind: str | None = None) -> str:
         records += found
         if report.problems and (found or kind is None):
             wrong += 1
-    kills = sum(record.kills for record in records)
+    counted = [record.kills for record in records if record.kills is not None]
+    kills = str(sum(counted)) if counted else "–"
     times = [record.recovery_s for record in records if record.recovery_s is not None]
-    cells = [title, str(len(records)), str(kills), str(wrong), *quantiles(times)]
+    cells = [title, str(len(records)), kills, str(wrong), *quantiles(times)]
     return f"| {' | '.join(cells)} |"
 
 
@@ -90,7 +91,9 @@ def quantiles(times: list[float]) -> list[str]:
 def table(reports: list[Report], titles: Mapping[str, str], seed: int, wall_s: float) -> str:
     """Return the results as Markdown, with a row for each kind of fault that happened."""
     faults = sum(len(report.happened) for report in reports)
-    kills = sum(record.kills for report in reports for record in report.happened)
+    kills = [record.kills for report in reports for record in report.happened]
+    counted = [number for number in kills if number is not None]
+    killed = f"{sum(counted)} workers ended by SIGKILL, " if counted else ""
     happened = {record.kind for report in reports for record in report.happened}
     pairs = sum(record.pair for report in reports for record in report.happened)
     attempts = sum(report.attempts for report in reports)
@@ -103,8 +106,8 @@ def table(reports: list[Report], titles: Mapping[str, str], seed: int, wall_s: f
         )
     lines = [
         f"{datetime.now(UTC):%Y-%m-%d}, seed {seed}: {faults} faults of {len(happened)} kinds in "
-        f"{len(reports)} runs ({attempts} attempts), {pairs} of them two at once, {kills} workers "
-        f"ended by SIGKILL, {wall_s / 60:.0f} minutes. Problems: {categories(reports)}.",
+        f"{len(reports)} runs ({attempts} attempts), {pairs} of them two at once, "
+        f"{killed}{wall_s / 60:.0f} minutes. Problems: {categories(reports)}.",
         _environment(),
         "",
         conclusion,

@@ -88,7 +88,7 @@ class Case:
             return
         for kind in kinds:
             KINDS[kind][1](self)
-            record = FaultRecord(kind, f"{kind} at step {step}", pair=len(kinds) > 1)
+            record = FaultRecord(kind, f"{kind} at step {step}", None, pair=len(kinds) > 1)
             self.report.happened.append(record)
         begun, last = time.monotonic(), self._last_step()
         reached = self._goes_on(last)

@@ -1,77 +1,26 @@
-"""A mirror: copying and removing, the lock of the writer, and faults of the store."""
+"""A mirror: copying and removing, faults of the store, and commands that read."""
 
 import hashlib
-import json
 import os
 import shutil
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.errors import HeldError, UserError
-from orchestrator.mirror import download, lock, manifest, remote, session, upload
+from orchestrator.errors import UserError
+from orchestrator.mirror import download, manifest, remote, upload
 from orchestrator.mirror.download import DamagedCopyError
 from orchestrator.mirror.manifest import Manifest, Part
 from orchestrator.objects.address import parse
 from orchestrator.objects.store import open_store
-from orchestrator.runs import events, stop
+from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
 from tests.helpers.bucket import FAULTS
+from tests.helpers.mirrored import add_checkpoint, content, copy, elsewhere, mirrored
 from tests.helpers.wait import wait_until
 
-
-@pytest.fixture(autouse=True)
-def fast(monkeypatch):
-    """Let a holder of a lock show often that it lives. Copies are made by `sync` and `finish`."""
-    monkeypatch.setattr(upload, "POLL_S", 600)
-    monkeypatch.setattr(lock, "BEAT_S", 0.05)
-    monkeypatch.setattr(lock, "POLL_S", 0.02)
-
-
-@pytest.fixture
-def run(tmp_path) -> RunFolder:
-    """A folder with what a run writes."""
-    folder = RunFolder(tmp_path / "here" / "run")
-    folder.checkpoints.mkdir(parents=True)
-    folder.run_file.write_text(json.dumps({"key": "k"}))
-    folder.journal_file.write_text('{"step": 1}\n')
-    add_checkpoint(folder, 4)
-    return folder
-
-
-def add_checkpoint(folder: RunFolder, step: int, content: str = "") -> None:
-    temporary = folder.checkpoints / ".writing"
-    temporary.mkdir()
-    (temporary / "model.safetensors").write_text(content or f"weights of {step} " * 100)
-    (temporary / "MANIFEST.json").write_text(str(step))
-    temporary.rename(folder.checkpoint(step))
-
-
-def mirrored(folder: RunFolder, bucket):
-    return session.mirrored(folder, parse("mirror", f"{bucket.address}/m"), folder.path.parent)
-
-
-def copy(folder: RunFolder, bucket) -> None:
-    """Mirror the folder as it is."""
-    with mirrored(folder, bucket) as uploader:
-        assert uploader.finish(20), uploader.problem
-
-
-def content(folder: Path) -> dict[str, str]:
-    """Return all files and links that a mirror has."""
-    return {
-        str(path.relative_to(folder)): os.readlink(path)
-        if path.is_symlink()
-        else path.read_bytes().decode("latin-1")
-        for path in folder.rglob("*")
-        if path.is_symlink() or (path.is_file() and not path.name.startswith("."))
-    }
-
-
-def elsewhere(folder: RunFolder, tmp_path: Path) -> RunFolder:
-    return RunFolder(tmp_path / "elsewhere" / folder.name)
+pytestmark = pytest.mark.usefixtures("fast")
 
 
 @pytest.mark.parametrize("fault", ["", *FAULTS])
@@ -132,202 +81,6 @@ def test_leftovers_of_a_killed_process_leave_the_bucket(run, bucket):
     copy(run, bucket)
     assert not [name for name in bucket.names("m/run/") if "99/x" in name and name not in others]
     assert set(others) < set(bucket.names())
-
-
-# ---- the lock of the writer ----
-
-
-def test_second_writer_is_refused_with_the_name_of_the_first(run, bucket, tmp_path):
-    with mirrored(run, bucket):
-        with pytest.raises(HeldError, match=f"s3://.*/m/run: held by process {os.getpid()} on "):
-            copy(elsewhere(run, tmp_path), bucket)
-    copy(elsewhere(run, tmp_path), bucket)
-
-
-def test_lost_holder_is_followed_and_cannot_write_any_more(run, bucket, tmp_path, monkeypatch):
-    store = open_store(parse("m", bucket.address))
-    monkeypatch.setattr(lock, "STALE_S", 1.0)
-    with mirrored(run, bucket) as uploader:
-        uploader.sync()
-        beat = lock.MirrorLock.beat
-        asleep = threading.Event()  # the first process hangs
-        is_late = threading.Event()
-
-        def beat_unless_asleep(self):
-            if self is not uploader.lock or not asleep.is_set():
-                beat(self)
-            else:
-                is_late.set()
-
-        monkeypatch.setattr(lock.MirrorLock, "beat", beat_unless_asleep)
-        asleep.set()
-        wait_until(is_late.is_set)
-        other = elsewhere(run, tmp_path)
-        with mirrored(other, bucket) as second:
-            add_checkpoint(other, 8)
-            second.sync()
-            add_checkpoint(run, 6)
-            with pytest.raises(UserError, match="was written by another process"):
-                uploader.sync()
-            asleep.clear()
-            wait_until(lambda: stop.requested(run))
-            assert "was taken over by" in stop.requested(run)
-        found = manifest.read(store, uploader.address)
-        assert found is not None
-        assert [path for path in found[0].files if "step-00000008" in path]
-        assert not [path for path in found[0].files if "step-00000006" in path]
-
-
-@pytest.mark.parametrize("fails", ["reads", "writes"])
-def test_time_in_which_the_store_is_away_does_not_count_for_a_waiter(monkeypatch, fails):
-    now = [0.0]
-
-    def pass_by(seconds):
-        now[0] += seconds
-
-    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=pass_by)
-    answers = iter([(0, "1"), (lock.STALE_S, "1"), (0, "2")])  # after how long, which version
-    delay = []
-
-    def read(self):
-        seconds, version = next(answers)
-        delay[:] = [seconds]
-        pass_by(seconds if fails == "reads" else 0)
-        return "a living holder", "token", version
-
-    def put(key, data):
-        pass_by(delay[0] if fails == "writes" else 0)
-
-    monkeypatch.setattr(lock, "time", clock)
-    monkeypatch.setattr(lock.MirrorLock, "_read", read)
-    address = parse("m", "s3://bucket/m/run")
-    store = SimpleNamespace(put=put, delete=lambda key: None)
-    with pytest.raises(HeldError, match="held by a living holder"):
-        lock.MirrorLock(store, address, None).acquire(None)
-    assert next(answers, None) is None
-
-
-def test_holder_whose_writes_alone_fail_notices_that_it_was_taken_over(
-    run, bucket, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(lock, "STALE_S", 0.5)
-    with mirrored(run, bucket) as uploader:
-        uploader.sync()
-
-        def refused(*_):
-            raise UserError("the credentials have expired")
-
-        monkeypatch.setattr(uploader.lock.store, "put_if", refused)
-        with mirrored(elsewhere(run, tmp_path), bucket) as other:
-            wait_until(lambda: stop.requested(run))
-            assert uploader.lock.lost_to is not None and other.lock.lost_to is None
-            assert "was taken over by" in stop.requested(run)
-    assert not [name for name in bucket.names() if "waiting" in name]
-
-
-def test_process_that_was_taken_over_deletes_nothing_and_is_not_whole(run, bucket, monkeypatch):
-    left = "m/run/checkpoints/step-00000099/x@0123"
-    with mirrored(run, bucket) as uploader:
-        uploader.sync()
-        before = set(bucket.names("m/run/checkpoints/"))
-        bucket.put(left, b"of the next holder")
-        uploader._has_cleaned = False
-        put_if = uploader.store.put_if
-
-        def taken_over(*arguments):
-            version = put_if(*arguments)
-            uploader.lock.lost_to = "the next holder"
-            return version
-
-        monkeypatch.setattr(uploader.store, "put_if", taken_over)
-        add_checkpoint(run, 8)
-        shutil.rmtree(run.checkpoint(4))
-        assert not uploader.finish(20)
-        assert uploader.problem == "it was taken over by the next holder"
-    assert {*before, left} < set(bucket.names("m/run/checkpoints/"))
-
-
-def test_restart_in_the_same_folder_does_not_wait_for_its_killed_holder(run, bucket, monkeypatch):
-    with mirrored(run, bucket) as uploader:
-        monkeypatch.setattr(lock.MirrorLock, "release", lambda self: None)  # killed
-        uploader.sync()
-    monkeypatch.setattr(lock, "STALE_S", 600)
-    copy(run, bucket)
-
-
-def test_store_that_ignores_conditions_is_refused(run, bucket, monkeypatch):
-    from orchestrator.objects import s3
-
-    monkeypatch.setattr(s3.S3Store, "put_if", lambda self, key, data, version: self._put(key, data))
-    with pytest.raises(UserError, match="ignores the conditions of a write"):
-        copy(run, bucket)
-
-
-# ---- which folder is newer ----
-
-
-def test_older_folder_is_set_aside_and_the_newer_copy_taken(run, bucket, tmp_path):
-    copy(run, bucket)
-    other = elsewhere(run, tmp_path)
-    with mirrored(other, bucket) as uploader:
-        add_checkpoint(other, 8)
-        assert uploader.finish(20)
-    run.journal_file.write_text("only here\n")
-    copy(run, bucket)
-    assert run.checkpoint_steps() == [4, 8]
-    assert (run.path / "before-0001" / run.journal_file.name).read_text() == "only here\n"
-    assert not [key for key in bucket.names() if "before-" in key]
-
-
-def test_copy_of_another_run_is_not_overwritten(run, bucket, tmp_path):
-    copy(run, bucket)
-    other = elsewhere(run, tmp_path)
-    other.path.mkdir(parents=True)
-    other.run_file.write_text(json.dumps({"key": "other"}))
-    with pytest.raises(UserError, match="has another run of this name"):
-        copy(other, bucket)
-
-
-def test_lost_checkpoints_of_a_folder_come_back(run, bucket):
-    add_checkpoint(run, 8)
-    copy(run, bucket)
-    shutil.rmtree(run.checkpoints)
-    run.journal_file.write_text("newer\n")
-    copy(run, bucket)
-    assert run.checkpoint_steps() == [4, 8]
-    assert run.journal_file.read_text() == "newer\n"
-
-
-def test_folder_that_loses_all_checkpoints_does_not_take_them_from_the_copy(run, bucket):
-    with mirrored(run, bucket) as uploader:
-        uploader.sync()
-        shutil.rmtree(run.checkpoints)
-        with pytest.raises(UserError, match="has lost all checkpoints; the copy keeps its own"):
-            uploader.sync()
-        run.run_file.write_text(json.dumps({"key": "begun again"}))
-        uploader.sync()
-    assert not bucket.names("m/run/checkpoints/")
-
-
-@pytest.mark.parametrize("is_first", [True, False])
-def test_manifest_whose_answer_was_lost_is_known_again(run, bucket, monkeypatch, is_first):
-    with mirrored(run, bucket) as uploader:
-        if not is_first:
-            uploader.sync()
-        put_if = uploader.store.put_if
-
-        def lost(*arguments):
-            put_if(*arguments)
-            raise UserError("no answer")
-
-        monkeypatch.setattr(uploader.store, "put_if", lost)
-        add_checkpoint(run, 8)
-        with pytest.raises(UserError, match="no answer"):
-            uploader.sync()
-        monkeypatch.undo()
-        add_checkpoint(run, 12)
-        uploader.sync()
-    assert [path for path in uploader.last.files if "step-00000012" in path]
 
 
 # ---- a store that is away, damaged or slow ----

@@ -1,0 +1,75 @@
+"""Which of a folder and its copy is newer, and what becomes of the other."""
+
+import json
+import shutil
+
+import pytest
+
+from orchestrator.errors import UserError
+from tests.helpers.mirrored import add_checkpoint, copy, elsewhere, mirrored
+
+pytestmark = pytest.mark.usefixtures("fast")
+
+
+def test_older_folder_is_set_aside_and_the_newer_copy_taken(run, bucket, tmp_path):
+    copy(run, bucket)
+    other = elsewhere(run, tmp_path)
+    with mirrored(other, bucket) as uploader:
+        add_checkpoint(other, 8)
+        assert uploader.finish(20)
+    run.journal_file.write_text("only here\n")
+    copy(run, bucket)
+    assert run.checkpoint_steps() == [4, 8]
+    assert (run.path / "before-0001" / run.journal_file.name).read_text() == "only here\n"
+    assert not [key for key in bucket.names() if "before-" in key]
+
+
+def test_copy_of_another_run_is_not_overwritten(run, bucket, tmp_path):
+    copy(run, bucket)
+    other = elsewhere(run, tmp_path)
+    other.path.mkdir(parents=True)
+    other.run_file.write_text(json.dumps({"key": "other"}))
+    with pytest.raises(UserError, match="has another run of this name"):
+        copy(other, bucket)
+
+
+def test_lost_checkpoints_of_a_folder_come_back(run, bucket):
+    add_checkpoint(run, 8)
+    copy(run, bucket)
+    shutil.rmtree(run.checkpoints)
+    run.journal_file.write_text("newer\n")
+    copy(run, bucket)
+    assert run.checkpoint_steps() == [4, 8]
+    assert run.journal_file.read_text() == "newer\n"
+
+
+def test_folder_that_loses_all_checkpoints_does_not_take_them_from_the_copy(run, bucket):
+    with mirrored(run, bucket) as uploader:
+        uploader.sync()
+        shutil.rmtree(run.checkpoints)
+        with pytest.raises(UserError, match="has lost all checkpoints; the copy keeps its own"):
+            uploader.sync()
+        run.run_file.write_text(json.dumps({"key": "begun again"}))
+        uploader.sync()
+    assert not bucket.names("m/run/checkpoints/")
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_manifest_whose_answer_was_lost_is_known_again(run, bucket, monkeypatch, is_first):
+    with mirrored(run, bucket) as uploader:
+        if not is_first:
+            uploader.sync()
+        put_if = uploader.store.put_if
+
+        def lost(*arguments):
+            put_if(*arguments)
+            raise UserError("no answer")
+
+        monkeypatch.setattr(uploader.store, "put_if", lost)
+        add_checkpoint(run, 8)
+        with pytest.raises(UserError, match="no answer"):
+            uploader.sync()
+        monkeypatch.undo()
+        add_checkpoint(run, 12)
+        uploader.sync()
+    assert [path for path in uploader.last.files if "step-00000012" in path]

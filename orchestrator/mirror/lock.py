@@ -118,19 +118,32 @@ class MirrorLock:
             UserError: It cannot write, and has not lost the lock as far as it can read.
         """
         try:
-            self._version = self._write(own_name(), self._version)
-        except ChangedObjectError:
-            self.lost_to = self._read()[0] or "another process"
-        except UserError:
+            self._write_again(own_name())
+        except UserError as error:
             holder, token, _ = self._read()
-            if token in ("", self.token):
+            is_unknown = not token and not isinstance(error, ChangedObjectError)
+            if token == self.token or is_unknown:
                 raise
             self.lost_to = holder or "another process"
 
     def release(self) -> None:
         """Free the lock."""
         with contextlib.suppress(ChangedObjectError):
-            self._write("", self._version)
+            self._write_again("")
+
+    def _write_again(self, holder: str) -> None:
+        """Write the lock, also if its version is not known, as after an answer that was lost.
+
+        Raises:
+            ChangedObjectError: Another process has taken it.
+        """
+        try:
+            self._version = self._write(holder, self._version)
+        except ChangedObjectError:
+            _, token, version = self._read()
+            if token != self.token:
+                raise
+            self._version = self._write(holder, version)
 
     def _read(self) -> tuple[str, str, str | None]:
         """Return holder, token and version."""
@@ -167,8 +180,9 @@ def held(
 
     def beat() -> None:
         while lock.lost_to is None and not ended.wait(BEAT_S):
-            # A store that is away or refuses for a while: the uploader reports it.
-            with contextlib.suppress(UserError):
+            # A store that is away or refuses for a while: the uploader reports it. Whatever the
+            # error is: without signs of life, the lock counts as lost.
+            with contextlib.suppress(Exception):
                 lock.beat()
         if lock.lost_to is not None:
             lost(lock.lost_to)

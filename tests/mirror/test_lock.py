@@ -1,5 +1,6 @@
 """One process at a time writes to a mirror."""
 
+import json
 import os
 import shutil
 import threading
@@ -142,3 +143,32 @@ def test_store_that_ignores_conditions_is_refused(run, bucket, monkeypatch):
     monkeypatch.setattr(s3.S3Store, "put_if", lambda self, key, data, version: self._put(key, data))
     with pytest.raises(UserError, match="ignores the conditions of a write"):
         copy(run, bucket)
+
+
+@pytest.mark.parametrize("next_call", ["beat", "release"])
+def test_holder_whose_answer_was_lost_does_not_lose_the_lock_to_itself(bucket, next_call):
+    address = parse("m", f"{bucket.address}/m/run")
+    store = open_store(address, 0.0)
+    holder = lock.MirrorLock(store, address, store)
+    holder.acquire(None)
+    bucket.proxy.decide = lambda _, method, __: "reset_after" if method == "PUT" else "503"
+    with pytest.raises(UserError, match="does not answer"):
+        holder.beat()  # it is written, and its answer never comes
+    bucket.proxy.decide = lambda *_: ""
+    getattr(holder, next_call)()
+    holder.beat()
+    assert holder.lost_to is None
+    holder.release()
+    assert json.loads(bucket.get("m/run/lock.json"))["holder"] == ""
+
+
+def test_holder_still_shows_that_it_lives_after_any_error(run, bucket, monkeypatch):
+    beats = []
+
+    def beat(self):
+        beats.append(self)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(lock.MirrorLock, "beat", beat)
+    with mirrored(run, bucket):
+        wait_until(lambda: len(beats) > 2)

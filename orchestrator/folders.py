@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
@@ -114,5 +115,19 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the size of all files in a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Return the size of all files in a folder. Those that are removed meanwhile count nothing."""
+    # Not Path.rglob: it raises FileNotFoundError if a folder is removed meanwhile.
+    return sum(
+        file_bytes(os.path.join(parent, name))
+        for parent, _, names in os.walk(folder)
+        for name in names
+    )
+
+
+def file_bytes(path: str | Path) -> int:
+    """Return the size of a file; 0 if it is missing or no file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0

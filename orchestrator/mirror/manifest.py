@@ -23,7 +23,6 @@ NAME = "mirror.json"
 HIDDEN = RunFolder("").checkpointed_file.name  # the only file with such a name
 FORMAT = 1
 PART_BYTES = 32 << 20  # of one object: what a broken connection costs
-MOST_BYTES = 235  # of a name: 20 fewer than a system permits, for a file that is being written
 
 
 class Part(NamedTuple):
@@ -83,8 +82,6 @@ class Manifest:
         taken = set(paths)
         for path in paths:
             parents = map(str, PurePosixPath(path).parents)
-            if max(map(len, path.encode().split(b"/"))) > MOST_BYTES:
-                raise ValueError("a name is too long")
             hidden = [part for part in path.split("/") if part[0] == "."]
             if path in self.files and hidden and hidden != [HIDDEN]:
                 raise ValueError(f"{path}: is a hidden file")

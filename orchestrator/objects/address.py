@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 from orchestrator.errors import UserError
 from orchestrator.redact import address_shown
 
+MOST_BYTES = 235  # of a name: 20 fewer than a system permits, for a file that is being written
+# Control characters, ends of lines, marks that turn the direction of a text, and what is no UTF-8
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _ADDRESS = re.compile(r"(s3|gs)://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?:/(.*))?", re.DOTALL)
 
 
@@ -52,7 +55,10 @@ def parse(setting: str, text: str) -> Address:
     elif match is None:
         problem = "is not s3://BUCKET/KEY, with a bucket of 3 or more of a-z, 0-9, '-' and '.'"
     elif not is_plain_key(match[3] and match[3].rstrip("/")):
-        problem = "has a part that is empty, '.' or '..', or a control character; use another key"
+        problem = (
+            f"has a part that is empty, '.', '..' or longer than {MOST_BYTES} bytes, or a control "
+            "character; use another key"
+        )
     else:
         return Address(match[1], match[2], (match[3] or "").rstrip("/"))
     raise UserError(f"{setting}: '{address_shown(text)}' {problem}")
@@ -61,4 +67,9 @@ def parse(setting: str, text: str) -> Address:
 def is_plain_key(key: str | None) -> bool:
     """Return whether a key is also a path below a folder. An empty one is."""
     parts = key.split("/") if key else []
-    return all(part not in ("", ".", "..") and part.isprintable() for part in parts)
+    return all(
+        part not in ("", ".", "..")
+        and not _CONTROL.search(part)
+        and len(part.encode()) <= MOST_BYTES
+        for part in parts
+    )

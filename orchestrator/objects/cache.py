@@ -59,27 +59,35 @@ def use_folder_of(path: Path) -> Path:
         UserError: This node has another cache.
     """
     try:
-        kind, name = path.relative_to(root()).parts[:2]
+        return _use(unit_of(path))
     except ValueError:
         raise UserError(
             f"{path}: is not in the cache of this node, {root()}; set XDG_CACHE_HOME to the same "
             "folder on all nodes"
         ) from None
-    return _use(root() / kind / name)
+
+
+def unit_of(path: Path) -> Path:
+    """Return the folder that `use` has returned for a copy.
+
+    Raises:
+        ValueError: It is not a path in the cache.
+    """
+    kind, name = path.relative_to(root()).parts[:2]
+    return root() / kind / name
 
 
 def _use(folder: Path) -> Path:
     private_folder(root(), f"remove it, or set XDG_CACHE_HOME to another folder than {root()}")
-    while folder not in _held:
-        folders.make_folder(folder)
-        with contextlib.suppress(FileNotFoundError):
+    while folder not in _held or not _is_at(_held[folder], folder):
+        with contextlib.suppress(FileNotFoundError):  # removed between two of the calls
+            folders.make_folder(folder)
             file = open(folder / _USED, "a+", opener=files.opener)  # noqa: SIM115 - stays open
             files.lock(file, fcntl.LOCK_SH)
-            # Another process may have removed the folder between the two calls.
-            if (folder / _USED).exists() and os.path.samestat(
-                os.fstat(file.fileno()), os.stat(folder / _USED)
-            ):
+            if _is_at(file, folder):
                 _held[folder] = file
+            else:
+                file.close()
     os.utime(folder / _USED)
     return folder
 
@@ -95,13 +103,14 @@ def make_room(folder: Path, size: int) -> None:
         UserError: They are larger than the cache may be.
     """
     limit = limit_bytes()
-    unused = sorted(root().glob(f"*/*/{_USED}"), key=lambda file: file.stat().st_mtime)
-    sizes = {file.parent: folders.folder_bytes(file.parent) for file in unused}
-    for other in sizes:
-        if sum(sizes.values()) + size <= limit:
-            return
-        if other not in _held and _remove(other):
-            sizes[other] = 0
+    with open(root() / ".room", "a", opener=files.opener) as file:
+        files.lock(file, fcntl.LOCK_EX)  # what another process is removing does not count
+        sizes = {unit: folders.folder_bytes(unit) for unit in _units()}
+        for other in sizes:
+            if sum(sizes.values()) + size <= limit:
+                return
+            if other not in _held and _remove(other):
+                sizes[other] = 0
     if sum(sizes.values()) + size > limit:
         raise UserError(
             f"{folder}: no room for {size / 1e9:,.1f} GB more, the cache may have "
@@ -110,12 +119,41 @@ def make_room(folder: Path, size: int) -> None:
         )
 
 
+def _units() -> list[Path]:
+    """Return all folders that `use` has made, the least recently used one first."""
+    found = [unit for kind in folders.subfolders(root()) for unit in folders.subfolders(kind)]
+    for unit in found:
+        if unit.name.startswith("."):
+            shutil.rmtree(unit, ignore_errors=True)  # a killed process began to remove it
+    return sorted([unit for unit in found if unit.exists()], key=_last_used)
+
+
+def _last_used(folder: Path) -> float:
+    """Return when a folder was used; 0 if it was removed meanwhile, or only in part."""
+    try:
+        return (folder / _USED).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
 def _remove(folder: Path) -> bool:
     """Remove a folder that no process uses."""
+    removed = folder.with_name(f".{folder.name}-{os.getpid()}-{os.urandom(4).hex()}")
     try:
-        with open(folder / _USED, "r+", opener=files.opener) as file:
+        with open(folder / _USED, "a", opener=files.opener) as file:
             files.lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder)
-    except OSError:  # it is in use, or another process removes it
+            if not _is_at(file, folder):
+                return False
+            os.rename(folder, removed)
+    except OSError:  # it is in use, or another process has removed it
         return False
+    shutil.rmtree(removed, ignore_errors=True)
     return True
+
+
+def _is_at(file: TextIO, folder: Path) -> bool:
+    """Return whether an open file is the mark of a folder, which may have been removed."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(folder / _USED))
+    except FileNotFoundError:
+        return False

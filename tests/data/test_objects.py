@@ -1,6 +1,8 @@
 """A corpus in a bucket gives the dataset of a local copy, also through faults of the store."""
 
+import os
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from orchestrator.data.input import objects
 from orchestrator.data.prepare import prepare
 from orchestrator.errors import UserError
 from orchestrator.objects import cache, s3
+from orchestrator.objects.address import parse
 from orchestrator.objects.store import Content, Info, StoreAwayError, open_store
+from tests.helpers import forked
 from tests.helpers.bucket import FAULTS
 from tests.helpers.datasets import data, hashes_of, quiet, write_mixed
 
@@ -105,6 +109,45 @@ def test_key_that_is_no_path_leads_nowhere(bucket, monkeypatch):
     assert len(listing.left_out["key that is no path"]) == 4
 
 
+def test_names_that_a_disk_has_are_taken_and_longer_ones_left_out(bucket):
+    names = ["model\u3000v2.txt", "notes\u200b.txt", "n" * 231 + ".txt"]
+    for name in [*names, "n" * 244]:
+        bucket.put(f"c/{name}", b"text")
+    listing = resolve(f"{bucket.address}/c")
+    assert sorted(source.path.name for source in listing) == sorted(names)
+    assert listing.left_out["key that is no path"] == ["n" * 244]
+    with pytest.raises(UserError, match="longer than 235 bytes"):
+        resolve(f"{bucket.address}/c/{'n' * 244}")
+
+
+def test_object_that_would_be_a_file_and_a_folder_is_refused(bucket):
+    for name in ("a.txt", "a.txt/b.txt"):
+        bucket.put(f"c/{name}", b"text")
+    before = bucket.proxy.count
+    with pytest.raises(UserError, match="c/a.txt and .*c/a.txt/b.txt would be a file and a folder"):
+        resolve(f"{bucket.address}/c")
+    assert bucket.proxy.count == before + 1, "only the listing"
+
+
+@pytest.mark.parametrize("names", [("a.txt", "a.txt/b.txt"), ("a.txt/b.txt", "a.txt")])
+def test_earlier_copy_in_the_way_is_one_line(bucket, names):
+    bucket.put(f"c/{names[0]}", b"text")
+    resolve(f"{bucket.address}/c")
+    bucket.delete(f"c/{names[0]}")
+    bucket.put(f"c/{names[1]}", b"text")
+    with pytest.raises(UserError, match=r"in the way of an earlier one; remove /\S*/corpus/\w+,"):
+        resolve(f"{bucket.address}/c")
+
+
+def test_changed_object_takes_the_room_of_its_earlier_copy(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(cache.VARIABLE, "0.0000015")  # 1,500 bytes
+    for content in (b"a", b"b"):
+        bucket.put("c/a.txt", content * 900)
+        [source] = resolve(f"{bucket.address}/c")
+        assert source.path.read_bytes() == content * 900
+
+
 # ---- refusals: one line each ----
 
 
@@ -158,6 +201,35 @@ def test_cache_is_bounded_and_removes_what_was_used_longest_ago(bucket, tmp_path
     assert not paths["c"].exists()
     with pytest.raises(UserError, match=f"no room.*{cache.VARIABLE}"):
         resolve(f"{bucket.address}/c")
+
+
+def use_in_turn(job):
+    """Use one folder after another, which the other processes use and remove too."""
+    os.environ.update(job["environment"])
+    for number in range(400):
+        folder = cache.use("race", parse("m", f"s3://bucket/{number % 6}"))
+        cache.make_room(folder, 100)
+        (folder / "copies").mkdir(exist_ok=True)
+        (folder / "copies" / job["name"]).write_bytes(b"x" * 100)
+        cache._held.pop(folder).close()
+
+
+def test_processes_use_and_remove_the_same_folders(tmp_path):
+    environment = {"XDG_CACHE_HOME": str(tmp_path), cache.VARIABLE: "0.000001"}  # 1,000 bytes
+    jobs = [{"name": str(number), "environment": environment} for number in range(3)]
+    processes = forked.start(use_in_turn, jobs)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert not list(tmp_path.rglob(".*-*"))
+
+
+def test_cache_that_was_removed_by_hand_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = cache.use("k", parse("m", "s3://bucket/a"))
+    shutil.rmtree(tmp_path / "espalier")
+    assert cache.use("k", parse("m", "s3://bucket/a")) == folder
+    assert folder.is_dir()
 
 
 def test_missing_boto3_is_one_line(monkeypatch):

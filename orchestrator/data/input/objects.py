@@ -6,13 +6,14 @@ A copy has the name, the bytes and the time of its object, so the dataset is tha
 import fcntl
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from orchestrator import files
 from orchestrator.data.input.paths import LeftOut, MissingCorpusError, matches
 from orchestrator.errors import UserError
+from orchestrator.folders import file_bytes
 from orchestrator.hashes import stamp
 from orchestrator.objects import cache
 from orchestrator.objects.address import Address, is_plain_key, parse
@@ -55,13 +56,14 @@ def copies(entry: str, left_out: LeftOut) -> tuple[Path, dict[Path, str]]:
         found = _matching(found, pattern or ["**"], left_out)
     if not found:
         raise MissingCorpusError(f"data.corpus: '{entry}' matches no object")
+    _check_parents(base, found)
     place = cache.use("corpus", base) / base.name
     sources = {place / name if name else place: _source(base, info) for name, info in found.items()}
     missing = {path: source for path, source in sources.items() if not _is_copy(path, source)}
     if missing:
         size = sum(int(source.split()[0]) for source in missing.values())
         print(f"downloading {len(missing):,} objects of {base}, {size / 1e6:,.1f} MB", flush=True)
-        cache.make_room(place.parent, size)
+        cache.make_room(place.parent, size - sum(map(file_bytes, missing)))
         with ThreadPoolExecutor(THREADS) as threads:
             list(threads.map(lambda path: _copy(store, path, missing[path]), missing))
     return place, sources
@@ -91,6 +93,17 @@ def _matching(found: dict[str, Info], pattern: list[str], left_out: LeftOut) -> 
     return result
 
 
+def _check_parents(base: Address, names: Collection[str]) -> None:
+    """Raise UserError if one object would be a file and another one a file in it."""
+    for name in names:
+        for parent in PurePosixPath(name).parents:
+            if str(parent) in names:
+                raise UserError(
+                    f"data.corpus: {base / str(parent)} and {base / name} would be a file and a "
+                    "folder of the same name; name the objects one by one, or by a narrower glob"
+                )
+
+
 # ---- one object ----
 
 
@@ -109,7 +122,7 @@ def fetch(path: Path, source: str) -> None:
     """
     if not _is_copy(path, source):
         size, _, _, address = source.split(" ", 3)
-        cache.make_room(cache.use_folder_of(path), int(size))
+        cache.make_room(cache.use_folder_of(path), int(size) - file_bytes(path))
         _copy(open_store(parse("data.corpus", address)), path, source)
 
 
@@ -121,7 +134,7 @@ def _mark(path: Path) -> Path:
 def _is_copy(path: Path, source: str) -> bool:
     try:
         return files.read_text(_mark(path)) == f"{source} {tuple(stamp(path))}"
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
@@ -135,6 +148,7 @@ def _copy(store: Store, path: Path, source: str) -> None:
             files.lock(mark, fcntl.LOCK_EX)
             if _is_copy(path, source):
                 return
+            path.unlink(missing_ok=True)  # an older copy, whose room this one has
             with files.replacement(path, durable=False) as temporary:
                 with open(temporary, "xb") as file:
                     for start in range(0, int(size), PART_BYTES):
@@ -148,8 +162,8 @@ def _copy(store: Store, path: Path, source: str) -> None:
             f"data.corpus: {address} was changed while it was read; run the same command again "
             "when the corpus is complete"
         ) from None
-    except (FileExistsError, NotADirectoryError, files.NotPlainFileError):
+    except (FileExistsError, IsADirectoryError, NotADirectoryError, files.NotPlainFileError):
         raise UserError(
-            f"data.corpus: {address} and another object would be a file and a folder of the same "
-            "name; name the objects one by one, or by a narrower glob"
+            f"data.corpus: the copy of {address}, {path}, would be in the way of an earlier one; "
+            f"remove {cache.unit_of(path)}, and run the same command again"
         ) from None

@@ -260,9 +260,9 @@ def _report_damage(path: Path) -> None:
     print(f"{path}: {text}", file=sys.stderr)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a JSON file in one step; see `write_atomically` for the errors."""
-    write_atomically(path, json.dumps(content, indent=1))
+def write_json(path: Path, content: Mapping[str, Any], *, durable: bool = False) -> None:
+    """Replace a JSON file in one step; see `write_atomically` for `durable` and the errors."""
+    write_atomically(path, json.dumps(content, indent=1), durable=durable)
 
 
 def file_sha256(path: str | Path) -> str:

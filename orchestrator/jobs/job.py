@@ -21,8 +21,9 @@ from orchestrator.data.dataset import Manifest
 from orchestrator.errors import EXIT_AGAIN, EXIT_DONE, RayDiedError
 from orchestrator.jobs import restart
 from orchestrator.jobs.alerts import Alerts
+from orchestrator.mirror.dataset import upload_dataset
 from orchestrator.mirror.session import mirrored, prepare
-from orchestrator.mirror.upload import Uploader, upload_dataset
+from orchestrator.mirror.upload import Uploader
 from orchestrator.objects.address import is_address
 from orchestrator.runs import events, lock, signals, stop
 from orchestrator.runs.ending import Ending

@@ -6,6 +6,7 @@ Start with `session.mirrored`, which a job enters. In the bucket, a run or datas
 - `manifest`: `Manifest`, the content of mirror.json; objects are never overwritten
 - `committed`: the files of a folder that are complete
 - `upload`: `Uploader`, a thread that copies them
+- `dataset`: `upload_dataset`, which copies a dataset
 - `download`: `pull`, which makes the folder again
 - `lock`: `held`, one writer at a time, on any machine
 - `state`: `State`, what a folder knows of its copy

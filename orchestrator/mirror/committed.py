@@ -2,30 +2,67 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from orchestrator.checkpoint.format import step_of
-from orchestrator.mirror.manifest import is_inside
+from orchestrator.mirror import manifest
+from orchestrator.mirror.manifest import Part, is_inside, object_name
+from orchestrator.objects.address import MOST_KEY_BYTES, Address
 from orchestrator.runs.folder import RunFolder
 
 # State of processes, and what was set aside.
 _SKIPPED = ("hang-rank", "damaged-", "before-")
 
 
-def groups(folder: Path) -> Iterator[list[str]]:
+class Names:
+    """Names that a copy can have. Those that it cannot have are remembered.
+
+    Args:
+        address: Address of the copy.
+    """
+
+    def __init__(self, address: Address) -> None:
+        part = object_name("", Part(0, "0" * 64))
+        self._most_bytes = MOST_KEY_BYTES - len((address / part).key.encode())
+        self._left_out: set[str] = set()
+        self._new: list[str] = []
+
+    def are_possible(self, path: str, target: str | None = None) -> bool:
+        """Return whether the copy can have a file, or a link to `target`."""
+        if target is not None:
+            is_possible = manifest.is_link(path, target)
+        else:
+            is_path = manifest.is_file_path(path)
+            is_possible = is_path and len(path.encode()) <= self._most_bytes
+        if not is_possible and path not in self._left_out:
+            self._left_out.add(path)
+            self._new.append(path)
+        return is_possible
+
+    def newly_left_out(self) -> str:
+        """Return some of the names that were first left out since the last call, as a text."""
+        names, self._new = self._new, []
+        return ", ".join(map(ascii, names[:3])) + (", …" if len(names) > 3 else "")
+
+
+def groups(folder: Path, can_have: Callable[[str], bool]) -> Iterator[list[str]]:
     """Yield the paths of files that are mirrored together or not at all, by their order.
 
     Checkpoints come first and each is one group: the journal that is read after a checkpoint has
     all its lines. Then journals: a line that a resume moves is in the journal that is read before
     the aside, or in the aside.
+
+    Args:
+        folder: The folder.
+        can_have: Whether the copy can have a file with this path.
     """
     names = RunFolder(folder)
     skipped = (names.stop_request_file.name, names.tracking_file.name)
     scratch = tuple(f"{names.replays.name}/{report.stem}/" for report in names.replay_files())
     checkpoints: dict[str, list[str]] = {}
     others = []
-    for path in _files(folder, ""):
+    for path in filter(can_have, _files(folder, "")):
         parent, _, name = path.rpartition("/")
         if step_of(Path(parent)) is not None:
             checkpoints.setdefault(parent, []).append(path)

@@ -41,9 +41,11 @@ class MirrorLock:
     Attributes:
         token: Tells this holder from others.
         lost_to: Another process that has taken it; None while it is held.
+        stays: It is not released at the end: a write of this process may still be under way.
     """
 
     lost_to: str | None = None
+    stays = False
 
     def __init__(self, store: Store, address: Address, beat_store: Store) -> None:
         self.store = store
@@ -195,5 +197,5 @@ def held(
         ended.set()
         thread.join()
         with contextlib.suppress(UserError):
-            if lock.lost_to is None:
+            if lock.lost_to is None and not lock.stays:
                 lock.release()

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from orchestrator.errors import UserError
-from orchestrator.objects.address import Address, is_plain_key
+from orchestrator.objects.address import CONTROL, Address, is_plain_key
 from orchestrator.objects.store import MissingObjectError, Store
 from orchestrator.runs.folder import RunFolder
 
@@ -82,13 +82,12 @@ class Manifest:
         taken = set(paths)
         for path in paths:
             parents = map(str, PurePosixPath(path).parents)
-            hidden = [part for part in path.split("/") if part[0] == "."]
-            if path in self.files and hidden and hidden != [HIDDEN]:
+            if path in self.files and not is_file_path(path):
                 raise ValueError(f"{path}: is a hidden file")
             if not taken.isdisjoint(parents) or (path in self.files and path in self.links):
                 raise ValueError(f"{path}: is also a folder or a link")
         for path, target in self.links.items():
-            if not target.isprintable() or not is_inside(Path("/x"), f"/x/{path}", target):
+            if not is_link(path, target):
                 raise ValueError(f"{path}: a link leads out of the folder")
             self._check_end(path)
 
@@ -105,6 +104,18 @@ class Manifest:
         """Return mirror.json, which contains its own SHA-256."""
         content = {"format": FORMAT, **asdict(self)}
         return json.dumps({**content, "sha256": _sha256(content)}).encode()
+
+
+def is_file_path(path: str) -> bool:
+    """Return whether a copy can have a file at a path."""
+    hidden = [part for part in path.split("/") if part.startswith(".")]
+    return is_plain_key(path) and hidden in ([], [HIDDEN])
+
+
+def is_link(path: str, target: str) -> bool:
+    """Return whether a copy can have a link at a path."""
+    is_text = not CONTROL.search(target)
+    return is_text and is_plain_key(path) and is_inside(Path("/x"), f"/x/{path}", target)
 
 
 def is_inside(folder: Path, path: str, target: str) -> bool:

@@ -117,17 +117,17 @@ def _copy(
     paths = list(_wanted(content, below, checkpoints))
     sizes = {path: sum(part.size for part in content.files[path]) for path in paths}
     with _copying(unit):
-        missing = [path for path in paths if not _has_size(folder / path, sizes[path])]
-        cache.make_room(unit, sum(sizes[path] for path in missing))
-        download.pull(store, address, content, folder, paths)
-        download.link(content, folder)
         for checkpoint in folder.rglob("step-*"):
             name = os.path.relpath(checkpoint, folder)
             if step_of(checkpoint) is not None and not any(content.below(name)):
                 checkpoint_folders.remove(checkpoint)  # the run has removed it
+        missing = [path for path in paths if not _has_size(folder / path, sizes[path])]
+        cache.make_room(unit, sum(sizes[path] for path in missing))
+        download.pull(store, address, content, folder, paths)
+        download.link(content, folder)
         if data:
             for name in content.data:
-                download.pull_dataset(store, address.parent, name, unit)
+                _add_dataset(store, address.parent, name, unit)
     return folder / below if below else folder
 
 
@@ -138,18 +138,23 @@ def dataset(mirror: Address, name: str) -> Path:
         UserError: The mirror does not have it.
     """
     address = mirror / "data" / name
-    store = open_store(address)
-    found = manifest.read(store, address)
-    if found is None:
-        raise UserError(f"{address}: has no tokens; run the same command again")
     unit = cache.use("data", address)
-    folder = unit / "data" / name
     with _copying(unit):
-        if not (folder / DATASET_MANIFEST).exists():
-            parts = [part for file in found[0].files.values() for part in file]
-            cache.make_room(unit, sum(part.size for part in parts))
-            download.pull_dataset(store, mirror, name, unit)
-    return folder
+        if not _add_dataset(open_store(address), mirror, name, unit):
+            raise UserError(f"{address}: has no tokens; run the same command again")
+    return unit / "data" / name
+
+
+def _add_dataset(store: Store, mirror: Address, name: str, unit: Path) -> bool:
+    """Copy a dataset, unless it is there. Return whether there is one."""
+    if (unit / "data" / name / DATASET_MANIFEST).exists():
+        return True
+    found = manifest.read(store, mirror / "data" / name)
+    if found is not None:
+        parts = [part for file in found[0].files.values() for part in file]
+        cache.make_room(unit, sum(part.size for part in parts))
+        download.pull_dataset(store, mirror, name, unit)
+    return found is not None
 
 
 @contextlib.contextmanager

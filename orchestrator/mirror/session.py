@@ -5,6 +5,8 @@ from the copy; then the same command continues as it does after a kill.
 """
 
 import contextlib
+import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from orchestrator.data.prepare import prepare_in
 from orchestrator.data.prepared import known_dir
 from orchestrator.errors import UserError
 from orchestrator.folders import make_folder
-from orchestrator.mirror import download, lock, manifest
+from orchestrator.mirror import committed, download, lock, manifest
 from orchestrator.mirror.manifest import Manifest
 from orchestrator.mirror.state import State
 from orchestrator.mirror.upload import Uploader
@@ -71,7 +73,13 @@ def mirrored(folder: RunFolder, mirror: Address, storage: Path) -> Iterator[Uplo
             try:
                 yield uploader
             finally:
-                uploader.finish(0.0, is_limit=True)
+                remote.stays = True  # also if the next line is interrupted
+                remote.stays = not uploader.stop()
+                if remote.stays:
+                    # Also a process in this folder waits until the lock counts as lost.
+                    state.token = None
+                    with contextlib.suppress(OSError):  # the folder was removed
+                        state.write()
 
 
 class _Restore:
@@ -90,7 +98,7 @@ class _Restore:
         """Make the folder, and its datasets in `storage`.
 
         Raises:
-            UserError: The copy is of another run.
+            UserError: The copy is of another run, or both have steps that the other one has not.
         """
         key = (self.folder.read_record() or {}).get("key")
         is_last = self.content.id in self.state.ids
@@ -104,6 +112,11 @@ class _Restore:
                 f"{self.address}: has another run of this name; use another name (name=…) or "
                 "another mirror"
             )
+        if not is_last and not self.state.is_partial and key is not None and self._is_ahead():
+            print(f"{self.folder.path} has more steps than {self.address}", flush=True)
+            self.state.ids = [self.content.id]
+            self.state.was_restored = True
+            return
         if not is_last:
             self._move_aside()
         self.state.ids = [self.content.id]
@@ -131,8 +144,28 @@ class _Restore:
         own = self.folder.checkpoints.name
         return sorted(step_of(path) or 0 for path in parents if path.parent == Path(own))[-1:]
 
+    def _is_ahead(self) -> bool:
+        """Return whether the folder has all steps of the copy, and more.
+
+        Raises:
+            UserError: Each has steps that the other one has not.
+        """
+        groups = committed.groups(self.folder.path, manifest.is_file_path)
+        here = _newest_steps(itertools.chain.from_iterable(groups))
+        there = _newest_steps(self.content.files)
+        has_more, has_less = (
+            any(step > other.get(place, -1) for place, step in own.items())
+            for own, other in ((here, there), (there, here))
+        )
+        if has_more and has_less:
+            raise UserError(
+                f"{self.address} and {self.folder.path} each have steps that the other has not; "
+                "use another mirror, or move the folder away to continue from the copy"
+            )
+        return has_more
+
     def _move_aside(self) -> None:
-        """Move what an older state of the run has left here into a folder of its own."""
+        """Move what was here before the copy was written into a folder of its own."""
         kept = self.folder.checkpointed_file.name
         old = [
             path
@@ -145,7 +178,21 @@ class _Restore:
         target.mkdir()
         for path in old:
             os.rename(path, target / path.name)
-        print(f"{self.address} is newer than {self.folder.path}; what was here is now in {target}")
+        print(f"{self.folder.path}: is made from {self.address}; what was here is now in {target}")
+
+
+def _newest_steps(paths: Iterable[str]) -> dict[Path, float]:
+    """Return the newest step of the run and of each stage; infinite for a stage that is done."""
+    result = RunFolder("").result_file.name
+    newest: dict[Path, float] = {}
+    for path in map(Path, paths):
+        step = step_of(path.parent)
+        if step is not None:
+            place = path.parent.parent.parent
+            newest[place] = max(newest.get(place, -1), step)
+        elif path.name == result:
+            newest[path.parent] = math.inf
+    return newest
 
 
 def _is_of_checkpoint(path: str) -> bool:

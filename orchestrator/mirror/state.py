@@ -19,7 +19,8 @@ class State:
         token: Token of the last holder of the lock that worked in this folder.
         data: Names of the datasets that the mirror has.
         is_partial: The folder is being made from the copy.
-        was_restored: The folder was made from the copy: MLflow may have values that it has not.
+        was_restored: The folder was made from the copy, or another folder wrote to the copy: MLflow
+            may have values that this folder has not.
     """
 
     folder: RunFolder
@@ -41,10 +42,10 @@ class State:
         return found if found is not None and found.address == address else cls(folder, address)
 
     def write(self) -> None:
-        """Store the state."""
+        """Store the state, as durably as checkpoints: it says which of folder and copy is newer."""
         content = {**vars(self)}
         del content["folder"]
-        files.write_json(self.folder.mirror_file, content)
+        files.write_json(self.folder.mirror_file, content, durable=True)
 
     def expect(self, manifest_id: str) -> None:
         """Remember the id of a manifest that is going to be written."""

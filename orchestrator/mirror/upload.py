@@ -10,28 +10,35 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from orchestrator import files
 from orchestrator.errors import UserError
 from orchestrator.hashes import Stamp, stamp
 from orchestrator.mirror import committed, manifest
+from orchestrator.mirror.committed import Names
+from orchestrator.mirror.dataset import read_parts, upload_dataset
 from orchestrator.mirror.lock import MirrorLock
 from orchestrator.mirror.manifest import Files, Manifest, Part, object_name
 from orchestrator.mirror.state import State
 from orchestrator.objects.address import Address
 from orchestrator.objects.store import ChangedObjectError, Store
+from orchestrator.redact import redact_text
 from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder, SweepFolder
 
 POLL_S = 10.0
 MOST_SMALL = 32  # small parts of a file that grows
+STOP_S = 5.0  # of a request that is under way when the command ends
 NICENESS = 10  # the thread gets what the training leaves of the CPUs
 
 
 class Removed(Exception):
     """A file was removed or replaced while it was read."""
+
+
+class Stopped(Exception):
+    """The folder is not copied any more."""
 
 
 class Uploader:
@@ -67,11 +74,13 @@ class Uploader:
         self.datasets: list[Path] = []
         self.problem: str | None = None  # why the copy is behind
         self._known: dict[str, tuple[Stamp, tuple[Part, ...]]] = {}  # files that were written
+        self._names = Names(address)
         self._has_cleaned = False
         self._is_whole = False  # the copy has what the folder had after `finish` was called
         self._progress = time.monotonic()  # of the last part that got there, or was there
         self._synced = 0.0
         self._ending = threading.Event()
+        self._is_stopped = False
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
 
     def start(self) -> None:
@@ -92,42 +101,60 @@ class Uploader:
             since = started if is_limit else max(started, self._progress)
             if time.monotonic() > since + wait_s:
                 break
-        if not self._is_whole:
-            self.problem = self.problem or self._reason()
+        if not self._is_whole and self.problem is None:
+            lost_to = self.lock.lost_to
+            self.problem = f"it was taken over by {lost_to}" if lost_to else "the store is slow"
         return self._is_whole
 
-    def _reason(self) -> str:
-        if self.lock.lost_to is not None:
-            return f"it was taken over by {self.lock.lost_to}"
-        return "the store is slow" if self._thread.is_alive() else "its thread has failed"
+    def stop(self) -> bool:
+        """Copy nothing more. Return whether no write is under way."""
+        self._is_stopped = True
+        self._ending.set()
+        self._thread.join(STOP_S)
+        return not self._thread.is_alive()
+
+    @property
+    def _may_write(self) -> bool:
+        return not self._is_stopped and self.lock.lost_to is None
 
     def _work(self) -> None:
         with contextlib.suppress(OSError):  # not on every system
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         is_last = False
-        while not is_last and self.lock.lost_to is None:
+        while not is_last and self._may_write:
             is_last = self._ending.wait(POLL_S)
+            if self._is_stopped:
+                return
             try:
                 self.sync()
-            except UserError as error:
-                self._report(str(error))
-            except OSError as error:
-                self._report(f"{error.filename or self.folder.path}: {error.strerror or error}")
+            except Stopped:
+                return
+            except Exception as error:  # whatever it is, it is tried again
+                self._report(self._text(error))
             else:
-                if self.lock.lost_to is None:
+                if self._may_write:
                     self._report(None)
                     self._is_whole = is_last
 
+    def _text(self, error: Exception) -> str:
+        if isinstance(error, UserError):
+            return str(error)
+        if isinstance(error, OSError):
+            return f"{error.filename or self.folder.path}: {error.strerror or error}"
+        return redact_text(" ".join(f"{type(error).__name__}: {error}".split()))
+
     def _report(self, problem: str | None) -> None:
         """Note that the copy is behind, or no longer. Each change is noted once."""
-        if (problem is None) != (self.problem is None):
-            message = f"{self.address}: has everything again"
-            if problem is not None:
-                message = f"mirror: {problem.partition('; run the same')[0]}; training goes on"
-            print(message, file=sys.stderr, flush=True)
-            with contextlib.suppress(OSError):
-                events.note(self.folder, "mirror", message)
+        if problem is None and self.problem is not None:
+            self._note(f"{self.address}: has everything again")
+        if problem is not None and self.problem is None:
+            self._note(f"{problem.partition('; run the same')[0]}; training goes on")
         self.problem = problem
+
+    def _note(self, message: str) -> None:
+        print(f"mirror: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            events.note(self.folder, "mirror", f"mirror: {message}")
 
     # ---- one copy ----
 
@@ -143,29 +170,45 @@ class Uploader:
 
     def _after_part(self) -> None:
         """Copy the folder if it is due, while a dataset is copied."""
-        self._progress = time.monotonic()
+        self._go_on()
         if self._progress > self._synced + POLL_S:
             self._sync_folder()
+
+    def _go_on(self) -> None:
+        """Note that a part is done. Raise Stopped if it was the last one."""
+        self._progress = time.monotonic()
+        if not self._may_write:
+            raise Stopped
 
     def _sync_folder(self) -> None:
         """Copy what is new, write the manifest, and remove what it no longer names."""
         self._synced = time.monotonic()
         if len(self.state.ids) > 1:
             self._resolve_ids()
-        now = Manifest(
-            key=(self.folder.read_record() or {}).get("key", ""), data=list(self.state.data)
-        )
-        for group in committed.groups(self.folder.path):
+        key = (self.folder.read_record() or {}).get("key", "")
+        now = Manifest(key=key, data=list(self.state.data))
+        groups = list(committed.groups(self.folder.path, self._names.are_possible))
+        now.links = {
+            path: target
+            for path, target in committed.links(self.folder.path).items()
+            if self._names.are_possible(path, target)
+        }
+        if names := self._names.newly_left_out():
+            self._note(f"{self.folder.path}: no copy can have these names: {names}")
+        for group in groups:
             with contextlib.suppress(Removed):
                 now.files |= self._upload(group)
-        now.links = committed.links(self.folder.path)
         if now.has_content_of(self.last) or not now.key:
             return
         own = self.folder.checkpoints
         had_some = now.key == self.last.key and any(self.last.below(own.name))
         if had_some and not any(now.below(own.name)):
             raise UserError(f"{own}: has lost all checkpoints; the copy keeps its own")
-        if self.lock.lost_to is not None:
+        try:
+            now.check_paths()
+        except ValueError as error:  # such as a file that became a folder since it was read
+            raise UserError(f"{self.folder.path}: cannot be copied as it is ({error})") from None
+        if not self._may_write:
             return
         self.state.expect(now.id)
         data = now.to_bytes()
@@ -184,7 +227,7 @@ class Uploader:
 
     def _delete(self, key: str) -> None:
         """Remove an object, unless another process has taken over, which may need it."""
-        if self.lock.lost_to is None:
+        if self._may_write:
             self.store.delete(key)
 
     def _resolve_ids(self) -> None:
@@ -227,12 +270,12 @@ class Uploader:
             data = os.pread(descriptor, before.size, start)
             if before != Part(len(data), hashlib.sha256(data).hexdigest()):
                 break
-            self._progress = time.monotonic()
+            self._go_on()
             parts.append(before)
             start += before.size
         for part, data in read_parts(descriptor, start):
             self.store.put((self.address / object_name(path, part)).key, data)
-            self._progress = time.monotonic()
+            self._go_on()
             parts.append(part)
         return tuple(parts)
 
@@ -255,42 +298,3 @@ def _without_small_ones(parts: tuple[Part, ...]) -> tuple[Part, ...]:
     """Return the parts of a file that stay; if many are small, what they hold is written anew."""
     small = [i for i, part in enumerate(parts) if part.size < manifest.PART_BYTES]
     return parts[: small[0]] if len(small) > MOST_SMALL else parts
-
-
-def read_parts(descriptor: int, start: int) -> Iterator[tuple[Part, bytes]]:
-    """Yield the parts of an open file from a byte on. An empty file has no part."""
-    while data := os.pread(descriptor, manifest.PART_BYTES, start):
-        yield Part(len(data), hashlib.sha256(data).hexdigest()), data
-        start += len(data)
-
-
-def upload_dataset(
-    store: Store, address: Address, folder: Path, after_part: Callable[[], object] = lambda: None
-) -> None:
-    """Copy a finished dataset to its address, unless that has it. Its files never change.
-
-    Args:
-        store: The store.
-        address: Address of the copy.
-        folder: Folder of the dataset.
-        after_part: Called after each part.
-    """
-    if manifest.read(store, address) is not None:
-        return
-    # Parts of a copy that was killed. If the listing lacks some, they are written again.
-    there = {found.key: found.size for found in store.list(f"{address.key}/")}
-    now = Manifest()
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not files.is_plain(path):
-            continue
-        with open(path, "rb", opener=files.opener) as file:
-            parts = []
-            for part, data in read_parts(file.fileno(), 0):
-                key = (address / object_name(path.name, part)).key
-                if there.get(key) != part.size:
-                    store.put(key, data)
-                parts.append(part)
-                after_part()
-        now.files[path.name] = tuple(parts)
-    with contextlib.suppress(ChangedObjectError):  # another run has copied it
-        store.put_if((address / manifest.NAME).key, now.to_bytes(), None)

@@ -5,5 +5,6 @@
 - `s3.S3Store`: the only module that imports boto3
 - `cache`: copies of objects on this machine, bounded in size
 
-A listing may be old or incomplete: only `data.corpus` uses one.
+A listing may be old or incomplete. It finds the objects of `data.corpus`, and what a killed process
+has left in a mirror. What a mirror has is never read from one.
 """

@@ -8,7 +8,8 @@ from orchestrator.redact import address_shown
 
 MOST_BYTES = 235  # of a name: 20 fewer than a system permits, for a file that is being written
 # Control characters, ends of lines, marks that turn the direction of a text, and what is no UTF-8
-_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+MOST_KEY_BYTES = 1024  # of a key; S3's limit
 _ADDRESS = re.compile(r"(s3|gs)://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?:/(.*))?", re.DOTALL)
 
 
@@ -66,10 +67,9 @@ def parse(setting: str, text: str) -> Address:
 
 def is_plain_key(key: str | None) -> bool:
     """Return whether a key is also a path below a folder. An empty one is."""
-    parts = key.split("/") if key else []
-    return all(
-        part not in ("", ".", "..")
-        and not _CONTROL.search(part)
-        and len(part.encode()) <= MOST_BYTES
-        for part in parts
-    )
+    if not key:
+        return True
+    if CONTROL.search(key):
+        return False
+    parts = key.split("/")
+    return all(part not in ("", ".", "..") and len(part.encode()) <= MOST_BYTES for part in parts)

@@ -84,6 +84,16 @@ class S3Store:
 
         return self._call(key, read)
 
+    def size(self, key: str) -> int | None:
+        def ask() -> int:
+            answer = self._client.head_object(Bucket=self.address.bucket, Key=key)
+            return int(answer["ContentLength"])
+
+        try:
+            return self._call(key, ask)
+        except MissingObjectError:
+            return None
+
     def put(self, key: str, data: bytes) -> None:
         self._put(key, data)
 

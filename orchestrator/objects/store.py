@@ -61,6 +61,9 @@ class Store(Protocol):
             ChangedObjectError: It is not of this `version`.
         """
 
+    def size(self, key: str) -> int | None:
+        """Return the bytes of an object; None if there is none."""
+
     def put(self, key: str, data: bytes) -> None:
         """Write an object. The store compares the bytes that arrive with their SHA-256."""
 

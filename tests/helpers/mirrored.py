@@ -16,13 +16,13 @@ def add_checkpoint(folder: RunFolder, step: int, content: str = "") -> None:
     temporary.rename(folder.checkpoint(step))
 
 
-def mirrored(folder: RunFolder, bucket):
-    return session.mirrored(folder, parse("mirror", f"{bucket.address}/m"), folder.path.parent)
+def mirrored(folder: RunFolder, bucket, name: str = "m"):
+    return session.mirrored(folder, parse("mirror", f"{bucket.address}/{name}"), folder.path.parent)
 
 
-def copy(folder: RunFolder, bucket) -> None:
+def copy(folder: RunFolder, bucket, name: str = "m") -> None:
     """Mirror the folder as it is."""
-    with mirrored(folder, bucket) as uploader:
+    with mirrored(folder, bucket, name) as uploader:
         assert uploader.finish(20), uploader.problem
 
 

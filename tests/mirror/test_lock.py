@@ -4,12 +4,13 @@ import json
 import os
 import shutil
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from orchestrator.errors import HeldError, UserError
-from orchestrator.mirror import lock, manifest
+from orchestrator.mirror import lock, manifest, upload
 from orchestrator.objects.address import parse
 from orchestrator.objects.store import open_store
 from orchestrator.runs import stop
@@ -96,10 +97,14 @@ def test_holder_whose_writes_alone_fail_notices_that_it_was_taken_over(
     with mirrored(run, bucket) as uploader:
         uploader.sync()
 
+        is_refused = threading.Event()
+
         def refused(*_):
+            is_refused.set()
             raise UserError("the credentials have expired")
 
         monkeypatch.setattr(uploader.lock.store, "put_if", refused)
+        assert is_refused.wait(60)  # no write is under way any more
         with mirrored(elsewhere(run, tmp_path), bucket) as other:
             wait_until(lambda: stop.requested(run))
             assert uploader.lock.lost_to is not None and other.lock.lost_to is None
@@ -172,3 +177,33 @@ def test_holder_still_shows_that_it_lives_after_any_error(run, bucket, monkeypat
     monkeypatch.setattr(lock.MirrorLock, "beat", beat)
     with mirrored(run, bucket):
         wait_until(lambda: len(beats) > 2)
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_command_that_ends_during_a_write_keeps_the_lock_and_writes_nothing_more(
+    run, bucket, tmp_path, monkeypatch, is_known
+):
+    monkeypatch.setattr(upload, "STOP_S", 0.1)
+    monkeypatch.setattr(lock, "STALE_S", 0.3)
+    is_sent, may_go_on = threading.Event(), threading.Event()
+    with mirrored(run, bucket) as uploader:
+        put = uploader.store.put
+
+        def slow(key, data):
+            is_sent.set()
+            assert may_go_on.wait(60)
+            put(key, data)
+
+        monkeypatch.setattr(uploader.store, "put", slow)
+        uploader._ending.set()
+        assert is_sent.wait(60)
+    assert json.loads(bucket.get("m/run/lock.json"))["holder"]
+    next_one = run if is_known else elsewhere(run, tmp_path)
+    started = time.monotonic()
+    with mirrored(next_one, bucket) as second:
+        assert time.monotonic() > started + lock.STALE_S, "nobody waited"
+        may_go_on.set()
+        uploader._thread.join()
+        assert "m/run/mirror.json" not in bucket.names()
+        second.sync()
+        assert second.lock.lost_to is None

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from orchestrator.errors import UserError
 from orchestrator.mirror import download, manifest, remote, upload
 from orchestrator.mirror.download import DamagedCopyError
 from orchestrator.mirror.manifest import Manifest, Part
+from orchestrator.objects import cache
 from orchestrator.objects.address import parse
 from orchestrator.objects.store import open_store
 from orchestrator.runs import events
@@ -112,14 +112,31 @@ def test_end_does_not_wait_longer_than_it_may_for_a_store_that_is_away(run, buck
         bucket.proxy.decide = lambda *_: ""
 
 
-def test_copy_whose_thread_has_failed_is_not_whole(run, bucket, monkeypatch):
-    failures = []
-    monkeypatch.setattr(threading, "excepthook", failures.append)
+def test_any_error_is_noted_once_and_tried_again(run, bucket, monkeypatch):
+    monkeypatch.setattr(upload, "POLL_S", 0.02)
+    with mirrored(run, bucket) as uploader:
+        sync = uploader.sync
+        tries = []
+
+        def fail():
+            tries.append(None)
+            raise ValueError("a mistake\nof two lines")
+
+        monkeypatch.setattr(uploader, "sync", fail)
+        wait_until(lambda: len(tries) > 2)
+        assert uploader.problem == "ValueError: a mistake of two lines"
+        monkeypatch.setattr(uploader, "sync", sync)
+        assert uploader.finish(20), uploader.problem
+    messages = [event["message"] for event in events.read(run) if event["kind"] == "mirror"]
+    assert ["a mistake" in messages[0], "everything again" in messages[1]] == [True, True]
+    assert len(messages) == 2
+
+
+def test_end_without_a_copy_is_not_whole(run, bucket, monkeypatch):
     with mirrored(run, bucket) as uploader:
         monkeypatch.setattr(uploader, "sync", lambda: 1 / 0)
         assert not uploader.finish(20)
-        assert uploader.problem == "its thread has failed"
-    assert [failure.exc_type for failure in failures] == [ZeroDivisionError]
+        assert uploader.problem == "ZeroDivisionError: division by zero"
 
 
 def test_hashing_what_the_copy_has_is_progress(run, bucket):
@@ -321,6 +338,20 @@ def test_address_of_a_run_is_copied_with_its_newest_checkpoint(run, bucket, tmp_
     copy(run, bucket)
     assert RunFolder(remote.here(address)).checkpoint_steps() == [4, 12]
     assert found.journal_file.read_text() == "longer\n"
+
+
+def test_newer_checkpoint_takes_the_room_of_one_that_the_run_has_removed(
+    run, bucket, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv(cache.VARIABLE, "0.0000025")  # 2,500 bytes; a checkpoint has 1,300
+    copy(run, bucket)
+    address = f"{bucket.address}/m/run"
+    assert RunFolder(remote.here(address)).checkpoint_steps() == [4]
+    add_checkpoint(run, 8)
+    shutil.rmtree(run.checkpoint(4))
+    copy(run, bucket)
+    assert RunFolder(remote.here(address)).checkpoint_steps() == [8]
 
 
 def test_address_without_a_run_is_one_line(bucket):

@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from orchestrator.errors import UserError
-from tests.helpers.mirrored import add_checkpoint, copy, elsewhere, mirrored
+from orchestrator.runs.folder import SweepFolder
+from tests.helpers.mirrored import add_checkpoint, content, copy, elsewhere, mirrored
 
 pytestmark = pytest.mark.usefixtures("fast")
 
@@ -73,3 +74,60 @@ def test_manifest_whose_answer_was_lost_is_known_again(run, bucket, monkeypatch,
         add_checkpoint(run, 12)
         uploader.sync()
     assert [path for path in uploader.last.files if "step-00000012" in path]
+
+
+def test_folder_that_has_trained_further_than_another_mirror_is_kept(run, bucket):
+    copy(run, bucket)
+    add_checkpoint(run, 8)
+    copy(run, bucket, "m2")
+    add_checkpoint(run, 12)
+    copy(run, bucket)
+    assert run.checkpoint_steps() == [4, 8, 12]
+    assert not list(run.path.glob("before-*"))
+    assert [name for name in bucket.names("m/run/") if "step-00000012" in name]
+
+
+def test_folder_whose_state_is_lost_is_kept_with_its_newer_checkpoint(run, bucket):
+    copy(run, bucket)
+    add_checkpoint(run, 8)
+    run.mirror_file.write_text("")  # as after a power failure
+    with mirrored(run, bucket) as uploader:
+        assert run.checkpoint_steps() == [4, 8]
+        assert uploader.state.was_restored, "MLflow may have values of another folder"
+        assert uploader.finish(20)
+    assert not list(run.path.glob("before-*"))
+
+
+def add_stages(run, steps: dict[str, int], done: str) -> None:
+    for name, step in steps.items():
+        stage = SweepFolder(run).stage(name)
+        stage.checkpoints.mkdir(parents=True, exist_ok=True)
+        add_checkpoint(stage, step)
+        if name in done:
+            stage.result_file.write_text("{}")
+
+
+def test_sweep_that_has_trained_further_than_its_copy_is_kept(run, bucket):
+    add_stages(run, {"a": 4, "b": 4}, done="")
+    copy(run, bucket)
+    add_stages(run, {"b": 8}, done="b")
+    shutil.rmtree(SweepFolder(run).stage("b").checkpoints)  # no other stage needs them
+    run.mirror_file.unlink()
+    copy(run, bucket)
+    assert not list(run.path.glob("before-*"))
+    assert [name for name in bucket.names("m/run/stages/b/") if "result.json" in name]
+
+
+def test_sweep_and_copy_that_each_have_steps_of_their_own_are_refused(run, bucket, tmp_path):
+    add_stages(run, {"a": 4, "b": 4}, done="")
+    copy(run, bucket)
+    other = elsewhere(run, tmp_path)
+    with mirrored(other, bucket) as uploader:
+        add_stages(other, {"a": 8}, done="a")
+        assert uploader.finish(20)
+    add_stages(run, {"b": 8}, done="b")
+    before = content(run.path)
+    with pytest.raises(UserError, match="each have steps that the other has not; use another") as e:
+        copy(run, bucket)
+    assert "\n" not in str(e.value)
+    assert content(run.path) == before

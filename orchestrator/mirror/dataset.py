@@ -1,0 +1,50 @@
+"""Copies a dataset to a mirror."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from orchestrator import files
+from orchestrator.mirror import manifest
+from orchestrator.mirror.manifest import Manifest, Part, object_name
+from orchestrator.objects.address import Address
+from orchestrator.objects.store import ChangedObjectError, Store
+
+
+def upload_dataset(
+    store: Store, address: Address, folder: Path, after_part: Callable[[], object] = lambda: None
+) -> None:
+    """Copy a finished dataset to its address, unless that has it. Its files never change.
+
+    Args:
+        store: The store.
+        address: Address of the copy.
+        folder: Folder of the dataset.
+        after_part: Called after each part.
+    """
+    if manifest.read(store, address) is not None:
+        return
+    now = Manifest()
+    for path in sorted(folder.iterdir()):
+        if not manifest.is_file_path(path.name) or not files.is_plain(path):
+            continue
+        with open(path, "rb", opener=files.opener) as file:
+            parts = []
+            for part, data in read_parts(file.fileno(), 0):
+                key = (address / object_name(path.name, part)).key
+                if store.size(key) != part.size:  # of a copy that was killed
+                    store.put(key, data)
+                parts.append(part)
+                after_part()
+        now.files[path.name] = tuple(parts)
+    with contextlib.suppress(ChangedObjectError):  # another run has copied it
+        store.put_if((address / manifest.NAME).key, now.to_bytes(), None)
+
+
+def read_parts(descriptor: int, start: int) -> Iterator[tuple[Part, bytes]]:
+    """Yield the parts of an open file from a byte on. An empty file has no part."""
+    while data := os.pread(descriptor, manifest.PART_BYTES, start):
+        yield Part(len(data), hashlib.sha256(data).hexdigest()), data
+        start += len(data)

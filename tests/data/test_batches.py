@@ -164,10 +164,9 @@ def test_no_more_than_depth_results_are_ready():
 
 @pytest.mark.parametrize("end", ["close", "abandon", "exhaust"])
 def test_thread_ends(end):
-    before = set(threading.enumerate())
     prefetcher = Prefetcher(lambda i: i, range(3 if end == "exhaust" else 10**9))
     next(prefetcher)
-    [thread] = set(threading.enumerate()) - before
+    [thread] = prefetcher._thread._threads
     if end == "close":
         prefetcher.close()
         prefetcher.close()

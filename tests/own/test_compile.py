@@ -24,7 +24,7 @@ def run(folder: RunFolder, data_dir, *words: str) -> dict:
 def test_compiled_run_that_was_killed_equals_the_whole(tiny_dataset, tmp_path):
     whole = run(RunFolder(tmp_path / "whole"), tiny_dataset)
     cut = RunFolder(tmp_path / "cut")
-    [process] = train_rank.start(cut, tiny_dataset, WORDS, 1)
+    [process] = train_rank.start(cut, tiny_dataset, WORDS, 1, killed_after=4)
     while max(cut.checkpoint_steps(), default=0) < 4:
         assert process.is_alive()
     process.kill()

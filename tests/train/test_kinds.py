@@ -116,7 +116,7 @@ def test_several_workers_have_the_same_bits_as_one(kind, folder, world_size):
 
 
 def test_run_killed_on_two_workers_and_resumed_on_one_equals_the_whole(kind, folder):
-    processes = train_rank.start(folder, kind.data_dir, kind.words, 2)
+    processes = train_rank.start(folder, kind.data_dir, kind.words, 2, killed_after=8)
     while max(folder.checkpoint_steps(), default=0) < 8:
         assert all(process.is_alive() for process in processes)
     for process in processes:

@@ -78,7 +78,7 @@ def test_several_workers_have_the_same_bits_as_one(golden, tiny_dataset, folder,
 def test_run_killed_on_two_workers_and_resumed_on_one_equals_uninterrupted_run(
     golden, tiny_dataset, folder
 ):
-    processes = train_rank.start(folder, tiny_dataset, SMALL, 2)
+    processes = train_rank.start(folder, tiny_dataset, SMALL, 2, killed_after=8)
     while max(folder.checkpoint_steps(), default=0) < 8:
         assert all(process.is_alive() for process in processes)
     for process in processes:

@@ -178,7 +178,7 @@ def test_interrupt_ends_the_threads_inside_a_document(tmp_path, monkeypatch):
         pieces.append(text)
         if next(once, False):
             os.kill(os.getpid(), signal.SIGINT)
-        tasks.interrupted.wait(2)
+        tasks.interrupted.wait(60)
         return encode(self, text)
 
     monkeypatch.setattr(ByteTokenizer, "encode", interrupt)
@@ -229,14 +229,18 @@ def test_two_processes_prepare_a_small_corpus_at_once_without_ray(here, mixed, t
 # ---- interrupted ----
 
 KILLED = """
-import sys
+import itertools, signal, sys
 from pathlib import Path
 import ray
 from orchestrator.data.prepare import prepare
 from orchestrator.data.ray_tasks import RayTasks
 from tests.helpers.datasets import data
 ray.init(log_to_driver=False)
-prepare(data(Path(sys.argv[1])), Path(sys.argv[2]), progress=lambda *_: None, chunk_bytes=100)
+calls = itertools.count()
+def progress(*_):
+    if next(calls) == 5:
+        signal.pause()  # waits to be killed
+prepare(data(Path(sys.argv[1])), Path(sys.argv[2]), progress=progress, chunk_bytes=100)
 """
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import random
 import shutil
+import signal
 import sqlite3
 from pathlib import Path
 
@@ -95,6 +96,23 @@ class Machine:
         assert killed or ended.status == 0, ended
         return bool(killed)
 
+    def kill_when(self, command, is_in_mirror: bytes):
+        """Kill the command at its first request after the mirror names something."""
+        there = "mirror/tiny/mirror.json"
+
+        def decide(*_):
+            if there not in self.bucket.names(there):
+                return ""
+            if is_in_mirror not in self.bucket.get(there):
+                return ""
+            command.kill()
+            return "reset"
+
+        self.bucket.proxy.decide = decide
+        ended = command.wait(90)
+        self.bucket.proxy.decide = lambda *_: ""
+        assert ended is not None and ended.status == -signal.SIGKILL, ended
+
     def lose(self):
         """Lose everything on the disk."""
         shutil.rmtree(self.cache)
@@ -159,12 +177,8 @@ def test_sampled_sweep_of_a_lost_machine_keeps_its_samples(bucket, tmp_path, tin
     machine.words = [*SMALL, "schedule.kind=wsd", f"data.corpus={tiny_corpus}"]
     machine.words += ["sweep.sampler=optuna", "sweep.num_samples=4"]
     machine.words += ["sweep.space.train.max_steps={low: 10, high: 20}"]
-    command = machine.start()
-    there = "mirror/tiny/mirror.json"
-    wait_until(lambda: there in bucket.names(there) and b"result.json" in bucket.get(there))
-    command.kill()
-    assert command.wait(90) is not None
-    paths = json.loads(bucket.get(there))["files"]
+    machine.kill_when(machine.start(), b"result.json")
+    paths = json.loads(bucket.get("mirror/tiny/mirror.json"))["files"]
     before = {path.split("/")[1] for path in paths if path.startswith("trials/")}
     machine.lose()
     ended = machine.run()
@@ -180,12 +194,7 @@ def test_ranks_that_share_no_folder_train_the_same_bits(bucket, tmp_path, tiny_c
     machine = Machine(tmp_path / "driver", bucket, "train", tiny_corpus)
     environments = {"1": {"XDG_CACHE_HOME": str(other)}}
     machine.job = {"world": 2, "spread": True, "environments": environments}
-    command = machine.start()
-    there = "mirror/tiny/mirror.json"
-    has_some = b"checkpoints/step-"
-    wait_until(lambda: there in bucket.names(there) and has_some in bucket.get(there))
-    command.kill()
-    assert command.wait(90) is not None
+    machine.kill_when(machine.start(), b"checkpoints/step-")
     machine.lose()
     ended = machine.run()
     assert ended.status == 0, ended

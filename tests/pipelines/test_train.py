@@ -247,10 +247,12 @@ def test_run_is_locked_and_sigterm_works_while_ray_starts(tiny_corpus, tmp_path)
     start = {"args": command(tmp_path, tiny_corpus), "env": env, "text": True}
     process = subprocess.Popen(**start, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == "starting Ray …\n"
+    process.send_signal(signal.SIGSTOP)  # Ray could have started before the second one ends
     second = subprocess.run(**start, capture_output=True, timeout=60)
     assert (second.returncode, second.stdout) == (75, "")
     assert f"held by process {process.pid} on " in second.stderr
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, out + err
     assert err == "terminated; run the same command again\n"

@@ -24,6 +24,7 @@ import pytest
 from orchestrator.errors import UserError
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Journal
+from orchestrator.track.sender import Sender
 from orchestrator.track.tracker import Tracker, resend_metrics
 from pipelines import replay_metrics, ui
 from tests.helpers.gate import Gate, Server, locked
@@ -204,11 +205,17 @@ def faulty(server, gate, fault):
         gate.set("open")
 
 
-def test_ctrl_c_ends_only_the_wait_for_the_server(gate, run_dir, capsys):
+def test_ctrl_c_ends_only_the_wait_for_the_server(gate, run_dir, capsys, monkeypatch):
     log(run_dir, range(3))
     gate.set("refuse")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begin = Sender._print_wait
+
+    def begin_and_interrupt(sender, left_s):
+        begin(sender, left_s)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Sender, "_print_wait", begin_and_interrupt)
     assert not resend_metrics(RunFolder(run_dir), f"http://127.0.0.1:{gate.port}", EXPERIMENT, 600)
     signal.signal(signal.SIGINT, before)
     assert "Ctrl-C ends the wait, and loses nothing" in capsys.readouterr().out

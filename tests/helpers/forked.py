@@ -7,7 +7,7 @@ import multiprocessing
 import os
 from multiprocessing.process import BaseProcess
 
-# The server starts with the first process, and keeps these modules and this environment.
+# The server starts with the first process, and keeps these modules.
 MODULES = ["tests.faults.command", "tests.helpers.train_rank", "tests.helpers.stuck"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
 
@@ -24,7 +24,8 @@ def start(target, jobs: list[dict], *modules: str) -> list[BaseProcess]:
     context.set_forkserver_preload([*MODULES, *modules])
     before = dict(os.environ)
     os.environ |= ENVIRONMENT
-    processes = [context.Process(target=target, args=(job,)) for job in jobs]
+    arguments = [(target, job, dict(os.environ)) for job in jobs]
+    processes = [context.Process(target=_run, args=each) for each in arguments]
     try:
         for process in processes:
             process.start()
@@ -32,3 +33,10 @@ def start(target, jobs: list[dict], *modules: str) -> list[BaseProcess]:
         os.environ.clear()
         os.environ |= before
     return processes
+
+
+def _run(target, job: dict, environment: dict[str, str]) -> None:
+    """Call `target` in the environment of this test: the server has that of the first one."""
+    os.environ.clear()
+    os.environ |= environment
+    target(job)

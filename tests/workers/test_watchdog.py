@@ -35,7 +35,7 @@ def start(
 
 
 def status_of(process: BaseProcess) -> int | None:
-    process.join(30)
+    process.join(120)
     return process.exitcode
 
 

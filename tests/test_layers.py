@@ -35,7 +35,7 @@ PACKAGES = [
 SEPARATE = {("track", "train"), ("checkpoint", "data")}
 # Library -> packages and modules that may import it.
 ONLY_IN = {
-    "ray": {"cluster", "data/ray_tasks", "workers", "sweep/tune"},
+    "ray": {"cluster", "data/ray_tasks", "workers", "sweep/tune", "sweep/processes/trainable"},
     "mlflow": {"track"},
     "tiktoken": {"data/tokenizers/pairs"},
     "gigatoken": {"data/tokenizers/encoder"},

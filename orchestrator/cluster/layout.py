@@ -60,9 +60,27 @@ def has_several_nodes() -> bool:
     return len(alive_nodes()) > 1 or cluster_grows()
 
 
-def capacity(layout: Layout) -> int:
-    """Return how many groups of workers fit on the connected cluster at the same time."""
-    return places(alive_nodes(), layout) // layout.num_workers
+def capacity(layout: Layout, apart: object = None) -> int:
+    """Return how many groups of workers fit on the connected cluster at the same time.
+
+    Args:
+        layout: The workers of a group.
+        apart: Storage of nodes that share nothing else: each group is on one node.
+
+    Raises:
+        UserError: A group has room on all nodes together, but not on one.
+    """
+    nodes = alive_nodes()
+    room = groups(nodes, layout, together=apart is not None)
+    if not room and groups(nodes, layout) and not cluster_grows():
+        each = f"{layout.cpus_per_worker} CPU(s){' and a GPU' if layout.use_gpu else ''}"
+        raise UserError(
+            f"compute.num_workers: no node has room for {layout.num_workers} workers with {each} "
+            f"each, and with storage={apart} on several nodes, all workers of a stage are on one; "
+            "set compute.num_workers to fewer, or storage=… to a folder that all nodes share, and "
+            f"mirror={apart}"
+        )
+    return room
 
 
 def worker_environment() -> dict[str, str]:
@@ -143,6 +161,19 @@ def places(nodes: Iterable[Node], layout: Layout) -> int:
         fitting = node.cpus // layout.cpus_per_worker
         total += min(fitting, node.gpus) if layout.use_gpu else fitting
     return total
+
+
+def groups(nodes: Iterable[Node], layout: Layout, together: bool = False) -> int:
+    """Return how many groups of workers fit on the nodes at the same time.
+
+    Args:
+        nodes: The machines.
+        layout: The workers of a group.
+        together: Each group must be on one node.
+    """
+    if together:
+        return sum(groups([node], layout) for node in nodes)
+    return places(nodes, layout) // layout.num_workers
 
 
 def _resolve_use_gpu(experiment: Experiment, nodes: list[Node], grows: bool) -> bool:

@@ -21,33 +21,29 @@ BUSY_S = 40.0  # longer, if its kernel answers: a busy node starts a process slo
 SEEN_S = 3.0  # until another machine sees a new file of a network file system
 
 
-def check_nodes(setting: str, storage: Path, can_spread: bool = False) -> None:
+def check_nodes(setting: str, storage: Path, needs_worker_here: bool = False) -> None:
     """Let each node with CPUs write and read a file in the storage, and compare its software.
 
     Args:
         setting: The storage as the user wrote it.
         storage: Its folder.
-        can_spread: If the storage is in a bucket, nodes need not share its folder.
+        needs_worker_here: If the storage is in a bucket, so that nodes need not share its folder, a
+            worker must be on this machine.
 
     Raises:
-        UserError: The path is relative or a bucket, and the cluster has or may get several nodes;
-            or the storage is in a bucket, and this machine has no CPU for rank 0; or a node does
-            not share the storage, or has another version of torch or of this project. One line
-            names each such node.
+        UserError: The path is relative, and the cluster has or may get several nodes; or the
+            storage is in a bucket, and this machine has no CPU for rank 0; or a node does not
+            share the storage, or has another version of torch or of this project. One line names
+            each such node.
         UnreadableError: A node that is there does not answer; its storage may hang.
     """
     if not has_several_nodes():
         return
-    if "://" in setting and can_spread:
-        _require_worker_here(setting)
+    if "://" in setting:
+        if needs_worker_here:
+            _require_worker_here(setting)
         _require(None, writes=False)
         return
-    if "://" in setting:
-        raise UserError(
-            f"storage: '{setting}' is for one machine, or for a lone run; the cluster has or may "
-            "get several nodes, so set storage=… to a folder that all of them share, and "
-            f"mirror={setting}"
-        )
     if not Path(setting).expanduser().is_absolute():
         raise UserError(
             f"storage: '{setting}' is relative and the cluster has or may get several nodes; set "

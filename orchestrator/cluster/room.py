@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from orchestrator.cluster.layout import Layout, Node, alive_nodes, cluster_grows, places
+from orchestrator.cluster.layout import Layout, Node, alive_nodes, cluster_grows, groups, places
 from orchestrator.cluster.reach import alive_hosts, free_nodes, present
 from orchestrator.text import duration
 
@@ -29,6 +29,7 @@ class Room:
         newest_step: Returns the step of the newest checkpoint.
         stop_requested: Returns why the run was asked to stop; None if it was not.
         note: Writes an event.
+        together: The workers of a group must be on one node.
     """
 
     layout: Layout
@@ -37,6 +38,7 @@ class Room:
     newest_step: Callable[[], int]
     stop_requested: Callable[[], str | None]
     note: Note
+    together: bool = False
     _tries: int = 0  # starts since workers ran
     _waiting_since: float | None = None
     _line_at: float = 0.0
@@ -80,7 +82,8 @@ class Room:
             WaitedTooLongError: As `choose`, if there is no room for one.
         """
         self._known |= alive_hosts()
-        room = places(alive_nodes(), self.layout) // min(self.numbers)
+        group = replace(self.layout, num_workers=min(self.numbers))
+        room = groups(alive_nodes(), group, self.together)
         if room:
             self._waiting_since = None
         else:
@@ -143,7 +146,7 @@ class Room:
             each += " and 1 GPU"
             found += f" and {sum(node.gpus for node in nodes)} GPU(s)"
         return (
-            f"no room for {min(self.numbers)} worker(s) with {each} each: the cluster has {found} "
-            f"on {len(nodes)} node(s), some of them perhaps in use"
-            + (f", without {', '.join(away)}" if away else "")
+            f"no room for {min(self.numbers)} worker(s){' on one node' if self.together else ''} "
+            f"with {each} each: the cluster has {found} on {len(nodes)} node(s), some of them "
+            "perhaps in use" + (f", without {', '.join(away)}" if away else "")
         )

@@ -24,7 +24,7 @@ from orchestrator.jobs.alerts import Alerts
 from orchestrator.mirror.dataset import upload_dataset
 from orchestrator.mirror.session import mirrored, prepare
 from orchestrator.mirror.upload import Uploader
-from orchestrator.objects.address import is_address
+from orchestrator.objects.address import Address, is_address
 from orchestrator.runs import events, lock, signals, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
@@ -45,7 +45,7 @@ class Job(abc.ABC):
         folder: Folder of this run or sweep.
         uri: Tracking server.
         mirror: Address that gets a copy; None: none does.
-        is_spread: Workers may be on nodes that do not share the storage.
+        apart: The mirror, if it is all that the nodes share.
         uploader: Copies the folder to the mirror; None without one.
         tracker: Sends the folder to the tracking server; set by `prepare`.
         watch: Watches the workers; None before they start.
@@ -56,8 +56,8 @@ class Job(abc.ABC):
     uploader: Uploader | None = None
     watch: Watch | None = None
     has_lost_ray = False
-    is_spread = False
-    can_spread = False  # the other nodes only need the tokens
+    apart: Address | None = None
+    needs_worker_here = False  # on nodes that share nothing
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
@@ -139,7 +139,7 @@ class Job(abc.ABC):
         if not dataset.directory.is_relative_to(self.storage):
             nodes.check_has(dataset.directory / DATASET_MANIFEST)
         if self.uploader is not None and dataset.directory.parent == self.storage / "data":
-            if self.is_spread:
+            if self.apart is not None:
                 print(f"copying the tokens to {self.mirror}, for the other nodes", flush=True)
                 place = self.uploader.address.parent / "data" / dataset.directory.name
                 upload_dataset(self.uploader.store, place, dataset.directory)
@@ -151,8 +151,9 @@ class Job(abc.ABC):
         with signals.while_ray_starts():
             self.connect()
         setting = storage_setting(self.experiment)
-        nodes.check_nodes(setting, self.storage, self.can_spread)
-        self.is_spread = is_address(setting) and has_several_nodes()
+        nodes.check_nodes(setting, self.storage, self.needs_worker_here)
+        if is_address(setting) and has_several_nodes():
+            self.apart = self.mirror
 
     def _work_and_track(self) -> Ending:
         """Do the work. Write and print how it ended, also after an error or a signal."""

@@ -155,11 +155,11 @@ class SweepJob(Job):
         if recorded is not None:
             size = recorded.micro_batch_size
             layout = replace(layout, fast_dtype=recorded.fast_dtype, micro_batch_size=size)
-        self.slots = max(1, cluster.capacity(layout))
+        self.slots = max(1, cluster.capacity(layout, self.apart))
         self.counts = {key: TokenCounts.of(dataset) for key, dataset in datasets.items()}
         layout = cost.with_micro_batch(layout, self.sweep, self.counts, self.slots)
         self.study = Study(self.sweep, self.folder, layout, datasets).restored()
-        if self.study.source is not None:
+        if self.study.source is not None and self.apart is None:
             self.study.source.check_nodes()
         experiments = [trial.experiment for trial in self.study.trials.values()]
         for experiment in {e.train.dtype: e for e in experiments}.values():
@@ -243,7 +243,7 @@ class SweepJob(Job):
     def work(self) -> None:
         from orchestrator.sweep import tune  # importing Ray Tune takes seconds
 
-        tune.execute(self.study, self.slots)
+        tune.execute(self.study, self.slots, self.apart)
 
     # ---- how it ended ----
 

@@ -66,7 +66,7 @@ class TrainJob(Job):
     """
 
     profile = 0
-    can_spread = True
+    needs_worker_here = True
     layout: Layout
     sources: Listing | None
     dataset: Manifest
@@ -234,8 +234,7 @@ class TrainJob(Job):
 
     def work(self) -> None:
         folder = self.dataset.directory
-        mirror = self.mirror if self.is_spread else None
-        ray_train.fit(self.experiment, self.folder, folder, self.layout, self.profile, mirror)
+        ray_train.fit(self.experiment, self.folder, folder, self.layout, self.profile, self.apart)
 
     # ---- how it ended ----
 

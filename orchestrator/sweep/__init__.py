@@ -9,7 +9,8 @@ Read in this order:
 - `states`: which stages of a tree can start, and which cannot run any more.
 - `study`: `Study`, a sweep that is ready to run. It builds the tree and collects the results.
 - `progress`: `Progress`, the state of a running sweep on disk.
-- `tune`: `execute` runs the stages with Ray Tune. The only module here that imports Ray.
+- `tune`: `execute` runs the stages with Ray Tune.
+- `processes`: what Ray Tune runs, also on machines that do not share the folder of the sweep.
 - `stage`: `run_stage` trains one stage. `records` has its files stage.json and result.json.
 - `stored`: which stages are on disk, from this tree or an earlier one.
 - `ranking`: compares the trials. `outcome`: how a sweep ended.

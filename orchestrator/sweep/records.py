@@ -148,12 +148,13 @@ class StageResult:
 
 def read_result(folder: RunFolder) -> StageResult | None:
     """Read result.json; None if the stage has not ended, or the file is damaged."""
+    return read_derived(folder.result_file, parse_result)
 
-    def parse(stored: dict[str, Any]) -> StageResult:
-        stored.pop("kind", None)
-        return StageResult(**stored)
 
-    return read_derived(folder.result_file, parse)
+def parse_result(stored: dict[str, Any]) -> StageResult:
+    """Return the content of result.json."""
+    stored.pop("kind", None)
+    return StageResult(**stored)
 
 
 def curve(

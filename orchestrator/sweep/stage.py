@@ -64,7 +64,7 @@ def run_stage(
     watchdog = Watchdog(folder, worker, experiment.compute.hang_after_s)
     with folders.holding(folder.path), _sole_writer(folder, worker), watchdog:
         if worker.is_main:
-            _begin(folder, spec)
+            begin_folder(folder, spec)
         trainer = Trainer(
             experiment,
             folder,
@@ -118,7 +118,8 @@ def _sole_writer(
     return lock.held(folder.writer_lock, WRITER_WAIT_S)
 
 
-def _begin(folder: RunFolder, spec: StageSpec) -> None:
+def begin_folder(folder: RunFolder, spec: StageSpec) -> None:
+    """Remove how an earlier attempt ended; write the line of a stage without steps."""
     folder.ending_file.unlink(missing_ok=True)
     folder.result_file.unlink(missing_ok=True)
     if spec.start < spec.stop or journal.read(folder):

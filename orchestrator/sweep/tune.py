@@ -9,58 +9,41 @@ or it waits and holds none.
 
 from __future__ import annotations
 
-import inspect
 import logging
-import math
-import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-ENVIRONMENT = {  # Tune reads these when it is imported
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # so that Ctrl-C raises KeyboardInterrupt in fit()
-}
-for _key, _value in ENVIRONMENT.items():
-    os.environ.setdefault(_key, _value)
+from orchestrator.sweep.processes import environment as environment  # Tune reads it
 
-from ray import tune  # noqa: E402
-from ray.exceptions import RayActorError  # noqa: E402
-from ray.tune.schedulers import ASHAScheduler  # noqa: E402
-from ray.tune.search import Searcher  # noqa: E402
+# isort: split
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator import own_code  # noqa: E402
-from orchestrator.cluster import calls  # noqa: E402
-from orchestrator.cluster.layout import Layout, cluster_grows  # noqa: E402
-from orchestrator.cluster.nodes import folder_problem  # noqa: E402
-from orchestrator.cluster.room import LOOK_S, Room, WaitedTooLongError  # noqa: E402
-from orchestrator.runs import events, stop  # noqa: E402
-from orchestrator.runs.folder import SweepFolder  # noqa: E402
-from orchestrator.runs.journal import Line  # noqa: E402
-from orchestrator.sweep.progress import Progress  # noqa: E402
-from orchestrator.sweep.records import read_spec  # noqa: E402
-from orchestrator.sweep.study import Study  # noqa: E402
-from orchestrator.workers.attempts import record_failure  # noqa: E402
+from orchestrator import own_code
+from orchestrator.cluster import calls
+from orchestrator.cluster.layout import Layout, cluster_grows
+from orchestrator.cluster.room import LOOK_S, Room, WaitedTooLongError
+from orchestrator.objects.address import Address
+from orchestrator.runs import events, stop
+from orchestrator.runs.folder import SweepFolder
+from orchestrator.sweep.processes.desk import Desk
+from orchestrator.sweep.processes.trainable import METRIC, PROBLEM, TIME, StageTrainable
+from orchestrator.sweep.progress import Progress
+from orchestrator.sweep.study import Study
+from orchestrator.workers import places
 
-if TYPE_CHECKING:
-    from orchestrator.workers.crew import Crew
-
-# Names in the results that a Tune scheduler compares.
-METRIC = "val_loss"
-TIME = "optimizer_step"
-PROBLEM = "problem"  # why a node cannot train a stage: it may not share the folder of the stage
-
+DESK_CALLS = 100  # of stages on other machines at the same time
 MOST_STAGES = 1_000_000  # at the same time
 ASHA_REDUCTION = 3  # of three trials that reach a rung of asha, one goes on
 
 
-def execute(study: Study, slots: int) -> None:
+def execute(study: Study, slots: int, mirror: Address | None = None) -> None:
     """Run stages until none is left. A stage that fails does not end the others.
 
     After a stop request in the folder of the sweep, stages end after their step and none starts.
@@ -68,6 +51,8 @@ def execute(study: Study, slots: int) -> None:
     Args:
         study: The sweep.
         slots: Number of stages that the cluster can run at the same time when the sweep starts.
+        mirror: Where nodes find the tokens that do not share the folder of the sweep; None: all
+            nodes share it.
     """
     room = Room(
         study.layout,
@@ -76,6 +61,7 @@ def execute(study: Study, slots: int) -> None:
         newest_step=lambda: 0,
         stop_requested=lambda: stop.requested(study.folder),
         note=lambda kind, message: print(events.note(study.folder, kind, message)["message"]),
+        together=mirror is not None,
     )
     searcher = _StageSearcher(study.progress, slots)
     for name in ("ray.tune", "ray.train", "ray.air"):
@@ -83,13 +69,14 @@ def execute(study: Study, slots: int) -> None:
     scheduler = _asha(study)
     trainable = tune.with_parameters(
         StageTrainable,
-        folder=study.folder.path,
+        folders=places.of_driver(study.folder, Path(), mirror),
+        desk=None if mirror is None else _desk(study.folder),
         layout=study.layout,
         code=own_code.sources(),
         reported_metric=None if scheduler is None else study.metric,
     )
     tuner = tune.Tuner(
-        tune.with_resources(trainable, _resources(study.layout)),
+        tune.with_resources(trainable, _resources(study.layout, together=mirror is not None)),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             num_samples=-1,
@@ -116,12 +103,22 @@ def execute(study: Study, slots: int) -> None:
         shutil.rmtree(study.folder.tune_scratch, ignore_errors=True)
 
 
-def _resources(layout: Layout) -> tune.PlacementGroupFactory:
-    """Return one bundle for each worker of a stage."""
+def _desk(folder: SweepFolder) -> Any:
+    """Start the desk on this machine."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Desk).options(
+        num_cpus=0, max_restarts=-1, max_concurrency=DESK_CALLS, scheduling_strategy=here
+    )
+    return actor.remote(folder.path, own_code.sources())
+
+
+def _resources(layout: Layout, together: bool) -> tune.PlacementGroupFactory:
+    """Return one bundle for each worker of a stage; `together`: all on one node."""
     bundle: dict[str, float] = {"CPU": layout.cpus_per_worker}
     if layout.use_gpu:
         bundle["GPU"] = 1
-    return tune.PlacementGroupFactory([bundle] * layout.num_workers)
+    bundles = [bundle] * layout.num_workers
+    return tune.PlacementGroupFactory(bundles, strategy="STRICT_PACK" if together else "PACK")
 
 
 def _asha(study: Study) -> ASHAScheduler | None:
@@ -201,97 +198,3 @@ class _Ticks(tune.Callback):
             if self.groups is not None and not cluster_grows():
                 self.searcher.slots += groups - self.groups
             self.groups = groups
-
-
-class StageTrainable(tune.Trainable):
-    """The process of rank 0, which runs one stage after the other. It keeps its other workers."""
-
-    def setup(
-        self,
-        config: dict[str, Any],
-        folder: Path,
-        layout: Layout,
-        code: list[own_code.Source],
-        reported_metric: str | None,
-    ) -> None:
-        own_code.register(code)
-        self.sweep = SweepFolder(folder)
-        self.layout = layout
-        self.reported_metric = reported_metric
-        self.stop_requested = stop.Listener(self.sweep)
-        self.crew: Crew | None = None
-        self.lines: Iterator[Line] | None = None
-        self.reported: dict[str, Any] = {}
-        self._begin(config["stage"])
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._abandon()
-        self._begin(new_config["stage"])
-        return True
-
-    def step(self) -> dict[str, Any]:
-        """Train to the end of the stage or, if a metric is reported, to the next evaluation."""
-        if self.lines is None and stop.requested(self.sweep):
-            return {**self.reported, "done": True}
-        if self.problem is not None:
-            return {**self.reported, "done": True, PROBLEM: self.problem}
-        try:
-            is_over = self._train()
-        except Exception as error:
-            # If another rank died, this is only the closed connection to it.
-            if not (isinstance(error, RayActorError) or self._has_lost_a_peer()):
-                from orchestrator.workers.process_group import worker_of
-
-                record_failure(self.folder, worker_of(0, self.layout), error)
-            raise
-        return {**self.reported, "done": True} if is_over else self.reported
-
-    def _has_lost_a_peer(self) -> bool:
-        return self.crew is not None and self.crew.has_lost_a_peer()
-
-    def _train(self) -> bool:
-        """Return True at the end of the stage, False at an evaluation before it."""
-        if self.crew is None:
-            from orchestrator.workers.crew import Crew
-
-            self.crew = Crew(self.layout)
-        # Only the workers import torch.
-        from orchestrator.sweep.stage import run_stage
-
-        if self.lines is None:
-            self.lines = self.crew.run(run_stage, self.folder, self.stop_requested)
-        for line in self.lines:
-            if self.reported_metric not in line or line["step"] == 0:
-                continue
-            self.reported = {TIME: line["step"], METRIC: line[self.reported_metric]}
-            # The scheduler may stop a stage at an evaluation that we report. The last one is
-            # reported at the end of the stage, because the result is written after it.
-            if line["step"] < self.last_step:
-                return False
-        return True
-
-    def cleanup(self) -> None:
-        self.stop_requested.close()
-        self._abandon()
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Do nothing: stages write their own checkpoints."""
-
-    load_checkpoint = save_checkpoint
-
-    def _begin(self, stage: str) -> None:
-        self.folder = self.sweep.stage(stage)
-        self.lines = None
-        self.problem = folder_problem(self.folder.path)
-        spec = read_spec(self.folder)
-        self.last_step = 0 if spec is None else spec.stop
-        self.reported = {TIME: 0, METRIC: math.inf}
-
-    def _abandon(self) -> None:
-        """End a stage that the scheduler stopped, while its other ranks are in a step."""
-        if self.lines is None or inspect.getgeneratorstate(self.lines) == inspect.GEN_CLOSED:  # type: ignore[arg-type]
-            return
-        self.lines.close()  # type: ignore[attr-defined]
-        if self.crew is not None and self.crew.peers:
-            self.crew.disband()
-            self.crew = None

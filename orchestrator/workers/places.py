@@ -6,6 +6,7 @@ they would write.
 """
 
 import socket
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,14 +69,9 @@ def find(config: dict[str, Any], rank: int) -> Places:
     folder = RunFolder(config["folder"])
     data_dir = Path(config["data_dir"])
     mirror = parse("mirror", config["mirror"]) if config.get("mirror") else None
-    if mirror is None:
-        if (folder.read_record() or {}).get("key") != config["key"]:
-            raise UserError(nodes.not_shared(socket.gethostname(), folder.path, "has no run in"))
-        return Places(folder, data_dir)
-    address = mirror / folder.name
-    # This node may have the folder of another driver of this run.
-    mine = RunFolder(scratch_of(mirror) / folder.name)
-    if mine.path == folder.path and State.read(mine, str(address)).token == config["token"]:
+    if mirror is None and (folder.read_record() or {}).get("key") != config["key"]:
+        raise UserError(nodes.not_shared(socket.gethostname(), folder.path, "has no run in"))
+    if mirror is None or has_folder(config):
         return Places(folder, data_dir)
     if rank == 0:
         raise UserError(
@@ -83,8 +79,33 @@ def find(config: dict[str, Any], rank: int) -> Places:
             f"all are on others, such as {socket.gethostname()}; set compute.num_workers to more, "
             f"or storage=… to a folder that all nodes share, and mirror={mirror}"
         )
-    own = RunFolder(cache.use("ranks", address) / folder.name)
+    own = RunFolder(cache.use("ranks", mirror / folder.name) / folder.name)
     make_folder(own.path)
-    if data_dir.parent == folder.path.parent / "data":
-        data_dir = remote.dataset(mirror, data_dir.name)
-    return Places(own, data_dir, is_shared=False)
+    return Places(own, tokens(config, data_dir), is_shared=False)
+
+
+def has_folder(config: dict[str, Any]) -> bool:
+    """Return whether this node has the folder of this driver, and not that of another one."""
+    folder = RunFolder(config["folder"])
+    if not config.get("mirror"):
+        return True
+    mirror = parse("mirror", config["mirror"])
+    mine = RunFolder(scratch_of(mirror) / folder.name)
+    state = State.read(mine, str(mirror / folder.name))
+    return mine.path == folder.path and state.token == config["token"]
+
+
+def tokens(config: dict[str, Any], data_dir: Path) -> Path:
+    """Return the folder of the tokens on a node without the storage; copy them if they are there.
+
+    Tokens elsewhere are at the same path on each node.
+    """
+    if data_dir.parent != Path(config["folder"]).parent / "data":
+        return data_dir
+    return remote.dataset(parse("mirror", config["mirror"]), data_dir.name)
+
+
+def of_process(config: dict[str, Any]) -> Path:
+    """Return a folder for this process alone, on a node without the storage."""
+    mirror = parse("mirror", config["mirror"])
+    return cache.use("stages", mirror / Path(config["folder"]).name / uuid.uuid4().hex)

@@ -180,3 +180,14 @@ def test_growing_cluster_without_a_gpu_needs_explicit_settings():
 )
 def test_recorded_cpus_per_worker_are_kept_if_they_fit(words, nodes, recorded, cpus):
     assert resolved(words, nodes, recorded=recorded).cpus_per_worker == cpus
+
+
+def test_stage_with_workers_on_two_nodes_that_share_nothing_is_refused(monkeypatch):
+    nodes = [Node(1), Node(3)]
+    monkeypatch.setattr(layout, "alive_nodes", lambda: nodes)
+    mirror = "s3://bucket/m"
+    assert layout.capacity(Layout(2, 1, False)) == 2
+    assert layout.capacity(Layout(2, 1, False), mirror) == 1
+    assert layout.capacity(Layout(5, 1, False), mirror) == 0, "nodes may come back"
+    with pytest.raises(UserError, match="no node has room for 4 workers .* mirror=s3://bucket/m$"):
+        layout.capacity(Layout(4, 1, False), mirror)

@@ -24,10 +24,11 @@ def cluster(monkeypatch):
             self.asked: str | None = None
             self.noted: list[tuple[str, str]] = []
 
-        def room(self, *numbers: int) -> Room:
+        def room(self, *numbers: int, together: bool = False) -> Room:
             note = lambda kind, message: self.noted.append((kind, message))  # noqa: E731
             newest = lambda: self.step  # noqa: E731
-            return Room(Layout(2, 1, False), numbers, 100.0, newest, lambda: self.asked, note)
+            asked = lambda: self.asked  # noqa: E731
+            return Room(Layout(2, 1, False), numbers, 100.0, newest, asked, note, together)
 
         def sleep(self, seconds: float) -> None:
             self.now += seconds
@@ -111,6 +112,16 @@ def test_groups_of_workers_follow_the_nodes(cluster):
     cluster.nodes = [Node(0), Node(1)]
     assert room.groups() == 0
     assert [kind for kind, _ in cluster.noted] == ["waiting"]
+
+
+def test_group_that_must_be_on_one_node_has_no_room_on_two(cluster):
+    room = cluster.room(2, together=True)
+    cluster.nodes = [Node(1), Node(3), Node(4)]
+    assert room.groups() == 3
+    cluster.nodes = [Node(1), Node(1)]
+    assert room.groups() == 0
+    [(_, message)] = cluster.noted
+    assert message.startswith("no room for 2 worker(s) on one node with 1 CPU(s) each")
 
 
 def test_only_hosts_that_the_run_saw_alive_are_missing(cluster):

@@ -278,7 +278,7 @@ class Ranks:
                 return
         raise RuntimeError("the workers were started too often")
 
-    def execute(self, study: Any, _slots: int) -> None:
+    def execute(self, study: Any, _slots: int, _mirror: Address | None = None) -> None:
         """Stands for `tune.execute`, with one stage at a time."""
         progress = study.progress
         while True:

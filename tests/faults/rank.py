@@ -111,7 +111,7 @@ def _work(job: dict[str, Any], run_dir: Path) -> None:
 
 
 def _run_stage(folder: RunFolder, worker: Worker, sweep: SweepFolder) -> None:
-    """Do what `tune.StageTrainable` does for a stage."""
+    """Do what `StageTrainable` does for a stage."""
     listener = stop.Listener(sweep) if worker.is_main else None
     try:
         for _ in run_stage(folder, worker, listener or _not_asked):

@@ -17,6 +17,8 @@ from orchestrator.cluster import layout as launch
 from orchestrator.cluster.layout import Layout
 from orchestrator.data.batches import Batches, TokenStream
 from orchestrator.data.dataset import FILE, load_manifest, write_manifest
+from orchestrator.objects import cache
+from orchestrator.objects.address import parse
 from orchestrator.runs import events, journal
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import SweepFolder
@@ -27,6 +29,7 @@ from orchestrator.sweep.trials import data_key
 from orchestrator.workers import marks
 from orchestrator.workers.watch import Watch
 
+NOT_HERE = parse("mirror", "s3://bucket/mirror")  # no folder here is the scratch of this storage
 ONE, TWO = Layout(1, 1, False), Layout(2, 1, False)
 FORK = [
     "sweep.grid.schedule.max_lr=[1e-2]",
@@ -45,7 +48,7 @@ def on_ray(ray_cluster) -> Callable:
     """Return a function that runs a study as `SweepJob` does, and returns what it observed."""
 
     def run(
-        study: Study, layout: Layout, slots: int, tick: Callable = lambda: None
+        study: Study, layout: Layout, slots: int, tick: Callable = lambda: None, mirror=None
     ) -> SimpleNamespace:
         study.layout = layout
         progress = study.progress
@@ -63,7 +66,7 @@ def on_ray(ray_cluster) -> Callable:
         if layout.num_workers == 1:
             progress.ended = with_pid
         with Watch(study.folder, progress.running):
-            sweep.execute(study, slots)
+            sweep.execute(study, slots, mirror)
         report.finish(Ending("done"), 1.0)
         assert not progress.states.pending
         return SimpleNamespace(
@@ -262,6 +265,45 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+# ---- processes without the folder of the sweep ----
+@pytest.mark.parametrize("victims", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_processes_that_share_no_folder_give_the_bits_also_if_one_is_lost(
+    sweeps, on_ray, ray_head, victims
+):
+    """Two workers each. One is killed, with what its machine has written; then the desk is."""
+    study = sweeps.open(*FORK, "train.max_steps=60")
+    head, killed = ray_head.pid, []
+
+    def training() -> list:
+        """Return the stages that have a checkpoint of a process that still trains."""
+        found = [(stage, marks.read(stage)) for stage in study.folder.stages()]
+        return [
+            (stage, ranks[0].pid)
+            for stage, ranks in found
+            if ranks and not ranks[0].is_over and stage.checkpoint_steps()
+        ]
+
+    def tick() -> None:
+        if not killed and training():
+            stage, pid = training()[0]
+            killed.append(pid)
+            os.kill(pid, signal.SIGKILL)
+            [own] = (cache.root() / "stages").glob(f"*/sweep/stages/{stage.name}/stage.json")
+            shutil.rmtree(own.parents[3])
+        elif len(killed) == 1 < victims and events.read(study.folder) and training():
+            [desk] = [pid for pid in descendants(head) if title(pid).startswith("ray::Desk")]
+            killed.append(desk)
+            os.kill(desk, signal.SIGKILL)
+
+    on_ray(study, TWO, slots=2, tick=tick, mirror=NOT_HERE)
+    assert len(killed) == victims
+    assert_alone(sweeps, study)
+    restarts = events.read(study.folder)
+    assert len(restarts) >= victims and {event["kind"] for event in restarts} == {"restart"}
+    assert all("died without a traceback" in event["message"] for event in restarts)
+    assert not list((cache.root() / "stages").rglob("step-*/model*")), "scratch stays"
+
+
 # ---- a worker that hangs ----
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [pytest.param(ONE, id="rank 0"), pytest.param(TWO, id="rank 1")])
@@ -308,14 +350,15 @@ def test_stopped_worker_is_killed_and_its_stage_continues_from_its_checkpoint(
 
 
 # ---- asha ----
-def test_asha_stops_trials_for_good_and_does_not_change_the_others(sweeps, on_ray):
+@pytest.mark.parametrize("mirror", [None, pytest.param(NOT_HERE, marks=pytest.mark.slow)])
+def test_asha_stops_trials_for_good_and_does_not_change_the_others(sweeps, on_ray, mirror):
     words = [
         "sweep.grid.schedule.max_lr=[1e-2, 1e-5, 1e-6, 1e-7]",
         "train.max_steps=45",
         "sweep.stop=asha",
     ]
     study = sweeps.open(*words)
-    seen = on_ray(study, ONE, slots=1)
+    seen = on_ray(study, ONE, slots=1, mirror=mirror)
     states = seen.states
     assert set(states.values()) == {"done", "stopped"}
     assert states["max_lr-0.01"] == "done"  # it reaches every rung first, and is the best

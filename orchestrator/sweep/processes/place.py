@@ -1,0 +1,47 @@
+"""Where a process trains its stages."""
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from orchestrator.cluster.nodes import folder_problem
+from orchestrator.runs.folder import SweepFolder
+
+Call = Callable[..., Any]  # calls a method of the desk: its name and its arguments
+
+
+class Place:
+    """Trains stages in the folder of the sweep.
+
+    Args:
+        sweep: The folder.
+        call: Calls the desk, which ends the turn of a process on another machine; None: there is
+            no desk.
+
+    Attributes:
+        sweep: The folder of the sweep, or one of this machine with the stages of this process.
+    """
+
+    def __init__(self, sweep: SweepFolder, call: Call | None) -> None:
+        self.sweep = sweep
+        self._call = call
+
+    def problem(self, stage: str) -> str | None:
+        """Return why a stage cannot be trained here; None if it can."""
+        return folder_problem(self.sweep.stage(stage).path)
+
+    def begin(self, stage: str) -> bool:
+        """Prepare the folder of a stage. Return False if the stage has its result."""
+        return self._call is None or self._call("begin", stage, uuid.uuid4().hex, False) is not None
+
+    def sync(self) -> None:
+        """Bring what is complete to the folder of the sweep, up to the last line."""
+
+    def finish(self) -> None:
+        """Do the same, and the result, after the process has ended its stage."""
+
+    def give_up(self) -> None:
+        """Do the same, as far as possible, after an error."""
+
+    def close(self) -> None:
+        """End: this process trains no more stages."""

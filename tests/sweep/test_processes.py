@@ -1,0 +1,286 @@
+"""Stages on machines that do not have the folder of the sweep. The desk is called without Ray."""
+
+import json
+import random
+import shutil
+
+import pytest
+
+from orchestrator import lines
+from orchestrator.config.experiment import load_experiment
+from orchestrator.errors import HeldError, UserError
+from orchestrator.runs import journal, lock, stop
+from orchestrator.runs.folder import RunFolder
+from orchestrator.sweep import progress as progress_module
+from orchestrator.sweep.processes import away, desk
+from orchestrator.sweep.processes.away import Away
+from orchestrator.sweep.processes.desk import Desk, LostTurnError
+from orchestrator.sweep.processes.place import Place
+from orchestrator.sweep.report.files import SweepFiles
+from orchestrator.sweep.stage import run_stage
+from orchestrator.train.loop import train as train_alone
+from orchestrator.train.numerics import Worker
+from orchestrator.workers.attempts import record_failure
+from tests.helpers.fixtures import Killed
+
+TREE = [
+    "sweep.trials.wsd.schedule.kind=wsd",
+    "sweep.trials.linear.schedule.decay_shape=linear",
+    "sweep.trials.short.train.max_steps=14",
+    "sweep.trials.constant-13={schedule.kind: constant, train.max_steps: 13}",
+    "sweep.trials.peak.schedule.max_lr=5e-3",
+]
+
+
+MOMENTS = ("before_call", "before_write", "after_call")
+
+
+class Machines:
+    """Machines that train the stages of a sweep in turn: that of the command, and others.
+
+    Args:
+        sweep: Folder of the sweep.
+        path: Disks of the other machines.
+    """
+
+    def __init__(self, sweep, path, monkeypatch):
+        self.sweep = sweep
+        self.path = path
+        self.monkeypatch = monkeypatch
+        self.desk = Desk(sweep.path, [])
+        self.before_call = lambda method: None
+        self.after_call = lambda method: None
+        self.before_write = lambda file: None
+        write = desk._write
+        noted = lambda *args: (self.before_write(args[0]), write(*args))  # noqa: E731
+        monkeypatch.setattr(desk, "_write", noted)
+        self.calls = []
+        self.seen = {}  # lines of each journal of the sweep, at any time
+
+    def call(self, method, *args):
+        self.calls.append(method)
+        self.before_call(method)
+        result = getattr(self.desk, method)(*args)
+        for stage in self.sweep.stages():
+            self.seen.setdefault(stage.name, set()).update(lines.read(stage.journal_file))
+        self.after_call(method)
+        return result
+
+    def here(self):
+        return Place(self.sweep, self.call)
+
+    def away(self, name="other"):
+        self.monkeypatch.setenv("XDG_CACHE_HOME", str(self.path / name))
+        config = {"folder": str(self.sweep.path), "mirror": "s3://bucket/m", "token": "driver"}
+        return Away(config, self.call)
+
+    def lose(self, name="other"):
+        shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def run(self, study, place_of):
+        """Run all stages; `place_of` is called before each. Return how often one was killed."""
+        progress = study.progress
+        report = SweepFiles(study)
+        report.write_figure = lambda: None
+        progress.on_stage_end = report.stage_ended
+        report.begin()
+        kills = 0
+        while (stage := progress.next()) is not None:
+            try:
+                train(place_of(), stage)
+            except Killed:
+                kills += 1
+                self.lose()
+                progress.ended(stage, died=True)
+            else:
+                progress.ended(stage, died=False)
+        return kills
+
+
+def train(place, stage, stop_requested=lambda: False):
+    """Train a stage as `StageTrainable` does. Return the lines."""
+    found = []
+    if not place.begin(stage):
+        return found
+    generator = run_stage(place.sweep.stage(stage), Worker(cpus=1), stop_requested)
+    try:
+        for line in generator:
+            found.append(line)
+            place.sync()
+    finally:
+        generator.close()
+    place.finish()
+    return found
+
+
+@pytest.fixture
+def study(sweeps, monkeypatch):
+    monkeypatch.setattr(away, "PERIOD_S", 1000.0)  # `train` sends after each line
+    monkeypatch.setattr(away, "PIECE_BYTES", 40_000)  # a checkpoint has several
+    return sweeps.open(*TREE)
+
+
+@pytest.fixture
+def machines(study, tmp_path, monkeypatch):
+    return Machines(study.folder, tmp_path / "disks", monkeypatch)
+
+
+def test_two_machines_give_the_bits_and_the_steps_of_one(sweeps, study, machines):
+    places = [machines.here(), machines.away()]
+    taken = []
+
+    def place():
+        taken.append(places[len(taken) % 2])
+        return taken[-1]
+
+    assert machines.run(study, place) == 0
+    for name in study.trials:
+        assert sweeps.outcome(study.folder.trial(name)) == sweeps.alone(study, name), name
+    results = [json.loads(stage.result_file.read_text()) for stage in study.folder.stages()]
+    assert sum(result["steps_run"] for result in results) == study.tree.steps_in_tree
+    assert len(results) > 4 and machines.calls.count("read") > 4
+    kept = {stage.name: stage.checkpoint_steps() for stage in study.folder.stages()}
+    alone = sweeps.open(*TREE, name="one")
+    sweeps.run(alone)
+    assert kept == {stage.name: stage.checkpoint_steps() for stage in alone.folder.stages()}
+    places[1].close()
+    assert not [
+        path for path in machines.path.rglob("*") if path.name == "stages" and any(path.iterdir())
+    ]
+
+
+def test_trial_without_steps_ends_on_another_machine(sweeps, study, machines):
+    """A trial that is added ends where a stage of the sweep ended."""
+    machines.run(study, machines.away)
+    trunk = study.tree.stages_of("short")[0].stop
+    more = f"sweep.trials.added={{schedule.kind: constant, train.max_steps: {trunk}}}"
+    again = sweeps.open(*TREE, more)
+    [stage] = [again.tree.by_id[id_] for id_ in again.tree.to_run]
+    assert again.tree.cost(stage) == 0
+    machines.run(again, machines.away)
+    assert machines.calls.count("take") > 1
+    assert sweeps.outcome(again.folder.trial("added")) == sweeps.alone(again, "added")
+
+
+def test_sweep_that_branches_off_a_run_gets_its_state(sweeps, machines, tiny_dataset):
+    run = RunFolder(sweeps.folder / "source")
+    run.path.mkdir()
+    words = ["name=source", f"data.dir={tiny_dataset}", *sweeps.small, "schedule.kind=constant"]
+    experiment = load_experiment(None, words)
+    run.experiment_file.write_text(experiment.to_yaml())
+    train_alone(experiment, run, tiny_dataset)
+    branch = sweeps.open(
+        "sweep.trials.wsd.train.max_steps=26", "sweep.from=source@16", name="branch"
+    )
+    others = Machines(branch.folder, machines.path, machines.monkeypatch)
+    others.run(branch, others.away)
+    assert others.calls.count("read") > 1
+    assert sweeps.outcome(branch.folder.trial("wsd")) == sweeps.alone(branch, "wsd")
+
+
+@pytest.mark.parametrize(
+    "seed", [6, 10, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(20, 40))]
+)
+def test_lost_machines_change_no_bit_and_lose_no_line(sweeps, study, machines, monkeypatch, seed):
+    """A machine is lost before a call of the desk, while it writes, or after the call."""
+    monkeypatch.setattr(progress_module, "PATIENCE", 100)
+    rng = random.Random(seed)
+    left = [rng.randint(1, 12)]
+
+    def die(_):
+        left[0] -= 1
+        if left[0] <= 0:
+            left[0] = rng.randint(1, 30)
+            raise Killed
+
+    def place():
+        moment = rng.choice(MOMENTS)
+        for name in MOMENTS:
+            setattr(machines, name, lambda _: None)
+        if rng.random() < 0.2:
+            return machines.here()
+        setattr(machines, moment, die)
+        return machines.away()
+
+    kills = machines.run(study, place)
+    assert kills >= 4
+    for name in study.trials:
+        assert sweeps.outcome(study.folder.trial(name)) == sweeps.alone(study, name), name
+    for stage in study.folder.stages():
+        kept = set(lines.read(stage.journal_file))
+        for aside in journal.asides(stage):
+            kept |= set(lines.read(aside.path))
+        assert machines.seen[stage.name] <= kept
+
+
+def test_process_that_lost_its_turn_writes_nothing(study, machines):
+    stage = study.progress.next()
+    first, second = machines.away("first"), machines.away("second")
+    assert first.begin(stage)
+    with pytest.raises(HeldError), lock.held(study.folder.stage(stage).writer_lock, 0.1):
+        pass
+    assert second.begin(stage)
+    (first.folder.path / "stopped.json").write_text("{}")
+    with pytest.raises(LostTurnError):
+        first.sync()
+    first.give_up()
+    assert not study.folder.stage(stage).ending_file.exists()
+    second.give_up()
+    with lock.held(study.folder.stage(stage).writer_lock, 0.1):
+        pass
+
+
+def test_stop_request_reaches_the_other_machine(sweeps, study, machines):
+    stage = study.progress.next()
+    place = machines.away()
+
+    def ask(method):
+        if machines.calls.count("commit") == 1:
+            stop.request(study.folder, "SIGTERM")
+
+    machines.after_call = ask
+    train(place, stage, lambda: stop.requested(place.sweep) is not None)
+    folder = study.folder.stage(stage)
+    assert folder.read_ending().kind == "again"
+    assert 0 < max(folder.checkpoint_steps()) < study.tree.by_id[stage].stop
+    study.progress.ended(stage, died=False)
+    assert study.progress.failures == {}
+    stop.clear(study.folder)
+    again = sweeps.open(*TREE)
+    sweeps.run(again)
+    for name in again.trials:
+        assert sweeps.outcome(again.folder.trial(name)) == sweeps.alone(again, name), name
+
+
+def test_full_disk_of_the_command_is_one_line(study, machines, monkeypatch):
+    stage = study.progress.next()
+
+    def full(file, start, data):
+        raise OSError(28, "No space left on device", str(file))
+
+    monkeypatch.setattr(desk, "_write", full)
+    with pytest.raises(OSError, match="No space"):
+        train(machines.away(), stage)
+    study.progress.ended(stage, died=True)
+    assert study.progress.full_disk.startswith("the disk is full")
+
+
+def test_error_of_another_machine_is_the_reason_and_a_stage_with_a_result_does_not_begin(
+    study, machines, monkeypatch
+):
+    stage = study.progress.next()
+    place = machines.away()
+
+    def missing(*_):
+        raise UserError("s3://bucket/m/data/x: has no tokens")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(away.places, "tokens", missing)
+        with pytest.raises(UserError) as error:
+            train(place, stage)
+    record_failure(place.folder, Worker(), error.value)
+    place.give_up()
+    study.progress.ended(stage, died=True)
+    assert study.progress.failures[stage].reason == "s3://bucket/m/data/x: has no tokens"
+    other = study.progress.next()
+    assert train(machines.away(), other) and not train(machines.away(), other)

@@ -2,8 +2,9 @@
 
 import contextlib
 import fcntl
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,7 @@ from orchestrator.runs.storage import mirror_of, run_places, scratch_of, storage
 
 TRIES = 5  # while a run that goes on removes objects
 Checkpoints = Literal["none", "newest", "all"]
+_returned: set[Path] = set()  # folders of the cache with paths that `here` has returned
 
 _mirrors: dict[Path, Address] = {}  # by the folder that has the copy of a run
 
@@ -117,18 +119,26 @@ def _copy(
     paths = list(_wanted(content, below, checkpoints))
     sizes = {path: sum(part.size for part in content.files[path]) for path in paths}
     with _copying(unit):
-        for checkpoint in folder.rglob("step-*"):
-            name = os.path.relpath(checkpoint, folder)
-            if step_of(checkpoint) is not None and not any(content.below(name)):
-                checkpoint_folders.remove(checkpoint)  # the run has removed it
+        here = [path for path in folder.rglob("step-*") if step_of(path) is not None]
+        removed = [path for path in here if not any(content.below(os.path.relpath(path, folder)))]
+        _remove(removed)  # by the run
+        needed = {(folder / path).parent for path in paths}
+        spare = [path for path in here if path not in {*needed, *removed} and unit not in _returned]
         missing = [path for path in paths if not _has_size(folder / path, sizes[path])]
-        cache.make_room(unit, sum(sizes[path] for path in missing))
+        size = sum(sizes[path] for path in missing)
+        cache.make_room(unit, size, functools.partial(_remove, spare))
         download.pull(store, address, content, folder, paths)
         download.link(content, folder)
         if data:
             for name in content.data:
                 _add_dataset(store, address.parent, name, unit)
+    _returned.add(unit)
     return folder / below if below else folder
+
+
+def _remove(checkpoints: Iterable[Path]) -> None:
+    for path in checkpoints:
+        checkpoint_folders.remove(path)
 
 
 def dataset(mirror: Address, name: str) -> Path:

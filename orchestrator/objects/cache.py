@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -92,12 +93,14 @@ def _use(folder: Path) -> Path:
     return folder
 
 
-def make_room(folder: Path, size: int) -> None:
+def make_room(folder: Path, size: int, give_up: Callable[[], object] | None = None) -> None:
     """Remove copies that no process uses until there is room for new ones.
 
     Args:
         folder: Folder that gets them, see `use`.
         size: Their bytes.
+        give_up: Removes what this process does not need of `folder`. It is called last, and only
+            if no other process uses the folder.
 
     Raises:
         UserError: They are larger than the cache may be.
@@ -111,6 +114,9 @@ def make_room(folder: Path, size: int) -> None:
                 return
             if other not in _held and _remove(other):
                 sizes[other] = 0
+        if sum(sizes.values()) + size > limit and give_up is not None:
+            _give_up(folder, give_up)
+            sizes[folder] = folders.folder_bytes(folder)
     if sum(sizes.values()) + size > limit:
         raise UserError(
             f"{folder}: no room for {size / 1e9:,.1f} GB more, the cache may have "
@@ -149,6 +155,17 @@ def _remove(folder: Path) -> bool:
         return False
     shutil.rmtree(removed, ignore_errors=True)
     return True
+
+
+def _give_up(folder: Path, give_up: Callable[[], object]) -> None:
+    """Call `give_up` unless another process uses the folder too.
+
+    The lock is lost for a moment, but no process removes the folder: it would have to make room.
+    """
+    with contextlib.suppress(OSError):  # another process uses it
+        files.lock(_held[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        give_up()
+    files.lock(_held[folder], fcntl.LOCK_SH)
 
 
 def _is_at(file: TextIO, folder: Path) -> bool:

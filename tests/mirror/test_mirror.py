@@ -1,5 +1,6 @@
 """A mirror: copying and removing, faults of the store, and commands that read."""
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -340,8 +341,9 @@ def test_address_of_a_run_is_copied_with_its_newest_checkpoint(run, bucket, tmp_
     assert found.journal_file.read_text() == "longer\n"
 
 
-def test_newer_checkpoint_takes_the_room_of_one_that_the_run_has_removed(
-    run, bucket, tmp_path, monkeypatch
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_newer_checkpoint_takes_the_room_of_an_older_one(
+    run, bucket, tmp_path, monkeypatch, is_kept
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv(cache.VARIABLE, "0.0000025")  # 2,500 bytes; a checkpoint has 1,300
@@ -349,8 +351,18 @@ def test_newer_checkpoint_takes_the_room_of_one_that_the_run_has_removed(
     address = f"{bucket.address}/m/run"
     assert RunFolder(remote.here(address)).checkpoint_steps() == [4]
     add_checkpoint(run, 8)
-    shutil.rmtree(run.checkpoint(4))
+    if not is_kept:
+        shutil.rmtree(run.checkpoint(4))
     copy(run, bucket)
+    if is_kept:
+        with pytest.raises(UserError, match="no room"):  # this process has the path of the other
+            remote.here(address)
+        monkeypatch.setattr(remote, "_returned", set())  # as if another process had it
+        [file] = [file for folder, file in cache._held.items() if tmp_path in folder.parents]
+        with open(file.name) as other:
+            fcntl.flock(other, fcntl.LOCK_SH)
+            with pytest.raises(UserError, match="no room"):
+                remote.here(address)
     assert RunFolder(remote.here(address)).checkpoint_steps() == [8]
 
 

@@ -41,6 +41,7 @@ MODULES = (
     "orchestrator/train/numerics.py",
     "orchestrator/train/ranks/exchange.py",
     "orchestrator/train/ranks/layout.py",
+    "orchestrator/train/ranks/regions.py",
     "orchestrator/train/ranks/shards.py",
     "orchestrator/train/ranks/slots.py",
     "orchestrator/train/state.py",

@@ -10,7 +10,7 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.checks import is_sharded
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost import cache, process
-from orchestrator.cost.timing import Timing, phase_bytes, state_bytes
+from orchestrator.cost.timing import Timing, phase_bytes, regions_of_vector, state_bytes
 from orchestrator.machine import gpus
 from orchestrator.own_code import sources
 from orchestrator.runs.facts import model_facts
@@ -112,8 +112,9 @@ def _shared_gib(alone_gib: float, experiment: Experiment, n_vocab: int, layout: 
     backward, exchange = phase_bytes(experiment, facts, count)
     if layout.use_gpu:  # no activations in the exchange
         return max(alone_gib + (backward - alone) / 2**30, exchange / 2**30)
-    # On a CPU, gloo gathers into a vector of its own; a sharded worker sends a copy of its part.
-    vector = 4 * facts["parameters"]
+    # On a CPU, gloo gathers into a vector of its own, one for each region; a sharded worker sends a
+    # copy of its part.
+    vector = 4 * max(regions_of_vector(experiment, facts, count).sizes)
     sent = backward + vector / count if is_sharded(experiment, count) else exchange
     # And a copy of the state becomes a checkpoint: each worker has a part.
     copied = state_bytes(experiment, facts) * (1 - 1 / count)

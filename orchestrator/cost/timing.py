@@ -7,7 +7,8 @@ from model.optim import OPTIMIZERS
 from orchestrator.config.checks import is_sharded
 from orchestrator.config.experiment import Experiment
 from orchestrator.runs.facts import ModelFacts
-from orchestrator.train.ranks.slots import most_vectors
+from orchestrator.train.ranks.regions import Regions, deal_matrices, regions_of
+from orchestrator.train.ranks.slots import most_vectors, slots_of_shards
 
 # From launch to the first step, and from the last one to the end, a run takes as long as this many
 # starts of one process: the worker imports Ray Train as well, while the driver imports MLflow.
@@ -114,15 +115,32 @@ def phase_bytes(experiment: Experiment, facts: ModelFacts, num_workers: int) -> 
 
     Autocast keeps 2 bytes per parameter in the backward pass.
     """
-    vector = 4 * facts["parameters"]
-    moments = _moment_bytes(experiment, facts)
+    regions = regions_of_vector(experiment, facts, num_workers)
+    vector = 4 * sum(regions.sizes)
     state = state_bytes(experiment, facts)
-    backward, exchange = most_vectors(experiment, num_workers)
+    shares = [size / sum(regions.sizes) for size in regions.sizes]
+    backward, exchange = most_vectors(experiment, num_workers, shares)
     if is_sharded(experiment, num_workers):
-        state += moments // num_workers - moments
+        # The weights lie in a vector as well.
+        state += vector - 4 * facts["parameters"] - _moment_bytes(experiment, facts)
+        moments = OPTIMIZERS[experiment.optim.kind].moments
+        state += 4 * moments["embedding"] * regions.sizes[0] // num_workers
+        state += 4 * moments["matrix"] * regions.area
+    in_backward = backward * vector
     if experiment.train.dtype != "float32":
-        backward += 0.5
-    return state + int(backward * vector), state + int(exchange * vector)
+        in_backward += 2 * facts["parameters"]
+    return state + int(in_backward), state + int(exchange * vector)
+
+
+def regions_of_vector(experiment: Experiment, facts: ModelFacts, num_workers: int) -> Regions:
+    """Return the regions of the gradients of a worker, which are on one node."""
+    matrices = facts["matrix_sizes"] if experiment.optim.kind == "muon" else []
+    slots = deal_matrices(matrices, experiment.slots)
+    return regions_of(
+        [facts["parameters"] - sum(matrices)],
+        list(zip(matrices, slots, strict=True)),
+        slots_of_shards(experiment, num_workers),
+    )
 
 
 def steps_seconds(experiment: Experiment, timing: Timing, start: int, stop: int) -> float:

@@ -1,6 +1,7 @@
 """Facts about a run for MLflow: fields, model size, dataset, sources."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -37,6 +38,7 @@ class ModelFacts(DecayFacts):
     parameters: int
     parameters_without_positions: int
     matrix_parameters: int  # of the group "matrix"; 0 if the model has no groups
+    matrix_sizes: list[int]  # of each matrix of this group
     flops_per_token: int | None  # forward and backward; None: the model does not say
 
 
@@ -52,7 +54,8 @@ def facts_of(
     """
     params = experiment.flat()
     for name, value in model_facts(experiment, dataset.tokenizer["n_vocab"]).items():
-        params[f"derived.{name}"] = value
+        if name != "matrix_sizes":
+            params[f"derived.{name}"] = value
     if experiment.train.batch_schedule is None:
         params["derived.tokens_per_step"] = experiment.tokens_per_step
     params["derived.reduction_slots"] = experiment.slots
@@ -100,6 +103,7 @@ def model_facts(experiment: Experiment, n_vocab: int) -> ModelFacts:
         "parameters_without_positions": count - flops.position_parameters(config),
         **_decay_facts(decayed),
         "matrix_parameters": sum(sizes["matrix"]),
+        "matrix_sizes": sizes["matrix"],
         "flops_per_token": flops.flops_per_token(config),
     }
 
@@ -126,16 +130,17 @@ def _facts_of(experiment: Experiment, config: "Config") -> ModelFacts:
 
     model = models.empty_model(experiment.model.kind, config)
     count = sum(parameter.numel() for parameter in model.parameters())
-    matrices = 0
+    names: Sequence[str] = []
     if isinstance(model, HasParameterGroups):
         names = model.parameter_groups().get("matrix", [])
-        matrices = sum(model.get_parameter(name).numel() for name in names)
+    matrices = [model.get_parameter(name).numel() for name in names]
     return {
         "vocab_size": config.vocab_size,
         "parameters": count,
         "parameters_without_positions": count,
         **_decay_of(experiment, model),
-        "matrix_parameters": matrices,
+        "matrix_parameters": sum(matrices),
+        "matrix_sizes": matrices,
         "flops_per_token": (
             model.flops_per_token(config.block_size) if isinstance(model, HasFlops) else None
         ),

@@ -11,21 +11,31 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import optim
+from model.muon import MuonAdamW
 from orchestrator.cluster.layout import WORKER_ENVIRONMENT, Layout
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.cost import timing
 from orchestrator.cost.measure import time_worker
 from orchestrator.cost.process import SOURCES
+from orchestrator.runs.facts import model_facts
 from orchestrator.train.gradients import Gradients
-from orchestrator.train.ranks import layout
+from orchestrator.train.ranks import regions
 from orchestrator.train.ranks.exchange import Exchange
+from orchestrator.train.ranks.layout import deal_matrices
 from orchestrator.train.ranks.slots import adds_pairs, deal_in_rounds, rounds_of, subtrees
 from tests.helpers.allocated import Allocated
 from tests.helpers.groups import ZerosFromOthers
 
 PIECE = 1 << 17
 PARAMETERS = 336 * PIECE  # whole pieces for each worker, if there are not 5
-FACTS = {"parameters": PARAMETERS, "matrix_parameters": 0}
+FACTS = {"parameters": PARAMETERS, "matrix_parameters": 0, "matrix_sizes": []}
+# The matrices of GPT-2 124M, which has nearly as many other numbers.
+MATRICES = [3 * 768**2, 768**2, 4 * 768**2, 4 * 768**2] * 12
+MUON_FACTS = {
+    "parameters": PARAMETERS + sum(MATRICES),
+    "matrix_parameters": sum(MATRICES),
+    "matrix_sizes": MATRICES,
+}
 
 
 BASE = ["data.tokenizer=char", "train.dtype=float32", "train.micro_batch_size=1"]
@@ -41,14 +51,32 @@ def experiment_of(slots: int, *words: str) -> Experiment:
 
 @pytest.fixture(autouse=True)
 def few_pieces(monkeypatch):
-    monkeypatch.setattr(layout, "LEAST_PIECE", PIECE)
+    monkeypatch.setattr(regions, "LEAST_PIECE", PIECE)
+
+
+@pytest.fixture(autouse=True)
+def only_moments(monkeypatch):
+    """Let Muon keep its moments, without the memory that orthogonalising takes for a while."""
+
+    def keep(self: MuonAdamW, params: list[torch.Tensor], group: object) -> None:
+        for param in params:
+            if not self.state[param]:
+                self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+
+    monkeypatch.setattr(MuonAdamW, "_muon", keep)
 
 
 def allocated(experiment: Experiment, ranks: int, rank: int, is_sharded: bool) -> tuple[int, int]:
     """Return the most bytes in the backward pass of a second step, and in the whole step."""
     with FakeTensorMode(), Allocated() as found:
         weights = [nn.Parameter(torch.zeros(PARAMETERS // 4)) for _ in range(4)]
-        optimizer = optim.adamw([{"params": weights}], experiment.optimizer_settings())
+        optimizer: torch.optim.Optimizer
+        if experiment.optim.kind == "muon":
+            matrices = [nn.Parameter(torch.zeros(size // 768, 768)) for size in MATRICES]
+            optimizer = MuonAdamW([{"params": weights}, {"params": matrices, "muon": True}])
+            weights = [*weights, *matrices]
+        else:
+            optimizer = optim.adamw([{"params": weights}], experiment.optimizer_settings())
         rounds = rounds_of(experiment, ranks)
         exchange = Exchange(
             experiment.slots, rank, ranks * "A", lambda _: ZerosFromOthers(), rounds
@@ -57,7 +85,8 @@ def allocated(experiment: Experiment, ranks: int, rank: int, is_sharded: bool) -
             weights,
             experiment.micro_batches,
             exchange,
-            sharded_by=optimizer if is_sharded else None,
+            deal_matrices(optimizer, experiment.slots),
+            optimizer if is_sharded else None,
             pairs=adds_pairs(experiment),
         )
         for step in range(2):
@@ -77,11 +106,19 @@ def allocated(experiment: Experiment, ranks: int, rank: int, is_sharded: bool) -
 
 
 def largest(experiment: Experiment, ranks: int, is_sharded: bool = True) -> tuple[int, int]:
-    """Return `allocated` of the rank that has the most; ranks with slots of one kind are equal."""
-    kinds = {}
+    """Return `allocated` of the rank that has the most.
+
+    Ranks with slots of one kind are equal but for their matrices.
+    """
     dealt = deal_in_rounds(experiment.slots, [ranks], rounds_of(experiment, ranks))
-    for rank, mine in enumerate(dealt):
-        kinds[tuple(tuple(size for _, size in subtrees(numbers)) for numbers in mine)] = rank
+    matrices = list(zip(MATRICES, regions.deal_matrices(MATRICES, experiment.slots), strict=True))
+    loads = [
+        sum(size for size, slot in matrices if any(slot in numbers for numbers in mine))
+        for mine in dealt
+    ]
+    kinds = {}
+    for rank in sorted(range(ranks), key=loads.__getitem__):
+        kinds[tuple(tuple(size for _, size in subtrees(numbers)) for numbers in dealt[rank])] = rank
     found = [allocated(experiment, ranks, rank, is_sharded) for rank in kinds.values()]
     return max(first for first, _ in found), max(last for _, last in found)
 
@@ -99,6 +136,33 @@ def test_estimate_is_what_the_largest_rank_allocates(slots, ranks, per_slot):
     _, most = largest(experiment, ranks, is_sharded=ranks > 1)
     expected = timing.worker_bytes(experiment, FACTS, ranks)
     assert most == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "size"),
+    [(1, 33.3), (2, 28.6), (3, 32.0), (4, 20.0), (8, 15.7), (16, 14.5), (64, 17.3)],
+)
+def test_estimate_of_muon_has_its_matrices_as_they_are_dealt_out(ranks, size):
+    experiment = experiment_of(64, "optim.kind=muon")
+    _, most = largest(experiment, ranks, is_sharded=ranks > 1)
+    expected = timing.worker_bytes(experiment, MUON_FACTS, ranks)
+    assert most == pytest.approx(expected, rel=0.005)
+    assert expected / MUON_FACTS["parameters"] == pytest.approx(size, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "vector", "size"),
+    [(2, 1.0, 28.6), (4, 1.04, 21.0), (8, 1.15, 17.1), (16, 1.15, 16.2), (64, 1.53, 17.3)],
+)
+def test_bytes_of_gpt2_with_muon_are_those_of_the_documents(monkeypatch, ranks, vector, size):
+    monkeypatch.setattr(regions, "LEAST_PIECE", 1 << 14)
+    words = ["optim.kind=muon", "train.dtype=bfloat16"]
+    experiment = load_experiment("configs/gpt2-124m.yaml", words)
+    facts = model_facts(experiment, 50257)
+    found = timing.regions_of_vector(experiment, facts, ranks)
+    assert sum(found.sizes) / facts["parameters"] == pytest.approx(vector, abs=0.005)
+    expected = timing.worker_bytes(experiment, facts, ranks)
+    assert expected / facts["parameters"] == pytest.approx(size, abs=0.05)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])

@@ -15,8 +15,10 @@ from orchestrator.runs.folder import RunFolder
 from orchestrator.train.gradients import Gradients
 from orchestrator.train.loop import train
 from orchestrator.train.numerics import Worker
+from orchestrator.train.ranks import regions
 from orchestrator.train.ranks.exchange import Exchange
-from orchestrator.train.ranks.layout import ALIGNMENT, deal_matrices
+from orchestrator.train.ranks.layout import Layout, deal_matrices
+from orchestrator.train.ranks.regions import ALIGNMENT
 from orchestrator.train.ranks.slots import adds_pairs, rounds_of
 from tests.helpers import train_rank
 from tests.helpers.allocated import Allocated
@@ -113,6 +115,45 @@ def test_each_number_is_in_the_segments_of_one_rank(kind, world):
             assert param.data_ptr() % 64 == 0
     assert all(bool((count == 1).all()) for count in counts.values())
     assert len(sizes) == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "most"),
+    [
+        ("AA", 1.001),
+        ("AAA", 1.02),
+        ("AAAA", 1.04),
+        ("AABB", 1.04),
+        ("A" * 8, 1.16),
+        ("A" * 8 + "B" * 8, 1.16),
+        ("A" * 32, 1.39),
+        ("A" * 64, 1.54),
+    ],
+)
+def test_matrices_of_gpt2_in_64_slots_lengthen_the_vector_as_documented(nodes, most):
+    experiment = load_experiment("configs/gpt2-124m.yaml", ["optim.kind=muon"])
+    with torch.device("meta"):
+        model = experiment.new_model(50257)
+    optimizer = optim.build("muon", model, experiment.optimizer_settings())
+    exchange = Exchange(64, 0, nodes, rounds=rounds_of(experiment, len(nodes)))
+    params = list(model.parameters())
+    layout = Layout(params, exchange, 1, deal_matrices(optimizer, 64), sharded=True)
+    assert 1 <= layout.size / sum(param.numel() for param in params) <= most
+
+
+@pytest.mark.parametrize("slots", [1, 4, 64])
+def test_order_of_equal_slots_does_not_change_which_matrices_share_one(slots):
+    sizes = [12, 4, 16, 16] * 9 + [5, 7]
+    loads = [0] * slots
+    together: list[list[int]] = [[] for _ in loads]
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        slot = loads.index(min(loads))  # the first one
+        loads[slot] += sizes[place]
+        together[slot].append(place)
+    found: dict[int, list[int]] = {}
+    for place, slot in enumerate(regions.deal_matrices(sizes, slots)):
+        found.setdefault(slot, []).append(place)
+    assert sorted(found.values()) == sorted(sorted(places) for places in together if places)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

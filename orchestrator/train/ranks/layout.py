@@ -12,13 +12,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from orchestrator.train.ranks import regions
 from orchestrator.train.ranks.exchange import Exchange
-
-ALIGNMENT = 128  # numbers; each parameter begins at a multiple, as in memory of its own
-# Numbers in the smallest piece. A large model has 2,048 to 4,096 pieces, so that the ranks' shares
-# are nearly equal.
-LEAST_PIECE = 1 << 14
-MOST_PIECES_BITS = 12
+from orchestrator.train.ranks.regions import ALIGNMENT, rounded_up
 
 
 def deal_matrices(optimizer: torch.optim.Optimizer, slots: int) -> list[nn.Parameter]:
@@ -27,11 +23,9 @@ def deal_matrices(optimizer: torch.optim.Optimizer, slots: int) -> list[nn.Param
     Each gets an attribute `slot`. Matrices of one slot may be orthogonalised together.
     """
     found = [p for group in optimizer.param_groups if group.get("muon") for p in group["params"]]
-    loads = [0] * slots
-    for param in sorted(found, key=lambda param: -param.numel()):
-        slot = loads.index(min(loads))
+    slot_of = regions.deal_matrices([param.numel() for param in found], slots)
+    for param, slot in zip(found, slot_of, strict=True):
         vars(param)["slot"] = slot
-        loads[slot] += param.numel()
     return found
 
 
@@ -72,27 +66,30 @@ class Layout:
         numbers = [param for param in params if param not in whole]
         matrices = [param for param in params if param in whole]
         self.offsets: dict[nn.Parameter, int] = {}
-        used = self._place(numbers, 0)
-        self.piece = max(LEAST_PIECE, 1 << max(0, used.bit_length() - MOST_PIECES_BITS))
-        border = _round_up(used, self.piece * self.shards)
-        areas = [[p for p in matrices if vars(p)["slot"] in slots] for slots in owners]
-        longest = max(self._place(area, 0) for area in areas)
-        for place, area in enumerate(areas):
-            self._place(area, border + place * longest)
+        found = regions.regions_of(
+            [param.numel() for param in numbers],
+            [(param.numel(), vars(param)["slot"]) for param in matrices],
+            owners,
+        )
+        self.piece = found.piece
+        border, areas_size = found.sizes
+        self._place(numbers, 0)
+        for place, slots in enumerate(owners):
+            area = [param for param in matrices if vars(param)["slot"] in slots]
+            self._place(area, border + place * found.area)
         self.normed: list[tuple[int, tuple[int, ...]]] = [
-            (first, (self.piece,)) for first in range(0, used, self.piece)
+            (first, (self.piece,)) for first in range(0, found.used, self.piece)
         ]
         self.normed += [(self.offsets[matrix], tuple(matrix.shape)) for matrix in matrices]
-        self.tail = border + self.shards * longest
+        self.tail = border + areas_size
         self.regions = ((0, border), (border, self.tail))
-        self.size = _round_up(self.tail + tail, math.lcm(exchange.slots, exchange.world_size))
+        self.size = rounded_up(self.tail + tail, math.lcm(exchange.slots, exchange.world_size))
 
-    def _place(self, params: list[nn.Parameter], first: int) -> int:
-        """Place parameters one after another; return the number after them."""
+    def _place(self, params: list[nn.Parameter], first: int) -> None:
+        """Place parameters one after another."""
         for param in params:
             self.offsets[param] = first
-            first += _round_up(param.numel(), ALIGNMENT)
-        return first
+            first += rounded_up(param.numel(), ALIGNMENT)
 
     def view(self, flat: Tensor, param: nn.Parameter) -> Tensor:
         """Return the part of a vector that belongs to a parameter, in its shape."""
@@ -111,7 +108,3 @@ class Layout:
             (start + place * length, start + (place + 1) * length)
             for (start, _), length in zip(self.regions, lengths, strict=True)
         ]
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -142,8 +142,24 @@ def rounds_of(experiment: Experiment, ranks: int) -> int:
     return 2 if _vectors(range(experiment.slots // ranks), experiment) > FEW_VECTORS else 1
 
 
-def most_vectors(experiment: Experiment, ranks: int) -> tuple[float, float]:
-    """Return how many vectors a rank of one node holds in the backward pass and in the exchange."""
+def slots_of_shards(experiment: Experiment, ranks: int) -> list[set[int]]:
+    """Return the slots of each rank of one node; without shards, one set of all slots."""
+    if not is_sharded(experiment, ranks):
+        return [set(range(experiment.slots))]
+    dealt = deal_in_rounds(experiment.slots, [ranks], rounds_of(experiment, ranks))
+    return [{slot for numbers in mine for slot in numbers} for mine in dealt]
+
+
+def most_vectors(
+    experiment: Experiment, ranks: int, regions: Sequence[float] = (1.0,)
+) -> tuple[float, float]:
+    """Return how many vectors a rank of one node holds in the backward pass and in the exchange.
+
+    Args:
+        experiment: The configuration.
+        ranks: Number of ranks.
+        regions: Shares of a vector that sharded ranks exchange one after another.
+    """
     dealt = deal_in_rounds(experiment.slots, [ranks], rounds_of(experiment, ranks))
     brought = [len(subtrees(mine[-1])) for mine in dealt]
     received = [sum(others > i for others in brought) / ranks for i in range(max(brought))]
@@ -151,12 +167,16 @@ def most_vectors(experiment: Experiment, ranks: int) -> tuple[float, float]:
     for mine, own in zip(dealt, brought, strict=True):
         count = max(_vectors(numbers, experiment) for numbers in mine)
         backward = exchange = count + (len(mine) - 1) / ranks
-        if ranks > 1:
-            free = count - own  # vectors for what is received
-            exchange += sum(received[free:])
+        free = count - own  # vectors for what is received
         if is_sharded(experiment, ranks):
-            # The gradient of the shard is copied from the first of what was received.
-            exchange = max(exchange, backward + sum(received[free:1]) + 1 / ranks)
+            gradients = 0.0  # of the shard, in the regions before
+            for share in regions:
+                # The gradient is copied from the first of what was received.
+                last = max(sum(received[free:]), sum(received[free:1]) + 1 / ranks)
+                exchange = max(exchange, backward + gradients + share * last)
+                gradients += share / ranks
+        elif ranks > 1:
+            exchange += sum(received[free:])
         found.append((backward, exchange))
     return max(first for first, _ in found), max(last for _, last in found)
 

@@ -1,0 +1,77 @@
+"""Sizes of the regions of a flat vector, and the slot of each matrix that Muon updates.
+
+Estimates of memory use this module as well, so it does not import torch.
+"""
+
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+
+ALIGNMENT = 128  # numbers; each parameter begins at a multiple, as in memory of its own
+# Numbers in the smallest piece. A large model has 2,048 to 4,096 pieces, so that the ranks' shares
+# are nearly equal.
+LEAST_PIECE = 1 << 14
+MOST_PIECES_BITS = 12
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Two regions of equal parts for each shard: parameters updated by numbers, then matrices.
+
+    Attributes:
+        shards: Number of shards.
+        used: Numbers of the first region before its padding.
+        piece: Numbers in a piece of the first region. A shard has whole pieces.
+        area: Numbers in the area of matrices of each shard: as many as the largest one needs.
+    """
+
+    shards: int
+    used: int
+    piece: int
+    area: int
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Numbers of both regions."""
+        return rounded_up(self.used, self.piece * self.shards), self.shards * self.area
+
+
+def regions_of(
+    numbers: Iterable[int], matrices: Sequence[tuple[int, int]], owners: Sequence[Container[int]]
+) -> Regions:
+    """Return the regions of some parameters.
+
+    Args:
+        numbers: Sizes of the parameters that are updated by numbers.
+        matrices: (size, slot) of those that are updated as a whole.
+        owners: Slots of each shard.
+    """
+    used = sum(rounded_up(size, ALIGNMENT) for size in numbers)
+    piece = max(LEAST_PIECE, 1 << max(0, used.bit_length() - MOST_PIECES_BITS))
+    areas = [
+        sum(rounded_up(size, ALIGNMENT) for size, slot in matrices if slot in slots)
+        for slots in owners
+    ]
+    return Regions(len(owners), used, piece, max(areas))
+
+
+def deal_matrices(sizes: Sequence[int], slots: int) -> list[int]:
+    """Return the slot of each matrix. The largest come first, each to a slot with least numbers.
+
+    Of slots with equally many, the one whose reversed bits are the lowest number: 0, 4, 2, 6, 1, 5,
+    3, 7. So the ranks, whose slots are neighbours, have nearly equal numbers of matrices. Which
+    matrices share a slot, and so all bits, do not depend on this order.
+    """
+    bits = slots.bit_length() - 1
+    order = [int(f"{slot:0{bits}b}"[::-1], 2) for slot in range(slots)]
+    loads = [0] * slots
+    found = [0] * len(sizes)
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        slot = min(order, key=loads.__getitem__)
+        loads[slot] += sizes[place]
+        found[place] = slot
+    return found
+
+
+def rounded_up(number: int, multiple: int) -> int:
+    """Return the least multiple that is not less than a number."""
+    return -(-number // multiple) * multiple

@@ -33,6 +33,7 @@ MODULES = (
     "orchestrator/train/begin.py",
     "orchestrator/train/due.py",
     "orchestrator/train/evaluate.py",
+    "orchestrator/train/find.py",
     "orchestrator/train/gradients.py",
     "orchestrator/train/init_from.py",
     "orchestrator/train/loop.py",

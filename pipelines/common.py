@@ -4,6 +4,7 @@ import contextlib
 import gc
 import sys
 import textwrap
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,8 +48,7 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     streams.secure()
     try:
         signals.begin()
-        if TRUST in sys.argv[1:]:
-            own_files.trust_copies()
+        _trust_copies()
         status = main(sys.argv[1:])
     except UnreadableError as error:
         status = _print_error(f"error: {error}", EXIT_AGAIN)
@@ -77,18 +77,35 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     sys.exit(status)
 
 
-def parse_first(name: str, parse: Callable[[], object]) -> None:
+def parse_first(
+    name: str, parse: Callable[[], Namespace], check: Callable[[Namespace], object]
+) -> None:
     """Let a command answer --help and refuse wrong arguments before it imports torch.
 
     Args:
         name: `__name__` of the command; if it is imported, nothing is done.
         parse: Parses `sys.argv`.
+        check: Raises UserError if an argument is wrong. May import what --help does not need.
     """
     if name == "__main__":
         try:
-            parse()
+            args = parse()
+            _trust_copies()
+            check(args)
         except UserError as error:
             sys.exit(_print_error(f"error: {error}", EXIT_USER))
+
+
+def require_model(args: Namespace) -> None:
+    """Raise UserError if the argument `model` is neither a checkpoint nor a run that has one."""
+    from orchestrator.train import find
+
+    find.require(args.model, find.is_model)
+
+
+def _trust_copies() -> None:
+    if TRUST in sys.argv[1:]:
+        own_files.trust_copies()
 
 
 def _print_error(message: str, status: int) -> int:

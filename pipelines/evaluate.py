@@ -14,7 +14,7 @@ from pipelines import starting
 
 starting.end_on_ctrl_c(__name__)
 
-from pipelines.common import parse_first, run_command
+from pipelines.common import parse_first, require_model, run_command
 from pipelines.options import Options
 
 FREE = ("data.dir", "storage", "train.micro_batch_size", "compute.cpus_per_worker")
@@ -44,7 +44,7 @@ def options() -> Options:
     return parser
 
 
-parse_first(__name__, options().parse_args)
+parse_first(__name__, options().parse_intermixed_args, require_model)
 
 import math
 import sys
@@ -60,14 +60,9 @@ from orchestrator.data.dataset import Manifest
 from orchestrator.errors import EXIT_DONE, UserError
 from orchestrator.text import duration, table
 from orchestrator.train.evaluate import EvalResult, EvalSet
+from orchestrator.train.find import find_checkpoint
 from orchestrator.train.numerics import autocast, device_name
-from orchestrator.train.trained import (
-    Trained,
-    find_checkpoint,
-    find_device,
-    open_checkpoint,
-    tokens_of,
-)
+from orchestrator.train.trained import Trained, find_device, open_checkpoint, tokens_of
 
 
 @dataclass(frozen=True)

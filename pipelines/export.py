@@ -14,7 +14,7 @@ from pipelines import starting
 
 starting.end_on_ctrl_c(__name__)
 
-from pipelines.common import parse_first, run_command
+from pipelines.common import parse_first, require_model, run_command
 from pipelines.options import Options
 
 
@@ -31,7 +31,7 @@ def options() -> Options:
     return parser
 
 
-parse_first(__name__, options().parse_args)
+parse_first(__name__, options().parse_args, require_model)
 
 import ast
 import os
@@ -56,7 +56,8 @@ from orchestrator.runs.folder import RunFolder
 from orchestrator.text import table
 from orchestrator.track import exported
 from orchestrator.track.server import resolve_uri
-from orchestrator.train.trained import Trained, find_checkpoint, open_checkpoint
+from orchestrator.train.find import find_checkpoint
+from orchestrator.train.trained import Trained, open_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COPIED = ("experiment.yaml", "tokenizer.json")

@@ -13,6 +13,8 @@ from pipelines import starting
 
 starting.end_on_ctrl_c(__name__)
 
+from argparse import Namespace
+
 from pipelines.common import parse_first, run_command, split_words
 from pipelines.options import Options
 
@@ -33,7 +35,15 @@ def options() -> Options:
     return parser
 
 
-parse_first(__name__, options().parse_intermixed_args)
+def check(args: Namespace) -> None:
+    """Raise UserError if the experiment, or the run of its first weights, is wrong."""
+    from orchestrator.config.experiment import load_experiment
+    from orchestrator.train.init_from import require_init_from_exists
+
+    require_init_from_exists(load_experiment(*split_words(args.words)))
+
+
+parse_first(__name__, options().parse_intermixed_args, check)
 
 import json
 import math

@@ -18,6 +18,8 @@ from pipelines import starting
 
 starting.end_on_ctrl_c(__name__)
 
+from argparse import Namespace
+
 from pipelines.common import parse_first, run_command
 from pipelines.options import Options
 
@@ -46,7 +48,14 @@ def options() -> Options:
     return parser
 
 
-parse_first(__name__, options().parse_args)
+def check(args: Namespace) -> None:
+    """Raise UserError if the argument `run` is not a run with a checkpoint."""
+    from orchestrator.train import find
+
+    find.require(args.run, find.has_checkpoint, "RUN")
+
+
+parse_first(__name__, options().parse_args, check)
 
 import re
 import shutil
@@ -60,12 +69,13 @@ from orchestrator.replay.replay import Replay
 from orchestrator.replay.report import ReplayResult, new_scratch, store_report
 from orchestrator.runs import lock
 from orchestrator.runs.console import format_line
-from orchestrator.runs.folder import RunFolder, SweepFolder
+from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Line
 from orchestrator.runs.storage import find_run
 from orchestrator.text import table
 from orchestrator.track.server import resolve_uri
 from orchestrator.track.tracker import resend_metrics
+from orchestrator.train.find import has_checkpoint
 from orchestrator.train.trained import find_tokens
 
 
@@ -73,7 +83,7 @@ def main(argv: list[str]) -> int:
     """Replay, store and print the report, and send it to MLflow."""
     args = options().parse_args(argv)
     run_copy = remote.here(args.run, "RUN", checkpoints="all", data=True)
-    folder = find_run(run_copy, has_steps)
+    folder = find_run(run_copy, has_checkpoint)
     steps = parse_steps(args.steps)
     lock.refuse_if_held(folder)  # a run in progress removes checkpoints
     run = RecordedRun(folder)
@@ -134,19 +144,6 @@ def send(folder: RunFolder, experiment: Experiment, deadline_s: float) -> None:
         return
     uri = resolve_uri(experiment, folder.path.parent)
     resend_metrics(folder, uri, experiment.tracking.experiment, deadline_s)
-
-
-def has_steps(folder: RunFolder) -> bool:
-    """Return whether this is the folder of a run or a trial.
-
-    Raises:
-        UserError: It is a whole sweep.
-    """
-    if SweepFolder(folder).sweep_file.exists():
-        raise UserError(
-            f"{folder.path}: is a sweep; give one of its trials, {folder.path}/trials/…"
-        )
-    return folder.journal_file.is_file() or folder.checkpoints.is_dir()
 
 
 def parse_steps(text: str | None) -> tuple[int | None, int | None] | None:

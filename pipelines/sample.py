@@ -11,9 +11,10 @@ from pipelines import starting
 
 starting.end_on_ctrl_c(__name__)
 
+from argparse import Namespace
 from pathlib import Path
 
-from pipelines.common import parse_first, run_command
+from pipelines.common import parse_first, require_model, run_command
 from pipelines.options import Options
 
 
@@ -56,23 +57,23 @@ def options() -> Options:
     return parser
 
 
-parse_first(__name__, options().parse_args)
+def check(args: Namespace) -> None:
+    """Raise UserError if the argument `model` is no model."""
+    from orchestrator.train import find
 
-from argparse import Namespace
+    if not find.is_gpt2(args.model):
+        require_model(args)
+
+
+parse_first(__name__, options().parse_args, check)
 
 import torch
 
 from model.generate import generate
 from orchestrator.errors import EXIT_DONE, UserError
+from orchestrator.train.find import find_checkpoint, is_gpt2
 from orchestrator.train.numerics import autocast
-from orchestrator.train.trained import (
-    Trained,
-    find_checkpoint,
-    find_device,
-    is_gpt2,
-    open_checkpoint,
-    open_gpt2,
-)
+from orchestrator.train.trained import Trained, find_device, open_checkpoint, open_gpt2
 
 
 def main(argv: list[str]) -> int:

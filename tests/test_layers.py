@@ -223,7 +223,7 @@ def test_training_never_talks_to_the_store():
         modules = imported_modules(ast.parse(path.read_text("utf-8")))
         if any(module.startswith("orchestrator.mirror") for module in modules):
             found.add(module_of(path))
-    drivers = {"jobs/job", "sweep/source", "train/trained"}
+    drivers = {"jobs/job", "sweep/source", "train/find"}
     drivers |= {"export", "prepare", "replay", "replay_metrics"}
     before_a_step = {"train/init_from", "workers/places"}
     others = {module for module in found if not module.startswith("mirror/")}

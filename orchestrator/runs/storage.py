@@ -8,7 +8,7 @@ from orchestrator.config.experiment import Experiment
 from orchestrator.errors import UserError
 from orchestrator.objects.address import Address, is_address, parse
 from orchestrator.paths import expand_home, local_path, scratch_folder
-from orchestrator.runs.folder import RunFolder
+from orchestrator.runs.folder import RunFolder, SweepFolder
 
 DEFAULT = "runs"
 
@@ -88,7 +88,22 @@ def find_run(
     for folder in places:
         if is_wanted(folder):
             return folder
+    advice = "the folder of a run, or its name in the storage ($ESPALIER_STORAGE)"
+    for folder in places:
+        if folder.path.exists():
+            raise UserError(f"'{word}': {folder.path} is not the folder of a run; give {advice}")
     raise UserError(
         f"'{word}': there is no run at {' or '.join(str(folder.path) for folder in places)}; give "
-        "the folder of a run, or its name in the storage ($ESPALIER_STORAGE)"
+        f"{advice}"
     )
+
+
+def refuse_sweep(folder: RunFolder) -> None:
+    """Raise UserError if this is the folder of a sweep, where one of its trials is needed."""
+    sweep = SweepFolder(folder)
+    if sweep.sweep_file.exists():
+        trials = [str(trial.path) for trial in sweep.trials()]
+        raise UserError(
+            f"{folder.path}: is a sweep; give one of its trials, such as "
+            f"{trials[0] if trials else sweep.trial('…').path}"
+        )

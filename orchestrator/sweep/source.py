@@ -22,7 +22,7 @@ from orchestrator.sweep.space.checks import origin
 from orchestrator.sweep.space.expand import Sweep
 from orchestrator.sweep.trials import PlannedTrial, fields_of_root
 from orchestrator.text import differences
-from orchestrator.train import init_from
+from orchestrator.train import find, init_from
 from orchestrator.workers.fitting import with_known_size
 
 
@@ -44,7 +44,7 @@ class BaseRun:
         name, step = origin(sweep.settings.from_ or "")
         try:
             place = remote.here(name, "RUN@STEP", sweep.base, checkpoints="all")
-            folder = find_run(place, lambda found: found.experiment_file.is_file(), storage)
+            folder = find_run(place, _is_run, storage)
         except UnreadableError:
             raise
         except UserError as error:
@@ -77,7 +77,7 @@ class BaseRun:
         Raises:
             UserError: With one line for each difference.
         """
-        manifest = checkpoint.read_manifest(init_from.checkpoint_of(self.folder))
+        manifest = checkpoint.read_manifest(find.checkpoint_of(self.folder))
         data = manifest["fingerprints"]["data"]
         before = _steps_of(self.experiment)
         for trial in trials:
@@ -88,6 +88,10 @@ class BaseRun:
             if lines:
                 first = f"sweep.from: {self.folder} was another experiment:"
                 raise UserError("\n  ".join([first, *lines]))
+
+
+def _is_run(folder: RunFolder) -> bool:
+    return find.has_checkpoint(folder) and folder.experiment_file.is_file()
 
 
 def _steps_of(experiment: Experiment) -> dict[str, Any]:

@@ -11,6 +11,6 @@ Start with `loop.Trainer.run`, the training loop. The main names are:
 - `evaluate`, `meter`, `nonfinite`, `checkpointer`: evaluations, log lines, losses that are not
   finite, checkpoints in the background.
 - `numerics`: settings of the process that decide the last bit, and their fingerprint.
-- `trained`: loads a trained model for sampling and evaluation.
+- `find`, `trained`: find and load a trained model for sampling and evaluation.
 - `inspect`: shows one batch, and what a new model predicts for it.
 """

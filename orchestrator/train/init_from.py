@@ -33,6 +33,7 @@ from orchestrator.own_code import plain
 from orchestrator.paths import cache_folder, expand_home
 from orchestrator.runs.folder import RunFolder
 from orchestrator.text import differences
+from orchestrator.train import find
 
 if TYPE_CHECKING:
     from model.protocol import Config, LanguageModel
@@ -93,19 +94,28 @@ def initial_model(experiment: Experiment, n_vocab: int) -> LanguageModel:
 
 
 def require_init_from_exists(experiment: Experiment) -> None:
-    """Check that `train.init_from` names something that exists. A run in a mirror is copied.
+    """Check that `train.init_from` names a model that exists. A run in a mirror is copied.
 
     Raises:
-        UserError: It does not exist.
+        UserError: It does not exist, or is something else.
     """
     name = experiment.train.init_from
-    if name == SCRATCH or name in GPT2_SIZES or _source(name).exists():
+    if name == SCRATCH or name in GPT2_SIZES:
         return
-    raise UserError(
-        f"train.init_from: '{name}' does not exist; use {SCRATCH}, one of "
-        f"{', '.join(GPT2_SIZES)}, a Hugging Face folder, a nanoGPT ckpt.pt, or a run or "
-        "checkpoint folder, also s3://… in a mirror"
-    )
+    path = _source(name)
+    if path.is_file() or (path / "config.json").is_file():
+        return
+    try:
+        is_found = find.is_model(RunFolder(path))
+    except UserError as error:
+        raise UserError(f"train.init_from: {error}") from None
+    if not is_found:
+        problem = "is not the folder of a model" if path.exists() else "does not exist"
+        raise UserError(
+            f"train.init_from: '{name}' {problem}; use {SCRATCH}, one of {', '.join(GPT2_SIZES)}, "
+            "a Hugging Face folder, a nanoGPT ckpt.pt, or a run or checkpoint folder, also s3://… "
+            "in a mirror"
+        )
 
 
 @functools.cache  # a process uses one state of a run that may go on
@@ -130,28 +140,6 @@ def with_absolute_path(experiment: Experiment) -> Experiment:
     if not source.exists():
         return experiment  # scratch, a name, or a mistake that `require_init_from_exists` finds
     return experiment.replace(train__init_from=str(source.absolute()))
-
-
-def checkpoint_of(path: Path, warn: Callable[[str], None] = print) -> Path:
-    """Return a verified checkpoint: `path` itself, or the newest valid one of a run's folder.
-
-    Args:
-        path: The folder.
-        warn: Called with a message for each damaged checkpoint that is skipped.
-
-    Raises:
-        UserError: There is none, or `path` is a damaged checkpoint.
-    """
-    if (path / store.MANIFEST).is_file():
-        store.verify(path)
-        return path
-    found = store.latest_valid(RunFolder(path).checkpoints, warn)
-    if found is None:
-        raise UserError(
-            f"{path}: neither a checkpoint nor a run with a usable one; give <storage>/<name> or a "
-            "folder step-… in its checkpoints/"
-        )
-    return found
 
 
 def _open_fitting(experiment: Experiment, n_vocab: int) -> FirstWeights:
@@ -201,7 +189,7 @@ def _open(experiment: Experiment) -> FirstWeights:
             return _open_nanogpt(path)
         if (path / "config.json").is_file():
             return _open_hugging_face(path)
-        found = checkpoint_of(path)
+        found = find.checkpoint_of(path)
         content = store.Content(found)
         kind, config = stored_config(content)
         return FirstWeights(config, lambda: content.tensors("model"), kind)

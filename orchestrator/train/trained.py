@@ -1,12 +1,7 @@
-"""Finds and loads a trained model, for sampling and evaluation.
-
-A model is given as the name or folder of a run, the folder of a checkpoint, or the name of a GPT-2.
-A checkpoint is verified before it is loaded.
-"""
+"""Loads a trained model that `find` has found, for sampling and evaluation."""
 
 import contextlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +21,10 @@ from orchestrator.data.prepared import dataset_dir
 from orchestrator.data.tokenizer import Tokenizer, load_tokenizer
 from orchestrator.errors import UserError
 from orchestrator.machine import available_cpus
-from orchestrator.mirror import remote
 from orchestrator.paths import expand_home
 from orchestrator.runs.folder import RunFolder
-from orchestrator.runs.storage import find_run, run_places, storage_root
-from orchestrator.train.init_from import checkpoint_of, initial_model
+from orchestrator.runs.storage import storage_root
+from orchestrator.train.init_from import initial_model
 from orchestrator.train.numerics import Worker, prepare_process
 from orchestrator.train.state import load_model
 
@@ -56,51 +50,6 @@ class Trained:
     checkpoint: Path | None = None
     manifest: CheckpointManifest | None = None
     is_ema: bool = False
-
-
-# ---- checkpoints ----
-
-
-def find_checkpoint(word: str, *, best: bool = False, data: bool = False) -> Path:
-    """Return a verified checkpoint.
-
-    Args:
-        word: Folder of a checkpoint, folder of a run, or name of a run in the storage. For a run it
-            is the newest valid checkpoint; damaged ones are skipped with a message. All of them
-            may be addresses in a mirror.
-        best: For a run, take the checkpoint with the lowest val loss instead.
-        data: Copy the datasets of a mirrored run too.
-
-    Raises:
-        UserError: None was found, or it is damaged.
-    """
-    folder = find_run(
-        remote.here(word, checkpoints="all" if best else "newest", data=data), _has_checkpoint
-    )
-    if not best:
-        return checkpoint_of(folder.path, _warn)
-    if not folder.checkpoints.is_dir():
-        raise UserError(
-            f"--best: {word} is one checkpoint; give the run's folder to choose among its "
-            "checkpoints"
-        )
-    step = store.best(folder.checkpoints)
-    if step is None:
-        raise UserError(
-            f"--best: no checkpoint in {folder.checkpoints} has a val loss (train.eval_interval "
-            "was off)"
-        )
-    store.verify(folder.checkpoint(step))
-    return folder.checkpoint(step)
-
-
-def _has_checkpoint(folder: RunFolder) -> bool:
-    return folder.checkpoints.is_dir() or (folder.path / store.MANIFEST).is_file()
-
-
-def _warn(line: str) -> None:
-    """Print to stderr: stdout is for the result."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def open_checkpoint(
@@ -139,13 +88,6 @@ def open_checkpoint(
 
 
 # ---- weights of GPT-2 ----
-
-
-def is_gpt2(word: str) -> bool:
-    """Return whether `word` names weights of Hugging Face, and not a run or checkpoint of ours."""
-    if (expand_home(word) / "config.json").is_file():
-        return True
-    return word in GPT2_SIZES and not any(place.path.exists() for place in run_places(word))
 
 
 def open_gpt2(source: str, device: str, dtype: str) -> Trained:

@@ -139,7 +139,7 @@ def test_missing_run_and_run_without_checkpoints_are_refused(run):
     with pytest.raises(UserError, match="'no-such-run': there is no run"):
         main(["no-such-run"])
     shutil.rmtree(run.checkpoints)
-    with pytest.raises(UserError, match="has no valid checkpoint"):
+    with pytest.raises(UserError, match="this run has lost its checkpoints"):
         main([str(run.path)])
     assert not run.replays.exists()
 

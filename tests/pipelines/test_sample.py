@@ -157,7 +157,7 @@ def test_missing_run_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"no-such-run or {tmp_path}/no-such-run"):
         main(["no-such-run"])
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match="nor a run with a usable one"):
+    with pytest.raises(UserError, match="this run has no checkpoint yet"):
         main(["empty"])
 
 

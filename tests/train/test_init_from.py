@@ -17,7 +17,8 @@ from model.gpt_config import GPTConfig
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.errors import UserError
 from orchestrator.train import init_from
-from orchestrator.train.init_from import checkpoint_of, initial_model
+from orchestrator.train.find import checkpoint_of
+from orchestrator.train.init_from import initial_model
 from tests.helpers.checkpoints import save
 from tests.helpers.facts import FACTS
 
@@ -228,7 +229,7 @@ def test_tensors_of_another_shape_than_stated_are_refused(tmp_path):
 def test_missing_or_unusable_sources_are_refused_in_one_line(tmp_path, hugging_face):
     folder, _ = hugging_face
     assert "does not exist" in refusal(wanting(tmp_path / "absent"))
-    assert "neither a checkpoint nor a run" in refusal(wanting(tmp_path))
+    assert "is not the folder of a model" in refusal(wanting(tmp_path))
     half = tmp_path / "half"
     half.mkdir()
     (half / "config.json").write_text((folder / "config.json").read_text())

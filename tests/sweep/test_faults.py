@@ -213,7 +213,7 @@ def test_ending_is_recorded_on_a_full_disk_and_its_reserve_is_removed(sweeps, mo
         monkeypatch.setattr("orchestrator.files.write_atomically", full)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def full(*_) -> None:
+    def full(*_, **__) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     sweeps.run(study, fail=fail)

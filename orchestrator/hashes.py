@@ -140,7 +140,7 @@ def _read_and_hash(path: str, content: memoryview) -> str:
 def _wait_for_tick(stamps: Iterable[Stamp]) -> None:
     """Wait until a write would give each file another ctime than it has in its stamp.
 
-    A file server may have another clock than this machine: no ctime tells how old it is.
+    The clock of a file server may differ from ours, so a ctime does not tell how old it is.
     """
     has_seconds = any(found.ctime_ns % 10**9 == 0 for found in stamps)
     time.sleep(LONG_TICK_S if has_seconds else TICK_S)

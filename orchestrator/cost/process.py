@@ -1,7 +1,7 @@
 """The process that times steps: `python -m orchestrator.cost.bench`.
 
-It imports torch for seconds. A command that will need it starts it first, and then finds out what
-to time.
+It needs seconds to import torch. So a command that will need it starts it first, and finds out what
+to time meanwhile.
 """
 
 import atexit

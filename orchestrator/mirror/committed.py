@@ -1,4 +1,4 @@
-"""What of a folder is mirrored: files that are complete, in an order that a restart can trust."""
+"""The files of a folder that are mirrored: complete ones, in an order that a restart can trust."""
 
 import errno
 import os
@@ -11,20 +11,20 @@ from orchestrator.mirror.manifest import Part, is_inside, object_name
 from orchestrator.objects.address import MOST_KEY_BYTES, Address
 from orchestrator.runs.folder import RunFolder
 
-# State of processes, and what was set aside.
+# Starts of names that are not copied: state of processes, and what was set aside.
 _SKIPPED = ("hang-rank", "damaged-", "before-")
 
 
 class Names:
-    """Names that a copy can have. Those that it cannot have are remembered.
+    """Tells which names a copy can have, and remembers those that it cannot have.
 
     Args:
         address: Address of the copy.
     """
 
     def __init__(self, address: Address) -> None:
-        part = object_name("", Part(0, "0" * 64))
-        self._most_bytes = MOST_KEY_BYTES - len((address / part).key.encode())
+        suffix = object_name("", Part(0, "0" * 64))  # what follows the path in a key
+        self._most_bytes = MOST_KEY_BYTES - len((address / suffix).key.encode())
         self._left_out: set[str] = set()
         self._new: list[str] = []
 
@@ -41,25 +41,25 @@ class Names:
         return is_possible
 
     def newly_left_out(self) -> str:
-        """Return some of the names that were first left out since the last call, as a text."""
+        """Return the first three names that were left out since the last call, as a text."""
         names, self._new = self._new, []
         return ", ".join(map(ascii, names[:3])) + (", …" if len(names) > 3 else "")
 
 
 def groups(folder: Path, can_have: Callable[[str], bool]) -> Iterator[list[str]]:
-    """Yield the paths of files that are mirrored together or not at all, by their order.
+    """Yield groups of paths, in the order in which they are read. A group is mirrored as a whole.
 
-    Checkpoints come first and each is one group: the journal that is read after a checkpoint has
-    all its lines. Then journals: a line that a resume moves is in the journal that is read before
-    the aside, or in the aside.
+    Each checkpoint is a group. They come first: a journal that is read later has all lines before
+    a checkpoint. Journals come before their asides: if a resume moves a line meanwhile, it is in
+    the one or in the other.
 
     Args:
         folder: The folder.
         can_have: Whether the copy can have a file with this path.
     """
-    names = RunFolder(folder)
-    skipped = (names.stop_request_file.name, names.tracking_file.name)
-    scratch = tuple(f"{names.replays.name}/{report.stem}/" for report in names.replay_files())
+    run = RunFolder(folder)
+    skipped = (run.stop_request_file.name, run.tracking_file.name)
+    scratch = tuple(f"{run.replays.name}/{report.stem}/" for report in run.replay_files())
     checkpoints: dict[str, list[str]] = {}
     others = []
     for path in filter(can_have, _files(folder, "")):
@@ -69,13 +69,13 @@ def groups(folder: Path, can_have: Callable[[str], bool]) -> Iterator[list[str]]
         elif name not in skipped and not path.startswith(scratch):
             others.append(path)
     yield from checkpoints.values()
-    journal = names.journal_file.name
+    journal = run.journal_file.name
     for path in sorted(others, key=lambda path: (path.rpartition("/")[2] != journal, path)):
         yield [path]
 
 
 def _files(folder: Path, below: str) -> Iterator[str]:
-    """Yield the plain files; those that are being written have names that start with a dot."""
+    """Yield the plain files. Names that start with a dot are skipped: they are being written."""
     kept = RunFolder(folder).checkpointed_file.name
     try:
         entries = sorted(os.scandir(folder / below), key=lambda entry: entry.name)

@@ -16,7 +16,7 @@ from orchestrator.objects.store import ChangedObjectError, Store
 def upload_dataset(
     store: Store, address: Address, folder: Path, after_part: Callable[[], object] = lambda: None
 ) -> None:
-    """Copy a finished dataset to its address, unless that has it. Its files never change.
+    """Copy a finished dataset, whose files never change, unless the copy is complete.
 
     Args:
         store: The store.
@@ -26,7 +26,7 @@ def upload_dataset(
     """
     if manifest.read(store, address) is not None:
         return
-    now = Manifest()
+    content = Manifest()
     for path in sorted(folder.iterdir()):
         if not manifest.is_file_path(path.name) or not files.is_plain(path):
             continue
@@ -34,13 +34,13 @@ def upload_dataset(
             parts = []
             for part, data in read_parts(file.fileno(), 0):
                 key = (address / object_name(path.name, part)).key
-                if store.size(key) != part.size:  # of a copy that was killed
+                if store.size(key) != part.size:  # else a killed process has sent it
                     store.put(key, data)
                 parts.append(part)
                 after_part()
-        now.files[path.name] = tuple(parts)
+        content.files[path.name] = tuple(parts)
     with contextlib.suppress(ChangedObjectError):  # another run has copied it
-        store.put_if((address / manifest.NAME).key, now.to_bytes(), None)
+        store.put_if((address / manifest.NAME).key, content.to_bytes(), None)
 
 
 def read_parts(descriptor: int, start: int) -> Iterator[tuple[Part, bytes]]:

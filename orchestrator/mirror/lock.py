@@ -1,10 +1,11 @@
 """One writer of a mirrored folder at a time, on any machine.
 
 The lock is an object that only a conditional write changes. Its holder writes it again every
-`BEAT_S`. One that was not written for `STALE_S`, by the clock of the process that waits, was lost
-with its holder. Only time in which the store answers and takes writes counts.
+`BEAT_S`. If it was not written for `STALE_S`, by the clock of a process that waits for the lock,
+the holder counts as lost. Time in which the store does not answer, or takes no writes, is left out.
 
-A holder whose writes alone fail looks like a lost one. It reads who has the lock.
+A holder that can read but not write looks lost to others. So, when a write fails, it reads whether
+another process has taken the lock.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from orchestrator.objects.store import (
 from orchestrator.runs.lock import own_name
 
 NAME = "lock.json"
-WAITING = "lock-waiting.json"  # written again and again by a process that waits
+WAITING = "lock-waiting.json"  # a process that waits writes it, to see that writes succeed
 BEAT_S = 10.0
 STALE_S = 60.0
 POLL_S = 1.0
@@ -36,7 +37,7 @@ class MirrorLock:
     Args:
         store: The store.
         address: Address of the folder's copy.
-        beat_store: The same with little patience: a sign of life comes soon or not at all.
+        beat_store: The same store, for signs of life: a request that fails is soon given up.
 
     Attributes:
         token: Tells this holder from others.
@@ -76,7 +77,7 @@ class MirrorLock:
         self.store = self.beat_store
 
     def _wait_and_take(self, known_token: str | None) -> None:
-        seen: tuple[str, float] | None = None  # version, and when it was seen first
+        seen: tuple[str, float] | None = None  # version; when it was first seen, and time left out
         while True:
             asked = time.monotonic()
             holder, token, version = self._read()
@@ -182,8 +183,8 @@ def held(
 
     def beat() -> None:
         while lock.lost_to is None and not ended.wait(BEAT_S):
-            # A store that is away or refuses for a while: the uploader reports it. Whatever the
-            # error is: without signs of life, the lock counts as lost.
+            # Go on after any error: without signs of life, this holder would count as lost. The
+            # uploader reports a store that is away or refuses.
             with contextlib.suppress(Exception):
                 lock.beat()
         if lock.lost_to is not None:

@@ -20,7 +20,7 @@ from orchestrator.objects.store import MissingObjectError, Store
 from orchestrator.runs.folder import RunFolder
 
 NAME = "mirror.json"
-HIDDEN = RunFolder("").checkpointed_file.name  # the only file with such a name
+HIDDEN = RunFolder("").checkpointed_file.name  # the only hidden file that is copied
 FORMAT = 1
 PART_BYTES = 32 << 20  # of one object: what a broken connection costs
 
@@ -44,7 +44,7 @@ class Manifest:
         links: Target of each symlink, by its path.
         key: Key of the run in run.json; empty for a dataset.
         data: Names of the datasets, which are folders of `<mirror>/data/`.
-        id: Another one in each version.
+        id: Different in each version.
     """
 
     files: Files = field(default_factory=dict)

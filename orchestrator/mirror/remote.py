@@ -85,7 +85,7 @@ def here(
 
 
 def storage_of(folder: RunFolder) -> Path:
-    """Return the storage of a run or sweep. For a copy it is not in the cache, which is removed."""
+    """Return the storage of a run or sweep; for a copy in the cache, the scratch of its mirror."""
     mirror = _mirrors.get(folder.path.parent)
     return folder.path.parent if mirror is None else scratch_of(mirror)
 
@@ -121,7 +121,7 @@ def _copy(
     with _copying(unit):
         here = [path for path in folder.rglob("step-*") if step_of(path) is not None]
         removed = [path for path in here if not any(content.below(os.path.relpath(path, folder)))]
-        _remove(removed)  # by the run
+        _remove(removed)  # the run has removed them
         needed = {(folder / path).parent for path in paths}
         spare = [path for path in here if path not in {*needed, *removed} and unit not in _returned]
         missing = [path for path in paths if not _has_size(folder / path, sizes[path])]

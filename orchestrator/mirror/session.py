@@ -76,7 +76,8 @@ def mirrored(folder: RunFolder, mirror: Address, storage: Path) -> Iterator[Uplo
                 remote.stays = True  # also if the next line is interrupted
                 remote.stays = not uploader.stop()
                 if remote.stays:
-                    # Also a process in this folder waits until the lock counts as lost.
+                    # Without the token, a process in this folder too waits until the lock counts
+                    # as lost.
                     state.token = None
                     with contextlib.suppress(OSError):  # the folder was removed
                         state.write()
@@ -98,11 +99,11 @@ class _Restore:
         """Make the folder, and its datasets in `storage`.
 
         Raises:
-            UserError: The copy is of another run, or both have steps that the other one has not.
+            UserError: The copy is of another run, or each has steps that the other one has not.
         """
         key = (self.folder.read_record() or {}).get("key")
-        is_last = self.content.id in self.state.ids
-        if is_last and not self.state.is_partial:
+        is_known = self.content.id in self.state.ids  # no other folder has written the copy since
+        if is_known and not self.state.is_partial:
             # What this folder has is newer, unless it has lost a checkpoint.
             if key == self.content.key and self._steps() > self.folder.checkpoint_steps()[-1:]:
                 self._pull(filter(_is_of_checkpoint, self.content.files))
@@ -112,12 +113,12 @@ class _Restore:
                 f"{self.address}: has another run of this name; use another name (name=…) or "
                 "another mirror"
             )
-        if not is_last and not self.state.is_partial and key is not None and self._is_ahead():
+        if not is_known and not self.state.is_partial and key is not None and self._is_ahead():
             print(f"{self.folder.path} has more steps than {self.address}", flush=True)
             self.state.ids = [self.content.id]
             self.state.was_restored = True
             return
-        if not is_last:
+        if not is_known:
             self._move_aside()
         self.state.ids = [self.content.id]
         self.state.is_partial = True

@@ -27,9 +27,9 @@ from orchestrator.redact import redact_text
 from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder, SweepFolder
 
-POLL_S = 10.0
-MOST_SMALL = 32  # small parts of a file that grows
-STOP_S = 5.0  # of a request that is under way when the command ends
+POLL_S = 10.0  # between two copies
+MOST_SMALL = 32  # small parts of a file that grows, before they become one
+STOP_S = 5.0  # longest wait for a request that is under way when the command ends
 NICENESS = 10  # the thread gets what the training leaves of the CPUs
 
 
@@ -76,9 +76,9 @@ class Uploader:
         self._known: dict[str, tuple[Stamp, tuple[Part, ...]]] = {}  # files that were written
         self._names = Names(address)
         self._has_cleaned = False
-        self._is_whole = False  # the copy has what the folder had after `finish` was called
-        self._progress = time.monotonic()  # of the last part that got there, or was there
-        self._synced = 0.0
+        self._is_whole = False  # the copy has what the folder had when `finish` was called
+        self._progress = time.monotonic()  # when a part was last sent, or found there
+        self._synced = 0.0  # when the last copy of the folder began
         self._ending = threading.Event()
         self._is_stopped = False
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
@@ -91,8 +91,8 @@ class Uploader:
         """Copy the rest. Return whether the mirror has everything.
 
         Args:
-            wait_s: How long to wait while no part gets there; with `is_limit`, in all.
-            is_limit: See `wait_s`.
+            wait_s: How long to wait while no part gets there.
+            is_limit: `wait_s` is the longest wait in all.
         """
         self._ending.set()
         started = time.monotonic()
@@ -175,7 +175,7 @@ class Uploader:
             self._sync_folder()
 
     def _go_on(self) -> None:
-        """Note that a part is done. Raise Stopped if it was the last one."""
+        """Note that a part is done. Raise Stopped if nothing more may be written."""
         self._progress = time.monotonic()
         if not self._may_write:
             raise Stopped
@@ -231,7 +231,7 @@ class Uploader:
             self.store.delete(key)
 
     def _resolve_ids(self) -> None:
-        """Find out which manifest the store has after an answer that never came."""
+        """Find out which manifest the store has, if the answer to the last write was lost."""
         found = manifest.read(self.store, self.address)
         if found is not None and found[0].id in self.state.ids:
             self.last, self.version = found
@@ -248,7 +248,7 @@ class Uploader:
             try:
                 inode = paths[0].parent.stat().st_ino
                 versions = [stamp(path) for path in paths]
-                # While a file is open, its bytes stay, also if the run removes it.
+                # Open files can be read to the end, also if the run removes them.
                 opened = [
                     stack.enter_context(open(path, "rb", opener=files.opener)).fileno()
                     for path in paths
@@ -266,13 +266,13 @@ class Uploader:
         """Write the parts that the store does not have, and return all parts."""
         parts: list[Part] = []
         start = 0
-        for before in _without_small_ones(self.last.files.get(path, ())):
-            data = os.pread(descriptor, before.size, start)
-            if before != Part(len(data), hashlib.sha256(data).hexdigest()):
+        for old in _without_small_ones(self.last.files.get(path, ())):
+            data = os.pread(descriptor, old.size, start)
+            if old != Part(len(data), hashlib.sha256(data).hexdigest()):
                 break
             self._go_on()
-            parts.append(before)
-            start += before.size
+            parts.append(old)
+            start += old.size
         for part, data in read_parts(descriptor, start):
             self.store.put((self.address / object_name(path, part)).key, data)
             self._go_on()
@@ -282,7 +282,7 @@ class Uploader:
     def _remove_leftovers(self) -> None:
         """Remove parts of checkpoints that a killed process has written and no manifest names.
 
-        Only those: what else is below the address may be of a mirror inside of this one.
+        Other objects below the address stay: they may belong to a mirror inside of this one.
         """
         if self._has_cleaned:
             return
@@ -295,6 +295,6 @@ class Uploader:
 
 
 def _without_small_ones(parts: tuple[Part, ...]) -> tuple[Part, ...]:
-    """Return the parts of a file that stay; if many are small, what they hold is written anew."""
+    """Return the parts to keep. If too many are small, the first small one and later ones go."""
     small = [i for i, part in enumerate(parts) if part.size < manifest.PART_BYTES]
     return parts[: small[0]] if len(small) > MOST_SMALL else parts

@@ -1,7 +1,7 @@
-"""Copies of objects on this machine: folders that may be removed, and are, if they grow too many.
+"""Copies of objects on this machine, in folders of limited size in all.
 
-A folder of the cache is used by the processes that `use` it, as long as they live. The others are
-removed, the least recently used one first, when there is no room for a new copy.
+A process that calls `use` uses the folder as long as it lives. When there is no room for a new
+copy, folders that no process uses are removed, the least recently used one first.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ def make_room(folder: Path, size: int, give_up: Callable[[], object] | None = No
     """
     limit = limit_bytes()
     with open(root() / ".room", "a", opener=files.opener) as file:
-        files.lock(file, fcntl.LOCK_EX)  # what another process is removing does not count
+        files.lock(file, fcntl.LOCK_EX)  # no other process removes folders meanwhile
         sizes = {unit: folders.folder_bytes(unit) for unit in _units()}
         for other in sizes:
             if sum(sizes.values()) + size <= limit:
@@ -160,7 +160,8 @@ def _remove(folder: Path) -> bool:
 def _give_up(folder: Path, give_up: Callable[[], object]) -> None:
     """Call `give_up` unless another process uses the folder too.
 
-    The lock is lost for a moment, but no process removes the folder: it would have to make room.
+    The lock is lost for a moment, but no other process can remove the folder: `make_room` lets one
+    process at a time remove folders.
     """
     with contextlib.suppress(OSError):  # another process uses it
         files.lock(_held[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,7 +16,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from orchestrator.sweep.processes import environment as environment  # Tune reads it
+from orchestrator.sweep.processes import environment as environment  # before Tune is imported
 
 # isort: split
 import ray

@@ -84,7 +84,7 @@ def diagnose(folder: RunFolder, error: BaseException | None = None, workers: int
 
 
 def failures_of(folder: RunFolder, workers: int) -> list[str]:
-    """Return the tracebacks of all ranks, oldest first, but for those that lost another rank."""
+    """Return the tracebacks of all ranks, oldest first, without errors of a lost connection."""
     failures = folder.read_failures()
     if workers == 1:
         return failures

@@ -96,9 +96,10 @@ def has_folder(config: dict[str, Any]) -> bool:
 
 
 def tokens(config: dict[str, Any], data_dir: Path) -> Path:
-    """Return the folder of the tokens on a node without the storage; copy them if they are there.
+    """Return the folder of the tokens on a node without the storage.
 
-    Tokens elsewhere are at the same path on each node.
+    Tokens that are in the storage are copied from the mirror. Others, of `data.dir`, are at the
+    same path on each node.
     """
     if data_dir.parent != Path(config["folder"]).parent / "data":
         return data_dir

@@ -48,6 +48,6 @@ def test_ctrl_c_during_an_import_is_one_word(command, module):
 
 
 def test_ignored_ctrl_c_stays_ignored():
-    """A shell starts a command in the background so."""
+    """A shell ignores SIGINT in a command that it starts in the background."""
     ended = interrupted("train", "pydantic", "--help", before=signal.SIG_IGN)
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -40,7 +40,7 @@ class Machines:
 
     Args:
         sweep: Folder of the sweep.
-        path: Disks of the other machines.
+        path: Has a folder for the disk of each other machine.
     """
 
     def __init__(self, sweep, path, monkeypatch):
@@ -52,10 +52,10 @@ class Machines:
         self.after_call = lambda method: None
         self.before_write = lambda file: None
         write = desk._write
-        noted = lambda *args: (self.before_write(args[0]), write(*args))  # noqa: E731
-        monkeypatch.setattr(desk, "_write", noted)
+        watched = lambda *args: (self.before_write(args[0]), write(*args))  # noqa: E731
+        monkeypatch.setattr(desk, "_write", watched)
         self.calls = []
-        self.seen = {}  # lines of each journal of the sweep, at any time
+        self.seen = {}  # all lines that a journal in the folder of the sweep ever had
 
     def call(self, method, *args):
         self.calls.append(method)

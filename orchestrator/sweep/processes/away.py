@@ -21,15 +21,16 @@ from orchestrator.sweep.processes.place import Call, Place
 from orchestrator.sweep.records import read_spec
 from orchestrator.workers import places
 
-PERIOD_S = 0.5  # less than a watchdog waits between storing stacks and ending its process
-PIECE_BYTES = 32 << 20
+# A watchdog waits longer between storing stacks and ending its process, so the stacks are sent.
+PERIOD_S = 0.5
+PIECE_BYTES = 32 << 20  # of a checkpoint, in one call of the desk
 
 
 def place_of(config: dict[str, Any], call: Call | None) -> Place:
     """Return where this process trains stages.
 
     Args:
-        config: See `places.of_driver`, of the folder of the sweep.
+        config: From `places.of_driver`, for the folder of the sweep.
         call: Calls the desk; None: all nodes share the folder.
     """
     if call is None or places.has_folder(config):
@@ -45,7 +46,7 @@ class Away(Place):
 
     def __init__(self, config: dict[str, Any], call: Call) -> None:
         self.config = config
-        self.there = SweepFolder(config["folder"])
+        self.there = SweepFolder(config["folder"])  # on the machine of the command
         self.unit = places.of_process(config)
         super().__init__(SweepFolder(self.unit / self.there.name), call)
         folders.make_folder(self.sweep.path)
@@ -79,7 +80,7 @@ class Away(Place):
     def _take_handed(self, stage: str, handed: Handed) -> None:
         for name, data in handed.files.items():
             files.write_atomically(self.folder.path / name, data)
-        list(self._new_pieces())  # the desk has them
+        list(self._new_pieces())  # the desk has these files: they count as sent
         spec = read_spec(self.folder)
         assert spec is not None
         begin = None if spec.begin is None else self._here(Path(spec.begin))
@@ -95,7 +96,7 @@ class Away(Place):
         replace(spec, data_dir=str(data_dir), begin=begin_here).write(self.folder)
 
     def _here(self, path: Path) -> Path:
-        """Return the path on this machine of a checkpoint of the sweep, or of the run before it."""
+        """Return the path here of a checkpoint of the sweep, or of the run of `sweep.from`."""
         if path.is_relative_to(self.there.path):
             return self.sweep.path / path.relative_to(self.there.path)
         return self.sweep.path / "from" / path.name
@@ -131,7 +132,7 @@ class Away(Place):
         return self._call(method, *args)
 
     def _ask(self, method: str, *args: Any) -> Any:
-        """Call a method for the turn of this process."""
+        """Call a method of the desk that needs a turn."""
         return self._call_desk(method, *self._turn, *args)
 
     def _follow(self) -> None:
@@ -148,11 +149,11 @@ class Away(Place):
         with self._lock:
             if self._error is not None:
                 raise self._error
-            # The files that are read after this have all lines of these checkpoints.
+            # Listed before the journal is read, which then has all lines before these checkpoints.
             steps = self.folder.checkpoint_steps()
-            asked = self._ask("take", list(self._new_pieces()))
-            if asked is not None:
-                stop.request(self.sweep, asked)
+            stop_reason = self._ask("take", list(self._new_pieces()))
+            if stop_reason is not None:
+                stop.request(self.sweep, stop_reason)
             for step in steps:
                 self._send_checkpoint(self.folder.checkpoint(step), step)
 
@@ -182,7 +183,8 @@ class Away(Place):
     def _new_pieces(self) -> Iterator[Piece]:
         """Yield what is new of the files, in the order in which the desk must write them.
 
-        A line that a resume moves is in the journal that is read first, or in an aside.
+        A resume moves lines from the journal to an aside. The journal is read first, so that no
+        line is missed, and written last, so that the desk gets the aside before the line is gone.
         """
         folder = self.folder
         journal = list(self._new_lines(folder.journal_file))
@@ -195,7 +197,7 @@ class Away(Place):
 
     @property
     def _not_whole(self) -> set[str]:
-        """Names of files that are sent otherwise, or not at all."""
+        """Names of files that are sent line by line, at the end, or not at all."""
         folder = self.folder
         sent = {folder.journal_file.name, folder.events_file.name, folder.result_file.name}
         return sent | {folder.stage_file.name}
@@ -212,22 +214,22 @@ class Away(Place):
 
     def _new_lines(self, file: Path) -> Iterator[Piece]:
         """Yield the new lines of a file, or all if another file has replaced it."""
-        known = self._lines.get(file)
+        opened = self._lines.get(file)
         try:
             inode = file.stat().st_ino
-            is_new = known is None or os.fstat(known.fileno()).st_ino != inode
-            if known is None or is_new:
+            is_new = opened is None or os.fstat(opened.fileno()).st_ino != inode
+            if opened is None or is_new:
                 # It stays open, so that a file that replaces it has another inode.
-                known = open(file, "rb", buffering=0, opener=files.opener)  # noqa: SIM115
+                opened = open(file, "rb", buffering=0, opener=files.opener)  # noqa: SIM115
         except FileNotFoundError:
             return
-        self._lines[file] = known
-        start = known.tell()
-        data = known.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        known.seek(start + len(whole))
-        if whole or is_new:
-            yield (file.name, start, whole)
+        self._lines[file] = opened
+        start = opened.tell()
+        data = opened.read()
+        whole_lines = data[: data.rfind(b"\n") + 1]
+        opened.seek(start + len(whole_lines))
+        if whole_lines or is_new:
+            yield (file.name, start, whole_lines)
 
     def _send_checkpoint(self, path: Path, step: int) -> None:
         """Send a checkpoint that is new, unless it is removed meanwhile."""
@@ -236,7 +238,7 @@ class Away(Place):
                 inode = path.stat().st_ino
                 if self._sent.get(path) == inode:
                     return
-                # While a file is open, its bytes stay.
+                # Open files can be read to the end, also if the run removes the checkpoint.
                 opened = [
                     stack.enter_context(open(file, "rb", opener=files.opener))
                     for file in sorted(path.iterdir())
@@ -246,7 +248,7 @@ class Away(Place):
             sizes = [os.fstat(file.fileno()).st_size for file in opened]
             self._ask("begin_checkpoint", step, sum(sizes))
             for file, size in zip(opened, sizes, strict=True):
-                for start in range(0, max(size, 1), PIECE_BYTES):
+                for start in range(0, max(size, 1), PIECE_BYTES):  # an empty file is one piece
                     data = os.pread(file.fileno(), PIECE_BYTES, start)
                     self._ask("take_part", (os.path.basename(file.name), start, data))
             self._ask("commit")

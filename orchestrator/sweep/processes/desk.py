@@ -4,8 +4,8 @@ Files come in the order in which a restart can trust them: the lines of the jour
 checkpoint that was written after them, and the result last. A checkpoint gets its name when all of
 its files are here.
 
-A stage has one process at a time. `begin` ends the turn of the process before it, which may live on
-a machine that was only cut off from the network.
+One process at a time has the turn to train a stage. `begin` ends the turn of the process before it,
+which may still run: perhaps its machine was only cut off from the network.
 """
 
 import contextlib
@@ -54,12 +54,12 @@ class Handed:
 
 @dataclass
 class _Turn:
-    """A process that trains a stage.
+    """The turn of a process to train a stage.
 
     Attributes:
-        token: Tells it from others.
+        token: Tells it from other turns.
         keep: `train.keep`.
-        incoming: Folder of the checkpoint that it sends.
+        incoming: Folder of the checkpoint that the process is sending.
         held: The lock of the stage, if the process is on another machine.
     """
 
@@ -90,7 +90,7 @@ class Desk:
 
         Args:
             stage: Id of the stage.
-            token: Another one for each turn.
+            token: Different for each turn.
             is_away: The process is on another machine, so that the desk writes for it.
 
         Raises:
@@ -158,7 +158,7 @@ class Desk:
         Args:
             stage: Id of the stage.
             token: That of the turn.
-            result: Content of result.json; None: the stage goes on another time.
+            result: Content of result.json; None: the stage has not ended, and continues later.
         """
         with self._turn(stage, token) as (folder, _):
             if result is not None:
@@ -170,7 +170,7 @@ class Desk:
 
     @contextlib.contextmanager
     def _turn(self, stage: str, token: str) -> Iterator[tuple[RunFolder, _Turn]]:
-        """Return the folder of a stage, to which no other call writes in the `with` block.
+        """Yield the folder and the turn of a stage. No other call writes in the `with` block.
 
         Raises:
             LostTurnError: It is not the turn of this process.
@@ -225,7 +225,7 @@ def _write(file: Path, start: int, data: bytes) -> None:
         size = os.fstat(descriptor).st_size
         if size != start:
             raise LostTurnError(f"{file}: has {size} bytes instead of {start}")
-        if os.write(descriptor, data) != len(data):
+        if os.write(descriptor, data) != len(data):  # the disk is full
             os.ftruncate(descriptor, start)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
     finally:

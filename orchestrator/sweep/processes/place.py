@@ -11,12 +11,12 @@ Call = Callable[..., Any]  # calls a method of the desk: its name and its argume
 
 
 class Place:
-    """Trains stages in the folder of the sweep.
+    """Trains stages in the folder of the sweep. `Away` sends files in the methods that are empty.
 
     Args:
         sweep: The folder.
-        call: Calls the desk, which ends the turn of a process on another machine; None: there is
-            no desk.
+        call: Calls the desk, so that it ends an earlier turn on another machine; None: there is no
+            desk.
 
     Attributes:
         sweep: The folder of the sweep, or one of this machine with the stages of this process.
@@ -35,13 +35,13 @@ class Place:
         return self._call is None or self._call("begin", stage, uuid.uuid4().hex, False) is not None
 
     def sync(self) -> None:
-        """Bring what is complete to the folder of the sweep, up to the last line."""
+        """Send all complete files and lines to the folder of the sweep."""
 
     def finish(self) -> None:
-        """Do the same, and the result, after the process has ended its stage."""
+        """Send the rest, then the result, after the stage has ended."""
 
     def give_up(self) -> None:
-        """Do the same, as far as possible, after an error."""
+        """Send the rest as far as possible, after an error or if the stage was stopped."""
 
     def close(self) -> None:
         """End: this process trains no more stages."""

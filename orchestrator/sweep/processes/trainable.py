@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.sweep.processes import environment as environment  # Tune reads it
+from orchestrator.sweep.processes import environment as environment  # before Tune is imported
 
 # isort: split
 import ray
@@ -41,7 +41,7 @@ def _ask(desk: Any, method: str, *args: Any) -> Any:
 
 
 class StageTrainable(tune.Trainable):
-    """The process of rank 0, which runs one stage after the other. It keeps its other workers."""
+    """The process of rank 0. It runs one stage after the other with the same other workers."""
 
     def setup(
         self,
@@ -77,7 +77,7 @@ class StageTrainable(tune.Trainable):
         try:
             is_over = self._train()
         except Exception as error:
-            # If another rank died, this is only the closed connection to it.
+            # If another rank died, the error only says that the connection to it was closed.
             if not (isinstance(error, RayActorError) or self._has_lost_a_peer()):
                 from orchestrator.workers.process_group import worker_of
 

@@ -1,9 +1,10 @@
 """Layout of all parameters in flat vectors.
 
 - AdamW updates each number by itself. Its parameters lie one after another, and a shard has whole
-  pieces of fixed size, whose borders are multiples of every vector of a processor.
+  pieces of fixed size. Their borders are multiples of the length of any SIMD vector, so that shards
+  do not change bits.
 - Muon updates matrices as a whole, so a shard has whole matrices: those of the slots of its rank.
-- The norm of a gradient is made of the norms of the pieces and matrices, in one order.
+- The norm of a gradient is computed from the norms of all pieces and matrices, in a fixed order.
 """
 
 import math
@@ -18,7 +19,7 @@ from orchestrator.train.ranks.regions import ALIGNMENT, rounded_up
 
 
 def deal_matrices(optimizer: torch.optim.Optimizer, slots: int) -> list[nn.Parameter]:
-    """Deal out the matrices that Muon updates to the slots; return them.
+    """Assign each matrix that Muon updates to a slot; return the matrices.
 
     Each gets an attribute `slot`. Matrices of one slot may be orthogonalised together.
     """
@@ -32,8 +33,8 @@ def deal_matrices(optimizer: torch.optim.Optimizer, slots: int) -> list[nn.Param
 class Layout:
     """Places of the parameters in a flat vector.
 
-    First come the parameters that are updated by numbers, in order; then an area of matrices for
-    each shard; then a tail for other numbers. Padding is zero.
+    First come the parameters that are updated number by number, in order; then an area of matrices
+    for each shard; then a tail for other numbers, such as losses. Padding is zero.
 
     Args:
         params: Parameters.

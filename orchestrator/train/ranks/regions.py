@@ -6,7 +6,7 @@ Estimates of memory use this module as well, so it does not import torch.
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
-ALIGNMENT = 128  # numbers; each parameter begins at a multiple, as in memory of its own
+ALIGNMENT = 128  # numbers; each parameter begins at a multiple, aligned as a tensor of its own
 # Numbers in the smallest piece. A large model has 2,048 to 4,096 pieces, so that the ranks' shares
 # are nearly equal.
 LEAST_PIECE = 1 << 14
@@ -15,7 +15,7 @@ MOST_PIECES_BITS = 12
 
 @dataclass(frozen=True)
 class Regions:
-    """Two regions of equal parts for each shard: parameters updated by numbers, then matrices.
+    """Two regions: parameters updated number by number, then matrices; each in equal shards.
 
     Attributes:
         shards: Number of shards.
@@ -41,7 +41,7 @@ def regions_of(
     """Return the regions of some parameters.
 
     Args:
-        numbers: Sizes of the parameters that are updated by numbers.
+        numbers: Sizes of the parameters that are updated number by number.
         matrices: (size, slot) of those that are updated as a whole.
         owners: Slots of each shard.
     """
@@ -55,10 +55,10 @@ def regions_of(
 
 
 def deal_matrices(sizes: Sequence[int], slots: int) -> list[int]:
-    """Return the slot of each matrix. The largest come first, each to a slot with least numbers.
+    """Return the slot of each matrix. The largest come first, each to the slot with least numbers.
 
-    Of slots with equally many, the one whose reversed bits are the lowest number: 0, 4, 2, 6, 1, 5,
-    3, 7. So the ranks, whose slots are neighbours, have nearly equal numbers of matrices. Which
+    Of slots with equally many, the first one in the order of reversed bits: of eight slots, 0, 4,
+    2, 6, 1, 5, 3, 7. A rank has neighbouring slots, so the ranks get nearly equal shares. Which
     matrices share a slot, and so all bits, do not depend on this order.
     """
     bits = slots.bit_length() - 1

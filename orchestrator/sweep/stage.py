@@ -122,11 +122,10 @@ def begin_folder(folder: RunFolder, spec: StageSpec) -> None:
     """Remove how an earlier attempt ended; write the line of a stage without steps."""
     folder.ending_file.unlink(missing_ok=True)
     folder.result_file.unlink(missing_ok=True)
-    if spec.start < spec.stop or journal.read(folder):
+    if spec.start < spec.stop or spec.parent is None or journal.read(folder):
         return
     # The stage has no steps: a trial ends at the state of another folder. Copy the line of this
     # step, to which the trainer adds the metrics of the end.
-    assert spec.parent is not None
     for line in lines_until(RunFolder(spec.parent), spec.stop):
         if line["step"] == spec.stop:
             journal.Journal(folder).write(line)

@@ -30,7 +30,7 @@ TREE = [
     "sweep.trials.constant-13={schedule.kind: constant, train.max_steps: 13}",
     "sweep.trials.peak.schedule.max_lr=5e-3",
 ]
-
+LONG = ["sweep.trials.long.schedule.kind=constant"]
 
 MOMENTS = ("before_call", "before_write", "after_call")
 
@@ -149,16 +149,19 @@ def test_two_machines_give_the_bits_and_the_steps_of_one(sweeps, study, machines
     ]
 
 
-def test_trial_without_steps_ends_on_another_machine(sweeps, study, machines):
-    """A trial that is added ends where a stage of the sweep ended."""
-    machines.run(study, machines.away)
-    trunk = study.tree.stages_of("short")[0].stop
-    more = f"sweep.trials.added={{schedule.kind: constant, train.max_steps: {trunk}}}"
-    again = sweeps.open(*TREE, more)
+@pytest.mark.parametrize("words, step", [(TREE, None), (LONG, 16)], ids=["stage", "no line"])
+def test_trial_without_steps_ends_on_another_machine(sweeps, tmp_path, monkeypatch, words, step):
+    """A trial that is added ends where a stage ended, or at a step without a line."""
+    monkeypatch.setattr(away, "PERIOD_S", 1000.0)
+    first = sweeps.open(*words)
+    step = step or first.tree.stages_of("short")[0].stop
+    machines = Machines(first.folder, tmp_path / "disks", monkeypatch)
+    machines.run(first, machines.away)
+    added = f"sweep.trials.added={{schedule.kind: constant, train.max_steps: {step}}}"
+    again = sweeps.open(*words, added)
     [stage] = [again.tree.by_id[id_] for id_ in again.tree.to_run]
     assert again.tree.cost(stage) == 0
     machines.run(again, machines.away)
-    assert machines.calls.count("take") > 1
     assert sweeps.outcome(again.folder.trial("added")) == sweeps.alone(again, "added")
 
 

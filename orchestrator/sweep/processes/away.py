@@ -93,7 +93,9 @@ class Away(Place):
             self._fetch(Path(spec.begin), begin)
         data_dir = places.tokens(self.config, Path(spec.data_dir))
         begin_here = None if begin is None else str(begin)
-        replace(spec, data_dir=str(data_dir), begin=begin_here).write(self.folder)
+        # The parent is not here, and the desk has copied the line that a stage needs of it.
+        spec = replace(spec, data_dir=str(data_dir), begin=begin_here, parent=None)
+        spec.write(self.folder)
 
     def _here(self, path: Path) -> Path:
         """Return the path here of a checkpoint of the sweep, or of the run of `sweep.from`."""

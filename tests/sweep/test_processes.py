@@ -3,25 +3,30 @@
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from orchestrator import lines
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import HeldError, UserError
-from orchestrator.runs import journal, lock, stop
+from orchestrator.runs import events, journal, lock, stop
 from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep import progress as progress_module
 from orchestrator.sweep.processes import away, desk
 from orchestrator.sweep.processes.away import Away
 from orchestrator.sweep.processes.desk import Desk, LostTurnError
 from orchestrator.sweep.processes.place import Place
+from orchestrator.sweep.processes.trainable import StageTrainable
 from orchestrator.sweep.report.files import SweepFiles
 from orchestrator.sweep.stage import run_stage
+from orchestrator.sweep.states import DONE, STOPPED
 from orchestrator.train.loop import train as train_alone
 from orchestrator.train.numerics import Worker
 from orchestrator.workers.attempts import record_failure
+from tests.helpers.checkpoints import damage
 from tests.helpers.fixtures import Killed
+from tests.helpers.wait import wait_until
 
 TREE = [
     "sweep.trials.wsd.schedule.kind=wsd",
@@ -233,6 +238,38 @@ def test_process_that_lost_its_turn_writes_nothing(study, machines):
         pass
 
 
+@pytest.mark.parametrize("fault", ["damaged checkpoint", "half a line"])
+def test_events_of_both_machines_stay(sweeps, study, machines, fault):
+    """The desk notes a damaged checkpoint; a killed command left half a line."""
+    stage = study.progress.next()
+    folder = study.folder.stage(stage)
+    events.note(folder, "first", "of the command")
+
+    def die(_):
+        if machines.calls.count("commit") == 2:
+            raise Killed
+
+    machines.after_call = die
+    with pytest.raises(Killed):
+        train(machines.away(), stage)
+    machines.after_call = lambda _: None
+    if fault == "half a line":
+        with open(folder.events_file, "a") as file:
+            file.write('{"kind": "ha')
+    else:
+        damage(folder.checkpoint(max(folder.checkpoint_steps())))
+    place = machines.away("second")
+    assert place.begin(stage)
+    before = folder.events_file.read_bytes()
+    events.note(place.folder, "last", "of the other machine")
+    place.sync()
+    after = folder.events_file.read_bytes()
+    assert after.startswith(before) and after == place.folder.events_file.read_bytes()
+    kinds = [event["kind"] for event in events.read(folder)]
+    middle = ["checkpoint_damaged"] if fault == "damaged checkpoint" else []
+    assert kinds == ["first", *middle, "last"]
+
+
 def test_stop_request_reaches_the_other_machine(sweeps, study, machines):
     stage = study.progress.next()
     place = machines.away()
@@ -253,6 +290,36 @@ def test_stop_request_reaches_the_other_machine(sweeps, study, machines):
     sweeps.run(again)
     for name in again.trials:
         assert sweeps.outcome(again.folder.trial(name)) == sweeps.alone(again, name), name
+
+
+def test_process_trains_the_next_stage_after_one_whose_files_could_not_be_sent(
+    sweeps, tmp_path, monkeypatch
+):
+    """The desk is started again between two evaluations; then the scheduler stops the stage."""
+    monkeypatch.setattr(away, "PERIOD_S", 0.01)
+    study = sweeps.open("sweep.grid.schedule.max_lr=[1e-2,1e-5]", "sweep.stop=asha")
+    machines = Machines(study.folder, tmp_path / "disks", monkeypatch)
+    trainable = object.__new__(StageTrainable)
+    trainable.place, trainable.layout = machines.away(), study.layout
+    trainable.sweep, trainable.reported_metric = trainable.place.sweep, "val/loss"
+    trainable.stop_requested = None
+    trainable.crew = SimpleNamespace(
+        run=lambda train, *args: train(args[0], Worker(cpus=1), args[1]), peers=[]
+    )
+    first = study.progress.next()
+    trainable._begin(first)
+    assert not trainable.step().get("done")
+    machines.desk = Desk(study.folder.path, [])
+    wait_until(lambda: stop.requested(trainable.sweep))
+    study.progress.ended(first, died=False)
+    assert study.progress.states.by_stage[first] == STOPPED
+    second = study.progress.next()
+    assert trainable.reset_config({"stage": second})
+    while not trainable.step().get("done"):
+        pass
+    study.progress.ended(second, died=False)
+    assert study.progress.states.by_stage[second] == DONE
+    trainable.cleanup()
 
 
 def test_full_disk_of_the_command_is_one_line(study, machines, monkeypatch):

@@ -55,6 +55,7 @@ class Away(Place):
     def problem(self, stage: str) -> str | None:
         """As `Place` says."""
         folders.make_folder(self.sweep.stage(stage).path)
+        stop.clear(self.sweep)  # a request to the stage before; `begin` asks for those to the sweep
         return None
 
     def begin(self, stage: str) -> bool:
@@ -81,6 +82,8 @@ class Away(Place):
         for name, data in handed.files.items():
             files.write_atomically(self.folder.path / name, data)
         list(self._new_pieces())  # the desk has these files: they count as sent
+        for file in self._lines.values():
+            file.seek(0, os.SEEK_END)  # also after an incomplete last line, which stays
         spec = read_spec(self.folder)
         assert spec is not None
         begin = None if spec.begin is None else self._here(Path(spec.begin))

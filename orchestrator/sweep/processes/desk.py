@@ -112,7 +112,8 @@ class Desk:
                 return Handed()
             with self._turn(stage, token):
                 begin_folder(folder, spec)
-                return Handed(_small_files(folder), _newest(folder), stop.requested(self.folder))
+                step = _newest(folder)  # first: it may note an event, which is in a small file
+                return Handed(_small_files(folder), step, stop.requested(self.folder))
 
     def read(self, file: Path, start: int, size: int) -> bytes:
         """Return a part of a file of a checkpoint on this machine."""

@@ -57,7 +57,7 @@ class StageTrainable(tune.Trainable):
         self.sweep = self.place.sweep
         self.layout = layout
         self.reported_metric = reported_metric
-        self.stop_requested = stop.Listener(self.sweep)
+        self.stop_requested: stop.Listener | None = None
         self.crew: Crew | None = None
         self.lines: Iterator[Line] | None = None
         self.reported: dict[str, Any] = {}
@@ -118,7 +118,8 @@ class StageTrainable(tune.Trainable):
         return True
 
     def cleanup(self) -> None:
-        self.stop_requested.close()
+        if self.stop_requested is not None:
+            self.stop_requested.close()
         self._abandon()
         self.place.close()
 
@@ -131,6 +132,9 @@ class StageTrainable(tune.Trainable):
         self.folder = self.sweep.stage(stage)
         self.lines = None
         self.problem = self.place.problem(stage)
+        if self.stop_requested is not None:
+            self.stop_requested.close()
+        self.stop_requested = stop.Listener(self.sweep)  # the old one knows the old request
         self.reported = {TIME: 0, METRIC: math.inf}
 
     def _abandon(self) -> None:

@@ -93,9 +93,20 @@ def _read_attempts(folder: RunFolder) -> list[dict[str, Any]]:
 
 def record_failure(folder: RunFolder, worker: Worker, error: Exception) -> None:
     """Store the traceback; record the ending if the next attempt would fail in the same way."""
+    store_failure(folder, worker.rank, *failure_of(folder, worker, error))
+
+
+def failure_of(folder: RunFolder, worker: Worker, error: Exception) -> tuple[str, Ending | None]:
+    """Return the traceback, and the ending if the next attempt would fail in the same way."""
     text = "".join(traceback.format_exception(error))
     ending = ending_of_tracebacks(folder, [text], worker.world_size)
+    is_lasting = ending.kind in ("user", "again") and not ending.may_be_transient
+    return text, ending if is_lasting else None
+
+
+def store_failure(folder: RunFolder, rank: int, text: str, ending: Ending | None) -> None:
+    """Store what `failure_of` has returned."""
     with contextlib.suppress(OSError):  # the driver gets the error itself
-        if ending.kind in ("user", "again") and not ending.may_be_transient:
+        if ending is not None:
             folder.write_ending(ending)
-        files.write_atomically(folder.failure_file(worker.rank), text)
+        files.write_atomically(folder.failure_file(rank), text)

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator import lines
 from orchestrator.config.experiment import load_experiment
-from orchestrator.errors import HeldError, UserError
+from orchestrator.errors import HeldError, UnreadableError, UserError
 from orchestrator.runs import events, journal, lock, stop
 from orchestrator.runs.folder import RunFolder
 from orchestrator.sweep import progress as progress_module
@@ -23,7 +23,6 @@ from orchestrator.sweep.stage import run_stage
 from orchestrator.sweep.states import DONE, STOPPED
 from orchestrator.train.loop import train as train_alone
 from orchestrator.train.numerics import Worker
-from orchestrator.workers.attempts import record_failure
 from tests.helpers.checkpoints import damage
 from tests.helpers.fixtures import Killed
 from tests.helpers.wait import wait_until
@@ -104,6 +103,17 @@ class Machines:
 
 def train(place, stage, stop_requested=lambda: False):
     """Train a stage as `StageTrainable` does. Return the lines."""
+    try:
+        return _train(place, stage, stop_requested)
+    except Killed:
+        raise
+    except Exception as error:
+        place.give_up()
+        place.failed(stage, Worker(), error)
+        raise
+
+
+def _train(place, stage, stop_requested):
     found = []
     if not place.begin(stage):
         return found
@@ -154,7 +164,7 @@ def test_two_machines_give_the_bits_and_the_steps_of_one(sweeps, study, machines
     ]
 
 
-@pytest.mark.parametrize("words, step", [(TREE, None), (LONG, 16)], ids=["stage", "no line"])
+@pytest.mark.parametrize(("words", "step"), [(TREE, None), (LONG, 16)], ids=["stage", "no line"])
 def test_trial_without_steps_ends_on_another_machine(sweeps, tmp_path, monkeypatch, words, step):
     """A trial that is added ends where a stage ended, or at a step without a line."""
     monkeypatch.setattr(away, "PERIOD_S", 1000.0)
@@ -335,22 +345,39 @@ def test_full_disk_of_the_command_is_one_line(study, machines, monkeypatch):
     assert study.progress.full_disk.startswith("the disk is full")
 
 
-def test_error_of_another_machine_is_the_reason_and_a_stage_with_a_result_does_not_begin(
-    study, machines, monkeypatch
+@pytest.mark.parametrize("period_s", [0.001, 1000.0], ids=["thread", "no thread"])
+@pytest.mark.parametrize(
+    ("module", "name", "error", "kind"),
+    [
+        (away.places, "tokens", UserError("s3://bucket/m/data/x: has no tokens"), "user"),
+        (away.places, "tokens", OSError(28, "No space left on device", "/there"), "user"),
+        (desk, "has_result", UnreadableError("step-4: cannot be read at the moment"), "again"),
+        (desk, "verify", UserError("step-4: its content has changed"), "user"),
+        (desk.lock, "held", HeldError("another process writes here"), "failed"),
+    ],
+    ids=["begin", "full disk there", "no result", "checkpoint", "held"],
+)
+def test_error_of_another_machine_is_the_reason(
+    study, machines, monkeypatch, module, name, error, kind, period_s
 ):
     stage = study.progress.next()
     place = machines.away()
+    monkeypatch.setattr(away, "PERIOD_S", period_s)
 
-    def missing(*_):
-        raise UserError("s3://bucket/m/data/x: has no tokens")
+    def fail(*_):
+        raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(away.places, "tokens", missing)
-        with pytest.raises(UserError) as error:
-            train(place, stage)
-    record_failure(place.folder, Worker(), error.value)
-    place.give_up()
+        patch.setattr(module, name, fail)
+        with pytest.raises(type(error)):
+            train(place, stage, lambda: stop.requested(place.sweep) is not None)
     study.progress.ended(stage, died=True)
-    assert study.progress.failures[stage].reason == "s3://bucket/m/data/x: has no tokens"
-    other = study.progress.next()
-    assert train(machines.away(), other) and not train(machines.away(), other)
+    ending = study.progress.failures[stage]
+    assert ending.kind == kind
+    assert (error.strerror if isinstance(error, OSError) else str(error)) in ending.reason
+    assert (study.progress.full_disk is not None) == isinstance(error, OSError)
+
+
+def test_stage_with_a_result_does_not_begin(study, machines):
+    stage = study.progress.next()
+    assert train(machines.away(), stage) and not train(machines.away(), stage)

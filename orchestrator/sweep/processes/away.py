@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from orchestrator import files, folders
 from orchestrator.checkpoint.format import MANIFEST, read_manifest, verify
@@ -20,6 +20,10 @@ from orchestrator.sweep.processes.desk import Handed, Piece
 from orchestrator.sweep.processes.place import Call, Place
 from orchestrator.sweep.records import read_spec
 from orchestrator.workers import places
+from orchestrator.workers.attempts import failure_of
+
+if TYPE_CHECKING:
+    from orchestrator.train.numerics import Worker
 
 # A watchdog waits longer between storing stacks and ending its process, so the stacks are sent.
 PERIOD_S = 0.5
@@ -51,6 +55,7 @@ class Away(Place):
         super().__init__(SweepFolder(self.unit / self.there.name), call)
         folders.make_folder(self.sweep.path)
         self._lock = threading.Lock()  # one thread at a time sends
+        self._turn = ("", "")  # stage and token
 
     def problem(self, stage: str) -> str | None:
         """As `Place` says."""
@@ -171,10 +176,15 @@ class Away(Place):
 
     def give_up(self) -> None:
         """As `Place` says."""
-        with contextlib.suppress(Exception):  # it may not have begun
-            self._end_thread()
-            self.sync()
-            self._ask("end", None)
+        for call in (self._end_thread, self.sync, lambda: self._ask("end", None)):
+            with contextlib.suppress(Exception):  # it may not have begun
+                call()
+
+    def failed(self, stage: str, worker: "Worker", error: Exception) -> None:
+        """As `Place` says. The disk here may be full, so that the desk writes."""
+        with contextlib.suppress(Exception):  # the driver gets the error itself
+            failure = failure_of(self.sweep.stage(stage), worker, error)
+            self._call_desk("failed", stage, self._turn[1], *failure)
 
     def close(self) -> None:
         """As `Place` says."""

@@ -24,10 +24,12 @@ from orchestrator.checkpoint import folders as checkpoint_folders
 from orchestrator.checkpoint import store
 from orchestrator.checkpoint.format import path_of, step_of, verify
 from orchestrator.runs import events, journal, lock, stop
+from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.sweep.records import parse_result, read_spec
 from orchestrator.sweep.stage import WRITER_WAIT_S, begin_folder, has_result
 from orchestrator.sweep.states import DONE
+from orchestrator.workers.attempts import store_failure
 from orchestrator.workers.diagnose import ending_of_tracebacks
 
 Piece = tuple[str, int, bytes]  # path in the folder of the stage, first byte, content from there on
@@ -81,6 +83,7 @@ class Desk:
         own_code.register(code)
         self.folder = SweepFolder(folder)
         self._turns: dict[str, _Turn] = {}
+        self._last_tokens: dict[str, str] = {}
         self._locks: dict[str, threading.RLock] = defaultdict(threading.RLock)
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(folders.holding(self.folder.path))
@@ -97,6 +100,7 @@ class Desk:
             HeldError: A process of an earlier turn still writes in the folder.
         """
         with self._locks[stage]:
+            self._last_tokens[stage] = token
             self._end(stage)
             folder = self.folder.stage(stage)
             spec = read_spec(folder)
@@ -168,6 +172,24 @@ class Desk:
                     store.keep_only(folder.checkpoints, found.step)
                 files.write_atomically(folder.result_file, result)
             self._end(stage)
+
+    def failed(self, stage: str, token: str, text: str, ending: Ending | None) -> None:
+        """Store the error of rank 0 on another machine, also if it could not begin the stage.
+
+        Args:
+            stage: Id of the stage.
+            token: That of its turn.
+            text: The traceback.
+            ending: What follows from it; None: another attempt may succeed.
+        """
+        folder = self.folder.stage(stage)
+        with self._locks[stage]:
+            if self._last_tokens.get(stage, token) != token:
+                return
+            found = folder.read_ending()
+            if found is not None and found.kind == "user":
+                ending = None  # the error of a write here, which names the file
+            store_failure(folder, 0, text, ending)
 
     @contextlib.contextmanager
     def _turn(self, stage: str, token: str) -> Iterator[tuple[RunFolder, _Turn]]:

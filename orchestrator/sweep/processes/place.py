@@ -2,10 +2,14 @@
 
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.cluster.nodes import folder_problem
 from orchestrator.runs.folder import SweepFolder
+from orchestrator.workers.attempts import record_failure
+
+if TYPE_CHECKING:
+    from orchestrator.train.numerics import Worker
 
 Call = Callable[..., Any]  # calls a method of the desk: its name and its arguments
 
@@ -42,6 +46,10 @@ class Place:
 
     def give_up(self) -> None:
         """Send the rest as far as possible, after an error or if the stage was stopped."""
+
+    def failed(self, stage: str, worker: "Worker", error: Exception) -> None:
+        """Record the error of a stage that was given up."""
+        record_failure(self.sweep.stage(stage), worker, error)
 
     def close(self) -> None:
         """End: this process trains no more stages."""

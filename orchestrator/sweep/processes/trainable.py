@@ -13,15 +13,15 @@ from orchestrator.sweep.processes import environment as environment  # before Tu
 # isort: split
 import ray
 from ray import tune
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from orchestrator import own_code
 from orchestrator.cluster.layout import Layout
 from orchestrator.runs import stop
 from orchestrator.runs.journal import Line
 from orchestrator.sweep.processes.away import place_of
+from orchestrator.sweep.processes.desk import LostTurnError
 from orchestrator.sweep.records import read_spec
-from orchestrator.workers.attempts import record_failure
 
 if TYPE_CHECKING:
     from orchestrator.workers.crew import Crew
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Names in the results that a Tune scheduler compares.
 METRIC = "val_loss"
 TIME = "optimizer_step"
+LOST = (RayActorError, ObjectLostError, LostTurnError)  # another process died: not the reason
 PROBLEM = "problem"  # why a node cannot train a stage: it may not share the folder of the stage
 
 
@@ -77,12 +78,12 @@ class StageTrainable(tune.Trainable):
         try:
             is_over = self._train()
         except Exception as error:
+            self.place.give_up()
             # If another rank died, the error only says that the connection to it was closed.
-            if not (isinstance(error, RayActorError) or self._has_lost_a_peer()):
+            if not (isinstance(error, LOST) or self._has_lost_a_peer()):
                 from orchestrator.workers.process_group import worker_of
 
-                record_failure(self.folder, worker_of(0, self.layout), error)
-            self.place.give_up()
+                self.place.failed(self.folder.name, worker_of(0, self.layout), error)
             self.place.close()  # Tune ends this process
             raise
         return {**self.reported, "done": True} if is_over else self.reported

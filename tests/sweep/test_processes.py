@@ -312,7 +312,7 @@ def test_process_trains_the_next_stage_after_one_whose_files_could_not_be_sent(
     trainable = object.__new__(StageTrainable)
     trainable.place, trainable.layout = machines.away(), study.layout
     trainable.sweep, trainable.reported_metric = trainable.place.sweep, "val/loss"
-    trainable.stop_requested = None
+    trainable.stop_requested = stop.Listener(trainable.sweep)
     trainable.crew = SimpleNamespace(
         run=lambda train, *args: train(args[0], Worker(cpus=1), args[1]), peers=[]
     )

@@ -187,8 +187,11 @@ class Away(Place):
             self._call_desk("failed", stage, self._turn[1], *failure)
 
     def close(self) -> None:
-        """As `Place` says."""
-        shutil.rmtree(self.unit, ignore_errors=True)
+        """As `Place` says. If Tune kills the process first, `cache.make_room` removes the rest."""
+        removed = self.unit.with_name(f".{self.unit.name}")
+        with contextlib.suppress(FileNotFoundError):  # closed before
+            os.rename(self.unit, removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
     def _end_thread(self) -> None:
         self._closed.set()

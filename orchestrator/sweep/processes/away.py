@@ -60,7 +60,8 @@ class Away(Place):
     def problem(self, stage: str) -> str | None:
         """As `Place` says."""
         folders.make_folder(self.sweep.stage(stage).path)
-        stop.clear(self.sweep)  # a request to the stage before; `begin` asks for those to the sweep
+        # A request to the stage before. `begin` asks whether the sweep was asked to stop.
+        self.sweep.stop_request_file.unlink(missing_ok=True)
         return None
 
     def begin(self, stage: str) -> bool:

@@ -192,12 +192,15 @@ def jobs(ray_head, checkout) -> SimpleNamespace:
 
 
 def _package(ray_head) -> dict[str, int]:
-    """Return names and sizes of the shipped files, which the head has unpacked."""
+    """Return names and sizes of the shipped files, which the head has unpacked.
+
+    Python compiles some of them there.
+    """
     resources = ray_head.folder / "session_latest" / "runtime_resources"
     sizes = {}
     for root in (resources / "working_dir_files").glob("_ray_pkg_*/"):
         for file in root.rglob("*"):
-            if file.is_file():
+            if file.is_file() and file.parent.name != "__pycache__":
                 sizes[str(file.relative_to(root))] = file.stat().st_size
     return sizes
 

@@ -83,7 +83,8 @@ def fetch(cluster, node: int, name: str) -> Path:
 def test_run_on_machines_that_share_only_a_bucket_survives_the_loss_of_one(
     cluster, small, tiny_dataset, tmp_path
 ):
-    words = [*WORDS, "compute.num_workers=2"]
+    long = [*WORDS, "train.max_steps=180"]  # it must not end before a copy is seen
+    words = [*long, "compute.num_workers=2"]
     first = small("train", words, tmp_path / "first", node=1)
     wait_until(lambda: "checkpoints/step-" in objects(cluster), first, pause_s=1.0)
     cluster.kill(1)
@@ -97,7 +98,7 @@ def test_run_on_machines_that_share_only_a_bucket_survives_the_loss_of_one(
     made = fetch(cluster, 1, "run")
     assert "run.json" not in cluster.run(2, ["find", "/tmp/cache"])
     assert "train-00000.parquet" in cluster.run(2, ["find", "/tmp/cache"])
-    words = [*WORDS, f"data.dir={tiny_dataset}"]
+    words = [*long, f"data.dir={tiny_dataset}"]
     assert final_outcome(RunFolder(made)) == alone(words, tmp_path / "alone", tiny_dataset)
 
 

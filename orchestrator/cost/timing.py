@@ -7,7 +7,7 @@ from model.optim import OPTIMIZERS
 from orchestrator.config.checks import is_sharded
 from orchestrator.config.experiment import Experiment
 from orchestrator.runs.facts import ModelFacts
-from orchestrator.train.ranks.regions import Regions, deal_matrices, regions_of
+from orchestrator.train.ranks.regions import Regions, regions_of, slots_of_matrices
 from orchestrator.train.ranks.slots import most_vectors, slots_of_shards
 
 # From launch to the first step, and from the last one to the end, a run takes as long as this many
@@ -135,7 +135,7 @@ def phase_bytes(experiment: Experiment, facts: ModelFacts, num_workers: int) -> 
 def regions_of_vector(experiment: Experiment, facts: ModelFacts, num_workers: int) -> Regions:
     """Return the regions of the gradients of a worker, which are on one node."""
     matrices = facts["matrix_sizes"] if experiment.optim.kind == "muon" else []
-    slots = deal_matrices(matrices, experiment.slots)
+    slots = slots_of_matrices(matrices, experiment.slots)
     return regions_of(
         [facts["parameters"] - sum(matrices)],
         list(zip(matrices, slots, strict=True)),

@@ -80,12 +80,12 @@ def unit_of(path: Path) -> Path:
 
 def _use(folder: Path) -> Path:
     private_folder(root(), f"remove it, or set XDG_CACHE_HOME to another folder than {root()}")
-    while folder not in _held or not _is_at(_held[folder], folder):
+    while folder not in _held or not folders.is_at(folder / _USED, _held[folder].fileno()):
         with contextlib.suppress(FileNotFoundError):  # removed between two of the calls
             folders.make_folder(folder)
             file = open(folder / _USED, "a+", opener=files.opener)  # noqa: SIM115 - stays open
             files.lock(file, fcntl.LOCK_SH)
-            if _is_at(file, folder):
+            if folders.is_at(folder / _USED, file.fileno()):
                 _held[folder] = file
             else:
                 file.close()
@@ -148,7 +148,7 @@ def _remove(folder: Path) -> bool:
     try:
         with open(folder / _USED, "a", opener=files.opener) as file:
             files.lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _is_at(file, folder):
+            if not folders.is_at(folder / _USED, file.fileno()):
                 return False
             os.rename(folder, removed)
     except OSError:  # it is in use, or another process has removed it
@@ -167,11 +167,3 @@ def _give_up(folder: Path, give_up: Callable[[], object]) -> None:
         files.lock(_held[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
         give_up()
     files.lock(_held[folder], fcntl.LOCK_SH)
-
-
-def _is_at(file: TextIO, folder: Path) -> bool:
-    """Return whether an open file is the mark of a folder, which may have been removed."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(folder / _USED))
-    except FileNotFoundError:
-        return False

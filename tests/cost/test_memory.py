@@ -111,7 +111,9 @@ def largest(experiment: Experiment, ranks: int, is_sharded: bool = True) -> tupl
     Ranks with slots of one kind are equal but for their matrices.
     """
     dealt = deal_in_rounds(experiment.slots, [ranks], rounds_of(experiment, ranks))
-    matrices = list(zip(MATRICES, regions.deal_matrices(MATRICES, experiment.slots), strict=True))
+    matrices = list(
+        zip(MATRICES, regions.slots_of_matrices(MATRICES, experiment.slots), strict=True)
+    )
     loads = [
         sum(size for size, slot in matrices if any(slot in numbers for numbers in mine))
         for mine in dealt

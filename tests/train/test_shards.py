@@ -151,7 +151,7 @@ def test_order_of_equal_slots_does_not_change_which_matrices_share_one(slots):
         loads[slot] += sizes[place]
         together[slot].append(place)
     found: dict[int, list[int]] = {}
-    for place, slot in enumerate(regions.deal_matrices(sizes, slots)):
+    for place, slot in enumerate(regions.slots_of_matrices(sizes, slots)):
         found.setdefault(slot, []).append(place)
     assert sorted(found.values()) == sorted(sorted(places) for places in together if places)
 

@@ -24,7 +24,7 @@ def deal_matrices(optimizer: torch.optim.Optimizer, slots: int) -> list[nn.Param
     Each gets an attribute `slot`. Matrices of one slot may be orthogonalised together.
     """
     found = [p for group in optimizer.param_groups if group.get("muon") for p in group["params"]]
-    slot_of = regions.deal_matrices([param.numel() for param in found], slots)
+    slot_of = regions.slots_of_matrices([param.numel() for param in found], slots)
     for param, slot in zip(found, slot_of, strict=True):
         vars(param)["slot"] = slot
     return found

@@ -54,7 +54,7 @@ def regions_of(
     return Regions(len(owners), used, piece, max(areas))
 
 
-def deal_matrices(sizes: Sequence[int], slots: int) -> list[int]:
+def slots_of_matrices(sizes: Sequence[int], slots: int) -> list[int]:
     """Return the slot of each matrix. The largest come first, each to the slot with least numbers.
 
     Of slots with equally many, the first one in the order of reversed bits: of eight slots, 0, 4,

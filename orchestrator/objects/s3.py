@@ -13,6 +13,7 @@ import hashlib
 import http.client
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -47,6 +48,7 @@ CREDENTIALS = (
     boto.TokenRetrievalError,
     boto.UnauthorizedSSOTokenError,
 )
+CONFIGURED = "AWS_ENDPOINT_URL, AWS_REGION and the credentials"
 # Codes of S3's answers
 NO_BUCKET = {"NoSuchBucket", "InvalidBucketName"}
 MISSING = {"NoSuchKey", "404", "NotFound"}
@@ -54,6 +56,16 @@ BUSY = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "Inte
 BUSY |= {"ServiceUnavailable", "OperationAborted", "ConditionalRequestConflict"}
 # The bytes were changed on their way.
 BUSY |= {"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "IncompleteBody"}
+REFUSED = {
+    "RequestTimeTooSkewed": "the clock of this machine is wrong by minutes; set it",
+    "InvalidObjectState": "an object is in an archive; restore it there first",
+    "NotImplemented": "the store cannot do what is asked of it, such as a conditional write; use "
+    "another store",
+    **dict.fromkeys(
+        ("PermanentRedirect", "AuthorizationHeaderMalformed", "301"),
+        "the bucket has another address or region; set AWS_ENDPOINT_URL or AWS_REGION",
+    ),
+}
 
 
 class S3Store:
@@ -62,13 +74,18 @@ class S3Store:
     def __init__(self, address: Address, patience_s: float) -> None:
         self.address = address
         self.patience_s = patience_s
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        if address.scheme == "gs":
-            endpoint = endpoint or GOOGLE
         try:
-            self._client = _client(endpoint or None, os.environ.get("AWS_ACCESS_KEY_ID"))
+            _ = self._client
         except (boto.BotoCoreError, ValueError) as error:
-            raise UserError(f"{address}: {redact_text(str(error))}") from None
+            text = " ".join(str(error).split())
+            raise UserError(f"{address}: {redact_text(text)}") from None
+
+    @property
+    def _client(self) -> Any:
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if self.address.scheme == "gs":
+            endpoint = endpoint or GOOGLE
+        return _client(endpoint or None, os.environ.get("AWS_ACCESS_KEY_ID"))
 
     def get(
         self, key: str, start: int = 0, length: int | None = None, version: str | None = None
@@ -80,7 +97,13 @@ class S3Store:
         def read() -> Content:
             answer = self._client.get_object(Bucket=self.address.bucket, Key=key, **options)
             # Not `with`: its errors would be those of urllib3.
-            return Content(answer["Body"].read(), answer["ETag"])
+            found = Content(answer["Body"].read(), answer["ETag"])
+            # A store may ignore what the request asks for.
+            if version is not None and version.strip('"') != found.version.strip('"'):
+                raise ChangedObjectError(f"{self._shown(key)}: was written by another process")
+            if length not in (None, len(found.data)):
+                raise boto.IncompleteReadError(actual_bytes=len(found.data), expected_bytes=length)
+            return found
 
         return self._call(key, read)
 
@@ -140,6 +163,7 @@ class S3Store:
         page: dict[str, Any] = self._client.list_objects_v2(
             Bucket=self.address.bucket, Prefix=prefix, MaxKeys=PAGE, **token
         )
+        page["Name"]  # every listing has it
         return page
 
     def _call(self, key: str, request: Callable[[], T]) -> T:
@@ -151,6 +175,8 @@ class S3Store:
                 return request()
             except (boto.BotoCoreError, boto.ClientError, http.client.HTTPException) as error:
                 problem = self._problem(key, error)
+            except (KeyError, RecursionError):  # boto3 follows a redirection to itself for ever
+                problem = self._refused(f"the answer is not one of S3; check {CONFIGURED}")
             except OSError as error:
                 problem = self._away(str(error))
             if not isinstance(problem, StoreAwayError) or time.monotonic() + pause > deadline:
@@ -161,26 +187,40 @@ class S3Store:
     def _problem(self, key: str, error: Exception) -> UserError:
         """Return what an error of boto3 means. The texts of its errors may hold keys."""
         if isinstance(error, CREDENTIALS):
-            return self._refused("there are no credentials, or they cannot be read")
+            return self._denied("there are no credentials, or they cannot be read")
         if isinstance(error, boto.ParamValidationError):
             return self._refused("no such bucket or key is possible")
+        if _is_misconfigured(error):
+            return self._denied(
+                f"no request is possible ({type(error).__name__}); check {CONFIGURED}, also for "
+                "line breaks in them, and AWS_CA_BUNDLE"
+            )
         if not isinstance(error, boto.ClientError):
             return self._away(type(error).__name__)
         code = str(error.response.get("Error", {}).get("Code", ""))
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if code in REFUSED:
+            return self._refused(f"{REFUSED[code]} ({code})")
         if code in NO_BUCKET:
             return self._refused("there is no such bucket; create it, or give another address")
         if code in MISSING:
             return MissingObjectError(f"{self._shown(key)}: there is no such object")
         if status == 412:
             return ChangedObjectError(f"{self._shown(key)}: was written by another process")
-        if status >= 500 or status == 429 or code in BUSY:
+        if status >= 500 or status in (408, 429) or code in BUSY:
             return self._away(f"{code}, status {status}")
         if "Token" in code or "Expired" in code:
-            return self._refused(f"the credentials have expired ({code}); renew them")
+            return self._denied(f"the credentials have expired ({code}); renew them")
         if status in (401, 403):
-            return self._refused(f"the credentials are wrong, or may not do this ({code})")
+            what = f"{code}, {error.operation_name}"
+            say = self._refused if code == "AccessDenied" else self._denied
+            return say(f"the credentials are wrong, or may not do this ({what})")
         return self._refused(f"the store refuses the request ({code}, status {status})")
+
+    def _denied(self, reason: str) -> UserError:
+        """Return that the store refuses these credentials. The next request reads them again."""
+        _client.cache_clear()
+        return self._refused(reason)
 
     def _refused(self, reason: str) -> UserError:
         return UserError(f"{self._bucket}: {reason}")
@@ -197,6 +237,17 @@ class S3Store:
 
     def _shown(self, key: str) -> str:
         return f"{self._bucket}/{key}"
+
+
+def _is_misconfigured(error: Exception) -> bool:
+    """Return whether a request that was not answered cannot be made with these settings."""
+    cause = getattr(error, "kwargs", {}).get("error")
+    return (
+        isinstance(error, boto.EndpointProviderError)
+        # A header or address that is not possible
+        or (isinstance(cause, ValueError) and not isinstance(cause, OSError))
+        or re.search("CERTIFICATE_VERIFY|WRONG_VERSION|No such file", str(cause)) is not None
+    )
 
 
 @functools.cache

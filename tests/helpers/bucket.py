@@ -23,11 +23,14 @@ class Proxy:
     503: answers that it is busy. reset: closes the connection. reset_after: passes the request on
     and closes the connection. cut: sends half of the answer. slow: passes it on after half a
     second. Other numbers are the status of an answer, with S3's code after it: `403 ExpiredToken`.
+    `without` are headers of requests that are not passed on; `keys` gets the access keys.
     """
 
     def __init__(self, port: int) -> None:
         self.count = 0
         self.requests: list[tuple[str, str]] = []
+        self.without: set[str] = set()
+        self.keys: list[str] = []
         self.decide: Decide = lambda *_: ""
         proxy = self
         lock = threading.Lock()
@@ -41,6 +44,8 @@ class Proxy:
                     proxy.count += 1
                     number = proxy.count
                     proxy.requests.append((self.command, self.path))
+                    key = self.headers.get("Authorization", "").partition("Credential=")[2]
+                    proxy.keys.append(key.partition("/")[0])
                 fault = proxy.decide(number, self.command, self.path)
                 if fault == "slow":
                     time.sleep(0.5)
@@ -52,7 +57,8 @@ class Proxy:
                     self.answer(int(status), f"<Error><Code>{code or 'SlowDown'}</Code></Error>")
                     return
                 server = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-                server.request(self.command, self.path, body, dict(self.headers.items()))
+                headers = {k: v for k, v in self.headers.items() if k not in proxy.without}
+                server.request(self.command, self.path, body, headers)
                 answer = server.getresponse()
                 data = answer.read()
                 server.close()

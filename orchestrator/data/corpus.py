@@ -182,11 +182,15 @@ def _resolve_entry(entry: str, left_out: LeftOut) -> list[CorpusFile]:
 
 def _resolve_objects(entry: str, left_out: LeftOut) -> list[CorpusFile]:
     base, found = objects.copies(entry, left_out)
+
+    def size_of(path: Path) -> int:
+        return objects.size_of(found[path])
+
     if base in found:
         check_readable(base)
         sources = [_source(base.name, base)]
     else:
-        sources = _named(base.name, base, one_kind(base, list(found), left_out))
+        sources = _named(base.name, base, one_kind(base, list(found), left_out, size_of))
     # Other nodes may not have the copies, so they are hashed here.
     hashes = sha256s([str(source.path) for source in sources])
     return [

@@ -17,7 +17,7 @@ from orchestrator.errors import UserError
 from orchestrator.mirror import download, manifest
 from orchestrator.mirror.manifest import Manifest
 from orchestrator.objects import cache
-from orchestrator.objects.address import Address, is_address, parse
+from orchestrator.objects.address import Address, is_address, is_plain_key, parse
 from orchestrator.objects.store import MissingObjectError, Store, open_store
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.storage import mirror_of, run_places, scratch_of, storage_root
@@ -32,7 +32,8 @@ _mirrors: dict[Path, Address] = {}  # by the folder that has the copy of a run
 def address_of(word: str, given_in: str, experiment: Experiment | None = None) -> Address | None:
     """Return the address that a word means; None: it is a path or a name of this machine.
 
-    If the storage has a mirror, the name of a run that is not here is an address in it.
+    If the storage has a mirror, the name of a run that is not here is an address in it. A path such
+    as `./run` is not.
 
     Args:
         word: Such as `s3://bucket/mirror/quickstart`, or a checkpoint or a trial in it.
@@ -44,7 +45,8 @@ def address_of(word: str, given_in: str, experiment: Experiment | None = None) -
     experiment = experiment or Experiment()
     mirror = mirror_of(experiment)
     places = run_places(word, storage_root(experiment))
-    if mirror is None or any(place.path.exists() for place in places):
+    is_name = is_plain_key(word.rstrip("/")) and not word.startswith("~")
+    if mirror is None or not is_name or any(place.path.exists() for place in places):
         return None
     return parse(given_in, f"{mirror}/{word}")
 
@@ -76,6 +78,10 @@ def here(
     for attempt in range(TRIES):
         address, content = _find(store, wanted)
         below = wanted.key[len(address.key) + 1 :]
+        if below and not any(content.below(content.resolved(below))):
+            raise UserError(
+                f"{wanted}: {address} has nothing of this name; look at its checkpoints"
+            )
         try:
             return str(_copy(store, address, content, below, checkpoints, data))
         except MissingObjectError:

@@ -62,7 +62,8 @@ def parse(setting: str, text: str) -> Address:
         )
     else:
         return Address(match[1], match[2], (match[3] or "").rstrip("/"))
-    raise UserError(f"{setting}: '{address_shown(text)}' {problem}")
+    shown = address_shown(text) if text.isprintable() else ascii(address_shown(text))[1:-1]
+    raise UserError(f"{setting}: '{shown}' {problem}")
 
 
 def is_plain_key(key: str | None) -> bool:

@@ -11,6 +11,7 @@ from orchestrator.paths import expand_home, local_path, scratch_folder
 from orchestrator.runs.folder import RunFolder, SweepFolder
 
 DEFAULT = "runs"
+MOST_KEY_BYTES = 600  # of a mirror's key: the names of its files follow, and S3 has a limit
 
 
 def storage_setting(experiment: Experiment) -> str:
@@ -47,16 +48,27 @@ def mirror_of(experiment: Experiment) -> Address | None:
     """Return the address that gets a copy of the run: `mirror`, or `storage` if it is an address.
 
     Raises:
-        UserError: It is not an address in object storage, or both are set.
+        UserError: It is not an address in object storage, or is too long, or both are set.
     """
     setting = storage_setting(experiment)
     if is_address(setting):
-        if experiment.mirror not in (None, setting):
+        if (experiment.mirror or setting).rstrip("/") != setting.rstrip("/"):
             raise UserError(
                 f"mirror: '{experiment.mirror}' is not the storage, {setting}; set one of the two"
             )
-        return parse("storage", setting)
-    return None if experiment.mirror is None else parse("mirror", experiment.mirror)
+        return _parse_mirror("storage", setting)
+    return None if experiment.mirror is None else _parse_mirror("mirror", experiment.mirror)
+
+
+def _parse_mirror(field: str, text: str) -> Address:
+    mirror = parse(field, text)
+    size = len(mirror.key.encode())
+    if size > MOST_KEY_BYTES:
+        raise UserError(
+            f"{field}: {mirror} has a key of {size:,} bytes, and the names of files follow it; use "
+            f"one of at most {MOST_KEY_BYTES}"
+        )
+    return mirror
 
 
 def run_folder(experiment: Experiment) -> RunFolder:

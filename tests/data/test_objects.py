@@ -82,6 +82,28 @@ def test_folders_and_globs_take_what_they_take_locally(bucket, tmp_path, pattern
     assert [s.path.read_bytes() for s in there] == [s.path.read_bytes() for s in here]
 
 
+@pytest.mark.parametrize("bytes_of_archive", [3, 300])
+def test_objects_that_their_names_rule_out_are_not_copied(bucket, tmp_path, bytes_of_archive):
+    """A folder may have terabytes beside the texts."""
+    folder = tmp_path / "c"
+    folder.mkdir()
+    (folder / "a.txt").write_text("x" * 30)
+    (folder / "b.zip").write_bytes(b"x" * bytes_of_archive)
+    (folder / "c.csv").write_text("1,2")
+    upload(bucket, folder, "c")
+
+    def resolved(entry):
+        try:
+            listing = resolve(entry)
+        except UserError as error:
+            return str(error).rpartition("/")[2]
+        return [source.name for source in listing], listing.left_out
+
+    there = resolved(f"{bucket.address}/c")
+    assert there == resolved(str(folder))
+    assert not [path for _, path in bucket.proxy.requests[-4:] if "b.zip" in path or ".csv" in path]
+
+
 def test_unchanged_object_is_copied_once_and_a_changed_one_again(bucket):
     bucket.put("c/a.txt", b"first")
     entry = f"{bucket.address}/c/a.txt"

@@ -141,6 +141,7 @@ def test_address_of_a_run_means_what_its_folder_means(command, machine):
     [
         ("{}-missing/mirror/tiny", "there is no such bucket"),
         ("{}/mirror/other", "has no mirrored run"),
+        ("{}/mirror/tiny/checkpoints/step-00000007", "has nothing of this name"),
         ("s3://Bucket/tiny", "is not s3://BUCKET/KEY"),
     ],
 )
@@ -149,3 +150,11 @@ def test_address_without_a_run_is_one_line(command, machine, address, says):
     assert status == 2, err
     [line] = [line for line in err.splitlines() if line]
     assert says in line
+
+
+@pytest.mark.parametrize("word", ["/no/run", "./run", "../run", "~/no-run"])
+def test_path_is_never_a_name_in_the_mirror(machine, monkeypatch, word):
+    machine.bucket.use(monkeypatch)
+    monkeypatch.setenv("ESPALIER_STORAGE", machine.storage)
+    with pytest.raises(UserError, match="there is no run at"):
+        sample.main([word])

@@ -287,6 +287,8 @@ def test_tokens_come_from_the_mirror_on_a_new_machine(bucket, tmp_path, tiny_cor
         (["storage=s3://k:secret@bucket/x"], "", 2, "contains a"),
         (["mirror=/tmp/x"], "", 2, "set one of the two"),
         (["storage={}-missing/x"], "", 2, "there is no such bucket"),
+        (["storage={}" + 5 * f"/{'x' * 150}"], "", 2, "the names of files follow it"),
+        (["storage={}/x\ny"], "", 2, "or a control character"),
         ([], "403 ExpiredToken", 2, "the credentials have expired"),
         ([], "403 AccessDenied", 2, "may not do this"),
         ([], "503", 75, "does not answer"),

@@ -9,6 +9,7 @@ import io
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -87,8 +88,13 @@ def kind_of(path: str | Path) -> Kind:
     try:
         found = os.stat(path)
     except FileNotFoundError:
-        return _kind_by_name(*_suffix_and_packing(str(path))) or Kind(TEXT)
+        return kind_of_name(path)
     return _kind_of(str(path), found.st_size, found.st_mtime_ns)
+
+
+def kind_of_name(path: str | Path) -> Kind:
+    """Return the kind that the name of a file says: text if it says none."""
+    return _kind_by_name(*_suffix_and_packing(str(path))) or Kind(TEXT)
 
 
 @functools.cache
@@ -215,7 +221,12 @@ def check_readable(path: Path) -> Kind:
     return kind
 
 
-def one_kind(base: Path, files: list[Path], left_out: LeftOut) -> list[Path]:
+def one_kind(
+    base: Path,
+    files: list[Path],
+    left_out: LeftOut,
+    size_of: Callable[[Path], int] = os.path.getsize,
+) -> list[Path]:
     """Return the files of the kind that holds the data: the one with the most bytes.
 
     Files that describe data do not count, and are taken only together with text.
@@ -232,7 +243,7 @@ def one_kind(base: Path, files: list[Path], left_out: LeftOut) -> list[Path]:
     for path, kind, describes in zip(files, kinds, about, strict=True):
         if kind is POINTER:
             check_readable(path)
-        sizes[kind.name] += 0 if describes else os.path.getsize(path)
+        sizes[kind.name] += 0 if describes else size_of(path)
     taken = max(sizes, key=lambda kind: (sizes[kind], kind == TEXT))
     found = []
     for path, kind, name, describes in zip(files, kinds, names, about, strict=True):

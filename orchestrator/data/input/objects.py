@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from orchestrator import files
+from orchestrator.data.input.kinds import kind_of_name
 from orchestrator.data.input.paths import LeftOut, MissingCorpusError, matches
 from orchestrator.errors import UserError
 from orchestrator.folders import file_bytes
@@ -40,6 +41,8 @@ def fixed_part(entry: str) -> tuple[Address, list[str]]:
 def copies(entry: str, left_out: LeftOut) -> tuple[Path, dict[Path, str]]:
     """Copy the objects of an entry to this machine, unless they are there.
 
+    Objects whose names say that they cannot be read, such as archives, are not copied.
+
     Returns:
         The path that stands for the start of the glob, and the source (see `fetch`) of each copy.
 
@@ -59,9 +62,13 @@ def copies(entry: str, left_out: LeftOut) -> tuple[Path, dict[Path, str]]:
     _check_parents(base, found)
     place = cache.use("corpus", base) / base.name
     sources = {place / name if name else place: _source(base, info) for name, info in found.items()}
-    missing = {path: source for path, source in sources.items() if not _is_copy(path, source)}
+    missing = {
+        path: source
+        for path, source in sources.items()
+        if not kind_of_name(path).problem and not _is_copy(path, source)
+    }
     if missing:
-        size = sum(int(source.split()[0]) for source in missing.values())
+        size = sum(map(size_of, missing.values()))
         print(f"downloading {len(missing):,} objects of {base}, {size / 1e6:,.1f} MB", flush=True)
         cache.make_room(place.parent, size - sum(map(file_bytes, missing)))
         with ThreadPoolExecutor(THREADS) as threads:
@@ -105,6 +112,11 @@ def _check_parents(base: Address, names: Collection[str]) -> None:
 
 
 # ---- one object ----
+
+
+def size_of(source: str) -> int:
+    """Return the bytes of an object."""
+    return int(source.split()[0])
 
 
 def _source(base: Address, info: Info) -> str:

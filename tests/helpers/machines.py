@@ -174,6 +174,8 @@ class Machines:
         shared: A folder that all machines share, at the same path here.
         private: A folder at the same path on each machine, which is another one on each.
         env: Environment of all commands on the machines.
+        own_env: More of the environment of a machine, by its number.
+        head_words: More options of `ray start` on the head.
     """
 
     def __init__(self, base: Path, cpus: Sequence[int]) -> None:
@@ -199,8 +201,10 @@ class Machines:
             "PAUSE_S": "0.05",  # of tests/machines/slow.py
         }
         self.env |= bucket.environment(f"http://{self.nodes[0].address}:{STORE_PORT}")
+        self.own_env: dict[int, dict[str, str]] = {}
+        self.head_words: list[str] = []
         self.drivers: list[subprocess.Popen] = []
-        self.changed: set[int] = set()  # machines that were killed or cut off
+        self.changed: set[int] = set()  # machines that were killed, cut off or are unlike others
         self.lost_head = False  # used by campaigns
         self.head = {"RAY_ADDRESS": f"{self.nodes[0].address}:{PORT}"}
 
@@ -224,6 +228,7 @@ class Machines:
         command += [f"--object-store-memory={STORE_BYTES}"]
         if node == 0:
             command += ["--head", f"--port={PORT}", "--dashboard-host=127.0.0.1"]
+            command += self.head_words
         else:
             command += [f"--address={self.nodes[0].address}:{PORT}"]
         log = self.base / f"{machine.name}-ray.log"
@@ -251,7 +256,7 @@ class Machines:
             self.start(*together)
 
     def restore(self, keep_drivers: bool = False) -> None:
-        """End the drivers, and start the machines again that were killed or cut off."""
+        """End the drivers, and start the machines again that were killed, cut off or changed."""
         for driver in [] if keep_drivers else self.drivers:
             driver.kill()
         self.start_again(*sorted(self.changed))
@@ -278,9 +283,11 @@ class Machines:
         self.drivers.append(process)
         return process
 
-    def submit(self, command: Sequence[str], log: Path, job: str) -> subprocess.Popen:
+    def submit(
+        self, command: Sequence[str], log: Path, job: str, options: Sequence[str] = ()
+    ) -> subprocess.Popen:
         """Submit a job with this id on the head. The log gets what `ray job submit` prints."""
-        words = ["submit", "--submission-id", job, "--", sys.executable, "-u", *command]
+        words = ["submit", "--submission-id", job, *options, "--", sys.executable, "-u", *command]
         process = self.popen(0, [*_ray("job"), *words], log, _job_server())
         self.drivers.append(process)
         return process
@@ -292,7 +299,10 @@ class Machines:
 
     def run(self, node: int, command: Sequence[str], more: dict[str, str] | None = None) -> str:
         """Run a command on a machine; return its output."""
-        return _run(self.nodes[node].enter(command), self.env | (more or {}))
+        return _run(self.nodes[node].enter(command), self._env_of(node) | (more or {}))
+
+    def _env_of(self, node: int) -> dict[str, str]:
+        return self.env | self.own_env.get(node, {})
 
     def end(self) -> None:
         """End all machines and the bridge."""
@@ -311,7 +321,7 @@ class Machines:
         with log.open("w") as out:
             return subprocess.Popen(
                 self.nodes[node].enter(command),
-                env=self.env | (more or {}),
+                env=self._env_of(node) | (more or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

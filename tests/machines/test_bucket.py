@@ -2,53 +2,18 @@
 
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-from orchestrator.cluster.layout import Layout
-from orchestrator.data.dataset import load_manifest
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.sweep.records import read_result
-from orchestrator.sweep.space.expand import load_sweep
-from orchestrator.sweep.study import Study
-from orchestrator.sweep.trials import data_key
 from tests.helpers.curves import final_outcome
-from tests.helpers.fixtures import Sweeps
-from tests.helpers.machines import SLOW_RUN, STORE_PORT
 from tests.helpers.wait import wait_until
+from tests.machines.conftest import WORDS, objects, outcome_of, sweep_words
 from tests.machines.test_nodes import alone
 
-LIST = """
-import boto3
-client = boto3.client("s3")
-if not client.list_buckets()["Buckets"]:
-    client.create_bucket(Bucket="bucket")
-for found in client.list_objects_v2(Bucket="bucket").get("Contents", []):
-    print(found["Key"])
-"""
 SCRATCH = "/tmp/cache/espalier/scratch/s3/bucket/m"
-WORDS = [*SLOW_RUN, "name=run", "train.log_interval=2", "train.max_steps=60"]
-TRIALS = {
-    "low": ["schedule.max_lr=5e-3"],
-    "low-long": ["schedule.max_lr=5e-3", "train.max_steps=80"],
-    "high": ["schedule.max_lr=1e-2"],
-    "high-cosine": ["schedule.max_lr=1e-2", "schedule.decay_shape=cosine"],
-}
-SWEEP = ["schedule.kind=wsd", "train.eval_interval=20", "train.eval_tokens=200"]
-
-
-@pytest.fixture(scope="module")
-def store(cluster, tmp_path_factory):
-    """A store on the head."""
-    pytest.importorskip("moto")
-    log = tmp_path_factory.mktemp("store") / "log"
-    options = ["-H", cluster.nodes[0].address, "-p", str(STORE_PORT)]
-    store = cluster.popen(0, [sys.executable, "-m", "moto.server", *options], log)
-    wait_until(lambda: "Running on" in log.read_text(), store)
-    yield objects(cluster)
-    store.kill()
 
 
 @pytest.fixture
@@ -65,10 +30,6 @@ def small(cluster, store, tiny_corpus):
 
     yield start
     cluster.restore()
-
-
-def objects(cluster) -> str:
-    return cluster.run(0, [sys.executable, "-c", LIST])
 
 
 def fetch(cluster, node: int, name: str) -> Path:
@@ -100,29 +61,6 @@ def test_run_on_machines_that_share_only_a_bucket_survives_the_loss_of_one(
     assert "train-00000.parquet" in cluster.run(2, ["find", "/tmp/cache"])
     words = [*long, f"data.dir={tiny_dataset}"]
     assert final_outcome(RunFolder(made)) == alone(words, tmp_path / "alone", tiny_dataset)
-
-
-def sweep_words(name: str, *more: str) -> list[str]:
-    trials = [f"sweep.trials.{name}.{word}" for name, words in TRIALS.items() for word in words]
-    return [*WORDS, *SWEEP, f"name={name}", "compute.num_workers=1", *trials, *more]
-
-
-@pytest.fixture(scope="module")
-def on_one(tiny_dataset, tmp_path_factory):
-    """The sweep on one machine, and its outcome."""
-    folder = SweepFolder(tmp_path_factory.mktemp("one") / "tree")
-    folder.path.mkdir()
-    sweep = load_sweep(None, sweep_words("tree", f"data.dir={tiny_dataset}"))
-    datasets = {data_key(e.data): load_manifest(tiny_dataset) for e in sweep.experiments}
-    study = Study(sweep, folder, Layout(1, 1, False), datasets)
-    Sweeps(tiny_dataset, folder.path.parent, {}).run(study)
-    return study, outcome_of(folder)
-
-
-def outcome_of(folder: SweepFolder) -> dict:
-    """Return bits and curve of each trial, and the table with their ranking."""
-    trials = {trial.name: final_outcome(trial) for trial in folder.trials()}
-    return {**trials, "table": folder.comparison_file.read_text()}
 
 
 def steps_run(folder: SweepFolder) -> int:

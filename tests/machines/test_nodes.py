@@ -1,6 +1,7 @@
 """Runs on a cluster of three machines whose nodes are lost, cut off, or not as they should be."""
 
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -15,30 +16,8 @@ from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.train.loop import train
 from orchestrator.workers import marks
 from tests.helpers.curves import final_outcome
-from tests.helpers.machines import SLOW_RUN, Machines
+from tests.helpers.machines import REPO, Machines
 from tests.helpers.wait import wait_until
-
-SMALL = [*SLOW_RUN, "train.log_interval=2"]
-
-
-@pytest.fixture
-def nodes(cluster):
-    """The cluster; all of its machines work again after the test."""
-    yield cluster
-    cluster.restore()
-
-
-@pytest.fixture
-def small(cluster, tiny_corpus, tiny_dataset) -> list[str]:
-    """Overrides of a small experiment, whose dataset all machines have."""
-    shared = cluster.shared / "tokens"
-    if not shared.exists():
-        shutil.copytree(tiny_dataset, shared)
-    file = cluster.shared / "small.yaml"
-    file.write_text("data: {tokenizer: char}\n")
-    corpus = cluster.shared / tiny_corpus.name
-    shutil.copy(tiny_corpus, corpus)
-    return [*SMALL, f"data.corpus={corpus}", f"data.dir={shared}"]
 
 
 def train_command(cluster: Machines, words: list[str]) -> list[str]:
@@ -111,6 +90,38 @@ def test_folder_that_a_node_does_not_share_is_one_line(cluster, small, tmp_path,
     assert "Traceback" not in log.read_text()
     left = cluster.nodes[0].folder / storage.name
     assert name != "run" or not left.exists(), "a refused run left its folder"
+
+
+# Nodes that join later are not checked by the driver.
+UNCHECKED = """
+import runpy
+from orchestrator.cluster import nodes
+nodes.check_nodes = lambda *_: None
+runpy.run_path("pipelines/train.py", run_name="__main__")
+"""
+OTHER_TORCH = """
+import importlib.metadata as metadata
+version = metadata.version
+metadata.version = lambda name: "1.0" if name == "torch" else version(name)
+"""
+
+
+@pytest.mark.slow
+def test_node_that_joined_with_another_torch_is_one_line(nodes, small, tmp_path):
+    other = nodes.shared / "other-torch"
+    other.mkdir()
+    (other / "sitecustomize.py").write_text(OTHER_TORCH)
+    nodes.own_env[2] = {"PYTHONPATH": f"{other}:{REPO}"}
+    nodes.start_again(2)
+    nodes.changed.add(2)
+    log = tmp_path / "log"
+    words = ["name=joined", "train.max_steps=60", "compute.num_workers=2", *small]
+    _, *arguments = train_command(nodes, words)
+    driver = nodes.drive(["-c", UNCHECKED, *arguments], log)
+    assert driver.wait(120) == 2, log.read_text()
+    [line] = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert re.match(r"error: node. has torch (1\.0 and node1|.* and node2 1\.0); install", line)
+    assert "Traceback" not in log.read_text()
 
 
 @pytest.mark.slow  # 100 s; tests/cluster/test_room.py has its decisions

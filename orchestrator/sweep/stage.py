@@ -32,8 +32,6 @@ from orchestrator.workers.marks import HELD
 if TYPE_CHECKING:
     from orchestrator.train.numerics import Worker
 
-WRITER_WAIT_S = 60
-
 
 def run_stage(
     folder: RunFolder, worker: Worker, stop_requested: Callable[[], bool] | None = None
@@ -115,7 +113,7 @@ def _sole_writer(
     """Wait until no worker of an earlier driver writes in the folder: workers may outlive it."""
     if not worker.is_main:
         return contextlib.nullcontext()
-    return lock.held(folder.writer_lock, WRITER_WAIT_S)
+    return lock.held(folder.writer_lock, lock.WRITER_WAIT_S)
 
 
 def begin_folder(folder: RunFolder, spec: StageSpec) -> None:

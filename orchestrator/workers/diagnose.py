@@ -18,6 +18,7 @@ from orchestrator.workers import fitting, hangs, marks, memory
 from orchestrator.workers.memory import OutOfMemory
 
 NO_ROOM_ERROR = "orchestrator.errors.NoRoomError: "
+HELD_ERROR = "orchestrator.errors.HeldError: "
 EXPECTED_ERRORS: dict[str, Kind] = {
     "orchestrator.errors.UserError: ": "user",
     "orchestrator.errors.DiskError: ": "user",
@@ -114,6 +115,12 @@ def ending_of_tracebacks(
     if exception.startswith(NO_ROOM_ERROR):
         reason = f"the disk is full: {exception.removeprefix(NO_ROOM_ERROR)}"
         return Ending("user", reason, cause="disk_full")
+    if exception.startswith(HELD_ERROR):
+        reason = (
+            f"{exception.removeprefix(HELD_ERROR)}, a worker that does not end; end it and run the "
+            "same command again"
+        )
+        return Ending("user", reason, cause="held")
     for prefix, kind in EXPECTED_ERRORS.items():
         if exception.startswith(prefix):
             return Ending(kind, exception.removeprefix(prefix), cause="exception")

@@ -1,6 +1,7 @@
 """Stages on machines that do not have the folder of the sweep. The desk is called without Ray."""
 
 import json
+import os
 import random
 import shutil
 from types import SimpleNamespace
@@ -353,9 +354,8 @@ def test_full_disk_of_the_command_is_one_line(study, machines, monkeypatch):
         (away.places, "tokens", OSError(28, "No space left on device", "/there"), "user"),
         (desk, "has_result", UnreadableError("step-4: cannot be read at the moment"), "again"),
         (desk, "verify", UserError("step-4: its content has changed"), "user"),
-        (desk.lock, "held", HeldError("another process writes here"), "failed"),
     ],
-    ids=["begin", "full disk there", "no result", "checkpoint", "held"],
+    ids=["begin", "full disk there", "no result", "checkpoint"],
 )
 def test_error_of_another_machine_is_the_reason(
     study, machines, monkeypatch, module, name, error, kind, period_s
@@ -376,6 +376,23 @@ def test_error_of_another_machine_is_the_reason(
     assert ending.kind == kind
     assert (error.strerror if isinstance(error, OSError) else str(error)) in ending.reason
     assert (study.progress.full_disk is not None) == isinstance(error, OSError)
+
+
+@pytest.mark.parametrize("place_of", [Machines.here, Machines.away])
+def test_stage_in_which_a_worker_still_writes_begins_again(
+    sweeps, study, machines, monkeypatch, place_of
+):
+    """Its machine may be cut off from Ray, and not from the storage."""
+    monkeypatch.setattr(lock, "WRITER_WAIT_S", 0.1)
+    stage = study.progress.next()
+    with lock.held(study.folder.stage(stage).writer_lock), pytest.raises(HeldError):
+        train(place_of(machines), stage)
+    study.progress.ended(stage, died=True)
+    [event] = [event for event in events.read(study.folder) if event["kind"] == "restart"]
+    assert f"held by process {os.getpid()} on " in event["message"]
+    machines.run(study, lambda: place_of(machines))
+    for name in study.trials:
+        assert sweeps.outcome(study.folder.trial(name)) == sweeps.alone(study, name), name
 
 
 def test_stage_with_a_result_does_not_begin(study, machines):

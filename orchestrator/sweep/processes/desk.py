@@ -27,7 +27,7 @@ from orchestrator.runs import events, journal, lock, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder, SweepFolder
 from orchestrator.sweep.records import parse_result, read_spec
-from orchestrator.sweep.stage import WRITER_WAIT_S, begin_folder, has_result
+from orchestrator.sweep.stage import begin_folder, has_result
 from orchestrator.sweep.states import DONE
 from orchestrator.workers.attempts import store_failure
 from orchestrator.workers.diagnose import ending_of_tracebacks
@@ -110,7 +110,7 @@ class Desk:
                 return None
             turn = _Turn(token, experiment.train.keep)
             if is_away:
-                turn.held.enter_context(lock.held(folder.writer_lock, WRITER_WAIT_S))
+                turn.held.enter_context(lock.held(folder.writer_lock, lock.WRITER_WAIT_S))
             self._turns[stage] = turn
             if not is_away:
                 return Handed()

@@ -6,7 +6,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,18 +112,29 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Software:
+    """What must be the same on all nodes.
+
+    Attributes:
+        torch: Version of torch, without the suffix for its devices.
+        sources: Hash of the copy of this project.
+    """
+
+    torch: str
+    sources: str
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a node says.
 
     Attributes:
         problem: Why it cannot use the storage; None if it can.
-        torch: Its version of torch, without the suffix for its devices.
-        sources: Hash of its copy of this project.
+        software: Its software.
     """
 
     problem: str | None
-    torch: str
-    sources: str
+    software: Software
 
 
 def not_shared(host: str, folder: Path, problem: str) -> str:
@@ -206,7 +217,7 @@ def _problems(reference: Any, asked: Asked, expected: Answer) -> Iterator[str]:
         _warn(asked.host, type(error).__name__)
     else:
         if answer.problem is None and asked.reply is not None and not _appears(asked.reply):
-            answer = Answer("has another folder at", answer.torch, answer.sources)
+            answer = replace(answer, problem="has another folder at")
         folder = asked.reply.parent if asked.reply else Path()
         yield from _differences(asked.host, folder, answer, expected)
 
@@ -218,12 +229,26 @@ def _warn(host: str, why: str) -> None:
 def _differences(host: str, storage: Path, answer: Answer, expected: Answer) -> Iterator[str]:
     if answer.problem is not None:
         yield not_shared(host, storage, answer.problem)
-    if answer.torch != expected.torch:
+    yield from _other_software(host, answer.software, "this machine", expected.software)
+
+
+def require_software(host: str, expected: Software) -> None:
+    """Raise UserError if this node has other software than another host.
+
+    It may have joined the cluster after `check_nodes`.
+    """
+    problems = list(_other_software(socket.gethostname(), software(), host, expected))
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _other_software(host: str, found: Software, other: str, expected: Software) -> Iterator[str]:
+    if found.torch != expected.torch:
         yield (
-            f"{host} has torch {answer.torch} and this machine {expected.torch}; install the "
-            "versions of constraints.txt on all nodes"
+            f"{host} has torch {found.torch} and {other} {expected.torch}; install the versions of "
+            "constraints.txt on all nodes"
         )
-    if answer.sources != expected.sources:
+    if found.sources != expected.sources:
         yield (
             f"{host} has another version of this project; update it, or submit a job, which "
             "brings the project to each node"
@@ -246,8 +271,13 @@ def _answer(driver_file: Path | None, reply: Path | None) -> Answer:
                 reply.unlink(missing_ok=True)
     except OSError as error:
         problem = f"cannot write ({error.strerror}) to"
+    return Answer(problem, software())
+
+
+def software() -> Software:
+    """Return the software of this node."""
     torch = importlib.metadata.version("torch").partition("+")[0]
-    return Answer(problem, torch, sources_sha256(REPOSITORY))
+    return Software(torch, sources_sha256(REPOSITORY))
 
 
 def _appears(file: Path) -> bool:

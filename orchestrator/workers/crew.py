@@ -7,6 +7,7 @@ waits without any. The process group of torch.distributed stays for the next sta
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,8 +16,8 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator import own_code
+from orchestrator.cluster import nodes
 from orchestrator.cluster.layout import Layout
-from orchestrator.cluster.nodes import folder_problem
 from orchestrator.errors import UserError
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.journal import Line
@@ -63,7 +64,9 @@ class Crew:
         self, train: Train, folder: RunFolder, stop_requested: Callable[[], bool]
     ) -> Iterator[Line]:
         """Train a stage on all workers; yield the lines of its journal."""
-        for problem in ray.get([peer.problem.remote(folder.path) for peer in self.peers]):
+        own = (socket.gethostname(), nodes.software())
+        asked = [peer.problem.remote(folder.path, *own) for peer in self.peers]
+        for problem in ray.get(asked):
             if problem is not None:
                 raise UserError(problem)
         if not self.has_group:
@@ -111,8 +114,12 @@ class _Peer:
     def join(self, address: str) -> None:
         process_group.join(address, self.rank, self.layout)
 
-    def problem(self, path: Path) -> str | None:
-        return folder_problem(path)
+    def problem(self, path: Path, host: str, software: nodes.Software) -> str | None:
+        try:
+            nodes.require_software(host, software)
+        except UserError as error:
+            return str(error)
+        return nodes.folder_problem(path)
 
     def run(self, train: Train, path: Path) -> None:
         folder = RunFolder(path)

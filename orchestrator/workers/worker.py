@@ -1,6 +1,7 @@
 """What every worker process of a run does. Only the workers import torch."""
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import ray.train
 from ray.train.collective import broadcast_from_rank_zero
 
 from orchestrator import folders
+from orchestrator.cluster import nodes
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.experiment import Experiment, parse_experiment
 from orchestrator.errors import HeldError
@@ -38,7 +40,10 @@ def work(config: dict[str, Any]) -> None:
     if layout.num_workers > 1:
         address = process_group.new_address() if worker.is_main else None
         # Rank 0 decides: another rank may see its files later.
-        is_over, address = broadcast_from_rank_zero((is_over, address))
+        is_over, address, host, software = broadcast_from_rank_zero(
+            (is_over, address, socket.gethostname(), nodes.software())
+        )
+        nodes.require_software(host, software)
         if not is_over:
             process_group.join(address, rank, layout)
     if is_over:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from orchestrator.cluster import nodes
-from orchestrator.cluster.nodes import Answer
+from orchestrator.cluster.nodes import Answer, Software
 from orchestrator.errors import UnreadableError, UserError
 
 
@@ -50,16 +50,28 @@ def test_node_without_the_file_says_so_and_the_file_stays_as_it_is(tmp_path, ans
             {"problem": "does not have"},
             ["storage: node2 does not have /mnt; mount the same folder"],
         ),
-        ({"torch": "2.11.0"}, ["node2 has torch 2.11.0 and this machine "]),
-        ({"sources": "other"}, ["node2 has another version of this project; update it"]),
+        (
+            {"software": Software("2.11.0", "same")},
+            ["node2 has torch 2.11.0 and this machine 2.13.0"],
+        ),
+        (
+            {"software": Software("2.13.0", "other")},
+            ["node2 has another version of this project; update it"],
+        ),
     ],
 )
 def test_node_that_differs_is_named(tmp_path, answer, change, says):
-    expected = answer(tmp_path / "mine")
-    expected = replace(expected, problem=None)
+    expected = Answer(None, Software("2.13.0", "same"))
     lines = list(nodes._differences("node2", "/mnt", replace(expected, **change), expected))
     assert len(lines) == len(says)
     assert all(line.startswith(start) for line, start in zip(lines, says, strict=True))
+
+
+def test_node_that_joined_with_other_software_is_refused_by_its_worker():
+    own = nodes.software()
+    nodes.require_software("node1", own)
+    with pytest.raises(UserError, match=rf"has torch {own.torch} and node1 1\.0; install"):
+        nodes.require_software("node1", replace(own, torch="1.0"))
 
 
 def test_storage_must_be_absolute_on_several_nodes(monkeypatch, tmp_path):
@@ -115,11 +127,11 @@ def asked(monkeypatch):
             if isinstance(outcome, Exception):
                 raise outcome
             problem = outcome if outcome != "late" else ""
-            return replace(Answer("", "2.11.0", "same"), problem=problem or None)
+            return Answer(problem or None, Software("2.11.0", "same"))
 
     found = Asked()
     monkeypatch.setattr(nodes, "has_several_nodes", lambda: True)
-    monkeypatch.setattr(nodes, "_answer", lambda *_: Answer(None, "2.11.0", "same"))
+    monkeypatch.setattr(nodes, "_answer", lambda *_: Answer(None, Software("2.11.0", "same")))
     monkeypatch.setattr(nodes, "answers", lambda places: places.keys() - found.away)
     for name in ("nodes", "wait", "get"):
         monkeypatch.setattr(ray, name, getattr(found, name))

@@ -8,19 +8,25 @@ from orchestrator import machine
 from orchestrator.cluster import dtypes
 from orchestrator.cluster.calls import interruptibly
 from orchestrator.cluster.layout import Layout, has_several_nodes
+from orchestrator.errors import UnreadableError
+from orchestrator.text import duration
 
 SILENT_S = 3.0  # until a line says that a worker is waited for
 T = TypeVar("T")
 
 
-def of_workers(layout: Layout) -> Layout:
-    """Return the layout with the device of its workers."""
+def of_workers(layout: Layout, wait_s: float) -> Layout:
+    """Return the layout with the device of its workers.
+
+    Raises:
+        UnreadableError: No worker was free for `wait_s`.
+    """
     if not has_several_nodes():
         return here(layout)
-    return interruptibly(lambda: common(_on_each_node(layout)))
+    return interruptibly(lambda: common(_on_each_node(layout, wait_s)))
 
 
-def _on_each_node(layout: Layout) -> list[Layout]:
+def _on_each_node(layout: Layout, wait_s: float) -> list[Layout]:
     """Return `here` of each node that can have a worker. On a GPU, waits for a free one."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -40,8 +46,7 @@ def _on_each_node(layout: Layout) -> list[Layout]:
             answers.append(options.remote(layout))
     if not answers:  # the cluster grows
         answers = [task.options(num_cpus=layout.cpus_per_worker, num_gpus=gpus).remote(layout)]
-    if ray.wait(answers, num_returns=len(answers), timeout=SILENT_S)[1]:
-        print("waiting for a worker of the cluster to be free", flush=True)
+    _wait_for_free(lambda s: not ray.wait(answers, num_returns=len(answers), timeout=s)[1], wait_s)
     return ray.get(answers)
 
 
@@ -52,16 +57,56 @@ def common(found: list[Layout]) -> Layout:
     return replace(slowest, device_name=names)
 
 
-def on_worker(layout: Layout, function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function on a machine of the workers. Waits for the resources of a worker."""
+def on_worker(layout: Layout, wait_s: float, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function on a machine of the workers, with the resources of a worker.
+
+    Raises:
+        UnreadableError: No worker was free for `wait_s`, or its machine was lost.
+    """
     if not has_several_nodes():
         return function(*arguments)
-    import ray
-
     # The machine of the driver may be of another kind.
-    options = {"num_cpus": layout.cpus_per_worker, "num_gpus": int(layout.use_gpu)}
-    answer = ray.remote(function).options(**options).remote(*arguments)
-    return interruptibly(lambda: ray.get(answer))
+    return interruptibly(lambda: _on_free_worker(layout, wait_s, function, *arguments))
+
+
+def _on_free_worker(
+    layout: Layout, wait_s: float, function: Callable[..., T], *arguments: Any
+) -> T:
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    needs = {"CPU": layout.cpus_per_worker, **({"GPU": 1} if layout.use_gpu else {})}
+    # Its wait tells whether a worker is free. A task would not tell whether it runs.
+    group = ray.util.placement_group([needs])
+    try:
+        _wait_for_free(group.wait, wait_s)
+        task = ray.remote(function).options(
+            num_cpus=layout.cpus_per_worker,
+            num_gpus=int(layout.use_gpu),
+            max_retries=0,  # a second try might wait for ever
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group),
+        )
+        return ray.get(task.remote(*arguments))
+    except ray.exceptions.RayTaskError:
+        raise
+    except ray.exceptions.RayError as error:
+        raise UnreadableError(
+            f"the machine of a worker was lost ({type(error).__name__}); run the same command again"
+        ) from None
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def _wait_for_free(is_free: Callable[[float], bool], wait_s: float) -> None:
+    """Wait until a worker is free. `is_free` waits for some seconds."""
+    if is_free(min(SILENT_S, wait_s)):
+        return
+    wait = f"{duration(wait_s)} (compute.wait_for_nodes_s)"
+    print(f"waiting for a worker of the cluster to be free, for {wait} at most", flush=True)
+    if not is_free(wait_s):
+        raise UnreadableError(
+            f"no worker of the cluster was free for {wait}; run the same command again later"
+        )
 
 
 def here(layout: Layout) -> Layout:

@@ -196,7 +196,7 @@ class SweepJob(Job):
                 f"compute.num_workers: trials with {sorted(by_slots)} reduction slots would run on "
                 f"{numbers} workers; set compute.num_workers={numbers[0]}"
             )
-        return device.of_workers(layouts.pop())
+        return device.of_workers(layouts.pop(), self.experiment.compute.wait_for_nodes_s)
 
     def _describe(self) -> Estimate | None:
         """Print what will run and its cost. Return the estimate; None if there is none."""

@@ -131,7 +131,7 @@ class TrainJob(Job):
 
         lock.wait_for_writer(self.folder)
         self.step = self._resume_step(self.dataset)
-        self.layout = device.of_workers(self.layout)
+        self.layout = device.of_workers(self.layout, experiment.compute.wait_for_nodes_s)
         begun = self.folder if self.step else None  # with `train.restart`, no checkpoint is valid
         if begun is None:
             trial = (experiment, self.dataset.tokenizer["n_vocab"])

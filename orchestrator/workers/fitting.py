@@ -183,7 +183,8 @@ def with_auto_size(
     if here:
         found = _find_size(layout, trials, stages)
     else:
-        found = device.on_worker(layout, _find_size, layout, trials, stages)
+        wait_s = trials[0][0].compute.wait_for_nodes_s
+        found = device.on_worker(layout, wait_s, _find_size, layout, trials, stages)
     if isinstance(found, str):
         raise UserError(f"train.micro_batch_size: auto: {found}; give a number")
     print(f"train.micro_batch_size=auto: {found}", flush=True)

@@ -47,7 +47,7 @@ def device(monkeypatch):
 )
 def test_type_suits_device_and_width(device, flags, gpu_has_bfloat16, layout, width, dtype):
     device(flags, gpu_has_bfloat16)
-    found = device_module.of_workers(layout)
+    found = device_module.of_workers(layout, 1)
     experiment = load_experiment(None, [f"model.n_embd={width}", "model.n_head=1"])
     assert dtypes.suitable(experiment, found) == dtype
 
@@ -78,7 +78,7 @@ def test_each_node_finds_its_type_also_while_its_cpus_are_busy(
     cpus = int(ray.cluster_resources()["CPU"]) if busy else 0
     holder = ray.remote(threading.Event).options(num_cpus=cpus).remote()
     ray.get(holder.is_set.remote())
-    assert device_module.of_workers(CPU).fast_dtype == expected
+    assert device_module.of_workers(CPU, 1).fast_dtype == expected
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_unlike_nodes_have_a_type_that_none_of_them_emulates(types, dtype):
 def test_emulated_type_is_one_line(device, capsys, dtype, flags, layout, words):
     device(flags)
     experiment = load_experiment(None, [f"train.dtype={dtype}"])
-    dtypes.warn_if_emulated(experiment, device_module.of_workers(layout), has_begun=False)
+    dtypes.warn_if_emulated(experiment, device_module.of_workers(layout, 1), has_begun=False)
     line = capsys.readouterr().err
     assert line.count("\n") == (words is not None)
     assert words is None or (f"train.dtype={dtype}" in line and words in line)

@@ -97,7 +97,7 @@ def test_slots_are_those_of_the_number_on_more_workers(machine, tokens, tmp_path
     one = "sweep.grid={schedule.max_lr: [0.01]}"
     sweep(tmp_path, tokens, one)
     monkeypatch.setattr(layout, "alive_nodes", lambda: [layout.Node(8, 2)])
-    monkeypatch.setattr("orchestrator.cluster.device.of_workers", lambda found: found)
+    monkeypatch.setattr("orchestrator.cluster.device.of_workers", lambda found, _: found)
     job = LocalSweepJob(load_sweep(None, [*words, "name=sweep", one]))
     assert job._layout().num_workers == 1
     with pytest.raises(

@@ -89,7 +89,8 @@ class MirrorLock:
             if holder and token != known_token:
                 if seen is None:
                     print(
-                        f"{self.address}: held by {holder}; waiting for its next sign of life",
+                        f"{self.address}: held by {holder}; waiting for its next sign of life, for "
+                        f"{STALE_S:.0f} s at most",
                         flush=True,
                     )
                     seen = (version or "", time.monotonic())

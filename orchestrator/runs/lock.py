@@ -77,9 +77,15 @@ def wait_for_writer(folder: RunFolder) -> None:
     Raises:
         HeldError: One still does after `WRITER_WAIT_S`.
     """
-    if folder.writer_lock.exists():
-        with held(folder.writer_lock, WRITER_WAIT_S):
-            pass
+    if not folder.writer_lock.exists():
+        return
+    try:
+        with held(folder.writer_lock):
+            return
+    except HeldError as error:
+        print(f"{error}; waiting for its end, for {WRITER_WAIT_S} s at most", flush=True)
+    with held(folder.writer_lock, WRITER_WAIT_S):
+        pass
 
 
 def _acquire(path: Path, deadline: float) -> TextIO:

@@ -56,6 +56,16 @@ def test_lock_of_a_killed_holder_is_free_and_tells_its_name(folder, holder):
         assert killed_holder is None, "the last holder ended in good order"
 
 
+def test_wait_for_a_worker_that_still_writes_is_announced(folder, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "WRITER_WAIT_S", 0.1)
+    lock.wait_for_writer(folder)
+    with lock.held(folder.writer_lock):
+        assert capsys.readouterr().out == ""
+        with pytest.raises(HeldError):
+            lock.wait_for_writer(folder)
+    assert f"held by process {os.getpid()} on " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("number", files.NO_LOCKS, ids=errno.errorcode.get)
 def test_file_system_without_locks_is_refused(folder, monkeypatch, number):
     def flock(*_):

@@ -3,12 +3,13 @@
 This counts in Ray's controller and not in the run folder, which may be what cannot be written to.
 """
 
+import traceback
 from typing import Any
 
 from ray.train import UserCallback
 
 from orchestrator.runs.folder import RunFolder
-from orchestrator.workers.diagnose import ending_of_tracebacks, exception_of
+from orchestrator.workers.diagnose import ending_of_tracebacks
 
 
 class SameErrorAgain(Exception):  # noqa: N818
@@ -35,7 +36,11 @@ class SameErrorLimit(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raise SameErrorAgain at the last failure. Ray then does not start the workers again."""
-        errors = {exception_of(str(error)) for error in worker_exceptions.values()}
+        # Ray passes on the errors as they were raised, without a traceback.
+        errors = {
+            "".join(traceback.format_exception_only(error)).strip()
+            for error in worker_exceptions.values()
+        }
         for error in sorted(errors):
             ending = ending_of_tracebacks(self._folder, [error], len(worker_exceptions))
             if ending.cause == "exception" and ending.kind == "user":

@@ -17,9 +17,13 @@ import psutil
 import pytest
 import ray.train
 
+from orchestrator import lines
 from orchestrator.cluster import connection, private, train_here
 from orchestrator.cluster.layout import Layout
 from orchestrator.cluster.room import Room
+from orchestrator.errors import UserError
+from orchestrator.workers.diagnose import diagnose
+from orchestrator.workers.same_error import SameErrorLimit
 from tests.helpers import forked, stuck
 from tests.helpers.wait import wait_until
 
@@ -148,14 +152,19 @@ def environment(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-def fit_here(work, tmp_path) -> None:
-    from ray.train import RunConfig
+def fit_here(work, tmp_path, *callbacks) -> None:
+    from ray.train import FailureConfig, RunConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     trainer = DataParallelTrainer(
         work,
         scaling_config=ray.train.ScalingConfig(num_workers=1),
-        run_config=RunConfig(name="x", storage_path=str(tmp_path)),
+        run_config=RunConfig(
+            name="x",
+            storage_path=str(tmp_path),
+            failure_config=FailureConfig(max_failures=9 if callbacks else 0),
+            callbacks=list(callbacks),
+        ),
     )
     room = Room(Layout(1, 1, False), [1], 60.0, lambda: 0, lambda: None, pytest.fail)
     train_here.fit_here(trainer, room)
@@ -235,6 +244,20 @@ def test_error_of_a_worker_is_raised_in_the_driver(ray_cluster, tmp_path, capfd)
     with pytest.raises(ray.train.WorkerGroupError, match="no such thing"):
         fit_here(fail, tmp_path)
     assert capfd.readouterr().err == ""
+
+
+def refuse(file: Path) -> None:
+    lines.append(file, {})
+    raise UserError("storage: node2 has no run in /mnt")
+
+
+def test_mistake_that_a_worker_finds_ends_the_run_at_its_first_start(ray_cluster, folder, tmp_path):
+    starts = tmp_path / "starts"
+    with pytest.raises(ray.train.ControllerError) as ended:
+        fit_here(functools.partial(refuse, starts), tmp_path, SameErrorLimit(folder, 3))
+    assert len(lines.read(starts)) == 1
+    found = diagnose(folder, ended.value)
+    assert (found.kind, found.reason) == ("user", "storage: node2 has no run in /mnt")
 
 
 def test_timeout_of_collectives_can_be_changed(tmp_path):

@@ -75,8 +75,11 @@ class Room:
         self._tries = 0
         self._waiting_since = None
 
-    def groups(self) -> int:
+    def groups(self, do_not_start: bool = False) -> int:
         """Return how many groups of workers have room at the same time.
+
+        Args:
+            do_not_start: None has started though there is room, which others may use.
 
         Raises:
             WaitedTooLongError: As `choose`, if there is no room for one.
@@ -84,7 +87,7 @@ class Room:
         self._known |= alive_hosts()
         group = replace(self.layout, num_workers=min(self.numbers))
         room = groups(alive_nodes(), group, self.together)
-        if room:
+        if room and not do_not_start:
             self._waiting_since = None
         else:
             self._wait(*self._present())

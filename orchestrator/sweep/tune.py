@@ -21,6 +21,7 @@ from orchestrator.sweep.processes import environment as environment  # before Tu
 # isort: split
 import ray
 from ray import tune
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -38,6 +39,7 @@ from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.study import Study
 from orchestrator.workers import places
 
+START_S = 20.0  # for the start of a process; then a line says that there is no room
 DESK_CALLS = 100  # of stages on other machines at the same time
 MOST_STAGES = 1_000_000  # at the same time
 ASHA_REDUCTION = 3  # of three trials that reach a rung of asha, one goes on
@@ -188,12 +190,17 @@ class _Ticks(tune.Callback):
         self.room = room
         self.groups: int | None = None
         self.look_at = 0.0
+        self.moved_at = time.monotonic()  # when a stage ran, or none was to start
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.progress.tick()
-        if time.monotonic() > self.look_at:
-            self.look_at = time.monotonic() + LOOK_S
-            groups = self.room.groups()
+        now = time.monotonic()
+        statuses = {trial.status for trial in trials}
+        if Trial.RUNNING in statuses or Trial.PENDING not in statuses:
+            self.moved_at = now
+        if now > self.look_at:
+            self.look_at = now + LOOK_S
+            groups = self.room.groups(do_not_start=now - self.moved_at > START_S)
             # On a cluster that grows, machines are added for stages that wait.
             if self.groups is not None and not cluster_grows():
                 self.searcher.slots += groups - self.groups

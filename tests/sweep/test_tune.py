@@ -19,7 +19,7 @@ from orchestrator.data.batches import Batches, TokenStream
 from orchestrator.data.dataset import FILE, load_manifest, write_manifest
 from orchestrator.objects import cache
 from orchestrator.objects.address import parse
-from orchestrator.runs import events, journal
+from orchestrator.runs import events, journal, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import SweepFolder
 from orchestrator.sweep import tune as sweep
@@ -129,6 +129,20 @@ def assert_parents_first(study: Study) -> None:
     assert children
     for stage in children:
         assert began[stage.id] >= end[stage.parent]
+
+
+def test_sweep_without_a_free_cpu_says_so_and_ends(sweeps, ray_cluster, monkeypatch):
+    monkeypatch.setattr(sweep, "START_S", 0.5)
+    others = ray_cluster.util.placement_group([{"CPU": ray_cluster.cluster_resources()["CPU"]}])
+    assert others.wait(60)
+    study = sweeps.open("compute.wait_for_nodes_s=2", *FORK)
+    try:
+        sweep.execute(study, 1)
+    finally:
+        ray_cluster.util.remove_placement_group(others)
+    [waiting] = [event["message"] for event in events.read(study.folder)]
+    assert waiting.startswith("no room for 1 worker(s)") and "perhaps in use" in waiting
+    assert "run the same command again" in stop.requested(study.folder)
 
 
 # ---- two workers ----

@@ -42,6 +42,7 @@ MODULES = (
     "orchestrator/train/numerics.py",
     "orchestrator/train/ranks/exchange.py",
     "orchestrator/train/ranks/layout.py",
+    "orchestrator/train/ranks/overlap.py",
     "orchestrator/train/ranks/regions.py",
     "orchestrator/train/ranks/shards.py",
     "orchestrator/train/ranks/slots.py",

@@ -34,7 +34,7 @@ from orchestrator.checkpoint.format import (
     steps,
     verify,
 )
-from orchestrator.checkpoint.tensor_file import TensorFile
+from orchestrator.checkpoint.tensor_file import TensorFile, Wanted
 from orchestrator.checkpoint.tensor_read import load_tensors as load_tensors
 from orchestrator.checkpoint.tensor_read import stored_weights_sha256 as stored_weights_sha256
 from orchestrator.checkpoint.tensor_read import weights_sha256 as weights_sha256
@@ -269,7 +269,7 @@ class Content:
         self,
         group: str,
         device: str | torch.device = "cpu",
-        wanted: Mapping[str, range] | None = None,
+        wanted: Wanted | None = None,
     ) -> dict[str, Tensor]:
         """Return the tensors of a group: "model", "optimizer" or "ema"; see `assemble`."""
         return load_tensors(self.path, group, device, wanted)

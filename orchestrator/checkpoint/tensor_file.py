@@ -7,14 +7,15 @@ Several ranks write the tensors of a group in parts: each writes a slice of some
 
 Layout of the file: length of the header (8 bytes, little-endian); the header (JSON: dtype, shape
 and offsets of each tensor, padded with spaces); the tensors, contiguous. A slice is a tensor with
-one dimension; the metadata of the file have its start and the shape of the whole tensor.
+one dimension; the metadata of the file have its start, the shape of the whole tensor, and its name
+if the slice has another one.
 `tensor_read` reads such files.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 Tensors: TypeAlias = "Mapping[str, Tensor]"
 TensorsOrSlices: TypeAlias = "Mapping[str, Tensor | Slice]"
+Wanted: TypeAlias = Mapping[str, Sequence[range]]  # numbers of each flattened tensor
 
 DTYPES = {
     "torch.float64": "F64",
@@ -49,11 +51,18 @@ class Slice:
         numbers: The numbers, with one dimension.
         start: Index of the first one in the flattened tensor.
         shape: Shape of the tensor.
+        tensor: Name of the tensor, if the slice has another one.
     """
 
     numbers: Tensor
     start: int
     shape: tuple[int, ...]
+    tensor: str | None = None
+
+    def place(self) -> tuple[int | tuple[int, ...] | str, ...]:
+        """Return what the metadata of a file say of the slice."""
+        named = () if self.tensor is None else (self.tensor,)
+        return (self.start, self.shape, *named)
 
 
 def own_share(tensors: TensorsOrSlices, rank: int, ranks: int) -> TensorsOrSlices:
@@ -101,7 +110,7 @@ class TensorFile:
 
         self._layout = _layout(content)
         places = {
-            name: json.dumps([item.start, item.shape])
+            name: json.dumps(item.place())
             for name, item in content.items()
             if isinstance(item, Slice)
         }
@@ -153,7 +162,7 @@ def _layout(content: TensorsOrSlices) -> dict[str, tuple[Any, ...]]:
     layout: dict[str, tuple[Any, ...]] = {}
     for name, tensor in _numbers(content).items():
         item = content[name]
-        place = (item.start, item.shape) if isinstance(item, Slice) else ()
+        place = item.place() if isinstance(item, Slice) else ()
         layout[name] = (tensor.dtype, tensor.shape, tensor.is_cuda, *place)
     return layout
 

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,14 @@ import numpy as np
 import safetensors
 
 from orchestrator.checkpoint.format import read_manifest, reading, tensor_files
-from orchestrator.checkpoint.tensor_file import DTYPES, LENGTH_BYTES, METADATA, Slice, Tensors
+from orchestrator.checkpoint.tensor_file import (
+    DTYPES,
+    LENGTH_BYTES,
+    METADATA,
+    Slice,
+    Tensors,
+    Wanted,
+)
 from orchestrator.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +37,7 @@ def load_tensors(
     path: Path,
     name: str,
     device: str | torch.device = "cpu",
-    wanted: Mapping[str, range] | None = None,
+    wanted: Wanted | None = None,
 ) -> dict[str, Tensor]:
     """Load the tensors of a group, such as "model", from a verified checkpoint of any format.
 
@@ -54,7 +61,7 @@ def assemble(
     path: Path,
     files: Iterable[Iterable[Tensor]],
     device: str | torch.device,
-    wanted: Mapping[str, range] | None = None,
+    wanted: Wanted | None = None,
     is_view: bool = True,
 ) -> dict[str, Tensor]:
     """Return the tensors whose slices are in some files.
@@ -63,8 +70,8 @@ def assemble(
         path: The checkpoint.
         files: Bytes of the files in pieces. Each piece is taken after the one before was used.
         device: Device of the tensors.
-        wanted: Numbers to copy of each tensor, which are returned with one dimension. None: all
-            numbers of all tensors.
+        wanted: Numbers to copy of each tensor, as ranges, which are returned one after another in
+            one dimension. None: all numbers of all tensors.
         is_view: A tensor in one piece of a file is a view of it, if `wanted` is None and the device
             is the CPU.
 
@@ -80,17 +87,22 @@ def assemble(
         if wanted is None and count == math.prod(part.shape):
             tensors[name] = part.numbers.view(part.shape).to(device, copy=not is_view)
             continue
-        numbers = range(math.prod(part.shape)) if wanted is None else wanted.get(name, range(0))
-        if name not in tensors and numbers:
-            shape = part.shape if wanted is None else (len(numbers),)
+        ranges = [range(math.prod(part.shape))] if wanted is None else wanted.get(name, [])
+        size = sum(map(len, ranges))
+        if name not in tensors and size:
+            shape = part.shape if wanted is None else (size,)
             tensors[name] = torch.empty(shape, dtype=part.numbers.dtype, device=device)
-            missing[name] = len(numbers)
-        first = max(part.start, numbers.start)
-        last = min(part.start + count, numbers.stop)
-        if first < last:
-            found = part.numbers[first - part.start : last - part.start]
-            tensors[name].view(-1)[first - numbers.start : last - numbers.start] = found
-            missing[name] -= last - first
+            missing[name] = size
+        done = 0  # numbers of the ranges before
+        for numbers in ranges:
+            first = max(part.start, numbers.start)
+            last = min(part.start + count, numbers.stop)
+            if first < last:
+                begin = done + first - numbers.start
+                found = part.numbers[first - part.start : last - part.start]
+                tensors[name].view(-1)[begin : begin + last - first] = found
+                missing[name] -= last - first
+            done += len(numbers)
     if any(missing.values()):
         name = max(missing, key=missing.__getitem__)
         raise UserError(f"{path}: a part of {name} is missing; use another checkpoint")
@@ -121,9 +133,10 @@ def _slices(pieces: Iterable[Tensor]) -> Iterator[tuple[str, Slice]]:
             elif begin >= end:
                 continue
             numbers = piece[begin - offset : end - offset].view(dtypes[entry["dtype"]])
-            place, shape = json.loads(places[name]) if name in places else (0, entry["shape"])
+            place, shape, *other = json.loads(places.get(name, json.dumps([0, entry["shape"]])))
             place += max(begin - start, 0) // numbers.element_size()
-            yield name, Slice(numbers, place, tuple(shape))
+            [tensor] = other or [name]
+            yield tensor, Slice(numbers, place, tuple(shape))
         offset += len(piece)
 
 

@@ -118,13 +118,13 @@ def phase_bytes(experiment: Experiment, facts: ModelFacts, num_workers: int) -> 
     regions = regions_of_vector(experiment, facts, num_workers)
     vector = 4 * sum(regions.sizes)
     state = state_bytes(experiment, facts)
-    shares = [size / sum(regions.sizes) for size in regions.sizes]
+    shares = [size / sum(regions.sizes) for size in reversed(regions.sizes)]
     backward, exchange = most_vectors(experiment, num_workers, shares)
     if is_sharded(experiment, num_workers):
         # The weights lie in a vector as well.
         state += vector - 4 * facts["parameters"] - _moment_bytes(experiment, facts)
         moments = OPTIMIZERS[experiment.optim.kind].moments
-        state += 4 * moments["embedding"] * regions.sizes[0] // num_workers
+        state += 4 * moments["embedding"] * sum(regions.buckets) // num_workers
         state += 4 * moments["matrix"] * regions.area
     in_backward = backward * vector
     if experiment.train.dtype != "float32":

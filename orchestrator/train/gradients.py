@@ -13,13 +13,15 @@ rank and zero on the others, so that the same additions bring it to all ranks ex
 makes all ranks stop after the same step, without another message.
 """
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from orchestrator.train.ranks.exchange import Exchange, Partial, add_subtrees
 from orchestrator.train.ranks.layout import Layout
+from orchestrator.train.ranks.overlap import Overlap
 from orchestrator.train.ranks.shards import Shard
 from orchestrator.train.ranks.slots import joins
 
@@ -27,8 +29,8 @@ from orchestrator.train.ranks.slots import joins
 class Gradients:
     """Gradient buffers of one rank. They are the `grad` of every parameter.
 
-    In each step: `begin_slot` and `end_slot` around each slot of this rank, with `record_loss`
-    between them, and `end_round` where `ends_round`; then `reduce`.
+    In each step: `begin_slot` and `end_slot` around each slot of this rank, with `begin_backward`
+    and `record_loss` between them, and `end_round` where `ends_round`; then `reduce`.
 
     Args:
         params: Parameters, float32, all on one device.
@@ -48,6 +50,7 @@ class Gradients:
         matrices: Iterable[nn.Parameter] = (),
         sharded_by: torch.optim.Optimizer | None = None,
         pairs: bool = True,
+        overlaps: bool = False,
     ) -> None:
         assert micro_batches % exchange.slots == 0
         assert all(param.dtype == torch.float32 for param in params)
@@ -58,8 +61,10 @@ class Gradients:
         self.device = params[0].device
         self.layout = Layout(params, exchange, micro_batches + 1, matrices, sharded_by is not None)
         self.shard: Shard | None = None
+        self.overlap: Overlap | None = None
         if sharded_by is not None:
             self.shard = Shard(self.layout, exchange, sharded_by)
+            self.overlap = Overlap(self.layout) if overlaps else None
         self.size = self.layout.size
         self.free: list[_Buffer] = []
         self.stack: list[_Buffer] = []  # sums of subtrees, the largest first
@@ -97,6 +102,11 @@ class Gradients:
         self.norms = None
         self.tail = self.current.flat[self.layout.tail :]
 
+    def begin_backward(self, micro_batch: int) -> None:
+        """Exchange gradients beside the next backward pass if it is the last one of this rank."""
+        if self.overlap is not None and micro_batch == self.my_slots()[-1][-1]:
+            self.overlap.begin(self._reducer([*self.stack, self.current]))
+
     def record_loss(self, micro_batch: int, loss: Tensor) -> None:
         """Store the loss of a micro-batch (0-dim, nats per token) beside its gradient."""
         self.tail[micro_batch].copy_(loss.detach())
@@ -106,10 +116,11 @@ class Gradients:
         self.tail[self.micro_batches] = 1.0
 
     def end_slot(self) -> None:
-        """Add the subtrees that this slot completes."""
+        """Add the subtrees that this slot completes. A shard does so later, region by region."""
         self.stack.append(self.current)
         self.slots_done += 1
-        self.free += add_subtrees(self.stack)
+        if self.shard is None or self.slots_done % len(self.exchange.rounds[0]) > 0:
+            self.free += add_subtrees(self.stack)
 
     def ends_round(self) -> bool:
         """Return whether `end_round` is due: after the last slot of a round but the last one."""
@@ -146,12 +157,26 @@ class Gradients:
 
     def _reduce_shard(self, shard: Shard) -> None:
         self._keep_tail()
-        norms = shard.reduce(self.stack, self.micro_batches, [buffer.flat for buffer in self.free])
+        if self.overlap is not None and self.overlap.has_begun:
+            self.overlap.finish()
+        else:
+            reduce = self._reducer(self.stack)
+            for region in reversed(range(len(self.layout.regions))):
+                reduce(region)
+        norms = shard.set_gradients()
         tail = torch.stack(self.tails).sum(dim=0)  # each loss is not zero in one of them
         self.tails = []
         values = torch.cat((norms, tail))
         self.exchange.add_up(values)
         self.norms, self.tail = values[: len(norms)], values[len(norms) :]
+
+    def _reducer(self, partials: Sequence[Partial]) -> Callable[[int], None]:
+        """Return a function that reduces a region of the shard."""
+        assert self.shard is not None
+        spare = [buffer.flat for buffer in self.free]
+        return functools.partial(
+            self.shard.reduce_region, partials=partials, divisor=self.micro_batches, spare=spare
+        )
 
     def _keep_tail(self) -> None:
         self.tails += [partial.flat[self.layout.tail :].clone() for partial in self.stack]
@@ -183,7 +208,7 @@ class Gradients:
         if self.device.type == "cpu" and scale == 1:  # to read the value, a GPU would have to wait
             return
         if self.shard is not None and self.norms is not None:
-            for flat in self.shard.gradients:
+            for flat in self.shard.gradients.values():
                 flat.mul_(scale)
         else:
             self.current.flat[: self.layout.tail].mul_(scale)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model import models, optim
 from model.protocol import Config, LanguageModel
 from orchestrator.checkpoint import store
-from orchestrator.checkpoint.tensor_file import Slice, TensorsOrSlices
+from orchestrator.checkpoint.tensor_file import TensorsOrSlices
 from orchestrator.code_hashes import module_hashes
 from orchestrator.config.checks import is_sharded
 from orchestrator.config.experiment import Experiment
@@ -29,6 +29,7 @@ from orchestrator.own_files import load_copies
 from orchestrator.train.gradients import Gradients
 from orchestrator.train.meter import Meter
 from orchestrator.train.numerics import Worker, environment, fingerprint, gather
+from orchestrator.train.ranks import overlap
 from orchestrator.train.ranks.exchange import Exchange
 from orchestrator.train.ranks.layout import deal_matrices
 from orchestrator.train.ranks.slots import adds_pairs, rounds_of
@@ -129,16 +130,10 @@ def build(
         deal_matrices(optimizer, experiment.slots),
         optimizer if is_sharded(experiment, worker.world_size) else None,
         adds_pairs(experiment),
+        overlap.pays(experiment, nodes),
     )
-    return TrainState(
-        model,
-        forward,
-        optimizer,
-        scaler,
-        gradients,
-        Meter(last_step_only=experiment.train.log_interval is None),
-        ema=ema,
-    )
+    meter = Meter(last_step_only=experiment.train.log_interval is None)
+    return TrainState(model, forward, optimizer, scaler, gradients, meter, ema=ema)
 
 
 def snapshot(
@@ -209,11 +204,14 @@ def _optimizer_tensors(state: TrainState) -> TensorsOrSlices:
     With shards, these are the slices in the shard of this rank.
     """
     shard = state.gradients.shard
-    tensors: dict[str, Tensor | Slice] = {}
-    for name, parameter in state.model.named_parameters():
-        own = state.optimizer.state.get(parameter, {}) if shard is None else shard.own_of(parameter)
-        tensors |= {f"{name}/{key}": value for key, value in own.items()}
-    return tensors
+    parameters = dict(state.model.named_parameters())
+    if shard is not None:
+        return shard.own_state(parameters)
+    return {
+        f"{name}/{key}": value
+        for name, param in parameters.items()
+        for key, value in state.optimizer.state.get(param, {}).items()
+    }
 
 
 def restore(

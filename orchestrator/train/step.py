@@ -105,6 +105,7 @@ class Step:
             state.meter.lap("rest")
             inputs, targets = next(batches)
             state.meter.lap("data")
+            state.gradients.begin_backward(micro_batch)
             self._forward_backward(micro_batch, inputs, targets)
             state.meter.lap("compute")
         if self.stop_requested():

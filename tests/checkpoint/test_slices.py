@@ -1,5 +1,6 @@
 """Slices of tensors that several ranks write make the tensors again, bit for bit."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -70,13 +71,36 @@ def test_wanted_numbers_are_copied_from_files_in_pieces(ranks, step, start, stop
     found = assemble(Path("run"), pieces, "cpu")
     assert set(found) == set(tensors)
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-    found = assemble(Path("run"), pieces, "cpu", {"a": range(start, stop), "b": range(1)})
+    found = assemble(Path("run"), pieces, "cpu", {"a": [range(start, stop)], "b": [range(1)]})
     assert list(found) == (["a", "b"] if start < stop else ["b"])
     assert found["b"].tolist() == [3.0]
     if start < stop:
         assert found["a"].tolist() == list(range(start, stop))
         with pytest.raises(UserError, match="run: a part of a is missing"):
-            assemble(Path("run"), pieces, "cpu", {"a": range(start, 71)})
+            assemble(Path("run"), pieces, "cpu", {"a": [range(start, 71)]})
+
+
+@given(st.lists(st.integers(0, 60), min_size=4, max_size=4))
+def test_several_slices_of_a_tensor_in_one_file_make_it_again(borders):
+    tensor = torch.arange(60.0).view(6, 10)
+    cuts = [0, *sorted(borders), 60]
+    files = []
+    for rank in range(2):
+        # Every second slice, and a tensor whose name could be that of a slice.
+        content = {
+            f"a/{start}": Slice(tensor.view(-1)[start:stop], start, (6, 10), "a")
+            for start, stop in itertools.pairwise(cuts)
+            if cuts.index(start) % 2 == rank
+        }
+        files.append(bytes(one_file({**content, f"b/{rank}": torch.ones(2)}).data))
+    found = read(files)
+    assert set(found) == {"a", "b/0", "b/1"}
+    assert torch.equal(found["a"], tensor)
+    contents = ([torch.frombuffer(bytearray(file), dtype=torch.uint8)] for file in files)
+    ranges = [range(*sorted(borders[:2])), range(*sorted(borders[2:]))]
+    wanted = assemble(Path("run"), contents, "cpu", {"a": ranges})
+    numbers = [float(number) for part in ranges for number in part]
+    assert (wanted["a"].tolist() if numbers else []) == numbers
 
 
 def test_tensor_of_which_a_part_is_missing_is_refused():

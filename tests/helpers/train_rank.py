@@ -15,6 +15,7 @@ from orchestrator.runs.folder import RunFolder
 from orchestrator.train import state
 from orchestrator.train.loop import Trainer
 from orchestrator.train.numerics import Worker
+from orchestrator.train.ranks import regions
 from tests.helpers import forked
 
 
@@ -25,6 +26,7 @@ def start(
     world: int,
     nodes: str = "",
     killed_after: int | None = None,
+    bucket: int | None = None,
 ) -> list[BaseProcess]:
     """Start the ranks of a run, forked from a server.
 
@@ -34,6 +36,7 @@ def start(
         overrides: The experiment.
         world: Number of ranks.
         nodes: A letter for the node of each.
+        bucket: Numbers in the smallest bucket of gradients.
         killed_after: Once there is a checkpoint of this step, rank 0 waits in a step to be killed.
     """
     job = {
@@ -43,6 +46,7 @@ def start(
         "data_dir": str(data_dir),
         "overrides": overrides,
         "killed_after": killed_after,
+        "bucket": bucket,
     }
     jobs = [job | {"rank": rank, "node": nodes[rank : rank + 1]} for rank in range(world)]
     return forked.start(work, jobs)
@@ -59,6 +63,8 @@ def work(job: dict) -> None:
         )
     if job.get("node"):
         state.node_digest = lambda: job["node"].encode().hex()
+    if job.get("bucket"):
+        regions.LEAST_BUCKET = job["bucket"]
     folder = RunFolder(job["run_dir"])
     killed_after = job.get("killed_after")
 

@@ -49,7 +49,9 @@ WORDS = [
 
 
 def on_workers(folder: RunFolder, data_dir, nodes: str, *words: str) -> None:
-    processes = train_rank.start(folder, data_dir, [*WORDS, *words], len(nodes), nodes)
+    processes = train_rank.start(
+        folder, data_dir, [*WORDS, *words], len(nodes), nodes, bucket=1 << 16
+    )
     for process in processes:
         process.join(300)
     assert [process.exitcode for process in processes] == [0] * len(nodes)
@@ -89,11 +91,12 @@ def sharded(kind: str, model: nn.Module, rank: int, world: int, group: ZerosFrom
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_each_number_is_in_the_segments_of_one_rank(kind, world):
+def test_each_number_is_in_the_segments_of_one_rank(kind, world, monkeypatch):
     model = model_of(96)
     before = [param.clone() for param in model.parameters()]
     counts = {name: torch.zeros(param.numel()) for name, param in model.named_parameters()}
     sizes = set()
+    monkeypatch.setattr(regions, "LEAST_BUCKET", 1 << 16)
     for rank in range(world):
         ranks_model = copy.deepcopy(model)
         optimizer, gradients = sharded(kind, ranks_model, rank, world, ZerosFromOthers())

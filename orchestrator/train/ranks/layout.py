@@ -7,6 +7,7 @@
 - The norm of a gradient is computed from the norms of all pieces and matrices, in a fixed order.
 """
 
+import itertools
 import math
 from collections.abc import Iterable
 
@@ -45,10 +46,10 @@ class Layout:
 
     Attributes:
         size: Numbers in the vector, a multiple of the numbers of slots and ranks.
-        regions: (first number, number after the last) of both kinds of parameters.
+        regions: (first number, number after the last) of each bucket, and of the matrices.
         tail: First number of the tail.
         offsets: First number of each parameter.
-        piece: Numbers in a piece of the first region.
+        piece: Numbers in a piece of a bucket.
         normed: (first number, shape) of the pieces that are not all padding, and of the matrices.
     """
 
@@ -73,7 +74,8 @@ class Layout:
             owners,
         )
         self.piece = found.piece
-        border, areas_size = found.sizes
+        borders = [0, *itertools.accumulate(found.sizes)]
+        border, self.tail = borders[-2:]
         self._place(numbers, 0)
         for place, slots in enumerate(owners):
             area = [param for param in matrices if vars(param)["slot"] in slots]
@@ -82,8 +84,7 @@ class Layout:
             (first, (self.piece,)) for first in range(0, found.used, self.piece)
         ]
         self.normed += [(self.offsets[matrix], tuple(matrix.shape)) for matrix in matrices]
-        self.tail = border + areas_size
-        self.regions = ((0, border), (border, self.tail))
+        self.regions = list(itertools.pairwise(borders))
         self.size = rounded_up(self.tail + tail, math.lcm(exchange.slots, exchange.world_size))
 
     def _place(self, params: list[nn.Parameter], first: int) -> None:
@@ -103,7 +104,7 @@ class Layout:
         return torch.stack(torch._foreach_norm(parts))
 
     def shard(self, place: int) -> list[tuple[int, int]]:
-        """Return (first number, number after the last) of a shard in both regions."""
+        """Return (first number, number after the last) of a shard in each region."""
         lengths = [(stop - start) // self.shards for start, stop in self.regions]
         return [
             (start + place * length, start + (place + 1) * length)

@@ -6,7 +6,7 @@ files from each other. A rank without the folder of the run gets all.
 
 import json
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from orchestrator.checkpoint.format import (
     tensor_files,
     verify,
 )
+from orchestrator.checkpoint.tensor_file import Wanted
 from orchestrator.checkpoint.tensor_read import assemble
 from orchestrator.errors import DiskError, UnreadableError, UserError
 from orchestrator.train.numerics import Worker, gather
@@ -135,7 +136,7 @@ class ReadTogether(store.Content):
         self,
         group: str,
         device: str | torch.device = "cpu",
-        wanted: Mapping[str, range] | None = None,
+        wanted: Wanted | None = None,
     ) -> dict[str, Tensor]:
         """As `Content` says."""
         names = tensor_files(self.readers, group)

@@ -3,6 +3,7 @@
 Estimates of memory use this module as well, so it does not import torch.
 """
 
+import itertools
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,16 +12,22 @@ ALIGNMENT = 128  # numbers; each parameter begins at a multiple, aligned as a te
 # are nearly equal.
 LEAST_PIECE = 1 << 14
 MOST_PIECES_BITS = 12
+# Numbers in the smallest bucket, and the most buckets. Each takes messages of its own.
+LEAST_BUCKET = 1 << 22
+MOST_BUCKETS = 16
 
 
 @dataclass(frozen=True)
 class Regions:
-    """Two regions: parameters updated number by number, then matrices; each in equal shards.
+    """Regions of a vector: parameters updated number by number, in buckets, and then matrices.
+
+    Ranks exchange one region after another, so they receive only one at a time. Each region is in
+    equal shards.
 
     Attributes:
         shards: Number of shards.
-        used: Numbers of the first region before its padding.
-        piece: Numbers in a piece of the first region. A shard has whole pieces.
+        used: Numbers of the buckets before their padding.
+        piece: Numbers in a piece of a bucket. A shard has whole pieces.
         area: Numbers in the area of matrices of each shard: as many as the largest one needs.
     """
 
@@ -30,9 +37,18 @@ class Regions:
     area: int
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        """Numbers of both regions."""
-        return rounded_up(self.used, self.piece * self.shards), self.shards * self.area
+    def buckets(self) -> list[int]:
+        """Numbers of each bucket. Only their borders depend on the number of shards."""
+        unit = self.piece * self.shards
+        units = -(-self.used // unit)
+        count = max(1, min(MOST_BUCKETS, units, self.used // LEAST_BUCKET))
+        borders = [units * place // count * unit for place in range(count + 1)]
+        return [stop - start for start, stop in itertools.pairwise(borders)]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of each region."""
+        return [*self.buckets, self.shards * self.area]
 
 
 def regions_of(

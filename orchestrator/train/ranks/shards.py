@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.checkpoint.tensor_file import Slice
-from orchestrator.train.ranks.exchange import Exchange, Partial
+from orchestrator.train.ranks.exchange import Exchange, Partial, add_subtrees
 from orchestrator.train.ranks.layout import Layout
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -27,7 +27,7 @@ class Segment:
     Attributes:
         weights: View of the weights; the optimizer updates it.
         first: First number of the parameter that it has.
-        region: Region of the layout, 0 or 1.
+        region: Region of the layout.
         offset: First number in the part of the shard in that region.
     """
 
@@ -56,8 +56,10 @@ class Shard:
         self.exchange = exchange
         self.optimizer = optimizer
         self.own = layout.shard(exchange.place)
-        self.gradients: list[Tensor] = []
-        self.sums: list[list[Partial]] = [[], []]  # of the rounds before the last, by region
+        self.gradients: dict[int, Tensor] = {}  # by region
+        self.sums: list[list[Partial]] = [
+            [] for _ in layout.regions
+        ]  # of the rounds before the last, by region
         self.weights = torch.zeros(layout.tail, device=layout.params[0].device)
         for param in layout.params:
             view = layout.view(self.weights, param)
@@ -96,35 +98,47 @@ class Shard:
 
     def scatter(self, partials: Sequence[Partial], spare: Sequence[Tensor]) -> None:
         """Add the sums of a round that is not the last over the ranks of this node."""
-        self.sums = []
-        for start, stop in self.layout.regions:
-            parts = [Partial(p.first, p.slots, p.flat[start:stop]) for p in partials]
-            unused = [flat[start:stop] for flat in spare]
-            self.sums.append(self.exchange.scatter(parts, unused) if start < stop else [])
+        for region, (start, stop) in enumerate(self.layout.regions):
+            if start < stop:
+                parts, unused = self._parts(region, partials, spare)
+                self.sums[region] = self.exchange.scatter(parts, unused)
 
-    def reduce(
-        self, partials: Sequence[Partial], divisor: int, spare: Sequence[Tensor] = ()
-    ) -> Tensor:
-        """Set the gradients of the segments to the sum over all ranks, divided.
+    def reduce_region(
+        self, region: int, partials: Sequence[Partial], divisor: int, spare: Sequence[Tensor] = ()
+    ) -> None:
+        """Set the gradients of the segments in a region to the sum over all ranks, divided.
 
         Args:
-            partials: Sums of the subtrees of this rank in the last round, in the layout.
+            region: Number of the region. All ranks must reduce the regions in the same order.
+            partials: Sums of the subtrees of this rank in the last round, in the layout. They are
+                added as far as they are whole subtrees.
             divisor: Number of micro-batches.
             spare: Vectors that may be used.
+        """
+        start, stop = self.layout.regions[region]
+        parts, unused = self._parts(region, partials, spare)
+        own = parts[0].flat
+        if start < stop:
+            # A copy: the sum may be a view of what all ranks have sent, as long as the region.
+            own = self.exchange.reduce_scatter(parts, unused, self.sums[region]).clone()
+        self.sums[region] = []
+        self.gradients[region] = own.div_(divisor) if divisor > 1 else own
+
+    def _parts(
+        self, region: int, partials: Sequence[Partial], spare: Sequence[Tensor]
+    ) -> tuple[list[Partial], list[Tensor]]:
+        """Return the sums of subtrees in a region, and vectors that may be used for it."""
+        area = slice(*self.layout.regions[region])
+        parts = [Partial(p.first, p.slots, p.flat[area]) for p in partials]
+        done = add_subtrees(parts)
+        return parts, [flat[area] for flat in spare] + [partial.flat for partial in done]
+
+    def set_gradients(self) -> Tensor:
+        """Give all segments their gradients, when all regions are reduced.
 
         Returns:
             The norms of the pieces and matrices of this shard, zero for others.
         """
-        self.gradients = []
-        for (start, stop), before in zip(self.layout.regions, self.sums, strict=True):
-            parts = [Partial(p.first, p.slots, p.flat[start:stop]) for p in partials]
-            own = parts[0].flat
-            if start < stop:
-                unused = [flat[start:stop] for flat in spare]
-                # A copy: the sum may be a view of what all ranks have sent, as long as the region.
-                own = self.exchange.reduce_scatter(parts, unused, before).clone()
-            self.gradients.append(own.div_(divisor) if divisor > 1 else own)
-        self.sums = [[], []]
         for segments in self.segments.values():
             for segment in segments:
                 end = segment.offset + segment.weights.numel()
@@ -144,7 +158,7 @@ class Shard:
 
     def gather_weights(self) -> None:
         """Drop the gradients, and copy the weights of all shards to all ranks."""
-        self.gradients = []
+        self.gradients = {}
         for segments in self.segments.values():
             for segment in segments:
                 segment.weights.grad = None
@@ -181,32 +195,42 @@ class Shard:
             found[name] = whole
         return found
 
-    def own_of(self, param: Tensor) -> dict[str, Slice]:
-        """Return what the optimizer keeps of the numbers of a parameter that are in this shard."""
+    def own_state(self, params: Mapping[str, nn.Parameter]) -> dict[str, Slice]:
+        """Return what the optimizer keeps of the numbers in this shard."""
         own: dict[str, Slice] = {}
-        for segment in self.segments.get(param, []):
-            for name, value in self.optimizer.state.get(segment.weights, {}).items():
-                if value.dim():
-                    own[name] = Slice(value.reshape(-1), segment.first, tuple(param.shape))
-                elif segment.first == 0:  # a number for the whole parameter
-                    own[name] = Slice(value.view(-1), 0, ())
-        return own
-
-    def wanted(self, params: Mapping[str, nn.Parameter]) -> dict[str, range]:
-        """Return which numbers this shard has of each tensor of the optimizer."""
-        found: dict[str, range] = {}
         for name, param in params.items():
             for segment in self.segments.get(param, []):
-                numbers = range(segment.first, segment.first + segment.weights.numel())
-                for key in _state_names(param):
-                    found[f"{name}/{key}"] = range(1) if key == "step" else numbers
+                for key, value in self.optimizer.state.get(segment.weights, {}).items():
+                    tensor = f"{name}/{key}"
+                    if value.dim():
+                        part = Slice(value.reshape(-1), segment.first, tuple(param.shape), tensor)
+                        own[f"{tensor}/{segment.first}"] = part
+                    elif segment.first == 0:  # a number for the whole parameter
+                        own[tensor] = Slice(value.view(-1), 0, ())
+        return own
+
+    def wanted(self, params: Mapping[str, nn.Parameter]) -> dict[str, list[range]]:
+        """Return which numbers this shard has of each tensor of the optimizer."""
+        found: dict[str, list[range]] = {}
+        for name, param in params.items():
+            numbers = [
+                range(segment.first, segment.first + segment.weights.numel())
+                for segment in self.segments.get(param, [])
+            ]
+            for key in _state_names(param) if numbers else ():
+                found[f"{name}/{key}"] = [range(1)] if key == "step" else numbers
         return found
 
     def set_state(self, param: nn.Parameter, name: str, value: Tensor) -> None:
-        """Take these numbers of the state of a parameter."""
-        for segment in self.segments[param]:
-            shape = () if name == "step" else segment.weights.shape
-            self.optimizer.state[segment.weights][name] = value.view(shape)
+        """Take the numbers of the state of a parameter that are `wanted`."""
+        segments = self.segments[param]
+        if name == "step":
+            values = [value.view(()).clone() for _ in segments]  # each segment counts its steps
+        else:
+            parts = value.split([segment.weights.numel() for segment in segments])
+            values = [part.view_as(s.weights) for part, s in zip(parts, segments, strict=True)]
+        for segment, own in zip(segments, values, strict=True):
+            self.optimizer.state[segment.weights][name] = own
 
 
 def _state_names(param: Tensor) -> tuple[str, ...]:

@@ -158,7 +158,7 @@ def most_vectors(
     Args:
         experiment: The configuration.
         ranks: Number of ranks.
-        regions: Shares of a vector that sharded ranks exchange one after another.
+        regions: Shares of a vector that sharded ranks exchange one after another, in this order.
     """
     dealt = deal_in_rounds(experiment.slots, [ranks], rounds_of(experiment, ranks))
     brought = [len(subtrees(mine[-1])) for mine in dealt]
@@ -169,12 +169,13 @@ def most_vectors(
         backward = exchange = count + (len(mine) - 1) / ranks
         free = count - own  # vectors for what is received
         if is_sharded(experiment, ranks):
-            gradients = 0.0  # of the shard, in the regions before
+            # The gradient is copied from the first of what was received.
+            last = max(sum(received[free:]), sum(received[free:1]) + 1 / ranks)
+            done = 0.0  # share of the regions whose gradients have replaced the sums of rounds
             for share in regions:
-                # The gradient is copied from the first of what was received.
-                last = max(sum(received[free:]), sum(received[free:1]) + 1 / ranks)
-                exchange = max(exchange, backward + gradients + share * last)
-                gradients += share / ranks
+                replaced = done * (2 - len(mine)) / ranks
+                exchange = max(exchange, backward + replaced + share * last)
+                done += share
         elif ranks > 1:
             exchange += sum(received[free:])
         found.append((backward, exchange))

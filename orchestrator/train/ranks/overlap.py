@@ -1,0 +1,140 @@
+"""Exchange of gradients beside the backward pass that computes the last of them.
+
+The backward pass comes to the parameters roughly in reversed order. So a thread exchanges the
+regions of the vector from the last to the first, each as soon as the gradients in it are complete.
+All ranks do so in the same order, whatever the order of their backward passes is. No bits depend on
+when a region is exchanged.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from orchestrator.config.experiment import Experiment
+from orchestrator.train.ranks.layout import Layout
+from orchestrator.train.ranks.slots import adds_pairs
+
+
+def pays(experiment: Experiment, nodes: Sequence[str]) -> bool:
+    """Return whether `Overlap` can be used, and saves more than the time of a thread.
+
+    Inside a node the exchange takes little time. The backward pass of a compiled model gives all
+    gradients at its end.
+
+    Args:
+        experiment: The configuration.
+        nodes: A name of each rank's node.
+    """
+    return len(set(nodes)) > 1 and not experiment.train.compile and adds_pairs(experiment)
+
+
+class Overlap:
+    """Exchanges regions in a thread; on a GPU, in a stream of its own.
+
+    In each step: `begin` before the last backward pass, and `finish` after it. A backward pass must
+    add once to the gradient of a parameter.
+
+    Args:
+        layout: The layout of the gradients.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.device = layout.params[0].device
+        self.last = len(layout.regions) - 1
+        self.inside: dict[Tensor, list[int]] = {
+            param: [
+                region
+                for region, (start, stop) in enumerate(layout.regions)
+                if offset < stop and start < offset + param.numel()
+            ]
+            for param, offset in layout.offsets.items()
+        }
+        self.missing: list[set[Tensor]] = []  # parameters without gradient, by region
+        self.ready: list[_Ready] = []
+        self.error: BaseException | None = None
+        self.thread: threading.Thread | None = None
+        self.stream: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":
+            self.stream = torch.cuda.Stream(self.device)
+        for param in layout.params:
+            param.register_post_accumulate_grad_hook(self._has_gradient)
+
+    def begin(self, exchange: Callable[[int], None]) -> None:
+        """Start the thread. The next backward pass is the last one of the step.
+
+        Args:
+            exchange: Exchanges a region.
+        """
+        regions = range(self.last + 1)
+        self.missing = [{p for p in self.inside if region in self.inside[p]} for region in regions]
+        self.ready = [_Ready(self.stream) for _ in regions]
+        self.error = None
+        # An error elsewhere must not keep the process from its end.
+        self.thread = threading.Thread(target=self._exchange_all, args=(exchange,), daemon=True)
+        self.thread.start()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether `finish` is due."""
+        return self.thread is not None
+
+    def finish(self) -> None:
+        """Exchange all regions. Raises what their exchange raised."""
+        assert self.thread is not None
+        for ready in self.ready:
+            ready.set()  # also those of parameters that the loss does not depend on
+        self.thread.join()
+        self.thread = None
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        if self.error is not None:
+            raise self.error
+
+    def _has_gradient(self, param: Tensor) -> None:
+        if self.thread is None:
+            return
+        for region in self.inside[param]:
+            self.missing[region].remove(param)
+            if not self.missing[region]:
+                self.ready[region].set()
+
+    def _exchange_all(self, exchange: Callable[[int], None]) -> None:
+        try:
+            with self._in_stream():
+                for region in range(self.last, -1, -1):
+                    self.ready[region].wait()
+                    exchange(region)
+        except BaseException as error:
+            self.error = error
+
+    def _in_stream(self) -> AbstractContextManager[None]:
+        if self.stream is None:
+            return nullcontext()
+        torch.cuda.set_device(self.device)  # of this thread
+        return torch.cuda.stream(self.stream)
+
+
+class _Ready:
+    """Whether the gradients of a region are complete, for a thread and its stream."""
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self.stream = stream
+        self.event = threading.Event()
+        self.computed: torch.cuda.Event | None = None
+
+    def set(self) -> None:
+        """Say so, from the stream that computes the gradients."""
+        if self.event.is_set():
+            return
+        if self.stream is not None:
+            self.computed = torch.cuda.current_stream(self.stream.device).record_event()
+        self.event.set()
+
+    def wait(self) -> None:
+        """Wait for it."""
+        self.event.wait()
+        if self.stream is not None and self.computed is not None:
+            self.stream.wait_event(self.computed)

@@ -233,12 +233,21 @@ def _may_be_sharded(experiment: Experiment) -> bool:
 
 
 def _sharding_problems(experiment: Experiment) -> list[str]:
-    if experiment.train.shard_optimizer is not True or _may_be_sharded(experiment):
-        return []
-    return [
-        "train.shard_optimizer: true needs optim.kind adamw or muon, and a train.dtype that is not "
-        "float16; set train.shard_optimizer=auto"
-    ]
+    train = experiment.train
+    may_be_sharded = _may_be_sharded(experiment)
+    problems = []
+    if train.shard_optimizer is True and not may_be_sharded:
+        problems.append(
+            "train.shard_optimizer: true needs optim.kind adamw or muon, and a train.dtype that is "
+            "not float16; set train.shard_optimizer=auto"
+        )
+    is_sharded = may_be_sharded and train.shard_optimizer is not False
+    if train.overlap_exchange is True and (not is_sharded or is_own(experiment.model.kind)):
+        problems.append(
+            "train.overlap_exchange: true needs train.shard_optimizer=auto with what it shards, "
+            "and a model.kind that is not a file; set train.overlap_exchange=auto"
+        )
+    return problems
 
 
 def _tracking_problems(experiment: Experiment) -> list[str]:

@@ -200,6 +200,12 @@ class Train(Section):
         description="each worker updates a part of the parameters and has its moments (ZeRO-1), "
         "with the same bits; auto: with adamw or muon, but not with float16",
     )
+    overlap_exchange: Annotated[bool | Literal["auto"], Effect.NOTHING] = Field(
+        "auto",
+        description="workers with parts of the parameters exchange gradients beside the last "
+        "backward pass of a step, with the same bits; auto: on CPUs of several nodes, without "
+        "train.compile",
+    )
     activation_checkpointing: Annotated[bool, Effect.NOTHING] = Field(
         False,
         description="compute the activations of each block again in the backward pass, with the "

@@ -120,6 +120,8 @@ def phase_bytes(experiment: Experiment, facts: ModelFacts, num_workers: int) -> 
     state = state_bytes(experiment, facts)
     shares = [size / sum(regions.sizes) for size in reversed(regions.sizes)]
     backward, exchange = most_vectors(experiment, num_workers, shares)
+    if experiment.train.overlap_exchange is True:
+        backward = exchange
     if is_sharded(experiment, num_workers):
         # The weights lie in a vector as well.
         state += vector - 4 * facts["parameters"] - _moment_bytes(experiment, facts)

@@ -130,7 +130,7 @@ def build(
         deal_matrices(optimizer, experiment.slots),
         optimizer if is_sharded(experiment, worker.world_size) else None,
         adds_pairs(experiment),
-        overlap.pays(experiment, nodes),
+        overlap.is_wanted(experiment, nodes, worker.device),
     )
     meter = Meter(last_step_only=experiment.train.log_interval is None)
     return TrainState(model, forward, optimizer, scaler, gradients, meter, ema=ema)

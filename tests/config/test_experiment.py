@@ -156,6 +156,7 @@ REFUSED = {
     "train.global_batch_size": ["null", "0", "-1", "0.5", "x"],
     "train.batch_schedule": ["1", "x", "{0: 0}", "{-1: 4}", "{x: 4}", "{0: 1.5}"],
     "train.shard_optimizer": ["1", "null", "x"],
+    "train.overlap_exchange": ["1", "null", "x"],
     "train.activation_checkpointing": ["1", "null", "x"],
     "train.ema": ["0", "1", "-0.1", "x"],
     "train.reduction_slots": ["0", "-1", "0.5", "x"],

@@ -115,6 +115,7 @@ FREE = {
     "tracking.experiment": "other",
     "tracking.alert": "never",
     "train.shard_optimizer": "false",
+    "train.overlap_exchange": "false",
     "train.activation_checkpointing": "true",
 }
 

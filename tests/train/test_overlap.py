@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from model import optim
 from orchestrator.config.experiment import load_experiment
+from orchestrator.errors import UserError
 from orchestrator.train.gradients import Gradients
 from orchestrator.train.ranks import overlap, regions
 from orchestrator.train.ranks.exchange import Exchange
@@ -153,14 +154,32 @@ def test_error_of_the_exchange_is_raised_where_the_step_needs_its_result():
 
 
 @pytest.mark.parametrize(
-    ("nodes", "words", "expected"),
+    ("nodes", "device", "words", "expected"),
     [
-        ("AB", [], True),
-        ("AABB", ["model.kind=modern"], True),
-        ("AA", [], False),
-        ("AB", ["train.compile=true"], False),
-        ("AB", [f"model.kind={FILES}/conv.py:GatedConv"], False),
+        ("AB", "cpu", [], True),
+        ("AABB", "cpu", ["model.kind=modern"], True),
+        ("AA", "cpu", [], False),
+        ("AB", "cuda:0", [], False),
+        ("AB", "cpu", ["train.compile=true"], False),
+        ("AB", "cpu", [f"model.kind={FILES}/conv.py:GatedConv"], False),
+        ("AB", "cpu", ["train.overlap_exchange=false"], False),
+        ("AA", "cuda:0", ["train.overlap_exchange=true", "train.compile=true"], True),
     ],
 )
-def test_exchange_overlaps_where_it_pays(nodes, words, expected):
-    assert overlap.pays(load_experiment(None, words), nodes) == expected
+def test_exchange_overlaps_where_it_is_wanted(nodes, device, words, expected):
+    assert overlap.is_wanted(load_experiment(None, words), nodes, device) == expected
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.dtype=float16"],
+        ["train.shard_optimizer=false"],
+        ["optim.kind=tests/own/lion.py:lion"],
+        [f"model.kind={FILES}/conv.py:GatedConv"],
+    ],
+)
+def test_overlap_of_what_cannot_overlap_is_refused(words):
+    with pytest.raises(UserError, match="train.overlap_exchange: true .* set .*=auto"):
+        load_experiment(None, [*words, "train.overlap_exchange=true"])
+    load_experiment(None, words)

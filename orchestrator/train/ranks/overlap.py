@@ -7,7 +7,7 @@ when a region is exchanged.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,17 +18,20 @@ from orchestrator.train.ranks.layout import Layout
 from orchestrator.train.ranks.slots import adds_pairs
 
 
-def pays(experiment: Experiment, nodes: Sequence[str]) -> bool:
-    """Return whether `Overlap` can be used, and saves more than the time of a thread.
-
-    Inside a node the exchange takes little time. The backward pass of a compiled model gives all
-    gradients at its end.
+def is_wanted(experiment: Experiment, nodes: Sequence[str], device: str) -> bool:
+    """Return whether sharded ranks overlap their exchange with the last backward pass.
 
     Args:
         experiment: The configuration.
         nodes: A name of each rank's node.
+        device: Device of the ranks.
     """
-    return len(set(nodes)) > 1 and not experiment.train.compile and adds_pairs(experiment)
+    wanted = experiment.train.overlap_exchange
+    if wanted == "auto":
+        # Inside a node the exchange takes little time, and the backward pass of a compiled model
+        # gives all gradients at its end. With the streams of a GPU it was not run yet.
+        wanted = len(set(nodes)) > 1 and not experiment.train.compile and device == "cpu"
+    return wanted and adds_pairs(experiment)
 
 
 class Overlap:
@@ -75,6 +78,7 @@ class Overlap:
         # An error elsewhere must not keep the process from its end.
         self.thread = threading.Thread(target=self._exchange_all, args=(exchange,), daemon=True)
         self.thread.start()
+        self._set_complete(regions)
 
     @property
     def has_begun(self) -> bool:
@@ -98,6 +102,10 @@ class Overlap:
             return
         for region in self.inside[param]:
             self.missing[region].remove(param)
+        self._set_complete(self.inside[param])
+
+    def _set_complete(self, regions: Iterable[int]) -> None:
+        for region in regions:
             if not self.missing[region]:
                 self.ready[region].set()
 

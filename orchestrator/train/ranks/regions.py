@@ -13,7 +13,7 @@ ALIGNMENT = 128  # numbers; each parameter begins at a multiple, aligned as a te
 LEAST_PIECE = 1 << 14
 MOST_PIECES_BITS = 12
 # Numbers in the smallest bucket, and the most buckets. Each takes messages of its own.
-LEAST_BUCKET = 1 << 22
+LEAST_BUCKET = 1 << 23
 MOST_BUCKETS = 16
 
 

@@ -79,18 +79,22 @@ def add_slots(model: nn.Module, gradients: Gradients) -> None:
         for micro_batch in slot:
             torch.manual_seed(micro_batch)
             gradients.begin_backward(micro_batch)
-            loss = model(torch.randn(8, WIDTH))
+            loss = model(torch.randn(8, WIDTH).to(gradients.device))
             gradients.record_loss(micro_batch, loss)
             loss.backward()
         gradients.end_slot()
 
 
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_GPU)])
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2], [2, 2, 0], []])
-def test_messages_gradients_losses_and_norm_are_those_of_an_exchange_afterwards(order):
+def test_messages_gradients_losses_and_norm_are_those_of_an_exchange_afterwards(order, device):
     # Also where the loss does not depend on a layer, or depends on it twice.
     found = []
     for overlaps in (True, False):
-        model = Layers(order)
+        model = Layers(order).to(device)
         group = Recorded()
         gradients = of(model, group, overlaps)
         assert len(gradients.layout.regions) == LAYERS + 1

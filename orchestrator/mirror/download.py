@@ -3,24 +3,20 @@
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from orchestrator import files, folders
 from orchestrator.checkpoint import folders as checkpoint_folders
 from orchestrator.checkpoint.format import step_of
 from orchestrator.data.dataset import FILE as DATASET_MANIFEST
-from orchestrator.errors import UserError
 from orchestrator.mirror import manifest
-from orchestrator.mirror.manifest import Manifest, Part, is_inside, object_name
+from orchestrator.mirror.manifest import DamagedCopyError, Manifest, Part, is_inside, object_name
+from orchestrator.objects import threads
 from orchestrator.objects.address import Address
-from orchestrator.objects.store import Store
+from orchestrator.objects.store import MissingObjectError, Store
 
+ADVICE = "restore it in the bucket, or use an earlier checkpoint or another copy"
 THREADS = 4  # files at a time; each has one part in memory
-
-
-class DamagedCopyError(UserError):
-    """An object is not the one that the manifest names."""
 
 
 def pull(
@@ -28,7 +24,8 @@ def pull(
 ) -> None:
     """Write files of a copy into a folder, unless they are there.
 
-    A checkpoint gets its name when all its files are there.
+    A checkpoint gets its name when all its files are there. Files that an earlier call has copied
+    before it failed are kept. One process at a time may copy to a folder.
 
     Args:
         store: The store.
@@ -39,29 +36,30 @@ def pull(
 
     Raises:
         DamagedCopyError: An object does not have its SHA-256, or a link leads out of the folder.
-        MissingObjectError: The copy has changed meanwhile; read the manifest again.
+        MissingObjectError: One is missing. The copy may have changed meanwhile: read the manifest
+            again.
     """
     by_checkpoint: dict[Path | None, list[str]] = {}
     for path in paths:
         parent = (folder / path).parent
         checkpoint = parent if step_of(parent) is not None else None
         by_checkpoint.setdefault(checkpoint, []).append(path)
-    with ThreadPoolExecutor(THREADS) as threads:
 
-        def write(target: Path, path: str) -> None:
-            _write(store, address, path, content.files[path], _resolved(folder, target))
+    def write(names: tuple[Path, str]) -> None:
+        target, path = names
+        _write(store, address, path, content.files[path], _resolved(folder, target))
 
-        for checkpoint, names in by_checkpoint.items():
-            if checkpoint is not None and _is_there(content, folder, names):
-                continue
-            place = checkpoint and checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}-copy")
-            targets = [folder / name for name in names]
-            if place is not None:
-                targets = [place / target.name for target in targets]
-            list(threads.map(write, targets, names))
-            if checkpoint is not None and place is not None:
-                files.fsync(place)
-                checkpoint_folders.rename(place, checkpoint)
+    for checkpoint, names in by_checkpoint.items():
+        if checkpoint is not None and _is_there(content, folder, names):
+            continue
+        place = checkpoint and checkpoint.with_name(f".{checkpoint.name}-copy")
+        targets = [folder / name for name in names]
+        if place is not None:
+            targets = [place / target.name for target in targets]
+        threads.for_each(zip(targets, names, strict=True), write, THREADS)
+        if checkpoint is not None and place is not None:
+            files.fsync(place)
+            checkpoint_folders.rename(place, checkpoint)
 
 
 def pull_dataset(store: Store, mirror: Address, name: str, storage: Path) -> None:
@@ -122,10 +120,12 @@ def _write(store: Store, address: Address, path: str, parts: Sequence[Part], tar
     with files.replacement(target) as temporary, open(temporary, "xb") as file:
         for part in parts:
             name = address / object_name(path, part)
-            data = store.get(name.key).data
+            try:
+                data = store.get(name.key).data
+            except MissingObjectError as error:
+                raise MissingObjectError(f"{error}; {ADVICE}") from None
             if _part_of(data) != part:
                 raise DamagedCopyError(
-                    f"{name}: its content has changed (SHA-256 differs); use an earlier checkpoint "
-                    "of this copy"
+                    f"{name}: its content has changed (SHA-256 differs); {ADVICE}"
                 )
             file.write(data)

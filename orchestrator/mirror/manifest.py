@@ -25,6 +25,10 @@ FORMAT = 1
 PART_BYTES = 32 << 20  # of one object: what a broken connection costs
 
 
+class DamagedCopyError(UserError):
+    """An object is not the one that the manifest names, or this is not a manifest."""
+
+
 class Part(NamedTuple):
     """A piece of a file."""
 
@@ -139,7 +143,7 @@ def parse(data: bytes, address: Address) -> Manifest:
     """Return the content of mirror.json.
 
     Raises:
-        UserError: It is damaged, or of another format.
+        DamagedCopyError: It is damaged, or of another format.
     """
     try:
         content = json.loads(data)
@@ -153,7 +157,7 @@ def parse(data: bytes, address: Address) -> Manifest:
         found.check_paths()
         return found
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
+        raise DamagedCopyError(
             f"{address}/{NAME}: cannot be read ({error}); restore an earlier version of it, or use "
             "another mirror"
         ) from None

@@ -78,7 +78,8 @@ def here(
     for attempt in range(TRIES):
         address, content = _find(store, wanted)
         below = wanted.key[len(address.key) + 1 :]
-        if below and not any(content.below(content.resolved(below))):
+        place = f"{content.resolved(below)}/"
+        if below and not any(path.startswith(place) for path in [*content.files, *content.links]):
             raise UserError(
                 f"{wanted}: {address} has nothing of this name; look at its checkpoints"
             )

@@ -8,23 +8,24 @@ import contextlib
 import itertools
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator import folders
 from orchestrator.checkpoint.format import step_of
 from orchestrator.data.corpus import Listing
 from orchestrator.data.dataset import Manifest as Dataset
 from orchestrator.data.prepare import prepare_in
 from orchestrator.data.prepared import known_dir
 from orchestrator.errors import UserError
-from orchestrator.folders import make_folder
 from orchestrator.mirror import committed, download, lock, manifest
-from orchestrator.mirror.manifest import Manifest
+from orchestrator.mirror.manifest import DamagedCopyError, Manifest
 from orchestrator.mirror.state import State
 from orchestrator.mirror.upload import Uploader
 from orchestrator.objects.address import Address
-from orchestrator.objects.store import Store, open_store
+from orchestrator.objects.store import MissingObjectError, Store, open_store
 from orchestrator.runs import events, stop
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.lock import held as held_here
@@ -124,20 +125,39 @@ class _Restore:
         self.state.is_partial = True
         self.state.was_restored = True
         self.state.data = self.content.data
-        make_folder(self.folder.path)
+        folders.make_folder(self.folder.path)
         self.state.write()
         self._pull(self.content.files)
         download.link(self.content, self.folder.path)
         for name in self.content.data:
-            download.pull_dataset(self.store, self.address.parent, name, storage)
+            _pull_dataset(self.store, self.address.parent, name, storage)
         self.state.is_partial = False
 
     def _pull(self, paths: Iterable[str]) -> None:
         wanted = list(paths)
         size = sum(part.size for path in wanted for part in self.content.files[path])
         print(f"restoring {self.folder.path} from {self.address}, {size / 1e6:,.1f} MB", flush=True)
-        download.pull(self.store, self.address, self.content, self.folder.path, wanted)
+        checkpoints: dict[Path, list[str]] = {}
+        for path in filter(_is_of_checkpoint, wanted):
+            checkpoints.setdefault(Path(path).parent, []).append(path)
+        damaged: dict[Path, UserError] = {}
+        for name, paths in checkpoints.items():
+            try:
+                self._copy(paths)
+            except (DamagedCopyError, MissingObjectError) as error:
+                damaged[name] = error
+        for name, problem in damaged.items():
+            # Without it, the run continues from another one, as it does on a disk.
+            if not any(map(step_of, folders.subfolders(self.folder.path / name.parent))):
+                raise problem
+            print(f"{problem}; {name} is left out", file=sys.stderr, flush=True)
+        self._copy(path for path in wanted if not _is_of_checkpoint(path))
         events.note(self.folder, "restored", f"{len(wanted)} files came from {self.address}")
+        for name in damaged:
+            events.note(self.folder, "damaged", f"{self.address}/{name}: was left out")
+
+    def _copy(self, paths: Iterable[str]) -> None:
+        download.pull(self.store, self.address, self.content, self.folder.path, paths)
 
     def _steps(self) -> list[int]:
         """Return the newest step of the copy, as a list that may be empty."""
@@ -207,5 +227,18 @@ def prepare(
     if mirror is not None:
         directory = known_dir(data, storage, read=True, sources=sources)
         if directory is not None and directory.parent == storage / "data":
-            download.pull_dataset(open_store(mirror), mirror, directory.name, storage)
+            _pull_dataset(open_store(mirror), mirror, directory.name, storage)
     return prepare_in(data, storage, sources=sources)
+
+
+def _pull_dataset(store: Store, mirror: Address, name: str, storage: Path) -> None:
+    """Copy a dataset to the storage, unless its copy is damaged: then it is made again."""
+    try:
+        download.pull_dataset(store, mirror, name, storage)
+    except (DamagedCopyError, MissingObjectError) as error:
+        print(
+            f"{error}; the tokens are made again. Remove {mirror}/data/{name} from the bucket, so "
+            "that they are copied again",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -74,18 +74,19 @@ class S3Store:
     def __init__(self, address: Address, patience_s: float) -> None:
         self.address = address
         self.patience_s = patience_s
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if address.scheme == "gs":
+            endpoint = endpoint or GOOGLE
+        self._settings = (endpoint or None, os.environ.get("AWS_ACCESS_KEY_ID"))
         try:
-            _ = self._client
+            _client(*self._settings)
         except (boto.BotoCoreError, ValueError) as error:
             text = " ".join(str(error).split())
             raise UserError(f"{address}: {redact_text(text)}") from None
 
     @property
     def _client(self) -> Any:
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        if self.address.scheme == "gs":
-            endpoint = endpoint or GOOGLE
-        return _client(endpoint or None, os.environ.get("AWS_ACCESS_KEY_ID"))
+        return _client(*self._settings)
 
     def get(
         self, key: str, start: int = 0, length: int | None = None, version: str | None = None

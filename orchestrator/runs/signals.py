@@ -151,14 +151,16 @@ def let_end() -> None:
 
 @contextlib.contextmanager
 def ending_on_ctrl_c() -> Iterator[None]:
-    """If Ctrl-C comes, end only this block. For use after `let_end`."""
+    """If Ctrl-C or a first signal of STOPS comes, end only this block. For use after `let_end`."""
     _handle([signal.SIGINT], signal.default_int_handler)
+    if not was_stopped():
+        _handle(STOPS, _interrupt)
     try:
         yield
     except KeyboardInterrupt:
         pass
     finally:
-        _handle([signal.SIGINT], _do_nothing)
+        _handle((*STOPS, signal.SIGINT), _do_nothing)
 
 
 def was_stopped() -> bool:

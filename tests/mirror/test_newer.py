@@ -8,6 +8,7 @@ import pytest
 from orchestrator.errors import UserError
 from orchestrator.runs.folder import SweepFolder
 from tests.helpers.mirrored import add_checkpoint, content, copy, elsewhere, mirrored
+from tests.mirror.test_runs import Machine
 
 pytestmark = pytest.mark.usefixtures("fast")
 
@@ -131,3 +132,55 @@ def test_sweep_and_copy_that_each_have_steps_of_their_own_are_refused(run, bucke
         copy(run, bucket)
     assert "\n" not in str(e.value)
     assert content(run.path) == before
+
+
+@pytest.mark.parametrize("step", [4, 8])
+@pytest.mark.parametrize("how", ["changed", "removed"])
+def test_damaged_checkpoint_of_a_copy_is_left_out_if_there_is_another(
+    run, bucket, tmp_path, capsys, step, how
+):
+    add_checkpoint(run, 8)
+    copy(run, bucket)
+    [key] = [key for key in bucket.names() if f"{step:08}/model.safetensors" in key]
+    bucket.delete(key)
+    if how == "changed":
+        bucket.put(key, b"x")
+    other = elsewhere(run, tmp_path)
+    copy(other, bucket)
+    assert other.checkpoint_steps() == [12 - step]
+    [line] = capsys.readouterr().err.splitlines()
+    assert key in line and f"step-{step:08} is left out" in line
+    copy(elsewhere(run, tmp_path / "third"), bucket)  # the copy names it no longer
+    assert not capsys.readouterr().err
+
+
+def test_damaged_tokens_of_a_copy_are_made_again(bucket, tmp_path, tiny_corpus):
+    machine = Machine(tmp_path, bucket, "prepare", tiny_corpus)
+    machine.run()
+    made = sorted(machine.folder.path.parent.glob("data/*/*"))
+    contents = [path.read_bytes() for path in made]
+    for damaged in ("train-00000", "manifest.json@", "mirror.json"):
+        [key, *_] = [key for key in bucket.names() if f"/{damaged}" in key]
+        kept = bucket.get(key)
+        bucket.put(key, b"x")
+        machine.lose()
+        ended = machine.run()
+        assert ended.status == 0 or damaged == "mirror.json", ended
+        assert "the tokens are made again" in ended.err
+        assert [path.read_bytes() for path in made] == contents
+        bucket.put(key, kept)
+
+
+def test_copy_that_breaks_off_goes_on_with_the_files_that_it_has(run, bucket, tmp_path):
+    copy(run, bucket)
+    other = elsewhere(run, tmp_path)
+    bucket.proxy.decide = lambda _, method, path: (
+        "403 AccessDenied" if "MANIFEST.json" in path else ""
+    )
+    with pytest.raises(UserError):
+        copy(other, bucket)
+    bucket.proxy.decide = lambda *_: ""
+    asked = len(bucket.proxy.requests)
+    copy(other, bucket)
+    assert content(other.checkpoint(4)) == content(run.checkpoint(4))
+    assert not any("model.safetensors" in path for _, path in bucket.proxy.requests[asked:])

@@ -7,7 +7,6 @@ import fcntl
 import glob
 import os
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from orchestrator import files
@@ -16,7 +15,7 @@ from orchestrator.data.input.paths import LeftOut, MissingCorpusError, matches
 from orchestrator.errors import UserError
 from orchestrator.folders import file_bytes
 from orchestrator.hashes import stamp
-from orchestrator.objects import cache
+from orchestrator.objects import cache, threads
 from orchestrator.objects.address import Address, is_plain_key, parse
 from orchestrator.objects.store import (
     ChangedObjectError,
@@ -71,8 +70,7 @@ def copies(entry: str, left_out: LeftOut) -> tuple[Path, dict[Path, str]]:
         size = sum(map(size_of, missing.values()))
         print(f"downloading {len(missing):,} objects of {base}, {size / 1e6:,.1f} MB", flush=True)
         cache.make_room(place.parent, size - sum(map(file_bytes, missing)))
-        with ThreadPoolExecutor(THREADS) as threads:
-            list(threads.map(lambda path: _copy(store, path, missing[path]), missing))
+        threads.for_each(missing, lambda path: _copy(store, path, missing[path]), THREADS)
     return place, sources
 
 

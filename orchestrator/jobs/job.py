@@ -121,9 +121,10 @@ class Job(abc.ABC):
         with signals.ending_on_ctrl_c():
             is_whole = self.uploader.finish(wait_s, is_limit=is_short)
         if not is_whole:
+            problem = self.uploader.problem or "the wait was interrupted"
             print(
-                f"{self.mirror}: does not have everything ({self.uploader.problem}); nothing is "
-                f"lost in {self.folder.path}, run the same command again",
+                f"{self.mirror}: does not have everything ({problem}); nothing is lost in "
+                f"{self.folder.path}, run the same command again",
                 file=sys.stderr,
             )
         return is_whole

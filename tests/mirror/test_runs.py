@@ -281,6 +281,40 @@ def test_tokens_come_from_the_mirror_on_a_new_machine(bucket, tmp_path, tiny_cor
 
 
 @pytest.mark.parametrize(
+    ("phase", "number", "status"),
+    [("restore", signal.SIGINT, 130), ("corpus", signal.SIGTERM, 75), ("end", signal.SIGTERM, 75)],
+)
+def test_signal_does_not_wait_for_a_store_that_is_away(
+    bucket, tmp_path, tiny_corpus, phase, number, status
+):
+    machine = Machine(tmp_path, bucket, "train", tiny_corpus)
+    machine.job = {"values": FAST | {"orchestrator.objects.store:PATIENCE_S": 1e9}}
+    bucket.put("corpus/a.txt", Path(tiny_corpus).read_bytes())
+    machine.words.append(f"data.corpus={bucket.address}/corpus/*.txt")
+    if phase == "restore":
+        assert machine.run("train.max_steps=8").status == 0
+        machine.lose()
+    away = {"restore": "/checkpoints/", "corpus": "/corpus/a.txt", "end": "/summary.json"}[phase]
+    asked = []
+
+    def decide(_number, _method, path):
+        if away not in path:
+            return ""
+        asked.append(path)
+        return "503"
+
+    bucket.proxy.decide = decide
+    command = machine.start("train.max_steps=8")
+    wait_until(lambda: asked)
+    command.kill(number)
+    ended = command.wait(60)
+    assert ended is not None, "it waits for the store"
+    assert ended.status == status, ended
+    [line] = ended.lines
+    assert "None" not in line
+
+
+@pytest.mark.parametrize(
     ("words", "fault", "status", "says"),
     [
         (["storage=s3://Bad/x"], "", 2, "is not s3://BUCKET/KEY"),

@@ -142,6 +142,7 @@ def regions_of_vector(experiment: Experiment, facts: ModelFacts, num_workers: in
         [facts["parameters"] - sum(matrices)],
         list(zip(matrices, slots, strict=True)),
         slots_of_shards(experiment, num_workers),
+        experiment.train.overlap_exchange is True,
     )
 
 

@@ -59,7 +59,8 @@ class Gradients:
         self.exchange = exchange
         self.pairs = pairs
         self.device = params[0].device
-        self.layout = Layout(params, exchange, micro_batches + 1, matrices, sharded_by is not None)
+        is_sharded = sharded_by is not None
+        self.layout = Layout(params, exchange, micro_batches + 1, matrices, is_sharded, overlaps)
         self.shard: Shard | None = None
         self.overlap: Overlap | None = None
         if sharded_by is not None:

@@ -64,7 +64,7 @@ def work(job: dict) -> None:
     if job.get("node"):
         state.node_digest = lambda: job["node"].encode().hex()
     if job.get("bucket"):
-        regions.LEAST_BUCKET = job["bucket"]
+        regions.LEAST_BUCKET = regions.LEAST_OVERLAPPING_BUCKET = job["bucket"]
     folder = RunFolder(job["run_dir"])
     killed_after = job.get("killed_after")
 

@@ -62,6 +62,7 @@ class Lost(ZerosFromOthers):
 @pytest.fixture(autouse=True)
 def one_matrix_in_a_bucket(monkeypatch):
     monkeypatch.setattr(regions, "LEAST_BUCKET", WIDTH**2)
+    monkeypatch.setattr(regions, "LEAST_OVERLAPPING_BUCKET", WIDTH**2)
 
 
 def of(model: nn.Module, group: ZerosFromOthers, overlaps: bool = True) -> Gradients:

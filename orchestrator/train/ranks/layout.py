@@ -43,6 +43,7 @@ class Layout:
         tail: Numbers in the tail.
         matrices: Those of `params` that are updated as a whole; see `deal_matrices`.
         sharded: One shard for each rank. False: one for all.
+        overlaps: Buckets are exchanged beside a backward pass.
 
     Attributes:
         size: Numbers in the vector, a multiple of the numbers of slots and ranks.
@@ -60,6 +61,7 @@ class Layout:
         tail: int,
         matrices: Iterable[nn.Parameter] = (),
         sharded: bool = False,
+        overlaps: bool = False,
     ) -> None:
         self.params = params
         owners = exchange.slots_by_place if sharded else [range(exchange.slots)]
@@ -72,6 +74,7 @@ class Layout:
             [param.numel() for param in numbers],
             [(param.numel(), vars(param)["slot"]) for param in matrices],
             owners,
+            overlaps,
         )
         self.piece = found.piece
         borders = [0, *itertools.accumulate(found.sizes)]

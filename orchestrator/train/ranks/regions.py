@@ -12,8 +12,10 @@ ALIGNMENT = 128  # numbers; each parameter begins at a multiple, aligned as a te
 # are nearly equal.
 LEAST_PIECE = 1 << 14
 MOST_PIECES_BITS = 12
-# Numbers in the smallest bucket, and the most buckets. Each takes messages of its own.
+# Numbers in the smallest bucket, and the most buckets. Each takes messages of its own, whose time
+# counts less beside a backward pass.
 LEAST_BUCKET = 1 << 23
+LEAST_OVERLAPPING_BUCKET = 1 << 19
 MOST_BUCKETS = 16
 
 
@@ -29,19 +31,22 @@ class Regions:
         used: Numbers of the buckets before their padding.
         piece: Numbers in a piece of a bucket. A shard has whole pieces.
         area: Numbers in the area of matrices of each shard: as many as the largest one needs.
+        overlaps: Buckets are exchanged beside a backward pass.
     """
 
     shards: int
     used: int
     piece: int
     area: int
+    overlaps: bool
 
     @property
     def buckets(self) -> list[int]:
         """Numbers of each bucket. Only their borders depend on the number of shards."""
         unit = self.piece * self.shards
         units = -(-self.used // unit)
-        count = max(1, min(MOST_BUCKETS, units, self.used // LEAST_BUCKET))
+        least = LEAST_OVERLAPPING_BUCKET if self.overlaps else LEAST_BUCKET
+        count = max(1, min(MOST_BUCKETS, units, self.used // least))
         borders = [units * place // count * unit for place in range(count + 1)]
         return [stop - start for start, stop in itertools.pairwise(borders)]
 
@@ -52,7 +57,10 @@ class Regions:
 
 
 def regions_of(
-    numbers: Iterable[int], matrices: Sequence[tuple[int, int]], owners: Sequence[Container[int]]
+    numbers: Iterable[int],
+    matrices: Sequence[tuple[int, int]],
+    owners: Sequence[Container[int]],
+    overlaps: bool,
 ) -> Regions:
     """Return the regions of some parameters.
 
@@ -60,6 +68,7 @@ def regions_of(
         numbers: Sizes of the parameters that are updated number by number.
         matrices: (size, slot) of those that are updated as a whole.
         owners: Slots of each shard.
+        overlaps: Buckets are exchanged beside a backward pass.
     """
     used = sum(rounded_up(size, ALIGNMENT) for size in numbers)
     piece = max(LEAST_PIECE, 1 << max(0, used.bit_length() - MOST_PIECES_BITS))
@@ -67,7 +76,7 @@ def regions_of(
         sum(rounded_up(size, ALIGNMENT) for size, slot in matrices if slot in slots)
         for slots in owners
     ]
-    return Regions(len(owners), used, piece, max(areas))
+    return Regions(len(owners), used, piece, max(areas), overlaps)
 
 
 def slots_of_matrices(sizes: Sequence[int], slots: int) -> list[int]:

@@ -40,6 +40,7 @@ class Gradients:
         sharded_by: The optimizer, if each rank updates only a shard of the parameters.
         pairs: A backward pass adds once to the gradient of a parameter. If a slot has one
             micro-batch, autograd then adds each second slot to the one before, with the same bits.
+        overlaps: A shard is exchanged beside the last backward pass. It needs `pairs`.
     """
 
     def __init__(
@@ -117,7 +118,10 @@ class Gradients:
         self.tail[self.micro_batches] = 1.0
 
     def end_slot(self) -> None:
-        """Add the subtrees that this slot completes. A shard does so later, region by region."""
+        """Add the subtrees that this slot completes.
+
+        With shards, those of the last slot of a round are added later, region by region.
+        """
         self.stack.append(self.current)
         self.slots_done += 1
         if self.shard is None or self.slots_done % len(self.exchange.rounds[0]) > 0:

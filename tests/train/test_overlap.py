@@ -1,6 +1,8 @@
 """Gradients exchanged beside the last backward pass are those that are exchanged after it."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -156,6 +158,17 @@ def test_error_of_the_exchange_is_raised_where_the_step_needs_its_result():
     add_slots(model, gradients)
     with pytest.raises(RuntimeError, match="closed by peer"):
         gradients.reduce()
+
+
+def test_model_that_is_no_longer_used_is_freed():
+    model = Layers([0, 1, 2, 3])
+    gradients = of(model, Recorded())
+    add_slots(model, gradients)
+    gradients.reduce()
+    weight = weakref.ref(model.layers[0].weight)
+    del model, gradients
+    gc.collect()
+    assert weight() is None
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ All ranks do so in the same order, whatever the order of their backward passes i
 when a region is exchanged.
 """
 
+import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -29,7 +31,7 @@ def is_wanted(experiment: Experiment, nodes: Sequence[str], device: str) -> bool
     wanted = experiment.train.overlap_exchange
     if wanted == "auto":
         # Inside a node the exchange takes little time, and the backward pass of a compiled model
-        # gives all gradients at its end. With the streams of a GPU it was not run yet.
+        # gives all gradients at its end. On a GPU, this module was not run yet.
         wanted = len(set(nodes)) > 1 and not experiment.train.compile and device == "cpu"
     return wanted and adds_pairs(experiment)
 
@@ -46,7 +48,8 @@ class Overlap:
 
     def __init__(self, layout: Layout) -> None:
         self.device = layout.params[0].device
-        self.last = len(layout.regions) - 1
+        self.regions = range(len(layout.regions))
+        # The regions of each parameter: those of buckets may cut it.
         self.inside: dict[Tensor, list[int]] = {
             param: [
                 region
@@ -62,8 +65,11 @@ class Overlap:
         self.stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
             self.stream = torch.cuda.Stream(self.device)
+        # Python does not collect a cycle through the hook of a tensor, and the model would stay in
+        # a process that trains many stages.
+        hook = functools.partial(_has_gradient, weakref.ref(self))
         for param in layout.params:
-            param.register_post_accumulate_grad_hook(self._has_gradient)
+            param.register_post_accumulate_grad_hook(hook)
 
     def begin(self, exchange: Callable[[int], None]) -> None:
         """Start the thread. The next backward pass is the last one of the step.
@@ -71,14 +77,13 @@ class Overlap:
         Args:
             exchange: Exchanges a region.
         """
-        regions = range(self.last + 1)
-        self.missing = [{p for p in self.inside if region in self.inside[p]} for region in regions]
-        self.ready = [_Ready(self.stream) for _ in regions]
+        self.missing = [{p for p in self.inside if i in self.inside[p]} for i in self.regions]
+        self.ready = [_Ready(self.stream) for _ in self.regions]
         self.error = None
         # An error elsewhere must not keep the process from its end.
         self.thread = threading.Thread(target=self._exchange_all, args=(exchange,), daemon=True)
         self.thread.start()
-        self._set_complete(regions)
+        self._set_complete(self.regions)  # some have no parameters
 
     @property
     def has_begun(self) -> bool:
@@ -86,7 +91,7 @@ class Overlap:
         return self.thread is not None
 
     def finish(self) -> None:
-        """Exchange all regions. Raises what their exchange raised."""
+        """Wait until all regions are exchanged. Raise the error of their exchange."""
         assert self.thread is not None
         for ready in self.ready:
             ready.set()  # also those of parameters that the loss does not depend on
@@ -97,7 +102,8 @@ class Overlap:
         if self.error is not None:
             raise self.error
 
-    def _has_gradient(self, param: Tensor) -> None:
+    def note_gradient(self, param: Tensor) -> None:
+        """Count a parameter whose gradient is complete."""
         if self.thread is None:
             return
         for region in self.inside[param]:
@@ -112,7 +118,7 @@ class Overlap:
     def _exchange_all(self, exchange: Callable[[int], None]) -> None:
         try:
             with self._in_stream():
-                for region in range(self.last, -1, -1):
+                for region in reversed(self.regions):
                     self.ready[region].wait()
                     exchange(region)
         except BaseException as error:
@@ -125,8 +131,14 @@ class Overlap:
         return torch.cuda.stream(self.stream)
 
 
+def _has_gradient(overlap: weakref.ref[Overlap], param: Tensor) -> None:
+    found = overlap()
+    if found is not None:
+        found.note_gradient(param)
+
+
 class _Ready:
-    """Whether the gradients of a region are complete, for a thread and its stream."""
+    """Tells a thread, and its stream on a GPU, that the gradients of a region are complete."""
 
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
         self.stream = stream
@@ -134,7 +146,7 @@ class _Ready:
         self.computed: torch.cuda.Event | None = None
 
     def set(self) -> None:
-        """Say so, from the stream that computes the gradients."""
+        """Say that they are complete. The current stream computes the last of them."""
         if self.event.is_set():
             return
         if self.stream is not None:
@@ -142,7 +154,7 @@ class _Ready:
         self.event.set()
 
     def wait(self) -> None:
-        """Wait for it."""
+        """Wait until they are complete."""
         self.event.wait()
         if self.stream is not None and self.computed is not None:
             self.stream.wait_event(self.computed)

@@ -42,7 +42,7 @@ class Regions:
 
     @property
     def buckets(self) -> list[int]:
-        """Numbers of each bucket. Only their borders depend on the number of shards."""
+        """Numbers of each bucket. They depend on the number of shards; no bits depend on them."""
         unit = self.piece * self.shards
         units = -(-self.used // unit)
         least = LEAST_OVERLAPPING_BUCKET if self.overlaps else LEAST_BUCKET

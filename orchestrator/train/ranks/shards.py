@@ -57,9 +57,8 @@ class Shard:
         self.optimizer = optimizer
         self.own = layout.shard(exchange.place)
         self.gradients: dict[int, Tensor] = {}  # by region
-        self.sums: list[list[Partial]] = [
-            [] for _ in layout.regions
-        ]  # of the rounds before the last, by region
+        # Of the rounds before the last, by region.
+        self.sums: list[list[Partial]] = [[] for _ in layout.regions]
         self.weights = torch.zeros(layout.tail, device=layout.params[0].device)
         for param in layout.params:
             view = layout.view(self.weights, param)
@@ -110,10 +109,10 @@ class Shard:
 
         Args:
             region: Number of the region. All ranks must reduce the regions in the same order.
-            partials: Sums of the subtrees of this rank in the last round, in the layout. They are
-                added as far as they are whole subtrees.
+            partials: Vectors of the sums of this rank in the last round. Two that are the halves of
+                a subtree are added here.
             divisor: Number of micro-batches.
-            spare: Vectors that may be used.
+            spare: Vectors that may be overwritten in this region.
         """
         start, stop = self.layout.regions[region]
         parts, unused = self._parts(region, partials, spare)
@@ -121,13 +120,16 @@ class Shard:
         if start < stop:
             # A copy: the sum may be a view of what all ranks have sent, as long as the region.
             own = self.exchange.reduce_scatter(parts, unused, self.sums[region]).clone()
+        for partial in self.sums[region]:
+            if partial.flat.is_cuda:  # `Overlap` reads it in another stream than the one it is of
+                partial.flat.record_stream(torch.cuda.current_stream(partial.flat.device))
         self.sums[region] = []
         self.gradients[region] = own.div_(divisor) if divisor > 1 else own
 
     def _parts(
         self, region: int, partials: Sequence[Partial], spare: Sequence[Tensor]
     ) -> tuple[list[Partial], list[Tensor]]:
-        """Return the sums of subtrees in a region, and vectors that may be used for it."""
+        """Return the sums in a region, by subtree, and memory that may be overwritten."""
         area = slice(*self.layout.regions[region])
         parts = [Partial(p.first, p.slots, p.flat[area]) for p in partials]
         done = add_subtrees(parts)
@@ -217,8 +219,9 @@ class Shard:
                 range(segment.first, segment.first + segment.weights.numel())
                 for segment in self.segments.get(param, [])
             ]
-            for key in _state_names(param) if numbers else ():
-                found[f"{name}/{key}"] = [range(1)] if key == "step" else numbers
+            if numbers:
+                for key in _state_names(param):
+                    found[f"{name}/{key}"] = [range(1)] if key == "step" else numbers
         return found
 
     def set_state(self, param: nn.Parameter, name: str, value: Tensor) -> None:

@@ -44,7 +44,11 @@ def upload_dataset(
 
 
 def read_parts(descriptor: int, start: int) -> Iterator[tuple[Part, bytes]]:
-    """Yield the parts of an open file from a byte on. An empty file has no part."""
-    while data := os.pread(descriptor, manifest.PART_BYTES, start):
+    """Yield the parts of an open file from a byte on. An empty file has no part.
+
+    What is appended meanwhile is left out: a journal may grow faster than its parts are sent.
+    """
+    end = os.fstat(descriptor).st_size
+    while data := os.pread(descriptor, min(manifest.PART_BYTES, max(0, end - start)), start):
         yield Part(len(data), hashlib.sha256(data).hexdigest()), data
         start += len(data)

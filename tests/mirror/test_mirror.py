@@ -62,6 +62,23 @@ def test_what_grows_is_sent_in_parts_and_what_was_removed_leaves_the_bucket(run,
         assert after == named | {"m/run/mirror.json", "m/run/lock.json"}
 
 
+def test_journal_that_grows_faster_than_it_is_sent_is_copied(run, bucket):
+    sizes = []
+
+    def grow(_, verb, path):
+        if verb == "PUT" and "metrics" in path and len(sizes) < 20:
+            sizes.append(run.journal_file.stat().st_size)
+            with open(run.journal_file, "a") as file:
+                file.write(f'{{"step": {len(sizes)}}}\n')
+        return ""
+
+    with mirrored(run, bucket) as uploader:
+        bucket.proxy.decide = grow
+        uploader.sync()
+        (part,) = uploader.last.files[run.journal_file.name]
+        assert part.size == sizes[0]
+
+
 def test_many_small_parts_become_one(run, bucket, monkeypatch):
     monkeypatch.setattr(upload, "MOST_SMALL", 3)
     with mirrored(run, bucket) as uploader:

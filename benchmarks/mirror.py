@@ -1,159 +1,203 @@
 #!/usr/bin/env python3
-"""Measure what a mirror adds to a step, for a store that is fast, slow or away.
+"""Measure what a mirror adds to a step, for a store that is slow, away or fast.
 
-    benchmarks/mirror.py [--rounds 12] [--seconds 7] [--width 256] [--checkpoint-interval 20]
+    benchmarks/mirror.py [--rounds 20] [--threads 1] [--width 128] [--interval 20] [--nice 0]
 
-One run trains in a process of its own, and the thread of the mirror is in this process, as in a
-driver. The store is moto's server behind a proxy, all on this machine. While the run goes on, the
-proxy changes every `--seconds`:
+One run trains in this process, with `--threads` of torch. As in the product, the thread of the
+mirror is in another process, the driver. The store is moto's server and a proxy, in a third process
+at the lowest priority. The proxy reads the parts of checkpoints and forgets them.
 
-none: the thread does nothing. fast: requests are passed on. slow: each after 2 s. away: connections
-are closed. The thread looks for something new each second instead of each ten.
+slow: the store takes each request after 2 s. away: it closes connections. fast: it answers at once.
+The mirror looks for something new each second instead of each ten.
 
-`step` is the time between the journal lines of two steps, pauses for checkpoints included, as a
-mean over the time of a state; `ratio` compares it with that of `none` in the same round. On a busy
-machine, this is how long the steps wait for a core. `CPU of a step` is what the training process
-computes, and its ratio to `none`. `CPU of the thread` is what the mirror takes of one core, at its
-low priority: without a free core, a step gets so much less. `uploads` are the checkpoints that
-arrived.
+On a busy machine, `setsid benchmarks/mirror.py --nice -19` (as root) sets the three processes above
+all others (Linux, autogroup). Among themselves they keep their priorities. Under `taskset -c 1`,
+training and driver share one core; the store may use all.
+
+A block is `--interval` steps and one checkpoint. Blocks in which the driver works (S) and in which
+it is held with SIGSTOP (N) alternate as SNNS NSSN, so that slow changes of the machine cancel. What
+became due in N is done in S: per step, the driver works up to twice as much as in a run. Of each
+four blocks, the table compares S with N: median, and its 95 % interval by bootstrap.
+
+`clock`: time of the steps, ratio. `CPU`: what the training thread computes, ratio; time in which it
+waits for a core is not in it. `waits`: that time, difference in percent of the clock. `driver`: CPU
+of the driver, in percent of one core, mean. `read`: what it reads of checkpoints. `bound`: upper
+end of `CPU` - 1, plus `driver`: the most that the mirror costs, if the training waits whenever the
+driver computes. `switches`: how often another thread took the core from the training, per step.
 """
 
 import contextlib
+import logging
 import multiprocessing
 import os
-import statistics
-import subprocess
+import resource
+import signal
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from urllib.parse import unquote
+from typing import Any
 
-from sweep import markdown, spread
+import numpy as np
+from sweep import markdown
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from orchestrator.config.experiment import Experiment, load_experiment  # noqa: E402
+from orchestrator.config.experiment import load_experiment  # noqa: E402
 from orchestrator.data.prepare import prepare_in  # noqa: E402
 from orchestrator.mirror import upload  # noqa: E402
 from orchestrator.mirror.session import mirrored  # noqa: E402
-from orchestrator.mirror.upload import Uploader  # noqa: E402
 from orchestrator.objects.address import parse  # noqa: E402
-from orchestrator.objects.store import open_store  # noqa: E402
-from orchestrator.runs import journal  # noqa: E402
 from orchestrator.runs.folder import RunFolder  # noqa: E402
+from orchestrator.train.loop import Trainer  # noqa: E402
+from orchestrator.train.numerics import Worker  # noqa: E402
 from pipelines.common import run_command  # noqa: E402
 from pipelines.options import Options, at_least  # noqa: E402
 from tests.helpers.bucket import Proxy, environment  # noqa: E402 - not installed
-from tests.helpers.ports import free_port  # noqa: E402
 
-STATES = ("none", "fast", "slow", "away")
+STATES = ("fast", "slow", "away")
 SLOW_S = 2.0
+PARTS = ".safetensors%40"  # in the path of a part of a checkpoint
+FIELDS = ("clock", "cpu", "waits", "switches", "driver", "read")
 
 
-def train_in(folder: str, storage: str, words: list[str]) -> None:
-    """Train in this process."""
-    from orchestrator.train.loop import train
+# ---- the other processes ----
+def serve(state: "Synchronized[int]", pipe: Connection) -> None:
+    """Be the store; send its URL."""
+    import boto3
+    from moto.server import ThreadedMotoServer
 
-    experiment = load_experiment(None, words)
-    dataset = prepare_in(experiment.data, Path(storage))
-    train(experiment, RunFolder(Path(folder)), dataset.directory)
+    os.nice(19)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ.update(environment(f"http://{host}:{port}"))
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    proxy = Proxy(port)
+
+    def decide(_: int, verb: str, path: str) -> str:
+        name = STATES[state.value]
+        if name == "slow":
+            time.sleep(SLOW_S)
+        if name == "away":
+            return "reset"
+        return "200" if verb == "PUT" and PARTS in path else ""
+
+    proxy.decide = decide
+    pipe.send(proxy.url)
+    signal.pause()
+
+
+def drive(folder: str, url: str, pipe: Connection) -> None:
+    """Be the driver: mirror the run."""
+    os.environ.update(environment(url))
+    upload.POLL_S = 1.0
+    run = RunFolder(folder)
+    with mirrored(run, parse("mirror", "s3://bucket/m"), run.path.parent):
+        pipe.send(None)
+        signal.pause()
 
 
 @contextlib.contextmanager
-def store() -> Iterator[Proxy]:
-    """Start a store with a bucket, behind a proxy."""
-    port = free_port()
-    command = ["nice", "-n", "19", sys.executable, "-m", "moto.server", "-p", str(port)]
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=quiet, stderr=quiet) as process:
-        proxy = Proxy(port)
-        os.environ.update(environment(proxy.url))
-        client = open_store(parse("store", "s3://bucket/m"))._client
-        while True:
-            with contextlib.suppress(Exception):
-                client.create_bucket(Bucket="bucket")
-                break
-            time.sleep(0.2)
-        try:
-            yield proxy
-        finally:
-            proxy.close()
-            process.kill()
+def process(target: Callable[..., None], *args: Any) -> Iterator[tuple[int, Any]]:
+    """Start a process; yield its id and what it sends when it is ready."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    started = context.Process(target=target, args=(*args, there), daemon=True)
+    started.start()
+    there.close()
+    try:
+        assert started.pid
+        yield started.pid, here.recv()
+    finally:
+        started.kill()  # also if it is held
 
 
-def cpu_s(process: str) -> float:
-    """Return the CPU time that a process or thread has taken."""
-    text = Path(f"/proc/{process}/stat").read_text()
-    user, system = text.rpartition(") ")[2].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+# ---- the process that trains ----
+def schedstat(task: Path) -> tuple[float, float]:
+    """Return for how many seconds a thread has computed, and has waited for a core."""
+    computed, waited, _ = (task / "schedstat").read_text().split()
+    return int(computed) / 1e9, int(waited) / 1e9
 
 
-class Bench:
-    """Changes the state of the store while a run goes on, and measures its steps.
-
-    Args:
-        proxy: The proxy before the store.
-        folder: Folder of the run.
-        uploader: Mirrors it.
-        training: Id of the process that trains.
-    """
-
-    def __init__(
-        self, proxy: Proxy, folder: RunFolder, uploader: Uploader, training: int | None
-    ) -> None:
-        self.proxy = proxy
-        self.tasks = (f"self/task/{uploader._thread.native_id}", str(training))
-        self.folder = folder
-        self.state = "none"
-        self.steps: dict[str, list[float]] = defaultdict(list)
-        self.cpu: dict[str, list[float]] = defaultdict(list)
-        self.step_cpu: dict[str, list[float]] = defaultdict(list)
-        self.uploads: dict[str, int] = defaultdict(int)
-        sync = uploader.sync
-        uploader.sync = lambda: None if self.state == "none" else sync()  # type: ignore[method-assign]
-        proxy.decide = self.decide
-
-    def decide(self, *_: object) -> str:
-        if self.state == "slow":
-            time.sleep(SLOW_S)
-        return "reset" if self.state == "away" else ""
-
-    def measure(self, state: str, seconds: float) -> None:
-        """Measure the steps while the store is in a state."""
-        self.state = state
-        before, began = [cpu_s(task) for task in self.tasks], time.time()
-        sent = len(self.proxy.requests)
-        time.sleep(seconds)
-        used = [cpu_s(task) - then for task, then in zip(self.tasks, before, strict=True)]
-        self.cpu[state].append(used[0] / seconds)
-        puts = [unquote(path) for verb, path in self.proxy.requests[sent:] if verb == "PUT"]
-        found = {path.partition("@")[0] for path in puts}
-        self.uploads[state] += len([path for path in found if path.endswith("model.safetensors")])
-        lines = journal.read(self.folder)
-        times = [line["timestamp"] / 1000 for line in lines if line["timestamp"] / 1000 > began]
-        self.steps[state].append((times[-1] - times[0]) / (len(times) - 1))
-        self.step_cpu[state].append(used[1] / len(times))
-
-    def table(self) -> str:
-        """Return what was measured, as medians and ranges over the rounds."""
-        rows = []
-        for state in STATES:
-            row = [state, spread([1000 * step for step in self.steps[state]], 0)]
-            for found in (self.steps, self.step_cpu):
-                pairs = zip(found[state], found["none"], strict=True)
-                row.append(spread([one / other for one, other in pairs], 3))
-            row += [f"{100 * statistics.median(self.cpu[state]):.2f} %", str(self.uploads[state])]
-            rows.append(row)
-        return markdown(
-            ["store", "step, ms", "ratio", "CPU of a step", "CPU of the thread", "uploads"], rows
-        )
+def counters(driver: int) -> np.ndarray:
+    """Return the present values of `FIELDS`."""
+    cpu, waits = schedstat(Path("/proc/thread-self"))
+    switches = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+    tasks = Path(f"/proc/{driver}/task").iterdir()
+    used = sum(schedstat(task)[0] for task in tasks)
+    read = int(Path(f"/proc/{driver}/io").read_text().split()[1])
+    return np.array([time.perf_counter(), cpu, waits, switches, used, read])
 
 
-def words_of(width: int, interval: int) -> list[str]:
+def measure(a: Any, base: Path) -> dict[str, np.ndarray]:
+    """Train. Return `FIELDS` by state, round, (N, S)."""
+    experiment = load_experiment(None, words_of(a.width, a.interval, a.threads))
+    dataset = prepare_in(experiment.data, base)
+    folder = RunFolder(base / "run")
+    folder.path.mkdir()
+    folder.run_file.write_text('{"key": "benchmark"}')
+    trainer = Trainer(experiment, folder, dataset.directory, Worker(cpus=a.threads))
+    state = multiprocessing.get_context("spawn").Value("i", 0)
+    found: dict[str, np.ndarray] = {}
+    with process(serve, state) as (_, url), process(drive, str(folder.path), url) as (driver, _):
+        lines = trainer.run()
+
+        def block(works: int) -> np.ndarray:
+            os.kill(driver, signal.SIGCONT if works else signal.SIGSTOP)
+            before = counters(driver)
+            for _ in range(a.interval):
+                next(lines)
+            return counters(driver) - before
+
+        for state.value, name in enumerate(STATES):
+            for _ in range(3):  # the driver finds out how the store is now
+                block(1)
+            found[name] = np.zeros((a.rounds, 2, len(FIELDS)))
+            for number, turn in enumerate(found[name]):
+                for works in (0, 1, 1, 0) if number % 2 else (1, 0, 0, 1):
+                    turn[works] += block(works)
+        lines.close()
+    return found
+
+
+# ---- the table ----
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Return the median and its 95 % interval by bootstrap."""
+    draws = np.random.default_rng(0).choice(values, (10_000, len(values)))
+    low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
+    return float(np.median(values)), float(low), float(high)
+
+
+def row(name: str, found: np.ndarray, steps: int) -> list[str]:
+    """Return a row of the table from rounds × (N, S) × `FIELDS`."""
+    clock, cpu, waits, switches, driver, read = np.moveaxis(found, 2, 0)
+    texts = []
+    for values in (clock[:, 1] / clock[:, 0], cpu[:, 1] / cpu[:, 0]):
+        middle, low, high = interval(values)
+        texts.append(f"{middle:.4f} ({low:.4f} – {high:.4f})")
+    added = interval(100 * (waits[:, 1] - waits[:, 0]) / clock[:, 0])
+    used = 100 * driver[:, 1].sum() / clock[:, 1].sum()
+    bound = 100 * (high - 1) + used
+    return [
+        name,
+        f"{1000 * np.median(clock[:, 0]) / steps:.1f}",
+        *texts,
+        "{:.2f} ({:.2f} – {:.2f})".format(*added),
+        f"{used:.2f} %",
+        f"{read[:, 1].sum() / clock[:, 1].sum() / 1e6:.1f} MB/s",
+        f"{bound:.2f} %",
+        " / ".join(f"{count:.2f}" for count in switches.mean(axis=0) / steps),
+    ]
+
+
+def words_of(width: int, interval: int, threads: int) -> list[str]:
     """Return the overrides of the run, which does not end by itself."""
     return [
         "name=run",
@@ -170,40 +214,26 @@ def words_of(width: int, interval: int) -> list[str]:
         "train.log_interval=1",
         "train.eval_interval=null",
         f"train.checkpoint_interval={interval}",
-        "compute.cpus_per_worker=1",
+        f"compute.cpus_per_worker={threads}",
     ]
 
 
 def main(argv: list[str]) -> int:
     parser = Options(__doc__)
-    parser.add_argument("--rounds", type=at_least(1), default=12)
-    parser.add_argument("--seconds", type=at_least(5.0), default=7.0)
-    parser.add_argument("--width", type=at_least(16), default=256)
-    parser.add_argument("--checkpoint-interval", type=at_least(1), default=20)
+    parser.add_argument("--rounds", type=at_least(1), default=20)
+    parser.add_argument("--threads", type=at_least(1), default=1)
+    parser.add_argument("--width", type=at_least(16), default=128)
+    parser.add_argument("--interval", type=at_least(1), default=20)
+    parser.add_argument("--nice", type=int, default=0)
     a = parser.parse_args(argv)
-    upload.POLL_S = 1.0
-    words = words_of(a.width, a.checkpoint_interval)
-    experiment: Experiment = load_experiment(None, words)
-    with tempfile.TemporaryDirectory() as base, store() as proxy:
-        folder = RunFolder(Path(base) / "run")
-        folder.path.mkdir()
-        folder.run_file.write_text('{"key": "benchmark"}')
-        prepare_in(experiment.data, Path(base))
-        spawn = multiprocessing.get_context("spawn")
-        process = spawn.Process(target=train_in, args=(str(folder.path), base, words), daemon=True)
-        process.start()
-        with mirrored(folder, parse("mirror", "s3://bucket/m"), Path(base)) as uploader:
-            while not folder.checkpoint_steps():
-                time.sleep(0.1)
-            bench = Bench(proxy, folder, uploader, process.pid)
-            for number in range(a.rounds):
-                turn = number % len(STATES)
-                for state in STATES[turn:] + STATES[:turn]:
-                    bench.measure(state, a.seconds)
-            bench.state = "fast"
-            process.kill()
+    if a.nice:
+        Path("/proc/self/autogroup").write_text(str(a.nice))
+    with tempfile.TemporaryDirectory() as base:
+        found = measure(a, Path(base))
     print(f"load of the machine: {os.getloadavg()[1]:.1f} on {os.cpu_count()} CPUs")
-    print(bench.table())
+    heads = ["store", "step, ms", "clock", "CPU", "waits, %", "driver", "read", "bound"]
+    rows = [row(name, values, 2 * a.interval) for name, values in found.items()]
+    print(markdown([*heads, "switches, N / S"], rows))
     return 0
 
 

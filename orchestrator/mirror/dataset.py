@@ -35,7 +35,7 @@ def upload_dataset(
             for part, data in read_parts(file.fileno(), 0):
                 key = (address / object_name(path.name, part)).key
                 if store.size(key) != part.size:  # else a killed process has sent it
-                    store.put(key, data)
+                    store.put(key, data, part.sha256)
                 parts.append(part)
                 after_part()
         content.files[path.name] = tuple(parts)

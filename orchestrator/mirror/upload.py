@@ -30,7 +30,7 @@ from orchestrator.runs.folder import RunFolder, SweepFolder
 POLL_S = 10.0  # between two copies
 MOST_SMALL = 32  # small parts of a file that grows, before they become one
 STOP_S = 5.0  # longest wait for a request that is under way when the command ends
-NICENESS = 10  # the thread gets what the training leaves of the CPUs
+NICENESS = 19  # the thread gets what the training leaves of the CPUs
 
 
 class Removed(Exception):
@@ -274,7 +274,7 @@ class Uploader:
             parts.append(old)
             start += old.size
         for part, data in read_parts(descriptor, start):
-            self.store.put((self.address / object_name(path, part)).key, data)
+            self.store.put((self.address / object_name(path, part)).key, data, part.sha256)
             self._go_on()
             parts.append(part)
         return tuple(parts)

@@ -118,8 +118,8 @@ class S3Store:
         except MissingObjectError:
             return None
 
-    def put(self, key: str, data: bytes) -> None:
-        self._put(key, data)
+    def put(self, key: str, data: bytes, sha256: str | None = None) -> None:
+        self._put(key, data, sha256)
 
     def put_if(self, key: str, data: bytes, version: str | None) -> str:
         condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
@@ -135,12 +135,13 @@ class S3Store:
                 return found.version
             raise
 
-    def _put(self, key: str, data: bytes, **condition: str) -> str:
-        sha256 = base64.b64encode(hashlib.sha256(data).digest()).decode()
+    def _put(self, key: str, data: bytes, sha256: str | None = None, **condition: str) -> str:
+        digest = bytes.fromhex(sha256) if sha256 else hashlib.sha256(data).digest()
+        checksum = base64.b64encode(digest).decode()
 
         def write() -> str:
             answer = self._client.put_object(
-                Bucket=self.address.bucket, Key=key, Body=data, ChecksumSHA256=sha256, **condition
+                Bucket=self.address.bucket, Key=key, Body=data, ChecksumSHA256=checksum, **condition
             )
             return str(answer["ETag"])
 

@@ -64,8 +64,14 @@ class Store(Protocol):
     def size(self, key: str) -> int | None:
         """Return the bytes of an object; None if there is none."""
 
-    def put(self, key: str, data: bytes) -> None:
-        """Write an object. The store compares the bytes that arrive with their SHA-256."""
+    def put(self, key: str, data: bytes, sha256: str | None = None) -> None:
+        """Write an object. The store compares the bytes that arrive with their SHA-256.
+
+        Args:
+            key: Its key.
+            data: Its content.
+            sha256: Of the data, in hexadecimal digits, if it is known.
+        """
 
     def put_if(self, key: str, data: bytes, version: str | None) -> str:
         """Write an object only if it is of this version; None: only if there is none.

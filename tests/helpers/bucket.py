@@ -23,6 +23,7 @@ class Proxy:
     503: answers that it is busy. reset: closes the connection. reset_after: passes the request on
     and closes the connection. cut: sends half of the answer. slow: passes it on after half a
     second. Other numbers are the status of an answer, with S3's code after it: `403 ExpiredToken`.
+    200: says that an object was written, and forgets it.
     `without` are headers of requests that are not passed on; `keys` gets the access keys.
     """
 
@@ -54,7 +55,8 @@ class Proxy:
                     return
                 elif fault[:3].isdecimal():
                     status, _, code = fault.partition(" ")
-                    self.answer(int(status), f"<Error><Code>{code or 'SlowDown'}</Code></Error>")
+                    error = f"<Error><Code>{code or 'SlowDown'}</Code></Error>"
+                    self.answer(int(status), "" if status == "200" else error)
                     return
                 server = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
                 headers = {k: v for k, v in self.headers.items() if k not in proxy.without}
@@ -81,6 +83,7 @@ class Proxy:
 
             def answer(self, status: int, text: str) -> None:
                 self.send_response(status)
+                self.send_header("ETag", '"none"')
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 if self.command != "HEAD":

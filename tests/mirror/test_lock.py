@@ -189,10 +189,10 @@ def test_command_that_ends_during_a_write_keeps_the_lock_and_writes_nothing_more
     with mirrored(run, bucket) as uploader:
         put = uploader.store.put
 
-        def slow(key, data):
+        def slow(key, data, sha256):
             is_sent.set()
             assert may_go_on.wait(60)
-            put(key, data)
+            put(key, data, sha256)
 
         monkeypatch.setattr(uploader.store, "put", slow)
         uploader._ending.set()

@@ -168,9 +168,9 @@ def test_checkpoint_that_is_removed_while_it_is_sent_is_sent_whole_or_not(run, b
     with mirrored(run, bucket) as uploader:
         put = uploader.store.put
 
-        def remove_first(key, data):
+        def remove_first(key, data, sha256):
             shutil.rmtree(run.checkpoint(4), ignore_errors=True)
-            put(key, data)
+            put(key, data, sha256)
 
         monkeypatch.setattr(uploader.store, "put", remove_first)
         uploader.sync()
@@ -309,13 +309,13 @@ def test_large_dataset_does_not_delay_checkpoints_and_continues_after_a_kill(
         put = uploader.store.put
         sent = []
 
-        def killed(key, data):
+        def killed(key, data, sha256):
             if "/data/" in key:
                 sent.append(key)
                 if len(sent) == 4:
                     raise UserError("killed")
                 add_checkpoint(run, 8 * len(sent))
-            put(key, data)
+            put(key, data, sha256)
 
         monkeypatch.setattr(uploader.store, "put", killed)
         uploader.datasets.append(dataset)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure what a mirror adds to a step, for a store that is slow, away or fast.
 
-    benchmarks/mirror.py [--rounds 20] [--threads 1] [--width 128] [--interval 20] [--nice 0]
+    benchmarks/mirror.py [--rounds 70] [--threads 1] [--width 64] [--interval 10] [--nice 0]
 
 One run trains in this process, with `--threads` of torch. As in the product, the thread of the
 mirror is in another process, the driver. The store is moto's server and a proxy, in a third process
@@ -220,10 +220,10 @@ def words_of(width: int, interval: int, threads: int) -> list[str]:
 
 def main(argv: list[str]) -> int:
     parser = Options(__doc__)
-    parser.add_argument("--rounds", type=at_least(1), default=20)
+    parser.add_argument("--rounds", type=at_least(1), default=70)
     parser.add_argument("--threads", type=at_least(1), default=1)
-    parser.add_argument("--width", type=at_least(16), default=128)
-    parser.add_argument("--interval", type=at_least(1), default=20)
+    parser.add_argument("--width", type=at_least(16), default=64)
+    parser.add_argument("--interval", type=at_least(1), default=10)
     parser.add_argument("--nice", type=int, default=0)
     a = parser.parse_args(argv)
     if a.nice:

@@ -122,11 +122,8 @@ class Job(abc.ABC):
             is_whole = self.uploader.finish(wait_s, is_limit=is_short)
         if not is_whole:
             problem = self.uploader.problem or "the wait was interrupted"
-            print(
-                f"{self.mirror}: does not have everything ({problem}); nothing is lost in "
-                f"{self.folder.path}, run the same command again",
-                file=sys.stderr,
-            )
+            text = f"does not have everything ({problem}); nothing is lost in {self.folder.path}"
+            print(f"{self.mirror}: {text}, run the same command again", file=sys.stderr)
         return is_whole
 
     @property
@@ -139,13 +136,18 @@ class Job(abc.ABC):
         dataset = prepare(data, self.storage, self.mirror, sources)
         if not dataset.directory.is_relative_to(self.storage):
             nodes.check_has(dataset.directory / DATASET_MANIFEST)
-        if self.uploader is not None and dataset.directory.parent == self.storage / "data":
+        self.mirror_dataset(dataset)
+        return dataset
+
+    def mirror_dataset(self, dataset: Manifest) -> None:
+        """Copy a dataset of the storage to the mirror, unless the mirror has it."""
+        folder = dataset.directory
+        if self.uploader is not None and folder.parent == self.storage / "data":
             if self.apart is not None:
                 print(f"copying the tokens to {self.mirror}, for the other nodes", flush=True)
-                place = self.uploader.address.parent / "data" / dataset.directory.name
-                upload_dataset(self.uploader.store, place, dataset.directory)
-            self.uploader.datasets.append(dataset.directory)
-        return dataset
+                places = self.uploader.address.parent / "data"
+                upload_dataset(self.uploader.store, places / folder.name, folder)
+            self.uploader.datasets.append(folder)
 
     def _start_ray(self) -> None:
         print("starting Ray …", flush=True)
@@ -164,8 +166,7 @@ class Job(abc.ABC):
         try:
             self.tracker.start()
             print(f"MLflow: {where_to_look(self.uri)}", flush=True)
-            warning = share_warning(self.uri)
-            if warning is not None:
+            if (warning := share_warning(self.uri)) is not None:
                 print(warning, file=sys.stderr, flush=True)
             with self.watching(), signals.asking_to_stop(self._request_stop):
                 self.work()

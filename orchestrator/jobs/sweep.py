@@ -120,6 +120,8 @@ class SweepJob(Job):
             f"{self.folder.name} is finished; if you add values to its grid, only new steps are "
             "trained"
         )
+        for dataset in self.study.datasets.values():
+            self.mirror_dataset(dataset)  # if the last process was killed before
         self._restore_journals()
         SweepFiles(self.study).write_trials()
         summary = cast(SweepSummary, self.folder.read_summary())

@@ -96,9 +96,13 @@ class TrainJob(Job):
         if "wall_s" not in summary or self.folder.read_record() is None:
             return False
         dataset = find_in(self.experiment.data, self.storage, sources=self.sources)
-        return dataset is not None and self._resume_step(dataset) == max_steps
+        if dataset is None or self._resume_step(dataset) != max_steps:
+            return False
+        self.dataset = dataset
+        return True
 
     def show_again(self) -> None:
+        self.mirror_dataset(self.dataset)  # if the last process was killed before
         damage = journal_copy.restore(self.folder, self.experiment.train.max_steps)
         if damage is not None:
             print(damage)

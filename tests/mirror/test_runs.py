@@ -137,6 +137,29 @@ def undisturbed(tmp_path_factory, tiny_corpus):
     return found
 
 
+def test_run_killed_after_its_last_step_gets_its_dataset_into_the_mirror(
+    bucket, tmp_path, tiny_corpus
+):
+    machine = Machine(tmp_path, bucket, "train", tiny_corpus)
+    command = machine.start()
+
+    def decide(_, verb, path):
+        if verb != "PUT" or "/data/" not in path:
+            return ""
+        if (machine.folder.read_summary() or {}).get("status") == "FINISHED":
+            command.kill()
+        return "reset"
+
+    bucket.proxy.decide = decide
+    ended = command.wait(90)
+    bucket.proxy.decide = lambda *_: ""
+    assert ended is not None and ended.status == -signal.SIGKILL, ended
+    for _ in range(2):
+        ended = machine.run()
+        assert ended.status == 0 and "is finished" in ended.out, ended
+        machine.lose()
+
+
 @pytest.mark.parametrize(
     ("verb", "wanted"),
     [

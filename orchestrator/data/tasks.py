@@ -77,9 +77,7 @@ def plan_chunks(sources: list[CorpusFile], chunk_bytes: int, data: "Data") -> li
 def _here(spans: list[SpanJson]) -> list[Span]:
     """Return spans whose files are on this machine."""
     found = [Span(**span) for span in spans]
-    for span in found:
-        if span.object:
-            objects.fetch(Path(span.path), span.object)
+    objects.fetch({Path(span.path): span.object for span in found if span.object})
     return found
 
 

@@ -22,6 +22,7 @@ from orchestrator.runs.folder import RunFolder
 NAME = "mirror.json"
 HIDDEN = RunFolder("").checkpointed_file.name  # the only hidden file that is copied
 FORMAT = 1
+MOST_SMALL = 32  # small parts of a file that grows, before they become one
 PART_BYTES = 32 << 20  # of one object: what a broken connection costs
 
 
@@ -137,6 +138,12 @@ def is_inside(folder: Path, path: str, target: str) -> bool:
 def object_name(path: str, part: Part) -> str:
     """Return the name of the object of a part, below the folder's address."""
     return f"{path}@{part.sha256[:32]}"
+
+
+def without_small_ones(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    """Return the parts to keep. If too many are small, the first small one and later ones go."""
+    small = [i for i, part in enumerate(parts) if part.size < PART_BYTES]
+    return parts[: small[0]] if len(small) > MOST_SMALL else parts
 
 
 def parse(data: bytes, address: Address) -> Manifest:

@@ -63,7 +63,7 @@ def mirrored(folder: RunFolder, mirror: Address, storage: Path) -> Iterator[Uplo
     with held_here(folder.mirror_lock):
         state = State.read(folder, str(address))
         # A holder that worked in this folder has ended: we have the lock of the folder.
-        with lock.held(remote, state.token, lost):
+        with lock.held(remote, state.ended_token, lost):
             last = manifest.read(store, address)
             if last is not None:
                 _Restore(store, address, last[0], folder, state).run(storage)

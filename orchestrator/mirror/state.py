@@ -17,6 +17,7 @@ class State:
         ids: Id of the manifest that the copy has, "" for none, and of one that was perhaps written
             after it. If the copy has another one, another folder has written it.
         token: Token of the last holder of the lock that worked in this folder.
+        inode: That of the folder. In a copy of the folder, the token is of a holder that may live.
         data: Names of the datasets that the mirror has.
         is_partial: The folder is being made from the copy.
         was_restored: The folder was made from the copy, or another folder wrote to the copy: MLflow
@@ -27,6 +28,7 @@ class State:
     address: str
     ids: list[str] = field(default_factory=list)
     token: str | None = None
+    inode: int = 0
     data: list[str] = field(default_factory=list)
     is_partial: bool = False
     was_restored: bool = False
@@ -41,8 +43,15 @@ class State:
         found = files.read_derived(folder.mirror_file, parse)
         return found if found is not None and found.address == address else cls(folder, address)
 
+    @property
+    def ended_token(self) -> str | None:
+        """The token of a holder that has ended, for a process that has the lock of the folder."""
+        is_same = self.folder.path.exists() and self.folder.path.stat().st_ino == self.inode
+        return self.token if is_same else None
+
     def write(self) -> None:
         """Store the state, as durably as checkpoints: it says which of folder and copy is newer."""
+        self.inode = self.folder.path.stat().st_ino
         content = {**vars(self)}
         del content["folder"]
         files.write_json(self.folder.mirror_file, content, durable=True)

@@ -28,7 +28,6 @@ from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder, SweepFolder
 
 POLL_S = 10.0  # between two copies
-MOST_SMALL = 32  # small parts of a file that grows, before they become one
 STOP_S = 5.0  # longest wait for a request that is under way when the command ends
 NICENESS = 19  # the thread gets what the training leaves of the CPUs
 
@@ -67,14 +66,14 @@ class Uploader:
         self.address = address
         self.lock = lock
         self.state = state
-        self.last = Manifest()
-        self.version: str | None = None
-        if last is not None:
-            self.last, self.version = last
+        self.version: str | None
+        self.last, self.version = last or (Manifest(), None)
         self.datasets: list[Path] = []
         self.problem: str | None = None  # why the copy is behind
         self._known: dict[str, tuple[Stamp, tuple[Part, ...]]] = {}  # files that were written
         self._names = Names(address)
+        self._removed: set[str] = set()  # objects to remove that no manifest names any more
+        self._cannot_remove = False
         self._has_cleaned = False
         self._is_whole = False  # the copy has what the folder had when `finish` was called
         self._progress = time.monotonic()  # when a part was last sent, or found there
@@ -156,8 +155,6 @@ class Uploader:
         with contextlib.suppress(OSError):
             events.note(self.folder, "mirror", f"mirror: {message}")
 
-    # ---- one copy ----
-
     def sync(self) -> None:
         """Copy what is new of the folder, then the datasets, which may take hours."""
         self._sync_folder()
@@ -199,6 +196,7 @@ class Uploader:
             with contextlib.suppress(Removed):
                 now.files |= self._upload(group)
         if now.has_content_of(self.last) or not now.key:
+            self._remove_objects()
             return
         own = self.folder.checkpoints
         had_some = now.key == self.last.key and any(self.last.below(own.name))
@@ -218,17 +216,27 @@ class Uploader:
             self.lock.lost_to = self.lock.lost_to or "another process"
             raise
         self.state.confirm(now.id)
-        removed = self.last.objects() - now.objects()
+        self._removed = (self._removed | self._keys(self.last)) - self._keys(now)
         self.last = now
         self._known = {path: known for path, known in self._known.items() if path in now.files}
-        for name in removed:
-            self._delete((self.address / name).key)
-        self._remove_leftovers()
+        self._find_leftovers()
+        self._remove_objects()
 
-    def _delete(self, key: str) -> None:
-        """Remove an object, unless another process has taken over, which may need it."""
-        if self._may_write:
-            self.store.delete(key)
+    def _keys(self, content: Manifest) -> set[str]:
+        return {(self.address / name).key for name in content.objects()}
+
+    def _remove_objects(self) -> None:
+        """Remove what no manifest names any more. What fails is tried again with the next copy."""
+        try:
+            for key in sorted(self._removed):
+                if not self._may_write:  # another process may need them
+                    return
+                self.store.delete(key)
+                self._removed.discard(key)
+        except UserError as error:
+            if not self._cannot_remove:
+                self._note(f"{error}; what the run has removed stays in the bucket")
+            self._cannot_remove = True
 
     def _resolve_ids(self) -> None:
         """Find out which manifest the store has, if the answer to the last write was lost."""
@@ -266,7 +274,7 @@ class Uploader:
         """Write the parts that the store does not have, and return all parts."""
         parts: list[Part] = []
         start = 0
-        for old in _without_small_ones(self.last.files.get(path, ())):
+        for old in manifest.without_small_ones(self.last.files.get(path, ())):
             data = os.pread(descriptor, old.size, start)
             if old != Part(len(data), hashlib.sha256(data).hexdigest()):
                 break
@@ -279,22 +287,14 @@ class Uploader:
             parts.append(part)
         return tuple(parts)
 
-    def _remove_leftovers(self) -> None:
-        """Remove parts of checkpoints that a killed process has written and no manifest names.
+    def _find_leftovers(self) -> None:
+        """Find parts of checkpoints that a killed process has written and no manifest names.
 
         Other objects below the address stay: they may belong to a mirror inside of this one.
         """
         if self._has_cleaned:
             return
         self._has_cleaned = True
-        named = {(self.address / name).key for name in self.last.objects()}
         for place in (self.folder.checkpoints, SweepFolder(self.folder).stage("").path):
-            for found in self.store.list(f"{(self.address / place.name).key}/"):
-                if "@" in found.key and found.key not in named:
-                    self._delete(found.key)
-
-
-def _without_small_ones(parts: tuple[Part, ...]) -> tuple[Part, ...]:
-    """Return the parts to keep. If too many are small, the first small one and later ones go."""
-    small = [i for i, part in enumerate(parts) if part.size < manifest.PART_BYTES]
-    return parts[: small[0]] if len(small) > MOST_SMALL else parts
+            found = [info.key for info in self.store.list(f"{(self.address / place.name).key}/")]
+            self._removed |= {key for key in found if "@" in key} - self._keys(self.last)

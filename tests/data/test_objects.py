@@ -48,15 +48,18 @@ def test_dataset_of_a_bucket_is_that_of_the_local_files(mixed, bucket, tmp_path,
     assert hashes_of(tmp_path / "remote") == hashes_of(tmp_path / "local")
 
 
-def test_node_without_the_copies_gets_them(mixed):
+def test_node_without_the_copies_gets_them(mixed, monkeypatch):
     _, entries = mixed
     listing = resolve(entries)
     chunks = tasks.plan_chunks(listing, 1 << 20, data(entries))
     contents = [source.path.read_bytes() for source in listing]
     for source in listing:
         source.path.unlink()
+    made_room = []
+    monkeypatch.setattr(objects.cache, "make_room", lambda *_: made_room.append(1))
     tasks._here([vars(span) for span in chunks[0]])
     assert [source.path.read_bytes() for source in listing] == contents
+    assert made_room == [1], "the cache is measured once, not for each object"
     span = vars(chunks[0][0])
     with pytest.raises(UserError, match="XDG_CACHE_HOME to the same folder on all nodes"):
         tasks._here([{**span, "path": "/other/cache/x.txt"}])

@@ -142,6 +142,16 @@ def test_restart_in_the_same_folder_does_not_wait_for_its_killed_holder(run, buc
     copy(run, bucket)
 
 
+def test_copy_of_the_folder_does_not_take_the_lock_from_a_holder_that_lives(run, bucket, tmp_path):
+    with mirrored(run, bucket) as uploader:
+        uploader.sync()
+        other = elsewhere(run, tmp_path)
+        shutil.copytree(run.path, other.path)
+        with pytest.raises(HeldError), mirrored(other, bucket):
+            pass
+        assert uploader.lock.lost_to is None
+
+
 def test_store_that_ignores_conditions_is_refused(run, bucket, monkeypatch):
     from orchestrator.objects import s3
 

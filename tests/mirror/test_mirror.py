@@ -12,7 +12,7 @@ from orchestrator.errors import UserError
 from orchestrator.mirror import download, manifest, remote, upload
 from orchestrator.mirror.download import DamagedCopyError
 from orchestrator.mirror.manifest import Manifest, Part
-from orchestrator.objects import cache
+from orchestrator.objects import cache, store
 from orchestrator.objects.address import parse
 from orchestrator.objects.store import open_store
 from orchestrator.runs import events
@@ -80,13 +80,33 @@ def test_journal_that_grows_faster_than_it_is_sent_is_copied(run, bucket):
 
 
 def test_many_small_parts_become_one(run, bucket, monkeypatch):
-    monkeypatch.setattr(upload, "MOST_SMALL", 3)
+    monkeypatch.setattr(manifest, "MOST_SMALL", 3)
     with mirrored(run, bucket) as uploader:
         for step in range(12):
             with open(run.journal_file, "a") as file:
                 file.write(f'{{"step": {step}}}\n')
             uploader.sync()
             assert len(uploader.last.files[run.journal_file.name]) <= 5
+
+
+@pytest.mark.parametrize("fault", ["503", "403 AccessDenied"])
+def test_removal_that_fails_is_tried_again_and_keeps_nothing_else_back(
+    run, bucket, monkeypatch, fault
+):
+    monkeypatch.setattr(store, "PATIENCE_S", 0.2)
+    with mirrored(run, bucket) as uploader:
+        uploader.sync()
+        add_checkpoint(run, 8)
+        shutil.rmtree(run.checkpoint(4))
+        bucket.proxy.decide = lambda _, method, __: fault if method == "DELETE" else ""
+        uploader.sync()
+        uploader.sync()
+        assert uploader.problem is None
+        assert run.events_file.read_text().count("stays in the bucket") == 1
+        bucket.proxy.decide = lambda *_: ""
+        assert any("step-00000004" in name for name in bucket.names())
+        uploader.sync()
+        assert not any("step-00000004" in name for name in bucket.names())
 
 
 def test_leftovers_of_a_killed_process_leave_the_bucket(run, bucket):

@@ -6,6 +6,7 @@ A copy has the name, the bytes and the time of its object, so the dataset is tha
 import fcntl
 import glob
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -123,17 +124,24 @@ def _source(base: Address, info: Info) -> str:
     return f"{info.size} {int(info.modified)} {info.version} {address}"
 
 
-def fetch(path: Path, source: str) -> None:
-    """Copy an object to `path`, unless it is there. For the nodes that did not list the corpus.
+def fetch(sources: dict[Path, str]) -> None:
+    """Copy objects, unless they are there. For the nodes that did not list the corpus.
 
     Args:
-        path: Where the node that listed the corpus has its copy.
-        source: Of `copies`.
+        sources: Of `copies`; the paths are those of the node that listed the corpus.
     """
-    if not _is_copy(path, source):
-        size, _, _, address = source.split(" ", 3)
-        cache.make_room(cache.use_folder_of(path), int(size) - file_bytes(path))
-        _copy(open_store(parse("data.corpus", address)), path, source)
+    missing = {path: source for path, source in sources.items() if not _is_copy(path, source)}
+    sizes: Counter[Path] = Counter()
+    for path, source in missing.items():
+        sizes[cache.use_folder_of(path)] += size_of(source) - file_bytes(path)
+    for unit, size in sizes.items():  # once: it walks through the cache
+        cache.make_room(unit, size)
+
+    def copy(path: Path) -> None:
+        address = missing[path].split(" ", 3)[3]
+        _copy(open_store(parse("data.corpus", address)), path, missing[path])
+
+    threads.for_each(missing, copy, THREADS)
 
 
 def _mark(path: Path) -> Path:

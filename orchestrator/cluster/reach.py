@@ -81,24 +81,35 @@ class Reach:
 
 
 def free_nodes() -> list[Node]:
-    """Return the machines that answer, with the CPUs and GPUs that nothing uses now."""
+    """Return the machines that can be used, with the CPUs and GPUs that nothing uses now."""
     free = private.free_nodes()
-    table = _alive()
+    table = _usable()
     there = _answering(table) if len(table) > 1 else set(table)
     return [free[id_] for id_ in there & free.keys()]
 
 
 def present() -> tuple[list[Node], set[str]]:
-    """Return the machines that answer, and their host names."""
-    table = _alive()
+    """Return the machines that can be used, and their host names."""
+    table = _usable()
     there = _answering(table) if len(table) > 1 else set(table)
     nodes = [node_of(table[id_]["Resources"]) for id_ in there]
     return nodes, {table[id_]["NodeManagerHostname"] for id_ in there}
 
 
+def worker_nodes() -> set[str]:
+    """Return Ray's ids of the machines with CPUs that it has not given up."""
+    return {id_ for id_, node in _alive().items() if node["Resources"].get("CPU", 0) >= 1}
+
+
 def alive_hosts() -> set[str]:
     """Return the host names of the machines that Ray has not given up."""
     return {node["NodeManagerHostname"] for node in _alive().values()}
+
+
+def _usable() -> Table:
+    """Return the machines that are alive. Ray starts nothing on one that is being drained."""
+    draining = private.draining_nodes()
+    return {id_: node for id_, node in _alive().items() if id_ not in draining}
 
 
 def _alive() -> Table:

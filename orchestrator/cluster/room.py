@@ -64,7 +64,7 @@ class Room:
             return None
         if away and self._tries == 0 and fitting[0] < max(self.numbers):
             message = f"going on with {fitting[0]} worker(s) without {', '.join(away)}"
-            self.note("resize", f"{message}: down, or cut off from the network")
+            self.note("resize", f"{message}: down, drained or cut off from the network")
         # After a start that had no room, because others use the cluster, try a smaller number.
         chosen = fitting[self._tries % len(fitting)]
         self._tries += 1

@@ -33,7 +33,7 @@ def test_machine_answers_also_if_nothing_listens_there(silent, monkeypatch):
         assert reach.answers(places) == {"listens", "refuses"}
 
 
-def test_present_machines_are_those_that_answer(monkeypatch):
+def test_present_machines_are_those_that_answer_and_are_not_drained(monkeypatch):
     table = {
         id_: {
             "NodeManagerHostname": f"host-{id_}",
@@ -42,16 +42,17 @@ def test_present_machines_are_those_that_answer(monkeypatch):
             "Alive": id_ != "c",
             "Resources": {"CPU": 4.0},
         }
-        for id_ in "abc"
+        for id_ in "abcd"
     }
     monkeypatch.setattr(reach, "_table", lambda: table)
-    monkeypatch.setattr(reach, "answers", lambda places: places.keys() & {"a", "c"})
+    monkeypatch.setattr(reach, "answers", lambda places: places.keys() & {"a", "c", "d"})
+    monkeypatch.setattr(reach.private, "draining_nodes", lambda: {"d": "host-d"})
     assert reach.present() == ([Node(4)], {"host-a"})
     # Ray lists what is free on a silent node until it gives the node up.
-    free = {id_: Node(number) for number, id_ in enumerate("abc", 1)}
+    free = {id_: Node(number) for number, id_ in enumerate("abcd", 1)}
     monkeypatch.setattr(reach.private, "free_nodes", lambda: free)
     assert reach.free_nodes() == [Node(1)]
-    assert reach.alive_hosts() == {"host-a", "host-b"}
+    assert reach.alive_hosts() == {"host-a", "host-b", "host-d"}
 
 
 def test_silence_is_noted_once_and_its_end_and_a_loss(monkeypatch):

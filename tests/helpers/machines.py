@@ -199,6 +199,7 @@ class Machines:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "ESPALIER_STORAGE": str(self.shared),
             "PAUSE_S": "0.05",  # of tests/machines/slow.py
+            "PAUSE_LONGER_FILE": str(self.shared / "longer"),
         }
         self.env |= bucket.environment(f"http://{self.nodes[0].address}:{STORE_PORT}")
         self.own_env: dict[int, dict[str, str]] = {}

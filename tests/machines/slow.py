@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 PAUSE_S = float(os.environ.get("PAUSE_S", "0"))  # of each micro-batch
+LONGER_FILE = os.environ.get("PAUSE_LONGER_FILE", "")  # while it is there, four times as much
 
 
 class Slow(nn.Module):
@@ -29,7 +30,7 @@ class Slow(nn.Module):
         if targets is None:
             return self.head(x[:, -1:])  # (B, 1, V)
         if self.training:
-            time.sleep(PAUSE_S)
+            time.sleep(4 * PAUSE_S if os.path.exists(LONGER_FILE) else PAUSE_S)
         logits = self.head(x).float().transpose(1, 2)  # (B, V, T)
         losses = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")  # (B, T)
         if reduction == "window":

@@ -110,11 +110,14 @@ def test_sweep_survives_the_loss_of_each_machine(cluster, small, on_one, tmp_pat
     cluster.kill(2)
     events = f"{SCRATCH}/tree/events.jsonl"
     lost = "begins again: a worker on node2 died"
+    longer = cluster.shared / "longer"  # the sweep must not end before the machine is back
+    longer.touch()
     wait_until(lambda: lost in shell(f"cat {events}"), first, pause_s=0.5)
     cluster.start(2)
     wait_until(lambda: has_some("node2"), first, pause_s=0.5)
     wait_until(lambda: "tree/stages/" in objects(cluster), first, pause_s=1.0)
     cluster.kill(1)  # with the driver and the folder of the sweep
+    longer.unlink()
     first.wait()
     cluster.start_again(1)
     second = small("sweep", words, tmp_path / "second", node=2)

@@ -29,7 +29,8 @@ def main(experiment: Experiment) -> int:
     with restart.watching():
         storage = storage_root(experiment)
         mirror = mirror_of(experiment)
-        manifest = prepare(experiment.data, storage, mirror)
+        wait_s = experiment.compute.wait_for_nodes_s
+        manifest = prepare(experiment.data, storage, mirror, wait_s=wait_s)
         if mirror is not None and manifest.directory.parent == storage / "data":
             place = mirror / "data" / manifest.directory.name
             upload_dataset(open_store(mirror), place, manifest.directory)

@@ -1,8 +1,7 @@
 """Prepare a dataset: token shards, `documents.parquet`, `tokenizer.json` and `manifest.json`.
 
 Read `_Preparation.run` first. The corpus is cut into chunks by a function of its sizes. A task for
-each chunk writes part files and returns only counts. Then each shard is written from exact slices
-of the parts.
+each chunk writes part files and returns only counts. Shards are then exact slices of the parts.
 
 The tasks run in threads of this process; in processes of its own if the corpus is larger; on Ray
 from 2 GiB for each CPU of this machine. Ray Data costs 30 CPU seconds and a gigabyte.
@@ -40,7 +39,7 @@ from orchestrator.data.prepared import (
     settings_of,
     with_hashes,
 )
-from orchestrator.data.ray_tasks import MAX_CHUNK_BYTES, SMALL_BYTES, RayTasks, to_json
+from orchestrator.data.ray_tasks import MAX_CHUNK_BYTES, SMALL_BYTES, WAIT_S, RayTasks, to_json
 from orchestrator.data.shards import SHARD_ROWS
 from orchestrator.data.split import tail_cut
 from orchestrator.data.tasks import Job
@@ -66,18 +65,19 @@ def prepare_in(
     storage: Path,
     progress: Progress | None = None,
     sources: Listing | None = None,
+    wait_s: float = WAIT_S,
 ) -> Manifest:
     """Prepare a dataset in the folder that its content names; see `dataset_dir` and `prepare`.
 
     The files that this machine has not hashed yet are hashed first; if they are large, on Ray.
     """
     sources = sources or list_sources(data)
-    with RayTasks(progress) as ray:
+    with RayTasks(progress, wait_s) as ray:
         if sources is not None:
             sources = with_hashes(sources, ray.hash_files)
         directory = known_dir(data, storage, read=True, sources=sources)
         assert directory is not None
-        return prepare(data, directory, progress=progress, sources=sources)
+        return prepare(data, directory, progress=progress, sources=sources, wait_s=wait_s)
 
 
 def prepare(
@@ -88,6 +88,7 @@ def prepare(
     chunk_bytes: int | None = None,
     shard_rows: int = SHARD_ROWS,
     sources: Listing | None = None,
+    wait_s: float = WAIT_S,
 ) -> Manifest:
     """Prepare the dataset in `directory`, unless it is there already.
 
@@ -98,6 +99,7 @@ def prepare(
         chunk_bytes: Bytes of text in a task. The result does not depend on it.
         shard_rows: Rows of W tokens in a shard.
         sources: The files of the corpus, if they were listed already.
+        wait_s: Longest wait for a node of a cluster; see `RayTasks`.
 
     Raises:
         UserError: The folder has another dataset, or the corpus or the tokenizer cannot be used.
@@ -116,7 +118,7 @@ def prepare(
         found = find_prepared(data, directory, sources=sources)
         if found is not None:
             return found
-        with RayTasks(progress) as ray:
+        with RayTasks(progress, wait_s) as ray:
             preparation = _Preparation(data, directory, sources, ray, chunk_bytes, shard_rows)
             try:
                 return preparation.run()

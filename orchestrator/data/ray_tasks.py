@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.cluster import connection, nodes
+from orchestrator.cluster.lookout import WAIT_S, Lookout
 from orchestrator.data import tasks
 from orchestrator.data.input.download import Progress
 from orchestrator.data.tasks import Job
@@ -48,12 +49,14 @@ class RayTasks:
 
     Args:
         progress: Called with (stage, bytes done, bytes in all); None prints a line.
+        wait_s: Longest wait for a node with a CPU.
     """
 
     is_ours = False
 
-    def __init__(self, progress: Progress | None = None) -> None:
+    def __init__(self, progress: Progress | None = None, wait_s: float = WAIT_S) -> None:
         self.progress = progress or ProgressLine()
+        self.wait_s = wait_s
 
     def __enter__(self) -> "RayTasks":
         return self
@@ -123,7 +126,7 @@ class RayTasks:
         Raises:
             UserError: A task raised it, or a file of the corpus cannot be opened.
             NoRoomError: The disk is full.
-            UnreadableError: A process was killed.
+            UnreadableError: A process was killed, or no node had a CPU for too long.
         """
         results = [None] * len(jobs)
         done = 0
@@ -154,7 +157,19 @@ class RayTasks:
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         # This logger warns that no progress bars are shown.
         logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-        yield from ray.data.from_items(rows, override_num_blocks=len(rows)).map(run).iter_rows()
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run)
+        with (
+            contextlib.closing(iter(dataset.iter_rows())) as found,
+            Lookout(self.wait_s) as lookout,
+        ):
+            try:
+                for row in found:
+                    lookout.task_ended()
+                    yield row
+            except KeyboardInterrupt:
+                if lookout.error is not None:
+                    raise lookout.error from None
+                raise
 
 
 def _run_here(

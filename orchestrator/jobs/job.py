@@ -133,7 +133,8 @@ class Job(abc.ABC):
 
     def prepare_dataset(self, data: Data, sources: Listing | None) -> Manifest:
         """Return the dataset of a `data` section: from the storage, the mirror, or the corpus."""
-        dataset = prepare(data, self.storage, self.mirror, sources)
+        wait_s = self.experiment.compute.wait_for_nodes_s
+        dataset = prepare(data, self.storage, self.mirror, sources, wait_s)
         if not dataset.directory.is_relative_to(self.storage):
             nodes.check_has(dataset.directory / DATASET_MANIFEST)
         self.mirror_dataset(dataset)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator import folders
 from orchestrator.checkpoint.format import step_of
+from orchestrator.cluster.lookout import WAIT_S
 from orchestrator.data.corpus import Listing
 from orchestrator.data.dataset import Manifest as Dataset
 from orchestrator.data.prepare import prepare_in
@@ -221,14 +222,18 @@ def _is_of_checkpoint(path: str) -> bool:
 
 
 def prepare(
-    data: "Data", storage: Path, mirror: Address | None, sources: Listing | None = None
+    data: "Data",
+    storage: Path,
+    mirror: Address | None,
+    sources: Listing | None = None,
+    wait_s: float = WAIT_S,
 ) -> Dataset:
     """Do the same as `prepare_in`, unless the mirror has the dataset."""
     if mirror is not None:
         directory = known_dir(data, storage, read=True, sources=sources)
         if directory is not None and directory.parent == storage / "data":
             _pull_dataset(open_store(mirror), mirror, directory.name, storage)
-    return prepare_in(data, storage, sources=sources)
+    return prepare_in(data, storage, sources=sources, wait_s=wait_s)
 
 
 def _pull_dataset(store: Store, mirror: Address, name: str, storage: Path) -> None:

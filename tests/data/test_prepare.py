@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import psutil
 import pytest
 
+from orchestrator.cluster import lookout
 from orchestrator.config.sections import Data
 from orchestrator.data import parts, ray_tasks, tasks
 from orchestrator.data import prepare as prepare_module
@@ -32,6 +34,7 @@ from orchestrator.data.tokenizer import load_tokenizer
 from orchestrator.data.tokenizers.plain import ByteTokenizer
 from orchestrator.errors import NoRoomError, UnreadableError, UserError
 from orchestrator.files import file_sha256
+from orchestrator.jobs import restart
 from orchestrator.runs import lock
 from tests.helpers.datasets import data, hashes_of, ids_of, quiet
 from tests.helpers.wait import wait_until
@@ -406,6 +409,39 @@ def test_error_in_a_task_reaches_the_user_through_ray(ray_cluster, tmp_path):
     (tmp_path / "t.txt").write_bytes(b"fine so far \xff")
     with pytest.raises(UserError, match=r"t\.txt: byte 12"):
         prepare(data(tmp_path / "t.txt"), tmp_path / "d", progress=quiet, chunk_bytes=1000)
+
+
+@pytest.fixture
+def no_free_cpu(ray_cluster, monkeypatch):
+    """A cluster whose CPUs another job has."""
+    monkeypatch.setattr(lookout, "QUIET_S", 0.1)
+    monkeypatch.setattr(lookout, "LOOK_S", 0.1)
+    monkeypatch.setattr(lookout.connection, "is_shared", lambda: True)
+    others = ray_cluster.util.placement_group([{"CPU": ray_cluster.cluster_resources()["CPU"]}])
+    assert others.wait(60)
+    yield others
+    ray_cluster.util.remove_placement_group(others)
+
+
+def test_wait_for_cpus_that_others_use_is_announced(no_free_cpu, ray_cluster, capfd):
+    def end_others() -> None:
+        try:
+            wait_until(lambda: "all CPUs are in use" in capfd.readouterr().out)
+        finally:
+            ray_cluster.util.remove_placement_group(no_free_cpu)
+
+    ending = threading.Thread(target=end_others)
+    ending.start()
+    assert RayTasks(quiet).map("", dict, [{"x": 1}], [1]) == [{"x": 1}]
+    ending.join()
+
+
+def test_wait_for_lost_nodes_is_announced_and_ends(no_free_cpu, monkeypatch, capfd):
+    monkeypatch.setattr("orchestrator.cluster.room.alive_nodes", lambda: [])
+    message = "no room for 1 worker.* run the same command again"
+    with restart.watching(), pytest.raises(UnreadableError, match=message):
+        RayTasks(quiet, wait_s=0.5).map("", dict, [{"x": 1}], [1])
+    assert "no room for 1 worker(s) with 1 CPU(s) each" in capfd.readouterr().out
 
 
 def test_full_disk_while_tokens_are_written_is_one_line():

@@ -1,16 +1,18 @@
 """The device that workers compute on: its model, and the type that it computes fast."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from orchestrator import machine
-from orchestrator.cluster import dtypes
+from orchestrator.cluster import dtypes, private
 from orchestrator.cluster.calls import interruptibly
-from orchestrator.cluster.layout import Layout, has_several_nodes
+from orchestrator.cluster.layout import Layout, Node, has_several_nodes
 from orchestrator.errors import UnreadableError
 from orchestrator.text import duration
 
+POLL_S = 1.0  # whole seconds: Ray cuts the rest
 SILENT_S = 3.0  # until a line says that a worker is waited for
 T = TypeVar("T")
 
@@ -27,27 +29,54 @@ def of_workers(layout: Layout, wait_s: float) -> Layout:
 
 
 def _on_each_node(layout: Layout, wait_s: float) -> list[Layout]:
-    """Return `here` of each node that can have a worker. On a GPU, waits for a free one."""
+    """Return `here` of each node that can have a worker.
+
+    On GPUs, of each node with a free one. If there is none, waits for one.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     gpus = int(layout.use_gpu)
     task = ray.remote(here)
+    ids, number = _to_ask(ray.nodes(), private.free_nodes() if gpus else {}, layout)
     answers = []
-    for node in ray.nodes():
-        has = node["Resources"]
-        if (
-            node["Alive"]
-            and has.get("CPU", 0) >= layout.cpus_per_worker
-            and has.get("GPU", 0) >= gpus
-        ):
-            place: Any = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
-            options = task.options(num_cpus=0, num_gpus=gpus, scheduling_strategy=place)
-            answers.append(options.remote(layout))
+    for id_ in ids:
+        place: Any = NodeAffinitySchedulingStrategy(id_, soft=True)
+        options = task.options(num_cpus=0, num_gpus=gpus, scheduling_strategy=place)
+        answers.append(options.remote(layout))
     if not answers:  # the cluster grows
         answers = [task.options(num_cpus=layout.cpus_per_worker, num_gpus=gpus).remote(layout)]
-    _wait_for_free(lambda s: not ray.wait(answers, num_returns=len(answers), timeout=s)[1], wait_s)
-    return ray.get(answers)
+    _wait_for_free(
+        lambda s: len(ray.wait(answers, num_returns=number, timeout=s)[0]) == number, wait_s
+    )
+    found, others = ray.wait(answers, num_returns=len(answers), timeout=0)
+    for answer in others:
+        ray.cancel(answer)  # else it would take a GPU later
+    return ray.get(found)
+
+
+def _to_ask(
+    nodes: list[dict[str, Any]], free: Mapping[str, Node], layout: Layout
+) -> tuple[list[str], int]:
+    """Return the ids of the nodes to ask, and how many answers to wait for.
+
+    Another job may have all GPUs of a node for days.
+
+    Args:
+        nodes: What Ray knows of each node.
+        free: GPUs of each node that nothing uses now.
+        layout: Resources of a worker.
+    """
+    gpus = int(layout.use_gpu)
+    able = [
+        node["NodeID"]
+        for node in nodes
+        if node["Alive"]
+        and node["Resources"].get("CPU", 0) >= layout.cpus_per_worker
+        and node["Resources"].get("GPU", 0) >= gpus
+    ]
+    ready = [id_ for id_ in able if not gpus or (id_ in free and free[id_].gpus >= gpus)]
+    return ready or able, len(ready) or 1
 
 
 def common(found: list[Layout]) -> Layout:
@@ -61,7 +90,7 @@ def on_worker(layout: Layout, wait_s: float, function: Callable[..., T], *argume
     """Call a function on a machine of the workers, with the resources of a worker.
 
     Raises:
-        UnreadableError: No worker was free for `wait_s`, or its machine was lost.
+        UnreadableError: No worker was free for `wait_s`, or it was lost.
     """
     if not has_several_nodes():
         return function(*arguments)
@@ -91,7 +120,7 @@ def _on_free_worker(
         raise
     except ray.exceptions.RayError as error:
         raise UnreadableError(
-            f"the machine of a worker was lost ({type(error).__name__}); run the same command again"
+            f"a worker or its machine was lost ({type(error).__name__}); run the same command again"
         ) from None
     finally:
         ray.util.remove_placement_group(group)
@@ -103,10 +132,12 @@ def _wait_for_free(is_free: Callable[[float], bool], wait_s: float) -> None:
         return
     wait = f"{duration(wait_s)} (compute.wait_for_nodes_s)"
     print(f"waiting for a worker of the cluster to be free, for {wait} at most", flush=True)
-    if not is_free(wait_s):
-        raise UnreadableError(
-            f"no worker of the cluster was free for {wait}; run the same command again later"
-        )
+    deadline = time.monotonic() + wait_s
+    while not is_free(POLL_S):  # no signal interrupts one call
+        if time.monotonic() > deadline:
+            raise UnreadableError(
+                f"no worker of the cluster was free for {wait}; run the same command again later"
+            )
 
 
 def here(layout: Layout) -> Layout:

@@ -250,8 +250,8 @@ def _other_software(host: str, found: Software, other: str, expected: Software) 
         )
     if found.sources != expected.sources:
         yield (
-            f"{host} has another version of this project; update it, or submit a job, which "
-            "brings the project to each node"
+            f"{host} has another version of this project than {other}; use the same on all nodes, "
+            "or submit a job, which brings the project to each node"
         )
 
 

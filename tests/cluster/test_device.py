@@ -3,12 +3,13 @@
 import os
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 import ray
 
 from orchestrator.cluster import device
-from orchestrator.cluster.layout import Layout
+from orchestrator.cluster.layout import Layout, Node
 from orchestrator.errors import UnreadableError
 
 WORKER = Layout(num_workers=1, cpus_per_worker=1, use_gpu=False)
@@ -46,7 +47,26 @@ def test_lost_machine_of_a_worker_is_one_line_and_errors_are_raised(other_job):
     def fail() -> None:
         raise ValueError("of the function")
 
-    with pytest.raises(UnreadableError, match="the machine of a worker was lost"):
+    with pytest.raises(UnreadableError, match="a worker or its machine was lost"):
         device.on_worker(WORKER, 60, die)
     with pytest.raises(ValueError, match="of the function"):
         device.on_worker(WORKER, 60, fail)
+
+
+def test_ctrl_c_ends_the_wait_for_a_free_worker(other_job):
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        device.on_worker(WORKER, 600, own_pid)
+    assert not [thread for thread in threading.enumerate() if thread.name == "ray"]
+
+
+@pytest.mark.parametrize(
+    ("free_gpus", "asked", "answers"),
+    [([1, 1], ["a", "b"], 2), ([0, 1], ["b"], 1), ([0, 0], ["a", "b"], 1)],
+)
+def test_node_whose_gpus_are_in_use_is_asked_only_if_no_other_is_free(free_gpus, asked, answers):
+    nodes = [{"NodeID": id_, "Alive": True, "Resources": {"CPU": 4, "GPU": 1}} for id_ in "ab"]
+    free = {id_: Node(4, gpus) for id_, gpus in zip("ab", free_gpus, strict=True)}
+    on_gpu = replace(WORKER, use_gpu=True)
+    assert device._to_ask(nodes, free, on_gpu) == (asked, answers)
+    assert device._to_ask(nodes, {}, WORKER) == (["a", "b"], 2)

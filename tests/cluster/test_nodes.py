@@ -56,7 +56,7 @@ def test_node_without_the_file_says_so_and_the_file_stays_as_it_is(tmp_path, ans
         ),
         (
             {"software": Software("2.13.0", "other")},
-            ["node2 has another version of this project; update it"],
+            ["node2 has another version of this project than this machine; use the same"],
         ),
     ],
 )

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Time of a step whose exchange of gradients runs beside the last backward pass, or after it.
+"""Time of a step whose exchange of gradients runs during the last backward pass, or after it.
 
     python -m benchmarks.overlap [--gbps 0.25 0.5 1 2]      as root, for the namespaces
 
 Two processes with one thread each, on two network namespaces that a link of this rate connects,
-share a step of a GPT with 10.7 million parameters: one micro-batch each. Both kinds of steps
+train a GPT with 10.7 million parameters: one micro-batch each in a step. Both kinds of steps
 alternate in the same processes.
 """
 
@@ -48,27 +48,25 @@ def rank(number: int, address: str, pairs: int) -> None:
     store = dist.TCPStore(address, 29500, 2, is_master=number == 0)
     dist.init_process_group("gloo", store=store, rank=number, world_size=2)
     train_state.node_digest = lambda: f"0{number}"
-    steps = {kind: new_step(number, kind == "beside") for kind in ("beside", "after")}
+    steps = {kind: new_step(number, kind == "during") for kind in ("during", "after")}
     seconds: dict[str, list[float]] = {kind: [] for kind in steps}
     waits: dict[str, list[float]] = {kind: [] for kind in steps}
     for pair in range(pairs + 1):
-        for kind in ("beside", "after") if pair % 2 else ("after", "beside"):
+        for kind in ("during", "after") if pair % 2 else ("after", "during"):
             taken, waited = timed(steps[kind])
             if pair:
                 seconds[kind].append(taken)
                 waits[kind].append(waited)
     if number == 0:
-        before, beside = (statistics.median(seconds[kind]) for kind in ("after", "beside"))
-        ratio = statistics.median(
-            second / first
-            for first, second in zip(seconds["after"], seconds["beside"], strict=True)
+        pairs_of_s = zip(seconds["during"], seconds["after"], strict=True)
+        ratio = statistics.median(during_s / after_s for during_s, after_s in pairs_of_s)
+        steps_ms, waits_ms = (
+            " | ".join(
+                f"{1e3 * statistics.median(found[kind]):.0f}" for kind in ("after", "during")
+            )
+            for found in (seconds, waits)
         )
-        after_s, beside_s = (statistics.median(waits[kind]) for kind in ("after", "beside"))
-        print(
-            f"{1e3 * before:.0f} | {1e3 * beside:.0f} | {ratio:.2f} "
-            f"| {1e3 * after_s:.0f} | {1e3 * beside_s:.0f} |",
-            flush=True,
-        )
+        print(f"{steps_ms} | {ratio:.2f} | {waits_ms} |", flush=True)
     dist.barrier()
     os._exit(0)
 
@@ -135,7 +133,7 @@ def main() -> None:
     reason = reason_to_skip()
     if reason:
         sys.exit(reason)
-    print("| Gb/s | step, exchange after, ms | beside, ms | ratio | wait after, ms | beside, ms |")
+    print("| Gb/s | step, exchange after, ms | during, ms | ratio | wait after, ms | during, ms |")
     print("|---|---|---|---|---|---|", flush=True)
     for gbps in arguments.gbps:
         with (

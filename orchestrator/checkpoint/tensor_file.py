@@ -60,7 +60,7 @@ class Slice:
     tensor: str | None = None
 
     def place(self) -> tuple[int | tuple[int, ...] | str, ...]:
-        """Return what the metadata of a file say of the slice."""
+        """Return the entry of the slice in the metadata of a file."""
         named = () if self.tensor is None else (self.tensor,)
         return (self.start, self.shape, *named)
 

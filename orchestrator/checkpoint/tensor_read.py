@@ -133,10 +133,11 @@ def _slices(pieces: Iterable[Tensor]) -> Iterator[tuple[str, Slice]]:
             elif begin >= end:
                 continue
             numbers = piece[begin - offset : end - offset].view(dtypes[entry["dtype"]])
-            place, shape, *other = json.loads(places.get(name, json.dumps([0, entry["shape"]])))
+            place, shape, *other = (
+                json.loads(places[name]) if name in places else (0, entry["shape"])
+            )
             place += max(begin - start, 0) // numbers.element_size()
-            [tensor] = other or [name]
-            yield tensor, Slice(numbers, place, tuple(shape))
+            yield other[0] if other else name, Slice(numbers, place, tuple(shape))
         offset += len(piece)
 
 

@@ -8,7 +8,7 @@ Start with `layout.resolve_layout`.
 - `dtypes`: `suitable`, what `train.dtype=auto` stands for
 - `gauges`: `show`, the progress as metrics of Ray
 - `layout`: `find_layout`, `Layout`
-- `lookout`: lines about the nodes while a call of Ray waits
+- `lookout`: `Lookout`, says what a preparation waits for
 - `nodes`: `check_nodes`, whether each node shares the storage and has the same software
 - `room`: `Room`, the number of workers of each start, and what is printed without room for them
 - `reach`: `Reach`, finds nodes that do not answer

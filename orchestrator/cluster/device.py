@@ -105,14 +105,14 @@ def _on_free_worker(
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     needs = {"CPU": layout.cpus_per_worker, **({"GPU": 1} if layout.use_gpu else {})}
-    # Its wait tells whether a worker is free. A task would not tell whether it runs.
+    # Ray tells when a group has its resources, but not when a task begins.
     group = ray.util.placement_group([needs])
     try:
         _wait_for_free(group.wait, wait_s)
         task = ray.remote(function).options(
             num_cpus=layout.cpus_per_worker,
             num_gpus=int(layout.use_gpu),
-            max_retries=0,  # a second try might wait for ever
+            max_retries=0,  # another node might never be free
             scheduling_strategy=PlacementGroupSchedulingStrategy(group),
         )
         return ray.get(task.remote(*arguments))
@@ -127,7 +127,7 @@ def _on_free_worker(
 
 
 def _wait_for_free(is_free: Callable[[float], bool], wait_s: float) -> None:
-    """Wait until a worker is free. `is_free` waits for some seconds."""
+    """Wait until a worker is free. `is_free` waits as many seconds as it is given."""
     if is_free(min(SILENT_S, wait_s)):
         return
     wait = f"{duration(wait_s)} (compute.wait_for_nodes_s)"

@@ -1,4 +1,4 @@
-"""Lines about the nodes while a call of Ray waits, such as that for the tasks of a preparation."""
+"""Says what a preparation waits for on a cluster, and ends the wait."""
 
 import contextlib
 import os
@@ -13,15 +13,15 @@ from orchestrator.cluster.room import LINE_S, LOOK_S, Room, WaitedTooLongError
 from orchestrator.errors import UnreadableError
 from orchestrator.text import duration
 
-QUIET_S = 30.0  # without the end of a task, until a line says so
+QUIET_S = 30.0  # until a line says that no task has ended
 WAIT_S = 1800.0  # the default of `compute.wait_for_nodes_s`
 
 
 class Lookout:
     """Looks at the nodes of a cluster in a thread, inside a `with` block.
 
-    Ray itself waits in silence and for ever, if nodes are lost or others use their CPUs. The end of
-    the wait is a SIGALRM, if it has a handler; see `jobs.restart.watching`.
+    If nodes are lost or others use their CPUs, Ray waits for ever and prints nothing. To end the
+    wait, the thread sends SIGALRM, if it has a handler; see `jobs.restart.watching`.
 
     Args:
         wait_s: Longest time in which no node has a CPU.

@@ -233,9 +233,11 @@ def _differences(host: str, storage: Path, answer: Answer, expected: Answer) -> 
 
 
 def require_software(host: str, expected: Software) -> None:
-    """Raise UserError if this node has other software than another host.
+    """Raise UserError if this node, which may have joined after `check_nodes`, has other software.
 
-    It may have joined the cluster after `check_nodes`.
+    Args:
+        host: The host that has the expected software.
+        expected: Its software.
     """
     problems = list(_other_software(socket.gethostname(), software(), host, expected))
     if problems:

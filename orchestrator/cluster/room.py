@@ -75,19 +75,19 @@ class Room:
         self._tries = 0
         self._waiting_since = None
 
-    def groups(self, do_not_start: bool = False) -> int:
+    def groups(self, none_starts: bool = False) -> int:
         """Return how many groups of workers have room at the same time.
 
         Args:
-            do_not_start: None has started though there is room, which others may use.
+            none_starts: No group starts although there is room; another job may use it.
 
         Raises:
-            WaitedTooLongError: As `choose`, if there is no room for one.
+            WaitedTooLongError: As `choose`, if there is no room for one, or none starts.
         """
         self._known |= alive_hosts()
         group = replace(self.layout, num_workers=min(self.numbers))
         room = groups(alive_nodes(), group, self.together)
-        if room and not do_not_start:
+        if room and not none_starts:
             self._waiting_since = None
         else:
             self._wait(*self._present())

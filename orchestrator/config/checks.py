@@ -244,9 +244,9 @@ def _sharding_problems(experiment: Experiment) -> list[str]:
     is_sharded = may_be_sharded and train.shard_optimizer is not False
     if train.overlap_exchange is True and (not is_sharded or is_own(experiment.model.kind)):
         problems.append(
-            "train.overlap_exchange: true needs train.shard_optimizer=auto, optim.kind adamw or "
-            "muon, a train.dtype that is not float16, and a model.kind that is not a file; set "
-            "train.overlap_exchange=auto"
+            "train.overlap_exchange: true needs train.shard_optimizer=auto or true, optim.kind "
+            "adamw or muon, a train.dtype that is not float16, and a model.kind that is not a "
+            "file; set train.overlap_exchange=auto"
         )
     return problems
 

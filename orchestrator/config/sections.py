@@ -202,9 +202,8 @@ class Train(Section):
     )
     overlap_exchange: Annotated[bool | Literal["auto"], Effect.NOTHING] = Field(
         "auto",
-        description="workers with parts of the parameters exchange gradients beside the last "
-        "backward pass of a step, with the same bits; auto: on CPUs of several nodes, without "
-        "train.compile",
+        description="with a sharded optimizer, exchange gradients during the last backward pass of "
+        "a step, with the same bits; auto: on CPUs of several nodes, without train.compile",
     )
     activation_checkpointing: Annotated[bool, Effect.NOTHING] = Field(
         False,

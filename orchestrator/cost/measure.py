@@ -113,7 +113,7 @@ def _shared_gib(alone_gib: float, experiment: Experiment, n_vocab: int, layout: 
     if layout.use_gpu:  # no activations in the exchange
         return max(alone_gib + (backward - alone) / 2**30, exchange / 2**30)
     # On a CPU, gloo gathers into a vector of its own, and a sharded worker sends a copy of its
-    # part. One region after another takes as much: the heap keeps holes of other sizes.
+    # part. Regions are gathered one by one, but the heap does not reuse the memory of one before.
     vector = 4 * sum(regions_of_vector(experiment, facts, count).sizes)
     sent = backward + vector / count if is_sharded(experiment, count) else exchange
     # And a copy of the state becomes a checkpoint: each worker has a part.

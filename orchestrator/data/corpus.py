@@ -182,15 +182,13 @@ def _resolve_entry(entry: str, left_out: LeftOut) -> list[CorpusFile]:
 
 def _resolve_objects(entry: str, left_out: LeftOut) -> list[CorpusFile]:
     base, found = objects.copies(entry, left_out)
-
-    def size_of(path: Path) -> int:
-        return objects.size_of(found[path])
-
     if base in found:
         check_readable(base)
         sources = [_source(base.name, base)]
     else:
-        sources = _named(base.name, base, one_kind(base, list(found), left_out, size_of))
+        # Not all of them are copied.
+        taken = one_kind(base, list(found), left_out, lambda path: objects.size_of(found[path]))
+        sources = _named(base.name, base, taken)
     # Other nodes may not have the copies, so they are hashed here.
     hashes = sha256s([str(source.path) for source in sources])
     return [

@@ -118,12 +118,12 @@ class Job(abc.ABC):
         wait_s = signals.tracking_wait_s(Ending("again" if is_short else "done"))
         is_whole = False
         print(f"copying the rest to {self.mirror}", flush=True)
-        with signals.ending_on_ctrl_c():
+        with signals.ending_on_signal():
             is_whole = self.uploader.finish(wait_s, is_limit=is_short)
         if not is_whole:
             problem = self.uploader.problem or "the wait was interrupted"
-            text = f"does not have everything ({problem}); nothing is lost in {self.folder.path}"
-            print(f"{self.mirror}: {text}, run the same command again", file=sys.stderr)
+            text = f"does not have everything ({problem}), but {self.folder.path} has"
+            print(f"{self.mirror}: {text}; run the same command again", file=sys.stderr)
         return is_whole
 
     @property
@@ -189,7 +189,7 @@ class Job(abc.ABC):
             ending = self.diagnose(error)
         self.summarize(ending, time.monotonic() - started)
         all_sent = False
-        with signals.ending_on_ctrl_c():
+        with signals.ending_on_signal():
             wait_s = signals.tracking_wait_s(ending)
             all_sent = self.tracker.finish(ending.mlflow_status, deadline_s=wait_s)
         _print_reason(ending)

@@ -121,7 +121,7 @@ class SweepJob(Job):
             "trained"
         )
         for dataset in self.study.datasets.values():
-            self.mirror_dataset(dataset)  # if the last process was killed before
+            self.mirror_dataset(dataset)  # a killed process may not have copied it
         self._restore_journals()
         SweepFiles(self.study).write_trials()
         summary = cast(SweepSummary, self.folder.read_summary())

@@ -102,7 +102,7 @@ class TrainJob(Job):
         return True
 
     def show_again(self) -> None:
-        self.mirror_dataset(self.dataset)  # if the last process was killed before
+        self.mirror_dataset(self.dataset)  # a killed process may not have copied it
         damage = journal_copy.restore(self.folder, self.experiment.train.max_steps)
         if damage is not None:
             print(damage)

@@ -46,7 +46,7 @@ def upload_dataset(
 def read_parts(descriptor: int, start: int) -> Iterator[tuple[Part, bytes]]:
     """Yield the parts of an open file from a byte on. An empty file has no part.
 
-    What is appended meanwhile is left out: a journal may grow faster than its parts are sent.
+    Ends where the file ends now: a journal may grow faster than its parts are sent.
     """
     end = os.fstat(descriptor).st_size
     while data := os.pread(descriptor, min(manifest.PART_BYTES, max(0, end - start)), start):

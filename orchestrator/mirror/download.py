@@ -36,8 +36,7 @@ def pull(
 
     Raises:
         DamagedCopyError: An object does not have its SHA-256, or a link leads out of the folder.
-        MissingObjectError: One is missing. The copy may have changed meanwhile: read the manifest
-            again.
+        MissingObjectError: One is missing. Read the manifest again, because it may have changed.
     """
     by_checkpoint: dict[Path | None, list[str]] = {}
     for path in paths:

@@ -27,7 +27,7 @@ PART_BYTES = 32 << 20  # of one object: what a broken connection costs
 
 
 class DamagedCopyError(UserError):
-    """An object is not the one that the manifest names, or this is not a manifest."""
+    """An object differs from the manifest, or the manifest cannot be read."""
 
 
 class Part(NamedTuple):

@@ -142,13 +142,13 @@ class _Restore:
         for path in filter(_is_of_checkpoint, wanted):
             checkpoints.setdefault(Path(path).parent, []).append(path)
         damaged: dict[Path, UserError] = {}
-        for name, paths in checkpoints.items():
+        for name, parts in checkpoints.items():
             try:
-                self._copy(paths)
+                self._copy(parts)
             except (DamagedCopyError, MissingObjectError) as error:
                 damaged[name] = error
         for name, problem in damaged.items():
-            # Without it, the run continues from another one, as it does on a disk.
+            # The run can continue from another one, as with a damaged checkpoint on a disk.
             if not any(map(step_of, folders.subfolders(self.folder.path / name.parent))):
                 raise problem
             print(f"{problem}; {name} is left out", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ class State:
         ids: Id of the manifest that the copy has, "" for none, and of one that was perhaps written
             after it. If the copy has another one, another folder has written it.
         token: Token of the last holder of the lock that worked in this folder.
-        inode: That of the folder. In a copy of the folder, the token is of a holder that may live.
+        inode: That of the folder. A copy of the folder has another one: the holder may then live.
         data: Names of the datasets that the mirror has.
         is_partial: The folder is being made from the copy.
         was_restored: The folder was made from the copy, or another folder wrote to the copy: MLflow

@@ -165,7 +165,7 @@ class S3Store:
         page: dict[str, Any] = self._client.list_objects_v2(
             Bucket=self.address.bucket, Prefix=prefix, MaxKeys=PAGE, **token
         )
-        page["Name"]  # every listing has it
+        page["Name"]  # KeyError if the answer is not a listing
         return page
 
     def _call(self, key: str, request: Callable[[], T]) -> T:
@@ -177,7 +177,7 @@ class S3Store:
                 return request()
             except (boto.BotoCoreError, boto.ClientError, http.client.HTTPException) as error:
                 problem = self._problem(key, error)
-            except (KeyError, RecursionError):  # boto3 follows a redirection to itself for ever
+            except (KeyError, RecursionError):  # boto3 follows a redirection to the same address
                 problem = self._refused(f"the answer is not one of S3; check {CONFIGURED}")
             except OSError as error:
                 problem = self._away(str(error))
@@ -220,7 +220,7 @@ class S3Store:
         return self._refused(f"the store refuses the request ({code}, status {status})")
 
     def _denied(self, reason: str) -> UserError:
-        """Return that the store refuses these credentials. The next request reads them again."""
+        """Return the error, and drop the client, so that the next request reads the credentials."""
         _client.cache_clear()
         return self._refused(reason)
 
@@ -242,11 +242,11 @@ class S3Store:
 
 
 def _is_misconfigured(error: Exception) -> bool:
-    """Return whether a request that was not answered cannot be made with these settings."""
+    """Return whether no request is possible with these settings."""
     cause = getattr(error, "kwargs", {}).get("error")
     return (
         isinstance(error, boto.EndpointProviderError)
-        # A header or address that is not possible
+        # An invalid header or address
         or (isinstance(cause, ValueError) and not isinstance(cause, OSError))
         or re.search("CERTIFICATE_VERIFY|WRONG_VERSION|No such file", str(cause)) is not None
     )

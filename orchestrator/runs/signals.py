@@ -150,8 +150,8 @@ def let_end() -> None:
 
 
 @contextlib.contextmanager
-def ending_on_ctrl_c() -> Iterator[None]:
-    """If Ctrl-C or a first signal of STOPS comes, end only this block. For use after `let_end`."""
+def ending_on_signal() -> Iterator[None]:
+    """End only this block at Ctrl-C or the first of STOPS. For use after `let_end`."""
     _handle([signal.SIGINT], signal.default_int_handler)
     if not was_stopped():
         _handle(STOPS, _interrupt)

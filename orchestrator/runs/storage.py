@@ -11,7 +11,7 @@ from orchestrator.paths import expand_home, local_path, scratch_folder
 from orchestrator.runs.folder import RunFolder, SweepFolder
 
 DEFAULT = "runs"
-MOST_KEY_BYTES = 600  # of a mirror's key: the names of its files follow, and S3 has a limit
+MOST_KEY_BYTES = 600  # of a mirror; names of files follow, and S3 permits 1,024 bytes
 
 
 def storage_setting(experiment: Experiment) -> str:

@@ -39,7 +39,7 @@ from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.study import Study
 from orchestrator.workers import places
 
-START_S = 20.0  # for the start of a process; then a line says that there is no room
+START_S = 20.0  # longest start of a process; then another job seems to use the room
 DESK_CALLS = 100  # of stages on other machines at the same time
 MOST_STAGES = 1_000_000  # at the same time
 ASHA_REDUCTION = 3  # of three trials that reach a rung of asha, one goes on
@@ -190,7 +190,7 @@ class _Ticks(tune.Callback):
         self.room = room
         self.groups: int | None = None
         self.look_at = 0.0
-        self.moved_at = time.monotonic()  # when a stage ran, or none was to start
+        self.moved_at = time.monotonic()  # when a stage last ran, or none waited
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.progress.tick()
@@ -200,7 +200,7 @@ class _Ticks(tune.Callback):
             self.moved_at = now
         if now > self.look_at:
             self.look_at = now + LOOK_S
-            groups = self.room.groups(do_not_start=now - self.moved_at > START_S)
+            groups = self.room.groups(none_starts=now - self.moved_at > START_S)
             # On a cluster that grows, machines are added for stages that wait.
             if self.groups is not None and not cluster_grows():
                 self.searcher.slots += groups - self.groups

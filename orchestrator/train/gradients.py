@@ -40,7 +40,7 @@ class Gradients:
         sharded_by: The optimizer, if each rank updates only a shard of the parameters.
         pairs: A backward pass adds once to the gradient of a parameter. If a slot has one
             micro-batch, autograd then adds each second slot to the one before, with the same bits.
-        overlaps: A shard is exchanged beside the last backward pass. It needs `pairs`.
+        overlaps: A shard is exchanged during the last backward pass. It needs `pairs`.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Gradients:
         self.tail = self.current.flat[self.layout.tail :]
 
     def begin_backward(self, micro_batch: int) -> None:
-        """Exchange gradients beside the next backward pass if it is the last one of this rank."""
+        """Exchange gradients during the next backward pass if it is the last one of this rank."""
         if self.overlap is not None and micro_batch == self.my_slots()[-1][-1]:
             self.overlap.begin(self._reducer([*self.stack, self.current]))
 
@@ -120,7 +120,7 @@ class Gradients:
     def end_slot(self) -> None:
         """Add the subtrees that this slot completes.
 
-        With shards, those of the last slot of a round are added later, region by region.
+        With shards, the last slot of a round is added later, region by region.
         """
         self.stack.append(self.current)
         self.slots_done += 1

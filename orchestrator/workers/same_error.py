@@ -36,7 +36,7 @@ class SameErrorLimit(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raise SameErrorAgain at the last failure. Ray then does not start the workers again."""
-        # Ray passes on the errors as they were raised, without a traceback.
+        # They have no traceback: Ray passes on the errors as they were raised.
         errors = {
             "".join(traceback.format_exception_only(error)).strip()
             for error in worker_exceptions.values()

@@ -116,13 +116,13 @@ def test_groups_of_workers_follow_the_nodes(cluster):
 
 def test_groups_that_do_not_start_are_waited_for_as_without_room(cluster):
     room = cluster.room(2)
-    assert room.groups(do_not_start=True) == 1
+    assert room.groups(none_starts=True) == 1
     [(kind, message)] = cluster.noted
     assert kind == "waiting" and "some of them perhaps in use" in message
     assert room.groups() == 1
     cluster.asked = "SIGTERM"
     with pytest.raises(WaitedTooLongError, match="^SIGTERM: stopped while it waited"):
-        room.groups(do_not_start=True)
+        room.groups(none_starts=True)
 
 
 def test_group_that_must_be_on_one_node_has_no_room_on_two(cluster):

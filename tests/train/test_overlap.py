@@ -1,4 +1,4 @@
-"""Gradients exchanged beside the last backward pass are those that are exchanged after it."""
+"""Gradients exchanged during the last backward pass are those that are exchanged after it."""
 
 import gc
 import threading

@@ -4,6 +4,6 @@
 - `exchange.Exchange` adds vectors over all ranks.
 - `layout.Layout` places all parameters in flat vectors; `shards.Shard` is the part of them that a
   rank updates; `regions` has the sizes of both. `overlap.Overlap` exchanges the gradients of a
-  shard beside the last backward pass.
+  shard during the last backward pass.
 - `writing`, `reading`: a checkpoint of which each rank writes or reads a part.
 """

@@ -43,7 +43,7 @@ class Layout:
         tail: Numbers in the tail.
         matrices: Those of `params` that are updated as a whole; see `deal_matrices`.
         sharded: One shard for each rank. False: one for all.
-        overlaps: Buckets are exchanged beside a backward pass.
+        overlaps: Buckets are exchanged during a backward pass.
 
     Attributes:
         size: Numbers in the vector, a multiple of the numbers of slots and ranks.

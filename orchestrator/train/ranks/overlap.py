@@ -1,9 +1,9 @@
-"""Exchange of gradients beside the backward pass that computes the last of them.
+"""Exchange of gradients during the last backward pass of a step.
 
-The backward pass comes to the parameters roughly in reversed order. So a thread exchanges the
-regions of the vector from the last to the first, each as soon as the gradients in it are complete.
-All ranks do so in the same order, whatever the order of their backward passes is. No bits depend on
-when a region is exchanged.
+The backward pass reaches the parameters roughly in reverse order. So a thread exchanges the regions
+of the vector from the last to the first, each as soon as its gradients are complete. All ranks use
+this order, even if their backward passes have another one. No bits depend on when a region is
+exchanged.
 """
 
 import functools
@@ -49,7 +49,7 @@ class Overlap:
     def __init__(self, layout: Layout) -> None:
         self.device = layout.params[0].device
         self.regions = range(len(layout.regions))
-        # The regions of each parameter: those of buckets may cut it.
+        # The regions of each parameter: buckets may cut it.
         self.inside: dict[Tensor, list[int]] = {
             param: [
                 region
@@ -80,7 +80,7 @@ class Overlap:
         self.missing = [{p for p in self.inside if i in self.inside[p]} for i in self.regions]
         self.ready = [_Ready(self.stream) for _ in self.regions]
         self.error = None
-        # An error elsewhere must not keep the process from its end.
+        # A daemon, because an error elsewhere must not keep the process from exiting.
         self.thread = threading.Thread(target=self._exchange_all, args=(exchange,), daemon=True)
         self.thread.start()
         self._set_complete(self.regions)  # some have no parameters

@@ -12,8 +12,8 @@ ALIGNMENT = 128  # numbers; each parameter begins at a multiple, aligned as a te
 # are nearly equal.
 LEAST_PIECE = 1 << 14
 MOST_PIECES_BITS = 12
-# Numbers in the smallest bucket, and the most buckets. Each takes messages of its own, whose time
-# counts less beside a backward pass.
+# Numbers in the smallest bucket, and the most buckets. Each takes messages of its own; a backward
+# pass hides their latency.
 LEAST_BUCKET = 1 << 23
 LEAST_OVERLAPPING_BUCKET = 1 << 19
 MOST_BUCKETS = 16
@@ -31,7 +31,7 @@ class Regions:
         used: Numbers of the buckets before their padding.
         piece: Numbers in a piece of a bucket. A shard has whole pieces.
         area: Numbers in the area of matrices of each shard: as many as the largest one needs.
-        overlaps: Buckets are exchanged beside a backward pass.
+        overlaps: Buckets are exchanged during a backward pass.
     """
 
     shards: int
@@ -68,7 +68,7 @@ def regions_of(
         numbers: Sizes of the parameters that are updated number by number.
         matrices: (size, slot) of those that are updated as a whole.
         owners: Slots of each shard.
-        overlaps: Buckets are exchanged beside a backward pass.
+        overlaps: Buckets are exchanged during a backward pass.
     """
     used = sum(rounded_up(size, ALIGNMENT) for size in numbers)
     piece = max(LEAST_PIECE, 1 << max(0, used.bit_length() - MOST_PIECES_BITS))

@@ -109,8 +109,7 @@ class Shard:
 
         Args:
             region: Number of the region. All ranks must reduce the regions in the same order.
-            partials: Vectors of the sums of this rank in the last round. Two that are the halves of
-                a subtree are added here.
+            partials: Sums of this rank in the last round. The halves of a subtree are added here.
             divisor: Number of micro-batches.
             spare: Vectors that may be overwritten in this region.
         """
@@ -121,7 +120,7 @@ class Shard:
             # A copy: the sum may be a view of what all ranks have sent, as long as the region.
             own = self.exchange.reduce_scatter(parts, unused, self.sums[region]).clone()
         for partial in self.sums[region]:
-            if partial.flat.is_cuda:  # `Overlap` reads it in another stream than the one it is of
+            if partial.flat.is_cuda:  # `Overlap` reads it in a stream that did not allocate it
                 partial.flat.record_stream(torch.cuda.current_stream(partial.flat.device))
         self.sums[region] = []
         self.gradients[region] = own.div_(divisor) if divisor > 1 else own

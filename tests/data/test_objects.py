@@ -68,12 +68,13 @@ def test_node_without_the_copies_gets_them(mixed, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["", "/*", "/**", "/**/*.md", "/sub/*.txt", "/s*/b.txt", "/a.txt"]
+    "pattern", ["", "/*", "/**", "/**/*.md", "/sub/*.txt", "/s*/b.txt", "/a.txt", "/[[]g].txt"]
 )
 def test_folders_and_globs_take_what_they_take_locally(bucket, tmp_path, pattern, monkeypatch):
     monkeypatch.setattr(s3, "PAGE", 2)  # a listing has several answers
     folder = tmp_path / "c"
-    for name in ("a.txt", "x.md", "sub/b.txt", "sub/deep/d.md", ".hidden/e.txt", "sub/.f.txt"):
+    names = "a.txt [g].txt x.md sub/b.txt sub/deep/d.md .hidden/e.txt sub/.f.txt"
+    for name in names.split():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"text of {name}")
     upload(bucket, folder, "p/c")

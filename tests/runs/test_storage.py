@@ -60,6 +60,7 @@ def test_storage_is_absolute_and_outside_the_copy_of_a_ray_job(
         ("s3:bucket", "is not s3://BUCKET/KEY"),
         ("GS://bucket", "is not s3://BUCKET/KEY"),
         ("s3://bucket//runs", "has a part that is empty"),
+        ("s3://bucket/../runs", "has a part that is empty"),
         ("s3://a:b@bucket/runs", "user or a password"),
         ("s3:/a:b@bucket/runs", r"//\[redacted\]@bucket/runs' contains a user or a password"),
     ],

@@ -12,7 +12,7 @@ from orchestrator.cluster.layout import Layout, Node, has_several_nodes
 from orchestrator.errors import UnreadableError
 from orchestrator.text import duration
 
-POLL_S = 1.0  # whole seconds: Ray cuts the rest
+POLL_S = 1.0  # Ray takes whole seconds only
 SILENT_S = 3.0  # until a line says that a worker is waited for
 T = TypeVar("T")
 
@@ -133,7 +133,7 @@ def _wait_for_free(is_free: Callable[[float], bool], wait_s: float) -> None:
     wait = f"{duration(wait_s)} (compute.wait_for_nodes_s)"
     print(f"waiting for a worker of the cluster to be free, for {wait} at most", flush=True)
     deadline = time.monotonic() + wait_s
-    while not is_free(POLL_S):  # no signal interrupts one call
+    while not is_free(POLL_S):  # short calls, because a signal does not interrupt one
         if time.monotonic() > deadline:
             raise UnreadableError(
                 f"no worker of the cluster was free for {wait}; run the same command again later"

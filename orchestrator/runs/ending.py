@@ -17,7 +17,9 @@ from orchestrator.errors import (
 )
 
 Kind = Literal["done", "failed", "user", "again", "interrupted", "diverged", "stopped"]
-Cause = Literal["out_of_memory", "disk_full", "disk_error", "hang", "held", "kill", "exception"]
+Cause = Literal[
+    "out_of_memory", "disk_full", "disk_error", "store_away", "hang", "held", "kill", "exception"
+]
 MlflowStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -75,7 +77,7 @@ class Ending:
     @property
     def may_be_transient(self) -> bool:
         """True for faults that often do not happen again; a stage is then tried again."""
-        return self.cause in ("hang", "held", "kill", "disk_error")
+        return self.cause in ("hang", "held", "kill", "disk_error", "store_away")
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of stopped.json.

@@ -19,11 +19,14 @@ from orchestrator.workers.memory import OutOfMemory
 
 NO_ROOM_ERROR = "orchestrator.errors.NoRoomError: "
 HELD_ERROR = "orchestrator.errors.HeldError: "
+STORE_AWAY_ERROR = "orchestrator.objects.store.StoreAwayError: "
 EXPECTED_ERRORS: dict[str, Kind] = {
     "orchestrator.errors.UserError: ": "user",
     "orchestrator.errors.DiskError: ": "user",
     "orchestrator.files.DamagedError: ": "user",
     "orchestrator.files.NotPlainFileError: ": "user",
+    "orchestrator.mirror.manifest.DamagedCopyError: ": "user",
+    "orchestrator.objects.store.MissingObjectError: ": "user",
     "orchestrator.errors.UnreadableError: ": "again",
 }
 _COMPILER = re.compile(r"torch\._(?:dynamo|inductor)\.exc\.\w+: ")
@@ -121,6 +124,8 @@ def ending_of_tracebacks(
             "same command again"
         )
         return Ending("user", reason, cause="held")
+    if exception.startswith(STORE_AWAY_ERROR):
+        return Ending("again", exception.removeprefix(STORE_AWAY_ERROR), cause="store_away")
     for prefix, kind in EXPECTED_ERRORS.items():
         if exception.startswith(prefix):
             return Ending(kind, exception.removeprefix(prefix), cause="exception")

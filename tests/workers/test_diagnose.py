@@ -11,6 +11,8 @@ from orchestrator.config.experiment import load_experiment
 from orchestrator.data.dataset import load_manifest
 from orchestrator.errors import NoRoomError, UnreadableError, UserError
 from orchestrator.files import NotPlainFileError
+from orchestrator.mirror.manifest import DamagedCopyError
+from orchestrator.objects.store import StoreAwayError
 from orchestrator.runs import events, stop
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder, SweepFolder
@@ -75,6 +77,14 @@ FAULTS = {
         UnreadableError("step-00000010: cannot be read"),
         ("again", "exception", "step-00000010: cannot be read"),
     ),
+    "tokens in a store that does not answer": (
+        StoreAwayError("s3://b: the store does not answer"),
+        ("again", "store_away", "s3://b: the store does not answer"),
+    ),
+    "tokens that are damaged in a store": (
+        DamagedCopyError("s3://b/x: its content has changed"),
+        ("user", "exception", "s3://b/x: its content has changed"),
+    ),
     "a mistake of the user": (
         UserError("model.n_embd: 3\nlower it"),
         ("user", "exception", "model.n_embd: 3\nlower it"),
@@ -109,7 +119,7 @@ def test_exception_of_a_rank(folder, name):
     ending = diagnose(folder, DIED, 2)
     assert (ending.kind, ending.cause) == (kind, cause)
     assert words in ending.reason
-    assert ending.may_be_transient == (cause == "disk_error")
+    assert ending.may_be_transient == (cause in ("disk_error", "store_away"))
     is_final = kind in ("user", "again") and not ending.may_be_transient
     assert folder.ending_file.exists() == is_final, "no attempt may follow"
     if kind == "failed":

@@ -149,7 +149,8 @@ class _Restore:
                 damaged[name] = error
         for name, problem in damaged.items():
             # The run can continue from another one, as with a damaged checkpoint on a disk.
-            if not any(map(step_of, folders.subfolders(self.folder.path / name.parent))):
+            others = folders.subfolders(self.folder.path / name.parent)
+            if all(step_of(path) is None for path in others):
                 raise problem
             print(f"{problem}; {name} is left out", file=sys.stderr, flush=True)
         self._copy(path for path in wanted if not _is_of_checkpoint(path))

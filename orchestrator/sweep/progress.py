@@ -220,9 +220,11 @@ class Progress:
         step = self._newest_step(stage)
         is_stuck = self.begun[stage][-PATIENCE:] == [step] * PATIENCE
         if ending.may_be_transient and not is_stuck:
-            message = f"stage {stage} begins again: {ending.reason}"
+            # The advice is for the end of the command.
+            reason = (ending.reason or "").partition("; run the same command")[0]
+            message = f"stage {stage} begins again: {reason}"
             events.note(self.folder, "restart", message, stage=stage, step=step)
-            self._wait(stage, f"{ending.reason}; the stage starts once more")
+            self._wait(stage, f"{reason}; the stage starts once more")
             return
         self.failures[stage] = ending
         self.states.end(stage, FAILED)

@@ -10,6 +10,7 @@ import shutil
 import pytest
 
 from orchestrator.errors import NOT_WRITABLE, UserError
+from orchestrator.objects.store import StoreAwayError
 from orchestrator.runs import events
 from orchestrator.runs.ending import Ending
 from orchestrator.runs.folder import RunFolder
@@ -154,6 +155,23 @@ def test_stage_with_a_rank_that_hung_continues_from_its_checkpoint(sweeps):
     assert [f.name for f in folder.path.glob("hangs/0001/*")] == ["hang-rank1.txt"]
     assert [*folder.path.glob("hang-rank*"), *folder.path.glob(".ranks/*")] == []
     assert json.loads(folder.result_file.read_text())["steps_run"] < 20
+
+
+@pytest.mark.parametrize("times", [1, PATIENCE])
+def test_stage_whose_store_is_away_begins_again_and_ends_with_status_75(sweeps, times):
+    study, failures = sweeps.open(TRIAL), []
+    problem = "s3://b: the store does not answer (503)"
+
+    def fail(_) -> None:
+        if len(failures) < times:
+            failures.append(problem)
+            raise StoreAwayError(f"{problem}; run the same command again")
+
+    sweeps.run(study, fail=fail)
+    assert ending_of(study, 1).exit_status == (0 if times == 1 else 75)
+    notes = [event["message"] for event in events.read(study.folder) if event["kind"] == "restart"]
+    message = f"stage {study.tree.stages[0].id} begins again: {problem}"
+    assert notes == [message] * min(times, PATIENCE - 1)
 
 
 def test_after_a_full_disk_nothing_begins_and_with_room_the_sweep_goes_on(sweeps):

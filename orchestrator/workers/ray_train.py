@@ -76,6 +76,7 @@ def fit(
             num_workers=layout.num_workers,
             use_gpu=layout.use_gpu,
             resources_per_worker=_resources(layout),
+            label_selector=None if mirror is None else one_here(layout),
         ),
         run_config=RunConfig(
             name=launch,
@@ -93,6 +94,20 @@ def fit(
         folder.write_ending(Ending("again", str(waited)))
     finally:
         shutil.rmtree(folder.ray_scratch, ignore_errors=True)
+
+
+def one_here(layout: Layout) -> list[dict[str, str]] | None:
+    """Return which nodes each worker may have: one of them needs this machine.
+
+    None: this machine is too small for a worker, even if it is idle; `places.find` says so.
+    """
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    [here] = [node["Resources"] for node in ray.nodes() if node["NodeID"] == own]
+    if any(here.get(name, 0) < number for name, number in _resources(layout).items()):
+        return None
+    return [{"ray.io/node-id": own}, *({} for _ in range(layout.num_workers - 1))]
 
 
 def _resources(layout: Layout) -> dict[str, float]:

@@ -181,7 +181,7 @@ def test_interrupt_ends_the_threads_inside_a_document(tmp_path, monkeypatch):
         pieces.append(text)
         if next(once, False):
             os.kill(os.getpid(), signal.SIGINT)
-        tasks.interrupted.wait(60)
+        tasks.interrupted.wait(3)
         return encode(self, text)
 
     monkeypatch.setattr(ByteTokenizer, "encode", interrupt)

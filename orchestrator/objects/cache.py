@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
@@ -21,6 +22,8 @@ from orchestrator.paths import cache_folder
 
 VARIABLE = "ESPALIER_CACHE_GB"
 DEFAULT_GB = 100.0
+LOOKS = 5  # before there is no room
+LOOK_S = 0.1
 _USED = ".used"  # locked by each process that uses the folder; its time is that of the last use
 
 _held: dict[Path, TextIO] = {}  # folders that this process uses
@@ -81,14 +84,18 @@ def unit_of(path: Path) -> Path:
 def _use(folder: Path) -> Path:
     private_folder(root(), f"remove it, or set XDG_CACHE_HOME to another folder than {root()}")
     while folder not in _held or not folders.is_at(folder / _USED, _held[folder].fileno()):
-        with contextlib.suppress(FileNotFoundError):  # removed between two of the calls
+        try:
             folders.make_folder(folder)
             file = open(folder / _USED, "a+", opener=files.opener)  # noqa: SIM115 - stays open
-            files.lock(file, fcntl.LOCK_SH)
-            if folders.is_at(folder / _USED, file.fileno()):
-                _held[folder] = file
-            else:
-                file.close()
+        except (FileExistsError, FileNotFoundError):  # the folder was removed during the call
+            if folder.is_file():
+                raise
+            continue
+        files.lock(file, fcntl.LOCK_SH)
+        if folders.is_at(folder / _USED, file.fileno()):
+            _held[folder] = file
+        else:
+            file.close()
     os.utime(folder / _USED)
     return folder
 
@@ -106,23 +113,33 @@ def make_room(folder: Path, size: int, give_up: Callable[[], object] | None = No
         UserError: They are larger than the cache may be.
     """
     limit = limit_bytes()
+    # A process that goes from one folder to another may seem to use both.
+    for _ in range(LOOKS):
+        used = _remove_unused(folder, limit - size, give_up)
+        if used + size <= limit:
+            return
+        time.sleep(LOOK_S)
+    raise UserError(
+        f"{folder}: no room for {size / 1e9:,.1f} GB more, the cache may have "
+        f"{limit / 1e9:,.1f} GB and {used / 1e9:,.1f} GB of it are in use; set {VARIABLE} to more, "
+        "or XDG_CACHE_HOME to a larger disk"
+    )
+
+
+def _remove_unused(folder: Path, most: int, give_up: Callable[[], object] | None) -> int:
+    """Remove folders until at most some bytes are left; return the bytes that are left."""
     with open(root() / ".room", "a", opener=files.opener) as file:
         files.lock(file, fcntl.LOCK_EX)  # no other process removes folders meanwhile
         sizes = {unit: folders.folder_bytes(unit) for unit in _units()}
         for other in sizes:
-            if sum(sizes.values()) + size <= limit:
-                return
+            if sum(sizes.values()) <= most:
+                break
             if other not in _held and _remove(other):
                 sizes[other] = 0
-        if sum(sizes.values()) + size > limit and give_up is not None:
+        if sum(sizes.values()) > most and give_up is not None:
             _give_up(folder, give_up)
             sizes[folder] = folders.folder_bytes(folder)
-    if sum(sizes.values()) + size > limit:
-        raise UserError(
-            f"{folder}: no room for {size / 1e9:,.1f} GB more, the cache may have "
-            f"{limit / 1e9:,.1f} GB and {sum(sizes.values()) / 1e9:,.1f} GB of it are in use; set "
-            f"{VARIABLE} to more, or XDG_CACHE_HOME to a larger disk"
-        )
+    return sum(sizes.values())
 
 
 def _units() -> list[Path]:

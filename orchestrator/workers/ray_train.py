@@ -73,10 +73,7 @@ def fit(
             "code": sources(),
         },
         scaling_config=ScalingConfig(
-            num_workers=layout.num_workers,
-            use_gpu=layout.use_gpu,
-            resources_per_worker=_resources(layout),
-            label_selector=None if mirror is None else one_here(layout),
+            **_workers(layout), label_selector=one_here(layout) if mirror else None
         ),
         run_config=RunConfig(
             name=launch,
@@ -94,6 +91,15 @@ def fit(
         folder.write_ending(Ending("again", str(waited)))
     finally:
         shutil.rmtree(folder.ray_scratch, ignore_errors=True)
+
+
+def _workers(layout: Layout) -> dict[str, Any]:
+    """Return number and resources of the workers, as Ray Train takes them."""
+    return {
+        "num_workers": layout.num_workers,
+        "use_gpu": layout.use_gpu,
+        "resources_per_worker": _resources(layout),
+    }
 
 
 def one_here(layout: Layout) -> list[dict[str, str]] | None:

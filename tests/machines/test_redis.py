@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -125,7 +126,8 @@ def test_job_on_the_head_ends_with_it_and_its_command_continues(
     nodes.run(0, ["pkill", "-KILL", "-o", "gcs_server"])
     wait_until(lambda: (folder.read_summary() or {}).get("exit_status") == 75)
     nodes.start_again(0)
-    assert job.wait(60) == 1, "`ray job submit` misses the job server"
+    # `ray job submit` misses the job server, or ends with its machine if it is not that quick.
+    assert job.wait(60) in (1, -signal.SIGKILL)
     second = nodes.submit(train_command(nodes, words), tmp_path / "second", "again")
     end(second, tmp_path / "second", 0)
     assert final_outcome(folder) == alone(words, tmp_path / "alone", tiny_dataset)

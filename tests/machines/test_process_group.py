@@ -15,6 +15,7 @@ process_group.join(sys.argv[2], rank, Layout(2, 1, False))
 both = torch.tensor([1.0 + rank])
 dist.all_reduce(both)
 print(both.item(), os.environ["GLOO_SOCKET_IFNAME"])
+process_group.leave()  # gloo can abort a process that ends in its group
 """
 
 

@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
@@ -22,8 +21,6 @@ from orchestrator.paths import cache_folder
 
 VARIABLE = "ESPALIER_CACHE_GB"
 DEFAULT_GB = 100.0
-LOOKS = 5  # before there is no room
-LOOK_S = 0.1
 _USED = ".used"  # locked by each process that uses the folder; its time is that of the last use
 
 _held: dict[Path, TextIO] = {}  # folders that this process uses
@@ -113,17 +110,13 @@ def make_room(folder: Path, size: int, give_up: Callable[[], object] | None = No
         UserError: They are larger than the cache may be.
     """
     limit = limit_bytes()
-    # A process that goes from one folder to another may seem to use both.
-    for _ in range(LOOKS):
-        used = _remove_unused(folder, limit - size, give_up)
-        if used + size <= limit:
-            return
-        time.sleep(LOOK_S)
-    raise UserError(
-        f"{folder}: no room for {size / 1e9:,.1f} GB more, the cache may have "
-        f"{limit / 1e9:,.1f} GB and {used / 1e9:,.1f} GB of it are in use; set {VARIABLE} to more, "
-        "or XDG_CACHE_HOME to a larger disk"
-    )
+    used = _remove_unused(folder, limit - size, give_up)
+    if used + size > limit:
+        raise UserError(
+            f"{folder}: no room for {size / 1e9:,.1f} GB more, the cache may have "
+            f"{limit / 1e9:,.1f} GB and {used / 1e9:,.1f} GB of it are in use; set {VARIABLE} to "
+            "more, or XDG_CACHE_HOME to a larger disk"
+        )
 
 
 def _remove_unused(folder: Path, most: int, give_up: Callable[[], object] | None) -> int:

@@ -1,5 +1,6 @@
 """A corpus in a bucket gives the dataset of a local copy, also through faults of the store."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -234,7 +235,8 @@ def use_in_turn(job):
     os.environ.update(job["environment"])
     for number in range(400):
         folder = cache.use("race", parse("m", f"s3://bucket/{number % 6}"))
-        cache.make_room(folder, 100)
+        with contextlib.suppress(UserError):  # a process that goes on may seem to use two folders
+            cache.make_room(folder, 100)
         (folder / "copies").mkdir(exist_ok=True)
         (folder / "copies" / job["name"]).write_bytes(b"x" * 100)
         cache._held.pop(folder).close()

@@ -38,6 +38,7 @@ CONNECT_S = 5
 READ_S = 20  # without a byte
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
+CREDENTIALS_S = 3.0  # the service that gives a machine its role may be busy at the start of a job
 PAGE = 1000  # objects of one answer; S3's limit
 GOOGLE = "https://storage.googleapis.com"
 CREDENTIALS = (
@@ -66,6 +67,10 @@ REFUSED = {
         "the bucket has another address or region; set AWS_ENDPOINT_URL or AWS_REGION",
     ),
 }
+
+
+class _NoCredentialsError(UserError):
+    """No credentials were found."""
 
 
 class S3Store:
@@ -170,7 +175,11 @@ class S3Store:
 
     def _call(self, key: str, request: Callable[[], T]) -> T:
         """Make a request; repeat it while the store does not answer."""
-        deadline = time.monotonic() + self.patience_s
+        now = time.monotonic()
+        deadlines = {
+            StoreAwayError: now + self.patience_s,
+            _NoCredentialsError: now + min(CREDENTIALS_S, self.patience_s),
+        }
         pause = FIRST_PAUSE_S
         while True:
             try:
@@ -181,7 +190,7 @@ class S3Store:
                 problem = self._refused(f"the answer is not one of S3; check {CONFIGURED}")
             except OSError as error:
                 problem = self._away(str(error))
-            if not isinstance(problem, StoreAwayError) or time.monotonic() + pause > deadline:
+            if time.monotonic() + pause > deadlines.get(type(problem), 0.0):
                 raise problem from None
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -189,7 +198,10 @@ class S3Store:
     def _problem(self, key: str, error: Exception) -> UserError:
         """Return what an error of boto3 means. The texts of its errors may hold keys."""
         if isinstance(error, CREDENTIALS):
-            return self._denied("there are no credentials, or they cannot be read")
+            _client.cache_clear()
+            return _NoCredentialsError(
+                f"{self._bucket}: there are no credentials, or they cannot be read"
+            )
         if isinstance(error, boto.ParamValidationError):
             return self._refused("no such bucket or key is possible")
         if _is_misconfigured(error):

@@ -202,6 +202,7 @@ def test_store_that_refuses_is_one_line(bucket, monkeypatch, entry, fault, error
 
 def test_no_credentials_are_one_line(bucket, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setattr(s3, "CREDENTIALS_S", 0.0)
     with pytest.raises(UserError, match="there are no credentials"):
         resolve(f"{bucket.address}/c")
 

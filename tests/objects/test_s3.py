@@ -1,5 +1,6 @@
 """What the answers of a store, and settings that cannot work, mean for a command."""
 
+import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,8 +13,8 @@ from orchestrator.objects.address import parse
 from orchestrator.objects.store import ChangedObjectError, StoreAwayError, open_store
 
 
-def opened(bucket):
-    return open_store(parse("mirror", bucket.address), 0.3)
+def opened(bucket, patience_s=0.3):
+    return open_store(parse("mirror", bucket.address), patience_s)
 
 
 REQUESTS = {
@@ -129,3 +130,56 @@ def test_answer_with_other_bytes_than_asked_for_is_not_used(bucket):
             store.get("k", version=version)
     finally:
         headers.clear()
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """The service that gives a machine of AWS its role. It is busy at first."""
+
+    def do_any(self):
+        self.server.requests += 1
+        name = self.path.rsplit("/", 1)[1]
+        text = "role" if name == "" else json.dumps(KEYS)
+        is_busy = self.server.requests <= self.server.busy
+        self.send_response(503 if is_busy else 200)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    do_GET = do_PUT = do_any
+
+    def log_message(self, *_):
+        pass
+
+
+KEYS = {
+    "Code": "Success",
+    "AccessKeyId": "of-the-role",
+    "SecretAccessKey": "x",
+    "Token": "t",
+    "Expiration": "2099-01-01T00:00:00Z",
+}
+
+
+@pytest.mark.parametrize("busy", [4, 10**9])
+def test_role_of_the_machine_that_comes_late_is_waited_for(bucket, monkeypatch, busy):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
+    server.requests = 0
+    server.busy = busy
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
+        monkeypatch.delenv(name)
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", address)
+    bucket.put("k", b"x")
+    used = bucket.proxy.keys = []
+    s3._client.cache_clear()
+    try:
+        if busy == 4:
+            assert opened(bucket, 30.0).get("k").data == b"x"
+            assert set(used) == {"of-the-role"}
+        else:
+            with pytest.raises(UserError, match="there are no credentials"):
+                opened(bucket, 0.3).get("k")
+    finally:
+        s3._client.cache_clear()
+        server.shutdown()
+        server.server_close()

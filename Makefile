@@ -37,7 +37,7 @@ test-slow: dev               ## what `make test` leaves out: slow variants, many
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --timeout 3600 -m slow tests
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --timeout 3600 --hypothesis-profile many -m hypothesis tests
 
-# Minutes; the table goes into docs/RELIABILITY.md.
+# Minutes; the table goes into docs/fault-tests.md.
 N ?= 300
 SEED ?= 1
 faults: dev                  ## make faults N=300 SEED=1: a campaign of faults, each run compared with an undisturbed one

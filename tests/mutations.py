@@ -193,7 +193,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="*", help="parts of the project; default: all")
     parser.add_argument("--results", type=Path, help="results of earlier calls, not tried again")
-    parser.add_argument("--write", action="store_true", help="write docs/RELIABILITY.md")
+    parser.add_argument("--write", action="store_true", help="write docs/fault-tests.md")
     options = parser.parse_args()
     table_ = mutations()
     repeated = [wrong for wrong, count in Counter(m.wrong for m in table_).items() if count > 1]

@@ -209,7 +209,7 @@ def main() -> int:
     )
     parser.add_argument("--each", action="store_true", help="one case of each kind alone")
     parser.add_argument(
-        "--write", action="store_true", help="put the table into docs/RELIABILITY.md"
+        "--write", action="store_true", help="put the table into docs/fault-tests.md"
     )
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))

@@ -267,7 +267,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=tuple(FAULTS))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--write", action="store_true", help="put the table into docs/RELIABILITY.md"
+        "--write", action="store_true", help="put the table into docs/fault-tests.md"
     )
     args = parser.parse_args()
     random.seed(args.seed)

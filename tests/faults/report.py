@@ -1,4 +1,4 @@
-"""Results of a campaign, and their table in docs/RELIABILITY.md."""
+"""Results of a campaign, and their table in docs/fault-tests.md."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ CATEGORIES = {
     "harness": "errors of the campaign",
 }
 REPO = Path(__file__).resolve().parents[2]
-DOCUMENT = REPO / "docs" / "RELIABILITY.md"
+DOCUMENT = REPO / "docs" / "fault-tests.md"
 
 
 @dataclass
@@ -141,7 +141,7 @@ def _processor() -> str:
 
 
 def write_table(text: str, begin: str, end: str) -> None:
-    """Replace the text between two marks of docs/RELIABILITY.md."""
+    """Replace the text between two marks of docs/fault-tests.md."""
     before, _, rest = DOCUMENT.read_text("utf-8").partition(begin)
     _, _, after = rest.partition(end)
     DOCUMENT.write_text(f"{before}{begin}\n{text}\n{end}{after}", "utf-8")

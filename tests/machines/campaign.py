@@ -281,7 +281,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=math.inf, help="or after this time")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--write", action="store_true", help="put the table into RELIABILITY.md")
+    parser.add_argument(
+        "--write", action="store_true", help="put the table into docs/fault-tests.md"
+    )
     args = parser.parse_args()
     reason = helper.reason_to_skip()
     if reason is not None:

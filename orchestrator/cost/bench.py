@@ -138,7 +138,7 @@ class Bench:
         if is_whole and gradient_s < self.step_budget_s / 2:
             gradient_s, update_s = self._time_step()  # the first one was the warm-up
         if not is_whole or gradient_s * count > self.step_budget_s / 2:
-            buffers, _ = most_vectors(self.experiment, 1)
+            buffers, _ = most_vectors(self.experiment, [1])
             self.unused_bytes += (buffers - 1) * self.state.gradients.size * 4
             return gradient_s * count + update_s
         if count > 1:

@@ -18,7 +18,7 @@ from orchestrator.cluster import device
 from orchestrator.cluster.layout import Layout
 from orchestrator.config.checks import is_sharded
 from orchestrator.config.experiment import Experiment
-from orchestrator.cost.timing import Timing
+from orchestrator.cost.timing import Crew, Timing
 from orchestrator.files import write_atomically
 from orchestrator.machine import gpus, torch_version
 from orchestrator.paths import cache_folder
@@ -45,6 +45,7 @@ def file_of(experiment: Experiment, n_vocab: int, layout: Layout) -> Path:
         is_sharded(experiment, layout.num_workers),
         experiment.optim.model_dump(),
         layout.num_workers,
+        *(["overlaps"] if Crew.of(experiment, layout).overlaps else []),
         layout.cpus_per_worker,
         device.here(layout).device_name,
         torch_version(),

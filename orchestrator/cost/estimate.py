@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from orchestrator.cluster import device, dtypes
-from orchestrator.cluster.layout import Layout, Node, places, resolve_layout
+from orchestrator.cluster.layout import Layout, places, resolve_layout
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost import timing as cost
 from orchestrator.cost.measure import measure
@@ -18,7 +18,6 @@ from orchestrator.cost.tokens import TokenCounts, token_counts
 from orchestrator.data.corpus import entries_of, without_hash
 from orchestrator.data.order import check_tokens
 from orchestrator.errors import UserError
-from orchestrator.machine import available_cpus, gpus
 from orchestrator.runs.facts import ModelFacts, model_facts
 from orchestrator.runs.folder import RunFolder
 from orchestrator.runs.identity import recorded_train, resolve_auto
@@ -55,14 +54,15 @@ def dry_run(experiment: Experiment, timed: bool = True) -> dict[str, list[str]]:
         )
         return {"batch": batch, "data": data, "model and cost": [unknown]}
     facts = model_facts(experiment, tokens.n_vocab)
+    layout = local_layout(experiment)
     sections = {
         "batch": batch,
         "model": _model_lines(facts),
         "data": data,
-        "cost": _cost_lines(experiment, facts),
+        "cost": _cost_lines(experiment, facts, layout),
     }
     if timed:
-        sections["expected"] = _expected_lines(experiment, tokens, tokens.n_vocab)
+        sections["expected"] = _expected_lines(experiment, tokens, tokens.n_vocab, layout)
     return sections
 
 
@@ -133,14 +133,16 @@ def _batch_lines(experiment: Experiment) -> list[str]:
 
 def _step_lines(experiment: Experiment, size: int) -> list[str]:
     micro, length = experiment.train.micro_batch_size, experiment.model.block_size
-    count = size // micro
-    slots = experiment.slots
+    count, slots = size // micro, experiment.slots
     even = [number for number in range(1, slots + 1) if slots % number == 0]
+    uneven = [number for number in experiment.compute.worker_counts if slots % number]
     share = "with {0} worker(s): {1} / {0} = {2} micro-batches per worker (grad_accum_steps)"
+    most = "with {} worker(s): at most {} of {} micro-batches per worker"
     return [
         f"{size} sequences per step / {micro} per micro-batch = {count} micro-batches",
         f"{count} micro-batches in {slots} reduction slots (of at most {slots} workers)",
         *(share.format(number, count, count // number) for number in even),
+        *(most.format(number, -(-slots // number) * count // slots, count) for number in uneven),
         f"{size} sequences × {length} tokens = {size * length:,} tokens per step",
     ]
 
@@ -178,27 +180,30 @@ def _data_lines(experiment: Experiment, tokens: TokenCounts) -> list[str]:
     ]
 
 
-def _cost_lines(experiment: Experiment, facts: ModelFacts) -> list[str]:
+def _cost_lines(experiment: Experiment, facts: ModelFacts, layout: Layout) -> list[str]:
     tokens = experiment.tokens(experiment.train.max_steps)
     flops = facts["flops_per_token"]
     total = "FLOPs per token are not known: the model does not say"
     if flops is not None:
         total = f"{flops:.4g} FLOPs per token × {tokens:,} tokens = {flops * tokens:.4g} FLOPs"
     state = cost.state_bytes(experiment, facts)
-    workers = min(experiment.compute.worker_counts, default=1)  # fewer need more
+    counts = experiment.compute.worker_counts or [1]
+    crews = [cost.Crew.of(experiment, replace(layout, num_workers=number)) for number in counts]
+    crew = max(crews, key=lambda crew: cost.worker_bytes(experiment, facts, crew))
     keep = experiment.train.keep
     return [
         total,
         f"checkpoint ≈ {_size(state)}; {keep} recent and the best one stay, one more is being "
         f"written: ≈ {_size(state * (keep + 2))} of disk",
-        f"memory for weights, moments and gradients ≈ "
-        f"{_size(cost.worker_bytes(experiment, facts, workers))} for each of {workers} worker(s), "
-        "activations not counted",
+        "memory for weights, moments and gradients ≈ "
+        f"{_size(cost.worker_bytes(experiment, facts, crew))} for each of {crew.count} worker(s) "
+        f"on {len(crew.nodes)} node(s), activations not counted",
     ]
 
 
-def _expected_lines(experiment: Experiment, tokens: TokenCounts, n_vocab: int) -> list[str]:
-    layout = local_layout(experiment)
+def _expected_lines(
+    experiment: Experiment, tokens: TokenCounts, n_vocab: int, layout: Layout
+) -> list[str]:
     folder = RunFolder(storage_root(experiment) / experiment.name)
     experiment = resolve_auto(experiment, layout, folder)
     dtypes.warn_if_emulated(experiment, layout, has_begun=recorded_train(folder) is not None)
@@ -238,7 +243,7 @@ def _time_parts(experiment: Experiment, tokens: TokenCounts, timing: Timing) -> 
 def _caveats(experiment: Experiment, layout: Layout) -> str:
     cpus = layout.num_workers * layout.cpus_per_worker
     caveats = {
-        f"as if this machine had {cpus} CPUs": cpus > available_cpus(),
+        f"as if this machine had {cpus} CPUs": cpus > cost.this_machine().cpus,
         "traffic between workers not counted": layout.num_workers > 1,
         "without train.compile, which makes steps shorter and the start longer": (
             experiment.train.compile
@@ -253,7 +258,7 @@ def _caveats(experiment: Experiment, layout: Layout) -> str:
 
 def local_layout(experiment: Experiment) -> Layout:
     """Return the workers that the run would have on this machine, even if they do not fit."""
-    here = _this_machine()
+    here = cost.this_machine()
     try:
         layout = resolve_layout(experiment, [here])
     except UserError:
@@ -269,11 +274,7 @@ def local_layout(experiment: Experiment) -> Layout:
 
 def local_slots(layout: Layout) -> int:
     """Return how many groups of workers fit on this machine at the same time; at least 1."""
-    return max(1, places([_this_machine()], layout) // layout.num_workers)
-
-
-def _this_machine() -> Node:
-    return Node(available_cpus(), gpus())
+    return max(1, places([cost.this_machine()], layout) // layout.num_workers)
 
 
 # ---- text ----

@@ -10,7 +10,7 @@ from orchestrator.cluster.layout import Layout
 from orchestrator.config.checks import is_sharded
 from orchestrator.config.experiment import Experiment
 from orchestrator.cost import cache, process
-from orchestrator.cost.timing import Timing, phase_bytes, regions_of_vector, state_bytes
+from orchestrator.cost.timing import Crew, Timing, phase_bytes, regions_of_vector, state_bytes
 from orchestrator.machine import gpus
 from orchestrator.own_code import sources
 from orchestrator.runs.facts import model_facts
@@ -108,13 +108,14 @@ def _shared_gib(alone_gib: float, experiment: Experiment, n_vocab: int, layout: 
     if count == 1:
         return alone_gib
     facts = model_facts(experiment, n_vocab)
-    alone, _ = phase_bytes(share_of_worker(experiment, count), facts, 1)
-    backward, exchange = phase_bytes(experiment, facts, count)
+    crew = Crew.of(experiment, layout)
+    alone, _ = phase_bytes(share_of_worker(experiment, count), facts, Crew([1]))
+    backward, exchange = phase_bytes(experiment, facts, crew)
     if layout.use_gpu:  # no activations in the exchange
         return max(alone_gib + (backward - alone) / 2**30, exchange / 2**30)
     # On a CPU, gloo gathers into a vector of its own, and a sharded worker sends a copy of its
     # part. Regions are gathered one by one, but the heap does not reuse the memory of one before.
-    vector = 4 * sum(regions_of_vector(experiment, facts, count).sizes)
+    vector = 4 * sum(regions_of_vector(experiment, facts, crew).sizes)
     sent = backward + vector / count if is_sharded(experiment, count) else exchange
     # And a copy of the state becomes a checkpoint: each worker has a part.
     copied = state_bytes(experiment, facts) * (1 - 1 / count)

@@ -1,14 +1,17 @@
 """Estimates of the time, memory and disk of a run, computed from a few measured numbers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
 from model.optim import OPTIMIZERS
+from orchestrator.cluster.layout import Layout, Node, places
 from orchestrator.config.checks import is_sharded
 from orchestrator.config.experiment import Experiment
+from orchestrator.machine import available_cpus, gpus
 from orchestrator.runs.facts import ModelFacts
 from orchestrator.train.ranks.regions import Regions, regions_of, slots_of_matrices
-from orchestrator.train.ranks.slots import most_vectors, slots_of_shards
+from orchestrator.train.ranks.slots import is_overlapped, most_vectors, slots_of_shards
 
 # From launch to the first step, and from the last one to the end, a run takes as long as this many
 # starts of one process: the worker imports Ray Train as well, while the driver imports MLflow.
@@ -102,31 +105,63 @@ def _moment_bytes(experiment: Experiment, facts: ModelFacts) -> int:
     return 4 * (moments["matrix"] * facts["matrix_parameters"] + moments["embedding"] * others)
 
 
-def worker_bytes(experiment: Experiment, facts: ModelFacts, num_workers: int) -> int:
+@dataclass(frozen=True)
+class Crew:
+    """The workers of a run, by node.
+
+    Attributes:
+        nodes: Number of workers of each node.
+        overlaps: They exchange gradients during the last backward pass.
+    """
+
+    nodes: Sequence[int]
+    overlaps: bool = False
+
+    @classmethod
+    def of(cls, experiment: Experiment, layout: Layout) -> "Crew":
+        """Return the workers of a layout: on nodes like this machine, if it has no room for all."""
+        count = layout.num_workers
+        each = places([this_machine()], layout) or count
+        nodes = [min(each, count - first) for first in range(0, count, each)]
+        overlaps = is_overlapped(experiment, len(nodes), layout.device)
+        return cls(nodes, is_sharded(experiment, count) and overlaps)
+
+    @property
+    def count(self) -> int:
+        """Number of workers."""
+        return sum(self.nodes)
+
+
+def this_machine() -> Node:
+    """Return the CPUs and GPUs of this machine."""
+    return Node(available_cpus(), gpus())
+
+
+def worker_bytes(experiment: Experiment, facts: ModelFacts, crew: Crew) -> int:
     """Return the memory of a worker for weights, their average, moments and gradients.
 
-    It is the largest of the workers, which are on one node.
+    It is the largest of the workers.
     """
-    return max(phase_bytes(experiment, facts, num_workers))
+    return max(phase_bytes(experiment, facts, crew))
 
 
-def phase_bytes(experiment: Experiment, facts: ModelFacts, num_workers: int) -> tuple[int, int]:
+def phase_bytes(experiment: Experiment, facts: ModelFacts, crew: Crew) -> tuple[int, int]:
     """Return `worker_bytes` in the backward pass and while gradients are exchanged.
 
     Autocast keeps 2 bytes per parameter in the backward pass.
     """
-    regions = regions_of_vector(experiment, facts, num_workers)
+    regions = regions_of_vector(experiment, facts, crew)
     vector = 4 * sum(regions.sizes)
     state = state_bytes(experiment, facts)
     shares = [size / sum(regions.sizes) for size in reversed(regions.sizes)]
-    backward, exchange = most_vectors(experiment, num_workers, shares)
-    if experiment.train.overlap_exchange is True:
+    backward, exchange = most_vectors(experiment, crew.nodes, shares)
+    if crew.overlaps:
         backward = exchange
-    if is_sharded(experiment, num_workers):
+    if is_sharded(experiment, crew.count):
         # The weights lie in a vector as well.
         state += vector - 4 * facts["parameters"] - _moment_bytes(experiment, facts)
         moments = OPTIMIZERS[experiment.optim.kind].moments
-        state += 4 * moments["embedding"] * sum(regions.buckets) // num_workers
+        state += 4 * moments["embedding"] * sum(regions.buckets) // crew.count
         state += 4 * moments["matrix"] * regions.area
     in_backward = backward * vector
     if experiment.train.dtype != "float32":
@@ -134,15 +169,15 @@ def phase_bytes(experiment: Experiment, facts: ModelFacts, num_workers: int) -> 
     return state + int(in_backward), state + int(exchange * vector)
 
 
-def regions_of_vector(experiment: Experiment, facts: ModelFacts, num_workers: int) -> Regions:
-    """Return the regions of the gradients of a worker, which are on one node."""
+def regions_of_vector(experiment: Experiment, facts: ModelFacts, crew: Crew) -> Regions:
+    """Return the regions of the gradients of a worker."""
     matrices = facts["matrix_sizes"] if experiment.optim.kind == "muon" else []
     slots = slots_of_matrices(matrices, experiment.slots)
     return regions_of(
         [facts["parameters"] - sum(matrices)],
         list(zip(matrices, slots, strict=True)),
-        slots_of_shards(experiment, num_workers),
-        experiment.train.overlap_exchange is True,
+        slots_of_shards(experiment, crew.nodes),
+        crew.overlaps,
     )
 
 

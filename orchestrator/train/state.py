@@ -29,10 +29,9 @@ from orchestrator.own_files import load_copies
 from orchestrator.train.gradients import Gradients
 from orchestrator.train.meter import Meter
 from orchestrator.train.numerics import Worker, environment, fingerprint, gather
-from orchestrator.train.ranks import overlap
 from orchestrator.train.ranks.exchange import Exchange
 from orchestrator.train.ranks.layout import deal_matrices
-from orchestrator.train.ranks.slots import adds_pairs, rounds_of
+from orchestrator.train.ranks.slots import adds_pairs, is_overlapped, rounds_of
 
 NOT_LOADABLE = (
     AttributeError,
@@ -130,7 +129,7 @@ def build(
         deal_matrices(optimizer, experiment.slots),
         optimizer if is_sharded(experiment, worker.world_size) else None,
         adds_pairs(experiment),
-        overlap.is_wanted(experiment, nodes, worker.device),
+        is_overlapped(experiment, len(set(nodes)), worker.device),
     )
     meter = Meter(last_step_only=experiment.train.log_interval is None)
     return TrainState(model, forward, optimizer, scaler, gradients, meter, ema=ema)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.cluster.layout import Layout
+from orchestrator.cluster.layout import Layout, Node
 from orchestrator.config.experiment import Experiment, load_experiment
 from orchestrator.cost import bench, cache, forecast, process, timing
 from orchestrator.cost.bench import FEW, FEW_TOKENS, RAY_GIB, Bench
@@ -287,6 +287,15 @@ def test_cache_that_cannot_be_written_is_no_error(started, monkeypatch, tmp_path
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert measured() == TIMING
+
+
+def test_dry_run_shows_the_number_of_workers_that_need_most(monkeypatch, tiny_corpus):
+    monkeypatch.setattr(timing, "this_machine", lambda: Node(2))
+    slots = ["train.global_batch_size=128", "train.reduction_slots=64"]
+    workers = ["compute.num_workers=[2, 3]", "compute.cpus_per_worker=1", "compute.use_gpu=false"]
+    shown = dry_run(small(f"data.corpus={tiny_corpus}", *slots, *workers), timed=False)
+    assert "with 3 worker(s): at most 22 of 64 micro-batches per worker" in shown["batch"]
+    assert "for each of 3 worker(s) on 2 node(s), activations" in shown["cost"][-1]
 
 
 def test_run_on_gpus_is_unknown_without_a_gpu(started, monkeypatch):

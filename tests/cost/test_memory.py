@@ -12,11 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import optim
 from model.muon import MuonAdamW
-from orchestrator.cluster.layout import WORKER_ENVIRONMENT, Layout
+from orchestrator.cluster.layout import WORKER_ENVIRONMENT, Layout, Node
 from orchestrator.config.experiment import Experiment, load_experiment
-from orchestrator.cost import timing
+from orchestrator.cost import cache, timing
 from orchestrator.cost.measure import time_worker
 from orchestrator.cost.process import SOURCES
+from orchestrator.cost.timing import Crew
 from orchestrator.runs.facts import model_facts
 from orchestrator.train.gradients import Gradients
 from orchestrator.train.ranks import regions
@@ -67,8 +68,15 @@ def only_moments(monkeypatch):
     monkeypatch.setattr(MuonAdamW, "_muon", keep)
 
 
-def allocated(experiment: Experiment, ranks: int, rank: int, is_sharded: bool) -> tuple[int, int]:
-    """Return the most bytes in the backward pass of a second step, and in the whole step."""
+def allocated(experiment: Experiment, nodes: str, rank: int, is_sharded: bool) -> tuple[int, int]:
+    """Return the most bytes in the backward pass of a second step, and in the whole step.
+
+    Args:
+        experiment: The configuration.
+        nodes: A letter for the node of each rank.
+        rank: The rank.
+        is_sharded: Whether each rank has a shard.
+    """
     with FakeTensorMode(), Allocated() as found:
         weights = [nn.Parameter(torch.zeros(PARAMETERS // 4)) for _ in range(4)]
         optimizer: torch.optim.Optimizer
@@ -78,10 +86,8 @@ def allocated(experiment: Experiment, ranks: int, rank: int, is_sharded: bool) -
             weights = [*weights, *matrices]
         else:
             optimizer = optim.adamw([{"params": weights}], experiment.optimizer_settings())
-        rounds = rounds_of(experiment, ranks)
-        exchange = Exchange(
-            experiment.slots, rank, ranks * "A", lambda _: ZerosFromOthers(), rounds
-        )
+        rounds = rounds_of(experiment, len(nodes))
+        exchange = Exchange(experiment.slots, rank, nodes, lambda _: ZerosFromOthers(), rounds)
         gradients = Gradients(
             weights,
             experiment.micro_batches,
@@ -122,7 +128,7 @@ def largest(experiment: Experiment, ranks: int, is_sharded: bool = True) -> tupl
     kinds = {}
     for rank in sorted(range(ranks), key=loads.__getitem__):
         kinds[tuple(tuple(size for _, size in subtrees(numbers)) for numbers in dealt[rank])] = rank
-    found = [allocated(experiment, ranks, rank, is_sharded) for rank in kinds.values()]
+    found = [allocated(experiment, ranks * "A", rank, is_sharded) for rank in kinds.values()]
     return max(first for first, _ in found), max(last for _, last in found)
 
 
@@ -137,7 +143,7 @@ COUNTS = (*range(1, 9), 12, 16)
 def test_estimate_is_what_the_largest_rank_allocates(slots, ranks, per_slot):
     experiment = experiment_of(slots, f"train.global_batch_size={slots * per_slot}")
     _, most = largest(experiment, ranks, is_sharded=ranks > 1)
-    expected = timing.worker_bytes(experiment, FACTS, ranks)
+    expected = timing.worker_bytes(experiment, FACTS, Crew([ranks]))
     assert most == pytest.approx(expected, rel=0.02)
 
 
@@ -148,7 +154,7 @@ def test_estimate_is_what_the_largest_rank_allocates(slots, ranks, per_slot):
 def test_estimate_of_muon_has_its_matrices_as_they_are_dealt_out(ranks, size):
     experiment = experiment_of(64, "optim.kind=muon")
     _, most = largest(experiment, ranks, is_sharded=ranks > 1)
-    expected = timing.worker_bytes(experiment, MUON_FACTS, ranks)
+    expected = timing.worker_bytes(experiment, MUON_FACTS, Crew([ranks]))
     assert most == pytest.approx(expected, rel=0.005)
     assert expected / MUON_FACTS["parameters"] == pytest.approx(size, abs=0.1)
 
@@ -162,17 +168,54 @@ def test_bytes_of_gpt2_with_muon_are_those_of_the_documents(monkeypatch, ranks, 
     words = ["optim.kind=muon", "train.dtype=bfloat16"]
     experiment = load_experiment("configs/gpt2-124m.yaml", words)
     facts = model_facts(experiment, 50257)
-    found = timing.regions_of_vector(experiment, facts, ranks)
+    found = timing.regions_of_vector(experiment, facts, Crew([ranks]))
     assert sum(found.sizes) / facts["parameters"] == pytest.approx(vector, abs=0.005)
-    expected = timing.worker_bytes(experiment, facts, ranks)
+    expected = timing.worker_bytes(experiment, facts, Crew([ranks]))
     assert expected / facts["parameters"] == pytest.approx(size, abs=0.05)
+
+
+@pytest.mark.parametrize("nodes", ["AB", "AAB", "AABB", "ABCD", "AAAABBBB"])
+def test_estimate_on_several_nodes_is_what_a_rank_allocates(nodes):
+    experiment = experiment_of(64)
+    _, most = allocated(experiment, nodes, len(nodes) - 1, is_sharded=True)
+    crew = Crew([nodes.count(node) for node in sorted(set(nodes))], overlaps=True)
+    during_backward, _ = timing.phase_bytes(experiment, FACTS, crew)
+    assert during_backward == pytest.approx(most, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("words", "layout", "expected"),
+    [
+        ([], Layout(4, 1, False), Crew([3, 1], overlaps=True)),
+        ([], Layout(4, 2, False), Crew([1, 1, 1, 1], overlaps=True)),
+        ([], Layout(3, 1, False), Crew([3])),
+        (["train.overlap_exchange=true"], Layout(3, 1, False), Crew([3], overlaps=True)),
+        (["train.compile=true"], Layout(4, 1, False), Crew([3, 1])),
+        (["train.overlap_exchange=false"], Layout(4, 1, False), Crew([3, 1])),
+        (["train.shard_optimizer=false"], Layout(4, 1, False), Crew([3, 1])),
+        ([], Layout(8, 1, True), Crew([8])),  # this machine has no GPU
+    ],
+)
+def test_workers_are_estimated_on_nodes_like_this_machine(monkeypatch, words, layout, expected):
+    monkeypatch.setattr(timing, "this_machine", lambda: Node(3))
+    assert Crew.of(experiment_of(8, *words), layout) == expected
+
+
+def test_timing_with_an_overlapping_exchange_is_another_one(monkeypatch):
+    layout = Layout(2, 1, False)
+    files = set()
+    for cpus in (1, 2):
+        monkeypatch.setattr(timing, "this_machine", lambda cpus=cpus: Node(cpus))
+        files |= {cache.file_of(experiment_of(8), 65, layout)}
+        files |= {cache.file_of(experiment_of(8, "train.overlap_exchange=true"), 65, layout)}
+    assert len(files) == 2
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_estimate_without_shards_is_what_the_largest_rank_allocates(ranks):
     experiment = experiment_of(8, "train.shard_optimizer=false")
     _, most = largest(experiment, ranks, is_sharded=False)
-    expected = timing.worker_bytes(experiment, FACTS, ranks)
+    expected = timing.worker_bytes(experiment, FACTS, Crew([ranks]))
     assert most == pytest.approx(expected, rel=0.02)
 
 
@@ -184,7 +227,7 @@ def test_bytes_of_a_parameter_are_those_of_the_documents(slots, ranks, size):
     backward, most = largest(experiment, ranks)
     # Autocast keeps 2 bytes, which are dropped before the exchange.
     assert max(backward / PARAMETERS + 2, most / PARAMETERS) == pytest.approx(size, abs=0.1)
-    expected = timing.worker_bytes(experiment, FACTS, ranks)
+    expected = timing.worker_bytes(experiment, FACTS, Crew([ranks]))
     assert expected / PARAMETERS == pytest.approx(size, abs=0.1)
 
 

@@ -12,8 +12,9 @@ from model import optim
 from orchestrator.config.experiment import load_experiment
 from orchestrator.errors import UserError
 from orchestrator.train.gradients import Gradients
-from orchestrator.train.ranks import overlap, regions
+from orchestrator.train.ranks import regions
 from orchestrator.train.ranks.exchange import Exchange
+from orchestrator.train.ranks.slots import is_overlapped
 from tests.helpers.groups import ZerosFromOthers
 from tests.train.test_kinds import FILES
 
@@ -185,7 +186,7 @@ def test_model_that_is_no_longer_used_is_freed():
     ],
 )
 def test_exchange_overlaps_where_it_is_wanted(nodes, device, words, expected):
-    assert overlap.is_wanted(load_experiment(None, words), nodes, device) == expected
+    assert is_overlapped(load_experiment(None, words), len(set(nodes)), device) == expected
 
 
 @pytest.mark.parametrize(

@@ -9,31 +9,13 @@ exchanged.
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from orchestrator.config.experiment import Experiment
 from orchestrator.train.ranks.layout import Layout
-from orchestrator.train.ranks.slots import adds_pairs
-
-
-def is_wanted(experiment: Experiment, nodes: Sequence[str], device: str) -> bool:
-    """Return whether sharded ranks overlap their exchange with the last backward pass.
-
-    Args:
-        experiment: The configuration.
-        nodes: A name of each rank's node.
-        device: Device of the ranks.
-    """
-    wanted = experiment.train.overlap_exchange
-    if wanted == "auto":
-        # Inside a node the exchange takes little time, and the backward pass of a compiled model
-        # gives all gradients at its end. On a GPU, this module was not run yet.
-        wanted = len(set(nodes)) > 1 and not experiment.train.compile and device == "cpu"
-    return wanted and adds_pairs(experiment)
 
 
 class Overlap:
@@ -58,6 +40,10 @@ class Overlap:
             ]
             for param, offset in layout.offsets.items()
         }
+        self.parameters = [
+            {param for param, regions in self.inside.items() if region in regions}
+            for region in self.regions
+        ]
         self.missing: list[set[Tensor]] = []  # parameters without gradient, by region
         self.ready: list[_Ready] = []
         self.error: BaseException | None = None
@@ -77,7 +63,7 @@ class Overlap:
         Args:
             exchange: Exchanges a region.
         """
-        self.missing = [{p for p in self.inside if i in self.inside[p]} for i in self.regions]
+        self.missing = [set(parameters) for parameters in self.parameters]
         self.ready = [_Ready(self.stream) for _ in self.regions]
         self.error = None
         # A daemon, because an error elsewhere must not keep the process from exiting.

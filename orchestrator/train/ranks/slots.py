@@ -135,6 +135,22 @@ def adds_pairs(experiment: Experiment) -> bool:
     return not is_own(experiment.model.kind)
 
 
+def is_overlapped(experiment: Experiment, nodes: int, device: str) -> bool:
+    """Return whether sharded ranks overlap their exchange with the last backward pass.
+
+    Args:
+        experiment: The configuration.
+        nodes: Number of nodes of the ranks.
+        device: Device of the ranks.
+    """
+    wanted = experiment.train.overlap_exchange
+    if wanted == "auto":
+        # Inside a node the exchange takes little time, and the backward pass of a compiled model
+        # gives all gradients at its end. On a GPU, `overlap` was not run yet.
+        wanted = nodes > 1 and not experiment.train.compile and device == "cpu"
+    return wanted and adds_pairs(experiment)
+
+
 def rounds_of(experiment: Experiment, ranks: int) -> int:
     """Return the largest number of rounds: two if many ranks would need many vectors."""
     if ranks < MANY_RANKS or not is_sharded(experiment, ranks):
@@ -142,38 +158,47 @@ def rounds_of(experiment: Experiment, ranks: int) -> int:
     return 2 if _vectors(range(experiment.slots // ranks), experiment) > FEW_VECTORS else 1
 
 
-def slots_of_shards(experiment: Experiment, ranks: int) -> list[set[int]]:
-    """Return the slots of each rank of one node; without shards, one set of all slots."""
+def slots_of_shards(experiment: Experiment, nodes: Sequence[int]) -> list[set[int]]:
+    """Return the slots of each rank; without shards, one set of all slots.
+
+    Args:
+        experiment: The configuration.
+        nodes: Number of ranks of each node.
+    """
+    ranks = sum(nodes)
     if not is_sharded(experiment, ranks):
         return [set(range(experiment.slots))]
-    dealt = deal_in_rounds(experiment.slots, [ranks], rounds_of(experiment, ranks))
+    dealt = deal_in_rounds(experiment.slots, nodes, rounds_of(experiment, ranks))
     return [{slot for numbers in mine for slot in numbers} for mine in dealt]
 
 
 def most_vectors(
-    experiment: Experiment, ranks: int, regions: Sequence[float] = (1.0,)
+    experiment: Experiment, nodes: Sequence[int], regions: Sequence[float] = (1.0,)
 ) -> tuple[float, float]:
-    """Return how many vectors a rank of one node holds in the backward pass and in the exchange.
+    """Return how many vectors a rank holds in the backward pass and in the exchange.
+
+    What a second level of the exchange receives is left out: it is a part of a region.
 
     Args:
         experiment: The configuration.
-        ranks: Number of ranks.
+        nodes: Number of ranks of each node.
         regions: Shares of a vector that sharded ranks exchange one after another, in this order.
     """
-    dealt = deal_in_rounds(experiment.slots, [ranks], rounds_of(experiment, ranks))
+    ranks = sum(nodes)
+    dealt = deal_in_rounds(experiment.slots, nodes, rounds_of(experiment, ranks))
     brought = [len(subtrees(mine[-1])) for mine in dealt]
     received = [sum(others > i for others in brought) / ranks for i in range(max(brought))]
     found = []
     for mine, own in zip(dealt, brought, strict=True):
         count = max(_vectors(numbers, experiment) for numbers in mine)
-        backward = exchange = count + (len(mine) - 1) / ranks
+        backward = exchange = count + (len(mine) - 1) / nodes[0]  # rounds: nodes of one size
         free = count - own  # vectors for what is received
         if is_sharded(experiment, ranks):
             # The gradient is copied from the first of what was received.
             last = max(sum(received[free:]), sum(received[free:1]) + 1 / ranks)
             done = 0.0  # share of the regions whose gradients have replaced the sums of rounds
             for share in regions:
-                replaced = done * (2 - len(mine)) / ranks
+                replaced = done * (1 / ranks - (len(mine) - 1) / nodes[0])
                 exchange = max(exchange, backward + replaced + share * last)
                 done += share
         elif ranks > 1:

@@ -22,7 +22,7 @@ _TRACKING_URI = re.compile(r"(https?|sqlite|postgresql|mysql)[+a-z0-9]*://.")
 def contradictions(experiment: Experiment) -> list[str]:
     """Return one line per contradiction; each starts with the field to change."""
     return [
-        *_batch_problems(experiment),
+        *(_batch_schedule_problems(experiment) or _batch_problems(experiment)),
         *_schedule_problems(experiment),
         *_name_problems(experiment),
         *_model_problems(experiment),
@@ -33,40 +33,48 @@ def contradictions(experiment: Experiment) -> list[str]:
 
 
 def _batch_problems(experiment: Experiment) -> list[str]:
-    problems = _batch_schedule_problems(experiment)
-    if problems:
-        return problems
-    train = experiment.train
-    micro = experiment.micro_batch
+    """Return one line, with all changes after which batch, slots and workers fit."""
+    reason = ""
+    changes: dict[str, int] = {}
+    while (found := _misfit(experiment)) is not None:
+        text, field, value = found
+        reason = reason or text
+        changes[f"train.{field}"] = value
+        train = experiment.train.model_copy(update={field: value})
+        experiment = experiment.model_copy(update={"train": train})
+    ways = [f"{field}={value}" for field, value in changes.items()]
+    workers, slots = max(experiment.compute.worker_counts, default=0), experiment.slots
+    if workers > slots:
+        ways.append(f"compute.num_workers={slots}")
+        if not reason:
+            reason = f"compute.num_workers: {workers} is more than the {slots} reduction slots"
+            more = change_for_slots(experiment, 1 << (workers - 1).bit_length())
+            if more is not None:
+                ways = [f"{' and '.join(more)}, or {ways[0]}"]
+    return [f"{reason}; set {' and '.join(ways)}"] if reason else []
+
+
+def _misfit(experiment: Experiment) -> tuple[str, str, int] | None:
+    """Return why a step cannot be divided, and the field of `train` and its value that divide it.
+
+    None: each step has whole micro-batches, equally many in each slot.
+    """
+    micro, slots = experiment.micro_batch, experiment.slots
     for step, size in experiment.batch_sizes.stretches:
         field = "train.global_batch_size: "
-        if train.batch_schedule is not None:
+        if experiment.train.batch_schedule is not None:
             field = f"train.batch_schedule: step {step}: "
         if size % micro:
-            return [
-                f"{field}{size} is not a multiple of "
-                f"train.micro_batch_size={micro}; set train.micro_batch_size="
-                f"{math.gcd(size, micro)}"
-            ]
-        slots = experiment.slots
+            reason = f"{field}{size} is not a multiple of train.micro_batch_size={micro}"
+            return reason, "micro_batch_size", math.gcd(size, micro)
         count = size // micro
-        if not _is_power_of_two(slots) or count % slots:
-            fitting = math.gcd(_power_of_two(slots), count)
-            return [
-                f"train.reduction_slots: {slots} must be a power of two that divides the "
-                f"{count} micro-batches of a step ({size} / {micro}); set "
-                f"train.reduction_slots={fitting}"
-            ]
-    workers = max(experiment.compute.worker_counts, default=0)
-    if workers > experiment.slots:
-        fewer = f"compute.num_workers={experiment.slots}"
-        changes = change_for_slots(experiment, 1 << (workers - 1).bit_length())
-        ways = fewer if changes is None else f"{' and '.join(changes)}, or {fewer}"
-        return [
-            f"compute.num_workers: {workers} is more than the {experiment.slots} reduction slots; "
-            f"set {ways}"
-        ]
-    return []
+        if slots != _power_of_two(slots) or count % slots:
+            reason = (
+                f"train.reduction_slots: {slots} must be a power of two that divides the {count} "
+                f"micro-batches of a step ({size} / {micro})"
+            )
+            return reason, "reduction_slots", math.gcd(_power_of_two(slots), count)
+    return None
 
 
 def _batch_schedule_problems(experiment: Experiment) -> list[str]:
@@ -112,10 +120,6 @@ def change_for_slots(experiment: Experiment, slots: int) -> list[str] | None:
     if (experiment.train.reduction_slots or 8) < slots:
         changes.append(f"train.reduction_slots={slots}")
     return changes
-
-
-def _is_power_of_two(number: int) -> bool:
-    return number == _power_of_two(number)
 
 
 def _power_of_two(limit: int) -> int:

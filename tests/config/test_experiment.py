@@ -447,31 +447,30 @@ def test_written_experiment_reads_back_equal(name, corpus, lr, ratio, seed, step
 
 
 @given(
-    total=st.integers(1, 300),
+    totals=st.lists(st.integers(1, 300), min_size=1, max_size=3),
     micro=st.integers(1, 300),
     slots=st.none() | st.integers(1, 64),
     workers=st.integers(1, 64),
 )
-@example(total=64, micro=1, slots=None, workers=16)
-@example(total=48, micro=12, slots=None, workers=16)
-@example(total=480, micro=12, slots=4, workers=32)
-def test_changes_that_a_refusal_names_are_accepted(total, micro, slots, workers):
+@example(totals=[64], micro=1, slots=None, workers=16)
+@example(totals=[48], micro=12, slots=None, workers=16)
+@example(totals=[480], micro=12, slots=4, workers=32)
+@example(totals=[8], micro=16, slots=6, workers=4)
+@example(totals=[64, 24], micro=12, slots=4, workers=48)
+def test_changes_that_a_refusal_names_are_accepted(totals, micro, slots, workers):
     words = [
-        f"train.global_batch_size={total}",
+        "train.global_batch_size=null",
+        f"train.batch_schedule={dict(enumerate(totals))}",
         f"train.micro_batch_size={micro}",
         f"train.reduction_slots={'null' if slots is None else slots}",
         f"compute.num_workers={workers}",
     ]
-    for field in ("train.global_batch_size", "train.reduction_slots", "compute.num_workers"):
-        try:
-            load_experiment(None, words)
-        except UserError as error:
-            if f"{field}: " in str(error):
-                first, *others = str(error).partition("; set ")[2].split(", or ")
-                for other in others:
-                    load_experiment(None, [*words, other])
-                words += first.split(" and ")
-    load_experiment(None, words)
+    try:
+        load_experiment(None, words)
+    except UserError as error:
+        [line] = str(error).splitlines()
+        for changes in line.partition("; set ")[2].split(", or "):
+            load_experiment(None, [*words, *changes.split(" and ")])
 
 
 def test_sixteen_workers_need_sixteen_slots():

@@ -26,6 +26,8 @@ echo "${options[*]}" >> "$SLURM_SUBMIT_DIR/srun"
 exec "$@"
 """
 SCONTROL = '#!/bin/sh\necho "$*" >> "$SLURM_SUBMIT_DIR/scontrol"\n'
+# The state of the job: COMPLETING after `scancel`.
+SQUEUE = '#!/bin/sh\necho "${JOB_STATE:-RUNNING}"\n'
 RAY = """#!/bin/sh
 stat -c %a "$RAY_AUTH_TOKEN_PATH" > "$SLURM_SUBMIT_DIR/mode"
 cp "$RAY_AUTH_TOKEN_PATH" "$SLURM_SUBMIT_DIR/token"
@@ -45,6 +47,7 @@ def share(tmp_path) -> Path:
     """The folder of a submission, with stand-ins for Slurm."""
     write(tmp_path / "slurm" / "srun", SRUN)
     write(tmp_path / "slurm" / "scontrol", SCONTROL)
+    write(tmp_path / "slurm" / "squeue", SQUEUE)
     return tmp_path
 
 
@@ -128,28 +131,27 @@ def test_job_is_requeued_after_status_75_only(stand_ins, status, restarts, reque
     assert lines(stand_ins / "scontrol") == ["requeue 7"] * requeued
 
 
-@pytest.mark.parametrize(("number", "requeued"), [(signal.SIGTERM, True), (signal.SIGUSR1, False)])
-def test_signal_ends_the_command_with_time_to_save(stand_ins, number, requeued):
+@pytest.mark.parametrize(
+    ("number", "state", "requeued"),
+    [
+        (signal.SIGTERM, "RUNNING", True),
+        (signal.SIGTERM, "COMPLETING", False),  # scancel
+        (signal.SIGUSR1, "RUNNING", False),
+    ],
+)
+@pytest.mark.parametrize("begun", [True, False], ids=["command", "before the command"])
+def test_signal_ends_the_job_with_time_to_save(stand_ins, number, state, requeued, begun):
     waits = (
         "trap 'sleep 0.5; echo > saved; exit 75' TERM; echo > began; while :; do sleep 0.1; done"
     )
-    process = begin(stand_ins, "bash", "-c", waits)
+    environment = {"JOB_STATE": state} | ({} if begun else {"NODES_WAIT": "yes"})
+    process = begin(stand_ins, "bash", "-c", waits, **environment)
     wait_until((stand_ins / "began").exists, process)
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 75, out
-    assert (stand_ins / "saved").exists()
+    assert (stand_ins / "saved").exists() == begun
     assert lines(stand_ins / "scontrol") == ["requeue 7"] * requeued
-
-
-def test_signal_before_the_command_requeues_too(stand_ins):
-    process = begin(stand_ins, "touch", "command", NODES_WAIT="yes")
-    wait_until((stand_ins / "began").exists, process)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, out
-    assert lines(stand_ins / "scontrol") == ["requeue 7"]
-    assert not (stand_ins / "command").exists()
 
 
 def test_node_that_does_not_join_ends_the_job_before_the_command(stand_ins):
@@ -164,9 +166,20 @@ def test_node_that_does_not_join_ends_the_job_before_the_command(stand_ins):
 def test_slurm_signals_the_script_before_the_time_ends():
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)", FILE.read_text(), re.MULTILINE))
     assert "requeue" in options
+    # All memory of the nodes: `exclusive` takes the CPUs only.
+    assert "exclusive" in options and options["mem"] == "0"
     seconds = int(re.fullmatch(r"B:TERM@(\d+)", options["signal"])[1])
     notice = re.search(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", FILE.read_text())[1]
     assert int(notice) < seconds
+
+
+def test_git_and_uploads_leave_out_the_token_and_the_log():
+    """Else each run has the tag of changed code, and `git add .` takes the token."""
+    token = re.search(r'secrets="\$PWD/(\S+)\$SLURM_JOB_ID"', FILE.read_text())[1]
+    log = re.search(r"--output=(\S+)", FILE.read_text())[1]
+    names = [f"{token}7", log.replace("%x", "espalier").replace("%j", "7")]
+    done = subprocess.run(["git", "check-ignore", *names], cwd=REPO, capture_output=True, text=True)
+    assert done.stdout.splitlines() == names
 
 
 @pytest.fixture
@@ -181,6 +194,7 @@ def machines(tmp_path) -> Iterator[Machines]:
         found.shared / "slurm" / "srun", f'#!/bin/sh\nexec {sys.executable} {slurm.__file__} "$@"\n'
     )
     write(found.shared / "slurm" / "scontrol", SCONTROL)
+    write(found.shared / "slurm" / "squeue", SQUEUE)
     (found.shared / ".venv").symlink_to(Path(sys.executable).parents[1])
     try:
         for node in found.nodes:

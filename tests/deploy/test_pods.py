@@ -1,0 +1,89 @@
+"""How the pods of deploy/kuberay end: with processes in a namespace, and with a real Ray."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import EXIT_AGAIN
+from tests.deploy.test_kuberay import CLUSTERS, groups
+from tests.helpers import machines, small_run
+from tests.helpers.wait import wait_until
+
+
+def hooks(name: str) -> list[list[str]]:
+    containers = [group["template"]["spec"]["containers"][0] for group in groups(name)]
+    return [container["lifecycle"]["preStop"]["exec"]["command"] for container in containers]
+
+
+def test_all_heads_and_all_workers_end_in_the_same_way():
+    head, worker = hooks("train.yaml")
+    for name in CLUSTERS:
+        assert hooks(name)[0] == head
+        assert all(command == worker for command in hooks(name)[1:])
+
+
+def test_ray_understands_how_a_worker_leaves():
+    from ray.scripts.scripts import drain_node
+
+    command = hooks("train.yaml")[1][2].split(";")[0]
+    words = re.sub(r"'[^']*'", "reason", command).split()
+    assert words[:2] == ["ray", "drain-node"]
+    given = drain_node.make_context("drain-node", words[2:]).params
+    assert given["node_id"] is None  # its own
+    assert given["deadline_remaining_seconds"] == 60
+
+
+def test_head_ends_after_its_driver_has_saved(tmp_path):
+    """In a process namespace of its own, as in a pod: the command finds drivers by their names."""
+    namespace = ["unshare", "--user", "--map-root-user", "--pid", "--mount-proc", "--kill-child"]
+    if not shutil.which("unshare") or subprocess.run([*namespace, "true"]).returncode:
+        pytest.skip("no namespaces for processes on this machine")
+    scripts = {
+        "pipelines/train.py": "trap 'sleep 1; echo saved > saved; exit 75' TERM\necho > began\n"
+        "while :; do sleep 0.1; done\n",
+        "pod": "sh -c 'pipelines/train.py x.yaml' &\nuntil test -e began; do sleep 0.1; done\n"
+        '"$@"\ncat saved\n',
+    }
+    (tmp_path / "pipelines").mkdir()
+    for name, script in scripts.items():
+        (tmp_path / name).write_text("#!/bin/sh\n" + script)
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        [*namespace, "./pod", *hooks("train.yaml")[0]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, "saved\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_worker_leaves_when_its_run_has_saved(tmp_path, tiny_corpus, tiny_dataset):
+    reason = machines.reason_to_skip()
+    if reason is not None:
+        pytest.skip(f"machines: {reason}")
+    two = machines.Machines(tmp_path, cpus=[0, 1])
+    corpus = Path(shutil.copy(tiny_corpus, two.shared))
+    shutil.copytree(tiny_dataset, two.shared / "tokens")
+    words = [f"data.dir={two.shared / 'tokens'}", "train.max_steps=100000"]
+    command = small_run.command(two.shared, corpus, *words, "compute.num_workers=1")[1:]
+    run = two.shared / "small"
+    try:
+        two.start(0, 1)
+        driver = two.drive(command, tmp_path / "log")
+        wait_until(lambda: small_run.logged(run) >= 20, driver)
+        # In a pod, `sleep` ends with Ray.
+        leave = hooks("train.yaml")[1][2].removesuffix("; sleep 75")
+        two.run(1, ["sh", "-c", leave], two.head)
+        assert driver.wait(60) == EXIT_AGAIN, (tmp_path / "log").read_text()
+        assert small_run.summary(run)["step"] >= small_run.logged(run) >= 20
+        count = "import ray; ray.init(); print('alive', sum(n['Alive'] for n in ray.nodes()))"
+        ask = [sys.executable, "-c", count]
+        wait_until(lambda: "alive 1\n" in two.run(0, ask, two.head))
+    finally:
+        two.end()

@@ -41,6 +41,7 @@ def test_processes_run_as_a_user_without_rights_and_rays_token_is_required():
     assert "useradd --create-home --uid 1000" in FILE.read_text("utf-8")
     assert "RAY_AUTH_MODE=token" in " ".join(arguments("ENV"))
     names = re.findall(r"(\w+)=", " ".join(arguments("ARG") + arguments("ENV")))
+    assert "NVIDIA_VISIBLE_DEVICES" not in names  # a pod without GPUs would have those of others
     assert not [name for name in names if re.search("TOKEN|PASSWORD|SECRET|KEY", name)]
 
 

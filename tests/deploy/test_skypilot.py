@@ -43,16 +43,16 @@ def test_storage_is_a_bucket_and_no_variable_is_a_secret():
 
 def test_machine_installs_the_tested_versions_and_runs_the_command(tmp_path):
     record = '#!/bin/sh\necho "$(basename "$0") $*" >> calls\n'
-    for name in (".venv/bin/pip", ".venv/bin/python", "bin/python3"):
+    for name in (".local/bin/uv", ".venv/bin/python"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(record)
         (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", **TASK["envs"]}
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **TASK["envs"]}
     for script in (TASK["setup"], TASK["run"]):
         subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, check=True)
     assert (tmp_path / "calls").read_text().splitlines() == [
-        "python3 -m venv .venv",
-        "pip install --quiet --constraint constraints.txt --editable .[fast,s3]",
+        "uv venv --quiet --allow-existing --python 3.12 .venv",
+        "uv pip install --quiet --python .venv --constraint constraints.txt --editable .[fast,s3]",
         "python pipelines/train.py configs/gpt2-124m.yaml data.corpus=s3://CHANGE-ME/corpus",
     ]
     assert (REPO / TASK["envs"]["EXPERIMENT"]).is_file()

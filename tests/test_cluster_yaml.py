@@ -31,6 +31,10 @@ SCHEMA = json.loads(
 RECORD = '#!/bin/sh\n{ echo "$(basename "$0") $*"; env; } > "$HOME/calls/$(basename "$0")-$1-$$"\n'
 
 
+# The first `apt-get update` fails, as if another one had the lock.
+SUDO = RECORD + 'test "$2" != update || ! mkdir "$HOME/lock" 2> /dev/null\n'
+
+
 def config() -> dict:
     return yaml.safe_load(TEXT)
 
@@ -104,7 +108,8 @@ def home(tmp_path_factory) -> Path:
         programs / "mkdir": '#!/bin/sh\necho "$*" >> "$HOME/made"\n',
         programs / "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
         **{programs / name: RECORD for name in ("ray", "mlflow", "pip")},
-        **{stubs / name: RECORD for name in ("sudo", "python3")},
+        stubs / "sudo": SUDO,
+        stubs / "python3": RECORD,
     }
     for path, script in scripts.items():
         path.write_text(script)

@@ -198,6 +198,15 @@ def test_every_pod_has_storage_shared_memory_and_time_to_stop(name):
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
+def test_every_claim_names_its_class_because_a_cluster_may_have_no_default():
+    claims = [d["spec"] for d in documents("services.yaml") if d["kind"] == "PersistentVolumeClaim"]
+    for document in documents("services.yaml"):
+        claims += [
+            part["spec"] for part in document.get("spec", {}).get("volumeClaimTemplates", [])
+        ]
+    assert [claim["storageClassName"] for claim in claims] == ["CHANGE-ME"] * 2
+
+
 def test_settings_are_those_of_the_cluster_launcher():
     """But for the addresses; cluster.yaml is tested against the programs that read them."""
     text = (REPO / "cluster.yaml").read_text("utf-8")

@@ -25,13 +25,6 @@ from orchestrator.train.ranks.reading import ReadTogether, read_together
 from orchestrator.train.state import TrainState, build, restore
 from orchestrator.train.step import Step
 
-_MESSAGES = {
-    "changed": "the next step has the same bits as before, though this has changed: {1}",
-    "unproven": (
-        "{0}: an earlier version wrote it, without a proof of its bits; only processor, CPUs per "
-        "worker and torch's version were compared"
-    ),
-}
 _NONE = -1  # instead of the step of a checkpoint
 
 
@@ -175,15 +168,12 @@ def _check_bits(
     """
     proofs = gather(step.proof(batches), worker)
     drift = _ranks_that_differ(proofs)
-    kind, changed = "changed", ""
+    changed = ""
     if content is not None:
         stored = content.manifest["fingerprints"]
         lines = _changes(stored, step.experiment, worker)
         changed = "; ".join(lines)
-        if "proof" not in stored:
-            kind = "unproven"
-            drift += lines
-        elif stored["proof"] != proofs[0]:
+        if stored.get("proof") != proofs[0]:
             drift.append(f"the next step has other bits (changed: {changed or 'nothing recorded'})")
         else:
             drift += [line for line in lines if line.startswith(numerics.NOT_PROVEN)]
@@ -192,9 +182,11 @@ def _check_bits(
         for line in drift:
             message = f"results will differ in their last bits from an uninterrupted run: {line}"
             events.note(folder, "drift", message, step=step.state.step)
-        if content is not None and not drift and (changed or kind == "unproven"):
-            message = _MESSAGES[kind].format(content.path, changed)
-            events.note(folder, kind, message, step=step.state.step)
+        if changed and not drift:
+            message = (
+                f"the next step has the same bits as before, though this has changed: {changed}"
+            )
+            events.note(folder, "changed", message, step=step.state.step)
     return drift
 
 
@@ -202,14 +194,11 @@ def _changes(stored: Fingerprints, experiment: Experiment, worker: Worker) -> li
     """Return what has changed since a checkpoint was written, as far as it is recorded."""
     lines = differences(stored["numerics"], numerics.fingerprint(experiment, worker))
     if "environment" in stored:
-        before = dict(stored["environment"])
-        before.pop("sources", None)  # of earlier versions: one hash of all code
+        before = stored["environment"]
         # A variable may also have been removed.
         lines += differences(before, dict.fromkeys(before) | numerics.environment())
     if "code" in stored:
         lines += differences(
             stored["code"], module_hashes(experiment.model.kind, experiment.optim.kind)
         )
-    elif "proof" in stored:
-        lines.append("the code: an earlier version wrote the checkpoint")
     return lines

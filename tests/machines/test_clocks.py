@@ -63,7 +63,7 @@ def test_run_is_locked_taken_over_and_continued_by_a_machine_with_another_clock(
     assert len(attempts(folder)) == 2
     kinds = {event["kind"] for event in events.read(folder)}
     assert not kinds & {"hang", "node_silent", "node_lost", "restart"}
-    assert {min(minutes(folder)), max(minutes(folder))} == {-60, 0}, "the clocks are alike"
+    assert min(minutes(folder)) < -50, "the clocks are alike"
     assert final_outcome(folder) == alone(words, tmp_path / "alone", tiny_dataset)
 
 

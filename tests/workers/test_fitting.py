@@ -223,7 +223,8 @@ def test_real_measurement_of_auto(monkeypatch):
     monkeypatch.setattr("orchestrator.cluster.device.has_several_nodes", lambda: False)
     experiment = wide(64).replace(train__micro_batch_size="auto")
     large = fitting._needed(experiment, 64, 40, ONE_WORKER)
-    monkeypatch.setattr(fitting, "_room", lambda layout, stages: large - 1)
+    # Two measurements of the same step differ by some percent.
+    monkeypatch.setattr(fitting, "_room", lambda layout, stages: 0.85 * large)
     assert fitting.with_auto_size(ONE_WORKER, [(experiment, 40)]).micro_batch_size == 32
 
 

@@ -1,4 +1,7 @@
-"""Tests deploy/Dockerfile without a builder: rules, sources of files, list of dependencies."""
+"""Tests deploy/Dockerfile without a builder: rules, sources of files, list of dependencies.
+
+test_image.py builds it.
+"""
 
 import re
 import shutil
@@ -80,17 +83,29 @@ def test_list_of_dependencies_is_that_of_the_project(tmp_path):
 
 
 @pytest.mark.parametrize(("device", "status"), [("cpu", 0), ("cuda", 0), ("gpu", 2)])
-def test_device_is_cpu_or_cuda(device, status, tmp_path):
+def test_device_is_cpu_or_cuda(device, status):
     (run,) = (line for line in arguments("RUN") if "tomllib" in line)
     case = run[: run.index("esac") + 4] + '; echo "${PIP_EXTRA_INDEX_URL:-none}"'
     done = subprocess.run(
-        ["/bin/bash", "-euo", "pipefail", "-c", case],
-        env={"DEVICE": device},
-        capture_output=True,
-        text=True,
+        ["/bin/sh", "-c", case], env={"DEVICE": device}, capture_output=True, text=True
     )
     assert done.returncode == status
     assert ("whl/cpu" in done.stdout) == (device == "cpu")
+
+
+def test_no_image_without_dependencies_if_their_list_cannot_be_made(tmp_path):
+    """In plain `sh`: builders of OCI images ignore the instruction SHELL."""
+    (run,) = (line for line in arguments("RUN") if "tomllib" in line)
+    for name, script in [("python", "exit 1"), ("pip", "echo pip"), ("rm", "")]:
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["/bin/sh", "-c", run.replace("/tmp/", f"{tmp_path}/")],
+        env={"DEVICE": "cpu", "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 def test_plain_postgresql_address_needs_the_driver_that_the_extra_installs():

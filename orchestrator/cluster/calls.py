@@ -1,16 +1,60 @@
-"""Long calls of Ray that a signal can interrupt."""
+"""Long calls of Ray that a signal can interrupt, and short ones of functions on other nodes."""
 
+import contextlib
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
-from orchestrator.cluster import connection
+from orchestrator.cluster import connection, reach
 
 POLL_S = 0.5
 END_S = 20  # for a call to end after KeyboardInterrupt; Ray gives workers 5 s
 T = TypeVar("T")
+
+
+def on_nodes(function: Callable[[], T], nodes: Collection[str], limit_s: float) -> dict[str, T]:
+    """Call a function on some nodes. Return the results of those that are in time, by node.
+
+    Args:
+        function: What to call.
+        nodes: Ray's ids of the nodes.
+        limit_s: Seconds for all of them.
+    """
+    found: dict[str, T] = {}
+    if nodes:
+        call = threading.Thread(target=_on_nodes, args=(function, nodes, limit_s, found))
+        call.daemon = True  # the head may be dead, for which Ray waits for a minute or more
+        call.start()
+        call.join(limit_s)
+    return dict(found)
+
+
+def _on_nodes(
+    function: Callable[[], T], nodes: Collection[str], limit_s: float, found: dict[str, T]
+) -> None:
+    there = reach.answering(set(nodes))
+    if not there:
+        return
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    asked = {}
+    for node in there:
+        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+        options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": strategy}
+        asked[ray.remote(function).options(**options).remote()] = node
+    waiting = list(asked)
+    while waiting:
+        ready, waiting = ray.wait(waiting, timeout=limit_s)
+        for reference in ready:
+            with contextlib.suppress(ray.exceptions.RayError):  # the node is lost at this moment
+                found[asked[reference]] = ray.get(reference)
+        if not ready:
+            break
+    for reference in waiting:
+        ray.cancel(reference, force=True)
 
 
 def interruptibly(call: Callable[[], T]) -> T:

@@ -69,10 +69,12 @@ class Lookout:
             return
         now = time.monotonic()
         is_quiet = now - self._ended_at > QUIET_S and now > self._line_at
-        if has_room and is_quiet and not any(node.cpus for node in private.free_nodes().values()):
+        if has_room and is_quiet:
             self._line_at = now + LINE_S
-            since = duration(now - self._ended_at)
-            _print("", f"no task has ended for {since}: all CPUs are in use, perhaps by others")
+            why = "all CPUs are in use, perhaps by others"
+            if any(node.cpus for node in private.free_nodes().values()):
+                why = "a node or its network may be slow"
+            _print("", f"no task has ended for {duration(now - self._ended_at)}: {why}")
 
 
 def _print(kind: str, message: str) -> None:

@@ -17,6 +17,8 @@ Table = dict[str, dict[str, Any]]  # what Ray knows of each node, by its id
 ANSWER_S = 1.0  # for an answer; on a network it takes milliseconds
 ANSWERS = (0, errno.ECONNREFUSED)  # `errno` of a connection to a machine that is there
 SILENT_S = 5.0  # without an answer, until a line says so
+# A node whose link loses packets is silent again and again: the time doubles with each line.
+MOST_SILENT_S = 60.0
 
 
 class Reach:
@@ -34,7 +36,8 @@ class Reach:
     def __init__(self, note: Callable[[str, str], object]) -> None:
         self._note = note
         self._answered: dict[str, float] = {}  # time.monotonic() of the last answer, by node
-        self._silent: set[str] = set()
+        self._noted: set[str] = set()  # silent nodes of which a line says so
+        self._patience: dict[str, float] = {}  # seconds until the next line, by node
         self._lost: set[str] = set()
         self.away: list[str] = []
 
@@ -69,15 +72,17 @@ class Reach:
         silent_s = now - self._answered.setdefault(node, now)
         if is_answering:
             self._answered[node] = now
-            if node in self._silent:
-                self._silent.remove(node)
+            if node in self._noted:
+                self._noted.remove(node)
                 message = f"the node {host} answers again after {duration(silent_s)}"
-                self._note("node_back", f"{message}: its network was cut, or it has restarted")
-        elif silent_s >= SILENT_S and node not in self._silent:
-            self._silent.add(node)
-            message = f"the node {host} does not answer: it is down, or its network is cut"
+                self._note("node_back", f"{message}: its network was cut or bad, or it restarted")
+            return False
+        if node not in self._noted and silent_s >= self._patience.get(node, SILENT_S):
+            self._noted.add(node)
+            self._patience[node] = min(2 * self._patience.get(node, SILENT_S), MOST_SILENT_S)
+            message = f"the node {host} does not answer: it is down, or its network is cut or bad"
             self._note("node_silent", message)
-        return node in self._silent
+        return silent_s >= SILENT_S
 
 
 def free_nodes() -> list[Node]:
@@ -99,6 +104,11 @@ def present() -> tuple[list[Node], set[str]]:
 def worker_nodes() -> set[str]:
     """Return Ray's ids of the machines with CPUs that it has not given up."""
     return {id_ for id_, node in _alive().items() if node["Resources"].get("CPU", 0) >= 1}
+
+
+def answering(nodes: set[str]) -> set[str]:
+    """Return those of some nodes, by Ray's ids, that Ray has not given up and that answer."""
+    return _answering({id_: node for id_, node in _alive().items() if id_ in nodes})
 
 
 def alive_hosts() -> set[str]:

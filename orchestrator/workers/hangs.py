@@ -1,28 +1,55 @@
 """Hangs: ends a stuck rank, keeps the thread stacks of all ranks, and names the rank that hung."""
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
 from orchestrator import files, folders
+from orchestrator.cluster import calls
 from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import marks
 from orchestrator.workers.marks import WAITING, Mark
 
 PY_SPY_S = 10
+FAR_S = 20.0  # for another machine to start a process and run py-spy
+
+
+def stopped(seen: Collection[Mark]) -> set[int]:
+    """Return the ranks of this machine whose processes are stopped."""
+    return {m.rank for m in seen if m.is_local() and m.process_status() == "stopped"}
+
+
+def stopped_far(seen: Collection[Mark]) -> set[int]:
+    """Return the ranks of other machines whose processes are stopped, by Ray."""
+    nodes = {mark.node for mark in seen if mark.host != socket.gethostname()}
+    look = functools.partial(stopped, seen)
+    return set().union(*calls.on_nodes(look, nodes, FAR_S).values())
 
 
 def end_stuck(folder: RunFolder, mark: Mark) -> None:
-    """Store the stacks of a stuck process of this machine, and kill it.
+    """Store the stacks of a stuck process, and kill it.
 
-    SIGKILL is the only signal that ends a stopped process.
+    On another machine, Ray starts a process that does it: a stopped process ends itself never, and
+    the kernel does not tell others of it.
     """
+    end = functools.partial(_end_stuck_here, folder, mark)
+    if mark.host == socket.gethostname():
+        end()
+    else:
+        calls.on_nodes(end, {mark.node}, FAR_S)
+
+
+def _end_stuck_here(folder: RunFolder, mark: Mark) -> None:
+    """As `end_stuck`. SIGKILL is the only signal that ends a stopped process."""
     if not mark.is_local():
         return
     status = mark.process_status()

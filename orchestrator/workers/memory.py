@@ -13,12 +13,13 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.cluster import private
+from orchestrator.cluster import calls, private
 from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import hangs, marks
 
 PROC = Path("/proc")
 GROUPS = Path("/sys/fs/cgroup")
+ANSWER_S = 10.0  # for another machine to start a process
 RESERVED = 0.05  # share of the memory that Ray's memory monitor keeps free by default
 # How Ray's monitor describes its limit.
 THRESHOLD = re.compile(r"exceeded threshold of (\d+)B \(\S+ of (\d+)B limit\)")
@@ -50,23 +51,35 @@ def find_kill(folder: RunFolder) -> OutOfMemory | None:
     """Return the kill that ended the last attempt; None: the attempt ended in another way.
 
     Call it after all workers have ended and before `hangs.report`, which removes the marks of the
-    ranks. A kill by the kernel is only found on this machine.
+    ranks.
     """
     seen = marks.read(folder)
     causes = private.oom_causes()
-    kills = oom_kills()
-    if hangs.has_hung(folder):
-        kills = 0  # a rank that hung was killed for that
+    kills = {}
+    if not hangs.has_hung(folder):  # a rank that hung was killed for that
+        kills = _kills({mark.host: mark.node for mark in seen if not mark.is_over})
     for mark in seen:
         workers = sum(other.host == mark.host for other in seen)
         message = causes.get((mark.node, mark.pid))
         if message is not None:
             by = "Ray's memory monitor ended a worker"
             return OutOfMemory(by, mark.host, workers, _reserved(message))
-        is_local = mark.host == socket.gethostname()
-        if is_local and not mark.is_over and kills > mark.oom_kills:
+        if not mark.is_over and kills.get(mark.host, 0) > mark.oom_kills:
             return OutOfMemory("the kernel ended a worker", mark.host, workers, _reserved())
     return None
+
+
+def _kills(nodes: dict[str, str]) -> dict[str, int]:
+    """Return `oom_kills` of each machine that answers, by its host name.
+
+    Args:
+        nodes: Ray's id of each machine, by its host name.
+    """
+    own = socket.gethostname()
+    others = {node for host, node in nodes.items() if host != own}
+    found = calls.on_nodes(oom_kills, others, ANSWER_S)
+    kills = {host: found[node] for host, node in nodes.items() if node in found}
+    return {**kills, own: oom_kills()}
 
 
 def kill_in_error(error: BaseException, workers: int) -> OutOfMemory | None:

@@ -1,7 +1,7 @@
 """What the driver does while its workers train.
 
 It passes on a signal to stop at once, stops when Ray drains a node of the workers, notes nodes that
-do not answer, ends stuck processes of this machine, and ends the wait for workers that are done but
+do not answer, ends stuck processes, and ends the wait for workers that are done but
 do not exit.
 """
 
@@ -87,7 +87,7 @@ class Watch:
                 print(f"watching {self.folder.path}: {error}", flush=True)
 
     def _look(self) -> None:
-        """End the wait for workers whose folder is gone, and stuck processes of this machine."""
+        """End the wait for workers whose folder is gone, and stuck processes."""
         try:
             check_held(self.folder.path)
         except MovedError:
@@ -98,6 +98,7 @@ class Watch:
             groups.append(self._current(place))
             for mark in groups[-1]:
                 if not mark.is_over and self._age(place, mark) > mark.limit + GRACE_S:
+                    self._seen.clear()  # the next try comes after the same time
                     hangs.end_stuck(place, mark)
         self._look_at_nodes(groups)
 

@@ -5,13 +5,14 @@ with a limit that follows from earlier steps. At the limit it stores the stacks 
 `hang-rank<r>.txt` and ends the process, so that the group can start again.
 
 The thread cannot run in two cases. If another thread never releases the GIL, faulthandler's timer
-ends the process; it needs no GIL. If the process is stopped (SIGSTOP), another rank on the machine
-or the driver ends it, see `hangs.end_stuck`.
+ends the process; it needs no GIL. If the process is stopped (SIGSTOP), another rank or the driver
+ends it, see `hangs.end_stuck`.
 """
 
 import faulthandler
 import math
 import os
+import socket
 import threading
 import time
 
@@ -22,14 +23,14 @@ from orchestrator.cluster import private
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.numerics import Worker
 from orchestrator.workers import hangs, marks, memory
-from orchestrator.workers.marks import AGREEMENT, DONE, EXCHANGE, FAILED, HELD, WAITING, Mark
+from orchestrator.workers.marks import AGREEMENT, DONE, EXCHANGE, FAILED, HELD, WAITING
 
 START_S = 1800.0  # limit of a phase that was not timed yet: compilation, the first evaluation
 FACTOR = 10  # limit of a phase, in multiples of the longest time so far
 # Limit after a checkpoint, in multiples of the floor: the next one waits until it is on disk.
 COMMIT_FACTOR = 20
 BACKSTOP_S = 10.0  # added to the limit for faulthandler's timer, so that the thread comes first
-END_S = 60.0  # for storing the stacks of all ranks of this machine
+END_S = 60.0  # for storing the stacks of all ranks
 REARM_S = 1.0  # between two settings of the timers
 EXIT_HUNG = 70  # exit status
 # Phases of work that only some steps have. While one rank does it, the others wait longer.
@@ -86,6 +87,7 @@ class Watchdog:
         self.limit = max(floor_s, START_S)  # of the current phase
         self.entered = time.monotonic()
         self.closed = threading.Event()
+        self._far_look_at = 0.0  # seconds in the current phase
         self._extra_work: frozenset[str] = frozenset()
         self._oom_kills = memory.oom_kills()
         self._marks = marks.MarkFile(folder, worker, self._oom_kills)
@@ -114,6 +116,7 @@ class Watchdog:
         self.phase = phase
         self.step = step
         self.entered = now
+        self._far_look_at = 0.0
         self.limit = self._limit(phase)
         self._write_mark()
         if now - self._armed_at > REARM_S or self.limit > self._armed_limit:
@@ -163,22 +166,33 @@ class Watchdog:
     def _watch(self) -> None:
         """Look at the time of the current phase until the watchdog is closed."""
         while not self.closed.wait(self.poll_s):
-            waited = time.monotonic() - self.entered
+            entered = self.entered
+            waited = time.monotonic() - entered
             if waited > self.limit:
                 self._end(waited)
-            if waited > self.pace.floor_s and self._sees_stopped_rank():
-                self._end(waited)
+            if waited > self.pace.floor_s:
+                found = self._stopped_ranks(self._looks_far(waited))
+                if found and self.entered == entered:  # they still do not go on
+                    self._end(waited)
             # Kills of other processes during a long run are not ours.
             self._oom_kills = memory.oom_kills()
 
-    def _sees_stopped_rank(self) -> bool:
-        return any(self._is_stopped(mark) for mark in marks.read(self.folder))
+    def _looks_far(self, waited: float) -> bool:
+        """Return whether to look at other machines now: each `floor_s`, by one rank of a machine.
 
-    def _is_stopped(self, mark: Mark) -> bool:
-        """Return whether this is another rank on this machine, and its process is stopped."""
-        if mark.rank == self.rank or not mark.is_local():
+        A look starts a process there.
+        """
+        if waited < self._far_look_at:
             return False
-        return mark.process_status() == "stopped"
+        self._far_look_at = waited + self.pace.floor_s
+        here = socket.gethostname()
+        ranks = [mark.rank for mark in marks.read(self.folder) if mark.host == here]
+        return self.rank == min(ranks, default=self.rank)
+
+    def _stopped_ranks(self, looks_far: bool) -> set[int]:
+        """Return the other ranks whose processes are stopped."""
+        seen = [mark for mark in marks.read(self.folder) if mark.rank != self.rank]
+        return hangs.stopped(seen) or (hangs.stopped_far(seen) if looks_far else set())
 
     def _end(self, waited: float) -> None:
         """Store the stacks, end the ranks that cannot end themselves, and end this process."""
@@ -189,8 +203,9 @@ class Watchdog:
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         self._stacks.flush()
         time.sleep(2 * self.poll_s)  # the watchdogs of the other ranks store their stacks
+        is_stopped = self._stopped_ranks(looks_far=True)
         for mark in marks.read(self.folder):
             is_stuck = mark.rank != self.rank and mark.phase not in WAITING
-            if is_stuck or self._is_stopped(mark):
+            if is_stuck or mark.rank in is_stopped:
                 hangs.end_stuck(self.folder, mark)
         os._exit(EXIT_HUNG)

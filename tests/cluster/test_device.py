@@ -3,12 +3,13 @@
 import os
 import signal
 import threading
+import time
 from dataclasses import replace
 
 import pytest
 import ray
 
-from orchestrator.cluster import device
+from orchestrator.cluster import calls, device
 from orchestrator.cluster.layout import Layout, Node
 from orchestrator.errors import UnreadableError
 
@@ -70,3 +71,19 @@ def test_node_whose_gpus_are_in_use_is_asked_only_if_no_other_is_free(free_gpus,
     on_gpu = replace(WORKER, use_gpu=True)
     assert device._to_ask(nodes, free, on_gpu) == (asked, answers)
     assert device._to_ask(nodes, {}, WORKER) == (["a", "b"], 2)
+
+
+def test_answers_of_nodes_are_those_that_come_in_time(ray_cluster):
+    [node] = (node["NodeID"] for node in ray.nodes())
+    unknown = "f" * len(node)
+    found = calls.on_nodes(own_pid, {node, unknown}, 60)
+    assert list(found) == [node] and found[node] != os.getpid()
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def sleep() -> None:
+        time.sleep(600)
+
+    assert calls.on_nodes(die, {node}, 60) == {}
+    assert calls.on_nodes(sleep, {node}, 2) == {}

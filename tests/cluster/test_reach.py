@@ -55,8 +55,9 @@ def test_present_machines_are_those_that_answer_and_are_not_drained(monkeypatch)
     assert reach.alive_hosts() == {"host-a", "host-b", "host-d"}
 
 
-def test_silence_is_noted_once_and_its_end_and_a_loss(monkeypatch):
-    noted = []
+@pytest.fixture
+def three(monkeypatch) -> tuple[dict, set[str]]:
+    """Ray's table of three nodes, and those that answer."""
     table = {
         id_: {
             "NodeID": id_,
@@ -70,6 +71,12 @@ def test_silence_is_noted_once_and_its_end_and_a_loss(monkeypatch):
     answering = {"a", "b"}
     monkeypatch.setattr(reach, "_table", lambda: table)
     monkeypatch.setattr(reach, "answers", lambda places: answering)
+    return table, answering
+
+
+def test_silence_is_noted_once_and_its_end_and_a_loss(monkeypatch, three):
+    noted = []
+    table, answering = three
     monkeypatch.setattr(reach, "SILENT_S", 0.0)
     found = reach.Reach(lambda kind, message: noted.append((kind, message)))
 
@@ -88,3 +95,19 @@ def test_silence_is_noted_once_and_its_end_and_a_loss(monkeypatch):
     assert (look(), found.away) == (["node_lost"], ["host-b"])
     assert (look(), found.away) == ([], ["host-b"])
     assert all("host-b" in message for _, message in noted)
+
+
+def test_node_that_is_silent_again_and_again_has_fewer_and_fewer_lines(monkeypatch, three):
+    noted = []
+    _, answering = three
+    clock = 0.0
+    monkeypatch.setattr(reach.time, "monotonic", lambda: clock)
+    found = reach.Reach(lambda kind, message: noted.append((kind, clock)))
+    for second in range(600):  # silent for 15 s, then it answers for 5 s
+        clock = float(second)
+        (answering.discard if second % 20 < 15 else answering.add)("b")
+        found.look({"a", "b"})
+        assert (found.away == ["host-b"]) == (
+            second % 20 + (second >= 20) >= 5 and second % 20 < 15
+        )
+    assert noted == [("node_silent", 5), ("node_back", 15), ("node_silent", 29), ("node_back", 35)]

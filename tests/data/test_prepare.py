@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -412,11 +413,16 @@ def test_error_in_a_task_reaches_the_user_through_ray(ray_cluster, tmp_path):
 
 
 @pytest.fixture
-def no_free_cpu(ray_cluster, monkeypatch):
-    """A cluster whose CPUs another job has."""
+def quick_lookout(ray_cluster, monkeypatch):
+    """A lookout that says at once that no task has ended."""
     monkeypatch.setattr(lookout, "QUIET_S", 0.1)
     monkeypatch.setattr(lookout, "LOOK_S", 0.1)
     monkeypatch.setattr(lookout.connection, "is_shared", lambda: True)
+
+
+@pytest.fixture
+def no_free_cpu(ray_cluster, quick_lookout):
+    """A cluster whose CPUs another job has."""
     others = ray_cluster.util.placement_group([{"CPU": ray_cluster.cluster_resources()["CPU"]}])
     assert others.wait(60)
     yield others
@@ -433,6 +439,23 @@ def test_wait_for_cpus_that_others_use_is_announced(no_free_cpu, ray_cluster, ca
     ending = threading.Thread(target=end_others)
     ending.start()
     assert RayTasks(quiet).map("", dict, [{"x": 1}], [1]) == [{"x": 1}]
+    ending.join()
+
+
+def test_wait_for_a_slow_task_is_announced(quick_lookout, tmp_path, capfd):
+    def wait_for(file: str) -> None:
+        while not os.path.exists(file):
+            time.sleep(0.01)
+
+    def end_task() -> None:
+        try:
+            wait_until(lambda: "a node or its network may be slow" in capfd.readouterr().out)
+        finally:
+            (tmp_path / "end").touch()
+
+    ending = threading.Thread(target=end_task, daemon=True)
+    ending.start()
+    RayTasks(quiet).map("", wait_for, [{"file": str(tmp_path / "end")}], [1])
     ending.join()
 
 

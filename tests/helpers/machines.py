@@ -127,6 +127,17 @@ class Machine:
         here = ["sh", "-c", f"cd {shlex.quote(str(REPO))} && exec {shlex.join(command)}"]
         return ["nsenter", "--target", str(inner), "-n", "-m", "-p", "-u", *here]
 
+    def processes(self) -> list[int]:
+        """Return the ids of its processes, as they are seen from outside."""
+        assert self.holder is not None
+        own = os.readlink(f"/proc/{_child(self.holder)}/ns/pid")
+        found = []
+        for pid in psutil.pids():
+            with contextlib.suppress(OSError):  # it has ended
+                if os.readlink(f"/proc/{pid}/ns/pid") == own:
+                    found.append(pid)
+        return found
+
     def kill(self) -> None:
         """End all processes of the machine with SIGKILL, as if it had lost its power."""
         if self.holder is not None:
@@ -163,8 +174,27 @@ class Switch:
         """Cut the machine off (`down`), or connect it again (`up`)."""
         self._ip("link", "set", f"port{machine.number}", state)
 
+    def lose(self, machine: Machine, share: float, ways: Sequence[str]) -> None:
+        """Drop packets at random: "ingress" are those of the machine, "egress" those to it.
+
+        Many kernels have no `netem`. A filter of four instructions (BPF) needs no module.
+        """
+        port = ("dev", f"port{machine.number}")
+        self._run("tc", "qdisc", "add", *port, "clsact")
+        # Load a random number, compare it, return TC_ACT_SHOT or TC_ACT_OK.
+        code = f"4,32 0 0 4294963256,37 0 1 {int(share * (2**32 - 1))},6 0 0 0,6 0 0 2"
+        for way in ways:
+            self._run("tc", "filter", "add", *port, way, "bpf", "da", "bytecode", code)
+
+    def lose_nothing(self, machine: Machine) -> None:
+        """End what `lose` began."""
+        self._run("tc", "qdisc", "del", "dev", f"port{machine.number}", "clsact")
+
     def _ip(self, *words: str) -> None:
-        _run(["nsenter", "--target", str(_child(self.holder)), "-n", "ip", *words])
+        self._run("ip", *words)
+
+    def _run(self, *words: str) -> None:
+        _run(["nsenter", "--target", str(_child(self.holder)), "-n", *words])
 
 
 class Machines:
@@ -248,6 +278,10 @@ class Machines:
     def mend(self, node: int) -> None:
         """Connect a machine again."""
         self.switch.set_port(self.nodes[node], "up")
+
+    def lose(self, node: int, share: float, ways: Sequence[str] = ("ingress", "egress")) -> None:
+        """Drop a share of the packets of a machine (`Switch.lose`)."""
+        self.switch.lose(self.nodes[node], share, ways)
 
     def start_again(self, *nodes: int) -> None:
         """Start machines that were killed or cut off. A new head comes first."""

@@ -1,7 +1,8 @@
 """The device that workers compute on: its model, and the type that it computes fast."""
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -52,7 +53,8 @@ def _on_each_node(layout: Layout, wait_s: float) -> list[Layout]:
     found, others = ray.wait(answers, num_returns=len(answers), timeout=0)
     for answer in others:
         ray.cancel(answer)  # else it would take a GPU later
-    return ray.get(found)
+    with _losses():
+        return ray.get(found)
 
 
 def _to_ask(
@@ -115,15 +117,25 @@ def _on_free_worker(
             max_retries=0,  # another node might never be free
             scheduling_strategy=PlacementGroupSchedulingStrategy(group),
         )
-        return ray.get(task.remote(*arguments))
+        with _losses():
+            return ray.get(task.remote(*arguments))
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+@contextlib.contextmanager
+def _losses() -> Iterator[None]:
+    """Convert errors of Ray, other than those of a function that it called, to UnreadableError."""
+    import ray
+
+    try:
+        yield
     except ray.exceptions.RayTaskError:
         raise
     except ray.exceptions.RayError as error:
         raise UnreadableError(
             f"a worker or its machine was lost ({type(error).__name__}); run the same command again"
         ) from None
-    finally:
-        ray.util.remove_placement_group(group)
 
 
 def _wait_for_free(is_free: Callable[[float], bool], wait_s: float) -> None:

@@ -212,6 +212,11 @@ def _problems(reference: Any, asked: Asked, expected: Answer) -> Iterator[str]:
     except ray.exceptions.RayTaskError as error:  # such as an older copy without this module
         lines = str(error).strip().splitlines()
         yield f"{asked.host} has another version of this project, or none: {lines[-1]}"
+    except ray.exceptions.WorkerCrashedError:  # also when Ray has tried it again
+        yield (
+            f"{asked.host}: each process that Ray starts there dies at once; free some memory, or "
+            "room on the disk of Ray's files (/tmp/ray, if you set no other folder)"
+        )
     except ray.exceptions.RayError as error:
         # The node is gone, or no process lives there: a worker fails the same way, and says so.
         _warn(asked.host, type(error).__name__)

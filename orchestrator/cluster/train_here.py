@@ -67,6 +67,7 @@ def _control(room: Room, scaling_policy: Any, **arguments: Any) -> Any:
     """Start the workers of Ray Train and wait for them. Return Ray Train's result."""
     import ray
     from ray.runtime_context import RuntimeContext
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
     from ray.train.v2._internal.execution.controller import TrainController
     from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
     from ray.train.v2._internal.execution.worker_group import WorkerGroup, state
@@ -78,14 +79,17 @@ def _control(room: Room, scaling_policy: Any, **arguments: Any) -> Any:
             return custom_runtime_env
 
         def _start_impl(self, builder: Any) -> None:
-            """Start the workers. After an interrupt, the controller does not know them yet."""
+            """Start the workers. After an error, the controller does not know them."""
             try:
                 super()._start_impl(builder)
                 room.started()
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, ray.exceptions.RayActorError) as error:
                 with contextlib.suppress(ray.exceptions.RayError):
                     (self.abort if self.has_started() else builder.shutdown)()
-                raise
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                # Ray Train would start them again, but not after a loss at the end of their start.
+                raise WorkerGroupStartupFailedError(str(error)) from error
 
     class Controller(TrainController):
         worker_group_cls = Workers

@@ -181,6 +181,14 @@ def test_node_that_is_there_and_does_not_answer_is_refused(asked, tmp_path):
     assert "node1 does not have" in str(error.value) and line in str(error.value)
 
 
+def test_node_on_which_no_process_lives_is_refused(asked, tmp_path):
+    from ray.exceptions import WorkerCrashedError
+
+    asked.outcomes = {"node1": "", "node2": WorkerCrashedError()}
+    with pytest.raises(UserError, match="^node2: each process that Ray starts there dies at once"):
+        nodes.check_shared(tmp_path)
+
+
 def test_node_that_could_not_be_checked_is_named_and_the_run_goes_on(asked, tmp_path, capsys):
     from ray.exceptions import NodeDiedError, RuntimeEnvSetupError
 

@@ -229,6 +229,26 @@ def test_interrupt_while_workers_start_ends_them(ray_cluster, tmp_path, monkeypa
     wait_until(lambda: not Path(f"/proc/{started.read_text()}").exists())
 
 
+def test_loss_of_a_node_while_workers_start_is_no_end_of_the_run(
+    ray_cluster, tmp_path, monkeypatch
+):
+    from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
+
+    pids = []
+    start = WorkerGroup._start_impl
+
+    def start_and_lose(self, builder):
+        start(self, builder)
+        pids.append(self.get_workers()[0].metadata.pid)
+        if len(pids) == 1:
+            raise ray.exceptions.ActorUnavailableError("its raylet is terminated", None)
+
+    monkeypatch.setattr(WorkerGroup, "_start_impl", start_and_lose)
+    fit_here(functools.partial(note_actors, tmp_path / "actors"), tmp_path)
+    assert len(pids) == 2
+    wait_until(lambda: not Path(f"/proc/{pids[0]}").exists())
+
+
 def test_workers_on_a_lost_node_are_waited_for_as_ray_does_by_default():
     from ray.train.v2._internal.execution.worker_group import state
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.cluster import private
-from orchestrator.cluster.layout import worker_environment
+from orchestrator.cluster.layout import WORKER_ENVIRONMENT, worker_environment
 from orchestrator.errors import UserError
 from orchestrator.machine import seconds_in
 
@@ -27,6 +27,7 @@ PROBE_S = 10
 POLL_S = 1.0  # between two looks at Ray
 # The driver sets these variables before Ray starts.
 ENVIRONMENT = {
+    "RAY_grpc_keepalive_timeout_ms": WORKER_ENVIRONMENT["RAY_grpc_keepalive_timeout_ms"],
     "RAY_USAGE_STATS_ENABLED": "0",  # no network traffic that the user did not ask for
     # Ray's default of 2 s would delay every report and the end of the run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",

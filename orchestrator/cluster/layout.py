@@ -12,7 +12,11 @@ COLLECTIVE_TIMEOUT_S = 1800
 # A thread that spins while it waits for another thread may take the CPU from it. With libgomp's
 # default of 300,000 rounds and one other busy process, a step of two threads is 20 times slower.
 # On an idle machine, 1,000 rounds cost a few percent, and no rounds 70 %.
-WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
+WORKER_ENVIRONMENT = {
+    "GOMP_SPINCOUNT": "1000",
+    # With Ray's 20 s, a cut of the network of 15 s would end the workers: TCP sends again at 26 s.
+    "RAY_grpc_keepalive_timeout_ms": "60000",
+}
 # Variables of the driver that are passed on to workers on other nodes.
 PASSED_ON = ("GOMP_SPINCOUNT", "TIKTOKEN_CACHE_DIR", "XDG_CACHE_HOME")
 

@@ -4,6 +4,7 @@ Its driver is on another node.
 """
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -35,23 +36,24 @@ class Hungry(slow.Slow):
 
 @pytest.mark.slow
 def test_lost_packets_cost_time_and_the_node_is_named(nodes, small, tmp_path, tiny_dataset):
-    words = ["name=lossy", "train.max_steps=40", *small]
+    words = ["name=lossy", "train.max_steps=150", *small]
     folder = RunFolder(nodes.shared / "lossy")
     log = tmp_path / "log"
     driver = nodes.drive(train_command(nodes, [*words, "compute.num_workers=2"]), log)
     nodes.changed.add(2)
     until(lambda: newest(folder) >= 10, driver, log)
-    nodes.lose(2, 0.3)
+    nodes.lose(2, 0.05)
     step = newest(folder)
     until(lambda: newest(folder) > step, driver, log)
     nodes.switch.lose_nothing(nodes.nodes[2])
     # Its own packets are lost, but not those to it.
     nodes.lose(2, 1.0, ["ingress"])
     until(lambda: "node2 does not answer" in str(messages(folder, "node_silent")), driver, log)
+    time.sleep(9)  # Ray would give its worker up after 20 s without an answer
     nodes.switch.lose_nothing(nodes.nodes[2])
     until(lambda: messages(folder, "node_back"), driver, log)
     assert driver.wait(200) == 0, log.read_text()
-    assert len(attempts(folder)) <= 2, "the workers were started again more than once"
+    assert len(attempts(folder)) == 1, "the workers were started again"
     assert final_outcome(folder) == alone(words, tmp_path / "alone", tiny_dataset)
 
 

@@ -5,7 +5,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from orchestrator.cluster import connection, reach
 
@@ -14,17 +14,20 @@ END_S = 20  # for a call to end after KeyboardInterrupt; Ray gives workers 5 s
 T = TypeVar("T")
 
 
-def on_nodes(function: Callable[[], T], nodes: Collection[str], limit_s: float) -> dict[str, T]:
+def on_nodes(
+    nodes: Collection[str], limit_s: float, function: Callable[..., T], *arguments: Any
+) -> dict[str, T]:
     """Call a function on some nodes. Return the results of those that are in time, by node.
 
     Args:
-        function: What to call.
         nodes: Ray's ids of the nodes.
         limit_s: Seconds for all of them.
+        function: What to call.
+        arguments: Its arguments.
     """
     found: dict[str, T] = {}
     if nodes:
-        call = threading.Thread(target=_on_nodes, args=(function, nodes, limit_s, found))
+        call = threading.Thread(target=_on_nodes, args=(found, nodes, limit_s, function, arguments))
         call.daemon = True  # the head may be dead, for which Ray waits for a minute or more
         call.start()
         call.join(limit_s)
@@ -32,7 +35,11 @@ def on_nodes(function: Callable[[], T], nodes: Collection[str], limit_s: float) 
 
 
 def _on_nodes(
-    function: Callable[[], T], nodes: Collection[str], limit_s: float, found: dict[str, T]
+    found: dict[str, T],
+    nodes: Collection[str],
+    limit_s: float,
+    function: Callable[..., T],
+    arguments: tuple[Any, ...],
 ) -> None:
     there = reach.answering(set(nodes))
     if not there:
@@ -44,7 +51,7 @@ def _on_nodes(
     for node in there:
         strategy = NodeAffinitySchedulingStrategy(node, soft=False)
         options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": strategy}
-        asked[ray.remote(function).options(**options).remote()] = node
+        asked[ray.remote(function).options(**options).remote(*arguments)] = node
     waiting = list(asked)
     while waiting:
         ready, waiting = ray.wait(waiting, timeout=limit_s)

@@ -1,7 +1,6 @@
 """Hangs: ends a stuck rank, keeps the thread stacks of all ranks, and names the rank that hung."""
 
 import contextlib
-import functools
 import os
 import shutil
 import signal
@@ -31,8 +30,7 @@ def stopped(seen: Collection[Mark]) -> set[int]:
 def stopped_far(seen: Collection[Mark]) -> set[int]:
     """Return the ranks of other machines whose processes are stopped, by Ray."""
     nodes = {mark.node for mark in seen if mark.host != socket.gethostname()}
-    look = functools.partial(stopped, seen)
-    return set().union(*calls.on_nodes(look, nodes, FAR_S).values())
+    return set().union(*calls.on_nodes(nodes, FAR_S, stopped, seen).values())
 
 
 def end_stuck(folder: RunFolder, mark: Mark) -> None:
@@ -41,11 +39,10 @@ def end_stuck(folder: RunFolder, mark: Mark) -> None:
     On another machine, Ray starts a process that does it: a stopped process ends itself never, and
     the kernel does not tell others of it.
     """
-    end = functools.partial(_end_stuck_here, folder, mark)
     if mark.host == socket.gethostname():
-        end()
+        _end_stuck_here(folder, mark)
     else:
-        calls.on_nodes(end, {mark.node}, FAR_S)
+        calls.on_nodes({mark.node}, FAR_S, _end_stuck_here, folder, mark)
 
 
 def _end_stuck_here(folder: RunFolder, mark: Mark) -> None:

@@ -77,7 +77,7 @@ def _kills(nodes: dict[str, str]) -> dict[str, int]:
     """
     own = socket.gethostname()
     others = {node for host, node in nodes.items() if host != own}
-    found = calls.on_nodes(oom_kills, others, ANSWER_S)
+    found = calls.on_nodes(others, ANSWER_S, oom_kills)
     kills = {host: found[node] for host, node in nodes.items() if node in found}
     return {**kills, own: oom_kills()}
 

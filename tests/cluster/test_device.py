@@ -76,14 +76,11 @@ def test_node_whose_gpus_are_in_use_is_asked_only_if_no_other_is_free(free_gpus,
 def test_answers_of_nodes_are_those_that_come_in_time(ray_cluster):
     [node] = (node["NodeID"] for node in ray.nodes())
     unknown = "f" * len(node)
-    found = calls.on_nodes(own_pid, {node, unknown}, 60)
+    found = calls.on_nodes({node, unknown}, 60, own_pid)
     assert list(found) == [node] and found[node] != os.getpid()
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def sleep() -> None:
-        time.sleep(600)
-
-    assert calls.on_nodes(die, {node}, 60) == {}
-    assert calls.on_nodes(sleep, {node}, 2) == {}
+    assert calls.on_nodes({node}, 60, die) == {}
+    assert calls.on_nodes({node}, 2, time.sleep, 600) == {}

@@ -152,7 +152,7 @@ def environment(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-def fit_here(work, tmp_path, *callbacks) -> None:
+def fit_here(work, tmp_path, *callbacks, note=pytest.fail) -> None:
     from ray.train import FailureConfig, RunConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -166,7 +166,7 @@ def fit_here(work, tmp_path, *callbacks) -> None:
             callbacks=list(callbacks),
         ),
     )
-    room = Room(Layout(1, 1, False), [1], 60.0, lambda: 0, lambda: None, pytest.fail)
+    room = Room(Layout(1, 1, False), [1], 60.0, lambda: 0, lambda: None, note)
     train_here.fit_here(trainer, room)
 
 
@@ -244,8 +244,10 @@ def test_loss_of_a_node_while_workers_start_is_no_end_of_the_run(
             raise ray.exceptions.ActorUnavailableError("its raylet is terminated", None)
 
     monkeypatch.setattr(WorkerGroup, "_start_impl", start_and_lose)
-    fit_here(functools.partial(note_actors, tmp_path / "actors"), tmp_path)
-    assert len(pids) == 2
+    noted = []
+    work = functools.partial(note_actors, tmp_path / "actors")
+    fit_here(work, tmp_path, note=lambda kind, message: noted.append(kind))
+    assert (len(pids), noted) == (2, ["waiting"])
     wait_until(lambda: not Path(f"/proc/{pids[0]}").exists())
 
 

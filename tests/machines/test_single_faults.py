@@ -13,24 +13,15 @@ from orchestrator.runs import journal
 from orchestrator.runs.folder import RunFolder
 from orchestrator.workers import marks
 from tests.helpers.curves import final_outcome
+from tests.machines import slow
 from tests.machines.test_nodes import alone, attempts, messages, newest, train_command, until
 
 GROUPS = Path("/sys/fs/cgroup/memory")  # of version 1
-# Takes 2 GB in a step, on a node that has a file.
+# A part of `slow.Slow` that takes 2 GB on a node which has a file.
 HUNGRY = """
-import os
-import socket
-from tests.machines import slow
-
-FILE = os.path.join(os.path.dirname(slow.LONGER_FILE), "hungry-" + socket.gethostname())
-taken = []
-
-
-class Hungry(slow.Slow):
-    def forward(self, *args, **options):
-        if self.training and os.path.exists(FILE):
-            taken.extend(os.urandom(2**20) for _ in range(2000))
-        return super().forward(*args, **options)
+            import socket
+            if os.path.exists(os.path.dirname(LONGER_FILE) + "/hungry-" + socket.gethostname()):
+                self.taken = [os.urandom(2**20) for _ in range(2000)]
 """
 
 
@@ -77,11 +68,12 @@ def memory_group(nodes):
 def test_far_worker_that_the_kernel_ended_for_lack_of_memory_is_named(
     nodes, small, tmp_path, memory_group
 ):
-    (nodes.shared / "hungry.py").write_text(HUNGRY)
+    before, begin, rest = Path(slow.__file__).read_text().partition("        if self.training:")
+    (nodes.shared / "hungry.py").write_text(before + begin + HUNGRY + rest.removeprefix("\n"))
     folder = RunFolder(nodes.shared / "hungry")
     log = tmp_path / "log"
     words = ["name=hungry", "train.max_steps=400", "compute.num_workers=2", *small]
-    words.append(f"model.kind={nodes.shared}/hungry.py:Hungry")
+    words.append(f"model.kind={nodes.shared}/hungry.py:Slow")
     driver = nodes.drive(train_command(nodes, words), log)
     until(lambda: newest(folder) >= 5, driver, log)
     used = int((memory_group / "memory.usage_in_bytes").read_text())

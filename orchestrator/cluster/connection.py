@@ -27,7 +27,6 @@ PROBE_S = 10
 POLL_S = 1.0  # between two looks at Ray
 # The driver sets these variables before Ray starts.
 ENVIRONMENT = {
-    "RAY_grpc_keepalive_timeout_ms": WORKER_ENVIRONMENT["RAY_grpc_keepalive_timeout_ms"],
     "RAY_USAGE_STATS_ENABLED": "0",  # no network traffic that the user did not ask for
     # Ray's default of 2 s would delay every report and the end of the run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -85,7 +84,7 @@ def connect(meanwhile: Callable[[], object] = lambda: None) -> None:
 
     if ray.is_initialized():
         return
-    for key, value in ENVIRONMENT.items():
+    for key, value in (WORKER_ENVIRONMENT | ENVIRONMENT).items():
         os.environ.setdefault(key, value)
     # At every start, Ray would print that a token protects the cluster.
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from orchestrator.errors import UserError
+from orchestrator.errors import NO_ROOM, UserError
 from orchestrator.folders import check_held
 
 # `errno` of a lock on a file system without locks, such as Lustre or NFS without its lock service.
@@ -151,18 +151,12 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
     """
     check_held(path)
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        # On a full disk, an incomplete file must not keep the last free bytes.
-        temporary.unlink(missing_ok=True)
-        raise
+    # On a full disk, an incomplete file must not keep the last free bytes.
+    with replacement(path, durable=False) as temporary, open(temporary, "xb") as file:
+        file.write(data)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -179,6 +173,10 @@ def replacement(path: Path, *, durable: bool = True) -> Iterator[Path]:
         if durable:
             fsync(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in NO_ROOM and error.filename is None:
+            error.filename = str(path)  # Python names only a file that cannot be opened
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

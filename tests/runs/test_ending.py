@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.files import write_json
+from orchestrator.files import replacement, write_json
 from orchestrator.runs.ending import Ending
 
 
@@ -53,3 +53,14 @@ def test_files_of_earlier_versions_are_read(folder, stored, kind, facts):
 
 def test_folder_of_a_running_job_has_no_ending(folder):
     assert folder.read_ending() is None
+
+
+def test_error_of_a_full_disk_names_the_file(tmp_path):
+    full = f"No space left on device: '{tmp_path}/file'"
+    with (
+        pytest.raises(OSError, match=full),
+        replacement(tmp_path / "file", durable=False) as temporary,
+    ):
+        temporary.symlink_to("/dev/full")
+        temporary.write_bytes(b"x")
+    assert list(tmp_path.iterdir()) == []

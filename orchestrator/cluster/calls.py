@@ -26,11 +26,16 @@ def on_nodes(
         arguments: Its arguments.
     """
     found: dict[str, T] = {}
+
+    def call() -> None:
+        with contextlib.suppress(Exception):  # the cluster does not answer at the moment
+            _on_nodes(found, nodes, limit_s, function, arguments)
+
     if nodes:
-        call = threading.Thread(target=_on_nodes, args=(found, nodes, limit_s, function, arguments))
-        call.daemon = True  # the head may be dead, for which Ray waits for a minute or more
-        call.start()
-        call.join(limit_s)
+        # The head may be dead, for which Ray waits for a minute or more.
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(limit_s)
     return dict(found)
 
 

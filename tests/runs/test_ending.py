@@ -56,11 +56,11 @@ def test_folder_of_a_running_job_has_no_ending(folder):
 
 
 def test_error_of_a_full_disk_names_the_file(tmp_path):
-    full = f"No space left on device: '{tmp_path}/file'"
-    with (
-        pytest.raises(OSError, match=full),
-        replacement(tmp_path / "file", durable=False) as temporary,
-    ):
-        temporary.symlink_to("/dev/full")
-        temporary.write_bytes(b"x")
+    def write() -> None:
+        with replacement(tmp_path / "file", durable=False) as temporary:
+            temporary.symlink_to("/dev/full")
+            temporary.write_bytes(b"x")
+
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/file'"):
+        write()
     assert list(tmp_path.iterdir()) == []

@@ -82,5 +82,10 @@ def test_answers_of_nodes_are_those_that_come_in_time(ray_cluster):
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def sleep(seconds: float) -> float:
+        time.sleep(seconds)
+        return seconds
+
     assert calls.on_nodes({node}, 60, die) == {}
-    assert calls.on_nodes({node}, 2, time.sleep, 600) == {}
+    assert calls.on_nodes({node}, 60, sleep, 0) == {node: 0}
+    assert calls.on_nodes({node}, 2, sleep, 600) == {}

@@ -126,6 +126,16 @@ def test_stopped_rank_is_found_before_its_phase_was_timed(folder):
     assert "hung in gradient (stopped) of step 8;" in hangs.report(folder)
 
 
+def test_one_rank_of_a_machine_looks_at_other_machines_now_and_then(folder):
+    first, second = (Watchdog(folder, Worker(rank=rank, world_size=2), 30.0) for rank in range(2))
+    assert [first._looks_far(waited) for waited in (31.0, 40.0, 61.5)] == [True, False, True]
+    first.report_phase("exchange", 1)
+    assert first._looks_far(31.0)
+    assert not second._looks_far(31.0)
+    first.close()
+    second.close()
+
+
 @pytest.mark.parametrize(
     ("seen", "named"),
     [

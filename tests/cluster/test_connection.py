@@ -17,7 +17,7 @@ import pytest
 import ray
 import ray.train
 
-from orchestrator.cluster import connection, private
+from orchestrator.cluster import connection, layout, private
 from orchestrator.errors import UserError
 
 LONGEST_TEMPORARY = connection.SOCKET_BYTES - len(connection.SOCKET)
@@ -72,10 +72,8 @@ def test_variable_that_a_job_was_submitted_with_is_not_given_twice(init, monkeyp
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
     connection.connect()
     [(_, settings)] = init
-    assert settings["runtime_env"]["env_vars"] == {
-        "GOMP_SPINCOUNT": "1000",
-        "XDG_CACHE_HOME": "/cache",
-    }
+    expected = {**layout.WORKER_ENVIRONMENT, "XDG_CACHE_HOME": "/cache"}
+    assert settings["runtime_env"]["env_vars"] == expected
 
 
 def test_handler_of_sigterm_stays(init):

@@ -15,7 +15,7 @@ from model.gpt_config import GPTConfig
 from model.modern_config import ModernConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from model.protocol import Config, LanguageModel
 
@@ -162,3 +162,32 @@ def checkpoint_activations(model: LanguageModel) -> None:
     for block in model.blocks:
         if "forward" not in vars(block):  # not yet
             block.forward = again(block.forward)
+
+
+def compiled(model: LanguageModel, device: str) -> nn.Module:
+    """Return a module that computes the model with torch.compile; it may be the model itself.
+
+    On a CPU, each block is compiled by itself: blocks of the same kind share their code, and the
+    backward pass gives the gradients of a block before it goes on to the next one. A model without
+    blocks (see `protocol.HasBlocks`), and each model on a GPU, is compiled as a whole.
+
+    What this process has compiled before is dropped, and all shapes are constants: else the bits
+    would depend on earlier models and shapes. For the second shape, torch compiles code for all
+    shapes, and after `recompile_limit` kinds of a function it no longer compiles it, without an
+    error.
+    """
+    import torch
+
+    from model.protocol import HasBlocks
+
+    torch.compiler.reset()
+    blocks: list[nn.Module] = []
+    if device == "cpu" and isinstance(model, HasBlocks):
+        blocks = list(model.blocks)
+    # Each block may need code of its own, for training and for evaluation. 8: torch's default.
+    torch.compiler.config.recompile_limit = max(8, 2 * len(blocks))
+    for block in blocks:
+        block.compile(dynamic=False)
+    if blocks:
+        return model
+    return torch.compile(model, dynamic=False)  # type: ignore[return-value]

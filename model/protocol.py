@@ -145,11 +145,14 @@ class HasFlops(Protocol):
 
 @runtime_checkable
 class HasBlocks(Protocol):
-    """Optional. Without it, `train.activation_checkpointing` refuses the model.
+    """Optional. Without it, `train.activation_checkpointing` refuses the model, and `train.compile`
+    compiles it as a whole on a CPU too.
 
     Attributes:
-        blocks: Modules. The backward pass runs each again, to compute what the forward pass did not
-            keep. They are called with positional arguments.
+        blocks: Modules, such as the layers, which are called with positional arguments. With
+            activation checkpointing, the backward pass runs each again, to compute what the forward
+            pass did not keep. torch.compile compiles each by itself on a CPU; then it has an
+            effect only where they are called as modules.
     """
 
     blocks: Iterable[nn.Module]

@@ -203,7 +203,7 @@ class Train(Section):
     overlap_exchange: Annotated[bool | Literal["auto"], Effect.NOTHING] = Field(
         "auto",
         description="with a sharded optimizer, exchange gradients during the last backward pass of "
-        "a step, with the same bits; auto: on CPUs of several nodes, without train.compile",
+        "a step, with the same bits; auto: on CPUs of several nodes",
     )
     activation_checkpointing: Annotated[bool, Effect.NOTHING] = Field(
         False,
@@ -223,7 +223,9 @@ class Train(Section):
         "else float32; a run that has begun keeps its type",
     )
     compile: Annotated[bool, Effect.ADDITIONS] = Field(
-        False, description="torch.compile the model: minutes at the start, faster steps on a GPU"
+        False,
+        description="torch.compile: each block of the model by itself on a CPU, the whole model on "
+        "a GPU; up to minutes at the start, faster steps on a GPU",
     )
     log_interval: Annotated[Interval, Effect.ATTEMPT] = Field(
         10, description="log every N steps and at the end; null: only at the end"

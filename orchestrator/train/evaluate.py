@@ -254,7 +254,7 @@ class Evaluator:
         else:
             prompt = self.tokenizer.encode(settings.sample_prompt)
         tokens = torch.from_numpy(prompt.astype("int64"))[None].to(self.device)  # (1, T)
-        with self.autocast:
+        with self.autocast, self._eagerly():
             generated = generate(
                 state.model,
                 tokens,
@@ -273,3 +273,9 @@ class Evaluator:
                 raise
             message = f"{file}: the disk is full; this sample is not written"
             events.note(self.folder, "disk_full", message, step=state.step)
+
+    def _eagerly(self) -> AbstractContextManager[None]:
+        """Return a context without torch.compile, which would compile code for each length."""
+        if not self.experiment.train.compile:
+            return contextlib.nullcontext()
+        return torch.compiler.set_stance("force_eager")

@@ -211,11 +211,13 @@ def fingerprint(experiment: Experiment, worker: Worker) -> dict[str, Any]:
 
     The number of workers is not part of it: results do not depend on it.
     """
+    compiles = experiment.train.compile
     return {
         "micro_batch": [experiment.train.micro_batch_size, experiment.model.block_size],
         "reduction_slots": experiment.slots,
         "dtype": experiment.train.dtype,
-        "compile": experiment.train.compile,
+        # True: as a whole, as every model was at first; see `models.compiled`.
+        "compile": "by block" if compiles and worker.device == "cpu" else compiles,
         "cpus_per_worker": worker.cpus,
         "device": device_name(worker.device),
         "torch": torch.__version__,

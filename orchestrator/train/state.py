@@ -50,7 +50,7 @@ class TrainState:
 
     Attributes:
         model: The model, whose parameters are float32.
-        forward: The module that the training loop calls: the model, or its compiled version.
+        forward: The module that the training loop calls: the model, compiled or not.
         optimizer: The optimizer of the model's parameters.
         scaler: Loss scale of float16; disabled for other types.
         gradients: Gradient buffers of this rank.
@@ -115,7 +115,7 @@ def build(
         models.checkpoint_activations(model)
     forward: nn.Module = model
     if experiment.train.compile:
-        forward = torch.compile(model)  # type: ignore[assignment]
+        forward = models.compiled(model, worker.device)
     scaler = torch.amp.GradScaler(
         torch.device(worker.device).type, enabled=experiment.train.dtype == "float16"
     )

@@ -190,7 +190,7 @@ def test_estimate_on_several_nodes_is_what_a_rank_allocates(nodes):
         ([], Layout(4, 2, False), Crew([1, 1, 1, 1], overlaps=True)),
         ([], Layout(3, 1, False), Crew([3])),
         (["train.overlap_exchange=true"], Layout(3, 1, False), Crew([3], overlaps=True)),
-        (["train.compile=true"], Layout(4, 1, False), Crew([3, 1])),
+        (["train.compile=true"], Layout(4, 1, False), Crew([3, 1], overlaps=True)),
         (["train.overlap_exchange=false"], Layout(4, 1, False), Crew([3, 1])),
         (["train.shard_optimizer=false"], Layout(4, 1, False), Crew([3, 1])),
         ([], Layout(8, 1, True), Crew([8])),  # this machine has no GPU

@@ -179,7 +179,7 @@ def test_model_that_is_no_longer_used_is_freed():
         ("AABB", "cpu", ["model.kind=modern"], True),
         ("AA", "cpu", [], False),
         ("AB", "cuda:0", [], False),
-        ("AB", "cpu", ["train.compile=true"], False),
+        ("AB", "cpu", ["train.compile=true"], True),
         ("AB", "cpu", [f"model.kind={FILES}/conv.py:GatedConv"], False),
         ("AB", "cpu", ["train.overlap_exchange=false"], False),
         ("AA", "cuda:0", ["train.overlap_exchange=true", "train.compile=true"], True),

@@ -145,9 +145,9 @@ def is_overlapped(experiment: Experiment, nodes: int, device: str) -> bool:
     """
     wanted = experiment.train.overlap_exchange
     if wanted == "auto":
-        # Inside a node the exchange takes little time, and the backward pass of a compiled model
-        # gives all gradients at its end. On a GPU, `overlap` was not run yet.
-        wanted = nodes > 1 and not experiment.train.compile and device == "cpu"
+        # Inside a node the exchange takes little time. On a GPU, `overlap` was not run yet, and the
+        # backward pass of a compiled model gives all gradients at its end.
+        wanted = nodes > 1 and device == "cpu"
     return wanted and adds_pairs(experiment)
 
 

@@ -84,21 +84,31 @@ def test_all_blocks_are_compiled_though_each_needs_code_of_its_own(monkeypatch):
     assert len(graphs.arguments) == 10
 
 
-def test_exchange_begins_before_the_backward_pass_of_a_compiled_model_ends(monkeypatch):
-    use(monkeypatch, "aot_eager")
+def test_exchange_begins_before_the_first_block_has_gradients(monkeypatch):
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    calls: list[bool] = []  # of compiled backward passes: whether something was sent before
+
+    def forward_of(graph: torch.fx.GraphModule, _: list[Tensor]):
+        return make_boxed_func(graph.forward)
+
+    def backward_of(graph: torch.fx.GraphModule, _: list[Tensor]):
+        def run(*arguments: Tensor) -> list[Tensor]:
+            if gradients.overlap.has_begun:
+                is_first_block = len(calls) == 2
+                calls.append(is_first_block and group.has_sent.wait(60))
+            return graph.forward(*arguments)
+
+        return make_boxed_func(run)
+
+    use(monkeypatch, aot_autograd(fw_compiler=forward_of, bw_compiler=backward_of))
     monkeypatch.setattr(regions, "LEAST_OVERLAPPING_BUCKET", 1 << 10)
     monkeypatch.setattr(regions, "LEAST_PIECE", 1 << 7)
     model = load_experiment(None, [*TINY, "model.n_layer=3"]).new_model(VOCABULARY)
     forward = models.compiled(model, "cpu")
     group = Recorded()
     gradients = of(model, group)
-    in_time = []
-
-    def wait(grad: Tensor) -> None:
-        if gradients.overlap.has_begun:
-            in_time.append(group.has_sent.wait(60))
-
-    model.blocks[0].attn.c_attn.weight.register_hook(wait)
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     for slot in gradients.my_slots():
         gradients.begin_slot()
@@ -106,7 +116,16 @@ def test_exchange_begins_before_the_backward_pass_of_a_compiled_model_ends(monke
         forward(tokens, tokens).backward()
         gradients.end_slot()
     gradients.reduce()
-    assert in_time == [True]
+    assert calls == [False, False, True]
+
+
+def test_samples_compile_no_code_for_their_lengths(monkeypatch, tiny_dataset, folder):
+    graphs = Graphs()
+    use(monkeypatch, graphs)
+    words = [*SMALL, *SHAPE, "train.compile=true", "train.max_steps=1", "train.eval_interval=1"]
+    train(load_experiment(None, words), folder, tiny_dataset)
+    assert folder.sample_file(1).read_text("utf-8")
+    assert len(graphs.arguments) == 2  # a step, an evaluation
 
 
 def test_run_that_was_compiled_as_a_whole_is_not_continued(monkeypatch, tiny_dataset, folder):

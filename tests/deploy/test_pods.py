@@ -1,5 +1,6 @@
 """How the pods of deploy/kuberay end: with processes in a namespace, and with a real Ray."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -37,11 +38,35 @@ def test_ray_understands_how_a_worker_leaves():
     assert given["deadline_remaining_seconds"] == 60
 
 
-def test_head_ends_after_its_driver_has_saved(tmp_path):
-    """In a process namespace of its own, as in a pod: the command finds drivers by their names."""
-    namespace = ["unshare", "--user", "--map-root-user", "--pid", "--mount-proc", "--kill-child"]
-    if not shutil.which("unshare") or subprocess.run([*namespace, "true"]).returncode:
+@pytest.fixture
+def namespace():
+    """Return the command that runs another one with processes of its own, as in a pod."""
+    command = ["unshare", "--user", "--map-root-user", "--pid", "--mount-proc", "--kill-child"]
+    if not shutil.which("unshare") or subprocess.run([*command, "true"]).returncode:
         pytest.skip("no namespaces for processes on this machine")
+    return command
+
+
+def test_worker_ends_as_soon_as_ray_has_left(tmp_path, namespace):
+    """`ray start --block` goes on after a drained raylet: the command looks for the raylet."""
+    scripts = {"ray": "", "raylet": "echo > began\nsleep 1; echo left > left\n"}
+    scripts["pod"] = './raylet &\nuntil test -e began; do sleep 0.1; done\n"$@"\ncat left\n'
+    for name, script in scripts.items():
+        (tmp_path / name).write_text("#!/bin/sh\n" + script)
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        [*namespace, "./pod", *hooks("train.yaml")[1]],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr
+
+
+def test_head_ends_after_its_driver_has_saved(tmp_path, namespace):
+    """The command finds drivers by their names."""
     scripts = {
         "pipelines/train.py": "trap 'sleep 1; echo saved > saved; exit 75' TERM\necho > began\n"
         "while :; do sleep 0.1; done\n",
@@ -77,8 +102,8 @@ def test_worker_leaves_when_its_run_has_saved(tmp_path, tiny_corpus, tiny_datase
         two.start(0, 1)
         driver = two.drive(command, tmp_path / "log")
         wait_until(lambda: small_run.logged(run) >= 20, driver)
-        # In a pod, `sleep` ends with Ray.
-        leave = hooks("train.yaml")[1][2].removesuffix("; sleep 75")
+        # Without the wait, which would find the Ray of the other machine.
+        leave = hooks("train.yaml")[1][2].split("; for ")[0]
         two.run(1, ["sh", "-c", leave], two.head)
         assert driver.wait(60) == EXIT_AGAIN, (tmp_path / "log").read_text()
         assert small_run.summary(run)["step"] >= small_run.logged(run) >= 20

@@ -35,15 +35,15 @@ print(json.dumps({
 """
 # The start of a pod, KubeRay's probe, its containers that wait and scale, and the one that submits.
 POD = """
+export ESPALIER_STORAGE=/tmp/storage RAY_ADDRESS=127.0.0.1:6379
 ray start --head {parameters} --block > /tmp/head.log 2>&1 &
 get="import sys, urllib.request as r; sys.exit(b'success' not in r.urlopen(sys.argv[1]).read())"
 ready() { python -c "$get" http://localhost:$1; }
 until { ready 52365/api/healthz && ready 8265/api/gcs_healthz; } 2> /dev/null; do sleep 1; done
 ray health-check --address 127.0.0.1:6379 && ray kuberay-autoscaler --help > /dev/null || exit 1
-export ESPALIER_STORAGE=/tmp/storage RAY_ADDRESS=127.0.0.1:6379
 ray job submit --address http://127.0.0.1:8265 -- ESPALIER_GIT_COMMIT=$ESPALIER_IMAGE_COMMIT \
     /opt/espalier/pipelines/train.py /opt/espalier/configs/quickstart.yaml data.tokenizer=byte \
-    model.n_layer=1 train.max_steps=4 train.eval_interval=null train.sample_tokens=0 || exit 1
+    model.n_layer=1 train.max_steps=4 train.eval_interval=2 || exit 1
 grep --quiet "$ESPALIER_IMAGE_COMMIT" $ESPALIER_STORAGE/quickstart/*.json && echo recorded
 """
 

@@ -1,8 +1,7 @@
 """What the driver does while its workers train.
 
 It passes on a signal to stop at once, stops when Ray drains a node of the workers, notes nodes that
-do not answer, ends stuck processes, and ends the wait for workers that are done but
-do not exit.
+do not answer, ends stuck processes, and ends the wait for workers that are done but do not exit.
 """
 
 import os
@@ -95,11 +94,12 @@ class Watch:
             return
         groups = []
         for place in self.places():
-            groups.append(self._current(place))
-            for mark in groups[-1]:
-                if not mark.is_over and self._age(place, mark) > mark.limit + GRACE_S:
-                    self._seen.clear()  # the next try comes after the same time
-                    hangs.end_stuck(place, mark)
+            group = self._current(place)
+            groups.append(group)
+            running = [mark for mark in group if not mark.is_over]
+            for mark in [m for m in running if self._age(place, m) > m.limit + GRACE_S]:
+                del self._seen[str(place.path), mark.rank]  # tried again after the same time
+                hangs.end_stuck(place, mark)
         self._look_at_nodes(groups)
 
     def _current(self, place: RunFolder) -> list[Mark]:

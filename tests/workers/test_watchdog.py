@@ -9,7 +9,7 @@ import re
 import signal
 import socket
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing.process import BaseProcess
 
 import pytest
@@ -17,7 +17,7 @@ import pytest
 from orchestrator.runs import events
 from orchestrator.runs.folder import RunFolder
 from orchestrator.train.numerics import Worker
-from orchestrator.workers import hangs, marks
+from orchestrator.workers import hangs, marks, watch
 from orchestrator.workers.marks import DONE, FAILED, Mark
 from orchestrator.workers.watchdog import EXIT_HUNG, START_S, Pace, Watchdog
 from tests.helpers import forked, stuck
@@ -39,7 +39,7 @@ def status_of(process: BaseProcess) -> int | None:
     return process.exitcode
 
 
-def stop(process: BaseProcess) -> None:
+def stop(process: BaseProcess | subprocess.Popen) -> None:
     os.kill(process.pid, signal.SIGSTOP)
 
 
@@ -124,6 +124,26 @@ def test_stopped_rank_is_found_before_its_phase_was_timed(folder):
     assert status_of(waiting) == EXIT_HUNG
     assert status_of(stopped) == -signal.SIGKILL
     assert "hung in gradient (stopped) of step 8;" in hangs.report(folder)
+
+
+def test_driver_ends_all_stuck_ranks_at_the_same_time(folder, monkeypatch):
+    monkeypatch.setattr(watch, "GRACE_S", 0.0)
+    ranks = [subprocess.Popen(["sleep", "600"]) for _ in range(2)]
+    folder.rank_marks.mkdir()
+    for rank, process in enumerate(ranks):
+        stop(process)
+        born = marks._born(process.pid)
+        here = replace(mark(rank, "gradient", 7), pid=process.pid, born=born, limit=0.0)
+        text = json.dumps(asdict(replace(here, host=socket.gethostname())))
+        folder.mark_file(rank).write_text(text)
+    driver = watch.Watch(folder, lambda: [folder])
+    try:
+        driver._look()
+        driver._look()
+        assert [process.wait(60) for process in ranks] == [-signal.SIGKILL] * 2
+    finally:
+        for process in ranks:
+            process.kill()
 
 
 def test_one_rank_of_a_machine_looks_at_other_machines_now_and_then(folder):

@@ -18,7 +18,7 @@ WORKER_ENVIRONMENT = {
     "RAY_grpc_keepalive_timeout_ms": "60000",
 }
 # Variables of the driver that are passed on to workers on other nodes.
-PASSED_ON = ("GOMP_SPINCOUNT", "TIKTOKEN_CACHE_DIR", "XDG_CACHE_HOME")
+PASSED_ON = (*WORKER_ENVIRONMENT, "TIKTOKEN_CACHE_DIR", "XDG_CACHE_HOME")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ The configuration imports this table, so torch is imported only when a model is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -144,9 +144,8 @@ def checkpoint_activations(model: LanguageModel) -> None:
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    from model.protocol import HasBlocks
-
-    if not isinstance(model, HasBlocks):
+    blocks = _blocks(model)
+    if not blocks:
         raise ValueError(
             "train.activation_checkpointing needs a model with `blocks`; set it to false"
         )
@@ -159,7 +158,7 @@ def checkpoint_activations(model: LanguageModel) -> None:
 
         return run
 
-    for block in model.blocks:
+    for block in blocks:
         if "forward" not in vars(block):  # not yet
             block.forward = again(block.forward)
 
@@ -178,12 +177,8 @@ def compiled(model: LanguageModel, device: str) -> nn.Module:
     """
     import torch
 
-    from model.protocol import HasBlocks
-
     torch.compiler.reset()
-    blocks: list[nn.Module] = []
-    if device == "cpu" and isinstance(model, HasBlocks):
-        blocks = list(model.blocks)
+    blocks = _blocks(model) if device == "cpu" else []
     # Each block may need code of its own, for training and for evaluation. 8: torch's default.
     torch.compiler.config.recompile_limit = max(8, 2 * len(blocks))
     for block in blocks:
@@ -191,3 +186,14 @@ def compiled(model: LanguageModel, device: str) -> nn.Module:
     if blocks:
         return model
     return torch.compile(model, dynamic=False)  # type: ignore[return-value]
+
+
+def _blocks(model: LanguageModel) -> list[nn.Module]:
+    """Return the blocks of a model; none if its `blocks` are something else, such as a number."""
+    import torch
+
+    from model.protocol import HasBlocks
+
+    blocks = model.blocks if isinstance(model, HasBlocks) else []
+    found = list(blocks) if isinstance(blocks, Iterable) else []
+    return found if all(isinstance(block, torch.nn.Module) for block in found) else []

@@ -84,6 +84,18 @@ def test_all_blocks_are_compiled_though_each_needs_code_of_its_own(monkeypatch):
     assert len(graphs.arguments) == 10
 
 
+@pytest.mark.parametrize("blocks", [3, torch.nn.ModuleDict({"first": torch.nn.Linear(4, 4)})])
+def test_model_whose_blocks_are_no_modules_is_compiled_as_a_whole(monkeypatch, blocks):
+    graphs = Graphs()
+    use(monkeypatch, graphs)
+    model = torch.nn.Linear(4, 4)
+    model.blocks = blocks
+    models.compiled(model, "cpu")(torch.zeros(1, 4))
+    assert len(graphs.arguments) == 1
+    with pytest.raises(ValueError, match="needs a model with `blocks`"):
+        models.checkpoint_activations(model)
+
+
 def test_exchange_begins_before_the_first_block_has_gradients(monkeypatch):
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd

@@ -179,8 +179,11 @@ def compiled(model: LanguageModel, device: str) -> nn.Module:
 
     torch.compiler.reset()
     blocks = _blocks(model) if device == "cpu" else []
-    # Each block may need code of its own, for training and for evaluation. 8: torch's default.
-    torch.compiler.config.recompile_limit = max(8, 2 * len(blocks))
+    # Each block may need code of its own, for training and for evaluation. torch's defaults are 8
+    # and 256.
+    limit = max(8, 2 * len(blocks))
+    torch.compiler.config.recompile_limit = limit
+    torch.compiler.config.accumulated_recompile_limit = max(256, limit)
     for block in blocks:
         block.compile(dynamic=False)
     if blocks:

@@ -197,7 +197,7 @@ def _cost_lines(experiment: Experiment, facts: ModelFacts, layout: Layout) -> li
         f"written: ≈ {_size(state * (keep + 2))} of disk",
         "memory for weights, moments and gradients ≈ "
         f"{_size(cost.worker_bytes(experiment, facts, crew))} for each of {crew.count} worker(s) "
-        f"on {len(crew.nodes)} node(s), activations not counted",
+        f"on {len(crew.nodes)} node(s) like this machine, activations not counted",
     ]
 
 

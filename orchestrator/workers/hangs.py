@@ -33,22 +33,26 @@ def stopped_far(seen: Collection[Mark]) -> set[int]:
     return set().union(*calls.on_nodes(nodes, FAR_S, stopped, seen).values())
 
 
-def end_stuck(folder: RunFolder, mark: Mark) -> None:
-    """Store the stacks of a stuck process, and kill it.
+def end_stuck(folder: RunFolder, stuck: Collection[Mark]) -> None:
+    """Store the stacks of stuck processes, and kill them.
 
     On another machine, Ray starts a process that does it: a stopped process ends itself never, and
     the kernel does not tell others of it.
     """
-    if mark.host == socket.gethostname():
-        _end_stuck_here(folder, mark)
-    else:
-        calls.on_nodes({mark.node}, FAR_S, _end_stuck_here, folder, mark)
+    here = [mark for mark in stuck if mark.host == socket.gethostname()]
+    far = [mark for mark in stuck if mark not in here]
+    _end_stuck_here(folder, here)
+    calls.on_nodes({mark.node for mark in far}, FAR_S, _end_stuck_here, folder, far)
 
 
-def _end_stuck_here(folder: RunFolder, mark: Mark) -> None:
-    """As `end_stuck`. SIGKILL is the only signal that ends a stopped process."""
-    if not mark.is_local():
-        return
+def _end_stuck_here(folder: RunFolder, stuck: Collection[Mark]) -> None:
+    for mark in stuck:
+        if mark.is_local():
+            _end(folder, mark)
+
+
+def _end(folder: RunFolder, mark: Mark) -> None:
+    """Store the stacks of a process, and kill it. Only SIGKILL ends a stopped process."""
     status = mark.process_status()
     if status == "stopped":
         # The other ranks wait for it, whatever phase it was in.

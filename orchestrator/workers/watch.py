@@ -97,9 +97,11 @@ class Watch:
             group = self._current(place)
             groups.append(group)
             running = [mark for mark in group if not mark.is_over]
-            for mark in [m for m in running if self._age(place, m) > m.limit + GRACE_S]:
+            stuck = [mark for mark in running if self._age(place, mark) > mark.limit + GRACE_S]
+            for mark in stuck:
                 del self._seen[str(place.path), mark.rank]  # tried again after the same time
-                hangs.end_stuck(place, mark)
+            if stuck:
+                hangs.end_stuck(place, stuck)
         self._look_at_nodes(groups)
 
     def _current(self, place: RunFolder) -> list[Mark]:

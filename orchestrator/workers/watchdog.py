@@ -172,19 +172,21 @@ class Watchdog:
                 self._end(waited)
             if waited > self.pace.floor_s:
                 found = self._stopped_ranks(self._looks_far(waited))
-                if found and self.entered == entered:  # they still do not go on
+                goes_on = self.entered != entered or self.closed.is_set()
+                if found and not goes_on:
                     self._end(waited)
             # Kills of other processes during a long run are not ours.
             self._oom_kills = memory.oom_kills()
 
     def _looks_far(self, waited: float) -> bool:
-        """Return whether to look at other machines now: each `floor_s`, by one rank of a machine.
-
-        A look starts a process there.
-        """
+        """Return whether to look at other machines now: each `floor_s`."""
         if waited < self._far_look_at:
             return False
         self._far_look_at = waited + self.pace.floor_s
+        return self._is_first_here()
+
+    def _is_first_here(self) -> bool:
+        """Return whether this rank is the one of its machine that starts processes on others."""
         here = socket.gethostname()
         ranks = [mark.rank for mark in marks.read(self.folder) if mark.host == here]
         return self.rank == min(ranks, default=self.rank)
@@ -203,9 +205,13 @@ class Watchdog:
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         self._stacks.flush()
         time.sleep(2 * self.poll_s)  # the watchdogs of the other ranks store their stacks
-        is_stopped = self._stopped_ranks(looks_far=True)
-        for mark in marks.read(self.folder):
-            is_stuck = mark.rank != self.rank and mark.phase not in WAITING
-            if is_stuck or mark.rank in is_stopped:
-                hangs.end_stuck(self.folder, mark)
+        looks_far = self._is_first_here()
+        stopped = self._stopped_ranks(looks_far)
+        others = [mark for mark in marks.read(self.folder) if mark.rank != self.rank]
+        if not looks_far:
+            others = [mark for mark in others if mark.host == socket.gethostname()]
+        hangs.end_stuck(
+            self.folder,
+            [mark for mark in others if mark.phase not in WAITING or mark.rank in stopped],
+        )
         os._exit(EXIT_HUNG)

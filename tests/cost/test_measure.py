@@ -295,7 +295,9 @@ def test_dry_run_shows_the_number_of_workers_that_need_most(monkeypatch, tiny_co
     workers = ["compute.num_workers=[2, 3]", "compute.cpus_per_worker=1", "compute.use_gpu=false"]
     shown = dry_run(small(f"data.corpus={tiny_corpus}", *slots, *workers), timed=False)
     assert "with 3 worker(s): at most 22 of 64 micro-batches per worker" in shown["batch"]
-    assert "for each of 3 worker(s) on 2 node(s), activations" in shown["cost"][-1]
+    assert (
+        "for each of 3 worker(s) on 2 node(s) like this machine, activations" in shown["cost"][-1]
+    )
 
 
 def test_run_on_gpus_is_unknown_without_a_gpu(started, monkeypatch):

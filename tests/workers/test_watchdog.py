@@ -200,7 +200,7 @@ def test_process_that_reuses_a_pid_is_not_killed(folder):
     bystander = subprocess.Popen(["sleep", "60"])
     try:
         old = replace(mark(0, "gradient", 0), pid=bystander.pid, host=socket.gethostname())
-        hangs.end_stuck(folder, old)
+        hangs.end_stuck(folder, [old])
     finally:
         bystander.terminate()
     assert bystander.wait() == -signal.SIGTERM, "SIGKILL came before"

@@ -206,6 +206,26 @@ def test_process_that_reuses_a_pid_is_not_killed(folder):
     assert bystander.wait() == -signal.SIGTERM, "SIGKILL came before"
 
 
+def test_stopped_process_of_another_machine_is_found_and_ended_there(folder, monkeypatch):
+    """The other machine is only a name here: its calls are made in this process."""
+
+    def on_nodes(nodes, _limit_s, function, *arguments):
+        with monkeypatch.context() as there:
+            there.setattr(socket, "gethostname", lambda: "other")
+            return {node: function(*arguments) for node in nodes}
+
+    monkeypatch.setattr(hangs.calls, "on_nodes", on_nodes)
+    process = subprocess.Popen(["sleep", "60"])
+    stop(process)
+    born = marks._born(process.pid)
+    far = replace(mark(1, "gradient", 0), pid=process.pid, born=born, host="other", node="id")
+    wait_until(lambda: far.process_status() == "stopped")
+    assert hangs.stopped([far]) == set()
+    assert hangs.stopped_far([far]) == {1}
+    hangs.end_stuck(folder, [far])
+    assert process.wait(60) == -signal.SIGKILL
+
+
 # ---- collectives ----
 
 

@@ -171,9 +171,9 @@ def compiled(model: LanguageModel, device: str) -> nn.Module:
     blocks (see `protocol.HasBlocks`), and each model on a GPU, is compiled as a whole.
 
     What this process has compiled before is dropped, and all shapes are constants: else the bits
-    would depend on earlier models and shapes. For the second shape, torch compiles code for all
-    shapes, and after `recompile_limit` kinds of a function it no longer compiles it, without an
-    error.
+    would depend on earlier models and shapes. By default, torch compiles a second shape with code
+    for all shapes. A function that has `recompile_limit` compiled versions runs uncompiled from
+    then on, without an error.
     """
     import torch
 

@@ -198,10 +198,8 @@ class S3Store:
     def _problem(self, key: str, error: Exception) -> UserError:
         """Return what an error of boto3 means. The texts of its errors may hold keys."""
         if isinstance(error, CREDENTIALS):
-            _client.cache_clear()
-            return _NoCredentialsError(
-                f"{self._bucket}: there are no credentials, or they cannot be read"
-            )
+            reason = "there are no credentials, or they cannot be read"
+            return self._denied(reason, _NoCredentialsError)
         if isinstance(error, boto.ParamValidationError):
             return self._refused("no such bucket or key is possible")
         if _is_misconfigured(error):
@@ -231,10 +229,10 @@ class S3Store:
             return say(f"the credentials are wrong, or may not do this ({what})")
         return self._refused(f"the store refuses the request ({code}, status {status})")
 
-    def _denied(self, reason: str) -> UserError:
+    def _denied(self, reason: str, kind: type[UserError] = UserError) -> UserError:
         """Return the error, and drop the client, so that the next request reads the credentials."""
         _client.cache_clear()
-        return self._refused(reason)
+        return kind(f"{self._bucket}: {reason}")
 
     def _refused(self, reason: str) -> UserError:
         return UserError(f"{self._bucket}: {reason}")

@@ -36,8 +36,7 @@ def stopped_far(seen: Collection[Mark]) -> set[int]:
 def end_stuck(folder: RunFolder, stuck: Collection[Mark]) -> None:
     """Store the stacks of stuck processes, and kill them.
 
-    On another machine, Ray starts a process that does it: a stopped process ends itself never, and
-    the kernel does not tell others of it.
+    On another machine, Ray starts a process that does it. A stopped process cannot end itself.
     """
     here = [mark for mark in stuck if mark.host == socket.gethostname()]
     far = [mark for mark in stuck if mark not in here]

@@ -59,7 +59,7 @@ def image(tmp_path_factory):
         name = "localhost/espalier-test"
         context = tmp_path_factory.mktemp("context")
         archive = subprocess.run(["git", "archive", "HEAD"], cwd=REPO, stdout=subprocess.PIPE)
-        # As a checkout of a user who lets nobody else read files.
+        # Only the owner can read these files, as in a checkout made with umask 077.
         untar = ["sh", "-c", "umask 077; tar --extract --no-same-permissions"]
         subprocess.run(untar, cwd=context, input=archive.stdout, check=True)
         words = ["--file=deploy/Dockerfile", f"--build-arg=COMMIT={COMMIT}", "--tag", name, "."]

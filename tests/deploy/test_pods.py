@@ -47,22 +47,29 @@ def namespace():
     return command
 
 
+def printed_by_pod(folder, scripts, namespace, hook) -> str:
+    """Run the script `pod` with a hook as its arguments. The scripts are commands of the pod."""
+    for name, script in scripts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("#!/bin/sh\n" + script)
+        (folder / name).chmod(0o755)
+    done = subprocess.run(
+        [*namespace, "./pod", *hook],
+        cwd=folder,
+        env={"PATH": f"{folder}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_worker_ends_as_soon_as_ray_has_left(tmp_path, namespace):
     """`ray start --block` goes on after a drained raylet: the command looks for the raylet."""
     scripts = {"ray": "", "raylet": "echo > began\nsleep 1; echo left > left\n"}
     scripts["pod"] = './raylet &\nuntil test -e began; do sleep 0.1; done\n"$@"\ncat left\n'
-    for name, script in scripts.items():
-        (tmp_path / name).write_text("#!/bin/sh\n" + script)
-        (tmp_path / name).chmod(0o755)
-    done = subprocess.run(
-        [*namespace, "./pod", *hooks("train.yaml")[1]],
-        cwd=tmp_path,
-        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
-    assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr
+    assert printed_by_pod(tmp_path, scripts, namespace, hooks("train.yaml")[1]) == "left\n"
 
 
 def test_head_ends_after_its_driver_has_saved(tmp_path, namespace):
@@ -73,18 +80,7 @@ def test_head_ends_after_its_driver_has_saved(tmp_path, namespace):
         "pod": "sh -c 'pipelines/train.py x.yaml' &\nuntil test -e began; do sleep 0.1; done\n"
         '"$@"\ncat saved\n',
     }
-    (tmp_path / "pipelines").mkdir()
-    for name, script in scripts.items():
-        (tmp_path / name).write_text("#!/bin/sh\n" + script)
-        (tmp_path / name).chmod(0o755)
-    done = subprocess.run(
-        [*namespace, "./pod", *hooks("train.yaml")[0]],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (done.returncode, done.stdout) == (0, "saved\n"), done.stderr
+    assert printed_by_pod(tmp_path, scripts, namespace, hooks("train.yaml")[0]) == "saved\n"
 
 
 @pytest.mark.slow
